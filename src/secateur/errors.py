@@ -1,0 +1,56 @@
+"""What can go wrong, and whose turn it is to act.
+
+::
+
+    SecateurError            one clear line; the command line exits with 1
+    ├── UsageError           the request itself is wrong; the command line exits with 2
+    │   ├── UnknownName      a model, criterion or other name that does not exist
+    │   └── TargetError      a target that no plan can meet or that makes no sense
+    ├── DataError            a data set that is missing, empty or unreadable
+    ├── WeightsError         a weight file that is missing, unsafe or does not fit
+    ├── TraceError           a network whose wiring can't be read
+    └── RunFolderError       an output folder that is in the way, or a damaged run folder
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """Root of every error that secateur raises on purpose."""
+
+
+class UsageError(SecateurError):
+    """The request can't be carried out as written."""
+
+
+class UnknownName(UsageError):
+    """A name that is not in its table; the message names the near matches."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}: {hint}")
+
+
+class TargetError(UsageError):
+    """The target is out of range or out of reach."""
+
+
+class DataError(SecateurError):
+    """The data set is missing, empty, inconsistent or unreadable."""
+
+
+class WeightsError(SecateurError):
+    """The weight file is missing, can't be read safely, or does not fit the network."""
+
+
+class TraceError(SecateurError):
+    """The network can't be exported to a graph."""
+
+
+class RunFolderError(SecateurError):
+    """The run folder is in the way, incomplete or has been changed."""

@@ -1,0 +1,326 @@
+"""Networks by name, and weights from files that can't run code.
+
+`resnet20` … `resnet110` are the CIFAR networks of He et al. (2016, arXiv 1512.03385, section 4.2)
+with the parameter-free shortcut (option A); `vgg16_bn` is VGG-16 (Simonyan & Zisserman 2015) with
+batch norm for 32×32 images and one linear layer. Parameter names are those that published
+checkpoints use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from secateur.errors import UnknownName, UsageError, WeightsError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are brought to a network: sizes in pixels, mean and deviation of x / 255."""
+
+    image_size: int
+    resize: int
+    """The shorter side before the centre crop to `image_size`."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 `[image, rgb, height, width]` as float32, with zero mean and unit deviation."""
+        mean = torch.tensor(self.mean, device=images.device).reshape(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).reshape(3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions; the shortcut subsamples and pads with channels of zeros (option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.padding = (out_channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[image, in, h, w]` to `[image, out, h / stride, w / stride]`."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.padding or self.stride != 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *2 * [self.padding]))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """He et al.'s network of depth 6n + 2 for 32×32 images: n blocks of 16, 32 and 64 filters."""
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, 1)
+        self.layer2 = _stage(16, 32, blocks, 2)
+        self.layer3 = _stage(32, 64, blocks, 2)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[image, 3, 32, 32]` to logits `[image, class]`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    return nn.Sequential(
+        first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
+    )
+
+
+class CifarVGG(nn.Module):
+    """VGG-16 with batch norm for 32×32 images: thirteen convolutions and one linear layer."""
+
+    WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+    """Filters a layer; 0 stands for a 2×2 max pooling."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in self.WIDTHS:
+            if width == 0:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[image, 3, 32, 32]` to logits `[image, class]`."""
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
+
+
+BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": lambda num_classes: CifarResNet(20, num_classes),
+    "resnet32": lambda num_classes: CifarResNet(32, num_classes),
+    "resnet44": lambda num_classes: CifarResNet(44, num_classes),
+    "resnet56": lambda num_classes: CifarResNet(56, num_classes),
+    "resnet110": lambda num_classes: CifarResNet(110, num_classes),
+    "vgg16_bn": CifarVGG,
+}
+"""Networks for 32×32 images by name."""
+
+
+def load(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    num_classes: int = 10,
+    allow_code: bool = True,
+) -> nn.Module:
+    """The named network in evaluation mode, with the weights of a file or, without one, untrained.
+
+    `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
+    `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
+    With `allow_code=False` the last form is refused: a run folder must not choose code to run.
+    Raises `UnknownName`, `UsageError` or `WeightsError`.
+    """
+    kind, colon, rest = name.rpartition(":")
+    if kind.endswith(".py"):
+        if not allow_code:
+            raise UsageError(f"{name!r} is code of your own: build the network and pass it instead")
+        model = _from_file(Path(kind), rest, num_classes)
+    elif kind == "torchvision":
+        model = _from_torchvision(rest, num_classes)
+    elif kind == "timm":
+        model = _from_timm(rest, num_classes)
+    elif not colon and name in BUILT_IN:
+        model = BUILT_IN[name](num_classes)
+    else:
+        raise UnknownName("model", name, names())
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def names() -> list[str]:
+    """Every built-in and torchvision classification network, as `load` takes them."""
+    import torchvision
+
+    listed = torchvision.models.list_models(module=torchvision.models)
+    return [*BUILT_IN, *(f"torchvision:{name}" for name in listed)]
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """What the named network expects of its images, where its origin says so.
+
+    Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
+    were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's
+    wherever nothing else is stated.
+    """
+    kind, _, rest = name.rpartition(":")
+    if name in BUILT_IN:
+        return Preprocessing(32, 32)
+    if kind == "torchvision":
+        import torchvision
+
+        published = torchvision.models.get_model_weights(rest)
+        preset = next(iter(published)).transforms()
+        return Preprocessing(
+            preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std)
+        )
+    if kind == "timm":
+        settings = _timm().get_pretrained_cfg(rest)
+        if settings is not None:
+            size = int(settings.input_size[-1])
+            resize = round(size / float(settings.crop_pct))
+            return Preprocessing(size, resize, tuple(settings.mean), tuple(settings.std))
+    return Preprocessing(224, 256)
+
+
+def _from_torchvision(name: str, num_classes: int) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UnknownName("torchvision model", name, known)
+    if name in ("inception_v3", "googlenet"):
+        model = torchvision.models.get_model(
+            name, num_classes=num_classes, init_weights=True, aux_logits=False
+        )
+    else:
+        model = torchvision.models.get_model(name, num_classes=num_classes)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError("timm: networks need the extra: pip install 'secateur[timm]'") from error
+    return timm
+
+
+def _from_timm(name: str, num_classes: int) -> nn.Module:
+    timm = _timm()
+    if not timm.is_model(name):
+        raise UnknownName("timm model", name, timm.list_models())
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
+    if not path.is_file():
+        raise UsageError(f"no file {path} to take the network {factory!r} from")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's: it may raise anything
+        raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, factory):
+        callables = [name for name in vars(module) if callable(getattr(module, name))]
+        raise UnknownName(f"factory in {path}", factory, callables)
+    build = getattr(module, factory)
+    try:
+        takes_classes = "num_classes" in build.__code__.co_varnames
+    except AttributeError:
+        takes_classes = False
+    model = build(num_classes=num_classes) if takes_classes else build()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{path}:{factory} returned {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copies the weights of a file into `model`; every key must fit.
+
+    Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict inside
+    a dict (`state_dict`, `model`, …) and the prefixes that data-parallel and compiled networks add
+    are taken off. Raises `WeightsError` that names the missing, unexpected and misshapen keys.
+    """
+    found = read_weights(Path(path))
+    expected = model.state_dict()
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
+    missing = [name for name in expected if name not in found and name not in optional]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    complaints = [
+        f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
+        for title, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
+        if keys
+    ]
+    if complaints:
+        raise WeightsError(f"the weights in {path} don't fit the network: {'; '.join(complaints)}")
+    model.load_state_dict(dict(found), strict=False)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a weight file by name, without wrappers and prefixes.
+
+    Raises `WeightsError` where the file is missing, damaged or would need code to load.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no weights file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            content: Any = load_file(path)
+        except (SafetensorError, OSError, struct.error, ValueError) as error:
+            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+    elif path.suffix in (".pth", ".pt", ".th"):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"{path} holds more than tensors and is not read, since that could run code: "
+                "save the network's state_dict() instead"
+            ) from error
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} can't be read: {error}") from error
+    else:
+        raise WeightsError(f"{path}: weights are read from .safetensors, .pth, .pt or .th files")
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{path} holds no state dict")
+    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise WeightsError(f"{path} holds more than tensors: save the network's state_dict()")
+    for prefix in ("_orig_mod.", "module."):
+        if all(str(name).startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
