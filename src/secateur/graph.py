@@ -7,12 +7,15 @@ kernels, and the network with some of its channels silenced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.graph import Graph
 from torch.fx.node import Node, map_arg
 
 from secateur.errors import TraceError
@@ -23,7 +26,10 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class NetworkGraph:
-    """ATen operations in the order of execution, with parameters and buffers by dotted name."""
+    """ATen operations in the order of execution, with parameters and buffers by dotted name.
+
+    No operation changes a value that another one wrote.
+    """
 
     nodes: tuple[Node, ...]
     tensor_names: dict[Node, str]
@@ -43,25 +49,22 @@ def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
     `example` is a batch `[image, rgb, height, width]` of at least two images. Raises `TraceError`
     where `torch.export` can't follow the network, or where it has more than one input or output.
     """
-    was_training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
     try:
-        program = torch.export.export(
-            model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
-        )
+        with evaluating(model):
+            program = torch.export.export(
+                model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
     except Exception as error:  # torch.export raises many unrelated types
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
             f"the network can't be traced with an open batch dimension: {cause[0]}"
         ) from error
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training[name]
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensor_names: dict[Node, str] = {}
     constants: dict[Node, Tensor] = {}
     images: list[Node] = []
+    _replace_in_place_operations(program.graph_module.graph)
     nodes = tuple(program.graph_module.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
@@ -84,6 +87,56 @@ def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
     return NetworkGraph(nodes, tensor_names, constants, images[0], outputs[0], last_use)
 
 
+def _replace_in_place_operations(graph: Graph) -> None:
+    """Turns `x.relu_()` into `y = x.relu()`, with `y` in place of `x` in all that follows.
+
+    Raises `TraceError` where the change would have to show through another view of `x`, or where
+    an operation has no twin that leaves its input alone.
+    """
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        name = target._schema.name.split("::")[1]
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        twin = getattr(packet, target._overloadname, None)
+        changed = node.args[0]
+        if not name.endswith("_") or twin is None or not isinstance(changed, Node):
+            raise TraceError(f"the operation {name!r} writes in place and has no other form")
+        viewed = _viewed_by(changed)
+        if any(position[user] > position[node] for value in viewed for user in value.users):
+            raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
+        node.target = twin
+        for user in list(changed.users):
+            if position[user] > position[node]:
+                user.replace_input_with(changed, node)
+
+
+def _viewed_by(node: Node) -> list[Node]:
+    """The values that share memory with a node because it is a view of them."""
+    viewed: list[Node] = []
+    while isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        if not returns or returns[0].alias_info is None or not isinstance(node.args[0], Node):
+            break
+        node = node.args[0]
+        viewed.append(node)
+    return viewed
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its dotted names, shared ones included; detached."""
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -92,10 +145,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def operation_name(node: Node) -> str:
-    """ATen name without overload and in-place mark: `add` for `aten.add_.Tensor`."""
+    """ATen name without overload: `add` for `aten.add.Tensor`."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.split("::")[1].rstrip("_")
+    return node.target._schema.name.split("::")[1]
 
 
 class Walk:
@@ -106,6 +159,20 @@ class Walk:
         self._state = state
         self._next = 0
         self._values: dict[Node, Any] = {graph.image: images, **graph.constants}
+
+    def fork(self) -> Walk:
+        """A second walk from here on; what it computes does not show in this one."""
+        twin = copy.copy(self)
+        twin._values = dict(self._values)
+        return twin
+
+    def step(self, node: Node) -> Tensor:
+        """Runs up to and including `node`; its value."""
+        self.advance(node)
+        seen: list[Tensor] = []
+        following = self._graph.nodes[self._next + 1]
+        self.advance(following, after={node: seen.append})
+        return seen[0]
 
     def value(self, node: Node) -> Tensor:
         """The value of a node that has been computed and is still needed downstream."""
@@ -129,9 +196,7 @@ class Walk:
         while self._next < len(nodes) and nodes[self._next] is not until:
             node = nodes[self._next]
             self._next += 1
-            if node.op == "placeholder" and node in self._graph.tensor_names:
-                self._values[node] = self._state[self._graph.tensor_names[node]]
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 value = self._compute(node, before.get(node))
                 if node in after:
                     replaced = after[node](value)
@@ -142,9 +207,14 @@ class Walk:
                 if not keep and self._graph.last_use[source] is node:
                     self._values.pop(source, None)
 
+    def _lookup(self, node: Node) -> Any:
+        """Parameters are looked up when they are used: the state may change on the way."""
+        name = self._graph.tensor_names.get(node)
+        return self._values[node] if name is None else self._state[name]
+
     def _compute(self, node: Node, edit: Tap | None) -> Any:
-        args = list(map_arg(node.args, self._values.__getitem__))
-        kwargs = dict(map_arg(node.kwargs, self._values.__getitem__))
+        args = list(map_arg(node.args, self._lookup))
+        kwargs = dict(map_arg(node.kwargs, self._lookup))
         if edit is not None:
             replaced = edit(args[0])
             args[0] = args[0] if replaced is None else replaced

@@ -1,0 +1,87 @@
+"""The majority vote of images over filters, restricted to semantic regions.
+
+Reconstructed from the abstract of Alqahtani et al. (CVIU 2021) and from the vote of their
+*Neuron-based network pruning based on majority voting* (ICPR 2020, eqs. 1 to 4): a unit gets a vote
+when it is among the top of its layer, and votes are summed. Here the top is taken inside the
+region of a concept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.alignment import overlap, response_winners
+from secateur.criteria import Kernels, Sight
+
+
+class ResponseVotes:
+    """A vote at every position of every region for the filters that respond most there.
+
+    A departure from the literal reading (`vote-iou`), because where a filter looks matters only
+    together with how much it says there. Equal responses are told apart by `torch.topk`; a filter
+    without response gets no vote.
+    """
+
+    needs_images = True
+    needs_gradients = False
+
+    def __init__(self, top_fraction: float) -> None:
+        self._top_fraction = top_fraction
+        self._votes: dict[str, Tensor] = {}
+
+    def observe(self, sight: Sight) -> None:
+        """Counts the votes of a batch."""
+        filters = sight.maps.shape[1]
+        votes = self._votes.setdefault(sight.group, torch.zeros(filters, dtype=torch.int64))
+        top = _top(self._top_fraction, filters)
+        for region in range(sight.masks.shape[1]):
+            winners = response_winners(
+                sight.maps,
+                sight.usual.mean,
+                sight.kernels.outgoing_norm,
+                sight.masks[:, region],
+                top,
+            )
+            votes += winners.flatten().bincount(minlength=filters + 1)[:filters].cpu()
+
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+        """The number of votes."""
+        return self._votes[group].double()
+
+
+class IouVotes:
+    """A vote of every region for the filters whose binarised map overlaps it best.
+
+    The literal reading: intersection over union with the region, each filter binarised at its own
+    threshold. A filter that does not touch the region gets no vote; between equal overlaps the
+    filter with the smaller number gets it.
+    """
+
+    needs_images = True
+    needs_gradients = False
+
+    def __init__(self, top_fraction: float) -> None:
+        self._top_fraction = top_fraction
+        self._votes: dict[str, Tensor] = {}
+
+    def observe(self, sight: Sight) -> None:
+        """Counts the votes of a batch."""
+        filters = sight.maps.shape[1]
+        votes = self._votes.setdefault(sight.group, torch.zeros(filters, dtype=torch.int64))
+        iou = overlap(sight.maps, sight.usual.threshold, sight.masks).iou
+        values, order = iou.sort(dim=1, descending=True, stable=True)
+        top = _top(self._top_fraction, filters)
+        winners = order[:, :top][values[:, :top] > 0]
+        votes += winners.bincount(minlength=filters).cpu()
+
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+        """The number of votes."""
+        return self._votes[group].double()
+
+
+def _top(fraction: float, filters: int) -> int:
+    return max(1, math.ceil(fraction * filters))

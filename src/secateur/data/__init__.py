@@ -1,0 +1,80 @@
+"""Data sets by name, and the parts that they are split into.
+
+`train` is what probe images are drawn from and what fine-tuning reads; `validation` is held out of
+it and may be used to choose; `test` is for final scores only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.data.cifar10 import read_cifar10
+from secateur.data.digits import read_digits
+from secateur.data.folder import read_folder
+from secateur.data.images import Batch, FileImages, Images, TensorImages, batches
+from secateur.data.splits import Splits, draw, hold_out
+from secateur.errors import DataError, UnknownName, UsageError
+
+__all__ = [
+    "Batch",
+    "DataSet",
+    "FileImages",
+    "Images",
+    "TensorImages",
+    "batches",
+    "draw_probe",
+    "load",
+]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Labelled images in three parts that share no image."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Images
+    validation: Images
+    test: Images
+
+
+READERS: dict[str, Callable[[Path], Splits]] = {"cifar10": read_cifar10, "folder": read_folder}
+"""Kinds of data set that lie in a folder, `KIND:DIR`; `digits` needs none."""
+
+
+def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
+    """The named data set, with a stratified share of its training images held out.
+
+    `name` is `cifar10:DIR` (a folder of stacked lossless WebP files with `train_labels.npy`, or
+    torchvision's own), `folder:DIR` (class folders; see `data.folder`) or `digits` (scikit-learn's
+    handwritten digits; needs the extra `demo`). Which images are held out depends on `seed` alone.
+    Raises `UnknownName`, `UsageError` or `DataError`.
+    """
+    kind, colon, directory = name.partition(":")
+    if name == "digits":
+        splits = read_digits()
+    elif kind not in READERS:
+        raise UnknownName("data set", kind, [*READERS, "digits"])
+    elif not colon or not directory:
+        raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
+    elif not Path(directory).is_dir():
+        raise DataError(f"no folder {directory} to read {kind} from")
+    else:
+        splits = READERS[kind](Path(directory))
+    generator = torch.Generator().manual_seed(seed)
+    train, validation = hold_out(splits.train, validation_fraction, generator)
+    return DataSet(name, splits.class_names, train, validation, splits.test)
+
+
+def draw_probe(dataset: DataSet, count: int, *, stratified: bool = True, seed: int = 0) -> Images:
+    """A random choice of `count` training images; all of them where there are fewer.
+
+    `stratified` draws equally from every class, as far as `count` divides; without it no label is
+    looked at. Which images are drawn depends on `seed` alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return draw(dataset.train, count, generator, stratified=stratified)

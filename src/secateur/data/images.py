@@ -1,0 +1,153 @@
+"""Images that are read by number, in memory or from files, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import v2
+
+from secateur.errors import DataError
+from secateur.models import Preprocessing
+
+Indices = Int[Tensor, "image"]
+
+
+class Images(Protocol):
+    """A fixed list of labelled images."""
+
+    @property
+    def labels(self) -> Int[Tensor, "image"]:
+        """int64 class numbers."""
+
+    def read(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> UInt8[Tensor, "image rgb height width"]:
+        """The images with these numbers, resized and cropped; raises `DataError`."""
+
+    def take(self, indices: Indices) -> Images:
+        """The images with these numbers as a list of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorImages:
+    """Images of one size that are held in memory."""
+
+    pixels: UInt8[Tensor, "image rgb height width"]
+    labels: Int[Tensor, "image"]
+
+    def read(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> UInt8[Tensor, "image rgb height width"]:
+        """See `Images.read`."""
+        pixels = self.pixels[indices]
+        if pixels.shape[-2:] != (preprocessing.image_size, preprocessing.image_size):
+            pixels = _to_size(pixels, preprocessing)
+        return pixels
+
+    def take(self, indices: Indices) -> TensorImages:
+        """See `Images.take`."""
+        return TensorImages(self.pixels[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """Images that are decoded when they are asked for, on several threads."""
+
+    paths: tuple[Path, ...]
+    labels: Int[Tensor, "image"]
+
+    def read(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> UInt8[Tensor, "image rgb height width"]:
+        """See `Images.read`."""
+
+        def decode(index: int) -> Tensor:
+            return _to_size(_decode(self.paths[index]), preprocessing)
+
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(decode, indices.tolist())))
+
+    def take(self, indices: Indices) -> FileImages:
+        """See `Images.take`."""
+        return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
+
+
+def _decode(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"the image {path} can't be read: {error}") from error
+    return pixels
+
+
+def _to_size(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Bilinear with antialiasing to the shorter side, then a centre crop, as torchvision does."""
+    resized = v2.functional.resize(pixels, [preprocessing.resize], antialias=True)
+    cropped: Tensor = v2.functional.center_crop(resized, [preprocessing.image_size])
+    return cropped
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Normalised images and their labels."""
+
+    images: Float[Tensor, "image rgb height width"]
+    labels: Int[Tensor, "image"]
+
+
+def batches(
+    images: Images,
+    size: int,
+    preprocessing: Preprocessing,
+    *,
+    shuffle: torch.Generator | None = None,
+    augment: bool = False,
+) -> Iterator[Batch]:
+    """Every image once, in batches of `size`; the last one may be smaller.
+
+    In the order of the list, or in a random order from `shuffle`. `augment` flips and shifts
+    each image by up to an eighth of its side (zero padding), as He et al. (2016) train on CIFAR;
+    it draws from `shuffle` too. The next batch is read while the last one is in use.
+    """
+    count = len(images.labels)
+    order = torch.randperm(count, generator=shuffle) if shuffle else torch.arange(count)
+    chunks = order.split(size)
+
+    def read(indices: Tensor) -> Batch:
+        return Batch(
+            preprocessing.normalise(images.read(indices, preprocessing)), images.labels[indices]
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, chunks[0])
+        for number in range(len(chunks)):
+            batch = coming.result()
+            if number + 1 < len(chunks):
+                coming = pool.submit(read, chunks[number + 1])
+            if augment:
+                batch = Batch(_flip_and_shift(batch.images, shuffle), batch.labels)
+            yield batch
+
+
+def _flip_and_shift(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Mirrors half of the images and shifts each one, over its own zero border."""
+    count, channels, height, width = images.shape
+    border = height // 8
+    padded = torch.nn.functional.pad(images, 4 * [border])
+    top = torch.randint(2 * border + 1, (count, 1), generator=generator)
+    left = torch.randint(2 * border + 1, (count, 1), generator=generator)
+    flipped = torch.rand(count, 1, generator=generator) < 0.5
+    rows = top + torch.arange(height)  # [image, height]
+    columns = left + torch.where(flipped, torch.arange(width).flip(0), torch.arange(width))
+    row_index = rows[:, None, :, None].expand(count, channels, height, padded.shape[-1])
+    column_index = columns[:, None, None, :].expand(count, channels, height, width)
+    return padded.gather(2, row_index).gather(3, column_index)

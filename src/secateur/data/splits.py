@@ -1,0 +1,55 @@
+"""Parts of a data set, and seeded choices of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.data.images import Images
+from secateur.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a reader finds: training and test images, and the names of the classes."""
+
+    class_names: tuple[str, ...]
+    train: Images
+    test: Images
+
+
+def hold_out(
+    images: Images, fraction: float, generator: torch.Generator
+) -> tuple[Images, Images]:
+    """The images without, and only, a stratified random share of at least one image a class.
+
+    Raises `DataError` where a class has too few images to share.
+    """
+    chosen: list[Tensor] = []
+    for label in images.labels.unique().tolist():
+        members = (images.labels == label).nonzero()[:, 0]
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise DataError(
+                f"class {label} has {len(members)} images: too few to hold {count} out of them"
+            )
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    mask = torch.zeros(len(images.labels), dtype=torch.bool)
+    mask[torch.cat(chosen)] = True
+    return images.take((~mask).nonzero()[:, 0]), images.take(mask.nonzero()[:, 0])
+
+
+def draw(images: Images, count: int, generator: torch.Generator, *, stratified: bool) -> Images:
+    """`count` images in random order; see `data.draw_probe`."""
+    order = torch.randperm(len(images.labels), generator=generator)
+    if stratified:
+        # Each image's rank among those of its class in the random order: the lowest ranks first.
+        labels = images.labels[order]
+        rank = torch.zeros_like(labels)
+        for label in labels.unique().tolist():
+            members = labels == label
+            rank[members] = torch.arange(int(members.sum()))
+        order = order[rank.argsort(stable=True)]
+    return images.take(order[:count])

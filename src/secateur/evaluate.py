@@ -1,0 +1,105 @@
+"""How good and how large a network is: accuracy, loss, MACs, parameters, latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.data import Batch
+from secateur.errors import DataError
+from secateur.graph import evaluating
+
+LATENCY_BATCH = 16
+"""Images in the batch that latency is measured with."""
+LATENCY_RUNS = 11
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network achieves and what it costs."""
+
+    top1_fraction: float
+    top5_fraction: float
+    loss: float
+    """Mean cross-entropy in nats."""
+    images: int
+    """How many images were scored."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    parameters: int
+    latency_ms: float
+    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies."""
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
+    """The score of `model` on every image of the batches, in evaluation mode, in float32.
+
+    With fewer than five classes top-5 counts what is there. Raises `DataError` where a label lies
+    outside the network's classes.
+    """
+    correct = torch.zeros(2, dtype=torch.int64)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    count = 0
+    example: Tensor | None = None
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            example = batch.images if example is None else example
+            logits = model(batch.images)
+            check_labels(batch.labels, logits.shape[1])
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = ranked == batch.labels[:, None]
+            correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+            loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()
+            count += len(batch.labels)
+    if example is None:
+        raise DataError("there are no images to score")
+    return Score(
+        top1_fraction=int(correct[0]) / count,
+        top5_fraction=int(correct[1]) / count,
+        loss=float(loss_sum) / count,
+        images=count,
+        macs=count_macs(model, example[:1]),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        latency_ms=latency_ms(model, example),
+    )
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises `DataError` where a label lies outside the network's classes."""
+    if len(labels) and int(labels.max()) >= classes:
+        raise DataError(
+            f"the data has a class number {int(labels.max())}, but the network tells "
+            f"{classes} classes apart"
+        )
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates for one image `[1, rgb, height, width]`, counted by torch as it runs."""
+    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return int(counter.get_total_flops()) // 2
+
+
+def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
+    """Median time of a forward pass of `batch` images, after two passes to warm up."""
+    repeats = -(-batch // len(images))
+    images = images.repeat(repeats, 1, 1, 1)[:batch]
+    with evaluating(model), torch.inference_mode():
+        times = [_seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
+    return 1e3 * statistics.median(times[2:])
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
