@@ -58,7 +58,7 @@ def observe(
         if labels is None:
             labels = logits.detach().argmax(1)
         check_labels(labels, logits.shape[1])
-        F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
 def kernels_of(wiring: Wiring, group: Group, state: State) -> Kernels:

@@ -213,7 +213,7 @@ class Walk:
         return self._values[node] if name is None else self._state[name]
 
     def _compute(self, node: Node, edit: Tap | None) -> Any:
-        args = list(map_arg(node.args, self._lookup))
+        args: list[Any] = list(map_arg(node.args, self._lookup))
         kwargs = dict(map_arg(node.kwargs, self._lookup))
         if edit is not None:
             replaced = edit(args[0])

@@ -286,10 +286,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ]
     if complaints:
         raise WeightsError(f"the weights in {path} don't fit the network: {'; '.join(complaints)}")
-    model.load_state_dict(dict(found), strict=False)
+    model.load_state_dict(found, strict=False)
 
 
-def read_weights(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name, without wrappers and prefixes.
 
     Raises `WeightsError` where the file is missing, damaged or would need code to load.
@@ -320,7 +320,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         raise WeightsError(f"{path} holds no state dict")
     if not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise WeightsError(f"{path} holds more than tensors: save the network's state_dict()")
+    tensors = {str(name): tensor for name, tensor in content.items()}
     for prefix in ("_orig_mod.", "module."):
-        if all(str(name).startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors

@@ -129,8 +129,8 @@ def make_plan(
     if least > limit:
         frozen = sum(group.size for group in wiring.frozen)
         raise TargetError(
-            f"target {target} is out of reach: with one filter left in each of the "
-            f"{len(order)} prunable groups {least / quantity({}):.3f} of the {target.quantity} stay "
+            f"target {target} is out of reach: {least / quantity({}):.3f} of the "
+            f"{target.quantity} stay with one filter left in each of {len(order)} prunable groups "
             f"({frozen} filters are frozen; `secateur inspect` lists the reasons)"
         )
     shares = sorted({n / len(f) for f in order.values() for n in range(len(f) + 1)})

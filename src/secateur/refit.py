@@ -6,7 +6,12 @@ For a layer with kernel W that reads x, of which the channels S stay, the new ke
 
 (`patch` form: x_S are k×k patches). Layers are taken in the order of execution: x_S is what the
 already pruned network feeds the layer and y what the *original* network's layer gives, so that
-errors are corrected as they arise. No label and no gradient is needed.
+errors are corrected as they arise. Where the output goes into a residual sum, y is what makes the
+sum right. No label and no gradient is needed.
+
+A departure from the paper's words: every layer from the first cut on is re-estimated, not only
+those that lost inputs. The others read inputs that went astray as well, and can put part of it
+right (docs/method.md has the figures).
 
 The abstract of Alqahtani et al. (CVIU 2021) says only that new kernels are estimated from the
 remaining channels. Least squares on sampled positions is what channel pruning (He et al., ICCV
@@ -35,6 +40,8 @@ HELD_OUT_EVERY = 5
 """Every fifth batch is held out of the fit to choose the ridge, and put back afterwards."""
 MAX_INPUTS = 8192
 """Layers that read more values at a time are left as cut: their Gram matrix would not fit."""
+SMALLEST_SCALE = 1e-3
+"""A norm that scales a channel by less passes no correction back to the layer before it."""
 MAX_ROW_VALUES = 2**25
 """Values of patches held at a time (256 MiB in float64)."""
 
@@ -80,17 +87,17 @@ def refit(
             )
             for batch in batches
         ]
-        results = []
+        results: list[LayerRefit] = []
         kept = wiring.kept_indices(plan.removed)
         uses = [layer.weight for layer in wiring.layers]
         for layer in wiring.layers:
-            if 1 not in kept.get(layer.weight, {}):
-                continue
+            if not results and 1 not in kept.get(layer.weight, {}):
+                continue  # nothing upstream has changed yet
             reason = _why_not(layer, cut_state[layer.weight], uses)
             if reason:
                 results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
                 continue
-            outputs = kept[layer.weight].get(0)
+            outputs = kept.get(layer.weight, {}).get(0)
             index = None if outputs is None else torch.from_numpy(outputs)
             problem = _Problem(wiring.graph, layer, cut_state, index)
             for number, (full, cut) in enumerate(walks):
@@ -98,10 +105,8 @@ def refit(
                 held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
                 problem.add(inputs, targets, positions, generator, held_out=held_out)
             results.append(problem.solve())
-    own = dict(smaller.named_parameters(remove_duplicate=False))
-    own.update(smaller.named_buffers(remove_duplicate=False))
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors_of(smaller).items():
             tensor.copy_(cut_state[name])
     return tuple(results)
 
@@ -186,6 +191,7 @@ class _Problem:
         self._fit = _Gram(shape[1:].numel(), shape[0])
         self._held_out = _Gram(shape[1:].numel(), shape[0])
         self._shift = _shift_name(graph, node)
+        self._sum = _residual_sum(node)
 
     def look(self, full: Walk, cut: Walk) -> tuple[Tensor, Tensor]:
         """What the layer reads in the cut network, and what it should answer."""
@@ -196,7 +202,23 @@ class _Problem:
         if self._outputs is not None:
             channel = -1 if self._is_linear else 1
             targets = targets.index_select(channel, self._outputs)
+        if self._sum is not None and self._outputs is None:
+            targets = self._towards_sum(self._sum, targets, full.fork(), cut.fork())
         return inputs, targets
+
+    def _towards_sum(
+        self, residual: _ResidualSum, targets: Tensor, full: Walk, cut: Walk
+    ) -> Tensor:
+        """Targets that make the residual sum right although its other summand went astray."""
+        wanted = full.step(residual.sum)
+        cut.advance(residual.sum)
+        wanted = wanted - cut.value(residual.other)
+        if residual.norm is None:
+            return wanted
+        scale, offset = _affine(self._graph, self._state, residual.norm)
+        strong = scale.abs() > SMALLEST_SCALE
+        scale, offset, strong = (v.reshape(-1, 1, 1) for v in (scale, offset, strong))
+        return torch.where(strong, (wanted - offset) / scale.where(strong, 1.0), targets)
 
     def add(
         self,
@@ -305,6 +327,47 @@ def _shift_name(graph: NetworkGraph, node: Node) -> tuple[str, int] | None:
         assert isinstance(mean, Node)
         return graph.tensor_names[mean], -1
     return None
+
+
+@dataclass(frozen=True)
+class _ResidualSum:
+    """The sum that a layer's output goes into, right away or through a norm."""
+
+    sum: Node
+    other: Node
+    norm: Node | None
+
+
+def _residual_sum(node: Node) -> _ResidualSum | None:
+    norm = None
+    following = list(node.users)
+    if len(following) == 1 and operation_name(following[0]) == "batch_norm":
+        norm = node = following[0]
+        following = list(node.users)
+    if len(following) != 1 or operation_name(following[0]) != "add" or following[0].kwargs:
+        return None
+    summands = [source for source in following[0].args if isinstance(source, Node)]
+    shapes = {tuple(source.meta["val"].shape[1:]) for source in summands}
+    if len(summands) != 2 or len(shapes) != 1 or summands[0] is summands[1]:
+        return None
+    other = summands[0] if summands[1] is node else summands[1]
+    return _ResidualSum(following[0], other, norm)
+
+
+def _affine(graph: NetworkGraph, state: dict[str, Tensor], norm: Node) -> tuple[Tensor, Tensor]:
+    """Scale and offset of a batch norm in evaluation mode."""
+    weight, bias, mean, variance = (
+        None if source is None else state[graph.tensor_names[source]]  # type: ignore[index]
+        for source in norm.args[1:5]
+    )
+    assert mean is not None
+    assert variance is not None
+    epsilon = norm.args[7]
+    assert isinstance(epsilon, float)
+    scale = (variance + epsilon).rsqrt()
+    scale = scale if weight is None else scale * weight
+    offset = -mean * scale
+    return scale, offset if bias is None else offset + bias
 
 
 def _pair(value: object) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class FilterScores:
     """One score a filter, by group; the higher, the more the filter deserves to stay."""
 
     criterion: str
-    scores: dict[str, Float[Tensor, "filter"]]
+    scores: dict[str, Float[Tensor, filter]]
 
 
 def score_filters(
@@ -40,9 +40,7 @@ def score_filters(
     `observers` look on in the same pass.
     """
     watching = [*criteria.values(), *observers]
-    observe(
-        model, wiring, batches, watching, source, quantile=quantile, use_labels=use_labels
-    )
+    observe(model, wiring, batches, watching, source, quantile=quantile, use_labels=use_labels)
     state = tensors_of(model)
     kernels = {name: kernels_of(wiring, group, state) for name, group in wiring.groups.items()}
     return {

@@ -145,7 +145,8 @@ class Wiring:
 def make_wiring(model: nn.Module, example: Tensor, *, cut_stream: bool = False) -> Wiring:
     """The wiring of `model` for images like `example` `[image, rgb, height, width]`.
 
-    Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. Raises `TraceError` where `torch.export` can't follow the network.
+    Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. Raises
+    `TraceError` where `torch.export` can't follow the network.
     """
     graph = trace(model, example)
     spread = _Spread(graph)

@@ -46,7 +46,7 @@ class Evidence:
     def find(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
+        labels: Int[Tensor, image] | None,
     ) -> ConceptMasks:
         """One region an image; see `ConceptSource.find`."""
         heat, classes = self.heat(images, labels)
@@ -61,8 +61,8 @@ class Evidence:
     def heat(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
-    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
+        labels: Int[Tensor, image] | None,
+    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, image]]:
         """Evidence for the class at each position of the last feature map, and the class."""
         seen: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Saliency: where the last feature map is active at all (Wei et al., SCDA, IEEE TIP 2017, eq. 2)."""
+"""Saliency: where the last feature map is active at all (SCDA, Wei et al., IEEE TIP 2017)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Saliency:
     def find(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
+        labels: Int[Tensor, image] | None,
     ) -> ConceptMasks:
         """One region an image, brought to the image plane bilinearly, as SCDA does; no label."""
         del labels

@@ -24,7 +24,7 @@ class Images(Protocol):
     """A fixed list of labelled images."""
 
     @property
-    def labels(self) -> Int[Tensor, "image"]:
+    def labels(self) -> Int[Tensor, image]:
         """int64 class numbers."""
 
     def read(
@@ -41,7 +41,7 @@ class TensorImages:
     """Images of one size that are held in memory."""
 
     pixels: UInt8[Tensor, "image rgb height width"]
-    labels: Int[Tensor, "image"]
+    labels: Int[Tensor, image]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -62,7 +62,7 @@ class FileImages:
     """Images that are decoded when they are asked for, on several threads."""
 
     paths: tuple[Path, ...]
-    labels: Int[Tensor, "image"]
+    labels: Int[Tensor, image]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -101,7 +101,7 @@ class Batch:
     """Normalised images and their labels."""
 
     images: Float[Tensor, "image rgb height width"]
-    labels: Int[Tensor, "image"]
+    labels: Int[Tensor, image]
 
 
 def batches(

@@ -20,9 +20,7 @@ class Splits:
     test: Images
 
 
-def hold_out(
-    images: Images, fraction: float, generator: torch.Generator
-) -> tuple[Images, Images]:
+def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tuple[Images, Images]:
     """The images without, and only, a stratified random share of at least one image a class.
 
     Raises `DataError` where a class has too few images to share.
