@@ -1,1 +1,38 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
+
+from secateur.bundle import load, save
+from secateur.config import RunConfig
+from secateur.data import DataSet
+from secateur.data import load as load_data
+from secateur.errors import SecateurError
+from secateur.evaluate import Score, evaluate
+from secateur.models import load as load_model
+from secateur.pipeline import Pruned, prune, run
+from secateur.plan import PruningPlan, Target, make_plan
+from secateur.result import RunResult
+from secateur.surgery import apply_plan
+from secateur.wiring import Wiring, make_wiring
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataSet",
+    "Pruned",
+    "PruningPlan",
+    "RunConfig",
+    "RunResult",
+    "Score",
+    "SecateurError",
+    "Target",
+    "Wiring",
+    "apply_plan",
+    "evaluate",
+    "load",
+    "load_data",
+    "load_model",
+    "make_plan",
+    "make_wiring",
+    "prune",
+    "run",
+    "save",
+]

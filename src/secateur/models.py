@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -139,38 +140,59 @@ def load(
     *,
     num_classes: int = 10,
     allow_code: bool = True,
+    seed: int = 0,
 ) -> nn.Module:
     """The named network in evaluation mode, with the weights of a file or, without one, untrained.
 
     `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
     `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
     With `allow_code=False` the last form is refused: a run folder must not choose code to run.
+    Untrained weights depend on `seed` alone.
     Raises `UnknownName`, `UsageError` or `WeightsError`.
     """
-    kind, colon, rest = name.rpartition(":")
-    if kind.endswith(".py"):
-        if not allow_code:
-            raise UsageError(f"{name!r} is code of your own: build the network and pass it instead")
-        model = _from_file(Path(kind), rest, num_classes)
-    elif kind == "torchvision":
-        model = _from_torchvision(rest, num_classes)
-    elif kind == "timm":
-        model = _from_timm(rest, num_classes)
-    elif not colon and name in BUILT_IN:
-        model = BUILT_IN[name](num_classes)
-    else:
-        raise UnknownName("model", name, names())
+    check_name(name)
+    kind, _, rest = name.rpartition(":")
+    if kind.endswith(".py") and not allow_code:
+        raise UsageError(f"{name!r} is code of your own: build the network and pass it instead")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind.endswith(".py"):
+            model = _from_file(Path(kind), rest, num_classes)
+        elif kind == "torchvision":
+            model = _from_torchvision(rest, num_classes)
+        elif kind == "timm":
+            model = _timm().create_model(rest, pretrained=False, num_classes=num_classes)
+        else:
+            model = BUILT_IN[name](num_classes)
     if weights is not None:
         load_weights(model, weights)
     return model.eval()
 
 
+def check_name(name: str) -> None:
+    """Raises `UnknownName` or `UsageError` where `load` knows no network of this name."""
+    kind, colon, rest = name.rpartition(":")
+    if kind.endswith(".py"):
+        if not Path(kind).is_file():
+            raise UsageError(f"no file {kind} to take the network {rest!r} from")
+    elif kind == "torchvision":
+        known = _torchvision_names()
+        if rest not in known:
+            raise UnknownName("torchvision model", rest, known)
+    elif kind == "timm":
+        if not _timm().is_model(rest):
+            raise UnknownName("timm model", rest, _timm().list_models())
+    elif colon or name not in BUILT_IN:
+        raise UnknownName("model", name, names())
+
+
 def names() -> list[str]:
     """Every built-in and torchvision classification network, as `load` takes them."""
-    import torchvision
+    return [*BUILT_IN, *(f"torchvision:{name}" for name in _torchvision_names())]
 
-    listed = torchvision.models.list_models(module=torchvision.models)
-    return [*BUILT_IN, *(f"torchvision:{name}" for name in listed)]
+
+def _torchvision_names() -> list[str]:
+    return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def preprocessing(name: str) -> Preprocessing:
@@ -178,14 +200,13 @@ def preprocessing(name: str) -> Preprocessing:
 
     Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
     were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's
-    wherever nothing else is stated.
+    wherever nothing else is stated. Raises as `check_name` does.
     """
+    check_name(name)
     kind, _, rest = name.rpartition(":")
     if name in BUILT_IN:
         return Preprocessing(32, 32)
     if kind == "torchvision":
-        import torchvision
-
         published = torchvision.models.get_model_weights(rest)
         preset = next(iter(published)).transforms()
         return Preprocessing(
@@ -201,11 +222,6 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def _from_torchvision(name: str, num_classes: int) -> nn.Module:
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise UnknownName("torchvision model", name, known)
     if name in ("inception_v3", "googlenet"):
         model = torchvision.models.get_model(
             name, num_classes=num_classes, init_weights=True, aux_logits=False
@@ -224,18 +240,7 @@ def _timm() -> Any:
     return timm
 
 
-def _from_timm(name: str, num_classes: int) -> nn.Module:
-    timm = _timm()
-    if not timm.is_model(name):
-        raise UnknownName("timm model", name, timm.list_models())
-    model = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    assert isinstance(model, nn.Module)
-    return model
-
-
 def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
-    if not path.is_file():
-        raise UsageError(f"no file {path} to take the network {factory!r} from")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

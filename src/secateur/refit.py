@@ -32,6 +32,7 @@ from torch.fx.node import Node
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
 from secateur.plan import PruningPlan
+from secateur.progress import Track, silent
 from secateur.wiring import Layer, Wiring
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -70,6 +71,7 @@ def refit(
     *,
     positions: int,
     seed: int,
+    track: Track = silent,
 ) -> tuple[LayerRefit, ...]:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
 
@@ -90,7 +92,7 @@ def refit(
         results: list[LayerRefit] = []
         kept = wiring.kept_indices(plan.removed)
         uses = [layer.weight for layer in wiring.layers]
-        for layer in wiring.layers:
+        for layer in track(wiring.layers, "refitting layers", len(wiring.layers)):
             if not results and 1 not in kept.get(layer.weight, {}):
                 continue  # nothing upstream has changed yet
             reason = _why_not(layer, cut_state[layer.weight], uses)

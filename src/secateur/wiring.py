@@ -131,6 +131,10 @@ class Wiring:
             shapes[tensor] = tuple(shape)
         return shapes
 
+    def layer_macs(self, layer: Layer) -> int:
+        """Multiply-accumulates of one layer for one image, before any cut."""
+        return layer.positions * math.prod(self.shapes[layer.weight])
+
     def macs(self, removed: dict[str, tuple[int, ...]] | None = None) -> int:
         """Multiply-accumulates of convolutions and linear layers for one image."""
         shapes = self.shapes_after(removed or {})

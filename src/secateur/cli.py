@@ -1,0 +1,561 @@
+"""The command line: the only module that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from secateur import __version__, bundle, concepts, criteria, data, demo, models, pipeline
+from secateur.config import RunConfig, from_dict, read_config
+from secateur.dissection import Dissection
+from secateur.errors import SecateurError, UnknownName, UsageError
+from secateur.evaluate import Score
+from secateur.evaluate import evaluate as evaluate_network
+from secateur.graph import tensors_of
+from secateur.progress import Track, silent
+from secateur.report import count_text, score_rows
+from secateur.result import RunResult
+from secateur.scoring import score_filters
+from secateur.wiring import make_wiring
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Makes a trained convolutional network smaller and faster by what its filters see.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--weights", "-w", help="Weights: .safetensors, .pth, .pt or .th."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="cifar10:DIR, folder:DIR (class folders) or digits."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="A TOML file; options given here go before it."),
+]
+ClassesOption = Annotated[
+    int | None,
+    typer.Option("--num-classes", help="Outputs of the head [default: classes of the data]."),
+]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option("--image-size", help="Side of the images in pixels [default: the network's]."),
+]
+ProbeOption = Annotated[
+    int | None,
+    typer.Option("--probe-images", help="Images to score and refit with [default: 2000]."),
+]
+ConceptsOption = Annotated[
+    str | None,
+    typer.Option("--concepts", help="Concept source: evidence or saliency [default: evidence]."),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="What every random choice depends on [default: 0].")
+]
+UntrainedOption = Annotated[
+    bool,
+    typer.Option("--allow-untrained", help="Go on without weights, with random ones."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def main() -> None:
+    """Runs the command line; errors of ours become one line and exit code 1 or 2."""
+    try:
+        app()
+    except SecateurError as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    del debug  # read by main(), which sees errors wherever they arise
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def prune(
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data_source: DataOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="What may stay: macs=F, params=F or filters=F, 0 < F <= 1 [default: macs=0.5].",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results; made new.")
+    ] = Path("secateur-run"),
+    criterion: Annotated[
+        str | None,
+        typer.Option("--criterion", help="How filters are ranked [default: vote-response]."),
+    ] = None,
+    concept_source: ConceptsOption = None,
+    probe_images: ProbeOption = None,
+    stratify: Annotated[
+        bool | None,
+        typer.Option(
+            "--stratify/--no-stratify",
+            help="Draw probe images equally from each class, or without a look at labels "
+            "[default: stratify].",
+        ),
+    ] = None,
+    use_labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--use-labels/--no-use-labels",
+            help="Score filters by true classes, or by predicted ones [default: predicted].",
+        ),
+    ] = None,
+    cut_stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--cut-stream/--no-cut-stream",
+            help="Cut channels that residual sums tie over a stage [default: no].",
+        ),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Re-estimate the kernels [default: refit]."),
+    ] = None,
+    finetune: Annotated[
+        bool | None,
+        typer.Option("--finetune/--no-finetune", help="Train after the cut [default: finetune]."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs of fine-tuning [default: 5].")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="Largest learning rate [default: 0.02]."),
+    ] = None,
+    label_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--label-weight",
+            help="Share of the labels in the loss, the rest is the original network's; 0 trains "
+            "without labels [default: 0.3].",
+        ),
+    ] = None,
+    num_classes: ClassesOption = None,
+    image_size: ImageSizeOption = None,
+    seed: SeedOption = None,
+    config: ConfigOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older run in the folder.")
+    ] = False,
+    allow_untrained: UntrainedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a network: score, cut, refit, fine-tune; leaves a run folder with a report.
+
+    Example: secateur prune -m resnet20 -w resnet20.safetensors -d cifar10:data -t macs=0.7
+    --no-finetune -o runs/a
+    """
+    if finetune is False and epochs:
+        raise UsageError("--no-finetune and --epochs exclude each other")
+    settings = _config(
+        config,
+        {
+            "model": {
+                "name": model,
+                "weights": _text(weights),
+                "num_classes": num_classes,
+            },
+            "data": {
+                "source": data_source,
+                "probe_images": probe_images,
+                "stratified": stratify,
+                "image_size": image_size,
+            },
+            "score": {
+                "criterion": criterion,
+                "concepts": concept_source,
+                "use_labels": use_labels,
+            },
+            "plan": {"target": target, "cut_stream": cut_stream},
+            "refit": {"enabled": refit},
+            "finetune": {
+                "epochs": 0 if finetune is False else epochs,
+                "learning_rate": learning_rate,
+                "label_weight": label_weight,
+            },
+            "seed": seed,
+        },
+    )
+    result = pipeline.run(
+        settings,
+        out,
+        overwrite=overwrite,
+        allow_untrained=allow_untrained,
+        track=_track(),
+        command=shlex.join(["secateur", *sys.argv[1:]]),
+    )
+    _show_run(result, out, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder; or name a network with --model.")
+    ] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data_source: DataOption = None,
+    num_classes: ClassesOption = None,
+    image_size: ImageSizeOption = None,
+    config: ConfigOption = None,
+    allow_untrained: UntrainedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a network, or the pruned network of a run folder, on the test images."""
+    if (run is None) == (model is None and config is None):
+        raise UsageError("name either a run folder or a network with --model")
+    given = {
+        "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+        "data": {"source": data_source, "image_size": image_size},
+    }
+    settings = _config(run / bundle.CONFIG if run else config, given)
+    if run is not None:
+        network = bundle.load(run)
+        dataset = data.load(settings.data.source)
+    else:
+        pipeline.check_weights(settings, allow_untrained=allow_untrained)
+        dataset, network = pipeline.load_inputs(settings)
+    size = settings.data.batch_size
+    stream = data.batches(dataset.test, size, pipeline.preprocessing(settings))
+    total = -(-len(dataset.test.labels) // size)
+    score = evaluate_network(network, _track()(stream, "scoring", total))
+    _show_score(score, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data_source: DataOption = None,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option("--criterion", help="May be given several times [default: vote-response]."),
+    ] = None,
+    concept_source: ConceptsOption = None,
+    probe_images: ProbeOption = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", help="List every filter of this layer.")
+    ] = None,
+    cut_stream: Annotated[
+        bool, typer.Option("--cut-stream", help="Show residual streams as prunable, too.")
+    ] = False,
+    num_classes: ClassesOption = None,
+    image_size: ImageSizeOption = None,
+    seed: SeedOption = None,
+    config: ConfigOption = None,
+    allow_untrained: UntrainedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the filters of a network, tell what they see, and change nothing."""
+    names = tuple(criterion or ["vote-response"])
+    settings = _config(
+        config,
+        {
+            "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+            "data": {
+                "source": data_source,
+                "probe_images": probe_images,
+                "image_size": image_size,
+            },
+            "score": {"concepts": concept_source, "criterion": names[0]},
+            "plan": {"cut_stream": cut_stream},
+            "seed": seed,
+        },
+    )
+    pipeline.check_weights(settings, allow_untrained=allow_untrained)
+    found = _inspected(settings, names)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    elif layer is not None:
+        _show_filters(found, layer)
+    else:
+        _show_groups(found)
+
+
+@app.command("models")
+def list_models(as_json: JsonOption = False) -> None:
+    """List the networks, criteria and concept sources that can be named."""
+    found = {
+        "networks": models.names(),
+        "criteria": list(criteria.criteria()),
+        "concepts": list(concepts.sources()),
+        "data": [*(f"{kind}:DIR" for kind in data.READERS), "digits"],
+    }
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, names in found.items():
+        _out().print(f"[bold]{title}[/]")
+        _out().print("  " + ", ".join(names), highlight=False)
+    _out().print("also timm:NAME (extra: timm) and path/to/file.py:factory")
+
+
+@app.command("demo")
+def run_demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the run.")] = Path(
+        "runs/demo"
+    ),
+    data_source: DataOption = None,
+    weights: WeightsOption = None,
+    model: ModelOption = None,
+) -> None:
+    """Train a small network on handwritten digits and prune it by half; about a minute.
+
+    With --data and --weights the same job runs on that data and network (resnet20 unless --model
+    names another).
+    """
+    if (data_source is None) != (weights is None):
+        raise UsageError("--data and --weights go together")
+    bundle.check_free(out, overwrite=True)
+    if weights is None:
+        weights = out.parent / f"{out.name}-base.safetensors"
+        demo.train_digits(weights, _track())
+        settings = demo.digits_config(weights)
+    else:
+        settings = _config(
+            None,
+            {
+                "model": {"name": model or demo.MODEL, "weights": str(weights)},
+                "data": {"source": data_source},
+            },
+        )
+    command = shlex.join(["secateur", *sys.argv[1:]])
+    result = pipeline.run(settings, out, overwrite=True, track=_track(), command=command)
+    _show_run(result, out, as_json=False)
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+def _config(path: Path | None, options: dict[str, Any]) -> RunConfig:
+    """The configuration of a file with the given options put over it."""
+    base = read_config(path).model_dump(exclude_none=True) if path else {}
+    for section, values in options.items():
+        if isinstance(values, dict):
+            given = {key: value for key, value in values.items() if value is not None}
+            base[section] = {**base.get(section, {}), **given}
+        elif values is not None:
+            base[section] = values
+    for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
+        if key not in base[section]:
+            raise UsageError(f"{option} is missing")
+    return from_dict(base)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+# --- inspection --------------------------------------------------------------------------------
+
+
+def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    pipeline.check_names(settings)
+    chosen = {
+        name: criteria.make(name, top_fraction=settings.score.top_fraction, seed=settings.seed)
+        for name in names
+    }
+    dataset, network = pipeline.load_inputs(settings)
+    prepare = pipeline.preprocessing(settings)
+    probe = data.draw_probe(dataset, settings.data.probe_images, seed=settings.seed)
+    size = settings.data.batch_size
+    example = next(iter(data.batches(probe, 2, prepare))).images
+    wiring = make_wiring(network, example, cut_stream=settings.plan.cut_stream)
+    source = concepts.sources()[settings.score.concepts](
+        wiring.graph, tensors_of(network), dataset.class_names
+    )
+    dissection = Dissection(tuple(concept.name for concept in source.concepts))
+    total = -(-len(probe.labels) // size)
+    scores = score_filters(
+        network,
+        wiring,
+        lambda: _track()(data.batches(probe, size, prepare), "looking at filters", total),
+        chosen,
+        source,
+        quantile=settings.score.quantile,
+        use_labels=settings.score.use_labels,
+        observers=(dissection,),
+    )
+    macs = {layer.name: wiring.layer_macs(layer) for layer in wiring.layers}
+    groups = [
+        {
+            "layer": name,
+            "filters": len(group),
+            "macs_share": macs[name] / wiring.macs(),
+            "read_by": [reader.layer for reader in group.readers],
+            "scores": {key: found.scores[name].tolist() for key, found in scores.items()},
+            "concepts": [
+                {"concept": seen.concept, "iou": seen.iou, "is_detector": seen.is_detector}
+                for seen in dissection.best(name)
+            ],
+        }
+        for name, group in wiring.groups.items()
+    ]
+    frozen = [
+        {"layer": group.name, "filters": group.size, "reason": group.reason}
+        for group in wiring.frozen
+    ]
+    return {
+        "model": settings.model.name,
+        "macs": wiring.macs(),
+        "parameters": wiring.params(),
+        "probe_images": len(probe.labels),
+        "groups": groups,
+        "frozen": frozen,
+    }
+
+
+# --- printing ----------------------------------------------------------------------------------
+
+
+def _out() -> Console:
+    return Console()
+
+
+def _track() -> Track:
+    """Progress bars on stderr where it is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        return silent
+
+    def show(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            for item in items:
+                yield item
+                progress.advance(task)
+
+    return show
+
+
+def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    rows = score_rows(result)
+    table = Table(box=None, pad_edge=False)
+    for number, key in enumerate(rows[0]):
+        table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    _out().print(table)
+    removed = sum(len(group.removed) for group in result.groups)
+    filters = sum(group.filters for group in result.groups)
+    _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
+    _out().print(f"report: {folder / bundle.REPORT}", soft_wrap=True, highlight=False)
+
+
+def _show_score(score: Score, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(score), indent=1))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for title, text in (
+        ("images", str(score.images)),
+        ("top-1", f"{100 * score.top1_fraction:.2f} %"),
+        ("top-5", f"{100 * score.top5_fraction:.2f} %"),
+        ("loss", f"{score.loss:.4f}"),
+        ("MACs", count_text(score.macs)),
+        ("parameters", count_text(score.parameters)),
+        ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),
+    ):
+        table.add_row(title, text)
+    _out().print(table)
+
+
+def _show_groups(found: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer")
+    for title in ("filters", "MACs %", "detectors", "concepts"):
+        table.add_column(title, justify="right")
+    table.add_column("frozen because")
+    for group in found["groups"]:
+        detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
+        table.add_row(
+            _escaped(group["layer"]),
+            str(group["filters"]),
+            f"{100 * group['macs_share']:.1f}",
+            str(len(detected)),
+            str(len(set(detected))),
+            "",
+        )
+    for group in found["frozen"]:
+        table.add_row(
+            _escaped(group["layer"]), str(group["filters"]), "", "", "", _escaped(group["reason"])
+        )
+    _out().print(table)
+
+
+def _show_filters(found: dict[str, Any], layer: str) -> None:
+    groups = {group["layer"]: group for group in found["groups"]}
+    if layer not in groups:
+        raise UnknownName("prunable layer", layer, groups)
+    group = groups[layer]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("filter", justify="right")
+    for name in group["scores"]:
+        table.add_column(name, justify="right")
+    table.add_column("best concept")
+    table.add_column("IoU", justify="right")
+    for number, seen in enumerate(group["concepts"]):
+        scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
+        table.add_row(str(number), *scores, _escaped(seen["concept"]), f"{seen['iou']:.3f}")
+    _out().print(table)
+
+
+def _escaped(text: str) -> str:
+    """Text from outside, so that rich does not read brackets in it as style."""
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

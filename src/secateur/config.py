@@ -1,0 +1,156 @@
+"""Everything that a run can be told, in one typed value that is saved with it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from secateur.errors import UsageError
+from secateur.plan import parse_target
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The network to prune."""
+
+    name: str
+    """`resnet20`, `vgg16_bn`, …, `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`."""
+    weights: str | None = None
+    """A .safetensors, .pth, .pt or .th file; without one the network is as its maker left it."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Outputs of the network's head; by default the number of classes of the data."""
+
+
+class DataSection(Section):
+    """The images."""
+
+    source: str
+    """`cifar10:DIR`, `folder:DIR` or `digits`."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training images that is held out of everything, to choose by."""
+    probe_images: int = Field(default=2000, ge=1)
+    """Training images that filters are scored with and kernels re-estimated from."""
+    stratified: bool = True
+    """Whether the probe images are drawn equally from every class; without it, no label is used."""
+    image_size: int | None = Field(default=None, ge=8)
+    """Side of the square images in pixels; by default what the network was made for."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of x / 255 by colour; by default what the network was made for."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of x / 255 by colour; by default what the network was made for."""
+    batch_size: int = Field(default=100, ge=2)
+    """Images at a time, in scoring, refit and evaluation."""
+
+
+class ScoreSection(Section):
+    """How filters are ranked."""
+
+    criterion: str = "vote-response"
+    """What gives a filter its score; `secateur models` lists the criteria."""
+    concepts: str = "evidence"
+    """Where the semantic parts of an image come from: `evidence` or `saliency`."""
+    top_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Share of a layer's filters that get a vote at a time."""
+    quantile: float = Field(default=0.01, gt=0, lt=1)
+    """Share of positions at which a filter exceeds its threshold."""
+    use_labels: bool = False
+    """Whether concepts and gradients are those of the true class, not of the predicted one."""
+
+
+class PlanSection(Section):
+    """What should be left."""
+
+    target: Annotated[str, BeforeValidator(lambda text: str(parse_target(str(text))))] = "macs=0.5"
+    """`macs=F`, `params=F` or `filters=F`: the fraction of the original that may stay."""
+    cut_stream: bool = False
+    """Whether channels that residual sums tie over a whole stage may go, too."""
+
+
+class RefitSection(Section):
+    """Closed-form re-estimation of the remaining kernels."""
+
+    enabled: bool = True
+    """Whether it is done."""
+    positions: int = Field(default=256, ge=1)
+    """Output positions of a layer that are drawn from each probe image."""
+
+
+class FinetuneSection(Section):
+    """Training after the cut."""
+
+    epochs: int = Field(default=5, ge=0)
+    """Passes over the training images; 0 leaves the network as the refit made it."""
+    batch_size: int = Field(default=128, ge=2)
+    """Images a step."""
+    learning_rate: float = Field(default=0.02, gt=0)
+    """Largest learning rate of the cosine schedule."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Nesterov momentum of SGD."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """L2 penalty on every parameter."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises."""
+    label_weight: float = Field(default=0.3, ge=0, le=1)
+    """Weight of the labels in the loss; the rest is the original network's. 0: no labels."""
+    temperature: float = Field(default=3.0, gt=0)
+    """Softening of both networks' answers."""
+    precision: Precision = "auto"
+    """`auto` takes bfloat16 where the CPU has instructions for it."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: ModelSection
+    data: DataSection
+    score: ScoreSection = ScoreSection()
+    plan: PlanSection = PlanSection()
+    refit: RefitSection = RefitSection()
+    finetune: FinetuneSection = FinetuneSection()
+    seed: int = Field(default=0, ge=0)
+    """What every random choice depends on."""
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML; what is None is left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def from_toml(text: str, origin: str) -> RunConfig:
+    """The configuration that a TOML text holds; raises `UsageError` that names `origin`."""
+    try:
+        return from_dict(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin} is not TOML: {error}") from error
+
+
+def from_dict(content: dict[str, object]) -> RunConfig:
+    """The configuration that nested tables hold; raises `UsageError` that names the key."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        more = error.error_count() - 1
+        tail = f" (and {more} more)" if more else ""
+        raise UsageError(f"configuration, {key}: {first['msg']}{tail}") from error
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration in a TOML file; raises `UsageError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the configuration {path} can't be read: {error}") from error
+    return from_toml(text, str(path))

@@ -1,0 +1,257 @@
+"""The whole method: score, plan, cut, refit, fine-tune, and a score after every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from secateur import bundle, concepts, criteria, data, models
+from secateur.bundle import EventLog
+from secateur.config import RunConfig
+from secateur.data import Batch, DataSet, Images
+from secateur.errors import UnknownName, UsageError
+from secateur.evaluate import evaluate
+from secateur.finetune import Epoch, finetune
+from secateur.graph import tensors_of
+from secateur.models import Preprocessing
+from secateur.plan import PruningPlan, make_plan, parse_target
+from secateur.progress import Track, silent
+from secateur.refit import LayerRefit, refit
+from secateur.report import write_report
+from secateur.result import (
+    EpochResult,
+    FrozenResult,
+    GroupResult,
+    RunResult,
+    Stage,
+    StageResult,
+    environment,
+)
+from secateur.scoring import score_filters
+from secateur.surgery import apply_plan, relative_error, silence
+from secateur.wiring import make_wiring
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    allow_untrained: bool = False,
+    track: Track = silent,
+    command: str | None = None,
+) -> RunResult:
+    """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
+
+    Raises `SecateurError`, and then leaves nothing behind.
+    """
+    bundle.check_free(folder, overwrite=overwrite)
+    check_names(config)
+    check_weights(config, allow_untrained=allow_untrained)
+    dataset, model = load_inputs(config)
+    with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
+        log = EventLog(temporary / bundle.LOG)
+        log.write("start", command=command, config=config.model_dump(mode="json"))
+        pruned = prune(model, dataset, config, track=track, log=log, command=command)
+        bundle.save(temporary, pruned.model, pruned.plan, pruned.result.config)
+        text = pruned.result.model_dump_json(indent=1)
+        (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
+        write_report(pruned.result, temporary / bundle.REPORT)
+        log.write("end")
+    return pruned.result
+
+
+def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
+    """The data set and the network that a configuration names."""
+    dataset = data.load(
+        config.data.source,
+        validation_fraction=config.data.validation_fraction,
+        seed=config.seed,
+    )
+    num_classes = config.model.num_classes or len(dataset.class_names)
+    model = models.load(config.model.name, config.model.weights, num_classes=num_classes)
+    return dataset, model
+
+
+def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
+    """Raises `UsageError` where a network that needs a weight file has none."""
+    is_own_code = ".py:" in config.model.name
+    if config.model.weights is None and not is_own_code and not allow_untrained:
+        raise UsageError(
+            f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
+        )
+
+
+def check_names(config: RunConfig) -> None:
+    """Raises `UnknownName` where the network, criterion or concept source does not exist."""
+    models.check_name(config.model.name)
+    for kind, name, table in (
+        ("criterion", config.score.criterion, criteria.criteria()),
+        ("concept source", config.score.concepts, concepts.sources()),
+    ):
+        if name not in table:
+            raise UnknownName(kind, name, table)
+
+
+def resolved(config: RunConfig, dataset: DataSet) -> RunConfig:
+    """The configuration with every default that depends on the network or the data filled in."""
+    expected = preprocessing(config)
+    filled = {"image_size": expected.image_size, "mean": expected.mean, "std": expected.std}
+    classes = config.model.num_classes or len(dataset.class_names)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=filled),
+            "model": config.model.model_copy(update={"num_classes": classes}),
+        }
+    )
+
+
+def preprocessing(config: RunConfig) -> Preprocessing:
+    """What the network expects of its images, unless the configuration says otherwise."""
+    published = models.preprocessing(config.model.name)
+    size = config.data.image_size or published.image_size
+    return Preprocessing(
+        image_size=size,
+        resize=round(size * published.resize / published.image_size),
+        mean=config.data.mean or published.mean,
+        std=config.data.std or published.std,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A smaller network and what is known of it."""
+
+    model: nn.Module
+    plan: PruningPlan
+    result: RunResult
+
+
+def prune(
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    *,
+    track: Track = silent,
+    log: EventLog | None = None,
+    command: str | None = None,
+) -> Pruned:
+    """A smaller copy of `model`, which itself is not changed.
+
+    `config.model` only says what the network is called; `model` is what is pruned. Test images are
+    scored and nothing else. Raises `SecateurError`: see `errors`.
+    """
+    log = log or EventLog(None)
+    check_names(config)
+    config = resolved(config, dataset)
+    prepare = preprocessing(config)
+    probe = data.draw_probe(
+        dataset, config.data.probe_images, stratified=config.data.stratified, seed=config.seed
+    )
+
+    def shown(images: Images, title: str) -> Iterable[Batch]:
+        size = config.data.batch_size
+        total = -(-len(images.labels) // size)
+        return track(data.batches(images, size, prepare), title, total)
+
+    stages: list[StageResult] = []
+
+    def score(stage: Stage, network: nn.Module, since: float) -> None:
+        seconds = time.perf_counter() - since
+        found = evaluate(network, shown(dataset.test, f"scoring ({stage})"))
+        stages.append(StageResult(stage=stage, score=found, seconds=seconds))
+        log.write("stage", **stages[-1].model_dump())
+
+    score("before", model, time.perf_counter())
+
+    start = time.perf_counter()
+    criterion_name = config.score.criterion
+    criterion = criteria.make(
+        criterion_name, top_fraction=config.score.top_fraction, seed=config.seed
+    )
+    example = next(iter(data.batches(probe, min(8, config.data.batch_size), prepare))).images
+    wiring = make_wiring(model, example, cut_stream=config.plan.cut_stream)
+    source = concepts.sources()[config.score.concepts](
+        wiring.graph, tensors_of(model), dataset.class_names
+    )
+    scored = score_filters(
+        model,
+        wiring,
+        lambda: shown(probe, "scoring filters"),
+        {criterion_name: criterion},
+        source,
+        quantile=config.score.quantile,
+        use_labels=config.score.use_labels,
+    )[criterion_name]
+    plan = make_plan(scored.scores, wiring, parse_target(config.plan.target), criterion_name)
+    smaller = apply_plan(model, wiring, plan)
+    with torch.inference_mode():
+        law_error = relative_error(smaller.eval()(example), silence(model, wiring, plan)(example))
+    score("cut", smaller, start)
+
+    refitted: tuple[LayerRefit, ...] = ()
+    if config.refit.enabled:
+        start = time.perf_counter()
+        refitted = refit(
+            model,
+            smaller,
+            wiring,
+            plan,
+            data.batches(probe, config.data.batch_size, prepare),
+            positions=config.refit.positions,
+            seed=config.seed,
+            track=track,
+        )
+        score("refit", smaller, start)
+
+    epochs: list[EpochResult] = []
+
+    def after_epoch(epoch: Epoch) -> None:
+        found = evaluate(smaller, shown(dataset.validation, "validating"))
+        epochs.append(EpochResult(epoch=epoch, validation_top1_fraction=found.top1_fraction))
+        log.write("epoch", **epochs[-1].model_dump())
+
+    if config.finetune.epochs:
+        start = time.perf_counter()
+        finetune(
+            smaller,
+            model,
+            dataset.train,
+            prepare,
+            config.finetune,
+            seed=config.seed,
+            track=track,
+            after_epoch=after_epoch,
+        )
+        score("tuned", smaller, start)
+
+    result = RunResult(
+        command=command,
+        config=config,
+        environment=environment(),
+        class_names=dataset.class_names,
+        plan_hash=plan.hash,
+        law_error=law_error,
+        stages=tuple(stages),
+        groups=tuple(
+            GroupResult(
+                name=name,
+                filters=len(group),
+                removed=plan.removed.get(name, ()),
+                scores=tuple(scored.scores[name].tolist()),
+            )
+            for name, group in wiring.groups.items()
+        ),
+        frozen=tuple(
+            FrozenResult(name=group.name, filters=group.size, reason=group.reason)
+            for group in wiring.frozen
+        ),
+        refit=refitted,
+        epochs=tuple(epochs),
+    )
+    return Pruned(smaller, plan, result)

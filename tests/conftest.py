@@ -1,0 +1,37 @@
+"""What every test module shares: checked shapes, two threads, a seed and the staged data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# Before the first `import secateur`: its annotated shapes are checked from here on.
+jaxtyping.install_import_hook("secateur", "beartype.beartype")
+
+torch.set_num_threads(2)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Randomness that is the same in every run, for one test."""
+    return torch.Generator().manual_seed(20_240_229)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds what a module's constructor draws from, which takes no generator."""
+    torch.manual_seed(7)
+    return 7
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data sets and weights staged beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no staged data in {SHARED_DATA}")
+    return SHARED_DATA
