@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from runs import DigitsRun
 
 # Before the first `import secateur`: its annotated shapes are checked from here on.
 jaxtyping.install_import_hook("secateur", "beartype.beartype")
@@ -35,3 +39,21 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no staged data in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
+    """A real run folder; see `runs.make_digits_run`."""
+    from runs import make_digits_run
+
+    return make_digits_run(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """A user's own file with a small network in it."""
+    from runs import MODEL_FILE
+
+    path = tmp_path / "own.py"
+    path.write_text(MODEL_FILE)
+    return path

@@ -7,10 +7,15 @@ differ, so that a mix-up of two axes can't go unseen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.plan import PruningPlan, Target
+from secateur.wiring import Wiring, make_wiring
 
 SIDE = 8
 CLASSES = 5
@@ -103,7 +108,7 @@ class Flattened(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(_conv_norm(3, 6), nn.ReLU(), nn.AdaptiveMaxPool2d((2, 4)))
+        self.features = nn.Sequential(_conv_norm(3, 6), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)))
         self.hidden = nn.Linear(6 * 8, 7)
         self.linear = nn.Linear(7, CLASSES)
 
@@ -273,6 +278,33 @@ def make_network(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+@cache
+def wired(name: str, cut_stream: bool = False) -> tuple[nn.Module, Wiring]:
+    """The named network and its wiring; made once, so that no test may change it."""
+    model = make_network(name)
+    return model, make_wiring(model, random_images(2), cut_stream=cut_stream)
+
+
+def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
+    """A plan that removes at least one and leaves at least one random filter of each group."""
+    removed: dict[str, tuple[int, ...]] = {}
+    for name, group in wiring.groups.items():
+        if len(group) > 1:
+            count = int(torch.randint(1, len(group), (), generator=generator))
+            chosen = torch.randperm(len(group), generator=generator)[:count]
+            removed[name] = tuple(sorted(chosen.tolist()))
+    return PruningPlan(removed, Target("macs", 0.5), "random")
+
+
+def counted_macs(model: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of one image as PyTorch's own counter sees them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images[:1])
+    flops = int(counter.get_total_flops())
+    assert flops % 2 == 0
+    return flops // 2
+
+
 def random_images(count: int = 3, side: int = SIDE, seed: int = 1) -> Tensor:
     """Images `[image, 3, side, side]` of normal noise."""
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
@@ -288,9 +320,9 @@ def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:
             if not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 continue
             shape = (module.num_features,)
-            module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
-            module.bias.copy_(torch.randn(shape, generator=generator) * 0.5)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.5)
-            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+            for tensor in (module.weight, module.running_var):
+                if tensor is not None:
+                    tensor.copy_(torch.rand(shape, generator=generator) + 0.5)
+            for tensor in (module.bias, module.running_mean):
+                if tensor is not None:
+                    tensor.copy_(torch.randn(shape, generator=generator) * 0.5)

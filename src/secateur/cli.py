@@ -152,8 +152,12 @@ def prune(
         ),
     ] = None,
     refit: Annotated[
-        bool | None,
-        typer.Option("--refit/--no-refit", help="Re-estimate the kernels [default: refit]."),
+        str | None,
+        typer.Option(
+            "--refit",
+            help="Kernels to re-estimate: downstream (all from the first cut on), readers (those "
+            "that lost inputs) or none [default: downstream].",
+        ),
     ] = None,
     finetune: Annotated[
         bool | None,
@@ -211,7 +215,7 @@ def prune(
                 "use_labels": use_labels,
             },
             "plan": {"target": target, "cut_stream": cut_stream},
-            "refit": {"enabled": refit},
+            "refit": {"layers": refit},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
                 "learning_rate": learning_rate,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from secateur.errors import UsageError
 from secateur.plan import parse_target
 
+RefitLayers = Literal["downstream", "readers", "none"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -80,8 +81,9 @@ class PlanSection(Section):
 class RefitSection(Section):
     """Closed-form re-estimation of the remaining kernels."""
 
-    enabled: bool = True
-    """Whether it is done."""
+    layers: RefitLayers = "downstream"
+    """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
+    literal reading of the paper; `none`."""
     positions: int = Field(default=256, ge=1)
     """Output positions of a layer that are drawn from each probe image."""
 
@@ -101,6 +103,8 @@ class FinetuneSection(Section):
     """L2 penalty on every parameter."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises."""
+    flip: bool = True
+    """Whether half of the training images are mirrored; not for digits and letters."""
     label_weight: float = Field(default=0.3, ge=0, le=1)
     """Weight of the labels in the loss; the rest is the original network's. 0: no labels."""
     temperature: float = Field(default=3.0, gt=0)

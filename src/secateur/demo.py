@@ -13,7 +13,7 @@ from secateur.pipeline import preprocessing
 from secateur.progress import Track, silent
 
 MODEL = "resnet20"
-TRAINING = FinetuneSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40)
+TRAINING = FinetuneSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
 """How the base network is trained on the digits."""
 
 
@@ -24,7 +24,7 @@ def digits_config(weights: Path) -> RunConfig:
             "model": {"name": MODEL, "weights": str(weights)},
             "data": {"source": "digits", "probe_images": 500},
             "plan": {"target": "macs=0.5"},
-            "finetune": {"epochs": 3, "batch_size": 64, "warmup_steps": 10},
+            "finetune": {"epochs": 3, "batch_size": 64, "warmup_steps": 10, "flip": False},
         }
     )
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.config import FinetuneSection, Precision
-from secateur.data import Batch, Images, batches
+from secateur.data import Augmentation, Batch, Images, batches
 from secateur.errors import SecateurError
 from secateur.evaluate import check_labels
 from secateur.graph import evaluating
@@ -62,6 +62,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, _cosine(settings.epochs * steps_an_epoch, settings.warmup_steps)
     )
+    augmentation = Augmentation(flip=settings.flip)
     label_weight = 1.0 if teacher is None else settings.label_weight
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))  # for its end: the old modes come back
@@ -71,7 +72,7 @@ def finetune(
         for number in range(1, settings.epochs + 1):
             loss_sum, count = 0.0, 0
             stream = batches(
-                images, settings.batch_size, preprocessing, shuffle=generator, augment=True
+                images, settings.batch_size, preprocessing, shuffle=generator, augment=augmentation
             )
             for batch in track(stream, f"epoch {number}/{settings.epochs}", steps_an_epoch):
                 optimiser.zero_grad(set_to_none=True)

@@ -195,7 +195,7 @@ def prune(
     score("cut", smaller, start)
 
     refitted: tuple[LayerRefit, ...] = ()
-    if config.refit.enabled:
+    if config.refit.layers != "none":
         start = time.perf_counter()
         refitted = refit(
             model,
@@ -203,7 +203,7 @@ def prune(
             wiring,
             plan,
             data.batches(probe, config.data.batch_size, prepare),
-            positions=config.refit.positions,
+            config.refit,
             seed=config.seed,
             track=track,
         )

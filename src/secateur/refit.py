@@ -9,9 +9,9 @@ already pruned network feeds the layer and y what the *original* network's layer
 errors are corrected as they arise. Where the output goes into a residual sum, y is what makes the
 sum right. No label and no gradient is needed.
 
-A departure from the paper's words: every layer from the first cut on is re-estimated, not only
-those that lost inputs. The others read inputs that went astray as well, and can put part of it
-right (docs/method.md has the figures).
+A departure from the paper's words: by default every layer from the first cut on is re-estimated,
+not only those that lost inputs. The others read inputs that went astray as well, and can put part
+of it right (docs/method.md has the figures).
 
 The abstract of Alqahtani et al. (CVIU 2021) says only that new kernels are estimated from the
 remaining channels. Least squares on sampled positions is what channel pruning (He et al., ICCV
@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
 from secateur.plan import PruningPlan
@@ -68,15 +69,16 @@ def refit(
     wiring: Wiring,
     plan: PruningPlan,
     batches: Iterable[Batch],
+    settings: RefitSection,
     *,
-    positions: int,
     seed: int,
     track: Track = silent,
 ) -> tuple[LayerRefit, ...]:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
 
-    `positions` output positions are drawn at random from every image. The activations between the
-    current layer and the next are held for every batch, and the Gram matrices in float64.
+    Output positions are drawn at random from every image, as many as `settings` says. The
+    activations between the current layer and the next are held for every batch, and the Gram
+    matrices in float64.
     """
     generator = torch.Generator().manual_seed(seed)
     cut_state = {name: tensor.clone() for name, tensor in tensors_of(smaller).items()}
@@ -93,8 +95,10 @@ def refit(
         kept = wiring.kept_indices(plan.removed)
         uses = [layer.weight for layer in wiring.layers]
         for layer in track(wiring.layers, "refitting layers", len(wiring.layers)):
-            if not results and 1 not in kept.get(layer.weight, {}):
-                continue  # nothing upstream has changed yet
+            lost_inputs = 1 in kept.get(layer.weight, {})
+            upstream_changed = settings.layers == "downstream" and bool(results)
+            if not lost_inputs and not upstream_changed:
+                continue
             reason = _why_not(layer, cut_state[layer.weight], uses)
             if reason:
                 results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
@@ -105,7 +109,7 @@ def refit(
             for number, (full, cut) in enumerate(walks):
                 inputs, targets = problem.look(full, cut)
                 held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-                problem.add(inputs, targets, positions, generator, held_out=held_out)
+                problem.add(inputs, targets, settings.positions, generator, held_out=held_out)
             results.append(problem.solve())
     with torch.no_grad():
         for name, tensor in tensors_of(smaller).items():

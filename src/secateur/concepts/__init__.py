@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,7 @@ class ConceptMasks:
     """Number of the concept that each region shows."""
 
 
+@runtime_checkable
 class ConceptSource(Protocol):
     """Images in, masks out."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,6 +43,7 @@ class Sight:
     """Gradient of the images' summed loss, for criteria that need it."""
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Whoever wants to see the feature maps."""
 
@@ -58,6 +59,7 @@ class Observer(Protocol):
         """Takes in one group in one batch."""
 
 
+@runtime_checkable
 class Criterion(Observer, Protocol):
     """Evidence about a group in, one score a filter out."""
 

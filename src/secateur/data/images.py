@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -20,6 +20,7 @@ from secateur.models import Preprocessing
 Indices = Int[Tensor, "image"]
 
 
+@runtime_checkable
 class Images(Protocol):
     """A fixed list of labelled images."""
 
@@ -104,19 +105,49 @@ class Batch:
     labels: Int[Tensor, image]
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes that leave an image's class as it is.
+
+    Each image is shifted by up to an eighth of its side, over a border of zeros, and with `flip`
+    half of them are mirrored, as He et al. (2016, section 4.2) train on CIFAR.
+    """
+
+    flip: bool = True
+
+    def apply(
+        self,
+        images: Float[Tensor, "image rgb height width"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "image rgb height width"]:
+        """The changed images; each one is changed by its own draw."""
+        count, channels, height, width = images.shape
+        border = height // 8
+        padded = torch.nn.functional.pad(images, 4 * [border])
+        top = torch.randint(2 * border + 1, (count, 1), generator=generator)
+        left = torch.randint(2 * border + 1, (count, 1), generator=generator)
+        columns = left + torch.arange(width)  # [image, width]
+        if self.flip:
+            flipped = torch.rand(count, 1, generator=generator) < 0.5
+            columns = torch.where(flipped, columns.flip(1), columns)
+        rows = top + torch.arange(height)
+        row_index = rows[:, None, :, None].expand(count, channels, height, padded.shape[-1])
+        column_index = columns[:, None, None, :].expand(count, channels, height, width)
+        return padded.gather(2, row_index).gather(3, column_index)
+
+
 def batches(
     images: Images,
     size: int,
     preprocessing: Preprocessing,
     *,
     shuffle: torch.Generator | None = None,
-    augment: bool = False,
+    augment: Augmentation | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in batches of `size`; the last one may be smaller.
 
-    In the order of the list, or in a random order from `shuffle`. `augment` flips and shifts
-    each image by up to an eighth of its side (zero padding), as He et al. (2016) train on CIFAR;
-    it draws from `shuffle` too. The next batch is read while the last one is in use.
+    In the order of the list, or in a random order from `shuffle`, which `augment` draws from too.
+    The next batch is read while the last one is in use.
     """
     count = len(images.labels)
     order = torch.randperm(count, generator=shuffle) if shuffle else torch.arange(count)
@@ -133,21 +164,6 @@ def batches(
             batch = coming.result()
             if number + 1 < len(chunks):
                 coming = pool.submit(read, chunks[number + 1])
-            if augment:
-                batch = Batch(_flip_and_shift(batch.images, shuffle), batch.labels)
+            if augment is not None:
+                batch = Batch(augment.apply(batch.images, shuffle), batch.labels)
             yield batch
-
-
-def _flip_and_shift(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Mirrors half of the images and shifts each one, over its own zero border."""
-    count, channels, height, width = images.shape
-    border = height // 8
-    padded = torch.nn.functional.pad(images, 4 * [border])
-    top = torch.randint(2 * border + 1, (count, 1), generator=generator)
-    left = torch.randint(2 * border + 1, (count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)  # [image, height]
-    columns = left + torch.where(flipped, torch.arange(width).flip(0), torch.arange(width))
-    row_index = rows[:, None, :, None].expand(count, channels, height, padded.shape[-1])
-    column_index = columns[:, None, None, :].expand(count, channels, height, width)
-    return padded.gather(2, row_index).gather(3, column_index)

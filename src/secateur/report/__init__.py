@@ -9,13 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secateur.result import RunResult
 
-STAGE_TITLES = {
-    "before": "before",
-    "cut": "cut",
-    "refit": "refit",
-    "tuned": "tuned",
-}
-
 
 def write_report(result: RunResult, path: Path) -> None:
     """Writes the report of a run; text from data is escaped."""
@@ -48,9 +41,9 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                 "top-1 %": f"{100 * score.top1_fraction:.2f}",
                 "top-5 %": f"{100 * score.top5_fraction:.2f}",
                 "loss": f"{score.loss:.3f}",
-                "MACs": f"{count_text(score.macs)} ({score.macs / first.macs:.0%})",
-                "parameters": (
-                    f"{count_text(score.parameters)} ({score.parameters / first.parameters:.0%})"
+                "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
+                "params": (
+                    f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"
                 ),
                 "latency ms": f"{score.latency_ms:.1f}",
                 "seconds": f"{stage.seconds:.1f}",

@@ -1,0 +1,27 @@
+# make demo   sets up .venv and prunes a small network on handwritten digits
+#             (with DATA=DIR and WEIGHTS=FILE: the same on CIFAR-10; MODEL=NAME, OUT=DIR)
+# make test   sets up .venv and runs the tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+OUT ?= runs/demo
+MODEL ?= resnet20
+export VENV
+
+.PHONY: demo test check setup
+
+demo: setup
+	$(VENV)/bin/secateur demo --out "$(OUT)" $(if $(DATA),--model "$(MODEL)" --data "cifar10:$(DATA)" --weights "$(WEIGHTS)")
+
+test: setup
+	scripts/test
+
+check: setup
+	scripts/check
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@

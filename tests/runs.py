@@ -1,0 +1,93 @@
+"""One short real run on the digits, shared by every test that looks at what a run leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from secateur import data, models, pipeline
+from secateur.config import FinetuneSection, RunConfig, from_dict
+from secateur.finetune import finetune
+from secateur.result import RunResult
+
+MODEL_FILE = '''
+import torch.nn as nn
+
+
+def small(num_classes=10):
+    """Two cut layers and a residual sum, on images of 32x32."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+            self.conv1 = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(12)
+            self.conv2 = nn.Conv2d(12, 8, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(8)
+            self.conv3 = nn.Conv2d(8, 16, 3, 2, 1)
+            self.head = nn.Linear(16, num_classes)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+            return self.head(self.conv3(x).relu().mean((2, 3)))
+
+    return Small()
+'''
+
+
+@dataclass(frozen=True)
+class DigitsRun:
+    """A run folder and what it was made from."""
+
+    folder: Path
+    config: RunConfig
+    result: RunResult
+
+
+def small_config(model_file: Path, **sections: dict[str, object]) -> RunConfig:
+    """A run of the small network on digits that takes a second or two."""
+    tables: dict[str, dict[str, object]] = {
+        "model": {"name": f"{model_file}:small"},
+        "data": {"source": "digits", "image_size": 32, "probe_images": 100, "batch_size": 50},
+        "finetune": {"epochs": 0, "batch_size": 64, "warmup_steps": 0, "flip": False},
+    }
+    for name, values in sections.items():
+        tables[name] = {**tables.get(name, {}), **values}
+    return from_dict(dict(tables))
+
+
+def make_digits_run(directory: Path) -> DigitsRun:
+    """Trains a ResNet-20 on the digits for three epochs and prunes it to half its MACs."""
+    weights = directory / "base.safetensors"
+    dataset = data.load("digits")
+    model = models.load("resnet20")
+    settings = FinetuneSection(
+        epochs=3, batch_size=64, learning_rate=0.1, warmup_steps=10, flip=False
+    )
+    prepare = models.preprocessing("resnet20")
+    finetune(model, None, dataset.train, prepare, settings, seed=0)
+    save_file(model.state_dict(), weights)
+    config = from_dict(
+        {
+            "model": {"name": "resnet20", "weights": str(weights)},
+            "data": {"source": "digits", "probe_images": 200},
+            "plan": {"target": "macs=0.5"},
+            "finetune": {"epochs": 1, "batch_size": 64, "warmup_steps": 5, "flip": False},
+        }
+    )
+    folder = directory / "run"
+    result = pipeline.run(config, folder, command="secateur prune <script>alert(1)</script>")
+    return DigitsRun(folder, config, result)
+
+
+def outputs(model: torch.nn.Module) -> torch.Tensor:
+    """What a network answers to four fixed images."""
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        answers: torch.Tensor = model.eval()(images)
+    return answers

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
+from secateur import activations
+from secateur.activations import kernels_of, observe
+from secateur.concepts import Concept, ConceptMasks, at_resolution
+from secateur.criteria import Sight
+from secateur.data import Batch
+from secateur.errors import DataError
+from secateur.graph import tensors_of
+from secateur.thresholds import UsualTally
+from secateur.wiring import Wiring, make_wiring
+
+LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])
+
+
+class Bright:
+    """One region an image, where its first channel is positive; the concept is the class."""
+
+    concepts = tuple(Concept(str(number), "brightness") for number in range(CLASSES + 1))
+
+    def find(self, images: Tensor, labels: Tensor | None) -> ConceptMasks:
+        shown = torch.full((len(images),), CLASSES) if labels is None else labels
+        return ConceptMasks(images[:, :1] > 0, shown[:, None])
+
+
+class Units(nn.Module):
+    """Pooled to 2x4 positions, flattened, and read by a linear layer with hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.hidden = nn.Linear(6 * 8, 7)
+        self.linear = nn.Linear(7, CLASSES)
+
+    def maps(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(F.relu(self.conv(images)), (2, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(F.gelu(self.hidden(self.maps(images).flatten(1))))
+        return logits
+
+
+class Recorder:
+    """Remembers what it is shown."""
+
+    def __init__(self, *, needs_images: bool = True, needs_gradients: bool = False) -> None:
+        self.needs_images = needs_images
+        self.needs_gradients = needs_gradients
+        self.sights: dict[str, list[Sight]] = {}
+
+    def observe(self, sight: Sight) -> None:
+        self.sights.setdefault(sight.group, []).append(sight)
+
+    def maps(self, group: str) -> Tensor:
+        return torch.cat([sight.maps for sight in self.sights[group]])
+
+    def gradients(self, group: str) -> Tensor:
+        gradients = [sight.gradients for sight in self.sights[group]]
+        return torch.cat([gradient for gradient in gradients if gradient is not None])
+
+
+class Probe:
+    """A probe set that counts how often it is read."""
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int = 3) -> None:
+        self._parts = list(zip(images.split(size), labels.split(size), strict=True))
+        self.reads = 0
+
+    def __call__(self) -> Iterator[Batch]:
+        self.reads += 1
+        return (Batch(images, labels) for images, labels in self._parts)
+
+
+def network(name: str) -> tuple[nn.Module, Wiring]:
+    model = Units().eval() if name == "units" else make_network(name)
+    return model, make_wiring(model, random_images(2))
+
+
+def look(
+    model: nn.Module,
+    wiring: Wiring,
+    probe: Probe,
+    observers: Iterable[Recorder],
+    *,
+    quantile: float = 0.2,
+    use_labels: bool = True,
+) -> None:
+    observe(
+        model, wiring, probe, list(observers), Bright(), quantile=quantile, use_labels=use_labels
+    )
+
+
+def maps_by_hand(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The feature maps of each group as its readers read them, from the modules themselves."""
+    if isinstance(model, Chain):
+        first = F.relu(model.bn1(model.conv1(images)))
+        return {"conv1": first, "conv2": F.relu(model.bn2(model.conv2(first)))}
+    if isinstance(model, Units):
+        maps = model.maps(images)
+        hidden = F.gelu(model.hidden(maps.flatten(1)))
+        return {"conv": maps, "hidden": hidden[:, :, None, None]}
+    assert isinstance(model, Concat)
+    stem = F.relu(model.stem(images))
+    left, right = F.relu(model.left(stem)), F.relu(model.right(stem))
+    join = F.relu(model.join(torch.cat([left, right], 1)))
+    return {"stem.0": stem, "left.0": left, "right.0": right, "join.0": join}
+
+
+def logits_by_hand(model: nn.Module, maps: dict[str, Tensor]) -> Tensor:
+    linear = model.get_submodule("linear")
+    if isinstance(model, Chain):
+        logits = linear(maps["conv2"].mean((2, 3)))
+    elif isinstance(model, Units):
+        logits = linear(maps["hidden"][:, :, 0, 0])
+    else:
+        logits = linear(torch.cat([maps["join.0"], maps["stem.0"]], 1).mean((2, 3)))
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+TRACED = ["chain", "units", "concat"]
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> None:
+    model, wiring = network(name)
+    images, recorder = random_images(7), Recorder()
+    look(model, wiring, Probe(images, LABELS), [recorder])
+    with torch.no_grad():
+        expected = maps_by_hand(model, images)
+    assert recorder.sights.keys() == expected.keys() == wiring.groups.keys()
+    for group, maps in expected.items():
+        assert len(recorder.sights[group]) == 3  # once a batch
+        torch.testing.assert_close(recorder.maps(group), maps)
+
+
+def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
+    model, wiring = network("units")
+    recorder = Recorder(needs_gradients=True)
+    look(model, wiring, Probe(random_images(7), LABELS, size=7), [recorder])
+    (sight,) = recorder.sights["hidden"]
+    assert sight.maps.shape == (7, 7, 1, 1)
+    assert sight.gradients is not None
+    assert sight.gradients.shape == (7, 7, 1, 1)
+    assert sight.masks.shape == (7, 1, 1, 1)
+
+
+@pytest.mark.parametrize("use_labels", [True, False])
+@pytest.mark.parametrize("name", TRACED)
+def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> None:
+    model, wiring = network(name)
+    images, recorder = random_images(7), Recorder(needs_gradients=True)
+    look(model, wiring, Probe(images, LABELS), [recorder], use_labels=use_labels)
+
+    maps = maps_by_hand(model, images)
+    logits = logits_by_hand(model, maps)
+    targets = LABELS if use_labels else logits.argmax(1)
+    assert not torch.equal(LABELS, logits.argmax(1))
+    loss = -logits.log_softmax(1)[torch.arange(7), targets].sum()
+    expected = torch.autograd.grad(loss, list(maps.values()))
+    for group, gradient in zip(maps, expected, strict=True):
+        torch.testing.assert_close(recorder.gradients(group), gradient)
+        torch.testing.assert_close(recorder.maps(group), maps[group].detach())
+
+
+def test_only_those_who_ask_for_gradients_get_them() -> None:
+    model, wiring = network("chain")
+    with_gradients, without = Recorder(needs_gradients=True), Recorder()
+    look(model, wiring, Probe(random_images(7), LABELS), [without, with_gradients])
+    for group in wiring.groups:
+        assert all(sight.gradients is None for sight in without.sights[group])
+        assert all(sight.gradients is not None for sight in with_gradients.sights[group])
+        assert torch.equal(without.maps(group), with_gradients.maps(group))
+
+
+def test_the_probe_set_is_not_read_for_those_who_need_no_images() -> None:
+    model, wiring = network("chain")
+    probe, blind = Probe(random_images(7), LABELS), Recorder(needs_images=False)
+    look(model, wiring, probe, [blind])
+    assert probe.reads == 0
+    look(model, wiring, probe, [blind, Recorder()])
+    assert blind.sights == {}
+
+
+def test_more_observers_take_no_more_passes() -> None:
+    model, wiring = network("chain")
+    reads = []
+    for count in (1, 3):
+        probe = Probe(random_images(7), LABELS)
+        look(model, wiring, probe, [Recorder() for _ in range(count)])
+        reads.append(probe.reads)
+    assert reads == [2, 2]  # one for means and thresholds, one for the rest
+
+
+def test_masks_come_at_the_resolution_of_each_map() -> None:
+    model, wiring = network("chain")
+    images, recorder = random_images(7), Recorder()
+    look(model, wiring, Probe(images, LABELS, size=7), [recorder])
+    for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
+        (sight,) = recorder.sights[group]
+        assert torch.equal(sight.masks, at_resolution(images[:, :1] > 0, size))
+
+
+@pytest.mark.parametrize("use_labels", [True, False])
+def test_the_source_sees_labels_only_where_they_may_be_used(use_labels: bool) -> None:
+    model, wiring = network("chain")
+    recorder = Recorder()
+    look(model, wiring, Probe(random_images(7), LABELS), [recorder], use_labels=use_labels)
+    shown = torch.cat([sight.concepts for sight in recorder.sights["conv1"]]).flatten()
+    assert torch.equal(shown, LABELS if use_labels else torch.full((7,), CLASSES))
+
+
+def test_what_is_usual_comes_from_the_whole_probe_set_before_the_first_sight() -> None:
+    model, wiring = network("chain")
+    images, recorder = random_images(7), Recorder()
+    look(model, wiring, Probe(images, LABELS), [recorder], quantile=0.1)
+    with torch.no_grad():
+        expected = maps_by_hand(model, images)
+    for group, sights in recorder.sights.items():
+        tally = UsualTally()
+        tally.add(expected[group])
+        usual = tally.finish(0.1)
+        for sight in sights:
+            torch.testing.assert_close(sight.usual.mean, usual.mean)
+            torch.testing.assert_close(sight.usual.threshold, usual.threshold)
+
+
+def test_what_is_usual_comes_from_the_first_images_of_a_large_probe_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(activations, "USUAL_IMAGES", 4)
+    model, wiring = network("chain")
+    images, recorder = random_images(7), Recorder()
+    look(model, wiring, Probe(images, LABELS, size=2), [recorder])
+    with torch.no_grad():
+        first = maps_by_hand(model, images[:4])["conv1"]
+    mean = recorder.sights["conv1"][0].usual.mean
+    torch.testing.assert_close(mean, first.mean((0, 2, 3)))
+
+
+def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:
+    model, wiring = network("chain")
+    probe = Probe(random_images(2), torch.tensor([0, CLASSES]))
+    with pytest.raises(DataError, match="class number 5, but the network tells 5 classes apart"):
+        look(model, wiring, probe, [Recorder(needs_gradients=True)])
+
+
+def norms_by_hand(*weights: Tensor) -> Tensor:
+    """`[filter]` norm of all weights that read a filter, each `[reader, filter, ...]`."""
+    filters = weights[0].shape[1]
+    norms = []
+    for c in range(filters):
+        values = [value for weight in weights for value in weight[:, c].flatten().tolist()]
+        norms.append(sum(value**2 for value in values) ** 0.5)
+    return torch.tensor(norms)
+
+
+def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
+    model, wiring = network("concat")
+    assert isinstance(model, Concat)
+    left, right = model.left[0].weight, model.right[0].weight
+    join, linear = model.join[0].weight, model.linear.weight
+    expected = {
+        "stem.0": norms_by_hand(left, right, linear[:, 6:]),
+        "left.0": norms_by_hand(join[:, :5]),
+        "right.0": norms_by_hand(join[:, 5:]),
+        "join.0": norms_by_hand(linear[:, :6]),
+    }
+    state = tensors_of(model)
+    for name, group in wiring.groups.items():
+        torch.testing.assert_close(kernels_of(wiring, group, state).outgoing_norm, expected[name])
+
+
+def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
+    model, wiring = network("units")
+    assert isinstance(model, Units)
+    state = tensors_of(model)
+    norms = {
+        name: kernels_of(wiring, group, state).outgoing_norm
+        for name, group in wiring.groups.items()
+    }
+    hidden = model.hidden.weight.reshape(7, 6, 8)  # [unit, channel, position]
+    torch.testing.assert_close(norms["conv"], norms_by_hand(hidden))
+    torch.testing.assert_close(norms["hidden"], norms_by_hand(model.linear.weight))
+
+    viewed, wiring = network("view_rest")
+    assert isinstance(viewed, ViewRest)
+    norm = kernels_of(wiring, wiring.groups["conv.0"], tensors_of(viewed)).outgoing_norm
+    linear = viewed.linear.weight.reshape(CLASSES, 6, 16)
+    torch.testing.assert_close(norm, norms_by_hand(linear))
+
+
+def test_incoming_kernels_are_those_that_write_the_filters() -> None:
+    model = make_network("residual")
+    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    state = tensors_of(model)
+    incoming = kernels_of(wiring, wiring.groups["stem.0"], state).incoming
+    expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
+    assert len(incoming) == 3
+    for kernel in expected:
+        assert any(torch.equal(kernel, found) for found in incoming if found.shape == kernel.shape)
+
+
+def test_nothing_stays_on_the_network() -> None:
+    model, wiring = network("chain")
+    model.train()
+    model.get_submodule("bn2").eval()
+    model.get_parameter("conv1.weight").requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = random_images(7)
+    pixels = images.clone()
+
+    look(model, wiring, Probe(images, LABELS), [Recorder(needs_gradients=True), Recorder()])
+
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(images, pixels)
+    assert images.grad is None
+    assert not images.requires_grad
+
+
+def test_a_frozen_network_still_has_gradients() -> None:
+    model, wiring = network("chain")
+    model.requires_grad_(False)
+    recorder = Recorder(needs_gradients=True)
+    look(model, wiring, Probe(random_images(7), LABELS), [recorder])
+    assert recorder.gradients("conv1").abs().sum() > 0

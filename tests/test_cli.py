@@ -1,0 +1,265 @@
+"""The command line: exit codes, one clear line for an error, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from runs import DigitsRun
+from secateur import cli, models
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+class Call:
+    """Runs the command line in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Outcome:
+        self._monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        captured = self._capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    monkeypatch.setenv("COLUMNS", "80")
+    return Call(monkeypatch, capsys)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of two classes with six images each, of 20×24 pixels."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(6):
+            colour = (40 * number, 255 - 40 * number, 120 if name == "cat" else 10)
+            image = Image.new("RGB", (20, 24), colour)
+            image.save(tmp_path / "images" / name / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_help_names_every_command(call: Call) -> None:
+    outcome = call("--help")
+    assert outcome.code == 0
+    for command in ("prune", "evaluate", "inspect", "models", "demo"):
+        assert command in outcome.out
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "models", "demo"])
+def test_every_command_has_help(call: Call, command: str) -> None:
+    outcome = call(command, "--help")
+    assert outcome.code == 0
+    assert "Usage" in outcome.out
+
+
+def test_version(call: Call) -> None:
+    assert call("--version").out.strip() == cli.__version__
+
+
+def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["prune", "-m", "resnet20", "-d", f"folder:{images}", "-t", "macs=0.6"]
+    outcome = call(*arguments, "--allow-untrained", "--no-finetune", "-o", run)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["before", "cut", "refit"]
+    assert max(len(line) for line in lines[:4]) <= 80
+    assert lines[-1] == f"report: {run / 'report.html'}"
+    scored = call("evaluate", run, "--json")
+    assert scored.code == 0
+    recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
+    found = json.loads(scored.out)
+    assert {**found, "latency_ms": 0} == {**recorded, "latency_ms": 0}
+
+
+def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    outcome = call(*arguments, "--probe-images", 60, "--no-finetune", "--json", "-o", run)
+    assert outcome.code == 0
+    assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
+
+
+def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'seed = 3\n[model]\nname = "{model_file}:small"\n'
+        '[data]\nsource = "digits"\nimage_size = 32\nprobe_images = 60\n'
+        '[plan]\ntarget = "macs=0.9"\n[finetune]\nepochs = 0\n'
+    )
+    run = tmp_path / "run"
+    assert call("prune", "-c", config, "-t", "macs=0.8", "-o", run).code == 0
+    saved = json.loads((run / "result.json").read_text())["config"]
+    assert saved["plan"]["target"] == "macs=0.8"
+    assert saved["seed"] == 3
+
+
+def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
+    weights = digits_run.config.model.weights
+    outcome = call("evaluate", "-m", "resnet20", "-w", weights, "-d", "digits")
+    assert outcome.code == 0
+    before = digits_run.result.score("before")
+    assert before is not None
+    assert f"{100 * before.top1_fraction:.2f} %" in outcome.out
+
+
+def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None:
+    weights = digits_run.config.model.weights
+    common = ["inspect", "-m", "resnet20", "-w", weights, "-d", "digits", "--probe-images", 100]
+    outcome = call(*common)
+    assert outcome.code == 0
+    assert "written to the network's output" in " ".join(outcome.out.split())
+    found = json.loads(call(*common, "--criterion", "l2", "--criterion", "vote-iou", "--json").out)
+    assert {group["layer"] for group in found["groups"]} == {
+        group.name for group in digits_run.result.groups
+    }
+    first = found["groups"][0]
+    assert set(first["scores"]) == {"l2", "vote-iou"}
+    assert len(first["concepts"]) == first["filters"] == 16
+    assert all(0 <= seen["iou"] <= 1 for seen in first["concepts"])
+
+
+def test_inspect_one_layer(call: Call, model_file: Path) -> None:
+    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    outcome = call(*common, "--probe-images", 60, "--layer", "conv1")
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 1 + 12
+    outcome = call(*common, "--probe-images", 60, "--layer", "conv11")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "did you mean conv1" in outcome.err
+
+
+def test_models_lists_what_can_be_named(call: Call) -> None:
+    found = json.loads(call("models", "--json").out)
+    assert "resnet56" in found["networks"]
+    assert "torchvision:resnet50" in found["networks"]
+    assert "vote-response" in found["criteria"]
+    assert set(found["concepts"]) == {"evidence", "saliency"}
+    assert "resnet56" in call("models").out
+
+
+def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> None:
+    """One clear line, the right exit code, and no trace of a run folder."""
+    outcome = call("prune", *arguments, "-o", out)
+    assert outcome.code == code
+    assert outcome.out == ""
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert words in outcome.err
+    assert not out.exists()
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_missing_weights_file(call: Call, tmp_path: Path) -> None:
+    common = ["-m", "resnet20", "-d", "digits"]
+    weights = tmp_path / "none.safetensors"
+    fails(call, tmp_path / "run", 1, f"no weights file {weights}", *common, "-w", weights)
+
+
+def test_weights_of_another_architecture(call: Call, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(models.load("resnet32").state_dict(), weights)
+    common = ["-m", "resnet20", "-d", "digits", "-w", weights]
+    fails(call, tmp_path / "run", 1, "unexpected: layer1.3.bn1.bias", *common)
+
+
+def test_empty_data_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    common = ["-m", "resnet20", "--allow-untrained"]
+    empty = tmp_path / "empty"
+    fails(call, tmp_path / "run", 1, "no class folders", *common, "-d", f"folder:{empty}")
+    fails(call, tmp_path / "run", 1, "no CIFAR-10", *common, "-d", f"cifar10:{empty}")
+
+
+def test_unreadable_image(call: Call, images: Path, tmp_path: Path) -> None:
+    for broken in (images / "dog").iterdir():
+        broken.write_bytes(b"not an image")
+    common = ["-m", "resnet20", "--allow-untrained", "-d", f"folder:{images}"]
+    fails(call, tmp_path / "run", 1, "can't be read", *common)
+
+
+@pytest.mark.parametrize("target", ["macs=1.5", "macs=0", "macs=half", "speed=0.5", "macs"])
+def test_target_out_of_range(call: Call, tmp_path: Path, target: str) -> None:
+    common = ["-m", "resnet20", "-d", "digits", "--allow-untrained", "-t", target]
+    fails(call, tmp_path / "run", 2, target, *common)
+
+
+def test_folder_in_the_way(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    outcome = call("prune", "-m", "resnet20", "-d", "digits", "--allow-untrained", "-o", tmp_path)
+    assert outcome.code == 1
+    assert "--overwrite" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_unknown_names_bring_the_near_ones(call: Call, tmp_path: Path) -> None:
+    common = ["-d", "digits", "--allow-untrained"]
+    out = tmp_path / "run"
+    fails(call, out, 2, "did you mean resnet56", *common, "-m", "resnet57")
+    fails(call, out, 2, "resnet50", *common, "-m", "torchvision:resnet51")
+    criterion = ["-m", "resnet20", "--criterion", "tailor"]
+    fails(call, out, 2, "did you mean taylor", *common, *criterion)
+
+
+def test_usage_errors(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fails(call, out, 2, "--model is missing", "-d", "digits")
+    fails(call, out, 2, "--data is missing", "-m", "resnet20")
+    fails(call, out, 2, "needs --weights", "-m", "resnet20", "-d", "digits")
+    contradiction = ["--no-finetune", "--epochs", 3]
+    fails(call, out, 2, "exclude each other", "-m", "resnet20", "-d", "digits", *contradiction)
+    assert call("prune", "--no-such-option").code == 2
+    assert call("evaluate").code == 2
+
+
+def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
+    outcome = call("evaluate", tmp_path / "[red]run[/red]")
+    assert outcome.code == 2
+    assert "[red]run[/red]" in outcome.err
+
+
+@pytest.mark.slow
+def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(models.load("resnet20").state_dict(), weights)
+    out = tmp_path / "runs" / "run"
+    arguments = ["prune", "-m", "resnet20", "-w", str(weights), "-d", "digits", "-o", str(out)]
+    code = "from secateur.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--epochs", "50"])
+    deadline = time.monotonic() + 60
+    while not out.parent.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert list(out.parent.iterdir()) == []
+
+
+def test_threads_are_left_as_they_are(call: Call) -> None:
+    before = torch.get_num_threads()
+    call("models")
+    assert torch.get_num_threads() == before

@@ -1,0 +1,67 @@
+"""Configuration: one typed value, saved and read back, with errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from secateur.config import RunConfig, Section, from_dict, from_toml, read_config, to_toml
+from secateur.errors import TargetError, UsageError
+
+SMALLEST: dict[str, object] = {"model": {"name": "resnet20"}, "data": {"source": "digits"}}
+
+
+def test_toml_round_trip() -> None:
+    config = from_dict({**SMALLEST, "plan": {"target": "params=0.25"}, "seed": 4})
+    assert from_toml(to_toml(config), "text") == config
+
+
+def test_every_field_says_what_it_is() -> None:
+    sections = [RunConfig, *Section.__subclasses__()]
+    undocumented = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description and not (section is RunConfig and name != "seed")
+    ]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"model": {"nam": "resnet20"}}, "model.name"),
+        ({"modle": {}}, "modle"),
+        ({"data": {"source": "digits", "probe_images": 0}}, "data.probe_images"),
+        ({"finetune": {"label_weight": 1.5}}, "finetune.label_weight"),
+        ({"finetune": {"precision": "float8"}}, "finetune.precision"),
+        ({"refit": {"layers": "all"}}, "refit.layers"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_errors_name_the_key(change: dict[str, object], key: str) -> None:
+    with pytest.raises(UsageError, match=f"configuration, {key}: "):
+        from_dict({**SMALLEST, **change})
+
+
+def test_target_is_checked_at_once() -> None:
+    with pytest.raises(TargetError, match="out of range"):
+        from_dict({**SMALLEST, "plan": {"target": "macs=7"}})
+
+
+def test_files_that_are_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can't be read"):
+        read_config(tmp_path / "none.toml")
+    (tmp_path / "a.toml").write_text("seed = = 3")
+    with pytest.raises(UsageError, match=r"a\.toml is not TOML"):
+        read_config(tmp_path / "a.toml")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="can't be read"):
+        read_config(tmp_path / "b.toml")
+
+
+def test_values_can_not_be_changed() -> None:
+    config = from_dict(SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]

@@ -1,0 +1,198 @@
+"""The whole method on real digits: what it finds, what it leaves, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs import DigitsRun, outputs, small_config
+from secateur import data, models, pipeline
+from secateur.config import RunConfig
+from secateur.data import DataSet, TensorImages
+from secateur.errors import DataError, SecateurError, UnknownName, UsageError
+from secateur.evaluate import Score
+from secateur.pipeline import Pruned
+from secateur.result import RunResult
+
+
+def prune_small(config: RunConfig, dataset: DataSet) -> Pruned:
+    model = models.load(config.model.name, num_classes=10)
+    return pipeline.prune(model, dataset, config)
+
+
+def without_latency(score: Score) -> Score:
+    return replace(score, latency_ms=0.0)
+
+
+def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None:
+    result = digits_run.result
+    assert [stage.stage for stage in result.stages] == ["before", "cut", "refit", "tuned"]
+    test_images = len(data.load("digits").test.labels)
+    assert {stage.score.images for stage in result.stages} == {test_images}
+    before, tuned = result.score("before"), result.score("tuned")
+    assert before is not None
+    assert tuned is not None
+    assert before.top1_fraction > 0.8
+    assert 0.45 * before.macs < tuned.macs <= 0.5 * before.macs
+
+
+def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None:
+    before, cut, refit = (digits_run.result.score(s) for s in ("before", "cut", "refit"))
+    assert before is not None
+    assert cut is not None
+    assert refit is not None
+    assert refit.loss < cut.loss
+    lost = before.top1_fraction - cut.top1_fraction
+    assert before.top1_fraction - refit.top1_fraction < 0.5 * lost
+
+
+def test_run_checks_the_law_of_the_cut(digits_run: DigitsRun) -> None:
+    assert digits_run.result.law_error < 1e-4
+
+
+def test_run_folder_holds_its_files(digits_run: DigitsRun) -> None:
+    expected = {
+        *("config.toml", "plan.json", "model.safetensors"),
+        *("result.json", "report.html", "log.jsonl"),
+    }
+    assert {path.name for path in digits_run.folder.iterdir()} == expected
+
+
+def test_result_is_read_back_as_it_was(digits_run: DigitsRun) -> None:
+    text = (digits_run.folder / "result.json").read_text()
+    assert RunResult.model_validate_json(text) == digits_run.result
+
+
+def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> None:
+    result = digits_run.result
+    assert result.config.data.image_size == 32
+    assert result.config.model.num_classes == 10
+    assert result.environment.torch == torch.__version__
+    assert result.environment.threads == torch.get_num_threads()
+    assert len(result.epochs) == 1
+
+
+def test_same_seed_gives_the_same_plan_and_scores(model_file: Path) -> None:
+    config = small_config(model_file, finetune={"epochs": 1})
+    dataset = data.load("digits")
+    one, other = (prune_small(config, dataset) for _ in range(2))
+    assert one.plan == other.plan
+    assert [without_latency(s.score) for s in one.result.stages] == [
+        without_latency(s.score) for s in other.result.stages
+    ]
+    assert torch.equal(outputs(one.model), outputs(other.model))
+
+
+def test_another_seed_draws_other_probe_images(model_file: Path) -> None:
+    dataset = data.load("digits")
+    one = prune_small(small_config(model_file), dataset)
+    other = prune_small(small_config(model_file).model_copy(update={"seed": 1}), dataset)
+    assert one.result.groups[0].scores != other.result.groups[0].scores
+
+
+def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
+    config = small_config(model_file, finetune={"epochs": 1})
+    model = models.load(config.model.name, num_classes=10).train()
+    before = copy.deepcopy(model.state_dict())
+    pipeline.prune(model, data.load("digits"), config)
+    assert model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_label_is_looked_at_unless_asked_for(model_file: Path) -> None:
+    config = small_config(
+        model_file, data={"stratified": False}, finetune={"epochs": 1, "label_weight": 0.0}
+    )
+    dataset = data.load("digits")
+    assert isinstance(dataset.train, TensorImages)
+    wrong = (dataset.train.labels + 3) % 10
+    mislabelled = replace(dataset, train=TensorImages(dataset.train.pixels, wrong))
+    one, other = prune_small(config, dataset), prune_small(config, mislabelled)
+    assert one.plan == other.plan
+    assert torch.equal(outputs(one.model), outputs(other.model))
+
+
+@pytest.mark.parametrize("criterion", ["vote-iou", "random", "l1", "taylor", "activation_std"])
+@pytest.mark.parametrize("concepts", ["evidence", "saliency"])
+def test_every_criterion_and_concept_source_runs(
+    model_file: Path, criterion: str, concepts: str
+) -> None:
+    score = {"criterion": criterion, "concepts": concepts}
+    pruned = prune_small(small_config(model_file, score=score), data.load("digits"))
+    assert pruned.plan.criterion == criterion
+    assert pruned.result.law_error < 1e-4
+
+
+@pytest.mark.parametrize("target", ["macs=0.8", "params=0.5", "filters=0.6"])
+def test_targets_are_met(model_file: Path, target: str) -> None:
+    pruned = prune_small(small_config(model_file, plan={"target": target}), data.load("digits"))
+    before, cut = pruned.result.stages[0].score, pruned.result.stages[1].score
+    filters = sum(group.filters for group in pruned.result.groups)
+    removed = sum(len(group.removed) for group in pruned.result.groups)
+    left = {
+        "macs": cut.macs / before.macs,
+        "params": cut.parameters / before.parameters,
+        "filters": 1 - removed / filters,
+    }
+    quantity, _, fraction = target.partition("=")
+    assert float(fraction) - 0.1 < left[quantity] <= float(fraction)
+
+
+def test_steps_can_be_left_out(model_file: Path) -> None:
+    config = small_config(model_file, refit={"layers": "none"})
+    pruned = prune_small(config, data.load("digits"))
+    assert [stage.stage for stage in pruned.result.stages] == ["before", "cut"]
+    assert pruned.result.refit == ()
+
+
+def test_readers_alone_can_be_refitted(model_file: Path) -> None:
+    dataset = data.load("digits")
+    config = small_config(model_file, refit={"layers": "readers"})
+    some = [layer.layer for layer in prune_small(config, dataset).result.refit]
+    every = [layer.layer for layer in prune_small(small_config(model_file), dataset).result.refit]
+    assert some == ["conv2", "head"]
+    assert every == ["conv2", "conv3", "head"]
+
+
+def test_probe_images_are_training_images_that_are_not_held_out() -> None:
+    dataset = data.load("digits")
+    assert isinstance(dataset.validation, TensorImages)
+    assert isinstance(dataset.test, TensorImages)
+    probe = data.draw_probe(dataset, 300)
+    assert isinstance(probe, TensorImages)
+
+    def keys(images: TensorImages) -> set[bytes]:
+        return {image.numpy().tobytes() for image in images.pixels}
+
+    assert keys(probe).isdisjoint(keys(dataset.validation))
+    assert keys(probe).isdisjoint(keys(dataset.test))
+
+
+@pytest.mark.parametrize(
+    ("section", "error", "message"),
+    [
+        ({"score": {"criterion": "vote-respond"}}, UnknownName, "did you mean vote-response"),
+        ({"score": {"concepts": "evidense"}}, UnknownName, "did you mean evidence"),
+        ({"model": {"name": "resnet21"}}, UnknownName, "did you mean resnet20"),
+        ({"model": {"name": "resnet20"}}, UsageError, "resnet20 needs --weights"),
+        ({"data": {"source": "folder:nowhere"}}, DataError, "no folder nowhere"),
+        ({"plan": {"target": "macs=0.000001"}}, UsageError, "out of reach"),
+    ],
+)
+def test_a_run_that_fails_leaves_nothing(
+    tmp_path: Path,
+    model_file: Path,
+    section: dict[str, dict[str, object]],
+    error: type[SecateurError],
+    message: str,
+) -> None:
+    parent = tmp_path / "runs"
+    parent.mkdir()
+    with pytest.raises(error, match=message):
+        pipeline.run(small_config(model_file, **section), parent / "a")
+    assert list(parent.iterdir()) == []
