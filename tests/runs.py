@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class DigitsRun:
     result: RunResult
 
 
-def small_config(model_file: Path, **sections: dict[str, object]) -> RunConfig:
+def small_config(model_file: Path, **sections: Mapping[str, object]) -> RunConfig:
     """A run of the small network on digits that takes a second or two."""
     tables: dict[str, dict[str, object]] = {
         "model": {"name": f"{model_file}:small"},

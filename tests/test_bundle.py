@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runs import DigitsRun, outputs, small_config
@@ -94,7 +95,7 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
 
 def test_missing_tensor_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
-    with bundle.safe_open(weights, "pt") as stored:
+    with safe_open(weights, "pt") as stored:
         metadata = stored.metadata()
     tensors = load_file(weights)
     del tensors["linear.bias"]
@@ -129,12 +130,14 @@ def test_older_run_is_replaced_only_at_the_end(folder: Path) -> None:
 
 def test_older_run_survives_an_error(folder: Path) -> None:
     old = (folder / "plan.json").read_text()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        bundle.new_run_folder(folder, overwrite=True) as temporary,
-    ):
-        (temporary / "plan.json").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with bundle.new_run_folder(folder, overwrite=True) as temporary:
+            (temporary / "plan.json").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (folder / "plan.json").read_text() == old
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import secateur
 from runs import DigitsRun
 from secateur import cli, models
 
@@ -77,7 +78,7 @@ def test_every_command_has_help(call: Call, command: str) -> None:
 
 
 def test_version(call: Call) -> None:
-    assert call("--version").out.strip() == cli.__version__
+    assert call("--version").out.strip() == secateur.__version__
 
 
 def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -> None:

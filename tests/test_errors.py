@@ -9,7 +9,8 @@ from secateur.errors import SecateurError, UnknownName, UsageError
 
 
 def test_every_error_is_one_of_ours_and_drawn_in_the_tree() -> None:
-    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    found = [value for value in vars(errors).values() if isinstance(value, type)]
+    classes = [one for one in found if one.__module__ == errors.__name__]
     assert all(issubclass(one, SecateurError) for one in classes)
     assert errors.__doc__ is not None
     drawn = re.findall(r"^[│├└─ ]*([A-Z]\w+)  ", errors.__doc__, re.MULTILINE)
@@ -23,7 +24,7 @@ def test_the_tree_shows_who_inherits_from_whom() -> None:
         found = re.match(r"^([│├└─ ]*)([A-Z]\w+)  ", line)
         if found is None:
             continue
-        depth = len(found[1]) // 4
+        depth = len(found[1]) // 4 - 1  # the drawing is indented once
         parents[depth:] = [found[2]]
         if depth:
             assert getattr(errors, found[2]).__base__ is getattr(errors, parents[depth - 1])

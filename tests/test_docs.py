@@ -1,0 +1,43 @@
+"""What README and docs say is what the code does and what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import resnet20
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_python_example_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    assert len(blocks[0].splitlines()) <= 22
+    exec(compile(blocks[0], "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("path", "name", "table"), resnet20.TABLES)
+def test_tables_are_those_of_the_result_file(path: Path, name: str, table: resnet20.Table) -> None:
+    text = path.read_text()
+    assert resnet20.with_table(text, name, table(resnet20.read_results())) == text
+
+
+def test_every_measured_row_has_what_it_needs_to_be_repeated() -> None:
+    content = json.loads(resnet20.RESULTS.read_text())
+    assert [row["options"] for row in content["rows"]] == [list(o) for o in resnet20.rows()]
+    for row in content["rows"]:
+        assert row["command"].startswith("secateur prune ")
+        assert row["environment"]["torch"]
+        assert row["config"]["seed"] == row["probe_seed"]
+        assert row["law_error"] < 1e-4
+
+
+def test_every_source_file_is_on_the_map() -> None:
+    readme = (ROOT / "README.md").read_text()
+    modules = {path.name for path in (ROOT / "src" / "secateur").glob("*.py")}
+    unmapped = {name for name in modules if f"`{name}`" not in readme}
+    assert unmapped <= {"__init__.py", "errors.py", "config.py", "progress.py", "demo.py"}

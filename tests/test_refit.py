@@ -1,0 +1,558 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import CLASSES, NETWORKS, Chain, make_network, random_images, randomise_norms
+from torch import Tensor, nn
+
+from secateur import refit as refit_module
+from secateur.config import RefitSection
+from secateur.data import Batch
+from secateur.graph import tensors_of
+from secateur.plan import PruningPlan, Target
+from secateur.refit import LayerRefit, _Problem, refit
+from secateur.surgery import apply_plan, relative_error
+from secateur.wiring import Wiring, make_wiring
+
+ALL_POSITIONS = RefitSection(positions=10_000)
+
+
+def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
+    return [Batch(some, torch.zeros(len(some)).long()) for some in images.split(size)]
+
+
+PROBE = in_batches(random_images(96, seed=3))
+"""Six batches: the fifth is held out of the fit."""
+
+
+def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
+    """A plan; the double underscore stands for a dot."""
+    names = {name.replace("__", "."): filters for name, filters in removed.items()}
+    return PruningPlan(names, Target("macs", 0.5), "test")
+
+
+def half_of(wiring: Wiring, seed: int = 0) -> PruningPlan:
+    """A plan that removes a random half of every group."""
+    generator = torch.Generator().manual_seed(seed)
+    removed = {
+        name: tuple(sorted(torch.randperm(len(group), generator=generator)[: len(group) // 2]))
+        for name, group in wiring.groups.items()
+    }
+    return PruningPlan(
+        {name: tuple(int(f) for f in filters) for name, filters in removed.items()},
+        Target("filters", 0.5),
+        "random",
+    )
+
+
+_wirings: dict[str, Wiring] = {}
+
+
+def wiring_of(model: nn.Module) -> Wiring:
+    """The wiring, traced once for all networks that are built alike."""
+    built = repr(model)
+    if built not in _wirings:
+        _wirings[built] = make_wiring(model, random_images(2))
+    return _wirings[built]
+
+
+def cut_and_refit(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: list[Batch] = PROBE,
+    settings: RefitSection = ALL_POSITIONS,
+    *,
+    seed: int = 0,
+) -> tuple[nn.Module, tuple[LayerRefit, ...]]:
+    wiring = wiring_of(model)
+    smaller = apply_plan(model, wiring, plan)
+    results = refit(model, smaller, wiring, plan, batches, settings, seed=seed)
+    return smaller, results
+
+
+def cut_only(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    return apply_plan(model, wiring_of(model), plan)
+
+
+def error_on_new_images(model: nn.Module, smaller: nn.Module) -> float:
+    images = random_images(32, seed=99)
+    with torch.no_grad():
+        return relative_error(smaller(images), model(images))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def assert_finite(smaller: nn.Module, results: tuple[LayerRefit, ...]) -> None:
+    for name, tensor in smaller.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+    for result in results:
+        assert math.isfinite(result.error_cut), result.layer
+        assert math.isfinite(result.error_refit), result.layer
+
+
+# --- laws over every network ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_with_nothing_removed_nothing_changes(name: str) -> None:
+    model = make_network(name)
+    smaller, results = cut_and_refit(model, plan_of(), PROBE[:2])
+    assert results == ()
+    assert_same_state(smaller, state_of(model))
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
+    model = make_network(name).train()
+    for parameter in list(model.parameters())[:1]:
+        parameter.requires_grad_(False)
+    before = state_of(model)
+    plan = half_of(wiring_of(model))
+    cut = cut_only(model, plan)
+    smaller, results = cut_and_refit(model, plan)
+
+    assert_finite(smaller, results)
+    for result in results:
+        assert result.error_refit <= result.error_cut
+        assert (result.ridge is None) >= bool(result.note)  # a note only where nothing was done
+        if result.ridge is not None:
+            assert result.error_refit < result.error_cut
+    assert_same_state(model, before)
+    for own, other in zip(smaller.modules(), cut.modules(), strict=True):
+        assert own.training == other.training
+    for parameter, other in zip(smaller.parameters(), cut.parameters(), strict=True):
+        assert parameter.shape == other.shape
+        assert parameter.requires_grad == other.requires_grad
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "in_place"])
+def test_refit_brings_the_answers_closer_on_new_images(name: str) -> None:
+    model = make_network(name)
+    plan = half_of(wiring_of(model))
+    smaller, _ = cut_and_refit(model, plan)
+    images = random_images(64, seed=99)
+    with torch.no_grad():
+        wanted, cut, refitted = (m.eval()(images) for m in (model, cut_only(model, plan), smaller))
+    assert (refitted - wanted).square().mean() < 0.7 * (cut - wanted).square().mean()
+
+
+def test_the_same_seed_draws_the_same_positions() -> None:
+    model = make_network("chain")
+    plan, few = plan_of(conv1=(0, 3)), RefitSection(positions=2)
+    first, results = cut_and_refit(model, plan, settings=few, seed=5)
+    again, results_again = cut_and_refit(model, plan, settings=few, seed=5)
+    other, _ = cut_and_refit(model, plan, settings=few, seed=6)
+    assert results == results_again
+    assert_same_state(again, state_of(first))
+    assert not torch.equal(other.get_parameter("conv2.weight"), first.get_parameter("conv2.weight"))
+
+
+def test_only_readers_are_refitted_where_that_is_asked_for() -> None:
+    model = make_network("residual")
+    plan = plan_of(conv1__0=(0,))
+    _, readers = cut_and_refit(model, plan, settings=RefitSection(layers="readers"))
+    _, downstream = cut_and_refit(model, plan, settings=RefitSection(layers="downstream"))
+    assert [result.layer for result in readers] == ["conv2.0"]
+    assert [result.layer for result in downstream] == ["conv2.0", "conv3.0", "conv4.0", "linear"]
+
+
+# --- redundant filters ----------------------------------------------------------------------------
+
+
+def duplicate(conv: nn.Module, norm: nn.Module, source: int, copy: int) -> None:
+    with torch.no_grad():
+        for module in (conv, norm):
+            for tensor in tensors_of(module).values():
+                if tensor.dim():
+                    tensor[copy] = tensor[source]
+
+
+def test_cutting_a_copy_of_a_kept_filter_is_repaired_in_a_chain() -> None:
+    model = make_network("chain")
+    duplicate(model.get_submodule("conv1"), model.get_submodule("bn1"), 1, 4)
+    duplicate(model.get_submodule("conv2"), model.get_submodule("bn2"), 5, 0)
+    plan = plan_of(conv1=(4,), conv2=(0,))
+    smaller, results = cut_and_refit(model, plan)
+    assert error_on_new_images(model, cut_only(model, plan)) > 1e-2
+    assert error_on_new_images(model, smaller) < 1e-4
+    assert [result.layer for result in results] == ["conv2", "linear"]
+    assert all(result.error_refit < 1e-6 < 1e-3 < result.error_cut for result in results)
+
+
+def test_cutting_a_copy_of_a_kept_filter_is_repaired_in_residual_blocks() -> None:
+    model = make_network("residual")
+    duplicate(model.get_submodule("conv1.0"), model.get_submodule("conv1.1"), 1, 3)
+    duplicate(model.get_submodule("conv3.0"), model.get_submodule("conv3.1"), 0, 2)
+    plan = plan_of(conv1__0=(3,), conv3__0=(2,))
+    smaller, _ = cut_and_refit(model, plan)
+    assert error_on_new_images(model, cut_only(model, plan)) > 1e-2
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["concat", "gated", "view_rest", "depthwise"])
+def test_cutting_a_copy_of_a_kept_filter_is_repaired_elsewhere(name: str) -> None:
+    layer = {"concat": "left", "gated": "conv", "view_rest": "conv", "depthwise": "expand"}[name]
+    model = make_network(name)
+    duplicate(model.get_submodule(f"{layer}.0"), model.get_submodule(f"{layer}.1"), 0, 2)
+    if name == "depthwise":
+        duplicate(model.get_submodule("depthwise.0"), model.get_submodule("depthwise.1"), 0, 2)
+    if name == "gated":  # the gates of the two must agree as well
+        with torch.no_grad():
+            for tensor in tensors_of(model.get_submodule("excite")).values():
+                tensor[2] = tensor[0]
+    plan = PruningPlan({f"{layer}.0": (2,)}, Target("macs", 0.9), "test")
+    # Where all of the map is flattened an image is one row, for 80 unknowns an output.
+    batches = in_batches(random_images(400, seed=3), size=50)
+    smaller, _ = cut_and_refit(model, plan, batches)
+    assert error_on_new_images(model, cut_only(model, plan)) > 1e-2
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+class Linear(nn.Module):
+    """Two convolutions without a rectifier between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=1)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(F.relu(self.conv2(self.conv1(images))).mean((2, 3)))
+        return logits
+
+
+def test_cutting_a_combination_of_kept_filters_is_repaired() -> None:
+    model = Linear().eval()
+    with torch.no_grad():
+        model.conv1.weight[5] = 0.5 * model.conv1.weight[0] - 2.0 * model.conv1.weight[3]
+        expected = model.conv2.weight[:, :5].clone()
+        expected[:, 0] += 0.5 * model.conv2.weight[:, 5]
+        expected[:, 3] -= 2.0 * model.conv2.weight[:, 5]
+    smaller, _ = cut_and_refit(model, plan_of(conv1=(5,)))
+    assert error_on_new_images(model, smaller) < 1e-4
+    torch.testing.assert_close(
+        smaller.get_parameter("conv2.weight"), expected, atol=1e-3, rtol=1e-3
+    )
+
+
+# --- where an offset goes -------------------------------------------------------------------------
+
+
+class Offset(nn.Module):
+    """A 1x1 convolution that reads a constant channel; `kind` says what follows it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 5, 1, bias=kind == "bias")
+        self.norm2 = nn.BatchNorm2d(5) if kind == "norm" else nn.Identity()
+        self.linear = nn.Linear(5, CLASSES)
+        randomise_norms(self, torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            self.norm1.weight[4] = 0.0
+            self.norm1.bias[4] = 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(images)))
+        logits: Tensor = self.linear(F.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(("kind", "sign"), [("bias", 1), ("norm", -1)])
+def test_a_constant_channel_moves_into_the_bias_or_the_running_mean(kind: str, sign: int) -> None:
+    model = Offset(kind).eval()
+    smaller, _ = cut_and_refit(model, plan_of(conv1=(4,)))
+    name = {"bias": "conv2.bias", "norm": "norm2.running_mean"}[kind]
+    lost = model.conv2.weight.detach()[:, 4, 0, 0]
+    expected = tensors_of(model)[name] + sign * lost
+    torch.testing.assert_close(tensors_of(smaller)[name], expected, atol=1e-4, rtol=1e-4)
+    kept = model.conv2.weight.detach()[:, [0, 1, 2, 3, 5]]
+    found = tensors_of(smaller)["conv2.weight"]
+    torch.testing.assert_close(found, kept, atol=1e-4, rtol=1e-4)
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+def test_a_layer_without_a_place_for_an_offset_still_gets_a_better_kernel() -> None:
+    model = Offset("none").eval()
+    smaller, results = cut_and_refit(model, plan_of(conv1=(4,)))
+    assert_finite(smaller, results)
+    assert results[0].layer == "conv2"
+    assert results[0].error_refit < results[0].error_cut
+
+
+# --- the least-squares problem --------------------------------------------------------------------
+
+
+def chain() -> Chain:
+    model = make_network("chain")
+    assert isinstance(model, Chain)
+    return model
+
+
+def rows_of(model: nn.Module, kept: list[int], batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Patches `[row, input]` of the kept maps and what `conv2` of a chain answers, in float64."""
+    assert isinstance(model, Chain)
+    images = torch.cat([batch.images for batch in batches])
+    with torch.no_grad():
+        maps = F.relu(model.bn1(model.conv1(images)))
+        wanted = model.conv2(maps)  # [image, 7, 4, 4]
+    patches = F.unfold(maps[:, kept], 3, padding=1, stride=2)  # [image, input, position]
+    rows = patches.movedim(1, 2).flatten(0, 1).double()
+    return rows, wanted.flatten(2).movedim(1, 2).flatten(0, 1).double()
+
+
+def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit_module, "RIDGES", (1e-12,))
+    model, kept = chain(), [0, 2, 3, 5]
+    smaller, results = cut_and_refit(model, plan_of(conv1=(1, 4)))
+    assert results[0].ridge == 1e-12
+    x, y = rows_of(model, kept, PROBE)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
+    weight = tensors_of(smaller)["conv2.weight"].double().flatten(1)
+    torch.testing.assert_close(weight, solution[:-1].T, atol=1e-5, rtol=1e-4)
+    bias = tensors_of(smaller)["conv2.bias"].double()
+    torch.testing.assert_close(bias, solution[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_errors_are_measured_on_the_held_out_batch() -> None:
+    model, kept = chain(), [0, 2, 3, 5]
+    _, results = cut_and_refit(model, plan_of(conv1=(1, 4)))
+    fit_x, fit_y = rows_of(model, kept, [*PROBE[:4], PROBE[5]])
+    x, y = rows_of(model, kept, [PROBE[4]])
+    old = model.conv2.weight.detach()[:, kept].double().flatten(1)
+    bias = model.conv2.bias
+    assert bias is not None
+    variance = y.var(0, correction=0).sum()
+
+    error_cut = (y - x @ old.T - bias.detach()).square().mean(0).sum() / variance
+    assert results[0].error_cut == pytest.approx(float(error_cut), rel=1e-6)
+
+    # |y - Wx - b|^2 / n + ridge s |W - old|^2 with s the inputs' mean variance, as rows to solve.
+    assert results[0].ridge is not None
+    centred = fit_x - fit_x.mean(0)
+    strength = results[0].ridge * centred.square().mean()
+    inputs = centred.shape[1]
+    penalty = (strength * len(fit_x)).sqrt() * torch.eye(inputs, dtype=torch.float64)
+    left = torch.cat([centred, penalty])
+    right = torch.cat([fit_y - fit_y.mean(0), penalty @ old.T])
+    new = torch.linalg.lstsq(left, right).solution
+    residual = (y - fit_y.mean(0)) - (x - fit_x.mean(0)) @ new
+    error_refit = residual.square().mean(0).sum() / variance
+    assert results[0].error_refit == pytest.approx(float(error_refit), rel=1e-6)
+
+
+class OneConvolution(nn.Module):
+    """A convolution of any geometry between a stem and the head."""
+
+    def __init__(self, make: Callable[[], nn.Conv2d]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv = make()
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.relu(self.stem(images))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+GEOMETRIES: dict[str, Callable[[], nn.Conv2d]] = {
+    "plain": lambda: nn.Conv2d(4, 5, 3, bias=False),
+    "pointwise": lambda: nn.Conv2d(4, 5, 1, bias=False),
+    "padded": lambda: nn.Conv2d(4, 5, 3, padding=1, bias=False),
+    "strided": lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1, bias=False),
+    "dilated": lambda: nn.Conv2d(4, 5, 3, dilation=2, padding=2, bias=False),
+    "oblong": lambda: nn.Conv2d(4, 5, (1, 5), padding=(0, 2), bias=False),
+    "all different": lambda: nn.Conv2d(
+        4, 5, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), bias=False
+    ),
+    "same": lambda: nn.Conv2d(4, 5, 3, padding="same", bias=False),
+    "same, even kernel": lambda: nn.Conv2d(4, 5, (2, 4), padding="same", bias=False),
+    "valid": lambda: nn.Conv2d(4, 5, 3, padding="valid", bias=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
+    model = OneConvolution(GEOMETRIES[geometry]).eval()
+    wiring = wiring_of(model)
+    (layer,) = [layer for layer in wiring.layers if layer.name == "conv"]
+    problem = _Problem(wiring.graph, layer, dict(tensors_of(model)), None)
+    inputs = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        expected = model.conv(inputs).flatten(2)
+        found = model.conv.weight.flatten(1) @ problem._patches(inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_a_copy_is_repaired_whatever_the_geometry(geometry: str) -> None:
+    model = OneConvolution(GEOMETRIES[geometry]).eval()
+    duplicate(model.stem, nn.Identity(), 0, 2)
+    smaller, _ = cut_and_refit(model, plan_of(stem=(2,)))
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+def test_many_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
+    monkeypatch.setattr(refit_module, "MAX_ROW_VALUES", 1)
+    parts, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
+    for name, tensor in parts.state_dict().items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+# --- thin and degenerate data ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "view_rest", "gated"])
+def test_fewer_rows_than_unknowns_stay_finite(name: str) -> None:
+    model = make_network(name)
+    plan = half_of(wiring_of(model))
+    batches = in_batches(random_images(2, seed=3))
+    smaller, results = cut_and_refit(model, plan, batches, RefitSection(positions=1))
+    assert results
+    assert_finite(smaller, results)
+    with torch.no_grad():
+        assert torch.isfinite(smaller(random_images(4))).all()
+
+
+def test_kernels_of_dead_channels_stay_as_they_are() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.bn1.weight[[0, 3]] = 0.0
+        model.bn1.bias[[0, 3]] = -1.0  # zero behind the rectifier
+    smaller, results = cut_and_refit(model, plan_of(conv1=(1,)))
+    assert_finite(smaller, results)
+    assert results[0].ridge is not None
+    found, old = tensors_of(smaller)["conv2.weight"], model.conv2.weight.detach()
+    torch.testing.assert_close(found[:, [0, 2]], old[:, [0, 3]])  # 3 moved down one place
+
+
+def test_a_network_whose_kept_channels_are_all_dead_stays_finite() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.bn1.weight[1:] = 0.0
+        model.bn1.bias[1:] = -1.0
+    smaller, results = cut_and_refit(model, plan_of(conv1=(0,)))
+    assert_finite(smaller, results)
+    assert results[0].error_refit < results[0].error_cut  # the mean is all that can be met
+
+
+def test_constant_outputs_stay_finite() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+    smaller, results = cut_and_refit(model, plan_of(conv1=(0,)))
+    assert_finite(smaller, results)
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+def test_uneven_batches_are_taken_as_they_come() -> None:
+    model = chain()
+    duplicate(model.conv1, model.bn1, 1, 4)
+    batches = in_batches(random_images(75, seed=3), size=17)
+    smaller, _ = cut_and_refit(model, plan_of(conv1=(4,)), batches)
+    assert error_on_new_images(model, smaller) < 1e-4
+
+
+# --- layers that are left as cut ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "layer"), [("shared", "twice"), ("tied_weights", "other")])
+def test_a_kernel_used_twice_is_left_with_a_note(name: str, layer: str) -> None:
+    model = make_network(name)
+    plan = plan_of(stem__0=(1,))
+    smaller, results = cut_and_refit(model, plan)
+    notes = [result for result in results if result.layer == layer]
+    assert len(notes) == 2
+    for result in notes:
+        assert result.note == "used several times in the network"
+        assert result.ridge is None
+    cut = cut_only(model, plan)
+    weight = f"{layer}.weight"
+    assert torch.equal(tensors_of(smaller)[weight], tensors_of(cut)[weight])
+
+
+def test_a_layer_that_reads_too_much_is_left_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit_module, "MAX_INPUTS", 40)
+    model, plan = make_network("chain"), plan_of(conv1=(0,))
+    smaller, results = cut_and_refit(model, plan)
+    assert results[0] == LayerRefit(
+        "conv2", 0.0, 0.0, None, "reads 45 values at a time, more than 40"
+    )
+    assert torch.equal(
+        tensors_of(smaller)["conv2.weight"], tensors_of(cut_only(model, plan))["conv2.weight"]
+    )
+    assert results[1].layer == "linear"
+    assert results[1].ridge is not None
+
+
+class Separable(nn.Module):
+    """A depthwise or grouped convolution *behind* the first cut, as in MobileNet's blocks."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.pointwise = nn.Conv2d(4, 6, 1)
+        self.spatial = nn.Conv2d(6, 6, 3, padding=1, groups=groups)
+        self.project = nn.Conv2d(6, 5, 1)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.pointwise(F.relu(self.stem(images))))
+        x = F.relu(self.project(F.relu(self.spatial(x))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_a_grouped_kernel_behind_the_first_cut_is_left_with_a_note(groups: int) -> None:
+    model = Separable(groups).eval()
+    duplicate(model.stem, nn.Identity(), 0, 2)
+    smaller, results = cut_and_refit(model, plan_of(stem=(2,)))
+    assert_finite(smaller, results)
+    assert error_on_new_images(model, smaller) < 1e-4
+    (spatial,) = [result for result in results if result.layer == "spatial"]
+    assert spatial.ridge is None
+    assert "group" in spatial.note
+    assert torch.equal(smaller.get_parameter("spatial.weight"), model.spatial.weight)
+
+
+class BatchStatistics(nn.Module):
+    """A norm that keeps no running statistics: there is no running mean to put an offset in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(5, track_running_stats=False)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv2(F.relu(self.conv1(images)))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def test_a_norm_without_running_statistics_is_no_place_for_an_offset() -> None:
+    model = BatchStatistics().eval()
+    duplicate(model.conv1, nn.Identity(), 0, 2)
+    smaller, _ = cut_and_refit(model, plan_of(conv1=(2,)))
+    assert error_on_new_images(model, smaller) < 1e-4

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from networks import CLASSES, make_network, random_images
+from torch import Tensor, nn
+
+from secateur.concepts import sources
+from secateur.criteria import Sight, criteria, make
+from secateur.data import Batch
+from secateur.graph import tensors_of
+from secateur.scoring import FilterScores, score_filters
+from secateur.wiring import Wiring, make_wiring
+
+IMAGES = random_images(10)
+LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1, 3, 3])
+EVERY_CRITERION = tuple(criteria())
+VOTES = ("vote-response", "vote-iou")
+CLASS_NAMES = tuple("abcde")
+
+
+@pytest.fixture(scope="module", params=["chain", "concat"])
+def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Wiring]:
+    model = make_network(request.param)
+    return model, make_wiring(model, random_images(2))
+
+
+def probe(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
+    pairs = zip(IMAGES.split(size), labels.split(size), strict=True)
+    parts = [Batch(images, some) for images, some in pairs]
+    return lambda: iter(parts)
+
+
+def scores_by(
+    names: Iterable[str],
+    network: tuple[nn.Module, Wiring],
+    *,
+    size: int = 4,
+    labels: Tensor = LABELS,
+    use_labels: bool = True,
+    source: str = "evidence",
+) -> dict[str, FilterScores]:
+    model, wiring = network
+    return score_filters(
+        model,
+        wiring,
+        probe(size, labels),
+        {name: make(name, top_fraction=0.3, seed=1) for name in names},
+        sources()[source](wiring.graph, tensors_of(model), CLASS_NAMES),
+        quantile=0.1,
+        use_labels=use_labels,
+    )
+
+
+def assert_same(one: dict[str, FilterScores], other: dict[str, FilterScores]) -> None:
+    assert one.keys() == other.keys()
+    for name, found in one.items():
+        assert found.scores.keys() == other[name].scores.keys()
+        for group, score in found.scores.items():
+            assert torch.equal(score, other[name].scores[group]), (name, group)
+
+
+def test_one_pass_for_all_gives_what_each_one_gives_alone(
+    network: tuple[nn.Module, Wiring],
+) -> None:
+    together = scores_by(EVERY_CRITERION, network)
+    for name in EVERY_CRITERION:
+        alone = scores_by([name], network)
+        assert_same(alone, {name: together[name]})
+        assert alone[name].criterion == name
+
+
+def test_scoring_twice_gives_the_same(network: tuple[nn.Module, Wiring]) -> None:
+    first, second = (scores_by(EVERY_CRITERION, network) for _ in range(2))
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_batch_size_does_not_change_scores(network: tuple[nn.Module, Wiring], size: int) -> None:
+    expected = scores_by(EVERY_CRITERION, network, size=5)
+    found = scores_by(EVERY_CRITERION, network, size=size)
+    for name in EVERY_CRITERION:
+        for group, score in found[name].scores.items():
+            if name in VOTES:
+                assert torch.equal(score, expected[name].scores[group])
+            torch.testing.assert_close(
+                score, expected[name].scores[group], rtol=1e-4, atol=1e-8
+            )
+
+
+@pytest.mark.parametrize("source", list(sources()))
+def test_labels_are_not_looked_at_unless_they_may_be_used(
+    network: tuple[nn.Module, Wiring], source: str
+) -> None:
+    true, false = (
+        scores_by(
+            EVERY_CRITERION, network, labels=labels, use_labels=False, source=source
+        )
+        for labels in (LABELS, LABELS.flip(0))
+    )
+    assert_same(true, false)
+
+
+def test_labels_count_where_they_may_be_used(network: tuple[nn.Module, Wiring]) -> None:
+    true, other = (
+        scores_by(["vote-response", "taylor"], network, labels=labels)
+        for labels in (LABELS, (LABELS + 1) % CLASSES)
+    )
+    for name in ("vote-response", "taylor"):
+        assert any(
+            not torch.equal(score, other[name].scores[group])
+            for group, score in true[name].scores.items()
+        )
+
+
+def test_predictions_taken_as_labels_give_the_scores_without_labels(
+    network: tuple[nn.Module, Wiring],
+) -> None:
+    with torch.no_grad():
+        predicted = network[0](IMAGES).argmax(1)
+    labelled = scores_by(EVERY_CRITERION, network, labels=predicted, use_labels=True)
+    unlabelled = scores_by(EVERY_CRITERION, network, use_labels=False)
+    assert_same(labelled, unlabelled)
+
+
+def test_the_order_of_the_filters_is_that_of_the_layer(
+    network: tuple[nn.Module, Wiring],
+) -> None:
+    """Silencing the last filter of a group takes all of its votes, and only its."""
+    model, wiring = network
+    name, group = next(iter(wiring.groups.items()))
+    last = len(group) - 1
+    twin = make_network("chain" if name == "conv1" else "concat")
+    with torch.no_grad():
+        for slots in wiring.slots:
+            if slots.dim == 0 and slots.tensor.endswith(("weight", "bias")):
+                at = [i for i, c in enumerate(slots.channels) if c == group.channels[last]]
+                twin.get_parameter(slots.tensor)[at] = 0.0
+    before = scores_by(["vote-response", "l1"], (model, wiring))
+    after = scores_by(["vote-response", "l1"], (twin, wiring))
+    assert after["vote-response"].scores[name][last] == 0
+    assert after["l1"].scores[name][last] == 0
+    assert torch.equal(after["l1"].scores[name][:last], before["l1"].scores[name][:last])
+    assert (after["vote-response"].scores[name][:last] > 0).any()
+
+
+class Counting:
+    """An onlooker that counts what it is shown."""
+
+    needs_images = True
+    needs_gradients = False
+
+    def __init__(self) -> None:
+        self.images: dict[str, int] = {}
+
+    def observe(self, sight: Sight) -> None:
+        self.images[sight.group] = self.images.get(sight.group, 0) + len(sight.maps)
+
+
+@pytest.mark.parametrize("names", [["random"], ["vote-iou", "taylor"]])
+def test_onlookers_see_every_image_in_the_same_pass(
+    network: tuple[nn.Module, Wiring], names: list[str]
+) -> None:
+    model, wiring = network
+    counting = Counting()
+    found = score_filters(
+        model,
+        wiring,
+        probe(4, LABELS),
+        {name: make(name, top_fraction=0.3, seed=1) for name in names},
+        sources()["evidence"](wiring.graph, tensors_of(model), CLASS_NAMES),
+        quantile=0.1,
+        use_labels=True,
+        observers=(counting,),
+    )
+    assert counting.images == dict.fromkeys(wiring.groups, len(IMAGES))
+    assert_same(found, scores_by(names, network))

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import (
+    NETWORKS,
+    Chain,
+    counted_macs,
+    make_network,
+    random_images,
+    random_plan,
+    randomise_norms,
+    wired,
+)
+from torch import Tensor, nn
+
+from secateur.errors import RunFolderError
+from secateur.models import load
+from secateur.plan import PruningPlan, Target
+from secateur.surgery import apply_plan, check_plan, relative_error, silence
+from secateur.wiring import Wiring, make_wiring
+
+TARGET = Target("macs", 0.5)
+
+
+def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
+    return PruningPlan(removed, TARGET, "by hand")
+
+
+@torch.no_grad()
+def assert_law(model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor) -> None:
+    """The cut network is the original one with the removed channels zeroed where they are read."""
+    cut = apply_plan(model, wiring, plan)
+    found, silenced = cut(images), silence(model, wiring, plan)(images)
+    assert relative_error(found, silenced) < 1e-4
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cut_network_equals_the_silenced_one(
+    name: str, cut_stream: bool, generator: torch.Generator
+) -> None:
+    model, wiring = wired(name, cut_stream)
+    plan, images = random_plan(wiring, generator), random_images()
+    assert_law(model, wiring, plan, images)
+    with torch.no_grad():
+        assert relative_error(apply_plan(model, wiring, plan)(images), model(images)) > 1e-3
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@given(st.data())
+def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(NETWORKS)))
+    model, wiring = wired(name, data.draw(st.booleans()))
+    removed = {
+        group: tuple(sorted(data.draw(st.sets(st.integers(0, len(each) - 1), max_size=len(each) - 1))))
+        for group, each in wiring.groups.items()
+    }
+    plan = plan_of(removed)
+    images = random_images(2)
+    assert_law(model, wiring, plan, images)
+    cut = apply_plan(model, wiring, plan)
+    assert wiring.macs(removed) == counted_macs(cut, images)
+    assert wiring.params(removed) == sum(one.numel() for one in cut.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_filter_may_be_left_in_every_group(name: str) -> None:
+    model, wiring = wired(name, True)
+    removed = {group: tuple(range(1, len(each))) for group, each in wiring.groups.items()}
+    assert_law(model, wiring, plan_of(removed), random_images())
+
+
+@cache
+def wired_large(name: str, side: int, cut_stream: bool) -> tuple[nn.Module, Wiring]:
+    torch.manual_seed(3)
+    model = load(name)
+    randomise_norms(model, torch.Generator().manual_seed(3))
+    return model, make_wiring(model, random_images(2, side), cut_stream=cut_stream)
+
+
+def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Generator) -> None:
+    model, wiring = wired_large(name, side, cut_stream)
+    images, plan = random_images(2, side), random_plan(wiring, generator)
+    assert_law(model, wiring, plan, images)
+    assert wiring.macs() == counted_macs(model, images)
+    cut = apply_plan(model, wiring, plan)
+    assert wiring.macs(plan.removed) == counted_macs(cut, images) < wiring.macs()
+    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    with torch.no_grad():
+        assert relative_error(cut(images), model(images)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "cut_stream"),
+    [
+        ("resnet20", 32, False),
+        ("resnet20", 32, True),
+        ("vgg16_bn", 32, False),
+        ("torchvision:resnet18", 64, False),
+        ("torchvision:resnet18", 64, True),
+    ],
+)
+def test_the_law_holds_for_well_known_networks(
+    name: str, side: int, cut_stream: bool, generator: torch.Generator
+) -> None:
+    assert_large(name, side, cut_stream, generator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "cut_stream"),
+    [
+        ("resnet56", 32, True),
+        ("torchvision:resnet50", 64, False),
+        ("torchvision:resnet50", 64, True),
+        ("torchvision:vgg16_bn", 64, False),
+        ("torchvision:mobilenet_v2", 64, True),
+        ("torchvision:densenet121", 64, False),
+    ],
+)
+def test_the_law_holds_for_large_networks(
+    name: str, side: int, cut_stream: bool, generator: torch.Generator
+) -> None:
+    assert_large(name, side, cut_stream, generator)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "frozen"), [("resnet20", 9, 4), ("torchvision:resnet18", 8, 5)]
+)
+def test_inner_layers_of_blocks_are_prunable_and_the_streams_frozen(
+    name: str, groups: int, frozen: int
+) -> None:
+    """One group for each of the nine or eight blocks; stages and classes are frozen."""
+    wiring = wired_large(name, 32 if name == "resnet20" else 64, False)[1]
+    assert len(wiring.groups) == groups
+    assert all(group.name.endswith("conv1") for group in wiring.groups.values())
+    assert len(wiring.frozen) == frozen
+
+
+def test_every_convolution_of_vgg_is_a_group() -> None:
+    wiring = wired_large("vgg16_bn", 32, False)[1]
+    assert len(wiring.groups) == 13
+    assert [group.name for group in wiring.frozen] == ["classifier"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_removing_nothing_changes_nothing(name: str) -> None:
+    model, wiring = wired(name, True)
+    same, images = apply_plan(model, wiring, plan_of({})), random_images()
+    with torch.no_grad():
+        assert torch.equal(same(images), model(images))
+        silenced = silence(model, wiring, plan_of({}))(images)
+        assert relative_error(silenced, model(images)) < 1e-6
+
+
+def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
+    model, wiring = wired("chain")
+    images = random_images()
+    at_once = apply_plan(model, wiring, plan_of({"conv1": (1, 4), "conv2": (0, 2)}))
+    first = apply_plan(model, wiring, plan_of({"conv1": (1,), "conv2": (2,)}))
+    again = make_wiring(first, images)
+    second = apply_plan(first, again, plan_of({"conv1": (3,), "conv2": (0,)}))
+    with torch.no_grad():
+        assert torch.equal(second(images), at_once(images))
+
+
+def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
+    model = make_network("residual")
+    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    before = copy.deepcopy(model.state_dict())
+    shapes = {name: str(module) for name, module in model.named_modules()}
+    cut = apply_plan(model, wiring, random_plan(wiring, generator))
+    with torch.no_grad():
+        for parameter in cut.parameters():
+            parameter.fill_(7)
+        for buffer in cut.buffers():
+            buffer.fill_(7)
+    assert {name: str(module) for name, module in model.named_modules()} == shapes
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_modes_are_kept() -> None:
+    model = Chain().train()
+    model.bn1.eval()
+    wiring = make_wiring(model, random_images(2))
+    cut = apply_plan(model, wiring, plan_of({"conv1": (0,)}))
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert {name: module.training for name, module in cut.named_modules()} == modes
+    assert not cut.get_submodule("bn1").training
+
+
+def test_hooks_are_kept() -> None:
+    model = make_network("chain")
+    wiring = make_wiring(model, random_images(2))
+    seen: list[torch.Size] = []
+    model.get_submodule("conv1").register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape)
+    )
+    apply_plan(model, wiring, plan_of({"conv1": (0, 3)}))(random_images())
+    assert seen == [(3, 4, 8, 8)]
+
+
+def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
+    model = make_network("chain")
+    for name in ("conv1.weight", "bn2.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    wiring = make_wiring(model, random_images(2))
+    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1,)}))
+    expected = {name: one.requires_grad for name, one in model.named_parameters()}
+    assert {name: one.requires_grad for name, one in cut.named_parameters()} == expected
+    cut(random_images()).sum().backward()
+    assert all((one.grad is not None) == one.requires_grad for one in cut.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
+    model = make_network("chain").to(dtype)
+    wiring = make_wiring(model, random_images(2).to(dtype))
+    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
+    expected = {name: one.dtype for name, one in model.state_dict().items()}
+    assert {name: one.dtype for name, one in cut.state_dict().items()} == expected
+
+
+def test_the_memory_format_is_kept() -> None:
+    model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    wiring = make_wiring(model, random_images(2))
+    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
+    for name in ("conv1.weight", "conv2.weight"):
+        kernel = cut.get_parameter(name)
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+        assert not kernel.is_contiguous()
+    plain = apply_plan(make_network("chain"), wiring, plan_of({"conv1": (0,)}))
+    assert all(one.is_contiguous() for one in plain.parameters())
+
+
+def test_modules_state_their_new_sizes() -> None:
+    model, wiring = wired("depthwise")
+    cut = apply_plan(model, wiring, plan_of({"expand.0": (0, 1), "project": (3,)}))
+    expand, depthwise = cut.get_submodule("expand.0"), cut.get_submodule("depthwise.0")
+    project, norm = cut.get_submodule("project"), cut.get_submodule("depthwise.1")
+    linear = cut.get_submodule("linear")
+    assert isinstance(expand, nn.Conv2d)
+    assert (expand.in_channels, expand.out_channels, expand.groups) == (3, 4, 1)
+    assert isinstance(depthwise, nn.Conv2d)
+    assert (depthwise.in_channels, depthwise.out_channels, depthwise.groups) == (4, 4, 4)
+    assert isinstance(project, nn.Conv2d)
+    assert (project.in_channels, project.out_channels, project.groups) == (4, 3, 1)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.num_features == 4
+    assert isinstance(linear, nn.Linear)
+    assert (linear.in_features, linear.out_features) == (3, 5)
+
+
+def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
+    class OneChannel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow = nn.Conv2d(3, 1, 3, padding=1)
+            self.widen = nn.Conv2d(1, 6, 3, padding=1)
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.linear(self.widen(self.narrow(x)).relu().mean((2, 3)))
+            return logits
+
+    model = OneChannel().eval()
+    wiring = make_wiring(model, random_images(2))
+    plan = plan_of({"widen": (0, 2)})
+    widen = apply_plan(model, wiring, plan).get_submodule("widen")
+    assert isinstance(widen, nn.Conv2d)
+    assert (widen.in_channels, widen.out_channels, widen.groups) == (1, 4, 1)
+    assert_law(model, wiring, plan, random_images())
+
+
+def test_tied_kernels_stay_tied() -> None:
+    model, wiring = wired("tied_weights")
+    cut = apply_plan(model, wiring, plan_of({"other": (2, 5), "stem.0": (1,)}))
+    assert cut.get_parameter("one.weight") is cut.get_parameter("other.weight")
+    assert cut.get_parameter("one.weight").shape == (4, 3, 3, 3)
+
+
+def test_a_state_dict_of_the_cut_network_fits_a_second_cut() -> None:
+    model, wiring = wired("concat")
+    plan = plan_of({"left.0": (0, 4), "join.0": (1,)})
+    saved = apply_plan(model, wiring, plan).state_dict()
+    other = apply_plan(make_network("concat", seed=5), wiring, plan)
+    other.load_state_dict(saved, strict=True)
+    images = random_images()
+    with torch.no_grad():
+        assert torch.equal(other(images), apply_plan(model, wiring, plan)(images))
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"nowhere": (0,)}, "cuts 'nowhere', which the network can't lose filters of"),
+        ({"linear": (0,)}, "cuts 'linear', which the network can't lose filters of"),
+        ({"conv1": (6,)}, "cuts filters that 'conv1' does not have"),
+        ({"conv1": (-1,)}, "cuts filters that 'conv1' does not have"),
+        ({"conv1": (0, 1, 2, 3, 4, 5)}, "cuts all 6 filters of 'conv1'"),
+        ({"conv2": (1, 1)}, "cuts all 7 filters of 'conv2', or some twice"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    removed: dict[str, tuple[int, ...]], message: str
+) -> None:
+    model, wiring = wired("chain")
+    with pytest.raises(RunFolderError, match=message):
+        check_plan(wiring, plan_of(removed))
+    with pytest.raises(RunFolderError, match=message):
+        apply_plan(model, wiring, plan_of(removed))
+
+
+def test_silence_is_zero_where_the_channel_is_read() -> None:
+    """By hand: the removed filter's scale and shift at 0 do the same in a chain without bias."""
+    model, wiring = wired("chain")
+    by_hand, images = copy.deepcopy(model), random_images()
+    with torch.no_grad():
+        by_hand.get_parameter("bn1.weight")[2] = 0
+        by_hand.get_parameter("bn1.bias")[2] = 0
+        silenced = silence(model, wiring, plan_of({"conv1": (2,)}))(images)
+        assert relative_error(silenced, by_hand(images)) < 1e-6
+
+
+def test_relative_error_is_the_largest_difference_over_the_largest_value() -> None:
+    one = torch.tensor([1.0, -4.0])
+    assert relative_error(one, one) == 0
+    assert relative_error(torch.tensor([1.0, -3.0]), one) == pytest.approx(0.25)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0

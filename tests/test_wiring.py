@@ -1,0 +1,454 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import (
+    NETWORKS,
+    Chain,
+    Flattened,
+    TiedWeights,
+    counted_macs,
+    random_images,
+    random_plan,
+    randomise_norms,
+    wired,
+)
+from torch import Tensor, nn
+
+from secateur.graph import operation_name
+from secateur.surgery import apply_plan, relative_error, silence
+from secateur.wiring import NOT_PRUNABLE, RULES, Wiring, aliases_of, make_wiring
+
+OUTPUT = "written to the network's output"
+STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
+
+WITHOUT_STREAM = {
+    "chain": {"conv1": 6, "conv2": 7},
+    "residual": {"conv1.0": 4, "conv3.0": 5},
+    "concat": {"stem.0": 4, "left.0": 5, "right.0": 3, "join.0": 6},
+    "depthwise": {"expand.0": 6, "project": 4},
+    "flattened": {"features.0.0": 6, "hidden": 7},
+    "shared": {"stem.0": 5, "last": 4},
+    "tied_weights": {"stem.0": 4, "other": 6},
+    "in_place": {"conv1.0": 5},
+    "grouped": {"last.0": 7},
+    "channel_pad": {"conv1": 7},
+    "view_rest": {"conv.0": 6},
+    "view_fixed": {"stem.0": 4},
+    "gated": {"conv.0": 6, "squeeze": 3},
+}
+ONLY_WITH_STREAM = {"residual": {"stem.0": 6}, "in_place": {"stem.0": 6}}
+FROZEN = {
+    "residual": {"stem.0": STREAM},
+    "in_place": {"stem.0": STREAM},
+    "grouped": {"stem.0": "a grouped convolution", "grouped.0": "a grouped convolution"},
+    "channel_pad": {
+        "stem.0": "padded with channels of zeros in the network's code",
+        "conv2.0": "padded with channels of zeros in the network's code",
+    },
+    "view_fixed": {"conv.0": "reshaped to the fixed size [-1, 96] in the network's code"},
+}
+
+
+class Between(nn.Module):
+    """conv - something of a test's own - conv - mean - linear."""
+
+    def __init__(self, then: Callable[[Between, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 4, 3, padding=1)
+        self.other = nn.Conv2d(6, 6, 3, padding=1)
+        self.to_one = nn.Conv2d(6, 1, 1)
+        self.grouped = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.from_twelve = nn.Conv2d(12, 6, 1)
+        self.from_nine = nn.Conv2d(9, 6, 1)
+        self.up = nn.ConvTranspose2d(6, 6, 2, stride=2)
+        self.group_norm = nn.GroupNorm(2, 6)
+        self.prelu = nn.PReLU(6)
+        self.positions = nn.Linear(64, 10)
+        self.more_positions = nn.Linear(64, 64)
+        self.wider = nn.Linear(8, 10)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+        self.linear = nn.Linear(4, 5)
+        self.register_buffer("shift", torch.rand(1, 6, 1, 1))
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.then(self, self.first(x))
+        logits: Tensor = self.linear(self.second(x).mean((2, 3)))
+        return logits
+
+
+def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Wiring]:
+    model = Between(then).eval()
+    return model, make_wiring(model, random_images(2), cut_stream=True)
+
+
+def assert_law(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> None:
+    """The cut network is the silenced one, with the MACs and parameters that were foretold."""
+    plan, images = random_plan(wiring, generator), random_images()
+    with torch.no_grad():
+        cut = apply_plan(model, wiring, plan)
+        assert relative_error(cut(images), silence(model, wiring, plan)(images)) < 1e-4
+    assert wiring.macs(plan.removed) == counted_macs(cut, images)
+    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+
+
+@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_groups_are_the_known_ones(name: str, cut_stream: bool) -> None:
+    wiring = wired(name, cut_stream)[1]
+    expected = {**WITHOUT_STREAM[name], **(ONLY_WITH_STREAM.get(name, {}) if cut_stream else {})}
+    assert {group.name: len(group) for group in wiring.groups.values()} == expected
+    assert list(wiring.groups) == [group.name for group in wiring.groups.values()]
+
+
+@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_frozen_says_why(name: str, cut_stream: bool) -> None:
+    wiring = wired(name, cut_stream)[1]
+    reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
+    if cut_stream:
+        reasons = {layer: why for layer, why in reasons.items() if why != STREAM}
+    assert {group.name: group.reason for group in wiring.frozen} == reasons
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
+    wiring = wired(name)[1]
+    channels = np.concatenate([group.channels for group in wiring.groups.values()])
+    assert len(np.unique(channels)) == len(channels)
+    written = {layer.weight for layer in wiring.layers}
+    cut = {writer for group in wiring.groups.values() for writer in group.writers}
+    frozen = {layer.weight for layer in wiring.layers if layer.weight not in cut}
+    assert cut | frozen == written
+    for weight in frozen:
+        assert not any(slots.tensor == weight and slots.dim == 0 for slots in wiring.slots)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "writers", "readers"),
+    [
+        ("residual", "stem.0", {"stem.0", "conv2.0", "conv4.0"}, {"conv1.0", "conv3.0", "linear"}),
+        ("concat", "stem.0", {"stem.0"}, {"left.0", "right.0", "linear"}),
+        ("concat", "right.0", {"right.0"}, {"join.0"}),
+        ("depthwise", "expand.0", {"expand.0", "depthwise.0"}, {"project"}),
+        ("shared", "stem.0", {"stem.0", "twice"}, {"twice", "last"}),
+        ("gated", "conv.0", {"conv.0", "excite"}, {"squeeze", "linear"}),
+        ("flattened", "features.0.0", {"features.0.0"}, {"hidden"}),
+    ],
+)
+def test_who_writes_and_who_reads_a_group(
+    name: str, group: str, writers: set[str], readers: set[str]
+) -> None:
+    found = wired(name, True)[1].groups[group]
+    assert {writer.removesuffix(".weight") for writer in found.writers} == writers
+    assert {reader.layer for reader in found.readers} == readers
+
+
+def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
+    for name in NETWORKS:
+        for group in wired(name, True)[1].groups.values():
+            if group.name == "hidden":
+                continue
+            shape = group.tap.meta["val"].shape
+            assert len(shape) == 4, (name, group.name)
+            assert operation_name(group.tap) not in {"flatten", "view", "mean"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_tap_holds_each_channel_where_its_index_says(name: str) -> None:
+    """Silencing channel i at the tap changes that channel of the tap, and only the group's own."""
+    for group in wired(name, True)[1].groups.values():
+        width = int(group.tap.meta["val"].shape[1])
+        assert len(np.unique(group.tap_index)) == len(group)
+        assert group.tap_index.min() >= 0
+        assert group.tap_index.max() < width
+
+
+def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
+    wiring = wired("concat")[1]
+    left, right = wiring.groups["left.0"], wiring.groups["right.0"]
+    assert left.tap is right.tap
+    assert left.tap_index.tolist() == [0, 1, 2, 3, 4]
+    assert right.tap_index.tolist() == [5, 6, 7]
+
+
+def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
+    wiring = wired("flattened")[1]
+    indices = wiring.kept_indices({"features.0.0": (1, 4)})
+    kept = [channel * 8 + position for channel in (0, 2, 3, 5) for position in range(8)]
+    assert indices["hidden.weight"][1].tolist() == kept
+    assert indices["features.0.0.weight"][0].tolist() == [0, 2, 3, 5]
+    assert indices["features.0.1.running_var"][0].tolist() == [0, 2, 3, 5]
+    assert "linear.weight" not in indices
+
+
+def test_kept_channels_are_all_but_the_removed_ones() -> None:
+    wiring = wired("chain")[1]
+    kept = wiring.channels_kept({"conv1": (0, 5)})
+    group = wiring.groups["conv1"]
+    assert (~kept).sum() == 2
+    assert kept[group.channels].tolist() == [False, True, True, True, True, False]
+    assert wiring.channels_kept({}).all()
+    assert wiring.kept_indices({}) == {}
+
+
+def test_slots_mark_what_must_stay() -> None:
+    wiring = wired("view_fixed")[1]
+    by_place = {(slots.tensor, slots.dim): slots.channels for slots in wiring.slots}
+    assert (by_place["stem.0.weight", 0] != NOT_PRUNABLE).all()
+    assert ("stem.0.weight", 1) not in by_place
+    assert ("linear.weight", 1) not in by_place
+
+
+@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_macs_are_those_that_pytorch_counts(
+    name: str, cut_stream: bool, generator: torch.Generator
+) -> None:
+    model, wiring = wired(name, cut_stream)
+    plan, images = random_plan(wiring, generator), random_images()
+    assert wiring.macs() == counted_macs(model, images)
+    cut = apply_plan(model, wiring, plan)
+    assert wiring.macs(plan.removed) == counted_macs(cut, images) < wiring.macs()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_params_are_those_of_the_network(name: str, generator: torch.Generator) -> None:
+    model, wiring = wired(name, True)
+    plan = random_plan(wiring, generator)
+    assert wiring.params() == sum(one.numel() for one in model.parameters())
+    cut = apply_plan(model, wiring, plan)
+    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_after_a_cut_are_those_of_the_cut_network(
+    name: str, generator: torch.Generator
+) -> None:
+    model, wiring = wired(name, True)
+    plan = random_plan(wiring, generator)
+    found = {name: tuple(one.shape) for name, one in apply_plan(model, wiring, plan).state_dict().items()}
+    shapes = wiring.shapes_after(plan.removed)
+    assert {name: shapes[name] for name in found} == found
+    assert wiring.shapes_after({}) == wiring.shapes
+
+
+def test_one_kernel_under_two_names_is_counted_once_and_cut_once() -> None:
+    model, wiring = wired("tied_weights")
+    assert isinstance(model, TiedWeights)
+    aliases = aliases_of(model)
+    assert aliases["one.weight"] == aliases["other.weight"] == ("one.weight", "other.weight")
+    (name,) = wiring.groups["other"].writers
+    assert name in aliases["one.weight"]
+    expected = 4 * 3 * 9 + 2 * 4 + 6 * 4 * 9 + 12 * 5 + 5
+    assert wiring.params() == expected
+
+
+def _chunked(self: Between, x: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=1)
+    return torch.cat([left * right, right], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (lambda self, x: x.softmax(1), "no rule for the operation 'softmax'"),
+        (lambda self, x: self.group_norm(x), "no rule for the operation 'group_norm'"),
+        (lambda self, x: self.prelu(x), "no rule for the operation 'prelu'"),
+        (lambda self, x: self.up(x), "no rule for the operation 'conv_transpose2d'"),
+        (_chunked, "no rule for the operation 'chunk'"),
+        (lambda self, x: x.permute(0, 1, 3, 2), "no rule for the operation 'permute'"),
+        (lambda self, x: x[:, [1, 0, 2, 4, 3, 5]], "no rule for the operation 'index'"),
+        (lambda self, x: x * x.mean(1, keepdim=True), "a mean over channels"),
+        (lambda self, x: x - x.mean(), "no rule for the operation 'mean'|a mean over every dim"),
+        (lambda self, x: self.from_twelve(self.grouped(x)), "a grouped convolution"),
+        (
+            lambda self, x: torch.cat([x[:, 3:], x[:, :3]], 1),
+            "sliced by channel numbers in the network's code",
+        ),
+        (
+            lambda self, x: F.pad(x[:, :4], (0, 0, 0, 0, 1, 1)),
+            "(sliced|padded) .* in the network's code",
+        ),
+        (
+            lambda self, x: x.view(-1, 6, 64).view(-1, 6, 8, 8),
+            r"reshaped to the fixed size \[-1, 6, 64\] in the network's code",
+        ),
+        (
+            lambda self, x: F.conv2d(x, self.other.weight * 2, padding=1),
+            "a convolution whose kernel is computed in the forward",
+        ),
+        (lambda self, x: x.flatten(0, 1).view(-1, 6, 8, 8), "flattened together with the batch"),
+    ],
+)
+def test_what_is_not_understood_is_frozen_and_says_why(
+    then: Callable[[Between, Tensor], Tensor], reason: str, generator: torch.Generator
+) -> None:
+    model, wiring = between(then)
+    assert "first" not in wiring.groups
+    (frozen,) = [group for group in wiring.frozen if group.name == "first"]
+    assert frozen.size == 6
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(frozen.reason)
+    images, plan = random_images(), random_plan(wiring, generator)
+    assert "second" in plan.removed
+    with torch.no_grad():
+        cut = apply_plan(model, wiring, plan)
+        assert relative_error(cut(images), silence(model, wiring, plan)(images)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda self, x: x * self.scale + self.shift * 3,
+        lambda self, x: x * self.to_one(x).sigmoid(),
+        lambda self, x: self.from_twelve(torch.cat([x, x.relu()], 1)),
+        lambda self, x: torch.cat([x, -x], 2),
+        lambda self, x: F.interpolate(x, scale_factor=2),
+        lambda self, x: F.pad(x, (1, 2, 0, 1), value=3.0)[:, :, 1:, ::2],
+        lambda self, x: F.avg_pool2d(x, 3, stride=1) / 2 - 1,
+        lambda self, x: self.other(x.clone().detach()) + x.contiguous(),
+        lambda self, x: x + self.other(self.other(x)),
+        lambda self, x: x * F.hardsigmoid(x.mean((2, 3), keepdim=True)),
+        lambda self, x: F.silu(x.clamp(-1, 1)).exp().abs(),
+    ],
+)
+def test_what_is_understood_is_cut_by_the_law(
+    then: Callable[[Between, Tensor], Tensor], generator: torch.Generator
+) -> None:
+    model, wiring = between(then)
+    assert {"first", "second"} <= set(wiring.groups)
+    assert_law(model, wiring, generator)
+
+
+def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.Generator) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+            self.next = nn.Conv2d(9, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.next(torch.cat([self.conv(x), x], 1)).mean((2, 3))  # type: ignore[no-any-return]
+
+    model = Joined().eval()
+    wiring = make_wiring(model, random_images(2))
+    assert list(wiring.groups) == ["conv"]
+    assert wiring.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
+    assert_law(model, wiring, generator)
+
+
+def test_a_layer_whose_output_goes_nowhere_is_frozen() -> None:
+    _, wiring = between(lambda self, x: x * self.to_one(x))
+    assert {"to_one": "read by no convolution or linear layer"}.items() <= {
+        group.name: group.reason for group in wiring.frozen
+    }.items()
+
+
+def test_adaptive_max_pooling_is_followed_as_the_table_of_rules_says() -> None:
+    assert "adaptive_max_pool2d" in RULES
+    _, wiring = between(lambda self, x: F.adaptive_max_pool2d(x, 4))
+    assert "first" in wiring.groups
+
+
+def test_a_view_that_merges_batch_and_channels_is_frozen(generator: torch.Generator) -> None:
+    """`view(n * c, -1)` is no flattening of each image."""
+
+    def then(self: Between, x: Tensor) -> Tensor:
+        y = self.more_positions(x.view(x.size(0) * x.size(1), -1))
+        return y.view(-1, 6, 8, 8)
+
+    model, wiring = between(then)
+    assert "first" not in wiring.groups
+    assert_law(model, wiring, generator)
+
+
+def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
+    generator: torch.Generator,
+) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.positions = nn.Linear(64, 10)
+            self.last = nn.Conv1d(6, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.positions(self.conv(x).flatten(2)))
+            return self.last(x).mean(2)  # type: ignore[no-any-return]
+
+    model = Mixer().eval()
+    assert_law(model, make_wiring(model, random_images(2)), generator)
+
+
+def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
+    generator: torch.Generator,
+) -> None:
+    class Width(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.wider = nn.Linear(8, 10)
+            self.narrower = nn.Linear(10, 7)
+            self.last = nn.Conv2d(6, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.wider(self.conv(x))
+            return self.last(x).mean((2, 3)) + self.last(self.narrower(x)).mean((2, 3))  # type: ignore[no-any-return]
+
+    model = Width().eval()
+    wiring = make_wiring(model, random_images(2))
+    assert "wider" not in wiring.groups
+    assert_law(model, wiring, generator)
+
+
+def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generator) -> None:
+    """Two branches tied into one group by a sum; the first reader sees only one of them."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 5, 1)
+            self.only_left = nn.Conv2d(3, 4, 1)
+            self.whole = nn.Conv2d(3, 8, 1)
+            self.after = nn.Conv2d(8, 4, 1)
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = F.relu(self.left(x)), F.relu(self.right(x))
+            aside = self.only_left(left)
+            both = self.whole(x) + torch.cat([left, right], 1)
+            return self.linear((aside + self.after(both)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    model = Parts().eval()
+    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    assert_law(model, wiring, generator)
+
+
+def test_a_transposed_convolution_is_a_convolution_and_counted() -> None:
+    model, wiring = between(lambda self, x: self.up(x))
+    assert wiring.macs() == counted_macs(model, random_images())
+
+
+def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None:
+    model = Flattened()
+    randomise_norms(model, generator)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    make_wiring(model, random_images(2))
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_images_size_decides_the_macs_and_not_the_batch() -> None:
+    model = Chain().eval()
+    small, large = random_images(2), random_images(5, side=16)
+    wiring = make_wiring(model, large)
+    assert wiring.macs() == counted_macs(model, large)
+    convolutions = make_wiring(model, small).macs() - 7 * 5
+    assert wiring.macs() - 7 * 5 == 4 * convolutions
