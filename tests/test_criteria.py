@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Chain, make_network, random_images
 from torch import Tensor, nn
 
+from networks import Chain, make_network, random_images
 from secateur.concepts import Concept, ConceptMasks, at_resolution
 from secateur.criteria import Criterion, Kernels, criteria, make
 from secateur.data import Batch
@@ -92,7 +92,10 @@ def regions_by_hand(size: tuple[int, int]) -> Tensor:
 def outgoing_norms(model: Chain) -> dict[str, list[float]]:
     readers = {"conv1": model.conv2.weight, "conv2": model.linear.weight}
     return {
-        name: [float(weight[:, c].double().square().sum().sqrt()) for c in range(weight.shape[1])]
+        name: [
+            float(weight.detach()[:, c].double().square().sum().sqrt())
+            for c in range(weight.shape[1])
+        ]
         for name, weight in readers.items()
     }
 
@@ -167,9 +170,7 @@ def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: Wiring, group
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_activation_std_is_that_of_every_position(
-    chain: Chain, wiring: Wiring, group: str
-) -> None:
+def test_activation_std_is_that_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
     scores = scores_of("activation_std", chain, wiring)[group]
     for c, score in enumerate(scores.tolist()):
         values = maps_by_hand(chain)[group][:, c].flatten().tolist()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CLASSES, NETWORKS, Chain, make_network, random_images, randomise_norms
 from torch import Tensor, nn
 
+from networks import CLASSES, NETWORKS, Chain, make_network, random_images, randomise_norms
 from secateur import refit as refit_module
 from secateur.config import RefitSection
 from secateur.data import Batch

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from networks import CLASSES, make_network, random_images
 from torch import Tensor, nn
 
+from networks import CLASSES, make_network, random_images
 from secateur.concepts import sources
 from secateur.criteria import Sight, criteria, make
 from secateur.data import Batch
@@ -85,9 +85,7 @@ def test_batch_size_does_not_change_scores(network: tuple[nn.Module, Wiring], si
         for group, score in found[name].scores.items():
             if name in VOTES:
                 assert torch.equal(score, expected[name].scores[group])
-            torch.testing.assert_close(
-                score, expected[name].scores[group], rtol=1e-4, atol=1e-8
-            )
+            torch.testing.assert_close(score, expected[name].scores[group], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("source", list(sources()))
@@ -95,9 +93,7 @@ def test_labels_are_not_looked_at_unless_they_may_be_used(
     network: tuple[nn.Module, Wiring], source: str
 ) -> None:
     true, false = (
-        scores_by(
-            EVERY_CRITERION, network, labels=labels, use_labels=False, source=source
-        )
+        scores_by(EVERY_CRITERION, network, labels=labels, use_labels=False, source=source)
         for labels in (LABELS, LABELS.flip(0))
     )
     assert_same(true, false)

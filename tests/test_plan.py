@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from networks import wired
+from secateur.errors import RunFolderError, TargetError
+from secateur.plan import PruningPlan, Quantity, Target, make_plan, parse_target
+from secateur.wiring import Wiring
+
+NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+
+def random_scores(wiring: Wiring, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(len(group), generator=generator) for name, group in wiring.groups.items()
+    }
+
+
+def amount(wiring: Wiring, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
+    if quantity == "macs":
+        return wiring.macs(removed)
+    if quantity == "params":
+        return wiring.params(removed)
+    return sum(len(g) - len(removed.get(name, ())) for name, g in wiring.groups.items())
+
+
+def kept_counts(wiring: Wiring, plan: PruningPlan) -> dict[str, int]:
+    return {name: len(g) - len(plan.removed.get(name, ())) for name, g in wiring.groups.items()}
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.77, 0.95])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("name", ["chain", "concat", "residual"])
+def test_the_target_is_met_and_one_filter_more_would_miss_it(
+    name: str, quantity: Quantity, fraction: float, generator: torch.Generator
+) -> None:
+    wiring = wired(name, True)[1]
+    plan = make_plan(random_scores(wiring, generator), wiring, Target(quantity, fraction), "random")
+    limit = fraction * amount(wiring, quantity, {})
+    assert amount(wiring, quantity, plan.removed) <= limit
+    with_one_more = [
+        amount(wiring, quantity, {**plan.removed, group: filters[1:]})
+        for group, filters in plan.removed.items()
+    ]
+    assert any(value > limit for value in with_one_more)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True, database=None)
+@given(st.data())
+def test_every_group_keeps_the_same_share_but_for_one_filter(data: st.DataObject) -> None:
+    wiring = wired(data.draw(st.sampled_from(NAMES)), True)[1]
+    target = Target(data.draw(st.sampled_from(QUANTITIES)), data.draw(st.floats(0.3, 1.0)))
+    scores = random_scores(wiring, torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    try:
+        plan = make_plan(scores, wiring, target, "random")
+    except TargetError as error:
+        assert "out of reach" in str(error)  # noqa: PT017: both outcomes are right
+        return
+    kept = kept_counts(wiring, plan)
+    assert all(1 <= count <= len(wiring.groups[name]) for name, count in kept.items())
+
+    def fits(share: float) -> bool:
+        least = {n: max(1, int(share * len(g) + 1e-9)) for n, g in wiring.groups.items()}
+        return all(count in (least[name], least[name] + 1) for name, count in kept.items())
+
+    shares = {n / len(g) for g in wiring.groups.values() for n in range(len(g) + 1)}
+    assert any(fits(share) for share in shares)
+    total = amount(wiring, target.quantity, {})
+    assert amount(wiring, target.quantity, plan.removed) <= target.fraction_left * total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lowest_scored_filters_go(name: str, generator: torch.Generator) -> None:
+    wiring = wired(name, True)[1]
+    scores = random_scores(wiring, generator)
+    plan = make_plan(scores, wiring, Target("macs", 0.5), "random")
+    assert plan.removed
+    for group, filters in plan.removed.items():
+        kept = [i for i in range(len(wiring.groups[group])) if i not in filters]
+        assert scores[group][list(filters)].max() < scores[group][kept].min()
+        assert list(filters) == sorted(set(filters))
+
+
+def test_between_equal_scores_the_smaller_number_stays() -> None:
+    wiring = wired("chain")[1]
+    equal = {name: torch.full((len(group),), 0.5) for name, group in wiring.groups.items()}
+    plan = make_plan(equal, wiring, Target("filters", 0.5), "equal")
+    for name, filters in plan.removed.items():
+        size = len(wiring.groups[name])
+        assert filters == tuple(range(size - len(filters), size))
+
+
+def test_scores_closer_than_float32_can_tell_still_count() -> None:
+    wiring = wired("chain")[1]
+    scores = {
+        name: 1 - 1e-12 * torch.arange(len(group), dtype=torch.float64).flip(0)
+        for name, group in wiring.groups.items()
+    }
+    plan = make_plan(scores, wiring, Target("filters", 0.5), "close")
+    assert all(filters == tuple(range(len(filters))) for filters in plan.removed.values())
+
+
+def test_only_the_order_of_scores_matters(generator: torch.Generator) -> None:
+    wiring = wired("concat")[1]
+    scores = random_scores(wiring, generator)
+    stretched = {name: 5 * score.exp() for name, score in scores.items()}
+    target = Target("params", 0.6)
+    assert make_plan(scores, wiring, target, "x") == make_plan(stretched, wiring, target, "x")
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_all_may_stay(quantity: Quantity, generator: torch.Generator) -> None:
+    wiring = wired("chain")[1]
+    scores = random_scores(wiring, generator)
+    assert make_plan(scores, wiring, Target(quantity, 1.0), "random").removed == {}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_smaller_target_removes_no_fewer_of_any_group(
+    quantity: Quantity, generator: torch.Generator
+) -> None:
+    wiring = wired("concat")[1]
+    scores = random_scores(wiring, generator)
+    amounts = [
+        amount(wiring, quantity, make_plan(scores, wiring, Target(quantity, f), "x").removed)
+        for f in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    ]
+    assert amounts == sorted(amounts)
+
+
+def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generator) -> None:
+    wiring = wired("residual")[1]
+    scores = random_scores(wiring, generator)
+    least = {name: tuple(range(1, len(group))) for name, group in wiring.groups.items()}
+    reached = wiring.macs(least) / wiring.macs()
+    expected = (
+        rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with one filter left "
+        r"in each of 2 prunable groups \(11 filters are frozen; `secateur inspect`"
+    )
+    with pytest.raises(TargetError, match=expected):
+        make_plan(scores, wiring, Target("macs", 0.01), "random")
+    plan = make_plan(scores, wiring, Target("macs", reached + 1e-9), "random")
+    assert set(kept_counts(wiring, plan).values()) == {1}
+
+
+def without_groups() -> Wiring:
+    from networks import CLASSES, random_images
+    from secateur.wiring import make_wiring
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
+    return make_wiring(model, random_images(2))
+
+
+def test_a_network_without_prunable_groups_reaches_no_target() -> None:
+    with pytest.raises(TargetError, match="1.000 of the macs stay .* 0 prunable groups"):
+        make_plan({}, without_groups(), Target("macs", 0.5), "random")
+
+
+@pytest.mark.parametrize("quantity", ["macs", "filters"])
+def test_a_network_without_prunable_groups_may_stay_whole(quantity: Quantity) -> None:
+    plan = make_plan({}, without_groups(), Target(quantity, 1.0), "random")
+    assert plan.removed == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("macs=0.7", Target("macs", 0.7)),
+        ("params=1", Target("params", 1.0)),
+        ("filters=5e-1", Target("filters", 0.5)),
+    ],
+)
+def test_targets_are_parsed(text: str, target: Target) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not understood"),
+        ("macs", "is not understood"),
+        ("macs:0.5", "is not understood"),
+        ("flops=0.5", "is not understood"),
+        ("MACs=0.5", "is not understood"),
+        ("macs=", "has no number"),
+        ("macs=half", "has no number"),
+        ("macs=0.5=1", "has no number"),
+        ("macs=0", "is out of range"),
+        ("macs=-0.5", "is out of range"),
+        ("macs=1.01", "is out of range"),
+        ("macs=70", "is out of range"),
+        ("macs=nan", "is out of range"),
+        ("macs=inf", "is out of range"),
+    ],
+)
+def test_a_wrong_target_is_refused_with_what_was_expected(text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=f"target '{text}' {message}: give macs=F, params=F or"):
+        parse_target(text)
+
+
+@given(st.sampled_from(QUANTITIES), st.floats(1e-6, 1.0))
+@settings(max_examples=50, derandomize=True, database=None)
+def test_a_target_written_and_parsed_is_the_same(quantity: Quantity, fraction: float) -> None:
+    target = Target(quantity, fraction)
+    assert parse_target(str(target)) == target
+
+
+REMOVED = st.dictionaries(
+    st.text(max_size=8),
+    st.lists(st.integers(0, 511), unique=True, max_size=6).map(lambda f: tuple(sorted(f))),
+    max_size=4,
+)
+
+
+@given(REMOVED, st.sampled_from(QUANTITIES), st.integers(1, 1000), st.text(max_size=8))
+@settings(max_examples=50, derandomize=True, database=None, deadline=None)
+def test_a_plan_comes_back_from_json(
+    removed: dict[str, tuple[int, ...]], quantity: Quantity, thousandths: int, criterion: str
+) -> None:
+    plan = PruningPlan(removed, Target(quantity, thousandths / 1000), criterion)
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.hash == plan.hash
+    assert json.loads(plan.to_json())["hash"] == plan.hash
+
+
+def test_the_hash_depends_on_all_that_is_decided_and_not_on_the_order_of_groups() -> None:
+    plan = PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.5), "l1")
+    assert plan.hash == PruningPlan({"b": (2,), "a": (1,)}, Target("macs", 0.5), "l1").hash
+    others = [
+        PruningPlan({"a": (1,), "b": (3,)}, Target("macs", 0.5), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.6), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Target("params", 0.5), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.5), "l2"),
+    ]
+    assert len({plan.hash, *(other.hash for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("removed", {"conv1": [0, 2]}, "has been changed"),
+        ("removed", {"conv2": [0, 1]}, "has been changed"),
+        ("target", "macs=0.6", "has been changed"),
+        ("criterion", "l2", "has been changed"),
+        ("hash", "0" * 64, "has been changed"),
+        ("hash", None, "has been changed"),
+        ("schema_version", 2, "has schema version 2, not 1"),
+        ("schema_version", None, "has schema version None, not 1"),
+        ("target", "macs=7", "can't be read"),
+        ("target", 3, "can't be read"),
+        ("removed", {"conv1": 3}, "can't be read"),
+        ("removed", [1], "can't be read"),
+    ],
+)
+def test_a_changed_plan_is_refused(key: str, value: object, message: str) -> None:
+    text = PruningPlan({"conv1": (0, 1)}, Target("macs", 0.5), "l1").to_json()
+    content = {**json.loads(text), key: value}
+    with pytest.raises(RunFolderError, match=message):
+        PruningPlan.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", "null", "3", "[]", '"text"', "{}", '{"removed": {}}', "[" * 100_000]
+)
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(RunFolderError, match="the plan can't be read"):
+        PruningPlan.from_json(text)
