@@ -266,8 +266,10 @@ def norms_by_hand(*weights: Tensor) -> Tensor:
 def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
     model, wiring = network("concat")
     assert isinstance(model, Concat)
-    left, right = model.left[0].weight, model.right[0].weight
-    join, linear = model.join[0].weight, model.linear.weight
+    left, right, join, linear = (
+        model.get_parameter(name)
+        for name in ("left.0.weight", "right.0.weight", "join.0.weight", "linear.weight")
+    )
     expected = {
         "stem.0": norms_by_hand(left, right, linear[:, 6:]),
         "left.0": norms_by_hand(join[:, :5]),

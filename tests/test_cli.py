@@ -244,7 +244,8 @@ def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(models.load("resnet20").state_dict(), weights)
     out = tmp_path / "runs" / "run"
@@ -255,7 +256,7 @@ def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     while not out.parent.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     assert process.wait(timeout=60) == 130
     assert list(out.parent.iterdir()) == []
 

@@ -206,7 +206,7 @@ def test_taylor_is_the_squared_change_of_each_image_by_autograd(
         gradients = torch.autograd.grad(loss, (first, second))
         for group, maps, gradient in zip(GROUPS, (first, second), gradients, strict=True):
             for c in range(maps.shape[1]):
-                change = float((maps[0, c] * gradient[0, c]).sum())
+                change = float((maps[0, c] * gradient[0, c]).sum().detach())
                 expected[group][c] += change**2
     for group in GROUPS:
         assert scores[group].max() > 0

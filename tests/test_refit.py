@@ -132,9 +132,9 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
     assert_same_state(model, before)
     for own, other in zip(smaller.modules(), cut.modules(), strict=True):
         assert own.training == other.training
-    for parameter, other in zip(smaller.parameters(), cut.parameters(), strict=True):
-        assert parameter.shape == other.shape
-        assert parameter.requires_grad == other.requires_grad
+    for parameter, as_cut in zip(smaller.parameters(), cut.parameters(), strict=True):
+        assert parameter.shape == as_cut.shape
+        assert parameter.requires_grad == as_cut.requires_grad
         assert parameter.grad is None
 
 

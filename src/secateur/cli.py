@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -84,7 +85,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machine
 
 
 def main() -> None:
-    """Runs the command line; errors of ours become one line and exit code 1 or 2."""
+    """Runs the command line; errors of ours become one line and exit code 1 or 2.
+
+    An interrupt and a request to terminate both clean up and exit with 130.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except SecateurError as error:
@@ -96,15 +101,24 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    del debug  # read by main(), which sees errors wherever they arise
-    if version:
+def _print_version(asked: bool | None) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    del version  # its callback has printed it
+    del debug  # read by main(), which sees errors wherever they arise
 
 
 @app.command()

@@ -46,7 +46,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                     f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"
                 ),
                 "latency ms": f"{score.latency_ms:.1f}",
-                "seconds": f"{stage.seconds:.1f}",
+                "seconds": "–" if stage.stage == "before" else f"{stage.seconds:.1f}",
             }
         )
     return rows
