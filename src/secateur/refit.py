@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
@@ -33,6 +32,7 @@ from secateur.channels import Layer
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
+from secateur.least_squares import Gram
 from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
 from secateur.wiring import Wiring
@@ -51,7 +51,10 @@ MAX_ROW_VALUES = 2**25
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """What the refit of one layer achieved, on probe images held out of the fit."""
+    """What the refit of one layer achieved, on probe images held out of the fit.
+
+    With fewer batches than `HELD_OUT_EVERY` none is held out, and errors are those of the fit.
+    """
 
     layer: str
     error_cut: float
@@ -126,55 +129,9 @@ def _why_not(layer: Layer, weight: Tensor, uses: list[str]) -> str:
         return f"reads {inputs} values at a time, more than {MAX_INPUTS}"
     if operation_name(layer.node) not in ("conv2d", "linear"):
         return f"no patches for {operation_name(layer.node)}"
+    if len(layer.node.args) > 6 and layer.node.args[6] != 1:
+        return "a depthwise or grouped convolution"
     return ""
-
-
-class _Gram:
-    """Sums of products of inputs and targets, from which every least-squares error follows."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
-        self.x = torch.zeros(inputs, dtype=torch.float64)
-        self.y = torch.zeros(outputs, dtype=torch.float64)
-        self.yy = torch.zeros(outputs, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "row input"], y: Float[Tensor, "row output"]) -> None:
-        """Takes in rows."""
-        self.count += len(x)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.yy += y.square().sum(0)
-
-    def merge(self, other: _Gram) -> None:
-        """Takes in all that another one has seen."""
-        self.count += other.count
-        for own, more in (
-            (self.xx, other.xx),
-            (self.xy, other.xy),
-            (self.x, other.x),
-            (self.y, other.y),
-            (self.yy, other.yy),
-        ):
-            own += more
-
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Covariances of the inputs, and of inputs and outputs."""
-        x, y = self.x / self.count, self.y / self.count
-        return self.xx / self.count - x.outer(x), self.xy / self.count - x.outer(y)
-
-    def squared_error(self, kernel: Tensor, bias: Tensor) -> Tensor:
-        """Mean of (y - kernel x - bias)^2, by output."""
-        n = self.count
-        quadratic = ((self.xx @ kernel.T) * kernel.T).sum(0) / n
-        mixed = (self.xy * kernel.T).sum(0) / n
-        x_mean, y_mean = kernel @ self.x / n, self.y / n
-        return (
-            self.yy / n - 2 * mixed + quadratic + bias * (bias - 2 * y_mean + 2 * x_mean)
-        ).clamp_min(0)
 
 
 class _Problem:
@@ -195,8 +152,8 @@ class _Problem:
         self._source = node.args[0]
         self._is_linear = operation_name(node) == "linear"
         shape = state[layer.weight].shape
-        self._fit = _Gram(shape[1:].numel(), shape[0])
-        self._held_out = _Gram(shape[1:].numel(), shape[0])
+        self._fit = Gram(shape[1:].numel(), shape[0])
+        self._held_out = Gram(shape[1:].numel(), shape[0])
         self._shift = _shift_name(graph, node)
         self._sum = _residual_sum(node)
 
@@ -255,10 +212,17 @@ class _Problem:
         """`[image, input, position]`: what the kernel meets at each output position."""
         node, kernel = self._layer.node, self._state[self._layer.weight].shape[2:]
         stride, padding, dilation = (
-            _pair(node.args[i] if len(node.args) > i else default)
+            node.args[i] if len(node.args) > i else default
             for i, default in ((3, 1), (4, 0), (5, 1))
         )
-        return F.unfold(inputs, tuple(kernel), dilation, padding, stride)
+        if isinstance(padding, str):
+            if padding == "same":  # an odd total puts the larger half at the end, as torch does
+                missing = [d * (k - 1) for d, k in zip(_pair(dilation), kernel, strict=True)]
+                inputs = F.pad(
+                    inputs, [m // 2 + i * (m % 2) for m in missing[::-1] for i in (0, 1)]
+                )
+            padding = 0
+        return F.unfold(inputs, tuple(kernel), _pair(dilation), _pair(padding), _pair(stride))
 
     def solve(self) -> LayerRefit:
         """Writes the best kernel into the state."""
@@ -271,37 +235,23 @@ class _Problem:
         scale = float(variance.clamp_min(1e-30))
         error_cut = float(self._check.squared_error(kernel, bias).sum()) / scale
         best, best_error = None, error_cut
+        fixed_bias = bias if self._shift is None else None
         for ridge in RIDGES:
-            found = self._solution(self._fit, kernel, ridge)
+            found = self._fit.ridge(kernel, ridge, fixed_bias)
             error = float(self._check.squared_error(*found).sum()) / scale
             if error < best_error:
                 best, best_error = ridge, error
         if best is not None:
             self._fit.merge(self._held_out)
-            new_kernel, new_bias = self._solution(self._fit, kernel, best)
+            new_kernel, new_bias = self._fit.ridge(kernel, best, fixed_bias)
             self._state[self._layer.weight] = new_kernel.reshape(old.shape).to(old.dtype)
             self._write_bias(bias, new_bias)
         return LayerRefit(self._layer.name, error_cut, best_error, best)
 
     @property
-    def _check(self) -> _Gram:
-        """What errors are measured on: the fit itself where there was a single batch or few."""
+    def _check(self) -> Gram:
+        """What errors are measured on."""
         return self._held_out if self._held_out.count else self._fit
-
-    def _solution(self, gram: _Gram, kernel: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        if self._shift is None:
-            xx, xy = gram.xx / gram.count, gram.xy / gram.count
-        else:
-            xx, xy = gram.centred()
-        strength = ridge * xx.diagonal().mean().clamp_min(1e-12)
-        system = xx + strength * torch.eye(len(xx), dtype=torch.float64)
-        # Cholesky rounding: fall back on LU where the matrix is positive only up to rounding.
-        factor, failed = torch.linalg.cholesky_ex(system)
-        right = xy + strength * kernel.T
-        new = torch.linalg.solve(system, right) if failed else torch.cholesky_solve(right, factor)
-        if self._shift is None:
-            return new.T, self._bias()
-        return new.T, gram.y / gram.count - new.T @ (gram.x / gram.count)
 
     def _bias(self) -> Tensor:
         """The layer's bias, zero where it has none."""
@@ -331,8 +281,8 @@ def _shift_name(graph: NetworkGraph, node: Node) -> tuple[str, int] | None:
     norm = next(iter(node.users))
     if len(node.users) == 1 and operation_name(norm) == "batch_norm":
         mean = norm.args[3]
-        assert isinstance(mean, Node)
-        return graph.tensor_names[mean], -1
+        if isinstance(mean, Node) and len(mean.users) == 1:
+            return graph.tensor_names[mean], -1
     return None
 
 
@@ -351,6 +301,8 @@ def _residual_sum(node: Node) -> _ResidualSum | None:
     if len(following) == 1 and operation_name(following[0]) == "batch_norm":
         norm = node = following[0]
         following = list(node.users)
+        if norm.args[3] is None:  # it scales by each batch's own statistics
+            return None
     if len(following) != 1 or operation_name(following[0]) != "add" or following[0].kwargs:
         return None
     summands = [source for source in following[0].args if isinstance(source, Node)]
