@@ -182,7 +182,7 @@ def prune(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Largest learning rate [default: 0.008]."),
+        typer.Option("--learning-rate", help="Largest learning rate [default: 0.02]."),
     ] = None,
     label_weight: Annotated[
         float | None,

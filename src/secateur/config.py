@@ -95,7 +95,7 @@ class FinetuneSection(Section):
     """Passes over the training images; 0 leaves the network as the refit made it."""
     batch_size: int = Field(default=128, ge=2)
     """Images a step."""
-    learning_rate: float = Field(default=0.008, gt=0)
+    learning_rate: float = Field(default=0.02, gt=0)
     """Largest learning rate of the cosine schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov momentum of SGD."""
