@@ -64,7 +64,7 @@ def write_stacked(directory: Path) -> tuple[Pixels, list[int], Pixels, list[int]
 
 
 def write_torchvision(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pixels, list[int]]:
-    """torchvision's layout in miniature, with its digests; returns what the training part holds."""
+    """Torchvision's layout in miniature, with its digests; returns what the training part holds."""
     folder = directory / "cifar-10-batches-py"
     folder.mkdir()
 
@@ -83,9 +83,7 @@ def write_torchvision(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     cifar = torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar, "train_list", train)
     monkeypatch.setattr(cifar, "test_list", test)
-    monkeypatch.setattr(
-        cifar, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
-    )
+    monkeypatch.setattr(cifar, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
     return np.concatenate([pixels[::2], pixels[1::2]]), labels[::2] + labels[1::2]
 
 
@@ -140,7 +138,7 @@ def test_stacked_columns_are_read_in_the_order_of_the_labels(tmp_path: Path) -> 
 
 
 def test_loading_holds_training_images_out(tmp_path: Path) -> None:
-    train, _, test, _ = write_stacked(tmp_path)
+    train, _, _, _ = write_stacked(tmp_path)
     dataset = data.load(f"cifar10:{tmp_path}", validation_fraction=0.5)
     assert dataset.name == f"cifar10:{tmp_path}"
     sizes = [len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)]
@@ -152,9 +150,7 @@ def test_loading_holds_training_images_out(tmp_path: Path) -> None:
     assert not set(hashes(dataset.test, native)) & set(original)
 
 
-def test_torchvisions_layout_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvisions_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, labels = write_torchvision(tmp_path, monkeypatch)
     for directory in (tmp_path, tmp_path / "cifar-10-batches-py"):
         splits = data.READERS["cifar10"](directory)
@@ -247,7 +243,7 @@ def test_damaged_columns_are_refused(
 
 
 def test_a_folder_without_cifar_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no CIFAR-10 in .*: expected train_labels.npy .* or torch"):
+    with pytest.raises(DataError, match=r"no CIFAR-10 in .*: expected train_labels.npy .* torch"):
         data.load(f"cifar10:{tmp_path}")
 
 

@@ -104,7 +104,7 @@ def test_a_value_written_in_place_is_followed_or_refused(
     try:
         graph = trace(model, images)
     except TraceError as error:
-        assert "writes in" in str(error)  # noqa: PT017: either outcome is right
+        assert "writes in" in str(error)  # noqa: PT017 - either outcome is right
         return
     with torch.no_grad():
         assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6

@@ -62,7 +62,7 @@ def test_every_group_keeps_the_same_share_but_for_one_filter(data: st.DataObject
     try:
         plan = make_plan(scores, wiring, target, "random")
     except TargetError as error:
-        assert "out of reach" in str(error)  # noqa: PT017: both outcomes are right
+        assert "out of reach" in str(error)  # noqa: PT017 - both outcomes are right
         return
     kept = kept_counts(wiring, plan)
     assert all(1 <= count <= len(wiring.groups[name]) for name, count in kept.items())
@@ -160,7 +160,7 @@ def without_groups() -> Wiring:
 
 
 def test_a_network_without_prunable_groups_reaches_no_target() -> None:
-    with pytest.raises(TargetError, match="1.000 of the macs stay .* 0 prunable groups"):
+    with pytest.raises(TargetError, match=r"1.000 of the macs stay .* 0 prunable groups"):
         make_plan({}, without_groups(), Target("macs", 0.5), "random")
 
 

@@ -59,7 +59,9 @@ def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(NETWORKS)))
     model, wiring = wired(name, data.draw(st.booleans()))
     removed = {
-        group: tuple(sorted(data.draw(st.sets(st.integers(0, len(each) - 1), max_size=len(each) - 1))))
+        group: tuple(
+            sorted(data.draw(st.sets(st.integers(0, len(each) - 1), max_size=len(each) - 1)))
+        )
         for group, each in wiring.groups.items()
     }
     plan = plan_of(removed)
@@ -226,7 +228,7 @@ def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
 
 
 def test_the_memory_format_is_kept() -> None:
-    model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)
     wiring = make_wiring(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     for name in ("conv1.weight", "conv2.weight"):

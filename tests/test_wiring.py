@@ -234,7 +234,9 @@ def test_shapes_after_a_cut_are_those_of_the_cut_network(
 ) -> None:
     model, wiring = wired(name, True)
     plan = random_plan(wiring, generator)
-    found = {name: tuple(one.shape) for name, one in apply_plan(model, wiring, plan).state_dict().items()}
+    found = {
+        name: tuple(one.shape) for name, one in apply_plan(model, wiring, plan).state_dict().items()
+    }
     shapes = wiring.shapes_after(plan.removed)
     assert {name: shapes[name] for name in found} == found
     assert wiring.shapes_after({}) == wiring.shapes
@@ -362,7 +364,7 @@ def test_a_view_that_merges_batch_and_channels_is_frozen(generator: torch.Genera
     """`view(n * c, -1)` is no flattening of each image."""
 
     def then(self: Between, x: Tensor) -> Tensor:
-        y = self.more_positions(x.view(x.size(0) * x.size(1), -1))
+        y: Tensor = self.more_positions(x.view(x.size(0) * x.size(1), -1))
         return y.view(-1, 6, 8, 8)
 
     model, wiring = between(then)

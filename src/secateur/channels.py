@@ -320,7 +320,8 @@ def _flattened(spread: ChannelSpread, node: Node, first: int, last: int) -> Axes
 def _reshape(spread: ChannelSpread, node: Node) -> Axes:
     shape = node.args[1]
     assert isinstance(shape, list | tuple)
-    if len(shape) == 2 and shape[1] == -1:
+    batch_sizes = [str(value.meta["val"].shape[0]) for value in (node, first_input(node))]
+    if len(shape) == 2 and shape[1] == -1 and len(set(batch_sizes)) == 1:
         return _flattened(spread, node, 1, -1)
     sizes = ", ".join("batch" if isinstance(size, Node) else str(size) for size in shape)
     return spread.frozen_here(node, f"reshaped to the fixed size [{sizes}] in the network's code")
