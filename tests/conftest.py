@@ -1,4 +1,4 @@
-"""What every test module shares: checked shapes, two threads, a seed and the staged data."""
+"""What every test module shares: checked shapes, one thread, a seed and the staged data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Before the first `import secateur`: its annotated shapes are checked from here on.
 jaxtyping.install_import_hook("secateur", "beartype.beartype")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -68,7 +68,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
     dataset = data.load("digits")
     model = models.load("resnet20")
     settings = FinetuneSection(
-        epochs=3, batch_size=64, learning_rate=0.1, warmup_steps=10, flip=False
+        epochs=3, batch_size=32, learning_rate=0.1, warmup_steps=10, flip=False
     )
     prepare = models.preprocessing("resnet20")
     finetune(model, None, dataset.train, prepare, settings, seed=0)

@@ -28,7 +28,7 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
 ) -> None:
     code = (
         "import sys, torch, secateur\n"
-        "torch.set_num_threads(2)\n"
+        "torch.set_num_threads(1)\n"
         "model = secateur.load(sys.argv[1])\n"
         "generator = torch.Generator().manual_seed(1)\n"
         "images = torch.rand(4, 3, 32, 32, generator=generator)\n"

@@ -185,7 +185,7 @@ def test_weights_of_another_architecture(call: Call, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(models.load("resnet32").state_dict(), weights)
     common = ["-m", "resnet20", "-d", "digits", "-w", weights]
-    fails(call, tmp_path / "run", 1, "unexpected: layer1.3.bn1.bias", *common)
+    fails(call, tmp_path / "run", 1, "unexpected: layer1.3.", *common)
 
 
 def test_empty_data_folder(call: Call, tmp_path: Path) -> None:

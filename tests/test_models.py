@@ -412,13 +412,18 @@ def test_weights_are_loaded_into_a_network_of_ones_own(network_file: Path, tmp_p
         ("vgg16_bn", 32, 32),
         ("torchvision:resnet50", 224, 256),
         ("torchvision:efficientnet_b3", 300, 320),
-        ("mine.py:factory", 224, 256),
     ],
 )
 def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resize: int) -> None:
     found = preprocessing(name)
     assert (found.image_size, found.resize) == (image_size, resize)
     assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
+    assert preprocessing(f"{network_file}:without") == models.Preprocessing(224, 256)
+    with pytest.raises(UsageError, match=r"no file nowhere\.py"):
+        preprocessing("nowhere.py:factory")
 
 
 def test_preprocessing_of_an_unknown_network_names_near_ones() -> None:
@@ -434,11 +439,11 @@ def test_normalising_is_what_torchvision_does(generator: torch.Generator) -> Non
     torch.testing.assert_close(preprocessing("resnet20").normalise(images), transform(images))
 
 
-def test_two_loads_differ_and_one_seed_does_not() -> None:
-    torch.manual_seed(1)
-    one, other = load("resnet20"), load("resnet20")
-    torch.manual_seed(1)
-    again = load("resnet20")
+def test_untrained_weights_depend_on_the_seed_alone() -> None:
     kernel = "layer1.0.conv1.weight"
-    assert torch.equal(one.get_parameter(kernel), again.get_parameter(kernel))
-    assert not torch.equal(one.get_parameter(kernel), other.get_parameter(kernel))
+    one = load("resnet20").get_parameter(kernel)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(load("resnet20").get_parameter(kernel), one)
+    assert not torch.equal(load("resnet20", seed=1).get_parameter(kernel), one)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -24,7 +24,7 @@ class Overlap:
 
 def overlap(
     maps: Float[Tensor, "image filter h w"],
-    thresholds: Float[Tensor, filter],
+    thresholds: Float[Tensor, "filter"],
     masks: Bool[Tensor, "image region h w"],
 ) -> Overlap:
     """Positions where a filter is strictly above its threshold, against each region."""
@@ -62,8 +62,8 @@ class AlignmentTally:
 
 def response_winners(
     maps: Float[Tensor, "image filter h w"],
-    mean: Float[Tensor, filter],
-    outgoing_norm: Float[Tensor, filter],
+    mean: Float[Tensor, "filter"],
+    outgoing_norm: Float[Tensor, "filter"],
     inside: Bool[Tensor, "image h w"],
     top: int,
 ) -> Int[Tensor, "position top"]:

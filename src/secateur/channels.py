@@ -68,7 +68,9 @@ class ChannelSpread:
             self.axes[node] = tuple(self.fresh(int(size)) for size in value.shape)
         elif node is self.graph.image:
             self.axes[node] = self.opaque(node, "read from the network's input", dims=[1])
-        elif node.op == "call_function" and isinstance(value, Tensor):
+        elif node.op == "call_function" and (
+            isinstance(value, Tensor) or operation_name(node) in _POOLING
+        ):
             rule = RULES.get(operation_name(node))
             self.axes[node] = rule(self, node) if rule else self._without_rule(node)
         elif node.op == "call_function" and not isinstance(value, torch.SymInt | int):
@@ -156,7 +158,8 @@ def feature_map(node: Node) -> Node:
 
 
 def _has_positions(node: Node) -> bool:
-    shape = node.meta["val"].shape
+    value = node.meta["val"]
+    shape = value.shape if isinstance(value, Tensor) else value[0].shape
     return len(shape) > 2 and math.prod(int(size) for size in shape[2:]) > 1
 
 
@@ -191,6 +194,7 @@ def _convolution(spread: ChannelSpread, node: Node) -> Axes:
         return spread.frozen_here(node, "a convolution whose kernel is computed in the forward")
     shape = node.meta["val"].shape
     _layer(spread, node, weight, math.prod(int(size) for size in shape[2:]))
+    spread.freeze(spread.axes[images][2:], "convolved over as if they were positions")
     read, kernel = spread.axes[images][1], spread.axes[weight]
     if groups == 1:
         spread.tie(read, kernel[1])
@@ -205,6 +209,15 @@ def _convolution(spread: ChannelSpread, node: Node) -> Axes:
     return (None, kernel[0], *(None for _ in shape[2:]))
 
 
+def _transposed(spread: ChannelSpread, node: Node) -> Axes:
+    """Counted, where its kernel is a parameter, but not cut."""
+    images, weight = first_input(node), first_input(node, 1)
+    if weight in spread.graph.tensor_names:
+        shape = images.meta["val"].shape
+        _layer(spread, node, weight, math.prod(int(size) for size in shape[2:]))
+    return spread.frozen_here(node, "a transposed convolution")
+
+
 def _linear(spread: ChannelSpread, node: Node) -> Axes:
     inputs, weight = first_input(node), first_input(node, 1)
     bias = _argument(node, 2, "bias", None)
@@ -212,6 +225,7 @@ def _linear(spread: ChannelSpread, node: Node) -> Axes:
         return spread.frozen_here(node, "a linear layer whose kernel is computed in the forward")
     shape = node.meta["val"].shape
     layer = _layer(spread, node, weight, math.prod(int(size) for size in shape[1:-1]))
+    spread.freeze(spread.axes[inputs][1:-1], "positions to a linear layer over another dimension")
     spread.tie(spread.axes[inputs][-1], spread.axes[weight][1])
     spread.readers.append(Reader(layer.name, layer.weight, node))
     if isinstance(bias, Node):
@@ -233,7 +247,14 @@ def _keep(spread: ChannelSpread, node: Node) -> Axes:
 
 def _pool(spread: ChannelSpread, node: Node) -> Axes:
     axes = spread.axes[first_input(node)]
-    return (*axes[:2], *(None for _ in node.meta["val"].shape[2:]))
+    spread.freeze(axes[2:], "pooled over as if they were positions")
+    return (*axes[:2], *(None for _ in axes[2:]))
+
+
+def _item(spread: ChannelSpread, node: Node) -> Axes:
+    """One of several values of an operation: of a pooling the largest values, or where they are."""
+    axes = spread.axes[first_input(node)]
+    return axes or spread.frozen_here(node, "one of several values of an operation without a rule")
 
 
 def _elementwise(spread: ChannelSpread, node: Node) -> Axes:
@@ -354,7 +375,7 @@ def _tracked(axes: Axes) -> list[int]:
 
 _COPYING = {
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias"),
-    *("to", "_to_copy"),
+    *("to", "_to_copy", "getitem"),
 }
 _KEEPING = {
     *("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
@@ -365,15 +386,18 @@ _POOLING = {
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
 }
 _FLATTENING = {"flatten", "view", "reshape", "mean"}
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     "linear": _linear,
     "batch_norm": _batch_norm,
     **dict.fromkeys(_KEEPING, _keep),
+    "getitem": _item,
     **dict.fromkeys(_POOLING, _pool),
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(("mul", "div"), _elementwise),

@@ -110,11 +110,11 @@ def _print_version(asked: bool | None) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
-    ] = False,
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     del version  # its callback has printed it

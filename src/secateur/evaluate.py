@@ -73,9 +73,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raises `DataError` where a label lies outside the network's classes."""
-    if len(labels) and int(labels.max()) >= classes:
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
         raise DataError(
-            f"the data has a class number {int(labels.max())}, but the network tells "
+            f"the data has a class number {int(outside[0])}, but the network tells "
             f"{classes} classes apart"
         )
 

@@ -104,8 +104,8 @@ def _replace_in_place_operations(graph: Graph) -> None:
         changed = node.args[0]
         if not name.endswith("_") or twin is None or not isinstance(changed, Node):
             raise TraceError(f"the operation {name!r} writes in place and has no other form")
-        viewed = _viewed_by(changed)
-        if any(position[user] > position[node] for value in viewed for user in value.users):
+        others = _sharing_memory(changed) - {changed}
+        if any(position[user] > position[node] for value in others for user in value.users):
             raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
         node.target = twin
         for user in list(changed.users):
@@ -113,16 +113,23 @@ def _replace_in_place_operations(graph: Graph) -> None:
                 user.replace_input_with(changed, node)
 
 
-def _viewed_by(node: Node) -> list[Node]:
-    """The values that share memory with a node because it is a view of them."""
-    viewed: list[Node] = []
-    while isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
-        if not returns or returns[0].alias_info is None or not isinstance(node.args[0], Node):
-            break
+def _sharing_memory(node: Node) -> set[Node]:
+    """The values that share memory with a node: what it is a view of, and all views of that."""
+    while _is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
-        viewed.append(node)
-    return viewed
+    sharing, coming = {node}, [node]
+    while coming:
+        views = [user for user in coming.pop().users if _is_view(user)]
+        coming += views
+        sharing.update(views)
+    return sharing
+
+
+def _is_view(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
 
 
 @contextmanager

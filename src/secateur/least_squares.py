@@ -56,7 +56,7 @@ class Gram:
 
     def ridge(
         self, kernel: Tensor, ridge: float, bias: Tensor | None
-    ) -> tuple[Float[Tensor, "output input"], Float[Tensor, output]]:
+    ) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
         """The kernel and bias that fit best, drawn towards `kernel` `[output, input]`.
 
         `ridge` is a multiple of the inputs' mean variance. The bias is fitted as well, unless one

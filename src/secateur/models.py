@@ -9,8 +9,11 @@ checkpoints use.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pickle
 import struct
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,23 +244,27 @@ def _timm() -> Any:
 
 
 def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"secateur_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses, among others, look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's: it may raise anything
+        del sys.modules[name]
         raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, factory):
+    build = getattr(module, factory, None)
+    if not callable(build):
         callables = [name for name in vars(module) if callable(getattr(module, name))]
         raise UnknownName(f"factory in {path}", factory, callables)
-    build = getattr(module, factory)
+    parameters = inspect.signature(build).parameters.values()
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
-        takes_classes = "num_classes" in build.__code__.co_varnames
-    except AttributeError:
-        takes_classes = False
-    model = build(num_classes=num_classes) if takes_classes else build()
+        model = build(num_classes=num_classes) if takes_classes else build()
+    except Exception as error:  # so may the factory
+        raise UsageError(f"{path}:{factory} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path}:{factory} returned {type(model).__name__}, not an nn.Module")
     return model
@@ -275,6 +282,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     missing = [name for name in expected if name not in found and name not in optional]
     unexpected = [name for name in found if name not in expected]
+    unexpected.sort(key=lambda name: name.endswith("num_batches_tracked"))  # weights first
     misshapen = [
         f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}"
         for name, tensor in found.items()
@@ -308,13 +316,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path} is not a safetensors file: {error}") from error
     elif path.suffix in (".pth", ".pt", ".th"):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # about oddities of damaged files
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"{path} holds more than tensors and is not read, since that could run code: "
                 "save the network's state_dict() instead"
             ) from error
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # a damaged pickle raises whatever its bytes lead to
             raise WeightsError(f"{path} can't be read: {error}") from error
     else:
         raise WeightsError(f"{path}: weights are read from .safetensors, .pth, .pt or .th files")
@@ -326,7 +335,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise WeightsError(f"{path} holds more than tensors: save the network's state_dict()")
     tensors = {str(name): tensor for name, tensor in content.items()}
-    for prefix in ("_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    prefixes = ("_orig_mod.", "module.")
+    while prefix := next((p for p in prefixes if all(n.startswith(p) for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

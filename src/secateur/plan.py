@@ -30,7 +30,7 @@ class Target:
     fraction_left: float
 
     def __str__(self) -> str:
-        return f"{self.quantity}={self.fraction_left:g}"
+        return f"{self.quantity}={self.fraction_left}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class PruningPlan:
                 target=parse_target(content["target"]),
                 criterion=content["criterion"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, TargetError) as error:
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+            TargetError,
+        ) as error:
             raise RunFolderError(f"the plan can't be read: {error}") from error
         if content.get("schema_version") != SCHEMA_VERSION:
             found = content.get("schema_version")
@@ -133,7 +136,7 @@ def make_plan(
             f"{target.quantity} stay with one filter left in each of {len(order)} prunable groups "
             f"({frozen} filters are frozen; `secateur inspect` lists the reasons)"
         )
-    shares = sorted({n / len(f) for f in order.values() for n in range(len(f) + 1)})
+    shares = sorted({0.0, *(n / len(f) for f in order.values() for n in range(len(f) + 1))})
     low, high = 0, len(shares)
     while high - low > 1:
         middle = (low + high) // 2

@@ -21,7 +21,7 @@ class FilterScores:
     """One score a filter, by group; the higher, the more the filter deserves to stay."""
 
     criterion: str
-    scores: dict[str, Float[Tensor, filter]]
+    scores: dict[str, Float[Tensor, "filter"]]
 
 
 def score_filters(

@@ -74,7 +74,7 @@ def _replace(model: nn.Module, names: tuple[str, ...], tensor: Tensor) -> None:
 def _correct_attributes(module: nn.Module) -> None:
     if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
         out_channels, in_channels_a_group = module.weight.shape[:2]
-        if module.groups == module.in_channels:
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
             module.groups = out_channels
         module.out_channels = out_channels
         module.in_channels = in_channels_a_group * module.groups

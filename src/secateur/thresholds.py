@@ -20,8 +20,8 @@ MAX_VALUES_A_BATCH = 4096
 class Usual:
     """Each filter's mean and threshold."""
 
-    mean: Float[Tensor, filter]
-    threshold: Float[Tensor, filter]
+    mean: Float[Tensor, "filter"]
+    threshold: Float[Tensor, "filter"]
 
 
 class UsualTally:

@@ -45,7 +45,7 @@ class ConceptSource(Protocol):
     def find(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, image] | None,
+        labels: Int[Tensor, "image"] | None,
     ) -> ConceptMasks:
         """The concept masks of a batch; `labels` are the true classes where they may be used."""
 

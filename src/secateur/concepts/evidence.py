@@ -46,7 +46,7 @@ class Evidence:
     def find(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, image] | None,
+        labels: Int[Tensor, "image"] | None,
     ) -> ConceptMasks:
         """One region an image; see `ConceptSource.find`."""
         heat, classes = self.heat(images, labels)
@@ -61,8 +61,8 @@ class Evidence:
     def heat(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, image] | None,
-    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, image]]:
+        labels: Int[Tensor, "image"] | None,
+    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
         """Evidence for the class at each position of the last feature map, and the class."""
         seen: dict[str, Tensor] = {}
 
@@ -88,8 +88,8 @@ def last_map(graph: NetworkGraph) -> Node:
     Raises `TraceError` where there is none.
     """
     node = graph.output
-    while isinstance(node, Node):
-        shape = node.meta["val"].shape
+    while isinstance(node, Node) and node is not graph.image:
+        shape = getattr(node.meta["val"], "shape", ())
         if len(shape) == 4 and math.prod(int(size) for size in shape[2:]) > 1:
             return node
         if not node.args or not isinstance(node.args[0], Node):
@@ -108,10 +108,17 @@ def _linear_head(graph: NetworkGraph, feature_map: Node) -> str | None:
     source = node.args[0]
     while isinstance(source, Node) and source is not feature_map:
         name = operation_name(source)
-        if name not in _HEAD:
+        if name not in _HEAD or (name == "mean" and not _is_over_positions(source)):
             return None
         averaged |= name in ("mean", "adaptive_avg_pool2d", "avg_pool2d")
         source = source.args[0]
     channels = feature_map.meta["val"].shape[1]
     fits = node.args[1].meta["val"].shape[1] == channels
     return weight if averaged and fits else None
+
+
+def _is_over_positions(mean: Node) -> bool:
+    dims = mean.args[1] if len(mean.args) > 1 else None
+    if not isinstance(dims, list | tuple):
+        return False
+    return {dim % 4 for dim in dims if isinstance(dim, int)} == {2, 3}

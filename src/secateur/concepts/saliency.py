@@ -29,7 +29,7 @@ class Saliency:
     def find(
         self,
         images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, image] | None,
+        labels: Int[Tensor, "image"] | None,
     ) -> ConceptMasks:
         """One region an image, brought to the image plane bilinearly, as SCDA does; no label."""
         del labels

@@ -23,7 +23,7 @@ class Kernels:
 
     incoming: tuple[Float[Tensor, "filter ..."], ...]
     """Kernels that write the filters, one tensor a layer, first dimension in the group's order."""
-    outgoing_norm: Float[Tensor, filter]
+    outgoing_norm: Float[Tensor, "filter"]
     """Euclidean norm of all that reads each filter."""
 
 
@@ -63,7 +63,7 @@ class Observer(Protocol):
 class Criterion(Observer, Protocol):
     """Evidence about a group in, one score a filter out."""
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The scores of a group's filters, in float64; higher stays."""
 
 

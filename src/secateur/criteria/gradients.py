@@ -29,6 +29,6 @@ class Taylor:
         zero = torch.zeros(change.shape[1], dtype=torch.float64)
         self._sum[sight.group] = self._sum.get(sight.group, zero) + change.square().sum(0).cpu()
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The summed squares."""
         return self._sum[group]

@@ -23,7 +23,7 @@ class Random:
     def observe(self, sight: Sight) -> None:
         """Not called."""
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """Uniform random numbers."""
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(group.encode()))
         return torch.rand(len(kernels.outgoing_norm), generator=generator, dtype=torch.float64)
@@ -45,7 +45,7 @@ class KernelNorm:
     def observe(self, sight: Sight) -> None:
         """Not called."""
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The norms."""
         norms = [kernel.double().flatten(1).norm(p=self._p, dim=1) for kernel in kernels.incoming]
         return torch.stack(norms).sum(0)

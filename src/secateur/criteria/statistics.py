@@ -33,7 +33,7 @@ class ActivationStd:
         squares = maps.square().sum(dim=(0, 2, 3)).cpu()
         self._square_sum[group] = self._square_sum.get(group, zero) + squares
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The standard deviations."""
         mean = self._sum[group] / self._count[group]
         return (self._square_sum[group] / self._count[group] - mean.square()).clamp_min(0).sqrt()

@@ -48,7 +48,7 @@ class ResponseVotes:
             )
             votes += winners.flatten().bincount(minlength=filters + 1)[:filters].cpu()
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The number of votes."""
         return self._votes[group].double()
 
@@ -78,7 +78,7 @@ class IouVotes:
         winners = order[:, :top][values[:, :top] > 0]
         votes += winners.bincount(minlength=filters).cpu()
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, filter]:
+    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The number of votes."""
         return self._votes[group].double()
 

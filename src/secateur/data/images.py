@@ -25,7 +25,7 @@ class Images(Protocol):
     """A fixed list of labelled images."""
 
     @property
-    def labels(self) -> Int[Tensor, image]:
+    def labels(self) -> Int[Tensor, "image"]:
         """int64 class numbers."""
 
     def read(
@@ -42,7 +42,7 @@ class TensorImages:
     """Images of one size that are held in memory."""
 
     pixels: UInt8[Tensor, "image rgb height width"]
-    labels: Int[Tensor, image]
+    labels: Int[Tensor, "image"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -63,7 +63,7 @@ class FileImages:
     """Images that are decoded when they are asked for, on several threads."""
 
     paths: tuple[Path, ...]
-    labels: Int[Tensor, image]
+    labels: Int[Tensor, "image"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -102,7 +102,7 @@ class Batch:
     """Normalised images and their labels."""
 
     images: Float[Tensor, "image rgb height width"]
-    labels: Int[Tensor, image]
+    labels: Int[Tensor, "image"]
 
 
 @dataclass(frozen=True)
