@@ -264,7 +264,7 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
         (lambda self, x: x.softmax(1), "no rule for the operation 'softmax'"),
         (lambda self, x: self.group_norm(x), "no rule for the operation 'group_norm'"),
         (lambda self, x: self.prelu(x), "no rule for the operation 'prelu'"),
-        (lambda self, x: self.up(x), "no rule for the operation 'conv_transpose2d'"),
+        (lambda self, x: self.up(x), "a transposed convolution"),
         (_chunked, "no rule for the operation 'chunk'"),
         (lambda self, x: x.permute(0, 1, 3, 2), "no rule for the operation 'permute'"),
         (lambda self, x: x[:, [1, 0, 2, 4, 3, 5]], "no rule for the operation 'index'"),

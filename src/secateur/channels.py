@@ -7,7 +7,7 @@ of what it reads become those of what it writes, which ids it ties and which it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,6 +186,21 @@ def _layer(spread: ChannelSpread, node: Node, weight: Node, positions: int) -> L
     return layer
 
 
+def _positions(spread: ChannelSpread, *sizes: Sequence[int | torch.SymInt]) -> int:
+    """How many positions an image has in dimensions of these sizes, the batch among them."""
+    (batch, *_) = spread.graph.image.meta["val"].shape
+    return math.prod(_traced(size) for part in sizes for size in part) // _traced(batch)
+
+
+def _traced(size: int | torch.SymInt) -> int:
+    """The size as it was in the example batch."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    assert isinstance(hint, int)
+    return hint
+
+
 def _convolution(spread: ChannelSpread, node: Node) -> Axes:
     images, weight = first_input(node), first_input(node, 1)
     bias = _argument(node, 2, "bias", None)
@@ -193,7 +208,7 @@ def _convolution(spread: ChannelSpread, node: Node) -> Axes:
     if weight not in spread.graph.tensor_names:
         return spread.frozen_here(node, "a convolution whose kernel is computed in the forward")
     shape = node.meta["val"].shape
-    _layer(spread, node, weight, math.prod(int(size) for size in shape[2:]))
+    _layer(spread, node, weight, _positions(spread, shape[:1], shape[2:]))
     spread.freeze(spread.axes[images][2:], "convolved over as if they were positions")
     read, kernel = spread.axes[images][1], spread.axes[weight]
     if groups == 1:
@@ -214,7 +229,7 @@ def _transposed(spread: ChannelSpread, node: Node) -> Axes:
     images, weight = first_input(node), first_input(node, 1)
     if weight in spread.graph.tensor_names:
         shape = images.meta["val"].shape
-        _layer(spread, node, weight, math.prod(int(size) for size in shape[2:]))
+        _layer(spread, node, weight, _positions(spread, shape[:1], shape[2:]))
     return spread.frozen_here(node, "a transposed convolution")
 
 
@@ -224,7 +239,7 @@ def _linear(spread: ChannelSpread, node: Node) -> Axes:
     if weight not in spread.graph.tensor_names:
         return spread.frozen_here(node, "a linear layer whose kernel is computed in the forward")
     shape = node.meta["val"].shape
-    layer = _layer(spread, node, weight, math.prod(int(size) for size in shape[1:-1]))
+    layer = _layer(spread, node, weight, _positions(spread, shape[:-1]))
     spread.freeze(spread.axes[inputs][1:-1], "positions to a linear layer over another dimension")
     spread.tie(spread.axes[inputs][-1], spread.axes[weight][1])
     spread.readers.append(Reader(layer.name, layer.weight, node))

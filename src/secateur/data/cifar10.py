@@ -58,7 +58,7 @@ def _stacked(directory: Path, part: str) -> TensorImages:
     file = directory / f"{part}_labels.npy"
     try:
         labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{file} can't be read: {error}") from error
     return _checked(pixels, torch.from_numpy(labels.astype(np.int64)), directory)
 
