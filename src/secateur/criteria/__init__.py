@@ -84,11 +84,11 @@ def criteria() -> Mapping[str, Callable[[float, int], Criterion]]:
     from secateur.criteria.gradients import Taylor
     from secateur.criteria.kernels import KernelNorm, Random
     from secateur.criteria.statistics import ActivationStd
-    from secateur.criteria.votes import IouVotes, ResponseVotes
+    from secateur.criteria.votes import ConceptVotes, by_iou, by_response
 
     return {
-        "vote-response": lambda top, seed: ResponseVotes(top),
-        "vote-iou": lambda top, seed: IouVotes(top),
+        "vote-response": lambda top, seed: ConceptVotes(by_response, top),
+        "vote-iou": lambda top, seed: ConceptVotes(by_iou, top),
         "random": lambda top, seed: Random(seed),
         "l1": lambda top, seed: KernelNorm(1),
         "l2": lambda top, seed: KernelNorm(2),
