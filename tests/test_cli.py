@@ -77,6 +77,12 @@ def test_every_command_has_help(call: Call, command: str) -> None:
     assert "Usage" in outcome.out
 
 
+def test_help_says_what_the_defaults_are(call: Call) -> None:
+    text = call("prune", "--help").out
+    for default in ("macs=0.5", "vote-response", "evidence", "2000", "downstream", "0.02"):
+        assert f"default: {default})" in " ".join(text.replace("│", " ").split())
+
+
 def test_version(call: Call) -> None:
     assert call("--version").out.strip() == secateur.__version__
 

@@ -60,22 +60,22 @@ ConfigOption = Annotated[
 ]
 ClassesOption = Annotated[
     int | None,
-    typer.Option("--num-classes", help="Outputs of the head [default: classes of the data]."),
+    typer.Option("--num-classes", help="Outputs of the head (default: classes of the data)."),
 ]
 ImageSizeOption = Annotated[
     int | None,
-    typer.Option("--image-size", help="Side of the images in pixels [default: the network's]."),
+    typer.Option("--image-size", help="Side of the images in pixels (default: the network's)."),
 ]
 ProbeOption = Annotated[
     int | None,
-    typer.Option("--probe-images", help="Images to score and refit with [default: 2000]."),
+    typer.Option("--probe-images", help="Images to score and refit with (default: 2000)."),
 ]
 ConceptsOption = Annotated[
     str | None,
-    typer.Option("--concepts", help="Concept source: evidence or saliency [default: evidence]."),
+    typer.Option("--concepts", help="Concept source: evidence or saliency (default: evidence)."),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="What every random choice depends on [default: 0].")
+    int | None, typer.Option("--seed", help="What every random choice depends on (default: 0).")
 ]
 UntrainedOption = Annotated[
     bool,
@@ -131,7 +131,7 @@ def prune(
         typer.Option(
             "--target",
             "-t",
-            help="What may stay: macs=F, params=F or filters=F, 0 < F <= 1 [default: macs=0.5].",
+            help="What may stay: macs=F, params=F or filters=F, 0 < F <= 1 (default: macs=0.5).",
         ),
     ] = None,
     out: Annotated[
@@ -139,7 +139,7 @@ def prune(
     ] = Path("secateur-run"),
     criterion: Annotated[
         str | None,
-        typer.Option("--criterion", help="How filters are ranked [default: vote-response]."),
+        typer.Option("--criterion", help="How filters are ranked (default: vote-response)."),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
@@ -148,21 +148,21 @@ def prune(
         typer.Option(
             "--stratify/--no-stratify",
             help="Draw probe images equally from each class, or without a look at labels "
-            "[default: stratify].",
+            "(default: stratify).",
         ),
     ] = None,
     use_labels: Annotated[
         bool | None,
         typer.Option(
             "--use-labels/--no-use-labels",
-            help="Score filters by true classes, or by predicted ones [default: predicted].",
+            help="Score filters by true classes, or by predicted ones (default: predicted).",
         ),
     ] = None,
     cut_stream: Annotated[
         bool | None,
         typer.Option(
             "--cut-stream/--no-cut-stream",
-            help="Cut channels that residual sums tie over a stage [default: no].",
+            help="Cut channels that residual sums tie over a stage (default: no).",
         ),
     ] = None,
     refit: Annotated[
@@ -170,26 +170,26 @@ def prune(
         typer.Option(
             "--refit",
             help="Kernels to re-estimate: downstream (all from the first cut on), readers (those "
-            "that lost inputs) or none [default: downstream].",
+            "that lost inputs) or none (default: downstream).",
         ),
     ] = None,
     finetune: Annotated[
         bool | None,
-        typer.Option("--finetune/--no-finetune", help="Train after the cut [default: finetune]."),
+        typer.Option("--finetune/--no-finetune", help="Train after the cut (default: finetune)."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Epochs of fine-tuning [default: 5].")
+        int | None, typer.Option("--epochs", help="Epochs of fine-tuning (default: 5).")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Largest learning rate [default: 0.02]."),
+        typer.Option("--learning-rate", help="Largest learning rate (default: 0.02)."),
     ] = None,
     label_weight: Annotated[
         float | None,
         typer.Option(
             "--label-weight",
             help="Share of the labels in the loss, the rest is the original network's; 0 trains "
-            "without labels [default: 0.3].",
+            "without labels (default: 0.3).",
         ),
     ] = None,
     num_classes: ClassesOption = None,
@@ -291,7 +291,7 @@ def inspect(
     data_source: DataOption = None,
     criterion: Annotated[
         list[str] | None,
-        typer.Option("--criterion", help="May be given several times [default: vote-response]."),
+        typer.Option("--criterion", help="May be given several times (default: vote-response)."),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
