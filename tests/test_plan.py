@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from networks import wired
-from secateur.errors import RunFolderError, TargetError
+from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.plan import PruningPlan, Quantity, Target, make_plan, parse_target
 from secateur.wiring import Wiring
 
@@ -274,3 +274,16 @@ def test_a_changed_plan_is_refused(key: str, value: object, message: str) -> Non
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(RunFolderError, match="the plan can't be read"):
         PruningPlan.from_json(text)
+
+
+def test_scores_that_are_missing_or_no_numbers_are_refused() -> None:
+    wiring = wired("chain", False)[1]
+    scores = random_scores(wiring, torch.Generator().manual_seed(0))
+    name = next(iter(wiring.groups))
+    target = Target("macs", 0.7)
+    with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
+        make_plan({**scores, name: scores[name][:-1]}, wiring, target, "own")
+    with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
+        make_plan({n: s for n, s in scores.items() if n != name}, wiring, target, "own")
+    with pytest.raises(UsageError, match="not a finite number"):
+        make_plan({**scores, name: scores[name] * float("nan")}, wiring, target, "own")

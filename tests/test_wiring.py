@@ -20,7 +20,7 @@ from networks import (
     wired,
 )
 from secateur.channels import RULES
-from secateur.graph import operation_name
+from secateur.graph import operation_name, run, tensors_of
 from secateur.surgery import apply_plan, relative_error, silence
 from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of, make_wiring
 
@@ -163,12 +163,21 @@ def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_tap_holds_each_channel_where_its_index_says(name: str) -> None:
-    """Silencing channel i at the tap changes that channel of the tap, and only the group's own."""
-    for group in wired(name, True)[1].groups.values():
-        width = int(group.tap.meta["val"].shape[1])
-        assert len(np.unique(group.tap_index)) == len(group)
-        assert group.tap_index.min() >= 0
-        assert group.tap_index.max() < width
+    """Another kernel for filter i shows at position `tap_index[i]`, and at no other channel's."""
+    model, wiring = wired(name, True)
+    for group in wiring.groups.values():
+        seen: list[Tensor] = []
+        for changed in (None, *range(len(group))):
+            state = dict(tensors_of(model))
+            if changed is not None:
+                kernel = state[group.writers[0]].clone()
+                kernel[changed] += 1
+                state[group.writers[0]] = kernel
+            run(wiring.graph, state, random_images(), after={group.tap: seen.append})
+        plain, *others = (value.transpose(0, 1).flatten(1)[group.tap_index] for value in seen)
+        for changed, other in enumerate(others):
+            differs = (plain != other).any(1).nonzero()[:, 0]
+            assert differs.tolist() == [changed]
 
 
 def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:

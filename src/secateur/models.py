@@ -252,7 +252,7 @@ def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
     sys.modules[name] = module  # dataclasses, among others, look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's: it may raise anything
+    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
         del sys.modules[name]
         raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
     build = getattr(module, factory, None)

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
-from secateur.errors import RunFolderError, TargetError
+from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.wiring import Wiring
 
 Quantity = Literal["macs", "params", "filters"]
@@ -109,8 +109,15 @@ def make_plan(
     the target, then one filter more for as many groups as the target leaves room for, those whose
     share was rounded down most first. `scores` is `{group: score [channel]}`, higher stays; between
     equal scores the filter with the smaller number stays. Raises `TargetError` where even one
-    filter a group is too much.
+    filter a group is too much, and `UsageError` where a score is missing or not finite.
     """
+    for name, group in wiring.groups.items():
+        if name not in scores or scores[name].shape != (len(group),):
+            raise UsageError(
+                f"{criterion}: {name!r} needs one score for each of {len(group)} filters"
+            )
+        if not scores[name].isfinite().all():
+            raise UsageError(f"{criterion}: a score of {name!r} is not a finite number")
     quantity = _quantity(wiring, target.quantity)
     limit = target.fraction_left * quantity({})
     order = {

@@ -50,7 +50,9 @@ def check_plan(wiring: Wiring, plan: PruningPlan) -> None:
             raise RunFolderError(f"the plan cuts {name!r}, which the network can't lose filters of")
         size = len(wiring.groups[name])
         if not all(isinstance(f, int) and 0 <= f < size for f in filters):
-            raise RunFolderError(f"the plan cuts filters that {name!r} does not have (0 to {size})")
+            raise RunFolderError(
+                f"the plan cuts filters that {name!r} does not have (0 to {size - 1})"
+            )
         if len(set(filters)) != len(filters) or len(filters) >= size:
             raise RunFolderError(f"the plan cuts all {size} filters of {name!r}, or some twice")
 

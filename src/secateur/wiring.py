@@ -112,7 +112,10 @@ class Wiring:
         return layer.positions * math.prod(self.shapes[layer.weight])
 
     def macs(self, removed: dict[str, tuple[int, ...]] | None = None) -> int:
-        """Multiply-accumulates of convolutions and linear layers for one image."""
+        """Multiply-accumulates for one image, of layers whose kernel is a parameter.
+
+        Products of two computed values (attention, kernels made in the forward) are not counted.
+        """
         shapes = self.shapes_after(removed or {})
         return sum(layer.positions * math.prod(shapes[layer.weight]) for layer in self.layers)
 
