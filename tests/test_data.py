@@ -243,7 +243,7 @@ def test_damaged_columns_are_refused(
 
 
 def test_a_folder_without_cifar_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no CIFAR-10 in .*: expected train_labels.npy .* torch"):
+    with pytest.raises(DataError, match=r"no CIFAR-10 .*: expected train_labels.npy .* or torch"):
         data.load(f"cifar10:{tmp_path}")
 
 
