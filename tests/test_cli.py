@@ -161,6 +161,14 @@ def test_inspect_one_layer(call: Call, model_file: Path) -> None:
     assert "did you mean conv1" in outcome.err
 
 
+def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path) -> None:
+    common = ["inspect", "-m", "resnet20", "--allow-untrained", "-d", f"folder:{images}"]
+    outcome = call(*common, "--num-classes", 7, "--json")
+    assert outcome.code == 0
+    seen = {c["concept"] for g in json.loads(outcome.out)["groups"] for c in g["concepts"]}
+    assert seen <= {"cat", "dog", *(f"class {number}" for number in range(2, 7))}
+
+
 def test_models_lists_what_can_be_named(call: Call) -> None:
     found = json.loads(call("models", "--json").out)
     assert "resnet56" in found["networks"]

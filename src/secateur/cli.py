@@ -419,7 +419,12 @@ def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
     }
     dataset, network = pipeline.load_inputs(settings)
     prepare = pipeline.preprocessing(settings)
-    probe = data.draw_probe(dataset, settings.data.probe_images, seed=settings.seed)
+    probe = data.draw_probe(
+        dataset,
+        settings.data.probe_images,
+        stratified=settings.data.stratified,
+        seed=settings.seed,
+    )
     size = settings.data.batch_size
     example = next(iter(data.batches(probe, 2, prepare))).images
     wiring = make_wiring(network, example, cut_stream=settings.plan.cut_stream)

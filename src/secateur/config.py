@@ -43,7 +43,7 @@ class DataSection(Section):
     probe_images: int = Field(default=2000, ge=1)
     """Training images that filters are scored with and kernels re-estimated from."""
     stratified: bool = True
-    """Whether the probe images are drawn equally from every class; without it the draw looks at no label."""
+    """Whether the probe images are drawn equally from every class, or without a look at labels."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the square images in pixels; by default what the network was made for."""
     mean: tuple[float, float, float] | None = None

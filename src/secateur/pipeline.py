@@ -74,7 +74,9 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
         seed=config.seed,
     )
     num_classes = config.model.num_classes or len(dataset.class_names)
-    model = models.load(config.model.name, config.model.weights, num_classes=num_classes)
+    model = models.load(
+        config.model.name, config.model.weights, num_classes=num_classes, seed=config.seed
+    )
     return dataset, model
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from secateur.errors import RunFolderError
-from secateur.graph import Tap, run, tensors_of
+from secateur.graph import Tap, operation_name, run, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Wiring, aliases_of
 
@@ -93,24 +94,21 @@ def silence(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> Callable[[Im
     """
     kept = wiring.channels_kept(plan.removed)
     slots = {slots.tensor: slots.channels for slots in wiring.slots if slots.dim == 1}
-    edits: dict[object, Tap] = {}
+    edits: dict[Node, Tap] = {}
     for group in wiring.groups.values():
         for reader in group.readers:
             channels = slots[reader.weight]
             mask = torch.from_numpy((channels < 0) | kept[channels])
-            last = reader.node.meta["val"].dim() - 1 if _is_linear(reader.node) else 1
-            edits[reader.node] = _masking(mask, last)
+            dim = -1 if operation_name(reader.node) == "linear" else 1
+            edits[reader.node] = _masking(mask, dim)
     state = tensors_of(model)
-    return lambda images: run(wiring.graph, state, images, before=edits)  # type: ignore[arg-type]
-
-
-def _is_linear(node: object) -> bool:
-    return "linear" in str(getattr(node, "target", ""))
+    return lambda images: run(wiring.graph, state, images, before=edits)
 
 
 def _masking(mask: Tensor, dim: int) -> Tap:
     def edit(value: Tensor) -> Tensor:
-        shape = [-1 if d == dim else 1 for d in range(value.dim())]
+        shape = [1] * value.dim()
+        shape[dim] = -1
         return value * mask.to(value).reshape(shape)
 
     return edit

@@ -34,13 +34,15 @@ class Evidence:
     def __init__(self, graph: NetworkGraph, state: State, class_names: tuple[str, ...]) -> None:
         self._graph = graph
         self._state = state
-        self._classes = class_names
+        outputs = int(graph.output.meta["val"].shape[1])
+        unnamed = (f"class {number}" for number in range(len(class_names), outputs))
+        self._classes = (*class_names, *unnamed)
         self._map = last_map(graph)
         self._kernel = _linear_head(graph, self._map)
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """One concept a class."""
+        """One concept a class of the network's head, named where the data names it."""
         return tuple(Concept(name, "class evidence") for name in self._classes)
 
     def find(
