@@ -22,12 +22,10 @@ from secateur.dissection import Dissection
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
-from secateur.graph import tensors_of
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
 from secateur.result import RunResult
 from secateur.scoring import score_filters
-from secateur.wiring import make_wiring
 
 T = TypeVar("T")
 
@@ -277,10 +275,8 @@ def evaluate(
     else:
         pipeline.check_weights(settings, allow_untrained=allow_untrained)
         dataset, network = pipeline.load_inputs(settings)
-    size = settings.data.batch_size
-    stream = data.batches(dataset.test, size, pipeline.preprocessing(settings))
-    total = -(-len(dataset.test.labels) // size)
-    score = evaluate_network(network, _track()(stream, "scoring", total))
+    images = pipeline.stream(dataset.test, settings, _track(), "scoring")
+    score = evaluate_network(network, images)
     _show_score(score, as_json=as_json)
 
 
@@ -418,27 +414,15 @@ def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
         for name in names
     }
     dataset, network = pipeline.load_inputs(settings)
-    prepare = pipeline.preprocessing(settings)
-    probe = data.draw_probe(
-        dataset,
-        settings.data.probe_images,
-        stratified=settings.data.stratified,
-        seed=settings.seed,
-    )
-    size = settings.data.batch_size
-    example = next(iter(data.batches(probe, 2, prepare))).images
-    wiring = make_wiring(network, example, cut_stream=settings.plan.cut_stream)
-    source = concepts.sources()[settings.score.concepts](
-        wiring.graph, tensors_of(network), dataset.class_names
-    )
-    dissection = Dissection(tuple(concept.name for concept in source.concepts))
-    total = -(-len(probe.labels) // size)
+    ground = pipeline.prepare_ground(network, dataset, settings)
+    wiring = ground.wiring
+    dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
     scores = score_filters(
         network,
         wiring,
-        lambda: _track()(data.batches(probe, size, prepare), "looking at filters", total),
+        lambda: pipeline.stream(ground.probe, settings, _track(), "looking at filters"),
         chosen,
-        source,
+        ground.source,
         quantile=settings.score.quantile,
         use_labels=settings.score.use_labels,
         observers=(dissection,),
@@ -466,7 +450,7 @@ def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
         "model": settings.model.name,
         "macs": wiring.macs(),
         "parameters": wiring.params(),
-        "probe_images": len(probe.labels),
+        "probe_images": len(ground.probe.labels),
         "groups": groups,
         "frozen": frozen,
     }

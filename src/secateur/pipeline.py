@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import bundle, concepts, criteria, data, models
 from secateur.bundle import EventLog
+from secateur.concepts import ConceptSource
 from secateur.config import RunConfig
 from secateur.data import Batch, DataSet, Images
 from secateur.errors import UnknownName, UsageError
@@ -34,7 +36,7 @@ from secateur.result import (
 )
 from secateur.scoring import score_filters
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import make_wiring
+from secateur.wiring import Wiring, make_wiring
 
 
 def run(
@@ -126,6 +128,37 @@ def preprocessing(config: RunConfig) -> Preprocessing:
 
 
 @dataclass(frozen=True, eq=False)
+class Ground:
+    """What filters are scored on: the probe set, the wiring, and where concepts are found."""
+
+    probe: Images
+    example: Tensor
+    """A few probe images `[image, rgb, height, width]`, normalised."""
+    wiring: Wiring
+    source: ConceptSource
+
+
+def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Ground:
+    """Draws the probe set and reads the network's wiring, as `config` says."""
+    probe = data.draw_probe(
+        dataset, config.data.probe_images, stratified=config.data.stratified, seed=config.seed
+    )
+    size = min(8, config.data.batch_size)
+    example = next(iter(data.batches(probe, size, preprocessing(config)))).images
+    wiring = make_wiring(model, example, cut_stream=config.plan.cut_stream)
+    make_source = concepts.sources()[config.score.concepts]
+    source = make_source(wiring.graph, tensors_of(model), dataset.class_names)
+    return Ground(probe, example, wiring, source)
+
+
+def stream(images: Images, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
+    """The images in batches as `config` says, with progress shown under a title."""
+    size = config.data.batch_size
+    total = math.ceil(len(images.labels) / size)
+    return track(data.batches(images, size, preprocessing(config)), title, total)
+
+
+@dataclass(frozen=True, eq=False)
 class Pruned:
     """A smaller network and what is known of it."""
 
@@ -151,21 +184,11 @@ def prune(
     log = log or EventLog(None)
     check_names(config)
     config = resolved(config, dataset)
-    prepare = preprocessing(config)
-    probe = data.draw_probe(
-        dataset, config.data.probe_images, stratified=config.data.stratified, seed=config.seed
-    )
-
-    def shown(images: Images, title: str) -> Iterable[Batch]:
-        size = config.data.batch_size
-        total = -(-len(images.labels) // size)
-        return track(data.batches(images, size, prepare), title, total)
-
     stages: list[StageResult] = []
 
     def score(stage: Stage, network: nn.Module, since: float) -> None:
         seconds = time.perf_counter() - since
-        found = evaluate(network, shown(dataset.test, f"scoring ({stage})"))
+        found = evaluate(network, stream(dataset.test, config, track, f"scoring ({stage})"))
         stages.append(StageResult(stage=stage, score=found, seconds=seconds))
         log.write("stage", **stages[-1].model_dump())
 
@@ -176,24 +199,22 @@ def prune(
     criterion = criteria.make(
         criterion_name, top_fraction=config.score.top_fraction, seed=config.seed
     )
-    example = next(iter(data.batches(probe, min(8, config.data.batch_size), prepare))).images
-    wiring = make_wiring(model, example, cut_stream=config.plan.cut_stream)
-    source = concepts.sources()[config.score.concepts](
-        wiring.graph, tensors_of(model), dataset.class_names
-    )
+    ground = prepare_ground(model, dataset, config)
+    wiring = ground.wiring
     scored = score_filters(
         model,
         wiring,
-        lambda: shown(probe, "scoring filters"),
+        lambda: stream(ground.probe, config, track, "scoring filters"),
         {criterion_name: criterion},
-        source,
+        ground.source,
         quantile=config.score.quantile,
         use_labels=config.score.use_labels,
     )[criterion_name]
     plan = make_plan(scored.scores, wiring, parse_target(config.plan.target), criterion_name)
     smaller = apply_plan(model, wiring, plan)
     with torch.inference_mode():
-        law_error = relative_error(smaller.eval()(example), silence(model, wiring, plan)(example))
+        expected = silence(model, wiring, plan)(ground.example)
+        law_error = relative_error(smaller.eval()(ground.example), expected)
     score("cut", smaller, start)
 
     refitted: tuple[LayerRefit, ...] = ()
@@ -204,7 +225,7 @@ def prune(
             smaller,
             wiring,
             plan,
-            data.batches(probe, config.data.batch_size, prepare),
+            stream(ground.probe, config, silent, ""),
             config.refit,
             seed=config.seed,
             track=track,
@@ -214,7 +235,7 @@ def prune(
     epochs: list[EpochResult] = []
 
     def after_epoch(epoch: Epoch) -> None:
-        found = evaluate(smaller, shown(dataset.validation, "validating"))
+        found = evaluate(smaller, stream(dataset.validation, config, track, "validating"))
         epochs.append(EpochResult(epoch=epoch, validation_top1_fraction=found.top1_fraction))
         log.write("epoch", **epochs[-1].model_dump())
 
@@ -224,7 +245,7 @@ def prune(
             smaller,
             model,
             dataset.train,
-            prepare,
+            preprocessing(config),
             config.finetune,
             seed=config.seed,
             track=track,
