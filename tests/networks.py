@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.plan import PruningPlan, Target
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 SIDE = 8
 CLASSES = 5

@@ -14,7 +14,8 @@ from secateur.criteria import Criterion, Kernels, criteria, make
 from secateur.data import Batch
 from secateur.errors import UnknownName
 from secateur.scoring import score_filters
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])

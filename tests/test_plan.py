@@ -153,7 +153,7 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
 
 def without_groups() -> Wiring:
     from networks import CLASSES, random_images
-    from secateur.wiring import make_wiring
+    from secateur.reading import make_wiring
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
     return make_wiring(model, random_images(2))

@@ -16,7 +16,8 @@ from secateur.graph import tensors_of
 from secateur.plan import PruningPlan, Target
 from secateur.refit import LayerRefit, _Problem, refit
 from secateur.surgery import apply_plan, relative_error
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 ALL_POSITIONS = RefitSection(positions=10_000)
 

@@ -12,7 +12,8 @@ from secateur.criteria import Sight, criteria, make
 from secateur.data import Batch
 from secateur.graph import tensors_of
 from secateur.scoring import FilterScores, score_filters
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 IMAGES = random_images(10)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1, 3, 3])

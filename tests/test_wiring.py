@@ -22,7 +22,8 @@ from networks import (
 from secateur.channels import RULES
 from secateur.graph import operation_name, run, tensors_of
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of
 
 OUTPUT = "written to the network's output"
 STREAM = "tied over a whole stage by residual sums (cut_stream is off)"

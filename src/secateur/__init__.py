@@ -11,7 +11,8 @@ from secateur.pipeline import Pruned, prune, run
 from secateur.plan import PruningPlan, Target, make_plan
 from secateur.result import RunResult
 from secateur.surgery import apply_plan
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ from secateur.criteria import Kernels, Observer, Sight
 from secateur.data import Batch
 from secateur.evaluate import check_labels
 from secateur.graph import State, Tap, run, tensors_of
+from secateur.grouping import Group, Look
 from secateur.thresholds import Usual, UsualTally
-from secateur.wiring import Group, Wiring
+from secateur.wiring import Wiring
 
 USUAL_IMAGES = 512
 """Images from which each filter's mean and threshold are estimated."""
@@ -42,7 +43,7 @@ def observe(
     if not observers:
         return
     state = tensors_of(model)
-    kernels = {name: kernels_of(wiring, group, state) for name, group in wiring.groups.items()}
+    kernels = kernels_of(wiring, state)
     usual = _usual(wiring, state, batches(), quantile)
     with_gradients = any(observer.needs_gradients for observer in observers)
     for batch in batches():
@@ -61,22 +62,44 @@ def observe(
         F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
-def kernels_of(wiring: Wiring, group: Group, state: State) -> Kernels:
-    """The weights that write and read the channels of a group."""
-    position = np.full(wiring.size, -1, dtype=np.int64)
-    position[group.channels] = np.arange(len(group))
-    squares = torch.zeros(len(group), dtype=torch.float64)
-    incoming = []
-    for slots in wiring.slots:
-        if slots.dim == 0 and slots.tensor in group.writers:
-            order = torch.from_numpy(position[slots.channels].argsort())
-            incoming.append(state[slots.tensor][order])
-        if slots.dim == 1 and any(reader.weight == slots.tensor for reader in group.readers):
-            here = torch.from_numpy(np.where(slots.channels >= 0, position[slots.channels], -1))
-            weight = state[slots.tensor].detach().cpu().double()
-            total = weight.movedim(1, 0).flatten(1).square().sum(1)  # [input of the reader]
-            squares.index_add_(0, here[here >= 0], total[here >= 0])
-    return Kernels(tuple(incoming), squares.sqrt().float())
+def parts_of(group: Group) -> dict[str, Look]:
+    """The places where a group is looked at, by the name that observers know each by."""
+    return {
+        group.name if number == 0 else f"{group.name} (part {number + 1})": look
+        for number, look in enumerate(group.looks)
+    }
+
+
+def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
+    """The weights that write and read the filters of each part of each group."""
+    squares = torch.zeros(len(wiring.channel_of), dtype=torch.float64)
+    for layer in wiring.layers:
+        read = layer.kernel[1 - layer.filter_dim]
+        if layer.is_computed or read is None or len(read) == 1:
+            continue
+        kernel = state[layer.weight].detach().cpu().double().movedim(1 - layer.filter_dim, 0)
+        channel = torch.from_numpy(wiring.channel_of[read])
+        is_prunable = channel >= 0
+        total = kernel.flatten(1).square().sum(1)  # [input of the layer]
+        squares.index_add_(0, channel[is_prunable], total[is_prunable])
+    found: dict[str, Kernels] = {}
+    slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
+    for group in wiring.groups.values():
+        position = np.full(len(wiring.channel_of), -1, dtype=np.int64)
+        position[group.channels] = np.arange(len(group))
+        incoming: list[tuple[Tensor, Tensor]] = []
+        for layer in group.layers:
+            channels = slots.get((layer.weight, layer.filter_dim))
+            if channels is not None:
+                own = np.where(channels >= 0, position[channels], -1)
+                rows = torch.from_numpy(np.flatnonzero(own >= 0))
+                kernel = state[layer.weight].movedim(layer.filter_dim, 0)[rows]
+                incoming.append((kernel, torch.from_numpy(own[own >= 0])))
+        outgoing = squares.sqrt().float()[torch.from_numpy(group.channels)]
+        for name, look in parts_of(group).items():
+            channel = torch.from_numpy(look.channel)
+            found[name] = Kernels(tuple(incoming), channel, outgoing[channel])
+    return found
 
 
 class _Showing:
@@ -95,67 +118,76 @@ class _Showing:
         self._found = found
         self._masks: dict[tuple[int, int], Tensor] = {}
 
-    def forward_only(self, group: Group, value: Tensor) -> None:
+    def forward_only(self, part: str, look: Look, value: Tensor) -> None:
         """Shows the maps as they come."""
-        self._show(group, value, None, self._observers)
+        self._show(part, look, value, None, self._observers)
 
-    def with_gradients(self, group: Group, value: Tensor) -> None:
+    def with_gradients(self, part: str, look: Look, value: Tensor) -> None:
         """Shows the maps now to those who need no gradient, and with it to those who do."""
         maps = value.detach()
         later = [observer for observer in self._observers if observer.needs_gradients]
         now = [observer for observer in self._observers if not observer.needs_gradients]
-        self._show(group, maps, None, now)
-        value.register_hook(lambda gradient: self._show(group, maps, gradient, later))
+        self._show(part, look, maps, None, now)
+        value.register_hook(lambda gradient: self._show(part, look, maps, gradient, later))
 
     def _show(
-        self, group: Group, value: Tensor, gradient: Tensor | None, observers: Sequence[Observer]
+        self,
+        part: str,
+        look: Look,
+        value: Tensor,
+        gradient: Tensor | None,
+        observers: Sequence[Observer],
     ) -> None:
-        maps = _maps_of(group, value)
+        maps = _maps_of(look, value)
         size = (maps.shape[2], maps.shape[3])
         if size not in self._masks:
             self._masks[size] = at_resolution(self._found.masks, size)
         sight = Sight(
-            group=group.name,
+            group=part,
             maps=maps,
-            kernels=self._kernels[group.name],
-            usual=self._usual[group.name],
+            kernels=self._kernels[part],
+            usual=self._usual[part],
             masks=self._masks[size],
             concepts=self._found.concepts,
-            gradients=None if gradient is None else _maps_of(group, gradient),
+            gradients=None if gradient is None else _maps_of(look, gradient),
         )
         for observer in observers:
             observer.observe(sight)
 
 
-def _maps_of(group: Group, value: Tensor) -> Tensor:
-    """`[image, filter, h, w]` of a group from the value at its tap."""
-    maps = value.reshape(*value.shape[:2], *(value.shape[2:] or (1, 1)))
-    if len(group) == maps.shape[1] and bool((np.diff(group.tap_index) == 1).all()):
+def _maps_of(look: Look, value: Tensor) -> Tensor:
+    """`[image, filter, h, w]` of a part of a group, whichever dimension the channels lie along."""
+    maps = value.movedim(look.dim, 1)
+    places = maps.shape[2:]
+    height = places[0] if len(places) else 1
+    maps = maps.reshape(*maps.shape[:2], height, -1)
+    if len(look.index) == maps.shape[1]:
         return maps
-    return maps[:, torch.from_numpy(group.tap_index)]
+    return maps[:, torch.from_numpy(look.index)]
 
 
-def _taps(wiring: Wiring, show: Callable[[Group, Tensor], None]) -> dict[Node, Tap]:
-    """What to do at each tapped node, for all groups that are seen there."""
-    groups_at: dict[Node, list[Group]] = {}
+def _taps(wiring: Wiring, show: Callable[[str, Look, Tensor], None]) -> dict[Node, Tap]:
+    """What to do at each node that is looked at, for all groups that are seen there."""
+    parts_at: dict[Node, list[tuple[str, Look]]] = {}
     for group in wiring.groups.values():
-        groups_at.setdefault(group.tap, []).append(group)
+        for part, look in parts_of(group).items():
+            parts_at.setdefault(look.node, []).append((part, look))
 
     def tap(node: Node) -> Tap:
-        def look(value: Tensor) -> None:
-            for group in groups_at[node]:
-                show(group, value)
+        def see(value: Tensor) -> None:
+            for part, look in parts_at[node]:
+                show(part, look, value)
 
-        return look
+        return see
 
-    return {node: tap(node) for node in groups_at}
+    return {node: tap(node) for node in parts_at}
 
 
 def _usual(
     wiring: Wiring, state: State, batches: Iterable[Batch], quantile: float
 ) -> dict[str, Usual]:
-    tallies = {name: UsualTally() for name in wiring.groups}
-    taps = _taps(wiring, lambda group, value: tallies[group.name].add(_maps_of(group, value)))
+    tallies = {part: UsualTally() for group in wiring.groups.values() for part in parts_of(group)}
+    taps = _taps(wiring, lambda part, look, value: tallies[part].add(_maps_of(look, value)))
     seen = 0
     with torch.inference_mode():
         for batch in batches:

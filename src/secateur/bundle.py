@@ -25,7 +25,7 @@ from secateur.config import RunConfig, read_config, to_toml
 from secateur.errors import RunFolderError
 from secateur.plan import PruningPlan
 from secateur.surgery import apply_plan
-from secateur.wiring import make_wiring
+from secateur.reading import make_wiring
 
 CONFIG, PLAN, WEIGHTS = "config.toml", "plan.json", "model.safetensors"
 RESULT, REPORT, LOG = "result.json", "report.html", "log.jsonl"

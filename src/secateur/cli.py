@@ -427,17 +427,18 @@ def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
         use_labels=settings.score.use_labels,
         observers=(dissection,),
     )
-    macs = {layer.name: wiring.layer_macs(layer) for layer in wiring.layers}
+    whole = wiring.count_after({})
+    macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
     groups = [
         {
             "layer": name,
             "filters": len(group),
-            "macs_share": macs[name] / wiring.macs(),
+            "macs_share": macs[group.layers[0].name] / wiring.macs(),
             "read_by": [reader.layer for reader in group.readers],
             "scores": {key: found.scores[name].tolist() for key, found in scores.items()},
             "concepts": [
                 {"concept": seen.concept, "iou": seen.iou, "is_detector": seen.is_detector}
-                for seen in dissection.best(name)
+                for seen in dissection.best(group)
             ],
         }
         for name, group in wiring.groups.items()

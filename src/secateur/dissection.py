@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from secateur.activations import parts_of
 from secateur.alignment import AlignmentTally, overlap
 from secateur.criteria import Sight
+from secateur.grouping import Group
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
@@ -40,10 +42,15 @@ class Dissection:
         tally = self._tallies.setdefault(sight.group, AlignmentTally(filters, len(self._names)))
         tally.add(overlap(sight.maps, sight.usual.threshold, sight.masks), sight.concepts)
 
-    def best(self, group: str) -> list[FilterConcept]:
-        """The best concept of each filter; between equal ones the first."""
-        values, order = self._tallies[group].iou.max(dim=1)
-        return [
-            FilterConcept(self._names[concept], iou)
-            for concept, iou in zip(order.tolist(), values.tolist(), strict=True)
-        ]
+    def best(self, group: Group) -> list[FilterConcept]:
+        """The best concept of each channel, of all its filters; between equal ones the first."""
+        found: list[FilterConcept | None] = [None] * len(group)
+        for part, look in parts_of(group).items():
+            values, order = self._tallies[part].iou.max(dim=1)
+            for channel, concept, iou in zip(
+                look.channel.tolist(), order.tolist(), values.tolist(), strict=True
+            ):
+                known = found[channel]
+                if known is None or iou > known.iou:
+                    found[channel] = FilterConcept(self._names[concept], iou)
+        return [each for each in found if each is not None]

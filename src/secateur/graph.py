@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.graph import Graph
+from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node, map_arg
 
 from secateur.errors import TraceError
 
 Tap = Callable[[Tensor], Tensor | None]
 State = Mapping[str, Tensor]
+Forward = Callable[[Any, Tensor], Any]
+"""What is traced of a network: `forward(model, images)` gives a tensor or several."""
+Sizes = Mapping[Node, Mapping[int, Any]]
+"""Arguments of operations, by position, that differ from those in the graph."""
+Compute = Callable[[Callable[[Node], Any]], Any]
+"""An operation's value, from a function that gives the values of what it reads."""
+
+TRACED_IMAGES = 97
+"""Images in the batch that is traced: a prime, which no other size is a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +47,32 @@ class NetworkGraph:
     constants: dict[Node, Tensor]
     image: Node
     """The placeholder of the network's input."""
-    output: Node
-    """The node whose value the network returns."""
+    outputs: tuple[Node, ...]
+    """The nodes whose values the network returns, in the order of its flattened answer."""
     last_use: dict[Node, Node]
     """Value -> the last node that reads it."""
 
+    @property
+    def output(self) -> Node:
+        """The node whose value the network returns; raises `TraceError` where it returns several."""
+        if len(self.outputs) != 1:
+            raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
+        return self.outputs[0]
 
-def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
+
+def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
     """The graph of `model` in evaluation mode; the batch dimension stays open.
 
-    `example` is a batch `[image, rgb, height, width]` of at least two images. Raises `TraceError`
-    where `torch.export` can't follow the network, or where it has more than one input or output.
+    `example` is a batch `[image, rgb, height, width]`, of which only the shape matters. With
+    `forward` it is `forward(model, images)` that is traced, for networks whose whole answer can't
+    be, such as detectors. Raises `TraceError` where `torch.export` can't follow the network.
     """
+    images = example[:1].expand(TRACED_IMAGES, *example.shape[1:])
+    traced = model if forward is None else _Part(model, forward)
     try:
         with evaluating(model):
             program = torch.export.export(
-                model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                traced, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
     except Exception as error:  # torch.export raises many unrelated types
         cause = str(error).strip().splitlines() or [type(error).__name__]
@@ -60,31 +80,99 @@ def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
             f"the network can't be traced with an open batch dimension: {cause[0]}"
         ) from error
     signature = program.graph_signature
+    prefix = "" if forward is None else "model."
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensor_names: dict[Node, str] = {}
     constants: dict[Node, Tensor] = {}
-    images: list[Node] = []
+    given: list[Node] = []
+    _inline_regions(program.graph_module)
     _replace_in_place_operations(program.graph_module.graph)
     nodes = tuple(program.graph_module.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
             if node.name in named:
-                tensor_names[node] = named[node.name]
+                tensor_names[node] = named[node.name].removeprefix(prefix)
             elif node.name in signature.inputs_to_lifted_tensor_constants:
                 name = signature.inputs_to_lifted_tensor_constants[node.name]
                 constants[node] = program.constants[name]
             else:
-                images.append(node)
+                given.append(node)
         elif node.op == "get_attr":
             constants[node] = getattr(program.graph_module, str(node.target))
-    outputs = nodes[-1].args[0]
-    if len(images) != 1 or not isinstance(outputs, tuple) or len(outputs) != 1:
-        raise TraceError("the network must take one batch of images and return one tensor")
+        elif node.op == "call_function":
+            _name_arguments_by_position(node)
+            stack = node.meta.get("nn_module_stack") or {}
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix(prefix), kind) for key, (path, kind) in stack.items()
+            }
+    answers = nodes[-1].args[0]
+    assert isinstance(answers, tuple)
+    outputs = tuple(node for node in answers if isinstance(node, Node))
+    if len(given) != 1 or not outputs:
+        raise TraceError("the network must take one batch of images and return tensors")
     last_use: dict[Node, Node] = {}
     for node in nodes:
         for source in node.all_input_nodes:
             last_use[source] = node
-    return NetworkGraph(nodes, tensor_names, constants, images[0], outputs[0], last_use)
+    return NetworkGraph(nodes, tensor_names, constants, given[0], outputs, last_use)
+
+
+class _Part(nn.Module):
+    """What a function does with a network, as a network of its own."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, images: Tensor) -> object:
+        """The function's answer."""
+        return self._forward(self.model, images)
+
+
+def _inline_regions(module: GraphModule) -> None:
+    """Puts the operations of regions with a setting of their own among all others.
+
+    Without gradients a region that switches them off means nothing; one that switches automatic
+    mixed precision off neither, since the graph runs without it. Raises `TraceError` for others.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+            continue
+        skipped = 5 if name == "wrap_with_autocast" else 2
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise TraceError("the network switches automatic mixed precision on by itself")
+        region = node.args[skipped - 1]
+        assert isinstance(region, Node)
+        body = getattr(module, str(region.target)).graph
+        values: dict[Node, Any] = {}
+        inputs = iter(node.args[skipped:])
+        with graph.inserting_before(node):
+            for inner in body.nodes:
+                if inner.op == "placeholder":
+                    values[inner] = next(inputs)
+                elif inner.op != "output":
+                    values[inner] = graph.node_copy(inner, lambda n: values[n])
+        (answer,) = (inner.args[0] for inner in body.nodes if inner.op == "output")
+        for user in list(node.users):  # each takes one of the region's values
+            user.replace_all_uses_with(values[answer[user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        graph.erase_node(region)
+
+
+def _name_arguments_by_position(node: Node) -> None:
+    """Moves arguments that were given by name to their position in the operation's schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for argument in node.target._schema.arguments[len(args) :]:
+        if argument.kwarg_only or not kwargs:
+            break
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    node.args, node.kwargs = tuple(args), kwargs
 
 
 def _replace_in_place_operations(graph: Graph) -> None:
@@ -152,18 +240,25 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def operation_name(node: Node) -> str:
-    """ATen name without overload: `add` for `aten.add.Tensor`."""
+    """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.split("::")[1]
+    return node.target._schema.name.removeprefix("aten::")
 
 
 class Walk:
-    """One batch on its way through the graph; only values that are still needed are kept."""
+    """One batch on its way through the graph; only values that are still needed are kept.
 
-    def __init__(self, graph: NetworkGraph, state: State, images: Tensor) -> None:
+    `sizes` are the arguments that differ where `state` belongs to a cut network
+    (`Wiring.sizes_after`).
+    """
+
+    def __init__(
+        self, graph: NetworkGraph, state: State, images: Tensor, sizes: Sizes | None = None
+    ) -> None:
         self._graph = graph
         self._state = state
+        self._sizes = sizes or {}
         self._next = 0
         self._values: dict[Node, Any] = {graph.image: images, **graph.constants}
 
@@ -191,26 +286,27 @@ class Walk:
         self,
         until: Node | None = None,
         *,
-        before: Mapping[Node, Tap] | None = None,
         after: Mapping[Node, Tap] | None = None,
+        instead: Mapping[Node, Compute] | None = None,
     ) -> None:
         """Runs up to, not including, the node `until`; to the end without it.
 
-        `before[node]` sees, and may replace, the first input of a node; `after[node]` its value.
+        `after[node]` sees, and may replace, the value of a node; `instead[node]` computes it from
+        the values that it reads.
         """
-        before, after = before or {}, after or {}
+        after, instead = after or {}, instead or {}
         nodes = self._graph.nodes
         while self._next < len(nodes) and nodes[self._next] is not until:
             node = nodes[self._next]
             self._next += 1
             if node.op == "call_function":
-                value = self._compute(node, before.get(node))
+                value = self._compute(node, instead.get(node))
                 if node in after:
                     replaced = after[node](value)
                     value = value if replaced is None else replaced
                 self._values[node] = value
             for source in node.all_input_nodes:
-                keep = source is self._graph.output
+                keep = source in self._graph.outputs
                 if not keep and self._graph.last_use[source] is node:
                     self._values.pop(source, None)
 
@@ -219,17 +315,28 @@ class Walk:
         name = self._graph.tensor_names.get(node)
         return self._values[node] if name is None else self._state[name]
 
-    def _compute(self, node: Node, edit: Tap | None) -> Any:
-        args: list[Any] = list(map_arg(node.args, self._lookup))
-        kwargs = dict(map_arg(node.kwargs, self._lookup))
-        if edit is not None:
-            replaced = edit(args[0])
-            args[0] = args[0] if replaced is None else replaced
-        if len(args) > 6 and operation_name(node).startswith("conv"):
-            # A depthwise convolution that lost channels has fewer groups than the trace says.
-            args[6] = args[0].shape[1] // args[1].shape[1]
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    def _compute(self, node: Node, other: Compute | None) -> Any:
+        if other is not None:
+            return other(self._lookup)
+        return apply(node, self._lookup, self._sizes.get(node, {}))
+
+
+def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -> Any:
+    """An operation's value, from what it reads and arguments that differ from the graph's."""
+    args, kwargs = with_sizes(node, sizes)
+    assert callable(node.target)
+    return node.target(*map_arg(tuple(args), lookup), **map_arg(kwargs, lookup))
+
+
+def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """An operation's arguments with some of them replaced, by position."""
+    args: list[Any] = list(node.args)
+    for position, value in sizes.items():
+        while len(args) <= position:  # an argument that was left at its default
+            assert isinstance(node.target, torch._ops.OpOverload)
+            args.append(node.target._schema.arguments[len(args)].default_value)
+        args[position] = value
+    return args, dict(node.kwargs)
 
 
 def run(
@@ -237,10 +344,9 @@ def run(
     state: State,
     images: Tensor,
     *,
-    before: Mapping[Node, Tap] | None = None,
     after: Mapping[Node, Tap] | None = None,
 ) -> Tensor:
     """The network's output for a batch, with `state` as its parameters and buffers."""
     walk = Walk(graph, state, images)
-    walk.advance(before=before, after=after)
+    walk.advance(after=after)
     return walk.value(graph.output)

@@ -36,7 +36,8 @@ from secateur.result import (
 )
 from secateur.scoring import score_filters
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring, make_wiring
+from secateur.reading import make_wiring
+from secateur.wiring import Wiring
 
 
 def run(

@@ -6,9 +6,11 @@ until `surgery.apply_plan` carries it out.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -101,15 +103,22 @@ def parse_target(text: str) -> Target:
 
 
 def make_plan(
-    scores: Mapping[str, Tensor], wiring: Wiring, target: Target, criterion: str
+    scores: Mapping[str, Tensor],
+    wiring: Wiring,
+    target: Target,
+    criterion: str,
+    *,
+    round_to: int = 1,
+    min_filters: int = 1,
 ) -> PruningPlan:
     """The plan that removes the lowest-scored filters until the target is met, and no more.
 
-    Every group keeps the same share of its filters (at least one): the largest share that meets
-    the target, then one filter more for as many groups as the target leaves room for, those whose
-    share was rounded down most first. `scores` is `{group: score [channel]}`, higher stays; between
-    equal scores the filter with the smaller number stays. Raises `TargetError` where even one
-    filter a group is too much, and `UsageError` where a score is missing or not finite.
+    Every group keeps the same share of its filters: the largest share that meets the target, then
+    one step more for as many groups as the target leaves room for, those whose share was rounded
+    down most first. A group keeps at least `min_filters`, and a multiple of `round_to` filters or
+    all of them. `scores` is `{group: score [channel]}`, higher stays; between equal scores the
+    filter with the smaller number stays. Raises `TargetError` where even the least that may stay is
+    too much, and `UsageError` where a score is missing or not finite.
     """
     for name, group in wiring.groups.items():
         if name not in scores or scores[name].shape != (len(group),):
@@ -120,9 +129,10 @@ def make_plan(
             raise UsageError(f"{criterion}: a score of {name!r} is not a finite number")
     quantity = _quantity(wiring, target.quantity)
     limit = target.fraction_left * quantity({})
-    order = {
-        name: scores[name].double().sort(descending=True, stable=True).indices.tolist()
-        for name in wiring.groups
+    order, least_counts = _orders(scores, wiring)
+    steps = {
+        name: _steps(wiring, name, filters, round_to, max(min_filters, least_counts[name]))
+        for name, filters in order.items()
     }
 
     def removed_at(counts: Mapping[str, int]) -> Removed:
@@ -133,17 +143,18 @@ def make_plan(
         }
 
     def counts_at(share: float) -> dict[str, int]:
-        return {name: max(1, int(share * len(filters))) for name, filters in order.items()}
+        places = {n: bisect.bisect_right(each, share * len(order[n])) for n, each in steps.items()}
+        return {name: steps[name][max(0, place - 1)] for name, place in places.items()}
 
     least = quantity(removed_at(counts_at(0.0)))
     if least > limit:
         frozen = sum(group.size for group in wiring.frozen)
         raise TargetError(
             f"target {target} is out of reach: {least / quantity({}):.3f} of the "
-            f"{target.quantity} stay with one filter left in each of {len(order)} prunable groups "
+            f"{target.quantity} stay with the least in each of {len(order)} prunable groups "
             f"({frozen} filters are frozen; `secateur inspect` lists the reasons)"
         )
-    shares = sorted({0.0, *(n / len(f) for f in order.values() for n in range(len(f) + 1))})
+    shares = sorted({0.0, *(n / len(order[name]) for name, each in steps.items() for n in each)})
     low, high = 0, len(shares)
     while high - low > 1:
         middle = (low + high) // 2
@@ -153,10 +164,55 @@ def make_plan(
     ceiling = shares[min(high, len(shares) - 1)]
     shortfall = {name: ceiling * len(order[name]) - counts[name] for name in order}
     for name in sorted(order, key=lambda name: -shortfall[name]):
-        more = {**counts, name: min(counts[name] + 1, len(order[name]))}
+        place = bisect.bisect_right(steps[name], counts[name])
+        more = {**counts, name: steps[name][min(place, len(steps[name]) - 1)]}
         if quantity(removed_at(more)) <= limit:
             counts = more
     return PruningPlan(removed_at(counts), target, criterion)
+
+
+def _orders(
+    scores: Mapping[str, Tensor], wiring: Wiring
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """`{group: channels, the last to go first}`, and how many of them must stay.
+
+    Of channels that make up a whole dimension of some value the best one must stay.
+    """
+    place = {
+        channel: (name, number)
+        for name, group in wiring.groups.items()
+        for number, channel in enumerate(group.channels.tolist())
+    }
+    ranked = {
+        name: scores[name].double().sort(descending=True, stable=True).indices.tolist()
+        for name in wiring.groups
+    }
+    rank = {name: {n: r for r, n in enumerate(numbers)} for name, numbers in ranked.items()}
+    needed: dict[str, set[int]] = {name: set() for name in ranked}
+    for cover in wiring.covers:
+        name = place[int(cover[0])][0]
+        mine = [place[c][1] for c in cover.tolist() if place[c][0] == name]
+        needed[name].add(min(mine, key=rank[name].__getitem__))
+    order = {
+        name: sorted(numbers, key=lambda n: n not in needed[name])  # a stable sort
+        for name, numbers in ranked.items()
+    }
+    return order, {name: max(1, len(each)) for name, each in needed.items()}
+
+
+def _steps(
+    wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int
+) -> list[int]:
+    """How many channels of a group may stay, in rising order."""
+    written = wiring.channel_of[wiring.groups[name].layers[0].written]
+    filters = [int((written == channel).sum()) for channel in wiring.groups[name].channels]
+    widths = itertools.accumulate(filters[number] for number in order)
+    allowed = [
+        count
+        for count, width in enumerate(widths, start=1)
+        if count >= least and width % round_to == 0 and count < len(order)
+    ]
+    return [*allowed, len(order)]
 
 
 def _quantity(wiring: Wiring, name: Quantity) -> Callable[[Removed], float]:

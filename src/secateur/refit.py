@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.channels import Layer
+from secateur.channels import Layer, argument
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
@@ -88,10 +88,11 @@ def refit(
     cut_state = {name: tensor.clone() for name, tensor in tensors_of(smaller).items()}
     full_state = tensors_of(model)
     with torch.inference_mode():
+        sizes = wiring.sizes_after(plan.removed)
         walks = [
             (
                 Walk(wiring.graph, full_state, batch.images),
-                Walk(wiring.graph, cut_state, batch.images),
+                Walk(wiring.graph, cut_state, batch.images, sizes),
             )
             for batch in batches
         ]
@@ -99,11 +100,11 @@ def refit(
         kept = wiring.kept_indices(plan.removed)
         uses = [layer.weight for layer in wiring.layers]
         for layer in track(wiring.layers, "refitting layers", len(wiring.layers)):
-            lost_inputs = 1 in kept.get(layer.weight, {})
+            lost_inputs = 1 - layer.filter_dim in kept.get(layer.weight, {})
             upstream_changed = settings.layers == "downstream" and bool(results)
             if not lost_inputs and not upstream_changed:
                 continue
-            reason = _why_not(layer, cut_state[layer.weight], uses)
+            reason = _why_not(layer, cut_state, uses)
             if reason:
                 results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
                 continue
@@ -121,15 +122,17 @@ def refit(
     return tuple(results)
 
 
-def _why_not(layer: Layer, weight: Tensor, uses: list[str]) -> str:
-    inputs = weight[0].numel()
+def _why_not(layer: Layer, state: dict[str, Tensor], uses: list[str]) -> str:
+    if layer.is_computed:
+        return "its kernel is computed in the forward"
+    inputs = state[layer.weight][0].numel()
     if uses.count(layer.weight) > 1:
         return "used several times in the network"
     if inputs > MAX_INPUTS:
         return f"reads {inputs} values at a time, more than {MAX_INPUTS}"
     if operation_name(layer.node) not in ("conv2d", "linear"):
         return f"no patches for {operation_name(layer.node)}"
-    if len(layer.node.args) > 6 and layer.node.args[6] != 1:
+    if argument(layer.node, "groups", 1) != 1:
         return "a depthwise or grouped convolution"
     return ""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.activations import kernels_of, observe
+from secateur.activations import kernels_of, observe, parts_of
+from secateur.channels import Ids
 from secateur.concepts import ConceptSource
 from secateur.criteria import Criterion, Observer
 from secateur.data import Batch
@@ -18,10 +20,10 @@ from secateur.wiring import Wiring
 
 @dataclass(frozen=True, eq=False)
 class FilterScores:
-    """One score a filter, by group; the higher, the more the filter deserves to stay."""
+    """One score a channel, by group; the higher, the more the filter deserves to stay."""
 
     criterion: str
-    scores: dict[str, Float[Tensor, "filter"]]
+    scores: dict[str, Float[Tensor, "channel"]]
 
 
 def score_filters(
@@ -41,11 +43,30 @@ def score_filters(
     """
     watching = [*criteria.values(), *observers]
     observe(model, wiring, batches, watching, source, quantile=quantile, use_labels=use_labels)
-    state = tensors_of(model)
-    kernels = {name: kernels_of(wiring, group, state) for name, group in wiring.groups.items()}
+    kernels = kernels_of(wiring, tensors_of(model))
     return {
         name: FilterScores(
-            name, {group: criterion.score(group, kernels[group]) for group in wiring.groups}
+            name,
+            {
+                group.name: _by_channel(
+                    len(group),
+                    [
+                        (look.channel, criterion.score(part, kernels[part]))
+                        for part, look in parts_of(group).items()
+                    ],
+                )
+                for group in wiring.groups.values()
+            },
         )
         for name, criterion in criteria.items()
     }
+
+
+def _by_channel(channels: int, parts: list[tuple[Ids, Tensor]]) -> Tensor:
+    """The mean score of each channel's filters."""
+    total, count = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
+    for channel, scores in parts:
+        index = torch.from_numpy(channel)
+        total.index_add_(0, index, scores.double())
+        count.index_add_(0, index, torch.ones(len(scores), dtype=torch.float64))
+    return total / count

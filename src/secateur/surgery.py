@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.channels import Axes
 from secateur.errors import RunFolderError
-from secateur.graph import Tap, operation_name, run, tensors_of
+from secateur.graph import Compute, Walk, apply, tensors_of
 from secateur.plan import PruningPlan
-from secateur.wiring import Wiring, aliases_of
+from secateur.wiring import Removed, Wiring, aliases_of
 
 Images = Float[Tensor, "image rgb height width"]
 
@@ -22,26 +26,39 @@ def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module
     """A copy of `model` without the filters that the plan removes, wherever they reach.
 
     Mode, hooks, dtype, memory format and `requires_grad` are those of `model`, which is not
-    changed. Raises `RunFolderError` where the plan names a group or filter that `wiring` lacks.
+    changed; of a compiled network it is the original that is copied. Raises `RunFolderError` where
+    the plan names a group or filter that `wiring` lacks.
     """
     check_plan(wiring, plan)
-    smaller = copy.deepcopy(model)
+    return cut(model, wiring, plan.removed)
+
+
+def cut(model: nn.Module, wiring: Wiring, removed: Removed) -> nn.Module:
+    """A copy of `model` without the channels that are named by group and number."""
+    kept = wiring.kept_indices(removed)
+    original = getattr(model, "_orig_mod", model)
+    whole = tensors_of(original)
+    smaller = copy.deepcopy(original)
     aliases = aliases_of(smaller)
-    tensors = tensors_of(smaller)
+    for module, name, index, value in _attribute_values(wiring, removed):
+        _set_attribute(smaller.get_submodule(module), name, index, value)
     done: set[str] = set()
-    for name, dims in wiring.kept_indices(plan.removed).items():
-        if name in done:
-            continue
-        tensor = tensors[name]
-        for dim, indices in dims.items():
-            tensor = tensor.index_select(dim, torch.from_numpy(indices).to(tensor.device))
-        if tensors[name].dim() == 4 and tensors[name].is_contiguous(
-            memory_format=torch.channels_last
-        ):
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        _replace(smaller, aliases[name], tensor)
-        done.update(aliases[name])
+    for name, dims in kept.items():
+        if name not in done:
+            _replace(smaller, aliases[name], _select(whole[name], dims))
+            done.update(aliases[name])
     return smaller
+
+
+def _select(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
+    """The indices that stay, in the tensor's own memory format."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim(), torch.contiguous_format)
+    is_special = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=wanted)
+    result = tensor
+    for dim, indices in dims.items():
+        result = result.index_select(dim, torch.from_numpy(indices).to(tensor.device))
+    return result.contiguous(memory_format=wanted if is_special else torch.contiguous_format)
 
 
 def check_plan(wiring: Wiring, plan: PruningPlan) -> None:
@@ -56,6 +73,41 @@ def check_plan(wiring: Wiring, plan: PruningPlan) -> None:
             )
         if len(set(filters)) != len(filters) or len(filters) >= size:
             raise RunFolderError(f"the plan cuts all {size} filters of {name!r}, or some twice")
+    kept = wiring.channels_kept(plan.removed)
+    emptied = next((cover for cover in wiring.covers if not kept[cover].any()), None)
+    if emptied is not None:
+        owner = next(n for n, group in wiring.groups.items() if emptied[0] in group.channels)
+        raise RunFolderError(f"the plan leaves nothing of a part of {owner!r} that is read alone")
+
+
+class SizeConflict(Exception):
+    """Two operations want one attribute of a module to be two numbers."""
+
+
+def _attribute_values(
+    wiring: Wiring, removed: Removed
+) -> list[tuple[str, str, int | None, int]]:
+    """Module, name, place and new value of each attribute that holds a number of channels."""
+    count, whole = wiring.count_after(removed), wiring.count_after({})
+    found: dict[tuple[str, str, int | None], int] = {}
+    for attribute in wiring.attributes:
+        resize = wiring.resizes[attribute.node]
+        value, old = (resize(c)[attribute.position] for c in (count, whole))
+        if attribute.element is not None:
+            value, old = value[attribute.element], old[attribute.element]
+        key = (attribute.module, attribute.name, attribute.index)
+        if found.setdefault(key, value) != value:
+            raise SizeConflict(".".join(str(part) for part in key))
+    return [(*key, value) for key, value in found.items()]
+
+
+def _set_attribute(module: nn.Module, name: str, index: int | None, value: int) -> None:
+    if index is not None:
+        held = getattr(module, name)
+        items = [*held[:index], value, *held[index + 1 :]]
+        setattr(module, name, items if isinstance(held, list) else tuple(items))
+    else:
+        setattr(module, name, value)
 
 
 def _replace(model: nn.Module, names: tuple[str, ...], tensor: Tensor) -> None:
@@ -75,46 +127,110 @@ def _replace(model: nn.Module, names: tuple[str, ...], tensor: Tensor) -> None:
 
 
 def _correct_attributes(module: nn.Module) -> None:
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-        out_channels, in_channels_a_group = module.weight.shape[:2]
-        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
-            module.groups = out_channels
-        module.out_channels = out_channels
-        module.in_channels = in_channels_a_group * module.groups
+    """Sets what torch's own modules say of their sizes by the shape of their weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if isinstance(module, nn.modules.conv._ConvNd):
+        one, other = weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = one, other * module.groups
+        else:
+            module.out_channels, module.in_channels = one, other * module.groups
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is not None:
-        module.num_features = module.weight.shape[0]
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = weight.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]
 
 
-def silence(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> Callable[[Images], Tensor]:
+def silence(
+    model: nn.Module, wiring: Wiring, plan: PruningPlan
+) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """The original network, in evaluation mode, with the removed channels zeroed where read.
 
-    It is what the cut network must equal: the reference that tests and runs compare with.
+    It is what the cut network must equal: the reference that tests and runs compare with. An
+    operation over all channels, such as layer norm, is computed over those that stay: there the
+    reference is a masked normalisation. Gives a tuple where the network returns several tensors.
     """
-    kept = wiring.channels_kept(plan.removed)
-    slots = {slots.tensor: slots.channels for slots in wiring.slots if slots.dim == 1}
-    edits: dict[Node, Tap] = {}
-    for group in wiring.groups.values():
-        for reader in group.readers:
-            channels = slots[reader.weight]
-            mask = torch.from_numpy((channels < 0) | kept[channels])
-            dim = -1 if operation_name(reader.node) == "linear" else 1
-            edits[reader.node] = _masking(mask, dim)
-    state = tensors_of(model)
-    return lambda images: run(wiring.graph, state, images, before=edits)
+    sizes, stays = wiring.sizes_after(plan.removed), wiring.stays(plan.removed)
+    edits: dict[Node, Compute] = {}
+    for reader in wiring.readers:
+        kept = stays[reader.channels]
+        if not kept.all():
+            edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
+    for node in wiring.mixing:
+        edits[node] = _over_kept(node, wiring, stays, sizes.get(node, {}))
+    state = tensors_of(getattr(model, "_orig_mod", model))
+
+    def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
+        walk = Walk(wiring.graph, state, images)
+        walk.advance(instead=edits)
+        outputs = tuple(walk.value(node) for node in wiring.graph.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return silenced
 
 
-def _masking(mask: Tensor, dim: int) -> Tap:
-    def edit(value: Tensor) -> Tensor:
-        shape = [1] * value.dim()
-        shape[dim] = -1
-        return value * mask.to(value).reshape(shape)
+def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
+    """The operation with zeros in place of the removed channels that it reads."""
 
-    return edit
+    def compute(lookup: Callable[[Node], Any]) -> Any:
+        def masked(source: Node) -> Any:
+            value = lookup(source)
+            if source is not node.args[0]:
+                return value
+            shape = [1] * value.dim()
+            shape[dim] = -1
+            return value * kept.to(value).reshape(shape)
+
+        return apply(node, masked, {})
+
+    return compute
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute expected value."""
+def _over_kept(
+    node: Node, wiring: Wiring, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
+) -> Compute:
+    """The operation over the channels that stay, with zeros for the others in its answer."""
+
+    def scattered(value: Tensor, axes: Axes) -> Tensor:
+        for dim, ids in enumerate(axes):
+            if ids is not None and not stays[ids].all():
+                shape = list(value.shape)
+                shape[dim] = len(ids)
+                index = torch.from_numpy(np.flatnonzero(stays[ids])).to(value.device)
+                value = value.new_zeros(shape).index_copy(dim, index, value)
+        return value
+
+    def compute(lookup: Callable[[Node], Any]) -> Any:
+        def gathered(source: Node) -> Any:
+            value = lookup(source)
+            for dim, ids in enumerate(wiring.axes.get(source, ())):
+                if ids is not None and not stays[ids].all():
+                    index = torch.from_numpy(np.flatnonzero(stays[ids])).to(value.device)
+                    value = value.index_select(dim, index)
+            return value
+
+        result = apply(node, gathered, sizes)
+        if isinstance(result, Tensor):
+            return scattered(result, wiring.axes[node])
+        return tuple(map(scattered, result, wiring.several[node]))
+
+    return compute
+
+
+def relative_error(
+    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
+) -> float:
+    """Largest absolute difference over the largest absolute expected value; of several the worst."""
+    if not isinstance(found, Tensor):
+        return max(map(relative_error, found, expected))
+    assert isinstance(expected, Tensor)
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,30 +1,32 @@
 """Which channels of a network live and die together.
 
-Every axis of every parameter gets channel ids. The ids ride along the tensors of the traced graph:
-activations, norms and pooling keep them, concatenation joins them, flattening repeats them,
-addition and convolution tie them. Ids that end up tied are one channel. A channel that meets an
-operation without a rule, a size baked into the user's code, or the network's input or output is
-frozen, and says why; it is never guessed.
+Every dimension of every parameter gets channel ids. The ids ride along the tensors of the traced
+graph: activations, norms and pooling keep them, concatenation joins them, splitting parts them,
+flattening repeats them, addition and convolution tie them. Ids that end up tied are one channel. A
+channel that meets an operation without a rule, a size baked into the user's code, or the network's
+input or output is frozen, and says why; it is never guessed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.node import Node
 
-from secateur.channels import Axes, ChannelSpread, Ids, Layer, Reader, feature_map, first_input
-from secateur.graph import NetworkGraph, tensors_of, trace
+from secateur.channels import Axes, ChannelSpread, Count, Ids, Layer, Reader, Resize
+from secateur.graph import NetworkGraph, Sizes, tensors_of
+from secateur.grouping import FrozenGroup, Group, group_channels
 
 NOT_PRUNABLE = -1
+Removed = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slots:
     """Which channel each index of one dimension of a parameter or buffer belongs to."""
 
@@ -34,35 +36,22 @@ class Slots:
     """`[index]`: prunable channel id, or -1 where the index must stay."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Channels of one width that are chosen together; channel `i` is filter `i` of `name`."""
+@dataclass(frozen=True, eq=False)
+class SizedAttribute:
+    """A number in a module that an operation takes its size from, so that it changes with a cut."""
 
+    module: str
     name: str
-    """The layer that writes the channels, the first one where several are tied."""
-    channels: Ids
-    writers: tuple[str, ...]
-    """Weights whose filters (dimension 0) write the channels."""
-    readers: tuple[Reader, ...]
-    tap: Node
-    """Where the feature maps are looked at: what the first reader reads, before any flattening."""
-    tap_index: Ids
-    """`[channel]`: position of each channel along dimension 1 of the tap."""
-
-    def __len__(self) -> int:
-        return len(self.channels)
+    index: int | None
+    """Place in the attribute, where that is a tuple or list."""
+    node: Node
+    position: int
+    """Position of the size among the operation's arguments."""
+    element: int | None
+    """Place in the argument, where that is a list."""
 
 
-@dataclass(frozen=True)
-class FrozenGroup:
-    """Filters of a layer that can't be cut, and the reason."""
-
-    name: str
-    size: int
-    reason: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wiring:
     """All that is needed to cut channels out of a network."""
 
@@ -71,23 +60,44 @@ class Wiring:
     frozen: tuple[FrozenGroup, ...]
     slots: tuple[Slots, ...]
     layers: tuple[Layer, ...]
+    readers: tuple[Reader, ...]
+    covers: tuple[Ids, ...]
+    """Channels along one dimension of some value: of each at least one must stay."""
+    attributes: tuple[SizedAttribute, ...]
+    axes: Mapping[Node, Axes]
+    """Ids along each dimension of every value."""
+    several: Mapping[Node, list[Axes]]
+    """The same for operations that have several values."""
+    mixing: frozenset[Node]
+    """Operations over all channels, such as layer norm, which fewer channels change."""
+    channel_of: Ids
+    """`[id]`: the prunable channel of an id, or -1."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter and buffer."""
     parameters: frozenset[str]
     """Names that count as parameters: not buffers, shared ones once."""
-    size: int
-    """Number of channel ids."""
+    product_macs: int
+    """Multiply-accumulates of an image in products of feature maps (attention), never cut."""
+    resizes: Mapping[Node, Resize]
 
-    def channels_kept(self, removed: dict[str, tuple[int, ...]]) -> npt.NDArray[np.bool_]:
-        """`[channel id]`: whether a channel stays when `removed` filters of each group go."""
-        kept = np.ones(self.size, dtype=bool)
+    def channels_kept(self, removed: Removed) -> npt.NDArray[np.bool_]:
+        """`[channel id]`: whether a channel stays when `removed` channels of each group go."""
+        kept = np.ones(len(self.channel_of), dtype=bool)
         for name, indices in removed.items():
             kept[self.groups[name].channels[list(indices)]] = False
         return kept
 
-    def kept_indices(
-        self, removed: dict[str, tuple[int, ...]]
-    ) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
+    def count_after(self, removed: Removed) -> Count:
+        """How many of some channel ids are left when `removed` channels of each group go."""
+        stays = self.stays(removed)
+        return lambda ids, size: size if ids is None else int(np.count_nonzero(stays[ids]))
+
+    def stays(self, removed: Removed) -> npt.NDArray[np.bool_]:
+        """`[id]`: whether it stays when `removed` channels of each group go."""
+        result: npt.NDArray[np.bool_] = self.channels_kept(removed)[self.channel_of]
+        return result | (self.channel_of == NOT_PRUNABLE)
+
+    def kept_indices(self, removed: Removed) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
         """`{tensor: {dimension: indices that stay}}` for every tensor that loses something."""
         kept = self.channels_kept(removed)
         result: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
@@ -97,8 +107,8 @@ class Wiring:
                 result.setdefault(slots.tensor, {})[slots.dim] = np.flatnonzero(stays)
         return result
 
-    def shapes_after(self, removed: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter and buffer when `removed` filters of each group go."""
+    def shapes_after(self, removed: Removed) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer when `removed` channels of each group go."""
         shapes = dict(self.shapes)
         for tensor, dims in self.kept_indices(removed).items():
             shape = list(shapes[tensor])
@@ -107,40 +117,20 @@ class Wiring:
             shapes[tensor] = tuple(shape)
         return shapes
 
-    def layer_macs(self, layer: Layer) -> int:
-        """Multiply-accumulates of one layer for one image, before any cut."""
-        return layer.positions * math.prod(self.shapes[layer.weight])
+    def sizes_after(self, removed: Removed) -> Sizes:
+        """Arguments of the graph's operations when `removed` channels of each group go."""
+        count = self.count_after(removed)
+        return {node: resize(count) for node, resize in self.resizes.items()}
 
-    def macs(self, removed: dict[str, tuple[int, ...]] | None = None) -> int:
-        """Multiply-accumulates for one image, of layers whose kernel is a parameter.
+    def macs(self, removed: Removed | None = None) -> int:
+        """Multiply-accumulates for one image, in layers and in products of feature maps."""
+        count = self.count_after(removed or {})
+        return self.product_macs + sum(layer.macs(count) for layer in self.layers)
 
-        Products of two computed values (attention, kernels made in the forward) are not counted.
-        """
-        shapes = self.shapes_after(removed or {})
-        return sum(layer.positions * math.prod(shapes[layer.weight]) for layer in self.layers)
-
-    def params(self, removed: dict[str, tuple[int, ...]] | None = None) -> int:
+    def params(self, removed: Removed | None = None) -> int:
         """Number of parameters, shared ones counted once."""
         shapes = self.shapes_after(removed or {})
         return sum(math.prod(shapes[name]) for name in self.parameters)
-
-
-def make_wiring(model: nn.Module, example: Tensor, *, cut_stream: bool = False) -> Wiring:
-    """The wiring of `model` for images like `example` `[image, rgb, height, width]`.
-
-    Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. Raises
-    `TraceError` where `torch.export` can't follow the network.
-    """
-    graph = trace(model, example)
-    spread = ChannelSpread(graph)
-    for node in graph.nodes:
-        spread.visit(node)
-    spread.freeze(spread.axes[graph.output], "written to the network's output")
-    if not cut_stream:
-        spread.freeze(spread.summed, "tied over a whole stage by residual sums (cut_stream is off)")
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    parameters = frozenset(name for name, _ in model.named_parameters())
-    return _wiring_of(spread, shapes, aliases_of(model), parameters)
 
 
 def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -153,109 +143,69 @@ def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in by_identity.values() for name in names}
 
 
-def _wiring_of(
+def assemble(
+    model: nn.Module,
     spread: ChannelSpread,
-    shapes: dict[str, tuple[int, ...]],
-    aliases: dict[str, tuple[str, ...]],
-    parameters: frozenset[str],
+    held: Iterable[tuple[Ids, str]] = (),
+    attributes: tuple[SizedAttribute, ...] = (),
 ) -> Wiring:
-    """The wiring that follows from ids that have been through the whole graph."""
+    """The wiring that follows from ids that have been through the whole graph.
+
+    `held` are channels that stay for now, with the reason.
+    """
+    aliases = aliases_of(model)
     placeholders: dict[str, Node] = {}
     for node, name in spread.graph.tensor_names.items():
         for alias in aliases[name]:
             twin = placeholders.setdefault(alias, node)
-            for one, other in zip(spread.axes[twin], spread.axes[node], strict=True):
-                spread.tie(one, other)
+            if twin is not node:
+                for one, other in zip(spread.axes[twin], spread.axes[node], strict=True):
+                    spread.tie(one, other, "one parameter in two roles")
     root = spread.roots()
-    reasons = spread.reasons(root)
-
-    def channels_of(tensor: str, dim: int) -> Ids:
-        ids = spread.axes[placeholders[tensor]][dim]
-        assert ids is not None
-        return root[ids]
-
-    drafts = _drafts((layer, channels_of(layer.weight, 0)) for layer in spread.layers)
-    draft_of = {channel: draft for draft in drafts for channel in draft.channels}
-    for reader in spread.readers:
-        read = np.unique(channels_of(reader.weight, 1)).tolist()
-        concerned = {id(draft_of[c]): draft_of[c] for c in read if c in draft_of}
-        for draft in concerned.values():
-            draft.readers.append(reader)
-
-    groups: dict[str, Group] = {}
-    frozen: list[FrozenGroup] = []
-    for draft in drafts:
-        name = next(iter(draft.writers.values()))
-        reason = next((reasons[c] for c in draft.channels if c in reasons), None)
-        if reason is None and not draft.readers:
-            reason = "read by no convolution or linear layer"
-        if reason is None:
-            tap = feature_map(first_input(draft.readers[0].node))
-            index = _positions_at(spread.axes[tap], root, draft)
-            if index is not None:
-                channels = np.fromiter(draft.channels, dtype=np.int64)
-                writers, readers = tuple(draft.writers), tuple(draft.readers)
-                groups[name] = Group(name, channels, writers, readers, tap, index)
-                continue
-            reason = "its channels do not lie along dimension 1 where they are read"
-        frozen.append(FrozenGroup(name, len(draft.channels), reason))
+    groups, frozen = group_channels(spread, root, spread.reasons(root, held))
     prunable = np.zeros(spread.size, dtype=bool)
     for group in groups.values():
         prunable[group.channels] = True
+    channel_of = np.where(prunable[root], root, NOT_PRUNABLE)
     slots = tuple(
-        Slots(alias, dim, np.where(prunable[root[ids]], root[ids], NOT_PRUNABLE))
+        Slots(alias, dim, channel_of[ids])
         for alias, node in placeholders.items()
         for dim, ids in enumerate(spread.axes[node])
-        if ids is not None and prunable[root[ids]].any()
+        if ids is not None and (channel_of[ids] != NOT_PRUNABLE).any()
     )
+    tensors = tensors_of(model)
     return Wiring(
         graph=spread.graph,
         groups=groups,
-        frozen=tuple(frozen),
+        frozen=frozen,
         slots=slots,
         layers=tuple(spread.layers),
-        shapes=shapes,
-        parameters=parameters,
-        size=spread.size,
+        readers=tuple(spread.readers),
+        covers=_covers([slots.channels for slots in slots], [channel_of[i] for i in spread.written]),
+        attributes=attributes,
+        axes=spread.axes,
+        several=spread.several,
+        mixing=frozenset(spread.mixing),
+        channel_of=channel_of,
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameters=frozenset(name for name, _ in model.named_parameters()),
+        product_macs=spread.product_macs,
+        resizes=spread.resizes,
     )
 
 
-@dataclass(eq=False)
-class _Draft:
-    """Channels found to belong together so far."""
-
-    channels: dict[int, None]
-    writers: dict[str, str]
-    """Weight -> layer, in the order of execution."""
-    readers: list[Reader]
-
-
-def _drafts(written: Iterable[tuple[Layer, Ids]]) -> list[_Draft]:
-    """Channels that are written by one layer, or by layers that share channels, together."""
-    drafts: list[_Draft] = []
-    member: dict[int, _Draft] = {}
-    for layer, channels in written:
-        found = list({id(member[c]): member[c] for c in channels.tolist() if c in member}.values())
-        if not found:
-            found = [_Draft({}, {}, [])]
-            drafts += found
-        draft, *rest = found
-        for other in rest:
-            draft.channels.update(other.channels)
-            draft.writers.update(other.writers)
-            drafts.remove(other)
-        draft.writers.setdefault(layer.weight, layer.name)
-        draft.channels.update(dict.fromkeys(channels.tolist()))
-        member.update(dict.fromkeys(draft.channels, draft))
-    return drafts
-
-
-def _positions_at(axes: Axes, root: Ids, draft: _Draft) -> Ids | None:
-    """Where each channel lies along dimension 1 of a value; None where one is not there."""
-    ids = axes[1] if len(axes) > 1 else None
-    if ids is None:
-        return None
-    position = {channel: i for i, channel in reversed(list(enumerate(root[ids].tolist())))}
-    if not draft.channels.keys() <= position.keys():
-        return None
-    return np.array([position[channel] for channel in draft.channels], dtype=np.int64)
+def _covers(*dimensions: list[Ids]) -> tuple[Ids, ...]:
+    """The distinct sets of channels that make up whole dimensions, none of which holds another."""
+    found = {}
+    for channels in (each for part in dimensions for each in part):
+        if (channels != NOT_PRUNABLE).all():
+            unique = np.unique(channels)
+            found[unique.tobytes()] = unique
+    smallest: list[Ids] = []
+    holding: dict[int, list[frozenset[int]]] = {}
+    for cover in sorted(found.values(), key=len):
+        members = frozenset(cover.tolist())
+        if not any(known <= members for c in members for known in holding.get(c, ())):
+            smallest.append(cover)
+            holding.setdefault(min(members), []).append(members)
+    return tuple(smallest)

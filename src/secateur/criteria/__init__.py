@@ -21,8 +21,10 @@ from secateur.thresholds import Usual
 class Kernels:
     """The weights around a group of filters."""
 
-    incoming: tuple[Float[Tensor, "filter ..."], ...]
-    """Kernels that write the filters, one tensor a layer, first dimension in the group's order."""
+    incoming: tuple[tuple[Float[Tensor, "row ..."], Int[Tensor, "row"]], ...]
+    """Of each layer that writes: its kernels, and the channel of the group that each writes."""
+    channel: Int[Tensor, "filter"]
+    """Channel of the group that each filter belongs to: mostly its number."""
     outgoing_norm: Float[Tensor, "filter"]
     """Euclidean norm of all that reads each filter."""
 
@@ -32,6 +34,7 @@ class Sight:
     """What a criterion is shown of one group in one batch."""
 
     group: str
+    """Name of the group, or of the part of it that is seen here."""
     maps: Float[Tensor, "image filter h w"]
     """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers."""
     kernels: Kernels

@@ -30,7 +30,7 @@ class Random:
 
 
 class KernelNorm:
-    """The norm of a filter's own kernel, summed over tied layers.
+    """The norm of a filter's own kernel, meant over the kernels that write its channel.
 
     p = 1: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.1. p = 2: its
     common variant.
@@ -47,5 +47,11 @@ class KernelNorm:
 
     def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
         """The norms."""
-        norms = [kernel.double().flatten(1).norm(p=self._p, dim=1) for kernel in kernels.incoming]
-        return torch.stack(norms).sum(0)
+        channels = 1 + max(int(rows.max()) for _, rows in kernels.incoming)
+        total = torch.zeros(channels, dtype=torch.float64)
+        count = torch.zeros(channels, dtype=torch.float64)
+        for kernel, rows in kernels.incoming:
+            norms = kernel.double().flatten(1).norm(p=self._p, dim=1).cpu()
+            total.index_add_(0, rows, norms)
+            count.index_add_(0, rows, torch.ones_like(norms))
+        return (total / count.clamp_min(1))[kernels.channel]
