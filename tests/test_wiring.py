@@ -19,10 +19,10 @@ from networks import (
     randomise_norms,
     wired,
 )
-from secateur.channels import RULES
 from secateur.graph import operation_name, run, tensors_of
 from secateur.surgery import apply_plan, relative_error, silence
 from secateur.reading import make_wiring
+from secateur.rules import RULES
 from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of
 
 OUTPUT = "written to the network's output"
@@ -125,7 +125,7 @@ def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
     channels = np.concatenate([group.channels for group in wiring.groups.values()])
     assert len(np.unique(channels)) == len(channels)
     written = {layer.weight for layer in wiring.layers}
-    cut = {writer for group in wiring.groups.values() for writer in group.writers}
+    cut = {layer.weight for group in wiring.groups.values() for layer in group.layers}
     frozen = {layer.weight for layer in wiring.layers if layer.weight not in cut}
     assert cut | frozen == written
     for weight in frozen:
@@ -148,7 +148,7 @@ def test_who_writes_and_who_reads_a_group(
     name: str, group: str, writers: set[str], readers: set[str]
 ) -> None:
     found = wired(name, True)[1].groups[group]
-    assert {writer.removesuffix(".weight") for writer in found.writers} == writers
+    assert {layer.name for layer in found.layers} == writers
     assert {reader.layer for reader in found.readers} == readers
 
 
@@ -157,25 +157,30 @@ def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
         for group in wired(name, True)[1].groups.values():
             if group.name == "hidden":
                 continue
-            shape = group.tap.meta["val"].shape
+            (look,) = group.looks
+            shape = look.node.meta["val"].shape
             assert len(shape) == 4, (name, group.name)
-            assert operation_name(group.tap) not in {"flatten", "view", "mean"}
+            assert operation_name(look.node) not in {"flatten", "view", "mean"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_tap_holds_each_channel_where_its_index_says(name: str) -> None:
-    """Another kernel for filter i shows at position `tap_index[i]`, and at no other channel's."""
+def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
+    """Another kernel for filter i shows at place `index[i]`, and at no other channel's."""
     model, wiring = wired(name, True)
     for group in wiring.groups.values():
         seen: list[Tensor] = []
+        weight = group.layers[0].weight
+        (look,) = group.looks
+        if len(look.index) > len(group):
+            continue
         for changed in (None, *range(len(group))):
             state = dict(tensors_of(model))
             if changed is not None:
-                kernel = state[group.writers[0]].clone()
-                kernel[changed] += 1
-                state[group.writers[0]] = kernel
-            run(wiring.graph, state, random_images(), after={group.tap: seen.append})
-        plain, *others = (value.transpose(0, 1).flatten(1)[group.tap_index] for value in seen)
+                kernel = state[weight].clone()
+                kernel[wiring.channel_of[group.layers[0].written] == group.channels[changed]] += 1
+                state[weight] = kernel
+            run(wiring.graph, state, random_images(), after={look.node: seen.append})
+        plain, *others = (value.transpose(0, look.dim).flatten(1)[look.index] for value in seen)
         for changed, other in enumerate(others):
             differs = (plain != other).any(1).nonzero()[:, 0]
             assert differs.tolist() == [changed]
@@ -184,9 +189,9 @@ def test_the_tap_holds_each_channel_where_its_index_says(name: str) -> None:
 def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
     wiring = wired("concat")[1]
     left, right = wiring.groups["left.0"], wiring.groups["right.0"]
-    assert left.tap is right.tap
-    assert left.tap_index.tolist() == [0, 1, 2, 3, 4]
-    assert right.tap_index.tolist() == [5, 6, 7]
+    assert left.looks[0].node is right.looks[0].node
+    assert left.looks[0].index.tolist() == [0, 1, 2, 3, 4]
+    assert right.looks[0].index.tolist() == [5, 6, 7]
 
 
 def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:

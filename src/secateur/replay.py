@@ -115,7 +115,7 @@ def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             found = (path, module)
     return found
 

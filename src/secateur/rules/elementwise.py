@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.node import Node
@@ -64,8 +65,8 @@ def add(spread: ChannelSpread, node: Node) -> Axes:
 
 def _is_shortcut(spread: ChannelSpread, value: Node, other: Node) -> bool:
     """Whether a value, before operations that keep its channels, is what the other came from."""
-    ids = [ids for ids in spread.axes[value] if ids is not None]
-    if not ids or not spread.depends_on(value, spread.graph.image):
+    ids = _all_ids(spread.axes[value])
+    if not len(ids) or not spread.depends_on(value, spread.graph.image):
         return False
     while True:
         if spread.depends_on(other, value):
@@ -78,9 +79,12 @@ def _is_shortcut(spread: ChannelSpread, value: Node, other: Node) -> bool:
         if len(before) != 1:
             return False
         (value,) = before
-        known = [found for found in spread.axes[value] if found is not None]
-        if not any(found is mine for found in known for mine in ids):
+        if not np.isin(_all_ids(spread.axes[value]), ids).any():
             return False
+
+
+def _all_ids(axes: Axes) -> Ids:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(i for i in axes if i is not None)])
 
 
 def pool(spread: ChannelSpread, node: Node) -> Axes | list[Axes]:
