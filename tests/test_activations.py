@@ -278,25 +278,22 @@ def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
         "join.0": norms_by_hand(linear[:, :6]),
     }
     state = tensors_of(model)
-    for name, group in wiring.groups.items():
-        torch.testing.assert_close(kernels_of(wiring, group, state).outgoing_norm, expected[name])
+    for name in wiring.groups:
+        torch.testing.assert_close(kernels_of(wiring, state)[name].outgoing_norm, expected[name])
 
 
 def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
     model, wiring = network("units")
     assert isinstance(model, Units)
     state = tensors_of(model)
-    norms = {
-        name: kernels_of(wiring, group, state).outgoing_norm
-        for name, group in wiring.groups.items()
-    }
+    norms = {name: found.outgoing_norm for name, found in kernels_of(wiring, state).items()}
     hidden = model.hidden.weight.reshape(7, 6, 8)  # [unit, channel, position]
     torch.testing.assert_close(norms["conv"], norms_by_hand(hidden))
     torch.testing.assert_close(norms["hidden"], norms_by_hand(model.linear.weight))
 
     viewed, wiring = network("view_rest")
     assert isinstance(viewed, ViewRest)
-    norm = kernels_of(wiring, wiring.groups["conv.0"], tensors_of(viewed)).outgoing_norm
+    norm = kernels_of(wiring, tensors_of(viewed))["conv.0"].outgoing_norm
     linear = viewed.linear.weight.reshape(CLASSES, 6, 16)
     torch.testing.assert_close(norm, norms_by_hand(linear))
 
@@ -305,11 +302,13 @@ def test_incoming_kernels_are_those_that_write_the_filters() -> None:
     model = make_network("residual")
     wiring = make_wiring(model, random_images(2), cut_stream=True)
     state = tensors_of(model)
-    incoming = kernels_of(wiring, wiring.groups["stem.0"], state).incoming
+    incoming = kernels_of(wiring, state)["stem.0"].incoming
     expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
     assert len(incoming) == 3
     for kernel in expected:
-        assert any(torch.equal(kernel, found) for found in incoming if found.shape == kernel.shape)
+        same_shape = [found for found, _ in incoming if found.shape == kernel.shape]
+        assert any(torch.equal(kernel, found) for found in same_shape)
+    assert all(channel.tolist() == list(range(6)) for _, channel in incoming)
 
 
 def test_nothing_stays_on_the_network() -> None:

@@ -15,7 +15,7 @@ def sight(maps: torch.Tensor, masks: torch.Tensor, concepts: torch.Tensor) -> Si
     return Sight(
         group="layer",
         maps=maps,
-        kernels=Kernels((), zeros),
+        kernels=Kernels((), torch.arange(filters), zeros),
         usual=Usual(zeros, zeros + 0.5),
         masks=masks,
         concepts=concepts,

@@ -142,8 +142,8 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     least = {name: tuple(range(1, len(group))) for name, group in wiring.groups.items()}
     reached = wiring.macs(least) / wiring.macs()
     expected = (
-        rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with one filter left "
-        r"in each of 2 prunable groups \(11 filters are frozen; `secateur inspect`"
+        rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with the least "
+        r"in each of 2 prunable groups \(11 filters are frozen; cut_stream would free 6 of them; "
     )
     with pytest.raises(TargetError, match=expected):
         make_plan(scores, wiring, Target("macs", 0.01), "random")

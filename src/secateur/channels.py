@@ -57,6 +57,8 @@ class Layer:
     """Dimension of the kernel that its filters, which write the channels, lie along."""
     positions: int
     """Positions an image at which the kernel is applied."""
+    channel_positions: tuple[Ids, ...]
+    """Channels that are positions to it: those along other dimensions of what it reads."""
     node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
@@ -64,8 +66,8 @@ class Layer:
 
     def macs(self, count: Count) -> int:
         """Multiply-accumulates for one image."""
-        sizes = (count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True))
-        return self.positions * math.prod(sizes)
+        sizes = [count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True)]
+        return self.positions * math.prod([*sizes, *(count(i, 0) for i in self.channel_positions)])
 
 
 Rule = Callable[["ChannelSpread", Node], Axes | list[Axes]]
@@ -81,8 +83,8 @@ class ChannelSpread:
         """Axes of each value of an operation that has several."""
         self.layers: list[Layer] = []
         self.readers: list[Reader] = []
-        self.streams: list[Ids] = []
-        """Channels that a sum ties to what it was computed from."""
+        self.shortcuts: list[tuple[Ids, Ids]] = []
+        """Channels that a sum ties to those that they were computed from."""
         self.mixing: set[Node] = set()
         """Operations over all channels, such as layer norm: with fewer they give something else."""
         self.resizes: dict[Node, Resize] = {}
@@ -194,13 +196,21 @@ class ChannelSpread:
         """Number of channel ids given out."""
         return self._count
 
-    def roots(self) -> Ids:
+    def freeze_streams(self, reason: str) -> None:
+        """Freezes channels that only a shortcut around layers ties."""
+        root = self.roots(with_shortcuts=False)
+        for one, other in self.shortcuts:
+            differ = root[one] != root[other]
+            self.freeze((one[differ], other[differ]), reason)
+
+    def roots(self, *, with_shortcuts: bool = True) -> Ids:
         """`[id]`: the smallest id that each id is tied to, directly or through others."""
         parent = np.arange(self._count, dtype=np.int64)
-        if not self._ties:
+        ties = [*self._ties, *self.shortcuts] if with_shortcuts else self._ties
+        if not ties:
             return parent
-        one = np.concatenate([a for a, _ in self._ties])
-        other = np.concatenate([b for _, b in self._ties])
+        one = np.concatenate([a for a, _ in ties])
+        other = np.concatenate([b for _, b in ties])
         while True:
             low, high = np.sort(np.stack([parent[one], parent[other]]), axis=0)
             if (low == high).all():

@@ -438,7 +438,7 @@ def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
             "scores": {key: found.scores[name].tolist() for key, found in scores.items()},
             "concepts": [
                 {"concept": seen.concept, "iou": seen.iou, "is_detector": seen.is_detector}
-                for seen in dissection.best(group)
+                for seen in dissection.best_by_channel(group)
             ],
         }
         for name, group in wiring.groups.items()

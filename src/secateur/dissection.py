@@ -42,15 +42,19 @@ class Dissection:
         tally = self._tallies.setdefault(sight.group, AlignmentTally(filters, len(self._names)))
         tally.add(overlap(sight.maps, sight.usual.threshold, sight.masks), sight.concepts)
 
-    def best(self, group: Group) -> list[FilterConcept]:
-        """The best concept of each channel, of all its filters; between equal ones the first."""
-        found: list[FilterConcept | None] = [None] * len(group)
+    def best(self, part: str) -> list[FilterConcept]:
+        """The best concept of each filter of a part of a group; between equal ones the first."""
+        values, order = self._tallies[part].iou.max(dim=1)
+        return [
+            FilterConcept(self._names[concept], iou)
+            for concept, iou in zip(order.tolist(), values.tolist(), strict=True)
+        ]
+
+    def best_by_channel(self, group: Group) -> list[FilterConcept]:
+        """The best concept of each channel of a group, of all its filters."""
+        found: dict[int, FilterConcept] = {}
         for part, look in parts_of(group).items():
-            values, order = self._tallies[part].iou.max(dim=1)
-            for channel, concept, iou in zip(
-                look.channel.tolist(), order.tolist(), values.tolist(), strict=True
-            ):
-                known = found[channel]
-                if known is None or iou > known.iou:
-                    found[channel] = FilterConcept(self._names[concept], iou)
-        return [each for each in found if each is not None]
+            for channel, seen in zip(look.channel.tolist(), self.best(part), strict=True):
+                if channel not in found or seen.iou > found[channel].iou:
+                    found[channel] = seen
+        return [found[channel] for channel in range(len(group))]

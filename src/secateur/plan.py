@@ -17,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor
 
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.wiring import Wiring
+from secateur.wiring import STREAM, Wiring
 
 Quantity = Literal["macs", "params", "filters"]
 Removed = dict[str, tuple[int, ...]]
@@ -149,10 +149,12 @@ def make_plan(
     least = quantity(removed_at(counts_at(0.0)))
     if least > limit:
         frozen = sum(group.size for group in wiring.frozen)
+        stream = sum(group.size for group in wiring.frozen if group.reason == STREAM)
+        hint = f"; cut_stream would free {stream} of them" if stream else ""
         raise TargetError(
             f"target {target} is out of reach: {least / quantity({}):.3f} of the "
             f"{target.quantity} stay with the least in each of {len(order)} prunable groups "
-            f"({frozen} filters are frozen; `secateur inspect` lists the reasons)"
+            f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
         )
     shares = sorted({0.0, *(n / len(order[name]) for name, each in steps.items() for n in each)})
     low, high = 0, len(shares)

@@ -12,10 +12,7 @@ from secateur.errors import UnknownName
 from secateur.graph import Forward, trace
 from secateur.replay import settle
 from secateur.rules import RULES
-from secateur.wiring import Wiring
-
-STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
-
+from secateur.wiring import STREAM, Wiring
 
 def make_wiring(
     model: nn.Module,
@@ -41,7 +38,7 @@ def make_wiring(
     for output in spread.graph.outputs:
         spread.freeze(spread.axes[output], "written to the network's output")
     if not cut_stream:
-        spread.freeze(spread.streams, STREAM)
+        spread.freeze_streams(STREAM)
     _exclude(spread, tuple(exclude))
     return settle(model, example, forward, spread)
 

@@ -23,6 +23,7 @@ from secateur.graph import NetworkGraph, Sizes, tensors_of
 from secateur.grouping import FrozenGroup, Group, group_channels
 
 NOT_PRUNABLE = -1
+STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
 Removed = Mapping[str, tuple[int, ...]]
 
 
@@ -95,7 +96,8 @@ class Wiring:
     def stays(self, removed: Removed) -> npt.NDArray[np.bool_]:
         """`[id]`: whether it stays when `removed` channels of each group go."""
         result: npt.NDArray[np.bool_] = self.channels_kept(removed)[self.channel_of]
-        return result | (self.channel_of == NOT_PRUNABLE)
+        result[self.channel_of == NOT_PRUNABLE] = True
+        return result
 
     def kept_indices(self, removed: Removed) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
         """`{tensor: {dimension: indices that stay}}` for every tensor that loses something."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ def keep(spread: ChannelSpread, node: Node) -> Axes:
 
 def combine(spread: ChannelSpread, node: Node) -> Axes:
     """Ties the operands along every dimension that is not broadcast."""
+    return _combined(spread, node, lambda one, other: spread.tie(one, other, ""))
+
+
+def _combined(spread: ChannelSpread, node: Node, tie: Callable[[Ids, Ids], None]) -> Axes:
     shape = shape_of(node)
     sources = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
     result: list[Ids | None] = [None] * len(shape)
@@ -48,19 +53,18 @@ def combine(spread: ChannelSpread, node: Node) -> Axes:
             if len(known) < len(parts):
                 spread.freeze(known, "combined with a value of fixed size")
             for ids in known[1:]:
-                spread.tie(known[0], ids, "")
+                tie(known[0], ids)
     return tuple(result)
 
 
 def add(spread: ChannelSpread, node: Node) -> Axes:
     """As `combine`; a sum with what one summand was computed from makes a residual stream."""
-    axes = combine(spread, node)
     sources = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
     if len(sources) == 2:
         one, other = sources
         if _is_shortcut(spread, one, other) or _is_shortcut(spread, other, one):
-            spread.streams.extend(ids for ids in axes if ids is not None)
-    return axes
+            return _combined(spread, node, lambda *ids: spread.shortcuts.append(ids))
+    return combine(spread, node)
 
 
 def _is_shortcut(spread: ChannelSpread, value: Node, other: Node) -> bool:

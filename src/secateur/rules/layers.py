@@ -31,6 +31,7 @@ def _add_layer(
     places: int,
     written: Ids | None,
     filter_dim: int = 0,
+    channel_positions: tuple[Ids, ...] = (),
 ) -> Layer:
     source = weight
     while source not in spread.graph.tensor_names and source.all_input_nodes:
@@ -43,6 +44,7 @@ def _add_layer(
         written=written,
         filter_dim=filter_dim,
         positions=places,
+        channel_positions=channel_positions,
         node=node,
         kernel=spread.axes[weight],
         shape=tuple(int(size) for size in shape_of(weight)),
@@ -145,14 +147,17 @@ def linear(spread: ChannelSpread, node: Node) -> Axes:
     bias = argument(node, "bias")
     if _is_computed(spread, weight):
         return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
-    places = positions(spread, shape_of(node)[:-1])
+    before = spread.axes[inputs][:-1]
+    fixed = [size for ids, size in zip(before, shape_of(inputs), strict=False) if ids is None]
+    others = tuple(ids for ids in before if ids is not None)
     filters, read = spread.axes[weight]
-    layer = _add_layer(spread, node, weight, places, filters)
+    places = positions(spread, fixed)
+    layer = _add_layer(spread, node, weight, places, filters, channel_positions=others)
     spread.tie(spread.axes[inputs][-1], read, FIXED_KERNEL)
     _add_reader(spread, layer, len(shape_of(inputs)) - 1)
     if isinstance(bias, Node):
         spread.tie(filters, spread.axes[bias][0], "added to a bias of fixed size")
-    return (*spread.axes[inputs][:-1], filters)
+    return (*before, filters)
 
 
 def embedding(spread: ChannelSpread, node: Node) -> Axes:
