@@ -9,7 +9,7 @@ def test_public_names() -> None:
     assert set(secateur.__all__) == {
         *("DataSet", "Pruned", "PruningPlan", "RunConfig", "RunResult", "Score"),
         *("SecateurError", "Target", "Wiring", "apply_plan", "evaluate", "load", "load_data"),
-        *("load_model", "make_plan", "make_wiring", "prune", "run", "save"),
+        *("load_model", "load_program", "make_plan", "make_wiring", "prune", "run", "save"),
     }
     assert all(hasattr(secateur, name) for name in secateur.__all__)
     assert secateur.__doc__

@@ -1,6 +1,6 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
-from secateur.bundle import load, save
+from secateur.bundle import load, load_program, save
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data import load as load_data
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "load_data",
     "load_model",
+    "load_program",
     "make_plan",
     "make_wiring",
     "prune",

@@ -22,6 +22,7 @@ from secateur.dissection import Dissection
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
+from secateur.manifest import CONFIG
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
 from secateur.result import RunResult
@@ -268,7 +269,7 @@ def evaluate(
         "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
         "data": {"source": data_source, "image_size": image_size},
     }
-    settings = _config(run / bundle.CONFIG if run else config, given)
+    settings = _config(run / CONFIG if run else config, given)
     if run is not None:
         network = bundle.load(run)
         dataset = data.load(settings.data.source)

@@ -156,7 +156,9 @@ def load(
     check_name(name)
     kind, _, rest = name.rpartition(":")
     if kind.endswith(".py") and not allow_code:
-        raise UsageError(f"{name!r} is code of your own: build the network and pass it instead")
+        raise UsageError(
+            f"{name!r} is code of your own: build the network and pass it, or use load_program"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind.endswith(".py"):
