@@ -296,12 +296,12 @@ class ProgramNetwork(nn.Module):
         super().__init__()
         self._image, self._output = program.image, program.output
         self._image_shape = program.image_shape
+        self._steps = _steps(program)
         self._names = {**program.parameters, **program.buffers}
         for name in dict.fromkeys(program.parameters.values()):
             self._place(name, tensors, is_parameter=True)
         for name in dict.fromkeys(program.buffers.values()):
             self._place(name, tensors, is_parameter=False)
-        self._steps = _steps(program)
         self.eval()
 
     def _place(self, name: str, tensors: Mapping[str, Tensor], *, is_parameter: bool) -> None:

@@ -1,0 +1,220 @@
+"""A program answers as its network does, for any batch, and names nothing but tensor arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
+from secateur.errors import RunFolderError, TraceError, UsageError
+from secateur.program import (
+    ARITHMETIC,
+    OPERATIONS,
+    Operation,
+    Program,
+    ProgramNetwork,
+    make_program,
+)
+from secateur.surgery import apply_plan
+
+
+def rebuilt(model: nn.Module) -> ProgramNetwork:
+    """What is left of a network after it went through JSON."""
+    program = make_program(model, random_images(2))
+    read = Program.from_json(program.to_json(), program.constants)
+    assert read == program
+    return ProgramNetwork(read, {**program.constants, **model.state_dict()})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_program_of_a_cut_network_is_bit_equal(name: str, generator: torch.Generator) -> None:
+    model, wiring = wired(name)
+    smaller = apply_plan(model, wiring, random_plan(wiring, generator))
+    network = rebuilt(smaller)
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = random_images(count)
+            assert torch.equal(network(images), smaller(images))
+    assert network.state_dict().keys() <= smaller.state_dict().keys()
+    for one, other in (
+        (network.named_parameters(), smaller.named_parameters()),
+        (
+            network.named_buffers(),
+            ((n, b) for n, b in smaller.named_buffers() if not n.endswith("num_batches_tracked")),
+        ),
+    ):
+        assert {name for name, _ in one} == {name for name, _ in other}
+
+
+class Sizes(nn.Module):
+    """Sizes computed from the batch, a constant, a buffer that no state dict holds, and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.linear = nn.Linear(4, 5)
+        self.register_buffer("offset", torch.linspace(-1, 1, SIDE), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = (x := self.conv(x)).shape
+        x = x.reshape(n * c, h, w).double() + self.offset
+        left, right = x.float().view(n, c, h * w).chunk(2, dim=2)
+        x = torch.cat([left, right.clamp(max=float("inf"))], 2)
+        x = x + torch.zeros(n, c, h * w, device=x.device, dtype=x.dtype)
+        x = x * torch.tensor([0.5, 2.0]).sum()
+        x = F.pad(x, (1, 0), value=float("-inf")).amax(2)
+        logits: Tensor = self.linear(x)
+        return logits
+
+
+def test_program_with_sizes_constants_and_types(generator: torch.Generator) -> None:
+    model = Sizes().eval()
+    network = rebuilt(model)
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = random_images(count)
+            assert torch.equal(network(images), model(images))
+
+
+def test_program_can_be_traced_again() -> None:
+    network = rebuilt(make_network("gated"))
+    assert rebuilt(network).state_dict().keys() == network.state_dict().keys()
+
+
+def test_a_program_that_is_trained_stays_in_evaluation_mode() -> None:
+    network = rebuilt(make_network("flattened"))
+    images = random_images(3)
+    before = network(images)
+    assert torch.equal(network.train()(images), before)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    network = rebuilt(make_network("chain"))
+    with pytest.raises(UsageError, match=r"takes images \[image, 3×8×8\], not \[2, 3, 9, 8\]"):
+        network(torch.zeros(2, 3, 9, 8))
+
+
+def test_operation_outside_the_table_is_refused_by_name() -> None:
+    class Distance(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, x).mean((2, 3))
+
+    with pytest.raises(TraceError, match=r"the operation aten\.cdist can't be part of a program"):
+        make_program(Distance(), random_images(2))
+
+
+def test_network_that_does_something_else_for_one_image_is_refused() -> None:
+    class Squeezing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3)) * (2.0 if torch.compiler.is_exporting() else 1.0)
+
+    with pytest.raises(TraceError, match="answers otherwise to a batch of 1"):
+        make_program(Squeezing(), random_images(2))
+
+
+def test_network_with_two_outputs_is_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.mean((2, 3)), x
+
+    with pytest.raises(TraceError, match="return one tensor"):
+        make_program(Two(), random_images(2))
+
+
+def test_every_operation_in_the_table_exists() -> None:
+    assert all(hasattr(torch.ops.aten, name) for name in OPERATIONS)
+
+
+def test_no_operation_in_the_table_reaches_out_of_the_tensors() -> None:
+    forbidden = {"from_file", "set", "as_strided", "resize", "empty", "new_empty", "empty_like"}
+    assert not OPERATIONS & forbidden
+    for name in OPERATIONS:
+        for overload in getattr(torch.ops.aten, name).overloads():
+            arguments = getattr(getattr(torch.ops.aten, name), overload)._schema.arguments
+            kinds = {str(argument.type) for argument in arguments}
+            assert not {kind for kind in kinds if "Storage" in kind or "file" in kind}
+            assert not {argument.name for argument in arguments} & {"filename", "ptr", "data_ptr"}
+
+
+def program_of(*operations: tuple[str, list[Any]]) -> Program:
+    """A program that runs operations on the images `x`; the last one's value `v0`, … is returned."""
+    steps = tuple(Operation(f"v{i}", call, args, {}) for i, (call, args) in enumerate(operations))
+    return Program("x", (3, 4, 4), {}, {}, steps, f"v{len(steps) - 1}")
+
+
+def test_a_program_written_by_hand_runs() -> None:
+    network = ProgramNetwork(program_of(("aten.relu.default", [{"value": "x"}])), {})
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(network(images), images.relu())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("aten.from_file.default", "aten.as_strided.default", "aten.set_.source_Tensor"),
+        *("aten.relu.nothing", "aten.relu", "aten.relu.__class__", "aten.__class__.default"),
+        *("prims.add.default", "python.system", "python.eval", "os.system", "relu", "", "python."),
+        *("python.getitem.__self__", "aten.relu.default.__class__", "aten._print.default"),
+    ],
+)
+def test_a_call_outside_the_tables_is_refused(call: str) -> None:
+    with pytest.raises(RunFolderError, match="not one of the operations"):
+        ProgramNetwork(program_of((call, [{"value": "x"}])), {})
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *({"torch": "load"}, {"torch": "os"}, {"torch": "__builtins__"}, {"float": "1"}),
+        *({"value": 1}, {"value": "x", "torch": "float32"}, {}, {"eval": "1"}),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(RunFolderError, match="an argument that is not understood"):
+        ProgramNetwork(program_of(("aten.relu.default", [argument])), {})
+
+
+def test_values_come_before_they_are_read() -> None:
+    later = program_of(("aten.relu.default", [{"value": "v1"}]), ("aten.relu.default", []))
+    with pytest.raises(RunFolderError, match="reads 'v1' before it is there"):
+        ProgramNetwork(later, {})
+    nothing = Program("x", (3, 4, 4), {}, {}, (), "y")
+    with pytest.raises(RunFolderError, match="returns 'y'"):
+        ProgramNetwork(nothing, {})
+    relu = Operation("x", "aten.relu.default", [{"value": "x"}], {})
+    with pytest.raises(RunFolderError, match="writes 'x' twice"):
+        ProgramNetwork(Program("x", (3, 4, 4), {}, {}, (relu,), "x"), {})
+
+
+@pytest.mark.parametrize("name", ["forward", "training", "_steps", "__class__", "a..b", "", "a."])
+def test_a_tensor_does_not_take_the_place_of_anything_else(name: str) -> None:
+    program = Program("x", (3, 4, 4), {"p": name}, {}, (), "x")
+    with pytest.raises(RunFolderError, match="can't name a tensor"):
+        ProgramNetwork(program, {name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("schema_version", 2), ("image_shape", ["a"]), ("operations", [1]), ("operations", None)),
+        *(("parameters", []), ("operations", [["v", "aten.relu.default", 1, {}]])),
+    ],
+)
+def test_text_that_is_no_program_is_refused(key: str, value: Any) -> None:
+    content = json.loads(program_of(("aten.relu.default", [{"value": "x"}])).to_json())
+    with pytest.raises(RunFolderError, match="schema version 2" if value == 2 else "can't be read"):
+        Program.from_json(json.dumps({**content, key: value}), {})
+    del content[key]
+    with pytest.raises(RunFolderError, match="can't be read"):
+        Program.from_json(json.dumps(content), {})
+
+
+def test_arithmetic_reaches_no_names(tmp_path: Path) -> None:
+    assert "getattr" not in ARITHMETIC
+    assert "attrgetter" not in ARITHMETIC
