@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
 from secateur.errors import RunFolderError, TraceError, UsageError
 from secateur.program import (
-    ARITHMETIC,
     OPERATIONS,
     Operation,
     Program,
@@ -42,14 +41,11 @@ def test_program_of_a_cut_network_is_bit_equal(name: str, generator: torch.Gener
             images = random_images(count)
             assert torch.equal(network(images), smaller(images))
     assert network.state_dict().keys() <= smaller.state_dict().keys()
-    for one, other in (
-        (network.named_parameters(), smaller.named_parameters()),
-        (
-            network.named_buffers(),
-            ((n, b) for n, b in smaller.named_buffers() if not n.endswith("num_batches_tracked")),
-        ),
-    ):
-        assert {name for name, _ in one} == {name for name, _ in other}
+    assert count_of(network.parameters()) == count_of(smaller.parameters())
+
+
+def count_of(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 class Sizes(nn.Module):
@@ -59,6 +55,7 @@ class Sizes(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.linear = nn.Linear(4, 5)
+        self.offset: Tensor
         self.register_buffer("offset", torch.linspace(-1, 1, SIDE), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +140,7 @@ def test_no_operation_in_the_table_reaches_out_of_the_tensors() -> None:
 
 
 def program_of(*operations: tuple[str, list[Any]]) -> Program:
-    """A program that runs operations on the images `x`; the last one's value `v0`, … is returned."""
+    """A program that runs operations on the images `x`: values `v0`, `v1`, … of which it returns the last."""
     steps = tuple(Operation(f"v{i}", call, args, {}) for i, (call, args) in enumerate(operations))
     return Program("x", (3, 4, 4), {}, {}, steps, f"v{len(steps) - 1}")
 
@@ -213,8 +210,3 @@ def test_text_that_is_no_program_is_refused(key: str, value: Any) -> None:
     del content[key]
     with pytest.raises(RunFolderError, match="can't be read"):
         Program.from_json(json.dumps(content), {})
-
-
-def test_arithmetic_reaches_no_names(tmp_path: Path) -> None:
-    assert "getattr" not in ARITHMETIC
-    assert "attrgetter" not in ARITHMETIC

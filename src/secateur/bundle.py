@@ -158,7 +158,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     with evaluating(model), torch.inference_mode():
         num_classes = int(model(example).shape[1])
     manifest = Manifest(
-        **versions(),
+        versions=versions(),
         architecture=origin.architecture,
         num_classes=num_classes,
         image_shape=origin.image_shape,

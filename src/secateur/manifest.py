@@ -34,10 +34,8 @@ class Manifest(BaseModel):
     )
 
     schema_version: int = SCHEMA_VERSION
-    secateur: str
-    """The version that wrote the folder, as the two below."""
-    torch: str
-    torchvision: str
+    versions: dict[str, str]
+    """Of secateur, torch and torchvision when the folder was written."""
     architecture: str | None
     """What `models.load` builds the unpruned network from; None where it must be passed."""
     num_classes: PositiveInt
@@ -63,7 +61,7 @@ class Contents:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a manifest states, by its fields."""
+    """The versions at work, as a manifest states them."""
     from secateur import __version__
 
     return {
