@@ -140,7 +140,7 @@ def test_no_operation_in_the_table_reaches_out_of_the_tensors() -> None:
 
 
 def program_of(*operations: tuple[str, list[Any]]) -> Program:
-    """A program that runs operations on the images `x`: values `v0`, `v1`, … of which it returns the last."""
+    """Runs operations on the images `x`; their values are `v0`, `v1`, …, the last is returned."""
     steps = tuple(Operation(f"v{i}", call, args, {}) for i, (call, args) in enumerate(operations))
     return Program("x", (3, 4, 4), {}, {}, steps, f"v{len(steps) - 1}")
 

@@ -8,7 +8,17 @@ import secateur
 def test_public_names() -> None:
     assert set(secateur.__all__) == {
         *("DataSet", "Pruned", "PruningPlan", "RunConfig", "RunResult", "Score"),
-        *("SecateurError", "Target", "Wiring", "apply_plan", "evaluate", "load", "load_data"),
+        *(
+            "SecateurError",
+            "Target",
+            "Wiring",
+            "apply_plan",
+            "evaluate",
+            "load",
+            "load_data",
+            "export_onnx",
+            "ExportResult",
+        ),
         *("load_model", "load_program", "make_plan", "make_wiring", "prune", "run", "save"),
     }
     assert all(hasattr(secateur, name) for name in secateur.__all__)

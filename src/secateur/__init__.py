@@ -6,6 +6,7 @@ from secateur.data import DataSet
 from secateur.data import load as load_data
 from secateur.errors import SecateurError
 from secateur.evaluate import Score, evaluate
+from secateur.export import ExportResult, export_onnx
 from secateur.models import load as load_model
 from secateur.pipeline import Pruned, prune, run
 from secateur.plan import PruningPlan, Target, make_plan
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataSet",
+    "ExportResult",
     "Pruned",
     "PruningPlan",
     "RunConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "Wiring",
     "apply_plan",
     "evaluate",
+    "export_onnx",
     "load",
     "load_data",
     "load_model",

@@ -96,7 +96,7 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
     """Raises `UsageError` where a network that needs a weight file has none."""
-    is_own_code = ".py:" in config.model.name
+    is_own_code = models.is_own_code(config.model.name)
     if config.model.weights is None and not is_own_code and not allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
