@@ -40,45 +40,30 @@ def folder(digits_run: DigitsRun, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits_run.folder, tmp_path / "copy"))
 
 
+IN_A_NEW_PROCESS = """
+import sys, torch, secateur
+torch.set_num_threads(1)
+named, own, answers = sys.argv[1:]
+images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+with torch.inference_mode():
+    found = [model(images) for model in (secateur.load(named), secateur.load_program(own))]
+torch.save(found, answers)
+"""
+
+
 def test_loaded_in_a_new_process_outputs_are_bit_equal(
     model_file: Path, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
-    code = (
-        "import sys, torch, secateur\n"
-        "torch.set_num_threads(1)\n"
-        "model = secateur.load(sys.argv[1])\n"
-        "generator = torch.Generator().manual_seed(1)\n"
-        "images = torch.rand(4, 3, 32, 32, generator=generator)\n"
-        "with torch.inference_mode():\n"
-        "    torch.save(model(images), sys.argv[2])\n"
-    )
-    answers = tmp_path / "answers.pt"
-    arguments = [sys.executable, "-c", code, str(digits_run.folder), str(answers)]
-    subprocess.run(arguments, check=True)
-    expected = outputs(bundle.load(digits_run.folder))
-    assert torch.equal(torch.load(answers, weights_only=True), expected)
-
-
-def test_program_in_a_new_process_without_the_code_is_bit_equal(
-    model_file: Path, tmp_path: Path
-) -> None:
     config = small_config(model_file)
-    pipeline.run(config, tmp_path / "run")
-    expected = outputs(bundle.load(tmp_path / "run", architecture=models.load(config.model.name)))
-    model_file.unlink()
-    code = (
-        "import sys, torch, secateur\n"
-        "torch.set_num_threads(1)\n"
-        "model = secateur.load_program(sys.argv[1])\n"
-        "generator = torch.Generator().manual_seed(1)\n"
-        "images = torch.rand(4, 3, 32, 32, generator=generator)\n"
-        "with torch.inference_mode():\n"
-        "    torch.save(model(images), sys.argv[2])\n"
-    )
+    pipeline.run(config, tmp_path / "own")
+    own = bundle.load(tmp_path / "own", architecture=models.load(config.model.name))
+    model_file.unlink()  # the program needs no code
     answers = tmp_path / "answers.pt"
-    arguments = [sys.executable, "-c", code, str(tmp_path / "run"), str(answers)]
-    subprocess.run(arguments, check=True)
-    assert torch.equal(torch.load(answers, weights_only=True), expected)
+    arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", answers)]
+    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], check=True)
+    found = torch.load(answers, weights_only=True)
+    assert torch.equal(found[0], outputs(bundle.load(digits_run.folder)))
+    assert torch.equal(found[1], outputs(own))
 
 
 def test_program_of_a_run_is_bit_equal(digits_run: DigitsRun) -> None:
@@ -98,6 +83,11 @@ def test_a_run_leaves_config_and_manifest(digits_run: DigitsRun) -> None:
     assert set(manifest.files) == {
         *("config.toml", "plan.json", "model.safetensors", "program.json")
     }
+
+
+def test_every_file_can_be_read_by_those_who_can_read_the_folder(digits_run: DigitsRun) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in digits_run.folder.iterdir()}
+    assert len(modes) == 1
 
 
 def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) -> None:

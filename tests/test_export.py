@@ -114,7 +114,7 @@ def test_network_that_fixes_its_batch_is_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(2, 3 * 8 * 8)
 
-    with pytest.raises(ExportError, match="can't (be exported to ONNX|take 1 images)"):
+    with pytest.raises(ExportError, match=r"can.t (be exported to ONNX|take 1 images)"):
         export_onnx(Fixed().eval(), random_images(2), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as store_tensors
 from torch import Tensor, nn
 
 from secateur import models
@@ -42,7 +42,8 @@ from secateur.manifest import (
     write_manifest,
 )
 from secateur.plan import PruningPlan
-from secateur.program import Program, ProgramNetwork, make_program
+from secateur.program import Program, ProgramNetwork
+from secateur.recording import make_program
 from secateur.surgery import apply_plan
 from secateur.wiring import Wiring, make_wiring
 
@@ -177,7 +178,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         name: tensor.clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in tensors.items()
     }
-    save_file(apart, path, {"format": "pt"})
+    path.write_bytes(store_tensors(apart, {"format": "pt"}))
 
 
 def load(folder: str | Path, *, architecture: nn.Module | None = None) -> nn.Module:

@@ -65,7 +65,7 @@ def run(
         (temporary / CONFIG).write_text(to_toml(config), encoding="utf-8")
         manifest = bundle.write(temporary, pruned.model, pruned.plan, origin(config))
         if manifest.no_program is not None:
-            log.write("no program", reason=manifest.no_program)
+            log.write("no_program", reason=manifest.no_program)
         text = pruned.result.model_dump_json(indent=1)
         (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
         write_report(pruned.result, temporary / bundle.REPORT)
