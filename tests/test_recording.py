@@ -108,6 +108,15 @@ def test_network_that_does_something_else_for_one_image_is_refused() -> None:
         make_program(Squeezing(), random_images(2))
 
 
+def test_network_that_fixes_its_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 3 * SIDE * SIDE)
+
+    with pytest.raises(TraceError, match=r"can't be exported|can't take a batch of 1"):
+        make_program(Fixed(), random_images(2))
+
+
 def test_network_with_two_outputs_is_refused() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

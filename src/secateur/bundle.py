@@ -157,11 +157,13 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     except TraceError as error:
         no_program = str(error)
     with evaluating(model), torch.inference_mode():
-        num_classes = int(model(example).shape[1])
+        answers = model(example)
+    if answers.dim() < 2:
+        raise UsageError(f"the network answers {list(answers.shape)}, not [image, class]")
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
-        num_classes=num_classes,
+        num_classes=answers.shape[1],
         image_shape=origin.image_shape,
         cut_stream=origin.cut_stream,
         plan_hash=plan.hash,

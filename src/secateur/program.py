@@ -45,7 +45,7 @@ OPERATIONS = frozenset(
     where zero zeros zeros_like
     """.split()  # noqa: SIM905
 )
-"""ATen operations that a program may name, each with all overloads and its form in place."""
+"""ATen operations that a program may name, with its form in place, but not with `out=`."""
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "add": operator.add,
@@ -251,8 +251,10 @@ def _function(call: str) -> Callable[..., Any]:
     if space == "aten" and name.removesuffix("_") in OPERATIONS:
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None and overload in packet.overloads():
-            function: Callable[..., Any] = getattr(packet, overload)
-            return function
+            found: Any = getattr(packet, overload)
+            if not any(argument.is_out for argument in found._schema.arguments):
+                function: Callable[..., Any] = found
+                return function
     raise RunFolderError(
         f"the program calls {call!r}, which is not one of the operations that a program may name"
     )

@@ -16,6 +16,7 @@ from torch.fx.node import Node
 from secateur.errors import TraceError
 from secateur.graph import evaluating
 from secateur.program import ARITHMETIC, DEVICE, OPERATIONS, Operation, Program, ProgramNetwork
+from secateur.surgery import relative_error
 
 TOLERANCE = 1e-5
 """Relative difference at which a program does not count as the network that it was made from."""
@@ -125,17 +126,25 @@ def _encoded(argument: Any, node: Node) -> Any:
 
 def _check_answers(model: nn.Module, program: Program, example: Images) -> None:
     """Raises `TraceError` where the program does not answer as the network does."""
+    generator = torch.Generator().manual_seed(0)
+    for count in CHECKED_BATCHES:
+        images = torch.randn(count, *program.image_shape, generator=generator).to(example)
+        try:
+            error = _difference(model, program, images)
+        except Exception as failure:  # the network is the user's: it may raise anything
+            raise TraceError(
+                f"exported, the network can't take a batch of {count}: {failure}"
+            ) from failure
+        if not error <= TOLERANCE:
+            raise TraceError(
+                f"exported, the network answers otherwise to a batch of {count}: "
+                f"relative difference {error:.1e}"
+            )
+
+
+def _difference(model: nn.Module, program: Program, images: Images) -> float:
+    """Largest difference between the answers, over the largest absolute answer."""
     tensors = {**program.constants, **model.state_dict()}
     network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
-    generator = torch.Generator().manual_seed(0)
     with evaluating(model), torch.no_grad():
-        for count in CHECKED_BATCHES:
-            images = torch.randn(count, *program.image_shape, generator=generator).to(example)
-            expected, found = model(images), network(images)
-            scale = expected.abs().max().clamp_min(1e-12)
-            error = float((found - expected).abs().max() / scale)
-            if not error <= TOLERANCE:
-                raise TraceError(
-                    f"exported, the network answers otherwise to a batch of {count}: "
-                    f"relative difference {error:.1e}"
-                )
+        return relative_error(network(images), model(images))
