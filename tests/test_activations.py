@@ -15,8 +15,8 @@ from secateur.criteria import Sight
 from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.graph import tensors_of
-from secateur.thresholds import UsualTally
 from secateur.reading import make_wiring
+from secateur.thresholds import UsualTally
 from secateur.wiring import Wiring
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import secateur
-from runs import DigitsRun
-from secateur import cli, models
+from runs import DigitsRun, small_config
+from secateur import cli, export, models, pipeline
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def images(tmp_path: Path) -> Path:
 def test_help_names_every_command(call: Call) -> None:
     outcome = call("--help")
     assert outcome.code == 0
-    for command in ("prune", "evaluate", "inspect", "models", "demo"):
+    for command in ("prune", "evaluate", "inspect", "export", "models", "demo"):
         assert command in outcome.out
 
 
-@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "models", "demo"])
+@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "export", "models", "demo"])
 def test_every_command_has_help(call: Call, command: str) -> None:
     outcome = call(command, "--help")
     assert outcome.code == 0
@@ -167,6 +167,56 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
     assert outcome.code == 0
     seen = {c["concept"] for g in json.loads(outcome.out)["groups"] for c in g["concepts"]}
     assert seen <= {"cat", "dog", *(f"class {number}" for number in range(2, 7))}
+
+
+def test_export_writes_a_file_and_times_both_networks(
+    call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)
+    path = tmp_path / "small.onnx"
+    outcome = call("export", digits_run.folder, "--out", path, "--json", "--no-latency")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(outcome.out)
+    assert found["path"] == str(path)
+    assert found["bytes"] == path.stat().st_size
+    assert found["error"] < 1e-4
+    assert found["latency"] == []
+    outcome = call("export", digits_run.folder, "--out", path)
+    assert outcome.code == 1
+    assert "--overwrite" in outcome.err
+    outcome = call("export", digits_run.folder, "--out", path, "--overwrite")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0] == f"written: {path}"
+    assert "relative error" in lines[1]
+    assert lines[2].split() == ["engine", "batch", "original", "ms", "pruned", "ms", "ratio"]
+    assert [line.split()[:2] for line in lines[3:]] == [
+        *(["pytorch", "1"], ["onnxruntime", "1"], ["pytorch", "16"], ["onnxruntime", "16"])
+    ]
+
+
+def test_run_of_own_code_is_scored_and_exported_without_the_code(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    run = tmp_path / "run"
+    pipeline.run(small_config(model_file), run)
+    model_file.unlink()
+    outcome = call("export", run, "--no-latency")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(outcome.out.splitlines()) == 2
+    assert (run / "model.onnx").is_file()
+    recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
+    found = json.loads(call("evaluate", run, "--json").out)
+    assert {**found, "latency_ms": 0} == {**recorded, "latency_ms": 0}
+
+
+def test_export_of_what_is_no_run(call: Call, tmp_path: Path) -> None:
+    outcome = call("export", tmp_path)
+    assert outcome.code == 1
+    assert "no manifest.json" in outcome.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_lists_what_can_be_named(call: Call) -> None:

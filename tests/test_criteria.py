@@ -13,8 +13,8 @@ from secateur.concepts import Concept, ConceptMasks, at_resolution
 from secateur.criteria import Criterion, Kernels, criteria, make
 from secateur.data import Batch
 from secateur.errors import UnknownName
-from secateur.scoring import score_filters
 from secateur.reading import make_wiring
+from secateur.scoring import score_filters
 from secateur.wiring import Wiring
 
 IMAGES = random_images(6)

@@ -242,7 +242,7 @@ def test_taps_see_and_replace_values() -> None:
     assert float(seen[0].min()) == 0
     assert torch.equal(run(graph, state, images, after={relu: lambda value: value + 0}), plain)
     walk = Walk(graph, state, images)
-    walk.advance(instead={linear: lambda lookup: lookup(linear.args[0]) * 0})
+    walk.advance(instead={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
     assert walk.value(graph.output).shape == (3, 7)
     assert not walk.value(graph.output).any()
     again = run(graph, state, images, after={relu: torch.zeros_like})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_run_checks_the_law_of_the_cut(digits_run: DigitsRun) -> None:
 
 def test_run_folder_holds_its_files(digits_run: DigitsRun) -> None:
     expected = {
-        *("config.toml", "plan.json", "model.safetensors"),
+        *("config.toml", "plan.json", "model.safetensors", "program.json", "manifest.json"),
         *("result.json", "report.html", "log.jsonl"),
     }
     assert {path.name for path in digits_run.folder.iterdir()} == expected
@@ -196,3 +197,14 @@ def test_a_run_that_fails_leaves_nothing(
     with pytest.raises(error, match=message):
         pipeline.run(small_config(model_file, **section), parent / "a")
     assert list(parent.iterdir()) == []
+
+
+def test_log_says_why_a_run_has_no_program(model_file: Path, tmp_path: Path) -> None:
+    text = model_file.read_text().replace("x = self.stem(x).relu()", "x = self.stem(x).erfc()")
+    model_file.write_text(text)
+    pipeline.run(small_config(model_file), tmp_path / "run")
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    (reason,) = [event["reason"] for event in events if event["event"] == "no_program"]
+    assert reason == "the operation aten.erfc can't be part of a program"
+    assert not (tmp_path / "run" / "program.json").exists()

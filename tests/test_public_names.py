@@ -8,8 +8,18 @@ import secateur
 def test_public_names() -> None:
     assert set(secateur.__all__) == {
         *("DataSet", "Pruned", "PruningPlan", "RunConfig", "RunResult", "Score"),
-        *("SecateurError", "Target", "Wiring", "apply_plan", "evaluate", "load", "load_data"),
-        *("load_model", "make_plan", "make_wiring", "prune", "run", "save"),
+        *(
+            "SecateurError",
+            "Target",
+            "Wiring",
+            "apply_plan",
+            "evaluate",
+            "load",
+            "load_data",
+            "export_onnx",
+            "ExportResult",
+        ),
+        *("load_model", "load_program", "make_plan", "make_wiring", "prune", "run", "save"),
     }
     assert all(hasattr(secateur, name) for name in secateur.__all__)
     assert secateur.__doc__

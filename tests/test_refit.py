@@ -14,9 +14,9 @@ from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import tensors_of
 from secateur.plan import PruningPlan, Target
+from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, _Problem, refit
 from secateur.surgery import apply_plan, relative_error
-from secateur.reading import make_wiring
 from secateur.wiring import Wiring
 
 ALL_POSITIONS = RefitSection(positions=10_000)

@@ -11,8 +11,8 @@ from secateur.concepts import sources
 from secateur.criteria import Sight, criteria, make
 from secateur.data import Batch
 from secateur.graph import tensors_of
-from secateur.scoring import FilterScores, score_filters
 from secateur.reading import make_wiring
+from secateur.scoring import FilterScores, score_filters
 from secateur.wiring import Wiring
 
 IMAGES = random_images(10)

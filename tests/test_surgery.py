@@ -22,8 +22,8 @@ from networks import (
 from secateur.errors import RunFolderError
 from secateur.models import load
 from secateur.plan import PruningPlan, Target
-from secateur.surgery import apply_plan, check_plan, relative_error, silence
 from secateur.reading import make_wiring
+from secateur.surgery import apply_plan, check_plan, relative_error, silence
 from secateur.wiring import Wiring
 
 TARGET = Target("macs", 0.5)

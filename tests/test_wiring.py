@@ -20,9 +20,9 @@ from networks import (
     wired,
 )
 from secateur.graph import operation_name, run, tensors_of
-from secateur.surgery import apply_plan, relative_error, silence
 from secateur.reading import make_wiring
 from secateur.rules import RULES
+from secateur.surgery import apply_plan, relative_error, silence
 from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of
 
 OUTPUT = "written to the network's output"

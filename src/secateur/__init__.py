@@ -1,23 +1,25 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
-from secateur.bundle import load, save
+from secateur.bundle import load, load_program, save
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data import load as load_data
 from secateur.errors import SecateurError
 from secateur.evaluate import Score, evaluate
+from secateur.export import ExportResult, export_onnx
 from secateur.models import load as load_model
 from secateur.pipeline import Pruned, prune, run
 from secateur.plan import PruningPlan, Target, make_plan
+from secateur.reading import make_wiring
 from secateur.result import RunResult
 from secateur.surgery import apply_plan
-from secateur.reading import make_wiring
 from secateur.wiring import Wiring
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DataSet",
+    "ExportResult",
     "Pruned",
     "PruningPlan",
     "RunConfig",
@@ -28,9 +30,11 @@ __all__ = [
     "Wiring",
     "apply_plan",
     "evaluate",
+    "export_onnx",
     "load",
     "load_data",
     "load_model",
+    "load_program",
     "make_plan",
     "make_wiring",
     "prune",

@@ -1,8 +1,10 @@
 """A run folder: written as a whole or not at all, and read without running anything in it.
 
-`config.toml` names the architecture, `plan.json` what was cut from it, `model.safetensors` holds
-the weights that are left. Loading builds the architecture, replays the plan and loads the weights
-strictly; nothing is unpickled or evaluated.
+`plan.json` is what was cut, `model.safetensors` the weights that are left, `manifest.json` names
+the architecture and holds the hash of every file that loading depends on. There are two ways back:
+`load` builds the architecture, replays the plan and loads the weights strictly; `load_program` runs
+`program.json`, the network as a list of tensor operations, where its code is not at hand. Nothing
+is unpickled or evaluated: see `manifest` and `program`.
 """
 
 from __future__ import annotations
@@ -11,25 +13,42 @@ import contextlib
 import json
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as store_tensors
+from torch import Tensor, nn
 
 from secateur import models
-from secateur.config import RunConfig, read_config, to_toml
-from secateur.errors import RunFolderError
+from secateur.errors import RunFolderError, TraceError, UsageError
+from secateur.graph import evaluating
+from secateur.manifest import (
+    CONSTANTS,
+    MANIFEST,
+    PLAN,
+    PROGRAM,
+    WEIGHTS,
+    Contents,
+    Manifest,
+    hashes,
+    read_contents,
+    versions,
+    write_manifest,
+)
 from secateur.plan import PruningPlan
-from secateur.surgery import apply_plan
+from secateur.program import Program, ProgramNetwork
 from secateur.reading import make_wiring
+from secateur.recording import make_program
+from secateur.surgery import apply_plan
+from secateur.wiring import Wiring
 
-CONFIG, PLAN, WEIGHTS = "config.toml", "plan.json", "model.safetensors"
 RESULT, REPORT, LOG = "result.json", "report.html", "log.jsonl"
-FORMAT = "secateur run 1"
 
 
 @contextlib.contextmanager
@@ -78,54 +97,156 @@ def _umask() -> int:
     return mask
 
 
-def save(folder: Path, model: nn.Module, plan: PruningPlan, config: RunConfig) -> None:
-    """Writes what `load` needs into an existing folder."""
-    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
+def save(
+    folder: str | Path,
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    image_shape: tuple[int, int, int],
+    architecture: str | None = None,
+    cut_stream: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder from which `load` and `load_program` give `model` back, whole or not at all.
+
+    `model` is what `apply_plan` returned, with any weights since; `image_shape` is
+    `(rgb, height, width)` of the images that its wiring was made with, and `cut_stream` how.
+    `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
+    without one `load` must be given the network. Raises `RunFolderError` where the folder is in the
+    way (see `new_run_folder`) and `UsageError` where weights are not float32.
+    """
+    origin = Origin(architecture, image_shape, cut_stream)
+    with new_run_folder(Path(folder), overwrite=overwrite) as temporary:
+        write(temporary, model, plan, origin)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What has to be known of the unpruned network to cut it once more."""
+
+    architecture: str | None
+    """As `models.load` takes it; None where only the user can build it."""
+    image_shape: tuple[int, int, int]
+    """`(rgb, height, width)`."""
+    cut_stream: bool = False
+
+    def make_wiring(self, model: nn.Module) -> Wiring:
+        """The wiring of the unpruned network, made as it was made for the plan."""
+        example = torch.zeros(2, *self.image_shape)
+        return make_wiring(model, example, cut_stream=self.cut_stream)
+
+
+def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> Manifest:
+    """Writes what loading needs into an existing folder; the manifest that it wrote last.
+
+    A network that has no program (see `make_program`) is written without one; the manifest says
+    why. Raises `UsageError` where weights are not float32.
+    """
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UsageError(f"{name} is {tensor.dtype}: a run folder holds float32 networks")
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, {"format": FORMAT, "plan": plan.hash})
+    _write_tensors(folder / WEIGHTS, tensors)
+    example = torch.zeros(2, *origin.image_shape)
+    no_program: str | None = None
+    try:
+        program = make_program(model, example)
+        (folder / PROGRAM).write_text(program.to_json(), encoding="utf-8")
+        if program.constants:
+            _write_tensors(folder / CONSTANTS, program.constants)
+    except TraceError as error:
+        no_program = str(error)
+    with evaluating(model), torch.inference_mode():
+        answers = model(example)
+    if answers.dim() < 2:
+        raise UsageError(f"the network answers {list(answers.shape)}, not [image, class]")
+    manifest = Manifest(
+        versions=versions(),
+        architecture=origin.architecture,
+        num_classes=answers.shape[1],
+        image_shape=origin.image_shape,
+        cut_stream=origin.cut_stream,
+        plan_hash=plan.hash,
+        no_program=no_program,
+        files=hashes(folder),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Each tensor on its own: safetensors refuses memory that two of them share."""
+    apart = {
+        name: tensor.clone(memory_format=torch.contiguous_format).cpu()
+        for name, tensor in tensors.items()
+    }
+    path.write_bytes(store_tensors(apart, {"format": "pt"}))
 
 
 def load(folder: str | Path, *, architecture: nn.Module | None = None) -> nn.Module:
-    """The pruned network of a run folder, in evaluation mode.
+    """The pruned network of a run folder, in evaluation mode: the same module, with fewer filters.
 
     `architecture` is the unpruned network, with any weights: needed where the run was made from
-    code of your own (`file.py:factory`), which a folder is not trusted to run. Raises
-    `RunFolderError` where a file is missing, damaged, changed or does not fit the others.
+    code of your own (`file.py:factory`), which a folder is not trusted to run; `load_program` does
+    without. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
+    others, and `UsageError` where the network must be passed.
     """
-    folder = Path(folder)
-    for name in (CONFIG, PLAN, WEIGHTS):
-        if not (folder / name).is_file():
-            raise RunFolderError(f"no {name} in {folder}: it is not a complete run folder")
-    config = read_config(folder / CONFIG)
-    plan = PruningPlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-    size, classes = config.data.image_size, config.model.num_classes
-    if size is None or classes is None:
-        raise RunFolderError(f"{folder / CONFIG} does not say image_size and num_classes")
+    contents = read_contents(Path(folder))
+    manifest = contents.manifest
+    plan = PruningPlan.from_json(_text(contents, PLAN))
+    if plan.hash != manifest.plan_hash:
+        raise RunFolderError(f"{contents.folder}: {PLAN} is another plan than {MANIFEST} says")
+    origin = Origin(manifest.architecture, manifest.image_shape, manifest.cut_stream)
+    model = _unpruned(manifest) if architecture is None else architecture
+    smaller = apply_plan(model, origin.make_wiring(model), plan)
     try:
-        with safe_open(folder / WEIGHTS, "pt") as stored:
-            metadata = stored.metadata() or {}
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise RunFolderError(f"{folder / WEIGHTS} can't be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RunFolderError(f"{folder / WEIGHTS} is not of the format {FORMAT!r}")
-    if metadata.get("plan") != plan.hash:
-        raise RunFolderError(f"{folder}: the weights belong to another plan than {PLAN}")
-    model = architecture
-    if model is None:
-        model = models.load(config.model.name, num_classes=classes, allow_code=False)
-    wiring = make_wiring(model, torch.zeros(2, 3, size, size), cut_stream=config.plan.cut_stream)
-    smaller = apply_plan(model, wiring, plan)
-    try:
-        smaller.load_state_dict(tensors, strict=True)
+        smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
     except RuntimeError as error:
         cause = str(error).splitlines()
         raise RunFolderError(
-            f"the weights in {folder} don't fit the plan: {cause[-1].strip()}"
+            f"the weights in {contents.folder} don't fit the plan: {cause[-1].strip()}"
         ) from error
     return smaller.eval()
+
+
+def _unpruned(manifest: Manifest) -> nn.Module:
+    if manifest.architecture is None:
+        raise UsageError(
+            "the run does not name its architecture: pass the unpruned network, or use load_program"
+        )
+    return models.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+
+
+def load_program(folder: str | Path) -> nn.Module:
+    """The pruned network of a run folder as a program, in evaluation mode, without its own code.
+
+    It answers as the network that `load` gives, bit for bit where that keeps its weights in
+    contiguous memory, and takes batches of any size. It is a list of tensor operations, for
+    running, exporting and timing; to prune or train it further, use `load`. Raises
+    `RunFolderError` as `load` does, and where the folder has no program.
+    """
+    contents = read_contents(Path(folder))
+    if PROGRAM not in contents.files:
+        reason = contents.manifest.no_program or f"{MANIFEST} lists none"
+        raise RunFolderError(f"{contents.folder} has no program: {reason}")
+    constants = _tensors(contents, CONSTANTS) if CONSTANTS in contents.files else {}
+    program = Program.from_json(_text(contents, PROGRAM), constants)
+    return ProgramNetwork(program, {**constants, **_tensors(contents, WEIGHTS)})
+
+
+def _text(contents: Contents, name: str) -> str:
+    try:
+        return contents.files[name].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunFolderError(f"{contents.folder / name} is not text: {error}") from error
+
+
+def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
+    try:
+        return load_tensors(contents.files[name])
+    except (SafetensorError, ValueError, KeyError, struct.error) as error:
+        raise RunFolderError(f"{contents.folder / name} can't be read: {error}") from error
 
 
 class EventLog:

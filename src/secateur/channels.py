@@ -168,17 +168,14 @@ class ChannelSpread:
         for source in node.all_input_nodes:
             for axes in self.several.get(source, [self.axes.get(source, ())]):
                 self.freeze(axes, reason)
-        self._count_products(node)
         return fixed_axes(node)
 
     def _without_rule(self, node: Node) -> Any:
         return self.refuse(node, f"no rule for the operation {operation_name(node)!r}")
 
-    def _count_products(self, node: Node) -> None:
-        """Adds the multiply-accumulates of an operation that is no layer."""
+    def count_product(self, node: Node) -> None:
+        """Adds the multiply-accumulates of an operation that is no layer to be cut."""
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if len(tensors) < 2:
-            return
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = tensors[0].meta["val"].fake_mode
         assert callable(node.target)

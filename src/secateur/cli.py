@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from secateur import __version__, bundle, concepts, criteria, data, demo, models, pipeline
 from secateur.config import RunConfig, from_dict, read_config
@@ -22,6 +24,8 @@ from secateur.dissection import Dissection
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
+from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
+from secateur.manifest import CONFIG, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
 from secateur.result import RunResult
@@ -268,9 +272,9 @@ def evaluate(
         "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
         "data": {"source": data_source, "image_size": image_size},
     }
-    settings = _config(run / bundle.CONFIG if run else config, given)
+    settings = _config(run / CONFIG if run else config, given)
     if run is not None:
-        network = bundle.load(run)
+        network = _pruned_network(run)
         dataset = data.load(settings.data.source)
     else:
         pipeline.check_weights(settings, allow_untrained=allow_untrained)
@@ -330,6 +334,44 @@ def inspect(
         _show_groups(found)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The ONNX file (default: model.onnx in the run folder)."),
+    ] = None,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency/--no-latency",
+            help="Time the original and the pruned network, in PyTorch and in onnxruntime.",
+        ),
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the pruned network of a run folder as ONNX, compare the two and time them.
+
+    The original is timed with untrained weights, which take as long; a network of your own code is
+    not built, so only the pruned one is timed. Needs the extra: pip install 'secateur[export]'
+    """
+    path = out or run / "model.onnx"
+    check_free(path, overwrite=overwrite)
+    network = _pruned_network(run)
+    manifest = read_manifest(run)
+    example = torch.zeros(2, *manifest.image_shape)
+    result = export_onnx(network, example, path, overwrite=overwrite)
+    times: tuple[Latency, ...] = ()
+    if latency:
+        name = manifest.architecture
+        original = None
+        if name is not None and not models.is_own_code(name):
+            original = models.load(name, num_classes=manifest.num_classes)
+        times = compare_latency(network, path, original, example)
+    _show_export(result, times, as_json=as_json)
+
+
 @app.command("models")
 def list_models(as_json: JsonOption = False) -> None:
     """List the networks, criteria and concept sources that can be named."""
@@ -380,6 +422,17 @@ def run_demo(
     command = shlex.join(["secateur", *sys.argv[1:]])
     result = pipeline.run(settings, out, overwrite=True, track=_track(), command=command)
     _show_run(result, out, as_json=False)
+
+
+# --- networks ----------------------------------------------------------------------------------
+
+
+def _pruned_network(run: Path) -> nn.Module:
+    """The network of a run folder; its program where the folder would have to choose code."""
+    architecture = read_manifest(run).architecture
+    if architecture is None or models.is_own_code(architecture):
+        return bundle.load_program(run)
+    return bundle.load(run)
 
 
 # --- configuration -----------------------------------------------------------------------------
@@ -517,6 +570,36 @@ def _show_score(score: Score, *, as_json: bool) -> None:
         ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),
     ):
         table.add_row(title, text)
+    _out().print(table)
+
+
+def _show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:
+    if as_json:
+        facts = {**asdict(result), "path": str(result.path)}
+        print(json.dumps({**facts, "latency": [asdict(one) for one in times]}, indent=1))
+        return
+    batches = ", ".join(str(batch) for batch in result.batches)
+    _out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
+    _out().print(
+        f"{result.bytes / 1e6:.2f} MB, opset {result.opset}; relative error {result.error:.1e} in "
+        f"batches of {batches}",
+        highlight=False,
+    )
+    if not times:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("engine")
+    for title in ("batch", "original ms", "pruned ms", "ratio"):
+        table.add_column(title, justify="right")
+    for one in times:
+        original = one.original_ms
+        table.add_row(
+            one.engine,
+            str(one.batch),
+            "" if original is None else f"{original:.2f}",
+            f"{one.pruned_ms:.2f}",
+            "" if original is None else f"{original / one.pruned_ms:.2f}",
+        )
     _out().print(table)
 
 

@@ -9,6 +9,7 @@
     ├── DataError            a data set that is missing, empty or unreadable
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
     ├── TraceError           a network whose wiring can't be read
+    ├── ExportError          a network that can't be written as ONNX, or answers otherwise there
     └── RunFolderError       an output folder that is in the way, or a damaged run folder
 """
 
@@ -58,6 +59,10 @@ class WeightsError(SecateurError):
 
 class TraceError(SecateurError):
     """The network can't be exported to a graph."""
+
+
+class ExportError(SecateurError):
+    """The network can't be written as ONNX, or the file does not answer as the network does."""
 
 
 class RunFolderError(SecateurError):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx.graph import Graph
 from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node, map_arg
@@ -67,18 +68,7 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     `forward` it is `forward(model, images)` that is traced, for networks whose whole answer can't
     be, such as detectors. Raises `TraceError` where `torch.export` can't follow the network.
     """
-    images = example[:1].expand(TRACED_IMAGES, *example.shape[1:])
-    traced = model if forward is None else _Part(model, forward)
-    try:
-        with evaluating(model):
-            program = torch.export.export(
-                traced, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
-            )
-    except Exception as error:  # torch.export raises many unrelated types
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise TraceError(
-            f"the network can't be traced with an open batch dimension: {cause[0]}"
-        ) from error
+    program = export_program(model if forward is None else _Part(model, forward), example)
     signature = program.graph_signature
     prefix = "" if forward is None else "model."
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -115,6 +105,24 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
         for source in node.all_input_nodes:
             last_use[source] = node
     return NetworkGraph(nodes, tensor_names, constants, given[0], outputs, last_use)
+
+
+def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """What `torch.export` reads of `model` in evaluation mode, with an open batch dimension.
+
+    Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
+    """
+    images = example[:1].expand(TRACED_IMAGES, *example.shape[1:])
+    try:
+        with evaluating(model):
+            return torch.export.export(
+                model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
+    except Exception as error:  # torch.export raises many unrelated types
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise TraceError(
+            f"the network can't be traced with an open batch dimension: {cause[0]}"
+        ) from error
 
 
 class _Part(nn.Module):

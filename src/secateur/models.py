@@ -155,8 +155,10 @@ def load(
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
-    if kind.endswith(".py") and not allow_code:
-        raise UsageError(f"{name!r} is code of your own: build the network and pass it instead")
+    if is_own_code(name) and not allow_code:
+        raise UsageError(
+            f"{name!r} is code of your own: build the network and pass it, or use load_program"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind.endswith(".py"):
@@ -170,6 +172,11 @@ def load(
     if weights is not None:
         load_weights(model, weights)
     return model.eval()
+
+
+def is_own_code(name: str) -> bool:
+    """Whether the network comes from a user's own file."""
+    return name.rpartition(":")[0].endswith(".py")
 
 
 def check_name(name: str) -> None:
@@ -203,8 +210,11 @@ def preprocessing(name: str) -> Preprocessing:
 
     Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
     were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's
-    wherever nothing else is stated. Raises as `check_name` does.
+    wherever nothing else is stated. Raises as `check_name` does, but not where a file of one's own
+    is missing, for the file is not read.
     """
+    if is_own_code(name):
+        return Preprocessing(224, 256)
     check_name(name)
     kind, _, rest = name.rpartition(":")
     if name in BUILT_IN:

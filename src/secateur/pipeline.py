@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur import bundle, concepts, criteria, data, models
-from secateur.bundle import EventLog
+from secateur.bundle import EventLog, Origin
 from secateur.concepts import ConceptSource
-from secateur.config import RunConfig
+from secateur.config import RunConfig, to_toml
 from secateur.data import Batch, DataSet, Images
 from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import evaluate
 from secateur.finetune import Epoch, finetune
 from secateur.graph import tensors_of
+from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
 from secateur.plan import PruningPlan, make_plan, parse_target
 from secateur.progress import Track, silent
+from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, refit
 from secateur.report import write_report
 from secateur.result import (
@@ -36,7 +38,6 @@ from secateur.result import (
 )
 from secateur.scoring import score_filters
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.reading import make_wiring
 from secateur.wiring import Wiring
 
 
@@ -61,12 +62,23 @@ def run(
         log = EventLog(temporary / bundle.LOG)
         log.write("start", command=command, config=config.model_dump(mode="json"))
         pruned = prune(model, dataset, config, track=track, log=log, command=command)
-        bundle.save(temporary, pruned.model, pruned.plan, pruned.result.config)
+        config = pruned.result.config
+        (temporary / CONFIG).write_text(to_toml(config), encoding="utf-8")
+        manifest = bundle.write(temporary, pruned.model, pruned.plan, origin(config))
+        if manifest.no_program is not None:
+            log.write("no_program", reason=manifest.no_program)
         text = pruned.result.model_dump_json(indent=1)
         (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
         write_report(pruned.result, temporary / bundle.REPORT)
         log.write("end")
     return pruned.result
+
+
+def origin(config: RunConfig) -> Origin:
+    """What the network of a resolved configuration was before the cut, for its run folder."""
+    size = config.data.image_size
+    assert size is not None
+    return Origin(config.model.name, (3, size, size), config.plan.cut_stream)
 
 
 def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
@@ -85,7 +97,7 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
     """Raises `UsageError` where a network that needs a weight file has none."""
-    is_own_code = ".py:" in config.model.name
+    is_own_code = models.is_own_code(config.model.name)
     if config.model.weights is None and not is_own_code and not allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"

@@ -202,9 +202,7 @@ def _orders(
     return order, {name: max(1, len(each)) for name, each in needed.items()}
 
 
-def _steps(
-    wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int
-) -> list[int]:
+def _steps(wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:
     """How many channels of a group may stay, in rising order."""
     written = wiring.channel_of[wiring.groups[name].layers[0].written]
     filters = [int((written == channel).sum()) for channel in wiring.groups[name].channels]

@@ -14,6 +14,7 @@ from secateur.replay import settle
 from secateur.rules import RULES
 from secateur.wiring import STREAM, Wiring
 
+
 def make_wiring(
     model: nn.Module,
     example: Tensor,

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.channels import ChannelSpread, Ids
+from secateur.channels import ChannelSpread, Ids, position_of
 from secateur.errors import TraceError
 from secateur.graph import Forward, operation_name, trace
-from secateur.surgery import cut
+from secateur.surgery import SizeConflict, cut
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
@@ -92,19 +91,13 @@ def _sized_places(
         if isinstance(module, _OWN_SIZES):
             attribute = "num_groups" if name == "group_norm" else "groups"
             if name == "group_norm" or name.startswith("conv"):
-                position = 1 if name == "group_norm" else _group_position(node)
+                position = 1 if name == "group_norm" else position_of(node, "groups")
                 known.append(SizedAttribute(path, attribute, None, node, position, None))
             continue
         call = f"{path}:{_call_number(node)}"
         number = next(ordinal.setdefault((call, name), itertools.count()))
         places.setdefault((type(module).__qualname__, name, number), []).append(node)
     return tuple(known), [_Place(kind, tuple(nodes)) for kind, nodes in places.items()]
-
-
-def _group_position(node: Node) -> int:
-    from secateur.channels import position_of
-
-    return position_of(node, "groups")
 
 
 def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
@@ -122,7 +115,7 @@ def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
 
 def _call_number(node: Node) -> str:
     """Tells several calls of one module apart."""
-    return ",".join((node.meta.get("nn_module_stack") or {}))
+    return ",".join(node.meta.get("nn_module_stack") or {})
 
 
 def _trial(wiring: Wiring) -> dict[str, tuple[int, ...]]:
@@ -161,7 +154,7 @@ def _is_foretold(
     removed = _trial(wiring)
     try:
         graph = trace(cut(model, wiring, removed), example, forward)
-    except (TraceError, _Conflict):
+    except (TraceError, SizeConflict):
         return False
     count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
     before = [node for node in wiring.graph.nodes if node.op == "call_function"]
@@ -195,13 +188,7 @@ def _is_same(found: object, expected: object) -> bool:
     return True
 
 
-class _Conflict(Exception):
-    """Two operations want one attribute to be two numbers."""
-
-
-def _guesses(
-    model: nn.Module, wiring: Wiring, place: _Place
-) -> list[tuple[SizedAttribute, ...]]:
+def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
     """Which attributes may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:

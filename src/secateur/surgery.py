@@ -84,9 +84,7 @@ class SizeConflict(Exception):
     """Two operations want one attribute of a module to be two numbers."""
 
 
-def _attribute_values(
-    wiring: Wiring, removed: Removed
-) -> list[tuple[str, str, int | None, int]]:
+def _attribute_values(wiring: Wiring, removed: Removed) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
     count, whole = wiring.count_after(removed), wiring.count_after({})
     found: dict[tuple[str, str, int | None], int] = {}
@@ -228,7 +226,7 @@ def _over_kept(
 def relative_error(
     found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
 ) -> float:
-    """Largest absolute difference over the largest absolute expected value; of several the worst."""
+    """Largest absolute difference over the largest absolute expected value, the worst of several."""
     if not isinstance(found, Tensor):
         return max(map(relative_error, found, expected))
     assert isinstance(expected, Tensor)

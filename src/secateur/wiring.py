@@ -183,7 +183,9 @@ def assemble(
         slots=slots,
         layers=tuple(spread.layers),
         readers=tuple(spread.readers),
-        covers=_covers([slots.channels for slots in slots], [channel_of[i] for i in spread.written]),
+        covers=_covers(
+            [slots.channels for slots in slots], [channel_of[i] for i in spread.written]
+        ),
         attributes=attributes,
         axes=spread.axes,
         several=spread.several,

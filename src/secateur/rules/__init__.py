@@ -34,7 +34,12 @@ _POOLING = (
 )
 _UPSAMPLING = (
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
-    *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact2d"),
+    *(
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_trilinear3d",
+        "_upsample_nearest_exact2d",
+    ),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler"),
 )
 _REDUCING = (
@@ -45,7 +50,9 @@ _PRODUCTS = ("matmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "scaled_dot_pr
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), layers.convolution),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), layers.convolution
+    ),
     "linear": layers.linear,
     "embedding": layers.embedding,
     **dict.fromkeys(("batch_norm", "instance_norm"), layers.channel_norm),

@@ -149,5 +149,6 @@ def normalise(spread: ChannelSpread, node: Node) -> Axes:
 
 
 def product(spread: ChannelSpread, node: Node) -> Any:
-    """Products of computed values, as in attention, are not followed."""
+    """Products of computed values, as in attention, are not followed, but counted."""
+    spread.count_product(node)
     return spread.refuse(node, "multiplied by other feature maps, as in attention")

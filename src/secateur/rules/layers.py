@@ -67,6 +67,7 @@ def convolution(spread: ChannelSpread, node: Node) -> Axes:
     """Sums over input channels, or over those of each group; writes its filters."""
     images, weight = first_input(node), first_input(node, 1)
     if _is_computed(spread, weight):
+        spread.count_product(node)
         return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
     groups = argument(node, "groups", 1)
     bias = argument(node, "bias")
@@ -146,6 +147,7 @@ def linear(spread: ChannelSpread, node: Node) -> Axes:
     inputs, weight = first_input(node), first_input(node, 1)
     bias = argument(node, "bias")
     if _is_computed(spread, weight):
+        spread.count_product(node)
         return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
     before = spread.axes[inputs][:-1]
     fixed = [size for ids, size in zip(before, shape_of(inputs), strict=False) if ids is None]

@@ -128,7 +128,7 @@ def split(spread: ChannelSpread, node: Node) -> list[Axes]:
     sizes = [int(piece.shape[dim]) for piece in node.meta["val"]]
     starts = np.cumsum([0, *sizes])
     pieces = [ids[start:end] for start, end in zip(starts, starts[1:], strict=False)]
-    index = next((i for i in map(lambda n: position_of(node, n), _SIZES) if i >= 0), None)
+    index = next((i for i in (position_of(node, n) for n in _SIZES) if i >= 0), None)
     if index is None or isinstance(node.args[index], int):
         if len(set(sizes)) > 1:
             return spread.refuse(node, "split into pieces of different size")  # type: ignore[no-any-return]
@@ -236,7 +236,9 @@ def _regrouped(spread: ChannelSpread, node: Node) -> Axes:
         return (None,) * len(after)
     result: list[Ids | None] = [None] * len(after)
     for some, others in _segments(before, after):
-        found = _regroup(spread, [(axes[dim], before[dim]) for dim in some], [after[d] for d in others])
+        found = _regroup(
+            spread, [(axes[dim], before[dim]) for dim in some], [after[d] for d in others]
+        )
         if found is None:
             shape = ", ".join("batch" if not isinstance(s, int) else str(s) for s in after)
             return spread.refuse(node, f"reshaped to [{shape}], which mixes dimensions")  # type: ignore[no-any-return]
@@ -348,7 +350,7 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
 def repeat(spread: ChannelSpread, node: Node) -> Axes:
     """Each dimension several times behind itself."""
     axes = spread.axes[first_input(node)]
-    counts = [int(count) for count in argument(node, "repeats", argument(node, "dims"))]
+    counts = list(argument(node, "repeats", argument(node, "dims")))
     counts = [1] * (len(axes) - len(counts)) + counts
     axes = (*(None for _ in range(len(counts) - len(axes))), *axes)
     return tuple(

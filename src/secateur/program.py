@@ -1,0 +1,288 @@
+"""A network as a list of ATen operations in JSON: it runs where its Python code is not at hand.
+
+`torch.export.save` is not used: `torch.export.load` unpickles an archive's example inputs and
+constants, evaluates its sizes with sympy and runs its guards as Python, so a changed archive runs
+whatever it likes. Here an operation is a name that must stand in `OPERATIONS`, a table of tensor
+arithmetic in which nothing reads files, runs code or hands out memory that was not written; an
+argument is a number, a text, a type of torch or the name of an earlier value. Nothing is compiled,
+evaluated or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import RunFolderError, UsageError
+
+SCHEMA_VERSION = 1
+
+OPERATIONS = frozenset(
+    """
+    abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d add addcmul
+    addmm alias alpha_dropout amax amin arange argmax argmin avg_pool1d avg_pool2d avg_pool3d
+    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bmm broadcast_to cat ceil celu
+    channel_shuffle chunk clamp clamp_max clamp_min clone constant_pad_nd contiguous conv1d conv2d
+    conv3d conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp
+    expand expand_as eye feature_alpha_dropout feature_dropout fill flatten flip floor floor_divide
+    full full_like gather ge gelu glu group_norm gt hardshrink hardsigmoid hardswish hardtanh index
+    index_select instance_norm layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm
+    linear linspace log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp
+    lt masked_fill matmul max max_pool1d max_pool2d max_pool3d maximum mean meshgrid min minimum
+    mish mm movedim mul narrow native_channel_shuffle ne neg new_full new_ones new_zeros norm ones
+    ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal relu relu6
+    remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub
+    scaled_dot_product_attention select selu sigmoid sign silu sin slice softmax softplus softshrink
+    split split_with_sizes sqrt square squeeze stack std sub sum swapaxes swapdims sym_size t tan
+    tanh threshold tile to topk transpose tril triu true_divide type_as unbind unflatten unfold
+    unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
+    where zero zeros zeros_like
+    """.split()  # noqa: SIM905
+)
+"""ATen operations that a program may name, with its form in place, but not with `out=`."""
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+    "neg": operator.neg,
+}
+"""What is done with sizes, and with operations that return several tensors."""
+DEVICE = "images.device"
+"""The value that stands for every device; no operation's value has a dot in its name."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step: what is called, with what, and the name of the value that comes out."""
+
+    value: str
+    call: str
+    """`aten.NAME.OVERLOAD` or `python.NAME`."""
+    args: list[Any]
+    """As in JSON: numbers, texts, lists, `{"value": N}`, `{"torch": N}`, `{"float": N}`."""
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The operations of a network for images of one size, in order."""
+
+    image: str
+    """The value that stands for the images."""
+    image_shape: tuple[int, ...]
+    """`(rgb, height, width)`; the number of images is open."""
+    parameters: dict[str, str]
+    """Value -> dotted name of the parameter that it is."""
+    buffers: dict[str, str]
+    """Value -> dotted name of the buffer or constant that it is."""
+    operations: tuple[Operation, ...]
+    output: str
+    """The value that the network returns."""
+    constants: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    """Tensors that no state dict of the network holds, by name; not part of the JSON."""
+
+    def to_json(self) -> str:
+        """The program as JSON text with its schema version, an operation a line."""
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "image": self.image,
+            "image_shape": list(self.image_shape),
+            "parameters": self.parameters,
+            "buffers": self.buffers,
+            "output": self.output,
+        }
+        steps = [[step.value, step.call, step.args, step.kwargs] for step in self.operations]
+        lines = ",\n".join(json.dumps(step, allow_nan=False) for step in steps)
+        return json.dumps(head, indent=1)[:-2] + f',\n "operations": [\n{lines}\n]}}\n'
+
+    @staticmethod
+    def from_json(text: str, constants: Mapping[str, Tensor]) -> Program:
+        """The program that `to_json` wrote; raises `RunFolderError` where the text is no such."""
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise RunFolderError(
+                    f"the program has schema version {version}, not {SCHEMA_VERSION}"
+                )
+            return Program(
+                image=str(content["image"]),
+                image_shape=tuple(int(size) for size in content["image_shape"]),
+                parameters=_texts(content["parameters"]),
+                buffers=_texts(content["buffers"]),
+                operations=tuple(
+                    Operation(str(value), str(call), list(args), dict(kwargs))
+                    for value, call, args, kwargs in content["operations"]
+                ),
+                output=str(content["output"]),
+                constants=dict(constants),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunFolderError(f"the program can't be read: {error!r}") from error
+
+
+def _texts(table: dict[Any, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in table.items()}
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for an earlier value among the arguments."""
+
+    value: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    value: str
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    done_with: tuple[str, ...]
+    """Values that no later step reads."""
+
+
+class ProgramNetwork(nn.Module):
+    """Runs a program, always in evaluation mode; its state dict has the network's own names."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the tensors that the program names; raises `RunFolderError` where one is missing,
+        or where the program names an operation outside the table or a value before it is there.
+        """
+        super().__init__()
+        self._image, self._output = program.image, program.output
+        self._image_shape = program.image_shape
+        self._steps = _steps(program)
+        self._names = {**program.parameters, **program.buffers}
+        for name in dict.fromkeys(program.parameters.values()):
+            self._place(name, tensors, is_parameter=True)
+        for name in dict.fromkeys(program.buffers.values()):
+            self._place(name, tensors, is_parameter=False)
+        self.eval()
+
+    def _place(self, name: str, tensors: Mapping[str, Tensor], *, is_parameter: bool) -> None:
+        """Registers a tensor under its dotted name."""
+        if name not in tensors:
+            raise RunFolderError(f"the program needs the tensor {name!r}, which is not there")
+        path, _, last = name.rpartition(".")
+        owner: nn.Module = self
+        try:
+            for part in path.split(".") if path else []:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            tensor = tensors[name].detach()
+            if is_parameter:
+                owner.register_parameter(last, nn.Parameter(tensor, tensor.is_floating_point()))
+            else:
+                owner.register_buffer(last, tensor)
+        except (KeyError, AttributeError) as error:
+            raise RunFolderError(f"the program can't name a tensor {name!r}: {error}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[image, rgb, height, width]` to what the network returns, for any batch size.
+
+        Raises `UsageError` where the images are not of the size that the program was made for.
+        """
+        if tuple(images.shape[1:]) != self._image_shape:
+            expected = "×".join(str(size) for size in self._image_shape)
+            raise UsageError(
+                f"the program takes images [image, {expected}], not {list(images.shape)}"
+            )
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        values: dict[str, Any] = {value: own[name] for value, name in self._names.items()}
+        values |= {self._image: images, DEVICE: images.device}
+        for step in self._steps:
+            args = [_filled(argument, values) for argument in step.args]
+            kwargs = {name: _filled(argument, values) for name, argument in step.kwargs.items()}
+            values[step.value] = step.function(*args, **kwargs)
+            for value in step.done_with:
+                del values[value]
+        result = values[self._output]
+        assert isinstance(result, Tensor)
+        return result
+
+
+def _steps(program: Program) -> tuple[_Step, ...]:
+    """The operations, ready to be called; each has been looked up in the tables."""
+    known = {program.image, DEVICE, *program.parameters, *program.buffers}
+    last_use: dict[str, int] = {}
+    decoded: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = []
+    for number, step in enumerate(program.operations):
+        reads: list[str] = []
+        args = [_decoded(argument, reads) for argument in step.args]
+        kwargs = {str(name): _decoded(argument, reads) for name, argument in step.kwargs.items()}
+        for value in reads:
+            if value not in known:
+                raise RunFolderError(f"the program reads {value!r} before it is there")
+        if step.value in known:
+            raise RunFolderError(f"the program writes {step.value!r} twice")
+        known.add(step.value)
+        last_use |= dict.fromkeys([*reads, step.value], number)
+        decoded.append((_function(step.call), args, kwargs))
+    if program.output not in known:
+        raise RunFolderError(f"the program returns {program.output!r}, which it does not compute")
+    done: dict[int, list[str]] = {}
+    for value, number in last_use.items():
+        if value not in (program.output, DEVICE):
+            done.setdefault(number, []).append(value)
+    return tuple(
+        _Step(step.value, *call, done_with=tuple(done.get(number, ())))
+        for number, (step, call) in enumerate(zip(program.operations, decoded, strict=True))
+    )
+
+
+def _function(call: str) -> Callable[..., Any]:
+    """The operation of this name; raises `RunFolderError` where it is not in the tables."""
+    space, _, rest = call.partition(".")
+    if space == "python" and rest in ARITHMETIC:
+        return ARITHMETIC[rest]
+    name, _, overload = rest.partition(".")
+    if space == "aten" and name.removesuffix("_") in OPERATIONS:
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is not None and overload in packet.overloads():
+            found: Any = getattr(packet, overload)
+            if not any(argument.is_out for argument in found._schema.arguments):
+                function: Callable[..., Any] = found
+                return function
+    raise RunFolderError(
+        f"the program calls {call!r}, which is not one of the operations that a program may name"
+    )
+
+
+def _decoded(argument: Any, reads: list[str]) -> Any:
+    """An argument from JSON; the values that it names are added to `reads`."""
+    if isinstance(argument, list):
+        return [_decoded(part, reads) for part in argument]
+    if not isinstance(argument, dict):
+        return argument
+    match list(argument.items()):
+        case [("value", str(name))]:
+            reads.append(name)
+            return _Reference(name)
+        case [("float", "inf" | "-inf" | "nan" as number)]:
+            return float(number)
+        case [("torch", str(name))]:
+            found = getattr(torch, name, None)
+            if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+                return found
+    raise RunFolderError(f"the program has an argument that is not understood: {argument}")
+
+
+def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
+    """An argument with values in place of references."""
+    if isinstance(argument, _Reference):
+        return values[argument.value]
+    if isinstance(argument, list):
+        return [_filled(part, values) for part in argument]
+    return argument

@@ -1,0 +1,126 @@
+"""A recorded network answers as the network does, for any batch, or is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
+from secateur.errors import TraceError, UsageError
+from secateur.program import Program, ProgramNetwork
+from secateur.recording import make_program
+from secateur.surgery import apply_plan
+
+
+def rebuilt(model: nn.Module) -> ProgramNetwork:
+    """What is left of a network after it went through JSON."""
+    program = make_program(model, random_images(2))
+    read = Program.from_json(program.to_json(), program.constants)
+    assert read == program
+    return ProgramNetwork(read, {**program.constants, **model.state_dict()})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_program_of_a_cut_network_is_bit_equal(name: str, generator: torch.Generator) -> None:
+    model, wiring = wired(name)
+    smaller = apply_plan(model, wiring, random_plan(wiring, generator))
+    network = rebuilt(smaller)
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = random_images(count)
+            assert torch.equal(network(images), smaller(images))
+    assert network.state_dict().keys() <= smaller.state_dict().keys()
+    assert count_of(network.parameters()) == count_of(smaller.parameters())
+
+
+def count_of(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+class Sizes(nn.Module):
+    """Sizes computed from the batch, a constant, a buffer that no state dict holds, and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.linear = nn.Linear(4, 5)
+        self.offset: Tensor
+        self.register_buffer("offset", torch.linspace(-1, 1, SIDE), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = (x := self.conv(x)).shape
+        x = x.reshape(n * c, h, w).double() + self.offset
+        left, right = x.float().view(n, c, h * w).chunk(2, dim=2)
+        x = torch.cat([left, right.clamp(max=float("inf"))], 2)
+        x = x + torch.zeros(n, c, h * w, device=x.device, dtype=x.dtype)
+        x = x * torch.tensor([0.5, 2.0]).sum()
+        x = F.pad(x, (1, 0), value=float("-inf")).amax(2)
+        logits: Tensor = self.linear(x)
+        return logits
+
+
+def test_program_with_sizes_constants_and_types(generator: torch.Generator) -> None:
+    model = Sizes().eval()
+    network = rebuilt(model)
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = random_images(count)
+            assert torch.equal(network(images), model(images))
+
+
+def test_program_can_be_traced_again() -> None:
+    network = rebuilt(make_network("gated"))
+    assert rebuilt(network).state_dict().keys() == network.state_dict().keys()
+
+
+def test_a_program_that_is_trained_stays_in_evaluation_mode() -> None:
+    network = rebuilt(make_network("flattened"))
+    images = random_images(3)
+    before = network(images)
+    assert torch.equal(network.train()(images), before)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    network = rebuilt(make_network("chain"))
+    with pytest.raises(UsageError, match=r"takes images \[image, 3×8×8\], not \[2, 3, 9, 8\]"):
+        network(torch.zeros(2, 3, 9, 8))
+
+
+def test_operation_outside_the_table_is_refused_by_name() -> None:
+    class Distance(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, x).mean((2, 3))
+
+    with pytest.raises(TraceError, match=r"the operation aten\.cdist can't be part of a program"):
+        make_program(Distance(), random_images(2))
+
+
+def test_network_that_does_something_else_for_one_image_is_refused() -> None:
+    class Squeezing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3)) * (2.0 if torch.compiler.is_exporting() else 1.0)
+
+    with pytest.raises(TraceError, match="answers otherwise to a batch of 1"):
+        make_program(Squeezing(), random_images(2))
+
+
+def test_network_that_fixes_its_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 3 * SIDE * SIDE)
+
+    with pytest.raises(TraceError, match=r"can't be traced|can't take a batch of 1"):
+        make_program(Fixed(), random_images(2))
+
+
+def test_network_with_two_outputs_is_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.mean((2, 3)), x
+
+    with pytest.raises(TraceError, match="return one tensor"):
+        make_program(Two(), random_images(2))
