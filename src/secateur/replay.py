@@ -18,13 +18,16 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.channels import ChannelSpread, Ids, position_of
+from secateur.channels import ChannelSpread, Count, Ids, position_of
 from secateur.errors import TraceError
-from secateur.graph import Forward, operation_name, trace
+from secateur.graph import Forward, Sizes, operation_name, trace
 from secateur.surgery import SizeConflict, cut
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
+
+MAX_HIDDEN = 8
+"""How many classes of modules may work out sizes in a way that is not understood."""
 
 _OWN_SIZES = (
     nn.modules.conv._ConvNd,
@@ -50,32 +53,63 @@ def settle(
     """The wiring with every channel frozen whose sizes don't follow a cut."""
     known, places = _sized_places(model, spread)
     wiring = assemble(model, spread, attributes=known)
-
-    def works(candidate: Wiring) -> bool:
-        return _is_foretold(model, example, forward, candidate)
-
     active = [place for place in places if _changes(wiring, place)]
-    if not active or works(wiring):
+    if not active and not any(map(_has_own_sizes, spread.graph.nodes)):
+        return wiring
+
+    def failure(candidate: Wiring) -> _Failure | None:
+        return _try_out(model, example, forward, candidate)
+
+    if failure(wiring) is None:
         return wiring
     guesses = {place.kind: _guesses(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
-    wiring = assemble(model, spread, attributes=(*known, *together))
-    if works(wiring):
-        return wiring
+    hidden: list[tuple[Ids, str]] = []
+    if together:
+        wiring = assemble(model, spread, attributes=(*known, *together))
+        if failure(wiring) is None:
+            return wiring
+    all_held = [pair for place in active for pair in _channels_at(spread, place)]
+    for _ in range(MAX_HIDDEN):
+        failed = failure(assemble(model, spread, [*all_held, *hidden], known))
+        if failed is None:
+            break
+        hidden += _channels_in(model, spread, failed.module)
+    if hidden:
+        wiring = assemble(model, spread, hidden, (*known, *together))
+        if failure(wiring) is None:
+            return wiring
     accepted = known
     rejected: list[_Place] = []
     for number, place in enumerate(active):
         waiting = [*rejected, *active[number + 1 :]]
         for guess in [(), *guesses[place.kind]]:
             held = [pair for other in waiting for pair in _channels_at(spread, other)]
-            candidate = assemble(model, spread, held, (*accepted, *guess))
-            if works(candidate):
+            candidate = assemble(model, spread, [*hidden, *held], (*accepted, *guess))
+            if failure(candidate) is None:
                 accepted = (*accepted, *guess)
                 break
         else:
             rejected.append(place)
     held = [pair for place in rejected for pair in _channels_at(spread, place)]
-    return assemble(model, spread, held, accepted)
+    return assemble(model, spread, [*hidden, *held], accepted)
+
+
+def _has_own_sizes(node: Node) -> bool:
+    """Whether an operation takes a size from a plain number, which may depend on channels."""
+    name = operation_name(node) if node.op == "call_function" else ""
+    if name in _MAKING:
+        return True
+    return name in _RESHAPING and any(
+        isinstance(size, int) and size > 1
+        for argument in node.args[1:]
+        if isinstance(argument, list | tuple)
+        for size in argument
+    )
+
+
+_MAKING = {"zeros", "ones", "full", "empty", "arange", "eye", "new_zeros", "new_ones", "new_full"}
+_RESHAPING = {"view", "reshape", "expand", "repeat", "tile", "unflatten", "_unsafe_view"}
 
 
 def _sized_places(
@@ -104,11 +138,8 @@ def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
     """The innermost module that an operation was called in, containers left out."""
     found: tuple[str, nn.Module] = ("", model)
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        module = _submodule(model, path)
+        if module is not None and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             found = (path, module)
     return found
 
@@ -147,36 +178,63 @@ def _changes(wiring: Wiring, place: _Place) -> bool:
     return any(wiring.resizes[n](count) != wiring.resizes[n](whole) for n in place.nodes)
 
 
-def _is_foretold(
+@dataclass(frozen=True)
+class _Failure:
+    """A trial cut that did not give what was foretold."""
+
+    module: str
+    """Dotted name of the module in which the first difference, or an error, came up."""
+
+
+def _try_out(
     model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring
-) -> bool:
+) -> _Failure | None:
     """Whether a trial cut, traced again, gives the same operations with the foretold sizes."""
     removed = _trial(wiring)
     try:
-        graph = trace(cut(model, wiring, removed), example, forward)
-    except (TraceError, SizeConflict):
-        return False
-    count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
+        smaller = cut(model, wiring, removed)
+        graph = trace(smaller, example, forward)
+    except SizeConflict:
+        return _Failure("")
+    except TraceError as error:
+        return _Failure(_module_of(error, smaller))
     before = [node for node in wiring.graph.nodes if node.op == "call_function"]
     after = [node for node in graph.nodes if node.op == "call_function"]
-    if len(before) != len(after):
+    count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
+    for node, twin in itertools.zip_longest(before, after):
+        if node is None or twin is None or not _is_twin(node, twin, wiring, count, sizes):
+            return _Failure(_owner(model, node or twin)[0])
+    return None
+
+
+def _is_twin(node: Node, twin: Node, wiring: Wiring, count: Count, sizes: Sizes) -> bool:
+    """Whether an operation of the cut network is the original's with the foretold sizes."""
+    if node.target is not twin.target:
         return False
-    for node, twin in zip(before, after, strict=True):
-        if node.target is not twin.target:
+    found = twin.meta.get("val")
+    if isinstance(found, Tensor) and node in wiring.axes:
+        expected = map(count, wiring.axes[node], node.meta["val"].shape)
+        if [str(size) for size in found.shape] != [str(size) for size in expected]:
             return False
-        found = twin.meta.get("val")
-        if isinstance(found, Tensor) and node in wiring.axes:
-            shape = node.meta["val"].shape
-            expected = [
-                count(ids, size) if ids is not None else size
-                for ids, size in zip(wiring.axes[node], shape, strict=True)
-            ]
-            if [str(size) for size in found.shape] != [str(size) for size in expected]:
-                return False
-        for position, value in sizes.get(node, {}).items():
-            if position < len(twin.args) and not _is_same(twin.args[position], value):
-                return False
-    return True
+    changed = sizes.get(node, {}).items()
+    return all(
+        position >= len(twin.args) or _is_same(twin.args[position], value)
+        for position, value in changed
+    )
+
+
+def _module_of(error: TraceError, model: nn.Module) -> str:
+    """The innermost module of the network's own code in which an error came up."""
+    names = {id(module): name for name, module in model.named_modules()}
+    cause = error.__cause__
+    traceback = None if cause is None else cause.__traceback__
+    found = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        if id(module) in names and not type(module).__module__.startswith("torch.nn."):
+            found = names[id(module)]
+        traceback = traceback.tb_next
+    return found
 
 
 def _is_same(found: object, expected: object) -> bool:
@@ -189,7 +247,7 @@ def _is_same(found: object, expected: object) -> bool:
 
 
 def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
-    """Which attributes may hold the sizes of a place's operations: all that fit, then each alone."""
+    """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
         sizes = wiring.resizes[node](wiring.count_after({}))
@@ -249,3 +307,32 @@ def _channels_at(spread: ChannelSpread, place: _Place) -> list[tuple[Ids, str]]:
         for ids in spread.axes.get(source, ())
         if ids is not None
     ]
+
+
+def _channels_in(model: nn.Module, spread: ChannelSpread, name: str) -> list[tuple[Ids, str]]:
+    """The channels that all modules of one class read or compute, with the reason to hold them."""
+    kind = type(model.get_submodule(name))
+    reason = f"sizes that the code of {kind.__qualname__} works out in a way of its own"
+    inside = [
+        node
+        for node in spread.graph.nodes
+        if node.op == "call_function"
+        and any(
+            type(_submodule(model, path)) is kind
+            for path, _ in (node.meta.get("nn_module_stack") or {}).values()
+        )
+    ]
+    return [
+        (ids, reason)
+        for node in inside
+        for value in (node, *node.all_input_nodes)
+        for ids in spread.axes.get(value, ())
+        if ids is not None and value not in spread.graph.tensor_names
+    ]
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

@@ -226,7 +226,10 @@ def _over_kept(
 def relative_error(
     found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
 ) -> float:
-    """Largest absolute difference over the largest absolute expected value, the worst of several."""
+    """Largest absolute difference over the largest absolute expected value.
+
+    Of several tensors the worst.
+    """
     if not isinstance(found, Tensor):
         return max(map(relative_error, found, expected))
     assert isinstance(expected, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,7 +128,7 @@ def split(spread: ChannelSpread, node: Node) -> list[Axes]:
         return [axes for _ in node.meta["val"]]
     sizes = [int(piece.shape[dim]) for piece in node.meta["val"]]
     starts = np.cumsum([0, *sizes])
-    pieces = [ids[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    pieces = [ids[start:end] for start, end in itertools.pairwise(starts)]
     index = next((i for i in (position_of(node, n) for n in _SIZES) if i >= 0), None)
     if index is None or isinstance(node.args[index], int):
         if len(set(sizes)) > 1:
