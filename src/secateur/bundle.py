@@ -105,17 +105,19 @@ def save(
     image_shape: tuple[int, int, int],
     architecture: str | None = None,
     cut_stream: bool = False,
+    exclude: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> None:
     """Writes a folder from which `load` and `load_program` give `model` back, whole or not at all.
 
     `model` is what `apply_plan` returned, with any weights since; `image_shape` is
-    `(rgb, height, width)` of the images that its wiring was made with, and `cut_stream` how.
+    `(rgb, height, width)` of the images that its wiring was made with, `cut_stream` and `exclude`
+    how.
     `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
     without one `load` must be given the network. Raises `RunFolderError` where the folder is in the
     way (see `new_run_folder`) and `UsageError` where weights are not float32.
     """
-    origin = Origin(architecture, image_shape, cut_stream)
+    origin = Origin(architecture, image_shape, cut_stream, exclude)
     with new_run_folder(Path(folder), overwrite=overwrite) as temporary:
         write(temporary, model, plan, origin)
 
@@ -129,11 +131,12 @@ class Origin:
     image_shape: tuple[int, int, int]
     """`(rgb, height, width)`."""
     cut_stream: bool = False
+    exclude: tuple[str, ...] = ()
 
     def make_wiring(self, model: nn.Module) -> Wiring:
         """The wiring of the unpruned network, made as it was made for the plan."""
         example = torch.zeros(2, *self.image_shape)
-        return make_wiring(model, example, cut_stream=self.cut_stream)
+        return make_wiring(model, example, cut_stream=self.cut_stream, exclude=self.exclude)
 
 
 def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> Manifest:
@@ -159,14 +162,13 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         no_program = str(error)
     with evaluating(model), torch.inference_mode():
         answers = model(example)
-    if answers.dim() < 2:
-        raise UsageError(f"the network answers {list(answers.shape)}, not [image, class]")
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
-        num_classes=answers.shape[1],
+        num_classes=answers.shape[1] if isinstance(answers, Tensor) else None,
         image_shape=origin.image_shape,
         cut_stream=origin.cut_stream,
+        exclude=origin.exclude,
         plan_hash=plan.hash,
         no_program=no_program,
         files=hashes(folder),
@@ -184,12 +186,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(store_tensors(apart, {"format": "pt"}))
 
 
-def load(folder: str | Path, *, architecture: nn.Module | None = None) -> nn.Module:
+def load(
+    folder: str | Path, *, architecture: nn.Module | None = None, wiring: Wiring | None = None
+) -> nn.Module:
     """The pruned network of a run folder, in evaluation mode: the same module, with fewer filters.
 
     `architecture` is the unpruned network, with any weights: needed where the run was made from
     code of your own (`file.py:factory`), which a folder is not trusted to run; `load_program` does
-    without. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
+    without. `wiring` is that network's, needed where it was made with rules or a forward of your
+    own. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
     others, and `UsageError` where the network must be passed.
     """
     contents = read_contents(Path(folder))
@@ -197,9 +202,11 @@ def load(folder: str | Path, *, architecture: nn.Module | None = None) -> nn.Mod
     plan = PruningPlan.from_json(_text(contents, PLAN))
     if plan.hash != manifest.plan_hash:
         raise RunFolderError(f"{contents.folder}: {PLAN} is another plan than {MANIFEST} says")
-    origin = Origin(manifest.architecture, manifest.image_shape, manifest.cut_stream)
     model = _unpruned(manifest) if architecture is None else architecture
-    smaller = apply_plan(model, origin.make_wiring(model), plan)
+    if wiring is None:
+        origin = Origin(None, manifest.image_shape, manifest.cut_stream, manifest.exclude)
+        wiring = origin.make_wiring(model)
+    smaller = apply_plan(model, wiring, plan)
     try:
         smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
     except RuntimeError as error:
@@ -211,7 +218,7 @@ def load(folder: str | Path, *, architecture: nn.Module | None = None) -> nn.Mod
 
 
 def _unpruned(manifest: Manifest) -> nn.Module:
-    if manifest.architecture is None:
+    if manifest.architecture is None or manifest.num_classes is None:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )

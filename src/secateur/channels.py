@@ -24,7 +24,7 @@ from secateur.graph import NetworkGraph, operation_name
 
 Ids = npt.NDArray[np.int64]
 Axes = tuple[Ids | None, ...]
-"""Channel ids along each dimension of a tensor; None where the size of a dimension never changes."""
+"""Channel ids along each dimension of a tensor; None where the size never changes."""
 Count = Callable[[Ids | None, int], int]
 """How many of some channels stay in a cut network; without ids the given size."""
 Resize = Callable[[Count], Mapping[int, Any]]
@@ -50,7 +50,7 @@ class Layer:
     weight: str
     """Parameter that the kernel is, or is computed from."""
     is_computed: bool
-    """Whether the kernel is made from the parameter in the forward, as in weight standardisation."""
+    """Whether the forward makes the kernel from the parameter, as in weight standardisation."""
     written: Ids | None
     """Channels of its answer."""
     filter_dim: int

@@ -64,6 +64,12 @@ ClassesOption = Annotated[
     int | None,
     typer.Option("--num-classes", help="Outputs of the head (default: classes of the data)."),
 ]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", help="Layers whose filters must stay, as layer1.*; may be given several times."
+    ),
+]
 ImageSizeOption = Annotated[
     int | None,
     typer.Option("--image-size", help="Side of the images in pixels (default: the network's)."),
@@ -167,6 +173,15 @@ def prune(
             help="Cut channels that residual sums tie over a stage (default: no).",
         ),
     ] = None,
+    exclude: ExcludeOption = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option("--round-to", help="Keep a multiple of so many filters (default: 1)."),
+    ] = None,
+    min_filters: Annotated[
+        int | None,
+        typer.Option("--min-filters", help="Filters that every layer keeps (default: 1)."),
+    ] = None,
     refit: Annotated[
         str | None,
         typer.Option(
@@ -230,7 +245,13 @@ def prune(
                 "concepts": concept_source,
                 "use_labels": use_labels,
             },
-            "plan": {"target": target, "cut_stream": cut_stream},
+            "plan": {
+                "target": target,
+                "cut_stream": cut_stream,
+                "exclude": exclude,
+                "round_to": round_to,
+                "min_filters": min_filters,
+            },
             "refit": {"layers": refit},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
@@ -301,6 +322,7 @@ def inspect(
     cut_stream: Annotated[
         bool, typer.Option("--cut-stream", help="Show residual streams as prunable, too.")
     ] = False,
+    exclude: ExcludeOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
     seed: SeedOption = None,
@@ -320,7 +342,7 @@ def inspect(
                 "image_size": image_size,
             },
             "score": {"concepts": concept_source, "criterion": names[0]},
-            "plan": {"cut_stream": cut_stream},
+            "plan": {"cut_stream": cut_stream, "exclude": exclude},
             "seed": seed,
         },
     )
@@ -364,10 +386,10 @@ def export(
     result = export_onnx(network, example, path, overwrite=overwrite)
     times: tuple[Latency, ...] = ()
     if latency:
-        name = manifest.architecture
+        name, classes = manifest.architecture, manifest.num_classes
         original = None
-        if name is not None and not models.is_own_code(name):
-            original = models.load(name, num_classes=manifest.num_classes)
+        if name is not None and classes is not None and not models.is_own_code(name):
+            original = models.load(name, num_classes=classes)
         times = compare_latency(network, path, original, example)
     _show_export(result, times, as_json=as_json)
 

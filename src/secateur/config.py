@@ -76,6 +76,12 @@ class PlanSection(Section):
     """`macs=F`, `params=F` or `filters=F`: the fraction of the original that may stay."""
     cut_stream: bool = False
     """Whether channels that residual sums tie over a whole stage may go, too."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns (`layer1.*`) of layers whose filters must all stay."""
+    round_to: int = Field(default=1, ge=1)
+    """A layer keeps a multiple of so many filters, or all; 8 suits most hardware."""
+    min_filters: int = Field(default=1, ge=1)
+    """Filters that every layer keeps at least."""
 
 
 class RefitSection(Section):

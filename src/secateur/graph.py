@@ -55,7 +55,7 @@ class NetworkGraph:
 
     @property
     def output(self) -> Node:
-        """The node whose value the network returns; raises `TraceError` where it returns several."""
+        """The node whose value the network returns; raises `TraceError` where there are several."""
         if len(self.outputs) != 1:
             raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
         return self.outputs[0]
@@ -155,14 +155,12 @@ def _inline_regions(module: GraphModule) -> None:
         region = node.args[skipped - 1]
         assert isinstance(region, Node)
         body = getattr(module, str(region.target)).graph
-        values: dict[Node, Any] = {}
-        inputs = iter(node.args[skipped:])
+        inputs = [inner for inner in body.nodes if inner.op == "placeholder"]
+        values: dict[Node, Any] = dict(zip(inputs, node.args[skipped:], strict=True))
         with graph.inserting_before(node):
             for inner in body.nodes:
-                if inner.op == "placeholder":
-                    values[inner] = next(inputs)
-                elif inner.op != "output":
-                    values[inner] = graph.node_copy(inner, lambda n: values[n])
+                if inner.op not in ("placeholder", "output"):
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
         (answer,) = (inner.args[0] for inner in body.nodes if inner.op == "output")
         for user in list(node.users):  # each takes one of the region's values
             user.replace_all_uses_with(values[answer[user.args[1]]])

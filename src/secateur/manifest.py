@@ -38,12 +38,13 @@ class Manifest(BaseModel):
     """Of secateur, torch and torchvision when the folder was written."""
     architecture: str | None
     """What `models.load` builds the unpruned network from; None where it must be passed."""
-    num_classes: PositiveInt
-    """Outputs of the network's head."""
+    num_classes: PositiveInt | None
+    """Outputs of the network's head; None where it gives something other than one tensor."""
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """`(rgb, height, width)` of the images that the wiring was made for."""
     cut_stream: bool
-    """How the wiring was made; see `make_wiring`."""
+    exclude: tuple[str, ...] = ()
+    """Both: how the wiring was made; see `make_wiring`."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None where it has one."""

@@ -78,7 +78,7 @@ def origin(config: RunConfig) -> Origin:
     """What the network of a resolved configuration was before the cut, for its run folder."""
     size = config.data.image_size
     assert size is not None
-    return Origin(config.model.name, (3, size, size), config.plan.cut_stream)
+    return Origin(config.model.name, (3, size, size), config.plan.cut_stream, config.plan.exclude)
 
 
 def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
@@ -158,7 +158,9 @@ def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Gro
     )
     size = min(8, config.data.batch_size)
     example = next(iter(data.batches(probe, size, preprocessing(config)))).images
-    wiring = make_wiring(model, example, cut_stream=config.plan.cut_stream)
+    wiring = make_wiring(
+        model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
+    )
     make_source = concepts.sources()[config.score.concepts]
     source = make_source(wiring.graph, tensors_of(model), dataset.class_names)
     return Ground(probe, example, wiring, source)
@@ -223,7 +225,14 @@ def prune(
         quantile=config.score.quantile,
         use_labels=config.score.use_labels,
     )[criterion_name]
-    plan = make_plan(scored.scores, wiring, parse_target(config.plan.target), criterion_name)
+    plan = make_plan(
+        scored.scores,
+        wiring,
+        parse_target(config.plan.target),
+        criterion_name,
+        round_to=config.plan.round_to,
+        min_filters=config.plan.min_filters,
+    )
     smaller = apply_plan(model, wiring, plan)
     with torch.inference_mode():
         expected = silence(model, wiring, plan)(ground.example)

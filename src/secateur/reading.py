@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from secateur.channels import ChannelSpread, Rule
+from secateur.detectors import forward_of
 from secateur.errors import UnknownName
 from secateur.graph import Forward, trace
 from secateur.replay import settle
@@ -29,11 +30,13 @@ def make_wiring(
     Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. `exclude`
     are name patterns, such as `layer1.*`, of layers whose filters must stay. `rules` are added to
     `rules.RULES`: name of an operation, `namespace::name` outside of ATen -> rule. With `forward`
-    it is `forward(model, images)` that is traced, for networks such as detectors, whose whole
-    answer can't be. Raises `TraceError` where `torch.export` can't follow the network and
-    `UnknownName` where a pattern fits no layer.
+    it is `forward(model, images)` that is traced, for networks whose whole answer can't be;
+    torchvision's detectors are known (`detectors`). Of a compiled network the original is read.
+    Raises `TraceError` where `torch.export` can't follow the network and `UnknownName` where a
+    pattern fits no layer.
     """
-    model = getattr(model, "_orig_mod", model)  # of a compiled network the original
+    model = getattr(model, "_orig_mod", model)
+    forward = forward or forward_of(model)
     spread = ChannelSpread(trace(model, example, forward), {**RULES, **(rules or {})})
     spread.visit_all()
     for output in spread.graph.outputs:
