@@ -311,8 +311,8 @@ def reasons_table(found: list[Row]) -> str:
 def network_table(found: list[Row], part: str) -> str:
     """One line a network."""
     lines = [
-        "| network, pixels | channels cut of all | MACs left | error | wiring + surgery, s | frozen "
-        "| Torch-Pruning: MACs left | graph + cut, s |",
+        "| network, pixels | channels cut of all | MACs left | error | wiring + surgery, s "
+        "| frozen | Torch-Pruning: MACs left | graph + cut, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for member in members():
