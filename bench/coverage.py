@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import resource
 import shlex
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,14 +25,16 @@ from torch import Tensor, nn
 import peer
 from rows import (
     ROOT,
+    Note,
     Row,
     put_row,
     read_rows,
     reason_of,
+    record,
+    revision,
     run_child,
     surroundings,
     versions,
-    write_json,
 )
 from secateur.activations import kernels_of
 from secateur.criteria import make as make_criterion
@@ -52,9 +52,9 @@ TARGETS = (0.5, 0.75, 0.9)
 """Shares of the MACs that may stay: the first that is within reach."""
 LAW_LIMIT = 1e-3
 """Largest relative error of the cut network that float32 rounding excuses."""
-TOOLS = ("secateur", "torch-pruning")
+PACKAGES = {"secateur": ("timm",), "torch-pruning": ("timm", "torch-pruning")}
+"""Packages whose versions count, beside those of PyTorch and secateur, for each tool."""
 SEED = 0
-Note = Callable[..., None]
 
 
 def measure_secateur(member: Member, note: Note) -> None:
@@ -205,24 +205,11 @@ def _since(start: float) -> float:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measures one network with one tool in this process and writes what it finds, at each step."""
+    """Measures one network with one tool in this process."""
     torch.set_num_threads(arguments.threads)
-    packages = {"secateur": ("timm",), "torch-pruning": ("timm", "torch-pruning")}
-    row: Row = {"outcome": "failed", "environment": surroundings(*packages[arguments.tool])}
-
-    def note(**found: object) -> None:
-        row.update(found)
-        row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        write_json(arguments.out, row)
-
     member = next(member for member in members() if member.name == arguments.network)
     measure = {"secateur": measure_secateur, "torch-pruning": measure_peer}[arguments.tool]
-    try:
-        measure(member, note)
-    except Exception as error:  # a network that a tool can't cut is a result
-        note(outcome="failed", reason=reason_of(error))
-    else:
-        note(outcome="ok")
+    record(partial(measure, member), Path(arguments.out), *PACKAGES[arguments.tool])
 
 
 def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
@@ -237,13 +224,10 @@ def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
     head = {"network": member.name, "tool": tool, "part": member.part, "side": member.side}
     command = ["python", "bench/coverage.py", "--only", member.name, "--tool", tool]
     command += ["--limit", f"{limit:g}", "--threads", str(threads)]
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return {
         **head,
         "command": shlex.join(command),
-        "revision": revision,
+        "revision": revision(),
         "seed": SEED,
         "limit_seconds": limit,
         **found,
@@ -416,17 +400,16 @@ def write_page() -> None:
 def is_there(found: list[Row], member: Member, tool: str) -> bool:
     """Whether a row was measured with the versions that are installed, on the same images."""
     row = _find(found, member.name, tool)
-    packages = ("timm",) if tool == "secateur" else ("timm", "torch-pruning")
     if row is None or "environment" not in row or row["side"] != member.side:
         return False
-    return versions(row) == versions({"environment": surroundings(*packages)})
+    return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})
 
 
 def main() -> None:
     """Measures what is missing and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="pattern of names, such as 'timm:*'")
-    parser.add_argument("--tool", choices=[*TOOLS, "both"], default="both")
+    parser.add_argument("--tool", choices=[*PACKAGES, "both"], default="both")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each network")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
@@ -436,14 +419,13 @@ def main() -> None:
         parser.add_argument(name, action=action, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        arguments.out = Path(arguments.out)
         child(arguments)
         return
     if not arguments.tables:
         for member in members():
             if not fnmatch.fnmatch(member.name, arguments.only):
                 continue
-            for tool in TOOLS if arguments.tool == "both" else (arguments.tool,):
+            for tool in PACKAGES if arguments.tool == "both" else (arguments.tool,):
                 again = arguments.again and fnmatch.fnmatch(member.name, arguments.again)
                 if not again and is_there(read_rows(RESULTS), member, tool):
                     continue

@@ -25,7 +25,7 @@ class PeerCut:
     model: nn.Module
     ratio: float
     graph_seconds: float
-    """Building the dependency graph and the pruner."""
+    """The pruner's constructor, which builds the dependency graph and goes through its groups."""
     cut_seconds: float
     """One cut of all groups, with their importance."""
 
@@ -66,6 +66,14 @@ def cut(model: nn.Module, image: Tensor, ratio: float) -> PeerCut:
         pruner.step()
         end = time.perf_counter()
     return PeerCut(smaller, ratio, built - start, end - built)
+
+
+def build_graph(model: nn.Module, image: Tensor) -> None:
+    """Builds Torch-Pruning's dependency graph of `model`, and nothing more."""
+    import torch_pruning as tp
+
+    with warnings.catch_warnings(action="ignore"):
+        tp.DependencyGraph().build_dependency(model, example_inputs=image)
 
 
 def macs(model: nn.Module, image: Tensor) -> float:

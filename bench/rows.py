@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from secateur.result import environment
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
+Note = Callable[..., None]
+"""Takes down what a measuring process has found so far."""
 SCHEMA_VERSION = 1
 
 
@@ -75,6 +79,32 @@ def run_child(script: str, arguments: list[str], out: Path, limit: float) -> Row
         found.update(outcome=outcome, reason=reason)
     found["wall_seconds"] = round(time.perf_counter() - start, 1)
     return found
+
+
+def record(measure: Callable[[Note], None], out: Path, *packages: str) -> None:
+    """Measures in this process and writes what is found to `out`, at each step.
+
+    An error is a finding too: `outcome` is then `failed`, `stage` where it was, `reason` why.
+    """
+    row: Row = {"outcome": "failed", "environment": surroundings(*packages)}
+
+    def note(**found: Any) -> None:
+        row.update(found)
+        row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        write_json(out, row)
+
+    try:
+        measure(note)
+    except Exception as error:
+        note(outcome="failed", reason=reason_of(error))
+    else:
+        note(outcome="ok")
+
+
+def revision() -> str:
+    """The commit that is checked out, in short; empty outside of a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def surroundings(*packages: str) -> dict[str, Any]:
