@@ -328,7 +328,10 @@ def _their_cells(row: Row | None) -> list[str]:
     if row is None:
         return 2 * ["–"]
     if row["outcome"] != "ok":
-        return [_failure(row), "–"]
+        earlier = (
+            f" ({100 * row['macs_left']:.1f} % in an earlier trial)" if "macs_left" in row else ""
+        )
+        return [_failure(row) + earlier, "–"]
     left = f"{100 * row['macs_left']:.1f} %"
     if not is_cut(row):
         left += " (does not train)" if row["parameters_without_gradient"] else " (not cut)"
