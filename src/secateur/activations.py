@@ -28,7 +28,7 @@ def observe(
     wiring: Wiring,
     batches: Callable[[], Iterable[Batch]],
     observers: Sequence[Observer],
-    source: ConceptSource,
+    source: ConceptSource | None,
     *,
     quantile: float,
     use_labels: bool,
@@ -42,6 +42,7 @@ def observe(
     observers = [observer for observer in observers if observer.needs_images]
     if not observers:
         return
+    assert source is not None
     state = tensors_of(model)
     kernels = kernels_of(wiring, state)
     usual = _usual(wiring, state, batches(), quantile)

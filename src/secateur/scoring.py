@@ -31,7 +31,7 @@ def score_filters(
     wiring: Wiring,
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
-    source: ConceptSource,
+    source: ConceptSource | None,
     *,
     quantile: float,
     use_labels: bool,
@@ -39,7 +39,7 @@ def score_filters(
 ) -> dict[str, FilterScores]:
     """The scores by each criterion; the arguments are those of `activations.observe`.
 
-    `observers` look on in the same pass.
+    `observers` look on in the same pass. `source` may be None where no criterion looks at images.
     """
     watching = [*criteria.values(), *observers]
     observe(model, wiring, batches, watching, source, quantile=quantile, use_labels=use_labels)

@@ -1,0 +1,445 @@
+"""Which networks can be cut to half of their MACs, by secateur and by Torch-Pruning.
+
+    python bench/coverage.py [--only PATTERN] [--tool both]
+
+cuts every network of `zoo.py` in a process of its own and after each writes
+`results/coverage.json`; rows that are there already are kept, so it can be interrupted. Then it
+writes the tables of docs/coverage.md; `--tables` does only that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import shlex
+import statistics
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import peer
+from rows import (
+    ROOT,
+    Note,
+    Row,
+    put_row,
+    read_rows,
+    reason_of,
+    record,
+    revision,
+    run_child,
+    surroundings,
+    versions,
+)
+from secateur.criteria import make as make_criterion
+from secateur.errors import TargetError
+from secateur.evaluate import count_macs
+from secateur.plan import PruningPlan, Target, make_plan
+from secateur.reading import make_wiring
+from secateur.scoring import score_filters
+from secateur.surgery import apply_plan, relative_error, silence
+from secateur.wiring import Wiring
+from zoo import Member, build, members, random_images
+
+RESULTS = ROOT / "results" / "coverage.json"
+DOCS = ROOT / "docs" / "coverage.md"
+TARGETS = (0.5, 0.75, 0.9)
+"""Shares of the MACs that may stay: the first that is within reach."""
+LAW_LIMIT = 1e-4
+"""Largest relative error of the cut network that float32 rounding excuses."""
+PACKAGES = {"secateur": ("timm",), "torch-pruning": ("timm", "torch-pruning")}
+"""Packages whose versions count, beside those of PyTorch and secateur, for each tool."""
+SEED = 0
+
+
+def measure_secateur(member: Member, note: Note) -> None:
+    """Cuts a network with secateur; `note` takes down what is found, step by step."""
+    model, images = _built(member, note)
+    note(stage="wiring")
+    start = time.perf_counter()
+    wiring = make_wiring(model, images, cut_stream=True)
+    note(wiring_seconds=_since(start), **_groups(wiring), stage="scoring")
+    start = time.perf_counter()
+    scores = l2_scores(model, wiring)
+    note(scoring_seconds=_since(start), stage="plan")
+    start = time.perf_counter()
+    plan, target = _first_plan(scores, wiring)
+    cut_channels = sum(len(filters) for filters in plan.removed.values())
+    note(plan_seconds=_since(start), macs_target=target, channels_cut=cut_channels)
+    note(macs_left=wiring.macs(plan.removed) / wiring.macs(), stage="surgery")
+    start = time.perf_counter()
+    smaller = apply_plan(model, wiring, plan)
+    note(surgery_seconds=_since(start), stage="forward")
+    with torch.no_grad():
+        found = _outputs(smaller(images))
+        note(counted_macs_left=count_macs(smaller, images[:1]) / count_macs(model, images[:1]))
+        note(stage="law")
+        expected = _outputs(silence(model, wiring, plan)(images))
+        before = _outputs(model(images))
+    note(
+        law_error=_error(found, expected),
+        change=_error(found, before),
+        is_finite=all(bool(value.isfinite().all()) for value in found),
+        stage="backward",
+    )
+    missing = _gradient_names(model, images) - _gradient_names(smaller, images)
+    note(parameters_without_gradient=sorted(missing)[:5], stage="done")
+
+
+def measure_peer(member: Member, note: Note) -> None:
+    """Cuts a network with Torch-Pruning, as near to half of its MACs as a few trials come.
+
+    A trial that fails counts as one; the network counts as cut where the best of the others runs.
+    """
+    model, images = _built(member, note)
+    image = images[:1]
+    note(stage="count")
+    macs = peer.macs(model, image)
+    low, high, ratio = 0.0, 1.0, peer.FIRST_RATIO
+    errors: list[Exception] = []
+    best: tuple[float, peer.PeerCut] | None = None
+    start = time.perf_counter()
+    for trial in range(peer.TRIALS):
+        note(stage=f"trial {trial + 1}", ratio=ratio)
+        try:
+            cut = peer.cut(model, image, ratio)
+            left = peer.macs(cut.model, image) / macs
+        except Exception as error:  # whatever the peer raises is a finding
+            errors.append(error)
+            note(failed_trials=[reason_of(failure) for failure in errors])
+            if best is None:
+                raise
+            high = ratio
+        else:
+            if best is None or abs(left - TARGETS[0]) < abs(best[0] - TARGETS[0]):
+                best = (left, cut)
+                note(macs_left=left, graph_seconds=cut.graph_seconds, cut_seconds=cut.cut_seconds)
+            if abs(left - TARGETS[0]) < peer.CLOSE_ENOUGH:
+                break
+            low, high = (low, ratio) if left < TARGETS[0] else (ratio, high)
+        ratio = (low + high) / 2
+    assert best is not None
+    smaller = best[1].model
+    note(search_seconds=_since(start), ratio=best[1].ratio, stage="forward")
+    with torch.no_grad():
+        found = _outputs(smaller(images))
+        note(counted_macs_left=count_macs(smaller, image) / count_macs(model, image))
+        before = _outputs(model(images))
+    note(change=_error(found, before), stage="backward")
+    missing = _gradient_names(model, images) - _gradient_names(smaller, images)
+    note(parameters_without_gradient=sorted(missing)[:5], stage="done")
+
+
+def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+    """The norm of every filter's kernel, by group."""
+    criterion = make_criterion("l2", top_fraction=0.1, seed=SEED)
+    scored = score_filters(
+        model, wiring, lambda: (), {"l2": criterion}, None, quantile=0.01, use_labels=False
+    )
+    return scored["l2"].scores
+
+
+def _first_plan(scores: dict[str, Tensor], wiring: Wiring) -> tuple[PruningPlan, float]:
+    """The plan for the first target within reach; raises `TargetError` where none is."""
+    errors = []
+    for fraction in TARGETS:
+        try:
+            return make_plan(scores, wiring, Target("macs", fraction), "l2"), fraction
+        except TargetError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
+    """The network and two images; raises `ValueError` where it shows nothing."""
+    note(stage="build")
+    model = build(member, SEED)
+    images = random_images(2, member.side, SEED + 1)
+    with torch.no_grad():
+        outputs = _outputs(model(images))
+    if not all(bool(value.isfinite().all()) and bool(value.any()) for value in outputs):
+        raise ValueError("the untouched network's output is zero or not finite")
+    return model, images
+
+
+def _outputs(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    return max(relative_error(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _groups(wiring: Wiring) -> Row:
+    """How many channels can be cut, and how many can't by each reason."""
+    frozen: Counter[str] = Counter()
+    for group in wiring.frozen:
+        frozen[group.reason] += group.size
+    return {
+        "channels": sum(len(group) for group in wiring.groups.values()),
+        "frozen_channels": dict(frozen.most_common()),
+        "frozen_groups": len(wiring.frozen),
+        "groups": len(wiring.groups),
+    }
+
+
+def _gradient_names(model: nn.Module, images: Tensor) -> set[str]:
+    """The parameters that the sum of the squared output gives a finite gradient."""
+    outputs = _outputs(model(images))
+    torch.stack([value.float().square().sum() for value in outputs]).sum().backward()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and bool(parameter.grad.isfinite().all())
+    }
+
+
+def _since(start: float) -> float:
+    return time.perf_counter() - start
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Measures one network with one tool in this process."""
+    torch.set_num_threads(arguments.threads)
+    member = next(member for member in members() if member.name == arguments.network)
+    measure = {"secateur": measure_secateur, "torch-pruning": measure_peer}[arguments.tool]
+    record(partial(measure, member), Path(arguments.out), *PACKAGES[arguments.tool])
+
+
+def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
+    """A row, from a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        found = run_child(
+            "coverage.py",
+            ["--network", member.name, "--tool", tool, "--threads", str(threads)],
+            Path(directory) / "row.json",
+            limit,
+        )
+    head = {"network": member.name, "tool": tool, "part": member.part, "side": member.side}
+    command = ["python", "bench/coverage.py", "--only", member.name, "--tool", tool]
+    command += ["--limit", f"{limit:g}", "--threads", str(threads)]
+    return {
+        **head,
+        "command": shlex.join(command),
+        "revision": revision(),
+        "seed": SEED,
+        "limit_seconds": limit,
+        **found,
+    }
+
+
+def is_cut(row: Row | None) -> bool:
+    """Whether a network was cut and the result runs, forward and backward."""
+    if row is None or row["outcome"] != "ok" or row["parameters_without_gradient"]:
+        return False
+    return bool(row.get("is_finite", True)) and row["change"] > LAW_LIMIT
+
+
+def is_within(row: Row | None, points: float) -> bool:
+    """Whether the MACs left, by the tool's own count, are within some points of half."""
+    return row is not None and is_cut(row) and abs(row["macs_left"] - 0.5) <= points / 100
+
+
+def holds_law(row: Row | None) -> bool:
+    """Whether the cut network equals the original with the removed channels silenced."""
+    return row is not None and is_cut(row) and row["law_error"] <= LAW_LIMIT
+
+
+def summary_table(found: list[Row]) -> str:
+    """How many networks of each part of the zoo each tool cuts."""
+    lines = [
+        "| | networks | secateur: cut, runs | within 3 points | within 5 points "
+        "| equals the silenced original "
+        "| Torch-Pruning: cut, runs | within 3 points | within 5 points |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for part in ("torchvision", "timm", "bonus"):
+        names = [member.name for member in members() if member.part == part]
+        ours = [_find(found, name, "secateur") for name in names]
+        theirs = [_find(found, name, "torch-pruning") for name in names]
+        cells = [part, str(len(names))]
+        for rows, tests in (
+            (ours, (is_cut, lambda r: is_within(r, 3), lambda r: is_within(r, 5), holds_law)),
+            (theirs, (is_cut, lambda r: is_within(r, 3), lambda r: is_within(r, 5))),
+        ):
+            measured = [row for row in rows if row is not None]
+            of = "" if len(measured) == len(names) else f" of {len(measured)} measured"
+            cells += [f"{sum(map(test, measured))}{of}" for test in tests]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reasons_table(found: list[Row]) -> str:
+    """Why channels are frozen, over all networks."""
+    channels: Counter[str] = Counter()
+    networks: Counter[str] = Counter()
+    for row in found:
+        if row["tool"] == "secateur":
+            for reason, size in row.get("frozen_channels", {}).items():
+                channels[reason] += size
+                networks[reason] += 1
+    lines = ["| why channels stay | channels | networks |", "|---|---|---|"]
+    lines += [
+        f"| {_cell(reason)} | {size:,} | {networks[reason]} |"
+        for reason, size in channels.most_common()
+    ]
+    return "\n".join(lines)
+
+
+def network_table(found: list[Row], part: str) -> str:
+    """One line a network."""
+    lines = [
+        "| network, pixels | channels cut of all | MACs left | error | wiring + surgery, s "
+        "| frozen | Torch-Pruning: MACs left | graph + cut, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for member in members():
+        if member.part == part:
+            ours = _find(found, member.name, "secateur")
+            theirs = _find(found, member.name, "torch-pruning")
+            title = f"{member.name.partition(':')[2]}, {member.side}"
+            lines.append(f"| {' | '.join([title, *_our_cells(ours), *_their_cells(theirs)])} |")
+    return "\n".join(lines)
+
+
+def _our_cells(row: Row | None) -> list[str]:
+    if row is None:
+        return 5 * ["–"]
+    frozen = row.get("frozen_channels", {})
+    reasons = "; ".join(f"{size}: {_cell(reason)}" for reason, size in list(frozen.items())[:3])
+    if row["outcome"] != "ok":
+        return [_failure(row), "–", "–", "–", reasons]
+    total = row["channels"] + sum(frozen.values())
+    left = f"{100 * row['macs_left']:.1f} %"
+    if not is_cut(row):
+        left += " (does not train)" if row["parameters_without_gradient"] else " (broken)"
+    seconds = row["wiring_seconds"] + row["surgery_seconds"]
+    channels = f"{row['channels_cut']:,} of {total:,}"
+    return [channels, left, f"{row['law_error']:.0e}", f"{seconds:.2f}", reasons or "–"]
+
+
+def _their_cells(row: Row | None) -> list[str]:
+    if row is None:
+        return 2 * ["–"]
+    if row["outcome"] != "ok":
+        earlier = (
+            f" ({100 * row['macs_left']:.1f} % in an earlier trial)" if "macs_left" in row else ""
+        )
+        return [_failure(row) + earlier, "–"]
+    left = f"{100 * row['macs_left']:.1f} %"
+    if not is_cut(row):
+        left += " (does not train)" if row["parameters_without_gradient"] else " (not cut)"
+    return [left, f"{row['graph_seconds'] + row['cut_seconds']:.2f}"]
+
+
+def _failure(row: Row) -> str:
+    return f"{row['outcome']} at {row.get('stage', 'start')}: {_cell(row['reason'])}"
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 120 else text[:117] + "…"
+    return short.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _find(found: list[Row], network: str, tool: str) -> Row | None:
+    return next((row for row in found if (row["network"], row["tool"]) == (network, tool)), None)
+
+
+def page(found: list[Row]) -> str:
+    """The whole of docs/coverage.md."""
+    surroundings_of = found[-1]["environment"] if found else {}
+    listed = ", ".join(f"{name} {value}" for name, value in surroundings_of.items())
+    times = [
+        ours["wiring_seconds"] + ours["surgery_seconds"]
+        for ours in found
+        if ours["tool"] == "secateur" and ours["outcome"] == "ok"
+    ]
+    median = f"{statistics.median(times):.2f} s" if times else "–"
+    parts = {
+        "torchvision": "torchvision's classification CNNs",
+        "timm": "timm's convolutional and hybrid families",
+        "bonus": "Transformers, for which no promise is made",
+    }
+    tables = "\n\n".join(
+        f"## {title}\n\n{network_table(found, part)}" for part, title in parts.items()
+    )
+    return f"""# Coverage: which networks can be cut
+
+Written by `python bench/coverage.py`; `results/coverage.json` has each row's command, seed,
+versions and hardware.
+
+Each network has random weights (seed {SEED}), and random scales, shifts and norm statistics too
+(`bench/zoo.py`). It is cut to 50 % of its MACs by the L2 norm of its filters, with the channels of
+residual streams (`cut_stream`). *Error* is the largest difference between the cut network's output
+and the original's with the removed channels silenced, over the largest output, float32. *Cut,
+runs*: channels are gone, the forward pass runs, and every parameter that had a gradient has a
+finite one. Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier kept, up to
+{peer.TRIALS} trials of the ratio. *MACs left* is each tool's own count. Median of wiring + surgery:
+{median}.
+
+{summary_table(found)}
+
+Last row measured with: {listed}.
+
+{tables}
+
+## Why channels stay
+
+{reasons_table(found)}
+"""
+
+
+def write_page() -> None:
+    """Brings docs/coverage.md up to date."""
+    DOCS.write_text(page(read_rows(RESULTS)))
+
+
+def is_there(found: list[Row], member: Member, tool: str) -> bool:
+    """Whether a row was measured with the versions that are installed, on the same images."""
+    row = _find(found, member.name, tool)
+    if row is None or "environment" not in row or row["side"] != member.side:
+        return False
+    return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})
+
+
+def main() -> None:
+    """Measures what is missing and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", help="pattern of names, such as 'timm:*'")
+    parser.add_argument("--tool", choices=[*PACKAGES, "both"], default="both")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each network")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    for name in ("--child", "--network", "--out"):
+        action = "store_true" if name == "--child" else "store"
+        parser.add_argument(name, action=action, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    if not arguments.tables:
+        for member in members():
+            if not fnmatch.fnmatch(member.name, arguments.only):
+                continue
+            for tool in PACKAGES if arguments.tool == "both" else (arguments.tool,):
+                again = arguments.again and fnmatch.fnmatch(member.name, arguments.again)
+                if not again and is_there(read_rows(RESULTS), member, tool):
+                    continue
+                row = measure(member, tool, arguments.limit, arguments.threads)
+                put_row(RESULTS, row, ("network", "tool"))
+                left = f"{row['macs_left']:.3f}" if "macs_left" in row else "-"
+                said = row.get("reason", "")
+                print(
+                    member.name, tool, row["outcome"], left, row["wall_seconds"], said, flush=True
+                )
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""How long cutting takes, and how much faster the cut network is.
+
+    python bench/speed.py [--only PATTERN] [--mode both]
+
+measures every network in a process of its own and after each writes `results/speed.json`; rows
+that are there already are kept, so it can be interrupted. Then it writes docs/speed.md; `--tables`
+does only that. Whatever is compared is timed in turns, so that a busy machine slows all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import shlex
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peer
+from coverage import l2_scores
+from rows import (
+    ROOT,
+    Note,
+    Row,
+    put_row,
+    read_rows,
+    record,
+    revision,
+    run_child,
+    surroundings,
+    versions,
+)
+from secateur.evaluate import count_macs
+from secateur.plan import Target, make_plan
+from secateur.reading import make_wiring
+from secateur.surgery import apply_plan, relative_error
+from zoo import Member, build, random_images
+
+RESULTS = ROOT / "results" / "speed.json"
+DOCS = ROOT / "docs" / "speed.md"
+NETWORKS = {
+    "surgery": ("resnet50", "densenet121", "efficientnet_b0", "convnext_tiny"),
+    "latency": (
+        "resnet50",
+        "vgg16_bn",
+        "mobilenet_v2",
+        "efficientnet_b0",
+        "densenet121",
+        "convnext_tiny",
+        "regnet_y_400mf",
+    ),
+}
+"""torchvision's networks, by what is measured of them."""
+PACKAGES = {"surgery": ("torch-pruning",), "latency": ("onnx", "onnxruntime", "onnxscript")}
+SIDE = 224
+SEED = 0
+TARGET = Target("macs", 0.5)
+BATCHES = (1, 16)
+ENGINES = ("eager", "compiled", "onnxruntime")
+SURGERY_REPEATS = 5
+LATENCY_REPEATS = (5, 15)
+"""Turns of each kind: at least, and at most; between them until `LATENCY_SECONDS` are over."""
+LATENCY_SECONDS = 15.0
+Forward = Callable[[Tensor], Tensor]
+
+
+def measure_surgery(name: str, note: Note) -> None:
+    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning in turns.
+
+    Torch-Pruning cuts by the ratio that leaves about half of the MACs, which is searched for first;
+    what the search took is noted apart.
+    """
+    note(stage="build")
+    model = _built(name)
+    images = random_images(2, SIDE, SEED + 1)
+    note(stage="search")
+    start = time.perf_counter()
+    ratio, peer_left = _ratio_for_half(model, images[:1])
+    note(search_seconds=time.perf_counter() - start, ratio=ratio, peer_macs_left=peer_left)
+    steps: dict[str, list[float]] = {}
+
+    def timed(step: str, action: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = action()
+        steps.setdefault(step, []).append(time.perf_counter() - start)
+        return result
+
+    for repeat in range(SURGERY_REPEATS + 1):  # the first turn warms up
+        if repeat == 1:
+            steps.clear()
+        note(stage=f"turn {repeat}")
+        wiring = timed("wiring", lambda: make_wiring(model, images, cut_stream=True))
+        scores = timed("scores", partial(l2_scores, model, wiring))
+        plan = timed("plan", partial(make_plan, scores, wiring, TARGET, "l2"))
+        timed("surgery", partial(apply_plan, model, wiring, plan))
+        twin = copy.deepcopy(model)
+        timed("peer_graph", partial(peer.build_graph, twin, images[:1]))
+        cut = peer.cut(model, images[:1], ratio)
+        steps.setdefault("peer_pruner", []).append(cut.graph_seconds)
+        steps.setdefault("peer_cut", []).append(cut.cut_seconds)
+    note(macs_left=wiring.macs(plan.removed) / wiring.macs(), seconds=steps, stage="done")
+
+
+def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
+    """The ratio at which Torch-Pruning leaves half of the MACs, about, and what it leaves."""
+    whole = peer.macs(model, image)
+    low, high, ratio, left = 0.0, 1.0, peer.FIRST_RATIO, 1.0
+    for _ in range(peer.TRIALS):
+        left = peer.macs(peer.cut(model, image, ratio).model, image) / whole
+        if abs(left - TARGET.fraction_left) < peer.CLOSE_ENOUGH:
+            break
+        low, high = (low, ratio) if left < TARGET.fraction_left else (ratio, high)
+        ratio = (low + high) / 2
+    return ratio, left
+
+
+def measure_latency(name: str, note: Note) -> None:
+    """Times the forward pass of a network and of its half, by each engine and batch, in turns."""
+    note(stage="cut")
+    model = _built(name)
+    example = random_images(2, SIDE, SEED + 1)
+    wiring = make_wiring(model, example, cut_stream=True)
+    plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2")
+    networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
+    macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
+    cells: list[Row] = []
+    note(macs=macs, cells=cells)
+    for engine in ENGINES:
+        for batch in BATCHES:
+            note(stage=f"{engine}, batch {batch}")
+            images = random_images(batch, SIDE, SEED + 2)
+            cell: Row = {"engine": engine, "batch": batch}
+            try:
+                forwards = {kind: _forward(n, engine, images) for kind, n in networks.items()}
+                cell["difference"] = max(
+                    _difference(forwards[kind], network, images)
+                    for kind, network in networks.items()
+                )
+                cell["seconds"] = _in_turns(forwards, images)
+            except Exception as error:  # an engine that can't run a network is a finding
+                cell["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
+            cells.append(cell)
+    note(cells=cells, stage="done")
+
+
+def _forward(model: nn.Module, engine: str, images: Tensor) -> Forward:
+    """What runs a batch of the shape of `images`."""
+    if engine == "compiled":
+        torch.compiler.reset()
+        compiled: Forward = torch.compile(model, dynamic=False)
+        return compiled
+    if engine == "onnxruntime":
+        return _in_onnxruntime(model, images)
+    return model
+
+
+def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        write_onnx(model, images, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    given = session.get_inputs()[0].name
+    return lambda batch: torch.from_numpy(session.run(None, {given: batch.numpy()})[0])
+
+
+def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes the network for batches of this shape."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(model, (images,), path, dynamo=True, external_data=False, verbose=False)
+
+
+def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
+    """How far an engine's output is from the network's own; the first call also warms up."""
+    with torch.no_grad():
+        return relative_error(forward(images), model(images))
+
+
+def _in_turns(forwards: dict[str, Forward], images: Tensor) -> dict[str, list[float]]:
+    """Seconds of each forward pass, by kind of network."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in forwards}
+    least, most = LATENCY_REPEATS
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(most + 1):
+            if turn > least and time.perf_counter() - begin > LATENCY_SECONDS:
+                break
+            for kind, forward in forwards.items():
+                start = time.perf_counter()
+                forward(images)
+                if turn > 0:  # the first turn warms up
+                    seconds[kind].append(time.perf_counter() - start)
+    return seconds
+
+
+def _built(name: str) -> nn.Module:
+    return build(Member(f"torchvision:{name}", "torchvision", SIDE), SEED)
+
+
+def measure(name: str, mode: str, limit: float, threads: int) -> Row:
+    """A row, from a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        found = run_child(
+            "speed.py",
+            ["--network", name, "--mode", mode, "--threads", str(threads)],
+            Path(directory) / "row.json",
+            limit,
+        )
+    command = ["python", "bench/speed.py", "--only", name, "--mode", mode]
+    command += ["--threads", str(threads)]
+    return {
+        "network": name,
+        "mode": mode,
+        "command": shlex.join(command),
+        "revision": revision(),
+        "seed": SEED,
+        "side": SIDE,
+        "limit_seconds": limit,
+        **found,
+    }
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Measures one network in this process."""
+    torch.set_num_threads(arguments.threads)
+    measure = {"surgery": measure_surgery, "latency": measure_latency}[arguments.mode]
+    packages = PACKAGES[arguments.mode]
+    record(partial(measure, arguments.network), Path(arguments.out), *packages)
+
+
+def surgery_table(found: list[Row]) -> str:
+    """Median seconds of cutting, and how many times as long the peer takes."""
+    lines = [
+        "| network | secateur: wiring | scores + plan | surgery "
+        "| Torch-Pruning: graph | pruner | cut | graph + cut over wiring + surgery |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row["mode"] != "surgery":
+            continue
+        if row["outcome"] != "ok":
+            lines.append(f"| {row['network']} | {row['outcome']}: {row['reason']} |||||||")
+            continue
+        median = {step: statistics.median(values) for step, values in row["seconds"].items()}
+        ours = median["wiring"] + median["surgery"]
+        theirs = median["peer_graph"] + median["peer_cut"]
+        cells = [
+            row["network"],
+            f"{median['wiring']:.2f}",
+            f"{median['scores'] + median['plan']:.2f}",
+            f"{median['surgery']:.2f}",
+            f"{median['peer_graph']:.2f}",
+            f"{median['peer_pruner']:.2f}",
+            f"{median['peer_cut']:.2f}",
+            f"{theirs / ours:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def latency_table(found: list[Row]) -> str:
+    """Milliseconds before and after, by engine and batch."""
+    lines = [
+        "| network | engine | batch | original, ms | cut, ms | speed-up | of the ideal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        for cell in row.get("cells", ()) if row["mode"] == "latency" else ():
+            head = [row["network"], cell["engine"], str(cell["batch"])]
+            if "seconds" not in cell:
+                lines.append(f"| {' | '.join(head)} | {_short(cell['reason'])} ||||")
+                continue
+            before, after = (
+                1e3 * statistics.median(cell["seconds"][k]) for k in ("original", "cut")
+            )
+            ideal = row["macs"]["original"] / row["macs"]["cut"]
+            figures = [f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}×"]
+            figures.append(f"{100 * before / after / ideal:.0f} %")
+            lines.append(f"| {' | '.join([*head, *figures])} |")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return text.splitlines()[0][:100].replace("|", "\\|")
+
+
+def page(found: list[Row]) -> str:
+    """The whole of docs/speed.md."""
+    environment = found[-1]["environment"] if found else {}
+    listed = ", ".join(f"{name} {value}" for name, value in environment.items())
+    return f"""# Speed: of cutting, and of what is cut
+
+Written by `python bench/speed.py`; `results/speed.json` has each row's command, seed, versions,
+hardware and every single time. torchvision's networks, {SIDE}×{SIDE} pixels, float32, random
+weights (seed {SEED}), cut to 50 % of their MACs with `cut_stream`.
+
+## Cutting
+
+Median seconds of {SURGERY_REPEATS} turns. *Graph* is Torch-Pruning's `DependencyGraph` alone,
+*pruner* the whole constructor of its `MagnitudePruner`, which builds one too; *cut* one `step()`
+with the ratio known, importance included. Finding the ratio takes it several rounds of all that;
+secateur's plan meets the target from one wiring.
+
+{surgery_table(found)}
+
+## Forward passes
+
+Median of {LATENCY_REPEATS[0]} to {LATENCY_REPEATS[1]} passes, original and cut in turns. *Compiled*
+is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs alone would
+give.
+
+{latency_table(found)}
+
+Last row measured with: {listed}.
+"""
+
+
+def is_there(found: list[Row], name: str, mode: str, threads: int) -> bool:
+    """Whether a row was measured with the versions that are installed, and as many threads."""
+    for row in found:
+        if (row["network"], row["mode"]) == (name, mode) and "environment" in row:
+            here = {"environment": surroundings(*PACKAGES[mode])}
+            same = versions(row) == versions(here)
+            return same and bool(row["environment"]["threads"] == threads)
+    return False
+
+
+def main() -> None:
+    """Measures what is missing and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", help="pattern of names, such as 'resnet*'")
+    parser.add_argument("--mode", choices=[*NETWORKS, "both"], default="both")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for each network")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    for option in ("--child", "--network", "--out"):
+        action = "store_true" if option == "--child" else "store"
+        parser.add_argument(option, action=action, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    for mode, names in NETWORKS.items():
+        if arguments.tables or arguments.mode not in (mode, "both"):
+            continue
+        for name in fnmatch.filter(names, arguments.only):
+            again = arguments.again and fnmatch.fnmatch(name, arguments.again)
+            if again or not is_there(read_rows(RESULTS), name, mode, arguments.threads):
+                row = measure(name, mode, arguments.limit, arguments.threads)
+                put_row(RESULTS, row, ("network", "mode"))
+                said = row.get("reason", "")
+                print(name, mode, row["outcome"], row["wall_seconds"], said, flush=True)
+    DOCS.write_text(page(read_rows(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

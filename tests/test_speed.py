@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import speed
+from networks import make_network, random_images
+from rows import Row, read_rows
+from speed import latency_table, page, surgery_table
+
+
+def row_of(mode: str, **more: object) -> Row:
+    return {"network": "resnet50", "mode": mode, "outcome": "ok", **more}
+
+
+def test_the_table_of_cutting_compares_medians() -> None:
+    steps = ("wiring", "scores", "plan", "surgery", "peer_graph", "peer_pruner", "peer_cut")
+    seconds = {step: [1.0, 2.0, 90.0] for step in steps}
+    seconds["peer_cut"] = [6.0]
+    failed = row_of("surgery", outcome="failed", reason="It broke")
+    table = surgery_table([row_of("surgery", seconds=seconds), failed])
+    assert "| resnet50 | 2.00 | 4.00 | 2.00 | 2.00 | 2.00 | 6.00 | 2.00 |" in table
+    assert "failed: It broke" in table
+
+
+def test_the_table_of_forward_passes_tells_how_near_the_ideal_they_come() -> None:
+    cells: list[Row] = [
+        {"engine": "eager", "batch": 1, "seconds": {"original": [0.3], "cut": [0.2]}},
+        {"engine": "compiled", "batch": 16, "reason": "It | broke\nhere"},
+    ]
+    row = row_of("latency", cells=cells, macs={"original": 200, "cut": 100})
+    table = latency_table([row])
+    assert "| resnet50 | eager | 1 | 300.0 | 200.0 | 1.50× | 75 % |" in table
+    assert "| resnet50 | compiled | 16 | It \\| broke ||||" in table
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_engines_give_the_network_s_own_output(engine: str) -> None:
+    if engine == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model, images = make_network("residual"), random_images(3)
+    forward = speed._forward(model, engine, images)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(images), model(images))
+    seconds = speed._in_turns({"original": forward, "cut": forward}, images)
+    assert len(seconds["original"]) == len(seconds["cut"]) == speed.LATENCY_REPEATS[1]
+
+
+def test_the_page_is_that_of_the_result_file() -> None:
+    assert page(read_rows(speed.RESULTS)) == speed.DOCS.read_text()
