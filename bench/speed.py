@@ -16,7 +16,6 @@ import shlex
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from rows import (
     versions,
 )
 from secateur.evaluate import count_macs
+from secateur.export import export_onnx
 from secateur.plan import Target, make_plan
 from secateur.reading import make_wiring
 from secateur.surgery import apply_plan, relative_error
@@ -168,7 +168,7 @@ def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
-        write_onnx(model, images, path)
+        export_onnx(model, images, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
@@ -177,12 +177,6 @@ def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
         )
     given = session.get_inputs()[0].name
     return lambda batch: torch.from_numpy(session.run(None, {given: batch.numpy()})[0])
-
-
-def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes the network for batches of this shape."""
-    with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(model, (images,), path, dynamo=True, external_data=False, verbose=False)
 
 
 def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
