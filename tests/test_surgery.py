@@ -281,7 +281,7 @@ def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
 
 def test_tied_kernels_stay_tied() -> None:
     model, wiring = wired("tied_weights")
-    cut = apply_plan(model, wiring, plan_of({"other": (2, 5), "stem.0": (1,)}))
+    cut = apply_plan(model, wiring, plan_of({"one": (2, 5), "stem.0": (1,)}))
     assert cut.get_parameter("one.weight") is cut.get_parameter("other.weight")
     assert cut.get_parameter("one.weight").shape == (4, 3, 3, 3)
 

@@ -35,7 +35,7 @@ WITHOUT_STREAM = {
     "depthwise": {"expand.0": 6, "project": 4},
     "flattened": {"features.0.0": 6, "hidden": 7},
     "shared": {"stem.0": 5, "last": 4},
-    "tied_weights": {"stem.0": 4, "other": 6},
+    "tied_weights": {"stem.0": 4, "one": 6},
     "in_place": {"conv1.0": 5},
     "grouped": {"stem.0": 3, "grouped.0": 4, "last.0": 7},
     "channel_pad": {"conv1": 7},
@@ -268,7 +268,7 @@ def test_one_kernel_under_two_names_is_counted_once_and_cut_once() -> None:
     assert isinstance(model, TiedWeights)
     aliases = aliases_of(model)
     assert aliases["one.weight"] == aliases["other.weight"] == ("one.weight", "other.weight")
-    (layer,) = wiring.groups["other"].layers
+    (layer,) = wiring.groups["one"].layers
     assert layer.weight in aliases["one.weight"]
     expected = 4 * 3 * 9 + 2 * 4 + 6 * 4 * 9 + 12 * 5 + 5
     assert wiring.params() == expected

@@ -181,8 +181,7 @@ class ChannelSpread:
         assert callable(node.target)
         with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
             node.target(*arguments[0], **arguments[1])
-        (batch, *_) = self.graph.image.meta["val"].shape
-        self.product_macs += traced_size(counter.get_total_flops()) // 2 // traced_size(batch)
+        self.product_macs += int(counter.get_total_flops()) // 2 // self.graph.images
 
     def depends_on(self, node: Node, source: Node) -> bool:
         """Whether a value is computed from another one, or is that one."""
@@ -275,22 +274,12 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def shape_of(node: Node) -> Sequence[int | torch.SymInt]:
-    """Shape of a node's value; a size that depends on the batch is symbolic."""
-    shape: Sequence[int | torch.SymInt] = node.meta["val"].shape
+def shape_of(node: Node) -> Sequence[int]:
+    """Shape of a node's value in the traced batch."""
+    shape: Sequence[int] = node.meta["val"].shape
     return shape
 
 
-def traced_size(size: int | torch.SymInt) -> int:
-    """The size as it was in the example batch."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    assert isinstance(hint, int)
-    return hint
-
-
-def positions(spread: ChannelSpread, *sizes: Sequence[int | torch.SymInt]) -> int:
+def positions(spread: ChannelSpread, *sizes: Sequence[int]) -> int:
     """How many positions an image has in dimensions of these sizes, the batch among them."""
-    (batch, *_) = shape_of(spread.graph.image)
-    return math.prod(traced_size(size) for part in sizes for size in part) // traced_size(batch)
+    return math.prod(size for part in sizes for size in part) // spread.graph.images

@@ -1,6 +1,6 @@
 """The network as a graph of ATen operations that runs with any set of parameters.
 
-`trace` reads the graph from `torch.export`; `Walk` runs it, node by node, with parameters that are
+`trace` reads the graph; `Walk` runs it, node by node, with parameters that are
 passed in by name. So one graph serves the original network, the same network with smaller
 kernels, and the network with some of its channels silenced.
 """
@@ -8,6 +8,8 @@ kernels, and the network with some of its channels silenced.
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import Graph
-from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node, map_arg
+from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
 
@@ -31,8 +36,8 @@ Sizes = Mapping[Node, Mapping[int, Any]]
 Compute = Callable[[Callable[[Node], Any]], Any]
 """An operation's value, from a function that gives the values of what it reads."""
 
-TRACED_IMAGES = 97
-"""Images in the batch that is traced: a prime, which no other size is a multiple of."""
+BATCH_SIZES = (97, 89, 83, 79, 73, 71, 67, 61, 59, 53)
+"""Numbers of images to trace with: primes, of which few other sizes are multiples."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class NetworkGraph:
     """The nodes whose values the network returns, in the order of its flattened answer."""
     last_use: dict[Node, Node]
     """Value -> the last node that reads it."""
+    images: int
+    """Images in the batch that was traced; sizes in the graph that depend on it are multiples."""
 
     @property
     def output(self) -> Node:
@@ -64,47 +71,151 @@ class NetworkGraph:
 def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
     """The graph of `model` in evaluation mode; the batch dimension stays open.
 
-    `example` is a batch `[image, rgb, height, width]`, of which only the shape matters. With
-    `forward` it is `forward(model, images)` that is traced, for networks whose whole answer can't
-    be, such as detectors. Raises `TraceError` where `torch.export` can't follow the network.
+    `example` is a batch `[image, rgb, height, width]`, of which only the shape of an image matters.
+    With `forward` it is `forward(model, images)` that is traced, for networks whose whole answer
+    can't be, such as detectors. Raises `TraceError` where the network can't be followed.
+
+    The operations are those that `torch.export` gives; this is its tracer without what export adds,
+    four times as fast. Instead of symbols the batch has a size that divides no other one
+    (`NetworkGraph.images`), so sizes that depend on the batch are known by being its multiples.
     """
-    program = export_program(model if forward is None else _Part(model, forward), example)
-    signature = program.graph_signature
+    images = _batch_size(model, example)
+    names, fakes, batch = _fake_inputs(model, example, images)
+    traced = model if forward is None else _Part(model, forward)
     prefix = "" if forward is None else "model."
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    tensor_names: dict[Node, str] = {}
+
+    def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        state = {prefix + name: tensor for name, tensor in zip(names, tensors, strict=True)}
+        return tuple(tree_leaves(torch.func.functional_call(traced, state, (batch,))))
+
+    try:
+        with evaluating(model), torch.no_grad(), _noting_modules(model):
+            module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+    except Exception as error:  # the network is the user's: it may raise anything
+        raise _not_traced(error) from error
+    graph = module.graph
+    _drop_settings(graph)
+    _replace_in_place_operations(graph)
+    *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
+    _open_batch(graph, image, images)
+    nodes = tuple(graph.nodes)
     constants: dict[Node, Tensor] = {}
-    given: list[Node] = []
-    _inline_regions(program.graph_module)
-    _replace_in_place_operations(program.graph_module.graph)
-    nodes = tuple(program.graph_module.graph.nodes)
     for node in nodes:
-        if node.op == "placeholder":
-            if node.name in named:
-                tensor_names[node] = named[node.name].removeprefix(prefix)
-            elif node.name in signature.inputs_to_lifted_tensor_constants:
-                name = signature.inputs_to_lifted_tensor_constants[node.name]
-                constants[node] = program.constants[name]
-            else:
-                given.append(node)
-        elif node.op == "get_attr":
-            constants[node] = getattr(program.graph_module, str(node.target))
+        if node.op == "get_attr":
+            constants[node] = getattr(module, str(node.target))
+            if isinstance(constants[node], FakeTensor):
+                raise TraceError("the network makes a tensor of values that the graph can't hold")
         elif node.op == "call_function":
             _name_arguments_by_position(node)
-            stack = node.meta.get("nn_module_stack") or {}
-            node.meta["nn_module_stack"] = {
-                key: (path.removeprefix(prefix), kind) for key, (path, kind) in stack.items()
-            }
     answers = nodes[-1].args[0]
-    assert isinstance(answers, tuple)
+    assert isinstance(answers, list | tuple)
     outputs = tuple(node for node in answers if isinstance(node, Node))
-    if len(given) != 1 or not outputs:
-        raise TraceError("the network must take one batch of images and return tensors")
+    if not outputs:
+        raise TraceError("the network must return tensors")
     last_use: dict[Node, Node] = {}
     for node in nodes:
         for source in node.all_input_nodes:
             last_use[source] = node
-    return NetworkGraph(nodes, tensor_names, constants, given[0], outputs, last_use)
+    tensor_names = dict(zip(placeholders, names, strict=True))
+    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+
+
+def _batch_size(model: nn.Module, example: Tensor) -> int:
+    """A prime that no size of the network or of its images is a multiple of."""
+    shapes = [example.shape[1:], *(tensor.shape for tensor in tensors_of(model).values())]
+    sizes = {size for shape in shapes for size in shape}
+    for prime in BATCH_SIZES:
+        if not any(size and size % prime == 0 for size in sizes):
+            return prime
+    raise TraceError(f"every batch size of {BATCH_SIZES} divides some size of the network")
+
+
+def _fake_inputs(
+    model: nn.Module, example: Tensor, images: int
+) -> tuple[list[str], list[Tensor], Tensor]:
+    """Names of parameters and buffers, shared ones once; stand-ins for them and for a batch."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fakes: list[Tensor] = []
+    for tensor in named.values():
+        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
+    with mode:
+        batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
+    return list(named), fakes, batch
+
+
+@contextmanager
+def _noting_modules(model: nn.Module) -> Iterator[None]:
+    """Every operation that is traced inside the block is noted with the modules it is called in.
+
+    `node.meta["nn_module_stack"]` is `{call: dotted name}`, from the outermost module on.
+    """
+    stack: dict[str, str] = {}
+    calls = itertools.count()
+    hooks = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def enter(*_: object) -> None:
+            stack[f"{name}@{next(calls)}"] = name
+            traceback.current_meta["nn_module_stack"] = dict(stack)
+
+        def leave(*_: object) -> None:
+            stack.popitem()
+            traceback.current_meta["nn_module_stack"] = dict(stack)
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+
+    for name, module in model.named_modules():
+        watch(name, module)
+    try:
+        with traceback.preserve_node_meta():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_settings(graph: Graph) -> None:
+    """Takes out what switches gradients, which the graph runs without, and mixed precision off.
+
+    Raises `TraceError` where the network switches mixed precision on by itself.
+    """
+    for node in reversed(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast" and node.args[2]:
+            raise TraceError("the network switches automatic mixed precision on by itself")
+        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
+            graph.erase_node(node)
+
+
+def _open_batch(graph: Graph, image: Node, images: int) -> None:
+    """Puts the size of the batch at hand wherever a number is a multiple of the traced one."""
+    with graph.inserting_after(image):
+        size = graph.call_function(torch.ops.aten.sym_size.int, (image, 0))
+    size.meta["val"] = images
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node is size:
+            continue
+
+        def opened(value: Any, before: Node = node) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(opened(each, before) for each in value)
+            if type(value) is not int or value == 0 or value % images:
+                return value
+            if value == images:
+                return size
+            with graph.inserting_before(before):
+                multiple = graph.call_function(operator.mul, (size, value // images))
+            multiple.meta["val"] = value
+            return multiple
+
+        node.args = tuple(opened(argument) for argument in node.args)
+        node.kwargs = {name: opened(argument) for name, argument in node.kwargs.items()}
+    if not size.users:
+        graph.erase_node(size)
 
 
 def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
@@ -112,17 +223,19 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
 
     Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
     """
-    images = example[:1].expand(TRACED_IMAGES, *example.shape[1:])
+    images = example[:1].expand(BATCH_SIZES[0], *example.shape[1:])
     try:
         with evaluating(model):
             return torch.export.export(
                 model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-    except Exception as error:  # torch.export raises many unrelated types
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise TraceError(
-            f"the network can't be traced with an open batch dimension: {cause[0]}"
-        ) from error
+    except Exception as error:  # the network is the user's: it may raise anything
+        raise _not_traced(error) from error
+
+
+def _not_traced(error: Exception) -> TraceError:
+    cause = str(error).strip().splitlines() or [type(error).__name__]
+    return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
 
 
 class _Part(nn.Module):
@@ -136,37 +249,6 @@ class _Part(nn.Module):
     def forward(self, images: Tensor) -> object:
         """The function's answer."""
         return self._forward(self.model, images)
-
-
-def _inline_regions(module: GraphModule) -> None:
-    """Puts the operations of regions with a setting of their own among all others.
-
-    Without gradients a region that switches them off means nothing; one that switches automatic
-    mixed precision off neither, since the graph runs without it. Raises `TraceError` for others.
-    """
-    graph = module.graph
-    for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
-            continue
-        skipped = 5 if name == "wrap_with_autocast" else 2
-        if name == "wrap_with_autocast" and node.args[2]:
-            raise TraceError("the network switches automatic mixed precision on by itself")
-        region = node.args[skipped - 1]
-        assert isinstance(region, Node)
-        body = getattr(module, str(region.target)).graph
-        inputs = [inner for inner in body.nodes if inner.op == "placeholder"]
-        values: dict[Node, Any] = dict(zip(inputs, node.args[skipped:], strict=True))
-        with graph.inserting_before(node):
-            for inner in body.nodes:
-                if inner.op not in ("placeholder", "output"):
-                    values[inner] = graph.node_copy(inner, values.__getitem__)
-        (answer,) = (inner.args[0] for inner in body.nodes if inner.op == "output")
-        for user in list(node.users):  # each takes one of the region's values
-            user.replace_all_uses_with(values[answer[user.args[1]]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        graph.erase_node(region)
 
 
 def _name_arguments_by_position(node: Node) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.fx.node import Node
 
-from secateur.channels import ChannelSpread, Ids, Layer, Reader, first_input, shape_of, traced_size
+from secateur.channels import ChannelSpread, Ids, Layer, Reader, first_input, shape_of
 from secateur.graph import operation_name
 
 NO_READER = "read by no convolution or linear layer"
@@ -140,10 +140,9 @@ def _looks(
     missing = np.ones(len(free), dtype=bool)
     looks: list[Look] = []
     problem = NO_READER
-    batch = traced_size(shape_of(spread.graph.image)[0])
     for reader in readers:
         node = _feature_map(first_input(reader.node))
-        if traced_size(shape_of(node)[0]) != batch:
+        if shape_of(node)[0] != spread.graph.images:
             problem = NOT_IN_IMAGES
             continue
         dims = [
@@ -184,4 +183,4 @@ def _has_positions(node: Node) -> bool:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return True
-    return sum(traced_size(size) > 1 for size in value.shape[1:]) > 1
+    return sum(size > 1 for size in value.shape[1:]) > 1

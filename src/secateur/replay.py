@@ -137,16 +137,22 @@ def _sized_places(
 def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
     """The innermost module that an operation was called in, containers left out."""
     found: tuple[str, nn.Module] = ("", model)
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+    for path in _modules_of(node):
         module = _submodule(model, path)
         if module is not None and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             found = (path, module)
     return found
 
 
+def _modules_of(node: Node) -> Iterable[str]:
+    """Dotted names of the modules that an operation was called in, the outermost first."""
+    stack: dict[str, str] = node.meta.get("nn_module_stack", {})
+    return stack.values()
+
+
 def _call_number(node: Node) -> str:
     """Tells several calls of one module apart."""
-    return ",".join(node.meta.get("nn_module_stack") or {})
+    return ",".join(node.meta.get("nn_module_stack", {}))
 
 
 def _trial(wiring: Wiring) -> dict[str, tuple[int, ...]]:
@@ -317,10 +323,7 @@ def _channels_in(model: nn.Module, spread: ChannelSpread, name: str) -> list[tup
         node
         for node in spread.graph.nodes
         if node.op == "call_function"
-        and any(
-            type(_submodule(model, path)) is kind
-            for path, _ in (node.meta.get("nn_module_stack") or {}).values()
-        )
+        and any(type(_submodule(model, path)) is kind for path in _modules_of(node))
     ]
     return [
         (ids, reason)

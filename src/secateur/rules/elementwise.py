@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -43,7 +42,7 @@ def _combined(spread: ChannelSpread, node: Node, tie: Callable[[Ids, Ids], None]
             if dim > len(axes):
                 continue
             own = shape_of(source)[-dim]
-            if isinstance(own, int) and own == 1 and (isinstance(size, torch.SymInt) or size != 1):
+            if own == 1 and size != 1:
                 spread.freeze((axes[-dim],), "one channel that is spread over others")
             else:
                 parts.append(axes[-dim])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -22,7 +21,6 @@ from secateur.channels import (
     fixed_axes,
     position_of,
     shape_of,
-    traced_size,
 )
 
 
@@ -46,7 +44,7 @@ def concatenate(spread: ChannelSpread, node: Node) -> Axes:
             result.append(
                 np.concatenate(
                     [
-                        spread.fixed(int(shape[dim]), "a constant or an input of the network")
+                        spread.fixed(shape[dim], "a constant or an input of the network")
                         if each is None
                         else each
                         for each, (_, shape) in zip(ids, parts, strict=True)
@@ -91,7 +89,7 @@ def squeeze(spread: ChannelSpread, node: Node) -> Axes:
     axes, shape = spread.axes[source], shape_of(source)
     dims = argument(node, "dim")
     chosen = range(len(axes)) if dims is None else dims if isinstance(dims, list) else [dims]
-    gone = {dim % len(axes) for dim in chosen if isinstance(shape[dim], int) and shape[dim] == 1}
+    gone = {dim % len(axes) for dim in chosen if shape[dim] == 1}
     spread.freeze((axes[dim] for dim in gone), "a single channel")
     return tuple(ids for dim, ids in enumerate(axes) if dim not in gone)
 
@@ -241,18 +239,16 @@ def _regrouped(spread: ChannelSpread, node: Node) -> Axes:
             spread, [(axes[dim], before[dim]) for dim in some], [after[d] for d in others]
         )
         if found is None:
-            shape = ", ".join("batch" if not isinstance(s, int) else str(s) for s in after)
+            shape = ", ".join("batch" if s % spread.graph.images == 0 else str(s) for s in after)
             return spread.refuse(node, f"reshaped to [{shape}], which mixes dimensions")  # type: ignore[no-any-return]
         for dim, ids in zip(others, found, strict=True):
             result[dim] = ids
     return tuple(result)
 
 
-def _segments(
-    before: Sequence[int | torch.SymInt], after: Sequence[int | torch.SymInt]
-) -> list[tuple[list[int], list[int]]]:
+def _segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Runs of dimensions with the same number of values in both shapes."""
-    sizes, new = [traced_size(s) for s in before], [traced_size(s) for s in after]
+    sizes, new = list(before), list(after)
     segments: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(sizes) and j < len(new):
@@ -278,8 +274,8 @@ def _segments(
 
 def _regroup(
     spread: ChannelSpread,
-    before: list[tuple[Ids | None, int | torch.SymInt]],
-    after: list[int | torch.SymInt],
+    before: list[tuple[Ids | None, int]],
+    after: list[int],
 ) -> list[Ids | None] | None:
     """Ids along the new dimensions of one segment; None where that can't be told.
 
@@ -287,18 +283,18 @@ def _regroup(
     and tied over the others: `[2, 58]` becomes 58 pairs.
     """
     for ids, size in before:
-        if isinstance(size, int) and size == 1 and len(before) > 1:
+        if size == 1 and len(before) > 1:
             spread.freeze((ids,), "a single channel")
     tracked = [
         place
         for place, (ids, size) in enumerate(before)
-        if ids is not None and (len(before) == 1 or traced_size(size) > 1)
+        if ids is not None and (len(before) == 1 or size > 1)
     ]
-    wide = [place for place, size in enumerate(after) if not isinstance(size, int) or size > 1]
+    wide = [place for place, size in enumerate(after) if size > 1]
     result: list[Ids | None] = [None] * len(after)
     if not tracked:
         return result
-    if len(tracked) > 1 or not all(isinstance(size, int) for size in after):
+    if len(tracked) > 1 or any(size % spread.graph.images == 0 for _, size in before):
         return None
     (place,) = tracked
     ids = before[place][0]
@@ -309,9 +305,7 @@ def _regroup(
     index = np.arange(len(ids)).reshape(
         [-1 if other == place else 1 for other in range(len(before))]
     )
-    grid = ids[np.broadcast_to(index, [int(size) for _, size in before])].reshape(
-        [int(size) for size in after]
-    )
+    grid = ids[np.broadcast_to(index, [size for _, size in before])].reshape(after)
 
     def rows(dim: int) -> Ids:
         size = grid.shape[dim]
@@ -330,7 +324,7 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
     missing = len(after) - len(before)
     result: list[Ids | None] = [None] * missing
     for ids, old, new in zip(axes, before, after[missing:], strict=True):
-        if isinstance(old, int) and old == 1 and (not isinstance(new, int) or new != 1):
+        if old == 1 and new != 1:
             spread.freeze((ids,), "one channel that is spread over others")
             ids = None
         result.append(ids)
