@@ -155,7 +155,7 @@ TIMM: dict[str, int] = {
     "sebotnet33ts_256": 256,
     "halonet26t": 256,
     "lambda_resnet26t": 256,
-    "haloregnetz_b": 256,
+    "haloregnetz_b": 224,
     "coatnet_pico_rw_224": 224,
     "coatnext_nano_rw_224": 224,
     "mobilevit_xxs": 256,
