@@ -16,11 +16,13 @@ from typing import Literal
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from secateur import models
+from secateur.detectors import forward_of
 
 CLASSES = 1000
-Part = Literal["torchvision", "timm", "bonus"]
+Part = Literal["torchvision", "timm", "dense", "bonus"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ TIMM: dict[str, int] = {
     "sebotnet33ts_256": 256,
     "halonet26t": 256,
     "lambda_resnet26t": 256,
-    "haloregnetz_b": 256,
+    "haloregnetz_b": 224,
     "coatnet_pico_rw_224": 224,
     "coatnext_nano_rw_224": 224,
     "mobilevit_xxs": 256,
@@ -194,6 +196,19 @@ TIMM_BONUS: dict[str, int] = {
 }
 """Networks that are mostly attention, or recurrent: no promise is made for them."""
 
+DENSE: dict[str, int] = {
+    "fcn_resnet50": 224,
+    "deeplabv3_mobilenet_v3_large": 224,
+    "lraspp_mobilenet_v3_large": 224,
+    "ssdlite320_mobilenet_v3_large": 320,
+    "retinanet_resnet50_fpn": 224,
+    "fcos_resnet50_fpn": 224,
+    "fasterrcnn_resnet50_fpn": 224,
+    "maskrcnn_resnet50_fpn": 224,
+    "keypointrcnn_resnet50_fpn": 224,
+}
+"""torchvision's networks that segment and detect; of detectors all but the boxes is compared."""
+
 TORCHVISION_BONUS = ("vit_", "swin", "maxvit")
 """How the names of torchvision's transformers start."""
 
@@ -211,6 +226,7 @@ def members() -> list[Member]:
             if name not in transformers
         ),
         *(Member(f"timm:{name}", "timm", side) for name, side in TIMM.items()),
+        *(Member(f"torchvision:{name}", "dense", side) for name, side in DENSE.items()),
         *(
             Member(name, "bonus", 256 if "swin_v2" in name else 224)
             for name in bonus
@@ -222,13 +238,28 @@ def members() -> list[Member]:
 
 def build(member: Member, seed: int) -> nn.Module:
     """The network in evaluation mode, with weights and norm statistics that depend on the seed."""
-    model = models.load(member.name, num_classes=CLASSES, seed=seed)
+    if member.part == "dense":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            name = member.name.removeprefix("torchvision:")
+            model: nn.Module = torchvision.models.get_model(
+                name, weights=None, weights_backbone=None
+            ).eval()
+    else:
+        model = models.load(member.name, num_classes=CLASSES, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     randomise_constants(model.parameters(), generator)
     with torch.random.fork_rng(devices=[]):  # some networks draw noise
         torch.manual_seed(seed)
         randomise_statistics(model, random_images(4, member.side, seed), generator)
     return model
+
+
+def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """All tensors that the network gives; of detectors those before boxes are chosen."""
+    forward = forward_of(model)
+    found = model(images) if forward is None else forward(model, images)
+    return tuple(tree_leaves(found))
 
 
 def random_images(count: int, side: int, seed: int) -> Tensor:
@@ -271,7 +302,7 @@ def randomise_statistics(model: nn.Module, images: Tensor, generator: torch.Gene
         norm.train()
     with torch.no_grad():
         if norms:
-            model(images)
+            outputs_of(model, images)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coverage
-from coverage import is_cut, is_within, page, summary_table
+from coverage import holds_law, is_cut, is_within, page, summary_table
 from rows import Row, put_row, read_rows
 from zoo import Member, build, members, random_images, randomise_constants, randomise_statistics
 
@@ -116,6 +116,8 @@ def test_what_counts_as_cut() -> None:
     assert not is_cut({**good, "is_finite": False})
     assert is_within({**good, "macs_left": 0.54}, 5)
     assert not is_within({**good, "macs_left": 0.54}, 3)
+    assert holds_law(good)
+    assert not holds_law({**good, "law_error": 1e-4, "change": 0.01})
 
 
 def test_the_page_tells_of_what_failed() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
         return tuple(tree_leaves(torch.func.functional_call(traced, state, (batch,))))
 
     try:
-        with evaluating(model), torch.no_grad(), _noting_modules(model):
+        with evaluating(model), torch.no_grad(), _noting_modules(model), _quietly():
             module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _not_traced(error) from error
@@ -144,6 +145,17 @@ def _fake_inputs(
     with mode:
         batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
     return list(named), fakes, batch
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps torch's tracer from logging an error that is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 @contextmanager
