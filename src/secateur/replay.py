@@ -19,23 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.channels import ChannelSpread, Ids
+from secateur.channels import ChannelSpread, Count, Ids, Resize, position_of
 from secateur.errors import TraceError
 from secateur.graph import Forward, operation_name, trace
-from secateur.surgery import cut
+from secateur.surgery import SizeConflict, attribute_values, cut
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
-
-_OWN_SIZES = (
-    nn.modules.conv._ConvNd,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
-"""Modules whose sizes `surgery` knows how to correct."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Place:
@@ -86,25 +76,58 @@ def _sized_places(
     known: list[SizedAttribute] = []
     places: dict[tuple[str, str, int], list[Node]] = {}
     ordinal: dict[tuple[str, str], itertools.count[int]] = {}
-    for node in spread.resizes:
-        path, module = _owner(model, node)
-        name = operation_name(node)
-        if isinstance(module, _OWN_SIZES):
-            attribute = "num_groups" if name == "group_norm" else "groups"
-            if name == "group_norm" or name.startswith("conv"):
-                position = 1 if name == "group_norm" else _group_position(node)
-                known.append(SizedAttribute(path, attribute, None, node, position, None))
+    for node in spread.graph.nodes:
+        if node.op != "call_function":
             continue
-        call = f"{path}:{_call_number(node)}"
-        number = next(ordinal.setdefault((call, name), itertools.count()))
-        places.setdefault((type(module).__qualname__, name, number), []).append(node)
+        path, module = _owner(model, node)
+        own = _own_sizes(spread, node, path, module)
+        known += own
+        if node in spread.resizes and not own:
+            name = operation_name(node)
+            call = f"{path}:{_call_number(node)}"
+            number = next(ordinal.setdefault((call, name), itertools.count()))
+            places.setdefault((type(module).__qualname__, name, number), []).append(node)
     return tuple(known), [_Place(kind, tuple(nodes)) for kind, nodes in places.items()]
 
 
-def _group_position(node: Node) -> int:
-    from secateur.channels import position_of
+def _own_sizes(
+    spread: ChannelSpread, node: Node, path: str, module: nn.Module
+) -> list[SizedAttribute]:
+    """The attributes of one of torch's own modules that its operation takes sizes from."""
+    name, resize = operation_name(node), spread.resizes.get(node)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        ids = spread.axes[node][1] if name in ("batch_norm", "instance_norm") else None
+        if ids is not None:
+            return [_counted(path, "num_features", ids)]
+    elif resize is not None:
+        if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
+            return [_argument(path, "groups", None, resize, position_of(node, "groups"), None)]
+        if isinstance(module, nn.GroupNorm) and name == "group_norm":
+            position = position_of(node, "num_groups")
+            return [_argument(path, "num_groups", None, resize, position, None)]
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and name in ("layer_norm", "rms_norm"):
+            position = position_of(node, "normalized_shape")
+            return [
+                _argument(path, "normalized_shape", place, resize, position, place)
+                for place in range(len(module.normalized_shape))
+            ]
+    return []
 
-    return position_of(node, "groups")
+
+def _counted(path: str, name: str, ids: Ids) -> SizedAttribute:
+    return SizedAttribute(path, name, None, lambda count: count(ids, len(ids)))
+
+
+def _argument(
+    path: str, name: str, index: int | None, resize: Resize, position: int, element: int | None
+) -> SizedAttribute:
+    """An attribute that holds an operation's argument, or an element of it."""
+
+    def size(count: Count) -> int:
+        value = resize(count)[position]
+        return int(value if element is None else value[element])
+
+    return SizedAttribute(path, name, index, size)
 
 
 def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
@@ -161,7 +184,7 @@ def _is_foretold(
     removed = _trial(wiring)
     try:
         graph = trace(cut(model, wiring, removed), example, forward)
-    except (TraceError, _Conflict):
+    except (TraceError, SizeConflict):
         return False
     count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
     before = [node for node in wiring.graph.nodes if node.op == "call_function"]
@@ -195,10 +218,6 @@ def _is_same(found: object, expected: object) -> bool:
     return True
 
 
-class _Conflict(Exception):
-    """Two operations want one attribute to be two numbers."""
-
-
 def _guesses(
     model: nn.Module, wiring: Wiring, place: _Place
 ) -> list[tuple[SizedAttribute, ...]]:
@@ -210,7 +229,7 @@ def _guesses(
             wanted = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for element, size in wanted:
                 if isinstance(size, int):
-                    for attribute in _holding(model, node, position, element, size):
+                    for attribute in _holding(model, wiring, node, position, element, size):
                         key = (attribute.name, attribute.index)
                         found.setdefault(key, []).append(attribute)
     if not found:
@@ -221,14 +240,15 @@ def _guesses(
 
 
 def _holding(
-    model: nn.Module, node: Node, position: int, element: int | None, size: int
+    model: nn.Module, wiring: Wiring, node: Node, position: int, element: int | None, size: int
 ) -> list[SizedAttribute]:
     """Attributes of the operation's module, or of those around it, that hold a number."""
     path, _ = _owner(model, node)
+    resize = wiring.resizes[node]
     while True:
         module = model.get_submodule(path)
         found = [
-            SizedAttribute(path, name, index, node, position, element)
+            _argument(path, name, index, resize, position, element)
             for name, held in vars(module).items()
             if not name.startswith("_") and name != "training"
             for index, number in _numbers(held)

@@ -40,7 +40,7 @@ def cut(model: nn.Module, wiring: Wiring, removed: Removed) -> nn.Module:
     whole = tensors_of(original)
     smaller = copy.deepcopy(original)
     aliases = aliases_of(smaller)
-    for module, name, index, value in _attribute_values(wiring, removed):
+    for module, name, index, value in attribute_values(wiring, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
     done: set[str] = set()
     for name, dims in kept.items():
@@ -84,18 +84,14 @@ class SizeConflict(Exception):
     """Two operations want one attribute of a module to be two numbers."""
 
 
-def _attribute_values(
+def attribute_values(
     wiring: Wiring, removed: Removed
 ) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
-    count, whole = wiring.count_after(removed), wiring.count_after({})
+    count = wiring.count_after(removed)
     found: dict[tuple[str, str, int | None], int] = {}
     for attribute in wiring.attributes:
-        resize = wiring.resizes[attribute.node]
-        value, old = (resize(c)[attribute.position] for c in (count, whole))
-        if attribute.element is not None:
-            value, old = value[attribute.element], old[attribute.element]
-        key = (attribute.module, attribute.name, attribute.index)
+        key, value = (attribute.module, attribute.name, attribute.index), attribute.size(count)
         if found.setdefault(key, value) != value:
             raise SizeConflict(".".join(str(part) for part in key))
     return [(*key, value) for key, value in found.items()]
