@@ -1,31 +1,32 @@
-"""Whether a cut network is what its wiring says: it is traced again and compared.
+"""Which sizes follow a cut by themselves, and which attributes of modules must be changed.
 
 The traced graph holds sizes as plain numbers, and does not say where they come from: a view to
 `[-1, 2, 58, 28, 28]` may be computed from the input's shape, taken from an attribute of a module,
-or written in the code. So a trial cut is made and traced: if every operation gives the size that
-was foretold the sizes follow by themselves. If not, attributes of the modules concerned that hold
-the old number are given the new one, and it is tried again. What still does not come out right is
+or written in the code. So trial cuts are made and traced (`trial`): if every operation is what was
+foretold the sizes follow by themselves. If not, attributes of the modules concerned that hold the
+old number are given the new one, and it is tried again. What still does not come out right is
 frozen.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.channels import ChannelSpread, Count, Ids, Resize, position_of
-from secateur.errors import TraceError
-from secateur.graph import Forward, operation_name, trace
-from secateur.surgery import SizeConflict, attribute_values, cut
+from secateur.graph import Forward, operation_name
+from secateur.trial import is_foretold, trials
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
+STEERED = "with fewer channels the network's code does something else"
+
+_Held = tuple[Ids, str]
+
 
 @dataclass(frozen=True, eq=False)
 class _Place:
@@ -40,33 +41,62 @@ def settle(
 ) -> Wiring:
     """The wiring with every channel frozen whose sizes don't follow a cut."""
     known, places = _sized_places(model, spread)
-    wiring = assemble(model, spread, attributes=known)
 
     def works(candidate: Wiring) -> bool:
-        return _is_foretold(model, example, forward, candidate)
+        return is_foretold(model, example, forward, candidate)
 
-    active = [place for place in places if _changes(wiring, place)]
-    if not active or works(wiring):
+    wiring = assemble(model, spread, attributes=known)
+    if works(wiring):
         return wiring
+    active = _active(wiring, places)
     guesses = {place.kind: _guesses(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
     wiring = assemble(model, spread, attributes=(*known, *together))
-    if works(wiring):
+    if together and works(wiring):
         return wiring
+    everywhere = [pair for place in active for pair in _channels_at(spread, place)]
+    steered = _steered(model, spread, everywhere, known, works)
     accepted = known
     rejected: list[_Place] = []
     for number, place in enumerate(active):
         waiting = [*rejected, *active[number + 1 :]]
         for guess in [(), *guesses[place.kind]]:
-            held = [pair for other in waiting for pair in _channels_at(spread, other)]
+            held = [*steered, *(pair for other in waiting for pair in _channels_at(spread, other))]
             candidate = assemble(model, spread, held, (*accepted, *guess))
             if works(candidate):
                 accepted = (*accepted, *guess)
                 break
         else:
             rejected.append(place)
-    held = [pair for place in rejected for pair in _channels_at(spread, place)]
+    held = [*steered, *(pair for place in rejected for pair in _channels_at(spread, place))]
     return assemble(model, spread, held, accepted)
+
+
+def _steered(
+    model: nn.Module,
+    spread: ChannelSpread,
+    held: list[_Held],
+    attributes: tuple[SizedAttribute, ...],
+    works: Callable[[Wiring], bool],
+) -> list[_Held]:
+    """The groups that can't be cut although every place with a size of its own is held.
+
+    Found by halves: with one half of the groups held the other is tried.
+    """
+
+    def among(names: list[str], others: list[_Held]) -> list[_Held]:
+        if works(assemble(model, spread, [*held, *others], attributes)):
+            return []
+        if len(names) == 1:
+            return channels[names[0]]
+        one, other = names[: len(names) // 2], names[len(names) // 2 :]
+        behind = [pair for name in other for pair in channels[name]]
+        found = among(one, [*others, *behind])
+        return [*found, *among(other, [*others, *found])]
+
+    groups = assemble(model, spread, held, attributes).groups
+    channels = {name: [(group.channels, STEERED)] for name, group in groups.items()}
+    return among(list(groups), []) if groups else []
 
 
 def _sized_places(
@@ -148,79 +178,18 @@ def _call_number(node: Node) -> str:
     return ",".join((node.meta.get("nn_module_stack") or {}))
 
 
-def _trial(wiring: Wiring) -> dict[str, tuple[int, ...]]:
-    """A cut of about half of the channels of each group, always the same."""
-    generator = np.random.default_rng(0)
-    removed: dict[str, tuple[int, ...]] = {}
-    gone: set[int] = set()
-    covers: dict[int, list[set[int]]] = {}
-    for cover in wiring.covers:
-        members = set(cover.tolist())
-        for channel in members:
-            covers.setdefault(channel, []).append(members)
-    for name, group in wiring.groups.items():
-        chosen: list[int] = []
-        for place in generator.permutation(len(group)).tolist():
-            channel = int(group.channels[place])
-            if len(chosen) < len(group) // 2 and not any(
-                cover <= gone | {channel} for cover in covers.get(channel, ())
-            ):
-                gone.add(channel)
-                chosen.append(place)
-        if chosen:
-            removed[name] = tuple(sorted(chosen))
-    return removed
+def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
+    """The places whose sizes a trial cut changes."""
+    whole = wiring.sizes_after({})
+    after = [wiring.sizes_after(removed) for removed in trials(wiring)]
+    return [
+        place
+        for place in places
+        if any(sizes[node] != whole[node] for node in place.nodes for sizes in after)
+    ]
 
 
-def _changes(wiring: Wiring, place: _Place) -> bool:
-    count, whole = wiring.count_after(_trial(wiring)), wiring.count_after({})
-    return any(wiring.resizes[n](count) != wiring.resizes[n](whole) for n in place.nodes)
-
-
-def _is_foretold(
-    model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring
-) -> bool:
-    """Whether a trial cut, traced again, gives the same operations with the foretold sizes."""
-    removed = _trial(wiring)
-    try:
-        graph = trace(cut(model, wiring, removed), example, forward)
-    except (TraceError, SizeConflict):
-        return False
-    count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
-    before = [node for node in wiring.graph.nodes if node.op == "call_function"]
-    after = [node for node in graph.nodes if node.op == "call_function"]
-    if len(before) != len(after):
-        return False
-    for node, twin in zip(before, after, strict=True):
-        if node.target is not twin.target:
-            return False
-        found = twin.meta.get("val")
-        if isinstance(found, Tensor) and node in wiring.axes:
-            shape = node.meta["val"].shape
-            expected = [
-                count(ids, size) if ids is not None else size
-                for ids, size in zip(wiring.axes[node], shape, strict=True)
-            ]
-            if [str(size) for size in found.shape] != [str(size) for size in expected]:
-                return False
-        for position, value in sizes.get(node, {}).items():
-            if position < len(twin.args) and not _is_same(twin.args[position], value):
-                return False
-    return True
-
-
-def _is_same(found: object, expected: object) -> bool:
-    """Whether two arguments hold the same numbers; symbols and open ends are not compared."""
-    if isinstance(found, Sequence) and isinstance(expected, Sequence):
-        return len(found) == len(expected) and all(map(_is_same, found, expected))
-    if isinstance(found, int) and isinstance(expected, int):
-        return found == expected or found == -1 or found >= 2**31
-    return True
-
-
-def _guesses(
-    model: nn.Module, wiring: Wiring, place: _Place
-) -> list[tuple[SizedAttribute, ...]]:
+def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
     """Which attributes may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
@@ -271,7 +240,7 @@ def _numbers(held: object) -> Iterable[tuple[int | None, int]]:
     return []
 
 
-def _channels_at(spread: ChannelSpread, place: _Place) -> list[tuple[Ids, str]]:
+def _channels_at(spread: ChannelSpread, place: _Place) -> list[_Held]:
     """The channels that a place's operations read, with the reason to hold them."""
     class_name, operation, _ = place.kind
     reason = BAKED.format(operation=operation, module=class_name)

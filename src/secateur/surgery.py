@@ -84,9 +84,7 @@ class SizeConflict(Exception):
     """Two operations want one attribute of a module to be two numbers."""
 
 
-def attribute_values(
-    wiring: Wiring, removed: Removed
-) -> list[tuple[str, str, int | None, int]]:
+def attribute_values(wiring: Wiring, removed: Removed) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
     count = wiring.count_after(removed)
     found: dict[tuple[str, str, int | None], int] = {}
