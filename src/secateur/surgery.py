@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.channels import Axes
-from secateur.errors import RunFolderError
+from secateur.errors import RunFolderError, TraceError
 from secateur.graph import Compute, Walk, apply, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Removed, Wiring, aliases_of
@@ -38,7 +38,10 @@ def cut(model: nn.Module, wiring: Wiring, removed: Removed) -> nn.Module:
     kept = wiring.kept_indices(removed)
     original = getattr(model, "_orig_mod", model)
     whole = tensors_of(original)
-    smaller = copy.deepcopy(original)
+    try:
+        smaller = copy.deepcopy(original)
+    except Exception as error:  # whatever the network's own modules raise
+        raise TraceError(f"the network can't be copied: {str(error).partition('.')[0]}") from error
     aliases = aliases_of(smaller)
     for module, name, index, value in attribute_values(wiring, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
@@ -181,7 +184,7 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
                 return value
             shape = [1] * value.dim()
             shape[dim] = -1
-            return value * kept.to(value).reshape(shape)
+            return value.masked_fill(~kept.to(value.device).reshape(shape), 0)
 
         return apply(node, masked, {})
 
