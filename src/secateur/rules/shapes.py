@@ -92,6 +92,10 @@ def squeeze(spread: ChannelSpread, node: Node) -> Axes:
     chosen = range(len(axes)) if dims is None else dims if isinstance(dims, list) else [dims]
     gone = {dim % len(axes) for dim in chosen if isinstance(shape[dim], int) and shape[dim] == 1}
     spread.freeze((axes[dim] for dim in gone), "a single channel")
+    for ids in axes if dims is None else ():
+        if ids is not None and len(ids) > 1:  # besides a frozen one, one of a group stays
+            spread.freeze((ids[:1],), "two channels must stay where a squeeze() drops a single one")
+            spread.written.append(ids[1:])
     return tuple(ids for dim, ids in enumerate(axes) if dim not in gone)
 
 
@@ -348,9 +352,11 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
 def repeat(spread: ChannelSpread, node: Node) -> Axes:
     """Each dimension several times behind itself."""
     axes = spread.axes[first_input(node)]
-    counts = [int(count) for count in argument(node, "repeats", argument(node, "dims"))]
+    counts = list(argument(node, "repeats", argument(node, "dims")))
     counts = [1] * (len(axes) - len(counts)) + counts
     axes = (*(None for _ in range(len(counts) - len(axes))), *axes)
+    if any(ids is not None and isinstance(n, Node) for ids, n in zip(axes, counts, strict=True)):
+        return spread.refuse(node, "repeated once for each image")  # type: ignore[no-any-return]
     return tuple(
         None if ids is None else np.tile(ids, count)
         for ids, count in zip(axes, counts, strict=True)
