@@ -174,10 +174,16 @@ class ChannelSpread:
 
     def _count_products(self, node: Node) -> None:
         """Adds the multiply-accumulates of an operation that is no layer."""
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        tensors: list[Node] = []
+
+        def value_of(source: Node) -> Any:
+            if isinstance(source.meta["val"], Tensor):
+                tensors.append(source)
+            return source.meta["val"]
+
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
         if len(tensors) < 2:
             return
-        arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = tensors[0].meta["val"].fake_mode
         assert callable(node.target)
         with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
