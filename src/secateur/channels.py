@@ -56,7 +56,9 @@ class Layer:
     filter_dim: int
     """Dimension of the kernel that its filters, which write the channels, lie along."""
     positions: int
-    """Positions an image at which the kernel is applied."""
+    """Positions an image at which the kernel is applied, to each of the channels `over`."""
+    over: tuple[Ids, ...]
+    """Channels along dimensions that are positions to this layer, as in token mixing."""
     node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
@@ -65,7 +67,7 @@ class Layer:
     def macs(self, count: Count) -> int:
         """Multiply-accumulates for one image."""
         sizes = (count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True))
-        return self.positions * math.prod(sizes)
+        return self.positions * math.prod(count(ids, 0) for ids in self.over) * math.prod(sizes)
 
 
 Rule = Callable[["ChannelSpread", Node], Axes | list[Axes]]
