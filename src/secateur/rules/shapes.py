@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ def transpose(spread: ChannelSpread, node: Node) -> Axes:
     one, other = int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
     axes[one], axes[other] = axes[other], axes[one]
     return tuple(axes)
+
+
+def reverse(spread: ChannelSpread, node: Node) -> Axes:
+    """The dimensions in reverse order, as for a matrix that is transposed."""
+    return spread.axes[first_input(node)][::-1]
 
 
 def squeeze(spread: ChannelSpread, node: Node) -> Axes:
@@ -203,33 +208,42 @@ def flatten(spread: ChannelSpread, node: Node) -> Axes:
     return _regrouped(spread, node)
 
 
+def unflatten(spread: ChannelSpread, node: Node) -> Axes:
+    """One dimension becomes several."""
+    axes = _regrouped(spread, node)
+    index = position_of(node, "sizes")
+    first = argument(node, "dim") % _rank(first_input(node))
+    _note_sizes(spread, node, index, axes[first : first + len(argument(node, "sizes"))])
+    return axes
+
+
 def reshape(spread: ChannelSpread, node: Node) -> Axes:
     """Another shape for the same values, in the same order."""
     axes = _regrouped(spread, node)
     index = position_of(node, "size" if position_of(node, "size") >= 0 else "shape")
     if index >= 0:
-        given = node.args[index]
-        assert isinstance(given, list | tuple)
-        literal = [
-            dim
-            for dim, (size, ids) in enumerate(zip(given, axes, strict=True))
-            if ids is not None and isinstance(size, int) and size != -1
-        ]
-        if literal:
-            spread.resizes[node] = _with_sizes(index, given, axes, literal)
+        _note_sizes(spread, node, index, axes)
     return axes
 
 
-def _with_sizes(
-    index: int, given: Sequence[Any], axes: Axes, dims: Sequence[int]
-) -> Callable[[Count], dict[int, Any]]:
+def _note_sizes(spread: ChannelSpread, node: Node, index: int, axes: Axes) -> None:
+    """Notes which of the sizes in an argument are numbers of channels."""
+    given = node.args[index]
+    assert isinstance(given, list | tuple)
+    literal = [
+        dim
+        for dim, (size, ids) in enumerate(zip(given, axes, strict=True))
+        if ids is not None and isinstance(size, int) and size != -1
+    ]
+
     def resize(count: Count) -> dict[int, Any]:
         sizes = list(given)
-        for dim in dims:
+        for dim in literal:
             sizes[dim] = count(axes[dim], 0)
         return {index: sizes}
 
-    return resize
+    if literal:
+        spread.resizes[node] = resize
 
 
 def _regrouped(spread: ChannelSpread, node: Node) -> Axes:
@@ -337,15 +351,7 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
         result.append(ids)
     index = position_of(node, "size")
     if index >= 0:
-        given = node.args[index]
-        assert isinstance(given, list | tuple)
-        literal = [
-            dim
-            for dim, (size, ids) in enumerate(zip(given, result, strict=True))
-            if ids is not None and isinstance(size, int) and size != -1
-        ]
-        if literal:
-            spread.resizes[node] = _with_sizes(index, given, tuple(result), literal)
+        _note_sizes(spread, node, index, tuple(result))
     return tuple(result)
 
 
