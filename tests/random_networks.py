@@ -13,6 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks import counted_macs
+from secateur.errors import RunFolderError, TargetError
+from secateur.plan import PruningPlan, Target, make_plan
+from secateur.surgery import apply_plan, check_plan, relative_error, silence
+from secateur.wiring import Wiring
+
 CLASSES = 5
 SIDE = 8
 
@@ -93,7 +99,7 @@ def _norm(choice: Choice, width: int) -> nn.Module:
 
 
 def _unit(choice: Choice, inputs: int, outputs: int, **options: int) -> nn.Sequential:
-    """conv - norm - activation that keeps the side."""
+    """Conv - norm - activation that keeps the side."""
     kernel = choice.pick(3, 1)
     conv = nn.Conv2d(
         inputs, outputs, kernel, padding=kernel // 2, bias=choice.pick(False, True), **options
@@ -305,7 +311,8 @@ class Gate(Block):
         if self.how in ("conv", "linear"):
             self.squeeze, self.excite = kind(width, out), kind(out, width)
         if self.how == "position":
-            self.attend = nn.Conv2d(choice.pick(2, width), 1, 3, padding=1)
+            self.is_summarised = choice.pick(True, False)
+            self.attend = nn.Conv2d(2 if self.is_summarised else width, 1, 3, padding=1)
         if self.how in ("scale", "scale1", "shift"):
             shape = (1, width, 1, 1) if self.how == "scale1" else (width, 1, 1)
             self.scale = nn.Parameter(torch.rand(shape) + 0.5)
@@ -322,7 +329,7 @@ class Gate(Block):
             return gate.view(images, channels, 1, 1) * x
         if self.how == "position":
             seen = x
-            if self.attend.in_channels == 2:
+            if self.is_summarised:
                 seen = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
             return x * torch.sigmoid(self.attend(seen)) * 2
         if self.how == "eca":
@@ -553,3 +560,54 @@ def build(spec: Spec, seed: int = 0) -> RandomNetwork:
                     if isinstance(tensor, Tensor):
                         tensor.normal_(0, 0.5)
     return model.eval()
+
+
+def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
+    """A valid plan: any subset of the filters, or one made from random scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    if number(3) == 0:
+        scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
+        target = Target(["macs", "params", "filters"][number(3)], 0.4 + number(50) / 100)
+        options = {"round_to": [1, 1, 2, 4][number(4)], "min_filters": 1 + number(3)}
+        try:
+            return make_plan(scores, wiring, target, "random", **options)
+        except TargetError:
+            pass
+    removed: dict[str, tuple[int, ...]] = {}
+    for name, group in wiring.groups.items():
+        size = len(group)
+        order = torch.randperm(size, generator=generator)[: number(size)].tolist()
+        while order:
+            attempt = {**removed, name: tuple(sorted(order))}
+            try:
+                check_plan(wiring, PruningPlan(attempt, Target("macs", 0.5), "random"))
+            except RunFolderError:  # it empties a part: a filter less
+                order.pop()
+            else:
+                removed = attempt
+                break
+    return PruningPlan(removed, Target("macs", 0.5), "random")
+
+
+def several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else values
+
+
+def assert_law(model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor) -> nn.Module:
+    """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
+    cut = apply_plan(model, wiring, plan)
+    with torch.no_grad():
+        found, silenced = cut(images), silence(model, wiring, plan)(images)
+    for one, other in zip(several(found), several(silenced), strict=True):
+        assert one.shape == other.shape
+        assert torch.isfinite(one).all()
+        assert relative_error(one, other) < 1e-6
+    assert wiring.macs(plan.removed) == counted_macs(cut, images)
+    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
+    assert all(shapes[name] == wiring.shapes_after(plan.removed)[name] for name in shapes)
+    return cut

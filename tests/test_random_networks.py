@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from networks import counted_macs, random_images
-from random_networks import BLOCKS, Spec, build
-from secateur.errors import RunFolderError, TargetError
-from secateur.plan import PruningPlan, Target, make_plan
+from random_networks import BLOCKS, Spec, assert_law, build, random_plan, several
+from secateur.plan import PruningPlan, Target
 from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, check_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.surgery import relative_error, silence
 
 SPECS = st.tuples(
     st.lists(
@@ -49,41 +47,6 @@ REGRESSIONS: list[tuple[Spec, bool, int]] = [
 """Specification, `cut_stream` and seed of the plan of examples that once failed."""
 
 
-def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
-    """A valid plan: any subset of the filters, or one made from random scores."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def number(high: int) -> int:
-        return int(torch.randint(high, (), generator=generator))
-
-    if number(3) == 0:
-        scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
-        target = Target(["macs", "params", "filters"][number(3)], 0.4 + number(50) / 100)
-        options = {"round_to": [1, 1, 2, 4][number(4)], "min_filters": 1 + number(3)}
-        try:
-            return make_plan(scores, wiring, target, "random", **options)
-        except TargetError:
-            pass
-    removed: dict[str, tuple[int, ...]] = {}
-    for name, group in wiring.groups.items():
-        size = len(group)
-        order = torch.randperm(size, generator=generator)[: number(size)].tolist()
-        while order:
-            attempt = {**removed, name: tuple(sorted(order))}
-            try:
-                check_plan(wiring, PruningPlan(attempt, Target("macs", 0.5), "random"))
-            except RunFolderError:  # it empties a part: a filter less
-                order.pop()
-            else:
-                removed = attempt
-                break
-    return PruningPlan(removed, Target("macs", 0.5), "random")
-
-
-def several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (values,) if isinstance(values, Tensor) else values
-
-
 def state_of(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     return {name: str(m) for name, m in model.named_modules()}, copy.deepcopy(model.state_dict())
 
@@ -98,17 +61,7 @@ def assert_all_holds(spec: Spec, cut_stream: bool, seed: int) -> None:
         assert relative_error(silence(model, wiring, nothing)(images), expected) < 1e-9
     assert wiring.macs() == counted_macs(model, images)
     plan = random_plan(wiring, seed)
-    cut = apply_plan(model, wiring, plan)
-    with torch.no_grad():
-        found, silenced = cut(images), silence(model, wiring, plan)(images)
-    for one, other in zip(several(found), several(silenced), strict=True):
-        assert one.shape == other.shape
-        assert torch.isfinite(one).all()
-        assert relative_error(one, other) < 1e-6
-    assert wiring.macs(plan.removed) == counted_macs(cut, images)
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
-    shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
-    assert all(shapes[name] == wiring.shapes_after(plan.removed)[name] for name in shapes)
+    cut = assert_law(model, wiring, plan, images)
     sum(one.sum() for one in several(cut.train()(images))).backward()
     after_names, after_state = state_of(model)
     assert after_names == names
