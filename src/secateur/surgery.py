@@ -19,7 +19,7 @@ from secateur.graph import Compute, Walk, apply, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Removed, Wiring, aliases_of
 
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 
 
 def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
