@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from runs import DigitsRun
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 jaxtyping.install_import_hook("secateur", "beartype.beartype")
 
 torch.set_num_threads(1)
+
+# Property tests without settings of their own; see `test_random_networks`.
+settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=500, database=None)
+settings.load_profile("quick")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -56,9 +56,9 @@ class Layer:
     filter_dim: int
     """Dimension of the kernel that its filters, which write the channels, lie along."""
     positions: int
-    """Positions an image at which the kernel is applied."""
-    channel_positions: tuple[Ids, ...]
-    """Channels that are positions to it: those along other dimensions of what it reads."""
+    """Positions an image at which the kernel is applied, to each of the channels `over`."""
+    over: tuple[Ids, ...]
+    """Channels along dimensions that are positions to this layer, as in token mixing."""
     node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
@@ -66,8 +66,8 @@ class Layer:
 
     def macs(self, count: Count) -> int:
         """Multiply-accumulates for one image."""
-        sizes = [count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True)]
-        return self.positions * math.prod([*sizes, *(count(i, 0) for i in self.channel_positions)])
+        sizes = (count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True))
+        return self.positions * math.prod(count(ids, 0) for ids in self.over) * math.prod(sizes)
 
 
 Rule = Callable[["ChannelSpread", Node], Axes | list[Axes]]
@@ -174,9 +174,17 @@ class ChannelSpread:
         return self.refuse(node, f"no rule for the operation {operation_name(node)!r}")
 
     def count_product(self, node: Node) -> None:
-        """Adds the multiply-accumulates of an operation that is no layer to be cut."""
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        """Adds the multiply-accumulates of an operation that is no layer."""
+        tensors: list[Node] = []
+
+        def value_of(source: Node) -> Any:
+            if isinstance(source.meta["val"], Tensor):
+                tensors.append(source)
+            return source.meta["val"]
+
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+        if len(tensors) < 2:
+            return
         mode = tensors[0].meta["val"].fake_mode
         assert callable(node.target)
         with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:

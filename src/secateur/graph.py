@@ -24,6 +24,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import Graph
 from torch.fx.node import Node, map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
@@ -37,8 +38,8 @@ Sizes = Mapping[Node, Mapping[int, Any]]
 Compute = Callable[[Callable[[Node], Any]], Any]
 """An operation's value, from a function that gives the values of what it reads."""
 
-BATCH_SIZES = (97, 89, 83, 79, 73, 71, 67, 61, 59, 53)
-"""Numbers of images to trace with: primes, of which few other sizes are multiples."""
+BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
+"""Numbers of images to trace with: primes, of which hardly any other size is a multiple."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,42 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
             last_use[source] = node
     tensor_names = dict(zip(placeholders, names, strict=True))
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+
+
+def operations_run(
+    model: nn.Module, example: Tensor, forward: Forward | None = None
+) -> list[tuple[str, tuple[float, ...]]]:
+    """The operations of `model` in evaluation mode, with the fractions that they are given.
+
+    Nothing is computed but shapes. Raises `TraceError` where the network fails.
+    """
+    names, fakes, batch = _fake_inputs(model, example, _batch_size(model, example))
+    state = {f"model.{name}": fake for name, fake in zip(names, fakes, strict=True)}
+    traced = _Part(model, forward or (lambda network, images: network(images)))
+    assert isinstance(batch, FakeTensor)
+    with evaluating(model), torch.no_grad(), _quietly(), batch.fake_mode, _Recorder() as recorder:
+        try:
+            torch.func.functional_call(traced, state, (batch,))
+        except Exception as error:  # the network is the user's: it may raise anything
+            raise _not_traced(error) from error
+    return recorder.seen
+
+
+class _Recorder(TorchDispatchMode):
+    """Takes down the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[float, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Notes the operation and carries it out."""
+        given = (*args, *(kwargs or {}).values())
+        fractions = tuple(value for value in given if isinstance(value, float))
+        self.seen.append((str(func), fractions))
+        return func(*args, **(kwargs or {}))
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:
@@ -235,7 +272,7 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
 
     Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
     """
-    images = example[:1].expand(BATCH_SIZES[0], *example.shape[1:])
+    images = example[:1].expand(2, *example.shape[1:])
     try:
         with evaluating(model):
             return torch.export.export(

@@ -1,42 +1,31 @@
-"""Whether a cut network is what its wiring says: it is traced again and compared.
+"""Which sizes follow a cut by themselves, and which attributes of modules must be changed.
 
 The traced graph holds sizes as plain numbers, and does not say where they come from: a view to
 `[-1, 2, 58, 28, 28]` may be computed from the input's shape, taken from an attribute of a module,
-or written in the code. So a trial cut is made and traced: if every operation gives the size that
-was foretold the sizes follow by themselves. If not, attributes of the modules concerned that hold
-the old number are given the new one, and it is tried again. What still does not come out right is
+or written in the code. So trial cuts are made and traced (`trial`): if every operation is what was
+foretold the sizes follow by themselves. If not, attributes of the modules concerned that hold the
+old number are given the new one, and it is tried again. What still does not come out right is
 frozen.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.channels import ChannelSpread, Count, Ids, position_of
-from secateur.errors import TraceError
-from secateur.graph import Forward, Sizes, operation_name, trace
-from secateur.surgery import SizeConflict, cut
+from secateur.channels import ChannelSpread, Count, Ids, Resize, position_of
+from secateur.graph import Forward, operation_name
+from secateur.trial import is_foretold, runs_alike, trials
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
+STEERED = "with fewer channels the network's code does something else"
 
-MAX_HIDDEN = 8
-"""How many classes of modules may work out sizes in a way that is not understood."""
-
-_OWN_SIZES = (
-    nn.modules.conv._ConvNd,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
-"""Modules whose sizes `surgery` knows how to correct."""
+_Held = tuple[Ids, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,64 +41,83 @@ def settle(
 ) -> Wiring:
     """The wiring with every channel frozen whose sizes don't follow a cut."""
     known, places = _sized_places(model, spread)
+
+    def works(candidate: Wiring) -> bool:
+        return is_foretold(model, example, forward, candidate)
+
     wiring = assemble(model, spread, attributes=known)
-    active = [place for place in places if _changes(wiring, place)]
-    if not active and not any(map(_has_own_sizes, spread.graph.nodes)):
+    active = _active(wiring, places)
+    is_plain = not active and not any(map(_holds_sizes, spread.graph.nodes))
+    if is_plain and runs_alike(model, example, forward, wiring):
         return wiring
-
-    def failure(candidate: Wiring) -> _Failure | None:
-        return _try_out(model, example, forward, candidate)
-
-    if failure(wiring) is None:
+    if works(wiring):
         return wiring
     guesses = {place.kind: _guesses(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
-    hidden: list[tuple[Ids, str]] = []
-    if together:
-        wiring = assemble(model, spread, attributes=(*known, *together))
-        if failure(wiring) is None:
-            return wiring
-    all_held = [pair for place in active for pair in _channels_at(spread, place)]
-    for _ in range(MAX_HIDDEN):
-        failed = failure(assemble(model, spread, [*all_held, *hidden], known))
-        if failed is None:
-            break
-        hidden += _channels_in(model, spread, failed.module)
-    if hidden:
-        wiring = assemble(model, spread, hidden, (*known, *together))
-        if failure(wiring) is None:
-            return wiring
+    wiring = assemble(model, spread, attributes=(*known, *together))
+    if together and works(wiring):
+        return wiring
+    everywhere = [pair for place in active for pair in _channels_at(spread, place)]
+    steered = _steered(model, spread, everywhere, known, works)
     accepted = known
     rejected: list[_Place] = []
     for number, place in enumerate(active):
         waiting = [*rejected, *active[number + 1 :]]
         for guess in [(), *guesses[place.kind]]:
-            held = [pair for other in waiting for pair in _channels_at(spread, other)]
-            candidate = assemble(model, spread, [*hidden, *held], (*accepted, *guess))
-            if failure(candidate) is None:
+            held = [*steered, *(pair for other in waiting for pair in _channels_at(spread, other))]
+            candidate = assemble(model, spread, held, (*accepted, *guess))
+            if works(candidate):
                 accepted = (*accepted, *guess)
                 break
         else:
             rejected.append(place)
-    held = [pair for place in rejected for pair in _channels_at(spread, place)]
-    return assemble(model, spread, [*hidden, *held], accepted)
+    held = [*steered, *(pair for place in rejected for pair in _channels_at(spread, place))]
+    return assemble(model, spread, held, accepted)
 
 
-def _has_own_sizes(node: Node) -> bool:
+def _holds_sizes(node: Node) -> bool:
     """Whether an operation takes a size from a plain number, which may depend on channels."""
     name = operation_name(node) if node.op == "call_function" else ""
-    if name in _MAKING:
-        return True
-    return name in _RESHAPING and any(
-        isinstance(size, int) and size > 1
-        for argument in node.args[1:]
-        if isinstance(argument, list | tuple)
-        for size in argument
+    return name in _MAKING or (
+        name in _RESHAPING
+        and any(
+            isinstance(size, int) and size > 1
+            for argument in node.args[1:]
+            if isinstance(argument, list | tuple)
+            for size in argument
+        )
     )
 
 
 _MAKING = {"zeros", "ones", "full", "empty", "arange", "eye", "new_zeros", "new_ones", "new_full"}
 _RESHAPING = {"view", "reshape", "expand", "repeat", "tile", "unflatten", "_unsafe_view"}
+
+
+def _steered(
+    model: nn.Module,
+    spread: ChannelSpread,
+    held: list[_Held],
+    attributes: tuple[SizedAttribute, ...],
+    works: Callable[[Wiring], bool],
+) -> list[_Held]:
+    """The groups that can't be cut although every place with a size of its own is held.
+
+    Found by halves: with one half of the groups held the other is tried.
+    """
+
+    def among(names: list[str], others: list[_Held]) -> list[_Held]:
+        if works(assemble(model, spread, [*held, *others], attributes)):
+            return []
+        if len(names) == 1:
+            return channels[names[0]]
+        one, other = names[: len(names) // 2], names[len(names) // 2 :]
+        behind = [pair for name in other for pair in channels[name]]
+        found = among(one, [*others, *behind])
+        return [*found, *among(other, [*others, *found])]
+
+    groups = assemble(model, spread, held, attributes).groups
+    channels = {name: [(group.channels, STEERED)] for name, group in groups.items()}
+    return among(list(groups), []) if groups else []
 
 
 def _sized_places(
@@ -119,27 +127,69 @@ def _sized_places(
     known: list[SizedAttribute] = []
     places: dict[tuple[str, str, int], list[Node]] = {}
     ordinal: dict[tuple[str, str], itertools.count[int]] = {}
-    for node in spread.resizes:
-        path, module = _owner(model, node)
-        name = operation_name(node)
-        if isinstance(module, _OWN_SIZES):
-            attribute = "num_groups" if name == "group_norm" else "groups"
-            if name == "group_norm" or name.startswith("conv"):
-                position = 1 if name == "group_norm" else position_of(node, "groups")
-                known.append(SizedAttribute(path, attribute, None, node, position, None))
+    for node in spread.graph.nodes:
+        if node.op != "call_function":
             continue
-        call = f"{path}:{_call_number(node)}"
-        number = next(ordinal.setdefault((call, name), itertools.count()))
-        places.setdefault((type(module).__qualname__, name, number), []).append(node)
+        path, module = _owner(model, node)
+        own = _own_sizes(spread, node, path, module)
+        known += own
+        if node in spread.resizes and not own:
+            name = operation_name(node)
+            call = f"{path}:{_call_number(node)}"
+            number = next(ordinal.setdefault((call, name), itertools.count()))
+            places.setdefault((type(module).__qualname__, name, number), []).append(node)
     return tuple(known), [_Place(kind, tuple(nodes)) for kind, nodes in places.items()]
+
+
+def _own_sizes(
+    spread: ChannelSpread, node: Node, path: str, module: nn.Module
+) -> list[SizedAttribute]:
+    """The attributes of one of torch's own modules that its operation takes sizes from."""
+    name, resize = operation_name(node), spread.resizes.get(node)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        ids = spread.axes[node][1] if name in ("batch_norm", "instance_norm") else None
+        if ids is not None:
+            return [_counted(path, "num_features", ids)]
+    elif resize is not None:
+        if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
+            return [_argument(path, "groups", None, resize, position_of(node, "groups"), None)]
+        if isinstance(module, nn.GroupNorm) and name == "group_norm":
+            position = position_of(node, "num_groups")
+            return [_argument(path, "num_groups", None, resize, position, None)]
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and name in ("layer_norm", "rms_norm"):
+            position = position_of(node, "normalized_shape")
+            return [
+                _argument(path, "normalized_shape", place, resize, position, place)
+                for place in range(len(module.normalized_shape))
+            ]
+    return []
+
+
+def _counted(path: str, name: str, ids: Ids) -> SizedAttribute:
+    return SizedAttribute(path, name, None, lambda count: count(ids, len(ids)))
+
+
+def _argument(
+    path: str, name: str, index: int | None, resize: Resize, position: int, element: int | None
+) -> SizedAttribute:
+    """An attribute that holds an operation's argument, or an element of it."""
+
+    def size(count: Count) -> int:
+        value = resize(count)[position]
+        return int(value if element is None else value[element])
+
+    return SizedAttribute(path, name, index, size)
 
 
 def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
     """The innermost module that an operation was called in, containers left out."""
     found: tuple[str, nn.Module] = ("", model)
     for path in _modules_of(node):
-        module = _submodule(model, path)
-        if module is not None and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             found = (path, module)
     return found
 
@@ -155,105 +205,19 @@ def _call_number(node: Node) -> str:
     return ",".join(node.meta.get("nn_module_stack", {}))
 
 
-def _trial(wiring: Wiring) -> dict[str, tuple[int, ...]]:
-    """A cut of about half of the channels of each group, always the same."""
-    generator = np.random.default_rng(0)
-    removed: dict[str, tuple[int, ...]] = {}
-    gone: set[int] = set()
-    covers: dict[int, list[set[int]]] = {}
-    for cover in wiring.covers:
-        members = set(cover.tolist())
-        for channel in members:
-            covers.setdefault(channel, []).append(members)
-    for name, group in wiring.groups.items():
-        chosen: list[int] = []
-        for place in generator.permutation(len(group)).tolist():
-            channel = int(group.channels[place])
-            if len(chosen) < len(group) // 2 and not any(
-                cover <= gone | {channel} for cover in covers.get(channel, ())
-            ):
-                gone.add(channel)
-                chosen.append(place)
-        if chosen:
-            removed[name] = tuple(sorted(chosen))
-    return removed
-
-
-def _changes(wiring: Wiring, place: _Place) -> bool:
-    count, whole = wiring.count_after(_trial(wiring)), wiring.count_after({})
-    return any(wiring.resizes[n](count) != wiring.resizes[n](whole) for n in place.nodes)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A trial cut that did not give what was foretold."""
-
-    module: str
-    """Dotted name of the module in which the first difference, or an error, came up."""
-
-
-def _try_out(
-    model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring
-) -> _Failure | None:
-    """Whether a trial cut, traced again, gives the same operations with the foretold sizes."""
-    removed = _trial(wiring)
-    try:
-        smaller = cut(model, wiring, removed)
-        graph = trace(smaller, example, forward)
-    except SizeConflict:
-        return _Failure("")
-    except TraceError as error:
-        return _Failure(_module_of(error, smaller))
-    before = [node for node in wiring.graph.nodes if node.op == "call_function"]
-    after = [node for node in graph.nodes if node.op == "call_function"]
-    count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
-    for node, twin in itertools.zip_longest(before, after):
-        if node is None or twin is None or not _is_twin(node, twin, wiring, count, sizes):
-            return _Failure(_owner(model, node or twin)[0])
-    return None
-
-
-def _is_twin(node: Node, twin: Node, wiring: Wiring, count: Count, sizes: Sizes) -> bool:
-    """Whether an operation of the cut network is the original's with the foretold sizes."""
-    if node.target is not twin.target:
-        return False
-    found = twin.meta.get("val")
-    if isinstance(found, Tensor) and node in wiring.axes:
-        expected = map(count, wiring.axes[node], node.meta["val"].shape)
-        if [str(size) for size in found.shape] != [str(size) for size in expected]:
-            return False
-    changed = sizes.get(node, {}).items()
-    return all(
-        position >= len(twin.args) or _is_same(twin.args[position], value)
-        for position, value in changed
-    )
-
-
-def _module_of(error: TraceError, model: nn.Module) -> str:
-    """The innermost module of the network's own code in which an error came up."""
-    names = {id(module): name for name, module in model.named_modules()}
-    cause = error.__cause__
-    traceback = None if cause is None else cause.__traceback__
-    found = ""
-    while traceback is not None:
-        module = traceback.tb_frame.f_locals.get("self")
-        if id(module) in names and not type(module).__module__.startswith("torch.nn."):
-            found = names[id(module)]
-        traceback = traceback.tb_next
-    return found
-
-
-def _is_same(found: object, expected: object) -> bool:
-    """Whether two arguments hold the same numbers; symbols and open ends are not compared."""
-    if isinstance(found, Sequence) and isinstance(expected, Sequence):
-        return len(found) == len(expected) and all(map(_is_same, found, expected))
-    if isinstance(found, int) and isinstance(expected, int):
-        return found == expected or found == -1 or found >= 2**31
-    return True
+def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
+    """The places whose sizes a trial cut changes."""
+    whole = wiring.sizes_after({})
+    after = [wiring.sizes_after(removed) for removed in trials(wiring)]
+    return [
+        place
+        for place in places
+        if any(sizes[node] != whole[node] for node in place.nodes for sizes in after)
+    ]
 
 
 def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
-    """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
+    """Which attributes may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
         sizes = wiring.resizes[node](wiring.count_after({}))
@@ -261,7 +225,7 @@ def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[Size
             wanted = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for element, size in wanted:
                 if isinstance(size, int):
-                    for attribute in _holding(model, node, position, element, size):
+                    for attribute in _holding(model, wiring, node, position, element, size):
                         key = (attribute.name, attribute.index)
                         found.setdefault(key, []).append(attribute)
     if not found:
@@ -272,14 +236,15 @@ def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[Size
 
 
 def _holding(
-    model: nn.Module, node: Node, position: int, element: int | None, size: int
+    model: nn.Module, wiring: Wiring, node: Node, position: int, element: int | None, size: int
 ) -> list[SizedAttribute]:
     """Attributes of the operation's module, or of those around it, that hold a number."""
     path, _ = _owner(model, node)
+    resize = wiring.resizes[node]
     while True:
         module = model.get_submodule(path)
         found = [
-            SizedAttribute(path, name, index, node, position, element)
+            _argument(path, name, index, resize, position, element)
             for name, held in vars(module).items()
             if not name.startswith("_") and name != "training"
             for index, number in _numbers(held)
@@ -302,7 +267,7 @@ def _numbers(held: object) -> Iterable[tuple[int | None, int]]:
     return []
 
 
-def _channels_at(spread: ChannelSpread, place: _Place) -> list[tuple[Ids, str]]:
+def _channels_at(spread: ChannelSpread, place: _Place) -> list[_Held]:
     """The channels that a place's operations read, with the reason to hold them."""
     class_name, operation, _ = place.kind
     reason = BAKED.format(operation=operation, module=class_name)
@@ -313,29 +278,3 @@ def _channels_at(spread: ChannelSpread, place: _Place) -> list[tuple[Ids, str]]:
         for ids in spread.axes.get(source, ())
         if ids is not None
     ]
-
-
-def _channels_in(model: nn.Module, spread: ChannelSpread, name: str) -> list[tuple[Ids, str]]:
-    """The channels that all modules of one class read or compute, with the reason to hold them."""
-    kind = type(model.get_submodule(name))
-    reason = f"sizes that the code of {kind.__qualname__} works out in a way of its own"
-    inside = [
-        node
-        for node in spread.graph.nodes
-        if node.op == "call_function"
-        and any(type(_submodule(model, path)) is kind for path in _modules_of(node))
-    ]
-    return [
-        (ids, reason)
-        for node in inside
-        for value in (node, *node.all_input_nodes)
-        for ids in spread.axes.get(value, ())
-        if ids is not None and value not in spread.graph.tensor_names
-    ]
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None

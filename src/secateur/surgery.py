@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.channels import Axes
-from secateur.errors import RunFolderError
+from secateur.errors import RunFolderError, TraceError
 from secateur.graph import Compute, Walk, apply, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Removed, Wiring, aliases_of
 
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 
 
 def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
@@ -38,9 +38,12 @@ def cut(model: nn.Module, wiring: Wiring, removed: Removed) -> nn.Module:
     kept = wiring.kept_indices(removed)
     original = getattr(model, "_orig_mod", model)
     whole = tensors_of(original)
-    smaller = copy.deepcopy(original)
+    try:
+        smaller = copy.deepcopy(original)
+    except Exception as error:  # whatever the network's own modules raise
+        raise TraceError(f"the network can't be copied: {str(error).partition('.')[0]}") from error
     aliases = aliases_of(smaller)
-    for module, name, index, value in _attribute_values(wiring, removed):
+    for module, name, index, value in attribute_values(wiring, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
     done: set[str] = set()
     for name, dims in kept.items():
@@ -84,16 +87,12 @@ class SizeConflict(Exception):
     """Two operations want one attribute of a module to be two numbers."""
 
 
-def _attribute_values(wiring: Wiring, removed: Removed) -> list[tuple[str, str, int | None, int]]:
+def attribute_values(wiring: Wiring, removed: Removed) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
-    count, whole = wiring.count_after(removed), wiring.count_after({})
+    count = wiring.count_after(removed)
     found: dict[tuple[str, str, int | None], int] = {}
     for attribute in wiring.attributes:
-        resize = wiring.resizes[attribute.node]
-        value, old = (resize(c)[attribute.position] for c in (count, whole))
-        if attribute.element is not None:
-            value, old = value[attribute.element], old[attribute.element]
-        key = (attribute.module, attribute.name, attribute.index)
+        key, value = (attribute.module, attribute.name, attribute.index), attribute.size(count)
         if found.setdefault(key, value) != value:
             raise SizeConflict(".".join(str(part) for part in key))
     return [(*key, value) for key, value in found.items()]
@@ -185,7 +184,7 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
                 return value
             shape = [1] * value.dim()
             shape[dim] = -1
-            return value * kept.to(value).reshape(shape)
+            return value.masked_fill(~kept.to(value.device).reshape(shape), 0)
 
         return apply(node, masked, {})
 

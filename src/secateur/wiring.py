@@ -10,7 +10,7 @@ input or output is frozen, and says why; it is never guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,17 +39,13 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class SizedAttribute:
-    """A number in a module that an operation takes its size from, so that it changes with a cut."""
+    """A number in a module that is a number of channels, so that it changes with a cut."""
 
     module: str
     name: str
     index: int | None
     """Place in the attribute, where that is a tuple or list."""
-    node: Node
-    position: int
-    """Position of the size among the operation's arguments."""
-    element: int | None
-    """Place in the argument, where that is a list."""
+    size: Callable[[Count], int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from secateur.rules import elementwise, layers, shapes
 _EACH_VALUE = (
     *("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
     *("leaky_relu", "elu", "selu", "celu", "softplus", "softsign", "mish", "log_sigmoid"),
-    *("hardshrink", "softshrink", "threshold", "clamp", "clamp_min", "clamp_max", "rrelu"),
+    *("hardshrink", "softshrink", "threshold", "rrelu"),
     *("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal"),
     *("sin", "cos", "erf", "sign", "round", "floor", "ceil", "nan_to_num", "logical_not"),
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias"),
@@ -24,6 +24,7 @@ _EACH_VALUE = (
 )
 _SEVERAL_VALUES = (
     *("mul", "div", "pow", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp"),
+    *("clamp", "clamp_min", "clamp_max", "rsub", "masked_fill"),
     *("gt", "lt", "ge", "le", "eq", "ne", "logical_and", "logical_or", "remainder", "fmod"),
 )
 _POOLING = (
@@ -72,6 +73,7 @@ RULES: dict[str, Rule] = {
     "stack": shapes.stack,
     "permute": shapes.permute,
     **dict.fromkeys(("transpose", "swapaxes"), shapes.transpose),
+    **dict.fromkeys(("t", "numpy_T"), shapes.reverse),
     "squeeze": shapes.squeeze,
     "unsqueeze": shapes.unsqueeze,
     "select": shapes.select,
@@ -79,7 +81,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), shapes.split),
     "slice": shapes.slice_,
     **dict.fromkeys(("pad", "constant_pad_nd"), shapes.pad),
-    **dict.fromkeys(("flatten", "unflatten"), shapes.flatten),
+    "flatten": shapes.flatten,
+    "unflatten": shapes.unflatten,
     **dict.fromkeys(("view", "reshape", "reshape_as", "view_as", "_unsafe_view"), shapes.reshape),
     **dict.fromkeys(("expand", "expand_as"), shapes.expand),
     **dict.fromkeys(("repeat", "tile"), shapes.repeat),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch.fx.node import Node
 
@@ -29,22 +31,23 @@ def _add_layer(
     node: Node,
     weight: Node,
     places: int,
+    before: Axes,
     written: Ids | None,
     filter_dim: int = 0,
-    channel_positions: tuple[Ids, ...] = (),
 ) -> Layer:
     source = weight
     while source not in spread.graph.tensor_names and source.all_input_nodes:
         source = source.all_input_nodes[0]
     parameter = spread.graph.tensor_names.get(source, "")
+    over = tuple(ids for ids in before if ids is not None)
     layer = Layer(
         name=parameter.rpartition(".")[0] or parameter or node.name,
         weight=parameter,
         is_computed=weight is not source,
         written=written,
         filter_dim=filter_dim,
-        positions=places,
-        channel_positions=channel_positions,
+        positions=places // math.prod(map(len, over)),
+        over=over,
         node=node,
         kernel=spread.axes[weight],
         shape=tuple(int(size) for size in shape_of(weight)),
@@ -85,12 +88,12 @@ def convolution(spread: ChannelSpread, node: Node) -> Axes:
     else:
         written = _within_groups(spread, kernel, read, groups, is_transposed=is_transposed)
     filter_dim = 1 if is_transposed and not by_group else 0
-    layer = _add_layer(spread, node, weight, places, written, filter_dim)
+    before = spread.axes[images][:channel_dim]
+    layer = _add_layer(spread, node, weight, places, before, written, filter_dim)
     if not by_group:
         _add_reader(spread, layer, channel_dim)
     if isinstance(bias, Node):
         spread.tie(written, spread.axes[bias][0], "added to a bias of fixed size")
-    before = spread.axes[images][:channel_dim]
     return (*before, written, *(None for _ in shape[channel_dim + 1 :]))
 
 
@@ -150,11 +153,9 @@ def linear(spread: ChannelSpread, node: Node) -> Axes:
         spread.count_product(node)
         return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
     before = spread.axes[inputs][:-1]
-    fixed = [size for ids, size in zip(before, shape_of(inputs), strict=False) if ids is None]
-    others = tuple(ids for ids in before if ids is not None)
     filters, read = spread.axes[weight]
-    places = positions(spread, fixed)
-    layer = _add_layer(spread, node, weight, places, filters, channel_positions=others)
+    places = positions(spread, shape_of(node)[:-1])
+    layer = _add_layer(spread, node, weight, places, before, filters)
     spread.tie(spread.axes[inputs][-1], read, FIXED_KERNEL)
     _add_reader(spread, layer, len(shape_of(inputs)) - 1)
     if isinstance(bias, Node):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,11 @@ def transpose(spread: ChannelSpread, node: Node) -> Axes:
     return tuple(axes)
 
 
+def reverse(spread: ChannelSpread, node: Node) -> Axes:
+    """The dimensions in reverse order, as for a matrix that is transposed."""
+    return spread.axes[first_input(node)][::-1]
+
+
 def squeeze(spread: ChannelSpread, node: Node) -> Axes:
     """Dimensions of size 1 go."""
     source = first_input(node)
@@ -91,6 +96,10 @@ def squeeze(spread: ChannelSpread, node: Node) -> Axes:
     chosen = range(len(axes)) if dims is None else dims if isinstance(dims, list) else [dims]
     gone = {dim % len(axes) for dim in chosen if shape[dim] == 1}
     spread.freeze((axes[dim] for dim in gone), "a single channel")
+    for ids in axes if dims is None else ():
+        if ids is not None and len(ids) > 1:  # besides a frozen one, one of a group stays
+            spread.freeze((ids[:1],), "two channels must stay where a squeeze() drops a single one")
+            spread.written.append(ids[1:])
     return tuple(ids for dim, ids in enumerate(axes) if dim not in gone)
 
 
@@ -198,33 +207,42 @@ def flatten(spread: ChannelSpread, node: Node) -> Axes:
     return _regrouped(spread, node)
 
 
+def unflatten(spread: ChannelSpread, node: Node) -> Axes:
+    """One dimension becomes several."""
+    axes = _regrouped(spread, node)
+    index = position_of(node, "sizes")
+    first = argument(node, "dim") % _rank(first_input(node))
+    _note_sizes(spread, node, index, axes[first : first + len(argument(node, "sizes"))])
+    return axes
+
+
 def reshape(spread: ChannelSpread, node: Node) -> Axes:
     """Another shape for the same values, in the same order."""
     axes = _regrouped(spread, node)
     index = position_of(node, "size" if position_of(node, "size") >= 0 else "shape")
     if index >= 0:
-        given = node.args[index]
-        assert isinstance(given, list | tuple)
-        literal = [
-            dim
-            for dim, (size, ids) in enumerate(zip(given, axes, strict=True))
-            if ids is not None and isinstance(size, int) and size != -1
-        ]
-        if literal:
-            spread.resizes[node] = _with_sizes(index, given, axes, literal)
+        _note_sizes(spread, node, index, axes)
     return axes
 
 
-def _with_sizes(
-    index: int, given: Sequence[Any], axes: Axes, dims: Sequence[int]
-) -> Callable[[Count], dict[int, Any]]:
+def _note_sizes(spread: ChannelSpread, node: Node, index: int, axes: Axes) -> None:
+    """Notes which of the sizes in an argument are numbers of channels."""
+    given = node.args[index]
+    assert isinstance(given, list | tuple)
+    literal = [
+        dim
+        for dim, (size, ids) in enumerate(zip(given, axes, strict=True))
+        if ids is not None and isinstance(size, int) and size != -1
+    ]
+
     def resize(count: Count) -> dict[int, Any]:
         sizes = list(given)
-        for dim in dims:
+        for dim in literal:
             sizes[dim] = count(axes[dim], 0)
         return {index: sizes}
 
-    return resize
+    if literal:
+        spread.resizes[node] = resize
 
 
 def _regrouped(spread: ChannelSpread, node: Node) -> Axes:
@@ -330,15 +348,7 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
         result.append(ids)
     index = position_of(node, "size")
     if index >= 0:
-        given = node.args[index]
-        assert isinstance(given, list | tuple)
-        literal = [
-            dim
-            for dim, (size, ids) in enumerate(zip(given, result, strict=True))
-            if ids is not None and isinstance(size, int) and size != -1
-        ]
-        if literal:
-            spread.resizes[node] = _with_sizes(index, given, tuple(result), literal)
+        _note_sizes(spread, node, index, tuple(result))
     return tuple(result)
 
 
@@ -348,6 +358,8 @@ def repeat(spread: ChannelSpread, node: Node) -> Axes:
     counts = list(argument(node, "repeats", argument(node, "dims")))
     counts = [1] * (len(axes) - len(counts)) + counts
     axes = (*(None for _ in range(len(counts) - len(axes))), *axes)
+    if any(ids is not None and isinstance(n, Node) for ids, n in zip(axes, counts, strict=True)):
+        return spread.refuse(node, "repeated once for each image")  # type: ignore[no-any-return]
     return tuple(
         None if ids is None else np.tile(ids, count)
         for ids, count in zip(axes, counts, strict=True)

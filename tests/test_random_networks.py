@@ -1,0 +1,78 @@
+"""The law of surgery for random networks and random plans.
+
+Five hundred of them: `pytest --hypothesis-profile=thorough tests/test_random_networks.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from networks import counted_macs, random_images
+from random_networks import BLOCKS, Spec, assert_law, build, random_plan, several
+from secateur.plan import PruningPlan, Target
+from secateur.reading import make_wiring
+from secateur.surgery import relative_error, silence
+
+SPECS = st.tuples(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(BLOCKS)), st.integers(2, 12), st.integers(0, 2**24)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.tuples(st.just("head"), st.integers(2, 12), st.integers(0, 2**24)),
+).map(lambda parts: (*parts[0], parts[1]))
+SEEDS = st.integers(0, 2**16)
+
+REGRESSIONS: list[tuple[Spec, bool, int]] = [
+    ((("twice", 8, 1358430), ("dense", 10, 16305027), ("head", 8, 10177486)), False, 46930),
+    ((("attention", 3, 12115078), ("head", 4, 10339343)), True, 27815),
+    ((("attended", 8, 16192082), ("parts", 9, 9312048), ("head", 12, 5376411)), True, 64236),
+    ((("parts", 3, 13181434), ("head", 4, 1451840)), True, 14738),
+    ((("gate", 5, 5571267), ("grouped", 11, 9511263), ("head", 10, 9287404)), True, 1222),
+    ((("attention", 8, 15222668), ("resize", 7, 8637846), ("head", 10, 12970702)), True, 5361),
+    ((("residual", 10, 5433721), ("head", 5, 7764479)), False, 33533),
+    ((("shuffle", 4, 13229950), ("parts", 11, 15048138), ("head", 8, 15437471)), False, 60865),
+    (
+        (("attention", 2, 8724501), ("standardised", 8, 10639572), ("head", 8, 8226222)),
+        False,
+        41420,
+    ),
+]
+"""Specification, `cut_stream` and seed of the plan of examples that once failed."""
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    return {name: str(m) for name, m in model.named_modules()}, copy.deepcopy(model.state_dict())
+
+
+def assert_all_holds(spec: Spec, cut_stream: bool, seed: int) -> None:
+    model, images = build(spec), random_images(3).double()
+    names, state = state_of(model)
+    wiring = make_wiring(model, images[:2], cut_stream=cut_stream)
+    with torch.no_grad():
+        expected = model(images)
+        nothing = PruningPlan({}, Target("macs", 0.5), "none")
+        assert relative_error(silence(model, wiring, nothing)(images), expected) < 1e-9
+    assert wiring.macs() == counted_macs(model, images)
+    plan = random_plan(wiring, seed)
+    cut = assert_law(model, wiring, plan, images)
+    sum(one.sum() for one in several(cut.train()(images))).backward()
+    after_names, after_state = state_of(model)
+    assert after_names == names
+    assert all(torch.equal(after_state[name], tensor) for name, tensor in state.items())
+
+
+@given(SPECS, st.booleans(), SEEDS)
+def test_the_law_holds_for_random_networks(spec: Spec, cut_stream: bool, seed: int) -> None:
+    assert_all_holds(spec, cut_stream, seed)
+
+
+@pytest.mark.parametrize("case", REGRESSIONS, ids=range(len(REGRESSIONS)))
+def test_what_once_failed(case: tuple[Spec, bool, int]) -> None:
+    assert_all_holds(*case)
