@@ -392,9 +392,9 @@ of residual streams (`cut_stream`). *Error* is the largest difference between th
 output and the original's with the removed channels silenced, over the largest output, float32; it
 *equals* that original where this is below {LAW_LIMIT:g}, and below {CHANGE_LIMIT:g} of what the
 cut changed. *Cut, runs*: channels are gone, the forward pass runs, and every parameter that had a
-gradient has a finite one. Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier kept, up to
-{peer.TRIALS} trials of the ratio. *MACs left* is each tool's own count. Median of wiring +
-surgery: {median}.
+gradient has a finite one. Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier
+kept, up to {peer.TRIALS} trials of the ratio. *MACs left* is each tool's own count. Median of
+wiring + surgery: {median}.
 
 {summary_table(found)}
 

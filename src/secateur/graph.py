@@ -24,7 +24,6 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import Graph
 from torch.fx.node import Node, map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
@@ -87,11 +86,16 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
-        state = {prefix + name: tensor for name, tensor in zip(names, tensors, strict=True)}
-        return tuple(tree_leaves(torch.func.functional_call(traced, state, (batch,))))
+        state = {
+            prefix + place: tensor
+            for places, tensor in zip(names.values(), tensors, strict=True)
+            for place in places
+        }
+        answer = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        return tuple(tree_leaves(answer))
 
     try:
-        with evaluating(model), torch.no_grad(), _noting_modules(model), _quietly():
+        with evaluating(model), torch.no_grad(), _noting_modules(model), _undisturbed():
             module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _not_traced(error) from error
@@ -122,42 +126,6 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
 
 
-def operations_run(
-    model: nn.Module, example: Tensor, forward: Forward | None = None
-) -> list[tuple[str, tuple[float, ...]]]:
-    """The operations of `model` in evaluation mode, with the fractions that they are given.
-
-    Nothing is computed but shapes. Raises `TraceError` where the network fails.
-    """
-    names, fakes, batch = _fake_inputs(model, example, _batch_size(model, example))
-    state = {f"model.{name}": fake for name, fake in zip(names, fakes, strict=True)}
-    traced = _Part(model, forward or (lambda network, images: network(images)))
-    assert isinstance(batch, FakeTensor)
-    with evaluating(model), torch.no_grad(), _quietly(), batch.fake_mode, _Recorder() as recorder:
-        try:
-            torch.func.functional_call(traced, state, (batch,))
-        except Exception as error:  # the network is the user's: it may raise anything
-            raise _not_traced(error) from error
-    return recorder.seen
-
-
-class _Recorder(TorchDispatchMode):
-    """Takes down the operations that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[float, ...]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Notes the operation and carries it out."""
-        given = (*args, *(kwargs or {}).values())
-        fractions = tuple(value for value in given if isinstance(value, float))
-        self.seen.append((str(func), fractions))
-        return func(*args, **(kwargs or {}))
-
-
 def _batch_size(model: nn.Module, example: Tensor) -> int:
     """A prime that no size of the network or of its images is a multiple of."""
     shapes = [example.shape[1:], *(tensor.shape for tensor in tensors_of(model).values())]
@@ -170,27 +138,40 @@ def _batch_size(model: nn.Module, example: Tensor) -> int:
 
 def _fake_inputs(
     model: nn.Module, example: Tensor, images: int
-) -> tuple[list[str], list[Tensor], Tensor]:
-    """Names of parameters and buffers, shared ones once; stand-ins for them and for a batch."""
+) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
+    """Parameters and buffers by name, with all the places where each is; stand-ins; a batch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    places: dict[int, list[str]] = {}
+    slots: set[tuple[int, str]] = set()
+    for name, tensor in named.items():
+        path, _, attribute = name.rpartition(".")
+        slot = (id(model.get_submodule(path)), attribute)
+        if slot not in slots:  # a module under two names is one place
+            slots.add(slot)
+            places.setdefault(id(tensor), []).append(name)
+    names = {each[0]: tuple(each) for each in places.values()}
     fakes: list[Tensor] = []
-    for tensor in named.values():
-        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
-        is_parameter = isinstance(tensor, nn.Parameter)
+    for name in names:
+        fake = mode.from_tensor(named[name].detach(), static_shapes=True)
+        is_parameter = isinstance(named[name], nn.Parameter)
         fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
     with mode:
         batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
-    return list(named), fakes, batch
+    return names, fakes, batch
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps torch's tracer from logging an error that is raised as well."""
+def _undisturbed() -> Iterator[None]:
+    """Compiled parts run as they were written; errors that are raised are not logged as well."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
-        yield
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            yield
     finally:
         logger.disabled = was_disabled
 

@@ -19,7 +19,7 @@ from torch.fx.node import Node
 
 from secateur.channels import ChannelSpread, Count, Ids, Resize, position_of
 from secateur.graph import Forward, operation_name
-from secateur.trial import is_foretold, runs_alike, trials
+from secateur.trial import is_foretold, trials
 from secateur.wiring import SizedAttribute, Wiring, assemble
 
 BAKED = "sized by a number in the network's code ({operation} in {module})"
@@ -46,12 +46,9 @@ def settle(
         return is_foretold(model, example, forward, candidate)
 
     wiring = assemble(model, spread, attributes=known)
-    active = _active(wiring, places)
-    is_plain = not active and not any(map(_holds_sizes, spread.graph.nodes))
-    if is_plain and runs_alike(model, example, forward, wiring):
-        return wiring
     if works(wiring):
         return wiring
+    active = _active(wiring, places)
     guesses = {place.kind: _guesses(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
     wiring = assemble(model, spread, attributes=(*known, *together))
@@ -73,24 +70,6 @@ def settle(
             rejected.append(place)
     held = [*steered, *(pair for place in rejected for pair in _channels_at(spread, place))]
     return assemble(model, spread, held, accepted)
-
-
-def _holds_sizes(node: Node) -> bool:
-    """Whether an operation takes a size from a plain number, which may depend on channels."""
-    name = operation_name(node) if node.op == "call_function" else ""
-    return name in _MAKING or (
-        name in _RESHAPING
-        and any(
-            isinstance(size, int) and size > 1
-            for argument in node.args[1:]
-            if isinstance(argument, list | tuple)
-            for size in argument
-        )
-    )
-
-
-_MAKING = {"zeros", "ones", "full", "empty", "arange", "eye", "new_zeros", "new_ones", "new_full"}
-_RESHAPING = {"view", "reshape", "expand", "repeat", "tile", "unflatten", "_unsafe_view"}
 
 
 def _steered(
@@ -217,7 +196,7 @@ def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
 
 
 def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
-    """Which attributes may hold the sizes of a place's operations: all that fit, then each alone."""
+    """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
         sizes = wiring.resizes[node](wiring.count_after({}))

@@ -18,14 +18,7 @@ from torch.fx.node import Node
 
 from secateur.channels import Count, argument, first_input, position_of, shape_of
 from secateur.errors import TraceError
-from secateur.graph import (
-    Forward,
-    NetworkGraph,
-    operation_name,
-    operations_run,
-    trace,
-    with_sizes,
-)
+from secateur.graph import Forward, NetworkGraph, operation_name, trace, with_sizes
 from secateur.surgery import SizeConflict, attribute_values, cut
 from secateur.wiring import Removed, Wiring
 
@@ -43,23 +36,6 @@ def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiri
         if not _is_graph_foretold(wiring, removed, graph):
             return False
     return True
-
-
-def runs_alike(model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring) -> bool:
-    """Whether cut networks run the same operations as the whole one, whatever their sizes.
-
-    Quicker than `is_foretold`, and enough where no operation takes a size from a number.
-    """
-    if not _is_consistent(wiring):
-        return False
-    whole = operations_run(model, example, forward)
-    try:
-        return all(
-            operations_run(cut(model, wiring, removed), example, forward) == whole
-            for removed in trials(wiring)[:1]
-        )
-    except TraceError:
-        return False
 
 
 def trials(wiring: Wiring) -> list[dict[str, tuple[int, ...]]]:
