@@ -43,6 +43,14 @@ REGRESSIONS: list[tuple[Spec, bool, int]] = [
         False,
         41420,
     ),
+    (
+        (
+            *(("attended", 2, 8146459), ("parts", 2, 12927), ("attended", 2, 0)),
+            *(("attended", 2, 0), ("head", 2, 0)),
+        ),
+        False,
+        373,
+    ),
 ]
 """Specification, `cut_stream` and seed of the plan of examples that once failed."""
 

@@ -41,12 +41,14 @@ def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiri
 def trials(wiring: Wiring) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
-    A second one, of the others, where operations hold sizes or the first leaves a group as it is.
+    A second one, of the others, where operations hold sizes or the first leaves a group as it is; and
+    a third of one channel a group, which leaves no two halves the same.
     """
     first = _trial(wiring, None)
     second = _trial(wiring, first)
     is_needed = bool(wiring.resizes) or not second.keys() <= first.keys()
-    return [removed for removed in (first, second)[: 1 + is_needed] if removed]
+    single = {name: numbers[:1] for name, numbers in first.items()}
+    return [removed for removed in (first, second, single)[: 3 if is_needed else 1] if removed]
 
 
 def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]:
