@@ -47,7 +47,7 @@ def trials(wiring: Wiring) -> list[dict[str, tuple[int, ...]]]:
     first = _trial(wiring, None)
     second = _trial(wiring, first)
     is_needed = bool(wiring.resizes) or not second.keys() <= first.keys()
-    single = {name: numbers[:1] for name, numbers in first.items()}
+    single = {name: numbers[-1:] for name, numbers in second.items()}
     return [removed for removed in (first, second, single)[: 3 if is_needed else 1] if removed]
 
 
