@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-any-return"
 """Random networks for the property test: a specification is a plain value, `build` a network.
 
 A `Spec` is a tuple of steps `(kind, width, choice)`. `kind` names a block; `width` says how wide it
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from networks import counted_macs
 from secateur.errors import RunFolderError, TargetError
-from secateur.plan import PruningPlan, Target, make_plan
+from secateur.plan import PruningPlan, Quantity, Target, make_plan
 from secateur.surgery import apply_plan, check_plan, relative_error, silence
 from secateur.wiring import Wiring
 
@@ -98,13 +99,19 @@ def _norm(choice: Choice, width: int) -> nn.Module:
     )()
 
 
-def _unit(choice: Choice, inputs: int, outputs: int, **options: int) -> nn.Sequential:
+def _unit(choice: Choice, inputs: int, outputs: int, **options: Any) -> nn.Sequential:
     """Conv - norm - activation that keeps the side."""
     kernel = choice.pick(3, 1)
     conv = nn.Conv2d(
         inputs, outputs, kernel, padding=kernel // 2, bias=choice.pick(False, True), **options
     )
     return nn.Sequential(conv, _norm(choice, outputs), _act(choice, outputs))
+
+
+def _outputs(unit: nn.Sequential) -> int:
+    conv = unit[0]
+    assert isinstance(conv, nn.Conv2d)
+    return conv.out_channels
 
 
 class Conv(Block):
@@ -142,7 +149,7 @@ class Residual(Block):
         out = out if self.kind in ("projected", "padded") else width
         stride = 2 if self.kind == "padded" and side > 3 else 1
         self.inner = _unit(choice, width, choice.pick(out, 4, 7))
-        middle = self.inner[0].out_channels
+        middle = _outputs(self.inner)
         self.outer = nn.Conv2d(middle, out, 3, stride=stride, padding=1)
         self.norm, self.act = _norm(choice, out), _act(choice, out)
         self.short = nn.Conv2d(width, out, 1) if self.kind == "projected" else nn.Identity()
@@ -198,7 +205,7 @@ class Parts(Block):
             self.sizes = [4, width - 4] if width > 4 else [2, width - 2]
         self.unit = _unit(choice, self.sizes[0], choice.pick(self.sizes[0], out))
         self.swap = choice.pick(False, True)
-        self.width, self.side = self.unit[0].out_channels + self.sizes[1], side
+        self.width, self.side = _outputs(self.unit) + self.sizes[1], side
 
     def _parts(self, x: Tensor) -> Sequence[Tensor]:
         if self.how == "sizes":
@@ -295,7 +302,8 @@ class Resize(Block):
         ]
         is_larger = side <= 4 and (side <= 2 or choice.pick(True, False))
         chosen = choice.pick(*(larger if is_larger else smaller))
-        self.resize, self.width, self.side = chosen[0](), *chosen[1:]
+        make, self.width, self.side = chosen
+        self.resize = make()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resize(x)
@@ -529,7 +537,7 @@ class RandomNetwork(nn.Module):
         choice = Choice(number)
         stem = _unit(choice, 3, choice.pick(8, 4, 6))
         blocks: list[nn.Module] = [stem]
-        channels, side = int(stem[0].out_channels), SIDE
+        channels, side = _outputs(stem), SIDE
         for kind, out, chosen in steps:
             if kind in _IN_FOURS and channels % 4:
                 blocks.append(nn.Conv2d(channels, 4 + channels // 4 * 4, 1))
@@ -571,7 +579,8 @@ def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
 
     if number(3) == 0:
         scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
-        target = Target(["macs", "params", "filters"][number(3)], 0.4 + number(50) / 100)
+        quantities: list[Quantity] = ["macs", "params", "filters"]
+        target = Target(quantities[number(3)], 0.4 + number(50) / 100)
         options = {"round_to": [1, 1, 2, 4][number(4)], "min_filters": 1 + number(3)}
         try:
             return make_plan(scores, wiring, target, "random", **options)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-any-return"
 """What networks do with channels and their number outside of the usual layers.
 
 Either the law of surgery holds, or the channels are frozen and say why.
@@ -49,7 +50,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.second(F.relu(self.stem(x))) + 0.2)
-        return self.head(self.step(self, x)).mean((2, 3))  # type: ignore[no-any-return]
+        return self.head(self.step(self, x)).mean((2, 3))
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -398,13 +399,19 @@ def test_one_attribute_with_two_numbers_is_not_changed() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.other, self.half = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), 4
+            self.one, self.other, self.first_half = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), 4
             self.head = nn.Linear(16, 5)
 
         def forward(self, x: Tensor) -> Tensor:
             one, other = self.one(x).relu(), self.other(x).relu()
-            parts = [one[:, : self.half], one[:, self.half :], other[:, : self.half]]
-            logits: Tensor = self.head(torch.cat([*parts, other[:, self.half :]], 1).mean((2, 3)))
+            parts = [
+                one[:, : self.first_half],
+                one[:, self.first_half :],
+                other[:, : self.first_half],
+            ]
+            logits: Tensor = self.head(
+                torch.cat([*parts, other[:, self.first_half :]], 1).mean((2, 3))
+            )
             return logits
 
     wiring = check(Halves().double().eval())
@@ -421,7 +428,7 @@ def test_one_parameter_under_three_names() -> None:
             self.head = nn.Linear(6, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.again(self.conv(x).relu()).relu().mean((2, 3)))  # type: ignore[no-any-return]
+            return self.head(self.again(self.conv(x).relu()).relu().mean((2, 3)))
 
     model = Names().double().eval()
     wiring = check(model)
@@ -472,6 +479,7 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
             silence(model, wiring, plan)(images),
         )
     assert found.dtype is torch.bfloat16
+    assert isinstance(expected, Tensor)
     assert relative_error(found.float(), expected.float()) < 0.05
 
 
@@ -488,7 +496,7 @@ def test_a_network_that_can_not_be_copied_is_refused() -> None:
             self.kernel = self.conv.weight * 2  # as of the older weight norm
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.conv(x)).mean((2, 3))  # type: ignore[no-any-return]
+            return self.head(self.conv(x)).mean((2, 3))
 
     with pytest.raises(TraceError, match="can't be copied: Only Tensors created explicitly"):
         make_wiring(Uncopied(), random_images(2))

@@ -28,7 +28,10 @@ def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiri
     if not _is_consistent(wiring):
         return False
     for removed in trials(wiring):
-        smaller = cut(model, wiring, removed)
+        try:
+            smaller = cut(model, wiring, removed)
+        except SizeConflict:
+            return False
         try:
             graph = trace(smaller, example, forward)
         except TraceError:
@@ -41,12 +44,14 @@ def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiri
 def trials(wiring: Wiring) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
-    A second one, of the others, where operations hold sizes or the first leaves a group as it is.
+    A second one, of the others, where operations hold sizes or the first leaves a group as it is;
+    and a third of one channel a group, which leaves no two halves the same.
     """
     first = _trial(wiring, None)
     second = _trial(wiring, first)
     is_needed = bool(wiring.resizes) or not second.keys() <= first.keys()
-    return [removed for removed in (first, second)[: 1 + is_needed] if removed]
+    single = {name: numbers[-1:] for name, numbers in second.items()}
+    return [removed for removed in (first, second, single)[: 3 if is_needed else 1] if removed]
 
 
 def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]:
@@ -85,7 +90,7 @@ def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]
 def _is_consistent(wiring: Wiring) -> bool:
     """Whether no attribute has to be two numbers, for cuts of any size."""
     generator = np.random.default_rng(0)
-    for _ in range(4):
+    for _ in range(32):
         removed = {
             name: tuple(np.flatnonzero(generator.random(len(group)) < generator.random()).tolist())
             for name, group in wiring.groups.items()
