@@ -43,7 +43,7 @@ def settle(
     known, places = _sized_places(model, spread)
 
     def works(candidate: Wiring) -> bool:
-        return is_foretold(model, example, forward, candidate)
+        return is_foretold(model, example, forward, candidate, thorough=bool(places))
 
     wiring = assemble(model, spread, attributes=known)
     if works(wiring):
@@ -187,7 +187,7 @@ def _call_number(node: Node) -> str:
 def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
     """The places whose sizes a trial cut changes."""
     whole = wiring.sizes_after({})
-    after = [wiring.sizes_after(removed) for removed in trials(wiring)]
+    after = [wiring.sizes_after(removed) for removed in trials(wiring, thorough=True)]
     return [
         place
         for place in places

@@ -23,11 +23,16 @@ from secateur.surgery import SizeConflict, attribute_values, cut
 from secateur.wiring import Removed, Wiring
 
 
-def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring) -> bool:
-    """Whether trial cuts, traced again, give the operations and sizes that were foretold."""
+def is_foretold(
+    model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring, *, thorough: bool
+) -> bool:
+    """Whether trial cuts, traced again, give the operations and sizes that were foretold.
+
+    `thorough`: see `trials`.
+    """
     if not _is_consistent(wiring):
         return False
-    for removed in trials(wiring):
+    for removed in trials(wiring, thorough=thorough):
         try:
             smaller = cut(model, wiring, removed)
         except SizeConflict:
@@ -41,15 +46,16 @@ def is_foretold(model: nn.Module, example: Tensor, forward: Forward | None, wiri
     return True
 
 
-def trials(wiring: Wiring) -> list[dict[str, tuple[int, ...]]]:
+def trials(wiring: Wiring, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
-    A second one, of the others, where operations hold sizes or the first leaves a group as it is;
-    and a third of one channel a group, which leaves no two halves the same.
+    Where it leaves a group as it is, and if `thorough`, a second one, of the others, and a third of
+    one channel a group, which leaves no two halves the same: for operations whose sizes may come
+    from anywhere.
     """
     first = _trial(wiring, None)
     second = _trial(wiring, first)
-    is_needed = bool(wiring.resizes) or not second.keys() <= first.keys()
+    is_needed = thorough or not second.keys() <= first.keys()
     single = {name: numbers[-1:] for name, numbers in second.items()}
     return [removed for removed in (first, second, single)[: 3 if is_needed else 1] if removed]
 
