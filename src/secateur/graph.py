@@ -155,11 +155,13 @@ def _fake_inputs(
             places.setdefault(id(tensor), []).append(name)
     names = {each[0]: tuple(each) for each in places.values()}
     fakes: list[Tensor] = []
-    for name in names:
-        fake = mode.from_tensor(named[name].detach(), static_shapes=True)
-        is_parameter = isinstance(named[name], nn.Parameter)
-        fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
     with mode:
+        for tensor in (named[name] for name in names):
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
         batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
     return names, fakes, batch
 

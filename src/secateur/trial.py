@@ -76,7 +76,7 @@ def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]
             covers.setdefault(channel, []).append(number)
     for name, group in wiring.groups.items():
         size, done = len(group), (before or {}).get(name, ())
-        by_size = sorted(range(size), key=lambda amount: abs(3 * amount - size))
+        by_size = sorted(range(min(1, size - 1), size), key=lambda n: abs(3 * n - size))
         wanted = next(amounts.setdefault(size, itertools.cycle(by_size)))
         if before is not None:
             wanted = min(size - len(done), size - 1)
