@@ -80,6 +80,8 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     four times as fast. Instead of symbols the batch has a size that divides no other one
     (`NetworkGraph.images`), so sizes that depend on the batch are known by being its multiples.
     """
+    # Of a copy, since a network may keep what it computed, and that is not real here.
+    model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     names, fakes, batch = _fake_inputs(model, example, images)
     traced = model if forward is None else _Part(model, forward)
@@ -124,6 +126,19 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
             last_use[source] = node
     tensor_names = dict(zip(placeholders, names, strict=True))
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+
+
+def copy_of(model: nn.Module, *, share_tensors: bool) -> nn.Module:
+    """A copy of the network's modules, around the same parameters and buffers or copies of them.
+
+    Raises `TraceError` where the network can't be copied.
+    """
+    tensors = [*model.parameters(), *model.buffers()] if share_tensors else []
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:  # the network is the user's: it may raise anything
+        cause = str(error).partition(".")[0]
+        raise TraceError(f"the network can't be copied: {cause}") from error
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:

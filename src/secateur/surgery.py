@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.channels import Axes
-from secateur.errors import RunFolderError, TraceError
-from secateur.graph import Compute, Walk, apply, tensors_of
+from secateur.errors import RunFolderError
+from secateur.graph import Compute, Walk, apply, copy_of, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Removed, Wiring, aliases_of
 
@@ -38,10 +37,7 @@ def cut(model: nn.Module, wiring: Wiring, removed: Removed) -> nn.Module:
     kept = wiring.kept_indices(removed)
     original = getattr(model, "_orig_mod", model)
     whole = tensors_of(original)
-    try:
-        smaller = copy.deepcopy(original)
-    except Exception as error:  # whatever the network's own modules raise
-        raise TraceError(f"the network can't be copied: {str(error).partition('.')[0]}") from error
+    smaller = copy_of(original, share_tensors=False)
     aliases = aliases_of(smaller)
     for module, name, index, value in attribute_values(wiring, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
