@@ -65,6 +65,8 @@ SIDE = 224
 SEED = 0
 TARGET = Target("macs", 0.5)
 BATCHES = (1, 16)
+WIDTHS = 16
+"""What the widths of the networks that are timed are multiples of: odd ones run slowly."""
 ENGINES = ("eager", "compiled", "onnxruntime")
 SURGERY_REPEATS = 5
 LATENCY_REPEATS = (5, 15)
@@ -129,7 +131,7 @@ def measure_latency(name: str, note: Note) -> None:
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
     wiring = make_wiring(model, example, cut_stream=True)
-    plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2")
+    plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2", round_to=WIDTHS)
     networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
     cells: list[Row] = []
@@ -314,7 +316,8 @@ secateur's plan meets the target from one wiring.
 
 ## Forward passes
 
-Median of {LATENCY_REPEATS[0]} to {LATENCY_REPEATS[1]} passes, original and cut in turns. *Compiled*
+Median of {LATENCY_REPEATS[0]} to {LATENCY_REPEATS[1]} passes, original and cut in turns. Widths are
+multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole. *Compiled*
 is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs alone would
 give.
 
