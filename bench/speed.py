@@ -317,9 +317,9 @@ secateur's plan meets the target from one wiring.
 ## Forward passes
 
 Median of {LATENCY_REPEATS[0]} to {LATENCY_REPEATS[1]} passes, original and cut in turns. Widths are
-multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole. *Compiled*
-is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs alone would
-give.
+multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole.
+*Compiled* is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs
+alone would give.
 
 {latency_table(found)}
 

@@ -287,3 +287,37 @@ def test_scores_that_are_missing_or_no_numbers_are_refused() -> None:
         make_plan({n: s for n, s in scores.items() if n != name}, wiring, target, "own")
     with pytest.raises(UsageError, match="not a finite number"):
         make_plan({**scores, name: scores[name] * float("nan")}, wiring, target, "own")
+
+
+@pytest.mark.parametrize("round_to", [2, 4])
+def test_widths_are_rounded_to_multiples_or_left_whole(
+    round_to: int, generator: torch.Generator
+) -> None:
+    wiring = wired("concat", True)[1]
+    plan = make_plan(
+        random_scores(wiring, generator), wiring, Target("macs", 0.8), "random", round_to=round_to
+    )
+    assert plan.removed
+    assert wiring.macs(plan.removed) <= 0.8 * wiring.macs()
+    for name, count in kept_counts(wiring, plan).items():
+        assert count % round_to == 0 or count == len(wiring.groups[name])
+
+
+def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Generator) -> None:
+    """A channel of the first group is two filters, one of each group of the convolution."""
+    wiring = wired("grouped", True)[1]
+    plan = make_plan(
+        random_scores(wiring, generator), wiring, Target("macs", 0.5), "random", round_to=4
+    )
+    shape = wiring.shapes_after(plan.removed)["stem.0.weight"]
+    assert shape[0] in (4, 6)
+    assert wiring.shapes_after(plan.removed)["grouped.0.weight"][0] in (4, 8)
+
+
+def test_every_group_keeps_the_least_that_is_asked_for(generator: torch.Generator) -> None:
+    wiring = wired("chain")[1]
+    scores = random_scores(wiring, generator)
+    plan = make_plan(scores, wiring, Target("filters", 0.7), "random", min_filters=4)
+    assert min(kept_counts(wiring, plan).values()) >= 4
+    with pytest.raises(TargetError, match="out of reach"):
+        make_plan(scores, wiring, Target("filters", 0.2), "random", min_filters=4)

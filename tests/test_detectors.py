@@ -1,0 +1,101 @@
+"""Detectors: all but their boxes is wired, and the whole detector runs after the cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchvision.models import detection, segmentation
+
+from networks import random_images, random_plan, randomise_norms
+from secateur.detectors import forward_of
+from secateur.reading import make_wiring
+from secateur.surgery import apply_plan, relative_error, silence
+
+OUTPUT = "written to the network's output"
+
+
+def backbone() -> nn.Module:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+    )
+    layers.out_channels = 12  # type: ignore[assignment]
+    return layers
+
+
+def one_stage() -> nn.Module:
+    anchors = detection.anchor_utils.AnchorGenerator(((16,),), ((1.0,),))
+    model: nn.Module = detection.RetinaNet(
+        backbone(), 4, anchor_generator=anchors, min_size=64, max_size=64, topk_candidates=5
+    )
+    return model
+
+
+def two_stages() -> nn.Module:
+    anchors = detection.anchor_utils.AnchorGenerator(((16,),), ((1.0,),))
+    pool = detection.faster_rcnn.MultiScaleRoIAlign(["0"], 3, 2)
+    head = detection.faster_rcnn.TwoMLPHead(12 * 9, 20)
+    predictor = detection.faster_rcnn.FastRCNNPredictor(20, 4)
+    model: nn.Module = detection.FasterRCNN(
+        backbone(),
+        rpn_anchor_generator=anchors,
+        box_roi_pool=pool,
+        box_head=head,
+        box_predictor=predictor,
+        min_size=64,
+        max_size=64,
+        box_detections_per_img=3,
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "cut_layers", "outputs"),
+    [
+        (one_stage, {"0", "3", "head.classification_head.conv.0.0"}, {"bbox_reg", "cls_logits"}),
+        (
+            two_stages,
+            {"0", "3", "rpn.head.conv.0.0", "roi_heads.box_head.fc6", "roi_heads.box_head.fc7"},
+            {"cls_logits", "bbox_pred", "cls_score"},
+        ),
+    ],
+)
+def test_backbone_and_heads_of_a_detector_are_cut(
+    make: object, cut_layers: set[str], outputs: set[str]
+) -> None:
+    assert callable(make)
+    model = make().eval()
+    randomise_norms(model, torch.Generator().manual_seed(0))
+    images = random_images(2, 64)
+    wiring = make_wiring(model, images)
+    written = {name.removeprefix("backbone.") for name in wiring.groups}
+    assert cut_layers <= written
+    assert {group.name.rpartition(".")[2] for group in wiring.frozen} == outputs
+    assert {group.reason for group in wiring.frozen} == {OUTPUT}
+    plan = random_plan(wiring, torch.Generator().manual_seed(1))
+    smaller = apply_plan(model, wiring, plan)
+    forward = forward_of(model)
+    assert forward is not None
+    with torch.no_grad():
+        found = tuple(tree_leaves(forward(smaller, images)))
+        assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-4
+        boxes = smaller(list(images))
+    assert [set(each) for each in boxes] == 2 * [{"boxes", "scores", "labels"}]
+
+
+def test_a_network_that_segments_is_cut_like_any_other() -> None:
+    model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    assert forward_of(model) is None
+    images = random_images(1, 64)
+    wiring = make_wiring(model, images)
+    (frozen,) = [group for group in wiring.frozen if group.reason == OUTPUT]
+    assert frozen.name == "classifier.low_classifier"
+    plan = random_plan(wiring, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        answer: dict[str, Tensor] = apply_plan(model, wiring, plan)(images)
+        expected = silence(model, wiring, plan)(images)
+    assert relative_error(answer["out"], expected) < 1e-4
