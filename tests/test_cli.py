@@ -161,6 +161,33 @@ def test_inspect_one_layer(call: Call, model_file: Path) -> None:
     assert "did you mean conv1" in outcome.err
 
 
+def test_inspect_names_the_pattern_that_excludes_a_layer(call: Call, model_file: Path) -> None:
+    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    outcome = call(*common, "--probe-images", 60, "--exclude", "conv1", "--json")
+    assert outcome.code == 0
+    frozen = {group["layer"]: group["reason"] for group in json.loads(outcome.out)["frozen"]}
+    assert frozen["conv1"] == "excluded by 'conv1'"
+    outcome = call(*common, "--exclude", "conv9")
+    assert outcome.code == 2
+    assert "layer to exclude 'conv9'" in outcome.err
+
+
+def test_prune_excludes_rounds_and_keeps_a_minimum(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    common = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    options = ["--exclude", "conv1", "--round-to", 4, "--min-filters", 8, "--no-finetune"]
+    target = ["--target", "filters=0.5", "--probe-images", 60, "--refit", "none"]
+    outcome = call(*common, *options, *target, "-o", folder, "--json")
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    assert [group["name"] for group in result["groups"]] == ["conv3"]
+    assert len(result["groups"][0]["removed"]) == 8
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["exclude"] == ["conv1"]
+
+
 def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path) -> None:
     common = ["inspect", "-m", "resnet20", "--allow-untrained", "-d", f"folder:{images}"]
     outcome = call(*common, "--num-classes", 7, "--json")
