@@ -476,7 +476,7 @@ def test_uneven_batches_are_taken_as_they_come() -> None:
 # --- layers that are left as cut ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "layer"), [("shared", "twice"), ("tied_weights", "other")])
+@pytest.mark.parametrize(("name", "layer"), [("shared", "twice"), ("tied_weights", "one")])
 def test_a_kernel_used_twice_is_left_with_a_note(name: str, layer: str) -> None:
     model = make_network(name)
     plan = plan_of(stem__0=(1,))
