@@ -205,7 +205,7 @@ def _in_turns(forwards: dict[str, Forward], images: Tensor) -> dict[str, list[fl
 
 
 def _built(name: str) -> nn.Module:
-    return build(Member(f"torchvision:{name}", "torchvision", SIDE), SEED)
+    return build(Member(f"torchvision:{name}", "torchvision", SIDE), SEED, disturbed=False)
 
 
 def measure(name: str, mode: str, limit: float, threads: int) -> Row:

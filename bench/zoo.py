@@ -236,8 +236,12 @@ def members() -> list[Member]:
     ]
 
 
-def build(member: Member, seed: int) -> nn.Module:
-    """The network in evaluation mode, with weights and norm statistics that depend on the seed."""
+def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
+    """The network in evaluation mode, with weights and norm statistics that depend on the seed.
+
+    Without `disturbed` batch norms have the statistics of what they are fed: a deep network then
+    does not amplify rounding.
+    """
     if member.part == "dense":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -251,7 +255,8 @@ def build(member: Member, seed: int) -> nn.Module:
     randomise_constants(model.parameters(), generator)
     with torch.random.fork_rng(devices=[]):  # some networks draw noise
         torch.manual_seed(seed)
-        randomise_statistics(model, random_images(4, member.side, seed), generator)
+        images = random_images(4, member.side, seed)
+        randomise_statistics(model, images, generator, disturbed=disturbed)
     return model
 
 
@@ -289,8 +294,10 @@ def randomise_constants(parameters: Iterable[nn.Parameter], generator: torch.Gen
                 parameter.copy_(scale * (start if abs(start) > 0.01 else 1.0))
 
 
-def randomise_statistics(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
-    """Gives each batch norm the mean and variance of what it is fed, disturbed."""
+def randomise_statistics(
+    model: nn.Module, images: Tensor, generator: torch.Generator, *, disturbed: bool
+) -> None:
+    """Gives each batch norm the mean and variance of what it is fed, disturbed if asked for."""
     norms = [
         module
         for module in model.modules()
@@ -306,6 +313,8 @@ def randomise_statistics(model: nn.Module, images: Tensor, generator: torch.Gene
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+            if not disturbed:
+                continue
             mean, variance = norm.running_mean, norm.running_var
             assert mean is not None
             assert variance is not None

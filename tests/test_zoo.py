@@ -65,7 +65,7 @@ class Deep(nn.Module):
 def test_norms_get_statistics_that_keep_the_signal_alive(generator: torch.Generator) -> None:
     model = Deep().eval()
     images = random_images(4, 8, 0)
-    randomise_statistics(model, images, generator)
+    randomise_statistics(model, images, generator, disturbed=True)
     assert not any(module.training for module in model.modules())
     assert all(norm.momentum == 0.1 for norm in model.norms)
     with torch.no_grad():

@@ -54,10 +54,11 @@ def trials(wiring: Wiring, *, thorough: bool) -> list[dict[str, tuple[int, ...]]
     from anywhere.
     """
     first = _trial(wiring, None)
+    if not thorough and all(name in first or len(g) < 2 for name, g in wiring.groups.items()):
+        return [first] if first else []
     second = _trial(wiring, first)
-    is_needed = thorough or not second.keys() <= first.keys()
     single = {name: numbers[-1:] for name, numbers in second.items()}
-    return [removed for removed in (first, second, single)[: 3 if is_needed else 1] if removed]
+    return [removed for removed in (first, second, single) if removed]
 
 
 def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]:
@@ -76,8 +77,10 @@ def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]
             covers.setdefault(channel, []).append(number)
     for name, group in wiring.groups.items():
         size, done = len(group), (before or {}).get(name, ())
-        by_size = sorted(range(min(1, size - 1), size), key=lambda n: abs(3 * n - size))
-        wanted = next(amounts.setdefault(size, itertools.cycle(by_size)))
+        if size not in amounts:
+            nearest = sorted(range(min(1, size - 1), size), key=lambda n: abs(3 * n - size))
+            amounts[size] = itertools.cycle(nearest)
+        wanted = next(amounts[size])
         if before is not None:
             wanted = min(size - len(done), size - 1)
         chosen: list[int] = []
