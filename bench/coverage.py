@@ -285,6 +285,8 @@ def summary_table(found: list[Row]) -> str:
     ]
     for part in ("torchvision", "timm", "dense", "bonus"):
         names = [member.name for member in members() if member.part == part]
+        if not any(_find(found, name, tool) for name in names for tool in PACKAGES):
+            continue
         ours = [_find(found, name, "secateur") for name in names]
         theirs = [_find(found, name, "torch-pruning") for name in names]
         cells = [part, str(len(names))]
@@ -394,8 +396,11 @@ def page(found: list[Row]) -> str:
         "dense": "torchvision's networks that segment and detect",
         "bonus": "Transformers, for which no promise is made",
     }
+    measured = {row["part"] for row in found}
     tables = "\n\n".join(
-        f"## {title}\n\n{network_table(found, part)}" for part, title in parts.items()
+        f"## {title}\n\n{network_table(found, part)}"
+        for part, title in parts.items()
+        if part in measured
     )
     return f"""# Coverage: which networks can be cut
 
@@ -411,7 +416,9 @@ cut changed; above {AMPLIFIED:g} it is computed in float64 too, where rounding t
 network amplifies is gone, and must be {1 / EXACT_SHARE:g} times smaller. *Cut, runs*: channels are
 gone, the forward pass runs, and every parameter that had a gradient has a finite one.
 Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier kept, up to {peer.TRIALS}
-trials of the ratio. *MACs left* is each tool's own count. Median of wiring + surgery: {median}.
+trials of the ratio, a limit of time that each row states. *MACs left* is each tool's own count.
+Median of wiring + surgery: {median}; the machine had other work to do meanwhile, so seconds here
+are rough, and docs/speed.md has the comparison.
 
 {summary_table(found)}
 
