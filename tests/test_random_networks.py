@@ -51,6 +51,7 @@ REGRESSIONS: list[tuple[Spec, bool, int]] = [
         False,
         373,
     ),
+    ((("twice", 2, 1262), ("attention", 2, 102), ("head", 2, 0)), False, 0),
 ]
 """Specification, `cut_stream` and seed of the plan of examples that once failed."""
 

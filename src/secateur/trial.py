@@ -53,19 +53,20 @@ def trials(wiring: Wiring, *, thorough: bool) -> list[dict[str, tuple[int, ...]]
     one channel a group, which leaves no two halves the same: for operations whose sizes may come
     from anywhere.
     """
-    first = _trial(wiring, None)
+    first = _trial(wiring, None, least=0 if thorough else 1)
     if not thorough and all(name in first or len(g) < 2 for name, g in wiring.groups.items()):
         return [first] if first else []
-    second = _trial(wiring, first)
+    second = _trial(wiring, first, least=0)
     single = {name: numbers[-1:] for name, numbers in second.items()}
     return [removed for removed in (first, second, single) if removed]
 
 
-def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]:
+def _trial(wiring: Wiring, before: Removed | None, least: int) -> dict[str, tuple[int, ...]]:
     """About a third of the channels of each group; with `before` all others, as far as they can go.
 
     No two numbers that may be taken for each other should come out the same: groups of one size
-    lose different numbers of channels, and the first half of a group loses more than the second.
+    lose different numbers of channels, at least `least` while they can, and the first half of a
+    group loses more than the second.
     """
     generator = np.random.default_rng(0)
     amounts: dict[int, Iterator[int]] = {}
@@ -78,7 +79,8 @@ def _trial(wiring: Wiring, before: Removed | None) -> dict[str, tuple[int, ...]]
     for name, group in wiring.groups.items():
         size, done = len(group), (before or {}).get(name, ())
         if size not in amounts:
-            nearest = sorted(range(min(1, size - 1), size), key=lambda n: abs(3 * n - size))
+            possible = range(min(least, size - 1), size)
+            nearest = sorted(possible, key=lambda amount: abs(3 * amount - size))
             amounts[size] = itertools.cycle(nearest)
         wanted = next(amounts[size])
         if before is not None:
