@@ -285,7 +285,7 @@ def summary_table(found: list[Row]) -> str:
     ]
     for part in ("torchvision", "timm", "dense", "bonus"):
         names = [member.name for member in members() if member.part == part]
-        if not any(_find(found, name, tool) for name in names for tool in PACKAGES):
+        if not _is_measured(found, part):
             continue
         ours = [_find(found, name, "secateur") for name in names]
         theirs = [_find(found, name, "torch-pruning") for name in names]
@@ -376,6 +376,11 @@ def _cell(text: str) -> str:
     return short.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
+def _is_measured(found: list[Row], part: str) -> bool:
+    names = {member.name for member in members() if member.part == part}
+    return any(row["network"] in names for row in found)
+
+
 def _find(found: list[Row], network: str, tool: str) -> Row | None:
     return next((row for row in found if (row["network"], row["tool"]) == (network, tool)), None)
 
@@ -396,11 +401,10 @@ def page(found: list[Row]) -> str:
         "dense": "torchvision's networks that segment and detect",
         "bonus": "Transformers, for which no promise is made",
     }
-    measured = {row["part"] for row in found}
     tables = "\n\n".join(
         f"## {title}\n\n{network_table(found, part)}"
         for part, title in parts.items()
-        if part in measured
+        if _is_measured(found, part)
     )
     return f"""# Coverage: which networks can be cut
 
