@@ -29,6 +29,7 @@ from rows import (
     ROOT,
     Note,
     Row,
+    bench_parser,
     put_row,
     read_rows,
     reason_of,
@@ -296,7 +297,7 @@ def summary_table(found: list[Row]) -> str:
         ):
             measured = [row for row in rows if row is not None]
             of = "" if len(measured) == len(names) else f" of {len(measured)} measured"
-            cells += [f"{sum(map(test, measured))}{of}" for test in tests]
+            cells += [f"{sum(map(test, measured))}{of}" if measured else "–" for test in tests]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -451,16 +452,8 @@ def is_there(found: list[Row], member: Member, tool: str) -> bool:
 
 def main() -> None:
     """Measures what is missing and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*", help="pattern of names, such as 'timm:*'")
+    parser = bench_parser(__doc__, limit=300)
     parser.add_argument("--tool", choices=[*PACKAGES, "both"], default="both")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for each network")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
-    parser.add_argument("--tables", action="store_true", help="only write the tables")
-    for name in ("--child", "--network", "--out"):
-        action = "store_true" if name == "--child" else "store"
-        parser.add_argument(name, action=action, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)

@@ -5,6 +5,7 @@ A measuring process may die, hang or run out of memory; what it found until then
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -23,6 +24,20 @@ Row = dict[str, Any]
 Note = Callable[..., None]
 """Takes down what a measuring process has found so far."""
 SCHEMA_VERSION = 1
+
+
+def bench_parser(description: str | None, *, limit: float) -> argparse.ArgumentParser:
+    """The options that every bench of rows has, and those by which it calls itself."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", default="*", help="pattern of names, such as '*resnet*'")
+    parser.add_argument("--limit", type=float, default=limit, help="seconds for each network")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    for option in ("--network", "--out"):
+        parser.add_argument(option, help=argparse.SUPPRESS)
+    return parser
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -30,6 +30,7 @@ from rows import (
     ROOT,
     Note,
     Row,
+    bench_parser,
     put_row,
     read_rows,
     record,
@@ -39,7 +40,7 @@ from rows import (
     versions,
 )
 from secateur.evaluate import count_macs
-from secateur.export import export_onnx
+from secateur.export import export_onnx, onnx_runner
 from secateur.plan import Target, make_plan
 from secateur.reading import make_wiring
 from secateur.surgery import apply_plan, relative_error
@@ -166,19 +167,11 @@ def _forward(model: nn.Module, engine: str, images: Tensor) -> Forward:
 
 
 def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         export_onnx(model, images, path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(
-            path.read_bytes(), options, providers=["CPUExecutionProvider"]
-        )
-    given = session.get_inputs()[0].name
-    return lambda batch: torch.from_numpy(session.run(None, {given: batch.numpy()})[0])
+        runner = onnx_runner(path)  # it has read the file
+    return lambda batch: torch.from_numpy(runner(batch))
 
 
 def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
@@ -339,16 +332,8 @@ def is_there(found: list[Row], name: str, mode: str, threads: int) -> bool:
 
 def main() -> None:
     """Measures what is missing and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*", help="pattern of names, such as 'resnet*'")
+    parser = bench_parser(__doc__, limit=1800)
     parser.add_argument("--mode", choices=[*NETWORKS, "both"], default="both")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for each network")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--again", metavar="PATTERN", help="measure these rows anew")
-    parser.add_argument("--tables", action="store_true", help="only write the tables")
-    for option in ("--child", "--network", "--out"):
-        action = "store_true" if option == "--child" else "store"
-        parser.add_argument(option, action=action, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.plan import PruningPlan, Target
 from secateur.reading import make_wiring
+from secateur.surgery import apply_plan, relative_error, silence
 from secateur.wiring import Wiring
 
 SIDE = 8
@@ -295,6 +296,29 @@ def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
             chosen = torch.randperm(len(group), generator=generator)[:count]
             removed[name] = tuple(sorted(chosen.tolist()))
     return PruningPlan(removed, Target("macs", 0.5), "random")
+
+
+def assert_law(
+    model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor, *, limit: float = 1e-4
+) -> nn.Module:
+    """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
+    cut = apply_plan(model, wiring, plan)
+    with torch.no_grad():
+        found, silenced = cut(images), silence(model, wiring, plan)(images)
+    for one, other in zip(several(found), several(silenced), strict=True):
+        assert one.shape == other.shape
+        assert torch.isfinite(one).all()
+        assert relative_error(one, other) < limit
+    assert wiring.macs(plan.removed) == counted_macs(cut, images)
+    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
+    assert all(shapes[name] == wiring.shapes_after(plan.removed)[name] for name in shapes)
+    return cut
+
+
+def several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All the tensors that a network answers with."""
+    return (values,) if isinstance(values, Tensor) else values
 
 
 def counted_macs(model: nn.Module, images: Tensor) -> int:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import counted_macs
 from secateur.errors import RunFolderError, TargetError
 from secateur.plan import PruningPlan, Quantity, Target, make_plan
-from secateur.surgery import apply_plan, check_plan, relative_error, silence
+from secateur.surgery import check_plan
 from secateur.wiring import Wiring
 
 CLASSES = 5
@@ -600,23 +599,3 @@ def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
                 removed = attempt
                 break
     return PruningPlan(removed, Target("macs", 0.5), "random")
-
-
-def several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (values,) if isinstance(values, Tensor) else values
-
-
-def assert_law(model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor) -> nn.Module:
-    """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
-    cut = apply_plan(model, wiring, plan)
-    with torch.no_grad():
-        found, silenced = cut(images), silence(model, wiring, plan)(images)
-    for one, other in zip(several(found), several(silenced), strict=True):
-        assert one.shape == other.shape
-        assert torch.isfinite(one).all()
-        assert relative_error(one, other) < 1e-6
-    assert wiring.macs(plan.removed) == counted_macs(cut, images)
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
-    shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
-    assert all(shapes[name] == wiring.shapes_after(plan.removed)[name] for name in shapes)
-    return cut

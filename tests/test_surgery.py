@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from networks import (
     NETWORKS,
     Chain,
+    assert_law,
     counted_macs,
     make_network,
     random_images,
@@ -31,15 +32,6 @@ TARGET = Target("macs", 0.5)
 
 def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
     return PruningPlan(removed, TARGET, "by hand")
-
-
-@torch.no_grad()
-def assert_law(model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor) -> None:
-    """The cut network is the original one with the removed channels zeroed where they are read."""
-    cut = apply_plan(model, wiring, plan)
-    found, silenced = cut(images), silence(model, wiring, plan)(images)
-    assert relative_error(found, silenced) < 1e-4
-    assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize("cut_stream", [False, True])

@@ -13,6 +13,7 @@ from networks import (
     Chain,
     Flattened,
     TiedWeights,
+    assert_law,
     counted_macs,
     random_images,
     random_plan,
@@ -91,14 +92,8 @@ def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Wiring]
     return model, make_wiring(model, random_images(2), cut_stream=True)
 
 
-def assert_law(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> None:
-    """The cut network is the silenced one, with the MACs and parameters that were foretold."""
-    plan, images = random_plan(wiring, generator), random_images()
-    with torch.no_grad():
-        cut = apply_plan(model, wiring, plan)
-        assert relative_error(cut(images), silence(model, wiring, plan)(images)) < 1e-4
-    assert wiring.macs(plan.removed) == counted_macs(cut, images)
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+def assert_any_cut(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> None:
+    assert_law(model, wiring, random_plan(wiring, generator), random_images())
 
 
 @pytest.mark.parametrize("cut_stream", [False, True])
@@ -342,7 +337,7 @@ def test_what_is_understood_is_cut_by_the_law(
 ) -> None:
     model, wiring = between(then)
     assert {"first", "second"} <= set(wiring.groups)
-    assert_law(model, wiring, generator)
+    assert_any_cut(model, wiring, generator)
 
 
 def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.Generator) -> None:
@@ -359,7 +354,7 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
     wiring = make_wiring(model, random_images(2))
     assert list(wiring.groups) == ["conv"]
     assert wiring.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
-    assert_law(model, wiring, generator)
+    assert_any_cut(model, wiring, generator)
 
 
 def test_a_layer_whose_output_goes_nowhere_is_frozen() -> None:
@@ -384,7 +379,7 @@ def test_a_view_that_merges_batch_and_channels_is_frozen(generator: torch.Genera
 
     model, wiring = between(then)
     assert "first" not in wiring.groups
-    assert_law(model, wiring, generator)
+    assert_any_cut(model, wiring, generator)
 
 
 def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
@@ -402,7 +397,7 @@ def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
             return self.last(x).mean(2)  # type: ignore[no-any-return]
 
     model = Mixer().eval()
-    assert_law(model, make_wiring(model, random_images(2)), generator)
+    assert_any_cut(model, make_wiring(model, random_images(2)), generator)
 
 
 def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
@@ -423,7 +418,7 @@ def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
     model = Width().eval()
     wiring = make_wiring(model, random_images(2))
     assert "wider" not in wiring.groups
-    assert_law(model, wiring, generator)
+    assert_any_cut(model, wiring, generator)
 
 
 def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generator) -> None:
@@ -446,7 +441,7 @@ def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generat
 
     model = Parts().eval()
     wiring = make_wiring(model, random_images(2), cut_stream=True)
-    assert_law(model, wiring, generator)
+    assert_any_cut(model, wiring, generator)
 
 
 def test_a_transposed_convolution_is_a_convolution_and_counted() -> None:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from networks import random_images
-from random_networks import assert_law, random_plan
-from secateur.errors import TraceError
+from networks import assert_law, random_images
+from random_networks import random_plan
+from secateur.errors import TraceError, UsageError
 from secateur.plan import PruningPlan, Target
 from secateur.reading import make_wiring
 from secateur.rules import elementwise
@@ -73,7 +73,7 @@ def check(model: nn.Module, *, cut_stream: bool = True) -> Wiring:
     images = random_images(3).double()
     wiring = make_wiring(model, images[:2], cut_stream=cut_stream)
     for seed in range(3):
-        assert_law(model, wiring, random_plan(wiring, seed), images)
+        assert_law(model, wiring, random_plan(wiring, seed), images, limit=1e-6)
     return wiring
 
 
@@ -449,7 +449,7 @@ def test_signals_and_volumes_are_cut_like_images(rank: int) -> None:
     images = torch.randn(3, 3, *[4] * rank, dtype=torch.float64)
     wiring = make_wiring(model, images[:2])
     assert {name: len(group) for name, group in wiring.groups.items()} == {"0": 8, "3": 6}
-    assert_law(model, wiring, random_plan(wiring, 1), images)
+    assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
 
 
 @pytest.mark.parametrize("how", ["function", "method", "inner"])
@@ -521,4 +521,12 @@ def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tens
 
     wiring = make_wiring(model, images[:2], rules={"secateur_test::double": elementwise.keep})
     assert len(wiring.groups["second"]) == 8
-    assert_law(model, wiring, random_plan(wiring, 1), images)
+    assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
+
+
+def test_a_rule_that_does_not_fit_its_operation_is_refused(
+    doubling: Callable[[Tensor], Tensor],
+) -> None:
+    model, images = network(lambda m, x: doubling(x)), random_images(2).double()
+    with pytest.raises(UsageError, match=r"'secateur_test::double' gives \[\] channels along"):
+        make_wiring(model, images, rules={"secateur_test::double": lambda spread, node: ()})

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.errors import UsageError
 from secateur.graph import NetworkGraph, operation_name
 
 Ids = npt.NDArray[np.int64]
@@ -123,6 +124,7 @@ class ChannelSpread:
         elif node.op == "call_function" and isinstance(value, Tensor | list | tuple):
             rule = self._rules.get(operation_name(node))
             found = rule(self, node) if rule else self._without_rule(node)
+            self._check_rule(node, found)
             if isinstance(found, list):
                 self.several[node] = found
                 self.written.extend(ids for axes in found for ids in axes if ids is not None)
@@ -130,6 +132,21 @@ class ChannelSpread:
                 self.axes[node] = found
         elif isinstance(value, Tensor):
             self.axes[node] = (None,) * value.dim()
+
+    def _check_rule(self, node: Node, found: Axes | list[Axes]) -> None:
+        """Raises `UsageError` where a rule does not give ids for every dimension of a value."""
+        value = node.meta["val"]
+        pairs = zip(found, value, strict=False) if isinstance(found, list) else [(found, value)]
+        for axes, each in pairs:
+            shape = tuple(each.shape) if isinstance(each, Tensor) else ()
+            if len(axes) != len(shape) or any(
+                ids is not None and len(ids) != size for ids, size in zip(axes, shape, strict=True)
+            ):
+                sizes = [None if ids is None else len(ids) for ids in axes]
+                raise UsageError(
+                    f"the rule for {operation_name(node)!r} gives {sizes} channels along the "
+                    f"dimensions of a value of the size {list(shape)}"
+                )
 
     def fresh(self, size: int) -> Ids:
         """New channel ids."""

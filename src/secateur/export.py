@@ -116,7 +116,7 @@ def compare_latency(
     _check_packages()
     runners: dict[tuple[Engine, bool], Runner] = {
         ("pytorch", True): pruned,
-        ("onnxruntime", True): _onnx_runner(pruned_file),
+        ("onnxruntime", True): onnx_runner(pruned_file),
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(pruned))
@@ -126,7 +126,7 @@ def compare_latency(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             _write(original, example, folder / "original.onnx")
             runners["pytorch", False] = original
-            runners["onnxruntime", False] = _onnx_runner(folder / "original.onnx")
+            runners["onnxruntime", False] = onnx_runner(folder / "original.onnx")
         found: list[Latency] = []
         for batch in LATENCY_BATCHES:
             times = _medians_ms(runners, _noise(example, batch, torch.randn))
@@ -217,7 +217,7 @@ def _cause(error: BaseException) -> str:
 
 def _parity(model: nn.Module, example: Images, path: Path) -> float:
     """Largest relative difference between the file's answers and the network's."""
-    run = _onnx_runner(path)
+    run = onnx_runner(path)
     noises = [
         _noise(example, n, draw) for n in CHECKED_BATCHES for draw in (torch.rand, torch.randn)
     ]
@@ -247,13 +247,17 @@ def _noise(example: Images, count: int, draw: Callable[..., Tensor]) -> Tensor:
     return draw(count, *example.shape[1:], generator=generator).to(example)
 
 
-def _onnx_runner(path: Path) -> Callable[[Tensor], Any]:
-    """Runs the file in onnxruntime on the CPU; the answers are a NumPy array."""
+def onnx_runner(path: Path) -> Callable[[Tensor], Any]:
+    """Runs the file in onnxruntime on the CPU, on as many threads as PyTorch has.
+
+    The answers are a NumPy array. Raises `ExportError` where the file can't be loaded.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]

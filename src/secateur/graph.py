@@ -1,8 +1,8 @@
 """The network as a graph of ATen operations that runs with any set of parameters.
 
-`trace` reads the graph; `Walk` runs it, node by node, with parameters that are
-passed in by name. So one graph serves the original network, the same network with smaller
-kernels, and the network with some of its channels silenced.
+`trace` reads the graph; `Walk` runs it, node by node, with parameters that are passed in by name.
+So one graph serves the original network, the same network with smaller kernels, and the network
+with some of its channels silenced.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     With `forward` it is `forward(model, images)` that is traced, for networks whose whole answer
     can't be, such as detectors. Raises `TraceError` where the network can't be followed.
 
-    The operations are those that `torch.export` gives; this is its tracer without what export adds,
-    four times as fast. Instead of symbols the batch has a size that divides no other one
-    (`NetworkGraph.images`), so sizes that depend on the batch are known by being its multiples.
+    The operations are those that `torch.export` gives; this is its tracer without the rest of an
+    export, which takes longer than the tracing. Instead of a symbol the batch has a size that
+    divides no other one (`NetworkGraph.images`): sizes that depend on it are its multiples.
     """
     # Of a copy, since a network may keep what it computed, and that is not real here.
     model = copy_of(model, share_tensors=True)

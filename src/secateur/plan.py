@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 from torch import Tensor
 
 from secateur.errors import RunFolderError, TargetError, UsageError
@@ -204,9 +205,10 @@ def _orders(
 
 def _steps(wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:
     """How many channels of a group may stay, in rising order."""
-    written = wiring.channel_of[wiring.groups[name].layers[0].written]
-    filters = [int((written == channel).sum()) for channel in wiring.groups[name].channels]
-    widths = itertools.accumulate(filters[number] for number in order)
+    group = wiring.groups[name]
+    written = wiring.channel_of[group.layers[0].written]
+    filters = np.bincount(written[written >= 0], minlength=len(wiring.channel_of))[group.channels]
+    widths = itertools.accumulate(int(filters[number]) for number in order)
     allowed = [
         count
         for count, width in enumerate(widths, start=1)

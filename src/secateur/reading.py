@@ -11,8 +11,8 @@ from secateur.channels import ChannelSpread, Rule
 from secateur.detectors import forward_of
 from secateur.errors import UnknownName
 from secateur.graph import Forward, trace
-from secateur.replay import settle
 from secateur.rules import RULES
+from secateur.sizes import settle
 from secateur.wiring import STREAM, Wiring
 
 
@@ -32,8 +32,8 @@ def make_wiring(
     `rules.RULES`: name of an operation, `namespace::name` outside of ATen -> rule. With `forward`
     it is `forward(model, images)` that is traced, for networks whose whole answer can't be;
     torchvision's detectors are known (`detectors`). Of a compiled network the original is read.
-    Raises `TraceError` where `torch.export` can't follow the network and `UnknownName` where a
-    pattern fits no layer.
+    Raises `TraceError` where the network can't be traced, `UnknownName` where a pattern fits no
+    layer and `UsageError` where a rule of one's own does not give ids for its operation's value.
     """
     model = getattr(model, "_orig_mod", model)
     forward = forward or forward_of(model)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.channels import (
@@ -418,8 +417,3 @@ def patches(spread: ChannelSpread, node: Node) -> Axes:
     if ids is None:
         return fixed_axes(node)  # type: ignore[no-any-return]
     return (axes[0], np.repeat(ids, int(shape_of(node)[1]) // len(ids)), None)
-
-
-def is_several(node: Node) -> bool:
-    """Whether an operation has several values."""
-    return not isinstance(node.meta.get("val"), Tensor)

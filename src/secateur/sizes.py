@@ -51,9 +51,10 @@ def settle(
     active = _active(wiring, places)
     guesses = {place.kind: _guesses(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
-    wiring = assemble(model, spread, attributes=(*known, *together))
-    if together and works(wiring):
-        return wiring
+    if together:
+        wiring = assemble(model, spread, attributes=(*known, *together))
+        if works(wiring):
+            return wiring
     everywhere = [pair for place in active for pair in _channels_at(spread, place)]
     steered = _steered(model, spread, everywhere, known, works)
     accepted = known
