@@ -1,111 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from networks import CLASSES, Chain, Flattened, make_network, random_images
-from secateur.concepts import Concept, at_resolution, sources
+from scenes import CLASS_NAMES, PREPROCESSING, context_of, part_of, scene_of
+from secateur.concepts import ConceptSource, Scene, make, parse, readers, sources
+from secateur.concepts.annotations import Annotations
+from secateur.concepts.combined import Combined
 from secateur.concepts.evidence import Evidence
-from secateur.concepts.saliency import Saliency
-from secateur.errors import TraceError
-from secateur.graph import tensors_of, trace
+from secateur.errors import DataError, TraceError, UnknownName, UsageError
+from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
 
-CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")
-SIDES = st.integers(1, 9)
-SEEDS = st.integers(0, 2**31)
-
-
-def evidence_of(model: nn.Module) -> Evidence:
-    return Evidence(trace(model, random_images(2)), tensors_of(model), CLASS_NAMES)
-
-
-def saliency_of(model: nn.Module) -> Saliency:
-    return Saliency(trace(model, random_images(2)), tensors_of(model), CLASS_NAMES)
-
-
-def random_masks(images: int, regions: int, height: int, width: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(images, regions, height, width, generator=generator) < 0.3
-
-
-# --- masks at another resolution ------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=40)
-@given(height=SIDES, width=SIDES, seed=SEEDS)
-def test_masks_at_their_own_resolution_stay_as_they_are(height: int, width: int, seed: int) -> None:
-    masks = random_masks(2, 3, height, width, seed)
-    assert torch.equal(at_resolution(masks, (height, width)), masks)
-
-
-@settings(deadline=None, max_examples=40)
-@given(h=st.integers(1, 3), w=st.integers(1, 3), cell=st.integers(1, 4), seed=SEEDS)
-def test_a_cell_is_inside_where_half_of_it_is(h: int, w: int, cell: int, seed: int) -> None:
-    masks = random_masks(2, 2, h * cell, w * cell, seed)
-    found = at_resolution(masks, (h, w))
-    for i in range(2):
-        for r in range(2):
-            covered = {
-                (y, x): sum(
-                    bool(masks[i, r, y * cell + dy, x * cell + dx])
-                    for dy in range(cell)
-                    for dx in range(cell)
-                )
-                for y in range(h)
-                for x in range(w)
-            }
-            most = max(covered.values())
-            needed = cell * cell / 2 if 2 * most >= cell * cell else most
-            for (y, x), count in covered.items():
-                assert bool(found[i, r, y, x]) == (count > 0 and count >= needed)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    height=st.integers(2, 16),
-    width=st.integers(2, 16),
-    h=SIDES,
-    w=SIDES,
-    data=st.data(),
-)
-def test_no_region_is_lost_and_it_stays_where_it_was(
-    height: int, width: int, h: int, w: int, data: st.DataObject
-) -> None:
-    row = data.draw(st.integers(0, height - 1))
-    column = data.draw(st.integers(0, width - 1))
-    masks = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    masks[0, 0, row, column] = True  # one pixel
-    found = at_resolution(masks, (h, w))
-    assert found.shape == (1, 1, h, w)
-    assert found.any()
-    for y, x in found[0, 0].nonzero().tolist():  # the pixel lies in every cell that is inside
-        assert y * height // h <= row <= -(-(y + 1) * height // h) - 1
-        assert x * width // w <= column <= -(-(x + 1) * width // w) - 1
-
-
-@settings(deadline=None, max_examples=30)
-@given(height=SIDES, width=SIDES, h=SIDES, w=SIDES)
-def test_nothing_stays_nothing_and_everything_everything(
-    height: int, width: int, h: int, w: int
-) -> None:
-    masks = torch.zeros(1, 2, height, width, dtype=torch.bool)
-    masks[:, 1] = True
-    found = at_resolution(masks, (h, w))
-    assert not found[:, 0].any()
-    assert found[:, 1].all()
-
-
-# --- class evidence -------------------------------------------------------------------------------
-
-
-def last_maps_of_chain(model: Chain, images: Tensor) -> Tensor:
-    x = F.relu(model.bn1(model.conv1(images)))
-    maps: Tensor = F.relu(model.bn2(model.conv2(x))).detach()
-    return maps
+NETWORKS = ["chain", "residual", "concat", "flattened", "gated", "in_place"]
 
 
 def chain() -> Chain:
@@ -114,10 +26,35 @@ def chain() -> Chain:
     return model
 
 
+def heat_of(
+    model: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    context = context_of(model)
+    evidence = Evidence(context)
+    return evidence.heat(scene_of(evidence, context, images, labels))
+
+
+def found_by(
+    name: str, model: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> ConceptMasks:
+    context = context_of(model)
+    source = sources()[name](context)
+    return source.find(scene_of(source, context, images, labels))
+
+
+def last_maps_of_chain(model: Chain, images: Tensor) -> Tensor:
+    x = F.relu(model.bn1(model.conv1(images)))
+    maps: Tensor = F.relu(model.bn2(model.conv2(x))).detach()
+    return maps
+
+
+# --- class evidence -------------------------------------------------------------------------------
+
+
 def test_evidence_of_a_pooled_network_is_its_class_activation_map() -> None:
     model, images = chain(), random_images(4)
     labels = torch.tensor([0, 3, 3, 1])
-    heat, classes = evidence_of(model).heat(images, labels)
+    heat, classes = heat_of(model, images, labels)
     maps, rows = last_maps_of_chain(model, images), model.linear.weight.detach()
     assert torch.equal(classes, labels)
     assert heat.shape == (4, 4, 4)
@@ -142,10 +79,15 @@ class RectifiedHead(nn.Module):
 
 def test_gradient_evidence_is_proportional_to_the_class_activation_map() -> None:
     model, images = chain(), random_images(4)
-    cam, _ = evidence_of(model).heat(images, None)
-    grad_cam, _ = evidence_of(RectifiedHead(model)).heat(images, None)
+    cam, _ = heat_of(model, images)
+    grad_cam, _ = heat_of(RectifiedHead(model), images)
     # 4x4 positions share the gradient. Rectifying stops it where a mean is zero: so is the map.
     torch.testing.assert_close(grad_cam * 16, cam)
+
+
+def test_only_a_head_that_is_not_pooled_and_linear_needs_a_gradient() -> None:
+    assert not Evidence(context_of(chain())).needs_gradient
+    assert Evidence(context_of(RectifiedHead(chain()))).needs_gradient
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -153,7 +95,7 @@ def test_evidence_of_a_flattening_network_is_its_grad_cam(with_labels: bool) -> 
     model, images = make_network("flattened"), random_images(4)
     assert isinstance(model, Flattened)
     labels = torch.tensor([4, 0, 0, 2]) if with_labels else None
-    heat, classes = evidence_of(model).heat(images, labels)
+    heat, classes = heat_of(model, images, labels)
 
     expected = []
     for i in range(4):
@@ -167,44 +109,55 @@ def test_evidence_of_a_flattening_network_is_its_grad_cam(with_labels: bool) -> 
     torch.testing.assert_close(heat, torch.stack(expected))
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "concat", "flattened", "gated", "in_place"])
+def test_the_gradient_can_be_asked_for_again() -> None:
+    context = context_of(make_network("flattened"))
+    evidence = Evidence(context)
+    scene = scene_of(evidence, context, random_images(3))
+    assert torch.equal(evidence.heat(scene)[0], evidence.heat(scene)[0])
+    scene.logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_evidence_is_the_top_quarter_of_each_image(name: str) -> None:
     model, images = make_network(name), random_images(5)
-    evidence = evidence_of(model)
-    found = evidence.find(images, None)
-    heat, _ = evidence.heat(images, None)
-    fine = F.interpolate(heat[:, None], (8, 8), mode="bilinear", align_corners=False)
-    assert found.masks.shape == (5, 1, 8, 8)
-    for mask, value in zip(found.masks, fine, strict=True):
+    found = found_by("evidence", model, images)
+    heat, _ = heat_of(model, images)
+    assert found.masks.shape == (5, 1, *heat.shape[1:])
+    count = round(heat[0].numel() / 4)
+    for mask, value in zip(found.masks[:, 0], heat, strict=True):
         lowest = value[mask].min()
-        assert int((value > lowest).sum()) < 16 <= int(mask.sum())
+        assert int((value > lowest).sum()) < count <= int(mask.sum())
         assert torch.equal(mask, value >= lowest)  # all that ties with the last one, and no more
 
 
 def test_class_is_the_label_or_else_the_prediction() -> None:
     model, images = chain(), random_images(6)
-    evidence = evidence_of(model)
     with torch.no_grad():
         predicted = model(images).argmax(1)
     labels = (predicted + 1) % CLASSES
-    assert torch.equal(evidence.find(images, None).concepts, predicted[:, None])
-    assert torch.equal(evidence.find(images, labels).concepts, labels[:, None])
-    by_prediction = evidence.find(images, predicted).masks
-    assert torch.equal(evidence.find(images, None).masks, by_prediction)
-    assert not torch.equal(evidence.find(images, labels).masks, by_prediction)
+    found = found_by("evidence", model, images)
+    assert torch.equal(found.concepts, predicted[:, None])
+    labelled = found_by("evidence", model, images, labels)
+    assert torch.equal(labelled.concepts, labels[:, None])
+    assert torch.equal(found.masks, found_by("evidence", model, images, predicted).masks)
+    assert not torch.equal(labelled.masks, found.masks)
 
 
 def test_every_class_is_a_concept() -> None:
-    assert evidence_of(chain()).concepts == tuple(
-        Concept(name, "class evidence") for name in CLASS_NAMES
-    )
+    expected = tuple(Concept(name, "class evidence") for name in CLASS_NAMES)
+    assert Evidence(context_of(chain())).concepts == expected
+
+
+def test_classes_without_a_name_are_numbered() -> None:
+    context = replace(context_of(chain()), class_names=CLASS_NAMES[:3])
+    names = [concept.name for concept in Evidence(context).concepts]
+    assert names == ["ant", "bee", "cow", "class 3", "class 4"]
 
 
 @pytest.mark.parametrize("name", ["chain", "flattened"])
 def test_evidence_leaves_no_gradient_behind(name: str) -> None:
     model, images = make_network(name), random_images(2)
-    found = evidence_of(model).heat(images, None)[0]
-    assert not found.requires_grad
+    assert not heat_of(model, images)[0].requires_grad
     assert not images.requires_grad
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
@@ -214,23 +167,22 @@ def test_evidence_leaves_no_gradient_behind(name: str) -> None:
 
 def test_saliency_is_what_lies_above_the_mean_of_the_summed_map() -> None:
     model, images = chain(), random_images(4)
-    found = saliency_of(model).find(images, None)
+    found = found_by("saliency", model, images)
     maps = last_maps_of_chain(model, images)
     for i in range(4):
         total = torch.stack(list(maps[i])).sum(0)
-        fine = F.interpolate(total[None, None], (8, 8), mode="bilinear", align_corners=False)[0, 0]
-        assert torch.equal(found.masks[i, 0], fine > total.mean())
-        assert 0 < int(found.masks[i].sum()) < 64
+        assert torch.equal(found.masks[i, 0], total > total.mean())
+        assert 0 < int(found.masks[i].sum()) < 16
 
 
 def test_saliency_does_not_look_at_labels() -> None:
     model, images = chain(), random_images(3)
-    saliency = saliency_of(model)
     without, labelled = (
-        saliency.find(images, labels) for labels in (None, torch.tensor([4, 0, 2]))
+        found_by("saliency", model, images, labels) for labels in (None, torch.tensor([4, 0, 2]))
     )
     assert torch.equal(without.masks, labelled.masks)
     assert torch.equal(without.concepts, torch.zeros(3, 1, dtype=torch.int64))
+    saliency = sources()["saliency"](context_of(model))
     assert saliency.concepts == (Concept("salient region", "saliency"),)
 
 
@@ -238,7 +190,7 @@ def test_a_flat_map_is_salient_everywhere() -> None:
     model = chain()
     with torch.no_grad():
         model.bn2.weight.zero_()  # every position of a channel holds the norm's offset
-    assert saliency_of(model).find(random_images(2), None).masks.all()
+    assert found_by("saliency", model, random_images(2)).masks.all()
 
 
 # --- networks without a map -----------------------------------------------------------------------
@@ -261,12 +213,11 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, CLASSES)).eval()
 
 
-@pytest.mark.parametrize("source", ["evidence", "saliency"])
+@pytest.mark.parametrize("source", ["evidence", "saliency", "factors"])
 @pytest.mark.parametrize("make", [NoMap, perceptron])
 def test_a_network_without_a_feature_map_is_an_error(source: str, make: type[nn.Module]) -> None:
-    model, images = make(), random_images(2)
     with pytest.raises(TraceError, match="no feature map to look for class evidence in"):
-        sources()[source](trace(model, images), tensors_of(model), CLASS_NAMES).find(images, None)
+        sources()[source](context_of(make()))
 
 
 class MaxPooledHead(nn.Module):
@@ -286,7 +237,7 @@ class MaxPooledHead(nn.Module):
 def test_evidence_behind_a_largest_value_pooling() -> None:
     model, images = MaxPooledHead().eval(), random_images(3)
     labels = torch.tensor([0, 1, 2])
-    heat, _ = evidence_of(model).heat(images, labels)
+    heat, _ = heat_of(model, images, labels)
     maps = model.conv(images).detach()
     for i, label in enumerate(labels.tolist()):
         # One of 64 positions of each channel carries the whole gradient.
@@ -310,9 +261,235 @@ class ChannelMeanHead(nn.Module):
 def test_an_average_over_channels_is_not_taken_for_one_over_positions() -> None:
     model, images = ChannelMeanHead().eval(), random_images(3)
     labels = torch.tensor([0, 1, 2])
-    heat, _ = evidence_of(model).heat(images, labels)
+    heat, _ = heat_of(model, images, labels)
     maps = model.conv(images).detach()
     for i, label in enumerate(labels.tolist()):
         # d logit / d map[c] is row[position] / 16, for every channel c.
         weight = model.linear.weight[label].detach().mean() / 16
         torch.testing.assert_close(heat[i], weight * maps[i].sum(0))
+
+
+# --- what every source must keep to ---------------------------------------------------------------
+
+
+def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource, Scene]:
+    context = context_of(make_network(network))
+    source = make(text, context.graph, context.state, CLASS_NAMES, PREPROCESSING)
+    scene = scene_of(source, context, random_images(count))
+    if source.needs_learning:
+        source.learn(scene)
+        source.finish_learning()
+    return source, scene
+
+
+@pytest.mark.parametrize("network", ["chain", "residual", "concat"])
+@pytest.mark.parametrize("text", ["evidence", "saliency", "factors:3", "colours"])
+def test_an_image_is_found_alike_in_any_batch(text: str, network: str) -> None:
+    if "factors" in text:
+        pytest.importorskip("sklearn")
+    source, scene = source_and_scene(text, network, 11)
+    whole = source.find(scene)
+    for size in (1, 2, 5):
+        for start in range(0, 11, size):
+            images = slice(start, start + size)
+            found = source.find(part_of(scene, images))
+            assert torch.equal(found.masks, whole.masks[images])
+            assert torch.equal(found.concepts, whole.concepts[images])
+
+
+@pytest.mark.parametrize("shape", [(7, 7, 2048), (8, 8, 64), (3, 5, 13), (1, 9, 100), (14, 14, 33)])
+def test_evidence_of_an_image_is_the_same_to_the_last_bit_in_any_batch(
+    shape: tuple[int, int, int], generator: torch.Generator
+) -> None:
+    height, width, channels = shape
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, channels, 1)
+            self.linear = nn.Linear(channels, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = F.adaptive_avg_pool2d(self.conv(x), (height, width))
+            logits: Tensor = self.linear(F.adaptive_avg_pool2d(maps, 1).flatten(1))
+            return logits
+
+    evidence = Evidence(context_of(Head().eval()))
+    value = torch.randn(9, channels, height, width, generator=generator)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        scene = Scene(
+            random_images(9),
+            torch.arange(9),
+            torch.arange(9) % CLASSES,
+            None,
+            value.to(memory_format=layout),
+            torch.zeros(9, CLASSES),
+        )
+        whole, _ = evidence.heat(scene)
+        for start, size in ((0, 1), (8, 1), (2, 2), (3, 5)):
+            images = slice(start, start + size)
+            assert torch.equal(evidence.heat(part_of(scene, images))[0], whole[images])
+
+
+@pytest.mark.parametrize("text", ["evidence", "saliency", "factors:3", "colours"])
+def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
+    if "factors" in text:
+        pytest.importorskip("sklearn")
+    source, scene = source_and_scene(text, "chain", 6)
+    found = source.find(scene)
+    assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != ABSENT)
+    assert int(found.concepts.max()) < len(source.concepts)
+
+
+@pytest.mark.parametrize("text", ["evidence", "saliency", "factors:3"])
+def test_maps_in_half_precision_will_do(text: str) -> None:
+    if "factors" in text:
+        pytest.importorskip("sklearn")
+    source, scene = source_and_scene(text, "chain", 4)
+    assert scene.value is not None
+    found = source.find(replace(scene, value=scene.value.bfloat16()))
+    assert found.masks.shape == source.find(scene).masks.shape
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_a_text_is_read_as_names_and_arguments() -> None:
+    assert parse("evidence") == [("evidence", "")]
+    assert parse("evidence, factors:8,masks:a:b/c") == [
+        ("evidence", ""),
+        ("factors", "8"),
+        ("masks", "a:b/c"),
+    ]
+    assert set(readers()) < set(sources())
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("evidense", UnknownName, "unknown concept source 'evidense': did you mean evidence"),
+        ("evidence,", UnknownName, "unknown concept source ''"),
+        ("masks", UsageError, "the concept source 'masks' needs a folder: masks:DIR"),
+        ("evidence,parts:", UsageError, "the concept source 'parts' needs a folder: parts:DIR"),
+        ("factors:many", UsageError, "factors:many: expected a number of parts, as in factors:8"),
+        ("factors:0", UsageError, "factors:0: expected a number of parts"),
+        ("colours:11", UsageError, "'colours' takes nothing after a colon: 'colours:11'"),
+        ("evidence,evidence", UsageError, "'evidence,evidence' name one twice"),
+    ],
+)
+def test_texts_that_name_no_source(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse(text)
+
+
+# --- several sources at once ----------------------------------------------------------------------
+
+
+class Marked:
+    """Always the same regions."""
+
+    node = None
+    needs_gradient = False
+    needs_learning = False
+
+    def __init__(self, names: str, masks: Tensor, numbers: Tensor) -> None:
+        self.concepts = tuple(Concept(name, "letter") for name in names)
+        self._found = ConceptMasks(masks, numbers)
+
+    def learn(self, scene: Scene) -> None:
+        raise AssertionError("it does not learn")
+
+    def finish_learning(self) -> None:
+        raise AssertionError("it does not learn")
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        return self._found
+
+
+def empty_scene(images: Tensor, annotations: ConceptMasks | None = None) -> Scene:
+    count = len(images)
+    logits = torch.zeros(count, CLASSES)
+    return Scene(images, torch.arange(count), None, annotations, None, logits)
+
+
+def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
+    generator: torch.Generator,
+) -> None:
+    coarse = torch.rand(2, 1, 2, 2, generator=generator) < 0.5
+    fine = torch.rand(2, 2, 4, 4, generator=generator) < 0.5
+    one = Marked("ab", coarse, torch.tensor([[1], [ABSENT]]))
+    other = Marked("cde", fine, torch.tensor([[0, 2], [ABSENT, 1]]))
+    both = Combined((one, other))
+    assert [concept.name for concept in both.concepts] == list("abcde")
+    found = both.find(empty_scene(random_images(2)))
+    assert found.concepts.tolist() == [[1, 2, 4], [ABSENT, ABSENT, 3]]
+    assert torch.equal(found.masks[:, 1:], fine)
+    assert torch.equal(found.masks[:, :1], at_resolution(coarse, (4, 4)))
+    assert torch.equal(at_resolution(found.masks[:, :1], (2, 2)), coarse)
+
+
+def test_no_resolution_is_finer_than_the_image() -> None:
+    too_fine = Marked("a", torch.ones(2, 1, 32, 32).bool(), torch.zeros(2, 1).long())
+    found = Combined((too_fine, too_fine)).find(empty_scene(random_images(2)))
+    assert found.masks.shape == (2, 2, 8, 8)
+
+
+@pytest.mark.parametrize("network", ["chain", "flattened"])
+def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> None:
+    images = random_images(5)
+    context = context_of(make_network(network))
+    combined = make(
+        "evidence,saliency,colours", context.graph, context.state, CLASS_NAMES, PREPROCESSING
+    )
+    alone = [sources()[name](context) for name in ("evidence", "saliency", "colours")]
+    assert combined.node is alone[0].node
+    assert combined.needs_gradient == alone[0].needs_gradient == (network == "flattened")
+    found = combined.find(scene_of(combined, context, images))
+    expected = [source.find(scene_of(source, context, images)) for source in alone]
+    masks = torch.cat([at_resolution(each.masks, (8, 8)) for each in expected], dim=1)
+    assert torch.equal(found.masks, masks)
+    assert torch.equal(found.concepts[:, :1], expected[0].concepts)
+    assert torch.equal(found.concepts[:, 1:2], expected[1].concepts + CLASSES)
+    numbers = expected[2].concepts
+    shown = numbers != ABSENT
+    assert torch.equal(found.concepts[:, 2:] != ABSENT, shown)
+    assert torch.equal(found.concepts[:, 2:][shown], numbers[shown] + CLASSES + 1)
+
+
+def test_only_those_who_learn_are_taught() -> None:
+    pytest.importorskip("sklearn")
+    source, scene = source_and_scene("colours,factors:2", "chain", 4)
+    assert source.needs_learning
+    still = Marked("a", torch.ones(4, 1, 2, 2).bool(), torch.zeros(4, 1).long())
+    both = Combined((still, source))
+    both.learn(scene)
+    both.finish_learning()
+    assert not Combined((still, still)).needs_learning
+
+
+def test_sources_that_look_at_different_values_can_not_be_combined() -> None:
+    one, other = (Evidence(context_of(chain())) for _ in range(2))
+    with pytest.raises(AssertionError, match="look at different values"):
+        Combined((one, other))
+
+
+# --- annotated regions ----------------------------------------------------------------------------
+
+
+def test_annotations_are_those_of_the_scene() -> None:
+    source = Annotations((Concept("a", "letter"),))
+    regions = ConceptMasks(torch.ones(2, 1, 8, 8).bool(), torch.zeros(2, 1).long())
+    assert source.find(empty_scene(random_images(2), regions)) is regions
+    assert source.concepts == (Concept("a", "letter"),)
+
+
+def test_images_without_annotations_are_an_error_that_says_what_to_do() -> None:
+    source = Annotations((Concept("a", "letter"),))
+    with pytest.raises(DataError, match="without annotated regions: take those that the concept"):
+        source.find(empty_scene(random_images(2)))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    context = context_of(chain())
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/no to read masks from"):
+        make(f"masks:{tmp_path}/no", context.graph, context.state, (), PREPROCESSING)

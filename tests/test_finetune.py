@@ -13,7 +13,7 @@ from networks import Chain, randomise_norms
 from secateur.config import FinetuneSection
 from secateur.data import Batch, TensorImages
 from secateur.errors import DataError, SecateurError
-from secateur.finetune import Epoch, _cosine, _loss, autocast, finetune, has_fast_bfloat16
+from secateur.finetune import Epoch, _cosine, _loss, finetune
 from secateur.models import Preprocessing
 
 PREPARE = Preprocessing(8, 8)

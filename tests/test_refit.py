@@ -13,9 +13,10 @@ from secateur import refit as refit_module
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import tensors_of
+from secateur.patches import in_patch_order, window_of
 from secateur.plan import PruningPlan, Target
 from secateur.reading import make_wiring
-from secateur.refit import LayerRefit, _Problem, refit
+from secateur.refit import LayerRefit, refit
 from secateur.surgery import apply_plan, relative_error
 from secateur.wiring import Wiring
 
@@ -394,12 +395,14 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
     model = OneConvolution(GEOMETRIES[geometry]).eval()
     wiring = wiring_of(model)
     (layer,) = [layer for layer in wiring.layers if layer.name == "conv"]
-    problem = _Problem(wiring.graph, layer, dict(tensors_of(model)), None)
+    window = window_of(layer.node, model.conv.kernel_size)
     inputs = torch.randn(3, 4, 8, 8)
     with torch.no_grad():
-        expected = model.conv(inputs).flatten(2)
-        found = model.conv.weight.flatten(1) @ problem._patches(inputs)
-    torch.testing.assert_close(found, expected)
+        expected = model.conv(inputs)
+        assert window.positions(8, 8) == expected.shape[2:]
+        positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
+        found = window.take(inputs, positions) @ in_patch_order(model.conv.weight).T
+    torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -1,26 +1,50 @@
-"""Shows a network's feature maps to observers: one pass over the probe set serves them all."""
+"""Shows a network's feature maps to observers: one pass over the probe set serves them all.
+
+Images go through the network in batches of a size that depends on nothing but the images' size
+(`images_at_a_time`), the last one filled up: so what is computed for an image does not depend on
+how the probe set was cut into batches or spread over processes. That holds for one machine and one
+number of threads; another one may round differently.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.concepts import ConceptMasks, ConceptSource, at_resolution
-from secateur.criteria import Kernels, Observer, Sight
+from secateur import distributed
+from secateur.channels import argument
+from secateur.concepts import ConceptSource, Scene
+from secateur.config import ScoreSection
+from secateur.criteria import Kernels, Need, Observer, Reader, Regions, Sight, Vote
 from secateur.data import Batch
 from secateur.evaluate import check_labels
-from secateur.graph import State, Tap, run, tensors_of
+from secateur.graph import State, Tap, Walk, operation_name, tensors_of
 from secateur.grouping import Group, Look
+from secateur.patches import Window, window_of
+from secateur.precision import autocast
+from secateur.regions import ConceptMasks, at_resolution, joined_masks
 from secateur.thresholds import Usual, UsualTally
 from secateur.wiring import Wiring
 
-USUAL_IMAGES = 512
-"""Images from which each filter's mean and threshold are estimated."""
+PIXELS_AT_A_TIME = 2**20
+"""Bounds the images that go through the network at once, and with them the memory."""
+MOST_IMAGES_AT_A_TIME = 128
+LARGEST_GRID = 14
+"""Responses are brought to at most so many rows and columns of cells."""
+
+
+def images_at_a_time(height: int, width: int) -> int:
+    """How many images go through the network at once: a power of two."""
+    fitting = max(1, PIXELS_AT_A_TIME // (height * width))
+    return min(MOST_IMAGES_AT_A_TIME, 1 << (fitting.bit_length() - 1))
 
 
 def observe(
@@ -29,38 +53,35 @@ def observe(
     batches: Callable[[], Iterable[Batch]],
     observers: Sequence[Observer],
     source: ConceptSource | None,
-    *,
-    quantile: float,
-    use_labels: bool,
+    settings: ScoreSection,
 ) -> None:
     """Shows every observer every group in every batch; the network is in evaluation mode.
 
-    `batches()` gives the probe set anew each time it is called. `quantile` is the share of
-    positions at which a filter exceeds its threshold. With `use_labels` the concepts and the loss
-    are those of the true class, without it those of the predicted class.
+    `batches()` gives the probe set, or this process's share of it, anew each time it is called; at
+    the end the observers' tallies are those of all processes. Every `settings.sample_every`-th
+    image goes through the network once before, where someone must know what is usual. With
+    `settings.use_labels` the concepts and the loss are those of the true class, without it those of
+    the predicted class. `source` may be None where nobody asks for concepts.
     """
-    observers = [observer for observer in observers if observer.needs_images]
-    if not observers:
-        return
-    assert source is not None
     state = tensors_of(model)
-    kernels = kernels_of(wiring, state)
-    usual = _usual(wiring, state, batches(), quantile)
-    with_gradients = any(observer.needs_gradients for observer in observers)
-    for batch in batches():
-        labels = batch.labels if use_labels else None
-        show = _Showing(observers, kernels, usual, source.find(batch.images, labels))
-        taps = _taps(wiring, show.with_gradients if with_gradients else show.forward_only)
-        if not with_gradients:
-            with torch.inference_mode():
-                run(wiring.graph, state, batch.images, after=taps)
-            continue
-        images = batch.images.detach().clone().requires_grad_()
-        logits = run(wiring.graph, state, images, after=taps)
-        if labels is None:
-            labels = logits.detach().argmax(1)
-        check_labels(labels, logits.shape[1])
-        F.cross_entropy(logits, labels, reduction="sum").backward()
+    parts = kernels_of(wiring, state)
+    for observer in observers:
+        observer.begin(parts)
+    needs: set[Need] = {need for observer in observers for need in observer.needs}
+    if not needs:
+        return
+    if "concepts" not in needs:
+        source = None
+    assert source is not None or "concepts" not in needs
+    way = _Pass(wiring, state, source, settings)
+    usual: dict[str, Usual] = {}
+    if "usual" in needs or (source is not None and source.needs_learning):
+        usual = _first_look(way, batches())
+    showing = _Showing(way, parts, usual, observers)
+    for batch, count in _refilled(batches()):
+        showing.show(batch, count)
+    for observer in observers:
+        distributed.add_up(observer.tallies())
 
 
 def parts_of(group: Group) -> dict[str, Look]:
@@ -73,87 +94,270 @@ def parts_of(group: Group) -> dict[str, Look]:
 
 def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
     """The weights that write and read the filters of each part of each group."""
-    squares = torch.zeros(len(wiring.channel_of), dtype=torch.float64)
+    slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
+    scales = {
+        wiring.graph.tensor_names[node.args[1]]
+        for node in wiring.graph.nodes
+        if operation_name(node) == "batch_norm" and isinstance(node.args[1], Node)
+    }
+    found: dict[str, Kernels] = {}
+    for group in wiring.groups.values():
+        position = np.full(len(wiring.channel_of) + 1, -1, dtype=np.int64)  # the last stands for -1
+        position[group.channels] = np.arange(len(group))
+
+        def rows_of(name: str, dim: int, place: npt.NDArray[np.int64] = position) -> tuple[Tensor, Tensor]:
+            """The rows of a parameter that belong to the group, and the channel of each."""
+            channels = slots.get((name, dim))
+            own = np.full(0, -1) if channels is None else place[channels]
+            rows = torch.from_numpy(np.flatnonzero(own >= 0))
+            return state[name].movedim(dim, 0)[rows], torch.from_numpy(own[own >= 0])
+
+        incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
+        norms = [rows_of(name, 0) for name in sorted(scales)]
+        readers = _readers(wiring, state, position, len(group))
+        for name, look in parts_of(group).items():
+            channel = torch.from_numpy(look.channel)
+            found[name] = Kernels(
+                incoming=tuple(each for each in incoming if len(each[1])),
+                channel=channel,
+                readers=tuple(
+                    Reader(window, weights[:, :, channel]) for window, weights in readers
+                ),
+                norm_scales=tuple(each for each in norms if len(each[1])),
+            )
+    return found
+
+
+def _readers(
+    wiring: Wiring, state: State, position: npt.NDArray[np.int64], channels: int
+) -> list[tuple[Window, Tensor]]:
+    """How each layer that reads some of a group's channels moves, and `[output, tap, channel]`."""
+    found: list[tuple[Window, Tensor]] = []
     for layer in wiring.layers:
         read = layer.kernel[1 - layer.filter_dim]
         if layer.is_computed or read is None or len(read) == 1:
             continue
-        kernel = state[layer.weight].detach().cpu().double().movedim(1 - layer.filter_dim, 0)
-        channel = torch.from_numpy(wiring.channel_of[read])
-        is_prunable = channel >= 0
-        total = kernel.flatten(1).square().sum(1)  # [input of the layer]
-        squares.index_add_(0, channel[is_prunable], total[is_prunable])
-    found: dict[str, Kernels] = {}
-    slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
-    for group in wiring.groups.values():
-        position = np.full(len(wiring.channel_of), -1, dtype=np.int64)
-        position[group.channels] = np.arange(len(group))
-        incoming: list[tuple[Tensor, Tensor]] = []
-        for layer in group.layers:
-            channels = slots.get((layer.weight, layer.filter_dim))
-            if channels is not None:
-                own = np.where(channels >= 0, position[channels], -1)
-                rows = torch.from_numpy(np.flatnonzero(own >= 0))
-                kernel = state[layer.weight].movedim(layer.filter_dim, 0)[rows]
-                incoming.append((kernel, torch.from_numpy(own[own >= 0])))
-        outgoing = squares.sqrt().float()[torch.from_numpy(group.channels)]
-        for name, look in parts_of(group).items():
-            channel = torch.from_numpy(look.channel)
-            found[name] = Kernels(tuple(incoming), channel, outgoing[channel])
+        own = position[wiring.channel_of[read]]
+        inputs = torch.from_numpy(np.flatnonzero(own >= 0))
+        if not len(inputs):
+            continue
+        channel = torch.from_numpy(own[own >= 0])
+        kernel = state[layer.weight].movedim((layer.filter_dim, 1 - layer.filter_dim), (0, -1))
+        kernel = kernel.flatten(1, -2) if kernel.ndim > 2 else kernel[:, None]
+        if operation_name(layer.node) == "conv2d" and argument(layer.node, "groups", 1) == 1:
+            window = window_of(layer.node, tuple(state[layer.weight].shape[2:]))
+            weights = kernel.new_zeros(*kernel.shape[:2], channels)
+            weights[:, :, channel] = kernel[:, :, inputs]
+        else:  # each position that a linear layer reads, and each tap, counts as an output
+            window = Window((1, 1))
+            order = channel.argsort(stable=True)
+            times = channel.bincount(minlength=channels)
+            turn = torch.arange(len(order)) - (times.cumsum(0) - times).repeat_interleave(times)
+            table = kernel.new_zeros(*kernel.shape[:2], int(times.max()), channels)
+            table[:, :, turn, channel[order]] = kernel[:, :, inputs[order]]
+            weights = table.flatten(0, 2)[:, None]
+        found.append((window, weights))
     return found
 
 
+def _refilled(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+    """The same images in batches of the one size, with how many of each are images to count."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        size = images_at_a_time(*batch.images.shape[2:])
+        while sum(len(each.images) for each in waiting) >= size:
+            joined = _joined(waiting)
+            yield _taken(joined, torch.arange(size)), size
+            waiting = [_taken(joined, torch.arange(size, len(joined.images)))]
+    if waiting:
+        rest = _joined(waiting)
+        count = len(rest.images)
+        if count:
+            size = images_at_a_time(*rest.images.shape[2:])
+            yield _taken(rest, torch.arange(size).clamp(max=count - 1)), count
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """Several batches as one."""
+    if len(batches) == 1:
+        return batches[0]
+    annotations = [each.annotations for each in batches if each.annotations is not None]
+    return Batch(
+        torch.cat([each.images for each in batches]),
+        torch.cat([each.labels for each in batches]),
+        torch.cat([each.numbers for each in batches]),
+        joined_masks(annotations) if annotations else None,
+    )
+
+
+def _taken(batch: Batch, images: Tensor) -> Batch:
+    """Some images of a batch, by their place in it."""
+    found = batch.annotations
+    some = None if found is None else ConceptMasks(found.masks[images], found.concepts[images])
+    return Batch(batch.images[images], batch.labels[images], batch.numbers[images], some)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """The way of a batch through the network, with the concept source served on it."""
+
+    wiring: Wiring
+    state: State
+    source: ConceptSource | None
+    settings: ScoreSection
+
+    def forward(self, batch: Batch, taps: Mapping[Node, Tap], *, with_gradients: bool) -> Scene:
+        """Runs the network, with `taps` on the way; what the source must see of it."""
+        node = None if self.source is None else self.source.node
+        wants_leaf = self.source is not None and self.source.needs_gradient
+        captured: list[Tensor] = []
+
+        def capture(value: Tensor) -> Tensor:
+            if node in taps:
+                taps[node](value)
+            if not with_gradients:
+                value = value.detach().requires_grad_(wants_leaf)
+            captured.append(value)
+            return value
+
+        images = batch.images
+        if with_gradients:
+            images = images.detach().clone().requires_grad_()
+        walk = Walk(self.wiring.graph, self.state, images)
+        with autocast(self.settings.precision):
+            with torch.set_grad_enabled(with_gradients):
+                walk.advance(node, after=taps)
+            after = taps if node is None else {**taps, node: capture}
+            with torch.set_grad_enabled(with_gradients or wants_leaf):
+                walk.advance(after=after)
+        return Scene(
+            images=batch.images,
+            numbers=batch.numbers,
+            labels=batch.labels if self.settings.use_labels else None,
+            annotations=batch.annotations,
+            value=captured[0] if captured else None,
+            logits=walk.value(self.wiring.graph.output),
+        )
+
+
+def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
+    """What is usual for each filter, from a sample of the images; the source learns from it too."""
+    tallies: dict[str, UsualTally] = {}
+    settings, source = way.settings, way.source
+    count = 0
+
+    def see(part: str, look: Look, value: Tensor) -> None:
+        tallies[part].add(_maps_of(look, value.detach())[:count])
+
+    for part, look in _looks(way.wiring).items():
+        tallies[part] = UsualTally(len(look.index), settings.threshold_positions)
+    sample = (
+        _taken(batch, (batch.numbers % settings.sample_every == 0).nonzero()[:, 0])
+        for batch in batches
+    )
+    for batch, count in _refilled(sample):
+        scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
+        if source is not None and source.needs_learning:
+            source.learn(scene)
+    if source is not None and source.needs_learning:
+        source.finish_learning()
+    for tally in tallies.values():
+        tally.merge()
+    return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
+
+
+def _looks(wiring: Wiring) -> dict[str, Look]:
+    return {
+        part: look for group in wiring.groups.values() for part, look in parts_of(group).items()
+    }
+
+
 class _Showing:
-    """Hands the feature maps of one batch on to the observers."""
+    """Hands the feature maps of the images on to the observers."""
 
     def __init__(
         self,
+        way: _Pass,
+        parts: Mapping[str, Kernels],
+        usual: Mapping[str, Usual],
         observers: Sequence[Observer],
-        kernels: dict[str, Kernels],
-        usual: dict[str, Usual],
-        found: ConceptMasks,
     ) -> None:
-        self._observers = observers
-        self._kernels = kernels
+        self._way = way
+        self._parts = parts
         self._usual = usual
-        self._found = found
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._now = [each for each in observers if "gradients" not in each.needs and each.needs]
+        self._later = [each for each in observers if "gradients" in each.needs]
+        self._grid = _grid(way)
+        self._count = 0
+        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._votes: list[Vote] = []
+        self._is_loss = False
+        """Whether what flows back is the gradient of the loss, not one that a source asked for."""
 
-    def forward_only(self, part: str, look: Look, value: Tensor) -> None:
-        """Shows the maps as they come."""
-        self._show(part, look, value, None, self._observers)
+    def show(self, batch: Batch, count: int) -> None:
+        """Shows the first `count` images of a batch."""
+        self._count, self._numbers = count, batch.numbers[:count]
+        self._votes, self._is_loss = [], False
+        way, source = self._way, self._way.source
+        taps = _taps(way.wiring, self._see)
+        scene = way.forward(batch, taps, with_gradients=bool(self._later))
+        if source is not None:
+            regions = _regions(source.find(scene), count)
+            for vote in self._votes:
+                vote(regions)
+        if self._later:
+            logits = scene.logits[:count].float()
+            labels = scene.labels
+            labels = logits.detach().argmax(1) if labels is None else labels[:count]
+            check_labels(labels, logits.shape[1])
+            self._is_loss = True
+            F.cross_entropy(logits, labels, reduction="sum").backward()
 
-    def with_gradients(self, part: str, look: Look, value: Tensor) -> None:
-        """Shows the maps now to those who need no gradient, and with it to those who do."""
-        maps = value.detach()
-        later = [observer for observer in self._observers if observer.needs_gradients]
-        now = [observer for observer in self._observers if not observer.needs_gradients]
-        self._show(part, look, maps, None, now)
-        value.register_hook(lambda gradient: self._show(part, look, maps, gradient, later))
+    def _see(self, part: str, look: Look, value: Tensor) -> None:
+        maps = _maps_of(look, value.detach())[: self._count]
+        self._tell(self._now, part, maps, None)
 
-    def _show(
-        self,
-        part: str,
-        look: Look,
-        value: Tensor,
-        gradient: Tensor | None,
-        observers: Sequence[Observer],
+        def with_gradient(gradient: Tensor) -> None:
+            if self._is_loss:
+                self._tell(self._later, part, maps, _maps_of(look, gradient)[: self._count])
+
+        if self._later:
+            value.register_hook(with_gradient)
+
+    def _tell(
+        self, observers: Sequence[Observer], part: str, maps: Tensor, gradients: Tensor | None
     ) -> None:
-        maps = _maps_of(look, value)
-        size = (maps.shape[2], maps.shape[3])
-        if size not in self._masks:
-            self._masks[size] = at_resolution(self._found.masks, size)
+        size = maps.shape[2:]
         sight = Sight(
-            group=part,
+            part=part,
             maps=maps,
-            kernels=self._kernels[part],
-            usual=self._usual[part],
-            masks=self._masks[size],
-            concepts=self._found.concepts,
-            gradients=None if gradient is None else _maps_of(look, gradient),
+            numbers=self._numbers,
+            kernels=self._parts[part],
+            usual=self._usual.get(part),
+            grid=(min(size[0], self._grid[0]), min(size[1], self._grid[1])),
+            gradients=gradients,
         )
         for observer in observers:
-            observer.observe(sight)
+            vote = observer.observe(sight)
+            if vote is not None:
+                self._votes.append(vote)
+
+
+def _grid(way: _Pass) -> tuple[int, int]:
+    """The cells that responses are brought to: those that the source works on, if not too many."""
+    node = None if way.source is None else way.source.node
+    if node is None:
+        return LARGEST_GRID, LARGEST_GRID
+    height, width = (int(size) for size in node.meta["val"].shape[2:])
+    return min(height, LARGEST_GRID), min(width, LARGEST_GRID)
+
+
+def _regions(found: ConceptMasks, count: int) -> Regions:
+    """The regions of the first `count` images, brought to each resolution once."""
+    masks = found.masks[:count]
+    at = functools.cache(lambda size: at_resolution(masks, size))
+    return Regions(at, found.concepts[:count])
 
 
 def _maps_of(look: Look, value: Tensor) -> Tensor:
@@ -170,9 +374,8 @@ def _maps_of(look: Look, value: Tensor) -> Tensor:
 def _taps(wiring: Wiring, show: Callable[[str, Look, Tensor], None]) -> dict[Node, Tap]:
     """What to do at each node that is looked at, for all groups that are seen there."""
     parts_at: dict[Node, list[tuple[str, Look]]] = {}
-    for group in wiring.groups.values():
-        for part, look in parts_of(group).items():
-            parts_at.setdefault(look.node, []).append((part, look))
+    for part, look in _looks(wiring).items():
+        parts_at.setdefault(look.node, []).append((part, look))
 
     def tap(node: Node) -> Tap:
         def see(value: Tensor) -> None:
@@ -182,18 +385,3 @@ def _taps(wiring: Wiring, show: Callable[[str, Look, Tensor], None]) -> dict[Nod
         return see
 
     return {node: tap(node) for node in parts_at}
-
-
-def _usual(
-    wiring: Wiring, state: State, batches: Iterable[Batch], quantile: float
-) -> dict[str, Usual]:
-    tallies = {part: UsualTally() for group in wiring.groups.values() for part in parts_of(group)}
-    taps = _taps(wiring, lambda part, look, value: tallies[part].add(_maps_of(look, value)))
-    seen = 0
-    with torch.inference_mode():
-        for batch in batches:
-            run(wiring.graph, state, batch.images, after=taps)
-            seen += len(batch.images)
-            if seen >= USUAL_IMAGES:
-                break
-    return {name: tally.finish(quantile) for name, tally in tallies.items()}

@@ -57,16 +57,31 @@ class DataSection(Section):
 class ScoreSection(Section):
     """How filters are ranked."""
 
-    criterion: str = "vote-response"
+    criterion: str = "vote"
     """What gives a filter its score; `secateur models` lists the criteria."""
     concepts: str = "evidence"
-    """Where the semantic parts of an image come from: `evidence` or `saliency`."""
+    """Where the semantic parts of an image come from, several after commas: `evidence`,
+    `saliency`, `factors:K`, `colours`, or with images of their own `masks:DIR`, `broden:DIR`,
+    `parts:DIR`, `boxes:DIR`."""
+    ballot: Literal["share", "top", "plurality"] = "share"
+    """Whether a vote is divided among the filters in proportion to their strength, or goes to each
+    of the strongest, or to the strongest one."""
+    voters: Literal["cells", "regions"] = "cells"
+    """Whether filters compete at each cell of a region, or over the whole of it."""
+    concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """What a vote counts, by the name or the category of its concept; 1 for all others."""
     top_fraction: float = Field(default=0.1, gt=0, le=1)
-    """Share of a layer's filters that get a vote at a time."""
+    """Share of a layer's filters that get a vote at a time, with the ballot `top`."""
     quantile: float = Field(default=0.01, gt=0, lt=1)
     """Share of positions at which a filter exceeds its threshold."""
+    sample_every: int = Field(default=8, ge=1)
+    """Every so manieth probe image is looked at beforehand, for means and thresholds."""
+    threshold_positions: int = Field(default=256, ge=1)
+    """Positions of each of its feature maps that thresholds are taken from."""
     use_labels: bool = False
     """Whether concepts and gradients are those of the true class, not of the predicted one."""
+    precision: Precision = "float32"
+    """What the network computes in while it is looked at; `bfloat16` is faster on some CPUs."""
 
 
 class PlanSection(Section):

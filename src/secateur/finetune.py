@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.config import FinetuneSection, Precision
+from secateur.config import FinetuneSection
 from secateur.data import Augmentation, Batch, Images, batches
 from secateur.errors import SecateurError
 from secateur.evaluate import check_labels
@@ -132,17 +132,3 @@ def _cosine(steps: int, warmup: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return factor
-
-
-@contextlib.contextmanager
-def autocast(precision: Precision) -> Iterator[None]:
-    """bfloat16 where `precision` asks for it or, with `auto`, where the CPU computes in it."""
-    wanted = has_fast_bfloat16() if precision == "auto" else precision == "bfloat16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
-        yield
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -7,6 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+ROWS_AT_A_TIME = 4096
+"""Rows whose products are added up in their own precision, before they go into float64 sums."""
+
+
 class Gram:
     """Sums of products of inputs and targets, from which every least-squares error follows."""
 
@@ -19,13 +23,14 @@ class Gram:
         self.yy = torch.zeros(outputs, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "row input"], y: Float[Tensor, "row output"]) -> None:
-        """Takes in rows."""
+        """Takes in rows; products are formed in the rows' own precision, sums in float64."""
         self.count += len(x)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.yy += y.square().sum(0)
+        for some, wanted in zip(x.split(ROWS_AT_A_TIME), y.split(ROWS_AT_A_TIME), strict=True):
+            self.xx += some.T @ some
+            self.xy += some.T @ wanted
+            self.x += some.sum(0, dtype=torch.float64)
+            self.y += wanted.sum(0, dtype=torch.float64)
+            self.yy += wanted.double().square().sum(0)
 
     def merge(self, other: Gram) -> None:
         """Takes in all that another one has seen."""

@@ -15,6 +15,7 @@ from secateur import bundle, concepts, criteria, data, models
 from secateur.bundle import EventLog, Origin
 from secateur.concepts import ConceptSource
 from secateur.config import RunConfig, to_toml
+from secateur.criteria import Criterion
 from secateur.data import Batch, DataSet, Images
 from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import evaluate
@@ -107,12 +108,9 @@ def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
 def check_names(config: RunConfig) -> None:
     """Raises `UnknownName` where the network, criterion or concept source does not exist."""
     models.check_name(config.model.name)
-    for kind, name, table in (
-        ("criterion", config.score.criterion, criteria.criteria()),
-        ("concept source", config.score.concepts, concepts.sources()),
-    ):
-        if name not in table:
-            raise UnknownName(kind, name, table)
+    if config.score.criterion not in criteria.CRITERIA:
+        raise UnknownName("criterion", config.score.criterion, criteria.CRITERIA)
+    concepts.parse(config.score.concepts)
 
 
 def resolved(config: RunConfig, dataset: DataSet) -> RunConfig:
@@ -152,18 +150,44 @@ class Ground:
 
 
 def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Ground:
-    """Draws the probe set and reads the network's wiring, as `config` says."""
+    """Draws the probe set and reads the network's wiring, as `config` says.
+
+    Concepts that are annotated bring images of their own: those are the probe set then.
+    """
+    text = config.score.concepts
+    annotated = concepts.annotated_images(text)
     probe = data.draw_probe(
-        dataset, config.data.probe_images, stratified=config.data.stratified, seed=config.seed
+        dataset.train if annotated is None else annotated,
+        config.data.probe_images,
+        stratified=config.data.stratified and annotated is None,
+        seed=config.seed,
     )
     size = min(8, config.data.batch_size)
-    example = next(iter(data.batches(probe, size, preprocessing(config)))).images
+    expected = preprocessing(config)
+    example = next(iter(data.batches(probe, size, expected))).images
     wiring = make_wiring(
         model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
     )
-    make_source = concepts.sources()[config.score.concepts]
-    source = make_source(wiring.graph, tensors_of(model), dataset.class_names)
+    source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
     return Ground(probe, example, wiring, source)
+
+
+def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
+    """The named criterion with the votes of concepts weighed as `config` says.
+
+    Raises `UnknownName` where a weight is given for no concept of the source.
+    """
+    given = config.score.concept_weights
+    known = {name for each in source.concepts for name in (each.name, each.category)}
+    for concept in given:
+        if concept not in known:
+            raise UnknownName("concept", concept, known)
+    weights = {
+        number: given.get(concept.name, given.get(concept.category, 1.0))
+        for number, concept in enumerate(source.concepts)
+        if concept.name in given or concept.category in given
+    }
+    return criteria.make(name, config.score, config.seed, weights)
 
 
 def stream(images: Images, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
@@ -211,10 +235,8 @@ def prune(
 
     start = time.perf_counter()
     criterion_name = config.score.criterion
-    criterion = criteria.make(
-        criterion_name, top_fraction=config.score.top_fraction, seed=config.seed
-    )
     ground = prepare_ground(model, dataset, config)
+    criterion = make_criterion(criterion_name, ground.source, config)
     wiring = ground.wiring
     scored = score_filters(
         model,
@@ -222,8 +244,7 @@ def prune(
         lambda: stream(ground.probe, config, track, "scoring filters"),
         {criterion_name: criterion},
         ground.source,
-        quantile=config.score.quantile,
-        use_labels=config.score.use_labels,
+        config.score,
     )[criterion_name]
     plan = make_plan(
         scored.scores,

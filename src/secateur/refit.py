@@ -24,7 +24,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node
 
@@ -33,6 +32,7 @@ from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
 from secateur.least_squares import Gram
+from secateur.patches import from_patch_order, in_patch_order, window_of
 from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
 from secateur.wiring import Wiring
@@ -45,8 +45,8 @@ MAX_INPUTS = 8192
 """Layers that read more values at a time are left as cut: their Gram matrix would not fit."""
 SMALLEST_SCALE = 1e-3
 """A norm that scales a channel by less passes no correction back to the layer before it."""
-MAX_ROW_VALUES = 2**25
-"""Values of patches held at a time (256 MiB in float64)."""
+MAX_ROW_VALUES = 2**24
+"""Values of patches held at a time (64 MiB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -198,39 +198,24 @@ class _Problem:
     ) -> None:
         """Adds sampled positions of a batch to the sums."""
         gram = self._held_out if held_out else self._fit
-        inputs_a_row = self._fit.xx.shape[0]
+        if held_out:  # small errors are differences of large sums
+            inputs, targets = inputs.double(), targets.double()
         if self._is_linear:
-            gram.add(inputs.flatten(0, -2).double(), targets.flatten(0, -2).double())
+            gram.add(inputs.flatten(0, -2), targets.flatten(0, -2))
             return
         total = targets.shape[2] * targets.shape[3]
         chosen = torch.randperm(total, generator=generator)[:positions].sort().values
-        step = max(1, MAX_ROW_VALUES // (inputs_a_row * total))
-        for some, wanted in zip(inputs.split(step), targets.split(step), strict=True):
-            rows = self._patches(some)[:, :, chosen].movedim(1, -1).flatten(0, 1)
-            gram.add(
-                rows.double(), wanted.flatten(2)[:, :, chosen].movedim(1, -1).flatten(0, 1).double()
-            )
-
-    def _patches(self, inputs: Tensor) -> Tensor:
-        """`[image, input, position]`: what the kernel meets at each output position."""
-        node, kernel = self._layer.node, self._state[self._layer.weight].shape[2:]
-        stride, padding, dilation = (
-            node.args[i] if len(node.args) > i else default
-            for i, default in ((3, 1), (4, 0), (5, 1))
-        )
-        if isinstance(padding, str):
-            if padding == "same":  # an odd total puts the larger half at the end, as torch does
-                missing = [d * (k - 1) for d, k in zip(_pair(dilation), kernel, strict=True)]
-                inputs = F.pad(
-                    inputs, [m // 2 + i * (m % 2) for m in missing[::-1] for i in (0, 1)]
-                )
-            padding = 0
-        return F.unfold(inputs, tuple(kernel), _pair(dilation), _pair(padding), _pair(stride))
+        window = window_of(self._layer.node, tuple(self._state[self._layer.weight].shape[2:]))
+        step = max(1, MAX_ROW_VALUES // (self._fit.xx.shape[0] * len(chosen)))
+        wanted = targets.flatten(2)[:, :, chosen].movedim(1, -1)  # [image, position, output]
+        for some, answers in zip(inputs.split(step), wanted.split(step), strict=True):
+            rows = window.take(some, chosen.expand(len(some), -1))
+            gram.add(rows.flatten(0, 1), answers.flatten(0, 1))
 
     def solve(self) -> LayerRefit:
         """Writes the best kernel into the state."""
         old = self._state[self._layer.weight]
-        kernel = old.double().flatten(1)
+        kernel = in_patch_order(old.double())
         bias = self._bias()
         variance = (self._check.yy / self._check.count).sum() - (
             (self._check.y / self._check.count).square().sum()
@@ -247,7 +232,7 @@ class _Problem:
         if best is not None:
             self._fit.merge(self._held_out)
             new_kernel, new_bias = self._fit.ridge(kernel, best, fixed_bias)
-            self._state[self._layer.weight] = new_kernel.reshape(old.shape).to(old.dtype)
+            self._state[self._layer.weight] = from_patch_order(new_kernel, old.shape).to(old.dtype)
             self._write_bias(bias, new_bias)
         return LayerRefit(self._layer.name, error_cut, best_error, best)
 
@@ -330,13 +315,3 @@ def _affine(graph: NetworkGraph, state: dict[str, Tensor], norm: Node) -> tuple[
     scale = scale if weight is None else scale * weight
     offset = -mean * scale
     return scale, offset if bias is None else offset + bias
-
-
-def _pair(value: object) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    assert isinstance(value, list | tuple)
-    first, second = value if len(value) == 2 else (value[0], value[0])
-    assert isinstance(first, int)
-    assert isinstance(second, int)
-    return first, second

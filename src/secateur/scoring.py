@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.activations import kernels_of, observe, parts_of
+from secateur.activations import observe, parts_of
 from secateur.channels import Ids
 from secateur.concepts import ConceptSource
+from secateur.config import ScoreSection
 from secateur.criteria import Criterion, Observer
 from secateur.data import Batch
-from secateur.graph import tensors_of
 from secateur.wiring import Wiring
 
 
@@ -32,9 +32,8 @@ def score_filters(
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
     source: ConceptSource | None,
+    settings: ScoreSection,
     *,
-    quantile: float,
-    use_labels: bool,
     observers: tuple[Observer, ...] = (),
 ) -> dict[str, FilterScores]:
     """The scores by each criterion; the arguments are those of `activations.observe`.
@@ -42,8 +41,7 @@ def score_filters(
     `observers` look on in the same pass. `source` may be None where no criterion looks at images.
     """
     watching = [*criteria.values(), *observers]
-    observe(model, wiring, batches, watching, source, quantile=quantile, use_labels=use_labels)
-    kernels = kernels_of(wiring, tensors_of(model))
+    observe(model, wiring, batches, watching, source, settings)
     return {
         name: FilterScores(
             name,
@@ -51,7 +49,7 @@ def score_filters(
                 group.name: _by_channel(
                     len(group),
                     [
-                        (look.channel, criterion.score(part, kernels[part]))
+                        (look.channel, criterion.score(part))
                         for part, look in parts_of(group).items()
                     ],
                 )

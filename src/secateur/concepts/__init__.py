@@ -1,75 +1,184 @@
 """Where the semantic parts of an image are.
 
-A concept source takes images and gives masks in the image plane: for each image one or more
-regions, each with the number of the concept that it shows.
+A concept source is shown a scene, a batch of images with what the network made of them, and gives
+masks: for each image one or more regions, each with the number of the concept that it shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.fx.node import Node
 
+from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, joined
+from secateur.errors import DataError, UnknownName, UsageError
 from secateur.graph import NetworkGraph, State
-
-
-@dataclass(frozen=True)
-class Concept:
-    """Something that an image can show."""
-
-    name: str
-    category: str
+from secateur.models import Preprocessing
+from secateur.regions import Concept, ConceptMasks
 
 
 @dataclass(frozen=True, eq=False)
-class ConceptMasks:
-    """Regions of the images of a batch and what they show."""
+class Scene:
+    """A batch of images and what the network made of them."""
 
-    masks: Bool[Tensor, "image region height width"]
-    concepts: Int[Tensor, "image region"]
-    """Number of the concept that each region shows."""
+    images: Float[Tensor, "image rgb height width"]
+    """Normalised, as the network got them."""
+    numbers: Int[Tensor, "image"]
+    """Number of each image in the probe set."""
+    labels: Int[Tensor, "image"] | None
+    """The true classes, where they may be used."""
+    annotations: ConceptMasks | None
+    """Regions that came with the images."""
+    value: Float[Tensor, "image channel h w"] | None
+    """What the source's `node` gave. A leaf that the logits can be derived by where the source
+    `needs_gradient`, else detached."""
+    logits: Float[Tensor, "image class"]
 
 
 @runtime_checkable
 class ConceptSource(Protocol):
-    """Images in, masks out."""
+    """A scene in, masks out."""
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """Every concept that the masks can show, in the order of their numbers."""
 
-    def find(
-        self,
-        images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
-    ) -> ConceptMasks:
-        """The concept masks of a batch; `labels` are the true classes where they may be used."""
+    @property
+    def node(self) -> Node | None:
+        """The value of the network that `Scene.value` must hold, if any."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the logits must be derivable by `Scene.value`."""
+
+    @property
+    def needs_learning(self) -> bool:
+        """Whether `learn` wants to be shown a sample of the images before the first `find`."""
+
+    def learn(self, scene: Scene) -> None:
+        """Takes in a part of the sample; called in no fixed order of images."""
+
+    def finish_learning(self) -> None:
+        """Called once, after the last `learn`."""
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        """The concept masks of a batch, each image's independent of the others'."""
 
 
-def at_resolution(
-    masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
-) -> Bool[Tensor, "image region h w"]:
-    """The masks on a coarser or finer grid: a cell is inside where at least half of it is.
+@dataclass(frozen=True, eq=False)
+class SourceContext:
+    """What a concept source is made for."""
 
-    Areas are averaged, so that nothing need be brought to the image's resolution. A region too
-    small to fill half of any cell keeps the cells that it fills most; so no region is lost.
-    """
-    covered: Tensor = F.adaptive_avg_pool2d(masks.float(), size)
-    most = covered.amax(dim=(2, 3), keepdim=True)
-    inside: Tensor = (covered >= most.clamp(max=0.5)) & (covered > 0)
-    return inside
+    graph: NetworkGraph
+    state: State
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    argument: str
+    """What follows the colon in the source's name: a number, a folder, or nothing."""
 
 
-SourceFactory = Callable[[NetworkGraph, State, tuple[str, ...]], ConceptSource]
+SourceFactory = Callable[[SourceContext], ConceptSource]
 
 
 def sources() -> dict[str, SourceFactory]:
-    """Every concept source by name; each is made for a network, its weights and its classes."""
+    """Every concept source by name, made for a network and its data."""
+    from secateur.concepts.annotations import Annotations
+    from secateur.concepts.colours import Colours
     from secateur.concepts.evidence import Evidence
+    from secateur.concepts.factors import Factors
     from secateur.concepts.saliency import Saliency
 
-    return {"evidence": Evidence, "saliency": Saliency}
+    def annotated(read: Callable[[Path], AnnotatedFiles]) -> SourceFactory:
+        return lambda context: Annotations(read(Path(context.argument)).concepts)
+
+    return {
+        "evidence": Evidence,
+        "saliency": Saliency,
+        "factors": Factors,
+        "colours": Colours,
+        **{name: annotated(read) for name, read in readers().items()},
+    }
+
+
+def readers() -> dict[str, Callable[[Path], AnnotatedFiles]]:
+    """The sources that bring images of their own, by name: each reads a folder."""
+    from secateur.concepts.broden import read_broden
+    from secateur.concepts.cub import read_boxes, read_parts
+    from secateur.concepts.masks import read_masks
+
+    return {"masks": read_masks, "broden": read_broden, "parts": read_parts, "boxes": read_boxes}
+
+
+def parse(text: str) -> list[tuple[str, str]]:
+    """Name and argument of each source in a text such as `evidence,factors:8` or `masks:DIR`.
+
+    The name of a folder can't hold a comma. No folder is looked into. Raises `UnknownName`, or
+    `UsageError` where an argument is missing, wrong or too many.
+    """
+    from secateur.concepts.factors import factor_count
+
+    found = []
+    for part in text.split(","):
+        name, colon, argument = part.strip().partition(":")
+        if name not in sources():
+            raise UnknownName("concept source", name, sources())
+        if name in readers():
+            if not argument:
+                raise UsageError(f"the concept source {name!r} needs a folder: {name}:DIR")
+        elif name == "factors":
+            factor_count(argument)
+        elif colon:
+            raise UsageError(f"the concept source {name!r} takes nothing after a colon: {part!r}")
+        found.append((name, argument))
+    if len(set(found)) < len(found):
+        raise UsageError(f"the concept sources {text!r} name one twice")
+    return found
+
+
+def make(
+    text: str,
+    graph: NetworkGraph,
+    state: State,
+    class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
+) -> ConceptSource:
+    """The source or the combination of sources that a text names; see `parse`.
+
+    Annotated sources are one, in the place of the first of them: they must bring the same images,
+    whose batches hold the regions of all. Raises as `parse` and `annotated_images` do.
+    """
+    from secateur.concepts.annotations import Annotations
+    from secateur.concepts.combined import Combined
+
+    made: list[ConceptSource] = []
+    has_annotations = False
+    for name, argument in parse(text):
+        if name not in readers():
+            context = SourceContext(graph, state, class_names, preprocessing, argument)
+            made.append(sources()[name](context))
+        elif not has_annotations:
+            images = annotated_images(text)
+            assert images is not None
+            made.append(Annotations(images.concepts))
+            has_annotations = True
+    return made[0] if len(made) == 1 else Combined(tuple(made))
+
+
+def annotated_images(text: str) -> AnnotatedImages | None:
+    """The images that the annotated sources in a text bring, if there are any.
+
+    Raises `UsageError` where they bring different ones, and `DataError`.
+    """
+    found = []
+    for name, argument in parse(text):
+        if name not in readers():
+            continue
+        if not Path(argument).is_dir():
+            raise DataError(f"no folder {argument} to read {name} from")
+        found.append(readers()[name](Path(argument)))
+    return joined(found) if found else None

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.concepts import Concept, ConceptMasks
+from secateur.concepts import Scene, SourceContext
 from secateur.errors import TraceError
-from secateur.graph import NetworkGraph, State, operation_name, run
+from secateur.graph import NetworkGraph, operation_name
+from secateur.regions import Concept, ConceptMasks
 
 REGION_FRACTION = 0.25
 """Share of an image's positions that counts as evidence (design note: the top quarter)."""
@@ -26,62 +26,70 @@ _HEAD = {"flatten", "view", "reshape", "mean", "adaptive_avg_pool2d", "avg_pool2
 
 
 class Evidence:
-    """The quarter of each image that speaks most for its class.
+    """The quarter of the last feature map's cells that speaks most for the image's class.
 
     The class is the label where one is given, else the network's own prediction.
     """
 
-    def __init__(self, graph: NetworkGraph, state: State, class_names: tuple[str, ...]) -> None:
-        self._graph = graph
-        self._state = state
-        outputs = int(graph.output.meta["val"].shape[1])
-        unnamed = (f"class {number}" for number in range(len(class_names), outputs))
-        self._classes = (*class_names, *unnamed)
-        self._map = last_map(graph)
-        self._kernel = _linear_head(graph, self._map)
+    def __init__(self, context: SourceContext) -> None:
+        outputs = int(context.graph.output.meta["val"].shape[1])
+        names = context.class_names
+        unnamed = (f"class {number}" for number in range(len(names), outputs))
+        self._classes = (*names, *unnamed)
+        self._map = last_map(context.graph)
+        kernel = _linear_head(context.graph, self._map)
+        self._rows = None if kernel is None else context.state[kernel].float()
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """One concept a class of the network's head, named where the data names it."""
         return tuple(Concept(name, "class evidence") for name in self._classes)
 
-    def find(
-        self,
-        images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
-    ) -> ConceptMasks:
-        """One region an image; see `ConceptSource.find`."""
-        heat, classes = self.heat(images, labels)
-        fine = F.interpolate(
-            heat[:, None], images.shape[-2:], mode="bilinear", align_corners=False
-        )  # [image, 1, height, width]
-        ranked = fine.flatten(2)
-        count = max(1, round(REGION_FRACTION * ranked.shape[2]))
-        threshold = ranked.topk(count, dim=2).values[:, :, -1]
-        return ConceptMasks(fine >= threshold[..., None, None], classes[:, None])
+    @property
+    def node(self) -> Node:
+        """The last feature map."""
+        return self._map
 
-    def heat(
-        self,
-        images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
-    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
+    @property
+    def needs_gradient(self) -> bool:
+        """Not where the classifier's rows are the weights."""
+        return self._rows is None
+
+    @property
+    def needs_learning(self) -> bool:
+        """No."""
+        return False
+
+    def learn(self, scene: Scene) -> None:
+        """Nothing to learn."""
+
+    def finish_learning(self) -> None:
+        """Nothing to learn."""
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        """One region an image, on the grid of the last feature map; see `ConceptSource.find`.
+
+        A quarter of the cells, rounded to the next number and at least one; cells that tie with
+        the last of them are inside, too.
+        """
+        heat, classes = self.heat(scene)
+        count = max(1, round(REGION_FRACTION * heat[0].numel()))
+        threshold = heat.flatten(1).topk(count, dim=1).values[:, -1]
+        return ConceptMasks((heat >= threshold[:, None, None])[:, None], classes[:, None])
+
+    def heat(self, scene: Scene) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
         """Evidence for the class at each position of the last feature map, and the class."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(value: Tensor) -> Tensor:
-            seen["map"] = value.detach().clone().requires_grad_(self._kernel is None)
-            return seen["map"]
-
-        with torch.set_grad_enabled(self._kernel is None):
-            logits = run(self._graph, self._state, images, after={self._map: keep})
-            classes = logits.detach().argmax(1) if labels is None else labels
-            if self._kernel is not None:
-                weights = self._state[self._kernel][classes]  # [image, channel]
-            else:
-                chosen = logits.gather(1, classes[:, None]).sum()
-                (gradient,) = torch.autograd.grad(chosen, seen["map"])
-                weights = gradient.mean(dim=(2, 3))
-        return torch.einsum("nchw,nc->nhw", seen["map"].detach(), weights), classes
+        assert scene.value is not None
+        classes = scene.logits.detach().argmax(1) if scene.labels is None else scene.labels
+        if self._rows is not None:
+            weights = self._rows[classes]  # [image, channel]
+        else:
+            chosen = scene.logits.gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(chosen, scene.value, retain_graph=True)
+            weights = gradient.float().mean(dim=(2, 3))
+        # Not a matrix product, which may round differently in batches of another size.
+        heat = (scene.value.detach().float() * weights[:, :, None, None]).sum(1)
+        return heat, classes
 
 
 def last_map(graph: NetworkGraph) -> Node:

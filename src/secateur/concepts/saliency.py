@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from torch.fx.node import Node
 
-from secateur.concepts import Concept, ConceptMasks
+from secateur.concepts import Scene, SourceContext
 from secateur.concepts.evidence import last_map
-from secateur.graph import NetworkGraph, State, run
+from secateur.regions import Concept, ConceptMasks
 
 
 class Saliency:
-    """The positions whose activation, summed over channels, is above the image's mean."""
+    """The cells of the last map whose activation, summed over channels, is above their mean.
 
-    def __init__(self, graph: NetworkGraph, state: State, class_names: tuple[str, ...]) -> None:
-        del class_names  # the salient region has no class
-        self._graph = graph
-        self._state = state
-        self._map = last_map(graph)
+    SCDA brings the sum to the image plane before it compares, and keeps the largest connected part
+    alone; here cells are compared as they are, and all of them stay.
+    """
+
+    def __init__(self, context: SourceContext) -> None:
+        self._map = last_map(context.graph)
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """A single concept."""
         return (Concept("salient region", "saliency"),)
 
-    def find(
-        self,
-        images: Float[Tensor, "image rgb height width"],
-        labels: Int[Tensor, "image"] | None,
-    ) -> ConceptMasks:
-        """One region an image, brought to the image plane bilinearly, as SCDA does; no label."""
-        del labels
-        seen: list[Tensor] = []
-        with torch.no_grad():
-            after = {self._map: lambda value: seen.append(value.sum(1, keepdim=True))}
-            run(self._graph, self._state, images, after=after)
-        total = seen[0]  # [image, 1, h, w]
-        fine = F.interpolate(total, images.shape[-2:], mode="bilinear", align_corners=False)
-        masks = fine > total.mean(dim=(2, 3), keepdim=True)
+    @property
+    def node(self) -> Node:
+        """The last feature map."""
+        return self._map
+
+    @property
+    def needs_gradient(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def needs_learning(self) -> bool:
+        """No."""
+        return False
+
+    def learn(self, scene: Scene) -> None:
+        """Nothing to learn."""
+
+    def finish_learning(self) -> None:
+        """Nothing to learn."""
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        """One region an image, on the grid of the last feature map; no label is looked at."""
+        assert scene.value is not None
+        total = scene.value.detach().float().sum(1, keepdim=True)  # [image, 1, h, w]
+        masks = total > total.mean(dim=(2, 3), keepdim=True)
         # A map that is flat has no position above its mean: then all of it is as salient.
         masks |= ~masks.any(dim=3, keepdim=True).any(dim=2, keepdim=True)
-        return ConceptMasks(masks, torch.zeros(len(images), 1, dtype=torch.int64))
+        return ConceptMasks(masks, torch.zeros(len(masks), 1, dtype=torch.int64))

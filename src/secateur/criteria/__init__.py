@@ -1,20 +1,45 @@
 """Which filters matter: concept votes and the baselines, through one door.
 
 A criterion is shown the feature maps of each group, batch by batch (`observe`), and then gives one
-score a filter (`score`): the higher, the more the filter deserves to stay.
+score a filter (`score`): the higher, the more the filter deserves to stay. It keeps sums over
+images only, never a feature map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from secateur.config import ScoreSection
 from secateur.errors import UnknownName
+from secateur.patches import Window
 from secateur.thresholds import Usual
+
+CRITERIA = (
+    *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
+    *("activation_mean", "activation_std", "activation_entropy", "hrank", "chip"),
+    *("reconstruction", "taylor"),
+)
+"""Every criterion by name."""
+
+Need = Literal["maps", "usual", "concepts", "gradients"]
+"""What an observer wants to be shown: feature maps at all; each filter's usual activation, which
+takes a sampled pass of its own; concept masks; gradients of the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that reads the filters of a group."""
+
+    window: Window
+    """How its kernel moves; of one tap where it is no plain convolution."""
+    weights: Float[Tensor, "output tap filter"]
+    """Zero for filters that it does not read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,25 +50,61 @@ class Kernels:
     """Of each layer that writes: its kernels, and the channel of the group that each writes."""
     channel: Int[Tensor, "filter"]
     """Channel of the group that each filter belongs to: mostly its number."""
-    outgoing_norm: Float[Tensor, "filter"]
-    """Euclidean norm of all that reads each filter."""
+    readers: tuple[Reader, ...]
+    """The layers that read the filters."""
+    norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
+    """Of each batch norm on the way: its scales, and the channel of the group that each belongs
+    to."""
+
+    @property
+    def filters(self) -> int:
+        """How many filters there are."""
+        return len(self.channel)
+
+    @property
+    def outgoing_norm(self) -> Float[Tensor, "filter"]:
+        """Euclidean norm of all that reads each filter, in float64."""
+        squares = torch.zeros(self.filters, dtype=torch.float64)
+        for reader in self.readers:
+            norm = torch.linalg.vector_norm(reader.weights, dim=(0, 1), dtype=torch.float64)
+            squares += norm.square().cpu()
+        return squares.sqrt()
+
+
+Masks = Callable[[tuple[int, int]], Bool[Tensor, "image region h w"]]
+"""Gives the concept masks of a batch at a resolution."""
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Where the concepts are in the images of a batch, at any resolution."""
+
+    at: Masks
+    concepts: Int[Tensor, "image region"]
+    """Number of the concept that each region shows, or `regions.ABSENT`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What a criterion is shown of one group in one batch."""
+    """What an observer is shown of one part of a group in one batch."""
 
-    group: str
-    """Name of the group, or of the part of it that is seen here."""
+    part: str
     maps: Float[Tensor, "image filter h w"]
-    """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers."""
+    """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers. Not to be
+    changed, nor kept: what is needed later is reduced at once."""
+    numbers: Int[Tensor, "image"]
+    """Number of each image in the probe set; a sample of images is chosen by it."""
     kernels: Kernels
-    usual: Usual
-    masks: Bool[Tensor, "image region h w"]
-    """Concept masks at the maps' resolution."""
-    concepts: Int[Tensor, "image region"]
+    usual: Usual | None
+    """There for observers that need it."""
+    grid: tuple[int, int]
+    """Cells that responses are brought to: at most the size of the maps."""
     gradients: Float[Tensor, "image filter h w"] | None
-    """Gradient of the images' summed loss, for criteria that need it."""
+    """Gradient of the images' summed loss, for observers that need it."""
+
+
+Vote = Callable[[Regions], None]
+"""The rest of an observation, once it is known where the concepts are."""
 
 
 @runtime_checkable
@@ -51,50 +112,66 @@ class Observer(Protocol):
     """Whoever wants to see the feature maps."""
 
     @property
-    def needs_images(self) -> bool:
-        """Whether `observe` wants to be called at all."""
+    def needs(self) -> frozenset[Need]:
+        """What it wants to be shown; with nothing it is never called."""
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether `Sight.gradients` must be there."""
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Called once before the first image: the parts there are, with the weights around them."""
 
-    def observe(self, sight: Sight) -> None:
-        """Takes in one group in one batch."""
+    def observe(self, sight: Sight) -> Vote | None:
+        """Takes in one part in one batch; what must wait for the concepts is given back."""
+
+    def tallies(self) -> Iterable[Tensor]:
+        """The sums over images, always in the same order: added up in place over processes."""
 
 
 @runtime_checkable
 class Criterion(Observer, Protocol):
-    """Evidence about a group in, one score a filter out."""
+    """Evidence about a part of a group in, one score a filter out."""
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
-        """The scores of a group's filters, in float64; higher stays."""
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The scores of a part's filters, in float64; higher stays."""
 
 
-def make(name: str, *, top_fraction: float, seed: int) -> Criterion:
+def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, float]) -> Criterion:
     """The named criterion; raises `UnknownName`.
 
-    `top_fraction` is the share of a layer's filters that get a vote at a time; `seed` is what
-    `random` draws from.
+    `settings` say how elections are held and `weights` what the vote for a concept counts, by its
+    number; `seed` is what `random` draws from.
     """
-    table = criteria()
+    from secateur.criteria import kernels
+    from secateur.criteria.dependence import ChannelIndependence
+    from secateur.criteria.gradients import Taylor
+    from secateur.criteria.reconstruction import Reconstruction
+    from secateur.criteria.statistics import (
+        ActivationEntropy,
+        ActivationMean,
+        ActivationStd,
+        Apoz,
+        MapRank,
+    )
+    from secateur.criteria.votes import OverlapVotes, ResponseVotes, Rule
+
+    rule = Rule(settings.ballot, settings.voters, settings.top_fraction, weights)
+    table: dict[str, Callable[[], Criterion]] = {
+        "vote": lambda: Reconstruction(rule),
+        "vote-response": lambda: ResponseVotes(rule),
+        "vote-iou": lambda: OverlapVotes(replace(rule, ballot="top", voters="regions")),
+        "random": lambda: kernels.Random(seed),
+        "l1": lambda: kernels.OfKernels(kernels.l1),
+        "l2": lambda: kernels.OfKernels(kernels.l2),
+        "fpgm": lambda: kernels.OfKernels(kernels.distance_to_others),
+        "bn_scale": kernels.NormScale,
+        "apoz": Apoz,
+        "activation_mean": ActivationMean,
+        "activation_std": ActivationStd,
+        "activation_entropy": ActivationEntropy,
+        "hrank": MapRank,
+        "chip": ChannelIndependence,
+        "reconstruction": Reconstruction,
+        "taylor": Taylor,
+    }
+    assert tuple(table) == CRITERIA
     if name not in table:
         raise UnknownName("criterion", name, table)
-    return table[name](top_fraction, seed)
-
-
-def criteria() -> Mapping[str, Callable[[float, int], Criterion]]:
-    """Every criterion by name."""
-    from secateur.criteria.gradients import Taylor
-    from secateur.criteria.kernels import KernelNorm, Random
-    from secateur.criteria.statistics import ActivationStd
-    from secateur.criteria.votes import ConceptVotes, by_iou, by_response
-
-    return {
-        "vote-response": lambda top, seed: ConceptVotes(by_response, top),
-        "vote-iou": lambda top, seed: ConceptVotes(by_iou, top),
-        "random": lambda top, seed: Random(seed),
-        "l1": lambda top, seed: KernelNorm(1),
-        "l2": lambda top, seed: KernelNorm(2),
-        "taylor": lambda top, seed: Taylor(),
-        "activation_std": lambda top, seed: ActivationStd(),
-    }
+    return table[name]()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Mapping
+
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.criteria import Kernels, Sight
+from secateur.criteria import Kernels, Need, Sight
+from secateur.exact_sum import ExactSum
 
 
 class Taylor:
@@ -16,19 +18,25 @@ class Taylor:
     feature map: the sum over positions of activation times gradient.)
     """
 
-    needs_images = True
-    needs_gradients = True
+    needs: frozenset[Need] = frozenset({"maps", "gradients"})
 
     def __init__(self) -> None:
-        self._sum: dict[str, Tensor] = {}
+        self._sums: dict[str, ExactSum] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for a sum a filter."""
+        self._sums = {part: ExactSum((kernels.filters,)) for part, kernels in parts.items()}
 
     def observe(self, sight: Sight) -> None:
         """Adds up the squares of a batch."""
         assert sight.gradients is not None
-        change = (sight.maps * sight.gradients).sum(dim=(2, 3)).double()  # [image, filter]
-        zero = torch.zeros(change.shape[1], dtype=torch.float64)
-        self._sum[sight.group] = self._sum.get(sight.group, zero) + change.square().sum(0).cpu()
+        change = (sight.maps.float() * sight.gradients.float()).sum(dim=(2, 3))  # [image, filter]
+        self._sums[sight.part].add(change.double().square())
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return (total.limbs for total in self._sums.values())
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
         """The summed squares."""
-        return self._sum[group]
+        return self._sums[part].value()

@@ -1,57 +1,111 @@
-"""Criteria that need no images: chance, and the size of the kernels."""
+"""Criteria that need no images: chance, and the kernels themselves."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.criteria import Kernels, Sight
+from secateur.criteria import Kernels, Need, Sight
+from secateur.errors import UsageError
+
+OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
 
 
-class Random:
+class _Unseeing:
+    """What criteria without images have in common: they keep the kernels alone."""
+
+    needs: frozenset[Need] = frozenset()
+
+    def __init__(self) -> None:
+        self._parts: Mapping[str, Kernels] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Takes the kernels down."""
+        self._parts = parts
+
+    def observe(self, sight: Sight) -> None:
+        """Not called."""
+
+    def tallies(self) -> Iterable[Tensor]:
+        """There are none."""
+        return ()
+
+
+class Random(_Unseeing):
     """A random order, the same for the same seed and group."""
 
-    needs_images = False
-    needs_gradients = False
-
     def __init__(self, seed: int) -> None:
+        super().__init__()
         self._seed = seed
 
-    def observe(self, sight: Sight) -> None:
-        """Not called."""
-
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+    def score(self, part: str) -> Float[Tensor, "filter"]:
         """Uniform random numbers."""
-        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(group.encode()))
-        return torch.rand(len(kernels.outgoing_norm), generator=generator, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(part.encode()))
+        filters = self._parts[part].filters
+        return torch.rand(filters, generator=generator, dtype=torch.float64)
 
 
-class KernelNorm:
-    """The norm of a filter's own kernel, meant over the kernels that write its channel.
+class OfKernels(_Unseeing):
+    """A function of each kernel that writes a channel, meant over the kernels that do."""
 
-    p = 1: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.1. p = 2: its
-    common variant.
+    def __init__(self, function: OfRows) -> None:
+        super().__init__()
+        self._function = function
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The function's means."""
+        kernels = self._parts[part]
+        rows = [
+            (self._function(kernel.double().flatten(1).cpu()), rows)
+            for kernel, rows in kernels.incoming
+        ]
+        return mean_by_channel(rows)[kernels.channel]
+
+
+class NormScale(_Unseeing):
+    """Size of the scale that batch norm gives the filter (Liu et al., ICCV 2017, section 3).
+
+    The paper trains with an L1 penalty on the scales first; here they are taken as they are.
     """
 
-    needs_images = False
-    needs_gradients = False
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The sizes, meant over the norms on the way; raises `UsageError` where there is none."""
+        kernels = self._parts[part]
+        if not kernels.norm_scales:
+            raise UsageError(f"{part!r} has no batch norm whose scale could rank its filters")
+        rows = [(scale.double().abs().cpu(), rows) for scale, rows in kernels.norm_scales]
+        return mean_by_channel(rows)[kernels.channel]
 
-    def __init__(self, p: int) -> None:
-        self._p = p
 
-    def observe(self, sight: Sight) -> None:
-        """Not called."""
+def mean_by_channel(
+    parts: list[tuple[Float[Tensor, "row"], Int[Tensor, "row"]]],
+) -> Float[Tensor, "channel"]:
+    """The mean of the values that each channel has."""
+    channels = 1 + max(int(rows.max()) for _, rows in parts)
+    total, count = torch.zeros(2, channels, dtype=torch.float64)
+    for values, rows in parts:
+        total.index_add_(0, rows, values)
+        count.index_add_(0, rows, torch.ones_like(values))
+    return total / count.clamp_min(1)
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
-        """The norms."""
-        channels = 1 + max(int(rows.max()) for _, rows in kernels.incoming)
-        total = torch.zeros(channels, dtype=torch.float64)
-        count = torch.zeros(channels, dtype=torch.float64)
-        for kernel, rows in kernels.incoming:
-            norms = kernel.double().flatten(1).norm(p=self._p, dim=1).cpu()
-            total.index_add_(0, rows, norms)
-            count.index_add_(0, rows, torch.ones_like(norms))
-        return (total / count.clamp_min(1))[kernels.channel]
+
+def l1(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
+    """Sum of absolute weights (Li et al., ICLR 2017, section 3.1)."""
+    return kernels.abs().sum(1)
+
+
+def l2(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
+    """Euclidean norm, the common variant of `l1` (He et al., SFP, IJCAI 2018, eq. 2)."""
+    return kernels.norm(dim=1)
+
+
+def distance_to_others(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
+    """Sum of the Euclidean distances to the layer's other kernels.
+
+    Small near their geometric median (FPGM, He et al., CVPR 2019, eqs. 5 and 6).
+    """
+    return torch.cdist(kernels, kernels, compute_mode="donot_use_mm_for_euclid_dist").sum(1)

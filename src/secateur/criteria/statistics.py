@@ -1,12 +1,49 @@
-"""Criteria from the statistics of a filter's activations."""
+"""Criteria from what a filter's activations are like, filter by filter."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.criteria import Kernels, Sight
+from secateur.criteria import Kernels, Need, Sight
+from secateur.exact_sum import ExactSum
+
+ENTROPY_BINS = 64
+"""Bins between nothing and four times the filter's mean size, the last one open."""
+RANK_IMAGES = 64
+"""Images whose feature maps' ranks are computed: ranks hardly differ between images (Lin et al.)."""
+
+
+class ActivationMean:
+    """Mean size of a filter's activation over all positions of all images.
+
+    (Molchanov et al., ICLR 2017, section 2.2, "activation"; of its size, since without a rectifier
+    not every activation is positive.)
+    """
+
+    needs: frozenset[Need] = frozenset({"maps"})
+
+    def __init__(self) -> None:
+        self._means: dict[str, _ImageMeans] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for a sum a filter."""
+        self._means = {part: _ImageMeans(1, kernels.filters) for part, kernels in parts.items()}
+
+    def observe(self, sight: Sight) -> None:
+        """Adds up each image's mean."""
+        self._means[sight.part].add(sight.maps.float().abs().mean(dim=(2, 3)))
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return (tally for means in self._means.values() for tally in means.tallies())
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The means."""
+        return self._means[part].value()[0]
 
 
 class ActivationStd:
@@ -15,25 +52,148 @@ class ActivationStd:
     (Polyak and Wolf, IEEE Access 2015, prune by variance; biased estimate.)
     """
 
-    needs_images = True
-    needs_gradients = False
+    needs: frozenset[Need] = frozenset({"maps"})
 
     def __init__(self) -> None:
-        self._count: dict[str, int] = {}
-        self._sum: dict[str, Tensor] = {}
-        self._square_sum: dict[str, Tensor] = {}
+        self._means: dict[str, _ImageMeans] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for three sums a filter."""
+        self._means = {part: _ImageMeans(3, kernels.filters) for part, kernels in parts.items()}
 
     def observe(self, sight: Sight) -> None:
-        """Adds up values and squares, around a fixed centre so that nothing cancels."""
-        maps = (sight.maps - sight.usual.mean[:, None, None]).double()
-        zero = torch.zeros(maps.shape[1], dtype=torch.float64)
-        group = sight.group
-        self._count[group] = self._count.get(group, 0) + maps.numel() // maps.shape[1]
-        self._sum[group] = self._sum.get(group, zero) + maps.sum(dim=(0, 2, 3)).cpu()
-        squares = maps.square().sum(dim=(0, 2, 3)).cpu()
-        self._square_sum[group] = self._square_sum.get(group, zero) + squares
+        """Adds up each image's mean, its square, and the variance within the image."""
+        variance, mean = torch.var_mean(sight.maps.float(), dim=(2, 3), correction=0)
+        self._means[sight.part].add(mean, mean.double().square(), variance)
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return (tally for means in self._means.values() for tally in means.tallies())
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
         """The standard deviations."""
-        mean = self._sum[group] / self._count[group]
-        return (self._square_sum[group] / self._count[group] - mean.square()).clamp_min(0).sqrt()
+        mean, square, within = self._means[part].value()
+        return (within + (square - mean.square()).clamp_min(0)).sqrt()
+
+
+class _ImageMeans:
+    """Means over images of some numbers for each filter."""
+
+    def __init__(self, numbers: int, filters: int) -> None:
+        self._images = torch.zeros((), dtype=torch.int64)
+        self._total = ExactSum((numbers, filters))
+
+    def add(self, *values: Float[Tensor, "image filter"]) -> None:
+        """Takes in a batch."""
+        self._images += len(values[0])
+        self._total.add(torch.stack([each.double() for each in values], 1))
+
+    def tallies(self) -> Iterable[Tensor]:
+        """The sums."""
+        return (self._images, self._total.limbs)
+
+    def value(self) -> Float[Tensor, "number filter"]:
+        """The means, in float64."""
+        return self._total.value() / int(self._images)
+
+
+class Apoz:
+    """Share of positions where a filter is above zero: one minus the average percentage of zeros.
+
+    (Hu et al., Network Trimming, 2016, eq. 1. Where no rectifier follows, what is not positive
+    counts as zero.)
+    """
+
+    needs: frozenset[Need] = frozenset({"maps"})
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for two counts a filter."""
+        self._tallies = {
+            part: torch.zeros(2, kernels.filters, dtype=torch.int64)
+            for part, kernels in parts.items()
+        }
+
+    def observe(self, sight: Sight) -> None:
+        """Counts positions."""
+        positive = (sight.maps > 0).flatten(2).sum(2)  # [image, filter]
+        self._tallies[sight.part][0] += positive.sum(0)
+        self._tallies[sight.part][1] += len(positive) * sight.maps.shape[2:].numel()
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._tallies.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The shares."""
+        positive, count = self._tallies[part].double()
+        return positive / count
+
+
+class ActivationEntropy:
+    """Entropy over images of a filter's pooled activation (Luo and Wu, 2017, section 3.2, eq. 1).
+
+    The paper bins between the smallest and the largest value that occur; here bins are set before
+    the pass, by the size that is usual for the filter, so that counts add up.
+    """
+
+    needs: frozenset[Need] = frozenset({"maps", "usual"})
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the bins."""
+        self._counts = {
+            part: torch.zeros(kernels.filters, ENTROPY_BINS, dtype=torch.int64)
+            for part, kernels in parts.items()
+        }
+
+    def observe(self, sight: Sight) -> None:
+        """Puts each image's pooled activation into its bin."""
+        assert sight.usual is not None
+        pooled = sight.maps.float().mean(dim=(2, 3))  # [image, filter]
+        width = 4 * sight.usual.mean.abs() / ENTROPY_BINS
+        place = pooled.abs() / width.where(width > 0, torch.ones_like(width))
+        bins = place.clamp(max=ENTROPY_BINS - 1).long()
+        counts = self._counts[sight.part]
+        counts.scatter_add_(1, bins.T.contiguous(), torch.ones_like(bins.T.contiguous()))
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._counts.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The entropies, in nats."""
+        counts = self._counts[part].double()
+        return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+
+
+class MapRank:
+    """Mean rank of a filter's feature map as a matrix (HRank, Lin et al., CVPR 2020, eq. 5)."""
+
+    needs: frozenset[Need] = frozenset({"maps"})
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for a sum a filter."""
+        self._ranks = {
+            part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
+        }
+
+    def observe(self, sight: Sight) -> None:
+        """Adds up the ranks in the first `RANK_IMAGES` images of the probe set."""
+        for image in (sight.numbers < RANK_IMAGES).nonzero()[:, 0].tolist():
+            self._ranks[sight.part] += torch.linalg.matrix_rank(sight.maps[image].float())
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._ranks.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The summed ranks."""
+        return self._ranks[part].double()

@@ -1,74 +1,184 @@
-"""The majority vote of images over filters, restricted to semantic regions.
+"""The majority vote of images over filters, inside semantic regions.
 
 Reconstructed from the abstract of Alqahtani et al. (CVIU 2021) and from the vote of their
 *Neuron-based network pruning based on majority voting* (ICPR 2020, eqs. 1 to 4): a unit gets a vote
-when it is among the top of its layer, and votes are summed. Here the top is taken inside the
-region of a concept.
+when it is among the top of its layer, and votes are summed. Here a voter is a region of an image
+that shows a concept, or each cell of it. Votes are int64, in units of 1 / `VOTE`, so that shares
+and weights of votes add up exactly, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secateur.alignment import overlap, response_winners
-from secateur.criteria import Kernels, Sight
+from secateur.alignment import binarise, overlap
+from secateur.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.regions import ABSENT
 
-Election = Callable[[Sight, int], Tensor]
-"""What is seen of a batch and how many filters win at a time, in; the winners' numbers out."""
+VOTE = 2**20
+"""What one whole vote counts."""
+Ballot = Literal["share", "top", "plurality"]
+Voters = Literal["cells", "regions"]
 
 
-class ConceptVotes:
-    """Counts, filter by filter, the elections that it wins."""
+@dataclass(frozen=True)
+class Rule:
+    """How an election is held."""
 
-    needs_images = True
-    needs_gradients = False
+    ballot: Ballot
+    """`share`: a vote is divided among the filters in proportion to their strength; `top`: each of
+    the strongest filters gets a vote; `plurality`: the strongest one does."""
+    voters: Voters
+    """`cells`: filters compete at each cell of a region; `regions`: over the whole of it."""
+    top_fraction: float
+    """Share of the filters that `top` gives a vote."""
+    weights: Mapping[int, float]
+    """What the vote of a region counts, by the number of its concept; 1 where there is none."""
 
-    def __init__(self, election: Election, top_fraction: float) -> None:
-        self._election = election
-        self._top_fraction = top_fraction
+    def cast(self, strength: Float[Tensor, "*voter filter"]) -> Float[Tensor, "*voter filter"]:
+        """The votes of each voter; one that sees no strength anywhere casts none."""
+        if self.ballot == "share":
+            return shares(strength)
+        filters = strength.shape[-1]
+        top = 1 if self.ballot == "plurality" else max(1, math.ceil(self.top_fraction * filters))
+        return winners(strength, top)
+
+    def weigh(self, concepts: Int[Tensor, "image region"]) -> Float[Tensor, "image region"]:
+        """What the vote of each region counts; nothing where it only fills up the tensor."""
+        weights = (concepts != ABSENT).double()
+        for concept, weight in self.weights.items():
+            weights[concepts == concept] = weight
+        return weights
+
+
+def shares(strength: Float[Tensor, "*voter filter"]) -> Float[Tensor, "*voter filter"]:
+    """A vote of every voter, divided among the filters in proportion to their strength."""
+    total = strength.sum(-1, keepdim=True)
+    return strength / total.where(total > 0, 1.0)
+
+
+def winners(
+    strength: Float[Tensor, "*voter filter"], top: int
+) -> Float[Tensor, "*voter filter"]:
+    """A whole vote of every voter for each of its `top` strongest filters.
+
+    Between equal ones the filter with the smaller number wins; one without strength wins nothing.
+    """
+    order = strength.sort(dim=-1, descending=True, stable=True).indices[..., :top]
+    chosen = torch.zeros_like(strength).scatter(-1, order, 1.0)
+    return chosen * (strength > 0)
+
+
+class ResponseVotes:
+    """Votes for the filters that respond most inside the regions of concepts.
+
+    The strength of a filter at a position is how far it moves what comes after: the square of
+    |activation - mean| times the norm of the kernels that read it. Cells hold the means over the
+    positions in them, so that nothing larger waits until it is known where the concepts are.
+
+    A departure from the literal reading (`OverlapVotes`), because where a filter looks matters only
+    together with how much it says there.
+    """
+
+    needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._votes: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the votes."""
+        self._votes = _no_votes(parts)
+        self._norms = {part: kernels.outgoing_norm.float() for part, kernels in parts.items()}
+
+    def observe(self, sight: Sight) -> Vote:
+        """Brings the responses to cells; the vote waits for the concepts."""
+        assert sight.usual is not None
+        cells = responses(sight.maps, sight.usual.mean, self._norms[sight.part], sight.grid)
+        rule, votes = self._rule, self._votes[sight.part]
+
+        def vote(regions: Regions) -> None:
+            inside = regions.at(sight.grid).flatten(2).float()  # [image, region, cell]
+            weights = rule.weigh(regions.concepts)[..., None]
+            if rule.voters == "regions":
+                cast = rule.cast(inside @ cells).double() * weights  # [image, region, filter]
+            else:
+                # A cell casts one ballot for each region that it lies in.
+                cast = rule.cast(cells).double() * (inside.double() * weights).sum(1)[..., None]
+            votes.add_((cast * VOTE).round().long().sum((0, 1)))
+
+        return vote
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._votes.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The number of votes."""
+        return self._votes[part].double() / VOTE
+
+
+class OverlapVotes:
+    """Votes for the filters whose binarised map overlaps a region best: the literal reading.
+
+    The strength of a filter for a region is the intersection over union with it, each filter
+    binarised at its own threshold. A filter that does not touch the region gets no vote.
+    """
+
+    needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
         self._votes: dict[str, Tensor] = {}
 
-    def observe(self, sight: Sight) -> None:
-        """Counts the votes of a batch."""
-        filters = sight.maps.shape[1]
-        votes = self._votes.setdefault(sight.group, torch.zeros(filters, dtype=torch.int64))
-        top = max(1, math.ceil(self._top_fraction * filters))
-        votes += self._election(sight, top).bincount(minlength=filters).cpu()
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the votes."""
+        self._votes = _no_votes(parts)
 
-    def score(self, group: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+    def observe(self, sight: Sight) -> Vote:
+        """Binarises the maps; the vote waits for the concepts."""
+        assert sight.usual is not None
+        active = binarise(sight.maps, sight.usual.threshold)
+        rule, votes = self._rule, self._votes[sight.part]
+
+        def vote(regions: Regions) -> None:
+            iou = overlap(active, regions.at((active.shape[2], active.shape[3]))).iou
+            cast = rule.cast(iou.transpose(1, 2)) * rule.weigh(regions.concepts)[..., None]
+            votes.add_((cast * VOTE).round().long().sum((0, 1)))
+
+        return vote
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._votes.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
         """The number of votes."""
-        return self._votes[group].double()
+        return self._votes[part].double() / VOTE
 
 
-def by_response(sight: Sight, top: int) -> Int[Tensor, "vote"]:
-    """A vote at every position of every region for the filters that respond most there.
-
-    A departure from the literal reading (`by_iou`), because where a filter looks matters only
-    together with how much it says there. Equal responses are told apart by `torch.topk`; a filter
-    without response gets no vote.
-    """
-    mean, outgoing = sight.usual.mean, sight.kernels.outgoing_norm
-    winners = torch.cat(
-        [
-            response_winners(sight.maps, mean, outgoing, sight.masks[:, region], top).flatten()
-            for region in range(sight.masks.shape[1])
-        ]
-    )
-    return winners[winners < sight.maps.shape[1]]
+def responses(
+    maps: Float[Tensor, "image filter h w"],
+    mean: Float[Tensor, "filter"],
+    outgoing_norm: Float[Tensor, "filter"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "image cell filter"]:
+    """The mean squared response of each filter in each cell of a grid."""
+    response = maps.float() - mean[:, None, None]
+    cells = F.adaptive_avg_pool2d(response.square_(), grid).flatten(2).transpose(1, 2)
+    return cells * outgoing_norm.square()
 
 
-def by_iou(sight: Sight, top: int) -> Int[Tensor, "vote"]:
-    """A vote of every region for the filters whose binarised map overlaps it best.
-
-    The literal reading: intersection over union with the region, each filter binarised at its own
-    threshold. A filter that does not touch the region gets no vote; between equal overlaps the
-    filter with the smaller number gets it.
-    """
-    iou = overlap(sight.maps, sight.usual.threshold, sight.masks).iou
-    values, order = iou.sort(dim=1, descending=True, stable=True)
-    return order[:, :top][values[:, :top] > 0]
+def _no_votes(parts: Mapping[str, Kernels]) -> dict[str, Tensor]:
+    return {
+        part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
+    }

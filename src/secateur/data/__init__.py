@@ -71,11 +71,11 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     return DataSet(name, splits.class_names, train, validation, splits.test)
 
 
-def draw_probe(dataset: DataSet, count: int, *, stratified: bool = True, seed: int = 0) -> Images:
-    """A random choice of `count` training images; all of them where there are fewer.
+def draw_probe(images: Images, count: int, *, stratified: bool = True, seed: int = 0) -> Images:
+    """A random choice of `count` images; all of them where there are fewer.
 
     `stratified` draws equally from every class, as far as `count` divides; without it no label is
     looked at. Which images are drawn depends on `seed` alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    return draw(dataset.train, count, generator, stratified=stratified)
+    return draw(images, count, generator, stratified=stratified)

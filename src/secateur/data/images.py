@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from secateur.errors import DataError
 from secateur.models import Preprocessing
+from secateur.regions import ConceptMasks
 
 Indices = Int[Tensor, "image"]
 
@@ -50,7 +51,7 @@ class TensorImages:
         """See `Images.read`."""
         pixels = self.pixels[indices]
         if pixels.shape[-2:] != (preprocessing.image_size, preprocessing.image_size):
-            pixels = _to_size(pixels, preprocessing)
+            pixels = to_size(pixels, preprocessing)
         return pixels
 
     def take(self, indices: Indices) -> TensorImages:
@@ -71,7 +72,7 @@ class FileImages:
         """See `Images.read`."""
 
         def decode(index: int) -> Tensor:
-            return _to_size(_decode(self.paths[index]), preprocessing)
+            return to_size(_decode(self.paths[index]), preprocessing)
 
         with ThreadPoolExecutor() as pool:
             return torch.stack(list(pool.map(decode, indices.tolist())))
@@ -90,19 +91,32 @@ def _decode(path: Path) -> Tensor:
     return pixels
 
 
-def _to_size(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Bilinear with antialiasing to the shorter side, then a centre crop, as torchvision does."""
-    resized = v2.functional.resize(pixels, [preprocessing.resize], antialias=True)
+def to_size(
+    pixels: Tensor,
+    preprocessing: Preprocessing,
+    interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
+) -> Tensor:
+    """Resized to the shorter side, then cropped at the centre, as torchvision does.
+
+    Antialiased where the interpolation is bilinear. What the crop reaches over the edge is zero.
+    """
+    resized = v2.functional.resize(
+        pixels, [preprocessing.resize], interpolation=interpolation, antialias=True
+    )
     cropped: Tensor = v2.functional.center_crop(resized, [preprocessing.image_size])
     return cropped
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Normalised images and their labels."""
+    """Normalised images and what is known of them."""
 
     images: Float[Tensor, "image rgb height width"]
     labels: Int[Tensor, "image"]
+    numbers: Int[Tensor, "image"]
+    """Where each image is in the list that the batches are made of."""
+    annotations: ConceptMasks | None = None
+    """Regions that came with the images."""
 
 
 @dataclass(frozen=True)
@@ -143,21 +157,34 @@ def batches(
     *,
     shuffle: torch.Generator | None = None,
     augment: Augmentation | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Every image once, in batches of `size`; the last one may be smaller.
 
     In the order of the list, or in a random order from `shuffle`, which `augment` draws from too.
-    The next batch is read while the last one is in use.
+    Annotations come along where there are any, but not with augmented images. `shard` is a number
+    and how many there are: only every so manieth image of the list from that one on, for several
+    processes that go through one list. The next batch is read while the last one is in use.
     """
+    from secateur.data.annotated import AnnotatedImages  # which itself is made of images
+
+    rank, shards = shard
+    assert shards == 1 or (shuffle is None and augment is None)
     count = len(images.labels)
     order = torch.randperm(count, generator=shuffle) if shuffle else torch.arange(count)
-    chunks = order.split(size)
+    chunks = [chunk for chunk in order[rank::shards].split(size) if len(chunk)]
+    annotated = images if isinstance(images, AnnotatedImages) and augment is None else None
 
     def read(indices: Tensor) -> Batch:
         return Batch(
-            preprocessing.normalise(images.read(indices, preprocessing)), images.labels[indices]
+            preprocessing.normalise(images.read(indices, preprocessing)),
+            images.labels[indices],
+            indices,
+            annotated.regions(indices, preprocessing) if annotated else None,
         )
 
+    if not chunks:
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(read, chunks[0])
         for number in range(len(chunks)):
@@ -165,5 +192,5 @@ def batches(
             if number + 1 < len(chunks):
                 coming = pool.submit(read, chunks[number + 1])
             if augment is not None:
-                batch = Batch(augment.apply(batch.images, shuffle), batch.labels)
+                batch = replace(batch, images=augment.apply(batch.images, shuffle))
             yield batch

@@ -1,0 +1,51 @@
+"""Regions that come with the images: what all annotated sources have in common."""
+
+from __future__ import annotations
+
+from torch.fx.node import Node
+
+from secateur.concepts import Scene
+from secateur.errors import DataError
+from secateur.regions import Concept, ConceptMasks
+
+
+class Annotations:
+    """The regions of `secateur.data.annotated.AnnotatedImages`, as their batches bring them."""
+
+    def __init__(self, concepts: tuple[Concept, ...]) -> None:
+        self._concepts = concepts
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """What the annotations can show."""
+        return self._concepts
+
+    @property
+    def node(self) -> Node | None:
+        """The network is not looked at."""
+        return None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def needs_learning(self) -> bool:
+        """No."""
+        return False
+
+    def learn(self, scene: Scene) -> None:
+        """Nothing to learn."""
+
+    def finish_learning(self) -> None:
+        """Nothing to learn."""
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        """The scene's own regions; raises `DataError` where it has none."""
+        if scene.annotations is None:
+            raise DataError(
+                "the images come without annotated regions: take those that the concept source "
+                "brings (concepts.annotated_images) as the probe set"
+            )
+        return scene.annotations

@@ -1,0 +1,188 @@
+"""Filters go one by one, and each time the remaining ones stand in as well as they can.
+
+Used twice: over all positions it is a baseline from the literature, inside the regions of concepts
+it is the default vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secateur.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.criteria.votes import Rule
+from secateur.patches import Window
+
+POSITIONS = 16
+"""Positions of each image that are looked at, spread evenly and differently in every image."""
+MOST_VALUES = 4608
+"""With larger patches (k²c) positions around a kernel are taken as unrelated."""
+LEVELS = 2**14
+"""Activations are rounded to so many levels up to twice their largest size in a sample, and cut off
+there: so products are whole numbers, and their sums exact in float64 up to 2^21 positions."""
+WEIGHT_UNITS = 16
+"""Weights of positions are rounded to multiples of 1 / 16."""
+RIDGE = 1e-3
+"""Added to the diagonal of a covariance, as a multiple of its mean."""
+ROUNDS = 128
+"""In a layer of more filters several go at a time, so that there are about so many rounds."""
+
+
+class Reconstruction:
+    """Place in the order in which filters go if each time those that are missed least go.
+
+    Missed is what the layers that read the filters can't get from the remaining ones by least
+    squares on patches: the layer-wise reconstruction of ThiNet (Luo et al., ICCV 2017, eq. 6),
+    solved backwards as in Optimal Brain Surgeon (Hassibi and Stork, NIPS 1993, eq. 5).
+
+    Without a `rule` every position counts, which is the baseline. With one it is an election in
+    rounds, as in an instant runoff: the voters are the positions inside the regions of concepts. A
+    voter's ballot is the square of what the readers would miss there of each filter; the filter
+    with the fewest votes goes, and its votes pass on to those that stand in for it.
+    """
+
+    def __init__(self, rule: Rule | None = None) -> None:
+        self._rule = rule
+        always: frozenset[Need] = frozenset({"maps", "usual"})
+        self.needs = always if rule is None else always | {"concepts"}
+        self._parts: Mapping[str, Kernels] = {}
+        self._windows: dict[str, Window] = {}
+        self._units: dict[str, Tensor] = {}
+        self._tallies: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the products of each part."""
+        self._parts = parts
+        self._windows = {part: _window(kernels) for part, kernels in parts.items()}
+        for part, kernels in parts.items():
+            values = self._windows[part].taps * kernels.filters
+            # The last row and column are those of a constant 1: sums and the count.
+            self._tallies[part] = torch.zeros(values + 1, values + 1, dtype=torch.float64)
+
+    def observe(self, sight: Sight) -> Vote | None:
+        """Takes patches at some positions; their weights wait for the concepts."""
+        assert sight.usual is not None
+        window = self._windows[sight.part]
+        size = sight.maps.shape[2:]
+        if sight.part not in self._units:
+            largest = sight.usual.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
+            self._units[sight.part] = (2 * largest / LEVELS).float()
+        unit = self._units[sight.part]
+        rows, columns = window.positions(*size)
+        positions = _spread(sight.numbers, rows, columns)
+        whole = (sight.maps.float() / unit[:, None, None]).round().clamp(-LEVELS, LEVELS)
+        patches = window.take(whole, positions)  # [image, position, value]
+        tally, rule = self._tallies[sight.part], self._rule
+        if rule is None:
+            _add(tally, patches, torch.full(positions.shape, float(WEIGHT_UNITS)))
+            return None
+
+        def vote(regions: Regions) -> None:
+            inside = regions.at((rows, columns)).flatten(2).float()  # [image, region, position]
+            weights = torch.einsum("irp,ir->ip", inside, rule.weigh(regions.concepts).float())
+            weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
+            _add(tally, patches, weights)
+
+        return vote
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`; sums of whole numbers, exact in float64."""
+        return self._tallies.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The places: the filter that goes first has 0."""
+        kernels, window = self._parts[part], self._windows[part]
+        tally = self._tallies[part]
+        count = tally[-1, -1].clamp_min(1)
+        mean = tally[-1, :-1] / count
+        covariance = tally[:-1, :-1] / count - mean.outer(mean)
+        unit = self._units[part].double().repeat(window.taps)
+        covariance = covariance * unit.outer(unit)
+        order, _ = eliminate(covariance, _readers(kernels, window), kernels.filters)
+        places = torch.zeros(kernels.filters, dtype=torch.float64)
+        places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
+        return places
+
+
+def eliminate(
+    covariance: Float[Tensor, "value value"],
+    readers: Float[Tensor, "output value"],
+    filters: int,
+) -> tuple[list[int], list[float]]:
+    """The order in which filters go, and the summed error of what reads them after each.
+
+    A filter has one value for each tap of a patch (`value = tap * filters + filter`). With W the
+    readers' weights, refitted to the filters that are left, and P the inverse covariance of those,
+    leaving filter s out costs tr(W_s P_ss^-1 W_s'); then W loses W_s P_ss^-1 P_s, and P loses
+    P_s' P_ss^-1 P_s. Between equal costs the filter with the larger number goes.
+    """
+    values = len(covariance)
+    floor = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = torch.linalg.inv(covariance + RIDGE * floor * torch.eye(values, dtype=torch.float64))
+    weights = readers.double().clone()
+    own = torch.arange(values).reshape(-1, filters).T  # [filter, tap]
+    left = list(range(filters))
+    order: list[int] = []
+    errors: list[float] = []
+    at_a_time = max(1, filters // ROUNDS)
+    while left:
+        places = own[left]
+        blocks = inverse[places[:, :, None], places[:, None, :]]  # [filter, tap, tap]
+        carried = weights.T[places]  # [filter, tap, output]
+        costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
+        ranked = sorted(range(len(left)), key=lambda n: (float(costs[n]), -left[n]))
+        chosen = ranked[:at_a_time]
+        going = [left[n] for n in chosen]
+        for number, n in zip(going, chosen, strict=True):
+            order.append(number)
+            errors.append(float(costs[n].clamp_min(0)) + (errors[-1] if errors else 0.0))
+        gone = own[going].flatten()
+        passed = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        weights -= weights[:, gone] @ passed
+        inverse -= inverse[:, gone] @ passed
+        left = [number for number in left if number not in set(going)]
+    return order, errors
+
+
+def _window(kernels: Kernels) -> Window:
+    """The patches that filters are compared in: those of the first reader, if not too large."""
+    window = kernels.readers[0].window if kernels.readers else Window((1, 1))
+    return window if window.taps * kernels.filters <= MOST_VALUES else Window((1, 1))
+
+
+def _readers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
+    """The weights of all readers on one window; taps of another one count as outputs."""
+    rows = [torch.zeros(0, window.taps, kernels.filters)]
+    for reader in kernels.readers:
+        weights = reader.weights
+        if reader.window != window:
+            centre = torch.zeros(weights.shape[0] * weights.shape[1], *rows[0].shape[1:])
+            centre[:, window.taps // 2] = weights.flatten(0, 1)
+            weights = centre
+        rows.append(weights)
+    return torch.cat(rows).flatten(1)
+
+
+def _spread(
+    numbers: Int[Tensor, "image"], rows: int, columns: int
+) -> Int[Tensor, "image position"]:
+    """Positions of each image, by its number alone.
+
+    The points of an additive recurrence in two dimensions (Roberts, 2018, the R2 sequence).
+    """
+    count = min(POSITIONS, rows * columns)
+    index = (numbers[:, None] * count + torch.arange(count)).double()
+    row = ((0.5 + index * 0.7548776662466927) % 1 * rows).long()
+    column = ((0.5 + index * 0.5698402909980532) % 1 * columns).long()
+    return row * columns + column
+
+
+def _add(tally: Tensor, patches: Tensor, weights: Tensor) -> None:
+    """Adds the products of patches whose weight is not zero, each with every value and with 1."""
+    chosen = weights > 0
+    values = patches[chosen].double()
+    values = torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], 1)
+    tally.addmm_((values * weights[chosen].double()[:, None]).T, values)

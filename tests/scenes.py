@@ -1,0 +1,54 @@
+"""What concept sources are shown, made by hand from a network and images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from networks import random_images
+from secateur.concepts import ConceptSource, Scene, SourceContext
+from secateur.graph import run, tensors_of, trace
+from secateur.models import Preprocessing
+from secateur.regions import ConceptMasks
+
+CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")
+PREPROCESSING = Preprocessing(8, 8)
+
+
+def context_of(model: nn.Module, argument: str = "") -> SourceContext:
+    graph = trace(model, random_images(2))
+    return SourceContext(graph, tensors_of(model), CLASS_NAMES, PREPROCESSING, argument)
+
+
+def scene_of(
+    source: ConceptSource,
+    context: SourceContext,
+    images: Tensor,
+    labels: Tensor | None = None,
+    annotations: ConceptMasks | None = None,
+) -> Scene:
+    """The images, numbered from 0 on, with what the source's node gives for them."""
+    seen: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        seen.append(value.detach().requires_grad_(source.needs_gradient))
+        return seen[0]
+
+    after = {} if source.node is None else {source.node: keep}
+    with torch.set_grad_enabled(source.needs_gradient):
+        logits = run(context.graph, context.state, images, after=after)
+    numbers = torch.arange(len(images))
+    return Scene(images, numbers, labels, annotations, seen[0] if seen else None, logits)
+
+
+def part_of(scene: Scene, images: slice) -> Scene:
+    """Some images of a scene whose value needs no gradient."""
+    found = scene.annotations
+    return Scene(
+        scene.images[images],
+        scene.numbers[images],
+        None if scene.labels is None else scene.labels[images],
+        None if found is None else ConceptMasks(found.masks[images], found.concepts[images]),
+        None if scene.value is None else scene.value[images].clone(),
+        scene.logits[images],
+    )
