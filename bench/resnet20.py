@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -21,9 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import with_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "resnet20_cifar10.json"
-CRITERIA = ("vote-response", "vote-iou", "random", "l1", "l2", "taylor", "activation_std")
+CRITERIA = ("vote", "vote-response", "vote-iou", "random", "l1", "l2", "taylor", "activation_std")
 TARGETS = ("macs=0.7", "macs=0.5")
 
 Row = dict[str, Any]
@@ -38,11 +39,11 @@ def rows() -> list[tuple[str, ...]]:
         for target in TARGETS
     ]
     variants = [
-        ("--criterion", "vote-response", "--target", target, "--no-finetune", *more)
+        ("--criterion", "vote", "--target", target, "--no-finetune", *more)
         for more in (("--refit", "readers"), ("--no-stratify",))
         for target in TARGETS
     ]
-    tuned = ("--criterion", "vote-response", "--target", "macs=0.7", "--epochs", "5")
+    tuned = ("--criterion", "vote", "--target", "macs=0.7", "--epochs", "5")
     return [*untrained[:2], tuned, *variants, *untrained[2:]]
 
 
@@ -111,12 +112,12 @@ def criteria_table(found: list[Row]) -> str:
         for target in TARGETS:
             row = _find(found, "--criterion", criterion, "--target", target, "--no-finetune")
             cells.append(f"{_percent(row, 'cut')} → {_percent(row, 'refit')}")
-        name = f"{criterion} (default)" if criterion == "vote-response" else criterion
+        name = f"{criterion} (default)" if criterion == "vote" else criterion
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    tuned = _find(found, "--criterion", "vote-response", "--target", "macs=0.7", "--epochs", "5")
+    tuned = _find(found, "--criterion", "vote", "--target", "macs=0.7", "--epochs", "5")
     lines += [
         "",
-        f"With five epochs of fine-tuning after the refit (vote-response, 70 % of MACs): "
+        f"With five epochs of fine-tuning after the refit (vote, 70 % of MACs): "
         f"{_percent(tuned, 'tuned')}.",
     ]
     return "\n".join(lines)
@@ -135,7 +136,7 @@ def refit_table(found: list[Row]) -> str:
             _percent(
                 _find(
                     found,
-                    *("--criterion", "vote-response", "--target", target, "--no-finetune"),
+                    *("--criterion", "vote", "--target", target, "--no-finetune"),
                     *more,
                 ),
                 stage,
@@ -151,14 +152,6 @@ TABLES: tuple[tuple[Path, str, Table], ...] = (
     (ROOT / "docs" / "method.md", "results/resnet20_cifar10.json refit", refit_table),
 )
 """File, what its marker names, and what stands between the markers."""
-
-
-def with_table(text: str, name: str, table: str) -> str:
-    """The text with what stands between the markers of `name` replaced by `table`."""
-    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    replaced, count = pattern.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
-    assert count == 1, f"{count} tables {name!r}"
-    return replaced
 
 
 def write_tables(found: list[Row]) -> None:

@@ -1,0 +1,244 @@
+"""Every criterion under one protocol, without training: CIFAR-10 networks and ImageNet networks.
+
+    python bench/criteria.py cifar10 --data DIR --weights DIR --jobs 2
+
+ranks the filters of each network by each criterion, all from one pass over the probe images, cuts to
+each target with equal shares in every layer, refits the kernels on the same images and scores the
+result on validation images, which are held out of the training images and are neither probe nor
+test images. No label is used before that score. A line a cell goes to `results/criteria.jsonl`;
+cells that are there are not measured again, so a run can be interrupted, and `--jobs` processes work
+side by side. `--tables` only writes the tables into docs/criteria.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rows import ROOT, revision, surroundings
+from secateur import criteria, data, pipeline
+from secateur.config import RunConfig
+from secateur.data import DataSet, Images
+from secateur.plan import make_plan, parse_target
+from secateur.progress import silent
+from secateur.refit import refit
+from secateur.scoring import score_filters
+from secateur.surgery import apply_plan
+from tables import with_table
+
+RESULTS = ROOT / "results" / "criteria.jsonl"
+PAGE = ROOT / "docs" / "criteria.md"
+CIFAR10 = ("resnet20", "resnet32", "resnet56")
+TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}
+PROBE_IMAGES = 2000
+REFIT_POSITIONS = 16
+"""Output positions an image in the refit: 256 give the same accuracy to within noise."""
+SEEDS = 5
+
+Cell = dict[str, Any]
+
+
+def cells() -> list[Cell]:
+    """What has been measured; of equal cells the last one."""
+    if not RESULTS.is_file():
+        return []
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return list({_key(cell): cell for cell in lines}.values())
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell[field] for field in ("network", "seed", "target", "criterion"))
+
+
+def cifar10(network: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
+    """The run that a cell is a part of."""
+    return RunConfig.model_validate(
+        {
+            "model": {
+                "name": network,
+                "weights": f"{arguments.weights}/cifar10_{network}.safetensors",
+            },
+            "data": {
+                "source": f"cifar10:{arguments.data}",
+                "probe_images": PROBE_IMAGES,
+                "stratified": False,
+            },
+            "refit": {"positions": REFIT_POSITIONS},
+        }
+    )
+
+
+def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Appends every cell of a network and a probe set that is missing."""
+    wanted = [
+        (target, name)
+        for target, name in itertools.product(TARGETS[study], criteria.CRITERIA)
+        if (network, seed, target, name) not in {_key(cell) for cell in cells()}
+    ]
+    if not wanted:
+        return
+    if study == "cifar10":
+        config = cifar10(network, seed, arguments)
+        dataset, model = pipeline.load_inputs(config)
+    else:
+        from imagenet import load_study
+
+        config, dataset, model = load_study(network, arguments)
+    config = pipeline.resolved(config, dataset)
+    # The validation images are the same for every seed; the probe set is what differs.
+    config = config.model_copy(update={"seed": seed})
+    ground = pipeline.prepare_ground(model, dataset, config)
+    names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
+    start = time.perf_counter()
+    scores = score_filters(
+        model,
+        ground.wiring,
+        lambda: pipeline.stream(ground.probe, config, silent, ""),
+        {name: pipeline.make_criterion(name, ground.source, config) for name in names},
+        ground.source,
+        config.score,
+    )
+    scoring_seconds = time.perf_counter() - start
+    scored = dataset.validation if study == "cifar10" else dataset.test
+    base = accuracy(model, scored, config)
+    for target, name in wanted:
+        start = time.perf_counter()
+        plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
+        smaller = apply_plan(model, ground.wiring, plan)
+        cut = accuracy(smaller, scored, config) if study == "imagenet" else None
+        probe = pipeline.stream(ground.probe, config, silent, "")
+        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed)
+        cell = {
+            "study": study,
+            "network": network,
+            "seed": seed,
+            "target": target,
+            "criterion": name,
+            "base_fraction": base,
+            "cut_fraction": cut,
+            "refit_fraction": accuracy(smaller, scored, config),
+            "images": len(scored.labels),
+            "macs_left": ground.wiring.macs(plan.removed) / ground.wiring.macs(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "scoring_seconds": round(scoring_seconds, 1),
+            "probe_images": len(ground.probe.labels),
+            "concepts": config.score.concepts,
+            "command": f"python bench/criteria.py {study} --data DIR --weights DIR",
+            "revision": revision(),
+            "environment": surroundings(),
+        }
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+
+
+def accuracy(model: nn.Module, images: Images, config: RunConfig) -> float:
+    """Share of the images that the network classifies right."""
+    correct = 0
+    with torch.inference_mode():
+        for batch in pipeline.stream(images, config, silent, ""):
+            correct += int((model(batch.images).argmax(1) == batch.labels).sum())
+    return correct / len(images.labels)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def table(study: str, found: list[Cell]) -> str:
+    """Mean ± standard deviation over the probe sets, for each criterion and setting."""
+    mine = [cell for cell in found if cell["study"] == study]
+    networks = list(dict.fromkeys(cell["network"] for cell in mine))
+    settings = list(itertools.product(sorted(networks), TARGETS[study]))
+    seeds = {
+        setting: sorted({c["seed"] for c in mine if (c["network"], c["target"]) == setting})
+        for setting in settings
+    }
+    heads = [f"{network} {target.removeprefix('macs=')}" for network, target in settings]
+    lines = [f"| criterion | {' | '.join(heads)} | mean |", f"|---|{'---|' * (len(heads) + 1)}"]
+    ranked = []
+    for name in criteria.CRITERIA:
+        texts, means = [], []
+        for network, target in settings:
+            values = [
+                100 * cell["refit_fraction"]
+                for cell in mine
+                if (cell["network"], cell["target"], cell["criterion"]) == (network, target, name)
+            ]
+            if values:
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                texts.append(f"{statistics.mean(values):.2f}{spread}")
+                means.append(statistics.mean(values))
+            else:
+                texts.append("–")
+        if means:
+            ranked.append((statistics.mean(means), f"| {name} | {' | '.join(texts)} |"))
+    lines += [f"{line} {mean:.2f} |" for mean, line in sorted(ranked, reverse=True)]
+    bases = {cell["network"]: cell["base_fraction"] for cell in mine}
+    before = ", ".join(f"{name} {100 * bases[name]:.2f}" for name in sorted(bases))
+    counts = sorted({len(each) for each in seeds.values()})
+    probes = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    images = mine[0]["images"]
+    lines += ["", f"Top-1 in % of {images} images, {probes} probe sets each; before: {before}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures what is missing and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=list(TARGETS))
+    parser.add_argument("--data", help="the folder of CIFAR-10, or of the ImageNet samples")
+    parser.add_argument("--weights", help="folder of the weights")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        torch.set_num_threads(1)
+        measure(arguments.study, arguments.child[0], int(arguments.child[1]), arguments)
+        return
+    if not arguments.tables:
+        if arguments.data is None or arguments.weights is None:
+            parser.error("--data and --weights are needed")
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            done = list(pool.map(lambda child: _run(child, arguments), _children(arguments)))
+        if any(done):
+            raise SystemExit(f"{sum(map(bool, done))} of {len(done)} processes failed")
+    text = PAGE.read_text()
+    for study in TARGETS:
+        if any(cell["study"] == study for cell in cells()):
+            text = with_table(text, f"results/criteria.jsonl {study}", table(study, cells()))
+    PAGE.write_text(text)
+
+
+def _children(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    if arguments.study == "cifar10":
+        networks: tuple[str, ...] = CIFAR10
+    else:
+        from imagenet import NETWORKS
+
+        networks = tuple(NETWORKS)
+    for seed in range(arguments.seeds):
+        for network in networks:
+            yield network, seed
+
+
+def _run(child: tuple[str, int], arguments: argparse.Namespace) -> int:
+    options = ["--data", arguments.data, "--weights", arguments.weights]
+    call = [sys.executable, __file__, arguments.study, *options, "--child", *map(str, child)]
+    return subprocess.run(call).returncode
+
+
+if __name__ == "__main__":
+    main()
