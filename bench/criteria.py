@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from rows import ROOT, revision, surroundings
-from secateur import criteria, data, pipeline
+from secateur import criteria, pipeline
 from secateur.config import RunConfig
-from secateur.data import DataSet, Images
+from secateur.data import Batch
 from secateur.plan import make_plan, parse_target
 from secateur.progress import silent
 from secateur.refit import refit
@@ -112,13 +112,14 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    base = accuracy(model, scored, config)
+    shown = list(pipeline.stream(scored, config, silent, ""))
+    probe = list(pipeline.stream(ground.probe, config, silent, ""))
+    base = accuracy(model, shown)
     for target, name in wanted:
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
         smaller = apply_plan(model, ground.wiring, plan)
-        cut = accuracy(smaller, scored, config) if study == "imagenet" else None
-        probe = pipeline.stream(ground.probe, config, silent, "")
+        cut = accuracy(smaller, shown) if study == "imagenet" else None
         refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed)
         cell = {
             "study": study,
@@ -128,7 +129,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "criterion": name,
             "base_fraction": base,
             "cut_fraction": cut,
-            "refit_fraction": accuracy(smaller, scored, config),
+            "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),
             "macs_left": ground.wiring.macs(plan.removed) / ground.wiring.macs(),
             "seconds": round(time.perf_counter() - start, 1),
@@ -143,13 +144,14 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             file.write(json.dumps(cell) + "\n")
 
 
-def accuracy(model: nn.Module, images: Images, config: RunConfig) -> float:
+def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Share of the images that the network classifies right."""
     correct = 0
     with torch.inference_mode():
-        for batch in pipeline.stream(images, config, silent, ""):
-            correct += int((model(batch.images).argmax(1) == batch.labels).sum())
-    return correct / len(images.labels)
+        for batch in batches:
+            images = batch.images.contiguous(memory_format=torch.channels_last)
+            correct += int((model(images).argmax(1) == batch.labels).sum())
+    return correct / sum(len(batch.labels) for batch in batches)
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -105,7 +105,9 @@ def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
         position = np.full(len(wiring.channel_of) + 1, -1, dtype=np.int64)  # the last stands for -1
         position[group.channels] = np.arange(len(group))
 
-        def rows_of(name: str, dim: int, place: npt.NDArray[np.int64] = position) -> tuple[Tensor, Tensor]:
+        def rows_of(
+            name: str, dim: int, place: npt.NDArray[np.int64] = position
+        ) -> tuple[Tensor, Tensor]:
             """The rows of a parameter that belong to the group, and the channel of each."""
             channels = slots.get((name, dim))
             own = np.full(0, -1) if channels is None else place[channels]
@@ -248,7 +250,7 @@ def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
     count = 0
 
     def see(part: str, look: Look, value: Tensor) -> None:
-        tallies[part].add(_maps_of(look, value.detach())[:count])
+        tallies[part].add(maps_of(look, value.detach())[:count])
 
     for part, look in _looks(way.wiring).items():
         tallies[part] = UsualTally(len(look.index), settings.threshold_positions)
@@ -315,12 +317,12 @@ class _Showing:
             F.cross_entropy(logits, labels, reduction="sum").backward()
 
     def _see(self, part: str, look: Look, value: Tensor) -> None:
-        maps = _maps_of(look, value.detach())[: self._count]
+        maps = maps_of(look, value.detach())[: self._count]
         self._tell(self._now, part, maps, None)
 
         def with_gradient(gradient: Tensor) -> None:
             if self._is_loss:
-                self._tell(self._later, part, maps, _maps_of(look, gradient)[: self._count])
+                self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
 
         if self._later:
             value.register_hook(with_gradient)
@@ -360,7 +362,7 @@ def _regions(found: ConceptMasks, count: int) -> Regions:
     return Regions(at, found.concepts[:count])
 
 
-def _maps_of(look: Look, value: Tensor) -> Tensor:
+def maps_of(look: Look, value: Tensor) -> Tensor:
     """`[image, filter, h, w]` of a part of a group, whichever dimension the channels lie along."""
     maps = value.movedim(look.dim, 1)
     places = maps.shape[2:]

@@ -1,13 +1,14 @@
-"""How well each filter's activations lie on a concept: int64 tallies, IoU and response."""
+"""How well each filter's activations lie on a concept: overlap, counted in int64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from secateur.regions import ABSENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,3 +41,30 @@ def overlap(
     intersection = (positions @ inside.transpose(1, 2)).long()
     sizes = positions.sum(2).long()[:, :, None] + inside.sum(2).long()[:, None, :]
     return Overlap(intersection, sizes - intersection)
+
+
+class AlignmentTally:
+    """Dataset-wide IoU of each filter with each concept (Bau et al., CVPR 2017, eq. 1).
+
+    A filter's activations count towards a concept's union only in images that show the concept,
+    as in Network Dissection.
+    """
+
+    def __init__(self, filters: int, concepts: int) -> None:
+        self.intersection = torch.zeros(filters, concepts, dtype=torch.int64)
+        self.union = torch.zeros(filters, concepts, dtype=torch.int64)
+
+    def add(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
+        """Takes in a batch; `concepts` numbers what each region shows, or is `ABSENT`."""
+        is_there = concepts.flatten() != ABSENT
+        numbers = concepts.flatten()[is_there]
+        for total, part in (
+            (self.intersection, seen.intersection),
+            (self.union, seen.union),
+        ):
+            total.index_add_(1, numbers, part.movedim(1, 0).flatten(1)[:, is_there])
+
+    @property
+    def iou(self) -> Float[Tensor, "filter concept"]:
+        """Intersection over union in float64; 0 where a concept never occurred."""
+        return self.intersection.double() / self.union.clamp_min(1)

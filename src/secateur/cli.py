@@ -20,16 +20,15 @@ from torch import nn
 
 from secateur import __version__, bundle, concepts, criteria, data, demo, models, pipeline
 from secateur.config import RunConfig, from_dict, read_config
-from secateur.dissection import Dissection
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
+from secateur.inspection import inspect_network
 from secateur.manifest import CONFIG, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
 from secateur.result import RunResult
-from secateur.scoring import score_filters
 
 T = TypeVar("T")
 
@@ -80,7 +79,11 @@ ProbeOption = Annotated[
 ]
 ConceptsOption = Annotated[
     str | None,
-    typer.Option("--concepts", help="Concept source: evidence or saliency (default: evidence)."),
+    typer.Option(
+        "--concepts",
+        help="Where concepts are, several after commas: evidence, saliency, factors:K, colours; or "
+        "with images of their own masks:DIR, broden:DIR, parts:DIR, boxes:DIR (default: evidence).",
+    ),
 ]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="What every random choice depends on (default: 0).")
@@ -147,7 +150,7 @@ def prune(
     ] = Path("secateur-run"),
     criterion: Annotated[
         str | None,
-        typer.Option("--criterion", help="How filters are ranked (default: vote-response)."),
+        typer.Option("--criterion", help="How filters are ranked (default: vote)."),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
@@ -312,7 +315,7 @@ def inspect(
     data_source: DataOption = None,
     criterion: Annotated[
         list[str] | None,
-        typer.Option("--criterion", help="May be given several times (default: vote-response)."),
+        typer.Option("--criterion", help="May be given several times (default: vote)."),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
@@ -322,6 +325,14 @@ def inspect(
     cut_stream: Annotated[
         bool, typer.Option("--cut-stream", help="Show residual streams as prunable, too.")
     ] = False,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            help="Folder for a picture a layer: each filter's top images, with what is above its "
+            "threshold.",
+        ),
+    ] = None,
     exclude: ExcludeOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
@@ -331,7 +342,14 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Score the filters of a network, tell what they see, and change nothing."""
-    names = tuple(criterion or ["vote-response"])
+    names = tuple(criterion or ["vote"])
+    if (
+        data_source is None
+        and config is None
+        and concept_source
+        and concepts.annotated_images(concept_source)
+    ):
+        data_source = data.NONE
     settings = _config(
         config,
         {
@@ -347,7 +365,9 @@ def inspect(
         },
     )
     pipeline.check_weights(settings, allow_untrained=allow_untrained)
-    found = _inspected(settings, names)
+    if pictures is not None and not pictures.parent.is_dir():
+        raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
+    found = inspect_network(settings, names, pictures=pictures, track=_track())
     if as_json:
         print(json.dumps(found, indent=1))
     elif layer is not None:
@@ -399,7 +419,7 @@ def list_models(as_json: JsonOption = False) -> None:
     """List the networks, criteria and concept sources that can be named."""
     found = {
         "networks": models.names(),
-        "criteria": list(criteria.criteria()),
+        "criteria": list(criteria.CRITERIA),
         "concepts": list(concepts.sources()),
         "data": [*(f"{kind}:DIR" for kind in data.READERS), "digits"],
     }
@@ -477,59 +497,6 @@ def _config(path: Path | None, options: dict[str, Any]) -> RunConfig:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-# --- inspection --------------------------------------------------------------------------------
-
-
-def _inspected(settings: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    pipeline.check_names(settings)
-    chosen = {
-        name: criteria.make(name, top_fraction=settings.score.top_fraction, seed=settings.seed)
-        for name in names
-    }
-    dataset, network = pipeline.load_inputs(settings)
-    ground = pipeline.prepare_ground(network, dataset, settings)
-    wiring = ground.wiring
-    dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
-    scores = score_filters(
-        network,
-        wiring,
-        lambda: pipeline.stream(ground.probe, settings, _track(), "looking at filters"),
-        chosen,
-        ground.source,
-        quantile=settings.score.quantile,
-        use_labels=settings.score.use_labels,
-        observers=(dissection,),
-    )
-    whole = wiring.count_after({})
-    macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
-    groups = [
-        {
-            "layer": name,
-            "filters": len(group),
-            "macs_share": macs[group.layers[0].name] / wiring.macs(),
-            "read_by": [reader.layer for reader in group.readers],
-            "scores": {key: found.scores[name].tolist() for key, found in scores.items()},
-            "concepts": [
-                {"concept": seen.concept, "iou": seen.iou, "is_detector": seen.is_detector}
-                for seen in dissection.best_by_channel(group)
-            ],
-        }
-        for name, group in wiring.groups.items()
-    ]
-    frozen = [
-        {"layer": group.name, "filters": group.size, "reason": group.reason}
-        for group in wiring.frozen
-    ]
-    return {
-        "model": settings.model.name,
-        "macs": wiring.macs(),
-        "parameters": wiring.params(),
-        "probe_images": len(ground.probe.labels),
-        "groups": groups,
-        "frozen": frozen,
-    }
 
 
 # --- printing ----------------------------------------------------------------------------------

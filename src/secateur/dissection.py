@@ -1,12 +1,22 @@
-"""What each filter sees: its best concept by dataset-wide IoU, without changing the network."""
+"""What each filter sees: its best concept by dataset-wide IoU, and the images it responds to most.
+
+Network Dissection (Bau et al., CVPR 2017), with one departure: masks are brought to the resolution
+of the feature map, not feature maps to that of the image (docs/dissection.md compares the two).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secateur import distributed
 from secateur.activations import parts_of
-from secateur.alignment import AlignmentTally, overlap
-from secateur.criteria import Sight
+from secateur.alignment import AlignmentTally, binarise, overlap
+from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.grouping import Group
 
 DETECTOR_IOU = 0.04
@@ -29,22 +39,46 @@ class FilterConcept:
 class Dissection:
     """Tallies the overlap of every filter with every concept; an `Observer`."""
 
-    needs_images = True
-    needs_gradients = False
+    needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
 
     def __init__(self, concept_names: tuple[str, ...]) -> None:
         self._names = concept_names
         self._tallies: dict[str, AlignmentTally] = {}
+        self.thresholds: dict[str, Float[Tensor, "filter"]] = {}
+        """Above which each filter of a part counts as active."""
 
-    def observe(self, sight: Sight) -> None:
-        """Takes in one group in one batch."""
-        filters = sight.maps.shape[1]
-        tally = self._tallies.setdefault(sight.group, AlignmentTally(filters, len(self._names)))
-        tally.add(overlap(sight.maps, sight.usual.threshold, sight.masks), sight.concepts)
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the tallies."""
+        self._tallies = {
+            part: AlignmentTally(kernels.filters, len(self._names))
+            for part, kernels in parts.items()
+        }
+
+    def observe(self, sight: Sight) -> Vote:
+        """Binarises the maps; the tally waits for the concepts."""
+        assert sight.usual is not None
+        self.thresholds[sight.part] = sight.usual.threshold
+        active = binarise(sight.maps, sight.usual.threshold)
+        tally = self._tallies[sight.part]
+
+        def count(regions: Regions) -> None:
+            masks = regions.at((active.shape[2], active.shape[3]))
+            tally.add(overlap(active, masks), regions.concepts)
+
+        return count
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        for tally in self._tallies.values():
+            yield from (tally.intersection, tally.union)
+
+    def iou(self, part: str) -> Float[Tensor, "filter concept"]:
+        """Dataset-wide IoU of each filter of a part of a group with each concept."""
+        return self._tallies[part].iou
 
     def best(self, part: str) -> list[FilterConcept]:
         """The best concept of each filter of a part of a group; between equal ones the first."""
-        values, order = self._tallies[part].iou.max(dim=1)
+        values, order = self.iou(part).max(dim=1)
         return [
             FilterConcept(self._names[concept], iou)
             for concept, iou in zip(order.tolist(), values.tolist(), strict=True)
@@ -58,3 +92,48 @@ class Dissection:
                 if channel not in found or seen.iou > found[channel].iou:
                     found[channel] = seen
         return [found[channel] for channel in range(len(group))]
+
+
+class TopImages:
+    """The images that each filter responds to most, by its largest activation; an `Observer`."""
+
+    needs: frozenset[Need] = frozenset({"maps"})
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        """`[filter, place]`: activations and numbers of images, the largest first."""
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Starts with no image."""
+        self._found = {
+            part: (torch.zeros(kernels.filters, 0), torch.zeros(kernels.filters, 0).long())
+            for part, kernels in parts.items()
+        }
+
+    def observe(self, sight: Sight) -> None:
+        """Keeps the best of a batch and of what came before."""
+        largest = sight.maps.float().amax(dim=(2, 3)).T  # [filter, image]
+        numbers = sight.numbers.expand(len(largest), -1)
+        self._found[sight.part] = self._best([self._found[sight.part], (largest, numbers)])
+
+    def _best(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Between equal activations the image with the smaller number is kept."""
+        values, numbers = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+        by_number = numbers.argsort(1)
+        values, numbers = values.gather(1, by_number), numbers.gather(1, by_number)
+        order = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
+        return values.gather(1, order), numbers.gather(1, order)
+
+    def tallies(self) -> Iterable[Tensor]:
+        """None that add up; see `merge`."""
+        return ()
+
+    def merge(self) -> None:
+        """Keeps the best of what all processes have found."""
+        found = distributed.gathered(self._found)
+        self._found = {part: self._best([each[part] for each in found]) for part in self._found}
+
+    def numbers(self, part: str) -> Int[Tensor, "filter place"]:
+        """Numbers of the images in the probe set, the one with the largest activation first."""
+        return self._found[part][1]

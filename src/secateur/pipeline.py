@@ -90,6 +90,8 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
         seed=config.seed,
     )
     num_classes = config.model.num_classes or len(dataset.class_names)
+    if not num_classes:
+        raise UsageError("without data the number of classes must be given: --num-classes")
     model = models.load(
         config.model.name, config.model.weights, num_classes=num_classes, seed=config.seed
     )

@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur import criteria
-from secateur.concepts import ConceptSource, sources
+from secateur import concepts, criteria
+from secateur.concepts import ConceptSource
 from secateur.config import ScoreSection
 from secateur.criteria import Criterion
 from secateur.data import Batch
 from secateur.errors import UsageError
 from secateur.graph import evaluating, tensors_of
+from secateur.models import Preprocessing
 from secateur.reading import make_wiring
 from secateur.scoring import score_filters
 from secateur.wiring import Wiring
@@ -71,7 +72,7 @@ class CriterionImportance:
         self._settings = (
             ScoreSection(criterion=criterion) if isinstance(criterion, str) else criterion
         )
-        if self._make_criterion(seed).needs_images and batches is None:
+        if self._make_criterion(seed).needs and batches is None:
             raise UsageError(f"{self._settings.criterion!r} looks at images: give it batches")
         self._model = model
         self._example = example
@@ -126,9 +127,8 @@ class CriterionImportance:
                 wiring,
                 self._shown,
                 {name: criterion},
-                self._source(wiring) if criterion.needs_images else None,
-                quantile=settings.quantile,
-                use_labels=settings.use_labels,
+                self._source(wiring) if "concepts" in criterion.needs else None,
+                settings,
             )[name].scores
         self._scores, self._reasons = {}, {}
         for group in wiring.groups.values():
@@ -145,15 +145,23 @@ class CriterionImportance:
 
     def _make_criterion(self, seed: int) -> Criterion:
         settings = self._settings
-        return criteria.make(settings.criterion, top_fraction=settings.top_fraction, seed=seed)
+        return criteria.make(settings.criterion, settings, seed, {})
 
     def _source(self, wiring: Wiring) -> ConceptSource:
         with evaluating(self._model), torch.inference_mode():
             classes = self._model(self._example).shape[1]
         class_names = tuple(map(str, range(classes)))
-        make_source = sources()[self._settings.concepts]
-        return make_source(wiring.graph, tensors_of(self._model), class_names)
+        size = int(self._example.shape[-1])
+        return concepts.make(
+            self._settings.concepts,
+            wiring.graph,
+            tensors_of(self._model),
+            class_names,
+            Preprocessing(size, size),
+        )
 
     def _shown(self) -> Iterator[Batch]:
+        seen = 0
         for images, labels in self._batches or ():
-            yield Batch(images, labels)
+            yield Batch(images, labels, torch.arange(seen, seen + len(images)))
+            seen += len(images)

@@ -98,7 +98,8 @@ class BrodenLabels:
         if pixels.shape[:2] != self.size:
             found, expected = (f"{size[1]}×{size[0]}" for size in (pixels.shape, self.size))
             raise DataError(f"the mask {file} is {found}; index.csv says {expected}")
-        labels: np.ndarray = pixels[..., 0].astype(np.int64) + 256 * pixels[..., 1]
+        red, green = (pixels[..., channel].astype(np.int64) for channel in (0, 1))
+        labels: np.ndarray = red + 256 * green
         return labels
 
 

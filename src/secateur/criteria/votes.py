@@ -65,9 +65,7 @@ def shares(strength: Float[Tensor, "*voter filter"]) -> Float[Tensor, "*voter fi
     return strength / total.where(total > 0, 1.0)
 
 
-def winners(
-    strength: Float[Tensor, "*voter filter"], top: int
-) -> Float[Tensor, "*voter filter"]:
+def winners(strength: Float[Tensor, "*voter filter"], top: int) -> Float[Tensor, "*voter filter"]:
     """A whole vote of every voter for each of its `top` strongest filters.
 
     Between equal ones the filter with the smaller number wins; one without strength wins nothing.

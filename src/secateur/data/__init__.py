@@ -47,15 +47,22 @@ READERS: dict[str, Callable[[Path], Splits]] = {"cifar10": read_cifar10, "folder
 """Kinds of data set that lie in a folder, `KIND:DIR`; `digits` needs none."""
 
 
+NONE = "none"
+"""Name of the data set without images, for annotated concepts, which bring their own."""
+
+
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
     `name` is `cifar10:DIR` (a folder of stacked lossless WebP files with `train_labels.npy`, or
     torchvision's own), `folder:DIR` (class folders; see `data.folder`) or `digits` (scikit-learn's
-    handwritten digits; needs the extra `demo`). Which images are held out depends on `seed` alone.
+    handwritten digits; needs the extra `demo`) or `none`. Which images are held out depends on `seed` alone.
     Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
+    if name == NONE:
+        nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
+        return DataSet(name, (), nothing, nothing, nothing)
     if name == "digits":
         splits = read_digits()
     elif kind not in READERS:
