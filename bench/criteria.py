@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx.node import Node
 
 from rows import ROOT, revision, surroundings
 from secateur import criteria, pipeline
@@ -115,12 +116,13 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     shown = list(pipeline.stream(scored, config, silent, ""))
     probe = list(pipeline.stream(ground.probe, config, silent, ""))
     base = accuracy(model, shown)
+    answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
         smaller = apply_plan(model, ground.wiring, plan)
         cut = accuracy(smaller, shown) if study == "imagenet" else None
-        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed)
+        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed, answers=answers)
         cell = {
             "study": study,
             "network": network,

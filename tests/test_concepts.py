@@ -14,6 +14,7 @@ from secateur.concepts import ConceptSource, Scene, make, parse, readers, source
 from secateur.concepts.annotations import Annotations
 from secateur.concepts.combined import Combined
 from secateur.concepts.evidence import Evidence
+from secateur.data.annotated import NO_CLASS
 from secateur.errors import DataError, TraceError, UnknownName, UsageError
 from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
 
@@ -141,6 +142,12 @@ def test_class_is_the_label_or_else_the_prediction() -> None:
     assert torch.equal(labelled.concepts, labels[:, None])
     assert torch.equal(found.masks, found_by("evidence", model, images, predicted).masks)
     assert not torch.equal(labelled.masks, found.masks)
+
+
+def test_labels_of_images_without_classes_are_refused() -> None:
+    labels = torch.tensor([0, NO_CLASS])
+    with pytest.raises(DataError, match="a class number -1, but the network tells 5 classes apart"):
+        found_by("evidence", chain(), random_images(2), labels)
 
 
 def test_every_class_is_a_concept() -> None:

@@ -216,7 +216,7 @@ class _Pass:
         captured: list[Tensor] = []
 
         def capture(value: Tensor) -> Tensor:
-            if node in taps:
+            if node is not None and node in taps:
                 taps[node](value)
             if not with_gradients:
                 value = value.detach().requires_grad_(wants_leaf)
@@ -246,11 +246,11 @@ class _Pass:
 def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
     """What is usual for each filter, from a sample of the images; the source learns from it too."""
     tallies: dict[str, UsualTally] = {}
+    counts: list[int] = []
     settings, source = way.settings, way.source
-    count = 0
 
     def see(part: str, look: Look, value: Tensor) -> None:
-        tallies[part].add(maps_of(look, value.detach())[:count])
+        tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
 
     for part, look in _looks(way.wiring).items():
         tallies[part] = UsualTally(len(look.index), settings.threshold_positions)
@@ -259,6 +259,7 @@ def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
         for batch in batches
     )
     for batch, count in _refilled(sample):
+        counts.append(count)
         scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
         if source is not None and source.needs_learning:
             source.learn(scene)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.evaluate import check_labels
 from secateur.graph import evaluating
 from secateur.models import Preprocessing
+from secateur.precision import autocast
 from secateur.progress import Track, silent
 
 

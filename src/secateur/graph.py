@@ -385,15 +385,22 @@ class Walk:
     """One batch on its way through the graph; only values that are still needed are kept.
 
     `sizes` are the arguments that differ where `state` belongs to a cut network
-    (`Wiring.sizes_after`).
+    (`Wiring.sizes_after`). `answers` are what layers have given for the same batch and state
+    before; those that are missing are added.
     """
 
     def __init__(
-        self, graph: NetworkGraph, state: State, images: Tensor, sizes: Sizes | None = None
+        self,
+        graph: NetworkGraph,
+        state: State,
+        images: Tensor,
+        sizes: Sizes | None = None,
+        answers: dict[Node, Tensor] | None = None,
     ) -> None:
         self._graph = graph
         self._state = state
         self._sizes = sizes or {}
+        self._answers = answers
         self._next = 0
         self._values: dict[Node, Any] = {graph.image: images, **graph.constants}
 
@@ -453,7 +460,12 @@ class Walk:
     def _compute(self, node: Node, other: Compute | None) -> Any:
         if other is not None:
             return other(self._lookup)
-        return apply(node, self._lookup, self._sizes.get(node, {}))
+        sizes = self._sizes.get(node, {})
+        if self._answers is None or operation_name(node) not in ("conv2d", "linear"):
+            return apply(node, self._lookup, sizes)
+        if node not in self._answers:
+            self._answers[node] = apply(node, self._lookup, sizes)
+        return self._answers[node]
 
 
 def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -> Any:

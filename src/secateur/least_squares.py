@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 ROWS_AT_A_TIME = 4096
 """Rows whose products are added up in their own precision, before they go into float64 sums."""
 

@@ -76,6 +76,7 @@ def refit(
     settings: RefitSection,
     *,
     seed: int,
+    answers: list[dict[Node, Tensor]] | None = None,
     track: Track = silent,
 ) -> tuple[LayerRefit, ...]:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
@@ -83,19 +84,22 @@ def refit(
     Output positions are drawn at random from every image, as many as `settings` says. The
     activations between the current layer and the next are held for every batch, and the Gram
     matrices in float64.
+
+    `answers`, an empty list at first, spares later calls with the same model and batches the way
+    through the original network, at the price of holding what its layers give for all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     cut_state = {name: tensor.clone() for name, tensor in tensors_of(smaller).items()}
     full_state = tensors_of(model)
     with torch.inference_mode():
         sizes = wiring.sizes_after(plan.removed)
-        walks = [
-            (
-                Walk(wiring.graph, full_state, batch.images),
-                Walk(wiring.graph, cut_state, batch.images, sizes),
-            )
-            for batch in batches
-        ]
+        walks = []
+        for number, batch in enumerate(batches):
+            if answers is not None and len(answers) == number:
+                answers.append({})
+            known = None if answers is None else answers[number]
+            full = Walk(wiring.graph, full_state, batch.images, answers=known)
+            walks.append((full, Walk(wiring.graph, cut_state, batch.images, sizes)))
         results: list[LayerRefit] = []
         kept = wiring.kept_indices(plan.removed)
         uses = [layer.weight for layer in wiring.layers]

@@ -16,6 +16,7 @@ from torch.fx.node import Node
 
 from secateur.concepts import Scene, SourceContext
 from secateur.errors import TraceError
+from secateur.evaluate import check_labels
 from secateur.graph import NetworkGraph, operation_name
 from secateur.regions import Concept, ConceptMasks
 
@@ -78,9 +79,13 @@ class Evidence:
         return ConceptMasks((heat >= threshold[:, None, None])[:, None], classes[:, None])
 
     def heat(self, scene: Scene) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
-        """Evidence for the class at each position of the last feature map, and the class."""
+        """Evidence for the class at each position of the last feature map, and the class.
+
+        Raises `DataError` where a label is no class of the network's.
+        """
         assert scene.value is not None
         classes = scene.logits.detach().argmax(1) if scene.labels is None else scene.labels
+        check_labels(classes, scene.logits.shape[1])
         if self._rows is not None:
             weights = self._rows[classes]  # [image, channel]
         else:

@@ -42,7 +42,7 @@ class ChannelIndependence:
         return (tally for moments in self._moments.values() for tally in moments.tallies())
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
-        """The differences of the norms, of which each is that of the matrix over sqrt(positions)."""
+        """The differences of the norms, divided by the root of the number of positions."""
         return nuclear_norm_losses(self._moments[part].raw)
 
 

@@ -86,7 +86,7 @@ def mean_by_channel(
 ) -> Float[Tensor, "channel"]:
     """The mean of the values that each channel has."""
     channels = 1 + max(int(rows.max()) for _, rows in parts)
-    total, count = torch.zeros(2, channels, dtype=torch.float64)
+    total, count = torch.zeros(2, channels, dtype=torch.float64).unbind()
     for values, rows in parts:
         total.index_add_(0, rows, values)
         count.index_add_(0, rows, torch.ones_like(values))
@@ -100,7 +100,7 @@ def l1(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
 
 def l2(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
     """Euclidean norm, the common variant of `l1` (He et al., SFP, IJCAI 2018, eq. 2)."""
-    return kernels.norm(dim=1)
+    return kernels.square().sum(1).sqrt()
 
 
 def distance_to_others(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
@@ -108,4 +108,6 @@ def distance_to_others(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "ro
 
     Small near their geometric median (FPGM, He et al., CVPR 2019, eqs. 5 and 6).
     """
-    return torch.cdist(kernels, kernels, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    exact = "donot_use_mm_for_euclid_dist"
+    distances: Tensor = torch.cdist(kernels, kernels, compute_mode=exact)
+    return distances.sum(1)

@@ -46,8 +46,9 @@ class Reconstruction:
 
     def __init__(self, rule: Rule | None = None) -> None:
         self._rule = rule
-        always: frozenset[Need] = frozenset({"maps", "usual"})
-        self.needs = always if rule is None else always | {"concepts"}
+        baseline: frozenset[Need] = frozenset({"maps", "usual"})
+        election: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+        self.needs = baseline if rule is None else election
         self._parts: Mapping[str, Kernels] = {}
         self._windows: dict[str, Window] = {}
         self._units: dict[str, Tensor] = {}

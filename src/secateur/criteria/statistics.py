@@ -14,7 +14,7 @@ from secateur.exact_sum import ExactSum
 ENTROPY_BINS = 64
 """Bins between nothing and four times the filter's mean size, the last one open."""
 RANK_IMAGES = 64
-"""Images whose feature maps' ranks are computed: ranks hardly differ between images (Lin et al.)."""
+"""Images whose ranks are computed: they hardly differ between images (Lin et al., section 3.3)."""
 
 
 class ActivationMean:
@@ -72,7 +72,7 @@ class ActivationStd:
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The standard deviations."""
-        mean, square, within = self._means[part].value()
+        mean, square, within = self._means[part].value().unbind()
         return (within + (square - mean.square()).clamp_min(0)).sqrt()
 
 
@@ -94,7 +94,7 @@ class _ImageMeans:
 
     def value(self) -> Float[Tensor, "number filter"]:
         """The means, in float64."""
-        return self._total.value() / int(self._images)
+        return self._total.value().div(int(self._images))
 
 
 class Apoz:
@@ -128,7 +128,7 @@ class Apoz:
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The shares."""
-        positive, count = self._tallies[part].double()
+        positive, count = self._tallies[part].double().unbind()
         return positive / count
 
 
@@ -168,7 +168,8 @@ class ActivationEntropy:
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The entropies, in nats."""
         counts = self._counts[part].double()
-        return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+        entropy: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+        return entropy
 
 
 class MapRank:
