@@ -39,7 +39,8 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.criteria import make as make_criterion
+from secateur import criteria
+from secateur.config import ScoreSection
 from secateur.errors import TargetError
 from secateur.plan import PruningPlan, Target, make_plan
 from secateur.reading import make_wiring
@@ -155,10 +156,9 @@ def measure_peer(member: Member, note: Note) -> None:
 
 def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     """The norm of every filter's kernel, by group."""
-    criterion = make_criterion("l2", top_fraction=0.1, seed=SEED)
-    scored = score_filters(
-        model, wiring, lambda: (), {"l2": criterion}, None, quantile=0.01, use_labels=False
-    )
+    settings = ScoreSection(criterion="l2")
+    criterion = criteria.make("l2", settings, SEED, {})
+    scored = score_filters(model, wiring, lambda: (), {"l2": criterion}, None, settings)
     return scored["l2"].scores
 
 

@@ -30,8 +30,11 @@ from torch.fx.node import Node
 
 from rows import ROOT, revision, surroundings
 from secateur import criteria, pipeline
+from secateur.activations import kernels_of
 from secateur.config import RunConfig
 from secateur.data import Batch
+from secateur.errors import UsageError
+from secateur.graph import tensors_of
 from secateur.plan import make_plan, parse_target
 from secateur.progress import silent
 from secateur.refit import refit
@@ -102,6 +105,8 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     config = config.model_copy(update={"seed": seed})
     ground = pipeline.prepare_ground(model, dataset, config)
     names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
+    ruled_out = inapplicable(names, model, ground, config)
+    names = [name for name in names if name not in ruled_out]
     start = time.perf_counter()
     scores = score_filters(
         model,
@@ -118,6 +123,18 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
+        if name in ruled_out:
+            cell = {
+                "study": study,
+                "network": network,
+                "seed": seed,
+                "target": target,
+                "criterion": name,
+                "outcome": "not applicable",
+                "reason": ruled_out[name],
+            }
+            _put(cell)
+            continue
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
         smaller = apply_plan(model, ground.wiring, plan)
@@ -142,8 +159,31 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "revision": revision(),
             "environment": surroundings(),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(cell) + "\n")
+        _put(cell)
+
+
+def inapplicable(
+    names: Sequence[str], model: nn.Module, ground: pipeline.Ground, config: RunConfig
+) -> dict[str, str]:
+    """Why a criterion that looks at weights alone has nothing to go by in a network."""
+    parts = kernels_of(ground.wiring, tensors_of(model))
+    found = {}
+    for name in names:
+        criterion = pipeline.make_criterion(name, ground.source, config)
+        if criterion.needs:
+            continue
+        criterion.begin(parts)
+        try:
+            for part in parts:
+                criterion.score(part)
+        except UsageError as error:
+            found[name] = str(error)
+    return found
+
+
+def _put(cell: Cell) -> None:
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(cell) + "\n")
 
 
 def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -161,7 +201,7 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def table(study: str, found: list[Cell]) -> str:
     """Mean ± standard deviation over the probe sets, for each criterion and setting."""
-    mine = [cell for cell in found if cell["study"] == study]
+    mine = [cell for cell in found if cell["study"] == study and "refit_fraction" in cell]
     networks = list(dict.fromkeys(cell["network"] for cell in mine))
     settings = list(itertools.product(sorted(networks), TARGETS[study]))
     seeds = {

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
-from secateur import activations
-from secateur.activations import kernels_of, observe
-from secateur.concepts import Concept, ConceptMasks, at_resolution
-from secateur.criteria import Sight
-from secateur.data import Batch
+from secateur import activations, concepts, criteria, data, distributed
+from secateur.activations import images_at_a_time, kernels_of, observe
+from secateur.concepts import Scene
+from secateur.config import Precision, ScoreSection
+from secateur.criteria import Kernels, Need, Observer, Regions, Sight, Vote
+from secateur.data import Batch, TensorImages
+from secateur.dissection import Dissection, TopImages
 from secateur.errors import DataError
 from secateur.graph import tensors_of
+from secateur.models import Preprocessing
 from secateur.reading import make_wiring
+from secateur.regions import Concept, ConceptMasks, at_resolution
 from secateur.thresholds import UsualTally
 from secateur.wiring import Wiring
 
@@ -27,9 +35,25 @@ class Bright:
 
     concepts = tuple(Concept(str(number), "brightness") for number in range(CLASSES + 1))
 
-    def find(self, images: Tensor, labels: Tensor | None) -> ConceptMasks:
-        shown = torch.full((len(images),), CLASSES) if labels is None else labels
-        return ConceptMasks(images[:, :1] > 0, shown[:, None])
+    needs_gradient = False
+
+    def __init__(self, *, needs_learning: bool = False) -> None:
+        self.needs_learning = needs_learning
+        self.node: Node | None = None
+        self.steps: list[str] = []
+        self.learnt: list[int] = []
+
+    def learn(self, scene: Scene) -> None:
+        self.steps.append("learn")
+        self.learnt += scene.numbers.tolist()
+
+    def finish_learning(self) -> None:
+        self.steps.append("finish")
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        self.steps.append("find")
+        shown = torch.full((len(scene.images),), CLASSES) if scene.labels is None else scene.labels
+        return ConceptMasks(scene.images[:, :1] > 0, shown[:, None])
 
 
 class Units(nn.Module):
@@ -49,22 +73,41 @@ class Units(nn.Module):
         return logits
 
 
+EVERYTHING: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+GRADIENTS: frozenset[Need] = frozenset({"maps", "gradients"})
+NOTHING: frozenset[Need] = frozenset()
+
+
 class Recorder:
     """Remembers what it is shown."""
 
-    def __init__(self, *, needs_images: bool = True, needs_gradients: bool = False) -> None:
-        self.needs_images = needs_images
-        self.needs_gradients = needs_gradients
+    def __init__(self, needs: frozenset[Need] = EVERYTHING) -> None:
+        self.needs = needs
+        self.parts: Mapping[str, Kernels] = {}
         self.sights: dict[str, list[Sight]] = {}
+        self.regions: dict[str, list[Regions]] = {}
 
-    def observe(self, sight: Sight) -> None:
-        self.sights.setdefault(sight.group, []).append(sight)
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        assert not self.sights
+        self.parts = parts
 
-    def maps(self, group: str) -> Tensor:
-        return torch.cat([sight.maps for sight in self.sights[group]])
+    def observe(self, sight: Sight) -> Vote | None:
+        self.sights.setdefault(sight.part, []).append(sight)
+        if "concepts" not in self.needs:
+            return None
+        return self.regions.setdefault(sight.part, []).append
 
-    def gradients(self, group: str) -> Tensor:
-        gradients = [sight.gradients for sight in self.sights[group]]
+    def tallies(self) -> Iterable[Tensor]:
+        return ()
+
+    def maps(self, part: str) -> Tensor:
+        return torch.cat([sight.maps for sight in self.sights[part]])
+
+    def numbers(self, part: str) -> list[int]:
+        return torch.cat([sight.numbers for sight in self.sights[part]]).tolist()
+
+    def gradients(self, part: str) -> Tensor:
+        gradients = [sight.gradients for sight in self.sights[part]]
         return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
@@ -72,12 +115,13 @@ class Probe:
     """A probe set that counts how often it is read."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int = 3) -> None:
-        self._parts = list(zip(images.split(size), labels.split(size), strict=True))
+        numbers = torch.arange(len(images)).split(size)
+        self._parts = list(zip(images.split(size), labels.split(size), numbers, strict=True))
         self.reads = 0
 
     def __call__(self) -> Iterator[Batch]:
         self.reads += 1
-        return (Batch(images, labels) for images, labels in self._parts)
+        return (Batch(images, labels, own) for images, labels, own in self._parts)
 
 
 def network(name: str) -> tuple[nn.Module, Wiring]:
@@ -93,10 +137,17 @@ def look(
     *,
     quantile: float = 0.2,
     use_labels: bool = True,
+    sample_every: int = 1,
+    source: Bright | None = None,
 ) -> None:
-    observe(
-        model, wiring, probe, list(observers), Bright(), quantile=quantile, use_labels=use_labels
-    )
+    settings = ScoreSection(quantile=quantile, use_labels=use_labels, sample_every=sample_every)
+    observe(model, wiring, probe, list(observers), source or Bright(), settings)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images at a time, so that seven take four batches and the last is filled up."""
+    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", 2)
 
 
 def maps_by_hand(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -130,6 +181,7 @@ def logits_by_hand(model: nn.Module, maps: dict[str, Tensor]) -> Tensor:
 TRACED = ["chain", "units", "concat"]
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("name", TRACED)
 def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> None:
     model, wiring = network(name)
@@ -138,27 +190,34 @@ def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> 
     with torch.no_grad():
         expected = maps_by_hand(model, images)
     assert recorder.sights.keys() == expected.keys() == wiring.groups.keys()
+    assert recorder.parts.keys() == wiring.groups.keys()
     for group, maps in expected.items():
-        assert len(recorder.sights[group]) == 3  # once a batch
+        assert len(recorder.sights[group]) == 4  # once a batch
+        assert recorder.numbers(group) == list(range(7))
+        assert all(sight.kernels is recorder.parts[group] for sight in recorder.sights[group])
         torch.testing.assert_close(recorder.maps(group), maps)
 
 
 def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
     model, wiring = network("units")
-    recorder = Recorder(needs_gradients=True)
-    look(model, wiring, Probe(random_images(7), LABELS, size=7), [recorder])
-    (sight,) = recorder.sights["hidden"]
+    with_gradients, recorder = Recorder(GRADIENTS), Recorder()
+    probe = Probe(random_images(7), LABELS, size=7)
+    look(model, wiring, probe, [with_gradients, recorder])
+    (sight,) = with_gradients.sights["hidden"]
     assert sight.maps.shape == (7, 7, 1, 1)
     assert sight.gradients is not None
     assert sight.gradients.shape == (7, 7, 1, 1)
-    assert sight.masks.shape == (7, 1, 1, 1)
+    assert sight.grid == (1, 1)
+    (regions,) = recorder.regions["hidden"]
+    assert regions.at(sight.grid).shape == (7, 1, 1, 1)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("use_labels", [True, False])
 @pytest.mark.parametrize("name", TRACED)
 def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> None:
     model, wiring = network(name)
-    images, recorder = random_images(7), Recorder(needs_gradients=True)
+    images, recorder = random_images(7), Recorder(GRADIENTS)
     look(model, wiring, Probe(images, LABELS), [recorder], use_labels=use_labels)
 
     maps = maps_by_hand(model, images)
@@ -174,7 +233,7 @@ def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> 
 
 def test_only_those_who_ask_for_gradients_get_them() -> None:
     model, wiring = network("chain")
-    with_gradients, without = Recorder(needs_gradients=True), Recorder()
+    with_gradients, without = Recorder(GRADIENTS), Recorder()
     look(model, wiring, Probe(random_images(7), LABELS), [without, with_gradients])
     for group in wiring.groups:
         assert all(sight.gradients is None for sight in without.sights[group])
@@ -184,11 +243,12 @@ def test_only_those_who_ask_for_gradients_get_them() -> None:
 
 def test_the_probe_set_is_not_read_for_those_who_need_no_images() -> None:
     model, wiring = network("chain")
-    probe, blind = Probe(random_images(7), LABELS), Recorder(needs_images=False)
+    probe, blind = Probe(random_images(7), LABELS), Recorder(NOTHING)
     look(model, wiring, probe, [blind])
     assert probe.reads == 0
     look(model, wiring, probe, [blind, Recorder()])
     assert blind.sights == {}
+    assert blind.parts.keys() == wiring.groups.keys()
 
 
 def test_more_observers_take_no_more_passes() -> None:
@@ -201,13 +261,45 @@ def test_more_observers_take_no_more_passes() -> None:
     assert reads == [2, 2]  # one for means and thresholds, one for the rest
 
 
+@pytest.mark.parametrize("needs", [{"maps"}, {"maps", "gradients"}, {"maps", "concepts"}])
+def test_nothing_is_looked_at_beforehand_unless_someone_asks(needs: set[Need]) -> None:
+    model, wiring = network("chain")
+    probe, recorder = Probe(random_images(7), LABELS), Recorder(frozenset(needs))
+    look(model, wiring, probe, [recorder])
+    assert probe.reads == 1
+    assert all(sight.usual is None for sight in recorder.sights["conv1"])
+
+
+def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
+    model, wiring = network("chain")
+    recorder, source = Recorder(GRADIENTS), Bright(needs_learning=True)
+    look(model, wiring, Probe(random_images(7), LABELS), [recorder], source=source)
+    assert source.steps == []
+    alone = Recorder(GRADIENTS)
+    observe(model, wiring, Probe(random_images(7), LABELS), [alone], None, ScoreSection())
+    assert torch.equal(alone.maps("conv1"), recorder.maps("conv1"))
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_source_learns_from_the_sample_before_it_finds() -> None:
+    model, wiring = network("chain")
+    source, needs = Bright(needs_learning=True), frozenset[Need]({"maps", "concepts"})
+    probe = Probe(random_images(7), LABELS)
+    look(model, wiring, probe, [Recorder(needs)], source=source, sample_every=3)
+    assert probe.reads == 2
+    assert set(source.learnt) == {0, 3, 6}
+    assert source.steps == ["learn", "learn", "finish", "find", "find", "find", "find"]
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_masks_come_at_the_resolution_of_each_map() -> None:
     model, wiring = network("chain")
     images, recorder = random_images(7), Recorder()
     look(model, wiring, Probe(images, LABELS, size=7), [recorder])
     for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
-        (sight,) = recorder.sights[group]
-        assert torch.equal(sight.masks, at_resolution(images[:, :1] > 0, size))
+        assert all(sight.grid == size for sight in recorder.sights[group])
+        masks = torch.cat([regions.at(size) for regions in recorder.regions[group]])
+        assert torch.equal(masks, at_resolution(images[:, :1] > 0, size))
 
 
 @pytest.mark.parametrize("use_labels", [True, False])
@@ -215,43 +307,38 @@ def test_the_source_sees_labels_only_where_they_may_be_used(use_labels: bool) ->
     model, wiring = network("chain")
     recorder = Recorder()
     look(model, wiring, Probe(random_images(7), LABELS), [recorder], use_labels=use_labels)
-    shown = torch.cat([sight.concepts for sight in recorder.sights["conv1"]]).flatten()
+    shown = torch.cat([regions.concepts for regions in recorder.regions["conv1"]]).flatten()
     assert torch.equal(shown, LABELS if use_labels else torch.full((7,), CLASSES))
 
 
-def test_what_is_usual_comes_from_the_whole_probe_set_before_the_first_sight() -> None:
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("sample_every", [1, 3, 8])
+def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sight(
+    sample_every: int,
+) -> None:
+    """Every so manieth image, by its number, however the batches lie."""
     model, wiring = network("chain")
     images, recorder = random_images(7), Recorder()
-    look(model, wiring, Probe(images, LABELS), [recorder], quantile=0.1)
+    probe = Probe(images, LABELS)
+    look(model, wiring, probe, [recorder], quantile=0.1, sample_every=sample_every)
     with torch.no_grad():
-        expected = maps_by_hand(model, images)
+        expected = maps_by_hand(model, images[::sample_every])
     for group, sights in recorder.sights.items():
-        tally = UsualTally()
+        tally = UsualTally(expected[group].shape[1], ScoreSection().threshold_positions)
         tally.add(expected[group])
         usual = tally.finish(0.1)
         for sight in sights:
+            assert sight.usual is not None
             torch.testing.assert_close(sight.usual.mean, usual.mean)
             torch.testing.assert_close(sight.usual.threshold, usual.threshold)
-
-
-def test_what_is_usual_comes_from_the_first_images_of_a_large_probe_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(activations, "USUAL_IMAGES", 4)
-    model, wiring = network("chain")
-    images, recorder = random_images(7), Recorder()
-    look(model, wiring, Probe(images, LABELS, size=2), [recorder])
-    with torch.no_grad():
-        first = maps_by_hand(model, images[:4])["conv1"]
-    mean = recorder.sights["conv1"][0].usual.mean
-    torch.testing.assert_close(mean, first.mean((0, 2, 3)))
+            torch.testing.assert_close(sight.usual.largest, usual.largest)
 
 
 def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:
     model, wiring = network("chain")
     probe = Probe(random_images(2), torch.tensor([0, CLASSES]))
     with pytest.raises(DataError, match="class number 5, but the network tells 5 classes apart"):
-        look(model, wiring, probe, [Recorder(needs_gradients=True)])
+        look(model, wiring, probe, [Recorder(GRADIENTS)])
 
 
 def norms_by_hand(*weights: Tensor) -> Tensor:
@@ -261,7 +348,7 @@ def norms_by_hand(*weights: Tensor) -> Tensor:
     for c in range(filters):
         values = [value for weight in weights for value in weight[:, c].flatten().tolist()]
         norms.append(sum(value**2 for value in values) ** 0.5)
-    return torch.tensor(norms)
+    return torch.tensor(norms, dtype=torch.float64)
 
 
 def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
@@ -322,7 +409,7 @@ def test_nothing_stays_on_the_network() -> None:
     images = random_images(7)
     pixels = images.clone()
 
-    look(model, wiring, Probe(images, LABELS), [Recorder(needs_gradients=True), Recorder()])
+    look(model, wiring, Probe(images, LABELS), [Recorder(GRADIENTS), Recorder()])
 
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == grads
@@ -341,6 +428,125 @@ def test_nothing_stays_on_the_network() -> None:
 def test_a_frozen_network_still_has_gradients() -> None:
     model, wiring = network("chain")
     model.requires_grad_(False)
-    recorder = Recorder(needs_gradients=True)
+    recorder = Recorder(GRADIENTS)
     look(model, wiring, Probe(random_images(7), LABELS), [recorder])
     assert recorder.gradients("conv1").abs().sum() > 0
+
+
+# Batches and processes
+
+COUNT = 110
+AT_A_TIME = 16
+SOURCE = "evidence,factors:3"
+PREPROCESSING = Preprocessing(8, 8)
+
+
+def test_images_at_a_time_depend_on_their_size_alone() -> None:
+    assert images_at_a_time(8, 8) == 128
+    assert images_at_a_time(224, 224) == 16
+    assert images_at_a_time(4000, 3000) == 1
+    sizes = {images_at_a_time(side, side) for side in range(1, 2000, 7)}
+    assert all(size & (size - 1) == 0 for size in sizes)
+
+
+def pixels() -> TensorImages:
+    """More images than go through the network at once."""
+    generator = torch.Generator().manual_seed(3)
+    shown = torch.randint(0, 256, (COUNT, 3, 8, 8), generator=generator).to(torch.uint8)
+    return TensorImages(shown, torch.arange(COUNT) % CLASSES)
+
+
+def everything(name: str, precision: Precision, size: int) -> dict[str, list[Tensor]]:
+    """What this process's share of the images adds up to, with that of all other processes."""
+    model = make_network(name)
+    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    settings = ScoreSection(
+        quantile=0.1, sample_every=2, use_labels=True, threshold_positions=9, precision=precision
+    )
+    names = tuple("abcde")
+    source = concepts.make(SOURCE, wiring.graph, tensors_of(model), names, PREPROCESSING)
+    watching: dict[str, criteria.Criterion] = {
+        criterion: criteria.make(criterion, settings, 0, {})
+        for criterion in criteria.CRITERIA
+        if criterion != "bn_scale" or name == "residual"  # where every layer has a batch norm
+    }
+    dissection, top = Dissection(tuple(each.name for each in source.concepts)), TopImages(3)
+    observers: list[Observer] = [*watching.values(), dissection, top]
+
+    def share() -> Iterator[Batch]:
+        return data.batches(pixels(), size, PREPROCESSING, shard=distributed.share())
+
+    observe(model, wiring, share, observers, source, settings)
+    top.merge()
+    parts = list(kernels_of(wiring, tensors_of(model)))
+    found = {f"{criterion} tallies": list(each.tallies()) for criterion, each in watching.items()}
+    found |= {
+        f"{criterion} scores": [each.score(part) for part in parts]
+        for criterion, each in watching.items()
+    }
+    found["dissection"] = [*dissection.tallies(), *(dissection.thresholds[part] for part in parts)]
+    found["top images"] = [top.numbers(part) for part in parts]
+    return found
+
+
+def assert_bit_equal(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> None:
+    assert one.keys() == other.keys()
+    for name, found in one.items():
+        for number, (value, same) in enumerate(zip(found, other[name], strict=True)):
+            assert value.dtype == same.dtype
+            assert torch.equal(value, same), (name, number)
+
+
+def without_chip(found: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: values for name, values in found.items() if not name.startswith("chip ")}
+
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["residual", "flattened"])
+def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
+    name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    expected = everything(name, precision, size=100)
+    assert all(any(bool(each.any()) for each in found) for found in expected.values() if found)
+    for size in (1, 7):
+        assert_bit_equal(everything(name, precision, size), expected)
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of four processes; two of them go on as two."""
+    torch.set_num_threads(1)
+    activations.MOST_IMAGES_AT_A_TIME = AT_A_TIME
+    for processes in (4, 2):
+        if rank >= processes:
+            return
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / str(processes)}",
+            rank=rank,
+            world_size=processes,
+        )
+        for precision in PRECISIONS:
+            found = everything("residual", precision, size=10)
+            torch.save(found, folder / f"{precision}_{processes}_{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_tallies_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, but for the second moments of `chip`, whose float64 sums round."""
+    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    torch.multiprocessing.spawn(work, (tmp_path,), nprocs=4)
+    for precision in PRECISIONS:
+        expected = everything("residual", precision, size=10)
+        for processes in (2, 4):
+            for rank in range(processes):
+                found = torch.load(tmp_path / f"{precision}_{processes}_{rank}.pt")
+                assert_bit_equal(without_chip(found), without_chip(expected))
+                for name in ("chip tallies", "chip scores"):
+                    torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.alignment import AlignmentTally, Overlap, overlap, response_winners
+from secateur.alignment import AlignmentTally, Overlap, binarise, overlap
+from secateur.regions import ABSENT
 
 SIDES = st.integers(1, 5)
 COUNTS = st.integers(1, 4)
@@ -35,7 +36,7 @@ def test_overlap_equals_counting_position_by_position(
     images: int, filters: int, regions: int, height: int, width: int, seed: int
 ) -> None:
     maps, thresholds, masks = a_case(images, filters, regions, height, width, seed)
-    seen = overlap(maps, thresholds, masks)
+    seen = overlap(binarise(maps, thresholds), masks)
     assert seen.intersection.dtype == seen.union.dtype == torch.int64
     positions = [(row, column) for row in range(height) for column in range(width)]
     for i in range(images):
@@ -55,28 +56,27 @@ def test_iou_of_a_mask_with_itself_is_one(
     images: int, filters: int, height: int, width: int, seed: int
 ) -> None:
     masks = a_case(images, 1, filters, height, width, seed)[2]
-    iou = overlap(masks.float(), torch.full((filters,), 0.5), masks).iou
+    iou = overlap(binarise(masks.float(), torch.full((filters,), 0.5)), masks).iou
     expected = masks.flatten(2).any(2).double()
     assert torch.equal(iou.diagonal(dim1=1, dim2=2), expected)
     assert ((iou >= 0) & (iou <= 1)).all()
 
 
 def test_iou_of_nothing_with_nothing_is_zero() -> None:
-    seen = overlap(torch.zeros(2, 3, 4, 4), torch.ones(3), torch.zeros(2, 1, 4, 4).bool())
+    seen = overlap(torch.zeros(2, 3, 4, 4).bool(), torch.zeros(2, 1, 4, 4).bool())
     assert torch.equal(seen.iou, torch.zeros(2, 3, 1, dtype=torch.float64))
 
 
 def test_a_value_at_the_threshold_is_not_above_it() -> None:
     maps = torch.tensor([[[[0.5, 0.75]]]])
-    seen = overlap(maps, torch.tensor([0.5]), torch.ones(1, 1, 1, 2).bool())
+    seen = overlap(binarise(maps, torch.tensor([0.5])), torch.ones(1, 1, 1, 2).bool())
     assert seen.intersection.item() == 1
 
 
 def test_thresholds_of_the_wrong_shape_are_refused() -> None:
     """Annotations of one axis are checked in tests just as those of several."""
-    maps, masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4).bool()
     with pytest.raises(jaxtyping.TypeCheckError, match="thresholds"):
-        overlap(maps, torch.zeros(1), masks)  # would broadcast without a word
+        binarise(torch.zeros(2, 3, 4, 4), torch.zeros(1))  # would broadcast without a word
 
 
 def concepts_of(images: int, regions: int, concepts: int, seed: int) -> Tensor:
@@ -91,10 +91,10 @@ def test_tallies_do_not_depend_on_batches_or_their_order(
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
     whole = AlignmentTally(filters, 5)
-    whole.add(overlap(maps, thresholds, masks), concepts)
+    whole.add(overlap(binarise(maps, thresholds), masks), concepts)
     parts = AlignmentTally(filters, 5)
     for some in torch.randperm(images, generator=drawn(seed)).split(chunk):
-        parts.add(overlap(maps[some], thresholds, masks[some]), concepts[some])
+        parts.add(overlap(binarise(maps[some], thresholds), masks[some]), concepts[some])
     assert parts.intersection.dtype == parts.union.dtype == torch.int64
     assert torch.equal(parts.intersection, whole.intersection)
     assert torch.equal(parts.union, whole.union)
@@ -107,7 +107,7 @@ def test_tally_counts_a_concept_only_in_images_that_show_it(
 ) -> None:
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
-    seen = overlap(maps, thresholds, masks)
+    seen = overlap(binarise(maps, thresholds), masks)
     tally = AlignmentTally(filters, 5)
     tally.add(seen, concepts)
     for concept in range(5):
@@ -126,7 +126,7 @@ def test_an_image_without_the_concept_leaves_its_union_alone() -> None:
     masks[0, 0, 0] = True
     masks[1] = True
     tally = AlignmentTally(1, 2)
-    tally.add(overlap(maps, torch.zeros(1), masks), torch.tensor([[0], [1]]))
+    tally.add(overlap(binarise(maps, torch.zeros(1)), masks), torch.tensor([[0], [1]]))
     assert tally.union.tolist() == [[4, 4]]
     assert tally.iou.tolist() == [[0.5, 1.0]]
 
@@ -142,50 +142,12 @@ def test_tally_keeps_counting_beyond_what_float32_can_hold() -> None:
     assert tally.union.item() == 2 * large + 2
 
 
-@settings(deadline=None, max_examples=40)
-@given(images=COUNTS, filters=COUNTS, height=SIDES, width=SIDES, seed=SEEDS, data=st.data())
-def test_winners_are_those_of_a_sort_at_each_position(
-    images: int, filters: int, height: int, width: int, seed: int, data: st.DataObject
-) -> None:
-    top = data.draw(st.integers(1, filters))
-    maps, mean, masks = a_case(images, filters, 1, height, width, seed)
-    norm = torch.rand(filters, generator=drawn(seed)) + 0.1
-    winners = response_winners(maps, mean, norm, masks[:, 0], top)
-    expected = []
-    for i in range(images):
-        for row in range(height):
-            for column in range(width):
-                if not masks[i, 0, row, column]:
-                    continue
-                strength = [
-                    float((maps[i, c, row, column] - mean[c]).abs() * norm[c])
-                    for c in range(filters)
-                ]
-                order = sorted(range(filters), key=lambda c: -strength[c])
-                expected.append(order[:top])
-    assert winners.shape == (len(expected), top)
-    assert winners.tolist() == expected
-
-
-def test_a_filter_without_response_wins_nothing() -> None:
-    maps = torch.zeros(1, 3, 1, 2)
-    maps[0, 0] = 4.0  # always at its mean
-    maps[0, 1] = 1.0  # away from its mean, but nothing reads it
-    maps[0, 2, 0, 0] = 5.0  # responds at the first position alone
-    mean = torch.tensor([4.0, 0.0, 0.0])
-    norm = torch.tensor([1.0, 0.0, 1.0])
-    winners = response_winners(maps, mean, norm, torch.ones(1, 1, 2).bool(), 2)
-    assert winners.tolist() == [[2, 3], [3, 3]]
-
-
-def test_an_empty_region_has_no_winners() -> None:
-    maps = torch.randn(2, 3, 2, 2)
-    winners = response_winners(maps, torch.zeros(3), torch.ones(3), torch.zeros(2, 2, 2).bool(), 2)
-    assert winners.shape == (0, 2)
-
-
-def test_winners_leave_the_maps_as_they_were(generator: torch.Generator) -> None:
-    maps = torch.randn(2, 3, 2, 2, generator=generator)
-    before = maps.clone()
-    response_winners(maps, torch.ones(3), torch.ones(3), torch.ones(2, 2, 2).bool(), 1)
-    assert torch.equal(maps, before)
+def test_a_region_that_only_fills_up_counts_for_nobody() -> None:
+    maps = torch.ones(2, 1, 2, 2)
+    masks = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
+    masks[:, 0] = True
+    tally = AlignmentTally(1, 2)
+    seen = overlap(binarise(maps, torch.zeros(1)), masks)
+    tally.add(seen, torch.tensor([[0, ABSENT], [ABSENT, 1]]))
+    assert tally.intersection.tolist() == [[4, 0]]
+    assert tally.union.tolist() == [[4, 4]]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import secateur
 from runs import DigitsRun, small_config
-from secateur import cli, export, models, pipeline
+from secateur import cli, concepts, export, models, pipeline
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def test_every_command_has_help(call: Call, command: str) -> None:
 
 def test_help_says_what_the_defaults_are(call: Call) -> None:
     text = call("prune", "--help").out
-    for default in ("macs=0.5", "vote-response", "evidence", "2000", "downstream", "0.02"):
+    for default in ("macs=0.5", "vote", "evidence", "2000", "downstream", "0.02"):
         assert f"default: {default})" in " ".join(text.replace("│", " ").split())
 
 
@@ -149,6 +149,61 @@ def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None
     assert set(first["scores"]) == {"l2", "vote-iou"}
     assert len(first["concepts"]) == first["filters"] == 16
     assert all(0 <= seen["iou"] <= 1 for seen in first["concepts"])
+    for group in found["groups"]:
+        counts = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
+        assert group["detectors"] == {name: counts.count(name) for name in counts}
+        assert group["unique_detectors"] == len(set(counts))
+        assert len(group["top_images"]) == group["filters"]
+        for numbers in group["top_images"]:
+            assert len(set(numbers)) == len(numbers) == 5
+            assert all(0 <= number < found["probe_images"] for number in numbers)
+
+
+def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    outcome = call(*common, "--probe-images", 60, "--pictures", folder, "--json")
+    assert outcome.code == 0
+    layers = {group["layer"] for group in json.loads(outcome.out)["groups"]}
+    assert {path.name for path in folder.iterdir()} == {f"{layer}.png" for layer in layers}
+    for path in folder.iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert len(set(picture.convert("RGB").get_flattened_data())) > 10
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> Path:
+    """Six images of 20×24 pixels with a bright square on the left or the right, and its mask."""
+    folder = tmp_path / "annotated"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(6):
+        image, mask = Image.new("RGB", (20, 24), (10, 60, 90)), Image.new("L", (20, 24), 0)
+        left = 2 if number % 2 else 11
+        image.paste((240, 200, 40 * number), (left, 6, left + 7, 18))
+        mask.paste(1 + number % 2, (left, 6, left + 7, 18))
+        image.save(folder / "images" / f"{number}.png")
+        mask.save(folder / "masks" / f"{number}.png")
+    (folder / "classes.json").write_text(json.dumps(["background", "right", "left"]))
+    return folder
+
+
+def test_inspect_with_annotated_concepts_needs_no_data(
+    call: Call, model_file: Path, masks: Path
+) -> None:
+    common = ["inspect", "-m", f"{model_file}:small", "--image-size", 32]
+    source = ["--concepts", f"masks:{masks}"]
+    outcome = call(*common, *source, "--num-classes", 4, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["probe_images"] == 6
+    assert found["concept_source"] == f"masks:{masks}"
+    seen = {each["concept"] for group in found["groups"] for each in group["concepts"]}
+    assert seen <= {"left", "right"}
+    outcome = call(*common, *source)
+    assert outcome.code == 2
+    assert "--num-classes" in outcome.err
 
 
 def test_inspect_one_layer(call: Call, model_file: Path) -> None:
@@ -251,7 +306,8 @@ def test_models_lists_what_can_be_named(call: Call) -> None:
     assert "resnet56" in found["networks"]
     assert "torchvision:resnet50" in found["networks"]
     assert "vote-response" in found["criteria"]
-    assert set(found["concepts"]) == {"evidence", "saliency"}
+    assert set(found["concepts"]) == set(concepts.sources())
+    assert {"evidence", "saliency", "factors", "colours", "masks"} <= set(found["concepts"])
     assert "resnet56" in call("models").out
 
 

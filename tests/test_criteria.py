@@ -1,3 +1,5 @@
+"""Criteria against small, slow references."""
+
 from __future__ import annotations
 
 import math
@@ -6,21 +8,38 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from networks import Chain, make_network, random_images
-from secateur.concepts import Concept, ConceptMasks, at_resolution
-from secateur.criteria import Criterion, Kernels, criteria, make
+from secateur.concepts import Scene
+from secateur.config import ScoreSection
+from secateur.criteria import CRITERIA, Criterion, Kernels, Need, Reader, Regions, Sight, make
+from secateur.criteria.dependence import nuclear_norm_losses
+from secateur.criteria.reconstruction import (
+    POSITIONS,
+    RIDGE,
+    WEIGHT_UNITS,
+    Reconstruction,
+    _spread,
+    eliminate,
+)
+from secateur.criteria.statistics import ENTROPY_BINS
+from secateur.criteria.votes import Rule, shares, winners
 from secateur.data import Batch
-from secateur.errors import UnknownName
+from secateur.errors import UnknownName, UsageError
+from secateur.patches import Window
 from secateur.reading import make_wiring
+from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
 from secateur.scoring import score_filters
+from secateur.thresholds import UsualTally
 from secateur.wiring import Wiring
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
-QUANTILE = 0.15
-TOP = 0.3
+SETTINGS = ScoreSection(quantile=0.15, top_fraction=0.3, sample_every=1, use_labels=True)
 GROUPS = ("conv1", "conv2")
 
 
@@ -28,19 +47,30 @@ class TwoRegions:
     """Where an image's first channel is positive, and its left half: two concepts."""
 
     concepts = (Concept("bright", "test"), Concept("left", "test"))
+    node: Node | None = None
+    needs_gradient = False
+    needs_learning = False
 
-    def find(self, images: Tensor, labels: Tensor | None) -> ConceptMasks:
-        bright = images[:, 0] > 0
-        left = torch.zeros_like(bright)
-        left[:, :, :4] = True
-        return ConceptMasks(
-            torch.stack([bright, left], 1), torch.tensor([0, 1]).repeat(len(images), 1)
-        )
+    def learn(self, scene: Scene) -> None:
+        raise AssertionError("there is nothing to learn")
+
+    def finish_learning(self) -> None:
+        raise AssertionError("there is nothing to learn")
+
+    def find(self, scene: Scene) -> ConceptMasks:
+        return two_regions(scene.images)
+
+
+def two_regions(images: Tensor) -> ConceptMasks:
+    bright = images[:, 0] > 0
+    left = torch.zeros_like(bright)
+    left[:, :, :4] = True
+    return ConceptMasks(torch.stack([bright, left], 1), torch.tensor([0, 1]).repeat(len(images), 1))
 
 
 def probe() -> Iterator[Batch]:
-    for images, labels in zip(IMAGES.split(4), LABELS.split(4), strict=True):
-        yield Batch(images, labels)
+    for part in torch.arange(6).split(4):
+        yield Batch(IMAGES[part], LABELS[part], part)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +86,14 @@ def wiring(chain: Chain) -> Wiring:
 
 
 def scores_of(
-    name: str, model: nn.Module, wiring: Wiring, *, seed: int = 0, use_labels: bool = True
+    name: str,
+    model: nn.Module,
+    wiring: Wiring,
+    settings: ScoreSection = SETTINGS,
+    weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
-    criterion = make(name, top_fraction=TOP, seed=seed)
-    found = score_filters(
-        model,
-        wiring,
-        probe,
-        {name: criterion},
-        TwoRegions(),
-        quantile=QUANTILE,
-        use_labels=use_labels,
-    )
+    criterion = make(name, settings, 0, weights or {})
+    found = score_filters(model, wiring, probe, {name: criterion}, TwoRegions(), settings)
     assert found[name].criterion == name
     return found[name].scores
 
@@ -87,7 +113,7 @@ def maps_by_hand(model: Chain) -> dict[str, Tensor]:
 
 
 def regions_by_hand(size: tuple[int, int]) -> Tensor:
-    return at_resolution(TwoRegions().find(IMAGES, None).masks, size)
+    return at_resolution(two_regions(IMAGES).masks, size)
 
 
 def outgoing_norms(model: Chain) -> dict[str, list[float]]:
@@ -101,39 +127,99 @@ def outgoing_norms(model: Chain) -> dict[str, list[float]]:
     }
 
 
-def votes_for_response(model: Chain, group: str) -> list[int]:
+def thresholds_by_hand(maps: Tensor) -> tuple[list[float], list[float]]:
+    """Means and thresholds, by the tally that has tests of its own."""
+    tally = UsualTally(maps.shape[1], 10_000)
+    tally.add(maps)
+    usual = tally.finish(SETTINGS.quantile)
+    return usual.mean.tolist(), usual.threshold.tolist()
+
+
+def response_ballots(model: Chain, group: str) -> Iterator[tuple[int, list[float]]]:
+    """The concept and the filters' strengths at each position of each region."""
     maps = maps_by_hand(model)[group]
     images, filters, height, width = maps.shape
     masks = regions_by_hand((height, width))
     mean = [float(maps[:, c].double().mean()) for c in range(filters)]
     norm = outgoing_norms(model)[group]
-    votes = [0] * filters
     for i in range(images):
         for region in range(2):
             for row in range(height):
                 for column in range(width):
-                    if not masks[i, region, row, column]:
-                        continue
-                    strength = [
-                        abs(float(maps[i, c, row, column]) - mean[c]) * norm[c]
-                        for c in range(filters)
-                    ]
-                    order = sorted(range(filters), key=lambda c: -strength[c])
-                    for c in order[: math.ceil(TOP * filters)]:
-                        votes[c] += 1
-    return votes
+                    if masks[i, region, row, column]:
+                        yield (
+                            region,
+                            [
+                                ((float(maps[i, c, row, column]) - mean[c]) * norm[c]) ** 2
+                                for c in range(filters)
+                            ],
+                        )
 
 
-def votes_for_iou(model: Chain, group: str) -> list[int]:
-    maps = maps_by_hand(model)[group]
-    images, filters, height, width = maps.shape
-    masks = regions_by_hand((height, width))
-    reached = max(1, round(QUANTILE * images * height * width))
-    thresholds = [
-        sorted(maps[:, c].flatten().tolist(), reverse=True)[reached - 1] for c in range(filters)
-    ]
+@pytest.mark.parametrize("group", GROUPS)
+def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+    scores = scores_of("vote-response", chain, wiring)[group]
+    expected = torch.zeros_like(scores)
+    for _, strength in response_ballots(chain, group):
+        expected += torch.tensor(strength, dtype=torch.float64) / sum(strength)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    size = {"conv1": (8, 8), "conv2": (4, 4)}[group]
+    assert float(scores.sum()) == pytest.approx(int(regions_by_hand(size).sum()), abs=1e-2)
+
+
+@pytest.mark.parametrize("ballot", ["top", "plurality"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_winners_get_a_vote_of_every_position(
+    chain: Chain, wiring: Wiring, group: str, ballot: str
+) -> None:
+    settings = SETTINGS.model_copy(update={"ballot": ballot})
+    scores = scores_of("vote-response", chain, wiring, settings)[group]
+    votes = [0] * len(scores)
+    top = math.ceil(SETTINGS.top_fraction * len(scores)) if ballot == "top" else 1
+    for _, strength in response_ballots(chain, group):
+        for c in sorted(range(len(scores)), key=lambda c: -strength[c])[:top]:
+            votes[c] += 1
+    assert scores.tolist() == votes
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_weights_count_votes_by_concept(chain: Chain, wiring: Wiring, group: str) -> None:
+    weights = [0.25, 3.0]
+    settings = SETTINGS.model_copy(update={"ballot": "plurality"})
+    found = scores_of("vote-response", chain, wiring, settings, dict(enumerate(weights)))[group]
+    votes = [0.0] * len(found)
+    for concept, strength in response_ballots(chain, group):
+        votes[max(range(len(found)), key=lambda c: strength[c])] += weights[concept]
+    assert found.tolist() == votes
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_regions_vote_once_each(chain: Chain, wiring: Wiring, group: str) -> None:
+    settings = SETTINGS.model_copy(update={"voters": "regions", "ballot": "plurality"})
+    scores = scores_of("vote-response", chain, wiring, settings)[group]
+    assert int(scores.sum()) == 2 * len(IMAGES)
+    maps = maps_by_hand(chain)[group]
+    mean = maps.double().mean((0, 2, 3), keepdim=True)
+    strength = (maps.double() - mean).square()
+    norms = torch.tensor(outgoing_norms(chain)[group]).square()
+    masks = regions_by_hand((maps.shape[2], maps.shape[3]))
+    votes = [0] * len(scores)
+    for i in range(len(IMAGES)):
+        for region in range(2):
+            total = strength[i][:, masks[i, region]].sum(1) * norms
+            votes[int(total.argmax())] += 1
+    assert scores.tolist() == votes
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: Wiring, group: str) -> None:
+    scores = scores_of("vote-iou", chain, wiring)[group]
+    maps = maps_by_hand(chain)[group]
+    _, thresholds = thresholds_by_hand(maps)
+    masks = regions_by_hand((maps.shape[2], maps.shape[3]))
+    filters = maps.shape[1]
     votes = [0] * filters
-    for i in range(images):
+    for i in range(len(IMAGES)):
         for region in range(2):
             inside = {tuple(p) for p in masks[i, region].nonzero().tolist()}
             iou = []
@@ -141,33 +227,149 @@ def votes_for_iou(model: Chain, group: str) -> list[int]:
                 active = {tuple(p) for p in (maps[i, c] > thresholds[c]).nonzero().tolist()}
                 iou.append(len(active & inside) / max(1, len(active | inside)))
             order = sorted(range(filters), key=lambda c: (-iou[c], c))
-            for c in order[: math.ceil(TOP * filters)]:
+            for c in order[: math.ceil(SETTINGS.top_fraction * filters)]:
                 votes[c] += iou[c] > 0
-    return votes
+    assert scores.tolist() == votes
+    assert sum(votes) > 0
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_response_votes_are_those_of_every_position(
-    chain: Chain, wiring: Wiring, group: str
+STRENGTHS = st.lists(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=4, max_size=4), min_size=1, max_size=5
+)
+
+
+@given(strengths=STRENGTHS, top=st.integers(1, 4))
+def test_the_smaller_number_wins_between_equals(strengths: list[list[float]], top: int) -> None:
+    cast = winners(torch.tensor(strengths), top)
+    for row, strength in zip(cast.tolist(), strengths, strict=True):
+        order = sorted(range(4), key=lambda c: (-strength[c], c))[:top]
+        assert row == [float(c in order and strength[c] > 0) for c in range(4)]
+
+
+@given(strengths=STRENGTHS)
+def test_shares_make_up_one_vote(strengths: list[list[float]]) -> None:
+    cast = shares(torch.tensor(strengths, dtype=torch.float64))
+    for row, strength in zip(cast.tolist(), strengths, strict=True):
+        total = sum(strength)
+        assert row == pytest.approx([s / total if total else 0.0 for s in strength])
+
+
+def test_an_absent_region_has_no_vote() -> None:
+    rule = Rule("share", "cells", 0.1, {1: 2.5, 2: 0.0})
+    assert rule.weigh(torch.tensor([[0, 1, 2, ABSENT]])).tolist() == [[1.0, 2.5, 0.0, 0.0]]
+
+
+# --- reconstruction ----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    filters=st.integers(1, 5),
+    taps=st.integers(1, 3),
+    outputs=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_filters_go_in_the_order_of_what_is_missed(
+    filters: int, taps: int, outputs: int, seed: int
 ) -> None:
-    scores = scores_of("vote-response", chain, wiring)[group]
-    assert scores.tolist() == votes_for_response(chain, group)
+    generator = torch.Generator().manual_seed(seed)
+    values = filters * taps
+    rows = torch.randn(60, values, generator=generator, dtype=torch.float64)
+    rows = rows @ torch.randn(values, values, generator=generator, dtype=torch.float64)
+    covariance = rows.T @ rows / len(rows)
+    readers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
+    order, errors = eliminate(covariance, readers, filters)
+    ridged = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)
+
+    def missed(left: list[int]) -> float:
+        """What the readers can't get from some filters, by least squares from scratch."""
+        whole = torch.trace(readers @ ridged @ readers.T)
+        index = [tap * filters + number for number in left for tap in range(taps)]
+        if not index:
+            return float(whole)
+        known = ridged[:, index] @ torch.linalg.inv(ridged[index][:, index]) @ ridged[index]
+        return float(whole - torch.trace(readers @ known @ readers.T))
+
+    left = list(range(filters))
+    for going, error in zip(order, errors, strict=True):
+        costs = {number: missed([n for n in left if n != number]) for number in left}
+        assert costs[going] <= min(costs.values()) * (1 + 1e-6) + 1e-8 * missed([])
+        left.remove(going)
+        assert error == pytest.approx(missed(left), rel=1e-5, abs=1e-7 * missed([]))
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_response_votes_sum_to_the_voters(chain: Chain, wiring: Wiring, group: str) -> None:
-    scores = scores_of("vote-response", chain, wiring)[group]
-    size = {"conv1": (8, 8), "conv2": (4, 4)}[group]
-    positions = int(regions_by_hand(size).sum())
-    assert torch.equal(scores, scores.round())
-    assert int(scores.sum()) == positions * math.ceil(TOP * len(scores))
+def test_of_two_copies_only_one_stays() -> None:
+    rows = torch.randn(200, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rows[:, 2] = 3 * rows[:, 0]
+    order, errors = eliminate(rows.T @ rows / 200, torch.eye(4, dtype=torch.float64), 4)
+    assert order[0] in (0, 2)
+    assert errors[0] < 1e-2 * errors[1]
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: Wiring, group: str) -> None:
-    scores = scores_of("vote-iou", chain, wiring)[group]
-    assert scores.tolist() == votes_for_iou(chain, group)
-    assert 0 < int(scores.sum()) <= len(IMAGES) * 2 * math.ceil(TOP * len(scores))
+def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
+    rows = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rows[:, 1] = 0
+    order, _ = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4)
+    assert order[0] == 1
+    order, errors = eliminate(torch.zeros(4, 4).double(), torch.ones(2, 4).double(), 4)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert all(math.isfinite(error) for error in errors)
+
+
+def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> Sight:
+    tally = UsualTally(maps.shape[1], 10_000)
+    tally.add(maps)
+    size = (maps.shape[2], maps.shape[3])
+    return Sight(part, maps, numbers, kernels, tally.finish(0.1), size, None)
+
+
+def test_products_are_those_of_patches_inside_the_regions() -> None:
+    """Weighed by how many regions they lie in, position by position."""
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.rand(3, 2, 5, 5, generator=generator)
+    window = Window((3, 3), border=(1, 1, 1, 1))
+    kernels = Kernels((), torch.arange(2), (Reader(window, torch.ones(4, 9, 2)),), ())
+    criterion = Reconstruction(Rule("share", "cells", 0.1, {}))
+    criterion.begin({"layer": kernels})
+    numbers = torch.tensor([4, 0, 9])
+    masks = torch.rand(3, 2, 5, 5, generator=generator) < 0.5
+    vote = criterion.observe(sight_of("layer", maps, numbers, kernels))
+    assert vote is not None
+
+    concepts = torch.tensor([[0, 1], [0, ABSENT], [1, 1]])
+
+    def at(size: tuple[int, int]) -> Tensor:
+        assert size == (5, 5)
+        return masks
+
+    vote(Regions(at, concepts))
+    (tally,) = criterion.tallies()
+    expected = torch.zeros(19, 19, dtype=torch.float64)
+    unit = criterion._units["layer"].double()
+    padded = F.pad((maps.double() / unit[:, None, None]).round(), (1, 1, 1, 1))
+    for i in range(3):
+        for position in _spread(numbers, 5, 5)[i].tolist():
+            row, column = position // 5, position % 5
+            weight = sum(
+                bool(masks[i, r, row, column]) and int(concepts[i, r]) != ABSENT for r in range(2)
+            )
+            patch = padded[i, :, row : row + 3, column : column + 3].flatten(1).T.flatten()
+            values = torch.cat([patch, torch.ones(1, dtype=torch.float64)])
+            expected += WEIGHT_UNITS * weight * values.outer(values)
+    assert torch.equal(tally, expected)
+
+
+@given(number=st.integers(0, 10**6), rows=st.integers(1, 60), columns=st.integers(1, 60))
+def test_positions_lie_on_the_map_and_depend_on_the_image_alone(
+    number: int, rows: int, columns: int
+) -> None:
+    positions = _spread(torch.tensor([7, number]), rows, columns)
+    assert positions.shape == (2, min(POSITIONS, rows * columns))
+    assert 0 <= int(positions.min()) <= int(positions.max()) < rows * columns
+    assert torch.equal(positions[1:], _spread(torch.tensor([number]), rows, columns))
+
+
+# --- baselines ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -196,7 +398,9 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
 def test_taylor_is_the_squared_change_of_each_image_by_autograd(
     chain: Chain, wiring: Wiring, use_labels: bool
 ) -> None:
-    scores = scores_of("taylor", chain, wiring, use_labels=use_labels)
+    scores = scores_of(
+        "taylor", chain, wiring, SETTINGS.model_copy(update={"use_labels": use_labels})
+    )
     expected = {group: torch.zeros(len(scores[group]), dtype=torch.float64) for group in GROUPS}
     for i in range(len(IMAGES)):
         first = F.relu(chain.bn1(chain.conv1(IMAGES[i : i + 1])))
@@ -237,54 +441,100 @@ def test_norms_of_tied_layers_add_up(name: str) -> None:
     torch.testing.assert_close(scores, total / 3)
 
 
-def kernels(filters: int) -> Kernels:
-    numbers = torch.arange(filters)
-    return Kernels(((torch.ones(filters, 2), numbers),), numbers, torch.ones(filters))
+@pytest.mark.parametrize("group", GROUPS)
+def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+    maps = maps_by_hand(chain)[group]
+    mean = scores_of("activation_mean", chain, wiring)[group]
+    share = scores_of("apoz", chain, wiring)[group]
+    rank = scores_of("hrank", chain, wiring)[group]
+    entropy = scores_of("activation_entropy", chain, wiring)[group]
+    means, _ = thresholds_by_hand(maps)
+    for c in range(maps.shape[1]):
+        values = maps[:, c].flatten().tolist()
+        assert mean[c] == pytest.approx(sum(map(abs, values)) / len(values), rel=1e-5)
+        assert share[c] == sum(value > 0 for value in values) / len(values)
+        assert rank[c] == sum(int(torch.linalg.matrix_rank(maps[i, c])) for i in range(6))
+        bins = [0] * ENTROPY_BINS
+        for i in range(6):
+            width = 4 * means[c] / ENTROPY_BINS or 1.0
+            bins[min(ENTROPY_BINS - 1, int(float(maps[i, c].mean()) / width))] += 1
+        expected = -sum(n / 6 * math.log(n / 6) for n in bins if n)
+        assert entropy[c] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_independence_is_what_the_nuclear_norm_loses(
+    chain: Chain, wiring: Wiring, group: str
+) -> None:
+    maps = maps_by_hand(chain)[group].double()
+    rows = maps.movedim(1, 0).flatten(1)  # at most 64 positions a map: all are taken
+    scores = scores_of("chip", chain, wiring)[group]
+    whole = torch.linalg.svdvals(rows).sum()
+    for c in range(len(rows)):
+        without = rows.clone()
+        without[c] = 0
+        lost = (whole - torch.linalg.svdvals(without).sum()) / rows.shape[1] ** 0.5
+        assert float(scores[c]) == pytest.approx(float(lost), rel=1e-4, abs=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(1, 7), rank=st.integers(1, 7), seed=st.integers(0, 2**31))
+def test_nuclear_norms_with_repeated_and_missing_eigenvalues(
+    size: int, rank: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, rank, generator=generator, dtype=torch.float64).round()
+    losses = nuclear_norm_losses(rows @ rows.T)
+    for row in range(size):
+        without = rows.clone()
+        without[row] = 0
+        lost = torch.linalg.svdvals(rows).sum() - torch.linalg.svdvals(without).sum()
+        assert float(losses[row]) == pytest.approx(float(lost), abs=1e-6)
+
+
+def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring) -> None:
+    scores = scores_of("fpgm", chain, wiring)
+    for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
+        rows = weight.detach().double().flatten(1)
+        for c in range(len(rows)):
+            total = sum(float((rows[c] - other).square().sum().sqrt()) for other in rows)
+            assert float(scores[group][c]) == pytest.approx(total, rel=1e-9)
+
+
+def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: Wiring) -> None:
+    scores = scores_of("bn_scale", chain, wiring)
+    assert torch.equal(scores["conv1"], chain.bn1.weight.detach().double().abs())
+    assert torch.equal(scores["conv2"], chain.bn2.weight.detach().double().abs())
+
+
+def test_without_a_batch_norm_there_is_no_scale() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 5)
+    ).eval()
+    wiring = make_wiring(model, random_images(2))
+    with pytest.raises(UsageError, match="'0' has no batch norm"):
+        scores_of("bn_scale", model, wiring)
+
+
+def random_scores(seed: int, part: str, filters: int = 50) -> Tensor:
+    criterion = make("random", SETTINGS, seed, {})
+    criterion.begin({part: Kernels((), torch.arange(filters), (), ())})
+    return criterion.score(part)
 
 
 def test_random_scores_depend_on_seed_and_group_alone() -> None:
-    def draw(seed: int, group: str) -> Tensor:
-        return make("random", top_fraction=TOP, seed=seed).score(group, kernels(50))
-
-    assert torch.equal(draw(1, "a"), draw(1, "a"))
-    assert not torch.equal(draw(1, "a"), draw(2, "a"))
-    assert not torch.equal(draw(1, "a"), draw(1, "b"))
-    assert len(set(draw(1, "a").tolist())) == 50
-    assert 0 <= draw(1, "a").min() < 0.2 < 0.8 < draw(1, "a").max() < 1
+    assert torch.equal(random_scores(1, "a"), random_scores(1, "a"))
+    assert not torch.equal(random_scores(1, "a"), random_scores(2, "a"))
+    assert not torch.equal(random_scores(1, "a"), random_scores(1, "b"))
+    assert len(set(random_scores(1, "a").tolist())) == 50
+    assert 0 <= random_scores(1, "a").min() < 0.2 < 0.8 < random_scores(1, "a").max() < 1
 
 
 def test_random_scores_leave_torch_its_own_randomness(seed: int) -> None:
-    make("random", top_fraction=TOP, seed=3).score("a", kernels(5))
+    random_scores(3, "a")
     drawn = torch.rand(3)
     torch.manual_seed(seed)
     assert torch.equal(drawn, torch.rand(3))
-
-
-@pytest.mark.parametrize("name", ["vote-response", "vote-iou"])
-@pytest.mark.parametrize("fraction", [0.01, 1.0])
-def test_at_least_one_filter_gets_a_vote_and_at_most_all(
-    chain: Chain, wiring: Wiring, name: str, fraction: float
-) -> None:
-    criterion = make(name, top_fraction=fraction, seed=0)
-    found = score_filters(
-        chain,
-        wiring,
-        probe,
-        {name: criterion},
-        TwoRegions(),
-        quantile=QUANTILE,
-        use_labels=True,
-    )
-    voters = {
-        "vote-response": int(regions_by_hand((8, 8)).sum()),
-        "vote-iou": 2 * len(IMAGES),
-    }[name]
-    scores = found[name].scores["conv1"]
-    if fraction < 1:
-        assert 0 < int(scores.sum()) <= voters
-    else:
-        assert int(scores.max()) <= voters
-        assert int((scores > 0).sum()) > 1
 
 
 @pytest.mark.parametrize(
@@ -292,15 +542,15 @@ def test_at_least_one_filter_gets_a_vote_and_at_most_all(
     [
         ("vote-respons", "did you mean vote-response"),
         ("tailor", "did you mean taylor"),
-        ("xyzzy", "known: activation_std, l1, l2, random, taylor, vote-iou, vote-response"),
+        ("xyzzy", "known: activation_entropy, activation_mean, activation_std, apoz, bn_scale, "),
     ],
 )
 def test_an_unknown_criterion_names_the_near_match(asked: str, hint: str) -> None:
     with pytest.raises(UnknownName, match=f"unknown criterion '{asked}': {hint}"):
-        make(asked, top_fraction=TOP, seed=0)
+        make(asked, SETTINGS, 0, {})
 
 
-@pytest.mark.parametrize("name", list(criteria()))
+@pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: str) -> None:
     model = make_network("chain").train()
     model.get_submodule("bn2").eval()
@@ -326,17 +576,14 @@ def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: 
         assert torch.equal(tensor, before[key]), key
 
 
-@pytest.mark.parametrize("name", list(criteria()))
+@pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_says_what_it_needs(name: str) -> None:
-    criterion: Criterion = make(name, top_fraction=TOP, seed=0)
-    needs: dict[str, tuple[bool, bool]] = {
-        "random": (False, False),
-        "l1": (False, False),
-        "l2": (False, False),
-        "taylor": (True, True),
-    }
-    expected = needs.get(name, (True, False))
-    assert (criterion.needs_images, criterion.needs_gradients) == expected
+    criterion: Criterion = make(name, SETTINGS, 0, {})
+    needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
+    needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
+    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "reconstruction")}
+    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response", "vote-iou")}
+    assert criterion.needs == needs.get(name, {"maps"})
 
 
 def dead_filter(model: Chain) -> None:
@@ -358,6 +605,13 @@ def unread_filter(model: Chain) -> None:
         ("vote-response", dead_filter),
         ("vote-response", unread_filter),
         ("vote-iou", dead_filter),
+        ("vote", dead_filter),
+        ("vote", unread_filter),
+        ("reconstruction", dead_filter),
+        ("activation_mean", dead_filter),
+        ("apoz", dead_filter),
+        ("hrank", dead_filter),
+        ("chip", dead_filter),
         ("taylor", dead_filter),
         ("taylor", unread_filter),
         ("activation_std", dead_filter),
@@ -370,5 +624,5 @@ def test_a_filter_that_does_nothing_scores_nothing(
     assert isinstance(model, Chain)
     harm(model)
     scores = scores_of(name, model, make_wiring(model, random_images(2)))["conv1"]
-    assert scores[2] == 0
+    assert float(scores[2]) == pytest.approx(0, abs=1e-9)
     assert scores.max() > 0

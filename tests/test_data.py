@@ -467,7 +467,7 @@ def probe_from(labels: list[int]) -> data.DataSet:
 @pytest.mark.parametrize("count", [3, 4, 11, 12])
 def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
     dataset = probe_from(10 * [0] + 30 * [1] + 5 * [2])
-    probe = data.draw_probe(dataset, count)
+    probe = data.draw_probe(dataset.train, count)
     sizes = torch.bincount(probe.labels, minlength=3)
     assert int(sizes.sum()) == count
     assert int(sizes.max() - sizes.min()) <= 1
@@ -475,28 +475,28 @@ def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
 
 
 def test_a_small_class_is_used_up_and_the_others_fill_in() -> None:
-    probe = data.draw_probe(probe_from(10 * [0] + 30 * [1] + 2 * [2]), 20)
+    probe = data.draw_probe(probe_from(10 * [0] + 30 * [1] + 2 * [2]).train, 20)
     assert probe.labels.bincount().tolist() == [9, 9, 2]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
-    dataset = probe_from(20 * [0, 1, 2])
-    drawn = [numbers_of(data.draw_probe(dataset, 9, stratified=stratified, seed=s)) for s in (0, 1)]
+    images = probe_from(20 * [0, 1, 2]).train
+    drawn = [numbers_of(data.draw_probe(images, 9, stratified=stratified, seed=s)) for s in (0, 1)]
     torch.manual_seed(99)
-    assert numbers_of(data.draw_probe(dataset, 9, stratified=stratified)) == drawn[0]
+    assert numbers_of(data.draw_probe(images, 9, stratified=stratified)) == drawn[0]
     assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_larger_than_the_data_is_all_of_it(stratified: bool) -> None:
-    probe = data.draw_probe(probe_from([0, 0, 1, 2, 2]), 100, stratified=stratified)
+    probe = data.draw_probe(probe_from([0, 0, 1, 2, 2]).train, 100, stratified=stratified)
     assert sorted(numbers_of(probe)) == [0, 1, 2, 3, 4]
 
 
 def test_without_stratifying_no_label_is_looked_at() -> None:
     one, other = probe_from(20 * [0, 1, 2]), probe_from(60 * [0])
-    found = [numbers_of(data.draw_probe(d, 7, stratified=False)) for d in (one, other)]
+    found = [numbers_of(data.draw_probe(d.train, 7, stratified=False)) for d in (one, other)]
     assert found[0] == found[1]
 
 

@@ -1,26 +1,55 @@
-"""Dissection: the best concept of each filter."""
+"""Dissection: the best concept of each filter, and the images it responds to most."""
 
 from __future__ import annotations
 
-import torch
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
-from secateur.criteria import Kernels, Sight
-from secateur.dissection import Dissection, FilterConcept
+import pytest
+import torch
+from torch import Tensor
+
+from networks import make_network, random_images
+from secateur import distributed
+from secateur.activations import kernels_of
+from secateur.criteria import Kernels, Regions, Sight
+from secateur.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
+from secateur.graph import tensors_of
+from secateur.reading import make_wiring
+from secateur.regions import at_resolution
 from secateur.thresholds import Usual
 
 
-def sight(maps: torch.Tensor, masks: torch.Tensor, concepts: torch.Tensor) -> Sight:
+def kernels(filters: int) -> Kernels:
+    return Kernels((), torch.arange(filters), (), ())
+
+
+def sight(maps: Tensor, numbers: Tensor | None = None) -> Sight:
     filters = maps.shape[1]
     zeros = torch.zeros(filters)
     return Sight(
-        group="layer",
+        part="layer",
         maps=maps,
-        kernels=Kernels((), torch.arange(filters), zeros),
-        usual=Usual(zeros, zeros + 0.5),
-        masks=masks,
-        concepts=concepts,
+        numbers=torch.arange(len(maps)) if numbers is None else numbers,
+        kernels=kernels(filters),
+        usual=Usual(zeros, zeros + 0.5, zeros + 1),
+        grid=(maps.shape[2], maps.shape[3]),
         gradients=None,
     )
+
+
+def regions(masks: Tensor, concepts: Tensor) -> Regions:
+    return Regions(lambda size: at_resolution(masks, size), concepts)
+
+
+def dissected(names: tuple[str, ...], *scenes: tuple[Tensor, Tensor, Tensor]) -> Dissection:
+    """What is found in batches of maps, masks and concepts."""
+    dissection = Dissection(names)
+    dissection.begin({"layer": kernels(scenes[0][0].shape[1])})
+    for maps, masks, concepts in scenes:
+        dissection.observe(sight(maps))(regions(masks, concepts))
+    return dissection
 
 
 def test_filters_are_told_by_what_they_lie_on() -> None:
@@ -28,22 +57,144 @@ def test_filters_are_told_by_what_they_lie_on() -> None:
     top[:2] = True
     # Filter 0 lies on the first concept, filter 1 on the second, filter 2 nowhere.
     maps = torch.stack([top.float(), (~top).float(), torch.zeros(4, 4)])[None]
-    dissection = Dissection(("sky", "road"))
-    dissection.observe(sight(maps, torch.stack([top, ~top])[None], torch.tensor([[0, 1]])))
+    masks = torch.stack([top, ~top])[None]
+    dissection = dissected(("sky", "road"), (maps, masks, torch.tensor([[0, 1]])))
     assert dissection.best("layer") == [
         FilterConcept("sky", 1.0),
         FilterConcept("road", 1.0),
         FilterConcept("sky", 0.0),
     ]
     assert [seen.is_detector for seen in dissection.best("layer")] == [True, True, False]
+    assert dissection.iou("layer").tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert dissection.thresholds["layer"].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_detector_is_above_the_bound_not_at_it() -> None:
+    assert not FilterConcept("sky", DETECTOR_IOU).is_detector
+    assert FilterConcept("sky", DETECTOR_IOU + 1e-9).is_detector
 
 
 def test_batches_add_up(generator: torch.Generator) -> None:
     maps = torch.rand(6, 3, 4, 4, generator=generator)
     masks = torch.rand(6, 2, 4, 4, generator=generator) < 0.4
     concepts = torch.randint(0, 3, (6, 2), generator=generator)
-    whole, parts = Dissection(("a", "b", "c")), Dissection(("a", "b", "c"))
-    whole.observe(sight(maps, masks, concepts))
-    for part in (slice(4, 6), slice(0, 1), slice(1, 4)):
-        parts.observe(sight(maps[part], masks[part], concepts[part]))
+    names = ("a", "b", "c")
+    whole = dissected(names, (maps, masks, concepts))
+    some = (slice(4, 6), slice(0, 1), slice(1, 4))
+    parts = dissected(names, *((maps[part], masks[part], concepts[part]) for part in some))
     assert whole.best("layer") == parts.best("layer")
+    for one, other in zip(whole.tallies(), parts.tallies(), strict=True):
+        assert one.dtype == torch.int64
+        assert torch.equal(one, other)
+
+
+def test_masks_are_brought_to_the_maps() -> None:
+    """Masks come at the resolution of the image and are compared at that of the maps."""
+    fine = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    fine[..., :4, :] = True
+    coarse = at_resolution(fine, (2, 2))
+    dissection = dissected(("sky",), (coarse.float(), fine, torch.tensor([[0]])))
+    assert dissection.best("layer") == [FilterConcept("sky", 1.0)]
+
+
+def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
+    model = make_network("grouped")
+    wiring = make_wiring(model, random_images(2))
+    group = wiring.groups["stem.0"]
+    parts = kernels_of(wiring, tensors_of(model))
+    assert parts["stem.0"].channel.tolist() == [0, 1, 2, 0, 1, 2]
+    dissection = Dissection(("sky", "road"))
+    dissection.begin(parts)
+    masks = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    masks[:, 0, 0], masks[:, 1, 1] = True, True
+    maps = torch.zeros(1, 6, 2, 2)
+    maps[:, :2, 0, 0] = 1.0  # half of the first concept
+    maps[:, 4, 1] = 1.0  # the second concept, whole; filters 2 and 5 see nothing
+    seen = replace(sight(maps), part="stem.0", kernels=parts["stem.0"])
+    dissection.observe(seen)(regions(masks, torch.tensor([[0, 1]])))
+    assert dissection.best_by_channel(group) == [
+        FilterConcept("sky", 0.5),
+        FilterConcept("road", 1.0),
+        FilterConcept("sky", 0.0),
+    ]
+
+
+# Top images
+
+
+def maps_with(largest: Tensor) -> Tensor:
+    """`[image, filter, 2, 2]` maps whose largest activations are `[image, filter]`."""
+    maps = largest[:, :, None, None] - torch.arange(4.0).reshape(2, 2)
+    return maps.flip(3)
+
+
+def top_of(count: int, *batches: tuple[Tensor, Tensor]) -> TopImages:
+    """What is found in batches of largest activations and numbers."""
+    top = TopImages(count)
+    top.begin({"layer": kernels(batches[0][0].shape[1])})
+    for largest, numbers in batches:
+        assert top.observe(sight(maps_with(largest), numbers)) is None
+    return top
+
+
+def best_by_sorting(largest: Tensor, numbers: Tensor, count: int) -> list[list[int]]:
+    """A slow reference: by activation, the largest first, then by number."""
+    return [
+        [n for _, n in sorted(zip((-values).tolist(), numbers.tolist(), strict=True))][:count]
+        for values in largest.T
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_top_images_are_those_of_a_sort(count: int, generator: torch.Generator) -> None:
+    largest = torch.randint(-3, 4, (12, 5), generator=generator).float()  # with many ties
+    numbers = torch.randperm(40, generator=generator)[:12]
+    found = top_of(count, (largest, numbers)).numbers("layer")
+    assert found.tolist() == best_by_sorting(largest, numbers, count)
+    assert found.shape == (5, min(count, 12))
+
+
+def test_between_equal_activations_the_smaller_number_is_kept() -> None:
+    ones = torch.ones(4, 1)
+    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).numbers("layer")
+    assert found.tolist() == [[3, 5]]
+    later = top_of(2, (ones[:2], torch.tensor([7, 9])), (ones[:2], torch.tensor([3, 5])))
+    assert later.numbers("layer").tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 7), (2, 9, 1)])
+def test_top_images_do_not_depend_on_batches_or_their_order(
+    sizes: tuple[int, ...], generator: torch.Generator
+) -> None:
+    largest = torch.randint(0, 4, (12, 5), generator=generator).float()
+    numbers = torch.arange(12)
+    expected = top_of(4, (largest, numbers)).numbers("layer")
+    order = torch.randperm(12, generator=generator)
+    parts = [(largest[some], numbers[some]) for some in order.split(list(sizes))]
+    assert torch.equal(top_of(4, *parts).numbers("layer"), expected)
+
+
+def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
+    """A stand-in for what several processes bring."""
+    return lambda own: [own, *(other._found for other in others)]
+
+
+def test_merging_keeps_the_best_of_all_processes(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = torch.randint(0, 4, (12, 5), generator=generator).float()
+    numbers = torch.arange(12)
+    expected = top_of(4, (largest, numbers)).numbers("layer")
+    for order in itertools.permutations(range(3)):
+        own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
+        monkeypatch.setattr(distributed, "gathered", gathers(others))
+        own.merge()
+        assert torch.equal(own.numbers("layer"), expected)
+
+
+def test_merging_alone_changes_nothing(generator: torch.Generator) -> None:
+    top = top_of(4, (torch.rand(6, 3, generator=generator), torch.arange(6)))
+    before = top.numbers("layer")
+    top.merge()
+    assert torch.equal(top.numbers("layer"), before)
+    assert list(top.tallies()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import resnet20
+import tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ def test_python_examples_of_the_readme_run(block: str) -> None:
 @pytest.mark.parametrize(("path", "name", "table"), resnet20.TABLES)
 def test_tables_are_those_of_the_result_file(path: Path, name: str, table: resnet20.Table) -> None:
     text = path.read_text()
-    assert resnet20.with_table(text, name, table(resnet20.read_results())) == text
+    assert tables.with_table(text, name, table(resnet20.read_results())) == text
 
 
 def test_every_measured_row_has_what_it_needs_to_be_repeated() -> None:

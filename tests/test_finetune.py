@@ -15,6 +15,7 @@ from secateur.data import Batch, TensorImages
 from secateur.errors import DataError, SecateurError
 from secateur.finetune import Epoch, _cosine, _loss, finetune
 from secateur.models import Preprocessing
+from secateur.precision import autocast, has_fast_bfloat16
 
 PREPARE = Preprocessing(8, 8)
 
@@ -94,7 +95,7 @@ def test_without_label_weight_labels_do_not_matter(images: TensorImages) -> None
 
 def test_loss_is_the_weighted_sum_of_its_parts(generator: torch.Generator) -> None:
     model, teacher = Chain().eval(), Chain().eval()
-    batch = Batch(torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6) % 5)
+    batch = Batch(torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6) % 5, torch.arange(6))
     temperature, weight = 2.5, 0.3
     section = settings(temperature=temperature, label_weight=weight)
     loss = _loss(model, teacher, batch, weight, section)
@@ -107,7 +108,8 @@ def test_loss_is_the_weighted_sum_of_its_parts(generator: torch.Generator) -> No
 
 def test_a_copy_of_the_teacher_has_nothing_to_learn(generator: torch.Generator) -> None:
     model = Chain().eval()
-    batch = Batch(torch.rand(6, 3, 8, 8, generator=generator), torch.zeros(6, dtype=torch.int64))
+    images, numbers = torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6)
+    batch = Batch(images, torch.zeros(6, dtype=torch.int64), numbers)
     loss = _loss(model, copy.deepcopy(model), batch, 0.0, settings())
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
 

@@ -164,7 +164,7 @@ def test_probe_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
-    probe = data.draw_probe(dataset, 300)
+    probe = data.draw_probe(dataset.train, 300)
     assert isinstance(probe, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:

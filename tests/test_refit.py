@@ -24,7 +24,9 @@ ALL_POSITIONS = RefitSection(positions=10_000)
 
 
 def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
-    return [Batch(some, torch.zeros(len(some)).long()) for some in images.split(size)]
+    numbers = torch.arange(len(images)).split(size)
+    parts = zip(images.split(size), numbers, strict=True)
+    return [Batch(some, torch.zeros(len(some)).long(), own) for some, own in parts]
 
 
 PROBE = in_batches(random_images(96, seed=3))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur import criteria
-from secateur.concepts import sources
+from secateur import concepts, criteria
+from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.errors import UnknownName, UsageError
 from secateur.graph import tensors_of
+from secateur.models import Preprocessing
 from secateur.reading import make_wiring
 from secateur.scoring import score_filters
 from secateur.torch_pruning import CriterionImportance
@@ -34,14 +35,13 @@ def pruner_of(model: nn.Module, importance: CriterionImportance, **more: Any) ->
 
 def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
     wiring = make_wiring(model, IMAGES[:2], cut_stream=True)
-    source = sources()["evidence"](wiring.graph, tensors_of(model), tuple("abcde"))
-    criterion = criteria.make(name, top_fraction=0.1, seed=0)
-    batches = [Batch(images, labels) for images, labels in BATCHES]
-    scored = score_filters(
-        *(model, wiring, lambda: batches, {name: criterion}, source),
-        quantile=0.01,
-        use_labels=False,
-    )
+    settings = ScoreSection(criterion=name)
+    state, size = tensors_of(model), Preprocessing(8, 8)
+    source = concepts.make(settings.concepts, wiring.graph, state, tuple("abcde"), size)
+    criterion = criteria.make(name, settings, 0, {})
+    numbers = torch.arange(len(IMAGES)).split(4)
+    batches = [Batch(*some, own) for some, own in zip(BATCHES, numbers, strict=True)]
+    scored = score_filters(model, wiring, lambda: batches, {name: criterion}, source, settings)
     return scored[name].scores
 
 
@@ -65,7 +65,7 @@ def assert_lowest_go(scores: Tensor, removed: set[int]) -> None:
 
 
 @pytest.mark.parametrize("network", ["chain", "residual", "concat", "depthwise", "flattened"])
-@pytest.mark.parametrize("criterion", ["l2", "taylor", "activation_std", "vote-response"])
+@pytest.mark.parametrize("criterion", ["l2", "taylor", "activation_std", "vote-response", "vote"])
 def test_the_filters_with_the_lowest_scores_go(network: str, criterion: str) -> None:
     model = make_network(network)
     expected = scores_of(model, criterion)

@@ -26,7 +26,7 @@ from secateur.config import ScoreSection
 from secateur.criteria import Kernels, Need, Observer, Reader, Regions, Sight, Vote
 from secateur.data import Batch
 from secateur.evaluate import check_labels
-from secateur.graph import State, Tap, Walk, operation_name, tensors_of
+from secateur.graph import Compute, State, Tap, Walk, operation_name, tensors_of
 from secateur.grouping import Group, Look
 from secateur.patches import Window, window_of
 from secateur.precision import autocast
@@ -37,6 +37,8 @@ from secateur.wiring import Wiring
 PIXELS_AT_A_TIME = 2**20
 """Bounds the images that go through the network at once, and with them the memory."""
 MOST_IMAGES_AT_A_TIME = 128
+_FRESH = {"conv2d", "batch_norm", "add", "linear"}
+"""Operations whose values share memory with no other."""
 LARGEST_GRID = 14
 """Responses are brought to at most so many rows and columns of cells."""
 
@@ -123,7 +125,11 @@ def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
                 incoming=tuple(each for each in incoming if len(each[1])),
                 channel=channel,
                 readers=tuple(
-                    Reader(window, weights[:, :, channel]) for window, weights in readers
+                    Reader(
+                        window,
+                        weights if _counts_up(channel, len(group)) else weights[:, :, channel],
+                    )
+                    for window, weights in readers
                 ),
                 norm_scales=tuple(each for each in norms if len(each[1])),
             )
@@ -148,8 +154,10 @@ def _readers(
         kernel = kernel.flatten(1, -2) if kernel.ndim > 2 else kernel[:, None]
         if operation_name(layer.node) == "conv2d" and argument(layer.node, "groups", 1) == 1:
             window = window_of(layer.node, tuple(state[layer.weight].shape[2:]))
-            weights = kernel.new_zeros(*kernel.shape[:2], channels)
-            weights[:, :, channel] = kernel[:, :, inputs]
+            weights = kernel
+            if not (_counts_up(inputs, kernel.shape[2]) and _counts_up(channel, channels)):
+                weights = kernel.new_zeros(*kernel.shape[:2], channels)
+                weights[:, :, channel] = kernel[:, :, inputs]
         else:  # each position that a linear layer reads, and each tap, counts as an output
             window = Window((1, 1))
             order = channel.argsort(stable=True)
@@ -160,6 +168,11 @@ def _readers(
             weights = table.flatten(0, 2)[:, None]
         found.append((window, weights))
     return found
+
+
+def _counts_up(index: Tensor, length: int) -> bool:
+    """Whether it takes all of so many, in their order: then nothing need be copied."""
+    return torch.equal(index, torch.arange(length))
 
 
 def _refilled(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
@@ -209,6 +222,22 @@ class _Pass:
     source: ConceptSource | None
     settings: ScoreSection
 
+    @functools.cached_property
+    def _in_place(self) -> dict[Node, Compute]:
+        """Rectifiers that may write over what they read, as they did before the network was traced.
+
+        Nobody else reads it, and observers have reduced it by then.
+        """
+        kept = {*self.wiring.graph.outputs, None if self.source is None else self.source.node}
+        found: dict[Node, Compute] = {}
+        for node in self.wiring.graph.nodes:
+            read = node.args[0] if node.args else None
+            if operation_name(node) != "relu" or not isinstance(read, Node) or read in kept:
+                continue
+            if len(read.users) == 1 and operation_name(read) in _FRESH:
+                found[node] = functools.partial(_rectified, read)
+        return found
+
     def forward(self, batch: Batch, taps: Mapping[Node, Tap], *, with_gradients: bool) -> Scene:
         """Runs the network, with `taps` on the way; what the source must see of it."""
         node = None if self.source is None else self.source.node
@@ -229,10 +258,10 @@ class _Pass:
         walk = Walk(self.wiring.graph, self.state, images)
         with autocast(self.settings.precision):
             with torch.set_grad_enabled(with_gradients):
-                walk.advance(node, after=taps)
+                walk.advance(node, after=taps, instead=self._in_place)
             after = taps if node is None else {**taps, node: capture}
             with torch.set_grad_enabled(with_gradients or wants_leaf):
-                walk.advance(after=after)
+                walk.advance(after=after, instead=self._in_place)
         return Scene(
             images=batch.images,
             numbers=batch.numbers,
@@ -241,6 +270,12 @@ class _Pass:
             value=captured[0] if captured else None,
             logits=walk.value(self.wiring.graph.output),
         )
+
+
+def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
+    """The rectified value of a node, which is lost unless gradients must flow."""
+    value = lookup(read)
+    return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
 def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
@@ -360,7 +395,7 @@ def _regions(found: ConceptMasks, count: int) -> Regions:
     """The regions of the first `count` images, brought to each resolution once."""
     masks = found.masks[:count]
     at = functools.cache(lambda size: at_resolution(masks, size))
-    return Regions(at, found.concepts[:count])
+    return Regions(at, found.concepts[:count], (masks.shape[2], masks.shape[3]))
 
 
 def maps_of(look: Look, value: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from secateur.regions import ABSENT
 
+VALUES_AT_A_TIME = 2**19
+"""So many positions are counted at once: they stay in the processor's cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
@@ -35,11 +38,20 @@ def overlap(
     active: Bool[Tensor, "image filter h w"], masks: Bool[Tensor, "image region h w"]
 ) -> Overlap:
     """Positions where a filter is active, against each region."""
-    positions = active.flatten(2).float()
     inside = masks.flatten(2).float()
-    # Exact: a map has fewer than 2^24 positions.
-    intersection = (positions @ inside.transpose(1, 2)).long()
-    sizes = positions.sum(2).long()[:, :, None] + inside.sum(2).long()[:, None, :]
+    # A last column of ones gives the sizes. Exact: a map has fewer than 2^24 positions.
+    columns = torch.cat([inside, torch.ones_like(inside[:, :1])], 1).transpose(1, 2)
+    at_a_time = max(1, VALUES_AT_A_TIME // max(1, active[:1].numel()))
+    counts = torch.cat(
+        [
+            part.flatten(2).float() @ inside_part
+            for part, inside_part in zip(
+                active.split(at_a_time), columns.split(at_a_time), strict=True
+            )
+        ]
+    ).long()
+    intersection = counts[:, :, :-1]
+    sizes = counts[:, :, -1:] + inside.sum(2).long()[:, None, :]
     return Overlap(intersection, sizes - intersection)
 
 

@@ -1,7 +1,8 @@
 """What each filter sees: its best concept by dataset-wide IoU, and the images it responds to most.
 
-Network Dissection (Bau et al., CVPR 2017), with one departure: masks are brought to the resolution
-of the feature map, not feature maps to that of the image (docs/dissection.md compares the two).
+Network Dissection (Bau et al., CVPR 2017), with one departure: feature maps are made four times
+finer, not as fine as the image, and masks are brought to that resolution (docs/dissection.md
+compares the two).
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secateur import distributed
 from secateur.activations import parts_of
-from secateur.alignment import AlignmentTally, binarise, overlap
+from secateur.alignment import AlignmentTally, Overlap, binarise, overlap
 from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.grouping import Group
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
+UPSAMPLING = 4
+"""A feature map is made at most so many times finer before it is binarised, a power of two. Without
+it a lone active cell counts whole, while the peak that it stands for is narrow."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,21 @@ class Dissection:
         }
 
     def observe(self, sight: Sight) -> Vote:
-        """Binarises the maps; the tally waits for the concepts."""
+        """Keeps a copy of the maps that are active somewhere until the concepts are known."""
         assert sight.usual is not None
-        self.thresholds[sight.part] = sight.usual.threshold
-        active = binarise(sight.maps, sight.usual.threshold)
+        thresholds = sight.usual.threshold
+        self.thresholds[sight.part] = thresholds
+        is_active = sight.maps.amax(dim=(2, 3)) > thresholds  # [image, filter]
+        maps = sight.maps[is_active].float().split(is_active.sum(1).tolist())
+        size = (sight.maps.shape[2], sight.maps.shape[3])
         tally = self._tallies[sight.part]
 
         def count(regions: Regions) -> None:
-            masks = regions.at((active.shape[2], active.shape[3]))
-            tally.add(overlap(active, masks), regions.concepts)
+            fine = _upsampled(size, regions.size)
+            for some, here, masks, concepts in zip(
+                maps, is_active, regions.at(fine), regions.concepts, strict=True
+            ):
+                tally.add(_overlap(some, thresholds, here, masks), concepts[None])
 
         return count
 
@@ -92,6 +103,39 @@ class Dissection:
                 if channel not in found or seen.iou > found[channel].iou:
                     found[channel] = seen
         return [found[channel] for channel in range(len(group))]
+
+
+def _upsampled(size: tuple[int, int], masks: tuple[int, int] | None) -> tuple[int, int]:
+    """What maps of a size are brought to: no finer than the masks are, where that is known."""
+    factor = UPSAMPLING
+    bound = size if masks is None else masks
+    while factor > 1 and (size[0] * factor > bound[0] or size[1] * factor > bound[1]):
+        factor //= 2
+    return size[0] * factor, size[1] * factor
+
+
+def _overlap(
+    maps: Float[Tensor, "active h w"],
+    thresholds: Float[Tensor, "filter"],
+    is_active: Bool[Tensor, "filter"],
+    masks: Bool[Tensor, "region height width"],
+) -> Overlap:
+    """The overlap in one image, given the maps of those filters that are active somewhere in it.
+
+    The others can be passed over: what is interpolated is nowhere above the values around it.
+    """
+    size = (masks.shape[1], masks.shape[2])
+    fine = maps[None]
+    if fine.shape[1] and fine.shape[2:] != size:
+        fine = F.interpolate(fine, size, mode="bilinear", align_corners=False)
+    else:
+        fine = fine.reshape(1, -1, *size)
+    seen = overlap(binarise(fine, thresholds[is_active]), masks[None])
+    intersection = seen.intersection.new_zeros(1, len(is_active), len(masks))
+    intersection[:, is_active] = seen.intersection
+    union = masks.sum(dim=(1, 2)).expand_as(intersection).clone()
+    union[:, is_active] = seen.union
+    return Overlap(intersection, union)
 
 
 class TopImages:

@@ -28,7 +28,7 @@ class SecondMoments:
         step = -(-values.shape[2] // POSITIONS)
         # An odd step meets every column of a map whose width is a power of two.
         step += (step > 1) and (step % 2 == 0)
-        rows = values[:, :, ::step].movedim(1, -1).flatten(0, 1).float()  # [position, filter]
+        rows = values[:, :, ::step].movedim(1, -1).flatten(0, 1).double()  # [position, filter]
         self._count += len(rows)
         self._products += rows.T @ rows
 

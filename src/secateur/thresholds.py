@@ -23,8 +23,9 @@ from secateur.exact_sum import ExactSum
 
 MANTISSA_BITS = 6
 """A bin is at most 1/64 of its values wide."""
-OCTAVES = 10
-"""Values smaller than 2^-10 of a filter's largest in size are counted as zero."""
+OCTAVES = 11
+"""Of the exponents that have bins of their own, the filter's largest comes first: so values smaller
+than 2^-11 of its largest in size are counted as zero, and none that is 2^-10 of it or more."""
 _BINS = OCTAVES << MANTISSA_BITS
 _SHIFT = 23 - MANTISSA_BITS
 _ONE_OCTAVE = 1 << MANTISSA_BITS
@@ -79,16 +80,17 @@ class UsualTally:
 
     def _widen(self, octave: Tensor) -> None:
         """Moves the bins of filters that have met larger values; small ones then count as zero."""
-        grown = (octave - self._octave).clamp_min(0)
-        for filter_ in grown.nonzero()[:, 0].tolist():
-            by = min(int(grown[filter_]), OCTAVES) << MANTISSA_BITS
-            counts = self._counts[filter_]
-            zero = counts[_BINS - by : _BINS + by + 1].sum()
-            moved = torch.zeros_like(counts)
-            moved[by:_BINS] = counts[: _BINS - by]
-            moved[_BINS + 1 : 2 * _BINS + 1 - by] = counts[_BINS + 1 + by :]
-            moved[_BINS] = zero
-            self._counts[filter_] = moved
+        grown = (octave - self._octave).clamp(0, OCTAVES)
+        rows = grown.nonzero()[:, 0]
+        if len(rows) and bool(self._counts.any()):
+            counts = self._counts[rows]
+            by = grown[rows, None] << MANTISSA_BITS
+            place = torch.arange(-_BINS, _BINS + 1)  # signed, 0 is zero
+            source = place + place.sign() * by  # [filter, bin]
+            moved = counts.gather(1, (source + _BINS).clamp(0, 2 * _BINS))
+            moved *= source.abs() <= _BINS
+            moved[:, _BINS] = (counts * (place.abs() <= by)).sum(1)
+            self._counts[rows] = moved
         self._octave = torch.maximum(self._octave, octave)
 
     def merge(self) -> None:

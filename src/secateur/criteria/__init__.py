@@ -82,6 +82,8 @@ class Regions:
     at: Masks
     concepts: Int[Tensor, "image region"]
     """Number of the concept that each region shows, or `regions.ABSENT`."""
+    size: tuple[int, int] | None = None
+    """Resolution of the masks as their source gives them: a finer one tells nothing more."""
 
 
 @dataclass(frozen=True, eq=False)

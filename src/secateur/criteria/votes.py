@@ -25,6 +25,8 @@ from secateur.regions import ABSENT
 
 VOTE = 2**20
 """What one whole vote counts."""
+VALUES_AT_A_TIME = 2**19
+"""So many activations are squared at once: they stay in the processor's cache."""
 Ballot = Literal["share", "top", "plurality"]
 Voters = Literal["cells", "regions"]
 
@@ -171,9 +173,22 @@ def responses(
     grid: tuple[int, int],
 ) -> Float[Tensor, "image cell filter"]:
     """The mean squared response of each filter in each cell of a grid."""
-    response = maps.float() - mean[:, None, None]
-    cells = F.adaptive_avg_pool2d(response.square_(), grid).flatten(2).transpose(1, 2)
-    return cells * outgoing_norm.square()
+    at_a_time = max(1, VALUES_AT_A_TIME // maps[:1].numel())
+    cells = torch.cat([_cell_means(part, mean, grid) for part in maps.split(at_a_time)])
+    return cells.flatten(2).transpose(1, 2) * outgoing_norm.square()
+
+
+def _cell_means(maps: Tensor, mean: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[image, filter, *grid]`: the mean in each cell of the squared distance to `mean`."""
+    squares = (maps.float() - mean[:, None, None]).square_()
+    images, filters, height, width = maps.shape
+    rows, columns = grid
+    if height % rows or width % columns:
+        return F.adaptive_avg_pool2d(squares, grid)
+    # Whole rows first: the same cells, several times as fast.
+    sums = squares.reshape(images, filters, rows, height // rows, width).sum(3)
+    sums = sums.reshape(images, filters, rows, columns, width // columns).sum(4)
+    return sums / (height // rows * (width // columns))
 
 
 def _no_votes(parts: Mapping[str, Kernels]) -> dict[str, Tensor]:

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.errors import DataError
+from secateur.exact_sum import FINE, ExactSum
+
+NUMBERS = st.lists(
+    st.floats(-1e9, 1e9, allow_nan=False, allow_subnormal=False), min_size=1, max_size=20
+)
+
+
+@settings(deadline=None)
+@given(numbers=NUMBERS, cut=st.integers(0, 20), seed=st.integers(0, 2**31))
+def test_order_and_parts_do_not_matter(numbers: list[float], cut: int, seed: int) -> None:
+    values = torch.tensor(numbers, dtype=torch.float64)
+    whole = ExactSum(())
+    whole.add(values)
+    shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
+    parts = ExactSum(())
+    for part in (shuffled[:cut], shuffled[cut:]):
+        other = ExactSum(())
+        other.add(part)
+        parts.limbs += other.limbs
+    assert torch.equal(parts.limbs, whole.limbs)
+
+
+@settings(deadline=None)
+@given(numbers=NUMBERS)
+def test_the_sum_is_that_of_the_rounded_numbers(numbers: list[float]) -> None:
+    total = ExactSum((1,))
+    total.add(torch.tensor(numbers, dtype=torch.float64)[:, None])
+    exact = float(sum(Fraction(number) for number in numbers))
+    assert float(total.value()[0]) == pytest.approx(exact, rel=1e-15, abs=len(numbers) / FINE)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
+def test_what_is_no_number_or_too_large_is_refused(bad: float) -> None:
+    with pytest.raises(DataError, match="not finite or beyond"):
+        ExactSum(()).add(torch.tensor([1.0, bad], dtype=torch.float64))
