@@ -2,12 +2,12 @@
 
     python bench/criteria.py cifar10 --data DIR --weights DIR --jobs 2
 
-ranks the filters of each network by each criterion, all from one pass over the probe images, cuts to
-each target with equal shares in every layer, refits the kernels on the same images and scores the
-result on validation images, which are held out of the training images and are neither probe nor
+ranks the filters of each network by each criterion, all from one pass over the probe images, cuts
+to each target with equal shares in every layer, refits the kernels on the same images and scores
+the result on validation images, which are held out of the training images and are neither probe nor
 test images. No label is used before that score. A line a cell goes to `results/criteria.jsonl`;
-cells that are there are not measured again, so a run can be interrupted, and `--jobs` processes work
-side by side. `--tables` only writes the tables into docs/criteria.md.
+cells that are there are not measured again, so a run can be interrupted, and `--jobs` processes
+work side by side. `--tables` only writes the tables into docs/criteria.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch

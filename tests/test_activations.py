@@ -10,6 +10,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node
+from torch.multiprocessing.spawn import spawn
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
 from secateur import activations, concepts, criteria, data, distributed
@@ -435,7 +436,7 @@ def test_a_frozen_network_still_has_gradients() -> None:
 
 # Batches and processes
 
-COUNT = 110
+COUNT = 48
 AT_A_TIME = 16
 SOURCE = "evidence,factors:3"
 PREPROCESSING = Preprocessing(8, 8)
@@ -450,7 +451,7 @@ def test_images_at_a_time_depend_on_their_size_alone() -> None:
 
 
 def pixels() -> TensorImages:
-    """More images than go through the network at once."""
+    """More images than go through the network at once, three times over."""
     generator = torch.Generator().manual_seed(3)
     shown = torch.randint(0, 256, (COUNT, 3, 8, 8), generator=generator).to(torch.uint8)
     return TensorImages(shown, torch.arange(COUNT) % CLASSES)
@@ -541,7 +542,7 @@ def test_tallies_do_not_depend_on_the_number_of_processes(
 ) -> None:
     """To the last bit, but for the second moments of `chip`, whose float64 sums round."""
     monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
-    torch.multiprocessing.spawn(work, (tmp_path,), nprocs=4)
+    spawn(work, (tmp_path,), nprocs=4)
     for precision in PRECISIONS:
         expected = everything("residual", precision, size=10)
         for processes in (2, 4):

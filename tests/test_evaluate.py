@@ -32,7 +32,8 @@ def logits_as_images(logits: Tensor) -> Tensor:
 
 
 def in_batches(images: Tensor, labels: Tensor, size: int) -> list[Batch]:
-    return [Batch(x, y) for x, y in zip(images.split(size), labels.split(size), strict=True)]
+    parts = torch.arange(len(images)).split(size)
+    return [Batch(images[part], labels[part], part) for part in parts]
 
 
 def by_hand(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:

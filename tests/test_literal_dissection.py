@@ -15,6 +15,7 @@ from secateur.criteria import Kernels, Regions, Sight
 from secateur.dissection import Dissection
 from secateur.regions import at_resolution
 from secateur.thresholds import Usual, UsualTally
+from tables import with_table
 
 SEEDS = st.integers(0, 2**31)
 NAMES = ("sky", "road", "tree")
@@ -177,9 +178,7 @@ def test_the_literal_dissection_is_that_of_plain_loops(
 def test_the_page_shows_what_is_in_the_result_file() -> None:
     text = bench.PAGE.read_text()
     for name, table in bench.TABLES.items():
-        shown = bench.with_table(
-            text, f"results/dissection.json{name}", table(bench.ordered_rows())
-        )
+        shown = with_table(text, f"results/dissection.json{name}", table(bench.ordered_rows()))
         assert shown == text
 
 

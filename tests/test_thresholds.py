@@ -64,7 +64,11 @@ def assert_close_to_exact(usual: Usual, maps: Tensor, quantile: float) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(
-    size=SIZES, quantile=QUANTILES, seed=SEEDS, scale=SCALES, spread=st.sampled_from([0.0, 1.0, 6.0])
+    size=SIZES,
+    quantile=QUANTILES,
+    seed=SEEDS,
+    scale=SCALES,
+    spread=st.sampled_from([0.0, 1.0, 6.0]),
 )
 def test_threshold_is_what_a_sort_of_each_filter_finds_to_within_a_bin(
     size: tuple[int, ...], quantile: float, seed: int, scale: float, spread: float

@@ -55,9 +55,9 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     """The named data set, with a stratified share of its training images held out.
 
     `name` is `cifar10:DIR` (a folder of stacked lossless WebP files with `train_labels.npy`, or
-    torchvision's own), `folder:DIR` (class folders; see `data.folder`) or `digits` (scikit-learn's
-    handwritten digits; needs the extra `demo`) or `none`. Which images are held out depends on `seed`
-    alone. Raises `UnknownName`, `UsageError` or `DataError`.
+    torchvision's own), `folder:DIR` (class folders; see `data.folder`), `digits` (scikit-learn's
+    handwritten digits; needs the extra `demo`) or `none`. Which images are held out depends on
+    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
     if name == NONE:
