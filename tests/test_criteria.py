@@ -18,6 +18,7 @@ from secateur.concepts import Scene
 from secateur.config import ScoreSection
 from secateur.criteria import CRITERIA, Criterion, Kernels, Need, Reader, Regions, Sight, make
 from secateur.criteria.dependence import nuclear_norm_losses
+from secateur.criteria.kernels import OfKernels, l2
 from secateur.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
@@ -26,7 +27,7 @@ from secateur.criteria.reconstruction import (
     _spread,
     eliminate,
 )
-from secateur.criteria.statistics import ENTROPY_BINS
+from secateur.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.criteria.votes import Rule, shares, winners
 from secateur.data import Batch
 from secateur.errors import UnknownName, UsageError
@@ -34,7 +35,7 @@ from secateur.patches import Window
 from secateur.reading import make_wiring
 from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
 from secateur.scoring import score_filters
-from secateur.thresholds import UsualTally
+from secateur.thresholds import Usual, UsualTally
 from secateur.wiring import Wiring
 
 IMAGES = random_images(6)
@@ -454,11 +455,13 @@ def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, gr
         assert mean[c] == pytest.approx(sum(map(abs, values)) / len(values), rel=1e-5)
         assert share[c] == sum(value > 0 for value in values) / len(values)
         assert rank[c] == sum(int(torch.linalg.matrix_rank(maps[i, c])) for i in range(6))
-        bins = [0] * ENTROPY_BINS
+        places = []
         for i in range(6):
-            width = 4 * means[c] / ENTROPY_BINS or 1.0
-            bins[min(ENTROPY_BINS - 1, int(float(maps[i, c].mean()) / width))] += 1
-        expected = -sum(n / 6 * math.log(n / 6) for n in bins if n)
+            away = float(maps[i, c].mean()) - means[c]
+            steps = round(4 * math.log2(1 + 8 * abs(away) / abs(means[c]))) if away else 0
+            places.append(math.copysign(steps, away) if steps else 0)
+        bins = [places.count(place) for place in set(places)]
+        expected = -sum(n / 6 * math.log(n / 6) for n in bins)
         assert entropy[c] == pytest.approx(expected)
 
 
@@ -489,7 +492,20 @@ def test_nuclear_norms_with_repeated_and_missing_eigenvalues(
         without = rows.clone()
         without[row] = 0
         lost = torch.linalg.svdvals(rows).sum() - torch.linalg.svdvals(without).sum()
-        assert float(losses[row]) == pytest.approx(float(lost), abs=1e-6)
+        assert float(losses[row]) == pytest.approx(float(lost), abs=1e-10)
+
+
+def test_nuclear_norms_of_a_wide_layer_take_no_time() -> None:
+    """Bisection of the secular equation takes half a minute here, and hours at 2,048 filters."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, 400, generator=generator, dtype=torch.float64).relu()
+    losses = nuclear_norm_losses(rows @ rows.T)
+    whole = torch.linalg.svdvals(rows).sum()
+    for row in (0, 100, 255):
+        without = rows.clone()
+        without[row] = 0
+        lost = float(whole - torch.linalg.svdvals(without).sum())
+        assert float(losses[row]) == pytest.approx(lost, rel=1e-9)
 
 
 def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring) -> None:
@@ -514,6 +530,73 @@ def test_without_a_batch_norm_there_is_no_scale() -> None:
     wiring = make_wiring(model, random_images(2))
     with pytest.raises(UsageError, match="'0' has no batch norm"):
         scores_of("bn_scale", model, wiring)
+
+
+def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
+    some = (torch.ones(2, 3), torch.tensor([0, 3]))
+    scales = (torch.ones(2), torch.tensor([0, 3]))
+    for criterion, what in (
+        (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
+        (OfKernels(l2), "kernel that writes"),
+    ):
+        criterion.begin({"a": Kernels((some,), torch.arange(4), (), (scales,))})
+        with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):
+            criterion.score("a")
+        criterion.begin({"a": Kernels((), torch.arange(5), (), ())})
+        with pytest.raises(UsageError, match=f"'a' has no {what} 5 of its 5 filters"):
+            criterion.score("a")
+
+
+def shown(maps: Tensor, usual: Usual | None = None) -> Sight:
+    kernels = Kernels((), torch.arange(maps.shape[1]), (), ())
+    return Sight("a", maps, torch.arange(len(maps)), kernels, usual, (1, 1), None)
+
+
+def score_of(criterion: Criterion, maps: Tensor, usual: Usual | None = None) -> Tensor:
+    criterion.begin({"a": Kernels((), torch.arange(maps.shape[1]), (), ())})
+    for part in maps.split(3):
+        criterion.observe(shown(part, usual))
+    return criterion.score("a")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    images=st.integers(1, 7),
+    side=st.integers(1, 5),
+    offset=st.sampled_from([0.0, 1.0, -1000.0, 1000.1]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    seed=st.integers(0, 2**31),
+)
+def test_spread_and_share_are_those_of_all_values(
+    images: int,
+    side: int,
+    offset: float,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    seed: int,
+) -> None:
+    maps = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    maps[:, 2] = 0.0
+    maps = (maps + offset).to(dtype).contiguous(memory_format=layout)
+    values = maps.double().movedim(1, 0).flatten(1)
+    spread = score_of(ActivationStd(), maps)
+    torch.testing.assert_close(spread, values.std(1, correction=0), rtol=1e-5, atol=1e-7)
+    assert spread[2] == 0
+    assert torch.equal(score_of(Apoz(), maps), (values > 0).double().mean(1))
+
+
+def test_entropy_ranks_filters_of_either_sign_by_how_much_they_vary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, generator=generator)
+    pooled = torch.stack([noise, noise + 0.5, 1 + 0.1 * noise, 1 + 0.001 * noise, 0 * noise], 1)
+    mean = pooled.mean(0)
+    scores = score_of(ActivationEntropy(), pooled[:, :, None, None], Usual(mean, mean, mean))
+    assert scores[0] > 2.5
+    assert scores[1] > 2.5
+    assert scores[2] < scores[1]
+    assert scores[3] == 0
+    assert scores[4] == 0
 
 
 def random_scores(seed: int, part: str, filters: int = 50) -> Tensor:

@@ -39,6 +39,24 @@ def test_the_sum_is_that_of_the_rounded_numbers(numbers: list[float]) -> None:
     assert float(total.value()[0]) == pytest.approx(exact, rel=1e-15, abs=len(numbers) / FINE)
 
 
+def test_small_numbers_count_and_many_large_ones_do_not_overflow() -> None:
+    """Squared changes of a loss near zero; squares of large activations."""
+    total = ExactSum(())
+    total.add(torch.full((1000,), 2e-10, dtype=torch.float64).square())
+    assert float(total.value()) == pytest.approx(4e-17, rel=1e-4)
+    for _ in range(40):
+        total.add(torch.full((1000,), 2.0**78, dtype=torch.float64))
+    assert float(total.value()) == 40_000 * 2.0**78
+
+
+def test_equal_sums_have_equal_values() -> None:
+    one, other = ExactSum(()), ExactSum(())
+    one.add(torch.tensor([0.375, 0.375, 2.0**-70], dtype=torch.float64))
+    other.add(torch.tensor([2.0**-70, 0.75], dtype=torch.float64))
+    assert not torch.equal(one.limbs, other.limbs)
+    assert torch.equal(one.value(), other.value())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
 def test_what_is_no_number_or_too_large_is_refused(bad: float) -> None:
     with pytest.raises(DataError, match="not finite or beyond"):

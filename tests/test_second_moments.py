@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from secateur.second_moments import POSITIONS, SecondMoments
@@ -12,6 +13,17 @@ def test_products_are_those_of_every_position(generator: torch.Generator) -> Non
         moments.add(part)
     rows = maps.double().movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(moments.raw, rows.T @ rows / len(rows), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("side", [14, 28, 32, 56, 112])
+def test_positions_are_spread_over_the_columns(side: int) -> None:
+    """Each filter is 1 in one column: at least half of the columns are met, none too often."""
+    maps = torch.eye(side)[None, :, None].expand(1, side, side, side)
+    moments = SecondMoments(side)
+    moments.add(maps)
+    share = moments.raw.diagonal()
+    assert (share > 0).double().mean() > 0.5
+    assert share.max() < 0.1
 
 
 def test_large_maps_are_sampled_evenly() -> None:

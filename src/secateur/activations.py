@@ -25,6 +25,7 @@ from secateur.concepts import ConceptSource, Scene
 from secateur.config import ScoreSection
 from secateur.criteria import Kernels, Need, Observer, Reader, Regions, Sight, Vote
 from secateur.data import Batch
+from secateur.errors import DataError
 from secateur.evaluate import check_labels
 from secateur.graph import Compute, State, Tap, Walk, operation_name, tensors_of
 from secateur.grouping import Group, Look
@@ -80,8 +81,12 @@ def observe(
     if "usual" in needs or (source is not None and source.needs_learning):
         usual = _first_look(way, batches())
     showing = _Showing(way, parts, usual, observers)
+    shown = 0
     for batch, count in _refilled(batches()):
         showing.show(batch, count)
+        shown += count
+    if not all(distributed.gathered(shown)):
+        raise DataError("no probe images, or fewer than there are processes")
     for observer in observers:
         distributed.add_up(observer.tallies())
 

@@ -8,31 +8,43 @@ from torch import Tensor
 
 from secateur.errors import DataError
 
-COARSE = 2.0**10
-FINE = 2.0**50
-LARGEST = 2.0**40
-"""A number must be smaller than this in size; then 2^12 of them can be added without overflow."""
+LIMB_BITS = 40
+UNITS = (2.0**40, 1.0, 2.0**-40, 2.0**-80)
+FINE = 1 / UNITS[-1]
+LARGEST = 2.0**79
+"""A number must be smaller than this in size; then 2^23 of them can be added without overflow."""
 
 
 class ExactSum:
-    """Adds numbers up as integers: multiples of 2^-10, and of 2^-50 for what is left of each.
+    """Adds numbers up as integers: multiples of 2^40, and of 2^0, 2^-40, 2^-80 for what is left.
 
-    So every number is rounded to a multiple of 2^-50, and the sum of the rounded ones is exact.
+    So every number is rounded to a multiple of 2^-80, and the sum of the rounded ones is exact.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.limbs: Int[Tensor, "2 ..."] = torch.zeros(2, *shape, dtype=torch.int64)
+        self.limbs: Int[Tensor, "4 ..."] = torch.zeros(len(UNITS), *shape, dtype=torch.int64)
         """The tally: sums of sums are sums of limbs."""
 
     def add(self, values: Float[Tensor, "image ..."]) -> None:
         """Adds float64 values of several images; raises `DataError` where one is not finite."""
         if not bool((values.abs() < LARGEST).all()):
-            raise DataError("a feature map holds values that are not finite or beyond 2^40")
-        coarse = (values * COARSE).round()
-        fine = ((values - coarse / COARSE) * FINE).round()
-        self.limbs[0] += coarse.long().sum(0)
-        self.limbs[1] += fine.long().sum(0)
+            raise DataError("a feature map holds values that are not finite or beyond 2^79")
+        for limb, unit in zip(self.limbs, UNITS, strict=True):
+            whole = (values / unit).round()  # at most 2^39 in size
+            values = values - whole * unit
+            limb += whole.long().sum(0)
 
     def value(self) -> Float[Tensor, "..."]:
-        """The sum, in float64."""
-        return self.limbs[0].double() / COARSE + self.limbs[1].double() / FINE
+        """The sum, in float64, to within one rounding more than there must be.
+
+        Equal sums have equal values, whatever limbs they are held in.
+        """
+        limbs = list(self.limbs)
+        for place in range(len(limbs) - 1, 0, -1):
+            carry = (limbs[place] + (1 << (LIMB_BITS - 1))) >> LIMB_BITS
+            limbs[place] = limbs[place] - (carry << LIMB_BITS)
+            limbs[place - 1] = limbs[place - 1] + carry
+        total = torch.zeros(limbs[0].shape, dtype=torch.float64)
+        for limb, unit in zip(reversed(limbs), reversed(UNITS), strict=True):
+            total += limb.double() * unit
+        return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,17 @@ class Window:
         places = (image * padded.shape[1] + rows) * padded.shape[2] + columns
         taken = padded.flatten(0, 2).index_select(0, places.flatten())
         return taken.reshape(*positions.shape, -1)
+
+
+def even_step(height: int, width: int, most: int) -> int:
+    """Step from one position to the next, row by row, that takes at most `most` of a map.
+
+    It has no factor in common with the width, so that every column is met.
+    """
+    step = -(-height * width // most)
+    while math.gcd(step, width) > 1:
+        step += 1
+    return step
 
 
 def window_of(node: Node, kernel: tuple[int, ...]) -> Window:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.patches import even_step
+
 POSITIONS = 64
 """Positions that are taken from each map, evenly spaced."""
 
@@ -25,9 +27,7 @@ class SecondMoments:
     def add(self, maps: Float[Tensor, "image filter h w"]) -> None:
         """Takes in the feature maps of a batch."""
         values = maps.flatten(2)
-        step = -(-values.shape[2] // POSITIONS)
-        # An odd step meets every column of a map whose width is a power of two.
-        step += (step > 1) and (step % 2 == 0)
+        step = even_step(maps.shape[2], maps.shape[3], POSITIONS)
         rows = values[:, :, ::step].movedim(1, -1).flatten(0, 1).double()  # [position, filter]
         self._count += len(rows)
         self._products += rows.T @ rows

@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur import distributed
 from secateur.errors import DataError
 from secateur.exact_sum import ExactSum
+from secateur.patches import even_step
 
 MANTISSA_BITS = 6
 """A bin is at most 1/64 of its values wide."""
@@ -60,9 +61,7 @@ class UsualTally:
         self._images += len(maps)
         self._mean.add(maps.float().mean(dim=(2, 3)).double())
         values = maps.flatten(2)
-        step = -(-values.shape[2] // self._positions)
-        # An odd step meets every column of a map whose width is a power of two.
-        step += (step > 1) and (step % 2 == 0)
+        step = even_step(maps.shape[2], maps.shape[3], self._positions)
         values = values[:, :, ::step].movedim(1, 0).flatten(1).float()  # [filter, value]
         self._largest = torch.maximum(self._largest, values.amax(1))
         keys = values.abs().view(torch.int32) >> _SHIFT

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.criteria.votes import Rule
+from secateur.errors import DataError
 from secateur.patches import Window
 
 POSITIONS = 16
@@ -22,7 +23,8 @@ MOST_VALUES = 4608
 """With larger patches (k²c) positions around a kernel are taken as unrelated."""
 LEVELS = 2**14
 """Activations are rounded to so many levels up to twice their largest size in a sample, and cut off
-there: so products are whole numbers, and their sums exact in float64 up to 2^21 positions."""
+there: so products are whole numbers, and their sums exact in float64 up to 2^21 positions, each
+counted as often as its weight says."""
 WEIGHT_UNITS = 16
 """Weights of positions are rounded to multiples of 1 / 16."""
 RIDGE = 1e-3
@@ -76,6 +78,8 @@ class Reconstruction:
         positions = _spread(sight.numbers, rows, columns)
         whole = (sight.maps.float() / unit[:, None, None]).round().clamp(-LEVELS, LEVELS)
         patches = window.take(whole, positions)  # [image, position, value]
+        if not bool(patches.sum().isfinite()):
+            raise DataError(f"a feature map of {sight.part!r} holds values that are not finite")
         tally, rule = self._tallies[sight.part], self._rule
         if rule is None:
             _add(tally, patches, torch.full(positions.shape, float(WEIGHT_UNITS)))
