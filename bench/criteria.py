@@ -224,9 +224,12 @@ def table(study: str, found: list[Cell]) -> str:
                 means.append(statistics.mean(values))
             else:
                 texts.append("–")
+        # A mean over fewer settings is another mean; such rows come last.
+        mean = statistics.mean(means) if len(means) == len(settings) else None
         if means:
-            ranked.append((statistics.mean(means), f"| {name} | {' | '.join(texts)} |"))
-    lines += [f"{line} {mean:.2f} |" for mean, line in sorted(ranked, reverse=True)]
+            ending = "–" if mean is None else f"{mean:.2f}"
+            ranked.append((mean or 0.0, f"| {name} | {' | '.join(texts)} | {ending} |"))
+    lines += [line for _, line in sorted(ranked, key=lambda each: -each[0])]
     bases = {cell["network"]: cell["base_fraction"] for cell in mine}
     before = ", ".join(f"{name} {100 * bases[name]:.2f}" for name in sorted(bases))
     counts = sorted({len(each) for each in seeds.values()})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import criteria
 import resnet20
 import tables
 
@@ -44,3 +45,12 @@ def test_every_source_file_is_on_the_map() -> None:
     modules = {path.name for path in (ROOT / "src" / "secateur").glob("*.py")}
     unmapped = {name for name in modules if f"`{name}`" not in readme}
     assert unmapped <= {"__init__.py", "errors.py", "config.py", "progress.py", "demo.py"}
+
+
+@pytest.mark.parametrize("study", list(criteria.TARGETS))
+def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
+    text = criteria.PAGE.read_text()
+    cells = criteria.cells()
+    if any(cell["study"] == study for cell in cells):
+        name = f"results/criteria.jsonl {study}"
+        assert tables.with_table(text, name, criteria.table(study, cells)) == text
