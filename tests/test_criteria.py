@@ -30,7 +30,7 @@ from secateur.criteria.reconstruction import (
 from secateur.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.criteria.votes import Rule, shares, winners
 from secateur.data import Batch
-from secateur.errors import UnknownName, UsageError
+from secateur.errors import DataError, UnknownName, UsageError
 from secateur.patches import Window
 from secateur.reading import make_wiring
 from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
@@ -346,7 +346,7 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     vote(Regions(at, concepts))
     (tally,) = criterion.tallies()
     expected = torch.zeros(19, 19, dtype=torch.float64)
-    unit = criterion._units["layer"].double()
+    unit = criterion._units["layer"].double()[:2]  # the same at every tap
     padded = F.pad((maps.double() / unit[:, None, None]).round(), (1, 1, 1, 1))
     for i in range(3):
         for position in _spread(numbers, 5, 5)[i].tolist():
@@ -477,7 +477,7 @@ def test_independence_is_what_the_nuclear_norm_loses(
         without = rows.clone()
         without[c] = 0
         lost = (whole - torch.linalg.svdvals(without).sum()) / rows.shape[1] ** 0.5
-        assert float(scores[c]) == pytest.approx(float(lost), rel=1e-4, abs=1e-5)
+        assert float(scores[c]) == pytest.approx(float(lost), rel=1e-3, abs=1e-4)
 
 
 @settings(deadline=None, max_examples=30)
@@ -664,7 +664,7 @@ def test_every_criterion_says_what_it_needs(name: str) -> None:
     criterion: Criterion = make(name, SETTINGS, 0, {})
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
     needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
-    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "reconstruction")}
+    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "chip", "reconstruction")}
     needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response", "vote-iou")}
     assert criterion.needs == needs.get(name, {"maps"})
 
@@ -709,3 +709,13 @@ def test_a_filter_that_does_nothing_scores_nothing(
     scores = scores_of(name, model, make_wiring(model, random_images(2)))["conv1"]
     assert float(scores[2]) == pytest.approx(0, abs=1e-9)
     assert scores.max() > 0
+
+
+@pytest.mark.parametrize("name", [n for n in CRITERIA if make(n, SETTINGS, 0, {}).needs])
+def test_what_is_no_number_is_an_error(name: str) -> None:
+    model = make_network("chain")
+    assert isinstance(model, Chain)
+    with torch.no_grad():
+        model.conv1.weight[2, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        scores_of(name, model, make_wiring(model, random_images(2)))

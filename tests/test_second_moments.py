@@ -3,36 +3,56 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.second_moments import POSITIONS, SecondMoments
+from secateur.errors import DataError
+from secateur.second_moments import LEVELS, SecondMoments, in_units, unit_of
+from secateur.thresholds import Usual
 
 
-def test_products_are_those_of_every_position(generator: torch.Generator) -> None:
-    maps = torch.randn(5, 3, 4, 6, generator=generator)
+def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:
+    rows = torch.randn(40, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
+    zero = torch.zeros(3)
+    unit = unit_of(Usual(zero, zero, rows.abs().amax(0)))
     moments = SecondMoments(3)
-    for part in maps.split(2):
-        moments.add(part)
-    rows = maps.double().movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(moments.raw, rows.T @ rows / len(rows), rtol=1e-6, atol=1e-7)
+    for some in rows.split(7):
+        moments.add(in_units(some, unit, "conv"))
+    exact = rows.double()
+    torch.testing.assert_close(moments.raw(unit), exact.T @ exact / 40, rtol=1e-3, atol=1e-3)
+    expected = torch.cov(exact.T, correction=0)
+    torch.testing.assert_close(moments.covariance(unit), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("side", [14, 28, 32, 56, 112])
-def test_positions_are_spread_over_the_columns(side: int) -> None:
-    """Each filter is 1 in one column: at least half of the columns are met, none too often."""
-    maps = torch.eye(side)[None, :, None].expand(1, side, side, side)
-    moments = SecondMoments(side)
-    moments.add(maps)
-    share = moments.raw.diagonal()
-    assert (share > 0).double().mean() > 0.5
-    assert share.max() < 0.1
+def test_a_weight_counts_a_row_several_times(generator: torch.Generator) -> None:
+    rows = torch.randint(-LEVELS, LEVELS, (20, 4), generator=generator).float()
+    weights = torch.randint(0, 4, (20,), generator=generator)
+    weighted, repeated = SecondMoments(4), SecondMoments(4)
+    weighted.add(rows, weights.float())
+    repeated.add(rows.repeat_interleave(weights, 0))
+    assert [each.tolist() for each in weighted.tallies()] == [
+        each.tolist() for each in repeated.tallies()
+    ]
 
 
-def test_large_maps_are_sampled_evenly() -> None:
-    """A map whose rows and columns are as often 1 as 0 keeps its mean."""
-    side = 32
-    stripes = (torch.arange(side) % 2).float()
-    maps = torch.stack([stripes.expand(side, side), stripes[:, None].expand(side, side)])[None]
-    moments = SecondMoments(2)
-    moments.add(maps)
-    assert side * side > POSITIONS
-    assert 0.4 < float(moments.raw[0, 0]) < 0.6
-    assert 0.4 < float(moments.raw[1, 1]) < 0.6
+def test_the_order_of_rows_does_not_matter(generator: torch.Generator) -> None:
+    rows = torch.randint(-LEVELS, LEVELS, (1000, 4), generator=generator).float()
+    one, other = SecondMoments(4), SecondMoments(4)
+    one.add(rows)
+    for some in rows.flip(0).split(13):
+        other.add(some)
+    for own, its in zip(one.tallies(), other.tallies(), strict=True):
+        assert torch.equal(own, its)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_values_keep_their_size_whatever_it_is(size: float) -> None:
+    zero = torch.zeros(1)
+    unit = unit_of(Usual(zero, zero, torch.tensor([size])))
+    values = torch.tensor([[1.0], [-0.5], [0.25]]) * size
+    whole = in_units(values, unit, "conv")
+    torch.testing.assert_close(whole * unit, values, rtol=1e-3, atol=0)
+    assert whole.abs().max() <= LEVELS
+
+
+def test_what_is_no_number_is_refused() -> None:
+    rows = torch.tensor([[1.0, float("nan")]])
+    with pytest.raises(DataError, match="'conv1' holds values that are not finite"):
+        in_units(rows, torch.ones(2), "conv1")

@@ -345,6 +345,8 @@ class _Showing:
         way, source = self._way, self._way.source
         taps = _taps(way.wiring, self._see)
         scene = way.forward(batch, taps, with_gradients=bool(self._later))
+        if not bool(scene.logits.isfinite().all()):
+            raise DataError("the network answers with values that are not finite")
         if source is not None:
             regions = _regions(source.find(scene), count)
             for vote in self._votes:

@@ -10,8 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.criteria import Kernels, Need, Sight
-from secateur.second_moments import SecondMoments
+from secateur.patches import even_step
+from secateur.second_moments import SecondMoments, in_units, unit_of
 
+POSITIONS = 64
+"""Positions that are taken from each map, evenly spaced."""
 STEP = 0.5
 """Between two nodes of the integral, in the logarithm: its error falls as exp(-2 pi^2 / STEP)."""
 REACH = 60.0
@@ -26,10 +29,11 @@ class ChannelIndependence:
     so that its second moments are all that is kept.)
     """
 
-    needs: frozenset[Need] = frozenset({"maps"})
+    needs: frozenset[Need] = frozenset({"maps", "usual"})
 
     def __init__(self) -> None:
         self._moments: dict[str, SecondMoments] = {}
+        self._units: dict[str, Tensor] = {}
 
     def begin(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the moments."""
@@ -37,7 +41,12 @@ class ChannelIndependence:
 
     def observe(self, sight: Sight) -> None:
         """Adds up products."""
-        self._moments[sight.part].add(sight.maps)
+        assert sight.usual is not None
+        if sight.part not in self._units:
+            self._units[sight.part] = unit_of(sight.usual)
+        step = even_step(sight.maps.shape[2], sight.maps.shape[3], POSITIONS)
+        rows = sight.maps.flatten(2)[:, :, ::step].movedim(1, -1).flatten(0, 1)
+        self._moments[sight.part].add(in_units(rows, self._units[sight.part], sight.part))
 
     def tallies(self) -> Iterable[Tensor]:
         """See `Observer.tallies`."""
@@ -45,7 +54,7 @@ class ChannelIndependence:
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The differences of the norms, divided by the root of the number of positions."""
-        return nuclear_norm_losses(self._moments[part].raw)
+        return nuclear_norm_losses(self._moments[part].raw(self._units[part]))
 
 
 def nuclear_norm_losses(moments: Float[Tensor, "filter filter"]) -> Float[Tensor, "filter"]:

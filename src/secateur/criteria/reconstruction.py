@@ -14,17 +14,13 @@ from torch import Tensor
 
 from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.criteria.votes import Rule
-from secateur.errors import DataError
 from secateur.patches import Window
+from secateur.second_moments import SecondMoments, in_units, unit_of
 
 POSITIONS = 16
 """Positions of each image that are looked at, spread evenly and differently in every image."""
 MOST_VALUES = 4608
 """With larger patches (k²c) positions around a kernel are taken as unrelated."""
-LEVELS = 2**14
-"""Activations are rounded to so many levels up to twice their largest size in a sample, and cut off
-there: so products are whole numbers, and their sums exact in float64 up to 2^21 positions, each
-counted as often as its weight says."""
 WEIGHT_UNITS = 16
 """Weights of positions are rounded to multiples of 1 / 16."""
 RIDGE = 1e-3
@@ -54,58 +50,48 @@ class Reconstruction:
         self._parts: Mapping[str, Kernels] = {}
         self._windows: dict[str, Window] = {}
         self._units: dict[str, Tensor] = {}
-        self._tallies: dict[str, Tensor] = {}
+        self._moments: dict[str, SecondMoments] = {}
 
     def begin(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the products of each part."""
         self._parts = parts
         self._windows = {part: _window(kernels) for part, kernels in parts.items()}
-        for part, kernels in parts.items():
-            values = self._windows[part].taps * kernels.filters
-            # The last row and column are those of a constant 1: sums and the count.
-            self._tallies[part] = torch.zeros(values + 1, values + 1, dtype=torch.float64)
+        self._moments = {
+            part: SecondMoments(self._windows[part].taps * kernels.filters)
+            for part, kernels in parts.items()
+        }
 
     def observe(self, sight: Sight) -> Vote | None:
         """Takes patches at some positions; their weights wait for the concepts."""
         assert sight.usual is not None
         window = self._windows[sight.part]
-        size = sight.maps.shape[2:]
         if sight.part not in self._units:
-            largest = sight.usual.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
-            self._units[sight.part] = (2 * largest / LEVELS).float()
-        unit = self._units[sight.part]
-        rows, columns = window.positions(*size)
+            self._units[sight.part] = unit_of(sight.usual).repeat(window.taps)
+        rows, columns = window.positions(*sight.maps.shape[2:])
         positions = _spread(sight.numbers, rows, columns)
-        whole = (sight.maps.float() / unit[:, None, None]).round().clamp(-LEVELS, LEVELS)
-        patches = window.take(whole, positions)  # [image, position, value]
-        if not bool(patches.sum().isfinite()):
-            raise DataError(f"a feature map of {sight.part!r} holds values that are not finite")
-        tally, rule = self._tallies[sight.part], self._rule
+        taken = window.take(sight.maps, positions)  # [image, position, value]
+        patches = in_units(taken, self._units[sight.part], sight.part).flatten(0, 1)
+        moments, rule = self._moments[sight.part], self._rule
         if rule is None:
-            _add(tally, patches, torch.full(positions.shape, float(WEIGHT_UNITS)))
+            moments.add(patches)
             return None
 
         def vote(regions: Regions) -> None:
             inside = regions.at((rows, columns)).flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, rule.weigh(regions.concepts).float())
             weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
-            _add(tally, patches, weights)
+            moments.add(patches, weights.flatten())
 
         return vote
 
     def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`; sums of whole numbers, exact in float64."""
-        return self._tallies.values()
+        """See `Observer.tallies`."""
+        return (tally for moments in self._moments.values() for tally in moments.tallies())
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The places: the filter that goes first has 0."""
         kernels, window = self._parts[part], self._windows[part]
-        tally = self._tallies[part]
-        count = tally[-1, -1].clamp_min(1)
-        mean = tally[-1, :-1] / count
-        covariance = tally[:-1, :-1] / count - mean.outer(mean)
-        unit = self._units[part].double().repeat(window.taps)
-        covariance = covariance * unit.outer(unit)
+        covariance = self._moments[part].covariance(self._units[part])
         order, _ = eliminate(covariance, _readers(kernels, window), kernels.filters)
         places = torch.zeros(kernels.filters, dtype=torch.float64)
         places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
@@ -183,11 +169,3 @@ def _spread(
     row = ((0.5 + index * 0.7548776662466927) % 1 * rows).long()
     column = ((0.5 + index * 0.5698402909980532) % 1 * columns).long()
     return row * columns + column
-
-
-def _add(tally: Tensor, patches: Tensor, weights: Tensor) -> None:
-    """Adds the products of patches whose weight is not zero, each with every value and with 1."""
-    chosen = weights > 0
-    values = patches[chosen].double()
-    values = torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], 1)
-    tally.addmm_((values * weights[chosen].double()[:, None]).T, values)

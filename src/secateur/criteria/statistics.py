@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.criteria import Kernels, Need, Sight
+from secateur.errors import DataError
 from secateur.exact_sum import ExactSum
 
 BINS_PER_DOUBLING = 4
@@ -216,7 +217,10 @@ class MapRank:
     def observe(self, sight: Sight) -> None:
         """Adds up the ranks in the first `RANK_IMAGES` images of the probe set."""
         for image in (sight.numbers < RANK_IMAGES).nonzero()[:, 0].tolist():
-            self._ranks[sight.part] += torch.linalg.matrix_rank(sight.maps[image].float())
+            maps = sight.maps[image].float()
+            if not bool(maps.isfinite().all()):
+                raise DataError(f"a feature map of {sight.part!r} holds values that are not finite")
+            self._ranks[sight.part] += torch.linalg.matrix_rank(maps)
 
     def tallies(self) -> Iterable[Tensor]:
         """See `Observer.tallies`."""
