@@ -269,9 +269,10 @@ def test_an_absent_region_has_no_vote() -> None:
     taps=st.integers(1, 3),
     outputs=st.integers(1, 4),
     seed=st.integers(0, 2**31),
+    has_standing=st.booleans(),
 )
 def test_filters_go_in_the_order_of_what_is_missed(
-    filters: int, taps: int, outputs: int, seed: int
+    filters: int, taps: int, outputs: int, seed: int, has_standing: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = filters * taps
@@ -279,7 +280,9 @@ def test_filters_go_in_the_order_of_what_is_missed(
     rows = rows @ torch.randn(values, values, generator=generator, dtype=torch.float64)
     covariance = rows.T @ rows / len(rows)
     readers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
-    order, errors = eliminate(covariance, readers, filters)
+    standing = torch.rand(filters, generator=generator, dtype=torch.float64)
+    standing = standing if has_standing else torch.ones(filters, dtype=torch.float64)
+    order, errors = eliminate(covariance, readers, filters, standing if has_standing else None)
     ridged = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)
 
     def missed(left: list[int]) -> float:
@@ -293,7 +296,11 @@ def test_filters_go_in_the_order_of_what_is_missed(
 
     left = list(range(filters))
     for going, error in zip(order, errors, strict=True):
-        costs = {number: missed([n for n in left if n != number]) for number in left}
+        now = missed(left)
+        costs = {
+            number: (missed([n for n in left if n != number]) - now) * float(standing[number])
+            for number in left
+        }
         assert costs[going] <= min(costs.values()) * (1 + 1e-6) + 1e-8 * missed([])
         left.remove(going)
         assert error == pytest.approx(missed(left), rel=1e-5, abs=1e-7 * missed([]))
@@ -358,6 +365,28 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
             values = torch.cat([patch, torch.ones(1, dtype=torch.float64)])
             expected += WEIGHT_UNITS * weight * values.outer(values)
     assert torch.equal(tally, expected)
+
+
+@pytest.mark.parametrize(("is_written", "goes_first"), [(True, 1), (False, 0)])
+def test_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
+    is_written: bool, goes_first: int
+) -> None:
+    """Filter 1 is read twice as loud, but the kernel that writes it is a fifth of the other's."""
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.rand(8, 2, 5, 5, generator=generator) * torch.tensor([1.0, 2.0])[:, None, None]
+    writing = torch.tensor([[5.0, -5.0], [1.0, 1.0]])
+    kernels = Kernels(
+        ((writing, torch.arange(2)),) if is_written else (),
+        torch.arange(2),
+        (Reader(Window((1, 1)), torch.ones(1, 1, 2)),),
+        (),
+    )
+    criterion = Reconstruction(Rule("share", "cells", 0.1, {}))
+    criterion.begin({"layer": kernels})
+    vote = criterion.observe(sight_of("layer", maps, torch.arange(8), kernels))
+    assert vote is not None
+    vote(Regions(lambda size: torch.ones(8, 1, *size).bool(), torch.zeros(8, 1).long()))
+    assert int(criterion.score("layer").argmin()) == goes_first
 
 
 @given(number=st.integers(0, 10**6), rows=st.integers(1, 60), columns=st.integers(1, 60))

@@ -58,12 +58,18 @@ class OfKernels(_Unseeing):
 
     def score(self, part: str) -> Float[Tensor, "filter"]:
         """The function's means."""
-        kernels = self._parts[part]
-        rows = [
-            (self._function(kernel.double().flatten(1).cpu()), rows)
-            for kernel, rows in kernels.incoming
-        ]
-        return _by_filter(part, kernels, rows, "kernel that writes")
+        return of_writing_kernels(self._function, part, self._parts[part])
+
+
+def of_writing_kernels(
+    function: OfRows, part: str, kernels: Kernels
+) -> Float[Tensor, "filter"]:
+    """The mean of a function over the kernels that write each filter's channel.
+
+    Raises `UsageError` where there is none.
+    """
+    rows = [(function(kernel.double().flatten(1).cpu()), rows) for kernel, rows in kernels.incoming]
+    return _by_filter(part, kernels, rows, "kernel that writes")
 
 
 class NormScale(_Unseeing):

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.criteria.kernels import l1, of_writing_kernels
 from secateur.criteria.votes import Rule
+from secateur.errors import UsageError
 from secateur.patches import Window
 from secateur.second_moments import SecondMoments, in_units, unit_of
 
@@ -25,6 +27,12 @@ WEIGHT_UNITS = 16
 """Weights of positions are rounded to multiples of 1 / 16."""
 RIDGE = 1e-3
 """Added to the diagonal of a covariance, as a multiple of its mean."""
+STANDING = 3
+"""The votes for a filter are multiplied by this power of the L1 norm of the kernel that writes it.
+
+Under weight decay that norm tells how much training held on to the filter, which activations do
+not: a norm on the way brings them to whatever scale it has learnt. Chosen on validation images
+(docs/criteria.md)."""
 ROUNDS = 128
 """In a layer of more filters several go at a time, so that there are about so many rounds."""
 
@@ -38,8 +46,9 @@ class Reconstruction:
 
     Without a `rule` every position counts, which is the baseline. With one it is an election in
     rounds, as in an instant runoff: the voters are the positions inside the regions of concepts. A
-    voter's ballot is the square of what the readers would miss there of each filter; the filter
-    with the fewest votes goes, and its votes pass on to those that stand in for it.
+    voter's ballot is the square of what the readers would miss there of each filter, and counts the
+    more the larger the kernel is that writes the filter (`STANDING`); the filter with the fewest
+    votes goes, and its votes pass on to those that stand in for it.
     """
 
     def __init__(self, rule: Rule | None = None) -> None:
@@ -92,7 +101,8 @@ class Reconstruction:
         """The places: the filter that goes first has 0."""
         kernels, window = self._parts[part], self._windows[part]
         covariance = self._moments[part].covariance(self._units[part])
-        order, _ = eliminate(covariance, _readers(kernels, window), kernels.filters)
+        standing = None if self._rule is None else _standing(part, kernels)
+        order, _ = eliminate(covariance, _readers(kernels, window), kernels.filters, standing)
         places = torch.zeros(kernels.filters, dtype=torch.float64)
         places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
@@ -102,13 +112,15 @@ def eliminate(
     covariance: Float[Tensor, "value value"],
     readers: Float[Tensor, "output value"],
     filters: int,
+    standing: Float[Tensor, "filter"] | None = None,
 ) -> tuple[list[int], list[float]]:
     """The order in which filters go, and the summed error of what reads them after each.
 
     A filter has one value for each tap of a patch (`value = tap * filters + filter`). With W the
     readers' weights, refitted to the filters that are left, and P the inverse covariance of those,
     leaving filter s out costs tr(W_s P_ss^-1 W_s'); then W loses W_s P_ss^-1 P_s, and P loses
-    P_s' P_ss^-1 P_s. Between equal costs the filter with the larger number goes.
+    P_s' P_ss^-1 P_s. The one with the smallest cost times its `standing` goes; between equal ones
+    the filter with the larger number.
     """
     values = len(covariance)
     floor = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -124,7 +136,8 @@ def eliminate(
         blocks = inverse[places[:, :, None], places[:, None, :]]  # [filter, tap, tap]
         carried = weights.T[places]  # [filter, tap, output]
         costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
-        ranked = sorted(range(len(left)), key=lambda n: (float(costs[n]), -left[n]))
+        votes = costs if standing is None else costs * standing[left]
+        ranked = sorted(range(len(left)), key=lambda n: (float(votes[n]), -left[n]))
         chosen = ranked[:at_a_time]
         going = [left[n] for n in chosen]
         for number, n in zip(going, chosen, strict=True):
@@ -136,6 +149,15 @@ def eliminate(
         inverse -= inverse[:, gone] @ passed
         left = [number for number in left if number not in set(going)]
     return order, errors
+
+
+def _standing(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
+    """What the votes for each filter are multiplied by; None where no kernel writes them all."""
+    try:
+        norms = of_writing_kernels(l1, part, kernels)
+    except UsageError:
+        return None
+    return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** STANDING
 
 
 def _window(kernels: Kernels) -> Window:
