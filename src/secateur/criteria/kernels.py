@@ -61,9 +61,7 @@ class OfKernels(_Unseeing):
         return of_writing_kernels(self._function, part, self._parts[part])
 
 
-def of_writing_kernels(
-    function: OfRows, part: str, kernels: Kernels
-) -> Float[Tensor, "filter"]:
+def of_writing_kernels(function: OfRows, part: str, kernels: Kernels) -> Float[Tensor, "filter"]:
     """The mean of a function over the kernels that write each filter's channel.
 
     Raises `UsageError` where there is none.
