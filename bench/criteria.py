@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +51,13 @@ PROBE_IMAGES = 2000
 REFIT_POSITIONS = 16
 """Output positions an image in the refit: 256 give the same accuracy to within noise."""
 SEEDS = 5
+KEPT_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Settings of glibc: a process keeps the memory that it has freed, and need not have each large
+feature map cleared anew. Halves the time of EfficientNet-Lite0."""
 
 Cell = dict[str, Any]
 
@@ -117,8 +126,8 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = list(pipeline.stream(scored, config, silent, ""))
-    probe = list(pipeline.stream(ground.probe, config, silent, ""))
+    shown = _channels_last(pipeline.stream(scored, config, silent, ""))
+    probe = _channels_last(pipeline.stream(ground.probe, config, silent, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -137,7 +146,6 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
         smaller = apply_plan(model, ground.wiring, plan)
-        cut = accuracy(smaller, shown) if study == "imagenet" else None
         refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed, answers=answers)
         cell = {
             "study": study,
@@ -146,7 +154,6 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "target": target,
             "criterion": name,
             "base_fraction": base,
-            "cut_fraction": cut,
             "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),
             "macs_left": ground.wiring.macs(plan.removed) / ground.wiring.macs(),
@@ -180,6 +187,14 @@ def inapplicable(
     return found
 
 
+def _channels_last(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches in the layout that convolutions take least time with."""
+    return [
+        replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        for batch in batches
+    ]
+
+
 def _put(cell: Cell) -> None:
     with RESULTS.open("a") as file:
         file.write(json.dumps(cell) + "\n")
@@ -190,8 +205,7 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
     correct = 0
     with torch.inference_mode():
         for batch in batches:
-            images = batch.images.contiguous(memory_format=torch.channels_last)
-            correct += int((model(images).argmax(1) == batch.labels).sum())
+            correct += int((model(batch.images).argmax(1) == batch.labels).sum())
     return correct / sum(len(batch.labels) for batch in batches)
 
 
@@ -283,7 +297,7 @@ def _children(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def _run(child: tuple[str, int], arguments: argparse.Namespace) -> int:
     options = ["--data", arguments.data, "--weights", arguments.weights]
     call = [sys.executable, __file__, arguments.study, *options, "--child", *map(str, child)]
-    return subprocess.run(call).returncode
+    return subprocess.run(call, env=os.environ | KEPT_MEMORY).returncode
 
 
 if __name__ == "__main__":

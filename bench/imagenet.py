@@ -22,9 +22,9 @@ from secateur.models import Preprocessing
 __all__ = ["NETWORKS", "load_study"]
 
 IMAGE_SIZE = 224
-PROBE_IMAGES = 1000
+PROBE_IMAGES = 400
 """Of the 1,800 images that there are to draw from."""
-BATCH_SIZE = 50
+BATCH_SIZE = 20
 REFIT_POSITIONS = 16
 
 

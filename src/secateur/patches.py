@@ -51,7 +51,8 @@ class Window:
         Of one position values are in the order of `in_patch_order`.
         """
         _, width = self.positions(inputs.shape[2], inputs.shape[3])
-        padded = F.pad(inputs, self.border).movedim(1, -1)  # [image, row, column, channel]
+        padded = F.pad(inputs, self.border) if any(self.border) else inputs
+        padded = padded.movedim(1, -1)  # [image, row, column, channel]
         row = positions // width * self.stride[0]
         column = positions % width * self.stride[1]
         rows = row[..., None, None] + self.dilation[0] * torch.arange(self.kernel[0])[:, None]

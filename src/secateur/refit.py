@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx.node import Node
 
@@ -116,9 +117,8 @@ def refit(
             index = None if outputs is None else torch.from_numpy(outputs)
             problem = _Problem(wiring.graph, layer, cut_state, index)
             for number, (full, cut) in enumerate(walks):
-                inputs, targets = problem.look(full, cut)
                 held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-                problem.add(inputs, targets, settings.positions, generator, held_out=held_out)
+                problem.add(full, cut, settings.positions, generator, held_out=held_out)
             results.append(problem.solve())
     with torch.no_grad():
         for name, tensor in tensors_of(smaller).items():
@@ -164,57 +164,51 @@ class _Problem:
         self._shift = _shift_name(graph, node)
         self._sum = _residual_sum(node)
 
-    def look(self, full: Walk, cut: Walk) -> tuple[Tensor, Tensor]:
-        """What the layer reads in the cut network, and what it should answer."""
+    def add(
+        self, full: Walk, cut: Walk, positions: int, generator: torch.Generator, *, held_out: bool
+    ) -> None:
+        """Adds what the layer reads in the cut network, and what it should answer, of a batch.
+
+        Of a map that is so at sampled positions.
+        """
         cut.advance(self._layer.node)
         assert isinstance(self._source, Node)
         inputs = cut.value(self._source)
         targets = full.step(self._layer.node)
+        chosen = None
+        if not self._is_linear:
+            total = targets.shape[2] * targets.shape[3]
+            chosen = torch.randperm(total, generator=generator)[:positions].sort().values
+        wanted = _at(targets, chosen)  # [image, position, output]
         if self._outputs is not None:
-            channel = -1 if self._is_linear else 1
-            targets = targets.index_select(channel, self._outputs)
-        if self._sum is not None and self._outputs is None:
-            targets = self._towards_sum(self._sum, targets, full.fork(), cut.fork())
-        return inputs, targets
+            wanted = wanted.index_select(-1, self._outputs)
+        elif self._sum is not None:
+            wanted = self._towards_sum(self._sum, wanted, chosen, full.fork(), cut.fork())
+        gram = self._held_out if held_out else self._fit
+        if held_out:  # small errors are differences of large sums
+            wanted = wanted.double()
+        if chosen is None:
+            rows = inputs.flatten(0, -2)
+            gram.add(rows.double() if held_out else rows, wanted.flatten(0, -2))
+            return
+        window = window_of(self._layer.node, tuple(self._state[self._layer.weight].shape[2:]))
+        step = max(1, MAX_ROW_VALUES // (self._fit.xx.shape[0] * len(chosen)))
+        for some, answers in zip(inputs.split(step), wanted.split(step), strict=True):
+            rows = window.take(some, chosen.expand(len(some), -1)).flatten(0, 1)
+            gram.add(rows.double() if held_out else rows, answers.flatten(0, 1))
 
     def _towards_sum(
-        self, residual: _ResidualSum, targets: Tensor, full: Walk, cut: Walk
+        self, residual: _ResidualSum, targets: Tensor, chosen: Tensor | None, full: Walk, cut: Walk
     ) -> Tensor:
         """Targets that make the residual sum right although its other summand went astray."""
-        wanted = full.step(residual.sum)
+        wanted = _at(full.step(residual.sum), chosen)
         cut.advance(residual.sum)
-        wanted = wanted - cut.value(residual.other)
+        wanted = wanted - _at(cut.value(residual.other), chosen)
         if residual.norm is None:
             return wanted
         scale, offset = _affine(self._graph, self._state, residual.norm)
         strong = scale.abs() > SMALLEST_SCALE
-        scale, offset, strong = (v.reshape(-1, 1, 1) for v in (scale, offset, strong))
         return torch.where(strong, (wanted - offset) / scale.where(strong, 1.0), targets)
-
-    def add(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        positions: int,
-        generator: torch.Generator,
-        *,
-        held_out: bool,
-    ) -> None:
-        """Adds sampled positions of a batch to the sums."""
-        gram = self._held_out if held_out else self._fit
-        if held_out:  # small errors are differences of large sums
-            inputs, targets = inputs.double(), targets.double()
-        if self._is_linear:
-            gram.add(inputs.flatten(0, -2), targets.flatten(0, -2))
-            return
-        total = targets.shape[2] * targets.shape[3]
-        chosen = torch.randperm(total, generator=generator)[:positions].sort().values
-        window = window_of(self._layer.node, tuple(self._state[self._layer.weight].shape[2:]))
-        step = max(1, MAX_ROW_VALUES // (self._fit.xx.shape[0] * len(chosen)))
-        wanted = targets.flatten(2)[:, :, chosen].movedim(1, -1)  # [image, position, output]
-        for some, answers in zip(inputs.split(step), wanted.split(step), strict=True):
-            rows = window.take(some, chosen.expand(len(some), -1))
-            gram.add(rows.flatten(0, 1), answers.flatten(0, 1))
 
     def solve(self) -> LayerRefit:
         """Writes the best kernel into the state."""
@@ -260,6 +254,16 @@ class _Problem:
         name, sign = self._shift
         tensor = self._state[name]
         self._state[name] = (tensor.double() + sign * (new - old)).to(tensor.dtype)
+
+
+def _at(
+    value: Float[Tensor, "image ..."], chosen: Int[Tensor, "position"] | None
+) -> Float[Tensor, "image ... channel"]:
+    """A map at some positions, numbered row by row, as `[image, position, channel]`.
+
+    Without positions the value is a linear layer's, whose channels come last already.
+    """
+    return value if chosen is None else value.flatten(2)[:, :, chosen].movedim(1, -1)
 
 
 def _shift_name(graph: NetworkGraph, node: Node) -> tuple[str, int] | None:
