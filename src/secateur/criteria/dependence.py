@@ -24,7 +24,7 @@ REACH = 60.0
 class ChannelIndependence:
     """How much the nuclear norm of all feature maps shrinks without the filter.
 
-    (CHIP, Sui et al., NeurIPS 2021, eq. 4. There the rows of one image's maps make up the matrix
+    (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make up the matrix
     and the norms are meant over images; here the matrix has all sampled positions of the probe set,
     so that its second moments are all that is kept.)
     """

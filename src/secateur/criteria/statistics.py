@@ -17,7 +17,7 @@ BINS_PER_DOUBLING = 4
 DOUBLINGS = 16
 """Beyond so many on either side all distances share the last bin."""
 RANK_IMAGES = 64
-"""Images whose ranks are computed: they hardly differ between images (Lin et al., section 3.3)."""
+"""Images whose ranks are computed: they hardly differ between images (Lin et al., 2020)."""
 
 
 class ActivationMean:
@@ -145,7 +145,7 @@ class Apoz:
 
 
 class ActivationEntropy:
-    """Entropy over images of a filter's pooled activation (Luo and Wu, 2017, section 3.2, eq. 1).
+    """Entropy over images of a filter's pooled activation (Luo and Wu, arXiv:1706.05791, 2017).
 
     The paper bins between the smallest and the largest value that occur; here bins are set before
     the pass, so that counts add up. They lie around the filter's usual mean, evenly near it and
@@ -201,7 +201,7 @@ def _bins(
 
 
 class MapRank:
-    """Mean rank of a filter's feature map as a matrix (HRank, Lin et al., CVPR 2020, eq. 5)."""
+    """Mean rank of a filter's feature map as a matrix (HRank, Lin et al., CVPR 2020)."""
 
     needs: frozenset[Need] = frozenset({"maps"})
 
