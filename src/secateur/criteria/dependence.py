@@ -24,9 +24,9 @@ REACH = 60.0
 class ChannelIndependence:
     """How much the nuclear norm of all feature maps shrinks without the filter.
 
-    (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make up the matrix
-    and the norms are meant over images; here the matrix has all sampled positions of the probe set,
-    so that its second moments are all that is kept.)
+    (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make
+    up the matrix and the norms are meant over images; here the matrix has all sampled positions of
+    the probe set, so that its second moments are all that is kept.)
     """
 
     needs: frozenset[Need] = frozenset({"maps", "usual"})
