@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.alignment import AlignmentTally, Overlap, binarise, overlap
-from secateur.regions import ABSENT
+from secateur.regions import ABSENT, CELL, shares_at
 
 SIDES = st.integers(1, 5)
 COUNTS = st.integers(1, 4)
@@ -48,6 +48,31 @@ def test_overlap_equals_counting_position_by_position(
                 assert seen.union[i, c, r].item() == len(active | inside)
                 iou = len(active & inside) / max(1, len(active | inside))
                 assert seen.iou[i, c, r].item() == pytest.approx(iou)
+
+
+@settings(deadline=None, max_examples=40)
+@given(filters=COUNTS, regions=COUNTS, height=SIDES, width=SIDES, seed=SEEDS)
+def test_overlap_with_shares_of_cells_is_that_of_finer_maps(
+    filters: int, regions: int, height: int, width: int, seed: int
+) -> None:
+    """Cells of two by two pixels: what is active is so in all four of them."""
+    maps, thresholds, _ = a_case(2, filters, regions, height, width, seed)
+    masks = a_case(2, filters, regions, 2 * height, 2 * width, seed + 1)[2]
+    active = binarise(maps, thresholds)
+    fine = overlap(active.repeat_interleave(2, 2).repeat_interleave(2, 3), masks)
+    coarse = overlap(active, shares_at(masks, (height, width)), CELL)
+    assert torch.equal(coarse.intersection, fine.intersection * (CELL // 4))
+    assert torch.equal(coarse.union, fine.union * (CELL // 4))
+
+
+def test_overlap_of_a_large_map_is_exact() -> None:
+    side = 600
+    active = torch.ones(1, 1, side, side, dtype=torch.bool)
+    shares = torch.full((1, 1, side, side), CELL, dtype=torch.uint8)
+    shares[0, 0, 0, 0] = 1
+    seen = overlap(active, shares, CELL)
+    assert int(seen.intersection) == side * side * CELL - CELL + 1
+    assert int(seen.union) == side * side * CELL
 
 
 @settings(deadline=None, max_examples=40)

@@ -346,11 +346,7 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
 
     concepts = torch.tensor([[0, 1], [0, ABSENT], [1, 1]])
 
-    def at(size: tuple[int, int]) -> Tensor:
-        assert size == (5, 5)
-        return masks
-
-    vote(Regions(at, concepts))
+    vote(Regions(ConceptMasks(masks, concepts)))
     (tally,) = criterion.tallies()
     expected = torch.zeros(19, 19, dtype=torch.float64)
     unit = criterion._units["layer"].double()[:2]  # the same at every tap
@@ -385,7 +381,8 @@ def test_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
     criterion.begin({"layer": kernels})
     vote = criterion.observe(sight_of("layer", maps, torch.arange(8), kernels))
     assert vote is not None
-    vote(Regions(lambda size: torch.ones(8, 1, *size).bool(), torch.zeros(8, 1).long()))
+    everywhere = ConceptMasks(torch.ones(8, 1, 5, 5).bool(), torch.zeros(8, 1).long())
+    vote(Regions(everywhere))
     assert int(criterion.score("layer").argmin()) == goes_first
 
 

@@ -17,7 +17,7 @@ from secateur.criteria import Kernels, Regions, Sight
 from secateur.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
 from secateur.graph import tensors_of
 from secateur.reading import make_wiring
-from secateur.regions import at_resolution
+from secateur.regions import ConceptMasks, at_resolution
 from secateur.thresholds import Usual
 
 
@@ -40,7 +40,7 @@ def sight(maps: Tensor, numbers: Tensor | None = None) -> Sight:
 
 
 def regions(masks: Tensor, concepts: Tensor) -> Regions:
-    return Regions(lambda size: at_resolution(masks, size), concepts)
+    return Regions(ConceptMasks(masks, concepts))
 
 
 def dissected(names: tuple[str, ...], *scenes: tuple[Tensor, Tensor, Tensor]) -> Dissection:

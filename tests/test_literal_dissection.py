@@ -13,7 +13,7 @@ import dissection as bench
 from literal_dissection import ABSENT, ExactThresholds, LiteralTally
 from secateur.criteria import Kernels, Regions, Sight
 from secateur.dissection import Dissection
-from secateur.regions import at_resolution
+from secateur.regions import ConceptMasks
 from secateur.thresholds import Usual, UsualTally
 from tables import with_table
 
@@ -44,7 +44,6 @@ def dissected(
     found = Dissection(NAMES)
     found.begin({"layer": kernels_of(filters)})
     for batch in batches:
-        some = masks[batch]
         seen = Sight(
             part="layer",
             maps=maps[batch],
@@ -55,13 +54,7 @@ def dissected(
             gradients=None,
         )
         vote = found.observe(seen)
-        vote(
-            Regions(
-                lambda size, some=some: at_resolution(some, size),  # type: ignore[misc]
-                concepts[batch],
-                (masks.shape[2], masks.shape[3]),
-            )
-        )
+        vote(Regions(ConceptMasks(masks[batch], concepts[batch])))
     return found
 
 

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.regions import ABSENT, ConceptMasks, at_resolution, joined_masks
+from secateur.regions import (
+    ABSENT,
+    CELL,
+    ConceptMasks,
+    at_resolution,
+    joined_masks,
+    shares_at,
+)
 
 SIDES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**31)
@@ -43,6 +50,14 @@ def test_a_cell_is_inside_where_half_of_it_is(h: int, w: int, cell: int, seed: i
             needed = cell * cell / 2 if 2 * most >= cell * cell else most
             for (y, x), count in covered.items():
                 assert bool(found[i, r, y, x]) == (count > 0 and count >= needed)
+
+
+@settings(deadline=None, max_examples=40)
+@given(h=st.integers(1, 3), w=st.integers(1, 3), cell=st.sampled_from([1, 2, 4, 8]), seed=SEEDS)
+def test_shares_of_cells_are_areas(h: int, w: int, cell: int, seed: int) -> None:
+    masks = random_masks(2, 2, h * cell, w * cell, seed)
+    areas = masks.reshape(2, 2, h, cell, w, cell).sum((3, 5))
+    assert torch.equal(shares_at(masks, (h, w)).long(), areas * CELL // cell**2)
 
 
 @settings(deadline=None, max_examples=60)

@@ -31,7 +31,7 @@ from secateur.graph import Compute, State, Tap, Walk, operation_name, tensors_of
 from secateur.grouping import Group, Look
 from secateur.patches import Window, window_of
 from secateur.precision import autocast
-from secateur.regions import ConceptMasks, at_resolution, joined_masks
+from secateur.regions import ConceptMasks, joined_masks
 from secateur.thresholds import Usual, UsualTally
 from secateur.wiring import Wiring
 
@@ -348,7 +348,7 @@ class _Showing:
         if not bool(scene.logits.isfinite().all()):
             raise DataError("the network answers with values that are not finite")
         if source is not None:
-            regions = _regions(source.find(scene), count)
+            regions = Regions(_first(source.find(scene), count))
             for vote in self._votes:
                 vote(regions)
         if self._later:
@@ -398,11 +398,8 @@ def _grid(way: _Pass) -> tuple[int, int]:
     return min(height, LARGEST_GRID), min(width, LARGEST_GRID)
 
 
-def _regions(found: ConceptMasks, count: int) -> Regions:
-    """The regions of the first `count` images, brought to each resolution once."""
-    masks = found.masks[:count]
-    at = functools.cache(lambda size: at_resolution(masks, size))
-    return Regions(at, found.concepts[:count], (masks.shape[2], masks.shape[3]))
+def _first(found: ConceptMasks, count: int) -> ConceptMasks:
+    return ConceptMasks(found.masks[:count], found.concepts[:count])
 
 
 def maps_of(look: Look, value: Tensor) -> Tensor:

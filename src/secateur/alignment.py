@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from secateur.regions import ABSENT
@@ -16,7 +16,10 @@ VALUES_AT_A_TIME = 2**19
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """Positions in common of binarised feature maps and regions, image by image."""
+    """Positions in common of binarised feature maps and regions, image by image.
+
+    In the unit in which the regions were counted.
+    """
 
     intersection: Int[Tensor, "image filter region"]
     union: Int[Tensor, "image filter region"]
@@ -35,16 +38,23 @@ def binarise(
 
 
 def overlap(
-    active: Bool[Tensor, "image filter h w"], masks: Bool[Tensor, "image region h w"]
+    active: Bool[Tensor, "image filter h w"],
+    masks: Bool[Tensor, "image region h w"] | UInt8[Tensor, "image region h w"],
+    cell: int = 1,
 ) -> Overlap:
-    """Positions where a filter is active, against each region."""
-    inside = masks.flatten(2).float()
-    # A last column of ones gives the sizes. Exact: a map has fewer than 2^24 positions.
-    columns = torch.cat([inside, torch.ones_like(inside[:, :1])], 1).transpose(1, 2)
+    """Positions where a filter is active, against each region.
+
+    Masks may say how much of each position is inside, with `cell` for the whole of it.
+    """
+    exact = torch.float32 if cell * active.shape[2:].numel() <= 2**24 else torch.float64
+    inside = masks.flatten(2).to(exact)
+    # A last column of whole cells gives the sizes.
+    whole = torch.full_like(inside[:, :1], cell)
+    columns = torch.cat([inside, whole], 1).transpose(1, 2)
     at_a_time = max(1, VALUES_AT_A_TIME // max(1, active[:1].numel()))
     counts = torch.cat(
         [
-            part.flatten(2).float() @ inside_part
+            part.flatten(2).to(exact) @ inside_part
             for part, inside_part in zip(
                 active.split(at_a_time), columns.split(at_a_time), strict=True
             )

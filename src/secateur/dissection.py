@@ -1,8 +1,8 @@
 """What each filter sees: its best concept by dataset-wide IoU, and the images it responds to most.
 
 Network Dissection (Bau et al., CVPR 2017), with one departure: feature maps are made four times
-finer, not as fine as the image, and masks are brought to that resolution (docs/dissection.md
-compares the two).
+finer, not as fine as the image, and of masks there is counted how much of each cell they fill
+(docs/dissection.md compares the two).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from secateur import distributed
 from secateur.activations import parts_of
 from secateur.alignment import AlignmentTally, Overlap, binarise, overlap
-from secateur.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.criteria import Kernels, Need, Regions, Sight, Size, Vote
 from secateur.grouping import Group
+from secateur.regions import CELL
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
@@ -71,10 +72,10 @@ class Dissection:
 
         def count(regions: Regions) -> None:
             fine = _upsampled(size, regions.size)
-            for some, here, masks, concepts in zip(
-                maps, is_active, regions.at(fine), regions.concepts, strict=True
+            for some, here, shares, concepts in zip(
+                maps, is_active, regions.shares_at(fine), regions.concepts, strict=True
             ):
-                tally.add(_overlap(some, thresholds, here, masks), concepts[None])
+                tally.add(_overlap(some, thresholds, here, shares), concepts[None])
 
         return count
 
@@ -105,11 +106,10 @@ class Dissection:
         return [found[channel] for channel in range(len(group))]
 
 
-def _upsampled(size: tuple[int, int], masks: tuple[int, int] | None) -> tuple[int, int]:
-    """What maps of a size are brought to: no finer than the masks are, where that is known."""
+def _upsampled(size: Size, masks: Size) -> Size:
+    """What maps of a size are brought to: no finer than the masks are."""
     factor = UPSAMPLING
-    bound = size if masks is None else masks
-    while factor > 1 and (size[0] * factor > bound[0] or size[1] * factor > bound[1]):
+    while factor > 1 and (size[0] * factor > masks[0] or size[1] * factor > masks[1]):
         factor //= 2
     return size[0] * factor, size[1] * factor
 
@@ -118,22 +118,24 @@ def _overlap(
     maps: Float[Tensor, "active h w"],
     thresholds: Float[Tensor, "filter"],
     is_active: Bool[Tensor, "filter"],
-    masks: Bool[Tensor, "region height width"],
+    shares: UInt8[Tensor, "region height width"],
 ) -> Overlap:
     """The overlap in one image, given the maps of those filters that are active somewhere in it.
 
+    Areas are counted in 1 / `regions.CELL` of a position.
+
     The others can be passed over: what is interpolated is nowhere above the values around it.
     """
-    size = (masks.shape[1], masks.shape[2])
+    size = (shares.shape[1], shares.shape[2])
     fine = maps[None]
     if fine.shape[1] and fine.shape[2:] != size:
         fine = F.interpolate(fine, size, mode="bilinear", align_corners=False)
     else:
         fine = fine.reshape(1, -1, *size)
-    seen = overlap(binarise(fine, thresholds[is_active]), masks[None])
-    intersection = seen.intersection.new_zeros(1, len(is_active), len(masks))
+    seen = overlap(binarise(fine, thresholds[is_active]), shares[None], CELL)
+    intersection = seen.intersection.new_zeros(1, len(is_active), len(shares))
     intersection[:, is_active] = seen.intersection
-    union = masks.sum(dim=(1, 2)).expand_as(intersection).clone()
+    union = shares.sum(dim=(1, 2), dtype=torch.int64).expand_as(intersection).clone()
     union[:, is_active] = seen.union
     return Overlap(intersection, union)
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 ABSENT = -1
 """Concept number of a region that only fills up the tensor: its mask is empty and nobody votes."""
+CELL = 64
+"""What a cell that is inside as a whole counts, where shares of cells are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
     return ConceptMasks(torch.cat(masks), torch.cat(concepts))
 
 
+def shares_at(
+    masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
+) -> UInt8[Tensor, "image region h w"]:
+    """How much of each cell of a coarser or finer grid is inside, in 1 / `CELL`."""
+    return (_covered(masks, size) * CELL).round().to(torch.uint8)
+
+
 def at_resolution(
     masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
 ) -> Bool[Tensor, "image region h w"]:
@@ -55,7 +64,12 @@ def at_resolution(
     """
     if tuple(masks.shape[2:]) == size:
         return masks
-    covered: Tensor = F.adaptive_avg_pool2d(masks.float(), size)
+    covered = _covered(masks, size)
     most = covered.amax(dim=(2, 3), keepdim=True)
     inside: Tensor = (covered >= most.clamp(max=0.5)) & (covered > 0)
     return inside
+
+
+def _covered(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    covered: Tensor = F.adaptive_avg_pool2d(masks.float(), size)
+    return covered

@@ -7,17 +7,19 @@ images only, never a feature map.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from secateur.config import ScoreSection
 from secateur.errors import UnknownName
 from secateur.patches import Window
+from secateur.regions import ConceptMasks, at_resolution, shares_at
 from secateur.thresholds import Usual
 
 CRITERIA = (
@@ -71,19 +73,26 @@ class Kernels:
         return squares.sqrt()
 
 
-Masks = Callable[[tuple[int, int]], Bool[Tensor, "image region h w"]]
-"""Gives the concept masks of a batch at a resolution."""
+Size = tuple[int, int]
 
 
-@dataclass(frozen=True, eq=False)
 class Regions:
     """Where the concepts are in the images of a batch, at any resolution."""
 
-    at: Masks
-    concepts: Int[Tensor, "image region"]
-    """Number of the concept that each region shows, or `regions.ABSENT`."""
-    size: tuple[int, int] | None = None
-    """Resolution of the masks as their source gives them: a finer one tells nothing more."""
+    def __init__(self, found: ConceptMasks) -> None:
+        masks = found.masks
+        self.concepts: Int[Tensor, "image region"] = found.concepts
+        """Number of the concept that each region shows, or `regions.ABSENT`."""
+        self.size: Size = (masks.shape[2], masks.shape[3])
+        """Resolution of the masks as their source gives them: a finer one tells nothing more."""
+        self.at: Callable[[Size], Bool[Tensor, "image region h w"]] = functools.cache(
+            lambda size: at_resolution(masks, size)
+        )
+        """The masks at a resolution, see `regions.at_resolution`."""
+        self.shares_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
+            lambda size: shares_at(masks, size)
+        )
+        """How much of each cell is inside, see `regions.shares_at`."""
 
 
 @dataclass(frozen=True, eq=False)
