@@ -363,11 +363,14 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     assert torch.equal(tally, expected)
 
 
-@pytest.mark.parametrize(("is_written", "goes_first"), [(True, 1), (False, 0)])
-def test_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
-    is_written: bool, goes_first: int
+@pytest.mark.parametrize(
+    ("is_written", "is_normed", "goes_first"),
+    [(True, True, 1), (True, False, 0), (False, True, 0)],
+)
+def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
+    is_written: bool, is_normed: bool, goes_first: int
 ) -> None:
-    """Filter 1 is read twice as loud, but the kernel that writes it is a fifth of the other's."""
+    """Filter 1 answers twice as loud, but the kernel that writes it is a fifth of the other's."""
     generator = torch.Generator().manual_seed(1)
     maps = torch.rand(8, 2, 5, 5, generator=generator) * torch.tensor([1.0, 2.0])[:, None, None]
     writing = torch.tensor([[5.0, -5.0], [1.0, 1.0]])
@@ -375,7 +378,7 @@ def test_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
         ((writing, torch.arange(2)),) if is_written else (),
         torch.arange(2),
         (Reader(Window((1, 1)), torch.ones(1, 1, 2)),),
-        (),
+        ((torch.ones(2), torch.arange(2)),) if is_normed else (),
     )
     criterion = Reconstruction(Rule("share", "cells", 0.1, {}))
     criterion.begin({"layer": kernels})

@@ -28,7 +28,8 @@ WEIGHT_UNITS = 16
 RIDGE = 1e-3
 """Added to the diagonal of a covariance, as a multiple of its mean."""
 STANDING = 3
-"""The votes for a filter are multiplied by this power of the L1 norm of the kernel that writes it.
+"""Behind a batch norm the votes for a filter are multiplied by this power of the L1 norm of the kernel
+that writes it.
 
 Under weight decay that norm tells how much training held on to the filter, which activations do
 not: a norm on the way brings them to whatever scale it has learnt. Chosen on validation images
@@ -46,9 +47,9 @@ class Reconstruction:
 
     Without a `rule` every position counts, which is the baseline. With one it is an election in
     rounds, as in an instant runoff: the voters are the positions inside the regions of concepts. A
-    voter's ballot is the square of what the readers would miss there of each filter, and counts the
-    more the larger the kernel is that writes the filter (`STANDING`); the filter with the fewest
-    votes goes, and its votes pass on to those that stand in for it.
+    voter's ballot is the square of what the readers would miss there of each filter; behind a batch
+    norm it counts the more the larger the kernel is that writes the filter (`STANDING`). The filter
+    with the fewest votes goes, and its votes pass on to those that stand in for it.
     """
 
     def __init__(self, rule: Rule | None = None) -> None:
@@ -152,7 +153,13 @@ def eliminate(
 
 
 def _standing(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
-    """What the votes for each filter are multiplied by; None where no kernel writes them all."""
+    """What the votes for each filter are multiplied by; None where that is 1.
+
+    That is so without a norm on the way, since then activations are as large as the kernels make
+    them, and where no kernel writes a filter.
+    """
+    if not kernels.norm_scales:
+        return None
     try:
         norms = of_writing_kernels(l1, part, kernels)
     except UsageError:
