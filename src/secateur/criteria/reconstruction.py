@@ -28,8 +28,8 @@ WEIGHT_UNITS = 16
 RIDGE = 1e-3
 """Added to the diagonal of a covariance, as a multiple of its mean."""
 STANDING = 3
-"""Behind a batch norm the votes for a filter are multiplied by this power of the L1 norm of the kernel
-that writes it.
+"""Behind a batch norm the votes for a filter are multiplied by this power of the L1 norm of the
+kernel that writes it.
 
 Under weight decay that norm tells how much training held on to the filter, which activations do
 not: a norm on the way brings them to whatever scale it has learnt. Chosen on validation images
