@@ -174,6 +174,7 @@ def main() -> None:
         for options in rows():
             if _find(found, *options) is None:
                 found.append(measure(options, arguments.data, arguments.weights))
+                found.sort(key=lambda row: rows().index(tuple(row["options"])))
                 write_results(found)
     write_tables(found)
 
