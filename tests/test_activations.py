@@ -74,7 +74,7 @@ class Units(nn.Module):
         return logits
 
 
-EVERYTHING: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+EVERYTHING: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 GRADIENTS: frozenset[Need] = frozenset({"maps", "gradients"})
 NOTHING: frozenset[Need] = frozenset()
 

@@ -694,7 +694,8 @@ def test_every_criterion_says_what_it_needs(name: str) -> None:
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
     needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
     needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "chip", "reconstruction")}
-    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response", "vote-iou")}
+    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response")}
+    needs["vote-iou"] = {"maps", "thresholds", "concepts"}
     assert criterion.needs == needs.get(name, {"maps"})
 
 

@@ -232,3 +232,16 @@ def test_values_that_are_not_finite_are_an_error(value: float, place: int) -> No
     tally = UsualTally(3, 1)
     with pytest.raises(DataError, match="values that are not finite"):
         tally.add(maps)
+
+
+def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> None:
+    maps = torch.randn(6, 3, 5, 5, generator=generator)
+    tally = UsualTally(3, ALL_POSITIONS, with_thresholds=False)
+    for some in maps.split(2):
+        tally.add(some)
+    usual, whole = tally.finish(0.1), tally_of(maps).finish(0.1)
+    assert torch.equal(usual.mean, whole.mean)
+    assert torch.equal(usual.largest, whole.largest)
+    assert usual.threshold.isinf().all()
+    with pytest.raises(DataError, match="not finite"):
+        tally.add(maps.clone().fill_(math.nan))

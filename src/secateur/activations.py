@@ -78,8 +78,8 @@ def observe(
     assert source is not None or "concepts" not in needs
     way = _Pass(wiring, state, source, settings)
     usual: dict[str, Usual] = {}
-    if "usual" in needs or (source is not None and source.needs_learning):
-        usual = _first_look(way, batches())
+    if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
+        usual = _first_look(way, batches(), with_thresholds="thresholds" in needs)
     showing = _Showing(way, parts, usual, observers)
     shown = 0
     for batch, count in _refilled(batches()):
@@ -283,7 +283,7 @@ def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
     return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
-def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
+def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) -> dict[str, Usual]:
     """What is usual for each filter, from a sample of the images; the source learns from it too."""
     tallies: dict[str, UsualTally] = {}
     counts: list[int] = []
@@ -293,7 +293,9 @@ def _first_look(way: _Pass, batches: Iterable[Batch]) -> dict[str, Usual]:
         tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
 
     for part, look in _looks(way.wiring).items():
-        tallies[part] = UsualTally(len(look.index), settings.threshold_positions)
+        tallies[part] = UsualTally(
+            len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
+        )
     sample = (
         _taken(batch, (batch.numbers % settings.sample_every == 0).nonzero()[:, 0])
         for batch in batches

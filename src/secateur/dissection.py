@@ -45,7 +45,7 @@ class FilterConcept:
 class Dissection:
     """Tallies the overlap of every filter with every concept; an `Observer`."""
 
-    needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+    needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 
     def __init__(self, concept_names: tuple[str, ...]) -> None:
         self._names = concept_names

@@ -38,6 +38,7 @@ class Usual:
 
     mean: Float[Tensor, "filter"]
     threshold: Float[Tensor, "filter"]
+    """Infinite where nobody asked for it: nothing is above it."""
     largest: Float[Tensor, "filter"]
     """No value that was looked at is larger in size; at most twice the largest one."""
 
@@ -45,9 +46,10 @@ class Usual:
 class UsualTally:
     """Counts each filter's activations, batch by batch."""
 
-    def __init__(self, filters: int, positions: int) -> None:
+    def __init__(self, filters: int, positions: int, *, with_thresholds: bool = True) -> None:
         """Looks at `positions` positions of each map, evenly spaced, or at all where fewer."""
         self._positions = positions
+        self._with_thresholds = with_thresholds
         self._images = torch.zeros((), dtype=torch.int64)
         self._mean = ExactSum((filters,))
         self._largest = torch.full((filters,), -torch.inf)
@@ -69,6 +71,8 @@ class UsualTally:
         if int(octave.max()) == 255:
             raise DataError("a feature map holds values that are not finite")
         self._widen(octave)
+        if not self._with_thresholds:
+            return
         floor = ((self._octave + 1) << MANTISSA_BITS) - _BINS
         places = (keys - floor.int()[:, None] + 1).clamp_(0, _BINS)
         places = torch.where(values < 0, -places, places).add_(_BINS)
@@ -100,13 +104,17 @@ class UsualTally:
         distributed.add_up([self._images, self._mean.limbs, self._counts])
 
     def finish(self, quantile: float) -> Usual:
-        """Means, and thresholds exceeded by the share `quantile` of the positions looked at.
+        """Means, and thresholds, if asked for, exceeded by the share `quantile` of the positions looked at.
 
-        A threshold is never below the exact quantile of what was looked at, and above it by at most
-        1/64 of its size, or by 2^-10 of the filter's largest activation where it is smaller than
-        that. The exact one is the largest value that at least the share q reach. A share q of n
-        independent values is itself known to within about sqrt(q (1 - q) / n).
+        A threshold is never below the exact quantile of what was looked at, and above it by at
+        most 1/64 of its size, or by 2^-10 of the filter's largest activation where it is smaller
+        than that. The exact one is the largest value that at least the share q reach. A share q of
+        n independent values is itself known to within about sqrt(q (1 - q) / n).
         """
+        mean = (self._mean.value() / int(self._images)).float()
+        bound = ((self._octave + 1) << 23).int().view(torch.float32)
+        if not self._with_thresholds:
+            return Usual(mean, torch.full_like(mean, torch.inf), bound)
         total = int(self._counts[0].sum())
         rank = max(1, round(quantile * total))
         reached = self._counts.flip(1).cumsum(1, dtype=torch.int64) >= rank
@@ -118,6 +126,4 @@ class UsualTally:
         edge = torch.where(place > 0, above, below).clamp_min(0).int().view(torch.float32)
         smallest = (floor.clamp_min(0) << _SHIFT).int().view(torch.float32)
         threshold = torch.where(place > 0, edge, torch.where(place < 0, -edge, smallest))
-        mean = (self._mean.value() / int(self._images)).float()
-        bound = ((self._octave + 1) << 23).int().view(torch.float32)
         return Usual(mean, torch.minimum(threshold, self._largest), bound)

@@ -29,9 +29,9 @@ CRITERIA = (
 )
 """Every criterion by name."""
 
-Need = Literal["maps", "usual", "concepts", "gradients"]
+Need = Literal["maps", "usual", "thresholds", "concepts", "gradients"]
 """What an observer wants to be shown: feature maps at all; each filter's usual activation, which
-takes a sampled pass of its own; concept masks; gradients of the loss."""
+takes a sampled pass of its own, and with it its threshold; concept masks; gradients of the loss."""
 
 
 @dataclass(frozen=True, eq=False)

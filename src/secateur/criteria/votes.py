@@ -134,7 +134,7 @@ class OverlapVotes:
     binarised at its own threshold. A filter that does not touch the region gets no vote.
     """
 
-    needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
+    needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
