@@ -104,7 +104,7 @@ class UsualTally:
         distributed.add_up([self._images, self._mean.limbs, self._counts])
 
     def finish(self, quantile: float) -> Usual:
-        """Means, and thresholds, if asked for, exceeded by the share `quantile` of the positions looked at.
+        """Means, and thresholds if asked for: exceeded by a share `quantile` of what was looked at.
 
         A threshold is never below the exact quantile of what was looked at, and above it by at
         most 1/64 of its size, or by 2^-10 of the filter's largest activation where it is smaller
