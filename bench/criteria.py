@@ -131,28 +131,21 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
-        if name in ruled_out:
-            cell = {
-                "study": study,
-                "network": network,
-                "seed": seed,
-                "target": target,
-                "criterion": name,
-                "outcome": "not applicable",
-                "reason": ruled_out[name],
-            }
-            _put(cell)
-            continue
-        start = time.perf_counter()
-        plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
-        smaller = apply_plan(model, ground.wiring, plan)
-        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed, answers=answers)
-        cell = {
+        cell: Cell = {
             "study": study,
             "network": network,
             "seed": seed,
             "target": target,
             "criterion": name,
+        }
+        if name in ruled_out:
+            _put(cell | {"outcome": "not applicable", "reason": ruled_out[name]})
+            continue
+        start = time.perf_counter()
+        plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
+        smaller = apply_plan(model, ground.wiring, plan)
+        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed, answers=answers)
+        cell |= {
             "base_fraction": base,
             "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),

@@ -16,8 +16,18 @@ from torch.fx.node import Node
 from networks import Chain, make_network, random_images
 from secateur.concepts import Scene
 from secateur.config import ScoreSection
-from secateur.criteria import CRITERIA, Criterion, Kernels, Need, Reader, Regions, Sight, make
-from secateur.criteria.dependence import nuclear_norm_losses
+from secateur.criteria import (
+    CRITERIA,
+    Criterion,
+    Kernels,
+    Need,
+    Reader,
+    Regions,
+    Sight,
+    dependence,
+    make,
+)
+from secateur.criteria.dependence import ChannelIndependence, nuclear_norm_losses
 from secateur.criteria.kernels import OfKernels, l2
 from secateur.criteria.reconstruction import (
     POSITIONS,
@@ -506,7 +516,42 @@ def test_independence_is_what_the_nuclear_norm_loses(
         without = rows.clone()
         without[c] = 0
         lost = (whole - torch.linalg.svdvals(without).sum()) / rows.shape[1] ** 0.5
-        assert float(scores[c]) == pytest.approx(float(lost), rel=1e-3, abs=1e-4)
+        assert float(scores[c]) == pytest.approx(float(lost), rel=1e-4, abs=1e-5)
+
+
+def independence_of(maps: Tensor) -> ChannelIndependence:
+    """After one look at some maps."""
+    filters = maps.shape[1]
+    kernels = Kernels((), torch.arange(filters), (), ())
+    criterion = ChannelIndependence()
+    criterion.begin({"layer": kernels})
+    criterion.observe(sight_of("layer", maps, torch.arange(len(maps)), kernels))
+    return criterion
+
+
+def shares_of_positions(criterion: ChannelIndependence) -> Tensor:
+    """Mean square of each filter over the positions that were looked at."""
+    return criterion._moments["layer"].raw(criterion._units["layer"]).diagonal()
+
+
+@pytest.mark.parametrize("side", [14, 28, 32, 56, 112])
+def test_independence_looks_at_many_columns(side: int) -> None:
+    """Each filter is 1 in one column: at least half of the columns are met, none too often."""
+    maps = torch.eye(side)[None, :, None].expand(1, side, side, side)
+    share = shares_of_positions(independence_of(maps))
+    assert (share > 0).double().mean() > 0.5
+    assert share.max() < 0.1
+
+
+def test_independence_samples_large_maps_evenly() -> None:
+    """A map whose rows and columns are as often 1 as 0 keeps its mean."""
+    side = 32
+    stripes = (torch.arange(side) % 2).float()
+    maps = torch.stack([stripes.expand(side, side), stripes[:, None].expand(side, side)])[None]
+    share = shares_of_positions(independence_of(maps))
+    assert side * side > dependence.POSITIONS
+    assert 0.4 < float(share[0]) < 0.6
+    assert 0.4 < float(share[1]) < 0.6
 
 
 @settings(deadline=None, max_examples=30)

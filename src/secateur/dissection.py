@@ -122,9 +122,8 @@ def _overlap(
 ) -> Overlap:
     """The overlap in one image, given the maps of those filters that are active somewhere in it.
 
-    Areas are counted in 1 / `regions.CELL` of a position.
-
-    The others can be passed over: what is interpolated is nowhere above the values around it.
+    The others can be passed over: what is interpolated is nowhere above the values around it. Areas
+    are counted in 1 / `regions.CELL` of a position.
     """
     size = (shares.shape[1], shares.shape[2])
     fine = maps[None]
