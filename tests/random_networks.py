@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import RunFolderError, TargetError
-from secateur.plan import PruningPlan, Quantity, Target, make_plan
+from secateur.plan import PruningPlan, Target, make_plan
+from secateur.quantities import Quantity
 from secateur.surgery import check_plan
 from secateur.wiring import Wiring
 

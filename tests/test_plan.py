@@ -11,7 +11,8 @@ from torch import Tensor
 
 from networks import wired
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.plan import PruningPlan, Quantity, Target, make_plan, parse_target
+from secateur.plan import PruningPlan, Target, make_plan, parse_target
+from secateur.quantities import Quantity
 from secateur.wiring import Wiring
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]

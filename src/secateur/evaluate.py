@@ -90,14 +90,19 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
     """Median time of a forward pass of `batch` images, after two passes to warm up."""
-    repeats = -(-batch // len(images))
-    images = images.repeat(repeats, 1, 1, 1)[:batch]
+    images = batch_of(images, batch)
     with evaluating(model), torch.inference_mode():
-        times = [_seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
+        times = [seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
     return 1e3 * statistics.median(times[2:])
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def batch_of(images: Tensor, size: int) -> Tensor:
+    """So many images: the given ones `[image, rgb, height, width]`, over and over."""
+    return images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long an action takes, until the accelerator is done with it, too."""
     start = time.perf_counter()
     action()
     if torch.cuda.is_available():

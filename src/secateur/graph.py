@@ -338,17 +338,18 @@ def _replace_in_place_operations(graph: Graph) -> None:
 
 def _sharing_memory(node: Node) -> set[Node]:
     """The values that share memory with a node: what it is a view of, and all views of that."""
-    while _is_view(node) and isinstance(node.args[0], Node):
+    while is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     sharing, coming = {node}, [node]
     while coming:
-        views = [user for user in coming.pop().users if _is_view(user)]
+        views = [user for user in coming.pop().users if is_view(user)]
         coming += views
         sharing.update(views)
     return sharing
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether an operation gives a view of what it reads, by its schema; `reshape` may copy."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
     returns = node.target._schema.returns

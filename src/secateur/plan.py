@@ -10,17 +10,18 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from torch import Tensor
 
 from secateur.errors import RunFolderError, TargetError, UsageError
+from secateur.latency import LatencyTable
+from secateur.quantities import Quantity, measure_of
 from secateur.wiring import STREAM, Wiring
 
-Quantity = Literal["macs", "params", "filters"]
 Removed = dict[str, tuple[int, ...]]
 SCHEMA_VERSION = 1
 
@@ -91,7 +92,8 @@ class PruningPlan:
 def parse_target(text: str) -> Target:
     """The target that a text such as `macs=0.7` names; raises `TargetError`."""
     quantity, equals, number = text.partition("=")
-    expected = "give macs=F, params=F or filters=F with the fraction F that stays, 0 < F <= 1"
+    *names, last = (f"{name}=F" for name in get_args(Quantity))
+    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
     if quantity not in get_args(Quantity) or not equals:
         raise TargetError(f"target {text!r} is not understood: {expected}")
     try:
@@ -111,6 +113,7 @@ def make_plan(
     *,
     round_to: int = 1,
     min_filters: int = 1,
+    latency: LatencyTable | None = None,
 ) -> PruningPlan:
     """The plan that removes the lowest-scored filters until the target is met, and no more.
 
@@ -118,8 +121,9 @@ def make_plan(
     one step more for as many groups as the target leaves room for, those whose share was rounded
     down most first. A group keeps at least `min_filters`, and a multiple of `round_to` filters or
     all of them. `scores` is `{group: score [channel]}`, higher stays; between equal scores the
-    filter with the smaller number stays. Raises `TargetError` where even the least that may stay is
-    too much, and `UsageError` where a score is missing or not finite.
+    filter with the smaller number stays. A target of latency needs the times that
+    `timing.measure_latency` gives. Raises `TargetError` where even the least that may stay is too
+    much, and `UsageError` where a score is missing or not finite, or the times are missing.
     """
     for name, group in wiring.groups.items():
         if name not in scores or scores[name].shape != (len(group),):
@@ -128,7 +132,7 @@ def make_plan(
             )
         if not scores[name].isfinite().all():
             raise UsageError(f"{criterion}: a score of {name!r} is not a finite number")
-    quantity = _quantity(wiring, target.quantity)
+    quantity = measure_of(wiring, target.quantity, latency)
     limit = target.fraction_left * quantity({})
     order, least_counts = _orders(scores, wiring)
     steps = {
@@ -215,12 +219,3 @@ def _steps(wiring: Wiring, name: str, order: Sequence[int], round_to: int, least
         if count >= least and width % round_to == 0 and count < len(order)
     ]
     return [*allowed, len(order)]
-
-
-def _quantity(wiring: Wiring, name: Quantity) -> Callable[[Removed], float]:
-    if name == "macs":
-        return wiring.macs
-    if name == "params":
-        return wiring.params
-    prunable = sum(len(group) for group in wiring.groups.values())
-    return lambda removed: prunable - sum(len(filters) for filters in removed.values())

@@ -1,0 +1,118 @@
+"""What the values of a network take up while it answers, in the order of execution."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.fx.node import Node
+
+from secateur.channels import Axes
+from secateur.graph import is_view, operation_name
+from secateur.volumes import Dimension, Volumes, dimensions_of
+from secateur.wiring import Removed, Wiring
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Memory that a value, and what is a view of it, lies in."""
+
+    node: Node
+    """The operation that writes it, or the placeholder of the images."""
+    dimensions: tuple[Dimension, ...]
+    images: int
+    """How many images the dimensions are of; 1 where they don't depend on the batch."""
+    element_bytes: int
+    first: int
+    """Position of `node` in the order of execution."""
+    last: int
+    """Position of the last operation that reads it; of the graph's end, where it is an answer."""
+
+
+def storages(wiring: Wiring) -> list[Storage]:
+    """All that operations write, and the images; not parameters, buffers and constants.
+
+    An operation in place writes a storage of its own here, as it does in the graph.
+    """
+    graph = wiring.graph
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    found: list[Storage] = []
+    at: dict[Node, list[int | None]] = {}
+    """Place in `found` of each value of a node; None for parameters and views of them."""
+
+    def add(node: Node, value: Any, axes: Axes) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        shape = tuple(int(size) for size in value.shape)
+        images = graph.images if any(s and s % graph.images == 0 for s in shape) else 1
+        dimensions = dimensions_of(wiring, axes, shape)
+        place = position[node]
+        found.append(Storage(node, dimensions, images, value.dtype.itemsize, place, place))
+        return len(found) - 1
+
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node is not graph.image and node.op != "call_function":
+            at[node] = [None]
+        elif node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, Node)
+            assert isinstance(index, int)
+            at[node] = [at[source][index]]
+        elif _shares_memory(node):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            at[node] = at[source] * (len(value) if isinstance(value, list | tuple) else 1)
+        elif isinstance(value, list | tuple):
+            several = wiring.several.get(node, [])
+            at[node] = [add(node, v, axes) for v, axes in zip(value, several, strict=True)]
+        else:
+            at[node] = [add(node, value, wiring.axes.get(node, ()))]
+        used = graph.last_use.get(node, node)
+        last = len(graph.nodes) if node in graph.outputs else position[used]
+        for place in at[node]:
+            if place is not None:
+                found[place] = replace(found[place], last=max(found[place].last, last))
+    return found
+
+
+def peak_bytes(wiring: Wiring) -> Callable[[Removed], float]:
+    """A function of what goes: most bytes of values alive at once, for one image.
+
+    A value is alive from the operation that writes it to the last one that reads it; the memory
+    that an operation takes for itself meanwhile is not counted.
+    """
+    each = storages(wiring)
+    volumes = Volumes(wiring, [storage.dimensions for storage in each])
+    element_bytes = np.array([storage.element_bytes for storage in each])
+    images = np.array([storage.images for storage in each])
+    first = np.array([storage.first for storage in each])
+    after = np.array([storage.last + 1 for storage in each])
+    moments = len(wiring.graph.nodes) + 2
+
+    def peak(removed: Removed) -> float:
+        sizes: npt.NDArray[np.int64] = volumes(removed) * element_bytes // images
+        # Whole numbers below 2**53 are exact in float64, the only weights that bincount takes.
+        change = np.bincount(first, sizes, moments) - np.bincount(after, sizes, moments)
+        return float(np.cumsum(change).max())
+
+    return peak
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether an operation gives its first argument, or a view of it, and copies nothing."""
+    source, value = node.args[0] if node.args else None, node.meta.get("val")
+    if not isinstance(source, Node):
+        return False
+    if operation_name(node).endswith("dropout"):  # outside of training it gives what it got
+        return True
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    before = source.meta.get("val")
+    if not is_view(node) or not isinstance(first, Tensor) or not isinstance(before, Tensor):
+        return False
+    return bool(first.untyped_storage()._cdata == before.untyped_storage()._cdata)
