@@ -581,9 +581,11 @@ def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
         scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
         quantities: list[Quantity] = ["macs", "params", "filters"]
         target = Target(quantities[number(3)], 0.4 + number(50) / 100)
-        options = {"round_to": [1, 1, 2, 4][number(4)], "min_filters": 1 + number(3)}
+        round_to, min_filters = [1, 1, 2, 4][number(4)], 1 + number(3)
         try:
-            return make_plan(scores, wiring, target, "random", **options)
+            return make_plan(
+                scores, wiring, target, "random", round_to=round_to, min_filters=min_filters
+            )
         except TargetError:
             pass
     removed: dict[str, tuple[int, ...]] = {}

@@ -74,7 +74,7 @@ def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> Latency
     layers = tuple(each.times(times) for each in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(wiring, layers, block), other_values(wiring)
-    fixed, slope = _line(
+    fixed, slope = line(
         [values(each) for each in removed],
         [times[number] - float(alone(each).sum()) for number, each in enumerate(removed)],
     )
@@ -308,7 +308,7 @@ def _error(
     return total
 
 
-def _line(values: Sequence[float], remainders: Sequence[float]) -> tuple[float, float]:
+def line(values: Sequence[float], remainders: Sequence[float]) -> tuple[float, float]:
     """Start and slope of the line through the remainders, neither of them below 0."""
     x, y = np.array(values), np.maximum(remainders, 0)
     slope = float(np.polyfit(x, y, 1)[0]) if len(set(values)) > 1 else 0.0

@@ -1,0 +1,150 @@
+"""The latency that is foretold from given times; none is measured here, see `test_timing`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from networks import wired
+from secateur.errors import RunFolderError, TargetError, UsageError
+from secateur.latency import (
+    Hardware,
+    Interpolation,
+    LatencyTable,
+    LayerTimes,
+    milliseconds,
+    other_values,
+    widths_of,
+)
+from secateur.plan import Target, make_plan
+from secateur.wiring import Removed, Wiring
+
+HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
+
+
+def bilinear(read: float, written: float) -> float:
+    return 1 + 0.5 * read + 0.25 * written + 0.125 * read * written
+
+
+def bilinear_times(
+    layer: str = "conv", read: tuple[int, ...] = (1, 8, 64), written: tuple[int, ...] = (2, 24, 48)
+) -> LayerTimes:
+    ms = tuple(tuple(bilinear(r, w) for w in written) for r in read)
+    return LayerTimes(layer=layer, read=read, written=written, ms=ms)
+
+
+def table_of(wiring: Wiring) -> LatencyTable:
+    """Times that are in proportion to the multiply-accumulates of a position."""
+    layers = []
+    for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True):
+        read = 1 if isinstance(widths.read, int) else len(widths.read)
+        written = 1 if isinstance(widths.written, int) else len(widths.written)
+        reads, writes = tuple(sorted({1, read})), tuple(sorted({1, written}))
+        ms = tuple(tuple(0.001 * r * w for w in writes) for r in reads)
+        layers.append(LayerTimes(layer=layer.name, read=reads, written=writes, ms=ms))
+    return LatencyTable(
+        hardware=HARDWARE,
+        batch=16,
+        block=1,
+        layers=tuple(layers),
+        fixed_ms=0.01,
+        ms_per_value=1e-6,
+    )
+
+
+def test_between_timed_widths_times_are_interpolated_in_both_directions() -> None:
+    layers = [bilinear_times(), bilinear_times(read=(3,), written=(5, 6)), bilinear_times()]
+    interpolate = Interpolation(layers, 1)
+    for reads, writes in [((1, 3, 64), (2, 5, 48)), ((5, 3, 40), (30, 6, 3))]:
+        expected = [bilinear(r, w) for r, w in zip(reads, writes, strict=True)]
+        assert interpolate(np.array(reads), np.array(writes)) == pytest.approx(expected)
+
+
+def test_narrower_and_wider_than_timed_is_as_the_nearest() -> None:
+    interpolate = Interpolation([bilinear_times(read=(4, 8), written=(4, 8))], 1)
+    assert interpolate(np.array([1]), np.array([9]))[0] == pytest.approx(bilinear(4, 8))
+
+
+def test_a_width_takes_as_long_as_the_next_whole_block() -> None:
+    layer = bilinear_times(read=(16, 32, 64), written=(16, 32, 50))
+    interpolate = Interpolation([layer], 16)
+
+    def at(read: int, written: int) -> float:
+        return float(interpolate(np.array([read]), np.array([written]))[0])
+
+    assert at(17, 16) == at(32, 16) == pytest.approx(bilinear(32, 16))
+    assert at(33, 16) == at(48, 16) == pytest.approx(bilinear(48, 16))
+    assert at(16, 50) == at(16, 49) == pytest.approx(bilinear(16, 50))
+
+
+@pytest.mark.parametrize("name", ["chain", "depthwise", "grouped", "concat", "flattened"])
+def test_latency_is_layers_and_a_line_in_all_other_values(name: str) -> None:
+    wiring = wired(name)[1]
+    table, values = table_of(wiring), other_values(wiring)
+    predict = milliseconds(table, wiring)
+    group, channels = next(iter(wiring.groups.items()))
+    everything_but_one: Removed = {group: tuple(range(1, len(channels)))}
+    layers = sum(layer.ms[-1][-1] for layer in table.layers)
+    assert predict({}) == pytest.approx(layers + 0.01 + 1e-6 * values({}))
+    assert predict(everything_but_one) < predict({})
+
+
+def test_values_that_are_no_layers() -> None:
+    wiring = wired("chain")[1]
+    whole = 2 * 6 * 64 + 2 * 7 * 16 + 7  # norms, relus and the pooling; its flattening is a view
+    assert other_values(wiring)({}) == whole
+    assert other_values(wiring)({"conv1": (0,)}) == whole - 2 * 64
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.8])
+def test_a_plan_meets_a_target_of_latency(fraction: float, generator: torch.Generator) -> None:
+    wiring = wired("residual", True)[1]
+    table = table_of(wiring)
+    scores = {n: torch.randn(len(g), generator=generator) for n, g in wiring.groups.items()}
+    target = Target("latency", fraction)
+    plan = make_plan(scores, wiring, target, "random", latency=table)
+    predict = milliseconds(table, wiring)
+    assert 0.5 * fraction < predict(plan.removed) / predict({}) <= fraction
+
+
+def test_a_target_of_latency_needs_times_and_can_be_out_of_reach() -> None:
+    wiring = wired("chain")[1]
+    scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
+    with pytest.raises(UsageError, match="needs times of the network's layers"):
+        make_plan(scores, wiring, Target("latency", 0.5), "random")
+    with pytest.raises(TargetError, match="latency=0.01 is out of reach"):
+        make_plan(scores, wiring, Target("latency", 0.01), "random", latency=table_of(wiring))
+
+
+def test_a_table_of_another_network_is_refused() -> None:
+    table = table_of(wired("chain")[1])
+    with pytest.raises(UsageError, match="is of another network"):
+        milliseconds(table, wired("residual")[1])
+
+
+def test_a_table_written_and_read_is_the_same() -> None:
+    table = table_of(wired("concat")[1])
+    assert LatencyTable.from_json(table.to_json()) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "has schema version 2, not 1"),
+        ({"batch": "many"}, "can't be read: batch: "),
+        ({"colour": 1}, "can't be read: colour: Extra inputs"),
+    ],
+)
+def test_a_changed_table_is_refused(change: dict[str, object], message: str) -> None:
+    content = json.loads(table_of(wired("chain")[1]).to_json())
+    with pytest.raises(RunFolderError, match=message):
+        LatencyTable.from_json(json.dumps({**content, **change}))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null"])
+def test_what_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(RunFolderError, match="the latency table can't be read"):
+        LatencyTable.from_json(text)

@@ -1,0 +1,126 @@
+"""Every quantity by the fast way and by a slow one: counted, or seen as the cut network runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import NETWORKS, random_images, random_plan, wired
+from secateur.errors import UsageError
+from secateur.graph import NetworkGraph, apply, tensors_of, trace
+from secateur.quantities import measure_of
+from secateur.reading import make_wiring
+from secateur.surgery import cut
+from secateur.volumes import Volumes
+from secateur.wiring import Wiring
+
+
+def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> int:
+    """Most bytes of memory behind the values that are still needed, operation by operation."""
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    values: dict[Any, Any] = {graph.image: image}
+    values |= {node: state[name] for node, name in graph.tensor_names.items()}
+    values |= graph.constants
+    own = {tensor.untyped_storage().data_ptr() for n, tensor in values.items() if n != graph.image}
+    most = 0
+    for now, node in enumerate(graph.nodes):
+        if node.op == "call_function":
+            values[node] = apply(node, values.__getitem__, {})
+        for other in list(values):
+            last = position[graph.last_use.get(other, other)]
+            if last < now and other not in graph.outputs:
+                del values[other]
+        memory = {}
+        for value in values.values():
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor):
+                    memory[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        most = max(most, sum(size for place, size in memory.items() if place not in own))
+    return most
+
+
+class Views(nn.Module):
+    """Halves of a value, one of them unused for long, a dropout, a copy, an operation with two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.conv3 = nn.Conv2d(6, 4, 1)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.conv1(x).chunk(2, 1)
+        largest, _ = F.max_pool2d(self.conv2(left), 2, return_indices=True)
+        largest = F.dropout(largest, training=self.training)
+        x = self.conv3(F.interpolate(largest, scale_factor=2))
+        x = (x + right).transpose(2, 3).reshape(len(x), -1, 64)
+        logits: Tensor = self.linear(x.mean(2))
+        return logits
+
+
+def some_wiring(name: str) -> tuple[nn.Module, Wiring]:
+    if name != "views":
+        return wired(name, True)
+    model = Views().eval()
+    return model, make_wiring(model, random_images(2))
+
+
+ALL = [*NETWORKS, "views"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_macs_and_parameters_are_those_that_the_wiring_counts(
+    name: str, generator: torch.Generator
+) -> None:
+    wiring = some_wiring(name)[1]
+    macs, params = measure_of(wiring, "macs"), measure_of(wiring, "params")
+    for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(5))):
+        assert macs(removed) == wiring.macs(removed)
+        assert params(removed) == wiring.params(removed)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_is_what_is_alive_as_the_cut_network_runs(
+    name: str, generator: torch.Generator
+) -> None:
+    model, wiring = some_wiring(name)
+    memory, image = measure_of(wiring, "memory"), random_images(1)
+    for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(3))):
+        smaller = cut(model, wiring, removed).eval()
+        graph = trace(smaller, random_images(2))
+        assert memory(removed) == live_bytes(graph, tensors_of(smaller), image)
+
+
+def test_memory_of_a_chain() -> None:
+    wiring = wired("chain")[1]
+    memory = measure_of(wiring, "memory")
+    assert memory({}) == 4 * (6 + 6) * 8 * 8  # what the first norm reads and writes
+    assert memory({"conv1": (0, 3, 5)}) == 4 * (3 + 3) * 8 * 8
+    assert memory({"conv1": (0, 1, 2, 3, 4)}) == 4 * (3 + 1) * 8 * 8  # the image, and one filter
+
+
+def test_filters_are_counted_where_they_can_go() -> None:
+    wiring = wired("chain")[1]
+    assert measure_of(wiring, "filters")({}) == 13
+    assert measure_of(wiring, "filters")({"conv1": (1, 2)}) == 11
+
+
+def test_volumes_count_repeated_and_fixed_channels() -> None:
+    wiring = wired("chain")[1]
+    first = wiring.groups["conv1"].channels[:2]
+    fixed = first * 0 - 1
+    rows = [(), (5,), (first, 3), (first.repeat(3), first), (fixed,), (first[:1], fixed, first)]
+    volumes = Volumes(wiring, rows)
+    assert volumes({}).tolist() == [1, 5, 6, 12, 2, 4]
+    assert volumes({"conv1": (1,)}).tolist() == [1, 5, 3, 3, 2, 2]
+    assert Volumes(wiring, [])({}).tolist() == []
+
+
+def test_latency_needs_a_table() -> None:
+    with pytest.raises(UsageError, match="needs times of the network's layers: pass latency="):
+        measure_of(wired("chain")[1], "latency")
