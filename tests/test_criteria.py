@@ -36,6 +36,7 @@ from secateur.criteria.reconstruction import (
     Reconstruction,
     _spread,
     eliminate,
+    error_curve,
 )
 from secateur.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.criteria.votes import Rule, shares, winners
@@ -292,7 +293,10 @@ def test_filters_go_in_the_order_of_what_is_missed(
     readers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
     standing = torch.rand(filters, generator=generator, dtype=torch.float64)
     standing = standing if has_standing else torch.ones(filters, dtype=torch.float64)
-    order, errors = eliminate(covariance, readers, filters, standing if has_standing else None)
+    order = eliminate(covariance, readers, filters, standing if has_standing else None)
+    curve = error_curve(covariance, readers, order[::-1])
+    assert curve[0] == 0
+    errors = curve[1:].tolist()
     ridged = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)
 
     def missed(left: list[int]) -> float:
@@ -319,19 +323,22 @@ def test_filters_go_in_the_order_of_what_is_missed(
 def test_of_two_copies_only_one_stays() -> None:
     rows = torch.randn(200, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rows[:, 2] = 3 * rows[:, 0]
-    order, errors = eliminate(rows.T @ rows / 200, torch.eye(4, dtype=torch.float64), 4)
+    covariance, readers = rows.T @ rows / 200, torch.eye(4, dtype=torch.float64)
+    order = eliminate(covariance, readers, 4)
     assert order[0] in (0, 2)
-    assert errors[0] < 1e-2 * errors[1]
+    errors = error_curve(covariance, readers, order[::-1])
+    assert errors[1] < 1e-2 * errors[2]
 
 
 def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
     rows = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rows[:, 1] = 0
-    order, _ = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4)
+    order = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4)
     assert order[0] == 1
-    order, errors = eliminate(torch.zeros(4, 4).double(), torch.ones(2, 4).double(), 4)
+    nothing, readers = torch.zeros(4, 4).double(), torch.ones(2, 4).double()
+    order = eliminate(nothing, readers, 4)
     assert sorted(order) == [0, 1, 2, 3]
-    assert all(math.isfinite(error) for error in errors)
+    assert error_curve(nothing, readers, order).isfinite().all()
 
 
 def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> Sight:

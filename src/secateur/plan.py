@@ -6,22 +6,31 @@ until `surgery.apply_plan` carries it out.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from torch import Tensor
 
+from secateur.allocation import (
+    Space,
+    equal_shares,
+    given_shares,
+    least_damage,
+    lowest_scores,
+)
 from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.latency import LatencyTable
 from secateur.quantities import Quantity, measure_of
+from secateur.ranking import Ranking, rank
 from secateur.wiring import STREAM, Wiring
 
+AllocationRule = Literal["uniform", "curves", "global", "shares"]
 Removed = dict[str, tuple[int, ...]]
 SCHEMA_VERSION = 1
 
@@ -105,106 +114,112 @@ def parse_target(text: str) -> Target:
     return Target(cast(Quantity, quantity), fraction)
 
 
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """By which rule a plan spreads the cut over the groups, and what the rule needs.
+
+    `uniform`: every group keeps the same share. `curves`: what is lost at the network's output is
+    kept small, by the `damage` of each group (`damage.measure_damage`). `global`: the lowest scores
+    go, in whatever group they are. `shares`: `{name pattern: share that stays}` as given; there the
+    target is not looked at.
+    """
+
+    rule: AllocationRule = "uniform"
+    damage: Mapping[str, Sequence[float]] | None = None
+    shares: Mapping[str, float] | None = None
+
+
 def make_plan(
     scores: Mapping[str, Tensor],
     wiring: Wiring,
     target: Target,
     criterion: str,
     *,
+    allocation: Allocation | None = None,
+    ties: Mapping[str, Tensor] | None = None,
     round_to: int = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
     """The plan that removes the lowest-scored filters until the target is met, and no more.
 
-    Every group keeps the same share of its filters: the largest share that meets the target, then
-    one step more for as many groups as the target leaves room for, those whose share was rounded
-    down most first. A group keeps at least `min_filters`, and a multiple of `round_to` filters or
-    all of them. `scores` is `{group: score [channel]}`, higher stays; between equal scores the
-    filter with the smaller number stays. A target of latency needs the times that
-    `timing.measure_latency` gives. Raises `TargetError` where even the least that may stay is too
-    much, and `UsageError` where a score is missing or not finite, or the times are missing.
+    How many go in each group the `allocation` says, by default equal shares; see `allocation.py`. A
+    group keeps at least `min_filters`, and a multiple of `round_to` filters or all of them.
+    `scores` is `{group: score [channel]}`, higher stays; for equal scores see `ranking.rank`. A
+    target of latency needs the times that `timing.measure_latency` gives. Raises `TargetError`
+    where even the least that may stay is too much, and `UsageError` where a score is missing or not
+    finite, or what the allocation or the target needs is missing.
     """
-    for name, group in wiring.groups.items():
-        if name not in scores or scores[name].shape != (len(group),):
-            raise UsageError(
-                f"{criterion}: {name!r} needs one score for each of {len(group)} filters"
-            )
-        if not scores[name].isfinite().all():
-            raise UsageError(f"{criterion}: a score of {name!r} is not a finite number")
-    quantity = measure_of(wiring, target.quantity, latency)
-    limit = target.fraction_left * quantity({})
-    order, least_counts = _orders(scores, wiring)
+    allocation = allocation or Allocation()
+    ranking = rank(scores, wiring, criterion, ties=ties)
+    space = make_space(
+        ranking, wiring, target, round_to=round_to, min_filters=min_filters, latency=latency
+    )
+    if allocation.rule == "shares":
+        if allocation.shares is None:
+            raise UsageError("the allocation `shares` needs the share of each group that stays")
+        counts = given_shares(space, allocation.shares)
+        achieved = space.measure(counts) / space.measure(space.whole)
+        # Rounded up: the plan keeps what it says.
+        target = Target(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
+        return PruningPlan(_removed(ranking, counts), target, criterion)
+    _check_reach(space, wiring, target)
+    if allocation.rule == "uniform":
+        counts = equal_shares(space)
+    elif allocation.rule == "global":
+        ordered = {n: scores[n][ranking.order[n]].tolist() for n in wiring.groups}
+        counts = lowest_scores(space, ordered)
+    else:
+        if allocation.damage is None:
+            raise UsageError("the allocation `curves` needs the damage of each group")
+        counts = least_damage(space, allocation.damage)
+    return PruningPlan(_removed(ranking, counts), target, criterion)
+
+
+def make_space(
+    ranking: Ranking,
+    wiring: Wiring,
+    target: Target,
+    *,
+    round_to: int = 1,
+    min_filters: int = 1,
+    latency: LatencyTable | None = None,
+) -> Space:
+    """The numbers of channels that the groups may keep, and what a target says of them."""
+    measure = measure_of(wiring, target.quantity, latency)
+    order = ranking.order
     steps = {
-        name: _steps(wiring, name, filters, round_to, max(min_filters, least_counts[name]))
-        for name, filters in order.items()
+        name: _steps(wiring, name, channels, round_to, max(min_filters, ranking.least[name]))
+        for name, channels in order.items()
+    }
+    return Space(
+        steps,
+        lambda counts: measure(_removed(ranking, counts)),
+        target.fraction_left * measure({}),
+    )
+
+
+def _removed(ranking: Ranking, counts: Mapping[str, int]) -> Removed:
+    return {
+        name: tuple(sorted(channels[counts[name] :]))
+        for name, channels in ranking.order.items()
+        if counts[name] < len(channels)
     }
 
-    def removed_at(counts: Mapping[str, int]) -> Removed:
-        return {
-            name: tuple(sorted(filters[counts[name] :]))
-            for name, filters in order.items()
-            if counts[name] < len(filters)
-        }
 
-    def counts_at(share: float) -> dict[str, int]:
-        places = {n: bisect.bisect_right(each, share * len(order[n])) for n, each in steps.items()}
-        return {name: steps[name][max(0, place - 1)] for name, place in places.items()}
-
-    least = quantity(removed_at(counts_at(0.0)))
-    if least > limit:
-        frozen = sum(group.size for group in wiring.frozen)
-        stream = sum(group.size for group in wiring.frozen if group.reason == STREAM)
-        hint = f"; cut_stream would free {stream} of them" if stream else ""
-        raise TargetError(
-            f"target {target} is out of reach: {least / quantity({}):.3f} of the "
-            f"{target.quantity} stay with the least in each of {len(order)} prunable groups "
-            f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
-        )
-    shares = sorted({0.0, *(n / len(order[name]) for name, each in steps.items() for n in each)})
-    low, high = 0, len(shares)
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = quantity(removed_at(counts_at(shares[middle] + 1e-9))) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    counts = counts_at(shares[low] + 1e-9)
-    ceiling = shares[min(high, len(shares) - 1)]
-    shortfall = {name: ceiling * len(order[name]) - counts[name] for name in order}
-    for name in sorted(order, key=lambda name: -shortfall[name]):
-        place = bisect.bisect_right(steps[name], counts[name])
-        more = {**counts, name: steps[name][min(place, len(steps[name]) - 1)]}
-        if quantity(removed_at(more)) <= limit:
-            counts = more
-    return PruningPlan(removed_at(counts), target, criterion)
-
-
-def _orders(
-    scores: Mapping[str, Tensor], wiring: Wiring
-) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """`{group: channels, the last to go first}`, and how many of them must stay.
-
-    Of channels that make up a whole dimension of some value the best one must stay.
-    """
-    place = {
-        channel: (name, number)
-        for name, group in wiring.groups.items()
-        for number, channel in enumerate(group.channels.tolist())
-    }
-    ranked = {
-        name: scores[name].double().sort(descending=True, stable=True).indices.tolist()
-        for name in wiring.groups
-    }
-    rank = {name: {n: r for r, n in enumerate(numbers)} for name, numbers in ranked.items()}
-    needed: dict[str, set[int]] = {name: set() for name in ranked}
-    for cover in wiring.covers:
-        name = place[int(cover[0])][0]
-        mine = [place[c][1] for c in cover.tolist() if place[c][0] == name]
-        needed[name].add(min(mine, key=rank[name].__getitem__))
-    order = {
-        name: sorted(numbers, key=lambda n: n not in needed[name])  # a stable sort
-        for name, numbers in ranked.items()
-    }
-    return order, {name: max(1, len(each)) for name, each in needed.items()}
+def _check_reach(space: Space, wiring: Wiring, target: Target) -> None:
+    """Raises `TargetError` where even the least that may stay is too much."""
+    if space.fits(space.least):
+        return
+    least = space.measure(space.least) / space.measure(space.whole)
+    frozen = sum(group.size for group in wiring.frozen)
+    stream = sum(group.size for group in wiring.frozen if group.reason == STREAM)
+    hint = f"; cut_stream would free {stream} of them" if stream else ""
+    raise TargetError(
+        f"target {target} is out of reach: {least:.3f} of the "
+        f"{target.quantity} stay with the least in each of {len(space.steps)} prunable groups "
+        f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
+    )
 
 
 def _steps(wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:

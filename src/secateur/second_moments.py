@@ -63,8 +63,12 @@ class SecondMoments:
 
     def covariance(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:
         """The same around the means."""
-        mean = self._sums[-1, :-1] / self._count * unit.double()
+        mean = self.mean(unit)
         return self.raw(unit) - mean.outer(mean)
+
+    def mean(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value"]:
+        """Mean values, in the same measure."""
+        return self._sums[-1, :-1] / self._count * unit.double()
 
     @property
     def _count(self) -> Tensor:

@@ -6,7 +6,7 @@ it is the default vote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -103,10 +103,47 @@ class Reconstruction:
         kernels, window = self._parts[part], self._windows[part]
         covariance = self._moments[part].covariance(self._units[part])
         standing = None if self._rule is None else _standing(part, kernels)
-        order, _ = eliminate(covariance, _readers(kernels, window), kernels.filters, standing)
+        order = eliminate(covariance, _readers(kernels, window), kernels.filters, standing)
         places = torch.zeros(kernels.filters, dtype=torch.float64)
         places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
+
+    def errors(self, part: str, ranking: Sequence[int]) -> Float[Tensor, "count"]:
+        """What readers miss, squared and summed, when 0, 1, … up to all filters of a part go.
+
+        `ranking` says which ones: the last goes first. Each time the others stand in as well as
+        they can. No further pass is needed, whatever the ranking.
+        """
+        kernels, window = self._parts[part], self._windows[part]
+        covariance = self._moments[part].covariance(self._units[part])
+        return error_curve(covariance, _readers(kernels, window), ranking)
+
+    def mean(self, part: str) -> Float[Tensor, "filter"]:
+        """Mean activations of a part's filters."""
+        moments = self._moments[part].mean(self._units[part])
+        return moments[self._centre(part)]
+
+    def stand_in(
+        self, part: str, kept: Sequence[int]
+    ) -> tuple[Float[Tensor, "filter filter"], Float[Tensor, "filter"]]:
+        """Matrix and offset that give every filter of a part from those that are kept.
+
+        These are the `channel` form of the refit: filters stand in for others at the same position.
+        """
+        centre = self._centre(part)
+        covariance = self._moments[part].covariance(self._units[part])[centre, centre]
+        mean = self.mean(part)
+        index = torch.tensor(kept)
+        inner = covariance[index][:, index] + _floor(covariance) * _identity(len(index))
+        matrix = torch.zeros_like(covariance)
+        matrix[:, index] = torch.linalg.solve(inner, covariance[index]).T
+        matrix[index] = _identity(len(mean))[index]
+        return matrix, mean - matrix @ mean
+
+    def _centre(self, part: str) -> slice:
+        """The values of a patch at its middle tap."""
+        filters, taps = self._parts[part].filters, self._windows[part].taps
+        return slice(taps // 2 * filters, (taps // 2 + 1) * filters)
 
 
 def eliminate(
@@ -114,8 +151,8 @@ def eliminate(
     readers: Float[Tensor, "output value"],
     filters: int,
     standing: Float[Tensor, "filter"] | None = None,
-) -> tuple[list[int], list[float]]:
-    """The order in which filters go, and the summed error of what reads them after each.
+) -> list[int]:
+    """The order in which filters go if each time those that are missed least go.
 
     A filter has one value for each tap of a patch (`value = tap * filters + filter`). With W the
     readers' weights, refitted to the filters that are left, and P the inverse covariance of those,
@@ -124,13 +161,11 @@ def eliminate(
     the filter with the larger number.
     """
     values = len(covariance)
-    floor = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    inverse = torch.linalg.inv(covariance + RIDGE * floor * torch.eye(values, dtype=torch.float64))
+    inverse = torch.linalg.inv(covariance + _floor(covariance) * _identity(values))
     weights = readers.double().clone()
     own = torch.arange(values).reshape(-1, filters).T  # [filter, tap]
     left = list(range(filters))
     order: list[int] = []
-    errors: list[float] = []
     at_a_time = max(1, filters // ROUNDS)
     while left:
         places = own[left]
@@ -139,17 +174,45 @@ def eliminate(
         costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
         votes = costs if standing is None else costs * standing[left]
         ranked = sorted(range(len(left)), key=lambda n: (float(votes[n]), -left[n]))
-        chosen = ranked[:at_a_time]
-        going = [left[n] for n in chosen]
-        for number, n in zip(going, chosen, strict=True):
-            order.append(number)
-            errors.append(float(costs[n].clamp_min(0)) + (errors[-1] if errors else 0.0))
+        going = [left[n] for n in ranked[:at_a_time]]
+        order += going
         gone = own[going].flatten()
         passed = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         weights -= weights[:, gone] @ passed
         inverse -= inverse[:, gone] @ passed
         left = [number for number in left if number not in set(going)]
-    return order, errors
+    return order
+
+
+def error_curve(
+    covariance: Float[Tensor, "value value"],
+    readers: Float[Tensor, "output value"],
+    ranking: Sequence[int],
+) -> Float[Tensor, "count"]:
+    """The summed squared error of what readers get when 0, 1, … up to all filters go.
+
+    Of `ranking` the last goes first; values are those of `eliminate`. With the filters in that
+    order and L the Cholesky factor of their covariance, what the first ones can't tell of the
+    others has the covariance L_rr L_rr', so leaving the filters from one on out costs the squares
+    of the columns of (readers L) from its own on.
+    """
+    filters = len(ranking)
+    values = len(covariance)
+    own = torch.arange(values).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
+    system = covariance[own][:, own] + _floor(covariance) * _identity(values)
+    factor = torch.linalg.cholesky(system)
+    columns = (readers.double()[:, own] @ factor).square().sum(0)
+    by_filter = columns.reshape(filters, -1).sum(1)
+    return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
+
+
+def _identity(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64)
+
+
+def _floor(covariance: Tensor) -> Tensor:
+    """What is added to the diagonal of a covariance."""
+    return RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _standing(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
