@@ -14,7 +14,8 @@ from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.graph import evaluating
 
-Answers = Float[Tensor, "image class"]
+Answers = Float[Tensor, "_ class"]
+"""Logits `[image, class]`; batches may have different numbers of images."""
 
 
 @dataclass(frozen=True)
