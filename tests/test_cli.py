@@ -112,6 +112,23 @@ def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Pa
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
 
+def test_prune_polishes_and_leaves_norms_alone_if_asked(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    options = ["--probe-images", 60, "--no-finetune", "--no-norms", "--polish", 2]
+    outcome = call(*arguments, *options, "-o", tmp_path / "run")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["before", "cut", "refit", "polished"]
+    assert max(len(line) for line in lines[:5]) <= 80
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["norms"] is None
+    assert len(result["polish"]["epochs"]) == 2
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["event"] == "polish" for line in log) == 2
+
+
 def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(

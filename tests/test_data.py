@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from secateur import data
 from secateur.data import Augmentation, FileImages, TensorImages, batches
 from secateur.data.cifar10 import CLASS_NAMES
-from secateur.data.splits import hold_out
+from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.models import Preprocessing
 
@@ -442,6 +442,20 @@ def test_what_is_held_out_is_a_share_of_each_class(
         assert part.labels.tolist() == images.labels[numbers_of(part)].tolist()
     again = hold_out(images, fraction, torch.Generator().manual_seed(seed))
     assert numbers_of(again[1]) == numbers_of(held)
+
+
+@pytest.mark.parametrize("count", [5, 9, 10, 31])
+def test_every_fifth_probe_image_is_set_apart(count: int) -> None:
+    fit, held_out = set_apart(numbered([0] * count))
+    expected = [number for number in range(count) if number % HELD_OUT_EVERY == 4]
+    assert numbers_of(held_out) == expected
+    assert sorted([*numbers_of(fit), *expected]) == list(range(count))
+    assert is_held_out(torch.arange(count)).nonzero()[:, 0].tolist() == expected
+
+
+def test_of_very_few_probe_images_none_is_set_apart() -> None:
+    fit, held_out = set_apart(numbered([0] * 4))
+    assert numbers_of(fit) == numbers_of(held_out) == [0, 1, 2, 3]
 
 
 def test_another_seed_holds_others_out() -> None:

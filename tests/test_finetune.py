@@ -114,6 +114,24 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(generator: torch.Generator) 
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_every_optimiser_learns(images: TensorImages, optimiser: str) -> None:
+    section = settings(epochs=6, learning_rate=0.05, optimiser=optimiser)
+    model, epochs = trained(Chain(), None, images, section)
+    other, _ = trained(Chain(), None, images, settings(epochs=6, learning_rate=0.05))
+    assert epochs[-1].loss < 0.8 * epochs[0].loss
+    assert not is_equal(model, other)
+
+
+def test_statistics_of_norms_move_in_training_mode_only(images: TensorImages) -> None:
+    model = Chain()
+    for mode, is_fixed in (("training", False), ("evaluation", True)):
+        moved, _ = trained(model, None, images, settings(mode=mode))
+        assert torch.equal(moved.bn1.running_mean, model.bn1.running_mean) == is_fixed
+        assert not torch.equal(moved.conv1.weight, model.conv1.weight)
+        assert moved.training
+
+
 def test_mode_comes_back(images: TensorImages) -> None:
     model = Chain().eval()
     model.bn1.train()

@@ -107,7 +107,10 @@ def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
 
 def test_no_label_is_looked_at_unless_asked_for(model_file: Path) -> None:
     config = small_config(
-        model_file, data={"stratified": False}, finetune={"epochs": 1, "label_weight": 0.0}
+        model_file,
+        data={"stratified": False},
+        polish={"epochs": 1},
+        finetune={"epochs": 1, "label_weight": 0.0},
     )
     dataset = data.load("digits")
     assert isinstance(dataset.train, TensorImages)
@@ -149,6 +152,30 @@ def test_steps_can_be_left_out(model_file: Path) -> None:
     pruned = prune_small(config, data.load("digits"))
     assert [stage.stage for stage in pruned.result.stages] == ["before", "cut"]
     assert pruned.result.refit == ()
+
+
+def test_norms_are_a_part_of_the_refit(model_file: Path) -> None:
+    dataset = data.load("digits")
+    change = prune_small(small_config(model_file), dataset).result.norms
+    assert change is not None
+    assert change.divergence_after <= change.divergence_before
+    for refit in ({"norms": False}, {"layers": "none"}):
+        assert prune_small(small_config(model_file, refit=refit), dataset).result.norms is None
+
+
+def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
+    config = small_config(
+        model_file, polish={"epochs": 3, "flip": False}, finetune={"epochs": 1, "flip": False}
+    )
+    result = prune_small(config, data.load("digits")).result
+    stages = [stage.stage for stage in result.stages]
+    assert stages == ["before", "cut", "refit", "polished", "tuned"]
+    assert result.polish is not None
+    assert len(result.polish.epochs) == 3
+    assert len(result.epochs) == 1
+    kept = [result.polish.before, *(epoch.held_out for epoch in result.polish.epochs)]
+    best = kept[result.polish.chosen]
+    assert best.divergence == min(each.divergence for each in kept)
 
 
 def test_readers_alone_can_be_refitted(model_file: Path) -> None:

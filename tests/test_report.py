@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from runs import DigitsRun
+from secateur.agreement import Agreement
+from secateur.finetune import Epoch
+from secateur.norms import NormChange
+from secateur.polish import Polish, PolishEpoch
 from secateur.report import count_text, score_rows, write_report
 
 
@@ -58,6 +62,21 @@ def test_every_stage_layer_and_reason_is_there(page: Page, digits_run: DigitsRun
     for frozen in digits_run.result.frozen:
         assert frozen.reason in text
     assert digits_run.result.plan_hash[:16] in text
+
+
+def test_norms_and_polish_are_told_of(digits_run: DigitsRun, tmp_path: Path) -> None:
+    norms = NormChange("means", 0.25, 0.5125, 0.4875)
+    before, after = Agreement(0.4875, 0.8125), Agreement(0.3125, 0.9375)
+    polish = Polish(before, (PolishEpoch(Epoch(1, 0.1234, 0.0), after),), 1)
+    result = digits_run.result.model_copy(update={"norms": norms, "polish": polish})
+    write_report(result, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(page.texts)
+    assert page.open == []
+    assert "means moved 25% of the way" in text
+    for number in ("0.5125", "0.4875", "0.3125", "81.25", "93.75", "0.1234"):
+        assert number in text
+    assert "the weights of epoch 1 stayed" in text
 
 
 def test_text_from_outside_is_escaped(page: Page, digits_run: DigitsRun) -> None:

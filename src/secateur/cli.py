@@ -193,6 +193,22 @@ def prune(
             "that lost inputs) or none (default: downstream).",
         ),
     ] = None,
+    norms: Annotated[
+        bool | None,
+        typer.Option(
+            "--norms/--no-norms",
+            help="After the kernels, re-estimate batch-norm statistics where held-out images say "
+            "that it helps (default: norms).",
+        ),
+    ] = None,
+    polish: Annotated[
+        int | None,
+        typer.Option(
+            "--polish",
+            help="Epochs of training on the probe images by the original's answers, without labels "
+            "(default: 0).",
+        ),
+    ] = None,
     finetune: Annotated[
         bool | None,
         typer.Option("--finetune/--no-finetune", help="Train after the cut (default: finetune)."),
@@ -222,7 +238,7 @@ def prune(
     allow_untrained: UntrainedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune a network: score, cut, refit, fine-tune; leaves a run folder with a report.
+    """Prune a network: score, cut, refit, polish, fine-tune; leaves a run folder with a report.
 
     Example: secateur prune -m resnet20 -w resnet20.safetensors -d cifar10:data -t macs=0.7
     --no-finetune -o runs/a
@@ -255,7 +271,8 @@ def prune(
                 "round_to": round_to,
                 "min_filters": min_filters,
             },
-            "refit": {"layers": refit},
+            "refit": {"layers": refit, "norms": norms},
+            "polish": {"epochs": polish},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
                 "learning_rate": learning_rate,

@@ -14,6 +14,7 @@ from secateur.plan import parse_target
 
 RefitLayers = Literal["downstream", "readers", "none"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Optimiser = Literal["sgd", "adamw"]
 
 
 class Section(BaseModel):
@@ -107,6 +108,30 @@ class RefitSection(Section):
     literal reading of the paper; `none`."""
     positions: int = Field(default=256, ge=1)
     """Output positions of a layer that are drawn from each probe image."""
+    norms: bool = True
+    """Whether to re-estimate the statistics of batch norms where held-out images say that it
+    helps."""
+
+
+class PolishSection(Section):
+    """Training on the probe images alone, by the original network's answers, without labels."""
+
+    epochs: int = Field(default=0, ge=0)
+    """Passes over the probe images that are not held out; 0 leaves the step out."""
+    batch_size: int = Field(default=50, ge=1)
+    """Images a step."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Largest learning rate of the cosine schedule, of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Pull of every parameter towards zero."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps over which the learning rate rises."""
+    flip: bool = True
+    """Whether half of the images are mirrored; not for digits and letters."""
+    temperature: float = Field(default=3.0, gt=0)
+    """Softening of both networks' answers."""
+    precision: Precision = "auto"
+    """`auto` takes bfloat16 where the CPU has instructions for it."""
 
 
 class FinetuneSection(Section):
@@ -121,7 +146,7 @@ class FinetuneSection(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """L2 penalty on every parameter."""
+    """L2 penalty on every parameter, decoupled from the gradient with AdamW."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises."""
     flip: bool = True
@@ -132,6 +157,10 @@ class FinetuneSection(Section):
     """Softening of both networks' answers."""
     precision: Precision = "auto"
     """`auto` takes bfloat16 where the CPU has instructions for it."""
+    optimiser: Optimiser = "sgd"
+    """SGD with momentum, or AdamW."""
+    mode: Literal["training", "evaluation"] = "training"
+    """Whether batch norms take each batch's statistics and dropout drops, or all is as in use."""
 
 
 class RunConfig(Section):
@@ -142,6 +171,7 @@ class RunConfig(Section):
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
     refit: RefitSection = RefitSection()
+    polish: PolishSection = PolishSection()
     finetune: FinetuneSection = FinetuneSection()
     seed: int = Field(default=0, ge=0)
     """What every random choice depends on."""

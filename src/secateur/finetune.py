@@ -44,7 +44,7 @@ def finetune(
     track: Track = silent,
     after_epoch: Callable[[Epoch], None] | None = None,
 ) -> None:
-    """Trains `model` in place by SGD with a cosine schedule; it ends in the mode it came in.
+    """Trains `model` in place with a cosine schedule; it ends in the mode it came in.
 
     The loss is `label_weight` times the cross-entropy with the labels, plus the rest times the
     divergence from the teacher's softened answers (Hinton et al., 2015, arXiv 1503.02531, with
@@ -52,13 +52,7 @@ def finetune(
     is looked at. Raises `SecateurError` where the loss stops being a number.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-    )
+    optimiser = _optimiser(model, settings)
     steps_an_epoch = math.ceil(len(images.labels) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, _cosine(settings.epochs * steps_an_epoch, settings.warmup_steps)
@@ -69,7 +63,7 @@ def finetune(
         stack.enter_context(evaluating(model))  # for its end: the old modes come back
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-        model.train()
+        model.train(settings.mode == "training")
         for number in range(1, settings.epochs + 1):
             loss_sum, count = 0.0, 0
             stream = batches(
@@ -90,7 +84,21 @@ def finetune(
                 count += len(batch.labels)
             if after_epoch is not None:
                 after_epoch(Epoch(number, loss_sum / count, float(schedule.get_last_lr()[0])))
-                model.train()
+                model.train(settings.mode == "training")
+
+
+def _optimiser(model: nn.Module, settings: FinetuneSection) -> torch.optim.Optimizer:
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
 
 
 def _loss(

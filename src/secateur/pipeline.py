@@ -1,11 +1,11 @@
-"""The whole method: score, plan, cut, refit, fine-tune, and a score after every step."""
+"""The whole method: score, plan, cut, refit, polish, fine-tune, and a score after every step."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,14 +16,16 @@ from secateur.bundle import EventLog, Origin
 from secateur.concepts import ConceptSource
 from secateur.config import RunConfig, to_toml
 from secateur.criteria import Criterion
-from secateur.data import Batch, DataSet, Images
+from secateur.data import Batch, DataSet, Images, set_apart
 from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import evaluate
 from secateur.finetune import Epoch, finetune
 from secateur.graph import tensors_of
 from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
+from secateur.norms import NormChange, reestimate_norms
 from secateur.plan import PruningPlan, make_plan, parse_target
+from secateur.polish import Polish, polish
 from secateur.progress import Track, silent
 from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, refit
@@ -262,7 +264,9 @@ def prune(
         law_error = relative_error(smaller.eval()(ground.example), expected)
     score("cut", smaller, start)
 
+    fit, held_out = set_apart(ground.probe)
     refitted: tuple[LayerRefit, ...] = ()
+    norms: NormChange | None = None
     if config.refit.layers != "none":
         start = time.perf_counter()
         refitted = refit(
@@ -275,7 +279,31 @@ def prune(
             seed=config.seed,
             track=track,
         )
+        if config.refit.norms:
+            norms = reestimate_norms(
+                model,
+                smaller,
+                lambda: stream(fit, config, track, "re-estimating norms"),
+                lambda: stream(held_out, config, silent, ""),
+            )
         score("refit", smaller, start)
+
+    polished: Polish | None = None
+    if config.polish.epochs:
+        start = time.perf_counter()
+        polished = polish(
+            model,
+            smaller,
+            fit,
+            lambda: stream(held_out, config, silent, ""),
+            preprocessing(config),
+            config.polish,
+            seed=config.seed,
+            track=track,
+        )
+        for each in polished.epochs:
+            log.write("polish", **asdict(each))
+        score("polished", smaller, start)
 
     epochs: list[EpochResult] = []
 
@@ -320,6 +348,8 @@ def prune(
             for group in wiring.frozen
         ),
         refit=refitted,
+        norms=norms,
+        polish=polished,
         epochs=tuple(epochs),
     )
     return Pruned(smaller, plan, result)

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from secateur.config import RunConfig
 from secateur.evaluate import Score
 from secateur.finetune import Epoch
+from secateur.norms import NormChange
+from secateur.polish import Polish
 from secateur.refit import LayerRefit
 
 SCHEMA_VERSION = 1
-Stage = Literal["before", "cut", "refit", "tuned"]
+Stage = Literal["before", "cut", "refit", "polished", "tuned"]
 
 
 class Record(BaseModel):
@@ -92,6 +94,10 @@ class RunResult(Record):
     groups: tuple[GroupResult, ...]
     frozen: tuple[FrozenResult, ...]
     refit: tuple[LayerRefit, ...]
+    norms: NormChange | None
+    """None where no statistics were to be re-estimated, or there are none."""
+    polish: Polish | None
+    """None without polishing."""
     epochs: tuple[EpochResult, ...]
 
     def score(self, stage: Stage) -> Score | None:

@@ -16,7 +16,7 @@ from secateur.data.cifar10 import read_cifar10
 from secateur.data.digits import read_digits
 from secateur.data.folder import read_folder
 from secateur.data.images import Augmentation, Batch, FileImages, Images, TensorImages, batches
-from secateur.data.splits import Splits, draw, hold_out
+from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
 
 __all__ = [
@@ -28,7 +28,9 @@ __all__ = [
     "TensorImages",
     "batches",
     "draw_probe",
+    "is_held_out",
     "load",
+    "set_apart",
 ]
 
 

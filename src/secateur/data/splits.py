@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from secateur.data.images import Images
 from secateur.errors import DataError
+
+HELD_OUT_EVERY = 5
+"""Every so manieth probe image is held out of what the others are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,19 @@ def draw(images: Images, count: int, generator: torch.Generator, *, stratified: 
             rank[members] = torch.arange(int(members.sum()))
         order = order[rank.argsort(stable=True)]
     return images.take(order[:count])
+
+
+def is_held_out(numbers: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:
+    """Whether probe images, by their number in the probe set, are held out to choose by."""
+    return numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def set_apart(probe: Images) -> tuple[Images, Images]:
+    """The probe images to fit to, and those that are held out; see `is_held_out`.
+
+    Of fewer than `HELD_OUT_EVERY` images none is held out: both are all of them.
+    """
+    mask = is_held_out(torch.arange(len(probe.labels)))
+    if not mask.any():
+        return probe, probe
+    return probe.take((~mask).nonzero()[:, 0]), probe.take(mask.nonzero()[:, 0])

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from secateur.norms import NormChange
 from secateur.result import RunResult
 
 
@@ -23,6 +24,7 @@ def write_report(result: RunResult, path: Path) -> None:
         result=result,
         rows=score_rows(result),
         layers=_layers(result),
+        norms=None if result.norms is None else _norms_text(result.norms),
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
     )
@@ -60,6 +62,13 @@ def count_text(number: int) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g} T"
+
+
+def _norms_text(change: NormChange) -> str:
+    if not change.share:
+        return "left as they were"
+    which = "means" if change.statistics == "means" else "means and variances"
+    return f"{which} moved {change.share:.0%} of the way to the re-estimated ones"
 
 
 def _layers(result: RunResult) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""Polish: it comes nearer to the original or changes nothing, and looks at no label."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from networks import Chain, randomise_norms
+from secateur.agreement import agreement_of, answers_of
+from secateur.config import PolishSection
+from secateur.data import Batch, TensorImages, batches, set_apart
+from secateur.models import Preprocessing
+from secateur.polish import Polish, polish
+
+PREPARE = Preprocessing(8, 8)
+
+
+@pytest.fixture
+def probe(generator: torch.Generator) -> TensorImages:
+    pixels = torch.randint(0, 256, (60, 3, 8, 8), generator=generator).to(torch.uint8)
+    return TensorImages(pixels, torch.arange(60) % 5)
+
+
+@pytest.fixture
+def model(generator: torch.Generator) -> Chain:
+    network = Chain().eval()
+    randomise_norms(network, generator)
+    return network
+
+
+def disturbed(model: Chain, generator: torch.Generator) -> Chain:
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in (copied.conv1.weight, copied.conv2.weight, copied.linear.weight):
+            weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return copied
+
+
+def polished(model: Chain, smaller: Chain, probe: TensorImages, **changes: object) -> Polish:
+    base = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "precision": "float32"}
+    settings = PolishSection.model_validate({**base, "warmup_steps": 2, "flip": False, **changes})
+    fit, _ = set_apart(probe)
+    return polish(model, smaller, fit, lambda: held_out(probe), PREPARE, settings, seed=0)
+
+
+def held_out(probe: TensorImages) -> Iterator[Batch]:
+    return batches(set_apart(probe)[1], 5, PREPARE)
+
+
+def distance(model: Chain, smaller: Chain, probe: TensorImages) -> float:
+    answers = answers_of(model, held_out(probe))
+    return agreement_of(answers, smaller, held_out(probe)).divergence
+
+
+def test_it_comes_nearer_to_the_original(
+    model: Chain, probe: TensorImages, generator: torch.Generator
+) -> None:
+    smaller = disturbed(model, generator)
+    before = distance(model, smaller, probe)
+    result = polished(model, smaller, probe, epochs=8)
+    assert result.before.divergence == pytest.approx(before)
+    assert [each.epoch.number for each in result.epochs] == list(range(1, 9))
+    assert distance(model, smaller, probe) < 0.7 * before
+
+
+def test_the_epoch_with_the_smallest_held_out_divergence_stays(
+    model: Chain, probe: TensorImages, generator: torch.Generator
+) -> None:
+    smaller = disturbed(model, generator)
+    result = polished(model, smaller, probe, learning_rate=0.05)
+    divergences = [result.before.divergence, *(e.held_out.divergence for e in result.epochs)]
+    assert result.chosen == divergences.index(min(divergences))
+    assert distance(model, smaller, probe) == pytest.approx(min(divergences))
+
+
+def test_what_can_not_get_nearer_stays_as_it_was(model: Chain, probe: TensorImages) -> None:
+    smaller = copy.deepcopy(model)
+    result = polished(model, smaller, probe, learning_rate=1.0)
+    assert result.chosen == 0
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
+
+
+def test_labels_do_not_matter(
+    model: Chain, probe: TensorImages, generator: torch.Generator
+) -> None:
+    one = disturbed(model, generator)
+    other = copy.deepcopy(one)
+    strange = TensorImages(probe.pixels, probe.labels + 100)
+    assert polished(model, one, probe) == polished(model, other, strange)
+    assert all(torch.equal(one.state_dict()[n], t) for n, t in other.state_dict().items())
+
+
+def test_norm_statistics_and_the_original_stay(
+    model: Chain, probe: TensorImages, generator: torch.Generator
+) -> None:
+    smaller = disturbed(model, generator).train()
+    before, original = copy.deepcopy(smaller.state_dict()), copy.deepcopy(model.state_dict())
+    result = polished(model, smaller, probe)
+    assert result.chosen > 0
+    assert smaller.training
+    for name, tensor in smaller.state_dict().items():
+        is_statistic = name.rpartition(".")[2] in {
+            *("running_mean", "running_var", "num_batches_tracked")
+        }
+        assert torch.equal(before[name], tensor) == is_statistic, name
+    assert all(torch.equal(original[n], t) for n, t in model.state_dict().items())
+    assert not model.training
