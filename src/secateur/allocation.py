@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,10 +72,9 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     """Counts that fit with little damage in all: `damage` is `{group: by channels gone}`.
 
     Each time the group goes down that loses least for what it brings. It goes down along the lower
-    convex hull of its curve: so a step that looks dear does not hide a cheap one behind it, and with
-    quantities that add up over groups, as the MACs of the inner layers of residual blocks do, no
-    counts between hull points do better. At the end steps are taken back while there is room, the
-    dearest first. At least `space.least` must fit.
+    convex hull of its curve: so a step that looks dear does not hide a cheap one behind it. At the
+    end steps are taken back while there is room, the dearest first. At least `space.least` must
+    fit.
     """
     pressure = space.pressure or space.measure
     hulls = {name: _hull(each, damage[name]) for name, each in space.steps.items()}
@@ -116,12 +116,12 @@ def lowest_scores(space: Space, scores: Mapping[str, Sequence[float]]) -> Counts
     """Counts for which the lowest scores go, of whatever group, until they fit.
 
     `scores` are those of each group's channels in the order of the ranking. Those of one group are
-    measured by the mean of their sizes, since most criteria have a scale of their own in each layer.
+    measured by the mean of their sizes: most criteria have a scale of their own in each layer.
     """
     steps: list[tuple[float, str, int]] = []
     for name, each in space.steps.items():
         scale = sum(map(abs, scores[name])) / len(scores[name]) or 1.0
-        for lower, upper in zip(each, each[1:], strict=False):
+        for lower, upper in itertools.pairwise(each):
             worth = max(scores[name][lower:upper]) / scale
             steps.append((worth, name, lower))
     counts = space.whole

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from secateur import __version__, bundle, concepts, criteria, data, demo, models, pipeline
-from secateur.config import RunConfig, from_dict, read_config
+from secateur.config import RunConfig, from_dict, read_config, read_shares
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
@@ -169,6 +169,30 @@ def prune(
             help="Score filters by true classes, or by predicted ones (default: predicted).",
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--allocation",
+            help="How the cut is spread: curves (little is lost at the output), uniform (equal "
+            "shares) or global (lowest scores anywhere) (default: curves).",
+        ),
+    ] = None,
+    shares: Annotated[
+        Path | None,
+        typer.Option(
+            "--shares",
+            help='TOML file with the share of filters that stays by layer: "layer1.*" = 0.8. The '
+            "fraction of the target is not looked at then.",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            help="Find the smallest network that loses at most so many points of top-1 on the "
+            "validation images before any training; the target names the quantity.",
+        ),
+    ] = None,
     cut_stream: Annotated[
         bool | None,
         typer.Option(
@@ -245,6 +269,8 @@ def prune(
     """
     if finetune is False and epochs:
         raise UsageError("--no-finetune and --epochs exclude each other")
+    if shares is not None and allocation is not None:
+        raise UsageError("--shares and --allocation exclude each other")
     settings = _config(
         config,
         {
@@ -266,6 +292,9 @@ def prune(
             },
             "plan": {
                 "target": target,
+                "allocation": allocation if shares is None else "shares",
+                "shares": None if shares is None else read_shares(shares),
+                "max_drop": max_drop,
                 "cut_stream": cut_stream,
                 "exclude": exclude,
                 "round_to": round_to,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import UsageError
-from secateur.plan import parse_target
+from secateur.plan import AllocationRule, parse_target
 
 RefitLayers = Literal["downstream", "readers", "none"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -90,6 +90,16 @@ class PlanSection(Section):
 
     target: Annotated[str, BeforeValidator(lambda text: str(parse_target(str(text))))] = "macs=0.5"
     """`macs=F`, `params=F` or `filters=F`: the fraction of the original that may stay."""
+    allocation: AllocationRule = "curves"
+    """How the cut is spread over the layers: `curves`, so that little is lost at the network's
+    output, as measured on probe images; `uniform`, the same share everywhere; `global`, the lowest
+    scores wherever they are; `shares`, as given."""
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """With `allocation = "shares"`: what stays of the filters, by name pattern (`layer1.*`). The
+    target's fraction is not looked at then."""
+    max_drop: float | None = Field(default=None, ge=0, le=100)
+    """Points of top-1 that may be lost on the validation images after the refit. The smallest
+    network that keeps to it is looked for; the target then only says which quantity is small."""
     cut_stream: bool = False
     """Whether channels that residual sums tie over a whole stage may go, too."""
     exclude: tuple[str, ...] = ()
@@ -98,6 +108,14 @@ class PlanSection(Section):
     """A layer keeps a multiple of so many filters, or all; 8 suits most hardware."""
     min_filters: int = Field(default=1, ge=1)
     """Filters that every layer keeps at least."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> PlanSection:
+        if (self.allocation == "shares") != bool(self.shares):
+            raise ValueError("allocation = 'shares' and a table of shares belong together")
+        if self.shares and self.max_drop is not None:
+            raise ValueError("max_drop looks for a size, and shares give one: choose one of them")
+        return self
 
 
 class RefitSection(Section):
@@ -204,8 +222,19 @@ def from_dict(content: dict[str, object]) -> RunConfig:
 
 def read_config(path: Path) -> RunConfig:
     """The configuration in a TOML file; raises `UsageError`."""
+    return from_toml(_read(path, "configuration"), str(path))
+
+
+def read_shares(path: Path) -> dict[str, object]:
+    """The table in a TOML file of shares by name pattern; raises `UsageError`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(_read(path, "shares"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+
+
+def _read(path: Path, content: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the configuration {path} can't be read: {error}") from error
-    return from_toml(text, str(path))
+        raise UsageError(f"the {content} {path} can't be read: {error}") from error

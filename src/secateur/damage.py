@@ -1,12 +1,12 @@
 """What the network's answer suffers when filters of one group go: a curve for each group.
 
 Two things are known of a group. The *error curve* says what its readers miss, squared and summed,
-when the worst 1, 2, … filters are gone and the others stand in for them; it follows from the second
-moments that were taken in the scoring pass (`Reconstruction.errors`). How much such an error matters
-at the network's output is measured: on some probe images filters are replaced by what the others
-tell of them, at the readers of one group at a time, and the growth of the output's error over that
-of the readers' is the group's *slope*. Damage is the one times the other: so curves of all groups are
-in one unit, and smooth where measurements on few images are not.
+when the worst 1, 2, … filters are gone and the others stand in for them; it follows from the
+second moments that were taken in the scoring pass (`Reconstruction.errors`). How much such an error
+matters at the network's output is measured: on some probe images filters are replaced by what the
+others tell of them, at the readers of one group at a time, and the growth of the output's error
+over that of the readers' is the group's *slope*. Damage is the one times the other: so curves of
+all groups are in one unit, and smooth where measurements on few images are not.
 
 No label is used. Where the network gives one row of scores an image the output's error is the
 divergence of its softmax from the original's, otherwise the squared difference over the variance.
@@ -68,7 +68,8 @@ def measure_damage(
 ) -> Damage:
     """The damage curve of every group, from moments of the scoring pass and some probe images."""
     curves = {
-        name: error_curve(group, moments, ranking.order[name]) for name, group in wiring.groups.items()
+        name: error_curve(group, moments, ranking.order[name])
+        for name, group in wiring.groups.items()
     }
     slopes = measure_slopes(state, wiring, moments, ranking, batches, track=track)
     return {name: (slopes[name] * curve).tolist() for name, curve in curves.items()}

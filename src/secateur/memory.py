@@ -17,6 +17,8 @@ from secateur.graph import is_view, operation_name
 from secateur.volumes import Dimension, Volumes, dimensions_of
 from secateur.wiring import Removed, Wiring
 
+NEAR_MAXIMUM = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Storage:
@@ -82,7 +84,23 @@ def storages(wiring: Wiring) -> list[Storage]:
 
 
 def peak_bytes(wiring: Wiring) -> Callable[[Removed], float]:
-    """A function of what goes: most bytes of values alive at once, for one image.
+    """A function of what goes: most bytes of values alive at once, for one image."""
+    alive = _alive_bytes(wiring)
+    return lambda removed: float(alive(removed).max())
+
+
+def crowding(wiring: Wiring) -> Callable[[Removed], float]:
+    """A function of what goes that comes down with every moment at which much is alive.
+
+    The `NEAR_MAXIMUM`-norm of the bytes alive over the moments: where the peak is reached in
+    several layers it tells that one of them has become smaller, which the peak itself does not.
+    """
+    alive = _alive_bytes(wiring)
+    return lambda removed: float(np.linalg.norm(alive(removed), NEAR_MAXIMUM))
+
+
+def _alive_bytes(wiring: Wiring) -> Callable[[Removed], npt.NDArray[np.float64]]:
+    """A function of what goes: bytes of values alive at each moment, for one image.
 
     A value is alive from the operation that writes it to the last one that reads it; the memory
     that an operation takes for itself meanwhile is not counted.
@@ -95,13 +113,14 @@ def peak_bytes(wiring: Wiring) -> Callable[[Removed], float]:
     after = np.array([storage.last + 1 for storage in each])
     moments = len(wiring.graph.nodes) + 2
 
-    def peak(removed: Removed) -> float:
+    def alive(removed: Removed) -> npt.NDArray[np.float64]:
         sizes: npt.NDArray[np.int64] = volumes(removed) * element_bytes // images
         # Whole numbers below 2**53 are exact in float64, the only weights that bincount takes.
         change = np.bincount(first, sizes, moments) - np.bincount(after, sizes, moments)
-        return float(np.cumsum(change).max())
+        result: npt.NDArray[np.float64] = np.cumsum(change)
+        return result
 
-    return peak
+    return alive
 
 
 def _shares_memory(node: Node) -> bool:

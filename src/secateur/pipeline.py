@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from secateur.graph import tensors_of
 from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
 from secateur.norms import NormChange, reestimate_norms
-from secateur.plan import PruningPlan, make_plan, parse_target
+from secateur.plan import PruningPlan, parse_target
 from secateur.polish import Polish, polish
 from secateur.progress import Track, silent
 from secateur.reading import make_wiring
@@ -39,8 +39,9 @@ from secateur.result import (
     StageResult,
     environment,
 )
-from secateur.scoring import score_filters
+from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan, relative_error, silence
+from secateur.survey import Survey, make_survey
 from secateur.wiring import Wiring
 
 
@@ -201,6 +202,93 @@ def stream(images: Images, config: RunConfig, track: Track, title: str) -> Itera
     return track(data.batches(images, size, preprocessing(config)), title, total)
 
 
+def survey_filters(
+    model: nn.Module, ground: Ground, config: RunConfig, track: Track = silent
+) -> Survey:
+    """Scores and all else that plans for `model` follow from, as `config` says."""
+    return make_survey(
+        model,
+        ground.wiring,
+        lambda: stream(ground.probe, config, track, "scoring filters"),
+        config.score.criterion,
+        make_criterion(config.score.criterion, ground.source, config),
+        ground.source,
+        config.score,
+        config.plan,
+        example=ground.example,
+        track=track,
+    )
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done in closed form to a network that had been cut."""
+
+    layers: tuple[LayerRefit, ...]
+    norms: NormChange | None
+
+
+def _repair(
+    model: nn.Module,
+    smaller: nn.Module,
+    ground: Ground,
+    plan: PruningPlan,
+    config: RunConfig,
+    track: Track,
+) -> Repair:
+    """Re-estimates the kernels of the cut network in place, and norm statistics where it helps."""
+    layers = refit(
+        model,
+        smaller,
+        ground.wiring,
+        plan,
+        stream(ground.probe, config, silent, ""),
+        config.refit,
+        seed=config.seed,
+        track=track,
+    )
+    if not config.refit.norms:
+        return Repair(layers, None)
+    fit, held_out = set_apart(ground.probe)
+    norms = reestimate_norms(
+        model,
+        smaller,
+        lambda: stream(fit, config, track, "re-estimating norms"),
+        lambda: stream(held_out, config, silent, ""),
+    )
+    return Repair(layers, norms)
+
+
+def _search(
+    model: nn.Module,
+    dataset: DataSet,
+    ground: Ground,
+    survey: Survey,
+    config: RunConfig,
+    track: Track,
+    log: EventLog,
+) -> tuple[Trial, ...]:
+    """Networks of several sizes, cut and refitted, on the validation images."""
+    assert config.plan.max_drop is not None
+    target = parse_target(config.plan.target)
+
+    def accuracy(network: nn.Module) -> float:
+        return evaluate(network, stream(dataset.validation, config, silent, "")).top1_fraction
+
+    def attempt(fraction_left: float) -> float:
+        plan = survey.plan(replace(target, fraction_left=fraction_left))
+        smaller = apply_plan(model, ground.wiring, plan)
+        if config.refit.layers != "none":
+            _repair(model, smaller, ground, plan, config, track)
+        found = accuracy(smaller)
+        log.write("trial", fraction_left=fraction_left, validation_top1_fraction=found)
+        return found
+
+    before = accuracy(model)
+    limit = before - config.plan.max_drop / 100
+    return (Trial(1.0, before, kept=True), *bisect(attempt, limit, survey.least(target)))
+
+
 @dataclass(frozen=True, eq=False)
 class Pruned:
     """A smaller network and what is known of it."""
@@ -238,57 +326,29 @@ def prune(
     score("before", model, time.perf_counter())
 
     start = time.perf_counter()
-    criterion_name = config.score.criterion
     ground = prepare_ground(model, dataset, config)
-    criterion = make_criterion(criterion_name, ground.source, config)
     wiring = ground.wiring
-    scored = score_filters(
-        model,
-        wiring,
-        lambda: stream(ground.probe, config, track, "scoring filters"),
-        {criterion_name: criterion},
-        ground.source,
-        config.score,
-    )[criterion_name]
-    plan = make_plan(
-        scored.scores,
-        wiring,
-        parse_target(config.plan.target),
-        criterion_name,
-        round_to=config.plan.round_to,
-        min_filters=config.plan.min_filters,
-    )
+    survey = survey_filters(model, ground, config, track)
+    target = parse_target(config.plan.target)
+    trials: tuple[Trial, ...] = ()
+    if config.plan.max_drop is not None:
+        trials = _search(model, dataset, ground, survey, config, track, log)
+        target = replace(target, fraction_left=smallest_kept(trials))
+    plan = survey.plan(target)
     smaller = apply_plan(model, wiring, plan)
     with torch.inference_mode():
         expected = silence(model, wiring, plan)(ground.example)
         law_error = relative_error(smaller.eval()(ground.example), expected)
     score("cut", smaller, start)
 
-    fit, held_out = set_apart(ground.probe)
-    refitted: tuple[LayerRefit, ...] = ()
-    norms: NormChange | None = None
+    repair = Repair((), None)
     if config.refit.layers != "none":
         start = time.perf_counter()
-        refitted = refit(
-            model,
-            smaller,
-            wiring,
-            plan,
-            stream(ground.probe, config, silent, ""),
-            config.refit,
-            seed=config.seed,
-            track=track,
-        )
-        if config.refit.norms:
-            norms = reestimate_norms(
-                model,
-                smaller,
-                lambda: stream(fit, config, track, "re-estimating norms"),
-                lambda: stream(held_out, config, silent, ""),
-            )
+        repair = _repair(model, smaller, ground, plan, config, track)
         score("refit", smaller, start)
 
     polished: Polish | None = None
+    fit, held_out = set_apart(ground.probe)
     if config.polish.epochs:
         start = time.perf_counter()
         polished = polish(
@@ -339,7 +399,7 @@ def prune(
                 name=name,
                 filters=len(group),
                 removed=plan.removed.get(name, ()),
-                scores=tuple(scored.scores[name].tolist()),
+                scores=tuple(survey.scored.scores[name].tolist()),
             )
             for name, group in wiring.groups.items()
         ),
@@ -347,8 +407,9 @@ def prune(
             FrozenResult(name=group.name, filters=group.size, reason=group.reason)
             for group in wiring.frozen
         ),
-        refit=refitted,
-        norms=norms,
+        trials=trials,
+        refit=repair.layers,
+        norms=repair.norms,
         polish=polished,
         epochs=tuple(epochs),
     )

@@ -26,7 +26,7 @@ from secateur.allocation import (
 )
 from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.latency import LatencyTable
-from secateur.quantities import Quantity, measure_of
+from secateur.quantities import Quantity, measure_of, pressure_of
 from secateur.ranking import Ranking, rank
 from secateur.wiring import STREAM, Wiring
 
@@ -187,6 +187,7 @@ def make_space(
 ) -> Space:
     """The numbers of channels that the groups may keep, and what a target says of them."""
     measure = measure_of(wiring, target.quantity, latency)
+    pressure = pressure_of(wiring, target.quantity)
     order = ranking.order
     steps = {
         name: _steps(wiring, name, channels, round_to, max(min_filters, ranking.least[name]))
@@ -196,6 +197,7 @@ def make_space(
         steps,
         lambda counts: measure(_removed(ranking, counts)),
         target.fraction_left * measure({}),
+        pressure and (lambda counts: pressure(_removed(ranking, counts))),
     )
 
 

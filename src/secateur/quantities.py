@@ -9,7 +9,7 @@ import numpy as np
 
 from secateur.errors import UsageError
 from secateur.latency import LatencyTable, milliseconds
-from secateur.memory import peak_bytes
+from secateur.memory import crowding, peak_bytes
 from secateur.volumes import Dimension, Volumes, dimensions_of
 from secateur.wiring import Removed, Wiring
 
@@ -40,6 +40,11 @@ def measure_of(wiring: Wiring, quantity: Quantity, latency: LatencyTable | None 
             "latency=measure_latency(model, wiring, images)"
         )
     return milliseconds(latency, wiring)
+
+
+def pressure_of(wiring: Wiring, quantity: Quantity) -> Measure | None:
+    """What to bring down step by step where the quantity itself need not move with each step."""
+    return crowding(wiring) if quantity == "memory" else None
 
 
 def _macs(wiring: Wiring) -> Measure:

@@ -17,6 +17,7 @@ from secateur.finetune import Epoch
 from secateur.norms import NormChange
 from secateur.polish import Polish
 from secateur.refit import LayerRefit
+from secateur.search import Trial
 
 SCHEMA_VERSION = 1
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
@@ -93,6 +94,8 @@ class RunResult(Record):
     stages: tuple[StageResult, ...]
     groups: tuple[GroupResult, ...]
     frozen: tuple[FrozenResult, ...]
+    trials: tuple[Trial, ...] = ()
+    """The sizes that were tried where the run looked for the smallest network."""
     refit: tuple[LayerRefit, ...]
     norms: NormChange | None
     """None where no statistics were to be re-estimated, or there are none."""

@@ -42,21 +42,17 @@ def score_filters(
     """
     watching = [*criteria.values(), *observers]
     observe(model, wiring, batches, watching, source, settings)
+    return {name: FilterScores(name, scores_of(each, wiring)) for name, each in criteria.items()}
+
+
+def scores_of(criterion: Criterion, wiring: Wiring) -> dict[str, Float[Tensor, "channel"]]:
+    """`{group: the scores of its channels}` by a criterion that has seen all images."""
     return {
-        name: FilterScores(
-            name,
-            {
-                group.name: _by_channel(
-                    len(group),
-                    [
-                        (look.channel, criterion.score(part))
-                        for part, look in parts_of(group).items()
-                    ],
-                )
-                for group in wiring.groups.values()
-            },
+        group.name: _by_channel(
+            len(group),
+            [(look.channel, criterion.score(part)) for part, look in parts_of(group).items()],
         )
-        for name, criterion in criteria.items()
+        for group in wiring.groups.values()
     }
 
 

@@ -1,0 +1,109 @@
+"""What plans follow from: filter scores, the damage of each group, times of layers.
+
+Made once; then a plan for any target takes moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from secateur.concepts import ConceptSource
+from secateur.config import PlanSection, ScoreSection
+from secateur.criteria import Criterion
+from secateur.criteria.reconstruction import Reconstruction
+from secateur.damage import measure_damage
+from secateur.data import Batch
+from secateur.graph import tensors_of
+from secateur.latency import LatencyTable
+from secateur.plan import Allocation, PruningPlan, Target, make_plan, make_space, parse_target
+from secateur.progress import Track, silent
+from secateur.ranking import rank
+from secateur.scoring import FilterScores, score_filters, scores_of
+from secateur.timing import measure_latency
+from secateur.wiring import Wiring
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All that is known of a network before a plan is made."""
+
+    wiring: Wiring
+    scored: FilterScores
+    settings: PlanSection
+    allocation: Allocation
+    ties: Mapping[str, Tensor] | None
+    """Scores that decide between equal ones."""
+    latency: LatencyTable | None
+
+    def plan(self, target: Target) -> PruningPlan:
+        """The plan for a target; the errors are those of `make_plan`."""
+        return make_plan(
+            self.scored.scores,
+            self.wiring,
+            target,
+            self.scored.criterion,
+            allocation=self.allocation,
+            ties=self.ties,
+            round_to=self.settings.round_to,
+            min_filters=self.settings.min_filters,
+            latency=self.latency,
+        )
+
+    def least(self, target: Target) -> float:
+        """The smallest fraction of the target's quantity that a plan can leave."""
+        space = make_space(
+            rank(self.scored.scores, self.wiring, self.scored.criterion),
+            self.wiring,
+            target,
+            round_to=self.settings.round_to,
+            min_filters=self.settings.min_filters,
+            latency=self.latency,
+        )
+        return space.measure(space.least) / space.measure(space.whole)
+
+
+def make_survey(
+    model: nn.Module,
+    wiring: Wiring,
+    batches: Callable[[], Iterable[Batch]],
+    name: str,
+    criterion: Criterion,
+    source: ConceptSource,
+    score: ScoreSection,
+    settings: PlanSection,
+    *,
+    example: Tensor,
+    track: Track = silent,
+) -> Survey:
+    """Scores the filters by the named criterion and measures what else the plan needs.
+
+    The error curves of `curves` come from the scoring pass, whatever the criterion. `batches` gives
+    the probe set and `example` a few of its images.
+    """
+    observers: tuple[Reconstruction, ...] = ()
+    moments = criterion if isinstance(criterion, Reconstruction) else None
+    if settings.allocation == "curves" and moments is None:
+        moments = Reconstruction()
+        observers = (moments,)
+    scored = score_filters(
+        model, wiring, batches, {name: criterion}, source, score, observers=observers
+    )[name]
+    ties = None
+    if observers and moments is not None and _has_ties(scored):
+        ties = scores_of(moments, wiring)
+    allocation = Allocation(settings.allocation, shares=settings.shares or None)
+    if settings.allocation == "curves" and moments is not None:
+        ranking = rank(scored.scores, wiring, name, ties=ties)
+        damage = measure_damage(tensors_of(model), wiring, moments, ranking, batches(), track=track)
+        allocation = replace(allocation, damage=damage)
+    latency = None
+    if parse_target(settings.target).quantity == "latency":
+        latency = measure_latency(model, wiring, example)
+    return Survey(wiring, scored, settings, allocation, ties, latency)
+
+
+def _has_ties(scored: FilterScores) -> bool:
+    return any(len(each.unique()) < len(each) for each in scored.scores.values())

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import wired
+from secateur import criteria
+from secateur.config import ScoreSection
+from secateur.criteria.reconstruction import Reconstruction
+from secateur.damage import divergence, error_curve, measure_damage, measure_slopes, stand_in
+from secateur.data import Batch
+from secateur.graph import tensors_of
+from secateur.ranking import Ranking, rank
+from secateur.scoring import score_filters
+from secateur.wiring import Wiring
+
+SETTINGS = ScoreSection()
+IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def batches(size: int = 32) -> Iterable[Batch]:
+    for start in range(0, len(IMAGES), size):
+        images = IMAGES[start : start + size]
+        numbers = torch.arange(start, start + len(images))
+        yield Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers)
+
+
+def surveyed(name: str) -> tuple[nn.Module, Wiring, Reconstruction, Ranking]:
+    model, wiring = wired(name, True)
+    moments = Reconstruction()
+    criterion = criteria.make("l2", SETTINGS, 0, {})
+    scored = score_filters(
+        model, wiring, batches, {"l2": criterion}, None, SETTINGS, observers=(moments,)
+    )["l2"]
+    return model, wiring, moments, rank(scored.scores, wiring, "l2")
+
+
+NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grouped"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
+    model, wiring, moments, ranking = surveyed(name)
+    damage = measure_damage(tensors_of(model), wiring, moments, ranking, batches())
+    assert damage.keys() == wiring.groups.keys()
+    for group, curve in damage.items():
+        assert len(curve) == len(wiring.groups[group]) + 1
+        assert curve[0] == 0
+        assert all(one <= other + 1e-12 for one, other in zip(curve, curve[1:], strict=False))
+    assert any(curve[-1] > 0 for curve in damage.values())
+
+
+def test_batches_do_not_change_the_slopes() -> None:
+    model, wiring, moments, ranking = surveyed("residual")
+    state = tensors_of(model)
+    one = measure_slopes(state, wiring, moments, ranking, batches(96))
+    other = measure_slopes(state, wiring, moments, ranking, batches(11))
+    for name, slope in one.items():
+        assert slope > 0
+        assert other[name] == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_curve_is_what_readers_miss(generator: torch.Generator) -> None:
+    """Against least squares from scratch, on the positions that the moments were taken at."""
+    model, wiring, moments, ranking = surveyed("chain")
+    group = wiring.groups["conv2"]  # read by the linear layer: maps are pooled before
+    curve = error_curve(group, moments, ranking.order["conv2"])
+    assert isinstance(model, nn.Module)
+    kernel = tensors_of(model)["linear.weight"].double()
+    covariance = moments._moments["conv2"].covariance(moments._units["conv2"])
+    for gone in (1, 3, 6):
+        kept = ranking.order["conv2"][:-gone]
+        inner = covariance[kept][:, kept]
+        explained = covariance[:, kept] @ torch.linalg.pinv(inner) @ covariance[kept]
+        missed = float((kernel @ (covariance - explained) * kernel).sum())
+        assert float(curve[gone]) == pytest.approx(missed, rel=0.05, abs=1e-3 * float(curve[-1]))
+
+
+def test_a_copy_of_a_channel_stands_in_for_it() -> None:
+    model, wiring = wired("chain", True)
+    state = tensors_of(model)
+    for name in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
+        state[name][4] = state[name][2]
+    moments = Reconstruction()
+    settings = SETTINGS
+    score_filters(model, wiring, batches, {"reconstruction": moments}, None, settings)
+    kept = [0, 1, 2, 3, 5]
+    found = stand_in(wiring.groups["conv1"], moments, kept)
+    assert float((found.matrix[4] - found.matrix[2]).abs().max()) < 0.05
+    assert torch.equal(found.matrix[kept], torch.eye(6)[kept])
+    assert float(found.offset[kept].abs().max()) < 1e-6
+
+
+def test_divergence_of_scores_and_of_maps() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
+    assert divergence([logits], [logits]) == 0
+    other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    p, q = logits.double().softmax(1), other.double().softmax(1)
+    assert divergence([logits], [other]) == pytest.approx(float((p * (p / q).log()).sum() / 2))
+    maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert divergence([maps], [maps + 2]) == pytest.approx(4 / float(maps.double().var()))
