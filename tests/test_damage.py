@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -49,7 +50,7 @@ def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
     for group, curve in damage.items():
         assert len(curve) == len(wiring.groups[group]) + 1
         assert curve[0] == 0
-        assert all(one <= other + 1e-12 for one, other in zip(curve, curve[1:], strict=False))
+        assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
     assert any(curve[-1] > 0 for curve in damage.values())
 
 
