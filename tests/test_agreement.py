@@ -54,6 +54,17 @@ def test_divergence_and_predictions_are_those_of_each_image(
     assert found.top1_fraction == pytest.approx(top1)
 
 
+def test_softening_divides_the_logits(generator: torch.Generator) -> None:
+    one, other = two_networks(generator)
+    batches = in_batches(random_images(7), 3)
+    found = agreement_of(answers_of(one, batches), other, batches, temperature=3.0)
+    with torch.inference_mode():
+        images = torch.cat([batch.images for batch in batches])
+        divergence, top1 = by_hand(one(images) / 3, other(images) / 3)
+    assert found.divergence == pytest.approx(9 * divergence, rel=1e-5)
+    assert found.top1_fraction == pytest.approx(top1)
+
+
 def test_a_network_agrees_with_itself(generator: torch.Generator) -> None:
     one, _ = two_networks(generator)
     batches = in_batches(random_images(7), 3)

@@ -23,7 +23,8 @@ class Agreement:
     """How near a network is to what was expected of it."""
 
     divergence: float
-    """Mean KL divergence of its answers from the expected ones, KL(expected ‖ given), in nats."""
+    """Mean KL divergence of its answers from the expected ones, KL(expected ‖ given), in nats;
+    softened answers multiply it by the square of their temperature."""
     top1_fraction: float
     """Share of the images of which both predict the same class."""
 
@@ -35,11 +36,15 @@ def answers_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Answers, .
 
 
 def agreement_of(
-    expected: Sequence[Answers], network: nn.Module, batches: Iterable[Batch]
+    expected: Sequence[Answers],
+    network: nn.Module,
+    batches: Iterable[Batch],
+    temperature: float = 1.0,
 ) -> Agreement:
     """How near `network`, in evaluation mode, is to the `expected` answers to the same batches.
 
-    Raises `DataError` where there are no images.
+    Both answers are softened by the temperature T, and the divergence multiplied by T², as in
+    distillation (Hinton et al., 2015). Raises `DataError` where there are no images.
     """
     divergence = torch.zeros((), dtype=torch.float64)
     equal, count = 0, 0
@@ -48,8 +53,8 @@ def agreement_of(
             given = network(batch.images)
             # In float64: near agreement is a small difference of large terms.
             divergence += F.kl_div(
-                F.log_softmax(given.double(), dim=1),
-                F.log_softmax(wanted.double(), dim=1),
+                F.log_softmax(given.double() / temperature, dim=1),
+                F.log_softmax(wanted.double() / temperature, dim=1),
                 reduction="sum",
                 log_target=True,
             )
@@ -57,4 +62,4 @@ def agreement_of(
             count += len(given)
     if not count:
         raise DataError("there are no images to compare answers on")
-    return Agreement(float(divergence) / count, equal / count)
+    return Agreement(temperature**2 * float(divergence) / count, equal / count)

@@ -136,13 +136,13 @@ class PolishSection(Section):
 
     epochs: int = Field(default=0, ge=0)
     """Passes over the probe images that are not held out; 0 leaves the step out."""
-    batch_size: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=100, ge=1)
     """Images a step."""
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Largest learning rate of the cosine schedule, of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Pull of every parameter towards zero."""
-    warmup_steps: int = Field(default=20, ge=0)
+    warmup_steps: int = Field(default=16, ge=0)
     """Steps over which the learning rate rises."""
     flip: bool = True
     """Whether half of the images are mirrored; not for digits and letters."""

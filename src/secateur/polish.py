@@ -18,7 +18,7 @@ from secateur.progress import Track, silent
 
 @dataclass(frozen=True)
 class PolishEpoch:
-    """One pass over the probe images that are not held out."""
+    """One pass over the probe images that are not held out; answers are softened as in training."""
 
     epoch: Epoch
     held_out: Agreement
@@ -27,7 +27,7 @@ class PolishEpoch:
 
 @dataclass(frozen=True)
 class Polish:
-    """What polishing did, on held-out probe images."""
+    """What polishing did, on held-out probe images, whose answers are softened as in training."""
 
     before: Agreement
     """With the original network, before the first epoch."""
@@ -50,17 +50,18 @@ def polish(
     """Trains `smaller` in place on the images of `fit`; how near it came to `model`.
 
     The weights of the epoch that diverges least from the original on `held_out` stay, or those
-    that were there before: its divergence never grows. Norm statistics and everything else is as in
-    evaluation mode. Raises `SecateurError` where the loss stops being a number.
+    that were there before: the divergence never grows. It is that of answers softened as in
+    training: what is trained is what is chosen by. Norms and all else are as in evaluation mode while it trains. Raises `SecateurError` where the loss stops being a number.
     """
     expected = answers_of(model, held_out())
-    before = best = agreement_of(expected, smaller, held_out())
+    temperature = settings.temperature
+    before = best = agreement_of(expected, smaller, held_out(), temperature)
     chosen, state = 0, copy.deepcopy(smaller.state_dict())
     epochs: list[PolishEpoch] = []
 
     def after_epoch(epoch: Epoch) -> None:
         nonlocal best, chosen, state
-        found = agreement_of(expected, smaller, held_out())
+        found = agreement_of(expected, smaller, held_out(), temperature)
         epochs.append(PolishEpoch(epoch, found))
         if found.divergence < best.divergence:
             best, chosen, state = found, epoch.number, copy.deepcopy(smaller.state_dict())
