@@ -21,6 +21,7 @@ from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import evaluate
 from secateur.finetune import Epoch, finetune
 from secateur.graph import tensors_of
+from secateur.latency import LatencyTable
 from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
 from secateur.plan import PruningPlan, make_plan, parse_target
@@ -39,6 +40,7 @@ from secateur.result import (
 )
 from secateur.scoring import score_filters
 from secateur.surgery import apply_plan, relative_error, silence
+from secateur.timing import measure_latency
 from secateur.wiring import Wiring
 
 
@@ -70,6 +72,8 @@ def run(
             log.write("no_program", reason=manifest.no_program)
         text = pruned.result.model_dump_json(indent=1)
         (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
+        if pruned.latency is not None:
+            (temporary / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
         write_report(pruned.result, temporary / bundle.REPORT)
         log.write("end")
     return pruned.result
@@ -206,6 +210,8 @@ class Pruned:
     model: nn.Module
     plan: PruningPlan
     result: RunResult
+    latency: LatencyTable | None
+    """Times of the layers before the cut, where the target is one of latency."""
 
 
 def prune(
@@ -248,13 +254,19 @@ def prune(
         ground.source,
         config.score,
     )[criterion_name]
+    target = parse_target(config.plan.target)
+    latency: LatencyTable | None = None
+    if target.quantity == "latency":
+        latency = measure_latency(model, wiring, ground.example)
+        log.write("latency", **latency.model_dump(exclude={"layers"}))
     plan = make_plan(
         scored.scores,
         wiring,
-        parse_target(config.plan.target),
+        target,
         criterion_name,
         round_to=config.plan.round_to,
         min_filters=config.plan.min_filters,
+        latency=latency,
     )
     smaller = apply_plan(model, wiring, plan)
     with torch.inference_mode():
@@ -322,4 +334,4 @@ def prune(
         refit=refitted,
         epochs=tuple(epochs),
     )
-    return Pruned(smaller, plan, result)
+    return Pruned(smaller, plan, result, latency)
