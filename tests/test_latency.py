@@ -50,6 +50,7 @@ def table_of(wiring: Wiring) -> LatencyTable:
         batch=16,
         block=1,
         layers=tuple(layers),
+        layers_factor=2,
         fixed_ms=0.01,
         ms_per_value=1e-6,
     )
@@ -88,7 +89,7 @@ def test_latency_is_layers_and_a_line_in_all_other_values(name: str) -> None:
     group, channels = next(iter(wiring.groups.items()))
     everything_but_one: Removed = {group: tuple(range(1, len(channels)))}
     layers = sum(layer.ms[-1][-1] for layer in table.layers)
-    assert predict({}) == pytest.approx(layers + 0.01 + 1e-6 * values({}))
+    assert predict({}) == pytest.approx(2 * layers + 0.01 + 1e-6 * values({}))
     assert predict(everything_but_one) < predict({})
 
 
@@ -115,8 +116,8 @@ def test_a_target_of_latency_needs_times_and_can_be_out_of_reach() -> None:
     scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
     with pytest.raises(UsageError, match="needs times of the network's layers"):
         make_plan(scores, wiring, Target("latency", 0.5), "random")
-    with pytest.raises(TargetError, match=r"latency=0\.01 is out of reach"):
-        make_plan(scores, wiring, Target("latency", 0.01), "random", latency=table_of(wiring))
+    with pytest.raises(TargetError, match=r"latency=1e-05 is out of reach"):
+        make_plan(scores, wiring, Target("latency", 1e-5), "random", latency=table_of(wiring))
 
 
 def test_a_table_of_another_network_is_refused() -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from runs import DigitsRun, outputs, small_config
-from secateur import data, models, pipeline
+from secateur import bundle, data, models, pipeline
 from secateur.config import RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
+from secateur.latency import LatencyTable
 from secateur.pipeline import Pruned
 from secateur.result import RunResult
 
@@ -145,6 +146,17 @@ def test_targets_are_met(model_file: Path, target: str) -> None:
     }
     quantity, _, fraction = target.partition("=")
     assert float(fraction) - 0.1 < left[quantity] <= float(fraction)
+
+
+def test_a_run_with_a_target_of_latency_keeps_the_times(model_file: Path, tmp_path: Path) -> None:
+    # All of it: how much faster the small network gets is not for a test to rely on.
+    config = small_config(model_file, plan={"target": "latency=1"})
+    pipeline.run(config, tmp_path / "run")
+    table = LatencyTable.from_json((tmp_path / "run" / bundle.LATENCY).read_text())
+    assert [layer.layer for layer in table.layers] == ["stem.0", "conv1", "conv2", "conv3", "head"]
+    log = [json.loads(line) for line in (tmp_path / "run" / bundle.LOG).read_text().splitlines()]
+    (event,) = (entry for entry in log if entry["event"] == "latency")
+    assert event["hardware"] == table.hardware.model_dump()
 
 
 def test_steps_can_be_left_out(model_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,17 +51,14 @@ def test_the_network_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("values", "remainders", "line"),
-    [
-        ([1.0, 2.0, 4.0], [3.0, 5.0, 9.0], (1.0, 2.0)),
-        ([1.0, 2.0, 3.0], [5.0, 4.0, 3.0], (4.0, 0.0)),  # never less time for more values
-        ([1.0, 2.0], [1.0, 4.0], (0.0, 1.8)),  # never a start below 0
-        ([2.0], [6.0], (6.0, 0.0)),
-        ([2.0], [-1.0], (0.0, 0.0)),
-    ],
-)
-def test_the_remainder_is_a_line_that_never_falls(
-    values: list[float], remainders: list[float], line: tuple[float, float]
-) -> None:
-    assert timing.line(values, remainders) == pytest.approx(line, abs=1e-9)
+@pytest.mark.parametrize("factors", [(2.0, 0.5, 3.0), (1.0, 0.0, 2.0), (0.0, 0.0, 4.0)])
+def test_terms_that_make_up_the_totals_are_found(factors: tuple[float, ...]) -> None:
+    terms = np.array([[9.0, 4.0, 1.0], [4.0, 3.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    assert timing.combination(terms, (terms @ factors).tolist()) == pytest.approx(factors, abs=1e-9)
+
+
+def test_no_term_is_subtracted() -> None:
+    terms = np.array([[2.0, 1.0], [1.0, 1.0]])
+    falling = timing.combination(terms, [3.0, 5.0])
+    assert min(falling) >= 0
+    assert timing.combination(terms[:1], [3.0]) == pytest.approx([1.5, 0.0])

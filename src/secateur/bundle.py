@@ -48,7 +48,7 @@ from secateur.recording import make_program
 from secateur.surgery import apply_plan
 from secateur.wiring import Wiring
 
-RESULT, REPORT, LOG = "result.json", "report.html", "log.jsonl"
+RESULT, REPORT, LOG, LATENCY = "result.json", "report.html", "log.jsonl", "latency.json"
 
 
 @contextlib.contextmanager

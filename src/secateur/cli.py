@@ -142,7 +142,8 @@ def prune(
         typer.Option(
             "--target",
             "-t",
-            help="What may stay: macs=F, params=F or filters=F, 0 < F <= 1 (default: macs=0.5).",
+            help="What may stay: macs=F, params=F, filters=F, memory=F (peak of activations) or "
+            "latency=F (on this machine), 0 < F <= 1 (default: macs=0.5).",
         ),
     ] = None,
     out: Annotated[

@@ -89,7 +89,8 @@ class PlanSection(Section):
     """What should be left."""
 
     target: Annotated[str, BeforeValidator(lambda text: str(parse_target(str(text))))] = "macs=0.5"
-    """`macs=F`, `params=F` or `filters=F`: the fraction of the original that may stay."""
+    """`macs=F`, `params=F`, `filters=F`, `memory=F` (peak bytes of activations) or `latency=F` (on
+    this machine, foretold from times of the layers): the fraction of the original that may stay."""
     allocation: AllocationRule = "curves"
     """How the cut is spread over the layers: `curves`, so that little is lost at the network's
     output, as measured on probe images; `uniform`, the same share everywhere; `global`, the lowest

@@ -1,8 +1,8 @@
 """How long a cut network takes, foretold from times of its layers at some widths.
 
 The time of a network is that of its convolutions and linear layers, interpolated between the widths
-they were timed at (`timing`), and a remainder that is a straight line in the number of values that
-all other operations write.
+they were timed at (`timing`), times a factor for what a whole network is slower or faster by, and a
+remainder that is a straight line in the number of values that all other operations write.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class LatencyTable(Part):
     """Channels that the machine computes at once: a width takes as long as the next multiple."""
     layers: tuple[LayerTimes, ...]
     """In the order of `Wiring.layers`."""
+    layers_factor: float
+    """What the sum of the layers' times, alone, is multiplied by in the whole network."""
     fixed_ms: float
     ms_per_value: float
     """Both: what everything besides layers takes, by the values that it writes for an image."""
@@ -138,7 +140,9 @@ def milliseconds(table: LatencyTable, wiring: Wiring) -> Callable[[Removed], flo
     layers = layers_ms(wiring, table.layers, table.block)
     values = other_values(wiring)
     return lambda removed: (
-        float(layers(removed).sum()) + table.fixed_ms + table.ms_per_value * values(removed)
+        table.layers_factor * float(layers(removed).sum())
+        + table.fixed_ms
+        + table.ms_per_value * values(removed)
     )
 
 

@@ -21,6 +21,7 @@ from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import evaluate
 from secateur.finetune import Epoch, finetune
 from secateur.graph import tensors_of
+from secateur.latency import LatencyTable
 from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
 from secateur.norms import NormChange, reestimate_norms
@@ -73,6 +74,8 @@ def run(
             log.write("no_program", reason=manifest.no_program)
         text = pruned.result.model_dump_json(indent=1)
         (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
+        if pruned.latency is not None:
+            (temporary / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
         write_report(pruned.result, temporary / bundle.REPORT)
         log.write("end")
     return pruned.result
@@ -296,6 +299,8 @@ class Pruned:
     model: nn.Module
     plan: PruningPlan
     result: RunResult
+    latency: LatencyTable | None
+    """Times of the layers before the cut, where the target is one of latency."""
 
 
 def prune(
@@ -329,6 +334,8 @@ def prune(
     ground = prepare_ground(model, dataset, config)
     wiring = ground.wiring
     survey = survey_filters(model, ground, config, track)
+    if survey.latency is not None:
+        log.write("latency", **survey.latency.model_dump(exclude={"layers"}))
     target = parse_target(config.plan.target)
     trials: tuple[Trial, ...] = ()
     if config.plan.max_drop is not None:
@@ -413,4 +420,4 @@ def prune(
         polish=polished,
         epochs=tuple(epochs),
     )
-    return Pruned(smaller, plan, result)
+    return Pruned(smaller, plan, result, survey.latency)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
@@ -39,8 +40,8 @@ from secateur.wiring import NOT_PRUNABLE, Removed, Wiring
 
 BLOCKS = (1, 8, 16)
 """Numbers of channels that machines are known to compute at once."""
-FRACTIONS = (0.7, 0.4)
-"""Filters that a network keeps where the remainder is measured, besides the whole network."""
+FRACTIONS = (0.85, 0.7, 0.55, 0.4)
+"""Filters that a network keeps where it is timed as a whole, besides the uncut one."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BUDGET_SECONDS = 12.0
 """After so long no further round is begun, once the least number is done."""
@@ -74,15 +75,16 @@ def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> Latency
     layers = tuple(each.times(times) for each in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(wiring, layers, block), other_values(wiring)
-    fixed, slope = line(
-        [values(each) for each in removed],
-        [times[number] - float(alone(each).sum()) for number, each in enumerate(removed)],
+    factor, slope, fixed = combination(
+        np.array([[float(alone(each).sum()), values(each), 1.0] for each in removed]),
+        [times[number] for number in range(len(removed))],
     )
     return LatencyTable(
         hardware=_hardware(batch),
         batch=LATENCY_BATCH,
         block=block,
         layers=layers,
+        layers_factor=factor,
         fixed_ms=fixed,
         ms_per_value=slope,
     )
@@ -308,13 +310,18 @@ def _error(
     return total
 
 
-def line(values: Sequence[float], remainders: Sequence[float]) -> tuple[float, float]:
-    """Start and slope of the line through the remainders, neither of them below 0."""
-    x, y = np.array(values), np.maximum(remainders, 0)
-    slope = float(np.polyfit(x, y, 1)[0]) if len(set(values)) > 1 else 0.0
-    fixed = float((y - slope * x).mean())
-    if slope < 0 or len(set(values)) < 2:
-        return float(y.mean()), 0.0
-    if fixed < 0:
-        return 0.0, float((x * y).sum() / (x * x).sum())
-    return fixed, slope
+def combination(terms: npt.NDArray[np.float64], totals: Sequence[float]) -> list[float]:
+    """What each column of `terms` `[total, term]` is multiplied by to give the totals.
+
+    Least squares of the relative errors, with no factor below 0.
+    """
+    scaled = terms / np.array(totals)[:, None]
+    best, least = np.zeros(terms.shape[1]), np.inf
+    for count in range(1, terms.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(range(terms.shape[1]), count)):
+            factors = np.zeros(terms.shape[1])
+            factors[chosen] = np.linalg.lstsq(scaled[:, chosen], np.ones(len(terms)))[0]
+            error = float(np.square(scaled @ factors - 1).sum())
+            if (factors >= 0).all() and error < least - 1e-12:
+                best, least = factors, error
+    return [float(factor) for factor in best]
