@@ -51,7 +51,8 @@ def polish(
 
     The weights of the epoch that diverges least from the original on `held_out` stay, or those
     that were there before: the divergence never grows. It is that of answers softened as in
-    training: what is trained is what is chosen by. Norms and all else are as in evaluation mode while it trains. Raises `SecateurError` where the loss stops being a number.
+    training: what is trained is what is chosen by. Norms and all else are as in evaluation mode
+    while it trains. Raises `SecateurError` where the loss stops being a number.
     """
     expected = answers_of(model, held_out())
     temperature = settings.temperature
