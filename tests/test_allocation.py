@@ -86,7 +86,7 @@ def test_a_maximum_comes_down_by_its_pressure() -> None:
         return max(counts.values())
 
     def pressure(counts: Counts) -> float:
-        return sum(count**16 for count in counts.values()) ** (1 / 16)
+        return math.hypot(*(float(count) ** 8 for count in counts.values()))
 
     damage = {name: [float(gone) for gone in range(9)] for name in "abc"}
     counts = least_damage(Space(steps, peak, 5.0, pressure), damage)

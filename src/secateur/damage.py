@@ -213,8 +213,8 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     total = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if wanted.dim() == 2 and wanted.shape[1] > 1:
-            logs = [each.double().log_softmax(1) for each in (given, wanted)]
-            total += float(F.kl_div(*logs, reduction="batchmean", log_target=True))
+            one, other = (each.double().log_softmax(1) for each in (given, wanted))
+            total += float(F.kl_div(one, other, reduction="batchmean", log_target=True))
         else:
             error = (given - wanted).double().square().mean()
             total += float(error / wanted.double().var().clamp_min(1e-30))

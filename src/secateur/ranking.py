@@ -45,7 +45,10 @@ def rank(
         for name, group in wiring.groups.items()
         for number, channel in enumerate(group.channels.tolist())
     }
-    ranked = {name: _sorted(scores[name], ties and ties.get(name)) for name in wiring.groups}
+    ranked = {
+        name: _sorted(scores[name], None if ties is None else ties.get(name))
+        for name in wiring.groups
+    }
     position = {name: {n: r for r, n in enumerate(numbers)} for name, numbers in ranked.items()}
     needed: dict[str, set[int]] = {name: set() for name in ranked}
     for cover in wiring.covers:
