@@ -288,8 +288,6 @@ def _time(networks: Jobs, layers: Jobs) -> Times:
     jobs = {**networks, **layers}
     found: dict[Key, list[float]] = {key: [] for key in jobs}
     with torch.inference_mode():
-        for key in order:
-            jobs[key]()()
         begun = time.perf_counter()
         for number in range(MOST_ROUNDS):
             if number >= LEAST_ROUNDS and time.perf_counter() - begun > BUDGET_SECONDS:
