@@ -31,6 +31,7 @@ def test_every_layer_is_timed_at_its_own_width_and_narrower(
             assert timed[-1] == (width if isinstance(width, int) else len(width))
         assert all(ms > 0 for row in times.ms for ms in row)
     assert table.batch == LATENCY_BATCH
+    assert table.layers_factor >= 1
     assert table.fixed_ms >= 0
     assert table.ms_per_value >= 0
     assert LatencyTable.from_json(table.to_json()) == table
@@ -54,11 +55,12 @@ def test_the_network_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("factors", [(2.0, 0.5, 3.0), (1.0, 0.0, 2.0), (0.0, 0.0, 4.0)])
 def test_terms_that_make_up_the_totals_are_found(factors: tuple[float, ...]) -> None:
     terms = np.array([[9.0, 4.0, 1.0], [4.0, 3.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
-    assert timing.combination(terms, (terms @ factors).tolist()) == pytest.approx(factors, abs=1e-9)
+    assert timing.combination(terms, terms @ factors) == pytest.approx(factors, abs=1e-9)
 
 
 def test_no_term_is_subtracted() -> None:
     terms = np.array([[2.0, 1.0], [1.0, 1.0]])
-    falling = timing.combination(terms, [3.0, 5.0])
+    falling = timing.combination(terms, np.array([3.0, 5.0]))
     assert min(falling) >= 0
-    assert timing.combination(terms[:1], [3.0]) == pytest.approx([1.5, 0.0])
+    assert timing.combination(terms, np.array([-1.0, -2.0])) == [0.0, 0.0]
+    assert timing.combination(terms[:1], np.array([3.0])) == pytest.approx([1.5, 0.0])

@@ -71,7 +71,7 @@ class LatencyTable(Part):
     layers: tuple[LayerTimes, ...]
     """In the order of `Wiring.layers`."""
     layers_factor: float
-    """What the sum of the layers' times, alone, is multiplied by in the whole network."""
+    """What the sum of the layers' times is multiplied by in the whole network; 1 or more."""
     fixed_ms: float
     ms_per_value: float
     """Both: what everything besides layers takes, by the values that it writes for an image."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
@@ -27,6 +26,7 @@ from secateur.latency import (
     LatencyTable,
     LayerTimes,
     LayerWidths,
+    Numbers,
     is_prunable,
     layers_ms,
     other_values,
@@ -75,16 +75,17 @@ def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> Latency
     layers = tuple(each.times(times) for each in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(wiring, layers, block), other_values(wiring)
-    factor, slope, fixed = combination(
-        np.array([[float(alone(each).sum()), values(each), 1.0] for each in removed]),
-        [times[number] for number in range(len(removed))],
-    )
+    whole = np.array([times[number] for number in range(len(removed))])
+    terms = np.array([[float(alone(each).sum()), values(each), 1.0] for each in removed])
+    # Layers take at least as long in the network as alone: else a few noisy times could say that
+    # they don't count, since fewer channels are fewer values, too.
+    more, slope, fixed = combination(terms / whole[:, None], 1 - terms[:, 0] / whole)
     return LatencyTable(
         hardware=_hardware(batch),
         batch=LATENCY_BATCH,
         block=block,
         layers=layers,
-        layers_factor=factor,
+        layers_factor=1 + more,
         fixed_ms=fixed,
         ms_per_value=slope,
     )
@@ -217,11 +218,14 @@ def _narrowed(dimension: Dimension, widths: Callable[[int], Iterable[int]]) -> d
 
 
 def _grid(size: int) -> set[int]:
-    """Every block of a narrow dimension, and both sides of its first; six widths of a wide one."""
+    """Every block of a narrow dimension, and both sides of its first; six widths of a wide one.
+
+    Those are odd numbers of blocks: round ones, such as 384, are faster than what is about them.
+    """
     if size <= 4 * SMALL:
         return {1, SMALL // 2, SMALL - 1, *range(SMALL, size, SMALL), size}
     shares = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-    return {SMALL, *(SMALL * math.ceil(share * size / SMALL) for share in shares), size}
+    return {SMALL, *(SMALL * (math.ceil(share * size / SMALL) | 1) for share in shares), size}
 
 
 def _checks(size: int) -> set[int]:
@@ -284,8 +288,6 @@ def _time(networks: Jobs, layers: Jobs) -> Times:
     jobs = {**networks, **layers}
     found: dict[Key, list[float]] = {key: [] for key in jobs}
     with torch.inference_mode():
-        for key in order:
-            jobs[key]()()
         begun = time.perf_counter()
         for number in range(MOST_ROUNDS):
             if number >= LEAST_ROUNDS and time.perf_counter() - begun > BUDGET_SECONDS:
@@ -310,18 +312,18 @@ def _error(
     return total
 
 
-def combination(terms: npt.NDArray[np.float64], totals: Sequence[float]) -> list[float]:
-    """What each column of `terms` `[total, term]` is multiplied by to give the totals.
+def combination(terms: Numbers, totals: Numbers) -> list[float]:
+    """What the columns of `terms` `[total, term]` are multiplied by to give the totals.
 
-    Least squares of the relative errors, with no factor below 0.
+    By least squares, none of them below 0; of so few terms every choice is tried.
     """
-    scaled = terms / np.array(totals)[:, None]
-    best, least = np.zeros(terms.shape[1]), np.inf
-    for count in range(1, terms.shape[1] + 1):
-        for chosen in map(list, itertools.combinations(range(terms.shape[1]), count)):
-            factors = np.zeros(terms.shape[1])
-            factors[chosen] = np.linalg.lstsq(scaled[:, chosen], np.ones(len(terms)))[0]
-            error = float(np.square(scaled @ factors - 1).sum())
+    count = terms.shape[1]
+    best, least = np.zeros(count), float(np.square(totals).sum())
+    for number in range(1, count + 1):
+        for chosen in map(list, itertools.combinations(range(count), number)):
+            factors = np.zeros(count)
+            factors[chosen] = np.linalg.lstsq(terms[:, chosen], totals)[0]
+            error = float(np.square(terms @ factors - totals).sum())
             if (factors >= 0).all() and error < least - 1e-12:
                 best, least = factors, error
     return [float(factor) for factor in best]
