@@ -45,12 +45,13 @@ from rows import (
     versions,
 )
 from secateur import concepts, criteria, graph, models
-from secateur.activations import images_at_a_time, maps_of, observe, parts_of
+from secateur.activations import maps_of, observe, parts_of
 from secateur.config import ScoreSection
 from secateur.data import Batch, batches
 from secateur.graph import tensors_of
 from secateur.grouping import Look
 from secateur.models import Preprocessing
+from secateur.packing import images_at_a_time
 from secateur.reading import make_wiring
 from secateur.wiring import Wiring
 from tables import with_table

@@ -13,8 +13,8 @@ from torch.fx.node import Node
 from torch.multiprocessing.spawn import spawn
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
-from secateur import activations, concepts, criteria, data, distributed
-from secateur.activations import images_at_a_time, kernels_of, observe
+from secateur import concepts, criteria, data, distributed, packing
+from secateur.activations import kernels_of, observe
 from secateur.concepts import Scene
 from secateur.config import Precision, ScoreSection
 from secateur.criteria import Kernels, Need, Observer, Regions, Sight, Vote
@@ -148,7 +148,7 @@ def look(
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images at a time, so that seven take four batches and the last is filled up."""
-    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 2)
 
 
 def maps_by_hand(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -442,14 +442,6 @@ SOURCE = "evidence,factors:3"
 PREPROCESSING = Preprocessing(8, 8)
 
 
-def test_images_at_a_time_depend_on_their_size_alone() -> None:
-    assert images_at_a_time(8, 8) == 128
-    assert images_at_a_time(224, 224) == 16
-    assert images_at_a_time(4000, 3000) == 1
-    sizes = {images_at_a_time(side, side) for side in range(1, 2000, 7)}
-    assert all(size & (size - 1) == 0 for size in sizes)
-
-
 def pixels() -> TensorImages:
     """More images than go through the network at once, three times over."""
     generator = torch.Generator().manual_seed(3)
@@ -506,7 +498,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
     name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     expected = everything(name, precision, size=100)
     assert all(any(bool(each.any()) for each in found) for found in expected.values() if found)
     for size in (1, 7):
@@ -516,7 +508,7 @@ def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
 def work(rank: int, folder: Path) -> None:
     """One of four processes; two of them go on as two."""
     torch.set_num_threads(1)
-    activations.MOST_IMAGES_AT_A_TIME = AT_A_TIME
+    packing.MOST_IMAGES_AT_A_TIME = AT_A_TIME
     for processes in (4, 2):
         if rank >= processes:
             return
@@ -536,7 +528,7 @@ def work(rank: int, folder: Path) -> None:
 def test_tallies_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     spawn(work, (tmp_path,), nprocs=4)
     for precision in PRECISIONS:
         expected = everything("residual", precision, size=10)

@@ -2,16 +2,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
-from networks import CLASSES, NETWORKS, Chain, make_network, random_images, randomise_norms
+from networks import (
+    CLASSES,
+    NETWORKS,
+    Chain,
+    make_network,
+    random_images,
+    random_plan,
+    randomise_norms,
+)
+from secateur import packing, patch_form
 from secateur import refit as refit_module
-from secateur.config import RefitSection
+from secateur.config import RefitForm, RefitSection
 from secateur.data import Batch
+from secateur.errors import DataError
 from secateur.graph import tensors_of
 from secateur.patches import in_patch_order, window_of
 from secateur.plan import PruningPlan, Target
@@ -30,7 +44,7 @@ def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
 
 
 PROBE = in_batches(random_images(96, seed=3))
-"""Six batches: the fifth is held out of the fit."""
+"""Six batches; every fifth image is held out of the fit."""
 
 
 def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
@@ -321,11 +335,11 @@ def rows_of(model: nn.Module, kept: list[int], batches: list[Batch]) -> tuple[Te
 
 
 def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit_module, "RIDGES", (1e-12,))
+    monkeypatch.setattr(patch_form, "RIDGES", (1e-12,))
     model, kept = chain(), [0, 2, 3, 5]
     smaller, results = cut_and_refit(model, plan_of(conv1=(1, 4)))
     assert results[0].ridge == 1e-12
-    x, y = rows_of(model, kept, PROBE)
+    x, y = rows_of(model, kept, of_images(lambda n: n % 5 != 4))
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
     weight = tensors_of(smaller)["conv2.weight"].double().flatten(1)
     torch.testing.assert_close(weight, solution[:-1].T, atol=1e-5, rtol=1e-4)
@@ -333,11 +347,18 @@ def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.Monkey
     torch.testing.assert_close(bias, solution[-1], atol=1e-5, rtol=1e-4)
 
 
-def test_errors_are_measured_on_the_held_out_batch() -> None:
+def of_images(wanted: Callable[[Tensor], Tensor]) -> list[Batch]:
+    """One batch of those probe images whose number is wanted."""
+    images = torch.cat([batch.images for batch in PROBE])
+    chosen = wanted(torch.arange(len(images)))
+    return in_batches(images[chosen], size=len(images))
+
+
+def test_errors_are_measured_on_every_fifth_image() -> None:
     model, kept = chain(), [0, 2, 3, 5]
     _, results = cut_and_refit(model, plan_of(conv1=(1, 4)))
-    fit_x, fit_y = rows_of(model, kept, [*PROBE[:4], PROBE[5]])
-    x, y = rows_of(model, kept, [PROBE[4]])
+    fit_x, fit_y = rows_of(model, kept, of_images(lambda n: n % 5 != 4))
+    x, y = rows_of(model, kept, of_images(lambda n: n % 5 == 4))
     old = model.conv2.weight.detach()[:, kept].double().flatten(1)
     bias = model.conv2.bias
     assert bias is not None
@@ -403,7 +424,7 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        found = window.take(inputs, positions) @ in_patch_order(model.conv.weight).T
+        found = window.take(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
     torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
 
 
@@ -418,7 +439,7 @@ def test_a_copy_is_repaired_whatever_the_geometry(geometry: str) -> None:
 
 def test_many_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
-    monkeypatch.setattr(refit_module, "MAX_ROW_VALUES", 1)
+    monkeypatch.setattr(patch_form, "MAX_ROW_VALUES", 1)
     parts, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
     for name, tensor in parts.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -478,36 +499,169 @@ def test_uneven_batches_are_taken_as_they_come() -> None:
     assert error_on_new_images(model, smaller) < 1e-4
 
 
-# --- layers that are left as cut ------------------------------------------------------------------
+# --- every consumer, in both forms ----------------------------------------------------------------
+
+FORMS: tuple[RefitForm, ...] = ("patch", "channel")
 
 
-@pytest.mark.parametrize(("name", "layer"), [("shared", "twice"), ("tied_weights", "one")])
-def test_a_kernel_used_twice_is_left_with_a_note(name: str, layer: str) -> None:
-    model = make_network(name)
-    plan = plan_of(stem__0=(1,))
-    smaller, results = cut_and_refit(model, plan)
-    notes = [result for result in results if result.layer == layer]
-    assert len(notes) == 2
-    for result in notes:
-        assert result.note == "used several times in the network"
-        assert result.ridge is None
-    cut = cut_only(model, plan)
-    weight = f"{layer}.weight"
-    assert torch.equal(tensors_of(smaller)[weight], tensors_of(cut)[weight])
+class Consumer(nn.Module):
+    """A layer of any kind behind a linear stem of eight channels, read through the head."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = make()
+        self.linear = nn.LazyLinear(CLASSES)
+        self(random_images(2))
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(F.relu(self.body(self.stem(images))).flatten(1))
+        return logits
 
 
-def test_a_layer_that_reads_too_much_is_left_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit_module, "MAX_INPUTS", 40)
-    model, plan = make_network("chain"), plan_of(conv1=(0,))
-    smaller, results = cut_and_refit(model, plan)
-    assert results[0] == LayerRefit(
-        "conv2", 0.0, 0.0, None, "reads 45 values at a time, more than 40"
-    )
-    assert torch.equal(
-        tensors_of(smaller)["conv2.weight"], tensors_of(cut_only(model, plan))["conv2.weight"]
-    )
-    assert results[1].layer == "linear"
-    assert results[1].ridge is not None
+class Joined(nn.Module):
+    """Two readings of the channels behind each other, read by one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(16, 4, 3)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        joined: Tensor = self.last(torch.cat([maps, 2.0 * self.norm(maps)], 1))
+        return joined
+
+
+class Along(nn.Module):
+    """Maps flattened to one dimension of positions, or spread over three, and convolved."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Conv1d):
+            maps = maps.flatten(2)
+        elif isinstance(self.layer, nn.Conv3d):
+            maps = maps.unflatten(3, (2, 4))
+        else:
+            maps = maps.flatten(2).transpose(1, 2)
+        answer: Tensor = self.layer(maps)
+        return answer
+
+
+class FlattenedTokens(nn.Module):
+    """A linear layer that reads all of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8 * 4, 6)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        answer: Tensor = self.layer(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+        return answer
+
+
+CONSUMERS: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Conv2d(8, 5, 3, padding=1, stride=2),
+    "grouped": lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2),
+    "depthwise-separable": lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.Conv2d(8, 5, 1)
+    ),
+    "transposed": lambda: nn.ConvTranspose2d(8, 5, 2, stride=2),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2),
+    "conv1d": lambda: Along(nn.Conv1d(8, 5, 3, padding=1, stride=2)),
+    "conv3d": lambda: Along(nn.Conv3d(8, 5, 3, padding=1)),
+    "linear on positions": lambda: Along(nn.Linear(8, 5)),
+    "linear after flatten": FlattenedTokens,
+    "concat": Joined,
+}
+
+
+def with_combination(name: str) -> tuple[nn.Module, PruningPlan]:
+    """A network some of whose channels are combinations of others, and a plan that removes them.
+
+    Of two groups of four channels each loses its last one.
+    """
+    torch.manual_seed(11)
+    model = Consumer(CONSUMERS[name]).eval()
+    randomise_norms(model, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for lost, one, other in ((3, 0, 1), (7, 4, 6)):
+            if name == "depthwise-separable":  # a channel of its own can only be a copy
+                depthwise = model.get_submodule("body.0")
+                depthwise.get_parameter("weight")[lost] = depthwise.get_parameter("weight")[one]
+                combine = [(one, 1.0)]
+            else:
+                combine = [(one, 0.5), (other, -2.0)]
+            for tensor in tensors_of(model.get_submodule("stem")).values():
+                tensor[lost] = sum(weight * tensor[channel] for channel, weight in combine)
+    wiring = wiring_of(model)
+    (group,) = [name for name in wiring.groups if name.startswith("stem")]
+    size = len(wiring.groups[group])
+    return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Target("macs", 0.5), "test")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_combinations_of_kept_channels_are_repaired(name: str, form: RefitForm) -> None:
+    model, plan = with_combination(name)
+    batches = in_batches(random_images(400, seed=3), size=50)
+    settings = RefitSection(positions=32, form=form)
+    smaller, results = cut_and_refit(model, plan, batches, settings)
+    assert error_on_new_images(model, cut_only(model, plan)) > 1e-2
+    assert error_on_new_images(model, smaller) < 1e-4
+    assert_finite(smaller, results)
+    assert all(result.error_refit <= result.error_cut for result in results)
+    has_patches = not name.startswith("transposed")
+    expected = "patch" if form == "patch" and has_patches else "channel"
+    assert results[0].form == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*NETWORKS, *CONSUMERS])
+def test_no_consumer_gets_worse(name: str, form: RefitForm) -> None:
+    torch.manual_seed(11)
+    model = make_network(name) if name in NETWORKS else Consumer(CONSUMERS[name]).eval()
+    wiring = wiring_of(model)
+    plan = random_plan(wiring, torch.Generator().manual_seed(5))
+    smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=5, form=form))
+    assert bool(results) == bool(plan.removed)
+    assert_finite(smaller, results)
+    assert all(result.error_refit <= result.error_cut for result in results)
+    assert not any(result.note for result in results)
+
+
+def test_groups_that_went_are_not_read() -> None:
+    """Of a convolution in four groups of two whole groups go; its answers can be met exactly."""
+    torch.manual_seed(11)
+    model = Consumer(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4)).eval()
+    wiring = wiring_of(model)
+    (group,) = [name for name in wiring.groups if name.startswith("stem")]
+    assert len(wiring.groups[group]) == 4
+    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    for form in FORMS:
+        settings = RefitSection(positions=16, form=form)
+        smaller, results = cut_and_refit(model, plan, settings=settings)
+        assert [result.layer for result in results] == ["linear"]
+        assert torch.equal(
+            smaller.get_parameter("body.weight"),
+            model.get_parameter("body.weight")[[0, 1, 4, 5, 6, 7]],
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [6, 2])
+def test_a_grouped_kernel_behind_the_first_cut_is_estimated(groups: int, form: RefitForm) -> None:
+    model = Separable(groups).eval()
+    settings = RefitSection(positions=64, form=form)
+    smaller, results = cut_and_refit(model, plan_of(stem=(2,)), settings=settings)
+    (spatial,) = [result for result in results if result.layer == "spatial"]
+    assert spatial.ridge is not None
+    assert spatial.error_refit < spatial.error_cut
+    assert not torch.equal(smaller.get_parameter("spatial.weight"), model.spatial.weight)
 
 
 class Separable(nn.Module):
@@ -528,17 +682,235 @@ class Separable(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("groups", [6, 2])
-def test_a_grouped_kernel_behind_the_first_cut_is_left_with_a_note(groups: int) -> None:
-    model = Separable(groups).eval()
-    duplicate(model.stem, nn.Identity(), 0, 2)
-    smaller, results = cut_and_refit(model, plan_of(stem=(2,)))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "layer"), [("shared", "twice"), ("tied_weights", "one")])
+def test_a_kernel_used_twice_is_estimated_once_from_both_uses(
+    name: str, layer: str, form: RefitForm
+) -> None:
+    model = make_network(name)
+    duplicate(model.get_submodule("stem.0"), model.get_submodule("stem.1"), 0, 1)
+    if name == "shared":  # its filters are its own inputs
+        with torch.no_grad():
+            for tensor in tensors_of(model.get_submodule("twice")).values():
+                tensor[1] = tensor[0]
+    (group,) = [group for group in wiring_of(model).groups if group.startswith(("stem", "twice"))][
+        :1
+    ]
+    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=64, form=form))
+    (mine,) = [result for result in results if result.layer == layer]
+    assert mine.ridge is not None
+    assert mine.error_refit < 0.1 * mine.error_cut
+    assert error_on_new_images(model, smaller) < 0.5 * error_on_new_images(
+        model, cut_only(model, plan)
+    )
+
+
+def test_a_layer_that_reads_too_much_is_estimated_by_channels() -> None:
+    torch.manual_seed(11)
+    model = Consumer(lambda: nn.Conv2d(8, 256, 3, padding=1)).eval()
+    plan = plan_of(stem=(0,))
+    _, results = cut_and_refit(model, plan, settings=RefitSection(positions=8, memory_mib=1))
+    assert results[0].form == "channel"
+    assert results[0].ridge is not None
+    _, results = cut_and_refit(model, plan, settings=RefitSection(positions=8))
+    assert results[0].form == "patch"
+
+
+class Standardised(nn.Module):
+    """A convolution whose kernel is computed, behind a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv = nn.Conv2d(6, 5, 3, padding=1)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images))
+        weight = self.conv.weight
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        x = F.relu(F.conv2d(x, weight, self.conv.bias, padding=1))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def test_a_computed_kernel_is_left_with_a_note() -> None:
+    model = Standardised().eval()
+    plan = plan_of(stem=(0,))
+    smaller, results = cut_and_refit(model, plan)
+    assert results[0] == LayerRefit("conv", 0.0, 0.0, None, "its kernel is computed in the forward")
+    cut = cut_only(model, plan)
+    assert torch.equal(smaller.get_parameter("conv.weight"), cut.get_parameter("conv.weight"))
+    assert results[1].layer == "linear"
+    assert results[1].ridge is not None
+
+
+def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
+    model = make_network("chain")
+    with torch.no_grad():
+        for tensor in tensors_of(model.get_submodule("bn1")).values():
+            if tensor.dim():
+                tensor[2] = 0.0
+        model.get_parameter("bn1.bias")[2] = -1.0  # zero behind the rectifier
+        model.get_buffer("bn1.running_var")[2] = 1.0
+    for form in FORMS:
+        smaller, results = cut_and_refit(
+            model, plan_of(conv1=(2,)), settings=RefitSection(positions=8, form=form)
+        )
+        assert [result.layer for result in results] == ["conv2", "linear"]
+        assert error_on_new_images(model, smaller) < 1e-6
+
+
+# --- batches, processes and memory ----------------------------------------------------------------
+
+FEW = RefitSection(positions=5)
+
+
+def assert_almost_equal(one: nn.Module, other: nn.Module) -> None:
+    """Equal but for what is left of rounding in float64 when float32 has been written."""
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["residual", "depthwise", "view_rest"])
+def test_the_size_of_batches_makes_no_difference(
+    name: str, form: RefitForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    model = make_network(name)
+    plan, settings = half_of(wiring_of(model)), RefitSection(positions=5, form=form)
+    images = random_images(75, seed=3)
+    whole, expected = cut_and_refit(model, plan, in_batches(images, 100), settings)
+    for size in (1, 7):
+        smaller, results = cut_and_refit(model, plan, in_batches(images, size), settings)
+        assert_almost_equal(smaller, whole)
+        for result, other in zip(results, expected, strict=True):
+            assert result.ridge == other.ridge
+            assert result.error_refit == pytest.approx(other.error_refit, rel=1e-6, abs=1e-12)
+
+
+def share_of(images: Tensor, rank: int, size: int) -> list[Batch]:
+    (batch,) = in_batches(images, len(images))
+    return [Batch(batch.images[rank::size], batch.labels[rank::size], batch.numbers[rank::size])]
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two processes, each with every other image."""
+    torch.set_num_threads(1)
+    packing.MOST_IMAGES_AT_A_TIME = 16
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
+    )
+    for form in FORMS:
+        model = make_network("residual")
+        share = share_of(random_images(75, seed=3), rank, 2)
+        settings = RefitSection(positions=5, form=form)
+        smaller, _ = cut_and_refit(model, half_of(wiring_of(model)), share, settings)
+        torch.save(smaller.state_dict(), folder / f"{form}_{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_the_number_of_processes_makes_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    spawn(work, (tmp_path,), nprocs=2)
+    model = make_network("residual")
+    for form in FORMS:
+        settings = RefitSection(positions=5, form=form)
+        batches = in_batches(random_images(75, seed=3))
+        alone, _ = cut_and_refit(model, half_of(wiring_of(model)), batches, settings)
+        found = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
+        for name, tensor in alone.state_dict().items():
+            assert torch.equal(found[0][name], found[1][name]), name
+            torch.testing.assert_close(found[0][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(DataError, match="no probe images"):
+        cut_and_refit(make_network("chain"), plan_of(conv1=(0,)), [])
+
+
+def test_with_fewer_than_five_images_all_are_fitted() -> None:
+    model = chain()
+    duplicate(model.conv1, model.bn1, 1, 4)
+    batches = in_batches(random_images(4, seed=3))
+    smaller, results = cut_and_refit(model, plan_of(conv1=(4,)), batches)
     assert_finite(smaller, results)
-    assert error_on_new_images(model, smaller) < 1e-4
-    (spatial,) = [result for result in results if result.layer == "spatial"]
-    assert spatial.ridge is None
-    assert "group" in spatial.note
-    assert torch.equal(smaller.get_parameter("spatial.weight"), model.spatial.weight)
+    assert results[0].error_refit < 1e-3 * results[0].error_cut
+
+
+class Wide(nn.Module):
+    """Maps that are large next to a mebibyte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
+        )
+        self.linear = nn.Linear(32, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.features(images)
+        first, second = x.split(16, 1)
+        logits: Tensor = self.linear(torch.cat([first * 2, second], 1).mean((2, 3)))
+        return logits
+
+
+def test_activations_beyond_the_bound_come_back_from_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(refit_module, "patch_bytes", lambda *_: 0)
+    saved: list[Path] = []
+    save = torch.save
+
+    def noting(values: object, path: Path) -> None:
+        saved.append(path)
+        save(values, path)
+
+    monkeypatch.setattr(torch, "save", noting)
+    model = Wide().eval()
+    plan = plan_of(features__0=(0, 5, 9))
+    inside, _ = cut_and_refit(model, plan, settings=FEW)
+    assert not saved
+    outside, _ = cut_and_refit(model, plan, settings=RefitSection(positions=5, memory_mib=1))
+    assert saved
+    assert not any(path.exists() for path in saved)
+    assert_same_state(outside, state_of(inside))
+
+
+# --- rank-deficient data --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["few images", "constant", "dead", "duplicate"])
+def test_data_that_determine_no_kernel_do_no_harm(kind: str, form: RefitForm) -> None:
+    model = chain()
+    with torch.no_grad():
+        if kind == "constant":
+            model.bn1.weight[[1, 3]] = 0.0
+            model.bn1.bias[[1, 3]] = 1.0
+        elif kind == "dead":
+            model.bn1.weight[[1, 3]] = 0.0
+            model.bn1.bias[[1, 3]] = -1.0
+        elif kind == "duplicate":
+            duplicate(model.conv1, model.bn1, 0, 1)
+            duplicate(model.conv1, model.bn1, 0, 3)
+    images = random_images(2 if kind == "few images" else 60, seed=3)
+    settings = RefitSection(positions=4, form=form)
+    smaller, results = cut_and_refit(model, plan_of(conv1=(2, 5)), in_batches(images), settings)
+    assert_finite(smaller, results)
+    assert [result.layer for result in results] == ["conv2", "linear"]
+    assert all(result.error_refit <= result.error_cut for result in results)
+    with torch.no_grad():
+        assert torch.isfinite(smaller(random_images(4))).all()
+
+
+# --- layers without a place for an offset ---------------------------------------------------------
 
 
 class BatchStatistics(nn.Module):

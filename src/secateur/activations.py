@@ -1,15 +1,13 @@
 """Shows a network's feature maps to observers: one pass over the probe set serves them all.
 
-Images go through the network in batches of a size that depends on nothing but the images' size
-(`images_at_a_time`), the last one filled up: so what is computed for an image does not depend on
-how the probe set was cut into batches or spread over processes. That holds for one machine and one
-number of threads; another one may round differently.
+Images go through the network in batches of one size (`packing`), so that nothing depends on how the
+probe set was cut into batches or spread over processes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,25 +27,17 @@ from secateur.errors import DataError
 from secateur.evaluate import check_labels
 from secateur.graph import Compute, State, Tap, Walk, operation_name, tensors_of
 from secateur.grouping import Group, Look
+from secateur.packing import packed, taken
 from secateur.patches import Window, window_of
 from secateur.precision import autocast
-from secateur.regions import ConceptMasks, joined_masks
+from secateur.regions import ConceptMasks
 from secateur.thresholds import Usual, UsualTally
 from secateur.wiring import Wiring
 
-PIXELS_AT_A_TIME = 2**20
-"""Bounds the images that go through the network at once, and with them the memory."""
-MOST_IMAGES_AT_A_TIME = 128
 _FRESH = {"conv2d", "batch_norm", "add", "linear"}
 """Operations whose values share memory with no other."""
 LARGEST_GRID = 14
 """Responses are brought to at most so many rows and columns of cells."""
-
-
-def images_at_a_time(height: int, width: int) -> int:
-    """How many images go through the network at once: a power of two."""
-    fitting = max(1, PIXELS_AT_A_TIME // (height * width))
-    return min(MOST_IMAGES_AT_A_TIME, 1 << (fitting.bit_length() - 1))
 
 
 def observe(
@@ -82,7 +72,7 @@ def observe(
         usual = _first_look(way, batches(), with_thresholds="thresholds" in needs)
     showing = _Showing(way, parts, usual, observers)
     shown = 0
-    for batch, count in _refilled(batches()):
+    for batch, count in packed(batches()):
         showing.show(batch, count)
         shown += count
     if not all(distributed.gathered(shown)):
@@ -180,44 +170,6 @@ def _counts_up(index: Tensor, length: int) -> bool:
     return torch.equal(index, torch.arange(length))
 
 
-def _refilled(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
-    """The same images in batches of the one size, with how many of each are images to count."""
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        size = images_at_a_time(*batch.images.shape[2:])
-        while sum(len(each.images) for each in waiting) >= size:
-            joined = _joined(waiting)
-            yield _taken(joined, torch.arange(size)), size
-            waiting = [_taken(joined, torch.arange(size, len(joined.images)))]
-    if waiting:
-        rest = _joined(waiting)
-        count = len(rest.images)
-        if count:
-            size = images_at_a_time(*rest.images.shape[2:])
-            yield _taken(rest, torch.arange(size).clamp(max=count - 1)), count
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    """Several batches as one."""
-    if len(batches) == 1:
-        return batches[0]
-    annotations = [each.annotations for each in batches if each.annotations is not None]
-    return Batch(
-        torch.cat([each.images for each in batches]),
-        torch.cat([each.labels for each in batches]),
-        torch.cat([each.numbers for each in batches]),
-        joined_masks(annotations) if annotations else None,
-    )
-
-
-def _taken(batch: Batch, images: Tensor) -> Batch:
-    """Some images of a batch, by their place in it."""
-    found = batch.annotations
-    some = None if found is None else ConceptMasks(found.masks[images], found.concepts[images])
-    return Batch(batch.images[images], batch.labels[images], batch.numbers[images], some)
-
-
 @dataclass(frozen=True, eq=False)
 class _Pass:
     """The way of a batch through the network, with the concept source served on it."""
@@ -297,10 +249,10 @@ def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) 
             len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
     sample = (
-        _taken(batch, (batch.numbers % settings.sample_every == 0).nonzero()[:, 0])
+        taken(batch, (batch.numbers % settings.sample_every == 0).nonzero()[:, 0])
         for batch in batches
     )
-    for batch, count in _refilled(sample):
+    for batch, count in packed(sample):
         counts.append(count)
         scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
         if source is not None and source.needs_learning:

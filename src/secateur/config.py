@@ -13,6 +13,7 @@ from secateur.errors import UsageError
 from secateur.plan import AllocationRule, parse_target
 
 RefitLayers = Literal["downstream", "readers", "none"]
+RefitForm = Literal["patch", "channel"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Optimiser = Literal["sgd", "adamw"]
 
@@ -125,8 +126,14 @@ class RefitSection(Section):
     layers: RefitLayers = "downstream"
     """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
     literal reading of the paper; `none`."""
-    positions: int = Field(default=256, ge=1)
-    """Output positions of a layer that are drawn from each probe image."""
+    positions: int = Field(default=32, ge=1)
+    """Output positions of a layer that are looked at in each probe image."""
+    form: RefitForm = "patch"
+    """`patch`: a layer's answer is regressed on what its kernel meets; `channel`: the channels that
+    it read are regressed on those that are left. Where `patch` can't be, `channel` serves."""
+    memory_mib: int = Field(default=4096, ge=1)
+    """Memory for activations and sums of products. Activations beyond one half wait in temporary
+    files; a layer whose sums would take more than the other half is estimated by channels."""
     norms: bool = True
     """Whether to re-estimate the statistics of batch norms where held-out images say that it
     helps."""

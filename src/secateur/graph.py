@@ -405,6 +405,24 @@ class Walk:
         self._next = 0
         self._values: dict[Node, Any] = {graph.image: images, **graph.constants}
 
+    def values(self) -> list[tuple[int, Any]]:
+        """What it holds, but for the network's constants, with the place in the graph of each."""
+        return [
+            (number, self._values[node])
+            for number, node in enumerate(self._graph.nodes)
+            if node in self._values and node not in self._graph.constants
+        ]
+
+    def hold(self, values: list[tuple[int, Any]]) -> None:
+        """Takes over what `values` gave, in place of all that it holds itself."""
+        nodes = self._graph.nodes
+        held = {nodes[place]: value for place, value in values}
+        self._values = {**self._graph.constants, **held}
+
+    def has(self, node: Node) -> bool:
+        """Whether a node has been computed and is still needed downstream."""
+        return node in self._values
+
     def fork(self) -> Walk:
         """A second walk from here on; what it computes does not show in this one."""
         twin = copy.copy(self)

@@ -1,4 +1,7 @@
-"""Least squares from sums of products: rows stream through, only their Gram matrices are kept."""
+"""Least squares from sums of products: rows stream through, only their Gram matrices are kept.
+
+Problems of one size are solved side by side, one for each group of a convolution.
+"""
 
 from __future__ import annotations
 
@@ -6,77 +9,85 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS_AT_A_TIME = 4096
-"""Rows whose products are added up in their own precision, before they go into float64 sums."""
+SMALLEST_VARIANCE = 1e-12
+"""Inputs of less variance are held on to as if they had so much."""
 
 
 class Gram:
-    """Sums of products of inputs and targets, from which every least-squares error follows."""
+    """Sums of products of inputs and targets, from which every least-squares error follows.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
-        self.x = torch.zeros(inputs, dtype=torch.float64)
-        self.y = torch.zeros(outputs, dtype=torch.float64)
-        self.yy = torch.zeros(outputs, dtype=torch.float64)
+    Sums are in float64, so that the order in which rows come does not matter but for its rounding.
+    """
 
-    def add(self, x: Float[Tensor, "row input"], y: Float[Tensor, "row output"]) -> None:
-        """Takes in rows; products are formed in the rows' own precision, sums in float64."""
-        self.count += len(x)
-        for some, wanted in zip(x.split(ROWS_AT_A_TIME), y.split(ROWS_AT_A_TIME), strict=True):
-            self.xx += some.T @ some
-            self.xy += some.T @ wanted
-            self.x += some.sum(0, dtype=torch.float64)
-            self.y += wanted.sum(0, dtype=torch.float64)
-            self.yy += wanted.double().square().sum(0)
+    def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def merge(self, other: Gram) -> None:
-        """Takes in all that another one has seen."""
-        self.count += other.count
-        for own, more in (
-            (self.xx, other.xx),
-            (self.xy, other.xy),
-            (self.x, other.x),
-            (self.y, other.y),
-            (self.yy, other.yy),
-        ):
-            own += more
+        self.count = zeros()
+        self.xx = zeros(groups, inputs, inputs)
+        self.xy = zeros(groups, inputs, outputs)
+        self.x = zeros(groups, inputs)
+        self.y = zeros(groups, outputs)
+        self.yy = zeros(groups, outputs)
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Covariances of the inputs, and of inputs and outputs."""
-        x, y = self.x / self.count, self.y / self.count
-        return self.xx / self.count - x.outer(x), self.xy / self.count - x.outer(y)
+    def add(
+        self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
+    ) -> None:
+        """Takes in rows of inputs and of what should come out."""
+        x, y = x.double(), y.double()
+        self.count += x.shape[1]
+        self.xx.baddbmm_(x.mT, x)
+        self.xy.baddbmm_(x.mT, y)
+        self.x += x.sum(1)
+        self.y += y.sum(1)
+        self.yy += y.square().sum(1)
 
-    def squared_error(self, kernel: Tensor, bias: Tensor) -> Tensor:
-        """Mean of (y - kernel x - bias)^2, by output."""
+    def tallies(self) -> tuple[Tensor, ...]:
+        """All the sums, to be added up over processes."""
+        return self.count, self.xx, self.xy, self.x, self.y, self.yy
+
+    def variance(self) -> Float[Tensor, ""]:
+        """That of the targets, added up over outputs; never quite zero."""
+        variances = self.yy / self.count - (self.y / self.count).square()
+        return variances.sum().clamp_min(1e-30)
+
+    def squared_error(
+        self, kernel: Float[Tensor, "group output input"], bias: Float[Tensor, "group output"]
+    ) -> Float[Tensor, ""]:
+        """Mean over rows of (y - kernel x - bias)^2, added up over outputs."""
         n = self.count
-        quadratic = ((self.xx @ kernel.T) * kernel.T).sum(0) / n
-        mixed = (self.xy * kernel.T).sum(0) / n
-        x_mean, y_mean = kernel @ self.x / n, self.y / n
-        return (
-            self.yy / n - 2 * mixed + quadratic + bias * (bias - 2 * y_mean + 2 * x_mean)
-        ).clamp_min(0)
+        quadratic = ((kernel @ self.xx) * kernel).sum(2) / n
+        mixed = (self.xy.mT * kernel).sum(2) / n
+        x_mean, y_mean = (kernel @ self.x[..., None]).squeeze(-1) / n, self.y / n
+        errors = self.yy / n - 2 * mixed + quadratic + bias * (bias - 2 * y_mean + 2 * x_mean)
+        return errors.clamp_min(0).sum()
 
     def ridge(
-        self, kernel: Tensor, ridge: float, bias: Tensor | None
-    ) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
-        """The kernel and bias that fit best, drawn towards `kernel` `[output, input]`.
+        self,
+        kernel: Float[Tensor, "group output input"],
+        ridge: float,
+        bias: Float[Tensor, "group output"] | None,
+    ) -> tuple[Float[Tensor, "group output input"], Float[Tensor, "group output"]]:
+        """The kernel and bias that fit best, drawn towards `kernel`.
 
-        `ridge` is a multiple of the inputs' mean variance. The bias is fitted as well, unless one
-        is given that must stay.
+        `ridge` is a multiple of the mean variance of a group's inputs. The bias is fitted as well,
+        unless one is given that must stay. Where a system can't be solved the kernel holds values
+        that are not finite.
         """
+        x, y = self.x / self.count, self.y / self.count
+        xx = self.xx / self.count
         if bias is None:
-            xx, xy = self.centred()
-        else:
-            xx = self.xx / self.count
-            xy = (self.xy - self.x.outer(bias)) / self.count
-        strength = ridge * xx.diagonal().mean().clamp_min(1e-12)
-        system = xx + strength * torch.eye(len(xx), dtype=torch.float64)
-        right = xy + strength * kernel.T
+            xx -= x[:, :, None] * x[:, None]
+        xy = self.xy / self.count - x[:, :, None] * (y if bias is None else bias)[:, None]
+        strength = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_VARIANCE)
+        xx.diagonal(dim1=1, dim2=2).add_(strength[:, None])
+        xy += strength[:, None, None] * kernel.mT
         # A matrix that is positive only up to rounding has no Cholesky factor: LU serves there.
-        factor, failed = torch.linalg.cholesky_ex(system)
-        new = torch.linalg.solve(system, right) if failed else torch.cholesky_solve(right, factor)
+        factor, failed = torch.linalg.cholesky_ex(xx)
+        if bool(failed.any()):
+            new, _ = torch.linalg.solve_ex(xx, xy)
+        else:
+            new = torch.cholesky_solve(xy, factor)
         if bias is None:
-            bias = self.y / self.count - new.T @ (self.x / self.count)
-        return new.T, bias
+            bias = y - (new.mT @ x[..., None]).squeeze(-1)
+        return new.mT, bias
