@@ -15,10 +15,11 @@ from secateur.evaluate import count_macs
 
 BY_GRADIENT = ("taylor", "hessian")
 """Those of `peer.CRITERIA` that look at gradients."""
-TRIALS = 11
-"""Ratios that are tried; with `LAYER_TRIALS` numbers of layers between two of them."""
+TRIALS = {True: 9, False: 5}
+"""How many ratios are tried where one ranking goes over all layers, and where each has its own."""
 LAYER_TRIALS = 6
-CLOSE_ENOUGH = 0.002
+"""How many numbers of layers are tried between two ratios."""
+CLOSE_ENOUGH = 0.003
 SHORTFALL = 0.005
 """How far below the target a cut may be."""
 IMAGES_AT_A_TIME = 20
@@ -81,9 +82,9 @@ def cut_to(
 ) -> Found:
     """The cut that leaves as near to `fraction` of the MACs as may be, and not much less.
 
-    The ratio is found by bisection. Where every layer loses as much, all layers of a width take a
-    step at once, which is coarse; between two such steps the last layers, as many as fit, take the
-    larger share. `found` are the gradients. Raises whatever Torch-Pruning raises.
+    Where every layer loses as much, all layers of a width take a step at once, which is coarse;
+    between two such steps the last layers, as many as fit, take the larger share. `found` are the
+    gradients. Raises whatever Torch-Pruning raises.
     """
     macs = count_macs(model, image)
     assert settings.whole is not None
@@ -104,21 +105,35 @@ def cut_to(
             best = Found(smaller, left, ratio, raised)
         return left
 
-    low, high = 0.0, 1.0
-    for _ in range(TRIALS):
-        ratio = (low + high) / 2
+    low, high, above, below = 0.0, 1.0, 1.0, 0.0
+    for trial in range(TRIALS[settings.is_global]):
+        ratio = low + (high - low) * _place(above, below, fraction, trial)
         left = left_at(ratio)
-        if abs(left - fraction) < CLOSE_ENOUGH:
+        if left > fraction:
+            low, above = ratio, left
+        else:
+            high, below = ratio, left
+        if _is_near(best, fraction):
             break
-        low, high = (ratio, high) if left > fraction else (low, ratio)
-    if not settings.is_global and not _is_near(best, fraction):
-        few, many = 0, len(layers)
-        for _ in range(LAYER_TRIALS):
-            raised = (few + many) // 2
-            if raised == few or _is_near(best, fraction):
-                break
-            few, many = (raised, many) if left_at(low, raised, high) > fraction else (few, raised)
+    few, many = 0, 0 if settings.is_global else len(layers)
+    for trial in range(LAYER_TRIALS):
+        raised = few + round((many - few) * _place(above, below, fraction, trial))
+        if raised in (few, many) or _is_near(best, fraction):
+            break
+        left = left_at(low, raised, high)
+        if left > fraction:
+            few, above = raised, left
+        else:
+            many, below = raised, left
     return best or Found(model, 1.0, 0.0, 0)
+
+
+def _place(above: float, below: float, fraction: float, trial: int) -> float:
+    """Where between two trials to look next, as a share: on the line between what they leave.
+
+    Every third time it is halfway, as what is left may fall in one jump.
+    """
+    return 0.5 if trial % 3 == 2 else (above - fraction) / (above - below)
 
 
 def _is_near(found: Found | None, fraction: float) -> bool:
