@@ -20,6 +20,7 @@ import argparse
 import copy
 import fnmatch
 import itertools
+import re
 import resource
 import statistics
 import time
@@ -384,12 +385,8 @@ def table(study: str, found: list[Cell]) -> str:
         f"Top-1 in % of {images} images; {' to '.join(map(str, seeds))} probe sets of {probes} "
         f"images; MACs left differ from the target by {off:.4f} at most."
     )
-    left_out = {
-        (_way(c), c["network"], c["reason"]): None
-        for c in found
-        if c["study"] == study and "reason" in c
-    }
-    lines += ["", *_left_out(list(left_out))] if left_out else []
+    left_out = [cell for cell in found if cell["study"] == study and "reason" in cell]
+    lines += ["", *_left_out(left_out)] if left_out else []
     return "\n".join(lines)
 
 
@@ -441,18 +438,18 @@ def _comparison(columns: list[list[Cell]], heads: list[str]) -> Iterator[str]:
         yield f"| {head} | {before:.2f} | {texts[0]} | {texts[1]}{name} | {ratio} |"
 
 
-def _left_out(found: list[tuple[Way, str, str]]) -> Iterator[str]:
+def _left_out(found: list[Cell]) -> Iterator[str]:
     """Which methods could not be used, by network and reason."""
-    yield "Not in the table:"
+    yield "Not in the table, as they could not be used:"
     yield ""
-    kinds = {(network, reason): None for _, network, reason in found}
-    for network, reason in kinds:
-        names = [
-            f"{w.method.removeprefix(PEER)} ({w.options})"
-            for w, n, r in found
-            if (n, r) == (network, reason)
-        ]
-        yield f"- {network}, {'; '.join(names)}: {reason}"
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    for cell in found:
+        # Sizes in a message differ from one cut to the next.
+        reason = re.sub(r" \(\d+x\d+ and \d+x\d+\)", "", cell["reason"])
+        name = f"{cell['method'].removeprefix(PEER)} ({cell['options']})"
+        names.setdefault((cell["network"], reason), {})[name] = None
+    for (network, reason), mine in sorted(names.items()):
+        yield f"- {network}, {reason}: {', '.join(mine)}"
 
 
 def cost_table(found: list[Cell]) -> str:

@@ -75,13 +75,13 @@ def test_losses_are_compared_with_the_best_peer() -> None:
             {
                 **cell_of("torch-pruning l2", "global, all", 0, "norms", 0.7),
                 "outcome": "not applicable",
-                "reason": "it broke",
+                "reason": "it broke (1x2 and 3x4)",
             },
         ],
     )
     assert "| torch-pruning l1, global, inner | 30.0 → 80.00 ± 1.41 |" in text
     assert "| resnet20 0.7 | 90.00 | 2.00 | 10.00 (l1, global, inner) | 0.20 |" in text
-    assert "- resnet20, l2 (global, all): it broke" in text
+    assert "- resnet20, it broke: l2 (global, all)" in text
 
 
 def test_the_page_is_that_of_the_result_file() -> None:
