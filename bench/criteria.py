@@ -14,26 +14,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur import criteria, pipeline
 from secateur.activations import kernels_of
 from secateur.config import RunConfig
-from secateur.data import Batch
 from secateur.errors import UsageError
 from secateur.graph import tensors_of
 from secateur.plan import make_plan, parse_target
@@ -41,55 +34,18 @@ from secateur.progress import silent
 from secateur.refit import refit
 from secateur.scoring import score_filters
 from secateur.surgery import apply_plan
+from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
 RESULTS = ROOT / "results" / "criteria.jsonl"
 PAGE = ROOT / "docs" / "criteria.md"
-CIFAR10 = ("resnet20", "resnet32", "resnet56")
-TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}
-PROBE_IMAGES = 2000
-REFIT_POSITIONS = 16
-"""Output positions an image in the refit: 256 give the same accuracy to within noise."""
+KEY = ("network", "seed", "target", "criterion")
 SEEDS = 5
-KEPT_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "16000000000",
-    "MALLOC_ARENA_MAX": "1",
-}
-"""Settings of glibc: a process keeps the memory that it has freed, and need not have each large
-feature map cleared anew. Halves the time of EfficientNet-Lite0."""
-
-Cell = dict[str, Any]
 
 
 def cells() -> list[Cell]:
-    """What has been measured; of equal cells the last one."""
-    if not RESULTS.is_file():
-        return []
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return list({_key(cell): cell for cell in lines}.values())
-
-
-def _key(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[field] for field in ("network", "seed", "target", "criterion"))
-
-
-def cifar10(network: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
-    """The run that a cell is a part of."""
-    return RunConfig.model_validate(
-        {
-            "model": {
-                "name": network,
-                "weights": f"{arguments.weights}/cifar10_{network}.safetensors",
-            },
-            "data": {
-                "source": f"cifar10:{arguments.data}",
-                "probe_images": PROBE_IMAGES,
-                "stratified": False,
-            },
-            "refit": {"positions": REFIT_POSITIONS},
-        }
-    )
+    """What has been measured."""
+    return read_cells(RESULTS, KEY)
 
 
 def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -97,18 +53,11 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     wanted = [
         (target, name)
         for target, name in itertools.product(TARGETS[study], criteria.CRITERIA)
-        if (network, seed, target, name) not in {_key(cell) for cell in cells()}
+        if (network, seed, target, name) not in {key_of(cell, KEY) for cell in cells()}
     ]
     if not wanted:
         return
-    if study == "cifar10":
-        config = cifar10(network, seed, arguments)
-        dataset, model = pipeline.load_inputs(config)
-    else:
-        from imagenet import load_study
-
-        config, dataset, model = load_study(network, arguments)
-    config = pipeline.resolved(config, dataset)
+    config, dataset, model = load_inputs(study, network, arguments)
     # The validation images are the same for every seed; the probe set is what differs.
     config = config.model_copy(update={"seed": seed})
     ground = pipeline.prepare_ground(model, dataset, config)
@@ -126,8 +75,8 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = _channels_last(pipeline.stream(scored, config, silent, ""))
-    probe = _channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    shown = channels_last(pipeline.stream(scored, config, silent, ""))
+    probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -139,7 +88,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "criterion": name,
         }
         if name in ruled_out:
-            _put(cell | {"outcome": "not applicable", "reason": ruled_out[name]})
+            put_cell(RESULTS, cell | {"outcome": "not applicable", "reason": ruled_out[name]})
             continue
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
@@ -158,7 +107,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "revision": revision(),
             "environment": surroundings(),
         }
-        _put(cell)
+        put_cell(RESULTS, cell)
 
 
 def inapplicable(
@@ -178,28 +127,6 @@ def inapplicable(
         except UsageError as error:
             found[name] = str(error)
     return found
-
-
-def _channels_last(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches in the layout that convolutions take least time with."""
-    return [
-        replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
-        for batch in batches
-    ]
-
-
-def _put(cell: Cell) -> None:
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(cell) + "\n")
-
-
-def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Share of the images that the network classifies right."""
-    correct = 0
-    with torch.inference_mode():
-        for batch in batches:
-            correct += int((model(batch.images).argmax(1) == batch.labels).sum())
-    return correct / sum(len(batch.labels) for batch in batches)
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -264,33 +191,18 @@ def main() -> None:
     if not arguments.tables:
         if arguments.data is None or arguments.weights is None:
             parser.error("--data and --weights are needed")
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            done = list(pool.map(lambda child: _run(child, arguments), _children(arguments)))
-        if any(done):
-            raise SystemExit(f"{sum(map(bool, done))} of {len(done)} processes failed")
+        options = ["--data", arguments.data, "--weights", arguments.weights]
+        calls = [
+            [arguments.study, *options, "--child", network, str(seed)]
+            for seed in range(arguments.seeds)
+            for network in networks_of(arguments.study)
+        ]
+        run_all("criteria.py", calls, arguments.jobs)
     text = PAGE.read_text()
     for study in TARGETS:
         if any(cell["study"] == study for cell in cells()):
             text = with_table(text, f"results/criteria.jsonl {study}", table(study, cells()))
     PAGE.write_text(text)
-
-
-def _children(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    if arguments.study == "cifar10":
-        networks: tuple[str, ...] = CIFAR10
-    else:
-        from imagenet import NETWORKS
-
-        networks = tuple(NETWORKS)
-    for seed in range(arguments.seeds):
-        for network in networks:
-            yield network, seed
-
-
-def _run(child: tuple[str, int], arguments: argparse.Namespace) -> int:
-    options = ["--data", arguments.data, "--weights", arguments.weights]
-    call = [sys.executable, __file__, arguments.study, *options, "--child", *map(str, child)]
-    return subprocess.run(call, env=os.environ | KEPT_MEMORY).returncode
 
 
 if __name__ == "__main__":

@@ -233,7 +233,9 @@ class Peer:
     def _rank(self, importance: Any) -> None:
         model = self._ground.model
         with warnings.catch_warnings(action="ignore"):
-            for group in self._dependencies.get_all_groups(ignored_layers=peer.heads(model)):
+            for group in self._dependencies.get_all_groups(
+                ignored_layers=list(peer.heads(model).values())
+            ):
                 importance(group)
         model.zero_grad()
 

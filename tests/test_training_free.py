@@ -1,0 +1,89 @@
+"""The bench of training-free pruning: its peer is asked rightly, its page is up to date."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import peer
+import training_free
+from cells import Cell
+from networks import make_network, random_images
+from peer_search import SHORTFALL, cut_to, gradients
+from secateur.evaluate import count_macs
+from secateur.reading import make_wiring
+from training_free import all_but_inner, cells, page, table
+
+
+def test_gradients_are_those_of_every_image_by_itself() -> None:
+    model, images = make_network("residual"), random_images(5)
+    found = gradients(model, images.split(3))
+    each = []
+    for image in images:
+        model.zero_grad()
+        logits = model(image[None])
+        F.cross_entropy(logits, logits.argmax(1)).backward()
+        each.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for name in each[0]:
+        stacked = torch.stack([grads[name] for grads in each])
+        torch.testing.assert_close(found.mean[name], stacked.mean(0))
+        torch.testing.assert_close(found.squared[name], stacked.square().mean(0))
+
+
+@pytest.mark.parametrize("criterion", peer.CRITERIA)
+def test_the_peer_cuts_inner_channels_to_the_target(criterion: str) -> None:
+    pytest.importorskip("torch_pruning")
+    model, images = make_network("residual"), random_images(5)
+    whole = all_but_inner(model, make_wiring(model, images))
+    assert whole == {"stem.0", "conv2.0", "conv4.0", "linear"}
+    settings = peer.Settings(criterion, is_global=True, whole=whole)
+    given = gradients(model, [images]).of(criterion)
+    found = cut_to(model, images[:1], settings, 0.7, given)
+    left = count_macs(found.model, images[:1]) / count_macs(model, images[:1])
+    assert found.macs_left == left
+    assert 0.7 - SHORTFALL <= left < 1
+    assert found.model(images).shape == (5, 5)
+
+
+def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cell:
+    return {
+        "study": "cifar10",
+        "network": "resnet20",
+        "seed": seed,
+        "target": "macs=0.7",
+        "method": method,
+        "options": options,
+        "base_fraction": 0.9,
+        "cut_fraction": 0.3,
+        f"{last}_fraction": top1,
+        f"{last}_agreement_fraction": 0.5,
+        "macs_left": 0.699,
+        "images": 10000,
+        "probe_images": 2000,
+    }
+
+
+def test_losses_are_compared_with_the_best_peer() -> None:
+    text = table(
+        "cifar10",
+        [
+            cell_of("secateur", "", 0, "refit", 0.88),
+            cell_of("torch-pruning l1", "global, inner", 0, "norms", 0.79),
+            cell_of("torch-pruning l1", "global, inner", 1, "norms", 0.81),
+            cell_of("torch-pruning l2", "global, inner", 0, "norms", 0.7),
+            {
+                **cell_of("torch-pruning l2", "global, all", 0, "norms", 0.7),
+                "outcome": "not applicable",
+                "reason": "it broke (1x2 and 3x4)",
+            },
+        ],
+    )
+    assert "| torch-pruning l1, global, inner | 30.0 → 80.00 ± 1.41 |" in text
+    assert "| resnet20 0.7 | 90.00 | 2.00 | 10.00 (l1, global, inner) | 0.20 |" in text
+    assert "- resnet20, it broke: l2 (global, all)" in text
+
+
+def test_the_page_is_that_of_the_result_file() -> None:
+    text = training_free.PAGE.read_text()
+    assert page(text, cells()) == text
