@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.fx.node import Node
 from torch.optim.swa_utils import update_bn
 
 import peer
@@ -40,13 +39,11 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur import models, pipeline
-from secateur.config import RunConfig
+from secateur.config import PlanSection, RunConfig
 from secateur.data import Batch, DataSet
 from secateur.pipeline import Ground
-from secateur.plan import make_plan, parse_target
+from secateur.plan import parse_target
 from secateur.progress import silent
-from secateur.refit import refit
-from secateur.scoring import score_filters
 from secateur.surgery import apply_plan
 from secateur.wiring import STREAM, Wiring
 from studies import (
@@ -133,30 +130,19 @@ def ours(
     ground: Ground,
     config: RunConfig,
     target: str,
-    seed: int,
-    known: list[dict[Node, Tensor]] | None,
 ) -> Pruned:
-    """The network after every step, and what each step took; `known` is the refit's `answers`."""
+    """The network after every step, and what each step took."""
     seconds: dict[str, float] = {}
-    name = config.score.criterion
-    with _timed(seconds, "score"):
-        scores = score_filters(
-            model,
-            ground.wiring,
-            lambda: pipeline.stream(ground.probe, config, silent, ""),
-            {name: pipeline.make_criterion(name, ground.source, config)},
-            ground.source,
-            config.score,
-        )[name].scores
+    config = config.model_copy(update={"plan": PlanSection(target=target)})
+    with _timed(seconds, "survey"):
+        survey = pipeline.survey_filters(model, ground, config)
     with _timed(seconds, "plan"):
-        plan = make_plan(scores, ground.wiring, parse_target(target), name)
+        plan = survey.plan(parse_target(target))
     with _timed(seconds, "cut"):
         smaller = apply_plan(model, ground.wiring, plan)
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
-        batches = channels_last(pipeline.stream(ground.probe, config, silent, ""))
-        settings = config.refit
-        refit(model, smaller, ground.wiring, plan, batches, settings, seed=seed, answers=known)
+        pipeline.repair_in_place(model, smaller, ground, plan, config)
     return Pruned(stages, ground.wiring.macs(plan.removed) / ground.wiring.macs(), seconds)
 
 
@@ -274,10 +260,9 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
         peers = peers or Peers(model, ground.wiring, ground.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
-        walks: list[dict[Node, Tensor]] = []
         for _, target, way in group:
             if way.method == OURS:
-                cell = _ours_cell(ours(model, ground, config, target, seed, walks), check)
+                cell = _ours_cell(ours(model, ground, config, target), check)
             else:
                 cell = peers.measure(way, target, probe, found)
             head = {"study": study, "network": network, "seed": seed, "target": target}
@@ -317,7 +302,7 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     with _timed(seconds, "forward"), torch.inference_mode():
         for batch in pipeline.stream(ground.probe, config, silent, ""):
             model(batch.images)
-    pruned = ours(model, ground, config, COST_TARGET, 0, None)
+    pruned = ours(model, ground, config, COST_TARGET)
     seconds |= pruned.seconds
     total = sum(seconds.values()) - seconds["forward"]
     found = {
@@ -454,7 +439,7 @@ def _left_out(found: list[Cell]) -> Iterator[str]:
 
 def cost_table(found: list[Cell]) -> str:
     """Seconds of each step, the whole in forward passes, and memory."""
-    steps = ("forward", "ground", "score", "plan", "cut", "refit")
+    steps = ("forward", "ground", "survey", "plan", "cut", "refit")
     names = "network, images", *steps, "all but forward", "in forward passes", "peak memory, GiB"
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for cell in found:

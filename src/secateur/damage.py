@@ -26,12 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.activations import images_at_a_time, parts_of
+from secateur.activations import parts_of
 from secateur.channels import Reader
 from secateur.criteria.reconstruction import Reconstruction
 from secateur.data import Batch
 from secateur.graph import Compute, State, Walk, apply
 from secateur.grouping import Group
+from secateur.packing import images_at_a_time
 from secateur.progress import Track, silent
 from secateur.ranking import Ranking
 from secateur.wiring import Wiring

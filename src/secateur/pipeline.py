@@ -231,13 +231,13 @@ class Repair:
     norms: NormChange | None
 
 
-def _repair(
+def repair_in_place(
     model: nn.Module,
     smaller: nn.Module,
     ground: Ground,
     plan: PruningPlan,
     config: RunConfig,
-    track: Track,
+    track: Track = silent,
 ) -> Repair:
     """Re-estimates the kernels of the cut network in place, and norm statistics where it helps."""
     layers = refit(
@@ -282,7 +282,7 @@ def _search(
         plan = survey.plan(replace(target, fraction_left=fraction_left))
         smaller = apply_plan(model, ground.wiring, plan)
         if config.refit.layers != "none":
-            _repair(model, smaller, ground, plan, config, track)
+            repair_in_place(model, smaller, ground, plan, config, track)
         found = accuracy(smaller)
         log.write("trial", fraction_left=fraction_left, validation_top1_fraction=found)
         return found
@@ -351,7 +351,7 @@ def prune(
     repair = Repair((), None)
     if config.refit.layers != "none":
         start = time.perf_counter()
-        repair = _repair(model, smaller, ground, plan, config, track)
+        repair = repair_in_place(model, smaller, ground, plan, config, track)
         score("refit", smaller, start)
 
     polished: Polish | None = None
