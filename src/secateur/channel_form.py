@@ -173,7 +173,7 @@ class ChannelForm:
     def _compare(self, number: int, look: Look) -> None:
         consumer = self._channels[number].consumer
         images = look.held_out if self._held_out else ~look.held_out
-        wanted = look.wanted[images].double()
+        wanted = look.answer.wanted[images].double()
         chosen = look.spread.over(consumer.positions)[images.cpu()]
         self._count += wanted.shape[0] * wanted.shape[1]
         self._y += wanted.sum((0, 1))

@@ -6,6 +6,7 @@ on the images that were held out of the fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patches import Spread
-from secateur.targets import OffsetPlace, State
+from secateur.targets import Answer, OffsetPlace, State
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge strengths to choose from, as multiples of the inputs' mean variance."""
@@ -29,8 +30,8 @@ class Look:
     """What it reads in the cut network."""
     originals: Float[Tensor, "row ..."] | None
     """What it reads in the original one; None where nobody needs it again."""
-    wanted: Float[Tensor, "row position output"]
-    """What it should answer, without its bias."""
+    answer: Answer
+    """What it should answer."""
     spread: Spread
     """Which positions are looked at."""
     held_out: Bool[Tensor, "row"]
@@ -65,17 +66,18 @@ class Form(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A kernel to be compared with others, as it would be written."""
+    """A kernel, in any shape, to be compared with others; rounded as it would be written."""
 
     ridge: float | None
     """None of the kernel as cut."""
     kernel: Tensor
-    offset: Float[Tensor, "output"]
+    offset: Tensor
 
 
 def best_of(candidates: Sequence[Candidate], errors: Sequence[float]) -> tuple[Candidate, Choice]:
     """The one of least error, if that is less than the error of the first one, as cut."""
-    error, number = min((error, number) for number, error in enumerate(errors) if error == error)
+    found = [(error, number) for number, error in enumerate(errors) if math.isfinite(error)]
+    error, number = min(found, default=(errors[0], 0))
     best = candidates[number]
     return best, Choice(errors[0], error, best.ridge)
 

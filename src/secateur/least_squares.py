@@ -5,6 +5,8 @@ Problems of one size are solved side by side, one for each group of a convolutio
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,17 +36,34 @@ class Gram:
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
     ) -> None:
         """Takes in rows of inputs and of what should come out."""
-        x, y = x.double(), y.double()
+        x = x.double()
         self.count += x.shape[1]
         self.xx.baddbmm_(x.mT, x)
-        self.xy.baddbmm_(x.mT, y)
         self.x += x.sum(1)
+        self.add_targets(x, y)
+
+    def add_targets(
+        self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
+    ) -> None:
+        """Takes in targets for inputs that have been counted already."""
+        x, y = x.double(), y.double()
+        self.xy.baddbmm_(x.mT, y)
         self.y += y.sum(1)
         self.yy += y.square().sum(1)
 
+    def without_targets(self) -> Gram:
+        """The same inputs, to take in other targets for; it shares their sums."""
+        twin = copy.copy(self)
+        twin.xy, twin.y, twin.yy = map(torch.zeros_like, (self.xy, self.y, self.yy))
+        return twin
+
+    def target_tallies(self) -> tuple[Tensor, ...]:
+        """The sums that targets are in."""
+        return self.xy, self.y, self.yy
+
     def tallies(self) -> tuple[Tensor, ...]:
         """All the sums, to be added up over processes."""
-        return self.count, self.xx, self.xy, self.x, self.y, self.yy
+        return self.count, self.xx, self.x, *self.target_tallies()
 
     def variance(self) -> Float[Tensor, ""]:
         """That of the targets, added up over outputs; never quite zero."""

@@ -24,7 +24,7 @@ class Passage:
     cut: Walk
     numbers: Int[Tensor, "image"]
     """Of the images to count, which are the first ones of the batch."""
-    notes: list[Tensor] = field(default_factory=list)
+    notes: list[tuple[Tensor, ...]] = field(default_factory=list)
     """What was kept of it for another look."""
 
     def values(self) -> list[object]:

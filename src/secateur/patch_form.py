@@ -1,19 +1,29 @@
-"""Kernels from a regression of what a layer should answer on what its kernel meets."""
+"""Kernels from a regression of what a layer should answer on what its kernel meets.
+
+Where only a rectifier reads the answer, right away or behind a norm or a residual sum, errors count
+only where they come through it. After the first solution targets are renewed with what that one
+answers (`Answer.renewed`) and it is solved again (Zhang et al., *Accelerating Very Deep
+Convolutional Networks*, TPAMI 2016, section 3.3). Of all these solutions the one is written that
+errs least behind the rectifier.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur import distributed
-from secateur.consumers import Consumer, by_group
+from secateur.consumers import Consumer
 from secateur.estimates import RIDGES, Candidate, Choice, Look, Pass, best_of, write
 from secateur.least_squares import Gram
 from secateur.patches import from_patch_order, in_patch_order
-from secateur.targets import OffsetPlace, State
+from secateur.targets import Answer, OffsetPlace, State
 
+ROUNDS = 2
+"""How often targets are renewed."""
 MAX_ROW_VALUES = 2**22
 """Values of patches held at a time (32 MiB in float64)."""
 
@@ -22,60 +32,116 @@ class PatchForm:
     """See `estimates.Form`."""
 
     def __init__(
-        self, consumers: Sequence[Consumer], state: State, place: OffsetPlace | None
+        self,
+        consumers: Sequence[Consumer],
+        state: State,
+        place: OffsetPlace | None,
+        *,
+        rectified: bool,
     ) -> None:
         self._consumers = consumers
         self._state = state
         self._place = place
         self._weight = consumers[0].layer.weight
         kernel, groups = state[self._weight], consumers[0].groups
-        self._old = in_patch_order(kernel.double(), groups)
-        _, outputs, inputs = self._old.shape
+        old = in_patch_order(kernel.double(), groups)
+        _, outputs, inputs = old.shape
         self._fit = Gram(groups, inputs, outputs, kernel.device)
         self._held_out = Gram(groups, inputs, outputs, kernel.device)
+        self._rounds = ROUNDS if rectified else 0
+        self._as_cut = Candidate(None, old, torch.zeros_like(self._fit.y))
+        self._candidates: list[Candidate] = [self._as_cut]
+        self._renewed = self._fit
+        self._errors = torch.zeros(2 + self._rounds, dtype=torch.float64, device=kernel.device)
+        self._behind = Gram(groups, 0, outputs, kernel.device)
         self._choice: Choice | None = None
 
     @property
     def passes(self) -> Sequence[Pass]:
         """See `estimates.Form`."""
-        return [(self._add, self._solve)]
+        more: list[Pass] = [(self._renew, self._solve_again)] * self._rounds
+        last: list[Pass] = [(self._compare, self._choose)] if more else []
+        return [(self._add, self._solve), *more, *last]
 
     def choice(self) -> Choice:
         """See `estimates.Form`."""
         assert self._choice is not None
         return self._choice
 
-    def _add(self, number: int, look: Look) -> None:
+    def _rows(self, number: int, look: Look, images: Tensor) -> Iterator[tuple[Tensor, Answer]]:
+        """What the kernel meets in some of the images, and what it should answer; by group."""
         consumer = self._consumers[number]
         chosen = look.spread.over(consumer.positions)
-        values = self._old.shape[0] * self._old.shape[2] * chosen.shape[1]
+        groups, _, inputs = self._as_cut.kernel.shape
+        most = max(1, MAX_ROW_VALUES // (groups * inputs * chosen.shape[1]))
+        for some in images.nonzero()[:, 0].split(most):
+            if len(some):
+                rows = consumer.patches(look.inputs[some], chosen[some.cpu()]).double()
+                yield rows, look.answer.parted(some, groups)
+
+    def _add(self, number: int, look: Look) -> None:
         for gram, images in ((self._fit, ~look.held_out), (self._held_out, look.held_out)):
-            for some in images.nonzero()[:, 0].split(max(1, MAX_ROW_VALUES // values)):
-                if len(some):
-                    rows = consumer.patches(look.inputs[some], chosen[some.cpu()])
-                    gram.add(rows, by_group(look.wanted[some], consumer.groups))
+            for rows, answer in self._rows(number, look, images):
+                gram.add(rows, answer.wanted)
 
     def _solve(self) -> None:
         distributed.add_up([*self._fit.tallies(), *self._held_out.tallies()])
         check = self._held_out if self._held_out.count else self._fit
-        candidates, errors = [], []
-        for kernel, offset, ridge in self._solutions():
-            error = check.squared_error(kernel, offset) / check.variance()
-            shape = self._state[self._weight].shape
-            candidates.append(Candidate(ridge, from_patch_order(kernel, shape), offset.flatten()))
-            errors.append(float(error))
+        candidates = [self._as_cut, *(self._solution(self._fit, ridge) for ridge in RIDGES)]
+        errors = [
+            float(check.squared_error(each.kernel, each.offset) / check.variance())
+            for each in candidates
+        ]
         best, self._choice = best_of(candidates, errors)
-        write(self._state, self._weight, best, self._place)
+        if self._rounds:
+            self._candidates.append(best)
+            self._renewed = self._fit.without_targets()
+        else:
+            self._write(best)
 
-    def _solutions(self) -> Iterator[tuple[Tensor, Tensor, float | None]]:
-        """Kernels and offsets, rounded to what the network can hold: first those as cut."""
-        nothing = torch.zeros_like(self._fit.y)
-        yield self._old, nothing, None
-        for ridge in RIDGES:
-            kernel, offset = self._fit.ridge(self._old, ridge, None if self._place else nothing)
-            if self._place is not None:
-                offset = self._place.rounded(self._state, offset)
-            yield kernel.to(self._state[self._weight].dtype).double(), offset, ridge
+    def _solution(self, sums: Gram, ridge: float) -> Candidate:
+        """A kernel and offset, rounded to what the network can hold."""
+        old = self._as_cut
+        kernel, offset = sums.ridge(old.kernel, ridge, None if self._place else old.offset)
+        if self._place is not None:
+            offset = self._place.rounded(self._state, offset)
+        return Candidate(ridge, kernel.to(self._state[self._weight].dtype).double(), offset)
+
+    def _renew(self, number: int, look: Look) -> None:
+        for rows, answer in self._rows(number, look, ~look.held_out):
+            found = _answered(self._candidates[-1], rows)
+            self._renewed.add_targets(rows, answer.renewed(found))
+
+    def _solve_again(self) -> None:
+        distributed.add_up(self._renewed.target_tallies())
+        ridge = self._candidates[-1].ridge or RIDGES[-1]
+        self._candidates.append(self._solution(self._renewed, ridge))
+        self._renewed = self._fit.without_targets()
+
+    def _compare(self, number: int, look: Look) -> None:
+        images = look.held_out if self._held_out.count else ~look.held_out
+        for rows, answer in self._rows(number, look, images):
+            wanted = answer.let_through(answer.wanted)
+            self._behind.add(rows[:, :, :0], wanted)
+            for place, candidate in enumerate(self._candidates):
+                found = answer.let_through(_answered(candidate, rows))
+                self._errors[place] += (found - wanted).square().sum()
+
+    def _choose(self) -> None:
+        distributed.add_up([self._errors, *self._behind.tallies()])
+        errors = self._errors / self._behind.count / self._behind.variance()
+        best, self._choice = best_of(self._candidates, errors.tolist())
+        self._write(best)
+
+    def _write(self, best: Candidate) -> None:
+        shape = self._state[self._weight].shape
+        kernel = from_patch_order(best.kernel, shape)
+        chosen = Candidate(best.ridge, kernel, best.offset.flatten())
+        write(self._state, self._weight, chosen, self._place)
+
+
+def _answered(candidate: Candidate, rows: Tensor) -> Float[Tensor, "group row output"]:
+    return rows @ candidate.kernel.mT + candidate.offset[:, None]
 
 
 def patch_bytes(consumer: Consumer, kernel: Tensor) -> int:

@@ -45,7 +45,7 @@ from secateur.patch_form import PatchForm, patch_bytes
 from secateur.patches import Spread
 from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
-from secateur.targets import State, Target, offset_place, target_of
+from secateur.targets import Answer, State, Target, offset_place, target_of
 from secateur.wiring import Wiring
 
 HELD_OUT_EVERY = 5
@@ -61,7 +61,10 @@ class LayerRefit:
 
     layer: str
     error_cut: float
-    """Squared error over the variance of the layer's original output, with the kernel as cut."""
+    """Squared error over the variance of what should come out, with the kernel as cut.
+
+    Where only a rectifier reads it, both are those behind the rectifier.
+    """
     error_refit: float
     """The same with the re-estimated kernel."""
     ridge: float | None
@@ -140,7 +143,8 @@ def refit(
                 and consumers[0].has_patches
                 and patch_bytes(consumers[0], state[layer.weight]) <= bound
             ):
-                estimate, form = PatchForm(consumers, state, place), "patch"
+                rectified = settings.rectified and all(target.rectified for target in targets)
+                estimate, form = PatchForm(consumers, state, place, rectified=rectified), "patch"
             else:
                 estimate, form = ChannelForm(consumers, full_state, state, place), "channel"
             visit = _Visit(
@@ -150,11 +154,14 @@ def refit(
                 holds_out=images >= HELD_OUT_EVERY,
                 generator=generator,
             )
-            for take_in, conclude in estimate.passes:
+            passes = estimate.passes
+            for turn, (take_in, conclude) in enumerate(passes):
                 for passage in parking:
-                    for number, look in enumerate(visit.looks(passage)):
+                    looks = visit.looks(passage, is_first=turn == 0)
+                    for number, look in enumerate(looks):
                         take_in(number, look)
-                visit.is_first = False
+                    if turn == len(passes) - 1:
+                        passage.notes = []
                 conclude()
             found = estimate.choice()
             results.append(
@@ -207,17 +214,14 @@ class _Visit:
         holds_out: bool,
         generator: torch.Generator,
     ) -> None:
-        self.is_first = True
         self._targets = targets
         self._state = state
         self._positions = positions
         self._holds_out = holds_out
         self._starts = torch.rand(len(targets), generator=generator).tolist()
 
-    def looks(self, passage: Passage) -> Iterator[Look]:
+    def looks(self, passage: Passage, *, is_first: bool) -> Iterator[Look]:
         """What each use meets in the images of a batch."""
-        if self.is_first:
-            passage.notes = []
         for number, (target, start) in enumerate(zip(self._targets, self._starts, strict=True)):
             consumer = target.consumer
             cut = passage.cut if number == 0 else passage.cut.fork()
@@ -230,17 +234,18 @@ class _Visit:
             spread = Spread(rows, self._positions, start)
             chosen = spread.over(consumer.positions)
             originals = None
-            if self.is_first:
+            if is_first:
                 full = passage.full if number == 0 else passage.full.fork()
                 full.advance(consumer.node)
                 original = full.value(consumer.source)[: len(rows)]
                 originals = consumer.remains.of(consumer.source, original, consumer.channel_dim)
-                passage.notes.append(target.at(full, cut, self._state, chosen))
+                answer = target.at(full, cut, self._state, chosen)
+                passage.notes.append((answer.wanted, answer.level, answer.sign))
             is_fifth = images % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             yield Look(
                 inputs=inputs[: len(rows)],
                 originals=originals,
-                wanted=passage.notes[number],
+                answer=Answer(*passage.notes[number]),
                 spread=spread,
                 held_out=(is_fifth & self._holds_out).repeat_interleave(each).to(inputs.device),
             )

@@ -10,12 +10,42 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.consumers import Consumer, at
+from secateur.consumers import Consumer, at, by_group
 from secateur.graph import NetworkGraph, Walk, operation_name
 
 SMALLEST_SCALE = 1e-3
 """A norm that scales a channel by less passes no correction back to the layer before it."""
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a layer should answer at some positions of some images, without its bias."""
+
+    wanted: Float[Tensor, "*row output"]
+    level: Float[Tensor, "*row output"]
+    """The answer at which what is made right is zero, where a rectifier behind it turns on."""
+    sign: Float[Tensor, "*#row output"]
+    """-1 where a larger answer makes that smaller, as a norm of negative scale does."""
+
+    def parted(self, images: Int[Tensor, "image"], groups: int) -> Answer:
+        """In float64, of some images, as `[group, row, output]`."""
+        wanted, level = (by_group(v[images].double(), groups) for v in (self.wanted, self.level))
+        return Answer(wanted, level, self.sign.double().reshape(groups, 1, -1))
+
+    def let_through(self, found: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
+        """What a rectifier makes of an answer that was found, in the measure of answers."""
+        return (self.sign * (found - self.level)).relu()
+
+    def renewed(self, found: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
+        """What should be answered instead, where a rectifier hides what was found.
+
+        Where it should be off, an answer that leaves it off is right already, and one that does
+        not need only come down to the level (Zhang et al., TPAMI 2016, section 3.3).
+        """
+        should_be_off = self.sign * (self.wanted - self.level) <= 0
+        is_off = self.sign * (found - self.level) <= 0
+        return torch.where(should_be_off, torch.where(is_off, found, self.level), self.wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +61,20 @@ class Target:
     sum: Node | None
     other: Node | None
 
+    @property
+    def rectified(self) -> bool:
+        """Whether only a rectifier reads what is made right."""
+        last = self.sum or self.norm or self.consumer.node
+        return [operation_name(user) for user in last.users] == ["relu"]
+
     def at(
         self,
         full: Walk,
         cut: Walk,
         state: Mapping[str, Tensor],
         chosen: Int[Tensor, "image chosen"],
-    ) -> Float[Tensor, "image chosen channel"]:
-        """Its values at some positions of each image, without the layer's bias.
+    ) -> Answer:
+        """What the layer should answer at some positions of each image, without its bias.
 
         Both walks have come to the layer; `full` is behind it afterwards.
         """
@@ -49,23 +85,25 @@ class Target:
             return at(consumer.maps(remains.of(node, value[:count])), chosen)
 
         wanted = sampled(consumer.node, full.step(consumer.node))
+        scale, offset = wanted.new_ones(()), wanted.new_zeros(())
+        if self.norm is not None:
+            scale, offset = affine(remains.wiring.graph, state, self.norm)
+            strong = scale.abs() > SMALLEST_SCALE
+            scale = scale.where(strong, 1.0)
+        result = wanted * scale + offset
         if self.sum is not None and self.other is not None:
-            total = sampled(self.sum, full.fork().step(self.sum))
+            result = sampled(self.sum, full.fork().step(self.sum))
             ahead = cut
             if not cut.has(self.other):
                 ahead = cut.fork()
                 ahead.advance(self.sum)
             other = at(consumer.maps(ahead.value(self.other)[:count]), chosen)
-            summand = total - other
-            if self.norm is None:
-                wanted = summand
-            else:
-                scale, offset = affine(remains.wiring.graph, state, self.norm)
-                strong = scale.abs() > SMALLEST_SCALE
-                summand = (summand - offset) / scale.where(strong, 1.0)
-                wanted = torch.where(strong, summand, wanted)
+            summand = (result - other - offset) / scale
+            wanted = summand if self.norm is None else torch.where(strong, summand, wanted)
         bias = bias_of(consumer)
-        return wanted if bias is None else wanted - state[bias]
+        if bias is not None:
+            wanted = wanted - state[bias]
+        return Answer(wanted, wanted - result / scale, scale.sign().expand(wanted.shape[-1]))
 
 
 def target_of(consumer: Consumer) -> Target:
