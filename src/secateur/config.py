@@ -131,7 +131,7 @@ class RefitSection(Section):
     form: RefitForm = "patch"
     """`patch`: a layer's answer is regressed on what its kernel meets; `channel`: the channels that
     it read are regressed on those that are left. Where `patch` can't be, `channel` serves."""
-    rectified: bool = False
+    rectified: bool = True
     """Whether errors count only where a rectifier behind the layer lets them through (`patch`)."""
     memory_mib: int = Field(default=4096, ge=1)
     """Memory for activations and sums of products. Activations beyond one half wait in temporary

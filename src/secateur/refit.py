@@ -35,7 +35,8 @@ from secateur.channel_form import ChannelForm
 from secateur.channels import Layer, argument
 from secateur.config import RefitForm, RefitSection
 from secateur.consumers import Remains, consumer_of
-from secateur.data import Batch
+from secateur.data import Batch, is_held_out
+from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
 from secateur.estimates import Form, Look
 from secateur.graph import NetworkGraph, Walk, operation_name, tensors_of
@@ -48,15 +49,13 @@ from secateur.progress import Track, silent
 from secateur.targets import Answer, State, Target, offset_place, target_of
 from secateur.wiring import Wiring
 
-HELD_OUT_EVERY = 5
-"""Every fifth image is held out of the fit: the ridge is chosen, and errors are measured, on it."""
-
 
 @dataclass(frozen=True)
 class LayerRefit:
     """What the refit of one kernel achieved, on probe images held out of the fit.
 
-    With fewer images than `HELD_OUT_EVERY` none is held out, and errors are those of the fit.
+    Every fifth image is (`data.is_held_out`); of fewer than five none, and errors are those of the
+    fit.
     """
 
     layer: str
@@ -240,12 +239,13 @@ class _Visit:
                 original = full.value(consumer.source)[: len(rows)]
                 originals = consumer.remains.of(consumer.source, original, consumer.channel_dim)
                 answer = target.at(full, cut, self._state, chosen)
-                passage.notes.append((answer.wanted, answer.level, answer.sign))
-            is_fifth = images % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                passage.notes.append((answer.wanted, answer.level, answer.scale))
             yield Look(
                 inputs=inputs[: len(rows)],
                 originals=originals,
                 answer=Answer(*passage.notes[number]),
                 spread=spread,
-                held_out=(is_fifth & self._holds_out).repeat_interleave(each).to(inputs.device),
+                held_out=(is_held_out(images) & self._holds_out)
+                .repeat_interleave(each)
+                .to(inputs.device),
             )

@@ -25,17 +25,17 @@ class Answer:
     wanted: Float[Tensor, "*row output"]
     level: Float[Tensor, "*row output"]
     """The answer at which what is made right is zero, where a rectifier behind it turns on."""
-    sign: Float[Tensor, "*#row output"]
-    """-1 where a larger answer makes that smaller, as a norm of negative scale does."""
+    scale: Float[Tensor, "*#row output"]
+    """By how much that grows with the answer: the scale of a norm behind the layer, or 1."""
 
     def parted(self, images: Int[Tensor, "image"], groups: int) -> Answer:
         """In float64, of some images, as `[group, row, output]`."""
         wanted, level = (by_group(v[images].double(), groups) for v in (self.wanted, self.level))
-        return Answer(wanted, level, self.sign.double().reshape(groups, 1, -1))
+        return Answer(wanted, level, self.scale.double().reshape(groups, 1, -1))
 
     def let_through(self, found: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
-        """What a rectifier makes of an answer that was found, in the measure of answers."""
-        return (self.sign * (found - self.level)).relu()
+        """What the rectifier makes of an answer that was found."""
+        return (self.scale * (found - self.level)).relu()
 
     def renewed(self, found: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
         """What should be answered instead, where a rectifier hides what was found.
@@ -43,8 +43,8 @@ class Answer:
         Where it should be off, an answer that leaves it off is right already, and one that does
         not need only come down to the level (Zhang et al., TPAMI 2016, section 3.3).
         """
-        should_be_off = self.sign * (self.wanted - self.level) <= 0
-        is_off = self.sign * (found - self.level) <= 0
+        should_be_off = self.scale * (self.wanted - self.level) <= 0
+        is_off = self.scale * (found - self.level) <= 0
         return torch.where(should_be_off, torch.where(is_off, found, self.level), self.wanted)
 
 
@@ -103,7 +103,7 @@ class Target:
         bias = bias_of(consumer)
         if bias is not None:
             wanted = wanted - state[bias]
-        return Answer(wanted, wanted - result / scale, scale.sign().expand(wanted.shape[-1]))
+        return Answer(wanted, wanted - result / scale, scale.expand(wanted.shape[-1]))
 
 
 def target_of(consumer: Consumer) -> Target:
