@@ -49,7 +49,9 @@ def rows() -> list[tuple[str, ...]]:
 
 def measure(options: tuple[str, ...], data: str, weights: str) -> Row:
     """One run of the command line: its command, wall time and result."""
+    # Equal shares and no more: the rows compare criteria and refits (training_free.py the rest).
     common = ["prune", "--model", "resnet20", "--weights", weights, "--data", data]
+    common += ["--allocation", "uniform", "--no-norms"]
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         arguments = [*common, *options]

@@ -234,6 +234,14 @@ def prune(
             "(default: 0).",
         ),
     ] = None,
+    refit_form: Annotated[
+        str | None,
+        typer.Option(
+            "--refit-form",
+            help="Re-estimate from patches, or from channels, which is coarser and takes less "
+            "memory: patch or channel (default: patch where memory allows).",
+        ),
+    ] = None,
     finetune: Annotated[
         bool | None,
         typer.Option("--finetune/--no-finetune", help="Train after the cut (default: finetune)."),
@@ -301,7 +309,7 @@ def prune(
                 "round_to": round_to,
                 "min_filters": min_filters,
             },
-            "refit": {"layers": refit, "norms": norms},
+            "refit": {"form": refit_form, "layers": refit, "norms": norms},
             "polish": {"epochs": polish},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
@@ -585,6 +593,12 @@ def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*row.values())
     _out().print(table)
+    for trial in result.trials:
+        _out().print(
+            f"{trial.fraction_left:7.3f} left: {100 * trial.validation_top1_fraction:.2f} % of the "
+            f"validation images{'' if trial.kept else ', too little'}",
+            highlight=False,
+        )
     removed = sum(len(group.removed) for group in result.groups)
     filters = sum(group.filters for group in result.groups)
     _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
