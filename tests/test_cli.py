@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -429,3 +430,63 @@ def test_threads_are_left_as_they_are(call: Call) -> None:
     before = torch.get_num_threads()
     call("models")
     assert torch.get_num_threads() == before
+
+
+def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict[str, Any]:
+    """The result of a run of the small network on digits that trains nothing."""
+    common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    few = ["--probe-images", 60, "--no-finetune", "-o", out]
+    assert call("prune", *common, *few, *options).code == 0
+    found: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return found
+
+
+def test_shares_come_from_a_file(call: Call, model_file: Path, tmp_path: Path) -> None:
+    shares = tmp_path / "shares.toml"
+    shares.write_text('"conv1" = 0.25\n"conv*" = 0.5\n')
+    result = small_run(call, model_file, tmp_path / "run", "--shares", shares)
+    kept = {group["name"]: group["filters"] - len(group["removed"]) for group in result["groups"]}
+    assert kept == {"conv1": 3, "conv3": 8}
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    before, cut = (stage["score"]["macs"] for stage in result["stages"][:2])
+    assert cut / before <= float(plan["target"].removeprefix("macs=")) < cut / before + 1e-4
+
+
+def test_shares_that_can_not_be_used(call: Call, model_file: Path, tmp_path: Path) -> None:
+    common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    shares, out = tmp_path / "shares.toml", tmp_path / "run"
+    fails(call, out, 2, "can't be read", *common, "--shares", shares)
+    shares.write_text('"conv1" = ')
+    fails(call, out, 2, "is not TOML", *common, "--shares", shares)
+    shares.write_text('"conv1" = 1.5')
+    fails(call, out, 2, "plan.shares.conv1", *common, "--shares", shares)
+    shares.write_text('"conv1" = 0.5')
+    fails(call, out, 2, "exclude each other", *common, "--shares", shares, "--allocation", "global")
+    fails(call, out, 2, "choose one of them", *common, "--shares", shares, "--max-drop", 1)
+
+
+def test_the_smallest_network_within_a_drop(call: Call, model_file: Path, tmp_path: Path) -> None:
+    everything = small_run(call, model_file, tmp_path / "all", "--max-drop", 100)
+    assert all(trial["kept"] for trial in everything["trials"])
+    nothing = small_run(call, model_file, tmp_path / "none", "--max-drop", 0)
+    limit = nothing["trials"][0]["validation_top1_fraction"]
+    for trial in nothing["trials"]:
+        assert trial["kept"] == (trial["validation_top1_fraction"] >= limit)
+    for result in (everything, nothing):
+        smallest = min(t["fraction_left"] for t in result["trials"] if t["kept"])
+        before, cut = (stage["score"]["macs"] for stage in result["stages"][:2])
+        assert cut <= smallest * before
+
+
+@pytest.mark.parametrize("allocation", ["curves", "uniform", "global"])
+@pytest.mark.parametrize("target", ["macs=0.6", "params=0.6", "memory=0.9"])
+def test_every_allocation_meets_every_target(
+    call: Call, model_file: Path, tmp_path: Path, allocation: str, target: str
+) -> None:
+    options = ["--allocation", allocation, "-t", target, "--criterion", "l2", "--cut-stream"]
+    result = small_run(call, model_file, tmp_path / "run", *options)
+    before, cut = (stage["score"] for stage in result["stages"][:2])
+    assert cut["macs"] < before["macs"]
+    if not target.startswith("memory"):
+        quantity = "macs" if target.startswith("macs") else "parameters"
+        assert cut[quantity] <= 0.6 * before[quantity]
