@@ -193,6 +193,14 @@ def prune(
             "that lost inputs) or none (default: downstream).",
         ),
     ] = None,
+    refit_form: Annotated[
+        str | None,
+        typer.Option(
+            "--refit-form",
+            help="Re-estimate them from patches, or more cheaply from channels: patch or channel "
+            "(default: patch).",
+        ),
+    ] = None,
     finetune: Annotated[
         bool | None,
         typer.Option("--finetune/--no-finetune", help="Train after the cut (default: finetune)."),
@@ -255,7 +263,7 @@ def prune(
                 "round_to": round_to,
                 "min_filters": min_filters,
             },
-            "refit": {"layers": refit},
+            "refit": {"layers": refit, "form": refit_form},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
                 "learning_rate": learning_rate,

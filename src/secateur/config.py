@@ -77,7 +77,7 @@ class ScoreSection(Section):
     """Share of positions at which a filter exceeds its threshold."""
     sample_every: int = Field(default=8, ge=1)
     """Every so manieth probe image is looked at beforehand, for means and thresholds."""
-    threshold_positions: int = Field(default=256, ge=1)
+    threshold_positions: int = Field(default=32, ge=1)
     """Positions of each of its feature maps that thresholds are taken from."""
     use_labels: bool = False
     """Whether concepts and gradients are those of the true class, not of the predicted one."""
@@ -106,12 +106,12 @@ class RefitSection(Section):
     layers: RefitLayers = "downstream"
     """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
     literal reading of the paper; `none`."""
-    positions: int = Field(default=256, ge=1)
+    positions: int = Field(default=32, ge=1)
     """Output positions of a layer that are looked at in each probe image."""
     form: RefitForm = "patch"
     """`patch`: a layer's answer is regressed on what its kernel meets; `channel`: the channels that
     it read are regressed on those that are left. Where `patch` can't be, `channel` serves."""
-    rectified: bool = False
+    rectified: bool = True
     """Whether errors count only where a rectifier behind the layer lets them through (`patch`)."""
     memory_mib: int = Field(default=4096, ge=1)
     """Memory for activations and sums of products. Activations beyond one half wait in temporary
