@@ -126,8 +126,8 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = _channels_last(pipeline.stream(scored, config, silent, ""))
-    probe = _channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    shown = channels_last(pipeline.stream(scored, config, silent, ""))
+    probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -180,7 +180,7 @@ def inapplicable(
     return found
 
 
-def _channels_last(batches: Iterable[Batch]) -> list[Batch]:
+def channels_last(batches: Iterable[Batch]) -> list[Batch]:
     """The batches in the layout that convolutions take least time with."""
     return [
         replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
