@@ -37,6 +37,8 @@ def test_every_field_says_what_it_is() -> None:
         ({"finetune": {"label_weight": 1.5}}, "finetune.label_weight"),
         ({"finetune": {"precision": "float8"}}, "finetune.precision"),
         ({"refit": {"layers": "all"}}, "refit.layers"),
+        ({"refit": {"form": "both"}}, "refit.form"),
+        ({"refit": {"memory_mib": 0}}, "refit.memory_mib"),
         ({"seed": -1}, "seed"),
     ],
 )

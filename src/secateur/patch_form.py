@@ -3,8 +3,8 @@
 Where only a rectifier reads the answer, right away or behind a norm or a residual sum, errors count
 only where they come through it. After the first solution targets are renewed with what that one
 answers (`Answer.renewed`) and it is solved again (Zhang et al., *Accelerating Very Deep
-Convolutional Networks*, TPAMI 2016, section 3.3). Of all these solutions the one is written that
-errs least behind the rectifier.
+Convolutional Networks*, TPAMI 2016, section 3.3): once, since further rounds bring nothing. Of both
+solutions and the kernel as cut the one is written that errs least behind the rectifier.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from secateur.least_squares import Gram
 from secateur.patches import from_patch_order, in_patch_order
 from secateur.targets import Answer, OffsetPlace, State
 
-ROUNDS = 2
-"""How often targets are renewed."""
 MAX_ROW_VALUES = 2**22
 """Values of patches held at a time (32 MiB in float64)."""
 
@@ -48,20 +46,20 @@ class PatchForm:
         _, outputs, inputs = old.shape
         self._fit = Gram(groups, inputs, outputs, kernel.device)
         self._held_out = Gram(groups, inputs, outputs, kernel.device)
-        self._rounds = ROUNDS if rectified else 0
+        self._rectified = rectified
         self._as_cut = Candidate(None, old, torch.zeros_like(self._fit.y))
         self._candidates: list[Candidate] = [self._as_cut]
         self._renewed = self._fit
-        self._errors = torch.zeros(2 + self._rounds, dtype=torch.float64, device=kernel.device)
         self._behind = Gram(groups, 0, outputs, kernel.device)
+        self._errors = self._behind.count.new_zeros(3)
         self._choice: Choice | None = None
 
     @property
     def passes(self) -> Sequence[Pass]:
         """See `estimates.Form`."""
-        more: list[Pass] = [(self._renew, self._solve_again)] * self._rounds
-        last: list[Pass] = [(self._compare, self._choose)] if more else []
-        return [(self._add, self._solve), *more, *last]
+        first: list[Pass] = [(self._add, self._solve)]
+        more: list[Pass] = [(self._renew, self._solve_again), (self._compare, self._choose)]
+        return [*first, *more] if self._rectified else first
 
     def choice(self) -> Choice:
         """See `estimates.Form`."""
@@ -93,7 +91,7 @@ class PatchForm:
             for each in candidates
         ]
         best, self._choice = best_of(candidates, errors)
-        if self._rounds:
+        if self._rectified:
             self._candidates.append(best)
             self._renewed = self._fit.without_targets()
         else:
@@ -116,7 +114,6 @@ class PatchForm:
         distributed.add_up(self._renewed.target_tallies())
         ridge = self._candidates[-1].ridge or RIDGES[-1]
         self._candidates.append(self._solution(self._renewed, ridge))
-        self._renewed = self._fit.without_targets()
 
     def _compare(self, number: int, look: Look) -> None:
         images = look.held_out if self._held_out.count else ~look.held_out
