@@ -192,9 +192,11 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
 
 def test_readers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
-    config = small_config(model_file, refit={"layers": "readers"})
+    everywhere = {"allocation": "uniform"}  # so that both groups lose something
+    config = small_config(model_file, plan=everywhere, refit={"layers": "readers"})
     some = [layer.layer for layer in prune_small(config, dataset).result.refit]
-    every = [layer.layer for layer in prune_small(small_config(model_file), dataset).result.refit]
+    config = small_config(model_file, plan=everywhere)
+    every = [layer.layer for layer in prune_small(config, dataset).result.refit]
     assert some == ["conv2", "head"]
     assert every == ["conv2", "conv3", "head"]
 
