@@ -113,3 +113,15 @@ def test_given_shares_are_kept_to() -> None:
     assert found == {"layer1.a": 4, "layer1.b": 1, "head": 4}
     with pytest.raises(TargetError, match=r"no prunable group is called 'layer9\.\*'"):
         given_shares(space, {"layer9.*": 0.5})
+
+
+def test_where_only_whole_blocks_bring_anything_whole_blocks_go() -> None:
+    """As times of layers do, which fall in steps of several channels."""
+    steps = {name: list(range(1, 33)) for name in "ab"}
+
+    def milliseconds(counts: Counts) -> float:
+        return float(sum(math.ceil(count / 8) for count in counts.values()))
+
+    damage = {"a": [0.1 * gone for gone in range(33)], "b": [0.3 * gone for gone in range(33)]}
+    counts = least_damage(Space(steps, milliseconds, 5.0), damage)
+    assert counts == {"a": 8, "b": 32}

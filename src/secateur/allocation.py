@@ -9,11 +9,14 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.errors import TargetError
 
+NOTHING = 1e-9
+"""A smaller part of what there is is no gain."""
 Counts = dict[str, int]
 """`{group: how many of its channels stay}`."""
 
@@ -71,7 +74,8 @@ def equal_shares(space: Space) -> Counts:
 def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     """Counts that fit with little damage in all: `damage` is `{group: by channels gone}`.
 
-    Each time the group goes down that loses least for what it brings. It goes down along the lower
+    Each time the group goes down that loses least for what it brings, as far as it must to bring
+    anything. It goes down along the lower
     convex hull of its curve: so a step that looks dear does not hide a cheap one behind it. At the
     end steps are taken back while there is room, the dearest first. At least `space.least` must
     fit.
@@ -81,26 +85,34 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     counts = space.whole
     now = pressure(counts)
 
-    def next_step(name: str) -> tuple[float, str, int] | None:
-        lower = bisect.bisect_left(space.steps[name], counts[name]) - 1
-        if lower < 0:
+    def next_step(name: str) -> tuple[float, float, str, int] | None:
+        """What the group loses for what it brings, what it loses, and where it goes."""
+        below = space.steps[name][: bisect.bisect_left(space.steps[name], counts[name])]
+        if not below:
             return None
-        count = space.steps[name][lower]
-        gained = now - pressure({**counts, name: count})
+
+        def gained(count: int) -> float:
+            return float(now - pressure({**counts, name: count}))
+
+        # Times fall in steps of several channels: on to the first count that brings something.
+        # The fewer stay the more is gained, so the counts that bring something come first.
+        place = bisect.bisect_left(below, True, key=lambda count: gained(count) <= now * NOTHING)
+        count = below[max(0, place - 1)]
         lost = hulls[name](count) - hulls[name](counts[name])
-        return (lost / gained if gained > 0 else float("inf"), name, count)
+        gain = gained(count)
+        return (lost / gain if gain > now * NOTHING else math.inf, lost, name, count)
 
     waiting = [step for name in counts if (step := next_step(name)) is not None]
     while waiting and not space.fits(counts):
         waiting.sort()
         # What a step brings changes with every other one: the first is looked at anew.
-        _, name, _ = waiting.pop(0)
+        name = waiting.pop(0)[2]
         fresh = next_step(name)
         assert fresh is not None
-        if waiting and fresh > waiting[0] and fresh[0] > waiting[0][0] * (1 + 1e-9):
+        if waiting and fresh[:2] > waiting[0][:2] and fresh[0] > waiting[0][0] * (1 + 1e-9):
             waiting.append(fresh)
             continue
-        counts = {**counts, name: fresh[2]}
+        counts = {**counts, name: fresh[3]}
         now = pressure(counts)
         following = next_step(name)
         if following is not None:
