@@ -78,7 +78,7 @@ class ScoreSection(Section):
     """Share of positions at which a filter exceeds its threshold."""
     sample_every: int = Field(default=8, ge=1)
     """Every so manieth probe image is looked at beforehand, for means and thresholds."""
-    threshold_positions: int = Field(default=32, ge=1)
+    threshold_positions: int = Field(default=256, ge=1)
     """Positions of each of its feature maps that thresholds are taken from."""
     use_labels: bool = False
     """Whether concepts and gradients are those of the true class, not of the predicted one."""
