@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,15 @@ from networks import wired
 from secateur import criteria
 from secateur.config import ScoreSection
 from secateur.criteria.reconstruction import Reconstruction
-from secateur.damage import divergence, error_curve, measure_damage, measure_slopes, stand_in
+from secateur.damage import (
+    StandIn,
+    _Edit,
+    divergence,
+    error_curve,
+    measure_damage,
+    measure_slopes,
+    stand_in,
+)
 from secateur.data import Batch
 from secateur.graph import tensors_of
 from secateur.ranking import Ranking, rank
@@ -103,3 +112,18 @@ def test_divergence_of_scores_and_of_maps() -> None:
     assert divergence([logits], [other]) == pytest.approx(float((p * (p / q).log()).sum() / 2))
     maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert divergence([maps], [maps + 2]) == pytest.approx(4 / float(maps.double().var()))
+
+
+def test_uneven_copies_of_a_channel_are_stood_in_for() -> None:
+    """A reader may meet one channel once and another twice."""
+    edit = _Edit.__new__(_Edit)
+    edit._dim, edit._copies = 1, 0
+    edit._channels = np.arange(2)
+    edit._counts = torch.tensor([1, 2])
+    edit._number = torch.tensor([0, 1, 1])
+    edit._table = torch.tensor([0, 1, 3])  # the third place belongs to another group
+    value = torch.tensor([[1.0, 2.0, 9.0, 4.0]])
+    first_stays = StandIn(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.0, 0.5]))
+    assert edit._replaced(value, first_stays).tolist() == [[1.0, 2.5, 9.0, 2.5]]
+    other_stays = StandIn(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0]))
+    assert edit._replaced(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]

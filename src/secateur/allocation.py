@@ -75,10 +75,9 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     """Counts that fit with little damage in all: `damage` is `{group: by channels gone}`.
 
     Each time the group goes down that loses least for what it brings, as far as it must to bring
-    anything. It goes down along the lower
-    convex hull of its curve: so a step that looks dear does not hide a cheap one behind it. At the
-    end steps are taken back while there is room, the dearest first. At least `space.least` must
-    fit.
+    anything. It goes down along the lower convex hull of its curve: so a step that looks dear does
+    not hide a cheap one behind it. At the end steps are taken back while there is room, the dearest
+    first. At least `space.least` must fit.
     """
     pressure = space.pressure or space.measure
     hulls = {name: _hull(each, damage[name]) for name, each in space.steps.items()}

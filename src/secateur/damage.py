@@ -176,6 +176,8 @@ class _Edit:
         self._channels, copies = np.unique(own[places], return_counts=True)
         self._table = torch.from_numpy(order)
         self._copies = int(copies[0]) if (copies == copies[0]).all() else 0
+        self._counts = torch.from_numpy(copies)
+        self._number = torch.arange(len(copies)).repeat_interleave(self._counts)
 
     def with_stand_ins(self, snapshot: StandIn) -> Compute:
         """The reader's operation on stand-ins."""
@@ -196,16 +198,26 @@ class _Edit:
         return compute
 
     def _replaced(self, value: Tensor, snapshot: StandIn) -> Tensor:
+        """The value with what stands in for channels that go.
+
+        Channels of the group that this reader does not read tell it nothing.
+        """
         channels = torch.from_numpy(self._channels)
-        matrix, offset = snapshot.matrix[channels][:, channels], snapshot.offset[channels]
-        table = self._table.to(value.device)
-        taken = value.movedim(self._dim, -1).index_select(-1, table)
-        if self._copies:
-            taken = taken.unflatten(-1, (len(channels), self._copies))
-            stood_in = torch.einsum("...nc,mn->...mc", taken, matrix.to(value))
-            stood_in = (stood_in + offset.to(value)[:, None]).flatten(-2)
+        matrix = snapshot.matrix[channels][:, channels].to(value)
+        offset, table = snapshot.offset[channels].to(value), self._table.to(value.device)
         result = value.movedim(self._dim, -1).clone()
-        result[..., table] = stood_in
+        taken = result[..., table]
+        if self._copies:
+            apart = taken.unflatten(-1, (len(channels), self._copies))
+            stood_in = torch.einsum("...nc,mn->...mc", apart, matrix) + offset[:, None]
+            result[..., table] = stood_in.flatten(-2)
+        else:  # of some channels there are more copies than of others
+            number, counts = self._number.to(value.device), self._counts.to(value)
+            means = taken.new_zeros(*taken.shape[:-1], len(channels))
+            means = means.index_add(-1, number, taken) / counts
+            told = (means @ matrix.mT + offset)[..., number]
+            stays = matrix.diagonal()[number] == 1
+            result[..., table] = torch.where(stays, taken, told)
         return result.movedim(-1, self._dim)
 
 
