@@ -51,15 +51,26 @@ def agreement_of(
     with evaluating(network), torch.inference_mode():
         for wanted, batch in zip(expected, batches, strict=True):
             given = network(batch.images)
-            # In float64: near agreement is a small difference of large terms.
-            divergence += F.kl_div(
-                F.log_softmax(given.double() / temperature, dim=1),
-                F.log_softmax(wanted.double() / temperature, dim=1),
-                reduction="sum",
-                log_target=True,
-            )
+            divergence += divergence_of(wanted, given, temperature)
             equal += int((given.argmax(1) == wanted.argmax(1)).sum())
             count += len(given)
     if not count:
         raise DataError("there are no images to compare answers on")
     return Agreement(temperature**2 * float(divergence) / count, equal / count)
+
+
+def divergence_of(
+    wanted: Float[Tensor, "image class"],
+    given: Float[Tensor, "image class"],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """KL(wanted ‖ given) of softmaxes of logits, softened by the temperature, summed over images.
+
+    In float64: near agreement is a small difference of large terms.
+    """
+    return F.kl_div(
+        F.log_softmax(given.double() / temperature, dim=1),
+        F.log_softmax(wanted.double() / temperature, dim=1),
+        reduction="sum",
+        log_target=True,
+    )

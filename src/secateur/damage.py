@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.activations import parts_of
+from secateur.agreement import divergence_of
 from secateur.channels import Reader
 from secateur.criteria.reconstruction import Reconstruction
 from secateur.data import Batch
@@ -226,8 +226,7 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     total = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if wanted.dim() == 2 and wanted.shape[1] > 1:
-            one, other = (each.double().log_softmax(1) for each in (given, wanted))
-            total += float(F.kl_div(one, other, reduction="batchmean", log_target=True))
+            total += float(divergence_of(wanted, given)) / len(wanted)
         else:
             error = (given - wanted).double().square().mean()
             total += float(error / wanted.double().var().clamp_min(1e-30))
