@@ -39,7 +39,7 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur import models, pipeline
-from secateur.config import PlanSection, RunConfig
+from secateur.config import PlanSection, RefitSection, RunConfig
 from secateur.data import Batch, DataSet
 from secateur.pipeline import Ground
 from secateur.plan import parse_target
@@ -47,7 +47,6 @@ from secateur.progress import silent
 from secateur.surgery import apply_plan
 from secateur.wiring import STREAM, Wiring
 from studies import (
-    REFIT_POSITIONS,
     TARGETS,
     answers,
     channels_last,
@@ -65,6 +64,8 @@ SEEDS = 3
 OURS = "secateur"
 PEER = "torch-pruning "
 """What the methods of Torch-Pruning start with."""
+ALL_IMAGES = "all images"
+"""The option of secateur's to look at every unlabelled image that there is."""
 STAGES = ("cut", "norms", "refit", "polished")
 CUT_IMAGES = 1000
 """How many of the scored images a plain cut is scored on, which only shows that it is far off."""
@@ -84,12 +85,13 @@ class Way:
     options: str = ""
 
 
-def ways() -> list[Way]:
-    """All that are compared."""
+def ways(study: str) -> list[Way]:
+    """All that are compared, and secateur's with as many images as there are."""
     options = itertools.product(("uniform", "global"), ("inner", "all"))
     peers = itertools.product(peer.CRITERIA, options)
     return [
         Way(OURS),
+        *([Way(OURS, ALL_IMAGES)] if study == "imagenet" else []),
         *(Way(PEER + name, f"{ranking}, {channels}") for name, (ranking, channels) in peers),
     ]
 
@@ -238,13 +240,14 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         (seed, target, way)
         for seed in range(arguments.seeds)
         for target in TARGETS[study]
-        for way in ways()
+        for way in ways(study)
         if fnmatch.fnmatch(way.method, arguments.only)
         and (study, network, seed, target, way.method, way.options) not in known
     ]
     if not wanted:
         return
     config, dataset, model = load_inputs(study, network, arguments)
+    config = config.model_copy(update={"refit": RefitSection()})
     batches = channels_last(pipeline.stream(dataset.test, config, silent, ""))
     check = Check(batches, answers(model, batches))
     base = {
@@ -261,13 +264,18 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         peers = peers or Peers(model, ground.wiring, ground.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
         for _, target, way in group:
+            looked_at = ground
+            if way.options == ALL_IMAGES:
+                every = {"probe_images": len(dataset.train.labels)}
+                whole = {"data": config.data.model_copy(update=every)}
+                looked_at = pipeline.prepare_ground(model, dataset, config.model_copy(update=whole))
             if way.method == OURS:
-                cell = _ours_cell(ours(model, ground, config, target), check)
+                cell = _ours_cell(ours(model, looked_at, config, target), check)
             else:
                 cell = peers.measure(way, target, probe, found)
             head = {"study": study, "network": network, "seed": seed, "target": target}
             method = {"method": way.method, "options": way.options}
-            count = {"probe_images": len(ground.probe.labels)}
+            count = {"probe_images": len(looked_at.probe.labels)}
             put_cell(RESULTS, head | method | base | count | cell | origin)
 
 
@@ -319,7 +327,8 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
 def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, DataSet, nn.Module]:
     if network == "resnet20":
         folders = argparse.Namespace(data=data / "cifar10", weights=weights)
-        return load_inputs("cifar10", network, folders)
+        config, dataset, model = load_inputs("cifar10", network, folders)
+        return config.model_copy(update={"refit": RefitSection()}), dataset, model
     from imagenet import BATCH_SIZE, read_images
 
     config = RunConfig.model_validate(
@@ -331,7 +340,6 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
                 "stratified": False,
                 "batch_size": BATCH_SIZE,
             },
-            "refit": {"positions": REFIT_POSITIONS},
         }
     )
     dataset = read_images(data)
@@ -354,7 +362,7 @@ def table(study: str, found: list[Cell]) -> str:
     lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     columns = [[c for c in mine if (c["network"], c["target"]) == each] for each in settings]
     ranked = []
-    for way in ways():
+    for way in ways(study):
         own = [[c for c in column if _way(c) == way] for column in columns]
         if any(own):
             texts = [_text(column, study) for column in own]
@@ -362,8 +370,8 @@ def table(study: str, found: list[Cell]) -> str:
             name = ", ".join(filter(None, (way.method, way.options)))
             ranked.append((way.method != OURS, -mean, f"| {name} | {' | '.join(texts)} |"))
     lines += [line for *_, line in sorted(ranked)]
-    lines += ["", *_comparison(columns, heads), ""]
-    images, probes = mine[0]["images"], mine[0]["probe_images"]
+    lines += ["", *_comparison(columns, heads, ways(study)), ""]
+    images, probes = mine[0]["images"], min(cell["probe_images"] for cell in mine)
     seeds = sorted({len({cell["seed"] for cell in column}) for column in columns})
     off = max(abs(cell["macs_left"] - _fraction(cell)) for cell in mine)
     lines.append(
@@ -406,14 +414,14 @@ def _text(column: list[Cell], study: str) -> str:
     return f"{cut:.1f} → {statistics.mean(values):.2f}{spread}{more}"
 
 
-def _comparison(columns: list[list[Cell]], heads: list[str]) -> Iterator[str]:
+def _comparison(columns: list[list[Cell]], heads: list[str], compared: list[Way]) -> Iterator[str]:
     """Points lost by secateur and by the best peer of each setting, and their ratio."""
     yield "| setting | before | lost by secateur | lost by the best of Torch-Pruning | ratio |"
     yield "|---|---|---|---|---|"
     for column, head in zip(columns, heads, strict=True):
         before = 100 * column[0]["base_fraction"]
-        own = [cell for cell in column if cell["method"] == OURS]
-        peers = [[c for c in column if _way(c) == way] for way in ways() if way.method != OURS]
+        own = [cell for cell in column if _way(cell) == Way(OURS)]
+        peers = [[c for c in column if _way(c) == way] for way in compared if way.method != OURS]
         best = max(filter(None, peers), key=_mean, default=None)
         lost = before - _mean(own) if own else None
         theirs = before - _mean(best) if best else None

@@ -52,7 +52,7 @@ def main() -> None:
             "environment": surroundings(),
         }
         (arguments.out / "vgg16_bn.json").write_text(json.dumps(facts, indent=1) + "\n")
-        print(json.dumps(facts["epoch"]), facts["loss"], facts["validation_top1_fraction"])
+        print(epoch.number, epoch.loss, score.top1_fraction, flush=True)
 
     finetune(
         model.to(memory_format=torch.channels_last),

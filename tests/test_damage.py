@@ -13,6 +13,7 @@ from secateur import criteria
 from secateur.config import ScoreSection
 from secateur.criteria.reconstruction import Reconstruction
 from secateur.damage import (
+    TEMPERATURE,
     StandIn,
     _Edit,
     divergence,
@@ -108,8 +109,9 @@ def test_divergence_of_scores_and_of_maps() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     assert divergence([logits], [logits]) == 0
     other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    p, q = logits.double().softmax(1), other.double().softmax(1)
-    assert divergence([logits], [other]) == pytest.approx(float((p * (p / q).log()).sum() / 2))
+    p, q = ((each.double() / TEMPERATURE).softmax(1) for each in (logits, other))
+    expected = TEMPERATURE**2 * float((p * (p / q).log()).sum() / 2)
+    assert divergence([logits], [other]) == pytest.approx(expected)
     maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert divergence([maps], [maps + 2]) == pytest.approx(4 / float(maps.double().var()))
 

@@ -134,7 +134,7 @@ def test_a_table_written_and_read_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "has schema version 2, not 1"),
+        ({"schema_version": 2}, "has schema version 2, and this secateur reads 1"),
         ({"batch": "many"}, "can't be read: batch: "),
         ({"colour": 1}, "can't be read: colour: Extra inputs"),
     ],

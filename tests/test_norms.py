@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from networks import Chain, random_images, randomise_norms
 from secateur.agreement import agreement_of, answers_of
 from secateur.data import Batch
-from secateur.norms import SHARES, _norms, _reestimated, reestimate_norms
+from secateur.norms import SHARES, _has_fallen, _norms, _reestimated, reestimate_norms
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -116,6 +116,17 @@ def test_statistics_that_are_right_stay(
     assert change is not None
     assert change.share == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
+
+
+def test_a_gain_that_one_image_makes_is_no_gain(generator: torch.Generator) -> None:
+    before = torch.ones(100).double() + 0.01 * torch.randn(100, generator=generator)
+    one_better = before.clone()
+    one_better[7] -= 0.9
+    assert not _has_fallen(before, one_better)
+    all_better = before - 0.009 + 0.01 * torch.randn(100, generator=generator)
+    assert _has_fallen(before, all_better)
+    assert not _has_fallen(all_better, before)
+    assert not _has_fallen(before[:1], before[:1] - 1)
 
 
 def test_nothing_but_means_and_variances_changes(

@@ -46,31 +46,30 @@ def agreement_of(
     Both answers are softened by the temperature T, and the divergence multiplied by T², as in
     distillation (Hinton et al., 2015). Raises `DataError` where there are no images.
     """
-    divergence = torch.zeros((), dtype=torch.float64)
-    equal, count = 0, 0
-    with evaluating(network), torch.inference_mode():
-        for wanted, batch in zip(expected, batches, strict=True):
-            given = network(batch.images)
-            divergence += divergence_of(wanted, given, temperature)
-            equal += int((given.argmax(1) == wanted.argmax(1)).sum())
-            count += len(given)
-    if not count:
-        raise DataError("there are no images to compare answers on")
-    return Agreement(temperature**2 * float(divergence) / count, equal / count)
+    given = answers_of(network, batches)
+    divergences = divergences_of(expected, given, temperature)
+    pairs = zip(expected, given, strict=True)
+    equal = sum(int((found.argmax(1) == wanted.argmax(1)).sum()) for wanted, found in pairs)
+    return Agreement(float(divergences.mean()), equal / len(divergences))
 
 
-def divergence_of(
-    wanted: Float[Tensor, "image class"],
-    given: Float[Tensor, "image class"],
-    temperature: float = 1.0,
-) -> Float[Tensor, ""]:
-    """KL(wanted ‖ given) of softmaxes of logits, softened by the temperature, summed over images.
+def divergences_of(
+    expected: Sequence[Answers], given: Sequence[Answers], temperature: float = 1.0
+) -> Float[Tensor, "image"]:
+    """KL(expected ‖ given) of each image, softened as `agreement_of` has it.
 
-    In float64: near agreement is a small difference of large terms.
+    In float64: near agreement is a small difference of large terms. Raises `DataError` where there
+    are no images.
     """
-    return F.kl_div(
-        F.log_softmax(given.double() / temperature, dim=1),
-        F.log_softmax(wanted.double() / temperature, dim=1),
-        reduction="sum",
-        log_target=True,
+    if not sum(map(len, expected)):
+        raise DataError("there are no images to compare answers on")
+    softened = (
+        F.kl_div(
+            F.log_softmax(found.double() / temperature, dim=1),
+            F.log_softmax(wanted.double() / temperature, dim=1),
+            reduction="none",
+            log_target=True,
+        )
+        for wanted, found in zip(expected, given, strict=True)
     )
+    return temperature**2 * torch.cat([each.sum(1) for each in softened])

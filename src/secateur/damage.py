@@ -9,7 +9,8 @@ over that of the readers' is the group's *slope*. Damage is the one times the ot
 all groups are in one unit, and smooth where measurements on few images are not.
 
 No label is used. Where the network gives one row of scores an image the output's error is the
-divergence of its softmax from the original's, otherwise the squared difference over the variance.
+divergence of its softened softmax from the original's, otherwise the squared difference over the
+variance.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.activations import parts_of
-from secateur.agreement import divergence_of
+from secateur.agreement import divergences_of
 from secateur.channels import Reader
 from secateur.criteria.reconstruction import Reconstruction
 from secateur.data import Batch
@@ -43,6 +44,8 @@ PIXELS = 2**21
 """Images that the slopes are measured on have so many pixels together…"""
 FEWEST_IMAGES, MOST_IMAGES = 32, 256
 """…but are not fewer or more than these."""
+TEMPERATURE = 4.0
+"""Softens answers: where a network is sure of nearly every image, few images say all otherwise."""
 SMALLEST_GROWTH = 1e-7
 """Output errors below are rounding."""
 
@@ -226,7 +229,7 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     total = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if wanted.dim() == 2 and wanted.shape[1] > 1:
-            total += float(divergence_of(wanted, given)) / len(wanted)
+            total += float(divergences_of([wanted], [given], TEMPERATURE).mean())
         else:
             error = (given - wanted).double().square().mean()
             total += float(error / wanted.double().var().clamp_min(1e-30))

@@ -7,16 +7,15 @@ remainder that is a straight line in the number of values that all other operati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur.channels import Layer
-from secateur.errors import RunFolderError, UsageError
+from secateur.documents import Document, parsed
+from secateur.errors import UsageError
 from secateur.memory import storages
 from secateur.volumes import Dimension, Volumes
 from secateur.wiring import NOT_PRUNABLE, Removed, Wiring
@@ -29,15 +28,7 @@ Widths = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
 
 
-class Part(BaseModel):
-    """A part of the table; unknown keys are an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
-
-
-class Hardware(Part):
+class Hardware(Document):
     """What the times hold for."""
 
     processor: str
@@ -47,7 +38,7 @@ class Hardware(Part):
     torch: str
 
 
-class LayerTimes(Part):
+class LayerTimes(Document):
     """Times of one layer, alone."""
 
     layer: str
@@ -59,7 +50,7 @@ class LayerTimes(Part):
     """`[read][written]`."""
 
 
-class LatencyTable(Part):
+class LatencyTable(Document):
     """Times of a network's layers on one machine; all times are in milliseconds a batch."""
 
     schema_version: int = SCHEMA_VERSION
@@ -83,21 +74,7 @@ class LatencyTable(Part):
     @staticmethod
     def from_json(text: str) -> LatencyTable:
         """The table that `to_json` wrote; raises `RunFolderError` where the text is none."""
-        try:
-            version = json.loads(text)["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise RunFolderError(
-                    f"the latency table has schema version {version}, not {SCHEMA_VERSION}"
-                )
-            return LatencyTable.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise RunFolderError(
-                f"the latency table can't be read: {key}: {first['msg']}"
-            ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunFolderError(f"the latency table can't be read: {error!r}") from error
+        return parsed(LatencyTable, text, SCHEMA_VERSION, "the latency table")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,14 @@ JSON, TOML and safetensors.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import PositiveInt
 
+from secateur.documents import Document, parsed
 from secateur.errors import RunFolderError
 
 SCHEMA_VERSION = 1
@@ -26,12 +26,8 @@ NEEDED = frozenset({PLAN, WEIGHTS})
 HASHED = frozenset({CONFIG, PLAN, WEIGHTS, PROGRAM, CONSTANTS})
 
 
-class Manifest(BaseModel):
-    """The content of `manifest.json`; unknown keys are an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
+class Manifest(Document):
+    """The content of `manifest.json`."""
 
     schema_version: int = SCHEMA_VERSION
     versions: dict[str, str]
@@ -95,19 +91,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
     try:
         text = path.read_bytes()
-        content = json.loads(text)
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise RunFolderError(
-                f"{path} has schema version {version}, and this secateur reads {SCHEMA_VERSION}"
-            )
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RunFolderError(f"{path} can't be read: {key}: {first['msg']}") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
         raise RunFolderError(f"{path} can't be read: {error!r}") from error
+    return parsed(Manifest, text, SCHEMA_VERSION, str(path))
 
 
 def read_contents(folder: Path) -> Contents:

@@ -1,0 +1,41 @@
+"""Documents of our own: JSON of a known schema version."""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.errors import RunFolderError
+
+
+class Document(BaseModel):
+    """A document or a part of one; unknown keys are an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) -> AnyDocument:
+    """The document of a schema version that a text holds.
+
+    Raises `RunFolderError`, which calls it by `name`, where the text is none.
+    """
+    try:
+        found = json.loads(text)["schema_version"]
+        if found != version:
+            raise RunFolderError(
+                f"{name} has schema version {found}, and this secateur reads {version}"
+            )
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RunFolderError(f"{name} can't be read: {key}: {first['msg']}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunFolderError(f"{name} can't be read: {error!r}") from error
