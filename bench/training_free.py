@@ -11,7 +11,7 @@ the time and the memory of secateur's way, each network in a process of its own;
 folder of `cifar10`, `imagenet_sample` and `imagenette_subset`. A line a cell goes to
 `results/training_free.jsonl`; cells that are there are not measured again, so a run can be
 interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
-writes the tables into docs/training_free.md.
+writes the tables into docs/training_free.md and the README.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "training_free.jsonl"
 PAGE = ROOT / "docs" / "training_free.md"
+README = ROOT / "README.md"
 KEY = ("study", "network", "seed", "target", "method", "options")
 SEEDS = 3
 OURS = "secateur"
@@ -370,7 +371,7 @@ def table(study: str, found: list[Cell]) -> str:
             name = ", ".join(filter(None, (way.method, way.options)))
             ranked.append((way.method != OURS, -mean, f"| {name} | {' | '.join(texts)} |"))
     lines += [line for *_, line in sorted(ranked)]
-    lines += ["", *_comparison(columns, heads, ways(study)), ""]
+    lines += ["", *_comparison(columns, heads, study), ""]
     images, probes = mine[0]["images"], min(cell["probe_images"] for cell in mine)
     seeds = sorted({len({cell["seed"] for cell in column}) for column in columns})
     off = max(abs(cell["macs_left"] - _fraction(cell)) for cell in mine)
@@ -414,15 +415,14 @@ def _text(column: list[Cell], study: str) -> str:
     return f"{cut:.1f} → {statistics.mean(values):.2f}{spread}{more}"
 
 
-def _comparison(columns: list[list[Cell]], heads: list[str], compared: list[Way]) -> Iterator[str]:
+def _comparison(columns: list[list[Cell]], heads: list[str], study: str) -> Iterator[str]:
     """Points lost by secateur and by the best peer of each setting, and their ratio."""
     yield "| setting | before | lost by secateur | lost by the best of Torch-Pruning | ratio |"
     yield "|---|---|---|---|---|"
     for column, head in zip(columns, heads, strict=True):
         before = 100 * column[0]["base_fraction"]
         own = [cell for cell in column if _way(cell) == Way(OURS)]
-        peers = [[c for c in column if _way(c) == way] for way in compared if way.method != OURS]
-        best = max(filter(None, peers), key=_mean, default=None)
+        best = _best_peer(column, study)
         lost = before - _mean(own) if own else None
         theirs = before - _mean(best) if best else None
         name = f" ({best[0]['method'].removeprefix(PEER)}, {best[0]['options']})" if best else ""
@@ -460,12 +460,38 @@ def cost_table(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: list[Cell]) -> str:
+    """Mean top-1 in % of CIFAR-10 networks: secateur's, and that of the best peer."""
+    names = [target.removeprefix("macs=") for target in TARGETS["cifar10"]]
+    heads = [f"{who} {name}" for who in ("secateur", "best of Torch-Pruning") for name in names]
+    lines = [f"| MACs left | before | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    for network in networks_of("cifar10"):
+        mine = [c for c in found if c["network"] == network and "cut_fraction" in c]
+        columns = [[c for c in mine if c["target"] == target] for target in TARGETS["cifar10"]]
+        own = [[c for c in column if _way(c) == Way(OURS)] for column in columns]
+        best = [_best_peer(column, "cifar10") for column in columns]
+        texts = [f"{_mean(cells):.2f}" if cells else "–" for cells in [*own, *best]]
+        lines.append(f"| {network} | {100 * mine[0]['base_fraction']:.2f} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _best_peer(column: list[Cell], study: str) -> list[Cell]:
+    """The cells of the peer's way that has the highest mean; none where there are no peers."""
+    peers = [[c for c in column if _way(c) == way] for way in ways(study) if way.method != OURS]
+    return max(filter(None, peers), key=_mean, default=[])
+
+
 def page(text: str, found: list[Cell]) -> str:
     """The page with its tables brought up to date."""
     for study in TARGETS:
         if any(cell["study"] == study for cell in found):
             text = with_table(text, f"results/training_free.jsonl {study}", table(study, found))
     return with_table(text, "results/training_free.jsonl cost", cost_table(found))
+
+
+def readme(text: str, found: list[Cell]) -> str:
+    """The README with its table brought up to date."""
+    return with_table(text, "results/training_free.jsonl summary", summary(found))
 
 
 def main() -> None:
@@ -500,7 +526,9 @@ def main() -> None:
         networks = list(COST) if is_cost else list(reversed(networks_of(arguments.study)))
         calls = [[arguments.study, *options, "--child", network] for network in networks]
         run_all("training_free.py", calls, 1 if is_cost else arguments.jobs)
-    PAGE.write_text(page(PAGE.read_text(), cells()))
+    found = cells()
+    PAGE.write_text(page(PAGE.read_text(), found))
+    README.write_text(readme(README.read_text(), found))
 
 
 if __name__ == "__main__":

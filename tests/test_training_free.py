@@ -13,7 +13,7 @@ from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
 from secateur.evaluate import count_macs
 from secateur.reading import make_wiring
-from training_free import all_but_inner, cells, page, table
+from training_free import all_but_inner, cells, page, readme, table
 
 
 def test_gradients_are_those_of_every_image_by_itself() -> None:
@@ -84,6 +84,8 @@ def test_losses_are_compared_with_the_best_peer() -> None:
     assert "- resnet20, it broke: l2 (global, all)" in text
 
 
-def test_the_page_is_that_of_the_result_file() -> None:
+def test_pages_are_those_of_the_result_file() -> None:
     text = training_free.PAGE.read_text()
     assert page(text, cells()) == text
+    text = training_free.README.read_text()
+    assert readme(text, cells()) == text
