@@ -44,6 +44,7 @@ from secateur.export import export_onnx, onnx_runner
 from secateur.plan import Target, make_plan
 from secateur.reading import make_wiring
 from secateur.surgery import apply_plan, relative_error
+from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 
 RESULTS = ROOT / "results" / "speed.json"
@@ -70,10 +71,6 @@ WIDTHS = 16
 """What the widths of the networks that are timed are multiples of: odd ones run slowly."""
 ENGINES = ("eager", "compiled", "onnxruntime")
 SURGERY_REPEATS = 5
-LATENCY_REPEATS = (5, 15)
-"""Turns of each kind: at least, and at most; between them until `LATENCY_SECONDS` are over."""
-LATENCY_SECONDS = 15.0
-Forward = Callable[[Tensor], Tensor]
 
 
 def measure_surgery(name: str, note: Note) -> None:
@@ -148,7 +145,7 @@ def measure_latency(name: str, note: Note) -> None:
                     _difference(forwards[kind], network, images)
                     for kind, network in networks.items()
                 )
-                cell["seconds"] = _in_turns(forwards, images)
+                cell["seconds"] = in_turns(forwards, images)
             except Exception as error:  # an engine that can't run a network is a finding
                 cell["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
             cells.append(cell)
@@ -178,23 +175,6 @@ def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
     """How far an engine's output is from the network's own; the first call also warms up."""
     with torch.no_grad():
         return relative_error(forward(images), model(images))
-
-
-def _in_turns(forwards: dict[str, Forward], images: Tensor) -> dict[str, list[float]]:
-    """Seconds of each forward pass, by kind of network."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in forwards}
-    least, most = LATENCY_REPEATS
-    begin = time.perf_counter()
-    with torch.no_grad():
-        for turn in range(most + 1):
-            if turn > least and time.perf_counter() - begin > LATENCY_SECONDS:
-                break
-            for kind, forward in forwards.items():
-                start = time.perf_counter()
-                forward(images)
-                if turn > 0:  # the first turn warms up
-                    seconds[kind].append(time.perf_counter() - start)
-    return seconds
 
 
 def _built(name: str) -> nn.Module:
@@ -309,7 +289,7 @@ secateur's plan meets the target from one wiring.
 
 ## Forward passes
 
-Median of {LATENCY_REPEATS[0]} to {LATENCY_REPEATS[1]} passes, original and cut in turns. Widths are
+Median of {REPEATS[0]} to {REPEATS[1]} passes, original and cut in turns. Widths are
 multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole.
 *Compiled* is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs
 alone would give.

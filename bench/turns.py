@@ -1,0 +1,31 @@
+"""Times networks in turns, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+REPEATS = (5, 15)
+"""Turns: at least, and at most; between them until `SECONDS` are over."""
+SECONDS = 15.0
+
+
+def in_turns(forwards: Mapping[str, Forward], images: Tensor) -> dict[str, list[float]]:
+    """Seconds of each forward pass, by kind of network."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in forwards}
+    least, most = REPEATS
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(most + 1):
+            if turn > least and time.perf_counter() - begin > SECONDS:
+                break
+            for kind, forward in forwards.items():
+                start = time.perf_counter()
+                forward(images)
+                if turn > 0:  # the first turn warms up
+                    seconds[kind].append(time.perf_counter() - start)
+    return seconds

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import promises
+from cells import Cell
+from promises import cells, page, table
+
+
+def test_the_table_tells_what_was_measured() -> None:
+    cell: Cell = {
+        "network": "resnet56",
+        "promise": "latency=0.6",
+        "validation_fraction": {"before": 0.99, "after": 0.5},
+        "test_fraction": {"before": 0.9, "after": 0.4567},
+        "macs_left": 0.25,
+        "parameters_left": 0.2,
+        "seconds": {"before": [0.02, 0.01, 0.09], "after": [0.012]},
+        "latency_left_foretold": 0.58,
+        "trials": [],
+    }
+    assert table([cell]).splitlines()[-1] == (
+        "| resnet56 | `latency=0.6` | 99.00 → 50.00 | 90.00 → 45.67 | 0.250 | 0.580 | 0.600 "
+        "| 20.0 → 12.0 |"
+    )
+    assert "| – | 0.600 |" in table([cell | {"latency_left_foretold": None}])
+
+
+def test_the_page_is_that_of_the_result_file() -> None:
+    text = promises.PAGE.read_text()
+    assert page(text, cells()) == text
