@@ -42,7 +42,11 @@ class Scene:
 
 @runtime_checkable
 class ConceptSource(Protocol):
-    """A scene in, masks out."""
+    """A scene in, masks out.
+
+    One that derives from this class looks at the images alone and learns nothing, but for what it
+    says otherwise.
+    """
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -51,20 +55,25 @@ class ConceptSource(Protocol):
     @property
     def node(self) -> Node | None:
         """The value of the network that `Scene.value` must hold, if any."""
+        return None
 
     @property
     def needs_gradient(self) -> bool:
         """Whether the logits must be derivable by `Scene.value`."""
+        return False
 
     @property
     def needs_learning(self) -> bool:
         """Whether `learn` wants to be shown a sample of the images before the first `find`."""
+        return False
 
     def learn(self, scene: Scene) -> None:
         """Takes in a part of the sample; called in no fixed order of images."""
+        return
 
     def finish_learning(self) -> None:
         """Called once, after the last `learn`."""
+        return
 
     def find(self, scene: Scene) -> ConceptMasks:
         """The concept masks of a batch, each image's independent of the others'."""

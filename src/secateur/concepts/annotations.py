@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch.fx.node import Node
-
-from secateur.concepts import Scene
+from secateur.concepts import ConceptSource, Scene
 from secateur.errors import DataError
 from secateur.regions import Concept, ConceptMasks
 
 
-class Annotations:
+class Annotations(ConceptSource):
     """The regions of `secateur.data.annotated.AnnotatedImages`, as their batches bring them."""
 
     def __init__(self, concepts: tuple[Concept, ...]) -> None:
@@ -19,27 +17,6 @@ class Annotations:
     def concepts(self) -> tuple[Concept, ...]:
         """What the annotations can show."""
         return self._concepts
-
-    @property
-    def node(self) -> Node | None:
-        """The network is not looked at."""
-        return None
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def needs_learning(self) -> bool:
-        """No."""
-        return False
-
-    def learn(self, scene: Scene) -> None:
-        """Nothing to learn."""
-
-    def finish_learning(self) -> None:
-        """Nothing to learn."""
 
     def find(self, scene: Scene) -> ConceptMasks:
         """The scene's own regions; raises `DataError` where it has none."""

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.fx.node import Node
 
-from secateur.concepts import Scene, SourceContext
+from secateur.concepts import ConceptSource, Scene, SourceContext
 from secateur.regions import ABSENT, Concept, ConceptMasks
 
 LARGEST_GRID = 56
@@ -45,7 +44,7 @@ PROTOTYPES: dict[str, str] = {
 _XYZ_OF_LINEAR = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
 
 
-class Colours:
+class Colours(ConceptSource):
     """Where an image is black, white, red, green, yellow, blue, brown, orange, pink, purple, grey.
 
     The names are given to the pixels that the network sees, so to the resized image.
@@ -62,27 +61,6 @@ class Colours:
     def concepts(self) -> tuple[Concept, ...]:
         """The eleven basic colours."""
         return tuple(Concept(name, "colour") for name in PROTOTYPES)
-
-    @property
-    def node(self) -> Node | None:
-        """Only pixels are looked at."""
-        return None
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def needs_learning(self) -> bool:
-        """No."""
-        return False
-
-    def learn(self, scene: Scene) -> None:
-        """Nothing to learn."""
-
-    def finish_learning(self) -> None:
-        """Nothing to learn."""
 
     def find(self, scene: Scene) -> ConceptMasks:
         """A region for each colour that an image shows, on a grid of at most 56×56 cells."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.concepts import Scene, SourceContext
+from secateur.concepts import ConceptSource, Scene, SourceContext
 from secateur.errors import TraceError
 from secateur.evaluate import check_labels
 from secateur.graph import NetworkGraph, operation_name
@@ -26,7 +26,7 @@ REGION_FRACTION = 0.25
 _HEAD = {"flatten", "view", "reshape", "mean", "adaptive_avg_pool2d", "avg_pool2d", "dropout"}
 
 
-class Evidence:
+class Evidence(ConceptSource):
     """The quarter of the last feature map's cells that speaks most for the image's class.
 
     The class is the label where one is given, else the network's own prediction.
@@ -55,17 +55,6 @@ class Evidence:
     def needs_gradient(self) -> bool:
         """Not where the classifier's rows are the weights."""
         return self._rows is None
-
-    @property
-    def needs_learning(self) -> bool:
-        """No."""
-        return False
-
-    def learn(self, scene: Scene) -> None:
-        """Nothing to learn."""
-
-    def finish_learning(self) -> None:
-        """Nothing to learn."""
 
     def find(self, scene: Scene) -> ConceptMasks:
         """One region an image, on the grid of the last feature map; see `ConceptSource.find`.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur import distributed
-from secateur.concepts import Scene, SourceContext
+from secateur.concepts import ConceptSource, Scene, SourceContext
 from secateur.concepts.evidence import last_map
 from secateur.errors import DataError, UsageError
 from secateur.regions import ABSENT, Concept, ConceptMasks
@@ -29,7 +29,7 @@ UPDATES = 50
 """Multiplicative updates that the strength of the factors in an image gets."""
 
 
-class Factors:
+class Factors(ConceptSource):
     """Parts by non-negative matrix factorisation of the last feature maps."""
 
     def __init__(self, context: SourceContext) -> None:
@@ -56,11 +56,6 @@ class Factors:
     def node(self) -> Node:
         """The last feature map."""
         return self._map
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No."""
-        return False
 
     @property
     def needs_learning(self) -> bool:

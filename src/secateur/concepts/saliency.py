@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx.node import Node
 
-from secateur.concepts import Scene, SourceContext
+from secateur.concepts import ConceptSource, Scene, SourceContext
 from secateur.concepts.evidence import last_map
 from secateur.regions import Concept, ConceptMasks
 
 
-class Saliency:
+class Saliency(ConceptSource):
     """The cells of the last map whose activation, summed over channels, is above their mean.
 
     SCDA brings the sum to the image plane before it compares, and keeps the largest connected part
@@ -29,22 +29,6 @@ class Saliency:
     def node(self) -> Node:
         """The last feature map."""
         return self._map
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def needs_learning(self) -> bool:
-        """No."""
-        return False
-
-    def learn(self, scene: Scene) -> None:
-        """Nothing to learn."""
-
-    def finish_learning(self) -> None:
-        """Nothing to learn."""
 
     def find(self, scene: Scene) -> ConceptMasks:
         """One region an image, on the grid of the last feature map; no label is looked at."""
