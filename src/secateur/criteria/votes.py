@@ -77,7 +77,29 @@ def winners(strength: Float[Tensor, "*voter filter"], top: int) -> Float[Tensor,
     return chosen * (strength > 0)
 
 
-class ResponseVotes:
+class CountedVotes:
+    """What ways to vote have in common: ballots by a rule, counted in whole units."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._votes: dict[str, Tensor] = {}
+
+    def begin(self, parts: Mapping[str, Kernels]) -> None:
+        """Makes room for the votes."""
+        self._votes = {
+            part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
+        }
+
+    def tallies(self) -> Iterable[Tensor]:
+        """See `Observer.tallies`."""
+        return self._votes.values()
+
+    def score(self, part: str) -> Float[Tensor, "filter"]:
+        """The number of votes."""
+        return self._votes[part].double() / VOTE
+
+
+class ResponseVotes(CountedVotes):
     """Votes for the filters that respond most inside the regions of concepts.
 
     The strength of a filter at a position is how far it moves what comes after: the square of
@@ -91,13 +113,12 @@ class ResponseVotes:
     needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
 
     def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self._votes: dict[str, Tensor] = {}
+        super().__init__(rule)
         self._norms: dict[str, Tensor] = {}
 
     def begin(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the votes."""
-        self._votes = _no_votes(parts)
+        super().begin(parts)
         self._norms = {part: kernels.outgoing_norm.float() for part, kernels in parts.items()}
 
     def observe(self, sight: Sight) -> Vote:
@@ -118,16 +139,8 @@ class ResponseVotes:
 
         return vote
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return self._votes.values()
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
-        """The number of votes."""
-        return self._votes[part].double() / VOTE
-
-
-class OverlapVotes:
+class OverlapVotes(CountedVotes):
     """Votes for the filters whose binarised map overlaps a region best: the literal reading.
 
     The strength of a filter for a region is the intersection over union with it, each filter
@@ -135,14 +148,6 @@ class OverlapVotes:
     """
 
     needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
-
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self._votes: dict[str, Tensor] = {}
-
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for the votes."""
-        self._votes = _no_votes(parts)
 
     def observe(self, sight: Sight) -> Vote:
         """Binarises the maps; the vote waits for the concepts."""
@@ -156,14 +161,6 @@ class OverlapVotes:
             votes.add_((cast * VOTE).round().long().sum((0, 1)))
 
         return vote
-
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return self._votes.values()
-
-    def score(self, part: str) -> Float[Tensor, "filter"]:
-        """The number of votes."""
-        return self._votes[part].double() / VOTE
 
 
 def responses(
@@ -189,9 +186,3 @@ def _cell_means(maps: Tensor, mean: Tensor, grid: tuple[int, int]) -> Tensor:
     sums = squares.reshape(images, filters, rows, height // rows, width).sum(3)
     sums = sums.reshape(images, filters, rows, columns, width // columns).sum(4)
     return sums / (height // rows * (width // columns))
-
-
-def _no_votes(parts: Mapping[str, Kernels]) -> dict[str, Tensor]:
-    return {
-        part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
-    }
