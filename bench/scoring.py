@@ -115,6 +115,10 @@ class Noise:
         """See `Images.read`."""
         return self._pixels[indices % len(self._pixels)]
 
+    def originals(self, indices: Int[Tensor, "image"]) -> list[UInt8[Tensor, "rgb _ _"]]:
+        """See `Images.originals`."""
+        return list(self._pixels[indices % len(self._pixels)])
+
     def take(self, indices: Int[Tensor, "image"]) -> Noise:
         """All of them or none: nobody asks for a part."""
         assert len(indices) == len(self.labels)

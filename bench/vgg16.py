@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from rows import revision, surroundings
 from secateur import data, models
-from secateur.config import FinetuneSection
+from secateur.config import TrainingSection
 from secateur.evaluate import evaluate
-from secateur.finetune import Epoch, finetune
+from secateur.training import Epoch, train
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     dataset = data.load(arguments.data, validation_fraction=0.1, seed=arguments.seed)
     model = models.load("vgg16_bn", None, num_classes=10, seed=arguments.seed)
     expected = models.preprocessing("vgg16_bn")
-    settings = FinetuneSection(epochs=arguments.epochs, learning_rate=0.05)
+    settings = TrainingSection(epochs=arguments.epochs, learning_rate=0.05)
 
     def keep(epoch: Epoch) -> None:
         score = evaluate(model, data.batches(dataset.validation, 100, expected))
@@ -54,7 +54,7 @@ def main() -> None:
         (arguments.out / "vgg16_bn.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(epoch.number, epoch.loss, score.top1_fraction, flush=True)
 
-    finetune(
+    train(
         model.to(memory_format=torch.channels_last),
         None,
         dataset.train,

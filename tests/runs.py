@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from secateur import data, models, pipeline
-from secateur.config import FinetuneSection, RunConfig, from_dict
-from secateur.finetune import finetune
+from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.result import RunResult
+from secateur.training import train
 
 MODEL_FILE = '''
 import torch.nn as nn
@@ -67,11 +67,11 @@ def make_digits_run(directory: Path) -> DigitsRun:
     weights = directory / "base.safetensors"
     dataset = data.load("digits")
     model = models.load("resnet20")
-    settings = FinetuneSection(
+    settings = TrainingSection(
         epochs=3, batch_size=32, learning_rate=0.1, warmup_steps=10, flip=False
     )
     prepare = models.preprocessing("resnet20")
-    finetune(model, None, dataset.train, prepare, settings, seed=0)
+    train(model, None, dataset.train, prepare, settings, seed=0)
     save_file(model.state_dict(), weights)
     config = from_dict(
         {

@@ -25,7 +25,7 @@ from secateur.concepts.broden import read_broden
 from secateur.concepts.combined import Combined
 from secateur.concepts.cub import RADIUS_FRACTION, read_birds, read_boxes, read_parts
 from secateur.concepts.masks import read_masks
-from secateur.data import Augmentation, TensorImages, batches, draw_probe
+from secateur.data import TensorImages, batches, draw_probe
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
 from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
@@ -232,64 +232,31 @@ def numbered(count: int) -> TensorImages:
     return TensorImages(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count))
 
 
-@given(
-    count=st.integers(1, 23),
-    size=st.integers(1, 9),
-    shards=st.integers(1, 5),
-    shuffled=st.booleans(),
-)
-def test_numbers_say_where_an_image_is_in_the_list(
-    count: int, size: int, shards: int, shuffled: bool
-) -> None:
+@given(count=st.integers(1, 23), size=st.integers(1, 9), shards=st.integers(1, 5))
+def test_numbers_say_where_an_image_is_in_the_list(count: int, size: int, shards: int) -> None:
     images, seen = numbered(count), []
-    if shuffled:
-        shards, shuffle = 1, torch.Generator().manual_seed(count)
-    else:
-        shuffle = None
     for rank in range(shards):
-        found = list(batches(images, size, PREPROCESSING, shuffle=shuffle, shard=(rank, shards)))
+        found = list(batches(images, size, PREPROCESSING, shard=(rank, shards)))
         for batch in found:
             assert torch.equal(batch.numbers, batch.labels)
             assert 0 < len(batch.numbers) <= size
             assert batch.annotations is None
         numbers = [number for batch in found for number in batch.numbers.tolist()]
-        if not shuffled:
-            assert numbers == list(range(count))[rank::shards]
+        assert numbers == list(range(count))[rank::shards]
         seen += numbers
     assert sorted(seen) == list(range(count))
 
 
-def test_a_shard_of_images_in_random_order_is_refused() -> None:
-    with pytest.raises(AssertionError):
-        next(
-            batches(
-                numbered(4),
-                2,
-                PREPROCESSING,
-                shuffle=torch.Generator().manual_seed(0),
-                shard=(0, 2),
-            )
-        )
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_regions_come_with_their_images(shuffled: bool, tmp_path: Path) -> None:
+def test_regions_come_with_their_images(tmp_path: Path) -> None:
     write_masks(tmp_path, [(16, 18)] * 7)
     name_values(tmp_path, ["void", "a", "b", "c"])
     images = read_masks(tmp_path)
     whole = planes_of(everything(images, CROPPED), 3)
-    shuffle = torch.Generator().manual_seed(1) if shuffled else None
-    for batch in batches(images, 3, CROPPED, shuffle=shuffle):
+    for batch in batches(images, 3, CROPPED):
         assert batch.annotations is not None
         assert torch.equal(planes_of(batch.annotations, 3), whole[batch.numbers])
         pixels = images.read(batch.numbers, CROPPED)
         assert torch.equal(batch.images, CROPPED.normalise(pixels))
-
-
-def test_augmented_images_come_without_regions(tmp_path: Path) -> None:
-    write_masks(tmp_path, [(16, 16)] * 4)
-    found = batches(read_masks(tmp_path), 2, NATIVE, augment=Augmentation())
-    assert [batch.annotations for batch in found] == [None, None]
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from secateur import data
-from secateur.data import Augmentation, FileImages, TensorImages, batches
+from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar10 import CLASS_NAMES
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
@@ -517,44 +517,18 @@ def test_without_stratifying_no_label_is_looked_at() -> None:
 # Batches
 
 
-@given(st.integers(1, 23), st.integers(1, 30), st.booleans())
+@given(st.integers(1, 23), st.integers(1, 30))
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
-def test_every_image_comes_once_and_the_last_batch_may_be_small(
-    count: int, size: int, shuffled: bool
-) -> None:
+def test_every_image_comes_once_and_the_last_batch_may_be_small(count: int, size: int) -> None:
     images = numbered(list(range(count)))
-    shuffle = torch.Generator().manual_seed(count) if shuffled else None
-    found = list(batches(images, size, SMALL, shuffle=shuffle))
+    found = list(batches(images, size, SMALL))
     full, rest = divmod(count, size)
     assert [len(batch.labels) for batch in found] == full * [size] + ([rest] if rest else [])
     labels = torch.cat([batch.labels for batch in found]).tolist()
-    assert sorted(labels) == list(range(count))
-    if not shuffled:
-        assert labels == list(range(count))
+    assert labels == list(range(count))
     for batch in found:
         expected = SMALL.normalise(whole(images, SMALL)[batch.labels])
         assert torch.equal(batch.images, expected)
-
-
-def test_the_order_is_that_of_the_generator() -> None:
-    images = numbered(list(range(50)))
-
-    def order(seed: int) -> list[int]:
-        shuffle = torch.Generator().manual_seed(seed)
-        found = batches(images, 8, SMALL, shuffle=shuffle)
-        return torch.cat([batch.labels for batch in found]).tolist()
-
-    assert order(0) == order(0) != order(1)
-    assert order(0) != list(range(50))
-
-
-def test_two_epochs_from_one_generator_differ() -> None:
-    images, shuffle = numbered(list(range(50))), torch.Generator().manual_seed(0)
-    epochs = [
-        torch.cat([batch.labels for batch in batches(images, 8, SMALL, shuffle=shuffle)]).tolist()
-        for _ in range(2)
-    ]
-    assert epochs[0] != epochs[1]
 
 
 def test_the_size_of_batches_changes_no_value(tmp_path: Path) -> None:
@@ -584,63 +558,3 @@ def test_taking_images_takes_their_labels(tmp_path: Path) -> None:
         taken = images.take(torch.tensor([3, 1]))
         assert taken.labels.tolist() == images.labels[[3, 1]].tolist()
         assert torch.equal(whole(taken, SMALL), whole(images, SMALL)[[3, 1]])
-
-
-# Augmentation
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_augmenting_is_what_one_would_do_image_by_image(
-    flip: bool, generator: torch.Generator
-) -> None:
-    images = torch.randn(16, 3, 16, 16, generator=generator)
-    found = Augmentation(flip=flip).apply(images, torch.Generator().manual_seed(3))
-    draws = torch.Generator().manual_seed(3)
-    top = torch.randint(5, (16, 1), generator=draws)
-    left = torch.randint(5, (16, 1), generator=draws)
-    mirrored = torch.rand(16, 1, generator=draws) < 0.5 if flip else torch.zeros(16, 1)
-    for number, image in enumerate(images):
-        canvas = torch.zeros(3, 20, 20)
-        canvas[:, 2:18, 2:18] = image
-        y, x = int(top[number]), int(left[number])
-        window = canvas[:, y : y + 16, x : x + 16]
-        expected = window.flip(2) if mirrored[number] else window
-        assert torch.equal(found[number], expected)
-
-
-def test_augmenting_draws_for_each_image_and_reaches_every_shift() -> None:
-    image = torch.zeros(1, 1, 8, 8)
-    image[..., 4, 3] = 1
-    found = Augmentation().apply(image.expand(400, 1, 8, 8), torch.Generator().manual_seed(0))
-    places = {tuple(place) for place in found[:, 0].nonzero()[:, 1:].tolist()}
-    assert places == {(y, x) for y in (3, 4, 5) for x in (2, 3, 4, 5)}
-
-
-def test_no_flip_keeps_left_left() -> None:
-    image = torch.zeros(1, 1, 8, 8)
-    image[..., 1] = 1
-    found = Augmentation(flip=False).apply(
-        image.expand(100, 1, 8, 8), torch.Generator().manual_seed(0)
-    )
-    assert found[..., 4:].abs().max() == 0
-
-
-def test_augmented_batches_are_seeded_and_keep_their_labels() -> None:
-    images = numbered(list(range(1, 31)), side=16)
-
-    def epoch(seed: int) -> tuple[Tensor, Tensor]:
-        shuffle = torch.Generator().manual_seed(seed)
-        native = Preprocessing(16, 16)
-        found = list(batches(images, 7, native, shuffle=shuffle, augment=Augmentation()))
-        return torch.cat([b.images for b in found]), torch.cat([b.labels for b in found])
-
-    (pixels, labels), (again, _), (others, _) = epoch(0), epoch(0), epoch(1)
-    assert torch.equal(pixels, again)
-    assert not torch.equal(pixels, others)
-    middle = Preprocessing(16, 16).normalise(whole(images, Preprocessing(16, 16)))[labels - 1]
-    assert torch.equal(pixels[..., 8, 8], middle[..., 8, 8])
-
-
-def test_an_image_of_a_few_pixels_is_left_in_place(generator: torch.Generator) -> None:
-    images = torch.randn(4, 3, 7, 7, generator=generator)
-    assert torch.equal(Augmentation(flip=False).apply(images, generator), images)

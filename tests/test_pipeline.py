@@ -75,7 +75,8 @@ def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> Non
     assert result.config.model.num_classes == 10
     assert result.environment.torch == torch.__version__
     assert result.environment.threads == torch.get_num_threads()
-    assert len(result.epochs) == 1
+    assert result.tuning is not None
+    assert len(result.tuning.epochs) == 1
 
 
 def test_same_seed_gives_the_same_plan_and_scores(model_file: Path) -> None:
@@ -184,7 +185,8 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
     assert stages == ["before", "cut", "refit", "polished", "tuned"]
     assert result.polish is not None
     assert len(result.polish.epochs) == 3
-    assert len(result.epochs) == 1
+    assert result.tuning is not None
+    assert len(result.tuning.epochs) == 1
     kept = [result.polish.before, *(epoch.held_out for epoch in result.polish.epochs)]
     best = kept[result.polish.chosen]
     assert best.divergence == min(each.divergence for each in kept)

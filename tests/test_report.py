@@ -9,10 +9,10 @@ import pytest
 
 from runs import DigitsRun
 from secateur.agreement import Agreement
-from secateur.finetune import Epoch
 from secateur.norms import NormChange
 from secateur.polish import Polish, PolishEpoch
 from secateur.report import count_text, score_rows, write_report
+from secateur.training import Epoch
 
 
 class Page(HTMLParser):

@@ -9,12 +9,15 @@ from typing import Annotated, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.data.augmentation import Crop
 from secateur.errors import UsageError
 from secateur.plan import AllocationRule, parse_target
+from secateur.schedule import ScheduleName
 
 RefitLayers = Literal["downstream", "readers", "none"]
 RefitForm = Literal["patch", "channel"]
 Precision = Literal["auto", "float32", "bfloat16"]
+TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimiser = Literal["sgd", "adamw"]
 
 
@@ -162,33 +165,75 @@ class PolishSection(Section):
     """`auto` takes bfloat16 where the CPU has instructions for it."""
 
 
-class FinetuneSection(Section):
-    """Training after the cut."""
+class TrainingSection(Section):
+    """Training: of a base network, or after the cut."""
 
     epochs: int = Field(default=5, ge=0)
-    """Passes over the training images; 0 leaves the network as the refit made it."""
+    """Passes over the training images; 0 leaves the network as it is."""
     batch_size: int = Field(default=128, ge=2)
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts that each process's share of a step is worked through in, for less memory."""
+    optimiser: Optimiser = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
     learning_rate: float = Field(default=0.02, gt=0)
-    """Largest learning rate of the cosine schedule."""
+    """Largest learning rate of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """L2 penalty on every parameter, decoupled from the gradient with AdamW."""
+    schedule: ScheduleName = "cosine"
+    """`cosine` falls to zero; `one_cycle` rises for 30 % of the steps first; `step` falls at
+    `step_at`."""
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps over which the learning rate rises."""
+    """Steps over which the learning rate rises; `one_cycle` has a rise of its own."""
+    step_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Shares of the training at which `step` multiplies the learning rate by `step_factor`."""
+    step_factor: float = Field(default=0.1, gt=0, lt=1)
+    """See `step_at`."""
+    crop: Crop | None = None
+    """`shift` moves images by up to an eighth of their side, `resized` takes a random part of the
+    stored image and resizes it, `none` takes images as they are; by default `shift` for images of
+    up to 64 pixels a side and `resized` for larger ones."""
     flip: bool = True
     """Whether half of the training images are mirrored; not for digits and letters."""
+    randaugment: bool = False
+    """Whether RandAugment changes the images, too."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Images are mixed with others by a share drawn from Beta(mixup, mixup); 0 mixes none."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Boxes of others are put into images, by an area drawn from Beta(cutmix, cutmix). With both
+    every step takes one of the two."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the labels that is spread over all classes."""
     label_weight: float = Field(default=0.3, ge=0, le=1)
     """Weight of the labels in the loss; the rest is the original network's. 0: no labels."""
     temperature: float = Field(default=3.0, gt=0)
     """Softening of both networks' answers."""
-    precision: Precision = "auto"
-    """`auto` takes bfloat16 where the CPU has instructions for it."""
-    optimiser: Optimiser = "sgd"
-    """SGD with momentum, or AdamW."""
     mode: Literal["training", "evaluation"] = "training"
     """Whether batch norms take each batch's statistics and dropout drops, or all is as in use."""
+    share_norms: bool = True
+    """Whether batch norms take the statistics of a batch over all processes."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of the past, a step, in the running average of the weights that the training ends with
+    (EMA); 0: the weights themselves."""
+    keep: Literal["last", "best"] = "last"
+    """Whether the weights of the last epoch stay or those that were best on the validation images;
+    then also those before the training where no epoch was better."""
+    patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better result on the validation images after which training ends early."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Time after which training ends early, over all its resumptions."""
+    precision: TrainingPrecision = "auto"
+    """`auto` takes bfloat16 where the hardware has instructions for it; `float16`, with a scaled
+    loss, is for accelerators."""
+    compile: bool = False
+    """Whether the network is compiled for training (`torch.compile`)."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read images ahead; by default none for images in memory, and up to 4 for
+    files."""
+    checkpoint_minutes: float = Field(default=5.0, ge=0)
+    """Time between two checkpoints within an epoch; every epoch ends with one, too."""
 
 
 class RunConfig(Section):
@@ -200,7 +245,7 @@ class RunConfig(Section):
     plan: PlanSection = PlanSection()
     refit: RefitSection = RefitSection()
     polish: PolishSection = PolishSection()
-    finetune: FinetuneSection = FinetuneSection()
+    finetune: TrainingSection = TrainingSection()
     seed: int = Field(default=0, ge=0)
     """What every random choice depends on."""
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from secateur import data, models
-from secateur.config import FinetuneSection, RunConfig, from_dict
-from secateur.finetune import finetune
+from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.pipeline import preprocessing
 from secateur.progress import Track, silent
+from secateur.training import train
 
 MODEL = "resnet20"
-TRAINING = FinetuneSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
+TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
 """How the base network is trained on the digits."""
 
 
@@ -34,7 +34,7 @@ def train_digits(weights: Path, track: Track = silent) -> None:
     config = digits_config(weights)
     dataset = data.load("digits", seed=config.seed)
     model = models.load(MODEL, num_classes=len(dataset.class_names), seed=config.seed)
-    finetune(
+    train(
         model, None, dataset.train, preprocessing(config), TRAINING, seed=config.seed, track=track
     )
     weights.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,3 +42,20 @@ def gathered(own: Any) -> list[Any]:
     found: list[Any] = [None] * size
     dist.all_gather_object(found, own)
     return found
+
+
+def any_of(is_so: bool) -> bool:
+    """Whether it is so in any process."""
+    return any(gathered(is_so))
+
+
+def added_up(own: Iterable[float]) -> list[float]:
+    """Numbers added up over all processes, in the order of the processes."""
+    return [math.fsum(values) for values in zip(*gathered(list(own)), strict=True)]
+
+
+def from_first(tensors: Iterable[Tensor]) -> None:
+    """Puts what the first process has into the tensors of all, in place."""
+    if share()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

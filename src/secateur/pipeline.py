@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable
@@ -18,8 +19,7 @@ from secateur.config import RunConfig, to_toml
 from secateur.criteria import Criterion
 from secateur.data import Batch, DataSet, Images, set_apart
 from secateur.errors import UnknownName, UsageError
-from secateur.evaluate import evaluate
-from secateur.finetune import Epoch, finetune
+from secateur.evaluate import Score, evaluate
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
 from secateur.manifest import CONFIG
@@ -32,17 +32,18 @@ from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, refit
 from secateur.report import write_report
 from secateur.result import (
-    EpochResult,
     FrozenResult,
     GroupResult,
     RunResult,
     Stage,
     StageResult,
+    TuningResult,
     environment,
 )
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan, relative_error, silence
 from secateur.survey import Survey, make_survey
+from secateur.training import train
 from secateur.wiring import Wiring
 
 
@@ -292,6 +293,48 @@ def _search(
     return (Trial(1.0, before, kept=True), *bisect(attempt, limit, survey.least(target)))
 
 
+def _tune(
+    model: nn.Module,
+    smaller: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    track: Track,
+    log: EventLog,
+) -> TuningResult:
+    """Trains the cut network in place, with the original one as its teacher."""
+
+    def validate(network: nn.Module) -> float:
+        images = stream(dataset.validation, config, track, "validating")
+        return evaluate(network, images).top1_fraction
+
+    training = train(
+        smaller,
+        model,
+        dataset.train,
+        preprocessing(config),
+        config.finetune,
+        seed=config.seed,
+        track=track,
+        validate=validate,
+        after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+    )
+    assert training.before is not None
+    scores: list[Score] = []
+    for state in (training.last, training.best):
+        network = copy.deepcopy(smaller)
+        network.load_state_dict(state)
+        images = stream(dataset.test, config, track, "scoring")
+        scores.append(evaluate(network, images))
+    return TuningResult(
+        epochs=training.epochs,
+        before_fraction=training.before,
+        best_epoch=training.best_epoch,
+        ended=training.ended,
+        last=scores[0],
+        best=scores[1],
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Pruned:
     """A smaller network and what is known of it."""
@@ -372,25 +415,10 @@ def prune(
             log.write("polish", **asdict(each))
         score("polished", smaller, start)
 
-    epochs: list[EpochResult] = []
-
-    def after_epoch(epoch: Epoch) -> None:
-        found = evaluate(smaller, stream(dataset.validation, config, track, "validating"))
-        epochs.append(EpochResult(epoch=epoch, validation_top1_fraction=found.top1_fraction))
-        log.write("epoch", **epochs[-1].model_dump())
-
+    tuning: TuningResult | None = None
     if config.finetune.epochs:
         start = time.perf_counter()
-        finetune(
-            smaller,
-            model,
-            dataset.train,
-            preprocessing(config),
-            config.finetune,
-            seed=config.seed,
-            track=track,
-            after_epoch=after_epoch,
-        )
+        tuning = _tune(model, smaller, dataset, config, track, log)
         score("tuned", smaller, start)
 
     result = RunResult(
@@ -418,6 +446,6 @@ def prune(
         refit=repair.layers,
         norms=repair.norms,
         polish=polished,
-        epochs=tuple(epochs),
+        tuning=tuning,
     )
     return Pruned(smaller, plan, result, survey.latency)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from secateur.agreement import Agreement, agreement_of, answers_of
-from secateur.config import FinetuneSection, PolishSection
+from secateur.config import PolishSection, TrainingSection
 from secateur.data import Batch, Images
-from secateur.finetune import Epoch, finetune
 from secateur.models import Preprocessing
 from secateur.progress import Track, silent
+from secateur.training import Epoch, train
 
 
 @dataclass(frozen=True)
@@ -55,35 +54,29 @@ def polish(
     while it trains. Raises `SecateurError` where the loss stops being a number.
     """
     expected = answers_of(model, held_out())
-    temperature = settings.temperature
-    before = best = agreement_of(expected, smaller, held_out(), temperature)
-    chosen, state = 0, copy.deepcopy(smaller.state_dict())
-    epochs: list[PolishEpoch] = []
+    found: list[Agreement] = []
 
-    def after_epoch(epoch: Epoch) -> None:
-        nonlocal best, chosen, state
-        found = agreement_of(expected, smaller, held_out(), temperature)
-        epochs.append(PolishEpoch(epoch, found))
-        if found.divergence < best.divergence:
-            best, chosen, state = found, epoch.number, copy.deepcopy(smaller.state_dict())
+    def validate(network: nn.Module) -> float:
+        found.append(agreement_of(expected, network, held_out(), settings.temperature))
+        return -found[-1].divergence
 
-    finetune(
+    training = train(
         smaller,
         model,
         fit,
         preprocessing,
-        training(settings),
+        as_training(settings),
         seed=seed,
         track=track,
-        after_epoch=after_epoch,
+        validate=validate,
     )
-    smaller.load_state_dict(state)
-    return Polish(before, tuple(epochs), chosen)
+    epochs = zip(training.epochs, found[1:], strict=True)
+    return Polish(found[0], tuple(PolishEpoch(*pair) for pair in epochs), training.best_epoch)
 
 
-def training(settings: PolishSection) -> FinetuneSection:
+def as_training(settings: PolishSection) -> TrainingSection:
     """Polishing as training: by AdamW, with no weight on labels and norms as they are."""
-    return FinetuneSection(
+    return TrainingSection(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -95,4 +88,5 @@ def training(settings: PolishSection) -> FinetuneSection:
         label_weight=0.0,
         optimiser="adamw",
         mode="evaluation",
+        keep="best",
     )

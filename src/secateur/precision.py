@@ -6,8 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from secateur.config import Precision
+from secateur.config import Precision, TrainingPrecision
+from secateur.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -16,6 +19,27 @@ def autocast(precision: Precision) -> Iterator[None]:
     wanted = has_fast_bfloat16() if precision == "auto" else precision == "bfloat16"
     with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
         yield
+
+
+def accelerator_for(precision: TrainingPrecision) -> Accelerator:
+    """What training runs on: devices, processes and mixed precision, as accelerate sees them.
+
+    Raises `UsageError` where the device can't compute in the precision.
+    """
+    is_cpu = not torch.accelerator.is_available()
+    if precision == "auto":
+        has_cuda = torch.cuda.is_available()
+        is_fast = torch.cuda.is_bf16_supported() if has_cuda else is_cpu and has_fast_bfloat16()
+        precision = "bfloat16" if is_fast else "float32"
+    if precision == "float16" and is_cpu:  # accelerate would compute in float32
+        raise UsageError("training in float16 needs an accelerator: try bfloat16 or float32")
+    name = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+    # One process may train twice, in different precisions; accelerate keeps the first one.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(cpu=is_cpu, mixed_precision=name)
+    except ValueError as error:
+        raise UsageError(f"training in {precision} is not possible here: {error}") from error
 
 
 def has_fast_bfloat16() -> bool:

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 
 from secateur.config import RunConfig
 from secateur.evaluate import Score
-from secateur.finetune import Epoch
 from secateur.norms import NormChange
 from secateur.polish import Polish
 from secateur.refit import LayerRefit
 from secateur.search import Trial
+from secateur.training import Epoch
 
 SCHEMA_VERSION = 1
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
@@ -57,11 +57,20 @@ class FrozenResult(Record):
     reason: str
 
 
-class EpochResult(Record):
-    """One pass of fine-tuning."""
+class TuningResult(Record):
+    """How fine-tuning went."""
 
-    epoch: Epoch
-    validation_top1_fraction: float
+    epochs: tuple[Epoch, ...]
+    before_fraction: float
+    """Top-1 fraction on the validation images before the first epoch."""
+    best_epoch: int
+    """The first of the epochs that were best on the validation images; 0: before the first."""
+    ended: Literal["whole", "patience", "time"]
+    """Whether all epochs were trained, or why not."""
+    last: Score
+    """On the test images, after the last epoch."""
+    best: Score
+    """On the test images, after the best epoch by the validation images."""
 
 
 class Environment(Record):
@@ -101,7 +110,8 @@ class RunResult(Record):
     """None where no statistics were to be re-estimated, or there are none."""
     polish: Polish | None
     """None without polishing."""
-    epochs: tuple[EpochResult, ...]
+    tuning: TuningResult | None
+    """None without fine-tuning."""
 
     def score(self, stage: Stage) -> Score | None:
         """The score of a stage, if the run came to it."""

@@ -15,12 +15,11 @@ import torch
 from secateur.data.cifar10 import read_cifar10
 from secateur.data.digits import read_digits
 from secateur.data.folder import read_folder
-from secateur.data.images import Augmentation, Batch, FileImages, Images, TensorImages, batches
+from secateur.data.images import Batch, FileImages, Images, TensorImages, batches
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
 
 __all__ = [
-    "Augmentation",
     "Batch",
     "DataSet",
     "FileImages",

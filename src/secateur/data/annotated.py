@@ -76,6 +76,10 @@ class AnnotatedFiles:
         """See `Images.read`."""
         return FileImages(self.paths, self.labels).read(indices, preprocessing)
 
+    def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
+        """See `Images.originals`."""
+        return FileImages(self.paths, self.labels).originals(indices)
+
     def take(self, indices: Indices) -> AnnotatedFiles:
         """See `Images.take`."""
         numbers = indices.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -34,6 +34,9 @@ class Images(Protocol):
     ) -> UInt8[Tensor, "image rgb height width"]:
         """The images with these numbers, resized and cropped; raises `DataError`."""
 
+    def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
+        """The images with these numbers at the sizes that they are stored in; as `read`."""
+
     def take(self, indices: Indices) -> Images:
         """The images with these numbers as a list of their own."""
 
@@ -53,6 +56,10 @@ class TensorImages:
         if pixels.shape[-2:] != (preprocessing.image_size, preprocessing.image_size):
             pixels = to_size(pixels, preprocessing)
         return pixels
+
+    def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
+        """See `Images.originals`."""
+        return list(self.pixels[indices])
 
     def take(self, indices: Indices) -> TensorImages:
         """See `Images.take`."""
@@ -76,6 +83,11 @@ class FileImages:
 
         with ThreadPoolExecutor() as pool:
             return torch.stack(list(pool.map(decode, indices.tolist())))
+
+    def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
+        """See `Images.originals`."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda index: _decode(self.paths[index]), indices.tolist()))
 
     def take(self, indices: Indices) -> FileImages:
         """See `Images.take`."""
@@ -119,61 +131,26 @@ class Batch:
     """Regions that came with the images."""
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes that leave an image's class as it is.
-
-    Each image is shifted by up to an eighth of its side, over a border of zeros, and with `flip`
-    half of them are mirrored, as He et al. (2016, section 4.2) train on CIFAR.
-    """
-
-    flip: bool = True
-
-    def apply(
-        self,
-        images: Float[Tensor, "image rgb height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "image rgb height width"]:
-        """The changed images; each one is changed by its own draw."""
-        count, channels, height, width = images.shape
-        border = height // 8
-        padded = torch.nn.functional.pad(images, 4 * [border])
-        top = torch.randint(2 * border + 1, (count, 1), generator=generator)
-        left = torch.randint(2 * border + 1, (count, 1), generator=generator)
-        columns = left + torch.arange(width)  # [image, width]
-        if self.flip:
-            flipped = torch.rand(count, 1, generator=generator) < 0.5
-            columns = torch.where(flipped, columns.flip(1), columns)
-        rows = top + torch.arange(height)
-        row_index = rows[:, None, :, None].expand(count, channels, height, padded.shape[-1])
-        column_index = columns[:, None, None, :].expand(count, channels, height, width)
-        return padded.gather(2, row_index).gather(3, column_index)
-
-
 def batches(
     images: Images,
     size: int,
     preprocessing: Preprocessing,
     *,
-    shuffle: torch.Generator | None = None,
-    augment: Augmentation | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Every image once, in batches of `size`; the last one may be smaller.
+    """Every image once, in the order of the list, in batches of `size`; the last may be smaller.
 
-    In the order of the list, or in a random order from `shuffle`, which `augment` draws from too.
-    Annotations come along where there are any, but not with augmented images. `shard` is a number
-    and how many there are: only every so manieth image of the list from that one on, for several
-    processes that go through one list. The next batch is read while the last one is in use.
+    Annotations come along where there are any. `shard` is a number and how many there are: only
+    every so manieth image of the list from that one on, for several processes that go through one
+    list. The next batch is read while the last one is in use. `data.training` has the batches to
+    train on.
     """
     from secateur.data.annotated import AnnotatedImages  # which itself is made of images
 
     rank, shards = shard
-    assert shards == 1 or (shuffle is None and augment is None)
-    count = len(images.labels)
-    order = torch.randperm(count, generator=shuffle) if shuffle else torch.arange(count)
-    chunks = [chunk for chunk in order[rank::shards].split(size) if len(chunk)]
-    annotated = images if isinstance(images, AnnotatedImages) and augment is None else None
+    own = torch.arange(rank, len(images.labels), shards)
+    chunks = [chunk for chunk in own.split(size) if len(chunk)]
+    annotated = images if isinstance(images, AnnotatedImages) else None
 
     def read(indices: Tensor) -> Batch:
         return Batch(
@@ -191,6 +168,4 @@ def batches(
             batch = coming.result()
             if number + 1 < len(chunks):
                 coming = pool.submit(read, chunks[number + 1])
-            if augment is not None:
-                batch = replace(batch, images=augment.apply(batch.images, shuffle))
             yield batch

@@ -1,0 +1,190 @@
+"""Batches to train on: what comes, in which order, and how it is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from secateur.data import Batch, FileImages, TensorImages
+from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.training import TrainingStream
+from secateur.errors import DataError
+from secateur.models import Preprocessing
+
+NATIVE = Preprocessing(16, 16)
+STILL = Augmentation("none", flip=False)
+
+
+def numbered(count: int, side: int = 16) -> TensorImages:
+    """Images whose every pixel is their number in the list, and so is their label."""
+    pixels = torch.arange(count, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    return TensorImages(pixels.expand(-1, 3, side, side).contiguous(), torch.arange(count))
+
+
+def stream(images: TensorImages | FileImages, size: int = 7, **changes: object) -> TrainingStream:
+    given: dict[str, object] = {"augmentation": Augmentation(), "batch_size": size, "seed": 3}
+    return TrainingStream(images, NATIVE, **{**given, **changes})  # type: ignore[arg-type]
+
+
+def labels_of(batches: list[Batch]) -> list[int]:
+    return [label for batch in batches for label in batch.labels.tolist()]
+
+
+def is_equal(one: list[Batch], other: list[Batch]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
+    )
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+@given(st.integers(4, 40), st.integers(2, 12), st.integers(1, 3))
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+def test_every_process_gets_its_share_and_together_they_see_the_epoch(
+    count: int, size: int, processes: int
+) -> None:
+    images = numbered(count)
+    shares = [stream(images, size, shard=(rank, processes)) for rank in range(processes)]
+    epochs = [list(share.epoch(1)) for share in shares]
+    (whole,) = [list(stream(images, size).epoch(1))]
+    steps = shares[0].steps
+    assert {len(epoch) for epoch in epochs} == {steps}
+    for step in range(steps):
+        joined = [label for epoch in epochs for label in epoch[step].labels.tolist()]
+        assert sorted(joined) == sorted(whole[step].labels.tolist())
+        assert len(joined) == shares[0].size(step)
+    seen = sorted(label for epoch in epochs for label in labels_of(epoch))
+    assert len(seen) == len(set(seen))
+    left_out = count - len(seen)
+    assert left_out == 0 or left_out == count % size < 2 * processes
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    images = numbered(49)
+    first, second = (labels_of(list(stream(images).epoch(number))) for number in (1, 2))
+    other = labels_of(list(stream(images, seed=4).epoch(1)))
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(49))
+    assert len({tuple(first), tuple(second), tuple(other), tuple(range(49))}) == 4
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=True)])
+def test_going_on_in_the_middle_sees_what_would_have_come(augmentation: Augmentation) -> None:
+    whole = stream(numbered(40), augmentation=augmentation)
+    assert is_equal(list(whole.epoch(2))[3:], list(whole.epoch(2, first_step=3)))
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=True)])
+def test_changes_do_not_depend_on_processes_or_workers(augmentation: Augmentation) -> None:
+    images = numbered(40)
+    whole = list(stream(images, augmentation=augmentation).epoch(1))
+    assert is_equal(whole, list(stream(images, augmentation=augmentation, workers=2).epoch(1)))
+    for rank in range(2):
+        share = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
+        for all_images, own in zip(whole, share, strict=True):
+            assert torch.equal(all_images.images[rank::2], own.images)
+
+
+def test_global_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(stream(numbered(20), augmentation=Augmentation("resized", randaugment=True)).epoch(1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fewer_images_than_processes_is_an_error() -> None:
+    with pytest.raises(DataError, match="2 images can't be trained on by 3 processes"):
+        _ = stream(numbered(2), shard=(0, 3)).steps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_one_line_that_names_it(workers: int, tmp_path: Path) -> None:
+    paths = tuple(tmp_path / f"{number}.png" for number in range(4))
+    for path in paths:
+        Image.new("RGB", (20, 20)).save(path)
+    paths[2].write_bytes(paths[2].read_bytes()[:40])
+    images = FileImages(paths, torch.arange(4))
+    with pytest.raises(DataError, match=r"2\.png can't be read") as error:
+        list(stream(images, 2, workers=workers).epoch(1))
+    assert "\n" not in str(error.value)
+
+
+# --- changes ------------------------------------------------------------------------------------
+
+
+def moved(augmentation: Augmentation, images: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return augmentation.draw(len(images), images.shape[-1], generator).apply(images)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_moving_is_what_one_would_do_image_by_image(flip: bool, generator: torch.Generator) -> None:
+    images = torch.randn(16, 3, 16, 16, generator=generator)
+    found = moved(Augmentation(flip=flip), images, seed=3)
+    draws = torch.Generator().manual_seed(3)
+    top = torch.randint(5, (16, 1), generator=draws)
+    left = torch.randint(5, (16, 1), generator=draws)
+    mirrored = torch.rand(16, 1, generator=draws) < 0.5
+    for number, image in enumerate(images):
+        canvas = torch.zeros(3, 20, 20)
+        canvas[:, 2:18, 2:18] = image
+        y, x = int(top[number]), int(left[number])
+        window = canvas[:, y : y + 16, x : x + 16]
+        expected = window.flip(2) if flip and mirrored[number] else window
+        assert torch.equal(found[number], expected)
+
+
+def test_moving_draws_for_each_image_and_reaches_every_shift() -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 4, 3] = 1
+    found = moved(Augmentation(), image.expand(400, 1, 8, 8))
+    places = {tuple(place) for place in found[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(y, x) for y in (3, 4, 5) for x in (2, 3, 4, 5)}
+
+
+def test_no_flip_keeps_left_left() -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 1] = 1
+    assert moved(Augmentation(flip=False), image.expand(100, 1, 8, 8))[..., 4:].abs().max() == 0
+
+
+def test_an_image_of_a_few_pixels_is_left_in_place(generator: torch.Generator) -> None:
+    images = torch.randn(4, 3, 7, 7, generator=generator)
+    assert torch.equal(moved(Augmentation(flip=False), images), images)
+
+
+def test_without_changes_an_epoch_has_the_images_as_they_are() -> None:
+    images = numbered(20)
+    for batch in stream(images, augmentation=STILL).epoch(1):
+        assert torch.equal(batch.images, NATIVE.normalise(images.read(batch.numbers, NATIVE)))
+
+
+def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
+    ramp = torch.arange(64).expand(48, 64).to(torch.uint8)
+    path = tmp_path / "ramp.png"
+    Image.fromarray(torch.stack([ramp, ramp, ramp], dim=2).numpy()).save(path)
+    images = FileImages((path,) * 30, torch.zeros(30, dtype=torch.int64))
+    changed = ChangedImages(images, Augmentation("resized"), (0, 1)).read(torch.arange(30), NATIVE)
+    assert changed.shape == (30, 3, 16, 16)
+    widths = changed[:, 0, 8, -1].int() - changed[:, 0, 8, 0].int()
+    assert (widths >= 0).all()
+    assert widths.min() < 30 < 40 < widths.max()
+    assert len({tuple(image.flatten().tolist()) for image in changed}) > 20
+
+
+def test_randaugment_changes_pixels_and_nothing_else() -> None:
+    pixels = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    images = TensorImages(pixels.to(torch.uint8), torch.arange(12))
+    augmentation = Augmentation("none", flip=False, randaugment=True)
+    changed = ChangedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
+    assert changed.dtype == torch.uint8
+    assert changed.shape == images.pixels.shape
+    assert not torch.equal(changed, images.pixels)
