@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from secateur.config import Precision, TrainingPrecision
+from secateur.distributed import share
 from secateur.errors import UsageError
 
 
@@ -37,9 +38,15 @@ def accelerator_for(precision: TrainingPrecision) -> Accelerator:
     # One process may train twice, in different precisions; accelerate keeps the first one.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(cpu=is_cpu, mixed_precision=name)
+        accelerator = Accelerator(cpu=is_cpu, mixed_precision=name)
     except ValueError as error:
         raise UsageError(f"training in {precision} is not possible here: {error}") from error
+    if accelerator.num_processes != share()[1]:
+        raise UsageError(
+            f"the process group has {share()[1]} processes, but the environment tells accelerate of "
+            f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
+        )
+    return accelerator
 
 
 def has_fast_bfloat16() -> bool:

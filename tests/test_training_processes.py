@@ -1,0 +1,112 @@
+"""Training in several processes, and in ones that are killed."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from networks import Chain
+from processes import context, in_group
+from secateur.checkpoint import Checkpoints
+from secateur.config import TrainingSection
+from secateur.data import TensorImages
+from secateur.models import Preprocessing
+from secateur.training import train
+
+STEPS = 2
+KILLS = 20
+
+
+def small_images(count: int) -> TensorImages:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 5
+    noise = torch.randint(0, 30, (count, 3, 8, 8), generator=generator)
+    return TensorImages((noise + 45 * labels[:, None, None, None]).to(torch.uint8), labels)
+
+
+def settings(**changes: object) -> TrainingSection:
+    base = {"epochs": 1, "batch_size": 30, "warmup_steps": 0, "precision": "float32"}
+    return TrainingSection.model_validate({**base, "learning_rate": 0.05, **changes})
+
+
+def weights_after(
+    count: int, changes: dict[str, object], folder: Path | None = None
+) -> dict[str, Tensor]:
+    """The weights after training, and as `loss` what the last epoch lost."""
+    torch.manual_seed(0)
+    model = Chain()
+    training = train(
+        model,
+        None,
+        small_images(count),
+        Preprocessing(8, 8),
+        settings(**changes),
+        seed=0,
+        checkpoints=None if folder is None else Checkpoints(folder),
+    )
+    return {**model.state_dict(), "loss": torch.tensor(training.epochs[-1].loss)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_batch_may_be_shared_by_processes(size: int) -> None:
+    """Two steps with the same batches, norms and all, of which the second is not whole."""
+    for changes in ({}, {"accumulate": 2, "mode": "evaluation"}):
+        alone = weights_after(51, {**changes})
+        for found in in_group(weights_after, size, 51, {**changes}):
+            for name, expected in alone.items():
+                difference = (found[name].double() - expected.double()).abs().max()
+                assert difference < 1e-5, name
+
+
+def test_processes_agree_without_shared_norms() -> None:
+    changes = {"share_norms": False}
+    one, other = in_group(weights_after, 2, 60, changes)
+    alone = weights_after(60, changes)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.allclose(one["bn1.running_mean"], alone["bn1.running_mean"])
+
+
+LONG = {"epochs": 60, "batch_size": 8, "checkpoint_minutes": 0, "average": 0.9, "cutmix": 1.0}
+
+
+def train_and_store(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = weights_after(64, LONG, folder / "checkpoints")
+    torch.save(found, folder / "unfinished")
+    (folder / "unfinished").rename(folder / "weights.pt")
+
+
+def test_a_training_killed_at_random_moments_ends_as_if_left_alone(tmp_path: Path) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    alone.mkdir()
+    killed.mkdir()
+    whole = context().Process(target=train_and_store, args=(alone,))  # type: ignore[attr-defined]
+    whole.start()
+    whole.join()
+    draw = random.Random(0)
+    kills = 0
+    while not (killed / "weights.pt").exists():
+        before = newest(killed)
+        process = context().Process(target=train_and_store, args=(killed,))  # type: ignore[attr-defined]
+        process.start()
+        while kills < KILLS and process.is_alive() and newest(killed) == before:
+            time.sleep(0.001)
+        if kills < KILLS:
+            time.sleep(draw.uniform(0, 0.05))
+            process.kill()
+            kills += 1
+        process.join()
+    assert kills == KILLS
+    one, other = (
+        torch.load(folder / "weights.pt", weights_only=True) for folder in (alone, killed)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def newest(folder: Path) -> str:
+    return max((path.name for path in (folder / "checkpoints").glob("*.safetensors")), default="")
