@@ -5,7 +5,7 @@
 prunes ResNet-56 and VGG-16 to the smallest network that loses at most a point on validation images,
 and to 0.6 of the time of a forward pass, and then measures: accuracy on validation images, and both
 networks' forward passes in turns. A line a cell goes to `results/promises.jsonl`; cells that are
-there are not measured again. VGG-16's weights are those that `bench/vgg16.py` leaves. Then the
+there are not measured again. VGG-16's weights are those that `secateur train` leaves. Then the
 table in docs/targets.md is written; without weights only that. Times are of all of the machine's
 threads: leave it idle.
 """
@@ -19,6 +19,7 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur import pipeline
 from secateur.config import PlanSection, RefitSection
+from secateur.errors import TargetError
 from secateur.evaluate import LATENCY_BATCH, batch_of, evaluate
 from secateur.latency import milliseconds
 from secateur.progress import silent
@@ -56,8 +57,19 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
             "finetune": config.finetune.model_copy(update={"epochs": 0}),
         }
     )
+    found = {
+        "network": network,
+        "promise": promise,
+        "seed": config.seed,
+        "command": "python bench/promises.py --data DIR --resnet56 FILE --vgg16 FILE",
+        "revision": revision(),
+        "environment": surroundings(),
+    }
     dataset, model = pipeline.load_inputs(config)
-    pruned = pipeline.prune(model, dataset, config)
+    try:
+        pruned = pipeline.prune(model, dataset, config)
+    except TargetError as error:
+        return {**found, "refused": str(error)}
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
     shown = list(pipeline.stream(dataset.validation, config, silent, ""))
@@ -73,8 +85,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         time_of = milliseconds(pruned.latency, wiring)
         foretold = time_of(pruned.plan.removed) / time_of({})
     return {
-        "network": network,
-        "promise": promise,
+        **found,
         "validation_fraction": validation,
         "test_fraction": {name: score.top1_fraction for name, score in test.items()},
         "macs_left": test["after"].macs / test["before"].macs,
@@ -82,10 +93,6 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "seconds": seconds,
         "latency_left_foretold": foretold,
         "trials": [[t.fraction_left, t.validation_top1_fraction] for t in pruned.result.trials],
-        "seed": config.seed,
-        "command": "python bench/promises.py --data DIR --resnet56 FILE --vgg16 FILE",
-        "revision": revision(),
-        "environment": surroundings(),
     }
 
 
@@ -97,6 +104,12 @@ def table(found: list[Cell]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for cell in sorted(found, key=lambda each: key_of(each, KEY)):
+        if "refused" in cell:
+            reason = cell["refused"].partition(" (")[0]
+            lines.append(
+                f"| {cell['network']} | `{cell['promise']}` | refused: {reason} | | | | | |"
+            )
+            continue
         times = {n: 1e3 * statistics.median(each) for n, each in cell["seconds"].items()}
         foretold = cell["latency_left_foretold"]
         texts = [

@@ -59,7 +59,7 @@ def small_config(model_file: Path, **sections: Mapping[str, object]) -> RunConfi
     }
     for name, values in sections.items():
         tables[name] = {**tables.get(name, {}), **values}
-    return from_dict(dict(tables))
+    return from_dict(dict(tables), RunConfig)
 
 
 def make_digits_run(directory: Path) -> DigitsRun:
@@ -79,7 +79,8 @@ def make_digits_run(directory: Path) -> DigitsRun:
             "data": {"source": "digits", "probe_images": 200},
             "plan": {"target": "macs=0.5"},
             "finetune": {"epochs": 1, "batch_size": 64, "warmup_steps": 5, "flip": False},
-        }
+        },
+        RunConfig,
     )
     folder = directory / "run"
     result = pipeline.run(config, folder, command="secateur prune <script>alert(1)</script>")

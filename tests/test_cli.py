@@ -67,11 +67,23 @@ def images(tmp_path: Path) -> Path:
 def test_help_names_every_command(call: Call) -> None:
     outcome = call("--help")
     assert outcome.code == 0
-    for command in ("prune", "evaluate", "inspect", "export", "models", "demo"):
+    for command in (
+        "prune",
+        "finetune",
+        "train",
+        "evaluate",
+        "inspect",
+        "export",
+        "models",
+        "demo",
+    ):
         assert command in outcome.out
 
 
-@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "export", "models", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["prune", "finetune", "train", "evaluate", "inspect", "export", "models", "demo"],
+)
 def test_every_command_has_help(call: Call, command: str) -> None:
     outcome = call(command, "--help")
     assert outcome.code == 0
@@ -424,6 +436,105 @@ def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signa
     process.send_signal(sent)
     assert process.wait(timeout=60) == 130
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_fine_tuning_is_gone_on_with(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    def arguments(out: Path) -> list[str]:
+        options = ["-d", "digits", "--image-size", "32", "--probe-images", "100", "--epochs", "12"]
+        keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
+        return ["prune", "-m", f"{model_file}:small", *options, *keys, "-o", str(out)]
+
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert call(*arguments(alone)).code == 0
+    code = "from secateur.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments(stopped)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (stopped / "checkpoints").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == f"interrupted; the same command with --resume goes on from {stopped}\n"
+    assert call("evaluate", stopped).code == 0  # what is there is a network that was repaired
+    refused = call(*arguments(stopped), "--resume", "--learning-rate", 0.01)
+    assert refused.code == 2
+    assert "finetune.learning_rate = 0.02, not 0.01" in refused.err
+    assert call(*arguments(stopped), "--resume").code == 0
+    for name in ("model.safetensors", "plan.json"):
+        assert (stopped / name).read_bytes() == (alone / name).read_bytes()
+    assert not (stopped / "checkpoints").exists()
+    epochs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (alone, stopped)
+    ]
+    told = [[each for each in lines if each["event"] == "epoch"] for lines in epochs]
+    assert told[0] == told[1]
+
+
+def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path) -> None:
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    options = ["-d", "digits", "--image-size", 32, "--probe-images", 100]
+    at_once = ["--epochs", 2, "--set", "finetune.flip=false", "-o", tmp_path / "at once"]
+    assert call("prune", "-m", f"{model_file}:small", *options, *at_once).code == 0
+    assert (
+        call("prune", "-m", f"{model_file}:small", *options, "--no-finetune", "-o", run).code == 0
+    )
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.jsonl"}
+    outcome = call("finetune", run, "-o", tuned, "--epochs", 2, "--set", "finetune.flip=false")
+    assert outcome.code == 0
+    assert [line.split()[0] for line in outcome.out.splitlines()[1:5]] == [
+        *("before", "cut", "refit", "tuned")
+    ]
+    left = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert {name: left[name] for name in before} == before
+    expected = (tmp_path / "at once" / "model.safetensors").read_bytes()
+    assert (tuned / "model.safetensors").read_bytes() == expected
+    assert call("finetune", run, "--set", "plan.target=macs=0.5").code == 2
+    assert "epochs" in call("finetune", run, "--epochs", 0).err
+
+
+def test_training_a_base_network_leaves_weights_that_can_be_pruned(
+    call: Call, tmp_path: Path
+) -> None:
+    out = tmp_path / "base"
+    options = ["-m", "resnet20", "-d", "digits", "--set", "train.flip=false"]
+    outcome = call("train", *options, "--epochs", 1, "-o", out)
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == f"weights: {out / 'model.safetensors'}"
+    assert {path.name for path in out.iterdir()} == {
+        *("model.safetensors", "training.json", "config.toml", "log.jsonl")
+    }
+    recipe = json.loads((out / "training.json").read_text())
+    assert recipe["config"]["train"]["label_weight"] == 1
+    assert len(recipe["epochs"]) == 1
+    scored = call(
+        "evaluate", "-m", "resnet20", "-w", out / "model.safetensors", "-d", "digits", "--json"
+    )
+    assert json.loads(scored.out)["top1_fraction"] == recipe["score"]["top1_fraction"]
+    again = call("train", *options, "--epochs", 1, "-o", out)
+    assert again.code == 1
+    assert "--resume" in again.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("finetune.mixup", "it must be KEY=VALUE"),
+        ("finetune.mixpu=1", "finetune.mixpu"),
+        ("finetune.keep=worst", "finetune.keep"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(
+    call: Call, images: Path, text: str, said: str
+) -> None:
+    options = ["-m", "resnet20", "-d", f"folder:{images}", "--allow-untrained"]
+    outcome = call("prune", *options, "--set", text)
+    assert outcome.code == 2
+    assert said in outcome.err
 
 
 def test_threads_are_left_as_they_are(call: Call) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,3 +253,59 @@ def test_log_says_why_a_run_has_no_program(model_file: Path, tmp_path: Path) -> 
     (reason,) = [event["reason"] for event in events if event["event"] == "no_program"]
     assert reason == "the operation aten.erfc can't be part of a program"
     assert not (tmp_path / "run" / "program.json").exists()
+
+
+def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) -> None:
+    training = {"epochs": 1, "batch_size": 64, "warmup_steps": 0, "flip": False}
+    plan = {"target": "macs=0.4", "rounds": 2}
+    config = small_config(model_file, plan=plan, finetune=training)
+    folder = tmp_path / "run"
+    result = pipeline.run(config, folder)
+    stages = [(stage.stage, stage.round) for stage in result.stages]
+    assert stages == [
+        *(("before", 1), ("cut", 1), ("refit", 1), ("tuned", 1)),
+        *(("cut", 2), ("refit", 2), ("tuned", 2)),
+    ]
+    macs = [stage.score.macs / result.stages[0].score.macs for stage in result.stages]
+    assert 0.5 < macs[1] <= 0.4**0.5
+    assert 0.3 < macs[-1] <= 0.4
+    model = models.load(config.model.name, num_classes=10)
+    assert result.plan_hash == bundle.read_plan(folder).hash
+    network = bundle.load(folder, architecture=model)
+    assert torch.equal(outputs(network), outputs(bundle.load_program(folder)))
+    pruned = pipeline.prune(model, data.load("digits"), config)
+    assert pruned.plan == bundle.read_plan(folder)
+    assert torch.equal(outputs(network), outputs(pruned.model))
+    for group in result.groups:
+        assert len(group.scores) == group.filters
+        assert len(set(group.removed)) == len(group.removed) < group.filters
+
+
+def test_rounds_go_on_where_they_were_interrupted(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"epochs": 1, "batch_size": 64, "warmup_steps": 0, "flip": False}
+    plan = {"target": "macs=0.4", "rounds": 3}
+    config = small_config(model_file, plan=plan, finetune=training)
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    pipeline.run(config, alone)
+    interrupted = 0
+    for name in ("cut", "tune", "cut"):
+        step, calls = getattr(pipeline, name), 0
+
+        def once(*arguments: Any, step: Any = step, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise KeyboardInterrupt
+            return step(*arguments, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(pipeline, name, once)
+            pipeline.run(config, parts, resume=True)
+            interrupted -= 1
+        interrupted += 1
+    assert interrupted > 0
+    pipeline.run(config, parts, resume=True)
+    for name in ("plan.json", "model.safetensors"):
+        assert (parts / name).read_bytes() == (alone / name).read_bytes()

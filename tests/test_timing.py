@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from networks import NETWORKS, random_images, random_plan, wired
+from networks import NETWORKS, Chain, random_images, random_plan, wired
 from secateur import timing
+from secateur.errors import TargetError
 from secateur.evaluate import LATENCY_BATCH
 from secateur.latency import LatencyTable, milliseconds, widths_of
+from secateur.plan import PruningPlan, Target
+from secateur.reading import make_wiring
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +69,46 @@ def test_no_term_is_subtracted() -> None:
     assert min(falling) >= 0
     assert timing.combination(terms, np.array([-1.0, -2.0])) == [0.0, 0.0]
     assert timing.combination(terms[:1], np.array([3.0])) == pytest.approx([1.5, 0.0])
+
+
+class Timed:
+    """Plans by number, and times that are not what was foretold."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, taken: Callable[[float], float]) -> None:
+        self.asked: list[float] = []
+        monkeypatch.setattr(timing, "cut", lambda model, wiring, removed: model)
+        monkeypatch.setattr(timing, "time_left", lambda *_: taken(self.asked[-1]))
+
+    def plan(self, fraction: float) -> PruningPlan:
+        self.asked.append(fraction)
+        if fraction < 0.3:
+            raise TargetError("out of reach: 0.3 is the least")
+        return PruningPlan({}, Target("latency", fraction), "l1")
+
+
+def planned(timed: Timed, fraction: float) -> tuple[PruningPlan, float]:
+    model = Chain()
+    wiring = make_wiring(model, random_images(2))
+    return timing.plan_in_time(model, wiring, timed.plan, fraction, random_images(2))
+
+
+@pytest.mark.parametrize(
+    "taken", [lambda f: 0.1 + 0.9 * f, lambda f: 0.8 * f, lambda f: f**2, lambda f: f]
+)
+def test_a_plan_that_takes_longer_or_shorter_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, taken: Callable[[float], float]
+) -> None:
+    timed = Timed(monkeypatch, taken)
+    plan, left = planned(timed, 0.6)
+    assert left == pytest.approx(taken(plan.target.fraction_left))
+    assert left == pytest.approx(0.6, rel=0.03)
+    assert left <= 0.6 * (1 + timing.NEAR)
+    assert len(timed.asked) <= timing.PLANS
+
+
+def test_a_time_that_no_plan_keeps_to_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, lambda f: 0.5 + 0.5 * f)
+    with pytest.raises(TargetError, match=r"latency=0\.5 is out of reach: 0\.\d+ of the time stay"):
+        planned(timed, 0.5)
+    with pytest.raises(TargetError, match=r"0\.3 is the least"):
+        planned(Timed(monkeypatch, lambda f: f), 0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def settings(**changes: object) -> TrainingSection:
 
 
 def weights_after(
-    count: int, changes: dict[str, object], folder: Path | None = None
+    count: int, changes: Mapping[str, object], folder: Path | None = None
 ) -> dict[str, Tensor]:
     """The weights after training, and as `loss` what the last epoch lost."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur import distributed
 from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.graph import evaluating
@@ -30,9 +31,14 @@ class Agreement:
 
 
 def answers_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Answers, ...]:
-    """The network's logits in evaluation mode, a tensor for each batch."""
+    """The network's logits in evaluation mode, a tensor for each batch.
+
+    Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
+    answers to all of them.
+    """
     with evaluating(network), torch.inference_mode():
-        return tuple(network(batch.images) for batch in batches)
+        own = [network(batch.images) for batch in batches]
+    return tuple(distributed.undealt(own))
 
 
 def agreement_of(

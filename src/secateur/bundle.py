@@ -48,7 +48,7 @@ from secateur.recording import make_program
 from secateur.surgery import apply_plan
 from secateur.wiring import Wiring
 
-RESULT, REPORT, LOG, LATENCY = "result.json", "report.html", "log.jsonl", "latency.json"
+REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 
 
 @contextlib.contextmanager
@@ -87,8 +87,18 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise RunFolderError(f"{folder} is not empty: choose another folder or add --overwrite")
-    if not (folder / PLAN).is_file():
+    if not is_run(folder):
         raise RunFolderError(f"{folder} holds something other than a run: it is not overwritten")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run."""
+    return (folder / PLAN).is_file()
+
+
+def read_plan(folder: Path) -> PruningPlan:
+    """The plan in a run folder; raises `RunFolderError` as `load` does."""
+    return _plan(read_contents(folder))
 
 
 def _umask() -> int:
@@ -199,9 +209,7 @@ def load(
     """
     contents = read_contents(Path(folder))
     manifest = contents.manifest
-    plan = PruningPlan.from_json(_text(contents, PLAN))
-    if plan.hash != manifest.plan_hash:
-        raise RunFolderError(f"{contents.folder}: {PLAN} is another plan than {MANIFEST} says")
+    plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if wiring is None:
         origin = Origin(None, manifest.image_shape, manifest.cut_stream, manifest.exclude)
@@ -215,6 +223,13 @@ def load(
             f"the weights in {contents.folder} don't fit the plan: {cause[-1].strip()}"
         ) from error
     return smaller.eval()
+
+
+def _plan(contents: Contents) -> PruningPlan:
+    plan = PruningPlan.from_json(_text(contents, PLAN))
+    if plan.hash != contents.manifest.plan_hash:
+        raise RunFolderError(f"{contents.folder}: {PLAN} is another plan than {MANIFEST} says")
+    return plan
 
 
 def _unpruned(manifest: Manifest) -> nn.Module:

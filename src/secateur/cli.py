@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +21,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from secateur import __version__, bundle, concepts, criteria, data, demo, models, pipeline
-from secateur.config import RunConfig, from_dict, read_config, read_shares
+from secateur import (
+    __version__,
+    bundle,
+    concepts,
+    criteria,
+    data,
+    demo,
+    distributed,
+    models,
+    pipeline,
+)
+from secateur.base import BaseConfig, train_base
+from secateur.config import AnyConfig, RunConfig, from_dict, read_tables
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
 from secateur.inspection import inspect_network
-from secateur.manifest import CONFIG, read_manifest
+from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
 from secateur.result import RunResult
@@ -88,6 +102,41 @@ ConceptsOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="What every random choice depends on (default: 0).")
 ]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", help="Epochs of fine-tuning (default: 5).")
+]
+LearningRateOption = Annotated[
+    float | None,
+    typer.Option("--learning-rate", help="Largest learning rate (default: 0.02)."),
+]
+LabelWeightOption = Annotated[
+    float | None,
+    typer.Option(
+        "--label-weight",
+        help="Share of the labels in the loss, the rest is the original network's; 0 trains "
+        "without labels (default: 0.3).",
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        help="Weights that stay: of the last epoch, or best on validation (default: last).",
+    ),
+]
+MaxMinutesOption = Annotated[
+    float | None, typer.Option("--max-minutes", help="End the training after so many minutes.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any key of the configuration, as --set finetune.mixup=0.2; may be given again.",
+    ),
+]
 UntrainedOption = Annotated[
     bool,
     typer.Option("--allow-untrained", help="Go on without weights, with random ones."),
@@ -98,11 +147,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machine
 def main() -> None:
     """Runs the command line; errors of ours become one line and exit code 1 or 2.
 
-    An interrupt and a request to terminate both clean up and exit with 130.
+    An interrupt and a request to terminate both clean up and exit with 130. Of several processes,
+    as torchrun starts them, only the first one prints results and progress.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        with distributed.process_group(), contextlib.ExitStack() as stack:
+            if not distributed.is_first():
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            app()
     except SecateurError as error:
         if "--debug" in sys.argv:
             raise
@@ -246,21 +300,12 @@ def prune(
         bool | None,
         typer.Option("--finetune/--no-finetune", help="Train after the cut (default: finetune)."),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Epochs of fine-tuning (default: 5).")
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option("--learning-rate", help="Largest learning rate (default: 0.02)."),
-    ] = None,
-    label_weight: Annotated[
-        float | None,
-        typer.Option(
-            "--label-weight",
-            help="Share of the labels in the loss, the rest is the original network's; 0 trains "
-            "without labels (default: 0.3).",
-        ),
-    ] = None,
+    epochs: EpochsOption = None,
+    learning_rate: LearningRateOption = None,
+    label_weight: LabelWeightOption = None,
+    keep: KeepOption = None,
+    max_minutes: MaxMinutesOption = None,
+    settings: SetOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
     seed: SeedOption = None,
@@ -268,6 +313,7 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older run in the folder.")
     ] = False,
+    resume: ResumeOption = False,
     allow_untrained: UntrainedOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -280,7 +326,7 @@ def prune(
         raise UsageError("--no-finetune and --epochs exclude each other")
     if shares is not None and allocation is not None:
         raise UsageError("--shares and --allocation exclude each other")
-    settings = _config(
+    resolved = _config(
         config,
         {
             "model": {
@@ -302,7 +348,7 @@ def prune(
             "plan": {
                 "target": target,
                 "allocation": allocation if shares is None else "shares",
-                "shares": None if shares is None else read_shares(shares),
+                "shares": None if shares is None else read_tables(shares, "shares"),
                 "max_drop": max_drop,
                 "cut_stream": cut_stream,
                 "exclude": exclude,
@@ -313,21 +359,118 @@ def prune(
             "polish": {"epochs": polish},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
-                "learning_rate": learning_rate,
-                "label_weight": label_weight,
+                **_training(learning_rate, label_weight, keep, max_minutes),
             },
             "seed": seed,
         },
-    )
-    result = pipeline.run(
+        RunConfig,
         settings,
-        out,
-        overwrite=overwrite,
-        allow_untrained=allow_untrained,
-        track=_track(),
-        command=shlex.join(["secateur", *sys.argv[1:]]),
     )
+    with _resumable(out):
+        result = pipeline.run(
+            resolved,
+            out,
+            overwrite=overwrite,
+            resume=resume,
+            allow_untrained=allow_untrained,
+            track=_track(),
+            command=_command(),
+        )
     _show_run(result, out, as_json=as_json)
+
+
+@app.command("finetune")
+def finetune_run(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the result (default: the run folder)."),
+    ] = None,
+    data_source: DataOption = None,
+    epochs: EpochsOption = None,
+    learning_rate: LearningRateOption = None,
+    label_weight: LabelWeightOption = None,
+    keep: KeepOption = None,
+    max_minutes: MaxMinutesOption = None,
+    settings: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older run in the folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the pruned network of a run folder by labels and by the network before the cut.
+
+    Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
+    """
+    changes = _training(learning_rate, label_weight, keep, max_minutes)
+    changes["epochs"] = epochs
+    given = {key: value for key, value in changes.items() if value is not None}
+    for key, value in _assignments(settings):
+        section, _, name = key.partition(".")
+        if section != "finetune":
+            raise UsageError(f"--set {key}: only keys of finetune can be set here")
+        given[name] = value
+    with _resumable(run):
+        result = pipeline.finetune(
+            run,
+            out or run,
+            given,
+            source=data_source,
+            resume=resume,
+            overwrite=overwrite,
+            track=_track(),
+            command=_command(),
+        )
+    _show_run(result, out or run, as_json=as_json)
+
+
+@app.command("train")
+def train_network(
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data_source: DataOption = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the weights; made new.")
+    ] = Path("secateur-base"),
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Passes over the images (default: 100).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Largest learning rate (default: 0.1).")
+    ] = None,
+    keep: KeepOption = None,
+    max_minutes: MaxMinutesOption = None,
+    settings: SetOption = None,
+    num_classes: ClassesOption = None,
+    image_size: ImageSizeOption = None,
+    seed: SeedOption = None,
+    config: ConfigOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a base network, from random weights or from given ones, and keep its weights.
+
+    Example: secateur train -m vgg16_bn -d cifar10:data --epochs 100 -o base
+    """
+    resolved = _config(
+        config,
+        {
+            "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+            "data": {"source": data_source, "image_size": image_size},
+            "train": {"epochs": epochs, **_training(learning_rate, None, keep, max_minutes)},
+            "seed": seed,
+        },
+        BaseConfig,
+        settings,
+    )
+    with _resumable(out):
+        result = train_base(resolved, out, resume=resume, track=_track(), command=_command())
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    _show_score(result.score, as_json=False)
+    _out().print(f"weights: {out / WEIGHTS}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -351,7 +494,7 @@ def evaluate(
         "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
         "data": {"source": data_source, "image_size": image_size},
     }
-    settings = _config(run / CONFIG if run else config, given)
+    settings = _config(run / CONFIG if run else config, given, RunConfig)
     if run is not None:
         network = _pruned_network(run)
         dataset = data.load(settings.data.source)
@@ -418,6 +561,7 @@ def inspect(
             "plan": {"cut_stream": cut_stream, "exclude": exclude},
             "seed": seed,
         },
+        RunConfig,
     )
     pipeline.check_weights(settings, allow_untrained=allow_untrained)
     if pictures is not None and not pictures.parent.is_dir():
@@ -515,9 +659,9 @@ def run_demo(
                 "model": {"name": model or demo.MODEL, "weights": str(weights)},
                 "data": {"source": data_source},
             },
+            RunConfig,
         )
-    command = shlex.join(["secateur", *sys.argv[1:]])
-    result = pipeline.run(settings, out, overwrite=True, track=_track(), command=command)
+    result = pipeline.run(settings, out, overwrite=True, track=_track(), command=_command())
     _show_run(result, out, as_json=False)
 
 
@@ -535,19 +679,75 @@ def _pruned_network(run: Path) -> nn.Module:
 # --- configuration -----------------------------------------------------------------------------
 
 
-def _config(path: Path | None, options: dict[str, Any]) -> RunConfig:
-    """The configuration of a file with the given options put over it."""
-    base = read_config(path).model_dump(exclude_none=True) if path else {}
+def _config(
+    path: Path | None,
+    options: dict[str, Any],
+    kind: type[AnyConfig],
+    assignments: list[str] | None = None,
+) -> AnyConfig:
+    """The configuration of a file with the given options put over it, and assignments over those.
+
+    A key of a section that a configuration of this kind has not is an error that names it.
+    """
+    base = read_tables(path) if path else {}
     for section, values in options.items():
         if isinstance(values, dict):
             given = {key: value for key, value in values.items() if value is not None}
             base[section] = {**base.get(section, {}), **given}
         elif values is not None:
             base[section] = values
+    for key, value in _assignments(assignments):
+        section, dot, name = key.partition(".")
+        if dot:
+            base[section] = {**base.get(section, {}), name: value}
+        else:
+            base[section] = value
     for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
         if key not in base[section]:
             raise UsageError(f"{option} is missing")
-    return from_dict(base)
+    return from_dict(base, kind)
+
+
+def _assignments(texts: list[str] | None) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of texts such as `finetune.mixup=0.2`, with values as in TOML."""
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {text}: it must be KEY=VALUE, as finetune.mixup=0.2")
+        try:
+            yield key, tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            yield key, value  # a text without quotes
+
+
+def _training(
+    learning_rate: float | None,
+    label_weight: float | None,
+    keep: str | None,
+    max_minutes: float | None,
+) -> dict[str, Any]:
+    return {
+        "learning_rate": learning_rate,
+        "label_weight": label_weight,
+        "keep": keep,
+        "max_minutes": max_minutes,
+    }
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Says where an interrupted training has left its checkpoints."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / bundle.CHECKPOINTS).is_dir():
+            console = Console(stderr=True, soft_wrap=True)
+            console.print(f"interrupted; the same command with --resume goes on from {folder}")
+        raise
+
+
+def _command() -> str:
+    return shlex.join(["secateur", *sys.argv[1:]])
 
 
 def _text(path: Path | None) -> str | None:
@@ -563,7 +763,7 @@ def _out() -> Console:
 
 def _track() -> Track:
     """Progress bars on stderr where it is a terminal, else nothing."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not distributed.is_first():
         return silent
 
     def show(items: Iterable[T], title: str, total: int) -> Iterator[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -102,6 +102,9 @@ class PlanSection(Section):
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """With `allocation = "shares"`: what stays of the filters, by name pattern (`layer1.*`). The
     target's fraction is not looked at then."""
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of scoring, cutting, re-estimating and fine-tuning, each by the same factor, in which
+    the target is reached; one is one-shot."""
     max_drop: float | None = Field(default=None, ge=0, le=100)
     """Points of top-1 that may be lost on the validation images after the refit. The smallest
     network that keeps to it is looked for; the target then only says which quantity is small."""
@@ -120,6 +123,8 @@ class PlanSection(Section):
             raise ValueError("allocation = 'shares' and a table of shares belong together")
         if self.shares and self.max_drop is not None:
             raise ValueError("max_drop looks for a size, and shares give one: choose one of them")
+        if self.rounds > 1 and (self.shares or self.max_drop is not None):
+            raise ValueError("rounds need a target's fraction: without shares and max_drop")
         return self
 
 
@@ -210,6 +215,9 @@ class TrainingSection(Section):
     """Weight of the labels in the loss; the rest is the original network's. 0: no labels."""
     temperature: float = Field(default=3.0, gt=0)
     """Softening of both networks' answers."""
+    feature_weight: float = Field(default=0.0, ge=0)
+    """Weight in the loss of the relative squared error of the feature maps at residual sums, in the
+    channels that stay, against the original network's."""
     mode: Literal["training", "evaluation"] = "training"
     """Whether batch norms take each batch's statistics and dropout drops, or all is as in use."""
     share_norms: bool = True
@@ -235,6 +243,12 @@ class TrainingSection(Section):
     checkpoint_minutes: float = Field(default=5.0, ge=0)
     """Time between two checkpoints within an epoch; every epoch ends with one, too."""
 
+    @model_validator(mode="after")
+    def _check_compile(self) -> TrainingSection:
+        if self.compile and self.feature_weight:
+            raise ValueError("compile and feature_weight exclude each other")
+        return self
+
 
 class RunConfig(Section):
     """A whole run."""
@@ -255,18 +269,13 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def from_toml(text: str, origin: str) -> RunConfig:
-    """The configuration that a TOML text holds; raises `UsageError` that names `origin`."""
-    try:
-        return from_dict(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{origin} is not TOML: {error}") from error
+AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
-def from_dict(content: dict[str, object]) -> RunConfig:
+def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
     """The configuration that nested tables hold; raises `UsageError` that names the key."""
     try:
-        return RunConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -277,19 +286,14 @@ def from_dict(content: dict[str, object]) -> RunConfig:
 
 def read_config(path: Path) -> RunConfig:
     """The configuration in a TOML file; raises `UsageError`."""
-    return from_toml(_read(path, "configuration"), str(path))
+    return from_dict(read_tables(path), RunConfig)
 
 
-def read_shares(path: Path) -> dict[str, object]:
-    """The table in a TOML file of shares by name pattern; raises `UsageError`."""
+def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
+    """The tables in a TOML file, which holds some `content`; raises `UsageError`."""
     try:
-        return tomllib.loads(_read(path, "shares"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-
-
-def _read(path: Path, content: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the {content} {path} can't be read: {error}") from error

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx.node import Node
 
+from secateur import distributed
 from secateur.activations import parts_of
 from secateur.agreement import divergences_of
 from secateur.channels import Reader
@@ -106,7 +107,8 @@ def measure_slopes(
 ) -> dict[str, float]:
     """By group: the output's error for each unit of its readers' error, a geometric mean.
 
-    Over the `SNAPSHOTS`; 0 where nothing that goes makes a difference.
+    Over the `SNAPSHOTS`; 0 where nothing that goes makes a difference. All processes bring the same
+    batches; each measures its share of the groups.
     """
     position = {node: number for number, node in enumerate(wiring.graph.nodes)}
     ordered = sorted(
@@ -122,11 +124,12 @@ def measure_slopes(
     }
     growth = {name: torch.zeros(len(each), 2).double() for name, each in snapshots.items()}
     several = [*_few(batches)]
-    steps = [(images, group) for images in several for group in ordered]
+    own = distributed.dealt(ordered)
+    steps = [(images, group) for images in several for group in own]
     walk, expected = None, []
     with torch.inference_mode():
         for images, group in track(steps, "measuring damage", len(steps)):
-            if group is ordered[0]:
+            if group is own[0]:
                 walk = Walk(wiring.graph, state, images)
                 expected = _outputs(wiring, walk.fork())
             assert walk is not None
@@ -138,7 +141,8 @@ def measure_slopes(
                 found = _outputs(wiring, walk.fork(), instead)
                 missed = sum(edit.missed for edit in edits)
                 sums += len(images) * torch.tensor([divergence(expected, found), missed])
-    return {name: _slope(sums) for name, sums in growth.items()}
+    slopes = distributed.undealt([_slope(growth[group.name]) for group in own])
+    return {group.name: slope for group, slope in zip(ordered, slopes, strict=True)}
 
 
 def stand_in(group: Group, moments: Reconstruction, kept: Sequence[int]) -> StandIn:

@@ -25,7 +25,8 @@ def digits_config(weights: Path) -> RunConfig:
             "data": {"source": "digits", "probe_images": 500},
             "plan": {"target": "macs=0.5"},
             "finetune": {"epochs": 3, "batch_size": 64, "warmup_steps": 10, "flip": False},
-        }
+        },
+        RunConfig,
     )
 
 

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
-from collections.abc import Iterable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a process waits for the others before it gives up. Where one of them fails torchrun
+ends the others at once."""
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Within the block the processes that torchrun or accelerate launch has started are one group.
+
+    Nothing is done where there is one process, or a group already.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def share() -> tuple[int, int]:
@@ -15,6 +41,11 @@ def share() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return share()[0] == 0
 
 
 def add_up(tallies: Iterable[Tensor]) -> None:
@@ -42,6 +73,34 @@ def gathered(own: Any) -> list[Any]:
     found: list[Any] = [None] * size
     dist.all_gather_object(found, own)
     return found
+
+
+def by_first(measure: Callable[[], T]) -> T:
+    """What the first process measures while the others wait: times, which differ and disturb."""
+    found: T = gathered(measure() if is_first() else None)[0]
+    return found
+
+
+def dealt(batches: Sequence[T]) -> Sequence[T]:
+    """This process's share of a list: every so manieth; see `undealt`."""
+    rank, size = share()
+    return batches[rank::size]
+
+
+def undealt(own: Sequence[T]) -> list[T]:
+    """The whole list in its order, from the shares that `dealt` gave to each process."""
+    shares = gathered(list(own))
+    return [
+        share[turn]
+        for turn in range(max(map(len, shares)))
+        for share in shares
+        if turn < len(share)
+    ]
+
+
+def wait() -> None:
+    """Returns when all processes have come here."""
+    gathered(None)
 
 
 def any_of(is_so: bool) -> bool:

@@ -18,7 +18,7 @@ class Document(BaseModel):
     )
 
 
-AnyDocument = TypeVar("AnyDocument", bound=Document)
+AnyDocument = TypeVar("AnyDocument", bound=BaseModel)
 
 
 def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) -> AnyDocument:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur import distributed
 from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.graph import evaluating
@@ -41,11 +43,12 @@ class Score:
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
     """The score of `model` on every image of the batches, in evaluation mode, in float32.
 
-    With fewer than five classes top-5 counts what is there. Raises `DataError` where a label lies
-    outside the network's classes.
+    Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
+    score on all of them, with the time that the first one takes. With fewer than five classes top-5
+    counts what is there. Raises `DataError` where a label lies outside the network's classes.
     """
     correct = torch.zeros(2, dtype=torch.int64)
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    losses: list[float] = []
     count = 0
     example: Tensor | None = None
     with evaluating(model), torch.inference_mode():
@@ -56,18 +59,27 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == batch.labels[:, None]
             correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-            loss_sum += F.cross_entropy(logits, batch.labels, reduction="sum").double()
+            losses.append(float(F.cross_entropy(logits, batch.labels, reduction="sum")))
             count += len(batch.labels)
-    if example is None:
+    distributed.add_up([correct])
+    images = sum(distributed.gathered(count))
+    loss = math.fsum(distributed.undealt(losses))
+    if not images:
         raise DataError("there are no images to score")
+
+    def measure() -> tuple[int, float]:
+        assert example is not None
+        return count_macs(model, example[:1]), latency_ms(model, example)
+
+    macs, time_ms = distributed.by_first(measure)
     return Score(
-        top1_fraction=int(correct[0]) / count,
-        top5_fraction=int(correct[1]) / count,
-        loss=float(loss_sum) / count,
-        images=count,
-        macs=count_macs(model, example[:1]),
+        top1_fraction=int(correct[0]) / images,
+        top5_fraction=int(correct[1]) / images,
+        loss=loss / images,
+        images=images,
+        macs=macs,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        latency_ms=latency_ms(model, example),
+        latency_ms=time_ms,
     )
 
 

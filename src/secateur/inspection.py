@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from secateur import pipeline
+from secateur import distributed, pipeline
 from secateur.activations import parts_of
 from secateur.config import RunConfig
 from secateur.dissection import Dissection, TopImages
@@ -45,7 +45,7 @@ def inspect_network(
     scores = score_filters(
         network,
         wiring,
-        lambda: pipeline.stream(ground.probe, config, track, "looking at filters"),
+        lambda: pipeline.probe_stream(ground, config, track, "looking at filters"),
         {name: pipeline.make_criterion(name, ground.source, config) for name in criterion_names},
         ground.source,
         config.score,
@@ -75,7 +75,7 @@ def inspect_network(
                 "top_images": top.numbers(first).tolist(),
             }
         )
-        if pictures is not None:
+        if pictures is not None and distributed.is_first():
             pictures.mkdir(exist_ok=True)
             draw_layer(
                 pictures / f"{name}.png",

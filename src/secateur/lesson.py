@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from secateur.config import TrainingSection
+from secateur.errors import UsageError
 from secateur.evaluate import check_labels
+from secateur.features import ResidualSum, difference, observed
 from secateur.graph import evaluating
 
 
@@ -24,10 +26,16 @@ class Lesson:
         teacher: nn.Module | None,
         settings: TrainingSection,
         accelerator: Accelerator,
+        sums: tuple[ResidualSum, ...] = (),
     ) -> None:
         self._model, self._settings, self._accelerator = model, settings, accelerator
         self._label_weight = 1.0 if teacher is None else settings.label_weight
-        self._teacher = teacher if self._label_weight < 1 else None
+        if settings.feature_weight and (teacher is None or not sums):
+            raise UsageError(
+                "feature_weight needs a teacher and a network with residual sums: leave it at 0"
+            )
+        self._sums = sums if settings.feature_weight else ()
+        self._teacher = teacher if self._label_weight < 1 or self._sums else None
         # accelerate changes the forward of what it is given: that of a wrapper, not the user's.
         student = accelerator.prepare_model(_Student(model))
         self._student = torch.compile(student) if settings.compile else student
@@ -50,19 +58,27 @@ class Lesson:
         """
         settings, device = self._settings, self._accelerator.device
         images = images.to(device, non_blocking=True)
-        images, wanted = self._mixed(images, labels)
+        images, classes = self._mixed(images, labels)
         images = images.contiguous(memory_format=torch.channels_last)
-        logits = self._student(images).float()
+        with observed(self._model, self._sums) as own:
+            logits = self._student(images).float()
         loss = torch.zeros((), device=device)
         if self._label_weight > 0:
             check_labels(labels, logits.shape[1])
             entropy = F.cross_entropy(
-                logits, wanted.to(device), label_smoothing=settings.label_smoothing
+                logits, classes.to(device), label_smoothing=settings.label_smoothing
             )
             loss = loss + self._label_weight * entropy
         if self._teacher is not None:
-            with torch.no_grad(), self._accelerator.autocast():
+            with (
+                torch.no_grad(),
+                self._accelerator.autocast(),
+                observed(self._teacher, self._sums) as wanted,
+            ):
                 taught = self._teacher(images).float()
+            if self._sums:
+                error = difference(self._sums, own.by_module, wanted.by_module)
+                loss = loss + settings.feature_weight * error
             temperature = settings.temperature
             divergence = F.kl_div(
                 F.log_softmax(logits / temperature, dim=1),

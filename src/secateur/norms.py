@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secateur import distributed
 from secateur.agreement import answers_of, divergences_of
 from secateur.data import Batch
 from secateur.graph import evaluating
@@ -51,7 +52,8 @@ def reestimate_norms(
     They are re-estimated on the images of `fit`. All norms go the same part of the way, the one
     with the smallest divergence of the answers from those of `model` on the images of `held_out`;
     none of it, unless that is smaller than before, and by more than images differ in it (`DOUBT`):
-    a few hundred images can't tell small gains from chance. No label is looked at. None where
+    a few hundred images can't tell small gains from chance. No label is looked at. Of several
+    processes each brings its share of the batches (`distributed.dealt`). None where
     `smaller` has no batch norm with running statistics.
     """
     norms = _norms(smaller)
@@ -108,21 +110,29 @@ def _reestimated(
 ) -> list[_MeanAndVariance]:
     """Mean over all images of the statistics of their batches, each norm after those before it.
 
-    The network is as it was afterwards. `torch.optim.swa_utils.update_bn` does the same, but gives
-    a smaller last batch the weight of a whole one and has dropout drop. A batch of one image is
-    left out: it has no variance where a map has one position.
+    The batches are those of all processes. The network is as it was afterwards.
+    `torch.optim.swa_utils.update_bn` does the same in one process, but gives a smaller last batch
+    the weight of a whole one and has dropout drop. A batch of one image is left out: it has no
+    variance where a map has one position.
     """
+    own: list[tuple[int, list[_MeanAndVariance]]] = []
     with _accumulating(network, norms):
-        seen = 0
+        for norm in norms:
+            norm.momentum = 1.0  # each batch's statistics take the place of those before
         for batch in batches:
-            count = len(batch.images)
-            if count < 2:
-                continue
-            seen += count
-            for norm in norms:
-                norm.momentum = count / seen
-            network(batch.images)
+            if len(batch.images) > 1:
+                network(batch.images)
+            own.append((len(batch.images), _statistics(norms)))
+    counted = [each for each in distributed.undealt(own) if each[0] > 1]
+    if not counted:
         return _statistics(norms)
+    total = sum(count for count, _ in counted)
+    mean = [(torch.zeros_like(m).double(), torch.zeros_like(v).double()) for m, v in counted[0][1]]
+    for count, found in counted:
+        for sums, pair in zip(mean, found, strict=True):
+            for each, part in zip(sums, pair, strict=True):
+                each += part.double() * (count / total)
+    return [(m.float(), v.float()) for m, v in mean]
 
 
 @contextlib.contextmanager

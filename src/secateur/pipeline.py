@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur import bundle, concepts, criteria, data, models
+from secateur import bundle, concepts, criteria, data, distributed, models
 from secateur.bundle import EventLog, Origin
+from secateur.checkpoint import Checkpoints
 from secateur.concepts import ConceptSource
-from secateur.config import RunConfig, to_toml
+from secateur.config import RunConfig, from_dict, to_toml
 from secateur.criteria import Criterion
 from secateur.data import Batch, DataSet, Images, set_apart
 from secateur.errors import UnknownName, UsageError
 from secateur.evaluate import Score, evaluate
+from secateur.features import ResidualSum, residual_sums
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
 from secateur.manifest import CONFIG
@@ -32,17 +36,22 @@ from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, refit
 from secateur.report import write_report
 from secateur.result import (
+    RESULT,
     FrozenResult,
     GroupResult,
     RunResult,
     Stage,
     StageResult,
     TuningResult,
+    after_rounds,
+    comparable,
     environment,
+    read_result,
 )
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan, relative_error, silence
 from secateur.survey import Survey, make_survey
+from secateur.timing import plan_in_time
 from secateur.training import train
 from secateur.wiring import Wiring
 
@@ -52,34 +61,169 @@ def run(
     folder: Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     allow_untrained: bool = False,
     track: Track = silent,
     command: str | None = None,
 ) -> RunResult:
     """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
 
-    Raises `SecateurError`, and then leaves nothing behind.
+    The folder is there as soon as the network is cut and repaired, and again when it has been
+    fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
+    interrupted run with the same configuration has left there, which may be nothing. Raises
+    `SecateurError`, and then leaves what the folder held last.
     """
-    bundle.check_free(folder, overwrite=overwrite)
     check_names(config)
     check_weights(config, allow_untrained=allow_untrained)
-    dataset, model = load_inputs(config)
-    with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
-        log = EventLog(temporary / bundle.LOG)
-        log.write("start", command=command, config=config.model_dump(mode="json"))
-        pruned = prune(model, dataset, config, track=track, log=log, command=command)
-        config = pruned.result.config
-        (temporary / CONFIG).write_text(to_toml(config), encoding="utf-8")
-        manifest = bundle.write(temporary, pruned.model, pruned.plan, origin(config))
-        if manifest.no_program is not None:
-            log.write("no_program", reason=manifest.no_program)
-        text = pruned.result.model_dump_json(indent=1)
-        (temporary / bundle.RESULT).write_text(text + "\n", encoding="utf-8")
-        if pruned.latency is not None:
-            (temporary / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
-        write_report(pruned.result, temporary / bundle.REPORT)
-        log.write("end")
+    if not (resume and bundle.is_run(folder)):
+        bundle.check_free(folder, overwrite=overwrite)
+        dataset, model = load_inputs(config)
+        with _new_run_folder(folder, overwrite=overwrite) as temporary:
+            log = _log(temporary)
+            log.write("start", command=command, config=config.model_dump(mode="json"))
+            pruned = cut(model, dataset, config, track=track, log=log, command=command)
+            _write(temporary, pruned, log)
+    else:
+        dataset, model = load_inputs(config)
+        pruned = _read(folder, model, resolved(config, dataset))
+    while not pruned.is_finished:
+        if not pruned.is_tuned:
+            pruned = _tune_folder(folder, folder, pruned, model, dataset, track)
+            continue
+        log = _log(folder)
+        pruned = cut(
+            model,
+            dataset,
+            pruned.result.config,
+            earlier=pruned,
+            track=track,
+            log=log,
+            command=command,
+        )
+        _renew(folder, folder, pruned, overwrite=True)
     return pruned.result
+
+
+def finetune(
+    folder: Path,
+    out: Path,
+    changes: Mapping[str, object],
+    *,
+    source: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    track: Track = silent,
+    command: str | None = None,
+) -> RunResult:
+    """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
+
+    The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
+    of the run's configuration, `source` is where its data is now. With `resume` it goes on from
+    the checkpoints that an interrupted call with the same changes has left in `folder`. Raises
+    `SecateurError`, and then leaves what was there.
+    """
+    if out != folder:
+        bundle.check_free(out, overwrite=overwrite)
+    result = read_result(folder)
+    sections = result.config.model_dump(mode="json", exclude_none=True)
+    sections["finetune"] = {**sections["finetune"], **changes}
+    sections["data"]["source"] = source or sections["data"]["source"]
+    config = from_dict(sections, RunConfig)
+    if config.finetune.epochs == 0:
+        raise UsageError("there is nothing to do in 0 epochs: --epochs")
+    if not resume and distributed.is_first():
+        shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
+    distributed.wait()
+    dataset, model = load_inputs(config)
+    pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
+    _log(folder).write("finetune", command=command, changes=dict(changes))
+    return _tune_folder(folder, out, pruned, model, dataset, track, overwrite=overwrite).result
+
+
+def _tune_folder(
+    folder: Path,
+    out: Path,
+    pruned: Pruned,
+    model: nn.Module,
+    dataset: DataSet,
+    track: Track,
+    *,
+    overwrite: bool = False,
+) -> Pruned:
+    """Fine-tunes the network of one run folder into another, which may be the same."""
+    checkpoints = Checkpoints(folder / bundle.CHECKPOINTS)
+    log = _log(folder)
+    tuned = tune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
+    _renew(folder, out, tuned, overwrite=overwrite or out == folder)
+    if out != folder and distributed.is_first():
+        shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
+    return tuned
+
+
+def _renew(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
+    """Writes a run folder that goes on from another one, which it may replace."""
+    with _new_run_folder(out, overwrite=overwrite) as temporary:
+        if temporary is not None:
+            shutil.copyfile(folder / bundle.LOG, temporary / bundle.LOG)
+        _write(temporary, pruned, _log(temporary))
+
+
+@contextlib.contextmanager
+def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
+    """See `bundle.new_run_folder`; None but in the first process, which alone writes.
+
+    All processes leave the block when the folder is there.
+    """
+    if distributed.is_first():
+        with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
+            yield temporary
+    else:
+        yield None
+    distributed.wait()
+
+
+def _log(folder: Path | None) -> EventLog:
+    """The log in a folder, written to by the first process alone."""
+    return EventLog(folder / bundle.LOG if folder and distributed.is_first() else None)
+
+
+def _write(folder: Path | None, pruned: Pruned, log: EventLog) -> None:
+    """Every file of a run but its log."""
+    if folder is None:
+        return
+    config = pruned.result.config
+    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    manifest = bundle.write(folder, pruned.model, pruned.plan, origin(config))
+    if manifest.no_program is not None:
+        log.write("no_program", reason=manifest.no_program)
+    text = pruned.result.model_dump_json(indent=1)
+    (folder / RESULT).write_text(text + "\n", encoding="utf-8")
+    if pruned.latency is not None:
+        (folder / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
+    write_report(pruned.result, folder / bundle.REPORT)
+    if pruned.is_finished:
+        log.write("end")
+
+
+def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
+    """What a run of the same configuration has left; raises `UsageError` where it was another."""
+    result = read_result(folder)
+    expected, found = comparable(config), comparable(result.config)
+    for key in expected.keys() | found.keys():
+        if expected.get(key) != found.get(key):
+            raise UsageError(
+                f"the run in {folder} was made with {key} = {found.get(key)}, not "
+                f"{expected.get(key)}: resume it as it was begun, or choose another folder"
+            )
+    return _load(folder, model, result.model_copy(update={"config": config}))
+
+
+def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
+    """The network of a run folder and all that belongs to it, with a result put in its place."""
+    path = folder / bundle.LATENCY
+    latency = LatencyTable.from_json(path.read_text("utf-8")) if path.is_file() else None
+    smaller = bundle.load(folder, architecture=model)
+    return Pruned(smaller, bundle.read_plan(folder), result, latency)
 
 
 def origin(config: RunConfig) -> Origin:
@@ -200,10 +344,30 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
 
 
 def stream(images: Images, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
-    """The images in batches as `config` says, with progress shown under a title."""
+    """The images in batches as `config` says, with progress shown under a title.
+
+    Of several processes each gets its share of the batches (`distributed.dealt`).
+    """
+    chunks = torch.arange(len(images.labels)).split(config.data.batch_size)
+    own = distributed.dealt(chunks)
+    return _batches(images.take(torch.cat([*own, chunks[0][:0]])), config, track, title)
+
+
+def probe_stream(ground: Ground, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
+    """This process's share of the probe images, with their numbers in the probe set."""
+    return _batches(ground.probe, config, track, title, shard=distributed.share())
+
+
+def _batches(
+    images: Images,
+    config: RunConfig,
+    track: Track,
+    title: str,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterable[Batch]:
     size = config.data.batch_size
-    total = math.ceil(len(images.labels) / size)
-    return track(data.batches(images, size, preprocessing(config)), title, total)
+    found = data.batches(images, size, preprocessing(config), shard=shard)
+    return track(found, title, math.ceil(len(images.labels) / (size * shard[1])))
 
 
 def survey_filters(
@@ -213,12 +377,13 @@ def survey_filters(
     return make_survey(
         model,
         ground.wiring,
-        lambda: stream(ground.probe, config, track, "scoring filters"),
+        lambda: probe_stream(ground, config, track, "scoring filters"),
         config.score.criterion,
         make_criterion(config.score.criterion, ground.source, config),
         ground.source,
         config.score,
         config.plan,
+        sample=_batches(ground.probe, config, silent, ""),
         example=ground.example,
         track=track,
     )
@@ -246,7 +411,7 @@ def repair_in_place(
         smaller,
         ground.wiring,
         plan,
-        stream(ground.probe, config, silent, ""),
+        probe_stream(ground, config, silent, ""),
         config.refit,
         seed=config.seed,
         track=track,
@@ -293,15 +458,77 @@ def _search(
     return (Trial(1.0, before, kept=True), *bisect(attempt, limit, survey.least(target)))
 
 
-def _tune(
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A smaller network and what is known of it."""
+
+    model: nn.Module
+    plan: PruningPlan
+    result: RunResult
+    latency: LatencyTable | None
+    """Times of the layers before the cut, where the target is one of latency."""
+
+    @property
+    def round(self) -> int:
+        """How often it has been cut."""
+        return self.result.stages[-1].round
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it has been fine-tuned since the last cut, or is not to be."""
+        return self.result.config.finetune.epochs == 0 or self.result.stages[-1].stage == "tuned"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.is_tuned and self.round == self.result.config.plan.rounds
+
+
+def prune(
     model: nn.Module,
-    smaller: nn.Module,
     dataset: DataSet,
     config: RunConfig,
-    track: Track,
-    log: EventLog,
-) -> TuningResult:
-    """Trains the cut network in place, with the original one as its teacher."""
+    *,
+    track: Track = silent,
+    log: EventLog | None = None,
+    command: str | None = None,
+) -> Pruned:
+    """A smaller copy of `model`, fine-tuned where `config` says so; `model` itself is not changed.
+
+    Where `config.plan.rounds` says so, several rounds each cut, re-estimate and fine-tune the
+    network of the one before.
+
+    `config.model` only says what the network is called; `model` is what is pruned. Test images are
+    scored and nothing else. Raises `SecateurError`: see `errors`.
+    """
+    pruned = cut(model, dataset, config, track=track, log=log, command=command)
+    while not pruned.is_finished:
+        if pruned.is_tuned:
+            config, command = pruned.result.config, pruned.result.command
+            pruned = cut(
+                model, dataset, config, earlier=pruned, track=track, log=log, command=command
+            )
+        else:
+            pruned = tune(pruned, model, dataset, track=track, log=log)
+    return pruned
+
+
+def tune(
+    pruned: Pruned,
+    model: nn.Module,
+    dataset: DataSet,
+    *,
+    track: Track = silent,
+    log: EventLog | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Pruned:
+    """The network fine-tuned as its configuration says, in place, with `model` as its teacher.
+
+    See `train` for `checkpoints`. The last epoch's weights stay, or those of the epoch that was
+    best on the validation images; both are scored on the test images.
+    """
+    log = log or EventLog(None)
+    smaller, config = pruned.model, pruned.result.config
 
     def validate(network: nn.Module) -> float:
         images = stream(dataset.validation, config, track, "validating")
@@ -314,87 +541,111 @@ def _tune(
         preprocessing(config),
         config.finetune,
         seed=config.seed,
+        sums=_sums(model, pruned) if config.finetune.feature_weight else (),
         track=track,
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+        checkpoints=checkpoints,
     )
     assert training.before is not None
-    scores: list[Score] = []
-    for state in (training.last, training.best):
+
+    def score(state: dict[str, Tensor]) -> Score:
         network = copy.deepcopy(smaller)
         network.load_state_dict(state)
-        images = stream(dataset.test, config, track, "scoring")
-        scores.append(evaluate(network, images))
-    return TuningResult(
+        return evaluate(network, stream(dataset.test, config, track, "scoring (tuned)"))
+
+    last, best = score(training.last), score(training.best)
+    tuning = TuningResult(
         epochs=training.epochs,
         before_fraction=training.before,
         best_epoch=training.best_epoch,
         ended=training.ended,
-        last=scores[0],
-        best=scores[1],
+        last=last,
+        best=best,
     )
+    kept = best if config.finetune.keep == "best" else last
+    number = pruned.round
+    stage = StageResult(stage="tuned", round=number, score=kept, seconds=training.seconds)
+    log.write("stage", **stage.model_dump())
+    earlier = (
+        each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
+    )
+    stages = (*earlier, stage)
+    result = pruned.result.model_copy(update={"tuning": tuning, "stages": stages})
+    return replace(pruned, result=result)
 
 
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """A smaller network and what is known of it."""
-
-    model: nn.Module
-    plan: PruningPlan
-    result: RunResult
-    latency: LatencyTable | None
-    """Times of the layers before the cut, where the target is one of latency."""
+def _sums(model: nn.Module, pruned: Pruned) -> tuple[ResidualSum, ...]:
+    wiring = origin(pruned.result.config).make_wiring(model)
+    return residual_sums(wiring, pruned.plan.removed)
 
 
-def prune(
+def cut(
     model: nn.Module,
     dataset: DataSet,
     config: RunConfig,
     *,
+    earlier: Pruned | None = None,
     track: Track = silent,
     log: EventLog | None = None,
     command: str | None = None,
 ) -> Pruned:
-    """A smaller copy of `model`, which itself is not changed.
+    """The network of the next round, cut, re-estimated and polished, not fine-tuned; see `prune`.
 
-    `config.model` only says what the network is called; `model` is what is pruned. Test images are
-    scored and nothing else. Raises `SecateurError`: see `errors`.
+    What is cut is the network of the round before, `earlier`, or else `model`.
     """
     log = log or EventLog(None)
     check_names(config)
     config = resolved(config, dataset)
-    stages: list[StageResult] = []
+    current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
+    stages = [] if earlier is None else [*earlier.result.stages]
 
     def score(stage: Stage, network: nn.Module, since: float) -> None:
         seconds = time.perf_counter() - since
         found = evaluate(network, stream(dataset.test, config, track, f"scoring ({stage})"))
-        stages.append(StageResult(stage=stage, score=found, seconds=seconds))
+        stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
         log.write("stage", **stages[-1].model_dump())
 
-    score("before", model, time.perf_counter())
+    if earlier is None:
+        score("before", model, time.perf_counter())
 
     start = time.perf_counter()
-    ground = prepare_ground(model, dataset, config)
+    ground = prepare_ground(current, dataset, config)
     wiring = ground.wiring
-    survey = survey_filters(model, ground, config, track)
+    survey = survey_filters(current, ground, config, track)
     if survey.latency is not None:
         log.write("latency", **survey.latency.model_dump(exclude={"layers"}))
     target = parse_target(config.plan.target)
+    # Every round leaves the same share of what the one before has left.
+    target = replace(target, fraction_left=target.fraction_left ** (1 / config.plan.rounds))
     trials: tuple[Trial, ...] = ()
     if config.plan.max_drop is not None:
         trials = _search(model, dataset, ground, survey, config, track, log)
         target = replace(target, fraction_left=smallest_kept(trials))
     plan = survey.plan(target)
-    smaller = apply_plan(model, wiring, plan)
+    is_timed = target.quantity == "latency" and config.plan.max_drop is None
+    if is_timed and target.fraction_left < 1:
+        found = distributed.by_first(
+            lambda: plan_in_time(
+                current,
+                wiring,
+                lambda fraction: survey.plan(replace(target, fraction_left=fraction)),
+                target.fraction_left,
+                ground.example,
+            )
+        )
+        plan = replace(found[0], target=target)
+        log.write("latency_left", fraction=found[1])
+    smaller = apply_plan(current, wiring, plan)
     with torch.inference_mode():
-        expected = silence(model, wiring, plan)(ground.example)
+        expected = silence(current, wiring, plan)(ground.example)
         law_error = relative_error(smaller.eval()(ground.example), expected)
     score("cut", smaller, start)
 
     repair = Repair((), None)
     if config.refit.layers != "none":
         start = time.perf_counter()
-        repair = repair_in_place(model, smaller, ground, plan, config, track)
+        repair = repair_in_place(current, smaller, ground, plan, config, track)
         score("refit", smaller, start)
 
     polished: Polish | None = None
@@ -415,12 +666,25 @@ def prune(
             log.write("polish", **asdict(each))
         score("polished", smaller, start)
 
-    tuning: TuningResult | None = None
-    if config.finetune.epochs:
-        start = time.perf_counter()
-        tuning = _tune(model, smaller, dataset, config, track, log)
-        score("tuned", smaller, start)
-
+    groups = tuple(
+        GroupResult(
+            name=name,
+            filters=len(group),
+            removed=plan.removed.get(name, ()),
+            scores=tuple(survey.scored.scores[name].tolist()),
+        )
+        for name, group in wiring.groups.items()
+    )
+    frozen = tuple(
+        FrozenResult(name=group.name, filters=group.size, reason=group.reason)
+        for group in wiring.frozen
+    )
+    if earlier is not None:
+        groups = after_rounds(earlier.result.groups, groups)
+        frozen = earlier.result.frozen
+        law_error = max(law_error, earlier.result.law_error)
+        removed = {group.name: group.removed for group in groups if group.removed}
+        plan = PruningPlan(removed, parse_target(config.plan.target), plan.criterion)
     result = RunResult(
         command=command,
         config=config,
@@ -429,23 +693,12 @@ def prune(
         plan_hash=plan.hash,
         law_error=law_error,
         stages=tuple(stages),
-        groups=tuple(
-            GroupResult(
-                name=name,
-                filters=len(group),
-                removed=plan.removed.get(name, ()),
-                scores=tuple(survey.scored.scores[name].tolist()),
-            )
-            for name, group in wiring.groups.items()
-        ),
-        frozen=tuple(
-            FrozenResult(name=group.name, filters=group.size, reason=group.reason)
-            for group in wiring.frozen
-        ),
+        groups=groups,
+        frozen=frozen,
         trials=trials,
         refit=repair.layers,
         norms=repair.norms,
         polish=polished,
-        tuning=tuning,
+        tuning=None,
     )
-    return Pruned(smaller, plan, result, survey.latency)
+    return Pruned(smaller, plan, result, survey.latency if earlier is None else earlier.latency)

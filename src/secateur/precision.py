@@ -43,7 +43,7 @@ def accelerator_for(precision: TrainingPrecision) -> Accelerator:
         raise UsageError(f"training in {precision} is not possible here: {error}") from error
     if accelerator.num_processes != share()[1]:
         raise UsageError(
-            f"the process group has {share()[1]} processes, but the environment tells accelerate of "
+            f"the process group has {share()[1]} processes, but the environment tells of "
             f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
         )
     return accelerator

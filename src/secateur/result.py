@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,14 +14,19 @@ import torchvision
 from pydantic import BaseModel, ConfigDict
 
 from secateur.config import RunConfig
+from secateur.documents import parsed
+from secateur.errors import RunFolderError
 from secateur.evaluate import Score
 from secateur.norms import NormChange
 from secateur.polish import Polish
 from secateur.refit import LayerRefit
 from secateur.search import Trial
-from secateur.training import Epoch
+from secateur.training import FREE, Epoch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+RESULT = "result.json"
+FREE_KEYS = frozenset(f"finetune.{name}" for name in FREE)
+"""Keys of a configuration that may differ where a run is resumed."""
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
 
 
@@ -33,6 +40,8 @@ class StageResult(Record):
     """The network after one step."""
 
     stage: Stage
+    round: int = 1
+    """Which cut it belongs to."""
     score: Score
     """On the test images."""
     seconds: float
@@ -46,7 +55,8 @@ class GroupResult(Record):
     filters: int
     removed: tuple[int, ...]
     scores: tuple[float, ...]
-    """By the criterion, in the order of the filters; higher stays."""
+    """By the criterion, in the order of the filters; higher stays. Of a filter that went in an
+    earlier round the score that it had then."""
 
 
 class FrozenResult(Record):
@@ -114,8 +124,8 @@ class RunResult(Record):
     """None without fine-tuning."""
 
     def score(self, stage: Stage) -> Score | None:
-        """The score of a stage, if the run came to it."""
-        return next((s.score for s in self.stages if s.stage == stage), None)
+        """The score of a stage, of the last round, if the run came to it."""
+        return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
 
 
 def environment() -> Environment:
@@ -134,3 +144,44 @@ def environment() -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         threads=torch.get_num_threads(),
     )
+
+
+def after_rounds(
+    earlier: Sequence[GroupResult], later: Sequence[GroupResult]
+) -> tuple[GroupResult, ...]:
+    """Groups of the original network, after a round that cut what the earlier ones had left.
+
+    `later` numbers the filters as they are in the network that it cut.
+    """
+    by_name = {group.name: group for group in later}
+    found = []
+    for group in earlier:
+        now = by_name.get(group.name)
+        if now is not None:
+            kept = [number for number in range(group.filters) if number not in group.removed]
+            scores = list(group.scores)
+            for number, score in zip(kept, now.scores, strict=True):
+                scores[number] = score
+            removed = sorted([*group.removed, *(kept[number] for number in now.removed)])
+            group = group.model_copy(update={"removed": tuple(removed), "scores": tuple(scores)})
+        found.append(group)
+    return tuple(found)
+
+
+def read_result(folder: Path) -> RunResult:
+    """The result in a run folder; raises `RunFolderError` where it is missing or damaged."""
+    path = folder / RESULT
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path} can't be read: {error}") from error
+    return parsed(RunResult, text, SCHEMA_VERSION, str(path))
+
+
+def comparable(config: RunConfig) -> dict[str, object]:
+    """The values of a configuration by dotted key, but those that change no result."""
+    sections = config.model_dump(mode="json")
+    flat: dict[str, object] = {"seed": sections.pop("seed")}
+    for section, values in sections.items():
+        flat.update({f"{section}.{key}": value for key, value in values.items()})
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}

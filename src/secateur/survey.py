@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from secateur import distributed
 from secateur.concepts import ConceptSource
 from secateur.config import PlanSection, ScoreSection
 from secateur.criteria import Criterion
@@ -75,13 +76,15 @@ def make_survey(
     score: ScoreSection,
     settings: PlanSection,
     *,
+    sample: Iterable[Batch],
     example: Tensor,
     track: Track = silent,
 ) -> Survey:
     """Scores the filters by the named criterion and measures what else the plan needs.
 
     The error curves of `curves` come from the scoring pass, whatever the criterion. `batches` gives
-    the probe set and `example` a few of its images.
+    the probe set, or this process's share of it; `sample` begins with the same of its images in
+    every process, and `example` is a few of them.
     """
     observers: tuple[Reconstruction, ...] = ()
     moments = criterion if isinstance(criterion, Reconstruction) else None
@@ -97,11 +100,11 @@ def make_survey(
     allocation = Allocation(settings.allocation, shares=settings.shares or None)
     if settings.allocation == "curves" and moments is not None:
         ranking = rank(scored.scores, wiring, name, ties=ties)
-        damage = measure_damage(tensors_of(model), wiring, moments, ranking, batches(), track=track)
+        damage = measure_damage(tensors_of(model), wiring, moments, ranking, sample, track=track)
         allocation = replace(allocation, damage=damage)
     latency = None
     if parse_target(settings.target).quantity == "latency":
-        latency = measure_latency(model, wiring, example)
+        latency = distributed.by_first(lambda: measure_latency(model, wiring, example))
     return Survey(wiring, scored, settings, allocation, ties, latency)
 
 

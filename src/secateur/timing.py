@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch.fx.node import Node, map_arg
 from secateur.channels import Axes, Ids, Layer
 from secateur.errors import TargetError
 from secateur.evaluate import LATENCY_BATCH, batch_of, seconds
-from secateur.graph import with_sizes
+from secateur.graph import evaluating, with_sizes
 from secateur.latency import (
     SMALL,
     Hardware,
@@ -32,7 +34,7 @@ from secateur.latency import (
     other_values,
     widths_of,
 )
-from secateur.plan import Target, make_plan
+from secateur.plan import PruningPlan, Target, make_plan
 from secateur.result import environment
 from secateur.surgery import cut
 from secateur.volumes import Dimension
@@ -45,6 +47,12 @@ FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BUDGET_SECONDS = 12.0
 """After so long no further round is begun, once the least number is done."""
+TURNS = 11
+"""Forward passes of each of two networks that are compared."""
+PLANS = 5
+"""Plans that are made and timed to reach a target of latency…"""
+NEAR = 0.01
+"""…unless one is nearer to it than this share."""
 
 Key = Hashable
 Job = Callable[[], Callable[[], object]]
@@ -89,6 +97,73 @@ def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> Latency
         fixed_ms=fixed,
         ms_per_value=slope,
     )
+
+
+def plan_in_time(
+    model: nn.Module,
+    wiring: Wiring,
+    plan: Callable[[float], PruningPlan],
+    fraction_left: float,
+    images: Tensor,
+) -> tuple[PruningPlan, float]:
+    """A plan whose network takes a fraction of the time of `model`, and the fraction as measured.
+
+    `plan(fraction)` gives the plan that is foretold to take a fraction. What is foretold is some
+    per cent off, so the network is cut and timed beside the whole one, in turns, and the plan made
+    anew for a fraction that is smaller or larger by as much. Taken is the plan that takes the most
+    time of those within the fraction; timing tells no better than `NEAR`. Raises `TargetError`
+    where none is within it.
+    """
+    batch = batch_of(images, LATENCY_BATCH)
+    aim = fraction_left
+    best: tuple[PruningPlan, float] | None = None
+    points = [(1.0, 1.0)]  # what was foretold, and what was measured
+    for _ in range(PLANS):
+        try:
+            made = plan(aim)
+        except TargetError:
+            if len(points) == 1:
+                raise
+            break
+        found = time_left(model, cut(model, wiring, made.removed).eval(), batch)
+        points.append((aim, found))
+        if found <= (1 + NEAR) * fraction_left and (best is None or found > best[1]):
+            best = made, found
+        if abs(found / fraction_left - 1) <= NEAR:
+            break
+        aim = _next_aim(points, fraction_left)
+    if best is None:
+        least = min(found for _, found in points)
+        raise TargetError(
+            f"target latency={fraction_left:g} is out of reach: {least:.3f} of the time stay, as "
+            "measured, in the fastest network that was found"
+        )
+    return best
+
+
+def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> float:
+    """What to foretell so that a fraction is measured: on the line between the nearest points.
+
+    Where all that was measured is above the fraction, as much below the lowest as that is above.
+    """
+    aim, found = min((p for p in points if p[1] > fraction_left), key=lambda point: point[1])
+    below = max((p for p in points if p[1] <= fraction_left), key=lambda p: p[1], default=None)
+    if below is None:
+        return aim * fraction_left / found
+    share = (fraction_left - below[1]) / (found - below[1])
+    return below[0] + share * (aim - below[0])
+
+
+def time_left(model: nn.Module, smaller: nn.Module, batch: Tensor) -> float:
+    """Time of a forward pass of one network over that of another, by the medians of turns."""
+    times: dict[str, list[float]] = {"before": [], "after": []}
+    with evaluating(model), torch.inference_mode():
+        for turn in range(TURNS + 1):
+            for name, network in (("before", model), ("after", smaller)):
+                taken = seconds(functools.partial(network, batch))
+                if turn:  # the first turn warms up
+                    times[name].append(taken)
+    return statistics.median(times["after"]) / statistics.median(times["before"])
 
 
 def _hardware(batch: Tensor) -> Hardware:

@@ -26,6 +26,7 @@ from secateur.data import Batch, Images, TensorImages
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.training import TrainingStream
 from secateur.errors import SecateurError, UsageError
+from secateur.features import ResidualSum
 from secateur.graph import evaluating
 from secateur.interrupts import held
 from secateur.lesson import Lesson
@@ -71,6 +72,8 @@ class Training:
     the last one."""
     ended: Literal["whole", "patience", "time"]
     """Why there is no further epoch."""
+    seconds: float
+    """What it took, over all resumptions."""
     last: dict[str, Tensor] = field(repr=False)
     """State of the network after the last epoch; with a running average, the average's."""
     best: dict[str, Tensor] = field(repr=False)
@@ -85,6 +88,7 @@ def train(
     settings: TrainingSection,
     *,
     seed: int,
+    sums: tuple[ResidualSum, ...] = (),
     track: Track = silent,
     validate: Callable[[nn.Module], float] | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
@@ -95,7 +99,8 @@ def train(
     The loss is `label_weight` times the cross-entropy with the labels, plus the rest times the
     divergence from the teacher's softened answers (Hinton et al., 2015, arXiv 1503.02531, with
     their factor T²). Without a teacher all weight is on the labels; with `label_weight` 0 no label
-    is looked at. `validate` says what a network is worth, more being better.
+    is looked at. With `feature_weight` the feature maps at `sums` count, too (see `features`).
+    `validate` says what a network is worth, more being better.
 
     With `checkpoints` the training goes on from the latest one, to the same weights bit for bit on
     a CPU as if it had not been interrupted, and leaves new ones behind; SIGINT and SIGTERM then
@@ -122,7 +127,8 @@ def train(
             shard=distributed.share(),
             workers=_workers(settings, images),
         )
-        run = _Run(model, teacher, stream, settings, accelerator)
+        lesson = Lesson(model, teacher, settings, accelerator, sums)
+        run = _Run(model, lesson, stream, settings, accelerator)
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             run.restore(found)
         try:
@@ -188,18 +194,17 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | None,
+        lesson: Lesson,
         stream: TrainingStream,
         settings: TrainingSection,
         accelerator: Any,
     ) -> None:
         self._model, self._stream, self._settings = model, stream, settings
-        self._accelerator = accelerator
+        self._lesson, self._accelerator = lesson, accelerator
         self._average: AveragedModel | None = None
         if settings.average:
             average = get_ema_multi_avg_fn(settings.average)
             self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self._lesson = Lesson(model, teacher, settings, accelerator)
         self._optimiser = accelerator.prepare_optimizer(_optimiser(model, settings))
         self._schedule = Schedule(
             settings.schedule,
@@ -343,7 +348,13 @@ class _Run:
         """What the training came to."""
         at = self._at
         return Training(
-            tuple(at.epochs), at.before, at.best_epoch, self._ended, self._state(), self._best_state
+            tuple(at.epochs),
+            at.before,
+            at.best_epoch,
+            self._ended,
+            self._seconds(),
+            self._state(),
+            self._best_state,
         )
 
     # --- checkpoints ---------------------------------------------------------------------------
@@ -352,7 +363,7 @@ class _Run:
         """Leaves a checkpoint; the first process alone writes."""
         self._saved = time.monotonic()
         self._count_losses()
-        if checkpoints is None or distributed.share()[0] != 0:
+        if checkpoints is None or not distributed.is_first():
             return
         parts = {"model": self._model.state_dict(), "best": self._best_state}
         if self._average is not None:

@@ -39,7 +39,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
         score = stage.score
         rows.append(
             {
-                "stage": stage.stage,
+                "stage": stage.stage if stage.round == 1 else f"{stage.stage} ({stage.round})",
                 "top-1 %": f"{100 * score.top1_fraction:.2f}",
                 "top-5 %": f"{100 * score.top5_fraction:.2f}",
                 "loss": f"{score.loss:.3f}",

@@ -1,0 +1,117 @@
+"""How fast the trainer is, beside a bare loop that does the same.
+
+    python bench/training.py --data cifar10:DIR
+
+trains a ResNet-20 for `STEPS` steps by `secateur.training.train` and by a loop over tensors that
+are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
+so that a busy machine slows both alike. Writes `results/training.json` with the images a second of
+each and their ratio, by the medians, and the
+table in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rows import ROOT, Row, revision, surroundings, write_json
+from secateur import data, models
+from secateur.config import TrainingSection
+from secateur.data import Images
+from secateur.data.augmentation import Augmentation
+from secateur.models import Preprocessing
+from secateur.precision import autocast
+from secateur.training import train
+from tables import with_table
+from turns import in_turns
+
+RESULTS = ROOT / "results" / "training.json"
+PAGE = ROOT / "docs" / "training.md"
+NETWORK = "resnet20"
+STEPS = 40
+SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)
+SEED = 0
+
+
+def main() -> None:
+    """Times both and writes what it found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="cifar10:DIR")
+    arguments = parser.parse_args()
+    dataset = data.load(arguments.data, seed=SEED)
+    images = data.draw_probe(dataset.train, STEPS * SETTINGS.batch_size, seed=SEED)
+    expected = models.preprocessing(NETWORK)
+    pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
+    network = models.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
+    ways = {
+        "secateur": partial(by_secateur, network, images, expected),
+        "bare": partial(by_bare_loop, network, pixels, images.labels),
+    }
+    seconds = in_turns(ways, pixels[:1])
+    medians = {way: statistics.median(each) for way, each in seconds.items()}
+    found = {
+        "command": "python bench/training.py --data cifar10:DIR",
+        "network": NETWORK,
+        "steps": STEPS,
+        "settings": SETTINGS.model_dump(mode="json"),
+        "turns": len(seconds["bare"]),
+        "images_per_second": {way: round(len(pixels) / each, 1) for way, each in medians.items()},
+        "ratio": round(medians["bare"] / medians["secateur"], 3),
+        "seed": SEED,
+        "revision": revision(),
+        "environment": surroundings("accelerate"),
+    }
+    write_json(RESULTS, found)
+    PAGE.write_text(page(PAGE.read_text(), found))
+
+
+def page(text: str, found: Row) -> str:
+    """The page with its table brought up to date."""
+    rate, place = found["images_per_second"], found["environment"]
+    lines = [
+        "| network | precision | threads | bare loop, images/s | secateur, images/s | ratio |",
+        "|---|---|---|---|---|---|",
+        f"| {found['network']} | {found['settings']['precision']} | {place['threads']} | "
+        f"{rate['bare']} | {rate['secateur']} | {found['ratio']} |",
+    ]
+    return with_table(text, "results/training.json", "\n".join(lines))
+
+
+@torch.enable_grad()
+def by_secateur(network: nn.Module, images: Images, expected: Preprocessing, _: Tensor) -> Tensor:
+    """One epoch by the trainer."""
+    train(network, None, images, expected, SETTINGS, seed=SEED)
+    return next(network.parameters())
+
+
+@torch.enable_grad()
+def by_bare_loop(network: nn.Module, pixels: Tensor, labels: Tensor, _: Tensor) -> Tensor:
+    """One epoch with nothing but what training takes."""
+    generator = torch.Generator().manual_seed(SEED)
+    optimiser = torch.optim.SGD(
+        network.parameters(),
+        lr=SETTINGS.learning_rate,
+        momentum=SETTINGS.momentum,
+        weight_decay=SETTINGS.weight_decay,
+        nesterov=True,
+    )
+    network.train()
+    augmentation = Augmentation()
+    for indices in torch.randperm(len(labels), generator=generator).split(SETTINGS.batch_size):
+        moves = augmentation.draw(len(indices), pixels.shape[-1], generator)
+        images = moves.apply(pixels[indices]).contiguous(memory_format=torch.channels_last)
+        optimiser.zero_grad(set_to_none=True)
+        with autocast("auto"):
+            logits = network(images)
+        F.cross_entropy(logits.float(), labels[indices]).backward()
+        optimiser.step()
+    return next(network.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Trains a base network, to be pruned later, and keeps its weights with their recipe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import nn
+
+from secateur import distributed, pipeline
+from secateur.bundle import CHECKPOINTS, LOG, EventLog
+from secateur.checkpoint import Checkpoints
+from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
+from secateur.errors import RunFolderError
+from secateur.evaluate import Score, evaluate
+from secateur.manifest import CONFIG, WEIGHTS
+from secateur.progress import Track, silent
+from secateur.result import Environment, Record, environment
+from secateur.training import Epoch, train
+
+RECIPE = "training.json"
+SCHEMA_VERSION = 1
+
+
+class BaseConfig(Section):
+    """How a base network is trained."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainingSection = TrainingSection(epochs=100, learning_rate=0.1, label_weight=1.0)
+    seed: int = Field(default=0, ge=0)
+    """What every random choice depends on."""
+
+    def as_run(self) -> RunConfig:
+        """The same network and data for what takes the configuration of a run."""
+        return RunConfig(model=self.model, data=self.data, seed=self.seed)
+
+
+class BaseResult(Record):
+    """What the weights of a base network come from, and what they are worth."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: str | None
+    config: BaseConfig
+    environment: Environment
+    class_names: tuple[str, ...]
+    epochs: tuple[Epoch, ...]
+    """With the top-1 fraction on the validation images."""
+    best_epoch: int
+    """The first of the epochs that were best on the validation images."""
+    ended: Literal["whole", "patience", "time"]
+    seconds: float
+    score: Score
+    """On the test images, of the weights that were kept."""
+
+
+def train_base(
+    config: BaseConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    track: Track = silent,
+    command: str | None = None,
+) -> BaseResult:
+    """Trains the network that `config` names and leaves its weights in a folder, with their recipe.
+
+    It starts from the weights that `config` names, or from random ones. While it trains the folder
+    holds the configuration, the log and the checkpoints that `resume` goes on from. Raises
+    `RunFolderError` where the folder is not empty and is not to be resumed.
+    """
+    run = config.as_run()
+    pipeline.check_names(run)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file, not a folder for weights")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder} is not empty: choose another folder or add --resume")
+    dataset, model = pipeline.load_inputs(run)
+    run = pipeline.resolved(run, dataset)
+    config = config.model_copy(update={"model": run.model, "data": run.data})
+    distributed.wait()  # until all have looked at the folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"can't write to {folder}: {error}") from error
+    is_first = distributed.is_first()
+    log = EventLog(folder / LOG if is_first else None)
+    log.write("start", command=command, config=config.model_dump(mode="json"))
+    if is_first:
+        text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+        _replace(folder / CONFIG, text)
+
+    def validate(network: nn.Module) -> float:
+        images = pipeline.stream(dataset.validation, run, track, "validating")
+        return evaluate(network, images).top1_fraction
+
+    training = train(
+        model,
+        None,
+        dataset.train,
+        pipeline.preprocessing(run),
+        config.train,
+        seed=config.seed,
+        track=track,
+        validate=validate,
+        after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+        checkpoints=Checkpoints(folder / CHECKPOINTS),
+    )
+    result = BaseResult(
+        command=command,
+        config=config,
+        environment=environment(),
+        class_names=dataset.class_names,
+        epochs=training.epochs,
+        best_epoch=training.best_epoch,
+        ended=training.ended,
+        seconds=training.seconds,
+        score=evaluate(model, pipeline.stream(dataset.test, run, track, "scoring")),
+    )
+    if is_first:
+        unfinished = folder / f"{WEIGHTS}.unfinished"
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, unfinished, {"format": "pt"})
+        os.replace(unfinished, folder / WEIGHTS)
+        _replace(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    log.write("end")
+    distributed.wait()
+    return result
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,148 @@
+"""A whole run over several processes: as one process would have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from networks import Chain
+from processes import in_group
+from runs import small_config
+from secateur import distributed, pipeline
+from secateur.config import RunConfig
+from secateur.data import TensorImages, batches
+from secateur.errors import DataError
+from secateur.evaluate import evaluate
+from secateur.models import Preprocessing
+from secateur.result import read_result
+
+SMALL = Preprocessing(8, 8)
+
+
+def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
+    torch.manual_seed(distributed.share()[0])  # processes must not depend on what they draw
+    result = pipeline.run(RunConfig.model_validate(config), folder)
+    return torch.tensor([stage.score.loss for stage in result.stages], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_scores_and_plan_are_those_of_one_process(
+    model_file: Path, tmp_path: Path, size: int
+) -> None:
+    sections = {"polish": {"epochs": 1}} if size == 2 else {}
+    config = small_config(model_file, **sections).model_dump(mode="json", exclude_none=True)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run_in_folder(config, alone)
+    losses = in_group(run_in_folder, size, config, together)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    one, other = read_result(alone), read_result(together)
+    assert (alone / "plan.json").read_bytes() == (together / "plan.json").read_bytes()
+    assert [group.scores for group in one.groups] == [group.scores for group in other.groups]
+    for before, after in zip(one.stages[:2], other.stages[:2], strict=True):
+        assert before.score.loss == after.score.loss
+        assert before.score.top1_fraction == after.score.top1_fraction
+        assert before.score.images == after.score.images
+    expected = load_file(alone / "model.safetensors")
+    for name, tensor in load_file(together / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_is_fine_tuned_by_two_writes_one_folder(
+    model_file: Path, tmp_path: Path
+) -> None:
+    training = {"epochs": 2, "batch_size": 64, "warmup_steps": 0, "flip": False}
+    config = small_config(model_file, finetune=training).model_dump(mode="json", exclude_none=True)
+    folder = tmp_path / "runs" / "run"
+    in_group(run_in_folder, 2, config, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+    assert not (folder / "checkpoints").exists()
+    events = [json.loads(line)["event"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert (events.count("start"), events.count("epoch"), events.count("end")) == (1, 2, 1)
+
+
+def score_of(count: int, size: int) -> Tensor:
+    torch.manual_seed(0)
+    model, generator = Chain(), torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 8, 8), generator=generator).to(torch.uint8)
+    images = TensorImages(pixels, torch.arange(count) % 5)
+    chunks = distributed.dealt(torch.arange(count).split(size))
+    try:
+        score = evaluate(
+            model, (batch for own in chunks for batch in batches(images.take(own), size, SMALL))
+        )
+    except DataError:
+        return torch.full((5,), -1.0, dtype=torch.float64)
+    found = (score.images, score.macs, score.top1_fraction, score.top5_fraction, score.loss)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("count", "size"), [(23, 4), (2, 1), (3, 5), (0, 4)])
+def test_every_image_is_scored_once(count: int, size: int) -> None:
+    expected = score_of(count, size)
+    assert expected[0] == (count or -1)
+    for found in in_group(score_of, 3, count, size):
+        assert torch.equal(found, expected)
+
+
+def shares() -> Tensor:
+    rank, size = distributed.share()
+    dealt = distributed.dealt(list(range(7)))
+    assert distributed.undealt(dealt) == list(range(7))
+    assert distributed.by_first(lambda: rank) == 0
+    assert distributed.any_of(rank == size - 1)
+    assert distributed.added_up([float(rank), 1.0]) == [sum(range(size)), size]
+    tensor = torch.tensor([rank])
+    distributed.from_first([tensor])
+    assert int(tensor) == 0
+    assert distributed.is_first() == (rank == 0)
+    return torch.tensor(dealt)
+
+
+def test_a_list_is_dealt_out_and_put_together_again() -> None:
+    assert [share.tolist() for share in in_group(shares, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert shares().tolist() == list(range(7))
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = ["--nproc-per-node=2", "--no-python", sys.executable, "-m", "secateur.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return subprocess.run(
+        [*command, *program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_under_torchrun(model_file: Path, tmp_path: Path) -> None:
+    config = small_config(model_file)
+    pipeline.run(config, tmp_path / "alone")
+    (tmp_path / "run.toml").write_text((tmp_path / "alone" / "config.toml").read_text())
+    out = tmp_path / "together"
+    done = torchrun("prune", "--config", tmp_path / "run.toml", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    assert (out / "plan.json").read_bytes() == (tmp_path / "alone" / "plan.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes(model_file: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    model = f"{model_file}:small"
+    done = torchrun("prune", "-m", model, "-d", "folder:nowhere", "-o", tmp_path / "run")
+    assert done.returncode != 0
+    assert "no folder nowhere to read folder from" in done.stderr
+    assert time.monotonic() - start < 60

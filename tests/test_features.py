@@ -1,0 +1,94 @@
+"""Residual sums: where they are, what a cut leaves of them, and holding a network to them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import models
+from secateur.config import TrainingSection
+from secateur.data import TensorImages
+from secateur.errors import UsageError
+from secateur.features import difference, observed, residual_sums
+from secateur.models import Preprocessing
+from secateur.plan import PruningPlan, Target
+from secateur.reading import make_wiring
+from secateur.surgery import apply_plan
+from secateur.training import train
+from secateur.wiring import Removed
+
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
+EXAMPLE = torch.zeros(2, 3, 32, 32)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return models.load("resnet20", num_classes=10).eval()
+
+
+def test_every_block_of_a_residual_network_has_one(network: nn.Module) -> None:
+    sums = residual_sums(make_wiring(network, EXAMPLE), {})
+    assert [each.module for each in sums] == BLOCKS
+    assert [len(each.kept) for each in sums] == 3 * [16] + 3 * [32] + 3 * [64]
+
+
+def test_channels_that_go_do_not_count(network: nn.Module) -> None:
+    wiring = make_wiring(network, EXAMPLE, cut_stream=True)
+    sums = residual_sums(wiring, dict.fromkeys(wiring.groups, (0, 5)))
+    # The stream of the first stage goes on in the middle of the next ones, which pad it with zeros.
+    for each in sums:
+        stage = int(each.module[len("layer")])
+        width, offset = {1: (16, 0), 2: (32, 8), 3: (64, 24)}[stage]
+        gone = {offset, offset + 5}
+        assert each.kept == tuple(number for number in range(width) if number not in gone)
+
+
+def test_the_difference_is_that_of_the_channels_that_stay(
+    network: nn.Module, generator: torch.Generator
+) -> None:
+    wiring = make_wiring(network, EXAMPLE, cut_stream=True)
+    removed: Removed = dict.fromkeys(wiring.groups, (0, 1))
+    plan = PruningPlan(removed, Target("filters", 0.9), "l1")
+    smaller = apply_plan(network, wiring, plan).eval()
+    sums = residual_sums(wiring, removed)
+    images = torch.rand(4, 3, 32, 32, generator=generator)
+    with torch.inference_mode(), observed(smaller, sums) as own, observed(network, sums) as wanted:
+        smaller(images)
+        network(images)
+    found = difference(sums, own.by_module, wanted.by_module)
+    errors = []
+    for each in sums:
+        target = wanted.by_module[each.module][:, list(each.kept)]
+        errors.append(((own.by_module[each.module] - target) ** 2).sum() / (target**2).sum())
+    assert float(found) == pytest.approx(float(sum(errors)) / len(errors), rel=1e-4)
+    assert not network._forward_hooks
+    assert not network.get_submodule(BLOCKS[0])._forward_hooks
+
+
+def test_a_network_is_held_to_the_feature_maps_of_its_teacher(
+    network: nn.Module, generator: torch.Generator
+) -> None:
+    pixels = torch.randint(256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
+    images = TensorImages(pixels, torch.zeros(64, dtype=torch.int64))
+    sums = residual_sums(make_wiring(network, EXAMPLE), {})
+    settings = TrainingSection(
+        epochs=3,
+        batch_size=16,
+        warmup_steps=0,
+        label_weight=0.0,
+        feature_weight=1.0,
+        learning_rate=0.002,
+        mode="evaluation",
+        precision="float32",
+    )
+    student = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    training = train(student, network, images, Preprocessing(32, 32), settings, seed=0, sums=sums)
+    assert training.epochs[-1].loss < 0.7 * training.epochs[0].loss
+    with pytest.raises(UsageError, match="feature_weight needs a teacher"):
+        train(student, None, images, Preprocessing(32, 32), settings, seed=0, sums=sums)
