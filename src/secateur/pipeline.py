@@ -622,20 +622,21 @@ def cut(
     if config.plan.max_drop is not None:
         trials = _search(model, dataset, ground, survey, config, track, log)
         target = replace(target, fraction_left=smallest_kept(trials))
-    plan = survey.plan(target)
-    is_timed = target.quantity == "latency" and config.plan.max_drop is None
-    if is_timed and target.fraction_left < 1:
+    if target.quantity == "latency" and config.plan.max_drop is None and target.fraction_left < 1:
         found = distributed.by_first(
             lambda: plan_in_time(
                 current,
                 wiring,
                 lambda fraction: survey.plan(replace(target, fraction_left=fraction)),
                 target.fraction_left,
+                survey.least(target),
                 ground.example,
             )
         )
         plan = replace(found[0], target=target)
         log.write("latency_left", fraction=found[1])
+    else:
+        plan = survey.plan(target)
     smaller = apply_plan(current, wiring, plan)
     with torch.inference_mode():
         expected = silence(current, wiring, plan)(ground.example)

@@ -47,12 +47,14 @@ FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BUDGET_SECONDS = 12.0
 """After so long no further round is begun, once the least number is done."""
-TURNS = 11
-"""Forward passes of each of two networks that are compared."""
-PLANS = 5
+TURNS = (11, 51)
+"""Forward passes of each of two networks that are compared: at least, and at most…"""
+TURNS_SECONDS = 5.0
+"""…between which no further one is begun after so long."""
+PLANS = 6
 """Plans that are made and timed to reach a target of latency…"""
-NEAR = 0.01
-"""…unless one is nearer to it than this share."""
+NEAR = 0.02
+"""…unless one is below it by less than twice this share; once is what is aimed at."""
 
 Key = Hashable
 Job = Callable[[], Callable[[], object]]
@@ -104,38 +106,34 @@ def plan_in_time(
     wiring: Wiring,
     plan: Callable[[float], PruningPlan],
     fraction_left: float,
+    least: float,
     images: Tensor,
 ) -> tuple[PruningPlan, float]:
     """A plan whose network takes a fraction of the time of `model`, and the fraction as measured.
 
-    `plan(fraction)` gives the plan that is foretold to take a fraction. What is foretold is some
+    `plan(fraction)` gives the plan that is foretold to take a fraction, `least` or more. What is foretold is some
     per cent off, so the network is cut and timed beside the whole one, in turns, and the plan made
     anew for a fraction that is smaller or larger by as much. Taken is the plan that takes the most
-    time of those within the fraction; timing tells no better than `NEAR`. Raises `TargetError`
+    time of those within the fraction. Raises `TargetError`
     where none is within it.
     """
     batch = batch_of(images, LATENCY_BATCH)
-    aim = fraction_left
+    aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
     points = [(1.0, 1.0)]  # what was foretold, and what was measured
     for _ in range(PLANS):
-        try:
-            made = plan(aim)
-        except TargetError:
-            if len(points) == 1:
-                raise
-            break
+        made = plan(aim)
         found = time_left(model, cut(model, wiring, made.removed).eval(), batch)
         points.append((aim, found))
-        if found <= (1 + NEAR) * fraction_left and (best is None or found > best[1]):
+        if found <= fraction_left and (best is None or found > best[1]):
             best = made, found
-        if abs(found / fraction_left - 1) <= NEAR:
+        earlier, aim = aim, max(_next_aim(points, (1 - NEAR) * fraction_left), least)
+        if (1 - 2 * NEAR) * fraction_left <= found <= fraction_left or aim == earlier:
             break
-        aim = _next_aim(points, fraction_left)
     if best is None:
-        least = min(found for _, found in points)
+        fastest = min(found for _, found in points)
         raise TargetError(
-            f"target latency={fraction_left:g} is out of reach: {least:.3f} of the time stay, as "
+            f"target latency={fraction_left:g} is out of reach: {fastest:.3f} of the time stay, as "
             "measured, in the fastest network that was found"
         )
     return best
@@ -157,8 +155,12 @@ def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> fl
 def time_left(model: nn.Module, smaller: nn.Module, batch: Tensor) -> float:
     """Time of a forward pass of one network over that of another, by the medians of turns."""
     times: dict[str, list[float]] = {"before": [], "after": []}
+    fewest, most = TURNS
+    begun = time.perf_counter()
     with evaluating(model), torch.inference_mode():
-        for turn in range(TURNS + 1):
+        for turn in range(most + 1):
+            if turn > fewest and time.perf_counter() - begun > TURNS_SECONDS:
+                break
             for name, network in (("before", model), ("after", smaller)):
                 taken = seconds(functools.partial(network, batch))
                 if turn:  # the first turn warms up
