@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import pipeline
+from secateur import runs
 from secateur.config import PlanSection, RefitSection, TrainingSection
 from studies import cifar10
 from tables import with_table
@@ -71,7 +71,7 @@ def measure(case: Case, weights: str, data: str, seed: int) -> Cell:
         }
     )
     folder = ROOT / "runs" / "tuning" / f"{case.network}-{case.target}-{seed}"
-    result = pipeline.run(config, folder, resume=True)
+    result = runs.run(config, folder, resume=True)
     tuning, before = result.tuning, result.score("before")
     assert tuning is not None
     assert before is not None

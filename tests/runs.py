@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from secateur import data, models, pipeline
+from secateur import data, models, runs
 from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.result import RunResult
 from secateur.training import train
@@ -83,7 +83,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
         RunConfig,
     )
     folder = directory / "run"
-    result = pipeline.run(config, folder, command="secateur prune <script>alert(1)</script>")
+    result = runs.run(config, folder, command="secateur prune <script>alert(1)</script>")
     return DigitsRun(folder, config, result)
 
 

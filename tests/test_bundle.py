@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from networks import SIDE, make_network, random_images, random_plan, randomise_norms, wired
 from runs import DigitsRun, outputs, small_config
-from secateur import bundle, models, pipeline
+from secateur import bundle, models, runs
 from secateur.errors import RunFolderError, UsageError
 from secateur.manifest import read_manifest
 from secateur.plan import PruningPlan, Target
@@ -55,7 +55,7 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
     model_file: Path, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
     config = small_config(model_file)
-    pipeline.run(config, tmp_path / "own")
+    runs.run(config, tmp_path / "own")
     own = bundle.load(tmp_path / "own", architecture=models.load(config.model.name))
     model_file.unlink()  # the program needs no code
     answers = tmp_path / "answers.pt"
@@ -164,7 +164,7 @@ def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None
 
 def test_a_folder_is_not_trusted_to_run_code(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    pipeline.run(config, tmp_path / "run")
+    runs.run(config, tmp_path / "run")
     with pytest.raises(UsageError, match=r"code of your own.*load_program"):
         bundle.load(tmp_path / "run")
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import secateur
 from runs import DigitsRun, small_config
-from secateur import cli, concepts, export, models, pipeline
+from secateur import cli, concepts, export, models, runs
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def test_run_of_own_code_is_scored_and_exported_without_the_code(
 ) -> None:
     pytest.importorskip("onnxruntime")
     run = tmp_path / "run"
-    pipeline.run(small_config(model_file), run)
+    runs.run(small_config(model_file), run)
     model_file.unlink()
     outcome = call("export", run, "--no-latency")
     assert (outcome.code, outcome.err) == (0, "")

@@ -18,7 +18,7 @@ from torch import Tensor
 from networks import Chain
 from processes import in_group
 from runs import small_config
-from secateur import distributed, pipeline
+from secateur import distributed, runs
 from secateur.config import RunConfig
 from secateur.data import TensorImages, batches
 from secateur.errors import DataError
@@ -31,7 +31,7 @@ SMALL = Preprocessing(8, 8)
 
 def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
     torch.manual_seed(distributed.share()[0])  # processes must not depend on what they draw
-    result = pipeline.run(RunConfig.model_validate(config), folder)
+    result = runs.run(RunConfig.model_validate(config), folder)
     return torch.tensor([stage.score.loss for stage in result.stages], dtype=torch.float64)
 
 
@@ -129,7 +129,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command_line_runs_under_torchrun(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    pipeline.run(config, tmp_path / "alone")
+    runs.run(config, tmp_path / "alone")
     (tmp_path / "run.toml").write_text((tmp_path / "alone" / "config.toml").read_text())
     out = tmp_path / "together"
     done = torchrun("prune", "--config", tmp_path / "run.toml", "-o", out)

@@ -18,7 +18,6 @@ from secateur.plan import PruningPlan, Target
 from secateur.reading import make_wiring
 from secateur.surgery import apply_plan
 from secateur.training import train
-from secateur.wiring import Removed
 
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
 EXAMPLE = torch.zeros(2, 3, 32, 32)
@@ -50,7 +49,7 @@ def test_the_difference_is_that_of_the_channels_that_stay(
     network: nn.Module, generator: torch.Generator
 ) -> None:
     wiring = make_wiring(network, EXAMPLE, cut_stream=True)
-    removed: Removed = dict.fromkeys(wiring.groups, (0, 1))
+    removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0, 1))
     plan = PruningPlan(removed, Target("filters", 0.9), "l1")
     smaller = apply_plan(network, wiring, plan).eval()
     sums = residual_sums(wiring, removed)

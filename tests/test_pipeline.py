@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runs import DigitsRun, outputs, small_config
-from secateur import bundle, data, models, pipeline
+from secateur import bundle, data, models, pipeline, runs
 from secateur.config import RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
@@ -154,7 +154,7 @@ def test_targets_are_met(model_file: Path, target: str) -> None:
 def test_a_run_with_a_target_of_latency_keeps_the_times(model_file: Path, tmp_path: Path) -> None:
     # All of it: how much faster the small network gets is not for a test to rely on.
     config = small_config(model_file, plan={"target": "latency=1"})
-    pipeline.run(config, tmp_path / "run")
+    runs.run(config, tmp_path / "run")
     table = LatencyTable.from_json((tmp_path / "run" / bundle.LATENCY).read_text())
     assert [layer.layer for layer in table.layers] == ["stem.0", "conv1", "conv2", "conv3", "head"]
     log = [json.loads(line) for line in (tmp_path / "run" / bundle.LOG).read_text().splitlines()]
@@ -240,14 +240,14 @@ def test_a_run_that_fails_leaves_nothing(
     parent = tmp_path / "runs"
     parent.mkdir()
     with pytest.raises(error, match=message):
-        pipeline.run(small_config(model_file, **section), parent / "a")
+        runs.run(small_config(model_file, **section), parent / "a")
     assert list(parent.iterdir()) == []
 
 
 def test_log_says_why_a_run_has_no_program(model_file: Path, tmp_path: Path) -> None:
     text = model_file.read_text().replace("x = self.stem(x).relu()", "x = self.stem(x).erfc()")
     model_file.write_text(text)
-    pipeline.run(small_config(model_file), tmp_path / "run")
+    runs.run(small_config(model_file), tmp_path / "run")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     (reason,) = [event["reason"] for event in events if event["event"] == "no_program"]
@@ -260,7 +260,7 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     plan = {"target": "macs=0.4", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune=training)
     folder = tmp_path / "run"
-    result = pipeline.run(config, folder)
+    result = runs.run(config, folder)
     stages = [(stage.stage, stage.round) for stage in result.stages]
     assert stages == [
         *(("before", 1), ("cut", 1), ("refit", 1), ("tuned", 1)),
@@ -288,7 +288,7 @@ def test_rounds_go_on_where_they_were_interrupted(
     plan = {"target": "macs=0.4", "rounds": 3}
     config = small_config(model_file, plan=plan, finetune=training)
     alone, parts = tmp_path / "alone", tmp_path / "parts"
-    pipeline.run(config, alone)
+    runs.run(config, alone)
     interrupted = 0
     for name in ("cut", "tune", "cut"):
         step, calls = getattr(pipeline, name), 0
@@ -302,10 +302,10 @@ def test_rounds_go_on_where_they_were_interrupted(
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(pipeline, name, once)
-            pipeline.run(config, parts, resume=True)
+            runs.run(config, parts, resume=True)
             interrupted -= 1
         interrupted += 1
     assert interrupted > 0
-    pipeline.run(config, parts, resume=True)
+    runs.run(config, parts, resume=True)
     for name in ("plan.json", "model.safetensors"):
         assert (parts / name).read_bytes() == (alone / name).read_bytes()

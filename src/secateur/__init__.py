@@ -8,10 +8,11 @@ from secateur.errors import SecateurError
 from secateur.evaluate import Score, evaluate
 from secateur.export import ExportResult, export_onnx
 from secateur.models import load as load_model
-from secateur.pipeline import Pruned, prune, run
+from secateur.pipeline import Pruned, prune
 from secateur.plan import PruningPlan, Target, make_plan
 from secateur.reading import make_wiring
 from secateur.result import RunResult
+from secateur.runs import run
 from secateur.surgery import apply_plan
 from secateur.wiring import Wiring
 

@@ -28,12 +28,26 @@ RECIPE = "training.json"
 SCHEMA_VERSION = 1
 
 
+class BaseTrainingSection(TrainingSection):
+    """Training from random weights, which takes longer and has no teacher."""
+
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the training images."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Largest learning rate of the schedule."""
+    label_weight: Literal[1] = 1
+    """All weight is on the labels."""
+
+
 class BaseConfig(Section):
     """How a base network is trained."""
 
     model: ModelSection
+    """The network; its weights are where the training starts."""
     data: DataSection
-    train: TrainingSection = TrainingSection(epochs=100, learning_rate=0.1, label_weight=1.0)
+    """The images."""
+    train: BaseTrainingSection = BaseTrainingSection()
+    """The training."""
     seed: int = Field(default=0, ge=0)
     """What every random choice depends on."""
 

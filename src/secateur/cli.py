@@ -31,6 +31,7 @@ from secateur import (
     distributed,
     models,
     pipeline,
+    runs,
 )
 from secateur.base import BaseConfig, train_base
 from secateur.config import AnyConfig, RunConfig, from_dict, read_tables
@@ -367,7 +368,7 @@ def prune(
         settings,
     )
     with _resumable(out):
-        result = pipeline.run(
+        result = runs.run(
             resolved,
             out,
             overwrite=overwrite,
@@ -412,7 +413,7 @@ def finetune_run(
             raise UsageError(f"--set {key}: only keys of finetune can be set here")
         given[name] = value
     with _resumable(run):
-        result = pipeline.finetune(
+        result = runs.finetune(
             run,
             out or run,
             given,
@@ -661,7 +662,7 @@ def run_demo(
             },
             RunConfig,
         )
-    result = pipeline.run(settings, out, overwrite=True, track=_track(), command=_command())
+    result = runs.run(settings, out, overwrite=True, track=_track(), command=_command())
     _show_run(result, out, as_json=False)
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur import bundle, concepts, criteria, data, distributed, models
+from secateur import concepts, criteria, data, distributed, models
 from secateur.bundle import EventLog, Origin
 from secateur.checkpoint import Checkpoints
 from secateur.concepts import ConceptSource
-from secateur.config import RunConfig, from_dict, to_toml
+from secateur.config import RunConfig
 from secateur.criteria import Criterion
 from secateur.data import Batch, DataSet, Images, set_apart
 from secateur.errors import UnknownName, UsageError
@@ -26,7 +23,6 @@ from secateur.evaluate import Score, evaluate
 from secateur.features import ResidualSum, residual_sums
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
-from secateur.manifest import CONFIG
 from secateur.models import Preprocessing
 from secateur.norms import NormChange, reestimate_norms
 from secateur.plan import PruningPlan, parse_target
@@ -34,9 +30,7 @@ from secateur.polish import Polish, polish
 from secateur.progress import Track, silent
 from secateur.reading import make_wiring
 from secateur.refit import LayerRefit, refit
-from secateur.report import write_report
 from secateur.result import (
-    RESULT,
     FrozenResult,
     GroupResult,
     RunResult,
@@ -44,9 +38,7 @@ from secateur.result import (
     StageResult,
     TuningResult,
     after_rounds,
-    comparable,
     environment,
-    read_result,
 )
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan, relative_error, silence
@@ -54,176 +46,6 @@ from secateur.survey import Survey, make_survey
 from secateur.timing import plan_in_time
 from secateur.training import train
 from secateur.wiring import Wiring
-
-
-def run(
-    config: RunConfig,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    allow_untrained: bool = False,
-    track: Track = silent,
-    command: str | None = None,
-) -> RunResult:
-    """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
-
-    The folder is there as soon as the network is cut and repaired, and again when it has been
-    fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
-    interrupted run with the same configuration has left there, which may be nothing. Raises
-    `SecateurError`, and then leaves what the folder held last.
-    """
-    check_names(config)
-    check_weights(config, allow_untrained=allow_untrained)
-    if not (resume and bundle.is_run(folder)):
-        bundle.check_free(folder, overwrite=overwrite)
-        dataset, model = load_inputs(config)
-        with _new_run_folder(folder, overwrite=overwrite) as temporary:
-            log = _log(temporary)
-            log.write("start", command=command, config=config.model_dump(mode="json"))
-            pruned = cut(model, dataset, config, track=track, log=log, command=command)
-            _write(temporary, pruned, log)
-    else:
-        dataset, model = load_inputs(config)
-        pruned = _read(folder, model, resolved(config, dataset))
-    while not pruned.is_finished:
-        if not pruned.is_tuned:
-            pruned = _tune_folder(folder, folder, pruned, model, dataset, track)
-            continue
-        log = _log(folder)
-        pruned = cut(
-            model,
-            dataset,
-            pruned.result.config,
-            earlier=pruned,
-            track=track,
-            log=log,
-            command=command,
-        )
-        _renew(folder, folder, pruned, overwrite=True)
-    return pruned.result
-
-
-def finetune(
-    folder: Path,
-    out: Path,
-    changes: Mapping[str, object],
-    *,
-    source: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    track: Track = silent,
-    command: str | None = None,
-) -> RunResult:
-    """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
-
-    The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
-    of the run's configuration, `source` is where its data is now. With `resume` it goes on from
-    the checkpoints that an interrupted call with the same changes has left in `folder`. Raises
-    `SecateurError`, and then leaves what was there.
-    """
-    if out != folder:
-        bundle.check_free(out, overwrite=overwrite)
-    result = read_result(folder)
-    sections = result.config.model_dump(mode="json", exclude_none=True)
-    sections["finetune"] = {**sections["finetune"], **changes}
-    sections["data"]["source"] = source or sections["data"]["source"]
-    config = from_dict(sections, RunConfig)
-    if config.finetune.epochs == 0:
-        raise UsageError("there is nothing to do in 0 epochs: --epochs")
-    if not resume and distributed.is_first():
-        shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
-    distributed.wait()
-    dataset, model = load_inputs(config)
-    pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
-    _log(folder).write("finetune", command=command, changes=dict(changes))
-    return _tune_folder(folder, out, pruned, model, dataset, track, overwrite=overwrite).result
-
-
-def _tune_folder(
-    folder: Path,
-    out: Path,
-    pruned: Pruned,
-    model: nn.Module,
-    dataset: DataSet,
-    track: Track,
-    *,
-    overwrite: bool = False,
-) -> Pruned:
-    """Fine-tunes the network of one run folder into another, which may be the same."""
-    checkpoints = Checkpoints(folder / bundle.CHECKPOINTS)
-    log = _log(folder)
-    tuned = tune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
-    _renew(folder, out, tuned, overwrite=overwrite or out == folder)
-    if out != folder and distributed.is_first():
-        shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
-    return tuned
-
-
-def _renew(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
-    """Writes a run folder that goes on from another one, which it may replace."""
-    with _new_run_folder(out, overwrite=overwrite) as temporary:
-        if temporary is not None:
-            shutil.copyfile(folder / bundle.LOG, temporary / bundle.LOG)
-        _write(temporary, pruned, _log(temporary))
-
-
-@contextlib.contextmanager
-def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
-    """See `bundle.new_run_folder`; None but in the first process, which alone writes.
-
-    All processes leave the block when the folder is there.
-    """
-    if distributed.is_first():
-        with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
-            yield temporary
-    else:
-        yield None
-    distributed.wait()
-
-
-def _log(folder: Path | None) -> EventLog:
-    """The log in a folder, written to by the first process alone."""
-    return EventLog(folder / bundle.LOG if folder and distributed.is_first() else None)
-
-
-def _write(folder: Path | None, pruned: Pruned, log: EventLog) -> None:
-    """Every file of a run but its log."""
-    if folder is None:
-        return
-    config = pruned.result.config
-    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
-    manifest = bundle.write(folder, pruned.model, pruned.plan, origin(config))
-    if manifest.no_program is not None:
-        log.write("no_program", reason=manifest.no_program)
-    text = pruned.result.model_dump_json(indent=1)
-    (folder / RESULT).write_text(text + "\n", encoding="utf-8")
-    if pruned.latency is not None:
-        (folder / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
-    write_report(pruned.result, folder / bundle.REPORT)
-    if pruned.is_finished:
-        log.write("end")
-
-
-def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
-    """What a run of the same configuration has left; raises `UsageError` where it was another."""
-    result = read_result(folder)
-    expected, found = comparable(config), comparable(result.config)
-    for key in expected.keys() | found.keys():
-        if expected.get(key) != found.get(key):
-            raise UsageError(
-                f"the run in {folder} was made with {key} = {found.get(key)}, not "
-                f"{expected.get(key)}: resume it as it was begun, or choose another folder"
-            )
-    return _load(folder, model, result.model_copy(update={"config": config}))
-
-
-def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
-    """The network of a run folder and all that belongs to it, with a result put in its place."""
-    path = folder / bundle.LATENCY
-    latency = LatencyTable.from_json(path.read_text("utf-8")) if path.is_file() else None
-    smaller = bundle.load(folder, architecture=model)
-    return Pruned(smaller, bundle.read_plan(folder), result, latency)
 
 
 def origin(config: RunConfig) -> Origin:

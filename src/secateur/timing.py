@@ -111,9 +111,9 @@ def plan_in_time(
 ) -> tuple[PruningPlan, float]:
     """A plan whose network takes a fraction of the time of `model`, and the fraction as measured.
 
-    `plan(fraction)` gives the plan that is foretold to take a fraction, `least` or more. What is foretold is some
-    per cent off, so the network is cut and timed beside the whole one, in turns, and the plan made
-    anew for a fraction that is smaller or larger by as much. Taken is the plan that takes the most
+    `plan(fraction)` gives the plan that is foretold to take a fraction, `least` or more. What is
+    foretold is some per cent off, so the network is cut and timed beside the whole one, in turns,
+    and the plan made anew for a smaller or larger fraction. Taken is the plan that takes the most
     time of those within the fraction. Raises `TargetError`
     where none is within it.
     """

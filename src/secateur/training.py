@@ -240,10 +240,10 @@ class _Run:
             for batch in track(batches, title, self._stream.steps - at.step):
                 with held() as interrupts:
                     self._step(batch)
-                    asked = distributed.any_of(interrupts.is_pending)
-                    if not asked and self._is_due():
+                    if self._is_due():
                         self.save(checkpoints)
-                if asked:
+                    asked = distributed.any_of(interrupts.is_pending)
+                if asked or interrupts.is_pending:
                     raise KeyboardInterrupt
                 if distributed.any_of(self._is_time_over()):
                     self._ended = "time"
