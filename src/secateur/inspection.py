@@ -38,14 +38,17 @@ def inspect_network(
         update={"score": config.score.model_copy(update={"sample_every": 1})}
     )
     dataset, network = pipeline.load_inputs(config)
-    ground = pipeline.prepare_ground(network, dataset, config)
+    unreadable = pipeline.make_unreadable(config)
+    ground = pipeline.prepare_ground(network, dataset, config, unreadable)
     wiring = ground.wiring
     dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
     top = TopImages(TOP_IMAGES)
     scores = score_filters(
         network,
         wiring,
-        lambda: pipeline.stream(ground.probe, config, track, "looking at filters"),
+        lambda: pipeline.stream(
+            ground.probe, config, track, "looking at filters", unreadable
+        ),
         {name: pipeline.make_criterion(name, ground.source, config) for name in criterion_names},
         ground.source,
         config.score,
@@ -96,6 +99,7 @@ def inspect_network(
         "macs": wiring.macs(),
         "parameters": wiring.params(),
         "probe_images": len(ground.probe.labels),
+        "unreadable": [] if unreadable is None else list(unreadable.names),
         "concept_source": config.score.concepts,
         "groups": groups,
         "frozen": frozen,

@@ -16,8 +16,8 @@ from secateur.bundle import EventLog, Origin
 from secateur.concepts import ConceptSource
 from secateur.config import RunConfig, to_toml
 from secateur.criteria import Criterion
-from secateur.data import Batch, DataSet, Images, set_apart
-from secateur.errors import UnknownName, UsageError
+from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
+from secateur.errors import DataError, UnknownName, UsageError
 from secateur.evaluate import evaluate
 from secateur.finetune import Epoch, finetune
 from secateur.graph import tensors_of
@@ -98,6 +98,11 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
     num_classes = config.model.num_classes or len(dataset.class_names)
     if not num_classes:
         raise UsageError("without data the number of classes must be given: --num-classes")
+    if num_classes < len(dataset.class_names):
+        raise DataError(
+            f"{config.data.source} has {len(dataset.class_names)} classes, but the network is to "
+            f"tell {num_classes} classes apart: --num-classes must not be less"
+        )
     model = models.load(
         config.model.name, config.model.weights, num_classes=num_classes, seed=config.seed
     )
@@ -155,12 +160,22 @@ class Ground:
     """A few probe images `[image, rgb, height, width]`, normalised."""
     wiring: Wiring
     source: ConceptSource
+    unreadable: Unreadable | None = None
+    """Notes probe images that can't be read, where those are left out."""
 
 
-def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Ground:
+def make_unreadable(config: RunConfig) -> Unreadable | None:
+    """What notes the images that can't be read; None where they are an error."""
+    return Unreadable() if config.data.skip_unreadable else None
+
+
+def prepare_ground(
+    model: nn.Module, dataset: DataSet, config: RunConfig, unreadable: Unreadable | None = None
+) -> Ground:
     """Draws the probe set and reads the network's wiring, as `config` says.
 
-    Concepts that are annotated bring images of their own: those are the probe set then.
+    Concepts that are annotated bring images of their own: those are the probe set then. Raises
+    `SecateurError`.
     """
     text = config.score.concepts
     annotated = concepts.annotated_images(text)
@@ -172,12 +187,15 @@ def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Gro
     )
     size = min(8, config.data.batch_size)
     expected = preprocessing(config)
-    example = next(iter(data.batches(probe, size, expected))).images
+    first = next(iter(data.batches(probe, size, expected, unreadable=unreadable)), None)
+    if first is None:
+        raise DataError(f"none of {len(probe.labels)} probe images can be read")
+    example = first.images
     wiring = make_wiring(
         model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
     )
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
-    return Ground(probe, example, wiring, source)
+    return Ground(probe, example, wiring, source, unreadable)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -198,11 +216,21 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
     return criteria.make(name, config.score, config.seed, weights)
 
 
-def stream(images: Images, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
-    """The images in batches as `config` says, with progress shown under a title."""
+def stream(
+    images: Images,
+    config: RunConfig,
+    track: Track,
+    title: str,
+    unreadable: Unreadable | None = None,
+) -> Iterable[Batch]:
+    """The images in batches as `config` says, with progress shown under a title.
+
+    For those that can't be read see `data.batches`.
+    """
     size = config.data.batch_size
     total = math.ceil(len(images.labels) / size)
-    return track(data.batches(images, size, preprocessing(config)), title, total)
+    found = data.batches(images, size, preprocessing(config), unreadable=unreadable)
+    return track(found, title, total)
 
 
 def survey_filters(
@@ -212,7 +240,7 @@ def survey_filters(
     return make_survey(
         model,
         ground.wiring,
-        lambda: stream(ground.probe, config, track, "scoring filters"),
+        lambda: stream(ground.probe, config, track, "scoring filters", ground.unreadable),
         config.score.criterion,
         make_criterion(config.score.criterion, ground.source, config),
         ground.source,
@@ -245,7 +273,7 @@ def repair_in_place(
         smaller,
         ground.wiring,
         plan,
-        stream(ground.probe, config, silent, ""),
+        stream(ground.probe, config, silent, "", ground.unreadable),
         config.refit,
         seed=config.seed,
         track=track,
@@ -256,8 +284,8 @@ def repair_in_place(
     norms = reestimate_norms(
         model,
         smaller,
-        lambda: stream(fit, config, track, "re-estimating norms"),
-        lambda: stream(held_out, config, silent, ""),
+        lambda: stream(fit, config, track, "re-estimating norms", ground.unreadable),
+        lambda: stream(held_out, config, silent, "", ground.unreadable),
     )
     return Repair(layers, norms)
 
@@ -276,7 +304,8 @@ def _search(
     target = parse_target(config.plan.target)
 
     def accuracy(network: nn.Module) -> float:
-        return evaluate(network, stream(dataset.validation, config, silent, "")).top1_fraction
+        images = stream(dataset.validation, config, silent, "", ground.unreadable)
+        return evaluate(network, images).top1_fraction
 
     def attempt(fraction_left: float) -> float:
         plan = survey.plan(replace(target, fraction_left=fraction_left))
@@ -321,17 +350,19 @@ def prune(
     check_names(config)
     config = resolved(config, dataset)
     stages: list[StageResult] = []
+    unreadable = make_unreadable(config)
 
     def score(stage: Stage, network: nn.Module, since: float) -> None:
         seconds = time.perf_counter() - since
-        found = evaluate(network, stream(dataset.test, config, track, f"scoring ({stage})"))
+        images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
+        found = evaluate(network, images)
         stages.append(StageResult(stage=stage, score=found, seconds=seconds))
         log.write("stage", **stages[-1].model_dump())
 
     score("before", model, time.perf_counter())
 
     start = time.perf_counter()
-    ground = prepare_ground(model, dataset, config)
+    ground = prepare_ground(model, dataset, config, unreadable)
     wiring = ground.wiring
     survey = survey_filters(model, ground, config, track)
     if survey.latency is not None:
@@ -362,7 +393,7 @@ def prune(
             model,
             smaller,
             fit,
-            lambda: stream(held_out, config, silent, ""),
+            lambda: stream(held_out, config, silent, "", unreadable),
             preprocessing(config),
             config.polish,
             seed=config.seed,
@@ -375,7 +406,8 @@ def prune(
     epochs: list[EpochResult] = []
 
     def after_epoch(epoch: Epoch) -> None:
-        found = evaluate(smaller, stream(dataset.validation, config, track, "validating"))
+        images = stream(dataset.validation, config, track, "validating", unreadable)
+        found = evaluate(smaller, images)
         epochs.append(EpochResult(epoch=epoch, validation_top1_fraction=found.top1_fraction))
         log.write("epoch", **epochs[-1].model_dump())
 
@@ -419,5 +451,8 @@ def prune(
         norms=repair.norms,
         polish=polished,
         epochs=tuple(epochs),
+        unreadable=() if unreadable is None else unreadable.names,
     )
+    if result.unreadable:
+        log.write("unreadable", files=result.unreadable)
     return Pruned(smaller, plan, result, survey.latency)

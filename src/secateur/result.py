@@ -102,6 +102,8 @@ class RunResult(Record):
     polish: Polish | None
     """None without polishing."""
     epochs: tuple[EpochResult, ...]
+    unreadable: tuple[str, ...] = ()
+    """Image files that were left out everywhere because they can't be read."""
 
     def score(self, stage: Stage) -> Score | None:
         """The score of a stage, if the run came to it."""

@@ -10,11 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.errors import DataError
+from secateur.data.unreadable import Unreadable, decode_all, read_batch
 from secateur.models import Preprocessing
 from secateur.regions import ConceptMasks
 
@@ -32,7 +31,10 @@ class Images(Protocol):
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """The images with these numbers, resized and cropped; raises `DataError`."""
+        """The images with these numbers, resized and cropped.
+
+        Raises `UnreadableImage` that names all that can't be read, or another `DataError`.
+        """
 
     def take(self, indices: Indices) -> Images:
         """The images with these numbers as a list of their own."""
@@ -71,24 +73,14 @@ class FileImages:
     ) -> UInt8[Tensor, "image rgb height width"]:
         """See `Images.read`."""
 
-        def decode(index: int) -> Tensor:
-            return to_size(_decode(self.paths[index]), preprocessing)
+        def find(index: int) -> tuple[str, Path]:
+            return str(self.paths[index]), self.paths[index]
 
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(decode, indices.tolist())))
+        return torch.stack(decode_all(indices, find, lambda one: to_size(one, preprocessing)))
 
     def take(self, indices: Indices) -> FileImages:
         """See `Images.take`."""
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
-
-
-def _decode(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image {path} can't be read: {error}") from error
-    return pixels
 
 
 def to_size(
@@ -158,6 +150,7 @@ def batches(
     shuffle: torch.Generator | None = None,
     augment: Augmentation | None = None,
     shard: tuple[int, int] = (0, 1),
+    unreadable: Unreadable | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in batches of `size`; the last one may be smaller.
 
@@ -165,6 +158,9 @@ def batches(
     Annotations come along where there are any, but not with augmented images. `shard` is a number
     and how many there are: only every so manieth image of the list from that one on, for several
     processes that go through one list. The next batch is read while the last one is in use.
+
+    An image that can't be read is an error that names it, unless there is `unreadable` to note it
+    in: then its batch comes without it, or not at all where there is no other image in it.
     """
     from secateur.data.annotated import AnnotatedImages  # which itself is made of images
 
@@ -175,9 +171,13 @@ def batches(
     chunks = [chunk for chunk in order[rank::shards].split(size) if len(chunk)]
     annotated = images if isinstance(images, AnnotatedImages) and augment is None else None
 
-    def read(indices: Tensor) -> Batch:
+    def read(chunk: Tensor) -> Batch | None:
+        found = read_batch(lambda some: images.read(some, preprocessing), chunk, unreadable)
+        if found is None:
+            return None
+        indices, pixels = found
         return Batch(
-            preprocessing.normalise(images.read(indices, preprocessing)),
+            preprocessing.normalise(pixels),
             images.labels[indices],
             indices,
             annotated.regions(indices, preprocessing) if annotated else None,
@@ -191,6 +191,8 @@ def batches(
             batch = coming.result()
             if number + 1 < len(chunks):
                 coming = pool.submit(read, chunks[number + 1])
+            if batch is None:
+                continue
             if augment is not None:
                 batch = replace(batch, images=augment.apply(batch.images, shuffle))
             yield batch
