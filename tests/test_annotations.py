@@ -23,10 +23,11 @@ from secateur import concepts
 from secateur.concepts.annotations import Annotations
 from secateur.concepts.broden import read_broden
 from secateur.concepts.combined import Combined
-from secateur.concepts.cub import RADIUS_FRACTION, read_birds, read_boxes, read_parts
+from secateur.concepts.cub import RADIUS_FRACTION, read_boxes, read_parts
 from secateur.concepts.masks import read_masks
 from secateur.data import TensorImages, batches, draw_probe
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.cub import read_birds
 from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
 from secateur.regions import ABSENT, Concept, ConceptMasks

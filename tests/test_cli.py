@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import secateur
 from runs import DigitsRun, small_config
-from secateur import cli, concepts, export, models, runs
+from secateur import cli, concepts, data, export, models, runs
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,45 @@ def test_models_lists_what_can_be_named(call: Call) -> None:
     assert "vote-response" in found["criteria"]
     assert set(found["concepts"]) == set(concepts.sources())
     assert {"evidence", "saliency", "factors", "colours", "masks"} <= set(found["concepts"])
+    assert found["data"] == list(data.FORMS)
+    assert {f"{kind}:DIR" for kind in data.READERS} < set(found["data"])
+    assert {"hf:NAME_OR_PATH", "digits"} < set(found["data"])
     assert "resnet56" in call("models").out
+
+
+def test_unreadable_images_are_left_out_if_asked(
+    call: Call, images: Path, model_file: Path, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        file = images / name / "0.png"
+        file.write_bytes(file.read_bytes()[:50])
+    common = ["-m", f"{model_file}:small", "-d", f"folder:{images}", "--image-size", 16]
+    options = [*common, "--no-finetune"]
+    fails(call, tmp_path / "run", 1, "0.png can't be read", *options)
+    outcome = call("prune", *options, "--skip-unreadable", "-o", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    lost = json.loads((tmp_path / "run" / "result.json").read_text())["unreadable"]
+    assert lost
+    assert set(lost) <= {f"{images}/cat/0.png", f"{images}/dog/0.png"}
+    line = f"{len(lost)} images can't be read and were left out: {', '.join(lost)}"
+    assert line in outcome.out.splitlines()
+    scored = call("evaluate", *common, "--json", "--skip-unreadable")
+    assert scored.code == 0
+    found = json.loads(scored.out)
+    assert found["images"] + len(found["unreadable"]) == 2
+    assert call("inspect", *common, "--skip-unreadable").code == 0
+
+
+def test_weights_for_another_number_of_classes_than_the_data(
+    call: Call, images: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(models.load("resnet20").state_dict(), weights)
+    common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
+    words = "tell 10 classes apart, but the data or --num-classes asks for 2"
+    fails(call, tmp_path / "run", 1, words, *common)
+    words = f"folder:{images} has 2 classes, but the network is to tell 1 classes apart"
+    fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
 def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> None:

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from secateur import data
 from secateur.data import FileImages, TensorImages, batches
-from secateur.data.cifar10 import CLASS_NAMES
+from secateur.data.cifar import CLASS_NAMES
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.models import Preprocessing
@@ -248,7 +248,7 @@ def test_a_folder_without_cifar_says_what_was_expected(tmp_path: Path) -> None:
 
 
 def test_the_staged_test_images_are_cifars(shared_data: Path) -> None:
-    from secateur.data.cifar10 import _stacked
+    from secateur.data.cifar import _stacked
 
     directory = shared_data / "cifar10"
     if not directory.is_dir():
@@ -381,7 +381,9 @@ def test_folders_that_make_no_data_set_are_refused(
     ("name", "error", "message"),
     [
         ("cifar1:x", UnknownName, "unknown data set 'cifar1': did you mean cifar10"),
-        ("imagenet", UnknownName, "unknown data set 'imagenet': known: cifar10, digits, folder"),
+        ("birds", UnknownName, "unknown data set 'birds': known: cifar10, cifar100, cub, digits"),
+        ("imagenet", UsageError, "'imagenet' needs a folder: imagenet:DIR"),
+        ("hf:", UsageError, "'hf:' needs a name or a folder: hf:NAME_OR_PATH"),
         ("folder", UsageError, "'folder' needs a folder: folder:DIR"),
         ("cifar10:", UsageError, "'cifar10:' needs a folder: cifar10:DIR"),
         ("folder:/no/where", DataError, "no folder /no/where to read folder from"),

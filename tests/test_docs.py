@@ -12,6 +12,7 @@ import criteria
 import resnet20
 import studies
 import tables
+from secateur import data
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,12 @@ def test_every_source_file_is_on_the_map() -> None:
     modules = {path.name for path in (ROOT / "src" / "secateur").glob("*.py")}
     unmapped = {name for name in modules if f"`{name}`" not in readme}
     assert unmapped <= {"__init__.py", "errors.py", "config.py", "progress.py", "demo.py"}
+
+
+def test_every_kind_of_data_is_told_of() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    kinds = [form.partition(":")[0] for form in data.FORMS]
+    assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
 
 
 @pytest.mark.parametrize("study", list(studies.TARGETS))

@@ -167,6 +167,23 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert_same(model, before)
 
 
+def test_a_head_for_another_number_of_classes_is_said_to_be_that(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = models.load("resnet20", num_classes=100).state_dict()
+    save_file(state, path)
+    message = r"w\.safetensors tell 100 classes apart, but the data or --num-classes asks for 7$"
+    with pytest.raises(WeightsError, match=message):
+        models.load("resnet20", path, num_classes=7)
+    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
+    save_file(state, path)
+    with pytest.raises(WeightsError, match="don't fit the network: 3 misshapen"):
+        models.load("resnet20", path, num_classes=7)
+    del state["conv1.weight"]
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=r"don't fit the network: 1 missing: conv1\.weight"):
+        models.load("resnet20", path, num_classes=7)
+
+
 def test_many_wrong_keys_are_cut_short(tmp_path: Path) -> None:
     save_file({"nothing": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"\d+ missing: conv1.weight, .*, …; 1 unexpected"):

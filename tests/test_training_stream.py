@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from secateur.data import Batch, FileImages, TensorImages
+from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.training import TrainingStream
-from secateur.errors import DataError
+from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
 
 NATIVE = Preprocessing(16, 16)
@@ -46,7 +46,7 @@ def is_equal(one: list[Batch], other: list[Batch]) -> bool:
 # --- order --------------------------------------------------------------------------------------
 
 
-@given(st.integers(4, 40), st.integers(2, 12), st.integers(1, 3))
+@given(st.integers(4, 40), st.integers(3, 12), st.integers(1, 3))
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
 def test_every_process_gets_its_share_and_together_they_see_the_epoch(
     count: int, size: int, processes: int
@@ -100,9 +100,31 @@ def test_global_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_fewer_images_than_processes_is_an_error() -> None:
-    with pytest.raises(DataError, match="2 images can't be trained on by 3 processes"):
-        _ = stream(numbered(2), shard=(0, 3)).steps
+@pytest.mark.parametrize(("count", "size"), [(2, 7), (20, 2)])
+def test_fewer_images_than_processes_is_an_error(count: int, size: int) -> None:
+    said = f"{count} images in batches of {size} can't be trained on by 3 processes"
+    with pytest.raises(UsageError, match=said):
+        _ = stream(numbered(count), size, shard=(0, 3)).steps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_where_asked_for(workers: int, tmp_path: Path) -> None:
+    paths = tuple(tmp_path / f"{number}.png" for number in range(12))
+    for number, path in enumerate(paths):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(path)
+    images = FileImages(paths, torch.arange(12))
+    whole = list(stream(images, 4, workers=workers).epoch(1))
+    paths[5].write_bytes(b"")
+    unreadable = Unreadable()
+    for augmentation in (Augmentation(), Augmentation("resized")):
+        given = stream(images, 4, workers=workers, unreadable=unreadable, augmentation=augmentation)
+        found = list(given.epoch(1))
+        assert sorted(labels_of(found)) == [number for number in range(12) if number != 5]
+        if augmentation == Augmentation():
+            for one, other in zip(whole, found, strict=True):
+                stays = one.labels != 5
+                assert torch.equal(one.images[stays], other.images)
+    assert unreadable.names == (str(paths[5]),)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

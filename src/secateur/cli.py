@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -68,7 +68,19 @@ WeightsOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", "-d", help="cifar10:DIR, folder:DIR (class folders) or digits."),
+    typer.Option(
+        "--data",
+        "-d",
+        help="cifar10:DIR, cifar100:DIR, fashion-mnist:DIR, imagenet:DIR, imagenette:DIR, cub:DIR, "
+        "folder:DIR (class folders), hf:NAME_OR_PATH or digits.",
+    ),
+]
+SkipOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-unreadable/--no-skip-unreadable",
+        help="Leave image files out that can't be read, and count them (default: an error).",
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -309,6 +321,7 @@ def prune(
     settings: SetOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
+    skip_unreadable: SkipOption = None,
     seed: SeedOption = None,
     config: ConfigOption = None,
     overwrite: Annotated[
@@ -340,6 +353,7 @@ def prune(
                 "probe_images": probe_images,
                 "stratified": stratify,
                 "image_size": image_size,
+                "skip_unreadable": skip_unreadable,
             },
             "score": {
                 "criterion": criterion,
@@ -470,7 +484,7 @@ def train_network(
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    _show_score(result.score, as_json=False)
+    _show_score(result.score, None, as_json=False)
     _out().print(f"weights: {out / WEIGHTS}", soft_wrap=True, highlight=False)
 
 
@@ -484,6 +498,7 @@ def evaluate(
     data_source: DataOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
+    skip_unreadable: SkipOption = None,
     config: ConfigOption = None,
     allow_untrained: UntrainedOption = False,
     as_json: JsonOption = False,
@@ -493,7 +508,11 @@ def evaluate(
         raise UsageError("name either a run folder or a network with --model")
     given = {
         "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
-        "data": {"source": data_source, "image_size": image_size},
+        "data": {
+            "source": data_source,
+            "image_size": image_size,
+            "skip_unreadable": skip_unreadable,
+        },
     }
     settings = _config(run / CONFIG if run else config, given, RunConfig)
     if run is not None:
@@ -502,9 +521,11 @@ def evaluate(
     else:
         pipeline.check_weights(settings, allow_untrained=allow_untrained)
         dataset, network = pipeline.load_inputs(settings)
-    images = pipeline.stream(dataset.test, settings, _track(), "scoring")
+    unreadable = pipeline.make_unreadable(settings)
+    images = pipeline.stream(dataset.test, settings, _track(), "scoring", unreadable)
     score = evaluate_network(network, images)
-    _show_score(score, as_json=as_json)
+    names = None if unreadable is None else pipeline.names_of(unreadable)
+    _show_score(score, names, as_json=as_json)
 
 
 @app.command()
@@ -535,6 +556,7 @@ def inspect(
     exclude: ExcludeOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
+    skip_unreadable: SkipOption = None,
     seed: SeedOption = None,
     config: ConfigOption = None,
     allow_untrained: UntrainedOption = False,
@@ -557,6 +579,7 @@ def inspect(
                 "source": data_source,
                 "probe_images": probe_images,
                 "image_size": image_size,
+                "skip_unreadable": skip_unreadable,
             },
             "score": {"concepts": concept_source, "criterion": names[0]},
             "plan": {"cut_stream": cut_stream, "exclude": exclude},
@@ -570,10 +593,12 @@ def inspect(
     found = inspect_network(settings, names, pictures=pictures, track=_track())
     if as_json:
         print(json.dumps(found, indent=1))
-    elif layer is not None:
+        return
+    if layer is not None:
         _show_filters(found, layer)
     else:
         _show_groups(found)
+    _show_unreadable(found["unreadable"])
 
 
 @app.command()
@@ -621,7 +646,7 @@ def list_models(as_json: JsonOption = False) -> None:
         "networks": models.names(),
         "criteria": list(criteria.CRITERIA),
         "concepts": list(concepts.sources()),
-        "data": [*(f"{kind}:DIR" for kind in data.READERS), "digits"],
+        "data": list(data.FORMS),
     }
     if as_json:
         print(json.dumps(found, indent=1))
@@ -803,12 +828,26 @@ def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     removed = sum(len(group.removed) for group in result.groups)
     filters = sum(group.filters for group in result.groups)
     _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
+    _show_unreadable(result.unreadable)
     _out().print(f"report: {folder / bundle.REPORT}", soft_wrap=True, highlight=False)
 
 
-def _show_score(score: Score, *, as_json: bool) -> None:
+def _show_unreadable(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        _out().print(
+            f"{len(names)} images can't be read and were left out: "
+            f"{', '.join(map(_escaped, names[:3]))}{more}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool) -> None:
+    """With the images that were left out, where that was asked for."""
     if as_json:
-        print(json.dumps(asdict(score), indent=1))
+        skipped = {} if unreadable is None else {"unreadable": unreadable}
+        print(json.dumps({**asdict(score), **skipped}, indent=1))
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for title, text in (
@@ -822,6 +861,7 @@ def _show_score(score: Score, *, as_json: bool) -> None:
     ):
         table.add_row(title, text)
     _out().print(table)
+    _show_unreadable(unreadable or ())
 
 
 def _show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:

@@ -42,7 +42,7 @@ class DataSection(Section):
     """The images."""
 
     source: str
-    """`cifar10:DIR`, `folder:DIR` or `digits`."""
+    """`cifar10:DIR`, `imagenet:DIR`, `folder:DIR`, …; `secateur models` lists the kinds."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training images that is held out of everything, to choose by."""
     probe_images: int = Field(default=2000, ge=1)
@@ -57,6 +57,8 @@ class DataSection(Section):
     """Standard deviation of x / 255 by colour; by default what the network was made for."""
     batch_size: int = Field(default=100, ge=2)
     """Images at a time, in scoring, refit and evaluation."""
+    skip_unreadable: bool = False
+    """Whether image files that can't be read are left out and counted, not an error."""
 
 
 class ScoreSection(Section):

@@ -7,6 +7,7 @@
     │   ├── UnknownName      a model, criterion or other name that does not exist
     │   └── TargetError      a target that no plan can meet or that makes no sense
     ├── DataError            a data set that is missing, empty or unreadable
+    │   └── UnreadableImage  image files that are damaged or gone; may be left out on request
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
     ├── TraceError           a network whose wiring can't be read
     ├── ExportError          a network that can't be written as ONNX, or answers otherwise there
@@ -51,6 +52,16 @@ class TargetError(UsageError):
 
 class DataError(SecateurError):
     """The data set is missing, empty, inconsistent or unreadable."""
+
+
+class UnreadableImage(DataError):
+    """Images that were asked for are damaged or gone; see `data.unreadable`."""
+
+    def __init__(self, files: dict[int, str], reason: object) -> None:
+        self.files = files
+        """The name of each file, by the number of its image; `reason` is that of the first."""
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        super().__init__(f"the image {next(iter(files.values()))} can't be read: {reason}{more}")
 
 
 class WeightsError(SecateurError):

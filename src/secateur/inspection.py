@@ -38,7 +38,8 @@ def inspect_network(
         update={"score": config.score.model_copy(update={"sample_every": 1})}
     )
     dataset, network = pipeline.load_inputs(config)
-    ground = pipeline.prepare_ground(network, dataset, config)
+    unreadable = pipeline.make_unreadable(config)
+    ground = pipeline.prepare_ground(network, dataset, config, unreadable)
     wiring = ground.wiring
     dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
     top = TopImages(TOP_IMAGES)
@@ -96,6 +97,7 @@ def inspect_network(
         "macs": wiring.macs(),
         "parameters": wiring.params(),
         "probe_images": len(ground.probe.labels),
+        "unreadable": list(pipeline.names_of(unreadable)),
         "concept_source": config.score.concepts,
         "groups": groups,
         "frozen": frozen,

@@ -170,7 +170,7 @@ def load(
         else:
             model = BUILT_IN[name](num_classes)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, num_classes)
     return model.eval()
 
 
@@ -280,12 +280,13 @@ def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = None) -> None:
     """Copies the weights of a file into `model`; every key must fit.
 
     Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict inside
     a dict (`state_dict`, `model`, …) and the prefixes that data-parallel and compiled networks add
-    are taken off. Raises `WeightsError` that names the missing, unexpected and misshapen keys.
+    are taken off. Raises `WeightsError` that names the missing, unexpected and misshapen keys or,
+    where only the head is for another number of classes than `num_classes`, both numbers.
     """
     found = read_weights(Path(path))
     expected = model.state_dict()
@@ -293,11 +294,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     missing = [name for name in expected if name not in found and name not in optional]
     unexpected = [name for name in found if name not in expected]
     unexpected.sort(key=lambda name: name.endswith("num_batches_tracked"))  # weights first
-    misshapen = [
-        f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}"
+    shapes = {
+        name: (list(tensor.shape), list(expected[name].shape))
         for name, tensor in found.items()
         if name in expected and tensor.shape != expected[name].shape
-    ]
+    }
+    misshapen = [f"{name} is {shape}, not {wanted}" for name, (shape, wanted) in shapes.items()]
+    heads = {shape[0] for shape, _ in shapes.values() if shape}
+    only_heads = all(
+        wanted == [num_classes, *shape[1:]] and shape for shape, wanted in shapes.values()
+    )
+    if len(heads) == 1 and only_heads and not missing and not unexpected:
+        raise WeightsError(
+            f"the weights in {path} tell {heads.pop()} classes apart, but the data or "
+            f"--num-classes asks for {num_classes}"
+        )
     complaints = [
         f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
         for title, keys in (

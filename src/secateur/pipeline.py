@@ -17,8 +17,8 @@ from secateur.checkpoint import Checkpoints
 from secateur.concepts import ConceptSource
 from secateur.config import RunConfig
 from secateur.criteria import Criterion
-from secateur.data import Batch, DataSet, Images, set_apart
-from secateur.errors import UnknownName, UsageError
+from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
+from secateur.errors import DataError, UnknownName, UsageError
 from secateur.evaluate import Score, evaluate
 from secateur.features import ResidualSum, residual_sums
 from secateur.graph import tensors_of
@@ -65,6 +65,11 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
     num_classes = config.model.num_classes or len(dataset.class_names)
     if not num_classes:
         raise UsageError("without data the number of classes must be given: --num-classes")
+    if num_classes < len(dataset.class_names):
+        raise DataError(
+            f"{config.data.source} has {len(dataset.class_names)} classes, but the network is to "
+            f"tell {num_classes} classes apart: --num-classes must not be less"
+        )
     model = models.load(
         config.model.name, config.model.weights, num_classes=num_classes, seed=config.seed
     )
@@ -122,12 +127,28 @@ class Ground:
     """A few probe images `[image, rgb, height, width]`, normalised."""
     wiring: Wiring
     source: ConceptSource
+    unreadable: Unreadable | None = None
+    """Notes probe images that can't be read, where those are left out."""
 
 
-def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Ground:
+def make_unreadable(config: RunConfig) -> Unreadable | None:
+    """What notes the images that can't be read; None where they are an error."""
+    return Unreadable() if config.data.skip_unreadable else None
+
+
+def names_of(unreadable: Unreadable | None) -> tuple[str, ...]:
+    """The files that were left out, by any process, sorted."""
+    own = () if unreadable is None else unreadable.names
+    return tuple(sorted({name for names in distributed.gathered(own) for name in names}))
+
+
+def prepare_ground(
+    model: nn.Module, dataset: DataSet, config: RunConfig, unreadable: Unreadable | None = None
+) -> Ground:
     """Draws the probe set and reads the network's wiring, as `config` says.
 
-    Concepts that are annotated bring images of their own: those are the probe set then.
+    Concepts that are annotated bring images of their own: those are the probe set then. Raises
+    `SecateurError`.
     """
     text = config.score.concepts
     annotated = concepts.annotated_images(text)
@@ -139,12 +160,15 @@ def prepare_ground(model: nn.Module, dataset: DataSet, config: RunConfig) -> Gro
     )
     size = min(8, config.data.batch_size)
     expected = preprocessing(config)
-    example = next(iter(data.batches(probe, size, expected))).images
+    first = next(iter(data.batches(probe, size, expected, unreadable=unreadable)), None)
+    if first is None:
+        raise DataError(f"none of {len(probe.labels)} probe images can be read")
+    example = first.images
     wiring = make_wiring(
         model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
     )
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
-    return Ground(probe, example, wiring, source)
+    return Ground(probe, example, wiring, source, unreadable)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -165,19 +189,27 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
     return criteria.make(name, config.score, config.seed, weights)
 
 
-def stream(images: Images, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
+def stream(
+    images: Images,
+    config: RunConfig,
+    track: Track,
+    title: str,
+    unreadable: Unreadable | None = None,
+) -> Iterable[Batch]:
     """The images in batches as `config` says, with progress shown under a title.
 
-    Of several processes each gets its share of the batches (`distributed.dealt`).
+    Of several processes each gets its share of the batches (`distributed.dealt`). For images that
+    can't be read see `data.batches`.
     """
     chunks = torch.arange(len(images.labels)).split(config.data.batch_size)
-    own = distributed.dealt(chunks)
-    return _batches(images.take(torch.cat([*own, chunks[0][:0]])), config, track, title)
+    own = images.take(torch.cat([*distributed.dealt(chunks), chunks[0][:0]]))
+    return _batches(own, config, track, title, unreadable)
 
 
 def probe_stream(ground: Ground, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
     """This process's share of the probe images, with their numbers in the probe set."""
-    return _batches(ground.probe, config, track, title, shard=distributed.share())
+    share = distributed.share()
+    return _batches(ground.probe, config, track, title, ground.unreadable, share)
 
 
 def _batches(
@@ -185,10 +217,12 @@ def _batches(
     config: RunConfig,
     track: Track,
     title: str,
+    unreadable: Unreadable | None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterable[Batch]:
     size = config.data.batch_size
-    found = data.batches(images, size, preprocessing(config), shard=shard)
+    expected = preprocessing(config)
+    found = data.batches(images, size, expected, shard=shard, unreadable=unreadable)
     return track(found, title, math.ceil(len(images.labels) / (size * shard[1])))
 
 
@@ -205,7 +239,7 @@ def survey_filters(
         ground.source,
         config.score,
         config.plan,
-        sample=_batches(ground.probe, config, silent, ""),
+        sample=_batches(ground.probe, config, silent, "", ground.unreadable),
         example=ground.example,
         track=track,
     )
@@ -244,8 +278,8 @@ def repair_in_place(
     norms = reestimate_norms(
         model,
         smaller,
-        lambda: stream(fit, config, track, "re-estimating norms"),
-        lambda: stream(held_out, config, silent, ""),
+        lambda: stream(fit, config, track, "re-estimating norms", ground.unreadable),
+        lambda: stream(held_out, config, silent, "", ground.unreadable),
     )
     return Repair(layers, norms)
 
@@ -264,7 +298,8 @@ def _search(
     target = parse_target(config.plan.target)
 
     def accuracy(network: nn.Module) -> float:
-        return evaluate(network, stream(dataset.validation, config, silent, "")).top1_fraction
+        images = stream(dataset.validation, config, silent, "", ground.unreadable)
+        return evaluate(network, images).top1_fraction
 
     def attempt(fraction_left: float) -> float:
         plan = survey.plan(replace(target, fraction_left=fraction_left))
@@ -351,9 +386,10 @@ def tune(
     """
     log = log or EventLog(None)
     smaller, config = pruned.model, pruned.result.config
+    unreadable = make_unreadable(config)
 
     def validate(network: nn.Module) -> float:
-        images = stream(dataset.validation, config, track, "validating")
+        images = stream(dataset.validation, config, track, "validating", unreadable)
         return evaluate(network, images).top1_fraction
 
     training = train(
@@ -368,13 +404,15 @@ def tune(
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
         checkpoints=checkpoints,
+        unreadable=unreadable,
     )
     assert training.before is not None
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy.deepcopy(smaller)
         network.load_state_dict(state)
-        return evaluate(network, stream(dataset.test, config, track, "scoring (tuned)"))
+        images = stream(dataset.test, config, track, "scoring (tuned)", unreadable)
+        return evaluate(network, images)
 
     last, best = score(training.last), score(training.best)
     tuning = TuningResult(
@@ -393,7 +431,9 @@ def tune(
         each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
     )
     stages = (*earlier, stage)
-    result = pruned.result.model_copy(update={"tuning": tuning, "stages": stages})
+    missing = tuple(sorted({*pruned.result.unreadable, *names_of(unreadable)}))
+    changes = {"tuning": tuning, "stages": stages, "unreadable": missing}
+    result = pruned.result.model_copy(update=changes)
     return replace(pruned, result=result)
 
 
@@ -421,10 +461,12 @@ def cut(
     config = resolved(config, dataset)
     current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
     stages = [] if earlier is None else [*earlier.result.stages]
+    unreadable = make_unreadable(config)
 
     def score(stage: Stage, network: nn.Module, since: float) -> None:
         seconds = time.perf_counter() - since
-        found = evaluate(network, stream(dataset.test, config, track, f"scoring ({stage})"))
+        images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
+        found = evaluate(network, images)
         stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
         log.write("stage", **stages[-1].model_dump())
 
@@ -432,7 +474,7 @@ def cut(
         score("before", model, time.perf_counter())
 
     start = time.perf_counter()
-    ground = prepare_ground(current, dataset, config)
+    ground = prepare_ground(current, dataset, config, unreadable)
     wiring = ground.wiring
     survey = survey_filters(current, ground, config, track)
     if survey.latency is not None:
@@ -479,11 +521,12 @@ def cut(
             model,
             smaller,
             fit,
-            lambda: stream(held_out, config, silent, ""),
+            lambda: stream(held_out, config, silent, "", unreadable),
             preprocessing(config),
             config.polish,
             seed=config.seed,
             track=track,
+            unreadable=unreadable,
         )
         for each in polished.epochs:
             log.write("polish", **asdict(each))
@@ -523,5 +566,8 @@ def cut(
         norms=repair.norms,
         polish=polished,
         tuning=None,
+        unreadable=names_of(unreadable),
     )
+    if result.unreadable:
+        log.write("unreadable", files=result.unreadable)
     return Pruned(smaller, plan, result, survey.latency if earlier is None else earlier.latency)

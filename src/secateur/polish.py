@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.agreement import Agreement, agreement_of, answers_of
 from secateur.config import PolishSection, TrainingSection
-from secateur.data import Batch, Images
+from secateur.data import Batch, Images, Unreadable
 from secateur.models import Preprocessing
 from secateur.progress import Track, silent
 from secateur.training import Epoch, train
@@ -45,6 +45,7 @@ def polish(
     *,
     seed: int,
     track: Track = silent,
+    unreadable: Unreadable | None = None,
 ) -> Polish:
     """Trains `smaller` in place on the images of `fit`; how near it came to `model`.
 
@@ -69,6 +70,7 @@ def polish(
         seed=seed,
         track=track,
         validate=validate,
+        unreadable=unreadable,
     )
     epochs = zip(training.epochs, found[1:], strict=True)
     return Polish(found[0], tuple(PolishEpoch(*pair) for pair in epochs), training.best_epoch)

@@ -122,6 +122,8 @@ class RunResult(Record):
     """None without polishing."""
     tuning: TuningResult | None
     """None without fine-tuning."""
+    unreadable: tuple[str, ...] = ()
+    """Image files that were left out everywhere because they can't be read."""
 
     def score(self, stage: Stage) -> Score | None:
         """The score of a stage, of the last round, if the run came to it."""

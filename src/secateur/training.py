@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur import distributed
 from secateur.checkpoint import Checkpoint, Checkpoints
 from secateur.config import TrainingSection
-from secateur.data import Batch, Images, TensorImages
+from secateur.data import Batch, Images, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.training import TrainingStream
 from secateur.errors import SecateurError, UsageError
@@ -93,6 +93,7 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    unreadable: Unreadable | None = None,
 ) -> Training:
     """Trains `model` in place; it ends in the mode it came in, with the weights of `settings.keep`.
 
@@ -102,10 +103,12 @@ def train(
     is looked at. With `feature_weight` the feature maps at `sums` count, too (see `features`).
     `validate` says what a network is worth, more being better.
 
-    With `checkpoints` the training goes on from the latest one, to the same weights bit for bit on
-    a CPU as if it had not been interrupted, and leaves new ones behind; SIGINT and SIGTERM then
-    leave one more before they raise `KeyboardInterrupt`. Raises `SecateurError` where the loss
-    stops being a number, and `UsageError` where the checkpoint is of another training.
+    Images that can't be read are an error, unless there is `unreadable` to note them in: then a
+    step goes without them. With `checkpoints` the training goes on from the latest one, to the same
+    weights bit for bit on a CPU as if it had not been interrupted, and leaves new ones behind;
+    SIGINT and SIGTERM then leave one more before they raise `KeyboardInterrupt`. Raises
+    `SecateurError` where the loss stops being a number, and `UsageError` where the checkpoint is of
+    another training.
     """
     accelerator = accelerator_for(settings.precision)
     with contextlib.ExitStack() as stack:
@@ -126,6 +129,7 @@ def train(
             seed,
             shard=distributed.share(),
             workers=_workers(settings, images),
+            unreadable=unreadable,
         )
         lesson = Lesson(model, teacher, settings, accelerator, sums)
         run = _Run(model, lesson, stream, settings, accelerator)

@@ -12,11 +12,16 @@ from pathlib import Path
 
 import torch
 
-from secateur.data.cifar10 import read_cifar10
+from secateur.data.cifar import read_cifar10, read_cifar100
+from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
+from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
+from secateur.data.hugging_face import read_hugging_face
+from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import Batch, FileImages, Images, TensorImages, batches
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
+from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UnknownName, UsageError
 
 __all__ = [
@@ -25,10 +30,12 @@ __all__ = [
     "FileImages",
     "Images",
     "TensorImages",
+    "Unreadable",
     "batches",
     "draw_probe",
     "is_held_out",
     "load",
+    "read_batch",
     "set_apart",
 ]
 
@@ -44,30 +51,45 @@ class DataSet:
     test: Images
 
 
-READERS: dict[str, Callable[[Path], Splits]] = {"cifar10": read_cifar10, "folder": read_folder}
-"""Kinds of data set that lie in a folder, `KIND:DIR`; `digits` needs none."""
+READERS: dict[str, Callable[[Path], Splits]] = {
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "cub": read_cub,
+    "fashion-mnist": read_fashion_mnist,
+    "folder": read_folder,
+    "imagenet": read_imagenet,
+    "imagenette": read_imagenette,
+}
+"""Kinds of data set that lie in a folder, `KIND:DIR`."""
 
-
+DIGITS = "digits"
+HUGGING_FACE = "hf"
 NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
+
+FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", DIGITS)
+"""What `load` takes, as it is written."""
 
 
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
-    `name` is `cifar10:DIR` (a folder of stacked lossless WebP files with `train_labels.npy`, or
-    torchvision's own), `folder:DIR` (class folders; see `data.folder`), `digits` (scikit-learn's
-    handwritten digits; needs the extra `demo`) or `none`. Which images are held out depends on
-    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
+    `name` is one of `FORMS`, or `none`; docs/data.md says what each folder looks like. `digits`
+    needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on `seed` alone.
+    Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
     if name == NONE:
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         return DataSet(name, (), nothing, nothing, nothing)
-    if name == "digits":
+    if name == DIGITS:
         splits = read_digits()
+    elif kind == HUGGING_FACE:
+        if not directory:
+            raise UsageError(f"data set {name!r} needs a name or a folder: hf:NAME_OR_PATH")
+        splits = read_hugging_face(directory)
     elif kind not in READERS:
-        raise UnknownName("data set", kind, [*READERS, "digits"])
+        raise UnknownName("data set", kind, [*READERS, HUGGING_FACE, DIGITS])
     elif not colon or not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
     elif not Path(directory).is_dir():

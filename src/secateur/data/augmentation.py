@@ -69,7 +69,7 @@ class Moves:
     flipped: Tensor
     """bool `[image, 1]`."""
 
-    def of(self, chosen: slice) -> Moves:
+    def of(self, chosen: slice | Tensor) -> Moves:
         """Those of some of the images."""
         return Moves(self.border, self.top[chosen], self.left[chosen], self.flipped[chosen])
 

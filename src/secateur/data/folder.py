@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,38 +23,56 @@ def read_folder(directory: Path) -> Splits:
     the order of their names. Raises `DataError` where there are no images or the parts differ.
     """
     if not (directory / "train").is_dir():
-        classes = _class_names(directory)
+        classes = class_folders(directory)
         generator = torch.Generator().manual_seed(0)
-        train, test = hold_out(_part(directory, classes), TEST_FRACTION, generator)
+        train, test = hold_out(_numbered(directory, classes), TEST_FRACTION, generator)
         return Splits(classes, train, test)
-    classes = _class_names(directory / "train")
+    classes = class_folders(directory / "train")
     scored = [part for part in ("test", "val") if (directory / part).is_dir()]
     if not scored:
         raise DataError(f"{directory} has a train folder but neither test nor val")
-    found = _class_names(directory / scored[0])
-    if found != classes:
-        odd = sorted(set(found) ^ set(classes))
-        raise DataError(
-            f"{directory}: train and {scored[0]} have different classes: {', '.join(odd[:5])}"
-        )
-    train = _part(directory / "train", classes)
-    return Splits(classes, train, _part(directory / scored[0], classes))
+    check_same_classes(directory, scored[0], class_folders(directory / scored[0]), classes)
+    train = _numbered(directory / "train", classes)
+    return Splits(classes, train, _numbered(directory / scored[0], classes))
 
 
-def _class_names(directory: Path) -> tuple[str, ...]:
+def class_folders(directory: Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted; raises `DataError` where there are none."""
     names = tuple(sorted(entry.name for entry in directory.iterdir() if entry.is_dir()))
     if not names:
         raise DataError(f"no class folders in {directory}")
     return names
 
 
-def _part(directory: Path, classes: tuple[str, ...]) -> FileImages:
+def check_same_classes(
+    directory: Path, part: str, found: Iterable[str], expected: Iterable[str]
+) -> None:
+    """Raises `DataError` where a part has other classes than `train`."""
+    odd = sorted(set(found) ^ set(expected))
+    if odd:
+        raise DataError(f"{directory}: train and {part} have different classes: {brief(odd)}")
+
+
+def brief(names: list[str]) -> str:
+    """The first few names."""
+    return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+
+
+def images_of(directory: Path, labels: Mapping[str, int]) -> FileImages:
+    """The images in folders of these names, each with the label of its folder.
+
+    Folders are taken in the order of `labels`. Raises `DataError` where one has no images.
+    """
     paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
+    numbers: list[int] = []
+    for name, label in labels.items():
         found = sorted(f for f in (directory / name).rglob("*") if f.suffix.lower() in SUFFIXES)
         if not found:
             raise DataError(f"no images in {directory / name} ({', '.join(sorted(SUFFIXES))})")
         paths += found
-        labels += [label] * len(found)
-    return FileImages(tuple(paths), torch.tensor(labels))
+        numbers += [label] * len(found)
+    return FileImages(tuple(paths), torch.tensor(numbers))
+
+
+def _numbered(directory: Path, classes: tuple[str, ...]) -> FileImages:
+    return images_of(directory, {name: number for number, name in enumerate(classes)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +11,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.errors import DataError
+from secateur.data.unreadable import Unreadable, decode_all, read_batch
 from secateur.models import Preprocessing
 from secateur.regions import ConceptMasks
 
@@ -32,7 +32,10 @@ class Images(Protocol):
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """The images with these numbers, resized and cropped; raises `DataError`."""
+        """The images with these numbers, resized and cropped.
+
+        Raises `UnreadableImage` that names all that can't be read, or another `DataError`.
+        """
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
         """The images with these numbers at the sizes that they are stored in; as `read`."""
@@ -77,30 +80,19 @@ class FileImages:
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
         """See `Images.read`."""
-
-        def decode(index: int) -> Tensor:
-            return to_size(_decode(self.paths[index]), preprocessing)
-
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(decode, indices.tolist())))
+        prepare = functools.partial(to_size, preprocessing=preprocessing)
+        return torch.stack(decode_all(indices, self._find, prepare))
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
         """See `Images.originals`."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda index: _decode(self.paths[index]), indices.tolist()))
+        return decode_all(indices, self._find, lambda pixels: pixels)
+
+    def _find(self, index: int) -> tuple[str, Path]:
+        return str(self.paths[index]), self.paths[index]
 
     def take(self, indices: Indices) -> FileImages:
         """See `Images.take`."""
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
-
-
-def _decode(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image {path} can't be read: {error}") from error
-    return pixels
 
 
 def to_size(
@@ -137,6 +129,7 @@ def batches(
     preprocessing: Preprocessing,
     *,
     shard: tuple[int, int] = (0, 1),
+    unreadable: Unreadable | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in the order of the list, in batches of `size`; the last may be smaller.
 
@@ -144,17 +137,24 @@ def batches(
     every so manieth image of the list from that one on, for several processes that go through one
     list. The next batch is read while the last one is in use. `data.training` has the batches to
     train on.
+
+    An image that can't be read is an error that names it, unless there is `unreadable` to note it
+    in: then its batch comes without it, or not at all where there is no other image in it.
     """
     from secateur.data.annotated import AnnotatedImages  # which itself is made of images
 
     rank, shards = shard
-    own = torch.arange(rank, len(images.labels), shards)
+    own = torch.arange(len(images.labels))[rank::shards]
     chunks = [chunk for chunk in own.split(size) if len(chunk)]
     annotated = images if isinstance(images, AnnotatedImages) else None
 
-    def read(indices: Tensor) -> Batch:
+    def read(chunk: Tensor) -> Batch | None:
+        found = read_batch(lambda some: images.read(some, preprocessing), chunk, unreadable)
+        if found is None:
+            return None
+        indices, pixels = found
         return Batch(
-            preprocessing.normalise(images.read(indices, preprocessing)),
+            preprocessing.normalise(pixels),
             images.labels[indices],
             indices,
             annotated.regions(indices, preprocessing) if annotated else None,
@@ -168,4 +168,6 @@ def batches(
             batch = coming.result()
             if number + 1 < len(chunks):
                 coming = pool.submit(read, chunks[number + 1])
+            if batch is None:
+                continue
             yield batch

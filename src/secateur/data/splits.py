@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,6 +23,18 @@ class Splits:
     class_names: tuple[str, ...]
     train: Images
     test: Images
+
+
+def check_labelling(
+    labels: Int[Tensor, "..."], images: int, classes: int, origin: Path | str
+) -> None:
+    """Raises `DataError` that names `origin` where not every image has a label from 0 on."""
+    if not images:
+        raise DataError(f"{origin} holds no images")
+    if labels.shape != (images,):
+        raise DataError(f"{origin}: {images} images but {labels.numel()} labels")
+    if int(labels.max()) >= classes or int(labels.min()) < 0:
+        raise DataError(f"{origin}: a label lies outside 0 to {classes - 1}")
 
 
 def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tuple[Images, Images]:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.images import Batch, Images
-from secateur.errors import DataError
+from secateur.data.unreadable import Unreadable, read_batch
+from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
 from secateur.seeds import seed_of
 
@@ -39,16 +40,21 @@ class TrainingStream:
     """This process's number and how many there are."""
     workers: int = 0
     """Processes that read ahead; 0 reads when it is asked to."""
+    unreadable: Unreadable | None = None
+    """Notes images that can't be read, which then are left out of their step."""
 
     @property
     def steps(self) -> int:
         """Steps an epoch; a last, incomplete batch counts where it feeds every process.
 
-        Raises `DataError` where there are fewer images than processes.
+        Raises `UsageError` where a batch has fewer images than there are processes.
         """
         count, processes = len(self.images.labels), self.shard[1]
-        if count < processes:
-            raise DataError(f"{count} images can't be trained on by {processes} processes")
+        if min(count, self.batch_size) < processes:
+            raise UsageError(
+                f"{count} images in batches of {self.batch_size} can't be trained on by "
+                f"{processes} processes"
+            )
         whole, rest = divmod(count, self.batch_size)
         return whole + (rest >= SMALLEST_SHARE * processes or not whole)
 
@@ -61,20 +67,27 @@ class TrainingStream:
 
         Raises `DataError` where an image can't be read.
         """
-        loader: DataLoader[Batch | DataError] = DataLoader(
+        loader: DataLoader[_Found] = DataLoader(
             _Epoch(self, number),
             batch_size=None,
             sampler=range(first_step, self.steps),
             num_workers=self.workers,
             generator=torch.Generator(),  # without one it draws from the global generator
         )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
+        for found in loader:
+            if isinstance(found, DataError):
+                raise found
+            batch, missing = found
+            if self.unreadable is not None:
+                self.unreadable.add(missing)
             yield batch
 
 
-class _Epoch(Dataset["Batch | DataError"]):
+_Found = tuple[Batch, tuple[str, ...]] | DataError
+"""A batch and the files that are missing in it, or why there is none."""
+
+
+class _Epoch(Dataset["_Found"]):
     """An epoch's batches by step; errors are returned, since a worker would wrap what it raises."""
 
     def __init__(self, stream: TrainingStream, number: int) -> None:
@@ -82,13 +95,15 @@ class _Epoch(Dataset["Batch | DataError"]):
         generator = torch.Generator().manual_seed(seed_of(stream.seed, number))
         self._order = torch.randperm(len(stream.images.labels), generator=generator)
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, step: int) -> _Found:
+        missing = None if self._stream.unreadable is None else Unreadable()
         try:
-            return self._read(step)
+            batch = self._read(step, missing)
         except DataError as error:
-            return error
+            return DataError(str(error))  # of a kind that comes through to another process
+        return batch, () if missing is None else missing.names
 
-    def _read(self, step: int) -> Batch:
+    def _read(self, step: int, missing: Unreadable | None) -> Batch:
         stream = self._stream
         augmentation, preprocessing = stream.augmentation, stream.preprocessing
         start = step * stream.batch_size
@@ -98,7 +113,12 @@ class _Epoch(Dataset["Batch | DataError"]):
         seeds = (stream.seed, self._number)
         changed = ChangedImages(stream.images, augmentation, seeds)
         source = changed if augmentation.is_imagewise else stream.images
-        pixels = preprocessing.normalise(source.read(own, preprocessing))
+        found = read_batch(lambda some: source.read(some, preprocessing), own, missing)
+        if found is None:
+            raise DataError(f"none of the {len(own)} images of a step can be read")
+        read, pixels = found
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
         moves = augmentation.draw(len(whole), preprocessing.image_size, generator)
-        return Batch(moves.of(share).apply(pixels), stream.images.labels[own], own)
+        moves = moves.of(share).of(torch.isin(own, read))
+        images = moves.apply(preprocessing.normalise(pixels))
+        return Batch(images, stream.images.labels[read], read)

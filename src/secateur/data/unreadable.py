@@ -1,0 +1,98 @@
+"""Image files that can't be read: an error that names them or, where asked for, left out."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from secateur.errors import UnreadableImage
+
+T = TypeVar("T")
+
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises over damaged files, depending on the format and on what is damaged."""
+
+
+class Unreadable:
+    """Counts the files that were left out, each once however often it was asked for."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Called from the threads that read ahead; a set takes that."""
+        self._names.update(names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As they were given, sorted."""
+        return tuple(sorted(self._names))
+
+
+def read_batch(
+    read: Callable[[Int[Tensor, "image"]], T],
+    indices: Int[Tensor, "image"],
+    unreadable: Unreadable | None = None,
+) -> tuple[Int[Tensor, "readable"], T] | None:
+    """The numbers of the images that can be read, in order, and what `read` gives for them.
+
+    `read` is asked for all of `indices`. Where it raises `UnreadableImage`, that goes on to the
+    caller, unless there is an `Unreadable` to note the files in: then it is asked for the rest.
+    None where nothing is left.
+    """
+    while len(indices):
+        try:
+            return indices, read(indices)
+        except UnreadableImage as error:
+            if unreadable is None:
+                raise
+            unreadable.add(error.files.values())
+            indices = indices[~torch.isin(indices, torch.tensor(list(error.files)))]
+    return None
+
+
+def decode_all(
+    indices: Int[Tensor, "image"],
+    find: Callable[[int], tuple[str, Path | io.BytesIO]],
+    prepare: Callable[[UInt8[Tensor, "rgb height width"]], Tensor],
+) -> list[Tensor]:
+    """The prepared pixels of images, decoded on several threads.
+
+    `find` gives an image's name, and where its bytes are. Raises `UnreadableImage` with every image
+    that can't be decoded.
+    """
+
+    def decode(index: int) -> Tensor | Exception:
+        _, source = find(index)
+        try:
+            with Image.open(source) as image:
+                pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+        except DAMAGE as error:
+            return error
+        return prepare(pixels)
+
+    numbers = indices.tolist()
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(decode, numbers))
+    failed = {
+        number: result
+        for number, result in zip(numbers, found, strict=True)
+        if isinstance(result, Exception)
+    }
+    if failed:
+        first = next(iter(failed.values()))
+        raise UnreadableImage({number: find(number)[0] for number in failed}, first) from first
+    return [result for result in found if isinstance(result, Tensor)]
