@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur import distributed
 from secateur.data import Batch
 from secateur.errors import DataError
+from secateur.evaluate import device_of
 from secateur.graph import evaluating
 
 Answers = Float[Tensor, "_ class"]
@@ -36,8 +37,9 @@ def answers_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Answers, .
     Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
     answers to all of them.
     """
+    device = device_of(network)
     with evaluating(network), torch.inference_mode():
-        own = [network(batch.images) for batch in batches]
+        own = [network(batch.images.to(device)).cpu() for batch in batches]
     return tuple(distributed.undealt(own))
 
 

@@ -41,7 +41,7 @@ class Score:
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
-    """The score of `model` on every image of the batches, in evaluation mode, in float32.
+    """The score of `model`, where it is, on every image of the batches, in evaluation mode.
 
     Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
     score on all of them, with the time that the first one takes. With fewer than five classes top-5
@@ -51,20 +51,22 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
     losses: list[float] = []
     count = 0
     example: Tensor | None = None
+    device = device_of(model)
     with evaluating(model), torch.inference_mode():
         for batch in batches:
-            example = batch.images if example is None else example
-            logits = model(batch.images)
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            example = images if example is None else example
+            logits = model(images)
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = ranked == batch.labels[:, None]
-            correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-            losses.append(float(F.cross_entropy(logits, batch.labels, reduction="sum")))
+            hits = ranked == labels[:, None]
+            correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            losses.append(float(F.cross_entropy(logits, labels, reduction="sum")))
             count += len(batch.labels)
     distributed.add_up([correct])
-    images = sum(distributed.gathered(count))
+    total: int = sum(distributed.gathered(count))
     loss = math.fsum(distributed.undealt(losses))
-    if not images:
+    if not total:
         raise DataError("there are no images to score")
 
     def measure() -> tuple[int, float]:
@@ -73,14 +75,19 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
 
     macs, time_ms = distributed.by_first(measure)
     return Score(
-        top1_fraction=int(correct[0]) / images,
-        top5_fraction=int(correct[1]) / images,
-        loss=loss / images,
-        images=images,
+        top1_fraction=int(correct[0]) / total,
+        top5_fraction=int(correct[1]) / total,
+        loss=loss / total,
+        images=total,
         macs=macs,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         latency_ms=time_ms,
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a network are; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -26,6 +26,7 @@ from secateur.data import Batch, Images, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.training import TrainingStream
 from secateur.errors import SecateurError, UsageError
+from secateur.evaluate import device_of
 from secateur.features import ResidualSum
 from secateur.graph import evaluating
 from secateur.interrupts import held
@@ -163,8 +164,7 @@ def _workers(settings: TrainingSection, images: Images) -> int:
 @contextlib.contextmanager
 def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block the network is on a device; then it goes back to where it was."""
-    first = next(model.parameters(), None)
-    before = device if first is None else first.device
+    before = device_of(model)
     model.to(device)
     try:
         yield

@@ -1,0 +1,51 @@
+"""The tables in docs/training.md, which benches write from result files."""
+
+from __future__ import annotations
+
+import json
+
+import training
+import tuning
+from cells import Cell, read_cells
+from rows import Row
+
+
+def test_the_table_of_speed_tells_what_was_measured() -> None:
+    found: Row = {
+        "network": "resnet20",
+        "settings": {"precision": "auto"},
+        "environment": {"threads": 2},
+        "images_per_second": {"bare": 1000.0, "secateur": 990.5},
+        "ratio": 0.99,
+    }
+    text = "<!-- table: results/training.json -->\nold\n<!-- end -->\n"
+    last = training.page(text, found).splitlines()[-2]
+    assert last == "| resnet20 | auto | 2 | 1000.0 | 990.5 | 0.99 |"
+
+
+def test_the_table_of_tuning_tells_what_was_lost() -> None:
+    cell: Cell = {
+        "network": "resnet20",
+        "target": "macs=0.7",
+        "seed": 1,
+        "macs_left": 0.6996,
+        "test_fraction": {
+            "before": 0.9173,
+            "cut": 0.5,
+            "refit": 0.9,
+            "tuned": 0.916,
+            "last": 0.916,
+        },
+        "best_epoch_test_fraction": 0.9155,
+        "best_epoch": 12,
+    }
+    assert tuning.table([cell]).splitlines()[-1] == (
+        "| resnet20, 0.700 | 1 | 91.73 | 90.00 | 91.60 | 91.55 (epoch 12) | 0.13 | 0.12 | 0.12 |"
+    )
+
+
+def test_the_page_is_that_of_the_result_files() -> None:
+    text = training.PAGE.read_text()
+    if training.RESULTS.is_file():
+        assert training.page(text, json.loads(training.RESULTS.read_text())) == text
+    assert tuning.page(text, read_cells(tuning.RESULTS, tuning.KEY)) == text
