@@ -17,8 +17,17 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from secateur import (
@@ -787,6 +796,15 @@ def _out() -> Console:
     return Console()
 
 
+class _Rate(ProgressColumn):
+    """How many steps a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(
+            "" if task.speed is None else f"{task.speed:.1f}/s", style="progress.data.speed"
+        )
+
+
 def _track() -> Track:
     """Progress bars on stderr where it is a terminal, else nothing."""
     if not sys.stderr.isatty() or not distributed.is_first():
@@ -797,6 +815,7 @@ def _track() -> Track:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            _Rate(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
