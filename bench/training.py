@@ -2,7 +2,7 @@
 
     python bench/training.py --data cifar10:DIR
 
-trains a ResNet-20 for `STEPS` steps by `secateur.training.train` and by a loop over tensors that
+trains a ResNet-20 for `STEPS` steps of an epoch by `secateur.training.train` and by a loop over tensors that
 are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
 so that a busy machine slows both alike. Writes `results/training.json` with the images a second of
 each and their ratio, by the medians, and the
@@ -33,7 +33,7 @@ from turns import in_turns
 RESULTS = ROOT / "results" / "training.json"
 PAGE = ROOT / "docs" / "training.md"
 NETWORK = "resnet20"
-STEPS = 40
+STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)
 SEED = 0
 

@@ -121,7 +121,6 @@ def train(
         stack.enter_context(torch.random.fork_rng())
         if settings.share_norms:
             stack.enter_context(sharing_norms(model))
-        stack.callback(accelerator.free_memory)
         stream = TrainingStream(
             images,
             preprocessing,
