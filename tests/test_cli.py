@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -489,7 +490,8 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     assert call(*arguments(alone)).code == 0
     code = "from secateur.cli import main; main()"
     command = [sys.executable, "-c", code, *arguments(stopped)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on how many there are
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     deadline = time.monotonic() + 60
     while not (stopped / "checkpoints").is_dir() and time.monotonic() < deadline:
         time.sleep(0.005)
