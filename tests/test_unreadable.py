@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from layouts import prune_briefly, random_pixels, write_image
-from secateur import data
+from secateur import data, runs
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
 from secateur.errors import DataError, UnreadableImage
@@ -235,6 +235,30 @@ def test_a_probe_set_of_damaged_files_is_an_error(
         file.write_bytes(b"")
     with pytest.raises(DataError, match="none of 14 probe images can be read"):
         prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", skip_unreadable=True)
+
+
+def test_a_sample_of_damaged_files_is_an_error(
+    folder: Path, model_file: Path, tmp_path: Path
+) -> None:
+    source = f"folder:{folder}"
+    probe = data.draw_probe(data.load(source).train, 4)
+    assert isinstance(probe, FileImages)
+    probe.paths[0].write_bytes(b"")
+    config = from_dict(
+        {
+            "model": {"name": f"{model_file}:small"},
+            "data": {
+                "source": source,
+                "image_size": 16,
+                "probe_images": 4,
+                "skip_unreadable": True,
+            },
+            "score": {"criterion": "vote-iou"},
+        },
+        RunConfig,
+    )
+    with pytest.raises(DataError, match="every 8th from the first on, is there and can be read"):
+        runs.run(config, tmp_path / "run")
 
 
 def test_looking_at_filters_leaves_them_out_too(folder: Path, model_file: Path) -> None:

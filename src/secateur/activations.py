@@ -236,7 +236,10 @@ def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
 
 
 def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) -> dict[str, Usual]:
-    """What is usual for each filter, from a sample of the images; the source learns from it too."""
+    """What is usual for each filter, from a sample of the images; the source learns from it too.
+
+    Raises `DataError` where no image of the sample comes, as where none of them can be read.
+    """
     tallies: dict[str, UsualTally] = {}
     counts: list[int] = []
     settings, source = way.settings, way.source
@@ -257,6 +260,11 @@ def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) 
         scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
         if source is not None and source.needs_learning:
             source.learn(scene)
+    if not any(distributed.gathered(sum(counts))):
+        raise DataError(
+            f"none of the probe images that are looked at beforehand, every {settings.sample_every}"
+            "th from the first on, is there and can be read: try score.sample_every = 1"
+        )
     if source is not None and source.needs_learning:
         source.finish_learning()
     for tally in tallies.values():

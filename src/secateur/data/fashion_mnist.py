@@ -24,8 +24,9 @@ SIDE = 28
 def read_fashion_mnist(directory: Path) -> Splits:
     """Fashion-MNIST as grey RGB images, from torchvision's `FashionMNIST/raw` or from that folder.
 
-    The four files may be as published, `.gz`, or unpacked; torchvision's own reader takes only the
-    latter, and of a damaged file it does not say which one it is. Raises `DataError`.
+    The four files may be as published, `.gz`, or unpacked, and may lie in `raw` or in `directory`
+    itself. torchvision's own reader takes unpacked files alone, and does not say which one is
+    damaged. Raises `DataError`.
     """
     raw = next(
         (

@@ -2,7 +2,7 @@
 
 A class is a folder that bears its WordNet id; its number is the place of that id among all 1,000
 in order, as in every published network. `imagenet_classes.txt` has them: the ids as timm 1.0 lists
-them (`timm/data/_info/imagenet_synsets.txt`), the names as torchvision 0.28 does
+them (`timm/data/_info/imagenet_synsets.txt`), the names as torchvision 0.29 does
 (`torchvision/models/_meta.py`).
 """
 
