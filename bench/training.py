@@ -2,10 +2,10 @@
 
     python bench/training.py --data cifar10:DIR
 
-trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop over tensors that are
-in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns, so
-that a busy machine slows both alike. Writes `results/training.json` with the images a second of each
-and their ratio, by the medians, and the table in docs/training.md.
+trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop over tensors that
+are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
+so that a busy machine slows both alike. Writes `results/training.json` with the images a second of
+each and their ratio, by the medians, and the table in docs/training.md.
 """
 
 from __future__ import annotations
