@@ -237,28 +237,34 @@ def test_a_probe_set_of_damaged_files_is_an_error(
         prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", skip_unreadable=True)
 
 
-def test_a_sample_of_damaged_files_is_an_error(
+def test_where_the_sample_is_damaged_all_images_are_looked_at(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     source = f"folder:{folder}"
     probe = data.draw_probe(data.load(source).train, 4)
     assert isinstance(probe, FileImages)
     probe.paths[0].write_bytes(b"")
-    config = from_dict(
-        {
-            "model": {"name": f"{model_file}:small"},
-            "data": {
-                "source": source,
-                "image_size": 16,
-                "probe_images": 4,
-                "skip_unreadable": True,
+
+    def scores(every: int) -> list[tuple[float, ...]]:
+        config = from_dict(
+            {
+                "model": {"name": f"{model_file}:small"},
+                "data": {
+                    "source": source,
+                    "image_size": 16,
+                    "probe_images": 4,
+                    "skip_unreadable": True,
+                },
+                "score": {"criterion": "vote-iou", "sample_every": every},
+                "finetune": {"epochs": 0},
             },
-            "score": {"criterion": "vote-iou"},
-        },
-        RunConfig,
-    )
-    with pytest.raises(DataError, match="every 8th from the first on, is there and can be read"):
-        runs.run(config, tmp_path / "run")
+            RunConfig,
+        )
+        result = runs.run(config, tmp_path / str(every))
+        assert result.unreadable == (str(probe.paths[0]),)
+        return [group.scores for group in result.groups]
+
+    assert scores(8) == scores(1)
 
 
 def test_looking_at_filters_leaves_them_out_too(folder: Path, model_file: Path) -> None:

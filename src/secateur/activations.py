@@ -69,7 +69,7 @@ def observe(
     way = _Pass(wiring, state, source, settings)
     usual: dict[str, Usual] = {}
     if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
-        usual = _first_look(way, batches(), with_thresholds="thresholds" in needs)
+        usual = _first_look(way, batches, with_thresholds="thresholds" in needs)
     showing = _Showing(way, parts, usual, observers)
     shown = 0
     for batch, count in packed(batches()):
@@ -235,10 +235,12 @@ def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
     return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
-def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) -> dict[str, Usual]:
+def _first_look(
+    way: _Pass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
+) -> dict[str, Usual]:
     """What is usual for each filter, from a sample of the images; the source learns from it too.
 
-    Raises `DataError` where no image of the sample comes, as where none of them can be read.
+    From all of them where no image of the sample comes, as where none of it can be read.
     """
     tallies: dict[str, UsualTally] = {}
     counts: list[int] = []
@@ -251,20 +253,15 @@ def _first_look(way: _Pass, batches: Iterable[Batch], *, with_thresholds: bool) 
         tallies[part] = UsualTally(
             len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
-    sample = (
-        taken(batch, (batch.numbers % settings.sample_every == 0).nonzero()[:, 0])
-        for batch in batches
-    )
-    for batch, count in packed(sample):
-        counts.append(count)
-        scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
-        if source is not None and source.needs_learning:
-            source.learn(scene)
-    if not any(distributed.gathered(sum(counts))):
-        raise DataError(
-            f"none of the probe images that are looked at beforehand, every {settings.sample_every}"
-            "th from the first on, is there and can be read: try score.sample_every = 1"
-        )
+    for every in (settings.sample_every, 1):
+        sample = (taken(batch, (batch.numbers % every == 0).nonzero()[:, 0]) for batch in batches())
+        for batch, count in packed(sample):
+            counts.append(count)
+            scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
+            if source is not None and source.needs_learning:
+                source.learn(scene)
+        if distributed.any_of(sum(counts) > 0):
+            break
     if source is not None and source.needs_learning:
         source.finish_learning()
     for tally in tallies.values():
