@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layouts import prune_briefly, random_pixels, write_image
 from secateur import data, runs
+from secateur.base import BaseConfig, BaseResult, train_base
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
 from secateur.errors import DataError, UnreadableImage
@@ -282,3 +283,19 @@ def test_looking_at_filters_leaves_them_out_too(folder: Path, model_file: Path) 
     assert isinstance(found, list)
     assert found
     assert all("train" in name for name in found)
+
+
+def test_training_a_base_network_leaves_them_out_too(folder: Path, tmp_path: Path) -> None:
+    damaged(folder)
+    settings: dict[str, object] = {"epochs": 1, "batch_size": 4, "workers": 0, "warmup_steps": 0}
+
+    def trained(**options: object) -> BaseResult:
+        source = {"source": f"folder:{folder}", "image_size": 32, **options}
+        config = from_dict(
+            {"model": {"name": "resnet20"}, "data": source, "train": settings}, BaseConfig
+        )
+        return train_base(config, tmp_path / str(len(options)))
+
+    with pytest.raises(DataError, match="can't be read"):
+        trained()
+    assert trained(skip_unreadable=True).unreadable

@@ -72,6 +72,8 @@ class BaseResult(Record):
     seconds: float
     score: Score
     """On the test images, of the weights that were kept."""
+    unreadable: tuple[str, ...] = ()
+    """Image files that were left out because they can't be read."""
 
 
 def train_base(
@@ -109,8 +111,10 @@ def train_base(
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
         _replace(folder / CONFIG, text)
 
+    unreadable = pipeline.make_unreadable(run)
+
     def validate(network: nn.Module) -> float:
-        images = pipeline.stream(dataset.validation, run, track, "validating")
+        images = pipeline.stream(dataset.validation, run, track, "validating", unreadable)
         return evaluate(network, images).top1_fraction
 
     training = train(
@@ -124,7 +128,10 @@ def train_base(
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
+        unreadable=unreadable,
     )
+    test = pipeline.stream(dataset.test, run, track, "scoring", unreadable)
+    score = evaluate(model, test)
     result = BaseResult(
         command=command,
         config=config,
@@ -134,7 +141,8 @@ def train_base(
         best_epoch=training.best_epoch,
         ended=training.ended,
         seconds=training.seconds,
-        score=evaluate(model, pipeline.stream(dataset.test, run, track, "scoring")),
+        score=score,
+        unreadable=pipeline.names_of(unreadable),
     )
     if is_first:
         unfinished = folder / f"{WEIGHTS}.unfinished"

@@ -411,9 +411,16 @@ def finetune_run(
         typer.Option("--out", "-o", help="Folder for the result (default: the run folder)."),
     ] = None,
     data_source: DataOption = None,
-    epochs: EpochsOption = None,
-    learning_rate: LearningRateOption = None,
-    label_weight: LabelWeightOption = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs of training (default: the run's).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="The largest (default: the run's).")
+    ] = None,
+    label_weight: Annotated[
+        float | None,
+        typer.Option("--label-weight", help="Share of the labels (default: the run's)."),
+    ] = None,
     keep: KeepOption = None,
     max_minutes: MaxMinutesOption = None,
     settings: SetOption = None,
@@ -468,6 +475,7 @@ def train_network(
     settings: SetOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
+    skip_unreadable: SkipOption = None,
     seed: SeedOption = None,
     config: ConfigOption = None,
     resume: ResumeOption = False,
@@ -481,7 +489,11 @@ def train_network(
         config,
         {
             "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
-            "data": {"source": data_source, "image_size": image_size},
+            "data": {
+                "source": data_source,
+                "image_size": image_size,
+                "skip_unreadable": skip_unreadable,
+            },
             "train": {"epochs": epochs, **_training(learning_rate, None, keep, max_minutes)},
             "seed": seed,
         },
@@ -493,7 +505,7 @@ def train_network(
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    _show_score(result.score, None, as_json=False)
+    _show_score(result.score, result.unreadable, as_json=False)
     _out().print(f"weights: {out / WEIGHTS}", soft_wrap=True, highlight=False)
 
 

@@ -431,10 +431,16 @@ def tune(
         each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
     )
     stages = (*earlier, stage)
-    missing = tuple(sorted({*pruned.result.unreadable, *names_of(unreadable)}))
+    missing = _missing(pruned, unreadable)
     changes = {"tuning": tuning, "stages": stages, "unreadable": missing}
     result = pruned.result.model_copy(update=changes)
     return replace(pruned, result=result)
+
+
+def _missing(earlier: Pruned | None, unreadable: Unreadable | None) -> tuple[str, ...]:
+    """The files that were left out, in this step and in those before it, sorted."""
+    before = () if earlier is None else earlier.result.unreadable
+    return tuple(sorted({*before, *names_of(unreadable)}))
 
 
 def _sums(model: nn.Module, pruned: Pruned) -> tuple[ResidualSum, ...]:
@@ -566,7 +572,7 @@ def cut(
         norms=repair.norms,
         polish=polished,
         tuning=None,
-        unreadable=names_of(unreadable),
+        unreadable=_missing(earlier, unreadable),
     )
     if result.unreadable:
         log.write("unreadable", files=result.unreadable)
