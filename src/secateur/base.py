@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from secateur import distributed, pipeline
+from secateur.boards import open_log
 from secateur.bundle import CHECKPOINTS, LOG, EventLog
 from secateur.checkpoint import Checkpoints
 from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
@@ -82,13 +83,15 @@ def train_base(
     *,
     resume: bool = False,
     track: Track = silent,
+    board: Path | None = None,
     command: str | None = None,
 ) -> BaseResult:
     """Trains the network that `config` names and leaves its weights in a folder, with their recipe.
 
     It starts from the weights that `config` names, or from random ones. While it trains the folder
-    holds the configuration, the log and the checkpoints that `resume` goes on from. Raises
-    `RunFolderError` where the folder is not empty and is not to be resumed.
+    holds the configuration, the log and the checkpoints that `resume` goes on from. `board` is a
+    folder for TensorBoard. Raises `RunFolderError` where the folder is not empty and is not to be
+    resumed.
     """
     run = config.as_run()
     pipeline.check_names(run)
@@ -105,7 +108,7 @@ def train_base(
     except OSError as error:
         raise RunFolderError(f"can't write to {folder}: {error}") from error
     is_first = distributed.is_first()
-    log = EventLog(folder / LOG if is_first else None)
+    log = open_log(folder / LOG, board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -152,6 +152,10 @@ MaxMinutesOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")
 ]
+BoardOption = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", help="Folder for TensorBoard's curves (extra: tensorboard)."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -327,6 +331,7 @@ def prune(
     label_weight: LabelWeightOption = None,
     keep: KeepOption = None,
     max_minutes: MaxMinutesOption = None,
+    board: BoardOption = None,
     settings: SetOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
@@ -398,6 +403,7 @@ def prune(
             resume=resume,
             allow_untrained=allow_untrained,
             track=_track(),
+            board=board,
             command=_command(),
         )
     _show_run(result, out, as_json=as_json)
@@ -423,6 +429,7 @@ def finetune_run(
     ] = None,
     keep: KeepOption = None,
     max_minutes: MaxMinutesOption = None,
+    board: BoardOption = None,
     settings: SetOption = None,
     resume: ResumeOption = False,
     overwrite: Annotated[
@@ -451,6 +458,7 @@ def finetune_run(
             resume=resume,
             overwrite=overwrite,
             track=_track(),
+            board=board,
             command=_command(),
         )
     _show_run(result, out or run, as_json=as_json)
@@ -472,6 +480,7 @@ def train_network(
     ] = None,
     keep: KeepOption = None,
     max_minutes: MaxMinutesOption = None,
+    board: BoardOption = None,
     settings: SetOption = None,
     num_classes: ClassesOption = None,
     image_size: ImageSizeOption = None,
@@ -501,7 +510,9 @@ def train_network(
         settings,
     )
     with _resumable(out):
-        result = train_base(resolved, out, resume=resume, track=_track(), command=_command())
+        result = train_base(
+            resolved, out, resume=resume, track=_track(), board=board, command=_command()
+        )
     if as_json:
         print(result.model_dump_json(indent=1))
         return

@@ -385,7 +385,7 @@ def tune(
     best on the validation images; both are scored on the test images.
     """
     log = log or EventLog(None)
-    smaller, config = pruned.model, pruned.result.config
+    smaller, config, number = pruned.model, pruned.result.config, pruned.round
     unreadable = make_unreadable(config)
 
     def validate(network: nn.Module) -> float:
@@ -402,7 +402,7 @@ def tune(
         sums=_sums(model, pruned) if config.finetune.feature_weight else (),
         track=track,
         validate=validate,
-        after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+        after_epoch=lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
         checkpoints=checkpoints,
         unreadable=unreadable,
     )
@@ -424,7 +424,6 @@ def tune(
         best=best,
     )
     kept = best if config.finetune.keep == "best" else last
-    number = pruned.round
     stage = StageResult(stage="tuned", round=number, score=kept, seconds=training.seconds)
     log.write("stage", **stage.model_dump())
     earlier = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur import bundle, distributed, pipeline
+from secateur.boards import open_log
 from secateur.bundle import EventLog
 from secateur.checkpoint import Checkpoints
 from secateur.config import RunConfig, from_dict, to_toml
@@ -35,14 +36,15 @@ def run(
     resume: bool = False,
     allow_untrained: bool = False,
     track: Track = silent,
+    board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
     """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
 
     The folder is there as soon as the network is cut and repaired, and again when it has been
     fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
-    interrupted run with the same configuration has left there, which may be nothing. Raises
-    `SecateurError`, and then leaves what the folder held last.
+    interrupted run with the same configuration has left there, which may be nothing. `board` is a
+    folder for TensorBoard. Raises `SecateurError`, and then leaves what the folder held last.
     """
     pipeline.check_names(config)
     pipeline.check_weights(config, allow_untrained=allow_untrained)
@@ -50,7 +52,7 @@ def run(
         bundle.check_free(folder, overwrite=overwrite)
         dataset, model = pipeline.load_inputs(config)
         with _new_run_folder(folder, overwrite=overwrite) as temporary:
-            log = _log(temporary)
+            log = _log(temporary, board)
             log.write("start", command=command, config=config.model_dump(mode="json"))
             pruned = pipeline.cut(model, dataset, config, track=track, log=log, command=command)
             _write(temporary, pruned, log)
@@ -59,7 +61,7 @@ def run(
         pruned = _read(folder, model, pipeline.resolved(config, dataset))
     while not pruned.is_finished:
         if not pruned.is_tuned:
-            pruned = _tune_folder(folder, folder, pruned, model, dataset, track)
+            pruned = _tune_folder(folder, folder, pruned, model, dataset, track, board)
             continue
         log = _log(folder)
         pruned = pipeline.cut(
@@ -84,14 +86,15 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     track: Track = silent,
+    board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
     """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
 
     The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
     of the run's configuration, `source` is where its data is now. With `resume` it goes on from
-    the checkpoints that an interrupted call with the same changes has left in `folder`. Raises
-    `SecateurError`, and then leaves what was there.
+    the checkpoints that an interrupted call with the same changes has left in `folder`. `board` is
+    a folder for TensorBoard. Raises `SecateurError`, and then leaves what was there.
     """
     if out != folder:
         bundle.check_free(out, overwrite=overwrite)
@@ -107,8 +110,9 @@ def finetune(
     distributed.wait()
     dataset, model = pipeline.load_inputs(config)
     pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
-    _log(folder).write("finetune", command=command, changes=dict(changes))
-    return _tune_folder(folder, out, pruned, model, dataset, track, overwrite=overwrite).result
+    _log(folder, board).write("finetune", command=command, changes=dict(changes))
+    tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
+    return tuned.result
 
 
 def _tune_folder(
@@ -118,12 +122,13 @@ def _tune_folder(
     model: nn.Module,
     dataset: DataSet,
     track: Track,
+    board: Path | None,
     *,
     overwrite: bool = False,
 ) -> Pruned:
     """Fine-tunes the network of one run folder into another, which may be the same."""
     checkpoints = Checkpoints(folder / bundle.CHECKPOINTS)
-    log = _log(folder)
+    log = _log(folder, board)
     tuned = pipeline.tune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
     _renew(folder, out, tuned, overwrite=overwrite or out == folder)
     if out != folder and distributed.is_first():
@@ -153,9 +158,11 @@ def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
     distributed.wait()
 
 
-def _log(folder: Path | None) -> EventLog:
+def _log(folder: Path | None, board: Path | None = None) -> EventLog:
     """The log in a folder, written to by the first process alone."""
-    return EventLog(folder / bundle.LOG if folder and distributed.is_first() else None)
+    if folder is None or not distributed.is_first():
+        return EventLog(None)
+    return open_log(folder / bundle.LOG, board)
 
 
 def _write(folder: Path | None, pruned: Pruned, log: EventLog) -> None:

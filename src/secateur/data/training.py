@@ -119,6 +119,8 @@ class _Epoch(Dataset["_Found"]):
         read, pixels = found
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
         moves = augmentation.draw(len(whole), preprocessing.image_size, generator)
-        moves = moves.of(share).of(torch.isin(own, read))
+        moves = moves.of(share)
+        if len(read) < len(own):
+            moves = moves.of(torch.isin(own, read))
         images = moves.apply(preprocessing.normalise(pixels))
         return Batch(images, stream.images.labels[read], read)
