@@ -138,7 +138,7 @@ def ours(
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
     with _timed(seconds, "survey"):
-        survey = pipeline.survey_filters(model, ground, config)
+        survey = pipeline.survey_filters(model, ground, config)[config.score.criterion]
     with _timed(seconds, "plan"):
         plan = survey.plan(parse_target(target))
     with _timed(seconds, "cut"):

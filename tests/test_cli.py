@@ -74,6 +74,7 @@ def test_help_names_every_command(call: Call) -> None:
         "train",
         "evaluate",
         "inspect",
+        "compare",
         "export",
         "models",
         "demo",
@@ -83,7 +84,7 @@ def test_help_names_every_command(call: Call) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["prune", "finetune", "train", "evaluate", "inspect", "export", "models", "demo"],
+    ["prune", "finetune", "train", "evaluate", "inspect", "compare", "export", "models", "demo"],
 )
 def test_every_command_has_help(call: Call, command: str) -> None:
     outcome = call(command, "--help")
@@ -641,3 +642,35 @@ def test_every_allocation_meets_every_target(
     if not target.startswith("memory"):
         quantity = "macs" if target.startswith("macs") else "parameters"
         assert cut[quantity] <= 0.6 * before[quantity]
+
+
+def test_comparing_prints_tables_and_says_where_the_page_is(
+    call: Call, images: Path, model_file: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "comparison.toml", tmp_path / "comparison"
+    file.write_text(
+        f"""
+        criteria = ["l1", "random"]
+        targets = ["macs=0.6"]
+        networks = [{{ name = "{model_file}:small", label = "own" }}]
+        data = {{ source = "folder:{images}", image_size = 16, probe_images = 6 }}
+        finetune = {{ epochs = 0 }}
+        """
+    )
+    outcome = call("compare", file, "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert max(map(len, outcome.out.splitlines()[:-1])) <= 80
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert ["way", "own", "macs=0.6", "mean"] in lines
+    assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
+    assert outcome.out.splitlines()[-1] == f"page: {out / 'comparison.html'}"
+    as_json = json.loads(call("compare", file, "-o", out, "--json").out)
+    assert [row["criterion"] for row in as_json] == ["l1", "random"]
+
+    file.write_text(file.read_text().replace("random", "bn_scale"))
+    (tmp_path / "own.py").write_text(model_file.read_text().replace("BatchNorm2d", "Identity"))
+    failed = call("compare", file, "-o", tmp_path / "other")
+    assert failed.code == 1
+    assert "--retry" in failed.err
+    assert "Failed" in failed.out
+    assert call("compare", tmp_path / "none.toml").code == 2

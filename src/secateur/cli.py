@@ -39,8 +39,10 @@ from secateur import (
     demo,
     distributed,
     models,
+    own_code,
     pipeline,
     runs,
+    sweep,
 )
 from secateur.base import BaseConfig, train_base
 from secateur.config import AnyConfig, RunConfig, from_dict, read_tables
@@ -52,6 +54,7 @@ from secateur.inspection import inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
+from secateur.report.comparison import PAGE, flat, tables, write_comparison
 from secateur.result import RunResult
 
 T = TypeVar("T")
@@ -231,7 +234,10 @@ def prune(
     ] = Path("secateur-run"),
     criterion: Annotated[
         str | None,
-        typer.Option("--criterion", help="How filters are ranked (default: vote)."),
+        typer.Option(
+            "--criterion",
+            help="How filters are ranked: vote, l1, …, or path/to/file.py:factory (default: vote).",
+        ),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
@@ -665,7 +671,7 @@ def export(
     if latency:
         name, classes = manifest.architecture, manifest.num_classes
         original = None
-        if name is not None and classes is not None and not models.is_own_code(name):
+        if name is not None and classes is not None and not own_code.is_own_code(name):
             original = models.load(name, num_classes=classes)
         times = compare_latency(network, path, original, example)
     _show_export(result, times, as_json=as_json)
@@ -687,6 +693,42 @@ def list_models(as_json: JsonOption = False) -> None:
         _out().print(f"[bold]{title}[/]")
         _out().print("  " + ", ".join(names), highlight=False)
     _out().print("also timm:NAME (extra: timm) and path/to/file.py:factory")
+
+
+@app.command("compare")
+def compare_ways(
+    comparison: Annotated[Path, typer.Argument(help="A TOML file: docs/comparing.md.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results; an older one goes on.")
+    ] = Path("secateur-comparison"),
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Cells to work on at a time.")
+    ] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed cells again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune networks by many criteria, to many targets, under one protocol, and make a table.
+
+    What is in the folder is not done again: after an interruption the same command goes on.
+    Example: secateur compare comparison.toml -o comparison -j 2
+    """
+    content = sweep.read_comparison(comparison)
+    cells = sweep.compare(content, out, jobs=jobs, retry=retry, track=_track())
+    write_comparison(out, content, cells, _command())
+    if as_json:
+        print(json.dumps([flat(cell) for cell in cells], indent=1))
+        return
+    for table in tables(content, cells):
+        shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
+        for number, head in enumerate(table.heads):
+            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
+        for line in table.rows:
+            shown.add_row(*map(_escaped, line))
+        _out().print(shown)
+        _out().print(_escaped(table.note), highlight=False)
+    _out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
+    if any(cell.outcome == "failed" for cell in cells):
+        raise SecateurError("some cells failed: --retry tries them again")
 
 
 @app.command("demo")
@@ -729,7 +771,7 @@ def run_demo(
 def _pruned_network(run: Path) -> nn.Module:
     """The network of a run folder; its program where the folder would have to choose code."""
     architecture = read_manifest(run).architecture
-    if architecture is None or models.is_own_code(architecture):
+    if architecture is None or own_code.is_own_code(architecture):
         return bundle.load_program(run)
     return bundle.load(run)
 

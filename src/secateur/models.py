@@ -8,11 +8,9 @@ checkpoints use.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import pickle
 import struct
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from secateur import own_code
 from secateur.errors import UnknownName, UsageError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -155,14 +154,14 @@ def load(
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
-    if is_own_code(name) and not allow_code:
+    if own_code.is_own_code(name) and not allow_code:
         raise UsageError(
             f"{name!r} is code of your own: build the network and pass it, or use load_program"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind.endswith(".py"):
-            model = _from_file(Path(kind), rest, num_classes)
+        if own_code.is_own_code(name):
+            model = _from_file(name, num_classes)
         elif kind == "torchvision":
             model = _from_torchvision(rest, num_classes)
         elif kind == "timm":
@@ -174,17 +173,11 @@ def load(
     return model.eval()
 
 
-def is_own_code(name: str) -> bool:
-    """Whether the network comes from a user's own file."""
-    return name.rpartition(":")[0].endswith(".py")
-
-
 def check_name(name: str) -> None:
     """Raises `UnknownName` or `UsageError` where `load` knows no network of this name."""
     kind, colon, rest = name.rpartition(":")
-    if kind.endswith(".py"):
-        if not Path(kind).is_file():
-            raise UsageError(f"no file {kind} to take the network {rest!r} from")
+    if own_code.is_own_code(name):
+        own_code.check_file(name, "network")
     elif kind == "torchvision":
         known = _torchvision_names()
         if rest not in known:
@@ -213,7 +206,7 @@ def preprocessing(name: str) -> Preprocessing:
     wherever nothing else is stated. Raises as `check_name` does, but not where a file of one's own
     is missing, for the file is not read.
     """
-    if is_own_code(name):
+    if own_code.is_own_code(name):
         return Preprocessing(224, 256)
     check_name(name)
     kind, _, rest = name.rpartition(":")
@@ -253,30 +246,14 @@ def _timm() -> Any:
     return timm
 
 
-def _from_file(path: Path, factory: str, num_classes: int) -> nn.Module:
-    name = f"secateur_own_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses, among others, look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
-        del sys.modules[name]
-        raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
-    build = getattr(module, factory, None)
-    if not callable(build):
-        callables = [name for name in vars(module) if callable(getattr(module, name))]
-        raise UnknownName(f"factory in {path}", factory, callables)
+def _from_file(name: str, num_classes: int) -> nn.Module:
+    build = own_code.find(name, "network")
     parameters = inspect.signature(build).parameters.values()
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    try:
-        model = build(num_classes=num_classes) if takes_classes else build()
-    except Exception as error:  # so may the factory
-        raise UsageError(f"{path}:{factory} failed: {type(error).__name__}: {error}") from error
+    options = {"num_classes": num_classes} if takes_classes else {}
+    model = own_code.call(name, build, **options)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{path}:{factory} returned {type(model).__name__}, not an nn.Module")
+        raise UsageError(f"{name} returned {type(model).__name__}, not an nn.Module")
     return model
 
 

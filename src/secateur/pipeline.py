@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur import concepts, criteria, data, distributed, models
+from secateur import concepts, criteria, data, distributed, models, own_code
 from secateur.bundle import EventLog, Origin
 from secateur.checkpoint import Checkpoints
 from secateur.concepts import ConceptSource
@@ -42,7 +43,7 @@ from secateur.result import (
 )
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan, relative_error, silence
-from secateur.survey import Survey, make_survey
+from secateur.survey import Survey, make_surveys
 from secateur.timing import plan_in_time
 from secateur.training import train
 from secateur.wiring import Wiring
@@ -78,7 +79,7 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
     """Raises `UsageError` where a network that needs a weight file has none."""
-    is_own_code = models.is_own_code(config.model.name)
+    is_own_code = own_code.is_own_code(config.model.name)
     if config.model.weights is None and not is_own_code and not allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
@@ -88,8 +89,7 @@ def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
 def check_names(config: RunConfig) -> None:
     """Raises `UnknownName` where the network, criterion or concept source does not exist."""
     models.check_name(config.model.name)
-    if config.score.criterion not in criteria.CRITERIA:
-        raise UnknownName("criterion", config.score.criterion, criteria.CRITERIA)
+    criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
 
 
@@ -227,22 +227,62 @@ def _batches(
 
 
 def survey_filters(
-    model: nn.Module, ground: Ground, config: RunConfig, track: Track = silent
-) -> Survey:
-    """Scores and all else that plans for `model` follow from, as `config` says."""
-    return make_survey(
+    model: nn.Module,
+    ground: Ground,
+    config: RunConfig,
+    track: Track = silent,
+    names: Sequence[str] = (),
+) -> dict[str, Survey]:
+    """By criterion: scores and all else that plans for `model` follow from, as `config` says.
+
+    Without `names` the criterion is that of `config`. All come from one pass over the images.
+    """
+    return make_surveys(
         model,
         ground.wiring,
         lambda: probe_stream(ground, config, track, "scoring filters"),
-        config.score.criterion,
-        make_criterion(config.score.criterion, ground.source, config),
+        {
+            name: make_criterion(name, ground.source, config)
+            for name in names or (config.score.criterion,)
+        },
         ground.source,
         config.score,
         config.plan,
-        sample=_batches(ground.probe, config, silent, "", ground.unreadable),
+        sample=lambda: _batches(ground.probe, config, silent, "", ground.unreadable),
         example=ground.example,
         track=track,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What runs on one network and one probe set share, whatever their criterion and target."""
+
+    before: Score
+    """Of the network on the test images."""
+    ground: Ground
+    surveys: Mapping[str, Survey]
+    """By criterion."""
+    seconds: float
+    """What all but the score took."""
+
+
+def make_start(
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    names: Sequence[str] = (),
+    track: Track = silent,
+) -> Start:
+    """Scores `model` and its filters, by the named criteria or by that of `config`."""
+    config = resolved(config, dataset)
+    unreadable = make_unreadable(config)
+    images = stream(dataset.test, config, track, "scoring (before)", unreadable)
+    before = evaluate(model, images)
+    since = time.perf_counter()
+    ground = prepare_ground(model, dataset, config, unreadable)
+    surveys = survey_filters(model, ground, config, track, names)
+    return Start(before, ground, surveys, time.perf_counter() - since)
 
 
 @dataclass(frozen=True)
@@ -346,8 +386,10 @@ def prune(
     dataset: DataSet,
     config: RunConfig,
     *,
+    start: Start | None = None,
     track: Track = silent,
     log: EventLog | None = None,
+    checkpoints: Path | None = None,
     command: str | None = None,
 ) -> Pruned:
     """A smaller copy of `model`, fine-tuned where `config` says so; `model` itself is not changed.
@@ -355,10 +397,11 @@ def prune(
     Where `config.plan.rounds` says so, several rounds each cut, re-estimate and fine-tune the
     network of the one before.
 
-    `config.model` only says what the network is called; `model` is what is pruned. Test images are
-    scored and nothing else. Raises `SecateurError`: see `errors`.
+    `config.model` only says what the network is called; `model` is what is pruned, and `start` may
+    be what is known of it. Test images are scored and nothing else. Fine-tuning goes on from what
+    is in the folder `checkpoints`, if one is given. Raises `SecateurError`: see `errors`.
     """
-    pruned = cut(model, dataset, config, track=track, log=log, command=command)
+    pruned = cut(model, dataset, config, start=start, track=track, log=log, command=command)
     while not pruned.is_finished:
         if pruned.is_tuned:
             config, command = pruned.result.config, pruned.result.command
@@ -366,7 +409,15 @@ def prune(
                 model, dataset, config, earlier=pruned, track=track, log=log, command=command
             )
         else:
-            pruned = tune(pruned, model, dataset, track=track, log=log)
+            kept = checkpoints and checkpoints / f"round-{pruned.round}"
+            pruned = tune(
+                pruned,
+                model,
+                dataset,
+                track=track,
+                log=log,
+                checkpoints=None if kept is None else Checkpoints(kept),
+            )
     return pruned
 
 
@@ -453,35 +504,43 @@ def cut(
     config: RunConfig,
     *,
     earlier: Pruned | None = None,
+    start: Start | None = None,
     track: Track = silent,
     log: EventLog | None = None,
     command: str | None = None,
 ) -> Pruned:
     """The network of the next round, cut, re-estimated and polished, not fine-tuned; see `prune`.
 
-    What is cut is the network of the round before, `earlier`, or else `model`.
+    What is cut is the network of the round before, `earlier`, or else `model`, of which `start` may
+    be known.
     """
     log = log or EventLog(None)
     check_names(config)
     config = resolved(config, dataset)
     current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
     stages = [] if earlier is None else [*earlier.result.stages]
-    unreadable = make_unreadable(config)
+    if earlier is None:
+        start = start or make_start(model, dataset, config, track=track)
+        ground, surveys, prepared = start.ground, start.surveys, start.seconds
+    else:
+        since = time.perf_counter()
+        ground = prepare_ground(current, dataset, config, make_unreadable(config))
+        surveys = survey_filters(current, ground, config, track)
+        prepared = time.perf_counter() - since
+    wiring, survey, unreadable = ground.wiring, surveys[config.score.criterion], ground.unreadable
+
+    def note(stage: Stage, found: Score, seconds: float) -> None:
+        stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
+        log.write("stage", **stages[-1].model_dump())
 
     def score(stage: Stage, network: nn.Module, since: float) -> None:
         seconds = time.perf_counter() - since
         images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
-        found = evaluate(network, images)
-        stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
-        log.write("stage", **stages[-1].model_dump())
+        note(stage, evaluate(network, images), seconds)
 
-    if earlier is None:
-        score("before", model, time.perf_counter())
-
-    start = time.perf_counter()
-    ground = prepare_ground(current, dataset, config, unreadable)
-    wiring = ground.wiring
-    survey = survey_filters(current, ground, config, track)
+    if earlier is None and start is not None:
+        note("before", start.before, 0.0)
+    since = time.perf_counter() - prepared
     if survey.latency is not None:
         log.write("latency", **survey.latency.model_dump(exclude={"layers"}))
     target = parse_target(config.plan.target)
@@ -510,18 +569,18 @@ def cut(
     with torch.inference_mode():
         expected = silence(current, wiring, plan)(ground.example)
         law_error = relative_error(smaller.eval()(ground.example), expected)
-    score("cut", smaller, start)
+    score("cut", smaller, since)
 
     repair = Repair((), None)
     if config.refit.layers != "none":
-        start = time.perf_counter()
+        since = time.perf_counter()
         repair = repair_in_place(current, smaller, ground, plan, config, track)
-        score("refit", smaller, start)
+        score("refit", smaller, since)
 
     polished: Polish | None = None
     fit, held_out = set_apart(ground.probe)
     if config.polish.epochs:
-        start = time.perf_counter()
+        since = time.perf_counter()
         polished = polish(
             model,
             smaller,
@@ -535,7 +594,7 @@ def cut(
         )
         for each in polished.epochs:
             log.write("polish", **asdict(each))
-        score("polished", smaller, start)
+        score("polished", smaller, since)
 
     groups = tuple(
         GroupResult(

@@ -15,6 +15,7 @@ from secateur.concepts import ConceptSource
 from secateur.config import ScoreSection
 from secateur.criteria import Criterion, Observer
 from secateur.data import Batch
+from secateur.errors import UsageError
 from secateur.wiring import Wiring
 
 
@@ -60,6 +61,11 @@ def _by_channel(channels: int, parts: list[tuple[Ids, Tensor]]) -> Tensor:
     """The mean score of each channel's filters."""
     total, count = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
     for channel, scores in parts:
+        if scores.shape != (len(channel),) or not bool(scores.isfinite().all()):
+            raise UsageError(
+                f"the criterion must give one finite number a filter, {len(channel)} of them, and "
+                f"gave a tensor {list(scores.shape)}"
+            )
         index = torch.from_numpy(channel)
         total.index_add_(0, index, scores.double())
         count.index_add_(0, index, torch.ones(len(scores), dtype=torch.float64))

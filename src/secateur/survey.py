@@ -66,46 +66,51 @@ class Survey:
         return space.measure(space.least) / space.measure(space.whole)
 
 
-def make_survey(
+def make_surveys(
     model: nn.Module,
     wiring: Wiring,
     batches: Callable[[], Iterable[Batch]],
-    name: str,
-    criterion: Criterion,
+    criteria: Mapping[str, Criterion],
     source: ConceptSource,
     score: ScoreSection,
     settings: PlanSection,
     *,
-    sample: Iterable[Batch],
+    sample: Callable[[], Iterable[Batch]],
     example: Tensor,
     track: Track = silent,
-) -> Survey:
-    """Scores the filters by the named criterion and measures what else the plan needs.
+) -> dict[str, Survey]:
+    """By the name of each criterion: the scores of the filters, and what else a plan needs.
 
-    The error curves of `curves` come from the scoring pass, whatever the criterion. `batches` gives
-    the probe set, or this process's share of it; `sample` begins with the same of its images in
-    every process, and `example` is a few of them.
+    The error curves of `curves` come from the same pass as the scores, whatever the criterion.
+    `batches` gives the probe set, or this process's share of it; `sample` begins with the same of
+    its images in every process, and `example` is a few of them.
     """
-    observers: tuple[Reconstruction, ...] = ()
-    moments = criterion if isinstance(criterion, Reconstruction) else None
-    if settings.allocation == "curves" and moments is None:
-        moments = Reconstruction()
-        observers = (moments,)
-    scored = score_filters(
-        model, wiring, batches, {name: criterion}, source, score, observers=observers
-    )[name]
-    ties = None
-    if observers and moments is not None and _has_ties(scored):
-        ties = scores_of(moments, wiring)
-    allocation = Allocation(settings.allocation, shares=settings.shares or None)
-    if settings.allocation == "curves" and moments is not None:
-        ranking = rank(scored.scores, wiring, name, ties=ties)
-        damage = measure_damage(tensors_of(model), wiring, moments, ranking, sample, track=track)
-        allocation = replace(allocation, damage=damage)
+    plain: Reconstruction | None = None
+    if settings.allocation == "curves" and not all(map(_has_moments, criteria.values())):
+        plain = Reconstruction()
+    observers = () if plain is None else (plain,)
+    scores = score_filters(model, wiring, batches, criteria, source, score, observers=observers)
     latency = None
     if parse_target(settings.target).quantity == "latency":
         latency = distributed.by_first(lambda: measure_latency(model, wiring, example))
-    return Survey(wiring, scored, settings, allocation, ties, latency)
+    surveys = {}
+    for name, criterion in criteria.items():
+        scored, ties = scores[name], None
+        allocation = Allocation(settings.allocation, shares=settings.shares or None)
+        moments = criterion if isinstance(criterion, Reconstruction) else plain
+        if settings.allocation == "curves" and moments is not None:
+            if moments is plain and _has_ties(scored):
+                ties = scores_of(moments, wiring)
+            ranking = rank(scored.scores, wiring, name, ties=ties)
+            tensors = tensors_of(model)
+            damage = measure_damage(tensors, wiring, moments, ranking, sample(), track=track)
+            allocation = replace(allocation, damage=damage)
+        surveys[name] = Survey(wiring, scored, settings, allocation, ties, latency)
+    return surveys
+
+
+def _has_moments(criterion: Criterion) -> bool:
+    return isinstance(criterion, Reconstruction)
 
 
 def _has_ties(scored: FilterScores) -> bool:

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from secateur import own_code
 from secateur.config import ScoreSection
-from secateur.errors import UnknownName
+from secateur.errors import UnknownName, UsageError
 from secateur.patches import Window
 from secateur.regions import ConceptMasks, at_resolution, shares_at
 from secateur.thresholds import Usual
@@ -144,8 +145,18 @@ class Criterion(Observer, Protocol):
         """The scores of a part's filters, in float64; higher stays."""
 
 
+def check_name(name: str) -> None:
+    """Raises `UnknownName` or `UsageError` where there is no such criterion."""
+    if own_code.is_own_code(name):
+        own_code.check_file(name, "criterion")
+    elif name not in CRITERIA:
+        raise UnknownName("criterion", name, CRITERIA)
+
+
 def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, float]) -> Criterion:
-    """The named criterion; raises `UnknownName`.
+    """The named criterion, or `path/to/file.py:factory`, where `factory()` returns one.
+
+    Raises `UnknownName` or `UsageError`.
 
     `settings` say how elections are held and `weights` what the vote for a concept counts, by its
     number; `seed` is what `random` draws from.
@@ -183,6 +194,11 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         "taylor": Taylor,
     }
     assert tuple(table) == CRITERIA
-    if name not in table:
-        raise UnknownName("criterion", name, table)
-    return table[name]()
+    check_name(name)
+    if name in table:
+        return table[name]()
+    own = own_code.call(name, own_code.find(name, "criterion"))
+    if not isinstance(own, Criterion):
+        wanted = "needs, begin, observe, tallies and score"
+        raise UsageError(f"{name} returned {type(own).__name__}, no criterion: it lacks {wanted}")
+    return own

@@ -11,8 +11,8 @@ from secateur.norms import NormChange
 from secateur.result import RunResult
 
 
-def write_report(result: RunResult, path: Path) -> None:
-    """Writes the report of a run; text from data is escaped."""
+def render(template: str, **values: Any) -> str:
+    """A page of ours; text from data is escaped."""
     environment = Environment(
         loader=PackageLoader("secateur", "report"),
         autoescape=True,
@@ -20,7 +20,13 @@ def write_report(result: RunResult, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(**values)
+
+
+def write_report(result: RunResult, path: Path) -> None:
+    """Writes the report of a run."""
+    page = render(
+        "report.html.j2",
         result=result,
         rows=score_rows(result),
         layers=_layers(result),

@@ -1,0 +1,109 @@
+"""How ways to prune stand to each other: means, spreads, and differences with their doubt."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import scipy.stats
+
+from secateur.comparison import way_of
+from secateur.result import RunResult, Stage
+from secateur.sweep import CellResult
+
+CONFIDENCE = 0.95
+Setting = tuple[str, str]
+"""A network and a target."""
+Verdict = Literal["better", "worse", "not told apart", "one seed"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more top-1 than the baseline's, in points, over paired seeds."""
+
+    mean: float
+    low: float
+    high: float
+    """Ends of the interval that Student's t gives with `CONFIDENCE`; infinite for one seed."""
+    seeds: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the interval supports."""
+        if self.seeds == 1:
+            return "one seed"
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "not told apart"
+
+
+@dataclass(frozen=True, eq=False)
+class Standings:
+    """Cells by what they are compared by."""
+
+    settings: tuple[Setting, ...]
+    ways: tuple[str, ...]
+    """Criteria, with their variants."""
+    baseline: str
+    results: Mapping[tuple[str, Setting], Mapping[int, RunResult]]
+    """Of each way in each setting: the result by seed."""
+    failures: tuple[CellResult, ...]
+
+    def values(self, way: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
+        """Top-1 in % by seed, after a stage or at the end; only of seeds that came to it."""
+        found = {}
+        for seed, result in self.results.get((way, setting), {}).items():
+            score = result.stages[-1].score if stage is None else result.score(stage)
+            if score is not None:
+                found[seed] = 100 * score.top1_fraction
+        return found
+
+    def difference(self, way: str, setting: Setting) -> Difference | None:
+        """To the baseline in a setting; None without seeds that both have."""
+        return paired(self.values(way, setting), self.values(self.baseline, setting))
+
+    def overall(self, way: str) -> Difference | None:
+        """To the baseline, meant over the settings; seeds that lack any setting don't count."""
+        one, other = (self._means(each) for each in (way, self.baseline))
+        return paired(one, other)
+
+    def _means(self, way: str) -> dict[int, float]:
+        by_setting = [self.values(way, setting) for setting in self.settings]
+        whole = set.intersection(*(set(values) for values in by_setting)) if by_setting else set()
+        return {seed: statistics.mean(values[seed] for values in by_setting) for seed in whole}
+
+
+def standings(cells: Sequence[CellResult], baseline: str) -> Standings:
+    """Sorts cells, in the order that they come in."""
+    results: dict[tuple[str, Setting], dict[int, RunResult]] = {}
+    for cell in cells:
+        if cell.result is not None:
+            way = way_of(cell.criterion, cell.variant)
+            results.setdefault((way, (cell.network, cell.target)), {})[cell.seed] = cell.result
+    return Standings(
+        settings=tuple(dict.fromkeys((cell.network, cell.target) for cell in cells)),
+        ways=tuple(dict.fromkeys(way_of(cell.criterion, cell.variant) for cell in cells)),
+        baseline=baseline,
+        results=results,
+        failures=tuple(cell for cell in cells if cell.result is None),
+    )
+
+
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """The mean of `one` less `other` over the keys that both have, with Student's interval.
+
+    The seeds of a comparison share probe images and scored images, so what seeds have in common
+    falls out of the differences.
+    """
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if not differences:
+        return None
+    mean, count = statistics.mean(differences), len(differences)
+    if count == 1:
+        return Difference(mean, -math.inf, math.inf, 1)
+    error = statistics.stdev(differences) / math.sqrt(count)
+    reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return Difference(mean, mean - reach, mean + reach, count)

@@ -1,0 +1,192 @@
+"""What a comparison file asks for, and which cells that makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from secateur.comparison import Comparison, cells_of, units_of, way_of
+from secateur.config import RunConfig, from_dict
+from secateur.errors import UsageError, WeightsError
+from secateur.result import comparable
+from secateur.sweep import read_comparison
+
+FILE = """
+criteria = ["vote", "l1"]
+targets = ["macs=0.7", "params=0.5"]
+seeds = 2
+baseline = "l1, coarse"
+
+[variants.whole]
+
+[variants.coarse]
+refit.form = "channel"
+"plan.shares" = {}
+
+[[networks]]
+name = "resnet20"
+changes = { finetune.epochs = 7 }
+
+[[networks]]
+name = "resnet20"
+label = "again"
+targets = ["macs=0.5"]
+
+[data]
+source = "digits"
+
+[finetune]
+epochs = 3
+"""
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return {"networks": [{"name": "resnet20"}], "data": {"source": "digits"}}
+
+
+def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.toml"
+    path.write_text(FILE)
+    comparison = read_comparison(path)
+    assert comparison.seeds == (0, 1)
+    assert comparison.compared_with == "l1, coarse"
+    cells = cells_of(comparison)
+    assert len(cells) == 2 * 2 * 2 * (2 + 1)
+    assert len({cell.id for cell in cells}) == len(cells)
+    for cell in cells:
+        config = cell.config
+        assert (config.score.criterion, config.plan.target) == (cell.criterion, cell.target)
+        assert config.seed == cell.seed
+        assert config.model.name == "resnet20"
+        assert config.finetune.epochs == (7 if cell.network == "resnet20" else 3)
+        assert config.refit.form == ("channel" if cell.variant == "coarse" else "patch")
+    assert {cell.target for cell in cells if cell.network == "again"} == {"macs=0.5"}
+    units = units_of(cells)
+    assert len(units) == 2 * 2 * 2
+    assert [cell for unit in units for cell in unit] == list(cells)
+    for unit in units:
+        assert len({(cell.network, cell.variant, cell.seed) for cell in unit}) == 1
+
+
+def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str, Any]) -> None:
+    comparison = from_dict(content, Comparison)
+    assert [(c.criterion, c.target) for c in cells_of(comparison)] == [
+        (criterion, target)
+        for criterion in ("vote", "l1", "random")
+        for target in ("macs=0.7", "macs=0.5")
+    ]
+    assert comparison.compared_with == "vote"
+    only = cells_of(comparison)[0].config
+    expected = {
+        "model": {"name": "resnet20"},
+        "data": {"source": "digits"},
+        "plan": {"target": "macs=0.7"},
+    }
+    assert comparable(only) == comparable(from_dict(expected, RunConfig))
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.update(score_on="validation"),
+        lambda content: content.update(threads=2),
+        lambda content: content.update(refit={"positions": 9}),
+        lambda content: content["networks"][0].update(label="other"),
+        lambda content: content.update(variants={"plain": {}}),
+    ],
+)
+def test_a_cell_is_another_where_anything_that_matters_differs(
+    content: dict[str, Any], edit: Edit
+) -> None:
+    changed = copy.deepcopy(content)
+    edit(changed)
+    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, changed))
+    assert not {cell.id for cell in one} & {cell.id for cell in other}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.update(baseline="l1"),
+        lambda content: content.update(criteria=["random", "vote", "l1"]),
+        lambda content: content.update(finetune={"checkpoint_minutes": 1}),
+    ],
+)
+def test_a_cell_is_the_same_where_nothing_that_matters_differs(
+    content: dict[str, Any], edit: Edit
+) -> None:
+    changed = copy.deepcopy(content)
+    edit(changed)
+    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, changed))
+    assert {cell.id for cell in one} == {cell.id for cell in other}
+
+
+def test_cells_follow_the_content_of_the_weights_not_their_place(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    def ids(name: str, value: float) -> list[str]:
+        path = tmp_path / name
+        save_file({"weight": torch.full((2,), value)}, path)
+        content["networks"][0]["weights"] = str(path)
+        return [cell.id for cell in cells_of(from_dict(content, Comparison))]
+
+    assert ids("one.safetensors", 1.0) == ids("other.safetensors", 1.0)
+    assert ids("one.safetensors", 1.0) != ids("one.safetensors", 2.0)
+    content["networks"][0]["weights"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(WeightsError, match=r"none\.safetensors can't be read"):
+        cells_of(from_dict(content, Comparison))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(criterion=["vote"]), "criterion"),
+        (lambda c: c.update(networks=[]), "networks"),
+        (lambda c: c.update(seeds=[]), "seeds"),
+        (lambda c: c.update(seeds=0), "seeds"),
+        (lambda c: c.update(seeds=[1, 1]), "seeds has the same value twice"),
+        (lambda c: c.update(targets=["macs=2"]), "target 'macs=2' is out of range"),
+        (lambda c: c.update(plan={"target": "macs=0.5"}), "use targets"),
+        (lambda c: c.update(score={"criterion": "l1"}), "use criteria"),
+        (lambda c: c.update(baseline="l2"), "baseline must be one of vote, l1, random"),
+        (lambda c: c["networks"].append({"name": "resnet20"}), "networks has the same value"),
+        (lambda c: c.pop("data"), "data"),
+    ],
+)
+def test_a_wrong_key_is_named(content: dict[str, Any], edit: Edit, message: str) -> None:
+    edit(content)
+    with pytest.raises(UsageError, match=message):
+        from_dict(content, Comparison)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refit.layer": "none"}, "refit.layer"),
+        ({"refit": {"layers": "all"}}, "refit.layers"),
+        ({"model.name": "vgg16_bn"}, "model.name is no key that may differ"),
+        ({"epochs": 3}, "epochs is no key that may differ"),
+        ({"plan.target": "macs=0.1"}, "an axis of the comparison"),
+    ],
+)
+def test_a_change_that_can_not_be_is_named(
+    content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    content["variants"] = {"other": changes}
+    with pytest.raises(UsageError, match=message):
+        cells_of(from_dict(content, Comparison))
+
+
+def test_ways_are_called_by_their_variant() -> None:
+    assert way_of("vote", "") == "vote"
+    assert way_of("vote", "no refit") == "vote, no refit"

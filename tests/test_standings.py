@@ -1,0 +1,188 @@
+"""Means, spreads and differences, against scipy's own tests and by hand; and how they are shown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runs import DigitsRun
+from secateur.comparison import Comparison
+from secateur.config import from_dict
+from secateur.report.comparison import PAGE, flat, tables, write_comparison
+from secateur.result import RunResult
+from secateur.standings import Difference, paired, standings
+from secateur.sweep import CellResult
+
+HOSTILE = "<img src=x onerror=alert(1)>|"
+
+
+def with_accuracy(result: RunResult, percent: float) -> RunResult:
+    """The result with another accuracy at the end."""
+    *earlier, last = result.stages
+    score = replace(last.score, top1_fraction=percent / 100)
+    return result.model_copy(
+        update={"stages": (*earlier, last.model_copy(update={"score": score}))}
+    )
+
+
+def cell(criterion: str, target: str, seed: int, result: RunResult | None) -> CellResult:
+    return CellResult(
+        id=f"{criterion}-{target}-{seed}",
+        network="net",
+        variant="",
+        criterion=criterion,
+        target=target,
+        seed=seed,
+        outcome="failed" if result is None else "done",
+        reason=HOSTILE if result is None else "",
+        score_on="test",
+        result=result,
+    )
+
+
+ACCURACIES = {
+    ("l1", "macs=0.7"): (90.0, 91.0, 92.0),
+    ("l1", "macs=0.5"): (80.0, 80.0, 80.0),
+    ("vote", "macs=0.7"): (91.0, 92.1, 92.9),
+    ("vote", "macs=0.5"): (81.0, 79.0, 80.0),
+    ("random", "macs=0.7"): (70.0, 70.0, None),
+    ("random", "macs=0.5"): (60.0, 61.0, 62.0),
+}
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    content = {
+        "networks": [{"name": "resnet20", "label": "net"}],
+        "criteria": ["vote", "l1", "random"],
+        "seeds": 3,
+        "baseline": "l1",
+        "data": {"source": "digits"},
+    }
+    return from_dict(content, Comparison)
+
+
+@pytest.fixture
+def cells(digits_run: DigitsRun) -> list[CellResult]:
+    return [
+        cell(
+            criterion,
+            target,
+            seed,
+            None if percent is None else with_accuracy(digits_run.result, percent),
+        )
+        for criterion, target in product(("vote", "l1", "random"), ("macs=0.7", "macs=0.5"))
+        for seed, percent in enumerate(ACCURACIES[criterion, target])
+    ]
+
+
+percents = st.integers(0, 1000).map(lambda number: number / 10)
+
+
+@given(st.lists(percents, min_size=2, max_size=8), st.data())
+def test_differences_are_student_intervals(one: list[float], data: st.DataObject) -> None:
+    other = data.draw(st.lists(percents, min_size=len(one), max_size=len(one)))
+    found = paired(dict(enumerate(one)), dict(enumerate(other)))
+    assert found is not None
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    assert found.mean == pytest.approx(sum(differences) / len(differences), abs=1e-9)
+    if max(differences) - min(differences) > 0.05:
+        expected = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    found = paired({0: 1.0, 1: 5.0, 4: 2.0}, {1: 4.0, 4: 1.0, 7: 9.0})
+    assert found == Difference(1.0, 1.0, 1.0, 2)
+    assert found.verdict == "better"
+    single = paired({0: 3.0}, {0: 1.0})
+    assert single == Difference(2.0, -math.inf, math.inf, 1)
+    assert single.verdict == "one seed"
+    assert paired({0: 3.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 2.0, "better"), (-0.1, 2.0, "not told apart"), (-2.0, -0.1, "worse")],
+)
+def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, verdict: str) -> None:
+    assert Difference((low + high) / 2, low, high, 5).verdict == verdict
+
+
+def test_standings_by_hand(cells: list[CellResult]) -> None:
+    found = standings(cells, "l1")
+    assert found.ways == ("vote", "l1", "random")
+    assert found.settings == (("net", "macs=0.7"), ("net", "macs=0.5"))
+    one = found.difference("vote", ("net", "macs=0.7"))
+    assert one is not None
+    assert one.mean == pytest.approx(1.0)
+    # Differences 1.0, 1.1, 0.9: deviation 0.1, t of 2 degrees 4.303.
+    assert one.high - one.mean == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    assert one.verdict == "better"
+    overall = found.overall("vote")
+    assert overall is not None
+    # Means over settings by seed: 1.0, 0.05, 0.45.
+    assert overall.mean == pytest.approx(0.5)
+    assert overall.verdict == "not told apart"
+    lacking = found.overall("random")
+    assert lacking is not None
+    assert lacking.seeds == 2
+    assert lacking.verdict == "worse"
+    assert [each.seed for each in found.failures] == [2]
+
+
+def test_tables_say_what_the_standings_are(comparison: Comparison, cells: list[CellResult]) -> None:
+    accuracy, difference, *_, failed = tables(comparison, cells)
+    assert accuracy.rows == (
+        ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00"),
+        ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50"),
+        ("random", "70.00 ± 0.00", "61.00 ± 1.00", "65.50"),
+    )
+    assert "2 to 3 seeds" in accuracy.note
+    assert difference.title == "Difference to l1"
+    assert difference.rows[0][:2] == ("vote", "+1.00 [+0.75, +1.25]")
+    assert difference.rows[0][-1] == "not told apart"
+    assert difference.rows[1][-1] == "worse"
+    assert failed.rows == (("net, random, macs=0.7, seed 2", HOSTILE),)
+    assert "&lt;img" in failed.markdown()
+    assert "\\|" in failed.markdown()
+
+
+def test_the_page_shows_text_from_outside_as_text(
+    comparison: Comparison, cells: list[CellResult], tmp_path: Path
+) -> None:
+    write_comparison(tmp_path, comparison, cells, "secateur compare <x>")
+    page = (tmp_path / PAGE).read_text()
+    assert "<img" not in page
+    assert "&lt;img src=x" in page
+    assert "secateur compare &lt;x&gt;" in page
+    assert "http" not in page  # nothing is asked for from elsewhere
+
+
+def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun) -> None:
+    row, lost = flat(cells[0]), flat(cells[-4])
+    result = digits_run.result
+    before = result.score("before")
+    assert before is not None
+    assert row["before_top1_fraction"] == before.top1_fraction
+    assert row["macs_left"] == result.stages[-1].score.macs / before.macs
+    assert row["top1_fraction"] == pytest.approx(0.91)
+    assert row["plan_hash"] == result.plan_hash
+    assert row["torch"] == result.environment.torch
+    assert lost["outcome"] == "failed"
+    assert lost["top1_fraction"] is None
+    assert row.keys() == lost.keys()
+    assert not any(isinstance(value, dict | list | tuple) for value in row.values())
+
+
+def test_a_comparison_without_any_result_is_shown_too(comparison: Comparison) -> None:
+    found = tables(comparison, [cell("vote", "macs=0.7", 0, None), cell("l1", "macs=0.7", 0, None)])
+    assert found[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
+    assert found[-1].title == "Failed"

@@ -1,0 +1,243 @@
+"""Comparisons in processes: interrupted, failing, with criteria of one's own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layouts import write_classes
+from secateur import pipeline, sweep
+from secateur.comparison import Comparison, cells_of
+from secateur.config import from_dict
+from secateur.criteria import CRITERIA
+from secateur.errors import RunFolderError, UnknownName
+from secateur.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
+
+VARYING = {"seconds", "latency_left"}
+"""What a row says of time."""
+
+
+@pytest.fixture
+def content(tmp_path: Path, model_file: Path) -> dict[str, Any]:
+    """Two criteria, three targets, two seeds on a few small images."""
+    for part, count in (("train", 24), ("test", 8)):
+        write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
+    return {
+        "criteria": ["l1", "vote"],
+        "targets": ["macs=0.8", "macs=0.7", "macs=0.5"],
+        "seeds": 2,
+        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "data": {"source": f"folder:{tmp_path / 'images'}", "image_size": 16, "probe_images": 20},
+        "finetune": {"epochs": 1, "batch_size": 8, "workers": 0, "warmup_steps": 0},
+    }
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows without what differs from run to run."""
+    found = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in VARYING} for row in found]
+
+
+def swept(comparison: Comparison, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    cells = sweep.compare(comparison, folder, **options)
+    write_comparison(folder, comparison, cells)
+    return rows_of(folder)
+
+
+def first_table(folder: Path) -> str:
+    return (folder / MARKDOWN).read_text().partition("## What is left")[0]
+
+
+def start_sweep(file: Path, folder: Path) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-c", "from secateur.cli import main; main()"]
+    command = [*launcher, "compare", str(file), "-o", str(folder), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def wait_for(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Until so many cells are there."""
+    while len(list(folder.glob("cells/*.json"))) < count:
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        time.sleep(0.02)
+
+
+def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    import tomli_w
+
+    file, killed = tmp_path / "comparison.toml", tmp_path / "killed"
+    file.write_text(tomli_w.dumps(content))
+    expected = swept(sweep.read_comparison(file), tmp_path / "whole", jobs=2)
+    assert len(expected) == 12
+    assert all(row["outcome"] == "done" for row in expected)
+    assert {row["macs_left"] < 1 for row in expected} == {True}
+
+    process = start_sweep(file, killed)
+    wait_for(killed, 2, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    time.sleep(1)  # the processes that worked for it end when they find it gone
+    after = {path: path.stat().st_mtime_ns for path in killed.glob("cells/*.json")}
+    assert 2 <= len(after) < 12
+
+    process = start_sweep(file, killed)
+    wait_for(killed, 8, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert len(list(killed.glob("cells/*.json"))) < 12
+
+    assert start_sweep(file, killed).wait() == 0
+    assert rows_of(killed) == expected
+    assert first_table(killed) == first_table(tmp_path / "whole")
+    for path, written in after.items():
+        assert path.stat().st_mtime_ns == written, "a cell was done again"
+    assert not (killed / sweep.CHECKPOINTS).exists()
+
+
+def test_a_cell_is_what_a_run_of_its_own_finds(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"criteria": ["vote", "l1"], "targets": ["macs=0.6"], "seeds": [1]}
+    comparison = from_dict(content, Comparison)
+    found = sweep.compare(comparison, tmp_path / "out")
+    for cell, result in zip(cells_of(comparison), found, strict=True):
+        dataset, model = pipeline.load_inputs(cell.config)
+        alone = pipeline.prune(model, dataset, cell.config).result
+        assert result.result is not None
+        assert result.result.plan_hash == alone.plan_hash
+        assert result.result.groups == alone.groups
+        for one, other in zip(result.result.stages, alone.stages, strict=True):
+            assert (one.stage, one.score.top1_fraction) == (other.stage, other.score.top1_fraction)
+            assert one.score.loss == pytest.approx(other.score.loss, rel=1e-5)
+
+
+BROKEN = """
+import torch
+from secateur.criteria.kernels import OfKernels
+
+
+class wrong_shape(OfKernels):
+    def __init__(self):
+        super().__init__(torch.numel)
+
+    def score(self, part):
+        return torch.zeros(3, 2)
+
+
+def fatal():
+    import os, signal
+
+    def die(kernels):
+        print("last words", file=__import__("sys").stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return OfKernels(die)
+
+
+def largest():
+    return OfKernels(lambda kernels: kernels.flatten(1).abs().amax(1))
+
+
+def nothing():
+    return 3
+"""
+
+
+def test_failing_cells_are_reported_and_the_rest_goes_on(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    own = tmp_path / "criteria.py"
+    own.write_text(BROKEN)
+    names = [f"{own}:{name}" for name in ("wrong_shape", "nothing", "fatal", "largest")]
+    content |= {"criteria": [*names, "l1"], "targets": ["macs=0.7"], "seeds": 1}
+    content["finetune"] = {"epochs": 0}
+    out = tmp_path / "out"
+    rows = swept(from_dict(content, Comparison), out)
+    by_name = {row["criterion"].rpartition(":")[2]: row for row in rows}
+    outcomes = {name: row["outcome"] for name, row in by_name.items()}
+    assert outcomes == {
+        **dict.fromkeys(("wrong_shape", "nothing", "fatal"), "failed"),
+        "largest": "done",
+        "l1": "done",
+    }
+    assert "one finite number a filter" in by_name["wrong_shape"]["reason"]
+    assert "returned int, no criterion" in by_name["nothing"]["reason"]
+    assert "ended by signal 9: last words" in by_name["fatal"]["reason"]
+    assert by_name["fatal"]["top1_fraction"] is None
+    text = (out / MARKDOWN).read_text()
+    assert "## Failed" in text
+    assert "last words" in text
+    assert "last words" in (out / PAGE).read_text()
+
+    own.write_text(BROKEN.replace("zeros(3, 2)", "arange(self._parts[part].filters)"))
+    kept = swept(from_dict(content, Comparison), out)
+    assert kept == rows
+    again = swept(from_dict(content, Comparison), out, retry=True)
+    done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
+    assert done == {"wrong_shape", "largest", "l1"}
+
+
+def test_data_that_is_not_there_fails_its_cells_in_one_line(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["data"]["source"] = f"folder:{tmp_path / 'nowhere'}"
+    content |= {"seeds": 1, "targets": ["macs=0.7"]}
+    rows = swept(from_dict(content, Comparison), tmp_path / "out")
+    assert [row["outcome"] for row in rows] == ["failed", "failed"]
+    assert all("nowhere" in row["reason"] for row in rows)
+
+
+def test_what_is_wrong_from_the_start_stops_all(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="did you mean vote"):
+        sweep.compare(from_dict(content | {"criteria": ["votes"]}, Comparison), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(RunFolderError, match="holds something other"):
+        sweep.compare(from_dict(content, Comparison), tmp_path / "other")
+
+
+def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "comparing.md").read_text()
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in blocks] == ["peak.py", "largest.py"]
+    criteria = ["vote"]
+    for (name, code), factory in zip(blocks, ("Peak", "largest"), strict=True):
+        path = tmp_path / name
+        path.write_text(code)
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) < 15
+        criteria.append(f"{path}:{factory}")
+    content |= {"criteria": criteria, "targets": ["macs=0.7"], "seeds": 1}
+    content["finetune"] = {"epochs": 0}
+    out = tmp_path / "out"
+    rows = swept(from_dict(content, Comparison), out)
+    assert [row["outcome"] for row in rows] == ["done"] * 3
+    assert len({row["plan_hash"] for row in rows}) == 3
+    for criterion in criteria:
+        assert f"| {criterion} |" in (out / MARKDOWN).read_text()
+
+
+def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"targets": ["macs=0.7"], "seeds": 1, "score_on": "validation"}
+    rows = swept(from_dict(content, Comparison), tmp_path / "out")
+    read = list(csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text())))
+    assert len(read) == len(rows) == 2
+    for one, other in zip(read, rows, strict=True):
+        assert float(one["top1_fraction"]) == other["top1_fraction"]
+        assert one["polished_top1_fraction"] == ""
+        assert one["criterion"] in CRITERIA
+        assert one["score_on"] == "validation"
+        assert int(one["images"]) == 4  # a tenth of 48, of each class alike
+        assert int(one["threads"]) == 1
