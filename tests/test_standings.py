@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from runs import DigitsRun
 from secateur.comparison import Comparison
 from secateur.config import from_dict
-from secateur.report.comparison import PAGE, flat, tables, write_comparison
+from secateur.report.charts import charts
+from secateur.report.comparison import CHARTS, PAGE, flat, tables, write_comparison
 from secateur.result import RunResult
 from secateur.standings import Difference, paired, standings
 from secateur.sweep import CellResult
@@ -98,6 +101,15 @@ def test_differences_are_student_intervals(one: list[float], data: st.DataObject
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
+def test_seeds_that_happen_to_agree_are_not_sure() -> None:
+    one, other, step = {0: 99.0, 1: 99.0}, {0: 98.8, 1: 98.8}, 0.2
+    found = paired(one, other, step)
+    assert found is not None
+    # Two values, each rounded to a step: variance step² / 12 each; t of one degree: 12.706.
+    assert found.high - found.mean == pytest.approx(12.706 * math.sqrt(step**2 / 6 / 2), rel=1e-3)
+    assert found.verdict == "not told apart"
+
+
 def test_only_seeds_that_both_have_are_paired() -> None:
     found = paired({0: 1.0, 1: 5.0, 4: 2.0}, {1: 4.0, 4: 1.0, 7: 9.0})
     assert found == Difference(1.0, 1.0, 1.0, 2)
@@ -118,6 +130,8 @@ def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, ver
 
 def test_standings_by_hand(cells: list[CellResult]) -> None:
     found = standings(cells, "l1")
+    images = cells[0].result.stages[-1].score.images if cells[0].result else 0
+    assert found.step == 100 / images
     assert found.ways == ("vote", "l1", "random")
     assert found.settings == (("net", "macs=0.7"), ("net", "macs=0.5"))
     one = found.difference("vote", ("net", "macs=0.7"))
@@ -163,7 +177,63 @@ def test_the_page_shows_text_from_outside_as_text(
     assert "<img" not in page
     assert "&lt;img src=x" in page
     assert "secateur compare &lt;x&gt;" in page
-    assert "http" not in page  # nothing is asked for from elsewhere
+    assert not re.search(
+        r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", page
+    )  # nothing from elsewhere
+    assert (
+        page.count('<svg role="img" aria-label="') == len(list((tmp_path / CHARTS).iterdir())) == 6
+    )
+
+
+def test_charts_draw_the_numbers(cells: list[CellResult]) -> None:
+    found = standings(cells, "l1")
+    drawn = {chart.name: chart for chart in charts(found)}
+    (axes,) = drawn["net-against-MACs"].figure.axes
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    assert set(lines) == {"vote", "l1", "random", "before the cut"}
+    # All cells are of one network after all, so points of equal size stand in order of accuracy.
+    assert list(np.asarray(lines["vote"].get_ydata())) == pytest.approx([80.0, 92.0])
+    spared = drawn["net-spared"].figure.axes
+    assert [axes.get_title() for axes in spared] == ["macs=0.7", "macs=0.5"]
+    result = cells[0].result
+    assert result is not None
+    texts = [text.get_text() for text in spared[0].texts]
+    expected = [f"{1 - len(g.removed) / g.filters:.2f}" for g in result.groups for _ in range(3)]
+    assert texts == expected
+    agreement = drawn["net-agreement"].figure.axes[0]
+    assert {text.get_text() for text in agreement.texts} == {"1.00"}  # all of the same scores
+    assert drawn["net-steps"].svg().count("<svg") == 1
+
+
+def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[CellResult]) -> None:
+    def reversed_scores(cell: CellResult) -> CellResult:
+        result = cell.result
+        if result is None or cell.criterion != "vote":
+            return cell
+        groups = tuple(
+            group.model_copy(update={"scores": tuple(-score for score in group.scores)})
+            for group in result.groups
+        )
+        return cell.model_copy(update={"result": result.model_copy(update={"groups": groups})})
+
+    def of_seed(cell: CellResult) -> CellResult:
+        result = cell.result
+        if result is None:
+            return cell
+        config = result.config.model_copy(update={"seed": cell.seed})
+        return cell.model_copy(update={"result": result.model_copy(update={"config": config})})
+
+    found = standings([reversed_scores(of_seed(cell)) for cell in cells], "l1")
+    (chart,) = [chart for chart in charts(found) if chart.name == "net-agreement"]
+    texts = [text.get_text() for text in chart.figure.axes[0].texts]
+    assert texts[0::3] == ["-1.00"] * (len(texts) // 3)
+    assert texts[1::3] == texts[2::3] == ["1.00"] * (len(texts) // 3)
+
+
+def test_names_are_no_formulas(cells: list[CellResult]) -> None:
+    odd = [each.model_copy(update={"variant": "$x^2$ & <b>"}) for each in cells]
+    for chart in charts(standings(odd, "l1, $x^2$ & <b>")):
+        assert "<b>" not in chart.svg()
 
 
 def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun) -> None:

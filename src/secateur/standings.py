@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import scipy.stats
+from scipy.special import stdtrit
 
 from secateur.comparison import way_of
 from secateur.result import RunResult, Stage
@@ -52,6 +52,16 @@ class Standings:
     """Of each way in each setting: the result by seed."""
     failures: tuple[CellResult, ...]
 
+    @property
+    def step(self) -> float:
+        """Points of top-1 that one image makes."""
+        images = [
+            result.stages[-1].score.images
+            for results in self.results.values()
+            for result in results.values()
+        ]
+        return 100 / min(images) if images else 0.0
+
     def values(self, way: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
         """Top-1 in % by seed, after a stage or at the end; only of seeds that came to it."""
         found = {}
@@ -63,12 +73,13 @@ class Standings:
 
     def difference(self, way: str, setting: Setting) -> Difference | None:
         """To the baseline in a setting; None without seeds that both have."""
-        return paired(self.values(way, setting), self.values(self.baseline, setting))
+        one, other = (self.values(each, setting) for each in (way, self.baseline))
+        return paired(one, other, self.step)
 
     def overall(self, way: str) -> Difference | None:
         """To the baseline, meant over the settings; seeds that lack any setting don't count."""
         one, other = (self._means(each) for each in (way, self.baseline))
-        return paired(one, other)
+        return paired(one, other, self.step / len(self.settings))
 
     def _means(self, way: str) -> dict[int, float]:
         by_setting = [self.values(way, setting) for setting in self.settings]
@@ -92,11 +103,14 @@ def standings(cells: Sequence[CellResult], baseline: str) -> Standings:
     )
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+def paired(
+    one: Mapping[int, float], other: Mapping[int, float], step: float = 0.0
+) -> Difference | None:
     """The mean of `one` less `other` over the keys that both have, with Student's interval.
 
-    The seeds of a comparison share probe images and scored images, so what seeds have in common
-    falls out of the differences.
+    Both see the same images with the same seed, so what seeds have in common falls out of the
+    differences. Values come in steps of `step`; the differences are taken to vary by at least what
+    rounding to that varies, `step`² / 6, or else few seeds that happen to agree would be sure.
     """
     differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
     if not differences:
@@ -104,6 +118,6 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference |
     mean, count = statistics.mean(differences), len(differences)
     if count == 1:
         return Difference(mean, -math.inf, math.inf, 1)
-    error = statistics.stdev(differences) / math.sqrt(count)
-    reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    error = math.sqrt(max(statistics.variance(differences), step**2 / 6) / count)
+    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     return Difference(mean, mean - reach, mean + reach, count)

@@ -19,6 +19,7 @@ from secateur.standings import CONFIDENCE, Difference, Setting, Standings, stand
 from secateur.sweep import CellResult, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
+CHARTS = "charts"
 STAGES: tuple[Stage, ...] = ("cut", "refit", "polished", "tuned")
 
 
@@ -41,7 +42,7 @@ class TextTable:
 def write_comparison(
     folder: Path, comparison: Comparison, cells: Sequence[CellResult], command: str | None = None
 ) -> None:
-    """Writes the rows and the tables into the folder of a comparison."""
+    """Writes the rows, the tables and the charts into the folder of a comparison."""
     rows = [flat(cell) for cell in cells]
     replace_file(folder / ROWS, "".join(json.dumps(each) + "\n" for each in rows))
     text = io.StringIO()
@@ -52,9 +53,17 @@ def write_comparison(
     found = tables(comparison, cells)
     parts = [f"## {table.title}\n\n{table.markdown()}\n" for table in found]
     replace_file(folder / MARKDOWN, "\n".join(parts))
+    from secateur.report.charts import charts  # takes a second to import
+
+    drawn = charts(standings(cells, comparison.compared_with))
+    if drawn:
+        (folder / CHARTS).mkdir(exist_ok=True)
+    for chart in drawn:
+        chart.write_png(folder / CHARTS)
     page = render(
         "comparison.html.j2",
         tables=found,
+        charts=drawn,
         config=comparison.model_dump(mode="json", exclude_unset=True),
         environments=_environments(cells),
         command=command,
