@@ -653,23 +653,23 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
         criteria = ["l1", "random"]
         targets = ["macs=0.6"]
         networks = [{{ name = "{model_file}:small", label = "own" }}]
-        data = {{ source = "folder:{images}", image_size = 16, probe_images = 6 }}
-        finetune = {{ epochs = 0 }}
+        data = {{ source = "cifar10:elsewhere", image_size = 16, probe_images = 6 }}
         """
     )
-    outcome = call("compare", file, "-o", out)
+    options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path]
+    outcome = call("compare", file, "-o", out, *options)
     assert outcome.code == 0, outcome.err
     assert max(map(len, outcome.out.splitlines()[:-1])) <= 80
     lines = [line.split() for line in outcome.out.splitlines()]
     assert ["way", "own", "macs=0.6", "mean"] in lines
     assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
     assert outcome.out.splitlines()[-1] == f"page: {out / 'comparison.html'}"
-    as_json = json.loads(call("compare", file, "-o", out, "--json").out)
+    as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]
 
     file.write_text(file.read_text().replace("random", "bn_scale"))
     (tmp_path / "own.py").write_text(model_file.read_text().replace("BatchNorm2d", "Identity"))
-    failed = call("compare", file, "-o", tmp_path / "other")
+    failed = call("compare", file, "-o", tmp_path / "other", *options)
     assert failed.code == 1
     assert "--retry" in failed.err
     assert "Failed" in failed.out

@@ -147,6 +147,20 @@ def test_cells_follow_the_content_of_the_weights_not_their_place(
         cells_of(from_dict(content, Comparison))
 
 
+def test_relative_weights_are_looked_for_in_a_folder(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["networks"] = [
+        {"name": "resnet20", "weights": "a.safetensors"},
+        {"name": "resnet32", "weights": "/elsewhere/b.safetensors"},
+        {"name": "resnet56"},
+    ]
+    comparison = from_dict(content, Comparison)
+    found = [network.weights for network in comparison.with_weights_in(tmp_path).networks]
+    assert found == [str(tmp_path / "a.safetensors"), "/elsewhere/b.safetensors", None]
+    assert comparison.with_weights_in(None) is comparison
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

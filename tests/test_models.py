@@ -184,6 +184,23 @@ def test_a_head_for_another_number_of_classes_is_said_to_be_that(tmp_path: Path)
         models.load("resnet20", path, num_classes=7)
 
 
+def test_a_new_head_is_left_as_it_is_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = models.load("resnet20", num_classes=100, seed=3).state_dict()
+    save_file(state, path)
+    found = models.load("resnet20", path, num_classes=7, new_head=True).state_dict()
+    untrained = models.load("resnet20", num_classes=7).state_dict()
+    for name, tensor in found.items():
+        expected = untrained if name.startswith("linear.") else state
+        assert torch.equal(tensor, expected[name]), name
+    same = models.load("resnet20", path, num_classes=100, new_head=True).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in same.items())
+    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
+    save_file(state, path)
+    with pytest.raises(WeightsError, match="3 misshapen"):
+        models.load("resnet20", path, num_classes=7, new_head=True)
+
+
 def test_many_wrong_keys_are_cut_short(tmp_path: Path) -> None:
     save_file({"nothing": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"\d+ missing: conv1.weight, .*, …; 1 unexpected"):

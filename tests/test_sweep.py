@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from layouts import write_classes
 from secateur import pipeline, sweep
@@ -74,8 +75,6 @@ def wait_for(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None
 def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    import tomli_w
-
     file, killed = tmp_path / "comparison.toml", tmp_path / "killed"
     file.write_text(tomli_w.dumps(content))
     expected = swept(sweep.read_comparison(file), tmp_path / "whole", jobs=2)

@@ -45,6 +45,8 @@ class BaseConfig(Section):
 
     model: ModelSection
     """The network; its weights are where the training starts."""
+    new_head: bool = False
+    """Whether weights may be for another number of classes: the head then starts at random."""
     data: DataSection
     """The images."""
     train: BaseTrainingSection = BaseTrainingSection()
@@ -99,7 +101,7 @@ def train_base(
         raise RunFolderError(f"{folder} is a file, not a folder for weights")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} is not empty: choose another folder or add --resume")
-    dataset, model = pipeline.load_inputs(run)
+    dataset, model = pipeline.load_inputs(run, new_head=config.new_head)
     run = pipeline.resolved(run, dataset)
     config = config.model_copy(update={"model": run.model, "data": run.data})
     distributed.wait()  # until all have looked at the folder

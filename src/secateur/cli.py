@@ -45,6 +45,7 @@ from secateur import (
     sweep,
 )
 from secateur.base import BaseConfig, train_base
+from secateur.comparison import Comparison
 from secateur.config import AnyConfig, RunConfig, from_dict, read_tables
 from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
@@ -489,6 +490,13 @@ def train_network(
     board: BoardOption = None,
     settings: SetOption = None,
     num_classes: ClassesOption = None,
+    new_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--new-head/--no-new-head",
+            help="Take weights for other classes; the head starts at random (default: no).",
+        ),
+    ] = None,
     image_size: ImageSizeOption = None,
     skip_unreadable: SkipOption = None,
     seed: SeedOption = None,
@@ -510,6 +518,7 @@ def train_network(
                 "skip_unreadable": skip_unreadable,
             },
             "train": {"epochs": epochs, **_training(learning_rate, None, keep, max_minutes)},
+            "new_head": new_head,
             "seed": seed,
         },
         BaseConfig,
@@ -701,6 +710,12 @@ def compare_ways(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the results; an older one goes on.")
     ] = Path("secateur-comparison"),
+    data_source: DataOption = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", "-w", help="Folder that relative paths of weights are in."),
+    ] = None,
+    settings: SetOption = None,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Cells to work on at a time.")
     ] = 1,
@@ -712,7 +727,8 @@ def compare_ways(
     What is in the folder is not done again: after an interruption the same command goes on.
     Example: secateur compare comparison.toml -o comparison -j 2
     """
-    content = sweep.read_comparison(comparison)
+    given = _put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
+    content = from_dict(given, Comparison).with_weights_in(weights)
     cells = sweep.compare(content, out, jobs=jobs, retry=retry, track=_track())
     write_comparison(out, content, cells, _command())
     if as_json:
@@ -789,7 +805,17 @@ def _config(
 
     A key of a section that a configuration of this kind has not is an error that names it.
     """
-    base = read_tables(path) if path else {}
+    base = _put_over(read_tables(path) if path else {}, options, assignments)
+    for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
+        if key not in base[section]:
+            raise UsageError(f"{option} is missing")
+    return from_dict(base, kind)
+
+
+def _put_over(
+    base: dict[str, Any], options: dict[str, Any], assignments: list[str] | None
+) -> dict[str, Any]:
+    """Tables with those options put over them that are not None, and assignments over those."""
     for section, values in options.items():
         if isinstance(values, dict):
             given = {key: value for key, value in values.items() if value is not None}
@@ -802,10 +828,7 @@ def _config(
             base[section] = {**base.get(section, {}), name: value}
         else:
             base[section] = value
-    for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
-        if key not in base[section]:
-            raise UsageError(f"{option} is missing")
-    return from_dict(base, kind)
+    return base
 
 
 def _assignments(texts: list[str] | None) -> Iterator[tuple[str, Any]]:

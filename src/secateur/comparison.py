@@ -124,6 +124,18 @@ class Comparison(Section):
             raise ValueError(f"baseline must be one of {', '.join(known)}")
         return self
 
+    def with_weights_in(self, folder: Path | None) -> Comparison:
+        """The same, with weights whose paths are relative in a folder."""
+        if folder is None:
+            return self
+        networks = tuple(
+            network.model_copy(update={"weights": str(folder / network.weights)})
+            if network.weights
+            else network
+            for network in self.networks
+        )
+        return self.model_copy(update={"networks": networks})
+
     @property
     def all_variants(self) -> tuple[str, ...]:
         """Their names, in order."""

@@ -142,6 +142,7 @@ def load(
     *,
     num_classes: int = 10,
     allow_code: bool = True,
+    new_head: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """The named network in evaluation mode, with the weights of a file or, without one, untrained.
@@ -149,7 +150,7 @@ def load(
     `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
     `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
     With `allow_code=False` the last form is refused: a run folder must not choose code to run.
-    Untrained weights depend on `seed` alone.
+    Untrained weights depend on `seed` alone. For `new_head` see `load_weights`.
     Raises `UnknownName`, `UsageError` or `WeightsError`.
     """
     check_name(name)
@@ -169,7 +170,7 @@ def load(
         else:
             model = BUILT_IN[name](num_classes)
     if weights is not None:
-        load_weights(model, weights, num_classes)
+        load_weights(model, weights, num_classes, new_head=new_head)
     return model.eval()
 
 
@@ -257,8 +258,17 @@ def _from_file(name: str, num_classes: int) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    new_head: bool = False,
+) -> None:
     """Copies the weights of a file into `model`; every key must fit.
+
+    With `new_head` a head that is for another number of classes than `num_classes` may stay as it
+    is in `model`.
 
     Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict inside
     a dict (`state_dict`, `model`, …) and the prefixes that data-parallel and compiled networks add
@@ -282,10 +292,13 @@ def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = N
         wanted == [num_classes, *shape[1:]] and shape for shape, wanted in shapes.values()
     )
     if len(heads) == 1 and only_heads and not missing and not unexpected:
-        raise WeightsError(
-            f"the weights in {path} tell {heads.pop()} classes apart, but the data or "
-            f"--num-classes asks for {num_classes}"
-        )
+        if not new_head:
+            raise WeightsError(
+                f"the weights in {path} tell {heads.pop()} classes apart, but the data or "
+                f"--num-classes asks for {num_classes}"
+            )
+        found = {name: tensor for name, tensor in found.items() if name not in shapes}
+        misshapen = []
     complaints = [
         f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
         for title, keys in (

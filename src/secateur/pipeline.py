@@ -56,8 +56,8 @@ def origin(config: RunConfig) -> Origin:
     return Origin(config.model.name, (3, size, size), config.plan.cut_stream, config.plan.exclude)
 
 
-def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
-    """The data set and the network that a configuration names."""
+def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
+    """The data set and the network that a configuration names; `new_head`: see `load_weights`."""
     dataset = data.load(
         config.data.source,
         validation_fraction=config.data.validation_fraction,
@@ -72,7 +72,11 @@ def load_inputs(config: RunConfig) -> tuple[DataSet, nn.Module]:
             f"tell {num_classes} classes apart: --num-classes must not be less"
         )
     model = models.load(
-        config.model.name, config.model.weights, num_classes=num_classes, seed=config.seed
+        config.model.name,
+        config.model.weights,
+        num_classes=num_classes,
+        new_head=new_head,
+        seed=config.seed,
     )
     return dataset, model
 
