@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from runs import DigitsRun
 from secateur.comparison import Comparison
 from secateur.config import from_dict
+from secateur.errors import RunFolderError
 from secateur.report.charts import charts
-from secateur.report.comparison import CHARTS, PAGE, flat, tables, write_comparison
+from secateur.report.comparison import CHARTS, PAGE, tables, write_comparison
 from secateur.result import RunResult
+from secateur.rows import Row, read_rows, row_of, to_lines
 from secateur.standings import Difference, paired, standings
 from secateur.sweep import CellResult
 
@@ -33,6 +35,10 @@ def with_accuracy(result: RunResult, percent: float) -> RunResult:
     return result.model_copy(
         update={"stages": (*earlier, last.model_copy(update={"score": score}))}
     )
+
+
+def rows(cells: list[CellResult]) -> list[Row]:
+    return [row_of(cell) for cell in cells]
 
 
 def cell(criterion: str, target: str, seed: int, result: RunResult | None) -> CellResult:
@@ -129,7 +135,7 @@ def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, ver
 
 
 def test_standings_by_hand(cells: list[CellResult]) -> None:
-    found = standings(cells, "l1")
+    found = standings(rows(cells), "l1")
     images = cells[0].result.stages[-1].score.images if cells[0].result else 0
     assert found.step == 100 / images
     assert found.ways == ("vote", "l1", "random")
@@ -153,7 +159,7 @@ def test_standings_by_hand(cells: list[CellResult]) -> None:
 
 
 def test_tables_say_what_the_standings_are(comparison: Comparison, cells: list[CellResult]) -> None:
-    accuracy, difference, *_, failed = tables(comparison, cells)
+    accuracy, difference, *_, failed = tables(standings(rows(cells), comparison.compared_with))
     assert accuracy.rows == (
         ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00"),
         ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50"),
@@ -186,8 +192,8 @@ def test_the_page_shows_text_from_outside_as_text(
 
 
 def test_charts_draw_the_numbers(cells: list[CellResult]) -> None:
-    found = standings(cells, "l1")
-    drawn = {chart.name: chart for chart in charts(found)}
+    found = standings(rows(cells), "l1")
+    drawn = {chart.name: chart for chart in charts(found, cells)}
     (axes,) = drawn["net-against-MACs"].figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     assert set(lines) == {"vote", "l1", "random", "before the cut"}
@@ -223,8 +229,9 @@ def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[Cell
         config = result.config.model_copy(update={"seed": cell.seed})
         return cell.model_copy(update={"result": result.model_copy(update={"config": config})})
 
-    found = standings([reversed_scores(of_seed(cell)) for cell in cells], "l1")
-    (chart,) = [chart for chart in charts(found) if chart.name == "net-agreement"]
+    cells = [reversed_scores(of_seed(cell)) for cell in cells]
+    found = standings(rows(cells), "l1")
+    (chart,) = [chart for chart in charts(found, cells) if chart.name == "net-agreement"]
     texts = [text.get_text() for text in chart.figure.axes[0].texts]
     assert texts[0::3] == ["-1.00"] * (len(texts) // 3)
     assert texts[1::3] == texts[2::3] == ["1.00"] * (len(texts) // 3)
@@ -232,27 +239,33 @@ def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[Cell
 
 def test_names_are_no_formulas(cells: list[CellResult]) -> None:
     odd = [each.model_copy(update={"variant": "$x^2$ & <b>"}) for each in cells]
-    for chart in charts(standings(odd, "l1, $x^2$ & <b>")):
+    for chart in charts(standings(rows(odd), "l1, $x^2$ & <b>"), odd):
         assert "<b>" not in chart.svg()
 
 
-def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun) -> None:
-    row, lost = flat(cells[0]), flat(cells[-4])
+def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun, tmp_path: Path) -> None:
+    done, lost = row_of(cells[0]), row_of(cells[-4])
     result = digits_run.result
     before = result.score("before")
     assert before is not None
-    assert row["before_top1_fraction"] == before.top1_fraction
-    assert row["macs_left"] == result.stages[-1].score.macs / before.macs
-    assert row["top1_fraction"] == pytest.approx(0.91)
-    assert row["plan_hash"] == result.plan_hash
-    assert row["torch"] == result.environment.torch
-    assert lost["outcome"] == "failed"
-    assert lost["top1_fraction"] is None
-    assert row.keys() == lost.keys()
-    assert not any(isinstance(value, dict | list | tuple) for value in row.values())
+    assert done.before_top1_fraction == before.top1_fraction
+    assert done.macs_left == result.stages[-1].score.macs / before.macs
+    assert done.top1_fraction == pytest.approx(0.91)
+    assert done.plan_hash == result.plan_hash
+    assert done.torch == result.environment.torch
+    assert lost.outcome == "failed"
+    assert lost.top1_fraction is None
+    assert not any(isinstance(value, dict | list | tuple) for value in done.model_dump().values())
+    path = tmp_path / "rows.jsonl"
+    path.write_text(to_lines([done, lost]))
+    assert read_rows(path) == [done, lost]
+    path.write_text(to_lines([done]) + "{}\n")
+    with pytest.raises(RunFolderError, match="line 2, is no row of a cell"):
+        read_rows(path)
 
 
 def test_a_comparison_without_any_result_is_shown_too(comparison: Comparison) -> None:
-    found = tables(comparison, [cell("vote", "macs=0.7", 0, None), cell("l1", "macs=0.7", 0, None)])
+    lost = [cell(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
+    found = tables(standings(rows(lost), comparison.compared_with))
     assert found[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
     assert found[-1].title == "Failed"

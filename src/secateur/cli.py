@@ -55,8 +55,10 @@ from secateur.inspection import inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
-from secateur.report.comparison import PAGE, flat, tables, write_comparison
+from secateur.report.comparison import PAGE, tables, write_comparison
 from secateur.result import RunResult
+from secateur.rows import row_of
+from secateur.standings import standings
 
 T = TypeVar("T")
 
@@ -731,10 +733,11 @@ def compare_ways(
     content = from_dict(given, Comparison).with_weights_in(weights)
     cells = sweep.compare(content, out, jobs=jobs, retry=retry, track=_track())
     write_comparison(out, content, cells, _command())
+    rows = [row_of(cell) for cell in cells]
     if as_json:
-        print(json.dumps([flat(cell) for cell in cells], indent=1))
+        print(json.dumps([row.model_dump() for row in rows], indent=1))
         return
-    for table in tables(content, cells):
+    for table in tables(standings(rows, content.compared_with)):
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
         for number, head in enumerate(table.heads):
             shown.add_column(_escaped(head), justify="left" if number == 0 else "right")

@@ -10,9 +10,8 @@ from typing import Literal
 
 from scipy.special import stdtrit
 
-from secateur.comparison import way_of
-from secateur.result import RunResult, Stage
-from secateur.sweep import CellResult
+from secateur.result import Stage
+from secateur.rows import Row
 
 CONFIDENCE = 0.95
 Setting = tuple[str, str]
@@ -42,34 +41,32 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Standings:
-    """Cells by what they are compared by."""
+    """Rows by what they are compared by."""
 
     settings: tuple[Setting, ...]
     ways: tuple[str, ...]
     """Criteria, with their variants."""
     baseline: str
-    results: Mapping[tuple[str, Setting], Mapping[int, RunResult]]
-    """Of each way in each setting: the result by seed."""
-    failures: tuple[CellResult, ...]
+    rows: Mapping[tuple[str, Setting], Mapping[int, Row]]
+    """Of each way in each setting: by seed, those that are done."""
+    failures: tuple[Row, ...]
 
     @property
     def step(self) -> float:
         """Points of top-1 that one image makes."""
-        images = [
-            result.stages[-1].score.images
-            for results in self.results.values()
-            for result in results.values()
-        ]
+        images = [row.images for row in self.all_rows if row.images]
         return 100 / min(images) if images else 0.0
+
+    @property
+    def all_rows(self) -> list[Row]:
+        """Those that are done."""
+        return [row for rows in self.rows.values() for row in rows.values()]
 
     def values(self, way: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
         """Top-1 in % by seed, after a stage or at the end; only of seeds that came to it."""
-        found = {}
-        for seed, result in self.results.get((way, setting), {}).items():
-            score = result.stages[-1].score if stage is None else result.score(stage)
-            if score is not None:
-                found[seed] = 100 * score.top1_fraction
-        return found
+        rows = self.rows.get((way, setting), {})
+        found = {seed: row.percent(stage) for seed, row in rows.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def difference(self, way: str, setting: Setting) -> Difference | None:
         """To the baseline in a setting; None without seeds that both have."""
@@ -87,19 +84,18 @@ class Standings:
         return {seed: statistics.mean(values[seed] for values in by_setting) for seed in whole}
 
 
-def standings(cells: Sequence[CellResult], baseline: str) -> Standings:
-    """Sorts cells, in the order that they come in."""
-    results: dict[tuple[str, Setting], dict[int, RunResult]] = {}
-    for cell in cells:
-        if cell.result is not None:
-            way = way_of(cell.criterion, cell.variant)
-            results.setdefault((way, (cell.network, cell.target)), {})[cell.seed] = cell.result
+def standings(rows: Sequence[Row], baseline: str) -> Standings:
+    """Sorts rows, in the order that they come in."""
+    done: dict[tuple[str, Setting], dict[int, Row]] = {}
+    for row in rows:
+        if row.outcome == "done":
+            done.setdefault((row.way, (row.network, row.target)), {})[row.seed] = row
     return Standings(
-        settings=tuple(dict.fromkeys((cell.network, cell.target) for cell in cells)),
-        ways=tuple(dict.fromkeys(way_of(cell.criterion, cell.variant) for cell in cells)),
+        settings=tuple(dict.fromkeys((row.network, row.target) for row in rows)),
+        ways=tuple(dict.fromkeys(row.way for row in rows)),
         baseline=baseline,
-        results=results,
-        failures=tuple(cell for cell in cells if cell.result is None),
+        rows=done,
+        failures=tuple(row for row in rows if row.outcome == "failed"),
     )
 
 

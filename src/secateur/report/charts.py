@@ -17,13 +17,17 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from secateur.evaluate import Score
-from secateur.result import RunResult, Stage
+from secateur.comparison import way_of
+from secateur.result import RunResult
+from secateur.rows import STAGES
 from secateur.standings import Setting, Standings
+from secateur.sweep import CellResult
 
-SIZES = {"macs": "MACs", "parameters": "parameters", "latency_ms": "latency"}
-"""What accuracy is drawn against, as a field of a score and in words."""
-STEPS: tuple[Stage, ...] = ("before", "cut", "refit", "polished", "tuned")
+Results = dict[tuple[str, Setting], dict[int, RunResult]]
+"""Of each way in each setting: whole results by seed."""
+
+SIZES = {"macs_left": "MACs", "parameters_left": "parameters", "latency_left": "latency"}
+"""What accuracy is drawn against, as a field of a row and in words."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, which is small and can be read out and searched
     "svg.hashsalt": "secateur",  # the same drawing is the same file
@@ -39,6 +43,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 """Told apart by those who don't see all colours (Okabe & Ito, 2008, "Color Universal Design")."""
 MARKERS = "osD^vPX*"
 DPI = 150
+LONGEST_LABEL = 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +74,30 @@ class Chart:
 
 
 @rc_context(STYLE)
-def charts(found: Standings) -> tuple[Chart, ...]:
-    """All that there is something to draw of; a chart is about one network."""
+def charts(found: Standings, cells: Sequence[CellResult] = ()) -> tuple[Chart, ...]:
+    """All that there is something to draw of; a chart is about one network.
+
+    Those about layers are of the whole results in `cells`.
+    """
+    results: Results = {}
+    for cell in cells:
+        if cell.result is not None:
+            key = (way_of(cell.criterion, cell.variant), (cell.network, cell.target))
+            results.setdefault(key, {})[cell.seed] = cell.result
     drawn = []
     for network in dict.fromkeys(network for network, _ in found.settings):
         settings = [setting for setting in found.settings if setting[0] == network]
-        if not any((way, setting) in found.results for way in found.ways for setting in settings):
+        if not any((way, setting) in found.rows for way in found.ways for setting in settings):
             continue
         for size, words in SIZES.items():
             drawn.append(_tradeoff(found, network, settings, size, words))
         drawn.append(_steps(found, network, settings))
-        drawn.append(_spared(found, network, settings))
-        if (agreement := _agreement(found, network, settings)) is not None:
-            drawn.append(agreement)
+        with_layers = [
+            setting for setting in settings if any((way, setting) in results for way in found.ways)
+        ]
+        if with_layers:
+            drawn.append(_spared(found, results, network, with_layers))
+            drawn += _agreement(found, results, network, with_layers)
     return tuple(drawn)
 
 
@@ -93,16 +109,18 @@ def _tradeoff(
     for number, way in enumerate(found.ways):
         points = []
         for setting in settings:
-            results = found.results.get((way, setting), {}).values()
-            if results:
+            rows = found.rows.get((way, setting), {}).values()
+            left = [share for row in rows if (share := getattr(row, size)) is not None]
+            if left:
                 accuracies = list(found.values(way, setting).values())
-                left = [_left(result.stages[-1].score, result, size) for result in results]
                 points.append((statistics.mean(left), *_mean_and_deviation(accuracies)))
         if not points:
             continue
         left_, mean, deviation = np.array(sorted(points)).T
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(left_, mean, color=colour, marker=MARKERS[number % len(MARKERS)], label=way)
+        axes.plot(
+            left_, mean, color=colour, marker=MARKERS[number % len(MARKERS)], label=_label(way)
+        )
         axes.fill_between(left_, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
     before = [
         value
@@ -123,7 +141,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
     """Accuracy after every step, a panel a target."""
     steps = [
         step
-        for step in STEPS
+        for step in STAGES
         if any(found.values(way, setting, step) for way in found.ways for setting in settings)
     ]
     figure, panels = _figure(len(settings))
@@ -138,7 +156,13 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
                 place, mean, deviation = np.array(pairs).T
                 colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
                 axes.errorbar(
-                    place, mean, deviation, color=colour, marker=marker, capsize=3, label=way
+                    place,
+                    mean,
+                    deviation,
+                    color=colour,
+                    marker=marker,
+                    capsize=3,
+                    label=_label(way),
                 )
         axes.set_xticks(range(len(steps)), steps)
         axes.set_title(setting[1])
@@ -149,27 +173,29 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
     return Chart(_file_name(network, "steps"), title, figure)
 
 
-def _spared(found: Standings, network: str, settings: Sequence[Setting]) -> Chart:
+def _spared(found: Standings, results: Results, network: str, settings: Sequence[Setting]) -> Chart:
     """The share of each layer's filters that stays, a panel a target."""
 
     def kept(result: RunResult) -> dict[str, float]:
         return {group.name: 1 - len(group.removed) / group.filters for group in result.groups}
 
-    figure, panels = _figure(len(settings), rows=_layers(found, settings))
+    figure, panels = _figure(len(settings), rows=_layers(results, settings))
     for axes, setting in zip(panels, settings, strict=True):
-        _heat(axes, *_by_layer(found, setting, kept), low=0.0)
+        _heat(axes, *_by_layer(found.ways, results, setting, kept), low=0.0)
         axes.set_title(setting[1])
     title = f"{network}: share of filters kept by layer"
     figure.suptitle(title)
     return Chart(_file_name(network, "spared"), title, figure)
 
 
-def _agreement(found: Standings, network: str, settings: Sequence[Setting]) -> Chart | None:
+def _agreement(
+    found: Standings, results: Results, network: str, settings: Sequence[Setting]
+) -> list[Chart]:
     """Spearman's rank correlation of each criterion's scores with the baseline's, by layer."""
-    setting = next((each for each in settings if (found.baseline, each) in found.results), None)
+    setting = next((each for each in settings if (found.baseline, each) in results), None)
     if setting is None or len(found.ways) < 2:
-        return None
-    base = found.results[found.baseline, setting]
+        return []
+    base = results[found.baseline, setting]
 
     def agreement(result: RunResult) -> dict[str, float]:
         other = base.get(result.config.seed)
@@ -182,11 +208,11 @@ def _agreement(found: Standings, network: str, settings: Sequence[Setting]) -> C
             if group.name in scores
         }
 
-    figure, (axes,) = _figure(1, rows=_layers(found, settings))
-    _heat(axes, *_by_layer(found, setting, agreement), low=-1.0)
+    figure, (axes,) = _figure(1, rows=_layers(results, [setting]))
+    _heat(axes, *_by_layer(found.ways, results, setting, agreement), low=-1.0)
     title = f"{network}: rank correlation of filter scores with {found.baseline}'s by layer"
     figure.suptitle(title, fontsize="medium")
-    return Chart(_file_name(network, "agreement"), title, figure)
+    return [Chart(_file_name(network, "agreement"), title, figure)]
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
@@ -197,11 +223,14 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _by_layer(
-    found: Standings, setting: Setting, value: Callable[[RunResult], dict[str, float]]
+    all_ways: Sequence[str],
+    results: Results,
+    setting: Setting,
+    value: Callable[[RunResult], dict[str, float]],
 ) -> tuple[list[str], list[str], npt.NDArray[np.float64]]:
     """Layers, ways, and the mean over seeds of a value of each layer's, `[layer, way]`."""
-    ways = [way for way in found.ways if (way, setting) in found.results]
-    columns = [[value(result) for result in found.results[way, setting].values()] for way in ways]
+    ways = [way for way in all_ways if (way, setting) in results]
+    columns = [[value(result) for result in results[way, setting].values()] for way in ways]
     layers = list(dict.fromkeys(name for column in columns for row in column for name in row))
     table = np.array(
         [
@@ -221,7 +250,9 @@ def _heat(
 ) -> None:
     """A table as colours, with its numbers."""
     axes.imshow(table, vmin=low, vmax=1, cmap="RdBu" if low < 0 else "Greens", aspect="auto")
-    axes.set_xticks(range(len(ways)), ways, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        range(len(ways)), map(_label, ways), rotation=30, ha="right", rotation_mode="anchor"
+    )
     axes.set_yticks(range(len(layers)), layers, fontsize="x-small")
     axes.grid(visible=False)
     for (row, column), number in np.ndenumerate(table):
@@ -237,17 +268,14 @@ def _figure(panels: int, rows: int = 0) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, panels, squeeze=False)[0].tolist()
 
 
-def _layers(found: Standings, settings: Sequence[Setting]) -> int:
+def _layers(results: Results, settings: Sequence[Setting]) -> int:
+    """The most groups that a network has."""
     return max(
         len(result.groups)
-        for way in found.ways
-        for setting in settings
-        for result in found.results.get((way, setting), {}).values()
+        for (_, setting), by_seed in results.items()
+        if setting in settings
+        for result in by_seed.values()
     )
-
-
-def _left(score: Score, result: RunResult, size: str) -> float:
-    return float(getattr(score, size) / getattr(result.stages[0].score, size))
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -258,6 +286,12 @@ def _mean(values: Iterable[float]) -> float:
     """Of those that are numbers; not a number where there are none."""
     some = [value for value in values if not np.isnan(value)]
     return statistics.mean(some) if some else float("nan")
+
+
+def _label(way: str) -> str:
+    """A name that leaves room for the drawing, without the folders of a criterion of one's own."""
+    name = way.rpartition("/")[2]
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 
 def _file_name(*parts: str) -> str:

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.comparison import Comparison, way_of
+from secateur.comparison import Comparison
 from secateur.report import render
 from secateur.result import Stage
+from secateur.rows import STAGES, Row, row_of, to_lines
 from secateur.standings import CONFIDENCE, Difference, Setting, Standings, standings
 from secateur.sweep import CellResult, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
 CHARTS = "charts"
-STAGES: tuple[Stage, ...] = ("cut", "refit", "polished", "tuned")
+SIZES = ("macs", "parameters", "latency")
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,27 @@ def write_comparison(
     folder: Path, comparison: Comparison, cells: Sequence[CellResult], command: str | None = None
 ) -> None:
     """Writes the rows, the tables and the charts into the folder of a comparison."""
-    rows = [flat(cell) for cell in cells]
-    replace_file(folder / ROWS, "".join(json.dumps(each) + "\n" for each in rows))
+    rows = [row_of(cell) for cell in cells]
+    replace_file(folder / ROWS, to_lines(rows))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["id"], lineterminator="\n")
+    writer = csv.DictWriter(text, list(Row.model_fields), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row.model_dump() for row in rows)
     replace_file(folder / CSV, text.getvalue())
-    found = tables(comparison, cells)
-    parts = [f"## {table.title}\n\n{table.markdown()}\n" for table in found]
+    found = standings(rows, comparison.compared_with)
+    shown = tables(found)
+    parts = [f"## {table.title}\n\n{table.markdown()}\n" for table in shown]
     replace_file(folder / MARKDOWN, "\n".join(parts))
     from secateur.report.charts import charts  # takes a second to import
 
-    drawn = charts(standings(cells, comparison.compared_with))
+    drawn = charts(found, cells)
     if drawn:
         (folder / CHARTS).mkdir(exist_ok=True)
     for chart in drawn:
         chart.write_png(folder / CHARTS)
     page = render(
         "comparison.html.j2",
-        tables=found,
+        tables=shown,
         charts=drawn,
         config=comparison.model_dump(mode="json", exclude_unset=True),
         environments=_environments(cells),
@@ -71,53 +73,14 @@ def write_comparison(
     replace_file(folder / PAGE, page)
 
 
-def flat(cell: CellResult) -> dict[str, Any]:
-    """A cell without nesting, for a data frame; accuracies are fractions, None where there is none.
-
-    Sizes left are fractions of the network before the cut.
-    """
-    found: dict[str, Any] = {
-        "network": cell.network,
-        "variant": cell.variant,
-        "criterion": cell.criterion,
-        "target": cell.target,
-        "seed": cell.seed,
-        "outcome": cell.outcome,
-        "reason": cell.reason,
-        "score_on": cell.score_on,
-    }
-    result = cell.result
-    for stage in ("before", *STAGES):
-        score = None if result is None else result.score(stage)
-        found[f"{stage}_top1_fraction"] = None if score is None else score.top1_fraction
-    last = None if result is None else result.stages[-1].score
-    before = None if result is None else result.score("before")
-    for size in ("macs", "parameters", "latency_ms"):
-        whole = getattr(before, size, None)
-        found[f"{size.removesuffix('_ms')}_left"] = whole and getattr(last, size) / whole
-    tuning = None if result is None else result.tuning
-    found |= {
-        "images": None if last is None else last.images,
-        "top1_fraction": None if last is None else last.top1_fraction,
-        "best_epoch": None if tuning is None else tuning.best_epoch,
-        "best_epoch_top1_fraction": None if tuning is None else tuning.best.top1_fraction,
-        "law_error": None if result is None else result.law_error,
-        "seconds": None if result is None else round(sum(s.seconds for s in result.stages), 1),
-        "plan_hash": None if result is None else result.plan_hash,
-        "id": cell.id,
-    }
-    environment = {} if result is None else result.environment.model_dump()
-    return found | {
-        name: environment.get(name)
-        for name in ("secateur", "torch", "processor", "cores", "threads")
-    }
-
-
-def tables(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[TextTable, ...]:
+def tables(found: Standings) -> tuple[TextTable, ...]:
     """Accuracy at the end, differences to the baseline, accuracy by stage, sizes, and failures."""
-    found = standings(cells, comparison.compared_with)
-    some = [accuracy_table(found, comparison), difference_table(found)]
-    stages = [stage for stage in STAGES if _came_to(found, stage)]
+    some = [accuracy_table(found), difference_table(found)]
+    stages = [
+        stage
+        for stage in STAGES[1:]
+        if any(row.percent(stage) is not None for row in found.all_rows)
+    ]
     if len(stages) > 1:
         some.append(stage_table(found, stages))
     some.append(size_table(found))
@@ -126,7 +89,7 @@ def tables(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[TextTab
     return tuple(some)
 
 
-def accuracy_table(found: Standings, comparison: Comparison) -> TextTable:
+def accuracy_table(found: Standings) -> TextTable:
     """Mean ± standard deviation over seeds, the best mean first."""
     lines = []
     for way in found.ways:
@@ -145,16 +108,13 @@ def accuracy_table(found: Standings, comparison: Comparison) -> TextTable:
         f"{network} {statistics.mean(values):.2f}"
         for network, values in {network: v for (network, _), v in bases.items() if v}.items()
     )
-    images = {
-        result.stages[0].score.images
-        for results in found.results.values()
-        for result in results.values()
-    }
-    counts = sorted({len(results) for results in found.results.values()}) or [0]
+    images = sorted({row.images for row in found.all_rows if row.images})
+    kinds = sorted({row.score_on for row in found.all_rows})
+    counts = sorted({len(rows) for rows in found.rows.values()}) or [0]
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     note = (
-        f"Top-1 in % of {' or '.join(map(str, sorted(images)))} {comparison.score_on} images, mean "
-        f"± standard deviation over {seeds} seed{'' if counts[-1] == 1 else 's'}. Before the cut: "
+        f"Top-1 in % of {' or '.join(map(str, images))} {' or '.join(kinds)} images, mean ± "
+        f"standard deviation over {seeds} seed{'' if counts[-1] == 1 else 's'}. Before the cut: "
         f"{before}."
     )
     return TextTable(
@@ -207,15 +167,9 @@ def size_table(found: Standings) -> TextTable:
     for way in found.ways:
         texts = []
         for setting in found.settings:
-            pairs = [
-                (result.stages[-1].score, result.stages[0].score)
-                for result in found.results.get((way, setting), {}).values()
-            ]
-            shares = (
-                statistics.mean(getattr(last, size) / getattr(first, size) for last, first in pairs)
-                for size in ("macs", "parameters", "latency_ms")
-                if pairs
-            )
+            rows = found.rows.get((way, setting), {}).values()
+            sizes = [[getattr(row, f"{size}_left") for row in rows] for size in SIZES]
+            shares = [statistics.mean(values) for values in sizes if values and None not in values]
             texts.append(" / ".join(f"{share:.3f}" for share in shares) or "–")
         lines.append((way, *texts))
     note = (
@@ -226,17 +180,17 @@ def size_table(found: Standings) -> TextTable:
     return TextTable("What is left", heads, tuple(lines), note)
 
 
-def failure_table(failures: Iterable[CellResult]) -> TextTable:
+def failure_table(failures: Iterable[Row]) -> TextTable:
     """Cells without a result, by what went wrong."""
-    by_reason: dict[str, list[CellResult]] = {}
-    for cell in failures:
-        by_reason.setdefault(cell.reason, []).append(cell)
+    by_reason: dict[str, list[Row]] = {}
+    for row in failures:
+        by_reason.setdefault(row.reason, []).append(row)
     lines = []
-    for reason, cells in by_reason.items():
-        first = cells[0]
-        way = way_of(first.criterion, first.variant)
-        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-        lines.append((f"{first.network}, {way}, {first.target}, seed {first.seed}{more}", reason))
+    for reason, rows in by_reason.items():
+        first = rows[0]
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        name = f"{first.network}, {first.way}, {first.target}, seed {first.seed}{more}"
+        lines.append((name, reason))
     return TextTable("Failed", ("cells", "reason"), tuple(lines))
 
 
@@ -248,14 +202,6 @@ def _environments(cells: Sequence[CellResult]) -> list[Mapping[str, Any]]:
         if cell.result is not None
     }
     return [json.loads(text) for text in sorted(found)]
-
-
-def _came_to(found: Standings, stage: Stage) -> bool:
-    return any(
-        result.score(stage) is not None
-        for results in found.results.values()
-        for result in results.values()
-    )
 
 
 def _heading(setting: Setting) -> str:
