@@ -312,7 +312,7 @@ def prune(
         typer.Option(
             "--norms/--no-norms",
             help="After the kernels, re-estimate batch-norm statistics where held-out images say "
-            "that it helps (default: norms).",
+            "that it helps, also with --refit none (default: norms).",
         ),
     ] = None,
     polish: Annotated[

@@ -135,7 +135,7 @@ class RefitSection(Section):
 
     layers: RefitLayers = "downstream"
     """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
-    literal reading of the paper; `none`."""
+    literal reading of the paper; `none`: kernels stay as they are."""
     positions: int = Field(default=32, ge=1)
     """Output positions of a layer that are looked at in each probe image."""
     form: RefitForm = "patch"
@@ -149,6 +149,11 @@ class RefitSection(Section):
     norms: bool = True
     """Whether to re-estimate the statistics of batch norms where held-out images say that it
     helps."""
+
+    @property
+    def is_any(self) -> bool:
+        """Whether anything is re-estimated."""
+        return self.layers != "none" or self.norms
 
 
 class PolishSection(Section):

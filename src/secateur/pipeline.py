@@ -306,16 +306,18 @@ def repair_in_place(
     track: Track = silent,
 ) -> Repair:
     """Re-estimates the kernels of the cut network in place, and norm statistics where it helps."""
-    layers = refit(
-        model,
-        smaller,
-        ground.wiring,
-        plan,
-        probe_stream(ground, config, silent, ""),
-        config.refit,
-        seed=config.seed,
-        track=track,
-    )
+    layers: tuple[LayerRefit, ...] = ()
+    if config.refit.layers != "none":
+        layers = refit(
+            model,
+            smaller,
+            ground.wiring,
+            plan,
+            probe_stream(ground, config, silent, ""),
+            config.refit,
+            seed=config.seed,
+            track=track,
+        )
     if not config.refit.norms:
         return Repair(layers, None)
     fit, held_out = set_apart(ground.probe)
@@ -348,7 +350,7 @@ def _search(
     def attempt(fraction_left: float) -> float:
         plan = survey.plan(replace(target, fraction_left=fraction_left))
         smaller = apply_plan(model, ground.wiring, plan)
-        if config.refit.layers != "none":
+        if config.refit.is_any:
             repair_in_place(model, smaller, ground, plan, config, track)
         found = accuracy(smaller)
         log.write("trial", fraction_left=fraction_left, validation_top1_fraction=found)
@@ -576,7 +578,7 @@ def cut(
     score("cut", smaller, since)
 
     repair = Repair((), None)
-    if config.refit.layers != "none":
+    if config.refit.is_any:
         since = time.perf_counter()
         repair = repair_in_place(current, smaller, ground, plan, config, track)
         score("refit", smaller, since)
