@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ablations
+import comparisons
 import criteria
 import tuned
 import tuning
@@ -14,7 +16,12 @@ from tables import with_table
 PAGE = ROOT / "docs" / "results.md"
 TABLES: dict[str, Callable[[], str]] = {
     "results/criteria.jsonl cifar10": lambda: criteria.table("cifar10", criteria.cells()),
-    "results/tuned.jsonl": lambda: tuned.table(tuned.known_rows()),
+    "results/tuned.jsonl": lambda: comparisons.table(
+        tuned.CONFIG, comparisons.rows_in(tuned.RESULTS)
+    ),
+    "results/ablations.jsonl": lambda: comparisons.table(
+        ablations.CONFIG, comparisons.rows_in(ablations.RESULTS)
+    ),
     "results/tuning.jsonl": lambda: tuning.table(read_cells(tuning.RESULTS, tuning.KEY)),
 }
 """What stands between the markers of each name."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+import comparisons
 import results
 import tuned
 from layouts import write_classes
-from secateur import sweep
+from secateur import pipeline, sweep
+from secateur.comparison import Comparison, cells_of
 
 
 def test_the_page_is_that_of_the_result_files() -> None:
@@ -20,10 +23,8 @@ def test_the_page_is_that_of_the_result_files() -> None:
 
 
 @pytest.fixture
-def arguments(
-    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> argparse.Namespace:
-    """The bench on a few small images, with results of its own."""
+def comparison(tmp_path: Path, model_file: Path) -> Comparison:
+    """The bench's on a few small images."""
     for part, count in (("train", 24), ("test", 8)):
         write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
     content = {
@@ -35,26 +36,37 @@ def arguments(
     }
     config = tmp_path / "comparison.toml"
     config.write_text(tomli_w.dumps(content))
-    for name, path in (("CONFIG", config), ("WORK", "work"), ("RESULTS", "rows.jsonl")):
-        monkeypatch.setattr(tuned, name, tmp_path / path)
-    return argparse.Namespace(
-        data=str(tmp_path / "images"), weights=tmp_path, jobs=1, seeds=None, peer=None
-    )
+    arguments = argparse.Namespace(data=str(tmp_path / "images"), weights=None)
+    return comparisons.asked_for(config, arguments)
 
 
-def test_a_peer_is_cut_to_the_same_size_and_trained_alike(arguments: argparse.Namespace) -> None:
+def test_rows_that_are_there_are_not_measured_again(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparisons, "ROOT", tmp_path)
+    file = tmp_path / "rows.jsonl"
+    comparisons.measure(comparison, file, 1)
+    shutil.rmtree(tmp_path / "runs")
+    more = comparison.model_copy(update={"criteria": ("l1", "random")})
+    comparisons.measure(more, file, 1)
+    assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
+    assert len(list((tmp_path / "runs" / "rows" / sweep.CELLS).iterdir())) == 1
+    text = comparisons.table(tmp_path / "comparison.toml", comparisons.rows_in(file))
+    assert "| random |" in text
+    assert "all settings" in text
+
+
+def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch_pruning", reason="Torch-Pruning is for the benches")
-    comparison, cells = tuned.asked_for(arguments)
-    (cell,) = cells
-    tuned.measure(comparison, cell)
-    tuned.put(tuned.measure_peer(cell))
-    own, peer = tuned.known_rows()
-    assert (own.criterion, peer.criterion) == ("l1", tuned.PEER_NAME)
-    assert own.before_top1_fraction == peer.before_top1_fraction
-    assert own.images == peer.images == 16
+    monkeypatch.setattr(tuned, "WORK", tmp_path / "work")
+    (cell,) = cells_of(comparison)
+    peer = tuned.measure_peer(cell)
+    dataset, model = pipeline.load_inputs(cell.config)
+    own = pipeline.prune(model, dataset, cell.config).result
+    assert peer.criterion == tuned.PEER_NAME
+    assert peer.before_top1_fraction == own.stages[0].score.top1_fraction
+    assert peer.images == own.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps
     assert peer.tuned_top1_fraction is not None
-    text = tuned.table([own, peer])
-    assert f"| {tuned.PEER_NAME} |" in text
-    assert "all settings" in text
-    assert sweep.read_comparison(tuned.CONFIG).compared_with == "l1"

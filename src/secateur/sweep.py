@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -74,13 +74,15 @@ def compare(
     *,
     jobs: int = 1,
     retry: bool = False,
+    skip: Callable[[Cell], bool] = lambda cell: False,
     track: Track = silent,
 ) -> tuple[CellResult, ...]:
     """Works off what is missing in a folder, `jobs` processes at a time; all results, in order.
 
-    `retry` tries failed cells again. Raises `RunFolderError` where the folder holds something else.
+    `retry` tries failed cells again; those to `skip` are not looked at. Raises `RunFolderError`
+    where the folder holds something else.
     """
-    cells = cells_of(comparison)
+    cells = [cell for cell in cells_of(comparison) if not skip(cell)]
     for cell in cells:
         pipeline.check_names(cell.config)
         pipeline.check_weights(cell.config, allow_untrained=False)

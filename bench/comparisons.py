@@ -1,0 +1,84 @@
+"""Comparisons whose rows go to result files; what has been measured is not measured again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rows import ROOT
+from secateur import sweep
+from secateur.comparison import Cell, Comparison
+from secateur.progress import T
+from secateur.report.comparison import accuracy_table, difference_table
+from secateur.rows import Row, read_rows, row_of, to_lines
+from secateur.standings import standings
+
+Key = tuple[str, str, str, str, int]
+
+
+def key_of(of: Row | Cell) -> Key:
+    """What tells a cell from others."""
+    return of.network, of.variant, of.criterion, of.target, of.seed
+
+
+def rows_in(results: Path) -> list[Row]:
+    """What has been measured; of rows of one cell the last one."""
+    rows = read_rows(results) if results.is_file() else []
+    return list({key_of(row): row for row in rows}.values())
+
+
+def put(results: Path, row: Row) -> None:
+    """Appends a row to a result file."""
+    with results.open("a") as file:
+        file.write(to_lines([row]))
+
+
+def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
+    """The comparison in a file, with the data and the weights that are given."""
+    comparison = sweep.read_comparison(config).with_weights_in(arguments.weights)
+    kind = comparison.data.source.partition(":")[0]
+    data = comparison.data.model_copy(update={"source": f"{kind}:{arguments.data}"})
+    return comparison.model_copy(update={"data": data})
+
+
+def measure(comparison: Comparison, results: Path, jobs: int) -> None:
+    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends."""
+    known = {key_of(row) for row in rows_in(results)}
+
+    def noted(cells: Iterable[T], title: str, total: int) -> Iterator[T]:
+        for number, cell in enumerate(cells, 1):
+            assert isinstance(cell, sweep.CellResult)
+            print(f"{title} {number}/{total}: {cell.outcome} {cell.reason}", flush=True)
+            if cell.outcome == "done":
+                put(results, row_of(cell))
+            yield cell
+
+    folder = ROOT / "runs" / results.stem
+    sweep.compare(
+        comparison,
+        folder,
+        jobs=jobs,
+        retry=True,
+        skip=lambda cell: key_of(cell) in known,
+        track=noted,
+    )
+
+
+def table(config: Path, rows: list[Row]) -> str:
+    """Accuracies and their differences."""
+    if not rows:
+        return "Not measured yet."
+    found = standings(rows, sweep.read_comparison(config).compared_with)
+    return "\n\n".join(each.markdown() for each in (accuracy_table(found), difference_table(found)))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What a bench of a comparison is told."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--data", required=True, help="the folder of CIFAR-10")
+    made.add_argument("--weights", type=Path, required=True, help="the folder of base weights")
+    made.add_argument("--jobs", type=int, default=1)
+    return made
