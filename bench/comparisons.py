@@ -46,8 +46,8 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
     """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends."""
     known = {key_of(row) for row in rows_in(results)}
 
-    def noted(cells: Iterable[T], title: str, total: int) -> Iterator[T]:
-        for number, cell in enumerate(cells, 1):
+    def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+        for number, cell in enumerate(items, 1):
             assert isinstance(cell, sweep.CellResult)
             print(f"{title} {number}/{total}: {cell.outcome} {cell.reason}", flush=True)
             if cell.outcome == "done":
