@@ -14,6 +14,7 @@ from layouts import write_classes
 from secateur import data, models, sweep
 from secateur.comparison import Comparison, cells_of
 from secateur.config import from_dict, read_tables
+from secateur.documents import replace_file
 from secateur.report.comparison import MARKDOWN, write_comparison
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.toml"))
@@ -58,7 +59,7 @@ def test_a_file_runs_in_miniature(path: Path, model_file: Path, tmp_path: Path) 
     comparison = from_dict(tables, Comparison)
     (cell,) = cells_of(comparison)
     (tmp_path / "out" / sweep.CELLS).mkdir(parents=True)
-    sweep.replace_file(tmp_path / "out" / sweep.COMPARISON, tomli_w.dumps(tables))
+    replace_file(tmp_path / "out" / sweep.COMPARISON, tomli_w.dumps(tables))
     with (tmp_path / "said").open("w") as say:
         sweep.work(tmp_path / "out", [cell.id], say)  # what a process of a sweep does
     found = sweep.read_cell(tmp_path / "out", cell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Literal
 
 import tomli_w
 from pydantic import Field
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from secateur import distributed, pipeline
@@ -18,6 +17,7 @@ from secateur.boards import open_log
 from secateur.bundle import CHECKPOINTS, LOG, EventLog
 from secateur.checkpoint import Checkpoints
 from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
+from secateur.documents import replace_file
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score, evaluate
 from secateur.manifest import CONFIG, WEIGHTS
@@ -114,7 +114,7 @@ def train_base(
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-        _replace(folder / CONFIG, text)
+        replace_file(folder / CONFIG, text)
 
     unreadable = pipeline.make_unreadable(run)
 
@@ -150,18 +150,10 @@ def train_base(
         unreadable=pipeline.names_of(unreadable),
     )
     if is_first:
-        unfinished = folder / f"{WEIGHTS}.unfinished"
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, unfinished, {"format": "pt"})
-        os.replace(unfinished, folder / WEIGHTS)
-        _replace(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
+        replace_file(folder / WEIGHTS, save(weights, {"format": "pt"}))
+        replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     log.write("end")
     distributed.wait()
     return result
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

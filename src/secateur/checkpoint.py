@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from secateur.documents import UNFINISHED, replace_file
 from secateur.errors import RunFolderError
 
 KEPT = 2
 """Checkpoints that a folder holds: the newest, and one more in case that one is damaged."""
-SUFFIX, UNFINISHED = ".safetensors", ".unfinished"
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +57,9 @@ class Checkpoints:
             {"facts": json.dumps(checkpoint.facts)},
         )
         path = self.folder / f"{step:09}{SUFFIX}"
-        unfinished = path.with_suffix(UNFINISHED)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            _flush_folder(self.folder)
+            replace_file(path, content)
             for older in self._paths()[:-KEPT]:
                 older.unlink()
             for left in self.folder.glob(f"*{UNFINISHED}"):
@@ -99,12 +93,3 @@ def _read(path: Path) -> Checkpoint:
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, struct.error) as error:
         raise RunFolderError(f"the checkpoint {path} can't be read: {error}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ import tomli_w
 from secateur import pipeline
 from secateur.comparison import Cell, Comparison, cells_of, units_of
 from secateur.config import from_dict, read_tables
-from secateur.documents import parsed
+from secateur.documents import parsed, replace_file
 from secateur.errors import RunFolderError, SecateurError
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
@@ -120,16 +120,6 @@ def _prepare(folder: Path, comparison: Comparison) -> None:
         replace_file(folder / COMPARISON, text)
     except OSError as error:
         raise RunFolderError(f"can't write to {folder}: {error}") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file under another name, flushes it to the disk and renames it."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _tidy(folder: Path, ended: Iterable[str]) -> None:

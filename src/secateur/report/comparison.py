@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.comparison import Comparison
+from secateur.documents import replace_file
 from secateur.report import render
 from secateur.result import Stage
 from secateur.rows import STAGES, Row, row_of, to_lines
 from secateur.standings import CONFIDENCE, Difference, Setting, Standings, standings
-from secateur.sweep import CellResult, replace_file
+from secateur.sweep import CellResult
 
 ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
 CHARTS = "charts"
