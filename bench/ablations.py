@@ -1,8 +1,8 @@
-"""What each part of the method is worth: `configs/ablations_cifar10.toml`.
+"""What each part of the method is worth: `configs/ablations_*.toml`.
 
     python bench/ablations.py --data DIR --weights DIR [--jobs 2]
 
-A line a cell goes to `results/ablations.jsonl`; cells that are there are not measured again.
+A line a cell goes to a file of `results/`; cells that are there are not measured again.
 `bench/results.py` writes the tables.
 """
 
@@ -11,14 +11,19 @@ from __future__ import annotations
 import comparisons
 from rows import ROOT
 
-RESULTS = ROOT / "results" / "ablations.jsonl"
-CONFIG = ROOT / "configs" / "ablations_cifar10.toml"
+CONFIGS = ROOT / "configs"
+RESULTS = {
+    CONFIGS / "ablations_cifar10.toml": ROOT / "results" / "ablations.jsonl",
+    CONFIGS / "ablations_iou_cifar10.toml": ROOT / "results" / "ablations_iou.jsonl",
+}
+"""By comparison."""
 
 
 def main() -> None:
     """Measures what is missing."""
     arguments = comparisons.parser(__doc__).parse_args()
-    comparisons.measure(comparisons.asked_for(CONFIG, arguments), RESULTS, arguments.jobs)
+    for config, results in RESULTS.items():
+        comparisons.measure(comparisons.asked_for(config, arguments), results, arguments.jobs)
 
 
 if __name__ == "__main__":

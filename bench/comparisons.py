@@ -65,8 +65,9 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
     )
 
 
-def table(config: Path, rows: list[Row]) -> str:
+def table(config: Path, results: Path) -> str:
     """Accuracies and their differences."""
+    rows = rows_in(results)
     if not rows:
         return "Not measured yet."
     found = standings(rows, sweep.read_comparison(config).compared_with)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import ablations
 import comparisons
@@ -14,15 +15,15 @@ from rows import ROOT
 from tables import with_table
 
 PAGE = ROOT / "docs" / "results.md"
+COMPARISONS = {tuned.CONFIG: tuned.RESULTS, **ablations.RESULTS}
+"""Result files by comparison."""
 TABLES: dict[str, Callable[[], str]] = {
     "results/criteria.jsonl cifar10": lambda: criteria.table("cifar10", criteria.cells()),
-    "results/tuned.jsonl": lambda: comparisons.table(
-        tuned.CONFIG, comparisons.rows_in(tuned.RESULTS)
-    ),
-    "results/ablations.jsonl": lambda: comparisons.table(
-        ablations.CONFIG, comparisons.rows_in(ablations.RESULTS)
-    ),
     "results/tuning.jsonl": lambda: tuning.table(read_cells(tuning.RESULTS, tuning.KEY)),
+    **{
+        f"results/{rows.name}": partial(comparisons.table, config, rows)
+        for config, rows in COMPARISONS.items()
+    },
 }
 """What stands between the markers of each name."""
 
