@@ -43,7 +43,10 @@ def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
 
 
 def measure(comparison: Comparison, results: Path, jobs: int) -> None:
-    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends."""
+    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends.
+
+    Seed by seed, so that what is there after an interruption can be compared.
+    """
     known = {key_of(row) for row in rows_in(results)}
 
     def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
@@ -55,14 +58,15 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
             yield cell
 
     folder = ROOT / "runs" / results.stem
-    sweep.compare(
-        comparison,
-        folder,
-        jobs=jobs,
-        retry=True,
-        skip=lambda cell: key_of(cell) in known,
-        track=noted,
-    )
+    for seed in comparison.seeds:
+        sweep.compare(
+            comparison.model_copy(update={"seeds": (seed,)}),
+            folder,
+            jobs=jobs,
+            retry=True,
+            skip=lambda cell: key_of(cell) in known,
+            track=noted,
+        )
 
 
 def table(config: Path, results: Path) -> str:
