@@ -13,8 +13,8 @@ from rows import ROOT
 
 CONFIGS = ROOT / "configs"
 RESULTS = {
-    CONFIGS / "ablations_cifar10.toml": ROOT / "results" / "ablations.jsonl",
-    CONFIGS / "ablations_iou_cifar10.toml": ROOT / "results" / "ablations_iou.jsonl",
+    CONFIGS / f"{name}_cifar10.toml": ROOT / "results" / f"{name}.jsonl"
+    for name in ("ablations", "ablations_iou", "ablations_response")
 }
 """By comparison."""
 

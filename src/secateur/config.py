@@ -71,14 +71,15 @@ class ScoreSection(Section):
     `saliency`, `factors:K`, `colours`, or with images of their own `masks:DIR`, `broden:DIR`,
     `parts:DIR`, `boxes:DIR`."""
     ballot: Literal["share", "top", "plurality"] = "share"
-    """Whether a vote is divided among the filters in proportion to their strength, or goes to each
-    of the strongest, or to the strongest one."""
+    """Of `vote-response`: whether a vote is divided among the filters in proportion to their
+    strength, or goes to each of the strongest, or to the strongest one."""
     voters: Literal["cells", "regions"] = "cells"
-    """Whether filters compete at each cell of a region, or over the whole of it."""
+    """Of `vote-response`: whether filters compete at each cell of a region, or over the whole."""
     concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """What a vote counts, by the name or the category of its concept; 1 for all others."""
     top_fraction: float = Field(default=0.1, gt=0, le=1)
-    """Share of a layer's filters that get a vote at a time, with the ballot `top`."""
+    """Share of a layer's filters that get a vote at a time, with the ballot `top` and in
+    `vote-iou`."""
     quantile: float = Field(default=0.01, gt=0, lt=1)
     """Share of positions at which a filter exceeds its threshold."""
     sample_every: int = Field(default=8, ge=1)
