@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.node import Node
+from torch.fx.node import Node, map_arg
 
 from secateur import distributed
 from secateur.channels import argument
@@ -195,6 +196,19 @@ class _Pass:
                 found[node] = functools.partial(_rectified, read)
         return found
 
+    @functools.cached_property
+    def _row_by_row(self) -> dict[Node, Compute]:
+        """Linear layers that answer to each image by itself.
+
+        The matrix product of some machines rounds a row by its place among the rows, and gradients
+        would then depend on which images a process gets.
+        """
+        return {
+            node: functools.partial(_rows, node)
+            for node in self.wiring.graph.nodes
+            if operation_name(node) == "linear"
+        }
+
     def forward(self, batch: Batch, taps: Mapping[Node, Tap], *, with_gradients: bool) -> Scene:
         """Runs the network, with `taps` on the way; what the source must see of it."""
         node = None if self.source is None else self.source.node
@@ -209,16 +223,17 @@ class _Pass:
             captured.append(value)
             return value
 
-        images = batch.images
+        images, instead = batch.images, self._in_place
         if with_gradients:
             images = images.detach().clone().requires_grad_()
+            instead = {**instead, **self._row_by_row}
         walk = Walk(self.wiring.graph, self.state, images)
         with autocast(self.settings.precision):
             with torch.set_grad_enabled(with_gradients):
-                walk.advance(node, after=taps, instead=self._in_place)
+                walk.advance(node, after=taps, instead=instead)
             after = taps if node is None else {**taps, node: capture}
             with torch.set_grad_enabled(with_gradients or wants_leaf):
-                walk.advance(after=after, instead=self._in_place)
+                walk.advance(after=after, instead=instead)
         return Scene(
             images=batch.images,
             numbers=batch.numbers,
@@ -227,6 +242,14 @@ class _Pass:
             value=captured[0] if captured else None,
             logits=walk.value(self.wiring.graph.output),
         )
+
+
+def _rows(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
+    """A linear layer's value, row by row of its first axis."""
+    assert callable(node.target)
+    read: Any = map_arg(tuple(node.args), lookup)
+    value, *others = read
+    return torch.cat([node.target(row[None].clone(), *others) for row in value])
 
 
 def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:

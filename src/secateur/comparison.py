@@ -78,8 +78,11 @@ class Comparison(Section):
     """Every criterion on every network, to every target, in every variant, for every seed."""
 
     networks: tuple[NetworkSection, ...] = Field(min_length=1)
+    """The networks, each a table of its own."""
     criteria: tuple[str, ...] = Field(default=("vote", "l1", "random"), min_length=1)
+    """What gives filters their scores: names, or `path/to/file.py:factory`."""
     targets: tuple[TargetText, ...] = Field(default=("macs=0.7", "macs=0.5"), min_length=1)
+    """What may stay, as in the plan of a run."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_seeds)] = Field(
         default=(0,), min_length=1
     )
