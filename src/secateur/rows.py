@@ -5,29 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from secateur.comparison import way_of
 from secateur.errors import RunFolderError
-from secateur.result import Record, Stage
-from secateur.sweep import CellResult
+from secateur.result import Stage
+from secateur.sweep import CellRecord, CellResult
 
 STAGES: tuple[Stage, ...] = ("before", "cut", "refit", "polished", "tuned")
 
 
-class Row(Record):
+class Row(CellRecord):
     """A cell. Accuracies are fractions of the scored images; None is what it has not come to."""
 
-    network: str
-    variant: str
-    criterion: str
-    target: str
-    seed: int
-    outcome: Literal["done", "failed"]
-    reason: str
-    score_on: Literal["test", "validation"]
     images: int | None = None
     """How many were scored."""
     before_top1_fraction: float | None = None
@@ -49,8 +40,6 @@ class Row(Record):
     seconds: float | None = None
     """What all steps took."""
     plan_hash: str | None = None
-    id: str
-    """Of the cell; see `comparison.Cell`."""
     secateur: str | None = None
     torch: str | None = None
     processor: str | None = None
@@ -71,7 +60,7 @@ class Row(Record):
 
 def row_of(cell: CellResult) -> Row:
     """The row of a cell."""
-    facts = cell.model_dump(include=set(Row.model_fields) & set(CellResult.model_fields))
+    facts = cell.model_dump(include=set(CellRecord.model_fields))
     result = cell.result
     if result is None:
         return Row(**facts)

@@ -45,11 +45,11 @@ KEPT_MEMORY = {
 feature map cleared anew. Halves the time of EfficientNet-Lite0."""
 
 
-class CellResult(Record):
-    """What became of a cell."""
+class CellRecord(Record):
+    """Which cell it is, and whether it came to an end."""
 
-    schema_version: int = SCHEMA_VERSION
     id: str
+    """See `comparison.Cell`."""
     network: str
     variant: str
     criterion: str
@@ -59,7 +59,13 @@ class CellResult(Record):
     reason: str = ""
     """One line, where it failed."""
     score_on: Literal["test", "validation"]
-    """The images that the scores of the result are about."""
+    """The images that accuracies are about."""
+
+
+class CellResult(CellRecord):
+    """What became of a cell."""
+
+    schema_version: int = SCHEMA_VERSION
     result: RunResult | None = None
 
 
