@@ -673,4 +673,5 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
     assert failed.code == 1
     assert "--retry" in failed.err
     assert "Failed" in failed.out
+    assert call("compare", file, "-o", tmp_path / "other", *options, "--json").code == 1
     assert call("compare", tmp_path / "none.toml").code == 2

@@ -190,7 +190,7 @@ def test_a_wrong_key_is_named(content: dict[str, Any], edit: Edit, message: str)
         ({"refit": {"layers": "all"}}, "refit.layers"),
         ({"model.name": "vgg16_bn"}, "model.name is no key that may differ"),
         ({"epochs": 3}, "epochs is no key that may differ"),
-        ({"plan.target": "macs=0.1"}, "an axis of the comparison"),
+        ({"plan.target": "macs=0.1"}, "a place of its own"),
     ],
 )
 def test_a_change_that_can_not_be_is_named(

@@ -237,6 +237,18 @@ def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[Cell
     assert texts[1::3] == texts[2::3] == ["1.00"] * (len(texts) // 3)
 
 
+def test_ways_can_be_told_apart_in_a_chart(cells: list[CellResult]) -> None:
+    many = [
+        cell.model_copy(update={"variant": f"variant {number}"})
+        for number in range(20)
+        for cell in cells[:1]
+    ]
+    (chart, *_) = charts(standings(rows(many), "vote, variant 0"))
+    lines = chart.figure.axes[0].get_lines()[:-1]
+    looks = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(looks) == len(lines) == 20
+
+
 def test_names_are_no_formulas(cells: list[CellResult]) -> None:
     odd = [each.model_copy(update={"variant": "$x^2$ & <b>"}) for each in cells]
     for chart in charts(standings(rows(odd), "l1, $x^2$ & <b>"), odd):

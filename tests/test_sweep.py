@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
     again = swept(from_dict(content, Comparison), out, retry=True)
     done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
     assert done == {"wrong_shape", "largest", "l1"}
+
+
+@pytest.mark.parametrize("has_ended_any", [False, True])
+def test_a_process_that_dies_between_cells_takes_none_with_it(
+    content: dict[str, Any], tmp_path: Path, has_ended_any: bool
+) -> None:
+    comparison = from_dict(content, Comparison)
+    cells = list(cells_of(comparison)[:3])
+    (tmp_path / sweep.CELLS).mkdir()
+    with tempfile.TemporaryFile("w+") as errors:
+        popen = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
+        popen.wait()
+        process = sweep._Process(popen, cells, errors, has_ended_any=has_ended_any)
+        lost = list(sweep._bury(tmp_path, comparison, process))
+    # One that ended no cell would end none again, so its cells are given up.
+    expected = [] if has_ended_any else ["its process ended with code 3"] * 3
+    assert [cell.reason for cell in lost] == expected
+    assert len(cells) + len(lost) == 3
 
 
 def test_data_that_is_not_there_fails_its_cells_in_one_line(

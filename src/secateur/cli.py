@@ -55,7 +55,7 @@ from secateur.inspection import inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, silent
 from secateur.report import count_text, score_rows
-from secateur.report.comparison import PAGE, tables, write_comparison
+from secateur.report.comparison import PAGE, TextTable, tables, write_comparison
 from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
@@ -736,16 +736,9 @@ def compare_ways(
     rows = [row_of(cell) for cell in cells]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))
-        return
-    for table in tables(standings(rows, content.compared_with)):
-        shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
-        for number, head in enumerate(table.heads):
-            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
-        for line in table.rows:
-            shown.add_row(*map(_escaped, line))
-        _out().print(shown)
-        _out().print(_escaped(table.note), highlight=False)
-    _out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
+    else:
+        _show_comparison(tables(standings(rows, content.compared_with)))
+        _out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
     if any(cell.outcome == "failed" for cell in cells):
         raise SecateurError("some cells failed: --retry tries them again")
 
@@ -940,6 +933,17 @@ def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     _show_unreadable(result.unreadable)
     _out().print(f"report: {folder / bundle.REPORT}", soft_wrap=True, highlight=False)
+
+
+def _show_comparison(found: Sequence[TextTable]) -> None:
+    for table in found:
+        shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
+        for number, head in enumerate(table.heads):
+            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
+        for line in table.rows:
+            shown.add_row(*map(_escaped, line))
+        _out().print(shown)
+        _out().print(_escaped(table.note), highlight=False)
 
 
 def _show_unreadable(names: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ class Comparison(Section):
             (self.score, "criterion", "criteria"),
         ):
             if key in section.model_fields_set:
-                raise ValueError(f"{key} is one of an axis of the comparison: use {axis}")
+                raise ValueError(f"{key} differs from cell to cell: use {axis}")
         titles = [network.title for network in self.networks]
         for axis, values in (
             ("networks", titles),
@@ -222,7 +222,7 @@ def _change(content: dict[str, Any], changes: Changes) -> None:
         if not dot or section not in content or section == "model":
             raise UsageError(f"{dotted} is no key that may differ: SECTION.KEY, as refit.layers")
         if dotted in ("plan.target", "score.criterion"):
-            raise UsageError(f"{dotted} is an axis of the comparison of its own")
+            raise UsageError(f"{dotted} has a place of its own: targets, or criteria")
         content[section][key] = value
 
 

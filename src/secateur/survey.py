@@ -86,7 +86,9 @@ def make_surveys(
     its images in every process, and `example` is a few of them.
     """
     plain: Reconstruction | None = None
-    if settings.allocation == "curves" and not all(map(_has_moments, criteria.values())):
+    if settings.allocation == "curves" and not all(
+        isinstance(criterion, Reconstruction) for criterion in criteria.values()
+    ):
         plain = Reconstruction()
     observers = () if plain is None else (plain,)
     scores = score_filters(model, wiring, batches, criteria, source, score, observers=observers)
@@ -107,10 +109,6 @@ def make_surveys(
             allocation = replace(allocation, damage=damage)
         surveys[name] = Survey(wiring, scored, settings, allocation, ties, latency)
     return surveys
-
-
-def _has_moments(criterion: Criterion) -> bool:
-    return isinstance(criterion, Reconstruction)
 
 
 def _has_ties(scored: FilterScores) -> bool:

@@ -153,6 +153,8 @@ class _Process:
     errors: IO[str]
     started: str | None = None
     """The id of the cell that it is at."""
+    has_ended_any: bool = False
+    """Whether it came to the end of a cell; if so, the rest of its cells are not to blame."""
 
     def close(self) -> None:
         """Lets go of its files; it has ended."""
@@ -226,7 +228,7 @@ def _note(folder: Path, process: _Process, line: str) -> CellResult | None:
     if event == "begun":
         process.started = number
     elif event == "ended":
-        process.started = None
+        process.started, process.has_ended_any = None, True
         cell = next(cell for cell in process.left if cell.id == number)
         process.left.remove(cell)
         return read_cell(folder, cell)
@@ -243,7 +245,8 @@ def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[C
     code = process.popen.returncode
     how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
     reason = f"its process {how}{f': {words[-1]}' if words else ''}"
-    lost = [cell for cell in process.left if process.started in (None, cell.id)]
+    is_lost_whole = process.started is None and not process.has_ended_any
+    lost = [cell for cell in process.left if is_lost_whole or cell.id == process.started]
     for cell in lost:
         process.left.remove(cell)
         yield write_cell(folder, cell, comparison, failed=reason)
@@ -279,7 +282,7 @@ def write_cell(
     found = CellResult(
         **facts,
         outcome="done" if result is not None else "failed",
-        reason=failed,
+        reason=" ".join(failed.split()),
         score_on=comparison.score_on,
         result=result,
     )

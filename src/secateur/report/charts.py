@@ -117,10 +117,8 @@ def _tradeoff(
         if not points:
             continue
         left_, mean, deviation = np.array(sorted(points)).T
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(
-            left_, mean, color=colour, marker=MARKERS[number % len(MARKERS)], label=_label(way)
-        )
+        colour, marker = _look(number)
+        axes.plot(left_, mean, color=colour, marker=marker, label=_label(way))
         axes.fill_between(left_, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
     before = [
         value
@@ -154,7 +152,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
             ]
             if pairs:
                 place, mean, deviation = np.array(pairs).T
-                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                colour, marker = _look(number)
                 axes.errorbar(
                     place,
                     mean,
@@ -286,6 +284,12 @@ def _mean(values: Iterable[float]) -> float:
     """Of those that are numbers; not a number where there are none."""
     some = [value for value in values if not np.isnan(value)]
     return statistics.mean(some) if some else float("nan")
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a way; no two of the first sixty-four share both."""
+    turn, place = divmod(number, len(COLOURS))
+    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
 
 
 def _label(way: str) -> str:
