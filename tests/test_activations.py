@@ -478,7 +478,8 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
         for criterion, each in watching.items()
     }
     found["dissection"] = [*dissection.tallies(), *(dissection.thresholds[part] for part in parts)]
-    found["top images"] = [top.numbers(part) for part in parts]
+    found["top images"] = [top.sights(part).numbers for part in parts]
+    found["top regions"] = [top.sights(part).regions for part in parts]
     return found
 
 

@@ -59,12 +59,16 @@ def test_filters_are_told_by_what_they_lie_on() -> None:
     maps = torch.stack([top.float(), (~top).float(), torch.zeros(4, 4)])[None]
     masks = torch.stack([top, ~top])[None]
     dissection = dissected(("sky", "road"), (maps, masks, torch.tensor([[0, 1]])))
-    assert dissection.best("layer") == [
+    assert dissection.best(dissection.iou("layer")) == [
         FilterConcept("sky", 1.0),
         FilterConcept("road", 1.0),
         FilterConcept("sky", 0.0),
     ]
-    assert [seen.is_detector for seen in dissection.best("layer")] == [True, True, False]
+    assert [seen.is_detector for seen in dissection.best(dissection.iou("layer"))] == [
+        True,
+        True,
+        False,
+    ]
     assert dissection.iou("layer").tolist() == [[1, 0], [0, 1], [0, 0]]
     assert dissection.thresholds["layer"].tolist() == [0.5, 0.5, 0.5]
 
@@ -82,7 +86,7 @@ def test_batches_add_up(generator: torch.Generator) -> None:
     whole = dissected(names, (maps, masks, concepts))
     some = (slice(4, 6), slice(0, 1), slice(1, 4))
     parts = dissected(names, *((maps[part], masks[part], concepts[part]) for part in some))
-    assert whole.best("layer") == parts.best("layer")
+    assert whole.best(whole.iou("layer")) == parts.best(parts.iou("layer"))
     for one, other in zip(whole.tallies(), parts.tallies(), strict=True):
         assert one.dtype == torch.int64
         assert torch.equal(one, other)
@@ -94,7 +98,7 @@ def test_masks_are_brought_to_the_maps() -> None:
     fine[..., :4, :] = True
     coarse = at_resolution(fine, (2, 2))
     dissection = dissected(("sky",), (coarse.float(), fine, torch.tensor([[0]])))
-    assert dissection.best("layer") == [FilterConcept("sky", 1.0)]
+    assert dissection.best(dissection.iou("layer")) == [FilterConcept("sky", 1.0)]
 
 
 def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
@@ -112,7 +116,7 @@ def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
     maps[:, 4, 1] = 1.0  # the second concept, whole; filters 2 and 5 see nothing
     seen = replace(sight(maps), part="stem.0", kernels=parts["stem.0"])
     dissection.observe(seen)(regions(masks, torch.tensor([[0, 1]])))
-    assert dissection.best_by_channel(group) == [
+    assert dissection.best(dissection.iou_by_channel(group)) == [
         FilterConcept("sky", 0.5),
         FilterConcept("road", 1.0),
         FilterConcept("sky", 0.0),
@@ -149,17 +153,17 @@ def best_by_sorting(largest: Tensor, numbers: Tensor, count: int) -> list[list[i
 def test_top_images_are_those_of_a_sort(count: int, generator: torch.Generator) -> None:
     largest = torch.randint(-3, 4, (12, 5), generator=generator).float()  # with many ties
     numbers = torch.randperm(40, generator=generator)[:12]
-    found = top_of(count, (largest, numbers)).numbers("layer")
+    found = top_of(count, (largest, numbers)).sights("layer").numbers
     assert found.tolist() == best_by_sorting(largest, numbers, count)
     assert found.shape == (5, min(count, 12))
 
 
 def test_between_equal_activations_the_smaller_number_is_kept() -> None:
     ones = torch.ones(4, 1)
-    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).numbers("layer")
+    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).sights("layer").numbers
     assert found.tolist() == [[3, 5]]
     later = top_of(2, (ones[:2], torch.tensor([7, 9])), (ones[:2], torch.tensor([3, 5])))
-    assert later.numbers("layer").tolist() == [[3, 5]]
+    assert later.sights("layer").numbers.tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 7), (2, 9, 1)])
@@ -168,10 +172,10 @@ def test_top_images_do_not_depend_on_batches_or_their_order(
 ) -> None:
     largest = torch.randint(0, 4, (12, 5), generator=generator).float()
     numbers = torch.arange(12)
-    expected = top_of(4, (largest, numbers)).numbers("layer")
+    expected = top_of(4, (largest, numbers)).sights("layer").numbers
     order = torch.randperm(12, generator=generator)
     parts = [(largest[some], numbers[some]) for some in order.split(list(sizes))]
-    assert torch.equal(top_of(4, *parts).numbers("layer"), expected)
+    assert torch.equal(top_of(4, *parts).sights("layer").numbers, expected)
 
 
 def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
@@ -184,17 +188,28 @@ def test_merging_keeps_the_best_of_all_processes(
 ) -> None:
     largest = torch.randint(0, 4, (12, 5), generator=generator).float()
     numbers = torch.arange(12)
-    expected = top_of(4, (largest, numbers)).numbers("layer")
+    expected = top_of(4, (largest, numbers)).sights("layer").numbers
     for order in itertools.permutations(range(3)):
         own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
         monkeypatch.setattr(distributed, "gathered", gathers(others))
         own.merge()
-        assert torch.equal(own.numbers("layer"), expected)
+        assert torch.equal(own.sights("layer").numbers, expected)
+
+
+def test_where_a_filter_is_active_comes_along(generator: torch.Generator) -> None:
+    largest, numbers = torch.rand(12, 5, generator=generator), torch.arange(12)
+    maps = maps_with(largest)
+    for parts in ([12], [5, 7]):
+        some = zip(largest.split(parts), numbers.split(parts), strict=True)
+        top = top_of(3, *some).sights("layer")
+        for filter_, images in enumerate(top.numbers.tolist()):
+            assert torch.equal(top.regions[filter_], maps[images, filter_] > 0.5)
+            assert top.values[filter_].tolist() == largest[images, filter_].tolist()
 
 
 def test_merging_alone_changes_nothing(generator: torch.Generator) -> None:
     top = top_of(4, (torch.rand(6, 3, generator=generator), torch.arange(6)))
-    before = top.numbers("layer")
+    before = top.sights("layer").numbers
     top.merge()
-    assert torch.equal(top.numbers("layer"), before)
+    assert torch.equal(top.sights("layer").numbers, before)
     assert list(top.tallies()) == []

@@ -88,22 +88,21 @@ class Dissection:
         """Dataset-wide IoU of each filter of a part of a group with each concept."""
         return self._tallies[part].iou
 
-    def best(self, part: str) -> list[FilterConcept]:
-        """The best concept of each filter of a part of a group; between equal ones the first."""
-        values, order = self.iou(part).max(dim=1)
-        return [
-            FilterConcept(self._names[concept], iou)
-            for concept, iou in zip(order.tolist(), values.tolist(), strict=True)
-        ]
-
-    def best_by_channel(self, group: Group) -> list[FilterConcept]:
-        """The best concept of each channel of a group, of all its filters."""
-        found: dict[int, FilterConcept] = {}
+    def iou_by_channel(self, group: Group) -> Float[Tensor, "channel concept"]:
+        """The largest IoU of each channel's filters with each concept."""
+        found = torch.zeros(len(group), len(self._names), dtype=torch.float64)
         for part, look in parts_of(group).items():
-            for channel, seen in zip(look.channel.tolist(), self.best(part), strict=True):
-                if channel not in found or seen.iou > found[channel].iou:
-                    found[channel] = seen
-        return [found[channel] for channel in range(len(group))]
+            index = torch.from_numpy(look.channel)[:, None].expand(-1, len(self._names))
+            found.scatter_reduce_(0, index, self.iou(part), "amax")
+        return found
+
+    def best(self, iou: Float[Tensor, "filter concept"]) -> list[FilterConcept]:
+        """The concept of the largest IoU in each row; between equal ones the first."""
+        values, order = iou.max(dim=1)
+        return [
+            FilterConcept(self._names[concept], value)
+            for concept, value in zip(order.tolist(), values.tolist(), strict=True)
+        ]
 
 
 def _upsampled(size: Size, masks: Size) -> Size:
@@ -139,36 +138,55 @@ def _overlap(
     return Overlap(intersection, union)
 
 
+@dataclass(frozen=True, eq=False)
+class TopSights:
+    """The images that each filter of a part of a group responds to most, the strongest first."""
+
+    values: Float[Tensor, "filter place"]
+    """The largest activation in the image."""
+    numbers: Int[Tensor, "filter place"]
+    """Number of the image in the probe set."""
+    regions: Bool[Tensor, "filter place h w"]
+    """Where the filter is above its threshold there, on the grid of its map."""
+
+    def best(self, count: int) -> TopSights:
+        """At most `count` of them; between equal activations the image with the smaller number."""
+        by_number = self.numbers.argsort(1)
+        order = self.values.gather(1, by_number).argsort(dim=1, descending=True, stable=True)
+        places = by_number.gather(1, order[:, :count])
+        return TopSights(
+            self.values.gather(1, places),
+            self.numbers.gather(1, places),
+            self.regions[torch.arange(len(places))[:, None], places],
+        )
+
+
 class TopImages:
     """The images that each filter responds to most, by its largest activation; an `Observer`."""
 
-    needs: frozenset[Need] = frozenset({"maps"})
+    needs: frozenset[Need] = frozenset({"maps", "thresholds"})
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
-        """`[filter, place]`: activations and numbers of images, the largest first."""
+        self._found: dict[str, TopSights] = {}
 
     def begin(self, parts: Mapping[str, Kernels]) -> None:
         """Starts with no image."""
-        self._found = {
-            part: (torch.zeros(kernels.filters, 0), torch.zeros(kernels.filters, 0).long())
-            for part, kernels in parts.items()
-        }
+        self._found = {}
 
     def observe(self, sight: Sight) -> None:
         """Keeps the best of a batch and of what came before."""
-        largest = sight.maps.float().amax(dim=(2, 3)).T  # [filter, image]
-        numbers = sight.numbers.expand(len(largest), -1)
-        self._found[sight.part] = self._best([self._found[sight.part], (largest, numbers)])
-
-    def _best(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Between equal activations the image with the smaller number is kept."""
-        values, numbers = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-        by_number = numbers.argsort(1)
-        values, numbers = values.gather(1, by_number), numbers.gather(1, by_number)
-        order = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
-        return values.gather(1, order), numbers.gather(1, order)
+        assert sight.usual is not None
+        by_number = sight.numbers.argsort()
+        values = sight.maps.float().amax(dim=(2, 3)).T[:, by_number]  # [filter, image]
+        # Only these of the batch can be among the best: no other map is binarised.
+        places = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
+        images = by_number[places]
+        filters = torch.arange(len(values))[:, None]
+        regions = sight.maps[images, filters] > sight.usual.threshold[:, None, None, None]
+        new = TopSights(values.gather(1, places), sight.numbers[images], regions)
+        old = self._found.get(sight.part)
+        self._found[sight.part] = (new if old is None else _joined([old, new])).best(self._count)
 
     def tallies(self) -> Iterable[Tensor]:
         """None that add up; see `merge`."""
@@ -177,8 +195,18 @@ class TopImages:
     def merge(self) -> None:
         """Keeps the best of what all processes have found."""
         found = distributed.gathered(self._found)
-        self._found = {part: self._best([each[part] for each in found]) for part in self._found}
+        self._found = {
+            part: _joined([each[part] for each in found]).best(self._count) for part in self._found
+        }
 
-    def numbers(self, part: str) -> Int[Tensor, "filter place"]:
-        """Numbers of the images in the probe set, the one with the largest activation first."""
-        return self._found[part][1]
+    def sights(self, part: str) -> TopSights:
+        """What was found of a part."""
+        return self._found[part]
+
+
+def _joined(some: list[TopSights]) -> TopSights:
+    return TopSights(
+        torch.cat([each.values for each in some], 1),
+        torch.cat([each.numbers for each in some], 1),
+        torch.cat([each.regions for each in some], 1),
+    )

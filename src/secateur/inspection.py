@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from secateur import distributed, pipeline
-from secateur.activations import parts_of
 from secateur.config import RunConfig
-from secateur.dissection import Dissection, TopImages
 from secateur.pictures import draw_layer
 from secateur.progress import Track, silent
-from secateur.scoring import score_filters
+from secateur.sights import see
 
 TOP_IMAGES = 5
 """Images that are shown of each filter."""
@@ -41,53 +38,34 @@ def inspect_network(
     unreadable = pipeline.make_unreadable(config)
     ground = pipeline.prepare_ground(network, dataset, config, unreadable)
     wiring = ground.wiring
-    dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
-    top = TopImages(TOP_IMAGES)
-    scores = score_filters(
-        network,
-        wiring,
-        lambda: pipeline.probe_stream(ground, config, track, "looking at filters"),
-        {name: pipeline.make_criterion(name, ground.source, config) for name in criterion_names},
-        ground.source,
-        config.score,
-        observers=(dissection, top),
-    )
-    top.merge()
+    sights = see(network, ground, config, criterion_names, images=TOP_IMAGES, track=track)
     whole = wiring.count_after({})
     macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
     groups = []
     for name, group in wiring.groups.items():
-        seen = dissection.best_by_channel(group)
-        detectors = Counter(each.concept for each in seen if each.is_detector)
-        first = next(iter(parts_of(group)))
+        seen, top, detectors = sights.concepts(group), sights.top(group), sights.detectors(group)
         groups.append(
             {
                 "layer": name,
                 "filters": len(group),
                 "macs_share": macs[group.layers[0].name] / wiring.macs(),
                 "read_by": [reader.layer for reader in group.readers],
-                "scores": {key: found.scores[name].tolist() for key, found in scores.items()},
+                "scores": {
+                    key: found.scores[name].tolist() for key, found in sights.scores.items()
+                },
                 "detectors": dict(detectors.most_common()),
                 "unique_detectors": len(detectors),
                 "concepts": [
                     {"concept": each.concept, "iou": each.iou, "is_detector": each.is_detector}
                     for each in seen
                 ],
-                "top_images": top.numbers(first).tolist(),
+                "top_images": top.numbers.tolist(),
             }
         )
         if pictures is not None and distributed.is_first():
             pictures.mkdir(exist_ok=True)
-            draw_layer(
-                pictures / f"{name}.png",
-                network,
-                ground,
-                config,
-                name,
-                top.numbers(first),
-                dissection.thresholds[first],
-                [f"{each.concept} {each.iou:.2f}" for each in seen],
-            )
+            labels = [f"{each.concept} {each.iou:.2f}" for each in seen]
+            draw_layer(pictures / f"{name}.png", ground, config, top, labels)
     frozen = [
         {"layer": group.name, "filters": group.size, "reason": group.reason}
         for group in wiring.frozen

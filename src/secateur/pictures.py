@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.activations import maps_of, parts_of
 from secateur.config import RunConfig
-from secateur.graph import Walk, tensors_of
+from secateur.dissection import TopSights
 from secateur.pipeline import Ground, preprocessing
 
 SIDE = 96
@@ -23,41 +21,24 @@ LABEL_WIDTH = 150
 
 
 def draw_layer(
-    path: Path,
-    model: nn.Module,
-    ground: Ground,
-    config: RunConfig,
-    layer: str,
-    numbers: Int[Tensor, "filter place"],
-    thresholds: Float[Tensor, "filter"],
-    labels: list[str],
+    path: Path, ground: Ground, config: RunConfig, top: TopSights, labels: list[str]
 ) -> None:
     """Writes a PNG with a row a filter: its number and label, and its top images.
 
-    `numbers` are those of the images in the probe set. Where a filter is at most at its threshold
-    the image is darkened.
+    Where a filter is at most at its threshold the image is darkened.
     """
-    filters = min(len(numbers), MOST_FILTERS)
-    width = LABEL_WIDTH + numbers.shape[1] * (SIDE + 2)
+    filters = min(len(top.numbers), MOST_FILTERS)
+    width = LABEL_WIDTH + top.numbers.shape[1] * (SIDE + 2)
     sheet = Image.new("RGB", (width, filters * (SIDE + 2)), "white")
     text = ImageDraw.Draw(sheet)
-    expected = preprocessing(config)
-    wanted, place = numbers[:filters].unique(return_inverse=True)
-    pixels = ground.probe.read(wanted, expected)
-    look = next(iter(parts_of(ground.wiring.groups[layer]).values()))
-    state = tensors_of(model)
-    maps = []
-    with torch.no_grad():
-        for some in pixels.split(config.data.batch_size):
-            walk = Walk(ground.wiring.graph, state, expected.normalise(some))
-            maps.append(maps_of(look, walk.step(look.node))[:, :filters])
-    active = torch.cat(maps) > thresholds[:filters, None, None]  # [image, filter, h, w]
+    wanted, place = top.numbers[:filters].unique(return_inverse=True)
+    pixels = ground.probe.read(wanted, preprocessing(config))
     for number in range(filters):
-        top = number * (SIDE + 2)
-        text.text((4, top + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")
+        upper = number * (SIDE + 2)
+        text.text((4, upper + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")
         for column, index in enumerate(place[number].tolist()):
-            tile = _tile(pixels[index], active[index, number])
-            sheet.paste(Image.fromarray(tile.numpy()), (LABEL_WIDTH + column * (SIDE + 2), top))
+            tile = _tile(pixels[index], top.regions[number, column])
+            sheet.paste(Image.fromarray(tile.numpy()), (LABEL_WIDTH + column * (SIDE + 2), upper))
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="PNG")
     temporary.replace(path)
