@@ -7,7 +7,7 @@ import secateur
 
 def test_public_names() -> None:
     assert set(secateur.__all__) == {
-        *("DataSet", "Pruned", "PruningPlan", "RunConfig", "RunResult", "Score"),
+        *("DataSet", "PruneResult", "PruningPlan", "RunConfig", "RunResult", "Score"),
         *(
             "SecateurError",
             "Target",

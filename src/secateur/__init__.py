@@ -1,5 +1,6 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
+from secateur.api import PruneResult, prune
 from secateur.bundle import load, load_program, save
 from secateur.config import RunConfig
 from secateur.data import DataSet
@@ -8,7 +9,6 @@ from secateur.errors import SecateurError
 from secateur.evaluate import Score, evaluate
 from secateur.export import ExportResult, export_onnx
 from secateur.models import load as load_model
-from secateur.pipeline import Pruned, prune
 from secateur.plan import PruningPlan, Target, make_plan
 from secateur.reading import make_wiring
 from secateur.result import RunResult
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataSet",
     "ExportResult",
-    "Pruned",
+    "PruneResult",
     "PruningPlan",
     "RunConfig",
     "RunResult",

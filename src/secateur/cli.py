@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,17 +17,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from secateur import (
@@ -53,9 +43,9 @@ from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
 from secateur.inspection import inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
-from secateur.progress import Track, silent
+from secateur.progress import Track, bars, silent
 from secateur.report import count_text, score_rows
-from secateur.report.comparison import PAGE, TextTable, tables, write_comparison
+from secateur.report.comparison import CHARTS, PAGE, TextTable, tables, write_comparison
 from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
@@ -688,6 +678,53 @@ def export(
     _show_export(result, times, as_json=as_json)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data_source: DataOption = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            min=0,
+            help="Probe images to look at filters with; 0: scores only, no data is read "
+            "(default: the run's, 512).",
+        ),
+    ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option("--beside", help="Folder of a comparison to draw the run's trade-off among."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html: report.html; png: each chart as a picture.")
+    ] = "html",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for pictures (default: charts in the run folder)."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of a run folder anew, or its charts as pictures for papers and slides.
+
+    Example: secateur report runs/a --beside comparison
+    """
+    if form not in ("html", "png"):
+        raise UsageError(f"--format {form}: it must be html or png")
+    if out is not None and form == "html":
+        raise UsageError("--out is for --format png; the report lies in its run folder")
+    pictures = (out or run / CHARTS) if form == "png" else None
+    written = runs.report(
+        run, source=data_source, images=images, beside=beside, pictures=pictures, track=_track()
+    )
+    if as_json:
+        print(json.dumps([str(path) for path in written], indent=1))
+        return
+    for path in written:
+        _out().print(f"written: {path}", soft_wrap=True, highlight=False)
+
+
 @app.command("models")
 def list_models(as_json: JsonOption = False) -> None:
     """List the networks, criteria and concept sources that can be named."""
@@ -880,35 +917,9 @@ def _out() -> Console:
     return Console()
 
 
-class _Rate(ProgressColumn):
-    """How many steps a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(
-            "" if task.speed is None else f"{task.speed:.1f}/s", style="progress.data.speed"
-        )
-
-
 def _track() -> Track:
     """Progress bars on stderr where it is a terminal, else nothing."""
-    if not sys.stderr.isatty() or not distributed.is_first():
-        return silent
-
-    def show(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            for item in items:
-                yield item
-                progress.advance(task)
-
-    return show
+    return bars if sys.stderr.isatty() and distributed.is_first() else silent
 
 
 def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:

@@ -258,6 +258,15 @@ class TrainingSection(Section):
         return self
 
 
+class ReportSection(Section):
+    """What the report shows of the filters."""
+
+    images: int = Field(default=512, ge=0)
+    """Probe images that the filters are looked at with, before and after; 0: no gallery."""
+    top_images: int = Field(default=5, ge=1, le=16)
+    """Images that are shown of each filter, those that it responds to most."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -268,6 +277,7 @@ class RunConfig(Section):
     refit: RefitSection = RefitSection()
     polish: PolishSection = PolishSection()
     finetune: TrainingSection = TrainingSection()
+    report: ReportSection = ReportSection()
     seed: int = Field(default=0, ge=0)
     """What every random choice depends on."""
 

@@ -42,7 +42,12 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 `[image, rgb, height, width]` as float32, with zero mean and unit deviation."""
+        """uint8 `[image, rgb, height, width]` as float32, with zero mean and unit deviation.
+
+        Floats are taken to be normalised, and come back as they are.
+        """
+        if images.is_floating_point():
+            return images
         mean = torch.tensor(self.mean, device=images.device).reshape(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).reshape(3, 1, 1)
         return (images.float() / 255 - mean) / std
@@ -125,6 +130,8 @@ class CifarVGG(nn.Module):
         return logits
 
 
+IN_MEMORY = "memory"
+"""`memory:NAME`: a network that was passed from Python, and can't be built by its name."""
 BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": lambda num_classes: CifarResNet(20, num_classes),
     "resnet32": lambda num_classes: CifarResNet(32, num_classes),
@@ -179,6 +186,8 @@ def check_name(name: str) -> None:
     kind, colon, rest = name.rpartition(":")
     if own_code.is_own_code(name):
         own_code.check_file(name, "network")
+    elif kind == IN_MEMORY:
+        raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
     elif kind == "torchvision":
         known = _torchvision_names()
         if rest not in known:
@@ -207,7 +216,7 @@ def preprocessing(name: str) -> Preprocessing:
     wherever nothing else is stated. Raises as `check_name` does, but not where a file of one's own
     is missing, for the file is not read.
     """
-    if own_code.is_own_code(name):
+    if own_code.is_own_code(name) or name.startswith(f"{IN_MEMORY}:"):
         return Preprocessing(224, 256)
     check_name(name)
     kind, _, rest = name.rpartition(":")

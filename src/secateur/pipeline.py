@@ -521,7 +521,6 @@ def cut(
     be known.
     """
     log = log or EventLog(None)
-    check_names(config)
     config = resolved(config, dataset)
     current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
     stages = [] if earlier is None else [*earlier.result.stages]

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict
 
-from secateur.config import RunConfig
+from secateur.config import ReportSection, RunConfig
 from secateur.documents import parsed
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score
@@ -25,7 +25,9 @@ from secateur.training import FREE, Epoch
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
-FREE_KEYS = frozenset(f"finetune.{name}" for name in FREE)
+FREE_KEYS = frozenset(
+    [*(f"finetune.{name}" for name in FREE), *(f"report.{n}" for n in ReportSection.model_fields)]
+)
 """Keys of a configuration that may differ where a run is resumed."""
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from secateur import bundle, distributed, pipeline
 from secateur.boards import open_log
-from secateur.bundle import EventLog
+from secateur.bundle import EventLog, Origin
 from secateur.checkpoint import Checkpoints
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
@@ -25,7 +25,11 @@ from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
 from secateur.progress import Track, silent
 from secateur.report import write_report
+from secateur.report.comparison import ROWS
+from secateur.report.gallery import make_gallery
 from secateur.result import RESULT, RunResult, comparable, read_result
+from secateur.rows import read_rows
+from secateur.standings import standings
 
 
 def run(
@@ -74,6 +78,7 @@ def run(
             command=command,
         )
         _renew(folder, folder, pruned, overwrite=True)
+    _report(folder, pruned, model, dataset, track)
     return pruned.result
 
 
@@ -112,7 +117,57 @@ def finetune(
     pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
     _log(folder, board).write("finetune", command=command, changes=dict(changes))
     tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
+    _report(out, tuned, model, dataset, track)
     return tuned.result
+
+
+def report(
+    folder: Path,
+    *,
+    source: str | None = None,
+    images: int | None = None,
+    beside: Path | None = None,
+    pictures: Path | None = None,
+    track: Track = silent,
+) -> tuple[Path, ...]:
+    """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
+
+    `source` is where the run's data is now; `images` how many probe images its filters are looked
+    at with (0: none, and no data is needed); `beside` the folder of a comparison to draw beside the
+    run; `pictures` a folder for the charts, made new if need be. Raises `SecateurError`.
+    """
+    result = read_result(folder)
+    sections = result.config.model_dump(mode="json", exclude_none=True)
+    sections["data"]["source"] = source or sections["data"]["source"]
+    if images is not None:
+        sections["report"]["images"] = images
+    config = from_dict(sections, RunConfig)
+    result = result.model_copy(update={"config": config})
+    standing = None
+    if beside is not None:
+        rows = read_rows(beside / ROWS)
+        standing = standings(rows, rows[0].way if rows else "")
+    gallery = None
+    if config.report.images:
+        dataset, model = pipeline.load_inputs(config)
+        smaller = bundle.load(folder, architecture=model)
+        gallery = make_gallery(model, smaller, dataset, result, track)
+    if not distributed.is_first():
+        return ()
+    if pictures is None:
+        write_report(result, folder / bundle.REPORT, gallery, standing)
+        return (folder / bundle.REPORT,)
+    from secateur.report.run_charts import run_charts  # takes a second to import
+
+    pictures.mkdir(parents=True, exist_ok=True)
+    return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+
+
+def _report(folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: Track) -> None:
+    """Writes the report of a run that has ended, with what its filters see."""
+    gallery = make_gallery(model, pruned.model, dataset, pruned.result, track)
+    if distributed.is_first():
+        write_report(pruned.result, folder / bundle.REPORT, gallery)
 
 
 def _tune_folder(
@@ -165,13 +220,21 @@ def _log(folder: Path | None, board: Path | None = None) -> EventLog:
     return open_log(folder / bundle.LOG, board)
 
 
-def _write(folder: Path | None, pruned: Pruned, log: EventLog) -> None:
-    """Every file of a run but its log."""
+def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
+    """Leaves a run folder of what was pruned elsewhere; raises `RunFolderError`."""
+    with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
+        _write(temporary, pruned, _log(temporary), origin)
+
+
+def _write(
+    folder: Path | None, pruned: Pruned, log: EventLog, origin: Origin | None = None
+) -> None:
+    """Every file of a run but its log; `origin` is by default what the configuration names."""
     if folder is None:
         return
     config = pruned.result.config
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
-    manifest = bundle.write(folder, pruned.model, pruned.plan, pipeline.origin(config))
+    manifest = bundle.write(folder, pruned.model, pruned.plan, origin or pipeline.origin(config))
     if manifest.no_program is not None:
         log.write("no_program", reason=manifest.no_program)
     text = pruned.result.model_dump_json(indent=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur import distributed
 from secateur.checkpoint import Checkpoint, Checkpoints
 from secateur.config import TrainingSection
-from secateur.data import Batch, Images, TensorImages, Unreadable
+from secateur.data import Batch, Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.training import TrainingStream
 from secateur.errors import SecateurError, UsageError
@@ -39,7 +40,7 @@ from secateur.seeds import seed_of
 from secateur.shared_norms import sharing_norms
 
 WORKERS_FOR_FILES = 4
-"""Reading processes where images come from files and nothing else is said."""
+"""Reading processes, no more than processors, where images are files and nothing else is said."""
 CHECKED_EVERY = 50
 """Steps after which an accelerator is asked whether the loss is still a number."""
 FREE = frozenset({"max_minutes", "checkpoint_minutes", "workers", "keep", "patience"})
@@ -157,7 +158,9 @@ def augmentation(settings: TrainingSection, preprocessing: Preprocessing) -> Aug
 def _workers(settings: TrainingSection, images: Images) -> int:
     if settings.workers is not None:
         return settings.workers
-    return 0 if isinstance(images, TensorImages) else WORKERS_FOR_FILES
+    if isinstance(images, TensorImages | NormalisedImages):
+        return 0
+    return min(WORKERS_FOR_FILES, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

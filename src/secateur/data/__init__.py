@@ -19,7 +19,14 @@ from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
-from secateur.data.images import Batch, FileImages, Images, TensorImages, batches
+from secateur.data.images import (
+    Batch,
+    FileImages,
+    Images,
+    NormalisedImages,
+    TensorImages,
+    batches,
+)
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UnknownName, UsageError
@@ -29,6 +36,7 @@ __all__ = [
     "DataSet",
     "FileImages",
     "Images",
+    "NormalisedImages",
     "TensorImages",
     "Unreadable",
     "batches",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -38,8 +38,8 @@ class Augmentation:
         return self.crop == "resized" or self.randaugment
 
     def change(
-        self, pixels: UInt8[Tensor, "rgb _ _"], preprocessing: Preprocessing
-    ) -> UInt8[Tensor, "rgb height width"]:
+        self, pixels: Num[Tensor, "rgb _ _"], preprocessing: Preprocessing
+    ) -> Num[Tensor, "rgb height width"]:
         """What is done to a stored image one by one; draws from torch's global generator."""
         if self.crop == "resized":
             pixels = v2.RandomResizedCrop(preprocessing.image_size, antialias=True)(pixels)
@@ -97,7 +97,7 @@ class ChangedImages:
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
-    ) -> UInt8[Tensor, "image rgb height width"]:
+    ) -> Num[Tensor, "image rgb height width"]:
         """See `Images.read`."""
         changed = []
         with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -31,13 +31,14 @@ class Images(Protocol):
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
-    ) -> UInt8[Tensor, "image rgb height width"]:
+    ) -> Num[Tensor, "image rgb height width"]:
         """The images with these numbers, resized and cropped.
 
-        Raises `UnreadableImage` that names all that can't be read, or another `DataError`.
+        Of uint8, or of floats that are normalised already. Raises `UnreadableImage` that names all
+        that can't be read, or another `DataError`.
         """
 
-    def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
+    def originals(self, indices: Indices) -> list[Num[Tensor, "rgb _ _"]]:
         """The images with these numbers at the sizes that they are stored in; as `read`."""
 
     def take(self, indices: Indices) -> Images:
@@ -67,6 +68,29 @@ class TensorImages:
     def take(self, indices: Indices) -> TensorImages:
         """See `Images.take`."""
         return TensorImages(self.pixels[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class NormalisedImages:
+    """Images in memory as a network takes them, of any channels and sides."""
+
+    tensors: Float[Tensor, "image channel height width"]
+    labels: Int[Tensor, "image"]
+
+    def read(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> Float[Tensor, "image channel height width"]:
+        """The images as they are: neither resized nor, later, normalised."""
+        del preprocessing
+        return self.tensors[indices]
+
+    def originals(self, indices: Indices) -> list[Float[Tensor, "channel height width"]]:
+        """See `Images.originals`."""
+        return list(self.tensors[indices])
+
+    def take(self, indices: Indices) -> NormalisedImages:
+        """See `Images.take`."""
+        return NormalisedImages(self.tensors[indices], self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from secateur.comparison import way_of
+from secateur.report.drawing import (
+    STYLE,
+    Chart,
+    draw_heat,
+    file_name,
+    look_of,
+    make_figure,
+    short,
+)
 from secateur.result import RunResult
 from secateur.rows import STAGES
 from secateur.standings import Setting, Standings
@@ -28,49 +31,6 @@ Results = dict[tuple[str, Setting], dict[int, RunResult]]
 
 SIZES = {"macs_left": "MACs", "parameters_left": "parameters", "latency_left": "latency"}
 """What accuracy is drawn against, as a field of a row and in words."""
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, which is small and can be read out and searched
-    "svg.hashsalt": "secateur",  # the same drawing is the same file
-    "text.parse_math": False,  # names are no formulas
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "figure.constrained_layout.use": True,
-}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-"""Told apart by those who don't see all colours (Okabe & Ito, 2008, "Color Universal Design")."""
-MARKERS = "osD^vPX*"
-DPI = 150
-LONGEST_LABEL = 28
-
-
-@dataclass(frozen=True, eq=False)
-class Chart:
-    """A drawing and what it shows, in words."""
-
-    name: str
-    """For its file."""
-    title: str
-    figure: Figure
-
-    def svg(self) -> Markup:
-        """The drawing for an HTML page, to be read out by its title."""
-        text = io.StringIO()
-        with rc_context(STYLE):
-            self.figure.savefig(text, format="svg", metadata={"Date": None})
-        drawing = text.getvalue()
-        start = drawing.index("<svg") + len("<svg")
-        label = Markup(' role="img" aria-label="{}"').format(self.title)
-        return Markup(f"<svg{label}{drawing[start:]}")
-
-    def write_png(self, folder: Path) -> Path:
-        """The drawing as a PNG in a folder."""
-        path = folder / f"{self.name}.png"
-        with rc_context(STYLE):
-            self.figure.savefig(path, dpi=DPI)
-        return path
 
 
 @rc_context(STYLE)
@@ -105,21 +65,8 @@ def _tradeoff(
     found: Standings, network: str, settings: Sequence[Setting], size: str, words: str
 ) -> Chart:
     """Accuracy against what is left, a line a way, with a band of one standard deviation."""
-    figure, (axes,) = _figure(1)
-    for number, way in enumerate(found.ways):
-        points = []
-        for setting in settings:
-            rows = found.rows.get((way, setting), {}).values()
-            left = [share for row in rows if (share := getattr(row, size)) is not None]
-            if left:
-                accuracies = list(found.values(way, setting).values())
-                points.append((statistics.mean(left), *_mean_and_deviation(accuracies)))
-        if not points:
-            continue
-        left_, mean, deviation = np.array(sorted(points)).T
-        colour, marker = _look(number)
-        axes.plot(left_, mean, color=colour, marker=marker, label=_label(way))
-        axes.fill_between(left_, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+    figure, (axes,) = make_figure(1)
+    draw_ways(axes, found, settings, size)
     before = [
         value
         for way in found.ways
@@ -132,7 +79,25 @@ def _tradeoff(
     axes.legend()
     title = f"{network}: accuracy against {words} left"
     figure.suptitle(title)
-    return Chart(_file_name(network, "against", words), title, figure)
+    return Chart(file_name(network, "against", words), title, figure)
+
+
+def draw_ways(axes: Axes, found: Standings, settings: Sequence[Setting], size: str) -> None:
+    """A line a way through its settings: top-1 in % against the field `size` of their rows."""
+    for number, way in enumerate(found.ways):
+        points = []
+        for setting in settings:
+            rows = found.rows.get((way, setting), {}).values()
+            left = [share for row in rows if (share := getattr(row, size)) is not None]
+            if left:
+                accuracies = list(found.values(way, setting).values())
+                points.append((statistics.mean(left), *_mean_and_deviation(accuracies)))
+        if not points:
+            continue
+        left_, mean, deviation = np.array(sorted(points)).T
+        colour, marker = look_of(number)
+        axes.plot(left_, mean, color=colour, marker=marker, label=short(way))
+        axes.fill_between(left_, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
 
 
 def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart:
@@ -142,7 +107,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
         for step in STAGES
         if any(found.values(way, setting, step) for way in found.ways for setting in settings)
     ]
-    figure, panels = _figure(len(settings))
+    figure, panels = make_figure(len(settings))
     for axes, setting in zip(panels, settings, strict=True):
         for number, way in enumerate(found.ways):
             pairs = [
@@ -152,7 +117,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
             ]
             if pairs:
                 place, mean, deviation = np.array(pairs).T
-                colour, marker = _look(number)
+                colour, marker = look_of(number)
                 axes.errorbar(
                     place,
                     mean,
@@ -160,7 +125,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
                     color=colour,
                     marker=marker,
                     capsize=3,
-                    label=_label(way),
+                    label=short(way),
                 )
         axes.set_xticks(range(len(steps)), steps)
         axes.set_title(setting[1])
@@ -168,7 +133,7 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
     panels[0].legend()
     title = f"{network}: accuracy step by step"
     figure.suptitle(title)
-    return Chart(_file_name(network, "steps"), title, figure)
+    return Chart(file_name(network, "steps"), title, figure)
 
 
 def _spared(found: Standings, results: Results, network: str, settings: Sequence[Setting]) -> Chart:
@@ -177,13 +142,13 @@ def _spared(found: Standings, results: Results, network: str, settings: Sequence
     def kept(result: RunResult) -> dict[str, float]:
         return {group.name: 1 - len(group.removed) / group.filters for group in result.groups}
 
-    figure, panels = _figure(len(settings), rows=_layers(results, settings))
+    figure, panels = make_figure(len(settings), rows=_layers(results, settings))
     for axes, setting in zip(panels, settings, strict=True):
-        _heat(axes, *_by_layer(found.ways, results, setting, kept), low=0.0)
+        draw_heat(axes, *_by_layer(found.ways, results, setting, kept), low=0.0)
         axes.set_title(setting[1])
     title = f"{network}: share of filters kept by layer"
     figure.suptitle(title)
-    return Chart(_file_name(network, "spared"), title, figure)
+    return Chart(file_name(network, "spared"), title, figure)
 
 
 def _agreement(
@@ -206,11 +171,11 @@ def _agreement(
             if group.name in scores
         }
 
-    figure, (axes,) = _figure(1, rows=_layers(results, [setting]))
-    _heat(axes, *_by_layer(found.ways, results, setting, agreement), low=-1.0)
+    figure, (axes,) = make_figure(1, rows=_layers(results, [setting]))
+    draw_heat(axes, *_by_layer(found.ways, results, setting, agreement), low=-1.0)
     title = f"{network}: rank correlation of filter scores with {found.baseline}'s by layer"
     figure.suptitle(title, fontsize="medium")
-    return [Chart(_file_name(network, "agreement"), title, figure)]
+    return [Chart(file_name(network, "agreement"), title, figure)]
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
@@ -239,33 +204,6 @@ def _by_layer(
     return layers, ways, table
 
 
-def _heat(
-    axes: Axes,
-    layers: Sequence[str],
-    ways: Sequence[str],
-    table: npt.NDArray[np.float64],
-    low: float,
-) -> None:
-    """A table as colours, with its numbers."""
-    axes.imshow(table, vmin=low, vmax=1, cmap="RdBu" if low < 0 else "Greens", aspect="auto")
-    axes.set_xticks(
-        range(len(ways)), map(_label, ways), rotation=30, ha="right", rotation_mode="anchor"
-    )
-    axes.set_yticks(range(len(layers)), layers, fontsize="x-small")
-    axes.grid(visible=False)
-    for (row, column), number in np.ndenumerate(table):
-        if not np.isnan(number):
-            colour = "white" if abs(number) > 0.75 else "black"
-            text = axes.text(column, row, f"{number:.2f}", color=colour, fontsize="x-small")
-            text.set(ha="center", va="center")
-
-
-def _figure(panels: int, rows: int = 0) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of panels side by side, high enough for so many rows of text."""
-    figure = Figure(figsize=(5.2 * panels, max(3.8, 0.22 * rows + 1.4)))
-    return figure, figure.subplots(1, panels, squeeze=False)[0].tolist()
-
-
 def _layers(results: Results, settings: Sequence[Setting]) -> int:
     """The most groups that a network has."""
     return max(
@@ -284,20 +222,3 @@ def _mean(values: Iterable[float]) -> float:
     """Of those that are numbers; not a number where there are none."""
     some = [value for value in values if not np.isnan(value)]
     return statistics.mean(some) if some else float("nan")
-
-
-def _look(number: int) -> tuple[str, str]:
-    """Colour and marker of a way; no two of the first sixty-four share both."""
-    turn, place = divmod(number, len(COLOURS))
-    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
-
-
-def _label(way: str) -> str:
-    """A name that leaves room for the drawing, without the folders of a criterion of one's own."""
-    name = way.rpartition("/")[2]
-    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
-
-
-def _file_name(*parts: str) -> str:
-    text = "-".join(parts)
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in text)

@@ -1,0 +1,229 @@
+// The filter gallery, its controls and the theme. Text from data goes to the page as text only.
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const find = (id) => document.getElementById(id);
+  const PAGE = 24;
+  const SIDE = 112;
+  const OUTLINE = "#ffd400";
+
+  // --- theme: what the system says, or light or dark ---
+  const themes = ["automatic", "light", "dark"];
+  const themeButton = find("theme");
+  themeButton.addEventListener("click", () => {
+    const now = document.documentElement.dataset.theme || "automatic";
+    const next = themes[(themes.indexOf(now) + 1) % themes.length];
+    if (next === "automatic") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = next;
+    themeButton.textContent = `Theme: ${next}`;
+  });
+
+  // --- filters: one object each, with what they are searched and sorted by ---
+  const filters = [];
+  data.layers.forEach((layer, layerNumber) => {
+    const removed = new Set(layer.removed);
+    const order = layer.scores.map((_, n) => n);
+    order.sort((a, b) => layer.scores[b] - layer.scores[a] || a - b);
+    const rank = [];
+    order.forEach((filter, place) => { rank[filter] = place + 1; });
+    const stay = layer.scores.length - removed.size;
+    layer.scores.forEach((score, number) => {
+      const seen = layer.concepts ? layer.concepts[number] : [];
+      filters.push({
+        layer: layerNumber,
+        number,
+        score,
+        rank: rank[number],
+        of: layer.scores.length,
+        stay,
+        removed: removed.has(number),
+        seen,
+        iou: seen.length ? seen[0][1] : 0,
+        text: [layer.name, number, ...seen.map((each) => data.concepts[each[0]])]
+          .join(" ").toLowerCase(),
+      });
+    });
+  });
+  const orders = {
+    layer: (a, b) => a.layer - b.layer || a.number - b.number,
+    best: (a, b) => a.rank / a.of - b.rank / b.of || a.layer - b.layer,
+    worst: (a, b) => b.rank / b.of - a.rank / a.of || a.layer - b.layer,
+    iou: (a, b) => b.iou - a.iou || a.layer - b.layer || a.number - b.number,
+    limit: (a, b) => distance(a) - distance(b) || a.layer - b.layer || a.rank - b.rank,
+  };
+  const distance = (each) => Math.abs(each.rank - 0.5 - each.stay) / each.of;
+
+  // --- pictures: an image, dark where the filter is not active, and the outline of where it is ---
+  const loaded = new Map();
+  const load = (place) => {
+    if (!loaded.has(place)) {
+      const image = new Image();
+      const ready = new Promise((done, fail) => { image.onload = () => done(image); image.onerror = fail; });
+      image.src = `data:image/jpeg;base64,${data.images[place]}`;
+      loaded.set(place, ready);
+    }
+    return loaded.get(place);
+  };
+  const unpacked = new Map();
+  const bytesOf = (layerNumber) => {
+    if (!unpacked.has(layerNumber)) {
+      const text = atob(data.layers[layerNumber].regions);
+      unpacked.set(layerNumber, Uint8Array.from(text, (letter) => letter.charCodeAt(0)));
+    }
+    return unpacked.get(layerNumber);
+  };
+  const regionOf = (each, place) => {
+    const layer = data.layers[each.layer];
+    const [rows, columns] = layer.grid;
+    const size = Math.ceil((rows * columns) / 8);
+    const start = (each.number * layer.images[each.number].length + place) * size;
+    const bytes = bytesOf(each.layer);
+    return (row, column) => {
+      const r = Math.min(Math.max(row, 0), rows - 1);
+      const c = Math.min(Math.max(column, 0), columns - 1);
+      const bit = r * columns + c;
+      return (bytes[start + (bit >> 3)] >> (7 - (bit & 7))) & 1;
+    };
+  };
+  // Bilinear between the centres of cells, cut at one half.
+  const insideOf = (each, place) => {
+    const [rows, columns] = data.layers[each.layer].grid;
+    const at = regionOf(each, place);
+    const inside = new Uint8Array(SIDE * SIDE);
+    for (let y = 0; y < SIDE; y += 1) {
+      const v = ((y + 0.5) * rows) / SIDE - 0.5;
+      const r = Math.floor(v);
+      for (let x = 0; x < SIDE; x += 1) {
+        const u = ((x + 0.5) * columns) / SIDE - 0.5;
+        const c = Math.floor(u);
+        const upper = at(r, c) * (c + 1 - u) + at(r, c + 1) * (u - c);
+        const lower = at(r + 1, c) * (c + 1 - u) + at(r + 1, c + 1) * (u - c);
+        inside[y * SIDE + x] = upper * (r + 1 - v) + lower * (v - r) >= 0.5 ? 1 : 0;
+      }
+    }
+    return inside;
+  };
+  const draw = async (canvas, each, place) => {
+    const image = await load(data.layers[each.layer].images[each.number][place]);
+    const paper = canvas.getContext("2d");
+    paper.drawImage(image, 0, 0, SIDE, SIDE);
+    const inside = insideOf(each, place);
+    const at = (x, y) => (x < 0 || y < 0 || x >= SIDE || y >= SIDE ? 0 : inside[y * SIDE + x]);
+    paper.fillStyle = "rgba(0, 0, 0, 0.25)";
+    const edge = [];
+    for (let y = 0; y < SIDE; y += 1) {
+      for (let x = 0; x < SIDE; x += 1) {
+        if (!at(x, y)) paper.fillRect(x, y, 1, 1);
+        else if (!at(x - 1, y) || !at(x + 1, y) || !at(x, y - 1) || !at(x, y + 1)) edge.push([x, y]);
+      }
+    }
+    paper.fillStyle = OUTLINE;
+    edge.forEach(([x, y]) => paper.fillRect(x - 0.5, y - 0.5, 2, 2));
+    canvas.dataset.drawn = "yes";
+  };
+
+  // --- cards ---
+  const make = (tag, text, name) => {
+    const node = document.createElement(tag);
+    if (text) node.textContent = text;
+    if (name) node.className = name;
+    return node;
+  };
+  const number = (value) => String(Number(value.toPrecision(4)));
+  const overlap = ([concept, iou]) => `${data.concepts[concept]} (IoU ${iou.toFixed(3)})`;
+  const card = (each) => {
+    const layer = data.layers[each.layer];
+    const item = make("li", "", each.removed ? "removed" : "kept");
+    item.append(make("h3", `${layer.name}, filter ${each.number}`));
+    const fate = each.removed ? "Removed" : "Kept";
+    item.append(make("p", fate, "fate"));
+    const votes = layer.votes ? `, ${number(layer.votes[each.number])} votes` : "";
+    item.append(make("p",
+      `Rank ${each.rank} of ${each.of} by ${data.criterion} (${number(each.score)})${votes}; ` +
+      `the plan keeps the first ${each.stay} of this layer.`));
+    if (layer.concepts) {
+      item.append(make("p", each.seen.length
+        ? `Overlaps ${each.seen.map(overlap).join(", ")}.`
+        : "Overlaps no concept."));
+      const after = layer.after[each.number];
+      if (after) item.append(make("p", `After the last step: ${overlap(after)}.`));
+    }
+    if (layer.images) {
+      const row = make("div", "", "seen");
+      layer.images[each.number].forEach((image, place) => {
+        const canvas = make("canvas");
+        canvas.width = SIDE;
+        canvas.height = SIDE;
+        canvas.setAttribute("role", "img");
+        const name = data.classes[image] ? `: ${data.classes[image]}` : "";
+        canvas.setAttribute("aria-label", `Top image ${place + 1}${name}`);
+        canvas.title = data.classes[image] || "";
+        row.append(canvas);
+        draw(canvas, each, place);
+      });
+      item.append(row);
+    }
+    return item;
+  };
+
+  // --- controls ---
+  const list = find("filters");
+  const more = find("more");
+  let chosen = [];
+  let shown = 0;
+  const showMore = () => {
+    const first = shown;
+    shown = Math.min(shown + PAGE, chosen.length);
+    chosen.slice(first, shown).forEach((each) => list.append(card(each)));
+    more.hidden = shown === chosen.length;
+    const kept = chosen.filter((each) => !each.removed).length;
+    find("count").textContent = chosen.length
+      ? `${chosen.length} of ${filters.length} filters, ${kept} kept and ${chosen.length - kept} removed; ${shown} shown.`
+      : "No filter is like that.";
+  };
+  const update = () => {
+    const words = find("query").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const layer = find("layer").value;
+    const concept = find("concept").value;
+    const fate = find("fate").value;
+    chosen = filters.filter((each) =>
+      (layer === "" || each.layer === Number(layer)) &&
+      (concept === "" || (each.seen.length && data.concepts[each.seen[0][0]] === concept)) &&
+      (fate === "" || each.removed === (fate === "removed")) &&
+      words.every((word) => each.text.includes(word)));
+    chosen.sort(orders[find("sort").value]);
+    list.replaceChildren();
+    shown = 0;
+    showMore();
+  };
+  const option = (select, value, text) => {
+    const node = make("option", text);
+    node.value = value;
+    select.append(node);
+  };
+  data.layers.forEach((layer, place) => option(find("layer"), String(place), layer.name));
+  const named = new Set(filters.filter((each) => each.seen.length).map((each) => data.concepts[each.seen[0][0]]));
+  [...named].sort().forEach((name) => option(find("concept"), name, name));
+  const controls = find("controls");
+  controls.addEventListener("submit", (event) => event.preventDefault());
+  controls.addEventListener("input", update);
+  controls.addEventListener("reset", () => setTimeout(update));
+  more.addEventListener("click", () => {
+    const before = list.children.length;
+    showMore();
+    const next = list.children[before];
+    if (next) { next.tabIndex = -1; next.focus(); }
+  });
+  document.querySelectorAll("[data-layer], [data-concept]").forEach((button) => {
+    button.addEventListener("click", () => {
+      controls.reset();
+      if (button.dataset.layer) find("layer").value = button.dataset.layer;
+      if (button.dataset.concept) find("concept").value = button.dataset.concept;
+      update();
+      const heading = find("gallery");
+      heading.focus();
+      heading.scrollIntoView();
+    });
+  });
+  update();
+})();

@@ -1,0 +1,349 @@
+"""The report in a real browser: what a click, a key and a word do, and who can read it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Locator, Page, expect
+from safetensors.torch import save_file
+
+from browser import DESK, PHONE, Watched, open_browser, opened
+from imagenet_networks import converted
+from runs import DigitsRun
+from secateur import data, load, pipeline, runs
+from secateur.config import RunConfig, from_dict
+from secateur.report import write_report
+from secateur.report.gallery import make_gallery
+from secateur.result import RunResult, read_result
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as found:
+        yield found
+
+
+@pytest.fixture
+def report(browser: Browser, digits_run: DigitsRun) -> Iterator[Watched]:
+    with opened(browser, digits_run.folder / "report.html") as found:
+        yield found
+
+
+@pytest.fixture
+def page(report: Watched) -> Page:
+    return report.page
+
+
+def cards(page: Page) -> Locator:
+    return page.locator("#filters > li")
+
+
+def choice(page: Page, label: str) -> Locator:
+    return page.get_by_role("search").get_by_role("combobox", name=label)
+
+
+def titles(page: Page) -> list[str]:
+    return cards(page).locator("h3").all_text_contents()
+
+
+def title_of(result: RunResult, group: int, filter_: int) -> str:
+    return f"{result.groups[group].name}, filter {filter_}"
+
+
+def test_it_says_nothing_and_asks_for_nothing(report: Watched) -> None:
+    expect(report.page.locator("canvas[data-drawn=yes]").first).to_be_visible()
+    assert report.said == []
+    assert report.requests == []
+    assert report.overflow == 0
+
+
+def test_a_click_on_a_layer_lists_its_filters(page: Page, digits_run: DigitsRun) -> None:
+    group = digits_run.result.groups[1]
+    page.locator("#layer-table").get_by_role("button", name=group.name).click()
+    expect(choice(page, "Layer")).to_have_value("1")
+    removed = len(group.removed)
+    expect(page.get_by_role("status")).to_have_text(
+        f"{group.filters} of {sum(g.filters for g in digits_run.result.groups)} filters, "
+        f"{group.filters - removed} kept and {removed} removed; {group.filters} shown."
+    )
+    assert titles(page) == [title_of(digits_run.result, 1, f) for f in range(group.filters)]
+    assert page.evaluate("document.activeElement.id") == "gallery"
+    expect(page.get_by_role("heading", name="Filters", exact=True)).to_be_in_viewport()
+
+
+def test_kept_and_removed_are_told_apart(page: Page, digits_run: DigitsRun) -> None:
+    group = digits_run.result.groups[0]
+    choice(page, "Layer").select_option(group.name)
+    choice(page, "Shown").select_option("removed")
+    assert titles(page) == [title_of(digits_run.result, 0, f) for f in group.removed]
+    assert set(cards(page).locator(".fate").all_text_contents()) == {"Removed"}
+    choice(page, "Shown").select_option("kept")
+    kept = [f for f in range(group.filters) if f not in group.removed]
+    assert titles(page) == [title_of(digits_run.result, 0, f) for f in kept]
+    page.get_by_role("button", name="Show all").click()
+    expect(page.get_by_role("status")).to_contain_text(
+        f"{sum(g.filters for g in digits_run.result.groups)} of "
+    )
+
+
+def test_sorting_by_rank_is_by_score(page: Page, digits_run: DigitsRun) -> None:
+    group = digits_run.result.groups[0]
+    order = sorted(range(group.filters), key=lambda f: (-group.scores[f], f))
+    choice(page, "Layer").select_option(group.name)
+    choice(page, "Sort by").select_option("best")
+    assert titles(page) == [title_of(digits_run.result, 0, f) for f in order]
+    expect(cards(page).first).to_contain_text(f"Rank 1 of {group.filters} by vote")
+    choice(page, "Sort by").select_option("worst")
+    assert titles(page) == [title_of(digits_run.result, 0, f) for f in reversed(order)]
+    choice(page, "Sort by").select_option("limit")
+    kept = group.filters - len(group.removed)
+    assert set(titles(page)[:2]) == {
+        title_of(digits_run.result, 0, order[kept - 1]),
+        title_of(digits_run.result, 0, order[kept]),
+    }
+    page.get_by_role("button", name="Show all").click()
+    choice(page, "Sort by").select_option("iou")
+    texts = cards(page).locator("p", has_text="Overlaps").all_text_contents()
+    overlaps = [float(text.partition("IoU ")[2][:5]) for text in texts]
+    assert overlaps == sorted(overlaps, reverse=True)
+    assert overlaps[0] > 0.04
+
+
+def test_a_search_finds_layers_filters_and_concepts(page: Page, digits_run: DigitsRun) -> None:
+    name = digits_run.result.groups[2].name
+    search = page.get_by_role("searchbox", name="Search")
+    search.fill(name.upper())
+    assert all(title.startswith(name) for title in titles(page))
+    search.fill(f"{name} 3")
+    assert title_of(digits_run.result, 2, 3) in titles(page)
+    search.fill("no such thing")
+    expect(page.get_by_role("status")).to_have_text("No filter is like that.")
+    assert cards(page).count() == 0
+
+
+def test_a_concept_lists_the_filters_that_see_it(page: Page) -> None:
+    button = page.locator("#concept-map [data-concept]").first
+    concept = button.get_attribute("data-concept")
+    button.click()
+    expect(choice(page, "Concept")).to_have_value(str(concept))
+    for text in cards(page).locator("p", has_text="Overlaps").all_text_contents():
+        assert text.startswith(f"Overlaps {concept} (IoU ")
+
+
+def test_more_filters_come_when_asked_for(page: Page) -> None:
+    before = cards(page).count()
+    page.get_by_role("button", name="Show more").click()
+    assert cards(page).count() > before
+    assert cards(page).nth(before).evaluate("card => card === document.activeElement")
+
+
+def test_all_of_it_works_by_keyboard(page: Page, digits_run: DigitsRun) -> None:
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("To the scores")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.locator("#theme")).to_be_focused()
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.layer") == "0":
+            break
+    page.keyboard.press("Enter")
+    expect(choice(page, "Layer")).to_have_value("0")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("searchbox")).to_be_focused()
+    page.keyboard.type("filter 1")  # no text says "filter": nothing is left
+    expect(page.get_by_role("status")).to_have_text("No filter is like that.")
+    page.keyboard.press("Control+A")
+    page.keyboard.type(digits_run.result.groups[0].name)
+    expect(cards(page)).not_to_have_count(0)
+
+
+def background(page: Page) -> str:
+    found: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return found
+
+
+def test_the_theme_is_the_systems_until_one_is_chosen(page: Page) -> None:
+    light = background(page)
+    page.emulate_media(color_scheme="dark")
+    dark = background(page)
+    assert light != dark
+    button = page.locator("#theme")
+    button.click()
+    expect(button).to_have_text("Theme: light")
+    assert background(page) == light
+    button.click()
+    expect(button).to_have_text("Theme: dark")
+    assert background(page) == dark
+    page.emulate_media(color_scheme="light")
+    assert background(page) == dark
+    button.click()
+    expect(button).to_have_text("Theme: automatic")
+    assert background(page) == light
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESK, PHONE])
+def test_nothing_keeps_anyone_from_reading_it(
+    browser: Browser, digits_run: DigitsRun, theme: str, size: tuple[int, int]
+) -> None:
+    with opened(browser, digits_run.folder / "report.html", size) as report:
+        report.page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        assert report.findings() == []
+        assert report.overflow == 0
+
+
+def test_the_outline_is_where_the_filter_is_active(page: Page, digits_run: DigitsRun) -> None:
+    """Pixels of a canvas against the region that was counted."""
+    content = json.loads(page.locator("#data").text_content() or "")
+    for layer in content["layers"]:
+        rows, columns = layer["grid"]
+        size = -(-rows * columns // 8)
+        bits = torch.tensor(list(base64.b64decode(layer["regions"])))
+        cells = (bits[:, None] >> torch.arange(7, -1, -1)) & 1
+        shape = (len(layer["scores"]), len(layer["images"][0]), size * 8)
+        layer["cells"] = cells.reshape(shape)[..., : rows * columns].reshape(*shape[:2], rows, -1)
+    layer = content["layers"][0]
+    filter_ = int(layer["cells"][:, 0].float().mean((1, 2)).argmax())
+    choice(page, "Layer").select_option(layer["name"])
+    canvas = cards(page).nth(filter_).locator("canvas").first
+    expect(canvas).to_have_attribute("data-drawn", "yes")
+    pixels = torch.tensor(
+        canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 112, 112).data]")
+    ).reshape(112, 112, 4)
+    is_outline = (pixels[..., 0] > 150) & (pixels[..., 1] > 120) & (pixels[..., 2] < 80)
+    assert is_outline.any()
+    cells = layer["cells"][filter_, 0].float()
+    near = torch.nn.functional.max_pool2d(cells[None], 3, 1, 1)[0]
+    allowed = near.repeat_interleave(112 // len(cells), 0).repeat_interleave(112 // len(cells), 1)
+    side = len(allowed)
+    assert not (is_outline[:side, :side] & (allowed == 0)).any()
+
+
+def test_names_from_data_are_shown_as_text(
+    browser: Browser, digits_run: DigitsRun, tmp_path: Path
+) -> None:
+    config = digits_run.config
+    dataset, model = pipeline.load_inputs(config)
+    smaller = load(digits_run.folder)
+    evil = data.DataSet("digits", (EVIL,) * 10, dataset.train, dataset.validation, dataset.test)
+    groups = list(digits_run.result.groups)
+    gallery = make_gallery(model, smaller, evil, digits_run.result)
+    groups[0] = groups[0].model_copy(update={"name": EVIL})
+    result = digits_run.result.model_copy(update={"groups": tuple(groups)})
+    write_report(result, tmp_path / "report.html", gallery)
+    with opened(browser, tmp_path / "report.html") as report:
+        page = report.page
+        expect(page.locator("#layer-table").get_by_role("button", name=EVIL)).to_be_visible()
+        expect(page.locator("#concept-map").get_by_role("button", name=EVIL).first).to_be_visible()
+        page.get_by_role("searchbox").fill("onerror")
+        expect(cards(page).first).to_contain_text(EVIL)
+        assert page.locator("img").count() == 0
+        assert report.said == []
+        assert report.requests == []
+
+
+def test_the_report_of_resnet20_on_cifar10(
+    browser: Browser, shared_data: Path, tmp_path: Path
+) -> None:
+    config = from_dict(
+        {
+            "model": {
+                "name": "resnet20",
+                "weights": str(shared_data / "weights" / "cifar10_resnet20.safetensors"),
+            },
+            "data": {"source": f"cifar10:{shared_data / 'cifar10'}", "probe_images": 200},
+            "plan": {"target": "macs=0.7"},
+            "refit": {"layers": "readers", "positions": 8},
+            "finetune": {"epochs": 0},
+            "report": {"images": 100},
+        },
+        RunConfig,
+    )
+    dataset, model = pipeline.load_inputs(config)
+    some = data.DataSet(
+        dataset.name,
+        dataset.class_names,
+        dataset.train,
+        dataset.validation,
+        dataset.test.take(torch.arange(200)),
+    )
+    pruned = pipeline.prune(model, some, config)
+    gallery = make_gallery(model, pruned.model, some, pruned.result)
+    write_report(pruned.result, tmp_path / "report.html", gallery)
+    look_through(browser, tmp_path / "report.html", pruned.result, "frog")
+
+
+def test_the_report_of_efficientnet_lite0_on_imagenet_images(
+    browser: Browser, shared_data: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "imagenette_subset"
+    if not source.is_dir():
+        pytest.skip(f"no {source}")
+    weights = tmp_path / "lite0.safetensors"
+    save_file(converted("efficientnet_lite0", shared_data / "weights"), weights)
+    bench = Path(__file__).parents[1] / "bench" / "imagenet_networks.py"
+    config = from_dict(
+        {
+            "model": {
+                "name": f"{bench}:efficientnet_lite0",
+                "weights": str(weights),
+                "num_classes": 1000,
+            },
+            "data": {
+                "source": f"imagenette:{few_images(source, tmp_path / 'few')}",
+                "probe_images": 40,
+                "batch_size": 20,
+                "image_size": 224,
+                "mean": [127 / 255] * 3,
+                "std": [128 / 255] * 3,
+            },
+            "plan": {"target": "macs=0.8"},
+            "refit": {"layers": "readers", "positions": 8},
+            "finetune": {"epochs": 0},
+        },
+        RunConfig,
+    )
+    runs.run(config, tmp_path / "run")
+    page = tmp_path / "run" / "report.html"
+    look_through(browser, page, read_result(tmp_path / "run"), "tench")
+    assert page.stat().st_size < 8e6
+
+
+def few_images(source: Path, folder: Path) -> Path:
+    """Some of the images of each class, in the same layout."""
+    for part, count in (("train", 5), ("ilsvrc_val", 2)):
+        for directory in sorted((source / part).iterdir()):
+            (folder / part / directory.name).mkdir(parents=True)
+            for path in sorted(directory.iterdir())[:count]:
+                (folder / part / directory.name / path.name).symlink_to(path)
+    return folder
+
+
+def look_through(browser: Browser, path: Path, result: RunResult, concept: str) -> None:
+    """A person's way through a report, and what they would see."""
+    with opened(browser, path) as report:
+        page = report.page
+        names = page.locator("#layer-table tbody button").all_text_contents()
+        assert names == [group.name for group in result.groups]
+        page.locator("#layer-table tbody button").last.click()
+        assert titles(page)[0] == title_of(result, len(result.groups) - 1, 0)
+        expect(cards(page).first.locator("canvas[data-drawn=yes]")).to_have_count(5)
+        page.get_by_role("button", name="Show all").click()
+        page.get_by_role("searchbox").fill(concept)
+        for text in cards(page).all_text_contents():
+            assert concept in text
+        page.get_by_role("searchbox").fill("")
+        choice(page, "Sort by").select_option("worst")
+        assert "Removed" in (cards(page).first.text_content() or "")
+        assert report.findings() == []
+        report.page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        assert report.findings() == []
+        assert report.said == []
+        assert report.requests == []
