@@ -5,7 +5,8 @@
   const find = (id) => document.getElementById(id);
   const PAGE = 24;
   const SIDE = 112;
-  const OUTLINE = "#ffd400";
+  const OUTLINE = [255, 212, 0];
+  const OUTSIDE = 0.75; // what is left of the light where a filter is not active
 
   // --- theme: what the system says, or light or dark ---
   const themes = ["automatic", "light", "dark"];
@@ -105,22 +106,33 @@
   };
   const draw = async (canvas, each, place) => {
     const image = await load(data.layers[each.layer].images[each.number][place]);
-    const paper = canvas.getContext("2d");
+    const paper = canvas.getContext("2d", { willReadFrequently: true });
     paper.drawImage(image, 0, 0, SIDE, SIDE);
+    const pixels = paper.getImageData(0, 0, SIDE, SIDE);
     const inside = insideOf(each, place);
-    const at = (x, y) => (x < 0 || y < 0 || x >= SIDE || y >= SIDE ? 0 : inside[y * SIDE + x]);
-    paper.fillStyle = "rgba(0, 0, 0, 0.25)";
-    const edge = [];
+    const at = (x, y) => x >= 0 && y >= 0 && x < SIDE && y < SIDE && inside[y * SIDE + x];
     for (let y = 0; y < SIDE; y += 1) {
       for (let x = 0; x < SIDE; x += 1) {
-        if (!at(x, y)) paper.fillRect(x, y, 1, 1);
-        else if (!at(x - 1, y) || !at(x + 1, y) || !at(x, y - 1) || !at(x, y + 1)) edge.push([x, y]);
+        const start = 4 * (y * SIDE + x);
+        if (!at(x, y)) {
+          for (let c = 0; c < 3; c += 1) pixels.data[start + c] *= OUTSIDE;
+        } else if (!at(x - 2, y) || !at(x + 2, y) || !at(x, y - 2) || !at(x, y + 2)) {
+          pixels.data.set(OUTLINE, start);
+        }
       }
     }
-    paper.fillStyle = OUTLINE;
-    edge.forEach(([x, y]) => paper.fillRect(x - 0.5, y - 0.5, 2, 2));
+    paper.putImageData(pixels, 0, 0);
     canvas.dataset.drawn = "yes";
   };
+  // Drawn when it comes into view.
+  const waiting = new Map();
+  const viewer = new IntersectionObserver((entries) => {
+    entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
+      viewer.unobserve(target);
+      draw(target, ...waiting.get(target));
+      waiting.delete(target);
+    });
+  }, { rootMargin: "200px" });
 
   // --- cards ---
   const make = (tag, text, name) => {
@@ -159,7 +171,8 @@
         canvas.setAttribute("aria-label", `Top image ${place + 1}${name}`);
         canvas.title = data.classes[image] || "";
         row.append(canvas);
-        draw(canvas, each, place);
+        waiting.set(canvas, [each, place]);
+        viewer.observe(canvas);
       });
       item.append(row);
     }
@@ -193,6 +206,8 @@
       words.every((word) => each.text.includes(word)));
     chosen.sort(orders[find("sort").value]);
     list.replaceChildren();
+    viewer.disconnect();
+    waiting.clear();
     shown = 0;
     showMore();
   };
