@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,6 @@ import tables
 from secateur import data
 
 ROOT = Path(__file__).parents[1]
-
-
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_python_examples_of_the_readme_run(block: str) -> None:
-    assert len(block.splitlines()) <= 33
-    exec(compile(block, "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize(("path", "name", "table"), resnet20.TABLES)

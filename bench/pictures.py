@@ -1,0 +1,85 @@
+"""The pictures in the documentation: a run on CIFAR-10, its report in a browser, its charts.
+
+    python bench/pictures.py --data DIR --weights DIR [--run FOLDER]
+
+prunes the ResNet-20 among the weights to 70 % of its MACs into `runs/pictures` (or takes the run
+that is in FOLDER), and writes `docs/images/`. Needs a Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from rows import ROOT
+from secateur import runs
+from secateur.config import RunConfig, from_dict
+
+IMAGES = ROOT / "docs" / "images"
+DESK = {"width": 1100, "height": 820}
+PHONE = {"width": 390, "height": 780}
+QUALITY = 82
+
+
+def main() -> None:
+    """Makes the run where there is none, and draws it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="the folder of CIFAR-10")
+    parser.add_argument("--weights", type=Path, required=True, help="the folder of the weights")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "pictures")
+    arguments = parser.parse_args()
+    if not arguments.run.is_dir():
+        runs.run(configured(arguments.data, arguments.weights), arguments.run)
+    IMAGES.mkdir(exist_ok=True)
+    for path in runs.report(arguments.run, pictures=arguments.run / "charts"):
+        name = path.stem.partition("-")[2]
+        Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
+            IMAGES / f"{name}.png", optimize=True
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--headless", "--no-sandbox"]
+        )
+        page = browser.new_page(viewport=DESK)  # type: ignore[arg-type]
+        page.goto((arguments.run / "report.html").resolve().as_uri())
+        take(page, "report-scores")
+        page.locator("#concepts").scroll_into_view_if_needed()
+        page.evaluate("document.getElementById('concepts').scrollIntoView()")
+        take(page, "report-concepts")
+        page.locator("#layer-table tbody button").last.click()
+        page.wait_for_function("document.querySelectorAll('[data-drawn]').length > 15")
+        take(page, "report-gallery")
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+        page.evaluate("document.getElementById('filters').scrollIntoView()")
+        page.wait_for_timeout(500)
+        take(page, "report-phone")
+        browser.close()
+
+
+def configured(source: str, weights: Path) -> RunConfig:
+    """The run that is shown."""
+    return from_dict(
+        {
+            "model": {"name": "resnet20", "weights": str(weights / "cifar10_resnet20.safetensors")},
+            "data": {"source": f"cifar10:{source}"},
+            "plan": {"target": "macs=0.7"},
+            "finetune": {"epochs": 0},
+        },
+        RunConfig,
+    )
+
+
+def take(page: Page, name: str) -> None:
+    """A picture of what the window shows."""
+    shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    shot.save(IMAGES / f"{name}.jpg", quality=QUALITY, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What a report costs, beside the scoring pass, for a large network.
+
+    python bench/report.py --data imagenette:DIR [--model torchvision:resnet50]
+
+prunes half of the MACs of a network by uniform shares, without training, and then in turns writes
+the report with its gallery and makes the scoring pass of the default criterion, both on the same
+`IMAGES` probe images. Writes `results/report.json` with the seconds of each and their ratio, the
+size of the page and the most memory that the process has used until the first report was written,
+and the table in docs/report.md. Weights are random where none are given: what filters see is of no
+sense then, and costs as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cells import run_all
+from rows import ROOT, Row, revision, surroundings, write_json
+from secateur import pipeline
+from secateur.config import RunConfig, from_dict
+from secateur.data import DataSet
+from secateur.progress import silent
+from secateur.report import write_report
+from secateur.report.gallery import make_gallery
+from secateur.scoring import score_filters
+from tables import with_table
+
+RESULTS = ROOT / "results" / "report.json"
+PAGE = ROOT / "docs" / "report.md"
+IMAGES = 512
+TEST_IMAGES = 16
+TURNS = 3
+SEED = 0
+
+
+def main() -> None:
+    """Measures and writes what it found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="imagenette:DIR or another data set; else the table only")
+    parser.add_argument("--model", default="torchvision:resnet50")
+    parser.add_argument("--weights")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        write_json(RESULTS, measure(arguments.data, arguments.model, arguments.weights))
+        return
+    if arguments.data is not None:
+        weights = [] if arguments.weights is None else ["--weights", arguments.weights]
+        call = ["--data", arguments.data, "--model", arguments.model, *weights, "--child"]
+        run_all("report.py", [call], 1)
+    PAGE.write_text(with_table(PAGE.read_text(), "results/report.json", table()))
+
+
+def measure(source: str, model_name: str, weights: str | None) -> Row:
+    """Both in turns, the report first."""
+    config = configured(source, model_name, weights)
+    dataset, model = pipeline.load_inputs(config)
+    # What is timed is neither the scores before and after nor the cut.
+    few = DataSet(
+        dataset.name,
+        dataset.class_names,
+        dataset.train,
+        dataset.validation,
+        dataset.test.take(torch.arange(TEST_IMAGES)),
+    )
+    pruned = pipeline.prune(model, few, config)
+    config = pruned.result.config
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+
+        def report() -> None:
+            gallery = make_gallery(model, pruned.model, few, pruned.result)
+            write_report(pruned.result, page, gallery)
+
+        def score() -> None:
+            ground = pipeline.prepare_ground(model, few, config)
+            name = "vote"
+            criterion = pipeline.make_criterion(name, ground.source, config)
+            score_filters(
+                model,
+                ground.wiring,
+                lambda: pipeline.probe_stream(ground, config, silent, ""),
+                {name: criterion},
+                ground.source,
+                config.score,
+            )
+
+        seconds: dict[str, list[float]] = {"report": [], "scoring": []}
+        memory = 0
+        for _ in range(TURNS):
+            seconds["report"].append(timed(report))
+            memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            seconds["scoring"].append(timed(score))
+        size = page.stat().st_size
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return {
+        "model": model_name,
+        "weights": "random" if weights is None else Path(weights).name,
+        "images": IMAGES,
+        "filters": sum(group.filters for group in pruned.result.groups),
+        "seconds": {name: [round(each, 2) for each in some] for name, some in seconds.items()},
+        "ratio": medians["report"] / medians["scoring"],
+        "page_mb": size / 1e6,
+        "peak_memory_mib": memory,
+        "seed": SEED,
+        "command": "python bench/report.py --data imagenette:DIR",
+        "revision": revision(),
+        "environment": surroundings(),
+    }
+
+
+def configured(source: str, model_name: str, weights: str | None) -> RunConfig:
+    """A run that does as little as it can but for what is measured."""
+    return from_dict(
+        {
+            "model": {"name": model_name, "weights": weights, "num_classes": 1000},
+            "data": {"source": source, "probe_images": IMAGES, "batch_size": 64},
+            "score": {"criterion": "l1"},
+            "plan": {"allocation": "uniform"},
+            "refit": {"layers": "none", "norms": False},
+            "finetune": {"epochs": 0},
+            "report": {"images": IMAGES},
+            "seed": SEED,
+        },
+        RunConfig,
+    )
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds by the clock."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def table() -> str:
+    """What was measured."""
+    found = json.loads(RESULTS.read_text())
+    medians = {name: statistics.median(each) for name, each in found["seconds"].items()}
+    lines = [
+        "| network | filters | probe images | scoring pass, s | report, s | ratio | page, MB | "
+        "memory, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| {found['model']} | {found['filters']} | {found['images']} | {medians['scoring']:.1f} | "
+        f"{medians['report']:.1f} | {found['ratio']:.2f} | {found['page_mb']:.1f} | "
+        f"{found['peak_memory_mib']} |",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
