@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import secateur
 from runs import DigitsRun, small_config
 from secateur import cli, concepts, data, export, models, runs
+from secateur.inspection import filters_needed
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,60 @@ def test_inspect_one_layer(call: Call, model_file: Path) -> None:
     outcome = call(*common, "--probe-images", 60, "--layer", "conv11")
     assert (outcome.code, outcome.out) == (2, "")
     assert "did you mean conv1" in outcome.err
+
+
+def test_inspect_one_filter(call: Call, model_file: Path) -> None:
+    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common += ["--probe-images", 60]
+    found = json.loads(call(*common, "--json").out)
+    (group,) = (group for group in found["groups"] if group["layer"] == "conv1")
+    outcome = call(*common, "--layer", "conv1", "--filter", 3)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0] == "conv1, filter 3 of 12"
+    score = group["scores"]["vote"][3]
+    rank = 1 + sum(other > score for other in group["scores"]["vote"])
+    assert lines[1] == f"vote: {score:.4g}, rank {rank} of 12"
+    assert lines[2].endswith(f"IoU {group['concepts'][3]['iou']:.3f}")
+    rows = group["top_regions"][3]
+    assert len(rows) == len(rows[0]) == 14
+    assert [line.strip() for line in lines[4:]] == [
+        row.replace("#", "██").replace(".", "··") for row in rows
+    ]
+    assert max(map(len, lines)) <= 80
+    outcome = call(*common, "--layer", "conv1", "--filter", 12)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "filters 0 to 11, not 12" in outcome.err
+    outcome = call(*common, "--filter", 3)
+    assert outcome.code == 2
+    assert "--layer" in outcome.err
+
+
+def test_the_picture_of_a_network_fits_a_terminal(call: Call, model_file: Path) -> None:
+    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    outcome = call(*common, "--probe-images", 60)
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in outcome.out  # no colours where nobody sees them
+    head = lines[0].split()
+    assert head == ["layer", "filters", "needed", "MACs", "%", "detectors", "concepts"]
+    shares = {line.split()[0]: line.count("█") for line in lines[1:3]}
+    assert max(shares.values()) == 12
+    assert "stem.0" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("scores", "needed"),
+    [
+        ([1.0] * 10, 9),
+        ([10.0, 0.0, 0.0], 1),
+        ([5.0, 4.0, 1.0], 2),
+        ([0.0, 0.0], 1),
+        ([-1.0, 2.0], None),
+    ],
+)
+def test_filters_that_hold_most_of_the_scores(scores: list[float], needed: int | None) -> None:
+    assert filters_needed(scores) == needed
 
 
 def test_inspect_names_the_pattern_that_excludes_a_layer(call: Call, model_file: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from secateur.config import RunConfig, Section, from_dict, read_config, to_toml
-from secateur.errors import TargetError, UsageError
+from secateur.errors import TargetError, UnknownName, UsageError
 
 SMALLEST: dict[str, object] = {"model": {"name": "resnet20"}, "data": {"source": "digits"}}
 
@@ -38,7 +38,6 @@ def _is_section(annotation: object) -> bool:
     ("change", "key"),
     [
         ({"model": {"nam": "resnet20"}}, "model.name"),
-        ({"modle": {}}, "modle"),
         ({"data": {"source": "digits", "probe_images": 0}}, "data.probe_images"),
         ({"finetune": {"label_weight": 1.5}}, "finetune.label_weight"),
         ({"finetune": {"precision": "float8"}}, "finetune.precision"),
@@ -50,6 +49,15 @@ def _is_section(annotation: object) -> bool:
 )
 def test_errors_name_the_key(change: dict[str, object], key: str) -> None:
     with pytest.raises(UsageError, match=f"configuration, {key}: "):
+        from_dict({**SMALLEST, **change}, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("change", "near"),
+    [({"modle": {}}, "model.name"), ({"plan": {"roundto": 8}}, "plan.round_to")],
+)
+def test_errors_name_the_key_that_was_meant(change: dict[str, object], near: str) -> None:
+    with pytest.raises(UnknownName, match=f"did you mean {near}"):
         from_dict({**SMALLEST, **change}, RunConfig)
 
 

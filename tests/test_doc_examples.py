@@ -155,7 +155,9 @@ def test_the_commands_for_a_network_of_ones_own(
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "docs" / "first_steps.ipynb", as_version=4)
+    notebook = nbformat.read(  # type: ignore[no-untyped-call]
+        ROOT / "docs" / "first_steps.ipynb", as_version=4
+    )
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     (shown,) = (

@@ -264,23 +264,25 @@ def _checked(pixels: Any, name: str) -> Tensor:
             f"{name}: {type(pixels).__name__} found where a tensor [image, channel, height, width] "
             "is needed; with a Dataset, its transform must end in a tensor"
         )
-    if pixels.ndim == 3:
-        pixels = pixels[None]
-    if pixels.ndim != 4 or not pixels.is_floating_point():
+    batch: Tensor = pixels[None] if pixels.ndim == 3 else pixels
+    if batch.ndim != 4 or not batch.is_floating_point():
         raise DataError(
-            f"{name}: a tensor {list(pixels.shape)} of {pixels.dtype} found where a floating one "
+            f"{name}: a tensor {list(batch.shape)} of {batch.dtype} found where a floating one "
             "[image, channel, height, width] is needed, as the network takes it"
         )
-    if not bool(pixels.isfinite().all()):
+    if not bool(batch.isfinite().all()):
         raise DataError(f"{name}: an image holds a number that is not finite")
-    return pixels
+    return batch
 
 
 def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "image"]:
     """The class that the network itself gives each image."""
-    with evaluating(model), torch.inference_mode():
-        found: Tensor = torch.cat([model(some).argmax(1) for some in images.split(batch_size)])
-    return found.clone()  # a tensor that training can read
+    found: list[Tensor] = []
+    with evaluating(model), torch.no_grad():
+        for some in images.split(batch_size):
+            logits: Tensor = model(some)
+            found.append(logits.argmax(1))
+    return torch.cat(found)
 
 
 def _summary(result: PruneResult) -> str:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -41,7 +41,7 @@ from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
-from secateur.inspection import inspect_network
+from secateur.inspection import NEEDED, inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, bars, silent
 from secateur.report import count_text, score_rows
@@ -50,7 +50,8 @@ from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
 
-T = TypeVar("T")
+BAR = 12
+"""Characters of the longest bar."""
 
 app = typer.Typer(
     help="Makes a trained convolutional network smaller and faster by what its filters see.",
@@ -581,6 +582,10 @@ def inspect(
     layer: Annotated[
         str | None, typer.Option("--layer", help="List every filter of this layer.")
     ] = None,
+    filter_number: Annotated[
+        int | None,
+        typer.Option("--filter", min=0, help="Of the layer, show this filter alone."),
+    ] = None,
     cut_stream: Annotated[
         bool, typer.Option("--cut-stream", help="Show residual streams as prunable, too.")
     ] = False,
@@ -602,6 +607,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Score the filters of a network, tell what they see, and change nothing."""
+    if filter_number is not None and layer is None:
+        raise UsageError("--filter needs the --layer that it is in")
     names = tuple(criterion or ["vote"])
     if (
         data_source is None
@@ -633,10 +640,12 @@ def inspect(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    if layer is not None:
-        _show_filters(found, layer)
-    else:
+    if layer is None:
         _show_groups(found)
+    elif filter_number is None:
+        _show_filters(_group_of(found, layer))
+    else:
+        _show_filter(_group_of(found, layer), filter_number)
     _show_unreadable(found["unreadable"])
 
 
@@ -1020,33 +1029,54 @@ def _show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: b
 
 
 def _show_groups(found: dict[str, Any]) -> None:
+    """A line a layer that can be cut, then those that can't, and why."""
+    first = found["criteria"][0]
     table = Table(box=None, pad_edge=False)
-    table.add_column("layer")
-    for title in ("filters", "MACs %", "detectors", "concepts"):
-        table.add_column(title, justify="right")
-    table.add_column("frozen because")
+    table.add_column("layer", overflow="fold")
+    for title in ("filters", "needed", "MACs %"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for title in ("detectors", "concepts"):
+        table.add_column(title, justify="right", no_wrap=True)
+    largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
     for group in found["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
+        needed = group["needed"][first]
         table.add_row(
             _escaped(group["layer"]),
             str(group["filters"]),
+            "–" if needed is None else str(needed),
             f"{100 * group['macs_share']:.1f}",
+            "█" * round(BAR * group["macs_share"] / largest),
             str(len(detected)),
             str(len(set(detected))),
-            "",
-        )
-    for group in found["frozen"]:
-        table.add_row(
-            _escaped(group["layer"]), str(group["filters"]), "", "", "", _escaped(group["reason"])
         )
     _out().print(table)
+    _out().print(
+        f"needed: filters that hold {NEEDED:.0%} of the layer's scores by {_escaped(first)}",
+        highlight=False,
+    )
+    if not found["frozen"]:
+        return
+    frozen = Table(box=None, pad_edge=False)
+    frozen.add_column("frozen", overflow="fold")
+    frozen.add_column("filters", justify="right", no_wrap=True)
+    frozen.add_column("because")
+    for group in found["frozen"]:
+        reason = _escaped(group["reason"])
+        frozen.add_row(_escaped(group["layer"]), str(group["filters"]), reason)
+    _out().print(frozen)
 
 
-def _show_filters(found: dict[str, Any], layer: str) -> None:
+def _group_of(found: dict[str, Any], layer: str) -> dict[str, Any]:
     groups = {group["layer"]: group for group in found["groups"]}
     if layer not in groups:
         raise UnknownName("prunable layer", layer, groups)
-    group = groups[layer]
+    group: dict[str, Any] = groups[layer]
+    return group
+
+
+def _show_filters(group: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("filter", justify="right")
     for name in group["scores"]:
@@ -1057,6 +1087,25 @@ def _show_filters(found: dict[str, Any], layer: str) -> None:
         scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
         table.add_row(str(number), *scores, _escaped(seen["concept"]), f"{seen['iou']:.3f}")
     _out().print(table)
+
+
+def _show_filter(group: dict[str, Any], number: int) -> None:
+    """What one filter sees, and where in the image that it responds to most."""
+    if number >= group["filters"]:
+        raise UsageError(f"{group['layer']} has filters 0 to {group['filters'] - 1}, not {number}")
+    lines = [f"{group['layer']}, filter {number} of {group['filters']}"]
+    for name, scores in group["scores"].items():
+        rank = 1 + sum(other > scores[number] for other in scores)
+        lines.append(f"{name}: {scores[number]:.4g}, rank {rank} of {group['filters']}")
+    seen = group["concepts"][number]
+    kind = "detector of" if seen["is_detector"] else "overlaps most"
+    lines.append(f"{kind} {seen['concept']}, IoU {seen['iou']:.3f}")
+    tops = group["top_images"][number]
+    lines.append(f"top probe images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:")
+    lines += [
+        "  " + row.replace("#", "██").replace(".", "··") for row in group["top_regions"][number]
+    ]
+    _out().print(_escaped("\n".join(lines)), highlight=False)
 
 
 def _escaped(text: str) -> str:

@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.data.augmentation import Crop
-from secateur.errors import UsageError
+from secateur.errors import UnknownName, UsageError
 from secateur.plan import AllocationRule, parse_target
 from secateur.schedule import ScheduleName
 
@@ -297,9 +297,23 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UnknownName("key of the configuration", key, _keys(kind)) from error
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
         raise UsageError(f"configuration, {key}: {first['msg']}{tail}") from error
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    """Every key that a configuration can have, with its section."""
+    found = []
+    for name, field in kind.model_fields.items():
+        section: Any = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            found += [f"{name}.{key}" for key in _keys(section)]
+        else:
+            found.append(name)
+    return found
 
 
 def read_config(path: Path) -> RunConfig:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
 
 from secateur import distributed, pipeline
 from secateur.config import RunConfig
@@ -13,6 +19,29 @@ from secateur.sights import see
 
 TOP_IMAGES = 5
 """Images that are shown of each filter."""
+NEEDED = 0.9
+"""Share of a layer's scores that the filters counted as needed hold together."""
+ROWS = 14
+"""Rows and columns that a region is told in at most."""
+
+
+def filters_needed(scores: Sequence[float]) -> int | None:
+    """How many of the best filters hold `NEEDED` of all scores of a layer; the rest are few votes.
+
+    None where scores are below zero, so that shares of them have no sense.
+    """
+    if min(scores) < 0:
+        return None
+    sums = list(itertools.accumulate(sorted(scores, reverse=True)))
+    return next(number for number, total in enumerate(sums, 1) if total >= NEEDED * sums[-1])
+
+
+def _as_rows(region: Bool[Tensor, "h w"]) -> list[str]:
+    """Where a filter is active, a text a row: `#` or `.`."""
+    side = min(ROWS, max(region.shape))
+    size = tuple(-(-length * side // max(region.shape)) for length in region.shape)
+    cells = F.adaptive_max_pool2d(region[None].float(), size)[0]
+    return ["".join("#" if cell else "." for cell in row) for row in cells.tolist()]
 
 
 def inspect_network(
@@ -23,6 +52,9 @@ def inspect_network(
     track: Track = silent,
 ) -> dict[str, Any]:
     """What `secateur inspect --json` prints: facts of each layer and of each of its filters.
+
+    `needed` counts the filters that hold `NEEDED` of a layer's scores, by criterion; `top_regions`
+    is where each filter is active in its first top image.
 
     Every probe image counts towards means and thresholds. With `pictures` a PNG a layer is written
     into that folder, made new if need be. Raises `SecateurError`.
@@ -53,6 +85,10 @@ def inspect_network(
                 "scores": {
                     key: found.scores[name].tolist() for key, found in sights.scores.items()
                 },
+                "needed": {
+                    key: filters_needed(found.scores[name].tolist())
+                    for key, found in sights.scores.items()
+                },
                 "detectors": dict(detectors.most_common()),
                 "unique_detectors": len(detectors),
                 "concepts": [
@@ -60,6 +96,7 @@ def inspect_network(
                     for each in seen
                 ],
                 "top_images": top.numbers.tolist(),
+                "top_regions": [_as_rows(some) for some in top.regions[:, 0]],
             }
         )
         if pictures is not None and distributed.is_first():
@@ -77,6 +114,7 @@ def inspect_network(
         "probe_images": len(ground.probe.labels),
         "unreadable": list(pipeline.names_of(unreadable)),
         "concept_source": config.score.concepts,
+        "criteria": list(criterion_names),
         "groups": groups,
         "frozen": frozen,
     }
