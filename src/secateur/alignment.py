@@ -73,8 +73,8 @@ class AlignmentTally:
     """
 
     def __init__(self, filters: int, concepts: int) -> None:
-        self.intersection = torch.zeros(filters, concepts, dtype=torch.int64)
-        self.union = torch.zeros(filters, concepts, dtype=torch.int64)
+        self.intersection: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
+        self.union: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
 
     def add(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
         """Takes in a batch; `concepts` numbers what each region shows, or is `ABSENT`."""

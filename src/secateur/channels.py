@@ -92,7 +92,7 @@ class ChannelSpread:
         """Operations whose arguments hold numbers of channels."""
         self.written: list[Ids] = []
         """Channels along one dimension of some value: one of them must stay."""
-        self.product_macs = 0
+        self.product_macs: int = 0
         """Multiply-accumulates an image in products of computed values, which are not cut."""
         self._rules = rules
         self._count = 0

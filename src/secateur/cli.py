@@ -53,7 +53,7 @@ from secateur.standings import standings
 BAR = 12
 """Characters of the longest bar."""
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Makes a trained convolutional network smaller and faster by what its filters see.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.channels import Ids, Layer, argument, position_of
-from secateur.graph import apply, operation_name
+from secateur.graph import Sizes, apply, operation_name
 from secateur.patches import CONVOLUTIONS, Window, window_of
 from secateur.wiring import Removed, Wiring
 
@@ -22,8 +22,8 @@ class Remains:
     """What a plan leaves of the values in the original network."""
 
     def __init__(self, wiring: Wiring, removed: Removed) -> None:
-        self.wiring = wiring
-        self.sizes = wiring.sizes_after(removed)
+        self.wiring: Wiring = wiring
+        self.sizes: Sizes = wiring.sizes_after(removed)
         self._stays = wiring.stays(removed)
 
     def mask(self, node: Node, dim: int) -> Ids:

@@ -15,7 +15,7 @@ class Interrupts:
     """Whether this process was asked to stop while `held` kept that from happening."""
 
     def __init__(self) -> None:
-        self.is_pending = False
+        self.is_pending: bool = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame

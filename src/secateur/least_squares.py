@@ -25,12 +25,12 @@ class Gram:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.count = zeros()
-        self.xx = zeros(groups, inputs, inputs)
-        self.xy = zeros(groups, inputs, outputs)
-        self.x = zeros(groups, inputs)
-        self.y = zeros(groups, outputs)
-        self.yy = zeros(groups, outputs)
+        self.count: Tensor = zeros()
+        self.xx: Tensor = zeros(groups, inputs, inputs)
+        self.xy: Tensor = zeros(groups, inputs, outputs)
+        self.x: Tensor = zeros(groups, inputs)
+        self.y: Tensor = zeros(groups, outputs)
+        self.yy: Tensor = zeros(groups, outputs)
 
     def add(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]

@@ -58,12 +58,12 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv1: nn.Conv2d = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(out_channels)
+        self.conv2: nn.Conv2d = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2: nn.BatchNorm2d = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.padding = (out_channels - in_channels) // 2
+        self.padding: int = (out_channels - in_channels) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """`[image, in, h, w]` to `[image, out, h / stride, w / stride]`."""
@@ -80,12 +80,12 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, 1)
-        self.layer2 = _stage(16, 32, blocks, 2)
-        self.layer3 = _stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, num_classes)
+        self.conv1: nn.Conv2d = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(16)
+        self.layer1: nn.Sequential = _stage(16, 16, blocks, 1)
+        self.layer2: nn.Sequential = _stage(16, 32, blocks, 2)
+        self.layer3: nn.Sequential = _stage(32, 64, blocks, 2)
+        self.linear: nn.Linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -121,8 +121,8 @@ class CifarVGG(nn.Module):
                 continue
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.features: nn.Sequential = nn.Sequential(*layers)
+        self.classifier: nn.Linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[image, 3, 32, 32]` to logits `[image, class]`."""

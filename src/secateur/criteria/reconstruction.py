@@ -56,7 +56,7 @@ class Reconstruction:
         self._rule = rule
         baseline: frozenset[Need] = frozenset({"maps", "usual"})
         election: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
-        self.needs = baseline if rule is None else election
+        self.needs: frozenset[Need] = baseline if rule is None else election
         self._parts: Mapping[str, Kernels] = {}
         self._windows: dict[str, Window] = {}
         self._units: dict[str, Tensor] = {}
