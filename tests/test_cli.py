@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,27 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
     assert outcome.code == 0
     seen = {c["concept"] for g in json.loads(outcome.out)["groups"] for c in g["concepts"]}
     assert seen <= {"cat", "dog", *(f"class {number}" for number in range(2, 7))}
+
+
+def test_report_is_written_anew_or_as_pictures(
+    call: Call, digits_run: DigitsRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run.folder, folder)
+    outcome = call("report", folder, "--images", 0)
+    assert (outcome.code, outcome.out) == (0, f"written: {folder / 'report.html'}\n")
+    outcome = call("report", folder, "--images", 0, "--format", "png", "--json")
+    assert outcome.code == 0
+    written = json.loads(outcome.out)
+    assert written
+    assert all(Path(path).parent == folder / "charts" for path in written)
+    for wrong, message in (
+        (["--format", "pdf"], "--format pdf: it must be html or png"),
+        (["--out", tmp_path], "--out is for --format png"),
+    ):
+        outcome = call("report", folder, *wrong)
+        assert outcome.code == 2
+        assert message in outcome.err
 
 
 def test_export_writes_a_file_and_times_both_networks(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from runs import DigitsRun
+from secateur import runs
 from secateur.agreement import Agreement
+from secateur.errors import DataError, RunFolderError
 from secateur.norms import NormChange
 from secateur.polish import Polish, PolishEpoch
 from secateur.report import count_text, score_rows, write_report
+from secateur.report.comparison import ROWS
+from secateur.report.run_charts import tradeoff
+from secateur.rows import Row, to_lines
+from secateur.search import Trial
 from secateur.training import Epoch
 
 
@@ -93,6 +101,65 @@ def test_names_from_data_are_escaped(digits_run: DigitsRun, tmp_path: Path) -> N
     page = Page((tmp_path / "report.html").read_text())
     assert "img" not in page.tags
     assert evil in " ".join(page.texts)
+
+
+def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run.folder, folder)
+    before = (folder / "report.html").read_text()
+    assert runs.report(folder) == (folder / "report.html",)
+    assert (folder / "report.html").read_text() == before  # the same to the last letter
+    runs.report(folder, images=20)
+    assert "of 20 probe images" in (folder / "report.html").read_text()
+    runs.report(folder, images=0, source="folder:nowhere")  # no data is read
+    page = Page((folder / "report.html").read_text())
+    assert "probe images; the" not in " ".join(page.texts)
+    with pytest.raises(DataError, match="no folder nowhere"):
+        runs.report(folder, source="folder:nowhere")
+    assert Page((folder / "report.html").read_text()).texts == page.texts
+
+
+def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
+    row = Row(
+        network="resnet20",
+        variant="",
+        criterion="l1",
+        target="macs=0.5",
+        seed=0,
+        outcome="done",
+        reason="",
+        score_on="test",
+        images=450,
+        before_top1_fraction=0.99,
+        top1_fraction=0.9,
+        macs_left=0.5,
+        parameters_left=0.5,
+        latency_left=0.7,
+        id="one",
+    )
+    comparison = tmp_path / "comparison"
+    comparison.mkdir()
+    (comparison / ROWS).write_text(to_lines([row]))
+    written = runs.report(
+        digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts"
+    )
+    assert [path.name for path in written] == [
+        f"resnet20-{name}.png" for name in ("tradeoff", "filters", "scores", "concepts")
+    ]
+    for path in written:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 300
+    with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
+        runs.report(digits_run.folder, images=0, beside=tmp_path)
+
+
+def test_a_trade_off_shows_a_comparison_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:
+    trials = (Trial(1.0, 0.99, kept=True), Trial(0.6, 0.9, kept=False))
+    drawing = tradeoff(digits_run.result.model_copy(update={"trials": trials})).svg()
+    for text in ("this run", "sizes tried (validation images)", ">cut<", ">tuned<"):
+        assert text in drawing
+    assert "sizes tried" not in tradeoff(digits_run.result).svg()
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ from browser import DESK, PHONE, Watched, open_browser, opened
 from imagenet_networks import converted
 from runs import DigitsRun
 from secateur import data, load, pipeline, runs
+from secateur.comparison import Comparison
 from secateur.config import RunConfig, from_dict
 from secateur.report import write_report
+from secateur.report.comparison import PAGE, write_comparison
 from secateur.report.gallery import make_gallery
 from secateur.result import RunResult, read_result
+from secateur.sweep import CellResult
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -163,6 +166,48 @@ def test_all_of_it_works_by_keyboard(page: Page, digits_run: DigitsRun) -> None:
     page.keyboard.press("Control+A")
     page.keyboard.type(digits_run.result.groups[0].name)
     expect(cards(page)).not_to_have_count(0)
+
+
+def test_a_comparison_is_in_the_same_style(
+    browser: Browser, digits_run: DigitsRun, tmp_path: Path
+) -> None:
+    cells = [
+        CellResult(
+            id=f"{criterion}-{seed}",
+            network="resnet20",
+            variant="",
+            criterion=criterion,
+            target="macs=0.5",
+            seed=seed,
+            outcome="done",
+            reason="",
+            score_on="test",
+            result=digits_run.result,
+        )
+        for criterion in ("vote", EVIL)
+        for seed in (0, 1)
+    ]
+    content = {
+        "networks": [{"name": "resnet20"}],
+        "criteria": ["vote", "l1"],
+        "targets": ["macs=0.5"],
+        "seeds": 2,
+        "data": {"source": "digits"},
+    }
+    write_comparison(tmp_path, from_dict(content, Comparison), cells, "secateur compare")
+    for size in (DESK, PHONE):
+        with opened(browser, tmp_path / PAGE, size) as found:
+            expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
+            assert found.findings() == []
+            light = background(found.page)
+            for _ in range(2):
+                found.page.locator("#theme").click()
+            expect(found.page.locator("#theme")).to_have_text("Theme: dark")
+            assert background(found.page) != light
+            assert found.findings() == []
+            assert found.overflow == 0
+            assert found.said == []
+            assert found.requests == []
 
 
 def background(page: Page) -> str:

@@ -36,6 +36,28 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+@dataclass(frozen=True)
+class Script:
+    """Code of ours in a page, which the page names by its hash as the only one that may run."""
+
+    text: Markup
+
+    @property
+    def policy(self) -> str:
+        """What the page may do: run this, show pictures that it holds, and nothing else."""
+        digest = base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()
+        return (
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        )
+
+
+def read_script(*names: str) -> Script:
+    """The named files of this package, one after the other."""
+    files = (resources.files(__name__).joinpath(name) for name in names)
+    return Script(Markup("").join(Markup(file.read_text(encoding="utf-8")) for file in files))
+
+
 def write_report(
     result: RunResult,
     path: Path,
@@ -48,7 +70,6 @@ def write_report(
     """
     from secateur.report.run_charts import tradeoff  # takes a second to import
 
-    script = Markup(resources.files(__name__).joinpath("report.js").read_text(encoding="utf-8"))
     layers = _layers(result, gallery)
     page = render(
         "report.html.j2",
@@ -63,8 +84,7 @@ def write_report(
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
         data=to_json(result, gallery),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script=read_script("theme.js", "report.js"),
     )
     replace_file(path, page)
 

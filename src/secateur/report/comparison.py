@@ -14,7 +14,7 @@ from typing import Any
 
 from secateur.comparison import Comparison
 from secateur.documents import replace_file
-from secateur.report import render
+from secateur.report import read_script, render
 from secateur.result import Stage
 from secateur.rows import STAGES, Row, row_of, to_lines
 from secateur.standings import CONFIDENCE, Difference, Setting, Standings, standings
@@ -70,6 +70,7 @@ def write_comparison(
         config=comparison.model_dump(mode="json", exclude_unset=True),
         environments=_environments(cells),
         command=command,
+        script=read_script("theme.js"),
     )
     replace_file(folder / PAGE, page)
 

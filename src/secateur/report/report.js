@@ -1,4 +1,4 @@
-// The filter gallery, its controls and the theme. Text from data goes to the page as text only.
+// The filter gallery and its controls. Text from data goes to the page as text only.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -7,17 +7,6 @@
   const SIDE = 112;
   const OUTLINE = [255, 212, 0];
   const OUTSIDE = 0.75; // what is left of the light where a filter is not active
-
-  // --- theme: what the system says, or light or dark ---
-  const themes = ["automatic", "light", "dark"];
-  const themeButton = find("theme");
-  themeButton.addEventListener("click", () => {
-    const now = document.documentElement.dataset.theme || "automatic";
-    const next = themes[(themes.indexOf(now) + 1) % themes.length];
-    if (next === "automatic") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = next;
-    themeButton.textContent = `Theme: ${next}`;
-  });
 
   // --- filters: one object each, with what they are searched and sorted by ---
   const filters = [];
