@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import secateur
 from runs import DigitsRun, small_config
@@ -337,6 +339,33 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
     assert outcome.code == 0
     seen = {c["concept"] for g in json.loads(outcome.out)["groups"] for c in g["concepts"]}
     assert seen <= {"cat", "dog", *(f"class {number}" for number in range(2, 7))}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("secateur rep", {"report"}),
+        ("secateur prune --criterion vote-", {"vote-response", "vote-iou"}),
+        ("secateur inspect --criterion fp", {"fpgm"}),
+        ("secateur prune --model resnet5", {"resnet56"}),
+        ("secateur prune -d cifar", {"cifar10", "cifar100"}),
+        ("secateur prune --concepts sal", {"saliency"}),
+    ],
+)
+def test_shells_complete_names(
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: str, found: set[str]
+) -> None:
+    monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    assert set(call().out.split()) == found
+
+
+def test_every_command_can_print_json() -> None:
+    group = get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    for name, command in group.commands.items():
+        assert any("--json" in option.opts for option in command.params), name
 
 
 def test_report_is_written_anew_or_as_pictures(

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,11 +60,34 @@ app: typer.Typer = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _beginning(names: Iterable[str], start: str) -> list[str]:
+    """The names that a shell may complete a word to."""
+    return [name for name in names if name.startswith(start)]
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    return _beginning(models.names(), incomplete)
+
+
+def _complete_criterion(incomplete: str) -> list[str]:
+    return _beginning(criteria.CRITERIA, incomplete)
+
+
+def _complete_concepts(incomplete: str) -> list[str]:
+    return _beginning(concepts.sources(), incomplete)
+
+
+def _complete_data(incomplete: str) -> list[str]:
+    return _beginning([form.partition(":")[0] for form in data.FORMS], incomplete)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
+        autocompletion=_complete_model,
         help="resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
     ),
 ]
@@ -77,6 +100,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         "-d",
+        autocompletion=_complete_data,
         help="cifar10:DIR, cifar100:DIR, fashion-mnist:DIR, imagenet:DIR, imagenette:DIR, cub:DIR, "
         "folder:DIR (class folders), hf:NAME_OR_PATH or digits.",
     ),
@@ -114,6 +138,7 @@ ConceptsOption = Annotated[
     str | None,
     typer.Option(
         "--concepts",
+        autocompletion=_complete_concepts,
         help="Where concepts are, several after commas: evidence, saliency, factors:K, colours; or "
         "with images of their own masks:DIR, broden:DIR, parts:DIR, boxes:DIR (default: evidence).",
     ),
@@ -230,6 +255,7 @@ def prune(
         str | None,
         typer.Option(
             "--criterion",
+            autocompletion=_complete_criterion,
             help="How filters are ranked: vote, l1, …, or path/to/file.py:factory (default: vote).",
         ),
     ] = None,
@@ -575,7 +601,11 @@ def inspect(
     data_source: DataOption = None,
     criterion: Annotated[
         list[str] | None,
-        typer.Option("--criterion", help="May be given several times (default: vote)."),
+        typer.Option(
+            "--criterion",
+            autocompletion=_complete_criterion,
+            help="May be given several times (default: vote).",
+        ),
     ] = None,
     concept_source: ConceptsOption = None,
     probe_images: ProbeOption = None,
@@ -797,6 +827,7 @@ def run_demo(
     data_source: DataOption = None,
     weights: WeightsOption = None,
     model: ModelOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a small network on handwritten digits and prune it by half; about a minute.
 
@@ -820,7 +851,7 @@ def run_demo(
             RunConfig,
         )
     result = runs.run(settings, out, overwrite=True, track=_track(), command=_command())
-    _show_run(result, out, as_json=False)
+    _show_run(result, out, as_json=as_json)
 
 
 # --- networks ----------------------------------------------------------------------------------
