@@ -35,6 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.run.is_dir():
         runs.run(configured(arguments.data, arguments.weights), arguments.run)
+    runs.report(arguments.run)
     IMAGES.mkdir(exist_ok=True)
     for path in runs.report(arguments.run, pictures=arguments.run / "charts"):
         name = path.stem.partition("-")[2]
@@ -52,7 +53,7 @@ def main() -> None:
         page.evaluate("document.getElementById('concepts').scrollIntoView()")
         take(page, "report-concepts")
         page.locator("#layer-table tbody button").last.click()
-        page.wait_for_function("document.querySelectorAll('[data-drawn]').length > 15")
+        page.locator("[data-drawn]").nth(15).wait_for()
         take(page, "report-gallery")
         page.evaluate("document.documentElement.dataset.theme = 'dark'")
         page.set_viewport_size(PHONE)  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
         digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts"
     )
     assert [path.name for path in written] == [
-        f"resnet20-{name}.png" for name in ("tradeoff", "filters", "scores", "concepts")
+        f"resnet20-{name}.png" for name in ("tradeoff", "filters", "votes", "concepts")
     ]
     for path in written:
         with Image.open(path) as picture:

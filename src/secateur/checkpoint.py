@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from secateur.bounds import check_safetensors
 from secateur.documents import UNFINISHED, replace_file
 from secateur.errors import RunFolderError
 
@@ -88,6 +89,7 @@ class Checkpoints:
 
 def _read(path: Path) -> Checkpoint:
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118

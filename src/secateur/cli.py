@@ -1061,7 +1061,6 @@ def _show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: b
 
 def _show_groups(found: dict[str, Any]) -> None:
     """A line a layer that can be cut, then those that can't, and why."""
-    first = found["criteria"][0]
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for title in ("filters", "needed", "MACs %"):
@@ -1072,21 +1071,17 @@ def _show_groups(found: dict[str, Any]) -> None:
     largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
     for group in found["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
-        needed = group["needed"][first]
         table.add_row(
             _escaped(group["layer"]),
             str(group["filters"]),
-            "–" if needed is None else str(needed),
+            str(group["needed"]),
             f"{100 * group['macs_share']:.1f}",
             "█" * round(BAR * group["macs_share"] / largest),
             str(len(detected)),
             str(len(set(detected))),
         )
     _out().print(table)
-    _out().print(
-        f"needed: filters that hold {NEEDED:.0%} of the layer's scores by {_escaped(first)}",
-        highlight=False,
-    )
+    _out().print(f"needed: filters that hold {NEEDED:.0%} of the layer's votes", highlight=False)
     if not found["frozen"]:
         return
     frozen = Table(box=None, pad_edge=False)

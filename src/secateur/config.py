@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
 from secateur.data.augmentation import Crop
 from secateur.errors import UnknownName, UsageError
 from secateur.plan import AllocationRule, parse_target
@@ -326,8 +327,12 @@ def read_config(path: Path) -> RunConfig:
 def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
     """The tables in a TOML file, which holds some `content`; raises `UsageError`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, SMALL_TEXT, UsageError).decode("utf-8")
+        check_dots(text)
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
         raise UsageError(f"the {content} {path} can't be read: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not TOML of ours: it nests too deeply") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error

@@ -15,24 +15,19 @@ from secateur import distributed, pipeline
 from secateur.config import RunConfig
 from secateur.pictures import draw_layer
 from secateur.progress import Track, silent
-from secateur.sights import see
+from secateur.sights import VOTES, see
 
 TOP_IMAGES = 5
 """Images that are shown of each filter."""
 NEEDED = 0.9
-"""Share of a layer's scores that the filters counted as needed hold together."""
+"""Share of a layer's votes that the filters counted as needed hold together."""
 ROWS = 14
 """Rows and columns that a region is told in at most."""
 
 
-def filters_needed(scores: Sequence[float]) -> int | None:
-    """How many of the best filters hold `NEEDED` of all scores of a layer; the rest are few votes.
-
-    None where scores are below zero, so that shares of them have no sense.
-    """
-    if min(scores) < 0:
-        return None
-    sums = list(itertools.accumulate(sorted(scores, reverse=True)))
+def filters_needed(votes: Sequence[float]) -> int:
+    """How many of the filters of a layer hold `NEEDED` of its votes; the others have few."""
+    sums = list(itertools.accumulate(sorted(votes, reverse=True)))
     return next(number for number, total in enumerate(sums, 1) if total >= NEEDED * sums[-1])
 
 
@@ -53,11 +48,10 @@ def inspect_network(
 ) -> dict[str, Any]:
     """What `secateur inspect --json` prints: facts of each layer and of each of its filters.
 
-    `needed` counts the filters that hold `NEEDED` of a layer's scores, by criterion; `top_regions`
-    is where each filter is active in its first top image.
-
-    Every probe image counts towards means and thresholds. With `pictures` a PNG a layer is written
-    into that folder, made new if need be. Raises `SecateurError`.
+    `needed` counts the filters that hold `NEEDED` of a layer's votes; `top_regions` is where each
+    filter is active in its first top image. Every probe image counts towards means and thresholds.
+    With `pictures` a PNG a layer is written into that folder, made new if need be. Raises
+    `SecateurError`.
     """
     for name in criterion_names:
         pipeline.check_names(
@@ -70,7 +64,8 @@ def inspect_network(
     unreadable = pipeline.make_unreadable(config)
     ground = pipeline.prepare_ground(network, dataset, config, unreadable)
     wiring = ground.wiring
-    sights = see(network, ground, config, criterion_names, images=TOP_IMAGES, track=track)
+    names = tuple(dict.fromkeys((*criterion_names, VOTES)))
+    sights = see(network, ground, config, names, images=TOP_IMAGES, track=track)
     whole = wiring.count_after({})
     macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
     groups = []
@@ -83,12 +78,9 @@ def inspect_network(
                 "macs_share": macs[group.layers[0].name] / wiring.macs(),
                 "read_by": [reader.layer for reader in group.readers],
                 "scores": {
-                    key: found.scores[name].tolist() for key, found in sights.scores.items()
+                    key: sights.scores[key].scores[name].tolist() for key in criterion_names
                 },
-                "needed": {
-                    key: filters_needed(found.scores[name].tolist())
-                    for key, found in sights.scores.items()
-                },
+                "needed": filters_needed(sights.scores[VOTES].scores[name].tolist()),
                 "detectors": dict(detectors.most_common()),
                 "unique_detectors": len(detectors),
                 "concepts": [
@@ -114,7 +106,6 @@ def inspect_network(
         "probe_images": len(ground.probe.labels),
         "unreadable": list(pipeline.names_of(unreadable)),
         "concept_source": config.score.concepts,
-        "criteria": list(criterion_names),
         "groups": groups,
         "frozen": frozen,
     }

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from pydantic import PositiveInt
 
+from secateur.bounds import PLAN_TEXT, SMALL_TEXT, TEXT, check_safetensors, read_bounded
 from secateur.documents import Document, parsed
 from secateur.errors import RunFolderError
 
@@ -24,6 +25,8 @@ CONFIG, PLAN, WEIGHTS = "config.toml", "plan.json", "model.safetensors"
 PROGRAM, CONSTANTS = "program.json", "program.safetensors"
 NEEDED = frozenset({PLAN, WEIGHTS})
 HASHED = frozenset({CONFIG, PLAN, WEIGHTS, PROGRAM, CONSTANTS})
+TEXTS = {CONFIG: SMALL_TEXT, PLAN: PLAN_TEXT, PROGRAM: TEXT}
+"""Bytes that each may have; the others are safetensors."""
 
 
 class Manifest(Document):
@@ -89,10 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{path} can't be read: {error!r}") from error
+    text = read_bounded(path, SMALL_TEXT, RunFolderError)
     return parsed(Manifest, text, SCHEMA_VERSION, str(path))
 
 
@@ -120,7 +120,11 @@ def read_contents(folder: Path) -> Contents:
 def _read(folder: Path, name: str) -> bytes:
     if not (folder / name).is_file():
         raise RunFolderError(f"no {name} in {folder}: it is not a complete run folder")
+    path = folder / name
+    if name in TEXTS:
+        return read_bounded(path, TEXTS[name], RunFolderError)
     try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{folder / name} can't be read: {error}") from error
+        check_safetensors(path)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} can't be read: {error}") from error

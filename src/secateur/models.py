@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur import own_code
+from secateur.bounds import check_safetensors
 from secateur.errors import UnknownName, UsageError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -331,6 +332,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"no weights file {path}")
     if path.suffix == ".safetensors":
         try:
+            check_safetensors(path)
             content: Any = load_file(path)
         except (SafetensorError, OSError, struct.error, ValueError) as error:
             raise WeightsError(f"{path} is not a safetensors file: {error}") from error

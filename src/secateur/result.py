@@ -13,6 +13,7 @@ import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict
 
+from secateur.bounds import TEXT, read_bounded
 from secateur.config import ReportSection, RunConfig
 from secateur.documents import parsed
 from secateur.errors import RunFolderError
@@ -177,10 +178,7 @@ def after_rounds(
 def read_result(folder: Path) -> RunResult:
     """The result in a run folder; raises `RunFolderError` where it is missing or damaged."""
     path = folder / RESULT
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{path} can't be read: {error}") from error
+    text = read_bounded(path, TEXT, RunFolderError)
     return parsed(RunResult, text, SCHEMA_VERSION, str(path))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from secateur.bounds import TEXT, read_bounded
 from secateur.comparison import way_of
 from secateur.errors import RunFolderError
 from secateur.result import Stage
@@ -96,8 +97,8 @@ def to_lines(rows: Iterable[Row]) -> str:
 def read_rows(path: Path) -> list[Row]:
     """The rows in a file of JSON lines; raises `RunFolderError` that names the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(path, TEXT, RunFolderError).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise RunFolderError(f"{path} can't be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):

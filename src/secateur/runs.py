@@ -15,11 +15,12 @@ from torch import nn
 
 from secateur import bundle, distributed, pipeline
 from secateur.boards import open_log
+from secateur.bounds import TEXT, read_bounded
 from secateur.bundle import EventLog, Origin
 from secateur.checkpoint import Checkpoints
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
-from secateur.errors import UsageError
+from secateur.errors import RunFolderError, UsageError
 from secateur.latency import LatencyTable
 from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
@@ -262,6 +263,10 @@ def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
 def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
     """The network of a run folder and all that belongs to it, with a result put in its place."""
     path = folder / bundle.LATENCY
-    latency = LatencyTable.from_json(path.read_text("utf-8")) if path.is_file() else None
+    latency: LatencyTable | None = None
+    if path.is_file():
+        latency = LatencyTable.from_json(
+            read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
+        )
     smaller = bundle.load(folder, architecture=model)
     return Pruned(smaller, bundle.read_plan(folder), result, latency)

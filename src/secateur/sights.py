@@ -17,6 +17,9 @@ from secateur.pipeline import Ground
 from secateur.progress import Track, silent
 from secateur.scoring import FilterScores, score_filters
 
+VOTES = "vote-response"
+"""How votes are counted where they are shown: the criterion whose scores are votes, not ranks."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sights:

@@ -24,6 +24,7 @@ from typing import IO, Literal
 import tomli_w
 
 from secateur import pipeline
+from secateur.bounds import TEXT, read_bounded
 from secateur.comparison import Cell, Comparison, cells_of, units_of
 from secateur.config import from_dict, read_tables
 from secateur.documents import parsed, replace_file
@@ -108,12 +109,9 @@ def compare(
 def read_cell(folder: Path, cell: Cell) -> CellResult | None:
     """The result of a cell, or None where there is none yet."""
     path = _path(folder, cell)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise RunFolderError(f"{path} can't be read: {error}") from error
+    content = read_bounded(path, TEXT, RunFolderError)
     return parsed(CellResult, content, SCHEMA_VERSION, str(path))
 
 

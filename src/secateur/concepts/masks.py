@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.bounds import SMALL_TEXT, read_bounded
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
 from secateur.data.folder import SUFFIXES
 from secateur.errors import DataError
@@ -119,9 +120,9 @@ def _names(places: list[Path]) -> list[str] | None:
 
 def _read_names(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_bounded(file, SMALL_TEXT, DataError).decode("utf-8")
         content = json.loads(text) if file.suffix == ".json" else text.split("\n")
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the names in {file} can't be read: {error}") from error
     if isinstance(content, dict):
         content = content.get("classes", content.get("labels"))

@@ -16,11 +16,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
 from secateur.data.images import FileImages, Images, Indices, to_size
+from secateur.data.unreadable import DAMAGE, opened_image
 from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
 from secateur.regions import ABSENT, Concept, ConceptMasks, joined_masks
@@ -156,10 +156,9 @@ def read_pixels(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"no mask {path}")
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow calls some damage of a PNG a SyntaxError.
+    except DAMAGE as error:
         raise DataError(f"the mask {path} can't be read: {error}") from error
 
 
@@ -198,9 +197,9 @@ def _regions(planes: Tensor) -> ConceptMasks:
 
 def _size_of(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             return image.height, image.width
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise DataError(f"the image {path} can't be read: {error}") from error
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
 
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
+from secateur.data.unreadable import DAMAGE, opened_image
 from secateur.errors import DataError
 
 CLASS_NAMES = (
@@ -76,9 +76,9 @@ def _stacked(directory: Path, part: str) -> TensorImages:
     columns = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with opened_image(file) as image:
                 column = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except DAMAGE as error:
             raise DataError(f"the image {file} can't be read: {error}") from error
         if column.shape[1] != SIDE or column.shape[0] % SIDE:
             raise DataError(f"{file} is {column.shape[1]}×{column.shape[0]}, not a column of 32×32")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from secateur.bounds import TEXT, read_unzipped
 from secateur.data.images import FileImages
 from secateur.data.splits import Splits
 from secateur.errors import DataError
@@ -111,9 +111,8 @@ def _text(directory: Path, name: str) -> str:
         for file in (folder / f"{name}.txt", folder / f"{name}.txt.gz"):
             if file.is_file():
                 try:
-                    content = file.read_bytes()
-                    return (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
-                except (OSError, EOFError, ValueError) as error:
+                    return read_unzipped(file, TEXT, DataError).decode()
+                except UnicodeDecodeError as error:
                     raise DataError(f"{file} can't be read: {error}") from error
     raise DataError(f"no {name}.txt or {name}.txt.gz of CUB-200-2011 in {directory}")
 

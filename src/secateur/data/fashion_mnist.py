@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from secateur.bounds import TEXT, read_unzipped
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
 from secateur.errors import DataError
@@ -69,11 +68,7 @@ def _read_idx(raw: Path, name: str, *, dimensions: int) -> np.ndarray:
     file = _find(raw, name)
     if file is None:
         raise DataError(f"no {name} or {name}.gz of Fashion-MNIST in {raw}")
-    try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} can't be read: {error}") from error
+    content = read_unzipped(file, TEXT, DataError)
     start = 4 + 4 * dimensions
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
         raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions")

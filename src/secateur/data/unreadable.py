@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.bounds import check_pixels
 from secateur.errors import UnreadableImage
 
 T = TypeVar("T")
@@ -64,6 +67,16 @@ def read_batch(
     return None
 
 
+@contextlib.contextmanager
+def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """An image that is open and not decoded yet; raises one of `DAMAGE`, for a huge one, too."""
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        opened = Image.open(source)
+    with opened as image:
+        check_pixels(image)
+        yield image
+
+
 def decode_all(
     indices: Int[Tensor, "image"],
     find: Callable[[int], tuple[str, Path | io.BytesIO]],
@@ -78,7 +91,7 @@ def decode_all(
     def decode(index: int) -> Tensor | Exception:
         _, source = find(index)
         try:
-            with Image.open(source) as image:
+            with opened_image(source) as image:
                 pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
         except DAMAGE as error:
             return error

@@ -180,25 +180,33 @@ def _layers(result: RunResult, gallery: Gallery | None) -> list[dict[str, Any]]:
             "filters": group.filters,
             "kept": group.filters - len(group.removed),
             "removed": len(group.removed),
-            **_votes(group),
+            **_strip(group, seen.get(group.name)),
             **_detectors(seen.get(group.name)),
         }
         for group in result.groups
     ]
 
 
-def _votes(group: GroupResult) -> dict[str, str]:
-    """Scores as two outlines, of filters that stay and of those that go, the highest first.
+def strip(group: GroupResult, layer: LayerGallery | None) -> list[tuple[int, float]]:
+    """Filters by score, the best first, each with its votes, or its score where none were counted.
 
-    In a box one wide for each filter and one high; scores below zero count from the lowest.
+    Over the highest of the layer; values below zero count from the lowest.
     """
-    low = min(0.0, *group.scores)
-    high = max(group.scores) - low or 1.0
-    removed = set(group.removed)
+    values = group.scores if layer is None else layer.votes
+    low = min(0.0, *values)
+    high = max(values) - low or 1.0
     order = sorted(range(group.filters), key=lambda f: (-group.scores[f], f))
+    return [(filter_, (values[filter_] - low) / high) for filter_ in order]
+
+
+def _strip(group: GroupResult, layer: LayerGallery | None) -> dict[str, str]:
+    """The strip as two outlines, of filters that stay and of those that go.
+
+    In a box one wide for each filter and one high.
+    """
+    removed = set(group.removed)
     paths = {"kept_path": "", "removed_path": ""}
-    for place, filter_ in enumerate(order):
-        height = (group.scores[filter_] - low) / high
+    for place, (filter_, height) in enumerate(strip(group, layer)):
         key = "removed_path" if filter_ in removed else "kept_path"
         paths[key] += f"M{place} 1V{1 - height:.3g}h1V1"
     return paths

@@ -22,7 +22,7 @@ from secateur.data.annotated import AnnotatedImages
 from secateur.dissection import FilterConcept
 from secateur.progress import Track, silent
 from secateur.result import RunResult
-from secateur.sights import see
+from secateur.sights import VOTES, see
 
 SIDE = 112
 """Largest side of an image in the page, in pixels."""
@@ -32,8 +32,6 @@ FINEST = 56
 CONCEPTS_SHOWN = 3
 LEAST_IOU = 0.005
 """Concepts that a filter overlaps less are not listed with it."""
-VOTES = "vote-response"
-"""How votes are counted where the run's own criterion counts none."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class LayerGallery:
     """Of each filter those that it overlaps most, the best first."""
     after: tuple[FilterConcept | None, ...]
     """The best concept of each filter that stayed, in the pruned network."""
-    votes: tuple[float, ...] | None
-    """None where the scores are votes."""
+    votes: tuple[float, ...]
+    """By `sights.VOTES`."""
     images: tuple[tuple[int, ...], ...]
     """Of each filter its top images, as places in `Gallery.images`."""
     grid: tuple[int, int]
@@ -89,12 +87,11 @@ def make_gallery(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"probe_images": few})}
     )
-    names = () if config.score.criterion.startswith("vote") else (VOTES,)
     unreadable = pipeline.make_unreadable(config)
     ground = pipeline.prepare_ground(model, dataset, config, unreadable)
     count = config.report.top_images
     sights = see(
-        model, ground, config, names, images=count, title="looking at filters", track=track
+        model, ground, config, (VOTES,), images=count, title="looking at filters", track=track
     )
     later = pipeline.prepare_ground(smaller, dataset, config, unreadable)
     after = see(smaller, later, config, images=1, title="looking at what is left", track=track)
@@ -119,7 +116,7 @@ def make_gallery(
                 name=name,
                 concepts=_most_overlapped(iou, [each.name for each in ground.source.concepts]),
                 after=tuple(best),
-                votes=tuple(sights.scores[VOTES].scores[name].tolist()) if names else None,
+                votes=tuple(sights.scores[VOTES].scores[name].tolist()),
                 images=tuple(tuple(place[n] for n in row) for row in top.numbers.tolist()),
                 grid=grid,
                 regions=regions,
@@ -214,9 +211,8 @@ def to_json(result: RunResult, gallery: Gallery | None) -> dict[str, Any]:
                 "images": layer.images,
                 "grid": layer.grid,
                 "regions": base64.b64encode(layer.regions).decode(),
+                "votes": [float(f"{votes:.5g}") for votes in layer.votes],
             }
-            if layer.votes is not None:
-                found["votes"] = [float(f"{votes:.5g}") for votes in layer.votes]
         layers.append(found)
     images = gallery.images if gallery else ()
     return {

@@ -138,9 +138,9 @@
     item.append(make("h3", `${layer.name}, filter ${each.number}`));
     const fate = each.removed ? "Removed" : "Kept";
     item.append(make("p", fate, "fate"));
-    const votes = layer.votes ? `, ${number(layer.votes[each.number])} votes` : "";
+    const votes = layer.votes ? `${number(layer.votes[each.number])} votes. ` : "";
     item.append(make("p",
-      `Rank ${each.rank} of ${each.of} by ${data.criterion} (${number(each.score)})${votes}; ` +
+      `${votes}Rank ${each.rank} of ${each.of} by ${data.criterion} (${number(each.score)}); ` +
       `the plan keeps the first ${each.stay} of this layer.`));
     if (layer.concepts) {
       item.append(make("p", each.seen.length

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from secateur.report import concept_map
+from secateur.report import concept_map, strip
 from secateur.report.charts import draw_ways
 from secateur.report.drawing import (
     COLOURS,
@@ -33,7 +33,7 @@ def run_charts(
     result: RunResult, gallery: Gallery | None = None, beside: Standings | None = None
 ) -> tuple[Chart, ...]:
     """All that there is something to draw of."""
-    drawn = [tradeoff(result, beside), kept_filters(result), votes(result)]
+    drawn = [tradeoff(result, beside), kept_filters(result), votes(result, gallery)]
     if gallery is not None and concept_map(gallery).concepts:
         drawn.append(concepts(result, gallery))
     return tuple(drawn)
@@ -103,33 +103,27 @@ def kept_filters(result: RunResult) -> Chart:
 
 
 @rc_context(STYLE)
-def votes(result: RunResult) -> Chart:
-    """A strip a layer: its filters by score, the highest first, over the highest of the layer."""
+def votes(result: RunResult, gallery: Gallery | None = None) -> Chart:
+    """A strip a layer: its filters by score, the best first, with their votes or scores."""
     groups = result.groups[:MOST_LAYERS]
+    seen = {layer.name: layer for layer in gallery.layers} if gallery else {}
     figure, (axes,) = make_figure(1, rows=len(groups))
     strips = np.zeros((len(groups), STRIP))
     for row, group in enumerate(groups):
-        scores = np.sort(np.array(group.scores))[::-1]
-        scores = scores - min(0.0, scores[-1])
-        places = np.arange(STRIP) * len(scores) // STRIP
-        strips[row] = scores[places] / (scores[0] or 1.0)
+        heights = np.array([height for _, height in strip(group, seen.get(group.name))])
+        strips[row] = heights[np.arange(STRIP) * len(heights) // STRIP]
         share = 1 - len(group.removed) / group.filters
         axes.plot([share, share], [row - 0.5, row + 0.5], color=REMOVED, lw=2)
-    drawn = axes.imshow(
-        strips,
-        aspect="auto",
-        extent=(0, 1, len(groups) - 0.5, -0.5),
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-    )
-    figure.colorbar(drawn, label="score over the layer's highest")
+    edges = (0, 1, len(groups) - 0.5, -0.5)
+    drawn = axes.imshow(strips, aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1)
+    words = "votes" if gallery else "score"
+    figure.colorbar(drawn, label=f"{words} over the layer's highest")
     axes.set_yticks(range(len(groups)), [short(group.name) for group in groups], fontsize="x-small")
     axes.grid(visible=False)
     axes.set_xlabel("share of the layer's filters, best first; right of the mark they go")
-    title = f"{short(result.config.model.name)}: scores by {short(result.config.score.criterion)}"
+    title = f"{short(result.config.model.name)}: filters by {short(result.config.score.criterion)}"
     figure.suptitle(title)
-    return Chart(file_name(short(result.config.model.name), "scores"), title, figure)
+    return Chart(file_name(short(result.config.model.name), "votes"), title, figure)
 
 
 @rc_context(STYLE)
