@@ -20,6 +20,7 @@ from secateur.config import DataSection, ModelSection, RunConfig, Section, Train
 from secateur.documents import replace_file
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score, evaluate
+from secateur.locks import locked
 from secateur.manifest import CONFIG, WEIGHTS
 from secateur.progress import Track, silent
 from secateur.result import Environment, Record, environment
@@ -93,10 +94,23 @@ def train_base(
     It starts from the weights that `config` names, or from random ones. While it trains the folder
     holds the configuration, the log and the checkpoints that `resume` goes on from. `board` is a
     folder for TensorBoard. Raises `RunFolderError` where the folder is not empty and is not to be
-    resumed.
+    resumed, or another training is at work there.
     """
+    pipeline.check_names(config.as_run())
+    with locked(folder):
+        return _trained(config, folder, resume, track, board, command)
+
+
+def _trained(
+    config: BaseConfig,
+    folder: Path,
+    resume: bool,
+    track: Track,
+    board: Path | None,
+    command: str | None,
+) -> BaseResult:
+    """See `train_base`; the folder is held."""
     run = config.as_run()
-    pipeline.check_names(run)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a folder for weights")
     if not resume and folder.is_dir() and any(folder.iterdir()):

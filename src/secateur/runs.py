@@ -22,6 +22,7 @@ from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
 from secateur.errors import RunFolderError, UsageError
 from secateur.latency import LatencyTable
+from secateur.locks import locked
 from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
 from secateur.progress import Track, silent
@@ -49,38 +50,40 @@ def run(
     The folder is there as soon as the network is cut and repaired, and again when it has been
     fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
     interrupted run with the same configuration has left there, which may be nothing. `board` is a
-    folder for TensorBoard. Raises `SecateurError`, and then leaves what the folder held last.
+    folder for TensorBoard. Raises `SecateurError`, and then leaves what the folder held last; where
+    another run is at work there, too.
     """
     pipeline.check_names(config)
     pipeline.check_weights(config, allow_untrained=allow_untrained)
-    if not (resume and bundle.is_run(folder)):
-        bundle.check_free(folder, overwrite=overwrite)
-        dataset, model = pipeline.load_inputs(config)
-        with _new_run_folder(folder, overwrite=overwrite) as temporary:
-            log = _log(temporary, board)
-            log.write("start", command=command, config=config.model_dump(mode="json"))
-            pruned = pipeline.cut(model, dataset, config, track=track, log=log, command=command)
-            _write(temporary, pruned, log)
-    else:
-        dataset, model = pipeline.load_inputs(config)
-        pruned = _read(folder, model, pipeline.resolved(config, dataset))
-    while not pruned.is_finished:
-        if not pruned.is_tuned:
-            pruned = _tune_folder(folder, folder, pruned, model, dataset, track, board)
-            continue
-        log = _log(folder)
-        pruned = pipeline.cut(
-            model,
-            dataset,
-            pruned.result.config,
-            earlier=pruned,
-            track=track,
-            log=log,
-            command=command,
-        )
-        _renew(folder, folder, pruned, overwrite=True)
-    _report(folder, pruned, model, dataset, track)
-    return pruned.result
+    with locked(folder):
+        if not (resume and bundle.is_run(folder)):
+            bundle.check_free(folder, overwrite=overwrite)
+            dataset, model = pipeline.load_inputs(config)
+            with _new_run_folder(folder, overwrite=overwrite) as temporary:
+                log = _log(temporary, board)
+                log.write("start", command=command, config=config.model_dump(mode="json"))
+                pruned = pipeline.cut(model, dataset, config, track=track, log=log, command=command)
+                _write(temporary, pruned, log)
+        else:
+            dataset, model = pipeline.load_inputs(config)
+            pruned = _read(folder, model, pipeline.resolved(config, dataset))
+        while not pruned.is_finished:
+            if not pruned.is_tuned:
+                pruned = _tune_folder(folder, folder, pruned, model, dataset, track, board)
+                continue
+            log = _log(folder)
+            pruned = pipeline.cut(
+                model,
+                dataset,
+                pruned.result.config,
+                earlier=pruned,
+                track=track,
+                log=log,
+                command=command,
+            )
+            _renew(folder, folder, pruned, overwrite=True)
+        _report(folder, pruned, model, dataset, track)
+        return pruned.result
 
 
 def finetune(
@@ -102,24 +105,27 @@ def finetune(
     the checkpoints that an interrupted call with the same changes has left in `folder`. `board` is
     a folder for TensorBoard. Raises `SecateurError`, and then leaves what was there.
     """
-    if out != folder:
-        bundle.check_free(out, overwrite=overwrite)
-    result = read_result(folder)
-    sections = result.config.model_dump(mode="json", exclude_none=True)
-    sections["finetune"] = {**sections["finetune"], **changes}
-    sections["data"]["source"] = source or sections["data"]["source"]
-    config = from_dict(sections, RunConfig)
-    if config.finetune.epochs == 0:
-        raise UsageError("there is nothing to do in 0 epochs: --epochs")
-    if not resume and distributed.is_first():
-        shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
-    distributed.wait()
-    dataset, model = pipeline.load_inputs(config)
-    pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
-    _log(folder, board).write("finetune", command=command, changes=dict(changes))
-    tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
-    _report(out, tuned, model, dataset, track)
-    return tuned.result
+    with contextlib.ExitStack() as held:
+        for each in dict.fromkeys((folder, out)):
+            held.enter_context(locked(each))
+        if out != folder:
+            bundle.check_free(out, overwrite=overwrite)
+        result = read_result(folder)
+        sections = result.config.model_dump(mode="json", exclude_none=True)
+        sections["finetune"] = {**sections["finetune"], **changes}
+        sections["data"]["source"] = source or sections["data"]["source"]
+        config = from_dict(sections, RunConfig)
+        if config.finetune.epochs == 0:
+            raise UsageError("there is nothing to do in 0 epochs: --epochs")
+        if not resume and distributed.is_first():
+            shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
+        distributed.wait()
+        dataset, model = pipeline.load_inputs(config)
+        pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
+        _log(folder, board).write("finetune", command=command, changes=dict(changes))
+        tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
+        _report(out, tuned, model, dataset, track)
+        return tuned.result
 
 
 def report(

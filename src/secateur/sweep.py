@@ -29,6 +29,7 @@ from secateur.comparison import Cell, Comparison, cells_of, units_of
 from secateur.config import from_dict, read_tables
 from secateur.documents import parsed, replace_file
 from secateur.errors import RunFolderError, SecateurError
+from secateur.locks import locked
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
 from secateur.result import Record, RunResult
@@ -93,16 +94,17 @@ def compare(
     for cell in cells:
         pipeline.check_names(cell.config)
         pipeline.check_weights(cell.config, allow_untrained=False)
-    _prepare(folder, comparison)
-    known = {cell.id: read_cell(folder, cell) for cell in cells}
-    missing = [
-        cell
-        for cell in cells
-        if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
-    ]
-    for done in track(_worked_off(folder, comparison, missing, jobs), "cells", len(missing)):
-        known[done.id] = done
-    _tidy(folder, [id for id, found in known.items() if found is not None])
+    with locked(folder):
+        _prepare(folder, comparison)
+        known = {cell.id: read_cell(folder, cell) for cell in cells}
+        missing = [
+            cell
+            for cell in cells
+            if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
+        ]
+        for done in track(_worked_off(folder, comparison, missing, jobs), "cells", len(missing)):
+            known[done.id] = done
+        _tidy(folder, [id for id, found in known.items() if found is not None])
     return tuple(result for cell in cells if (result := known[cell.id]) is not None)
 
 

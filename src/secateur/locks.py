@@ -1,0 +1,69 @@
+"""One run at a time in a folder: whoever comes second is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from secateur import distributed
+from secateur.errors import RunFolderError
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, which need not be there yet, until the block ends or the process does.
+
+    The lock is the operating system's, on a file beside the folder that is gone afterwards: a
+    process that is killed leaves none. Of several processes of one run the first one holds it.
+    Raises `RunFolderError` where another run holds it, in all processes. Does nothing where the
+    system has no such locks (Windows).
+    """
+    descriptor, reason = None, ""
+    if distributed.is_first():
+        try:
+            descriptor = _acquire(_lock_file(folder))
+        except RunFolderError as error:
+            reason = str(error)
+    reason = "".join(distributed.gathered(reason))
+    if reason:
+        raise RunFolderError(reason)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                _lock_file(folder).unlink()  # while it is held, so that nobody waits for this one
+            os.close(descriptor)
+
+
+def _lock_file(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _acquire(path: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                name = path.name.removeprefix(".").removesuffix(".lock")
+                raise RunFolderError(
+                    f"another run is at work in {path.parent / name}: wait for its end, or choose "
+                    "another folder"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            os.close(descriptor)  # whoever held it has taken it away since it was opened
+    except OSError as error:
+        raise RunFolderError(f"can't write beside {path}: {error}") from error

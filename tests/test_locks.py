@@ -1,0 +1,129 @@
+"""Two runs in one folder: the second is refused, and nothing is left of the lock."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runs import DigitsRun, small_config
+from secateur import runs, sweep
+from secateur.base import BaseConfig, train_base
+from secateur.comparison import Comparison
+from secateur.config import from_dict
+from secateur.errors import RunFolderError
+from secateur.locks import locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from secateur.locks import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that is at work in `tmp_path / "run"`."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def prune(folder: Path, model_file: Path) -> None:
+    runs.run(small_config(model_file), folder)
+
+
+def train(folder: Path, model_file: Path) -> None:
+    content = {"model": {"name": f"{model_file}:small"}, "data": {"source": "digits"}}
+    train_base(from_dict(content, BaseConfig), folder)
+
+
+def compare(folder: Path, model_file: Path) -> None:
+    content = {"networks": [{"name": f"{model_file}:small"}], "data": {"source": "digits"}}
+    sweep.compare(from_dict(content, Comparison), folder)
+
+
+@pytest.mark.parametrize("work", [prune, train, compare])
+def test_the_second_is_refused(
+    work: Callable[[Path, Path], None],
+    holder: subprocess.Popen[str],
+    tmp_path: Path,
+    model_file: Path,
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RunFolderError, match=f"another run is at work in {tmp_path / 'run'}"):
+        work(tmp_path / "run", model_file)
+    assert sorted(tmp_path.iterdir()) == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path / "run"):  # what was killed holds nothing
+        pass
+    assert not (tmp_path / ".run.lock").exists()
+
+
+def test_fine_tuning_holds_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
+    for held in (digits_run.folder, tmp_path / "tuned"):
+        with locked(held), pytest.raises(RunFolderError, match="another run is at work"):
+            runs.finetune(digits_run.folder, tmp_path / "tuned", {"epochs": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_one_lock_by_whatever_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with locked(Path("run")), pytest.raises(RunFolderError), locked(tmp_path / "x" / ".." / "run"):
+        pass
+    with locked(tmp_path / "one"), locked(tmp_path / "two"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".one.lock", ".two.lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_elsewhere_is_made_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunFolderError, match="can't write beside"), locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_many_that_come_and_go_never_hold_it_together(tmp_path: Path) -> None:
+    """Each notes when it holds the lock; the file goes with each, and others wait for none."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from secateur.locks import locked\n"
+        "from secateur.errors import RunFolderError\n"
+        "ends = time.monotonic() + 2\n"
+        "while time.monotonic() < ends:\n"
+        "    try:\n"
+        "        with locked(Path(sys.argv[1])):\n"
+        "            begin = time.monotonic()\n"
+        "            time.sleep(0.002)\n"
+        "            print(begin, time.monotonic())\n"
+        "    except RunFolderError:\n"
+        "        pass\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    times = []
+    for process in started:
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        times += [tuple(map(float, line.split())) for line in out.splitlines()]
+    times.sort()
+    assert len(times) > 10
+    for (_, end), (begin, _) in itertools.pairwise(times):
+        assert end <= begin
+    assert os.listdir(tmp_path) == []
