@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import criteria
+import report
 import resnet20
 import studies
 import tables
@@ -52,3 +53,15 @@ def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
     if any(cell["study"] == study for cell in cells):
         name = f"results/criteria.jsonl {study}"
         assert tables.with_table(text, name, criteria.table(study, cells)) == text
+
+
+def test_the_report_page_shows_what_was_measured() -> None:
+    text = report.PAGE.read_text()
+    assert tables.with_table(text, "results/report.json", report.table()) == text
+
+
+def test_the_pictures_of_the_pages_are_there_and_small() -> None:
+    pictures = list((ROOT / "docs" / "images").iterdir())
+    assert sum(path.stat().st_size for path in pictures) < 600_000
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert [path.name for path in pictures if f"images/{path.name}" not in pages] == []
