@@ -10,6 +10,8 @@
     │   └── UnreadableImage  image files that are damaged or gone; may be left out on request
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
     ├── TraceError           a network whose wiring can't be read
+    ├── CutError             a cut network that answers otherwise than it must
+    ├── NotFiniteError       weights or activations that are NaN or Inf
     ├── ExportError          a network that can't be written as ONNX, or answers otherwise there
     └── RunFolderError       an output folder that is in the way, or a damaged run folder
 """
@@ -70,6 +72,14 @@ class WeightsError(SecateurError):
 
 class TraceError(SecateurError):
     """The network can't be exported to a graph."""
+
+
+class CutError(SecateurError):
+    """The cut network does not answer as the original does with the same channels silenced."""
+
+
+class NotFiniteError(SecateurError):
+    """Weights, or what a network computes from images, hold NaN or Inf."""
 
 
 class ExportError(SecateurError):

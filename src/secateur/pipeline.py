@@ -24,6 +24,7 @@ from secateur.evaluate import Score, evaluate
 from secateur.features import ResidualSum, residual_sums
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
+from secateur.law import check_finite, check_law
 from secateur.models import Preprocessing
 from secateur.norms import NormChange, reestimate_norms
 from secateur.plan import PruningPlan, parse_target
@@ -42,7 +43,7 @@ from secateur.result import (
     environment,
 )
 from secateur.search import Trial, bisect, smallest_kept
-from secateur.surgery import apply_plan, relative_error, silence
+from secateur.surgery import apply_plan
 from secateur.survey import Survey, make_surveys
 from secateur.timing import plan_in_time
 from secateur.training import train
@@ -171,6 +172,7 @@ def prepare_ground(
     wiring = make_wiring(
         model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
     )
+    check_finite(model, wiring, example)
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
     return Ground(probe, example, wiring, source, unreadable)
 
@@ -571,9 +573,7 @@ def cut(
     else:
         plan = survey.plan(target)
     smaller = apply_plan(current, wiring, plan)
-    with torch.inference_mode():
-        expected = silence(current, wiring, plan)(ground.example)
-        law_error = relative_error(smaller.eval()(ground.example), expected)
+    law_error = check_law(current, wiring, plan, smaller, ground.example)
     score("cut", smaller, since)
 
     repair = Repair((), None)

@@ -1,0 +1,136 @@
+"""A wrong cut stops a run, and so do numbers that are none; each names where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from networks import make_network, random_images
+from runs import small_config
+from secateur import law, pipeline, runs
+from secateur.errors import CutError, NotFiniteError
+from secateur.plan import PruningPlan, Target
+from secateur.reading import make_wiring
+from secateur.surgery import apply_plan, relative_error
+from secateur.wiring import Wiring
+
+
+def plan_of(wiring: Wiring) -> PruningPlan:
+    """One filter of every group."""
+    removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0,))
+    return PruningPlan(removed, Target("filters", 0.9), "none")
+
+
+@pytest.fixture
+def wired() -> tuple[nn.Module, Wiring, PruningPlan]:
+    model = make_network("residual")
+    wiring = make_wiring(model, random_images(2))
+    return model, wiring, plan_of(wiring)
+
+
+Wired = tuple[nn.Module, Wiring, PruningPlan]
+
+
+def test_a_right_cut_passes(wired: Wired) -> None:
+    model, wiring, plan = wired
+    smaller = apply_plan(model, wiring, plan)
+    assert law.check_law(model, wiring, plan, smaller, random_images(3)) < law.LAW
+
+
+def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second group's cut takes other filters than the plan says."""
+    model, wiring, plan = wired
+    wrong = list(plan.removed)[1]
+
+    def cut(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
+        removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
+        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+
+    monkeypatch.setattr(law, "apply_plan", cut)
+    smaller = cut(model, wiring, plan)
+    with pytest.raises(CutError, match=f"without filters of {wrong} the network answers otherwise"):
+        law.check_law(model, wiring, plan, smaller, random_images(3))
+
+
+def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that magnifies what float32 rounds passes by float64."""
+    model, wiring, plan = wired
+    smaller = apply_plan(model, wiring, plan)
+    honest = relative_error
+
+    def in_float32(found: Any, expected: Any) -> float:
+        error = honest(found, expected)
+        return 0.01 if expected.dtype == torch.float32 else error
+
+    monkeypatch.setattr(law, "relative_error", in_float32)
+    assert law.check_law(model, wiring, plan, smaller, random_images(3)) == 0.01
+
+
+def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
+    model, wiring, plan = wired
+    smaller = apply_plan(model, wiring, plan)
+    with torch.no_grad():
+        next(smaller.parameters()).fill_(torch.nan)
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(CutError):
+        law.check_law(model, wiring, plan, smaller, random_images(3))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(wired: Wired, number: float) -> None:
+    model, wiring, _ = wired
+    law.check_finite(model, wiring, random_images(2))
+    name, tensor = list(model.named_parameters())[3]
+    with torch.no_grad():
+        tensor.view(-1)[0] = number
+    with pytest.raises(NotFiniteError, match=f"not finite: {name}$"):
+        law.check_finite(model, wiring, random_images(2))
+
+
+class Overflows(nn.Module):
+    """The second layer's values are too large for float32; a mask in between is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        mask = torch.zeros(1, 4, 1, 1).masked_fill(torch.tensor(True), -torch.inf).exp()
+        found: Tensor = self.head((self.second(x + mask) * 2).mean((2, 3)))
+        return found
+
+
+def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
+    model = Overflows()
+    wiring = make_wiring(model, random_images(2))
+    law.check_finite(model, wiring, random_images(2))
+    with torch.no_grad():
+        model.first.weight.fill_(1e30)
+        model.second.weight.fill_(1e30)
+    with pytest.raises(NotFiniteError, match=r"^second gives numbers that are not finite"):
+        law.check_finite(model, wiring, random_images(2))
+
+
+def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:
+    config = small_config(model_file)
+    _, model = pipeline.load_inputs(config)
+    state: Mapping[str, Tensor] = model.state_dict()
+    save_file(
+        {**state, "conv1.weight": state["conv1.weight"] * torch.nan}, tmp_path / "nan.safetensors"
+    )
+    broken = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"weights": str(tmp_path / "nan.safetensors")})
+        }
+    )
+    with pytest.raises(NotFiniteError, match=r"conv1\.weight"):
+        runs.run(broken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
