@@ -50,7 +50,7 @@ from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
 
-BAR = 12
+BAR = 8
 """Characters of the longest bar."""
 
 app: typer.Typer = typer.Typer(
@@ -1066,8 +1066,7 @@ def _show_groups(found: dict[str, Any]) -> None:
     for title in ("filters", "needed", "MACs %"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for title in ("detectors", "concepts"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("detectors", justify="right", no_wrap=True)
     largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
     for group in found["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
@@ -1077,11 +1076,14 @@ def _show_groups(found: dict[str, Any]) -> None:
             str(group["needed"]),
             f"{100 * group['macs_share']:.1f}",
             "█" * round(BAR * group["macs_share"] / largest),
-            str(len(detected)),
-            str(len(set(detected))),
+            f"{len(detected)} ({len(set(detected))})",
         )
     _out().print(table)
-    _out().print(f"needed: filters that hold {NEEDED:.0%} of the layer's votes", highlight=False)
+    _out().print(
+        f"needed: filters that hold {NEEDED:.0%} of the layer's votes; detectors: filters that "
+        "overlap a concept, and of how many concepts",
+        highlight=False,
+    )
     if not found["frozen"]:
         return
     frozen = Table(box=None, pad_edge=False)
