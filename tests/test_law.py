@@ -58,6 +58,22 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
         law.check_law(model, wiring, plan, smaller, random_images(3))
 
 
+def test_a_cut_that_only_all_layers_spoil_names_none(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wiring, plan = wired
+
+    def cut(model: nn.Module, wiring: Wiring, some: PruningPlan) -> nn.Module:
+        removed = some.removed
+        if len(removed) > 1:
+            removed = dict.fromkeys(removed, (1,))
+        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+
+    monkeypatch.setattr(law, "apply_plan", cut)
+    with pytest.raises(CutError, match="of all layers together"):
+        law.check_law(model, wiring, plan, cut(model, wiring, plan), random_images(3))
+
+
 def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that magnifies what float32 rounds passes by float64."""
     model, wiring, plan = wired

@@ -150,6 +150,9 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
             assert min(picture.size) > 300
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="the report can't be written"):
+        runs.report(digits_run.folder, images=0, pictures=tmp_path / "file")
     with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
         runs.report(digits_run.folder, images=0, beside=tmp_path)
 

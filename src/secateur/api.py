@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from secateur import criteria, models, own_code, pipeline, runs
+from secateur import criteria, models, pipeline, runs
 from secateur.bundle import Origin
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
@@ -193,8 +193,7 @@ def _config(
     settings: Mapping[str, Any],
 ) -> RunConfig:
     """The configuration of a run on a network and images that have no name."""
-    if not own_code.is_own_code(criterion):
-        criteria.check_name(criterion)
+    criteria.check_name(criterion)
     tables: dict[str, Any] = {
         "model": {"name": f"{models.IN_MEMORY}:{type(model).__name__}"},
         "data": {

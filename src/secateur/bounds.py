@@ -24,8 +24,8 @@ PLAN_TEXT = 8 * MIB
 """Of plans: more than a million channels."""
 HEADER = 16 * MIB
 """Of the header of a safetensors file, in which every tensor takes about a hundred bytes."""
-PIXELS = 100_000_000
-"""Of an image, of all its rows and columns."""
+PIXELS = 89_478_485
+"""Of an image, of all its rows and columns: Pillow's own bound, above which it warns."""
 DOTS = 64
 """Parts of a dotted key in TOML: its parser takes the square of their number."""
 

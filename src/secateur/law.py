@@ -45,11 +45,14 @@ def check_law(
         alone = PruningPlan({name: removed}, plan.target, plan.criterion)
         cut = apply_plan(twice, wiring, alone)
         if not _error(twice, wiring, alone, cut, images.double()) <= LAW:
-            break
+            raise CutError(
+                f"without filters of {name} the network answers otherwise than with them silenced "
+                f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} "
+                "keeps them"
+            )
     raise CutError(
-        f"without filters of {name} the network answers otherwise than with them silenced "
-        f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} keeps "
-        "them"
+        "without the filters of all layers together the network answers otherwise than with them "
+        f"silenced (relative difference {error:.1e}): this cut can't be trusted"
     )
 
 

@@ -161,13 +161,16 @@ def report(
         gallery = make_gallery(model, smaller, dataset, result, track)
     if not distributed.is_first():
         return ()
-    if pictures is None:
-        write_report(result, folder / bundle.REPORT, gallery, standing)
-        return (folder / bundle.REPORT,)
-    from secateur.report.run_charts import run_charts  # takes a second to import
+    try:
+        if pictures is None:
+            write_report(result, folder / bundle.REPORT, gallery, standing)
+            return (folder / bundle.REPORT,)
+        from secateur.report.run_charts import run_charts  # takes a second to import
 
-    pictures.mkdir(parents=True, exist_ok=True)
-    return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+        pictures.mkdir(parents=True, exist_ok=True)
+        return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+    except OSError as error:
+        raise RunFolderError(f"the report can't be written: {error}") from error
 
 
 def _report(folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: Track) -> None:

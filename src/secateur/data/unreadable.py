@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ T = TypeVar("T")
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
 )
 """What Pillow raises over damaged files, depending on the format and on what is damaged."""
 
@@ -70,9 +70,7 @@ def read_batch(
 @contextlib.contextmanager
 def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
     """An image that is open and not decoded yet; raises one of `DAMAGE`, for a huge one, too."""
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        opened = Image.open(source)
-    with opened as image:
+    with Image.open(source) as image:
         check_pixels(image)
         yield image
 

@@ -90,9 +90,7 @@ def make_gallery(
     unreadable = pipeline.make_unreadable(config)
     ground = pipeline.prepare_ground(model, dataset, config, unreadable)
     count = config.report.top_images
-    sights = see(
-        model, ground, config, (VOTES,), images=count, title="looking at filters", track=track
-    )
+    sights = see(model, ground, config, (VOTES,), images=count, track=track)
     later = pipeline.prepare_ground(smaller, dataset, config, unreadable)
     after = see(smaller, later, config, images=1, title="looking at what is left", track=track)
     tops = {name: sights.top(group) for name, group in ground.wiring.groups.items()}
