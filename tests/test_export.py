@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images, random_plan, wired
 from secateur import export
-from secateur.errors import ExportError, UsageError
+from secateur.errors import ExportError, UsageError, WriteError
 from secateur.export import compare_latency, export_onnx
 from secateur.surgery import apply_plan, relative_error
 
@@ -134,7 +134,7 @@ def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
 
 def test_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
-    with pytest.raises(ExportError, match="can't write beside"):
+    with pytest.raises(WriteError, match="a can't be written: File exists"):
         export_onnx(make_network("chain"), random_images(2), tmp_path / "a" / "model.onnx")
 
 

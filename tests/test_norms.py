@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
-from secateur.agreement import agreement_of, answers_of
+from secateur.agreement import agreement_of, answers_of, has_fallen
 from secateur.data import Batch
-from secateur.norms import SHARES, _has_fallen, _norms, _reestimated, reestimate_norms
+from secateur.norms import SHARES, _norms, _reestimated, reestimate_norms
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -122,11 +122,11 @@ def test_a_gain_that_one_image_makes_is_no_gain(generator: torch.Generator) -> N
     before = torch.ones(100).double() + 0.01 * torch.randn(100, generator=generator)
     one_better = before.clone()
     one_better[7] -= 0.9
-    assert not _has_fallen(before, one_better)
+    assert not has_fallen(before, one_better)
     all_better = before - 0.009 + 0.01 * torch.randn(100, generator=generator)
-    assert _has_fallen(before, all_better)
-    assert not _has_fallen(all_better, before)
-    assert not _has_fallen(before[:1], before[:1] - 1)
+    assert has_fallen(before, all_better)
+    assert not has_fallen(all_better, before)
+    assert not has_fallen(before[:1], before[:1] - 1)
 
 
 def test_nothing_but_means_and_variances_changes(

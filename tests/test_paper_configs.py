@@ -14,8 +14,8 @@ from layouts import write_classes
 from secateur import data, models, sweep
 from secateur.comparison import Comparison, cells_of
 from secateur.config import from_dict, read_tables
-from secateur.documents import replace_file
 from secateur.report.comparison import MARKDOWN, write_comparison
+from secateur.writing import replace_file
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.toml"))
 

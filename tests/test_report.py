@@ -12,7 +12,7 @@ from PIL import Image
 from runs import DigitsRun
 from secateur import runs
 from secateur.agreement import Agreement
-from secateur.errors import DataError, RunFolderError
+from secateur.errors import DataError, RunFolderError, WriteError
 from secateur.norms import NormChange
 from secateur.polish import Polish, PolishEpoch
 from secateur.report import count_text, score_rows, write_report
@@ -151,7 +151,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
             assert picture.format == "PNG"
             assert min(picture.size) > 300
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="the report can't be written"):
+    with pytest.raises(WriteError, match="file can't be written"):
         runs.report(digits_run.folder, images=0, pictures=tmp_path / "file")
     with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
         runs.report(digits_run.folder, images=0, beside=tmp_path)

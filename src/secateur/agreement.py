@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from secateur.errors import DataError
 from secateur.evaluate import device_of
 from secateur.graph import evaluating
 
+DOUBT = 2.0
+"""By so many standard errors a mean must fall to have fallen."""
 Answers = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
 
@@ -81,3 +84,10 @@ def divergences_of(
         for wanted, found in zip(expected, given, strict=True)
     )
     return temperature**2 * torch.cat([each.sum(1) for each in softened])
+
+
+def has_fallen(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
+    """Whether the mean has, by more than chance explains, image by image; one image can't tell."""
+    fall = before - after
+    standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
+    return float(fall.mean()) > DOUBT * standard_error

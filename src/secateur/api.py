@@ -62,7 +62,7 @@ class PruneResult:
 
         `secateur.load(folder, architecture=model)` gives the network back, where `model` is the
         original with any weights; `secateur.load_program(folder)` needs no code. Raises
-        `RunFolderError` where the folder is in the way.
+        `RunFolderError` where the folder is in the way, and `WriteError`.
         """
         config = self.result.config
         origin = Origin(None, self._shape, config.plan.cut_stream, config.plan.exclude)
@@ -73,7 +73,7 @@ class PruneResult:
         """Writes one HTML file with what went and what the filters see; returns its path.
 
         `images` is how many probe images the filters are looked at with; 0 shows no images. Raises
-        `OSError` where it can't be written.
+        `WriteError` where it can't be written.
         """
         config = self.result.config
         config = config.model_copy(
@@ -95,7 +95,7 @@ class PruneResult:
             )
             for line in (head, *rows)
         ]
-        return "\n".join([_summary(self), *lines])
+        return "\n".join([_summary(self), *lines, *self.result.notices])
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -106,9 +106,10 @@ class PruneResult:
             )
             for row in rows
         )
-        return Markup("<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(
-            _summary(self), heads, body
-        )
+        table = Markup(
+            "<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
+        ).format(_summary(self), heads, body)
+        return Markup("").join([table, *map(Markup("<p>{}</p>").format, self.result.notices)])
 
 
 def prune(

@@ -17,7 +17,6 @@ from secateur.boards import open_log
 from secateur.bundle import CHECKPOINTS, LOG, EventLog
 from secateur.checkpoint import Checkpoints
 from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
-from secateur.documents import replace_file
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score, evaluate
 from secateur.locks import locked
@@ -25,6 +24,7 @@ from secateur.manifest import CONFIG, WEIGHTS
 from secateur.progress import Track, silent
 from secateur.result import Environment, Record, environment
 from secateur.training import Epoch, train
+from secateur.writing import make_folder, replace_file
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 1
@@ -119,10 +119,7 @@ def _trained(
     run = pipeline.resolved(run, dataset)
     config = config.model_copy(update={"model": run.model, "data": run.data})
     distributed.wait()  # until all have looked at the folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"can't write to {folder}: {error}") from error
+    make_folder(folder)
     is_first = distributed.is_first()
     log = open_log(folder / LOG, board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from secateur import models
 from secateur.errors import RunFolderError, TraceError, UsageError
 from secateur.graph import evaluating
+from secateur.locks import held
 from secateur.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -47,36 +45,21 @@ from secateur.reading import make_wiring
 from secateur.recording import make_program
 from secateur.surgery import apply_plan
 from secateur.wiring import Wiring
+from secateur.writing import append_line, replace_file, replacing_folder
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 
 
 @contextlib.contextmanager
 def new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends without an error.
+    """A new folder that becomes `folder`, which is held: see `writing.replacing_folder`.
 
-    After an error nothing of it is left, and an older run is still there. Raises `RunFolderError`
-    where `folder` is in the way: a file, or not empty without `overwrite`, or holding something
-    that is not a run.
+    Raises `RunFolderError` where `folder` is in the way: a file, or not empty without `overwrite`,
+    or holding something that is not a run.
     """
     check_free(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise RunFolderError(f"can't write beside {folder}: {error}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if folder.exists():
-            older = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, older)
-            os.replace(temporary, folder)
-            shutil.rmtree(older)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(folder) as new:
+        yield new
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -101,12 +84,6 @@ def read_plan(folder: Path) -> PruningPlan:
     return _plan(read_contents(folder))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save(
     folder: str | Path,
     model: nn.Module,
@@ -128,8 +105,9 @@ def save(
     way (see `new_run_folder`) and `UsageError` where weights are not float32.
     """
     origin = Origin(architecture, image_shape, cut_stream, exclude)
-    with new_run_folder(Path(folder), overwrite=overwrite) as temporary:
-        write(temporary, model, plan, origin)
+    folder = Path(folder)
+    with held(folder), new_run_folder(folder, overwrite=overwrite) as new:
+        write(new, model, plan, origin)
 
 
 @dataclass(frozen=True)
@@ -159,13 +137,13 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise UsageError(f"{name} is {tensor.dtype}: a run folder holds float32 networks")
-    (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    replace_file(folder / PLAN, plan.to_json())
     _write_tensors(folder / WEIGHTS, tensors)
     example = torch.zeros(2, *origin.image_shape)
     no_program: str | None = None
     try:
         program = make_program(model, example)
-        (folder / PROGRAM).write_text(program.to_json(), encoding="utf-8")
+        replace_file(folder / PROGRAM, program.to_json())
         if program.constants:
             _write_tensors(folder / CONSTANTS, program.constants)
     except TraceError as error:
@@ -193,7 +171,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         name: tensor.clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in tensors.items()
     }
-    path.write_bytes(store_tensors(apart, {"format": "pt"}))
+    replace_file(path, store_tensors(apart, {"format": "pt"}))
 
 
 def load(
@@ -281,5 +259,4 @@ class EventLog:
         """Adds a line; does nothing where there is no file."""
         if self._path is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **facts}) + "\n")
+        append_line(self._path, json.dumps({"event": event, **facts}))

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from secateur.bounds import check_safetensors
-from secateur.documents import UNFINISHED, replace_file
-from secateur.errors import RunFolderError
+from secateur.errors import RunFolderError, WriteError
+from secateur.writing import UNFINISHED, make_folder, replace_file
 
 KEPT = 2
 """Checkpoints that a folder holds: the newest, and one more in case that one is damaged."""
@@ -51,22 +51,22 @@ class Checkpoints:
     def write(self, step: int, checkpoint: Checkpoint) -> None:
         """Adds the checkpoint of a step, and removes what is older than the one before.
 
-        Raises `RunFolderError` where the folder can't be written to.
+        Raises `WriteError`.
         """
         content = save(
             {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()},
             {"facts": json.dumps(checkpoint.facts)},
         )
         path = self.folder / f"{step:09}{SUFFIX}"
+        make_folder(self.folder)
+        replace_file(path, content)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content)
             for older in self._paths()[:-KEPT]:
                 older.unlink()
             for left in self.folder.glob(f"*{UNFINISHED}"):
                 left.unlink()
         except OSError as error:
-            raise RunFolderError(f"the checkpoint {path} can't be written: {error}") from error
+            raise WriteError(f"{self.folder} can't be tidied: {error}") from error
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read; None where there is none at all.

@@ -41,6 +41,8 @@ from secateur.errors import SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
 from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
+from secateur.failures import explain
+from secateur.heartbeat import lost
 from secateur.inspection import NEEDED, inspect_network
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, bars, silent
@@ -208,10 +210,26 @@ def main() -> None:
     except SecateurError as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}")
+        _print_error(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        if (reason := lost()) is None:
+            sys.exit(130)
+        _print_error(reason)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read what was printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        reason = lost() or explain(error)
+        if reason is None or "--debug" in sys.argv:
+            raise
+        _print_error(reason)
+        sys.exit(1)
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(text)}")
 
 
 def _print_version(asked: bool | None) -> None:
@@ -442,6 +460,7 @@ def finetune_run(
         Path | None,
         typer.Option("--out", "-o", help="Folder for the result (default: the run folder)."),
     ] = None,
+    model: ModelOption = None,
     data_source: DataOption = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", help="Epochs of training (default: the run's).")
@@ -480,6 +499,7 @@ def finetune_run(
             run,
             out or run,
             given,
+            model_name=model,
             source=data_source,
             resume=resume,
             overwrite=overwrite,
@@ -720,6 +740,7 @@ def export(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    model: ModelOption = None,
     data_source: DataOption = None,
     images: Annotated[
         int | None,
@@ -755,7 +776,13 @@ def report(
         raise UsageError("--out is for --format png; the report lies in its run folder")
     pictures = (out or run / CHARTS) if form == "png" else None
     written = runs.report(
-        run, source=data_source, images=images, beside=beside, pictures=pictures, track=_track()
+        run,
+        model_name=model,
+        source=data_source,
+        images=images,
+        beside=beside,
+        pictures=pictures,
+        track=_track(),
     )
     if as_json:
         print(json.dumps([str(path) for path in written], indent=1))
@@ -983,6 +1010,8 @@ def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     filters = sum(group.filters for group in result.groups)
     _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     _show_unreadable(result.unreadable)
+    for notice in result.notices:
+        _out().print(f"[yellow]note:[/] {_escaped(notice)}", soft_wrap=True, highlight=False)
     _out().print(f"report: {folder / bundle.REPORT}", soft_wrap=True, highlight=False)
 
 

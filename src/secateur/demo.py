@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from secateur import data, models
 from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.pipeline import preprocessing
 from secateur.progress import Track, silent
 from secateur.training import train
+from secateur.writing import make_folder, replace_file
 
 MODEL = "resnet20"
 TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
@@ -38,5 +39,5 @@ def train_digits(weights: Path, track: Track = silent) -> None:
     train(
         model, None, dataset.train, preprocessing(config), TRAINING, seed=config.seed, track=track
     )
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), weights)
+    make_folder(weights.parent)
+    replace_file(weights, save(model.state_dict()))

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from secateur.heartbeat import heartbeat
+
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others before it gives up. Where one of them fails torchrun
-ends the others at once."""
+"""How long a process waits for the others before it gives up. Where one of them has gone it does
+not wait so long: see `heartbeat`."""
 
 
 @contextlib.contextmanager
@@ -34,7 +36,9 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield
+        with heartbeat(*share()):
+            yield
+            wait()  # whoever goes first is not missed
     finally:
         dist.destroy_process_group()
 

@@ -1,10 +1,8 @@
-"""Documents of our own: JSON of a known schema version, and files that are whole or not there."""
+"""Documents of our own: JSON of a known schema version."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,9 +17,6 @@ class Document(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-
-UNFINISHED = ".unfinished"
-"""Ending of what is being written."""
 
 AnyDocument = TypeVar("AnyDocument", bound=BaseModel)
 
@@ -44,21 +39,3 @@ def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) 
         raise RunFolderError(f"{name} can't be read: {key}: {first['msg']}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{name} can't be read: {error!r}") from error
-
-
-def replace_file(path: Path, content: bytes | str) -> None:
-    """Writes a file, text as UTF-8, so that whatever happens there is the old one or the new one.
-
-    It is written under another name, flushed to the disk and renamed. Raises `OSError`.
-    """
-    unfinished = path.with_name(f"{path.name}{UNFINISHED}")
-    with unfinished.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename, too, outlasts a power cut
-    finally:
-        os.close(folder)

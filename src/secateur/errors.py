@@ -13,7 +13,8 @@
     ├── CutError             a cut network that answers otherwise than it must
     ├── NotFiniteError       weights or activations that are NaN or Inf
     ├── ExportError          a network that can't be written as ONNX, or answers otherwise there
-    └── RunFolderError       an output folder that is in the way, or a damaged run folder
+    ├── RunFolderError       an output folder that is in the way, or a damaged run folder
+    └── WriteError           a file or folder that can't be written
 """
 
 from __future__ import annotations
@@ -88,3 +89,7 @@ class ExportError(SecateurError):
 
 class RunFolderError(SecateurError):
     """The run folder is in the way, incomplete or has been changed."""
+
+
+class WriteError(SecateurError):
+    """A file or a folder can't be written: the disk is full, say, or it is not allowed."""

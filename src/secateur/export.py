@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from secateur.errors import ExportError, UsageError
 from secateur.graph import evaluating
 from secateur.surgery import relative_error
+from secateur.writing import make_folder, move_file
 
 PARITY = 1e-4
 """Relative difference from which on a file is not left."""
@@ -92,7 +92,7 @@ def export_onnx(
                 f"{error:.1e}, and less than {PARITY:.0e} was expected; no file is left"
             )
         size = draft.stat().st_size
-        os.replace(draft, path)
+        move_file(draft, path)
     return ExportResult(path, size, opset, error, CHECKED_BATCHES)
 
 
@@ -171,8 +171,8 @@ def _check_packages() -> None:
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder on the disk that `path` is on; raises `ExportError` where none can be."""
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise ExportError(f"can't write beside {path}: {error}") from error

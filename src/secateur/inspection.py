@@ -16,6 +16,7 @@ from secateur.config import RunConfig
 from secateur.pictures import draw_layer
 from secateur.progress import Track, silent
 from secateur.sights import VOTES, see
+from secateur.writing import make_folder
 
 TOP_IMAGES = 5
 """Images that are shown of each filter."""
@@ -92,7 +93,7 @@ def inspect_network(
             }
         )
         if pictures is not None and distributed.is_first():
-            pictures.mkdir(exist_ok=True)
+            make_folder(pictures)
             labels = [f"{each.concept} {each.iou:.2f}" for each in seen]
             draw_layer(pictures / f"{name}.png", ground, config, top, labels)
     frozen = [

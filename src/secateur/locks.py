@@ -20,26 +20,35 @@ def locked(folder: Path) -> Iterator[None]:
     Raises `RunFolderError` where another run holds it, in all processes. Does nothing where the
     system has no such locks (Windows).
     """
-    descriptor, reason = None, ""
-    if distributed.is_first():
-        try:
-            descriptor = _acquire(_lock_file(folder))
-        except RunFolderError as error:
-            reason = str(error)
-    reason = "".join(distributed.gathered(reason))
-    if reason:
-        raise RunFolderError(reason)
+    with contextlib.ExitStack() as stack:
+        reason = ""
+        if distributed.is_first():
+            try:
+                stack.enter_context(held(folder))
+            except RunFolderError as error:
+                reason = str(error)
+        reason = "".join(distributed.gathered(reason))
+        if reason:
+            raise RunFolderError(reason)
+        yield
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """As `locked`, for this process alone, whatever others of its run do."""
+    path = _lock_file(folder)
+    descriptor = _acquire(path)
     try:
         yield
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
-                _lock_file(folder).unlink()  # while it is held, so that nobody waits for this one
+                path.unlink()  # while it is held, so that nobody waits for this one
             os.close(descriptor)
 
 
 def _lock_file(folder: Path) -> Path:
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     return folder.parent / f".{folder.name}.lock"
 
 

@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 from secateur.bounds import PLAN_TEXT, SMALL_TEXT, TEXT, check_safetensors, read_bounded
 from secateur.documents import Document, parsed
 from secateur.errors import RunFolderError
+from secateur.writing import replace_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -84,7 +85,7 @@ def _hash(content: bytes) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`; after all other files."""
     text = manifest.model_dump_json(indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    replace_file(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -89,6 +89,16 @@ def peak_bytes(wiring: Wiring) -> Callable[[Removed], float]:
     return lambda removed: float(alive(removed).max())
 
 
+def all_bytes(wiring: Wiring) -> int:
+    """Bytes of all values together, for one image: what is held where gradients are to flow."""
+    each = storages(wiring)
+    elements = Volumes(wiring, [storage.dimensions for storage in each])({}).tolist()
+    return sum(
+        count * storage.element_bytes // storage.images
+        for count, storage in zip(elements, each, strict=True)
+    )
+
+
 def crowding(wiring: Wiring) -> Callable[[Removed], float]:
     """A function of what goes that comes down with every moment at which much is alive.
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur import distributed
-from secateur.agreement import answers_of, divergences_of
+from secateur.agreement import answers_of, divergences_of, has_fallen
 from secateur.data import Batch
 from secateur.graph import evaluating
 
@@ -22,8 +20,6 @@ Statistics = Literal["means", "both"]
 _MeanAndVariance = tuple[Tensor, Tensor]
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Parts of the way from the old statistics to the re-estimated ones that are tried."""
-DOUBT = 2.0
-"""By so many standard errors a mean must fall to have fallen."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,9 @@ def reestimate_norms(
 
     They are re-estimated on the images of `fit`. All norms go the same part of the way, the one
     with the smallest divergence of the answers from those of `model` on the images of `held_out`;
-    none of it, unless that is smaller than before, and by more than images differ in it (`DOUBT`):
-    a few hundred images can't tell small gains from chance. No label is looked at. Of several
-    processes each brings its share of the batches (`distributed.dealt`). None where
+    none of it, unless that is smaller than before, and by more than images differ in it
+    (`has_fallen`): a few hundred images can't tell small gains from chance. No label is looked at.
+    Of several processes each brings its share of the batches (`distributed.dealt`). None where
     `smaller` has no batch norm with running statistics.
     """
     norms = _norms(smaller)
@@ -70,17 +66,10 @@ def reestimate_norms(
             _move(norms, old, new, statistics, share)
             found = divergences_of(expected, answers_of(smaller, held_out()))
             divergence = float(found.mean())
-            if divergence < best.divergence_after and _has_fallen(before, found):
+            if divergence < best.divergence_after and has_fallen(before, found):
                 best = NormChange(statistics, share, unchanged, divergence)
     _move(norms, old, new, best.statistics, best.share)
     return best
-
-
-def _has_fallen(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
-    """Whether the mean has, by more than chance explains, image by image; one image can't tell."""
-    fall = before - after
-    standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
-    return float(fall.mean()) > DOUBT * standard_error
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:

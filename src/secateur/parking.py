@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from secateur.errors import WriteError
 from secateur.graph import Walk
 
 
@@ -81,7 +82,13 @@ class Parking:
             self._sizes[number] = size
             return
         # One call for all, so that values that share memory still do when they come back.
-        torch.save(passage.values(), self._file(number))
+        try:
+            torch.save(passage.values(), self._file(number))
+        except (OSError, RuntimeError) as error:  # torch makes the latter of a full disk
+            raise WriteError(
+                f"{self._folder.name} can't hold what waits for its turn there: {error}. TMPDIR "
+                "names another disk"
+            ) from error
         passage.full.hold([])
         passage.cut.hold([])
         passage.notes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from secateur.config import RunConfig
 from secateur.dissection import TopSights
 from secateur.pipeline import Ground, preprocessing
+from secateur.writing import replace_file
 
 SIDE = 96
 """Side of an image in a picture, in pixels."""
@@ -39,9 +41,9 @@ def draw_layer(
         for column, index in enumerate(place[number].tolist()):
             tile = _tile(pixels[index], top.regions[number, column])
             sheet.paste(Image.fromarray(tile.numpy()), (LABEL_WIDTH + column * (SIDE + 2), upper))
-    temporary = path.with_suffix(".tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    replace_file(path, content.getvalue())
 
 
 def _tile(

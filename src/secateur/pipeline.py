@@ -20,28 +20,31 @@ from secateur.config import RunConfig
 from secateur.criteria import Criterion
 from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.evaluate import Score, evaluate
+from secateur.evaluate import Score, device_of, evaluate
 from secateur.features import ResidualSum, residual_sums
+from secateur.fingerprints import weights_hash
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
 from secateur.law import check_finite, check_law
 from secateur.models import Preprocessing
-from secateur.norms import NormChange, reestimate_norms
 from secateur.plan import PruningPlan, parse_target
 from secateur.polish import Polish, polish
 from secateur.progress import Track, silent
 from secateur.reading import make_wiring
-from secateur.refit import LayerRefit, refit
+from secateur.repair import Repair, repair
 from secateur.result import (
     FrozenResult,
     GroupResult,
+    Kept,
     RunResult,
     Stage,
     StageResult,
     TuningResult,
     after_rounds,
     environment,
+    has_collapsed,
 )
+from secateur.room import batch_that_fits, free_bytes
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan
 from secateur.survey import Survey, make_surveys
@@ -132,6 +135,8 @@ class Ground:
     """A few probe images `[image, rgb, height, width]`, normalised."""
     wiring: Wiring
     source: ConceptSource
+    batch_size: int
+    """Images at a time that there is memory for, at most those of the configuration."""
     unreadable: Unreadable | None = None
     """Notes probe images that can't be read, where those are left out."""
 
@@ -174,7 +179,10 @@ def prepare_ground(
     )
     check_finite(model, wiring, example)
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
-    return Ground(probe, example, wiring, source, unreadable)
+    has_gradients = "gradients" in make_criterion(config.score.criterion, source, config).needs
+    free = min(distributed.gathered(free_bytes(device_of(model))))
+    fits = batch_that_fits(wiring, config.data.batch_size, free, with_gradients=has_gradients)
+    return Ground(probe, example, wiring, source, fits, unreadable)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -215,7 +223,14 @@ def stream(
 def probe_stream(ground: Ground, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
     """This process's share of the probe images, with their numbers in the probe set."""
     share = distributed.share()
+    config = with_batches(config, ground.batch_size)
     return _batches(ground.probe, config, track, title, ground.unreadable, share)
+
+
+def with_batches(config: RunConfig, size: int) -> RunConfig:
+    """The configuration with at most so many images at a time."""
+    size = min(size, config.data.batch_size)
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
 
 
 def _batches(
@@ -254,7 +269,9 @@ def survey_filters(
         ground.source,
         config.score,
         config.plan,
-        sample=lambda: _batches(ground.probe, config, silent, "", ground.unreadable),
+        sample=lambda: _batches(
+            ground.probe, with_batches(config, ground.batch_size), silent, "", ground.unreadable
+        ),
         example=ground.example,
         track=track,
     )
@@ -283,20 +300,13 @@ def make_start(
     """Scores `model` and its filters, by the named criteria or by that of `config`."""
     config = resolved(config, dataset)
     unreadable = make_unreadable(config)
-    images = stream(dataset.test, config, track, "scoring (before)", unreadable)
-    before = evaluate(model, images)
     since = time.perf_counter()
     ground = prepare_ground(model, dataset, config, unreadable)
     surveys = survey_filters(model, ground, config, track, names)
-    return Start(before, ground, surveys, time.perf_counter() - since)
-
-
-@dataclass(frozen=True)
-class Repair:
-    """What was done in closed form to a network that had been cut."""
-
-    layers: tuple[LayerRefit, ...]
-    norms: NormChange | None
+    seconds = time.perf_counter() - since
+    config = with_batches(config, ground.batch_size)
+    images = stream(dataset.test, config, track, "scoring (before)", unreadable)
+    return Start(evaluate(model, images), ground, surveys, seconds)
 
 
 def repair_in_place(
@@ -307,29 +317,20 @@ def repair_in_place(
     config: RunConfig,
     track: Track = silent,
 ) -> Repair:
-    """Re-estimates the kernels of the cut network in place, and norm statistics where it helps."""
-    layers: tuple[LayerRefit, ...] = ()
-    if config.refit.layers != "none":
-        layers = refit(
-            model,
-            smaller,
-            ground.wiring,
-            plan,
-            probe_stream(ground, config, silent, ""),
-            config.refit,
-            seed=config.seed,
-            track=track,
-        )
-    if not config.refit.norms:
-        return Repair(layers, None)
+    """Repairs the cut network in place on the probe images, as `config` says; see `repair`."""
     fit, held_out = set_apart(ground.probe)
-    norms = reestimate_norms(
+    return repair(
         model,
         smaller,
+        ground.wiring,
+        plan,
+        config.refit,
+        lambda: probe_stream(ground, config, silent, ""),
         lambda: stream(fit, config, track, "re-estimating norms", ground.unreadable),
         lambda: stream(held_out, config, silent, "", ground.unreadable),
+        seed=config.seed,
+        track=track,
     )
-    return Repair(layers, norms)
 
 
 def _search(
@@ -441,10 +442,12 @@ def tune(
     """The network fine-tuned as its configuration says, in place, with `model` as its teacher.
 
     See `train` for `checkpoints`. The last epoch's weights stay, or those of the epoch that was
-    best on the validation images; both are scored on the test images.
+    best on the validation images; both are scored on the test images. Where the training has broken
+    the network (see `has_collapsed`) it stays as it came.
     """
     log = log or EventLog(None)
     smaller, config, number = pruned.model, pruned.result.config, pruned.round
+    start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     unreadable = make_unreadable(config)
 
     def validate(network: nn.Module) -> float:
@@ -473,7 +476,14 @@ def tune(
         images = stream(dataset.test, config, track, "scoring (tuned)", unreadable)
         return evaluate(network, images)
 
+    earlier = tuple(
+        each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
+    )
     last, best = score(training.last), score(training.best)
+    kept: Kept = config.finetune.keep
+    if kept == "last" and has_collapsed(training.before, training.epochs):
+        kept = "start"
+        smaller.load_state_dict(start)
     tuning = TuningResult(
         epochs=training.epochs,
         before_fraction=training.before,
@@ -481,13 +491,11 @@ def tune(
         ended=training.ended,
         last=last,
         best=best,
+        kept=kept,
     )
-    kept = best if config.finetune.keep == "best" else last
-    stage = StageResult(stage="tuned", round=number, score=kept, seconds=training.seconds)
+    found = {"last": last, "best": best, "start": earlier[-1].score}[kept]
+    stage = StageResult(stage="tuned", round=number, score=found, seconds=training.seconds)
     log.write("stage", **stage.model_dump())
-    earlier = (
-        each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
-    )
     stages = (*earlier, stage)
     missing = _missing(pruned, unreadable)
     changes = {"tuning": tuning, "stages": stages, "unreadable": missing}
@@ -535,6 +543,11 @@ def cut(
         surveys = survey_filters(current, ground, config, track)
         prepared = time.perf_counter() - since
     wiring, survey, unreadable = ground.wiring, surveys[config.score.criterion], ground.unreadable
+    asked = None if earlier is None else earlier.result.batch_size_asked
+    if ground.batch_size < config.data.batch_size:
+        asked = config.data.batch_size
+        log.write("batch_size", asked=config.data.batch_size, taken=ground.batch_size)
+        config = with_batches(config, ground.batch_size)
 
     def note(stage: Stage, found: Score, seconds: float) -> None:
         stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
@@ -576,10 +589,10 @@ def cut(
     law_error = check_law(current, wiring, plan, smaller, ground.example)
     score("cut", smaller, since)
 
-    repair = Repair((), None)
+    repaired = Repair()
     if config.refit.is_any:
         since = time.perf_counter()
-        repair = repair_in_place(current, smaller, ground, plan, config, track)
+        repaired = repair_in_place(current, smaller, ground, plan, config, track)
         score("refit", smaller, since)
 
     polished: Polish | None = None
@@ -619,7 +632,9 @@ def cut(
         frozen = earlier.result.frozen
         law_error = max(law_error, earlier.result.law_error)
         removed = {group.name: group.removed for group in groups if group.removed}
-        plan = PruningPlan(removed, parse_target(config.plan.target), plan.criterion)
+        plan = replace(earlier.plan, removed=removed, target=parse_target(config.plan.target))
+    else:
+        plan = replace(plan, weights=weights_hash(tensors_of(getattr(model, "_orig_mod", model))))
     result = RunResult(
         command=command,
         config=config,
@@ -631,11 +646,13 @@ def cut(
         groups=groups,
         frozen=frozen,
         trials=trials,
-        refit=repair.layers,
-        norms=repair.norms,
+        refit=repaired.layers,
+        refit_check=repaired.check,
+        norms=repaired.norms,
         polish=polished,
         tuning=None,
         unreadable=_missing(earlier, unreadable),
+        batch_size_asked=asked,
     )
     if result.unreadable:
         log.write("unreadable", files=result.unreadable)

@@ -25,6 +25,7 @@ from secateur.allocation import (
     lowest_scores,
 )
 from secateur.errors import RunFolderError, TargetError, UsageError
+from secateur.fingerprints import architecture_hash
 from secateur.latency import LatencyTable
 from secateur.quantities import Quantity, measure_of, pressure_of
 from secateur.ranking import Ranking, rank
@@ -53,6 +54,11 @@ class PruningPlan:
     removed: Removed
     target: Target
     criterion: str
+    architecture: str | None = None
+    """Hash of the network that it is for (`fingerprints.architecture_hash`): no other one is cut by
+    it. None: any that has these groups."""
+    weights: str | None = None
+    """Hash of the weights that its scores are of (`fingerprints.weights_hash`), if known."""
 
     def to_json(self) -> str:
         """The plan as JSON text with its schema version and hash."""
@@ -65,10 +71,12 @@ class PruningPlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
+        hashes = {"architecture": self.architecture, "weights": self.weights}
         return {
             "schema_version": SCHEMA_VERSION,
             "target": str(self.target),
             "criterion": self.criterion,
+            **{key: value for key, value in hashes.items() if value is not None},
             "removed": {name: list(filters) for name, filters in self.removed.items()},
         }
 
@@ -84,6 +92,8 @@ class PruningPlan:
                 removed={name: tuple(f) for name, f in content["removed"].items()},
                 target=parse_target(content["target"]),
                 criterion=content["criterion"],
+                architecture=content.get("architecture"),
+                weights=content.get("weights"),
             )
         except (
             *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
@@ -151,6 +161,7 @@ def make_plan(
     finite, or what the allocation or the target needs is missing.
     """
     allocation = allocation or Allocation()
+    architecture = architecture_hash(wiring.shapes)
     ranking = rank(scores, wiring, criterion, ties=ties)
     space = make_space(
         ranking, wiring, target, round_to=round_to, min_filters=min_filters, latency=latency
@@ -162,7 +173,7 @@ def make_plan(
         achieved = space.measure(counts) / space.measure(space.whole)
         # Rounded up: the plan keeps what it says.
         target = Target(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
-        return PruningPlan(_removed(ranking, counts), target, criterion)
+        return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
     _check_reach(space, wiring, target)
     if allocation.rule == "uniform":
         counts = equal_shares(space)
@@ -173,7 +184,7 @@ def make_plan(
         if allocation.damage is None:
             raise UsageError("the allocation `curves` needs the damage of each group")
         counts = least_damage(space, allocation.damage)
-    return PruningPlan(_removed(ranking, counts), target, criterion)
+    return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
 
 
 def make_space(

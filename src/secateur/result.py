@@ -21,13 +21,18 @@ from secateur.evaluate import Score
 from secateur.norms import NormChange
 from secateur.polish import Polish
 from secateur.refit import LayerRefit
+from secateur.repair import RefitCheck
 from secateur.search import Trial
 from secateur.training import FREE, Epoch
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
 FREE_KEYS = frozenset(
-    [*(f"finetune.{name}" for name in FREE), *(f"report.{n}" for n in ReportSection.model_fields)]
+    [
+        "data.batch_size",
+        *(f"finetune.{name}" for name in FREE),
+        *(f"report.{name}" for name in ReportSection.model_fields),
+    ]
 )
 """Keys of a configuration that may differ where a run is resumed."""
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
@@ -72,6 +77,19 @@ class FrozenResult(Record):
     reason: str
 
 
+Kept = Literal["last", "best", "start"]
+COLLAPSE = 0.1
+"""A fall of the top-1 fraction on the validation images that no honest training explains. Smaller
+falls are common where the original network has seen these images: what it remembered of them goes
+with training on others, while the test images gain."""
+
+
+def has_collapsed(before: float, epochs: Sequence[Epoch]) -> bool:
+    """Whether a training has left a network that is far worse than the one that came."""
+    last = epochs[-1].validation if epochs else None
+    return last is not None and last < before - COLLAPSE
+
+
 class TuningResult(Record):
     """How fine-tuning went."""
 
@@ -86,6 +104,8 @@ class TuningResult(Record):
     """On the test images, after the last epoch."""
     best: Score
     """On the test images, after the best epoch by the validation images."""
+    kept: Kept = "last"
+    """The weights that stayed; `start`: those before training, since it has broken the network."""
 
 
 class Environment(Record):
@@ -121,6 +141,8 @@ class RunResult(Record):
     trials: tuple[Trial, ...] = ()
     """The sizes that were tried where the run looked for the smallest network."""
     refit: tuple[LayerRefit, ...]
+    refit_check: RefitCheck | None = None
+    """None where no kernels were re-estimated."""
     norms: NormChange | None
     """None where no statistics were to be re-estimated, or there are none."""
     polish: Polish | None
@@ -129,10 +151,47 @@ class RunResult(Record):
     """None without fine-tuning."""
     unreadable: tuple[str, ...] = ()
     """Image files that were left out everywhere because they can't be read."""
+    batch_size_asked: int | None = None
+    """Images at a time that were asked for, where there was memory for fewer only."""
 
     def score(self, stage: Stage) -> Score | None:
         """The score of a stage, of the last round, if the run came to it."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What whoever ships the network has to know, a sentence or two each."""
+        found = []
+        if self.batch_size_asked is not None:
+            found.append(
+                f"Batches of {self.batch_size_asked} images take more memory than there was: "
+                f"{self.config.data.batch_size} at a time were looked at, which changes no result."
+            )
+        check, tuning = self.refit_check, self.tuning
+        if check is not None and not check.is_kept:
+            found.append(
+                "Re-estimated kernels made held-out probe images worse (divergence "
+                f"{check.divergence_refit:.3f} after {check.divergence_cut:.3f} nats): the network "
+                "stayed as it was cut. More probe images, or refit.form = 'channel', may help."
+            )
+        last = tuning.epochs[-1].validation if tuning is not None and tuning.epochs else None
+        if tuning is not None and last is not None and last < tuning.before_fraction:
+            falls = (
+                f"the validation images fell from {100 * tuning.before_fraction:.2f} to "
+                f"{100 * last:.2f} % top-1"
+            )
+            if tuning.kept == "start":
+                found.append(
+                    f"Fine-tuning has broken the network ({falls}): it stayed as it was before. A "
+                    "smaller learning rate, or more epochs, may help."
+                )
+            elif tuning.kept == "last":
+                found.append(
+                    f"Fine-tuning ended worse than it began: {falls}. That is to be expected where "
+                    "the original network had been trained on these images; if not, --keep best "
+                    "keeps the best epoch."
+                )
+        return tuple(found)
 
 
 def environment() -> Environment:

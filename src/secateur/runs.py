@@ -10,10 +10,11 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from secateur import bundle, distributed, pipeline
+from secateur import bundle, distributed, own_code, pipeline
 from secateur.boards import open_log
 from secateur.bounds import TEXT, read_bounded
 from secateur.bundle import EventLog, Origin
@@ -21,10 +22,13 @@ from secateur.checkpoint import Checkpoints
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
 from secateur.errors import RunFolderError, UsageError
+from secateur.fingerprints import weights_hash
+from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
-from secateur.locks import locked
+from secateur.locks import held, locked
 from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
+from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
 from secateur.report import write_report
 from secateur.report.comparison import ROWS
@@ -32,6 +36,7 @@ from secateur.report.gallery import make_gallery
 from secateur.result import RESULT, RunResult, comparable, read_result
 from secateur.rows import read_rows
 from secateur.standings import standings
+from secateur.writing import make_folder, replace_file
 
 
 def run(
@@ -59,11 +64,11 @@ def run(
         if not (resume and bundle.is_run(folder)):
             bundle.check_free(folder, overwrite=overwrite)
             dataset, model = pipeline.load_inputs(config)
-            with _new_run_folder(folder, overwrite=overwrite) as temporary:
-                log = _log(temporary, board)
+            with _new_run_folder(folder, overwrite=overwrite) as new:
+                log = _log(new, board)
                 log.write("start", command=command, config=config.model_dump(mode="json"))
                 pruned = pipeline.cut(model, dataset, config, track=track, log=log, command=command)
-                _write(temporary, pruned, log)
+                _write(new, pruned, log)
         else:
             dataset, model = pipeline.load_inputs(config)
             pruned = _read(folder, model, pipeline.resolved(config, dataset))
@@ -91,6 +96,7 @@ def finetune(
     out: Path,
     changes: Mapping[str, object],
     *,
+    model_name: str | None = None,
     source: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -101,7 +107,8 @@ def finetune(
     """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
 
     The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
-    of the run's configuration, `source` is where its data is now. With `resume` it goes on from
+    of the run's configuration, `source` is where its data is now, and `model_name` what its network
+    is called now: needed where that is code of your own. With `resume` it goes on from
     the checkpoints that an interrupted call with the same changes has left in `folder`. `board` is
     a folder for TensorBoard. Raises `SecateurError`, and then leaves what was there.
     """
@@ -111,9 +118,8 @@ def finetune(
         if out != folder:
             bundle.check_free(out, overwrite=overwrite)
         result = read_result(folder)
-        sections = result.config.model_dump(mode="json", exclude_none=True)
+        sections = _sections(folder, result, model_name, source)
         sections["finetune"] = {**sections["finetune"], **changes}
-        sections["data"]["source"] = source or sections["data"]["source"]
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
@@ -131,6 +137,7 @@ def finetune(
 def report(
     folder: Path,
     *,
+    model_name: str | None = None,
     source: str | None = None,
     images: int | None = None,
     beside: Path | None = None,
@@ -139,15 +146,14 @@ def report(
 ) -> tuple[Path, ...]:
     """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
 
-    `source` is where the run's data is now; `images` how many probe images its filters are looked
+    `model_name` and `source` are as for `finetune`; `images` how many probe images its filters are looked
     at with (0: none, and no data is needed); `beside` the folder of a comparison to draw beside the
     run; `pictures` a folder for the charts, made new if need be. Raises `SecateurError`.
     """
     result = read_result(folder)
-    sections = result.config.model_dump(mode="json", exclude_none=True)
-    sections["data"]["source"] = source or sections["data"]["source"]
-    if images is not None:
-        sections["report"]["images"] = images
+    looks = result.config.report.images if images is None else images
+    sections = _sections(folder, result, model_name, source, runs_code=looks > 0)
+    sections["report"]["images"] = looks
     config = from_dict(sections, RunConfig)
     result = result.model_copy(update={"config": config})
     standing = None
@@ -158,19 +164,41 @@ def report(
     if config.report.images:
         dataset, model = pipeline.load_inputs(config)
         smaller = bundle.load(folder, architecture=model)
+        _check_weights(folder, bundle.read_plan(folder), model, result)
         gallery = make_gallery(model, smaller, dataset, result, track)
     if not distributed.is_first():
         return ()
-    try:
-        if pictures is None:
-            write_report(result, folder / bundle.REPORT, gallery, standing)
-            return (folder / bundle.REPORT,)
-        from secateur.report.run_charts import run_charts  # takes a second to import
+    if pictures is None:
+        write_report(result, folder / bundle.REPORT, gallery, standing)
+        return (folder / bundle.REPORT,)
+    from secateur.report.run_charts import run_charts  # takes a second to import
 
-        pictures.mkdir(parents=True, exist_ok=True)
-        return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
-    except OSError as error:
-        raise RunFolderError(f"the report can't be written: {error}") from error
+    make_folder(pictures)
+    return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+
+
+def _sections(
+    folder: Path,
+    result: RunResult,
+    model_name: str | None,
+    source: str | None,
+    *,
+    runs_code: bool = True,
+) -> dict[str, Any]:
+    """The configuration of a run, whose network and data may have other names now.
+
+    Raises `UsageError` where the folder alone says which file with code is to be run.
+    """
+    sections = result.config.model_dump(mode="json", exclude_none=True)
+    name = result.config.model.name
+    if runs_code and model_name is None and own_code.is_own_code(name):
+        raise UsageError(
+            f"the run in {folder} is of a network from a file of code, {name}: if that is yours, "
+            f"name it with --model {name}"
+        )
+    sections["model"]["name"] = model_name or name
+    sections["data"]["source"] = source or sections["data"]["source"]
+    return sections
 
 
 def _report(folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: Track) -> None:
@@ -203,10 +231,10 @@ def _tune_folder(
 
 def _renew(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
     """Writes a run folder that goes on from another one, which it may replace."""
-    with _new_run_folder(out, overwrite=overwrite) as temporary:
-        if temporary is not None:
-            shutil.copyfile(folder / bundle.LOG, temporary / bundle.LOG)
-        _write(temporary, pruned, _log(temporary))
+    with _new_run_folder(out, overwrite=overwrite) as new:
+        if new is not None:
+            shutil.copyfile(folder / bundle.LOG, new / bundle.LOG)
+        _write(new, pruned, _log(new))
 
 
 @contextlib.contextmanager
@@ -216,8 +244,8 @@ def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
     All processes leave the block when the folder is there.
     """
     if distributed.is_first():
-        with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
-            yield temporary
+        with bundle.new_run_folder(folder, overwrite=overwrite) as new:
+            yield new
     else:
         yield None
     distributed.wait()
@@ -232,8 +260,8 @@ def _log(folder: Path | None, board: Path | None = None) -> EventLog:
 
 def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
     """Leaves a run folder of what was pruned elsewhere; raises `RunFolderError`."""
-    with bundle.new_run_folder(folder, overwrite=overwrite) as temporary:
-        _write(temporary, pruned, _log(temporary), origin)
+    with held(folder), bundle.new_run_folder(folder, overwrite=overwrite) as new:
+        _write(new, pruned, _log(new), origin)
 
 
 def _write(
@@ -243,14 +271,14 @@ def _write(
     if folder is None:
         return
     config = pruned.result.config
-    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    replace_file(folder / CONFIG, to_toml(config))
     manifest = bundle.write(folder, pruned.model, pruned.plan, origin or pipeline.origin(config))
     if manifest.no_program is not None:
         log.write("no_program", reason=manifest.no_program)
     text = pruned.result.model_dump_json(indent=1)
-    (folder / RESULT).write_text(text + "\n", encoding="utf-8")
+    replace_file(folder / RESULT, text + "\n")
     if pruned.latency is not None:
-        (folder / bundle.LATENCY).write_text(pruned.latency.to_json(), encoding="utf-8")
+        replace_file(folder / bundle.LATENCY, pruned.latency.to_json())
     write_report(pruned.result, folder / bundle.REPORT)
     if pruned.is_finished:
         log.write("end")
@@ -278,4 +306,15 @@ def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
             read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
         )
     smaller = bundle.load(folder, architecture=model)
-    return Pruned(smaller, bundle.read_plan(folder), result, latency)
+    plan = bundle.read_plan(folder)
+    _check_weights(folder, plan, model, result)
+    return Pruned(smaller, plan, result, latency)
+
+
+def _check_weights(folder: Path, plan: PruningPlan, model: nn.Module, result: RunResult) -> None:
+    """Raises `RunFolderError` where `model` is not the network before the cut any more."""
+    if plan.weights not in (None, weights_hash(tensors_of(model))):
+        raise RunFolderError(
+            f"the run in {folder} was made from other weights than those that "
+            f"{result.config.model.weights or result.config.model.name} gives now"
+        )

@@ -14,6 +14,7 @@ from torch.fx.node import Node
 
 from secateur.channels import Axes
 from secateur.errors import RunFolderError
+from secateur.fingerprints import architecture_hash
 from secateur.graph import Compute, Walk, apply, copy_of, tensors_of
 from secateur.plan import PruningPlan
 from secateur.wiring import Removed, Wiring, aliases_of
@@ -26,7 +27,7 @@ def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module
 
     Mode, hooks, dtype, memory format and `requires_grad` are those of `model`, which is not
     changed; of a compiled network it is the original that is copied. Raises `RunFolderError` where
-    the plan names a group or filter that `wiring` lacks.
+    the plan was made for another network, or names a group or filter that `wiring` lacks.
     """
     check_plan(wiring, plan)
     return cut(model, wiring, plan.removed)
@@ -62,6 +63,11 @@ def _select(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
 
 def check_plan(wiring: Wiring, plan: PruningPlan) -> None:
     """Raises `RunFolderError` where the plan does not fit the network, or empties a layer."""
+    if plan.architecture not in (None, architecture_hash(wiring.shapes)):
+        raise RunFolderError(
+            "the plan was made for another network: the layers of this one have other names or "
+            "other sizes"
+        )
     for name, filters in plan.removed.items():
         if name not in wiring.groups:
             raise RunFolderError(f"the plan cuts {name!r}, which the network can't lose filters of")

@@ -27,12 +27,14 @@ from secateur import pipeline
 from secateur.bounds import TEXT, read_bounded
 from secateur.comparison import Cell, Comparison, cells_of, units_of
 from secateur.config import from_dict, read_tables
-from secateur.documents import parsed, replace_file
+from secateur.documents import parsed
 from secateur.errors import RunFolderError, SecateurError
+from secateur.failures import explain
 from secateur.locks import locked
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
 from secateur.result import Record, RunResult
+from secateur.writing import make_folder, replace_file
 
 SCHEMA_VERSION = 1
 COMPARISON, CELLS, CHECKPOINTS = "comparison.toml", "cells", "checkpoints"
@@ -121,11 +123,8 @@ def _prepare(folder: Path, comparison: Comparison) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / COMPARISON).is_file():
         raise RunFolderError(f"{folder} holds something other than a comparison: choose another")
     text = tomli_w.dumps(comparison.model_dump(mode="json", exclude_none=True, exclude_unset=True))
-    try:
-        (folder / CELLS).mkdir(parents=True, exist_ok=True)
-        replace_file(folder / COMPARISON, text)
-    except OSError as error:
-        raise RunFolderError(f"can't write to {folder}: {error}") from error
+    make_folder(folder / CELLS)
+    replace_file(folder / COMPARISON, text)
 
 
 def _tidy(folder: Path, ended: Iterable[str]) -> None:
@@ -286,10 +285,7 @@ def write_cell(
         score_on=comparison.score_on,
         result=result,
     )
-    try:
-        replace_file(_path(folder, cell), found.model_dump_json() + "\n")
-    except OSError as error:
-        raise RunFolderError(f"can't write to {folder}: {error}") from error
+    replace_file(_path(folder, cell), found.model_dump_json() + "\n")
     _tidy(folder, [cell.id])
     return found
 
@@ -325,6 +321,6 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
         except SecateurError as error:
             failed = str(error)
         except Exception as error:  # whatever it is, the other cells go on
-            failed = f"{type(error).__name__}: {error}"
+            failed = explain(error) or f"{type(error).__name__}: {error}"
         write_cell(folder, cell, comparison, result=result, failed=failed)
         print(f"ended {cell.id}", file=say, flush=True)

@@ -35,6 +35,7 @@ from secateur.lesson import Lesson
 from secateur.models import Preprocessing
 from secateur.precision import accelerator_for
 from secateur.progress import Track, silent
+from secateur.room import check_training
 from secateur.schedule import Schedule
 from secateur.seeds import seed_of
 from secateur.shared_norms import sharing_norms
@@ -225,6 +226,7 @@ class _Run:
         self._since = time.monotonic()
         self._saved = self._since
         self._ended: Literal["whole", "patience", "time"] = "whole"
+        self._has_room = False
 
     # --- the loop ------------------------------------------------------------------------------
 
@@ -295,6 +297,8 @@ class _Run:
         pieces = zip(
             batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True
         )
+        if not self._has_room:
+            self._check_room(batch.images, math.ceil(len(batch.labels) / parts))
         total = torch.zeros((), device=self._accelerator.device)  # of the share, in nats
         for number, (images, labels) in enumerate(pieces):
             with contextlib.nullcontext() if number == parts - 1 else lesson.without_sums():
@@ -310,6 +314,13 @@ class _Run:
             self._average.update_parameters(self._model)
         at.images += len(batch.labels)
         at.step += 1
+
+    def _check_room(self, images: Tensor, at_once: int) -> None:
+        """Before the first step: raises `SecateurError` where it would take too much memory."""
+        few = images[:2].to(self._accelerator.device)
+        with self._accelerator.autocast():
+            check_training(self._model, few, at_once)
+        self._has_room = True
 
     def _count_losses(self) -> None:
         """Adds up what the last steps lost; asking an accelerator for it makes it wait."""

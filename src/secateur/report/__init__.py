@@ -14,11 +14,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.documents import replace_file
 from secateur.norms import NormChange
 from secateur.report.gallery import Gallery, LayerGallery, to_json
 from secateur.result import GroupResult, RunResult
 from secateur.standings import Standings
+from secateur.writing import replace_file
 
 MOST_CONCEPTS = 30
 """Rows of the concept map: those concepts with most detectors before the cut."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.comparison import Comparison
-from secateur.documents import replace_file
 from secateur.report import read_script, render
 from secateur.result import Stage
 from secateur.rows import STAGES, Row, row_of, to_lines
 from secateur.standings import CONFIDENCE, Difference, Setting, Standings, standings
 from secateur.sweep import CellResult
+from secateur.writing import make_folder, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
 CHARTS = "charts"
@@ -60,7 +60,7 @@ def write_comparison(
 
     drawn = charts(found, cells)
     if drawn:
-        (folder / CHARTS).mkdir(exist_ok=True)
+        make_folder(folder / CHARTS)
     for chart in drawn:
         chart.write_png(folder / CHARTS)
     page = render(

@@ -15,6 +15,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from secateur.writing import replace_file
+
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, which is small and can be read out and searched
     "svg.hashsalt": "secateur",  # the same drawing is the same file
@@ -54,9 +56,10 @@ class Chart:
 
     def write_png(self, folder: Path) -> Path:
         """The drawing as a PNG in a folder."""
-        path = folder / f"{self.name}.png"
+        path, content = folder / f"{self.name}.png", io.BytesIO()
         with rc_context(STYLE):
-            self.figure.savefig(path, dpi=DPI)
+            self.figure.savefig(content, dpi=DPI)
+        replace_file(path, content.getvalue())
         return path
 
 

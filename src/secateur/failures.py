@@ -1,0 +1,31 @@
+"""What the machine does not grant, in one line: memory, a disk, the other processes of a run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory")
+"""What torch's allocators say in errors that have no type of their own."""
+LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused")
+LOST_PROCESS_PLACE = "gloo"
+
+
+def explain(error: BaseException) -> str | None:
+    """One line on an error that is no fault of the code; None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, OUT_OF_MEMORY):
+        return (
+            "there is not enough memory: --set data.batch_size=N, or finetune.accumulate=N in "
+            f"training, takes less{f' ({text})' if text else ''}"
+        )
+    is_of_processes = isinstance(error, dist.DistError) or LOST_PROCESS_PLACE in text.lower()
+    if isinstance(error, RuntimeError) and (is_of_processes or _says(error, LOST_PROCESS)):
+        return f"another process of this run has ended or can't be reached ({text})"
+    if isinstance(error, OSError):
+        return text
+    return None
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

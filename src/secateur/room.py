@@ -1,0 +1,86 @@
+"""How much memory a pass over images takes, and how much there is: looked at before it is short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.evaluate import device_of
+from secateur.graph import evaluating
+from secateur.memory import all_bytes, peak_bytes
+from secateur.wiring import Wiring
+
+SHARE = 0.5
+"""Of what is free, for the values of a batch; the rest is for what operations take meanwhile."""
+LEAST_BATCH = 2
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still have on a device, within its container where it is in one.
+
+    Raises nothing where the system does not tell: then it is as if there were no bound.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _container_bytes())
+
+
+def _container_bytes() -> int:
+    try:
+        most = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        for line in (CGROUP / "memory.stat").read_text().splitlines():
+            name, _, size = line.partition(" ")
+            if name == "inactive_file":  # read from files, and given up when memory is short
+                used -= int(size)
+    except (OSError, ValueError):  # no container, or no bound
+        return 2**63
+    return max(0, most - used)
+
+
+def batch_that_fits(wiring: Wiring, asked: int, free: int, *, with_gradients: bool) -> int:
+    """The largest number of images at a time, at most `asked`, that a pass has memory for.
+
+    `free` is in bytes. A pass with gradients holds all values, one without those still needed.
+    """
+    each = all_bytes(wiring) if with_gradients else peak_bytes(wiring)({})
+    fits = int(SHARE * free / max(each, 1.0))
+    return max(LEAST_BATCH, min(asked, fits))
+
+
+def check_training(
+    model: nn.Module, images: Float[Tensor, "image channel *position"], at_once: int
+) -> None:
+    """Raises `SecateurError` where a step on so many images at once takes more memory than is free.
+
+    What a step holds is measured on the few `images`: the values that gradients are computed from.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # so that no other value takes its place and is missed
+        return tensor
+
+    kept: list[Tensor] = []
+    with evaluating(model), torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            answers = model(images)
+        del answers
+    needed = sum(held.values()) / len(images) * at_once
+    free = free_bytes(device_of(model))
+    if needed > free:
+        raise SecateurError(
+            f"a training step on {at_once} images takes about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: a smaller finetune.batch_size or a larger "
+            "finetune.accumulate takes less"
+        )
