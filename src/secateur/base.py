@@ -9,10 +9,9 @@ from typing import Literal
 
 import tomli_w
 from pydantic import Field
-from safetensors.torch import save
 from torch import nn
 
-from secateur import distributed, pipeline
+from secateur import distributed, pipeline, tensor_files
 from secateur.boards import open_log
 from secateur.bundle import CHECKPOINTS, LOG, EventLog
 from secateur.checkpoint import Checkpoints
@@ -161,8 +160,7 @@ def _trained(
         unreadable=pipeline.names_of(unreadable),
     )
     if is_first:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        replace_file(folder / WEIGHTS, save(weights, {"format": "pt"}))
+        replace_file(folder / WEIGHTS, tensor_files.to_bytes(model.state_dict()))
         replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     log.write("end")

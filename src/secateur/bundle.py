@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as store_tensors
 from torch import Tensor, nn
 
-from secateur import models
+from secateur import models, tensor_files
 from secateur.errors import RunFolderError, TraceError, UsageError
 from secateur.graph import evaluating
 from secateur.locks import held
@@ -138,14 +134,14 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise UsageError(f"{name} is {tensor.dtype}: a run folder holds float32 networks")
     replace_file(folder / PLAN, plan.to_json())
-    _write_tensors(folder / WEIGHTS, tensors)
+    replace_file(folder / WEIGHTS, tensor_files.to_bytes(tensors))
     example = torch.zeros(2, *origin.image_shape)
     no_program: str | None = None
     try:
         program = make_program(model, example)
         replace_file(folder / PROGRAM, program.to_json())
         if program.constants:
-            _write_tensors(folder / CONSTANTS, program.constants)
+            replace_file(folder / CONSTANTS, tensor_files.to_bytes(program.constants))
     except TraceError as error:
         no_program = str(error)
     with evaluating(model), torch.inference_mode():
@@ -163,15 +159,6 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     )
     write_manifest(folder, manifest)
     return manifest
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Each tensor on its own: safetensors refuses memory that two of them share."""
-    apart = {
-        name: tensor.clone(memory_format=torch.contiguous_format).cpu()
-        for name, tensor in tensors.items()
-    }
-    replace_file(path, store_tensors(apart, {"format": "pt"}))
 
 
 def load(
@@ -244,8 +231,8 @@ def _text(contents: Contents, name: str) -> str:
 
 def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
     try:
-        return load_tensors(contents.files[name])
-    except (SafetensorError, ValueError, KeyError, struct.error) as error:
+        return tensor_files.from_bytes(contents.files[name])
+    except ValueError as error:
         raise RunFolderError(f"{contents.folder / name} can't be read: {error}") from error
 
 

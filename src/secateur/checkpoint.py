@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from secateur.bounds import check_safetensors
+from secateur import tensor_files
 from secateur.errors import RunFolderError, WriteError
 from secateur.writing import UNFINISHED, make_folder, replace_file
 
@@ -53,10 +50,7 @@ class Checkpoints:
 
         Raises `WriteError`.
         """
-        content = save(
-            {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()},
-            {"facts": json.dumps(checkpoint.facts)},
-        )
+        content = tensor_files.to_bytes(checkpoint.tensors, {"facts": json.dumps(checkpoint.facts)})
         path = self.folder / f"{step:09}{SUFFIX}"
         make_folder(self.folder)
         replace_file(path, content)
@@ -89,9 +83,7 @@ class Checkpoints:
 
 def _read(path: Path) -> Checkpoint:
     try:
-        check_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, struct.error) as error:
+        tensors, metadata = tensor_files.read(path)
+        return Checkpoint(tensors, json.loads(metadata["facts"]))
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise RunFolderError(f"the checkpoint {path} can't be read: {error}") from error

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save
-
-from secateur import data, models
+from secateur import data, models, tensor_files
 from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.pipeline import preprocessing
 from secateur.progress import Track, silent
@@ -40,4 +38,4 @@ def train_digits(weights: Path, track: Track = silent) -> None:
         model, None, dataset.train, preprocessing(config), TRAINING, seed=config.seed, track=track
     )
     make_folder(weights.parent)
-    replace_file(weights, save(model.state_dict()))
+    replace_file(weights, tensor_files.to_bytes(model.state_dict()))

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from secateur import distributed
 from secateur.errors import RunFolderError
 
+PATIENCE = 20.0
+"""Seconds to wait for what a process that was killed has started and that still holds the lock."""
+
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[int | None]:
     """Holds a folder, which need not be there yet, until the block ends or the process does.
+
+    What the block is given is the file descriptor of the lock, or None in a process without it:
+    processes that inherit it hold the folder, too, as long as they live.
 
     The lock is the operating system's, on a file beside the folder that is gone afterwards: a
     process that is killed leaves none. Of several processes of one run the first one holds it.
@@ -21,25 +28,25 @@ def locked(folder: Path) -> Iterator[None]:
     system has no such locks (Windows).
     """
     with contextlib.ExitStack() as stack:
-        reason = ""
+        descriptor, reason = None, ""
         if distributed.is_first():
             try:
-                stack.enter_context(held(folder))
+                descriptor = stack.enter_context(held(folder))
             except RunFolderError as error:
                 reason = str(error)
         reason = "".join(distributed.gathered(reason))
         if reason:
             raise RunFolderError(reason)
-        yield
+        yield descriptor
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[int | None]:
     """As `locked`, for this process alone, whatever others of its run do."""
     path = _lock_file(folder)
     descriptor = _acquire(path)
     try:
-        yield
+        yield descriptor
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
@@ -57,6 +64,7 @@ def _acquire(path: Path) -> int | None:
         import fcntl
     except ImportError:
         return None
+    until = time.monotonic() + PATIENCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -64,7 +72,11 @@ def _acquire(path: Path) -> int | None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                is_left = not _is_alive(os.read(descriptor, 20))
                 os.close(descriptor)
+                if is_left and time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
                 name = path.name.removeprefix(".").removesuffix(".lock")
                 raise RunFolderError(
                     f"another run is at work in {path.parent / name}: wait for its end, or choose "
@@ -72,7 +84,20 @@ def _acquire(path: Path) -> int | None:
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, str(os.getpid()).encode())
                     return descriptor
             os.close(descriptor)  # whoever held it has taken it away since it was opened
     except OSError as error:
         raise RunFolderError(f"can't write beside {path}: {error}") from error
+
+
+def _is_alive(number: bytes) -> bool:
+    """Whether the process with the number in a lock is still there."""
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

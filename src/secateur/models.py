@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur import own_code
-from secateur.bounds import check_safetensors
+from secateur import own_code, tensor_files
 from secateur.errors import UnknownName, UsageError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -323,6 +320,21 @@ def load_weights(
     model.load_state_dict(found, strict=False)
 
 
+def _check_sums(path: Path) -> None:
+    """Raises `ValueError` where a part of a zip file is not what its check sum says.
+
+    `torch.load` does not look at them.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(
+                f"the check sum of {damaged} does not match: it has been damaged, or written "
+                "without check sums (torch.serialization.set_crc32_options)"
+            )
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name, without wrappers and prefixes.
 
@@ -332,13 +344,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"no weights file {path}")
     if path.suffix == ".safetensors":
         try:
-            check_safetensors(path)
-            content: Any = load_file(path)
-        except (SafetensorError, OSError, struct.error, ValueError) as error:
-            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+            content: Any = tensor_files.read(path)[0]
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} is not a sound safetensors file: {error}") from error
     elif path.suffix in (".pth", ".pt", ".th"):
         try:
             with warnings.catch_warnings(action="ignore"):  # about oddities of damaged files
+                _check_sums(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise WeightsError(

@@ -127,6 +127,10 @@ def finetune(
             shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
         distributed.wait()
         dataset, model = pipeline.load_inputs(config)
+        if resume and out == folder and _is_tuned(folder, result, config):
+            tuned = _load(folder, model, result)
+            _report(folder, tuned, model, dataset, track)
+            return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
         _log(folder, board).write("finetune", command=command, changes=dict(changes))
         tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
@@ -146,9 +150,9 @@ def report(
 ) -> tuple[Path, ...]:
     """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
 
-    `model_name` and `source` are as for `finetune`; `images` how many probe images its filters are looked
-    at with (0: none, and no data is needed); `beside` the folder of a comparison to draw beside the
-    run; `pictures` a folder for the charts, made new if need be. Raises `SecateurError`.
+    `model_name` and `source` are as for `finetune`; `images` how many probe images its filters are
+    looked at with (0: none, and no data is needed); `beside` the folder of a comparison to draw
+    beside the run; `pictures` a folder for the charts, made new if need be. Raises `SecateurError`.
     """
     result = read_result(folder)
     looks = result.config.report.images if images is None else images
@@ -175,6 +179,12 @@ def report(
 
     make_folder(pictures)
     return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+
+
+def _is_tuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
+    """Whether an interrupted fine-tuning had come to its end, but for the report."""
+    is_same = comparable(result.config) == comparable(config)
+    return is_same and result.tuning is not None and not (folder / bundle.CHECKPOINTS).is_dir()
 
 
 def _sections(
@@ -232,8 +242,9 @@ def _tune_folder(
 def _renew(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
     """Writes a run folder that goes on from another one, which it may replace."""
     with _new_run_folder(out, overwrite=overwrite) as new:
-        if new is not None:
-            shutil.copyfile(folder / bundle.LOG, new / bundle.LOG)
+        log = folder / bundle.LOG
+        if new is not None and log.is_file() and not log.is_symlink():
+            replace_file(new / bundle.LOG, log.read_bytes())
         _write(new, pruned, _log(new))
 
 

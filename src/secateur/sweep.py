@@ -96,7 +96,7 @@ def compare(
     for cell in cells:
         pipeline.check_names(cell.config)
         pipeline.check_weights(cell.config, allow_untrained=False)
-    with locked(folder):
+    with locked(folder) as lock:
         _prepare(folder, comparison)
         known = {cell.id: read_cell(folder, cell) for cell in cells}
         missing = [
@@ -104,7 +104,9 @@ def compare(
             for cell in cells
             if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
         ]
-        for done in track(_worked_off(folder, comparison, missing, jobs), "cells", len(missing)):
+        for done in track(
+            _worked_off(folder, comparison, missing, jobs, lock), "cells", len(missing)
+        ):
             known[done.id] = done
         _tidy(folder, [id for id, found in known.items() if found is not None])
     return tuple(result for cell in cells if (result := known[cell.id]) is not None)
@@ -163,16 +165,20 @@ class _Process:
 
 
 def _worked_off(
-    folder: Path, comparison: Comparison, missing: Sequence[Cell], jobs: int
+    folder: Path, comparison: Comparison, missing: Sequence[Cell], jobs: int, lock: int | None
 ) -> Iterator[CellResult]:
-    """The results of the missing cells as they come."""
+    """The results of the missing cells as they come.
+
+    The processes inherit the lock: where this one is killed, none takes the folder before the last
+    of them has noticed it.
+    """
     waiting = units_of(missing)
     told: queue.SimpleQueue[tuple[_Process, str | None]] = queue.SimpleQueue()
     running: list[_Process] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(folder, comparison, waiting.pop(0), told))
+                running.append(_start(folder, comparison, waiting.pop(0), told, lock))
             process, line = told.get()
             if line is not None:
                 done = _note(folder, process, line)
@@ -192,6 +198,7 @@ def _start(
     comparison: Comparison,
     cells: list[Cell],
     told: queue.SimpleQueue[tuple[_Process, str | None]],
+    lock: int | None,
 ) -> _Process:
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": str(comparison.threads)}
@@ -202,6 +209,7 @@ def _start(
         stderr=errors,
         encoding="utf-8",
         env=environment,
+        pass_fds=() if lock is None else (lock,),
         start_new_session=True,  # an interrupt is for this process, which ends the others
     )
     process = _Process(popen, list(cells), errors)

@@ -1,0 +1,271 @@
+"""A small run on real files, for benches and tests that disturb it; and a disk that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from PIL import Image
+
+from secateur import runs, sweep
+from secateur.comparison import Comparison
+from secateur.config import RunConfig, from_dict
+from secateur.report.comparison import ROWS, write_comparison
+from secateur.result import read_result
+
+MODEL = '''
+import torch.nn as nn
+
+
+def small(num_classes=3):
+    """Two layers that can be cut, a residual sum, batch norms."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+            self.conv1 = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(12)
+            self.conv2 = nn.Conv2d(12, 8, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(8)
+            self.conv3 = nn.Conv2d(8, 16, 3, 2, 1)
+            self.head = nn.Linear(16, num_classes)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+            return self.head(self.conv3(x).relu().mean((2, 3)))
+
+    return Small()
+'''
+CLASSES = ("disc", "stripes", "noise")
+SIDE = 16
+VARYING = frozenset({"seconds", "latency_ms", "latency_left", "learning_rate_seconds", "command"})
+"""Facts of a result that no two runs have in common."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the files of a small run are."""
+
+    folder: Path
+    checkpoint_minutes: float = 1e-4
+    """Between two checkpoints of the training, but for those at the end of an epoch."""
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        return {
+            "batch_size": 16,
+            "workers": 0,
+            "warmup_steps": 0,
+            "checkpoint_minutes": self.checkpoint_minutes,
+        }
+
+    @property
+    def model_name(self) -> str:
+        """As `models.load` takes it."""
+        return f"{self.folder / 'own.py'}:small"
+
+    @property
+    def source(self) -> str:
+        """As `data.load` takes it."""
+        return f"folder:{self.folder / 'images'}"
+
+    def write(self) -> None:
+        """Writes images of three classes as PNG files, and the network's code."""
+        generator = np.random.default_rng(0)
+        for part, count in (("train", 24), ("test", 8)):
+            for name in CLASSES:
+                folder = self.folder / "images" / part / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = _picture(name, generator)
+                    Image.fromarray(pixels).save(folder / f"{number}.png")
+        (self.folder / "own.py").write_text(MODEL)
+
+    def config(self, *, epochs: int = 2) -> RunConfig:
+        """A run of all steps that takes a second."""
+        return from_dict(
+            {
+                "model": {"name": self.model_name},
+                "data": {
+                    "source": self.source,
+                    "image_size": SIDE,
+                    "probe_images": 24,
+                    "batch_size": 12,
+                },
+                "plan": {"target": "macs=0.6"},
+                "finetune": {"epochs": epochs, **self._training},
+                "report": {"images": 12},
+            },
+            RunConfig,
+        )
+
+    def comparison(self) -> Comparison:
+        """Four cells in two processes."""
+        return from_dict(
+            {
+                "criteria": ["vote", "l1"],
+                "targets": ["macs=0.8", "macs=0.6"],
+                "networks": [{"name": self.model_name, "label": "small"}],
+                "data": {"source": self.source, "image_size": SIDE, "probe_images": 24},
+                "finetune": {"epochs": 1, **self._training},
+            },
+            Comparison,
+        )
+
+    def prune(self, out: Path) -> None:
+        """Cuts and fine-tunes, going on from what is in the folder."""
+        runs.run(self.config(), out, resume=True)
+
+    def finetune(self, out: Path) -> None:
+        """Fine-tunes in a folder that holds a run."""
+        changes = {"epochs": 3, "learning_rate": 0.01}
+        runs.finetune(out, out, changes, model_name=self.model_name, resume=True)
+
+    def compare(self, out: Path) -> None:
+        """Works off what is missing of a comparison, and writes its tables."""
+        comparison = self.comparison()
+        write_comparison(out, comparison, sweep.compare(comparison, out, jobs=2))
+
+
+def _picture(name: str, generator: np.random.Generator) -> np.ndarray:
+    """`[SIDE, SIDE, rgb]`."""
+    pixels = generator.integers(0, 90, (SIDE, SIDE, 3), dtype=np.uint8)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    if name == "disc":
+        row, column = generator.integers(5, 11, 2)
+        pixels[(rows - row) ** 2 + (columns - column) ** 2 < 18] += 160
+    elif name == "stripes":
+        pixels[(rows + generator.integers(4)) % 4 < 2] += 160
+    return pixels
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a run folder or a comparison has come to, without what differs from time to time."""
+    if (folder / ROWS).is_file():
+        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+        return {"rows": [_constant(row) for row in rows]}
+    result = read_result(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    return {"result": _constant(result.model_dump(mode="json")), "weights": weights.hex()}
+
+
+def differences(found: Any, expected: Any, place: str = "") -> list[str]:
+    """Where two outcomes differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted(found.keys() | expected.keys())
+        pairs = [(f"{place}.{key}", found.get(key), expected.get(key)) for key in keys]
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        both = zip(found, expected, strict=True)
+        pairs = [(f"{place}.{number}", *pair) for number, pair in enumerate(both)]
+    else:
+        return [] if found == expected else [f"{place}: {str(found)[:40]}, {str(expected)[:40]}"]
+    return [each for name, a, b in pairs for each in differences(a, b, name)]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _constant(each) for key, each in value.items() if key not in VARYING}
+    return [_constant(each) for each in value] if isinstance(value, list) else value
+
+
+class FailingDisk:
+    """Counts what is written below a folder, and fails at one of the operations."""
+
+    def __init__(self, root: Path, fails_at: int | None = None, number: int = errno.ENOSPC) -> None:
+        self.count = 0
+        self._root, self._fails_at, self._number = str(root), fails_at, number
+        self._descriptors: set[int] = set()
+
+    @contextlib.contextmanager
+    def mounted(self) -> Iterator[FailingDisk]:
+        """Within the block the functions of `os` that change a disk are those of this one."""
+        names = ("open", "write", "fsync", "replace", "rename", "mkdir")
+        before = {name: getattr(os, name) for name in names}
+        changed = {
+            "open": self._open(os.open),
+            "write": self._write(os.write),
+            "fsync": self._with_descriptor(os.fsync),
+            "replace": self._with_path(os.replace),
+            "rename": self._with_path(os.rename),
+            "mkdir": self._with_path(os.mkdir),
+        }
+        for name, function in changed.items():
+            setattr(os, name, function)
+        try:
+            yield self
+        finally:
+            for name, function in before.items():
+                setattr(os, name, function)
+
+    def _is_here(self, path: object) -> bool:
+        return isinstance(path, str | Path) and str(path).startswith(self._root)
+
+    def _is_to_fail(self) -> bool:
+        self.count += 1
+        # A disk that is full stays full.
+        return self._fails_at is not None and self.count >= self._fails_at
+
+    def _error(self, *path: str) -> OSError:
+        return OSError(self._number, os.strerror(self._number), *path)
+
+    def _open(self, function: Callable[..., int]) -> Callable[..., int]:
+        def opened(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+            is_new = bool(flags & os.O_CREAT) and self._is_here(path)
+            if is_new and self._is_to_fail():
+                raise self._error(str(path))
+            descriptor = function(path, flags, *rest, **options)
+            self._descriptors.discard(descriptor)
+            if is_new:
+                self._descriptors.add(descriptor)
+            return descriptor
+
+        return opened
+
+    def _write(self, function: Callable[..., int]) -> Callable[..., int]:
+        def written(descriptor: int, content: Any) -> int:
+            if descriptor in self._descriptors and self._is_to_fail():
+                function(descriptor, memoryview(content)[: len(content) // 2])
+                raise self._error()
+            return function(descriptor, content)
+
+        return written
+
+    def _with_descriptor(self, function: Callable[..., None]) -> Callable[..., None]:
+        def flushed(descriptor: int) -> None:
+            if descriptor in self._descriptors and self._is_to_fail():
+                raise self._error()
+            function(descriptor)
+
+        return flushed
+
+    def _with_path(self, function: Callable[..., None]) -> Callable[..., None]:
+        def changed(path: Any, *rest: Any, **options: Any) -> None:
+            if self._is_here(path) and self._is_to_fail():
+                raise self._error(str(path))
+            function(path, *rest, **options)
+
+        return changed
+
+
+def renewed(folder: Path, content: Path | None = None) -> Path:
+    """The folder, empty or as a copy of another one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if content is not None:
+        shutil.copytree(content, folder)
+    return folder
+
+
+def write_toml(path: Path, content: dict[str, Any]) -> None:
+    """Tables as a TOML file."""
+    path.write_text(tomli_w.dumps(content))

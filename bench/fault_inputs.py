@@ -1,0 +1,357 @@
+"""Valid inputs of every format that secateur reads, and what may become of their bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fault_case import CLASSES, SIDE, Case
+from secateur import bundle, data, models, runs, sweep, tensor_files
+from secateur.bounds import TEXT, read_bounded
+from secateur.checkpoint import Checkpoint, Checkpoints
+from secateur.comparison import Comparison, cells_of
+from secateur.concepts.broden import read_broden
+from secateur.concepts.cub import read_parts
+from secateur.concepts.masks import read_masks
+from secateur.config import RunConfig, from_dict, read_tables
+from secateur.data.fashion_mnist import read_fashion_mnist
+from secateur.data.imagenet import read_imagenette
+from secateur.errors import RunFolderError
+from secateur.fingerprints import weights_hash
+from secateur.latency import Hardware, LatencyTable, LayerTimes
+from secateur.manifest import MANIFEST
+from secateur.models import Preprocessing
+from secateur.result import read_result
+from secateur.rows import read_rows
+
+Files = dict[str, bytes]
+SIGHT = Preprocessing(SIDE, SIDE)
+TOKENS = (
+    b"-1", b"0", b"1e308", b"1e999", b"NaN", b"-Infinity", b"9" * 400, b"null", b"true", b'""',
+    b"[]", b"{}", b"[" * 3000, b'{"a":' * 2000, b"\x00", b"\xff\xfe", b"../../x", b"/etc/passwd",
+    b"'", b'"', b"\\", b"\n", b",", b"=", b"18446744073709551615", b"[[a]]", b"\xf0\x9f\x8c\xb3",
+)  # fmt: skip
+"""Texts that parsers stumble over."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads files in a folder."""
+
+    name: str
+    files: Files
+    read: Callable[[Path], Any]
+    expected: Any = None
+    """What is read of valid files, where a network comes of it; None where nothing is compared."""
+    fix: Callable[[Files], Files] | None = None
+    """Makes hashes match again, as one who means harm would."""
+
+
+def mutate(files: Files, generator: random.Random, fix: Callable[[Files], Files] | None) -> Files:
+    """The files, one of them changed in one to four places, gone or another one's content."""
+    changed = dict(files)
+    name = generator.choice(sorted(files))
+    for _ in range(generator.randint(1, 4)):
+        changed[name] = _changed(changed[name], generator)
+    if generator.random() < 0.03:
+        changed[name] = changed[generator.choice(sorted(files))]
+    if generator.random() < 0.02:
+        del changed[name]
+    return changed if fix is None else fix(changed)
+
+
+def _changed(content: bytes, generator: random.Random) -> bytes:
+    start = generator.randrange(len(content) + 1)
+    # Headers and keys are at the beginning, and few bytes among many.
+    if generator.random() < 0.4:
+        start = min(start, generator.randrange(200))
+    end = min(len(content), start + generator.choice((1, 1, 2, 4, 8, 40, 400)))
+    ways: tuple[Callable[[], bytes], ...] = (
+        lambda: _flipped(content, min(start, len(content) - 1), generator) if content else b"",
+        lambda: content[:start] + generator.randbytes(end - start) + content[end:],
+        lambda: content[:start] + content[end:],
+        lambda: content[:start] + generator.randbytes(generator.randint(1, 16)) + content[start:],
+        lambda: content[:end] + content[start:end] * generator.randint(1, 50) + content[end:],
+        lambda: content[:start] + generator.choice(TOKENS) + content[start:],
+        lambda: content[:start] + generator.choice(TOKENS) + content[end:],
+        lambda: content[:start],
+        lambda: content[:start] + b"\x00" * (end - start) + content[end:],
+        lambda: _with_number(content, start, generator),
+    )
+    return generator.choice(ways)()
+
+
+def _flipped(content: bytes, place: int, generator: random.Random) -> bytes:
+    bit = content[place] ^ (1 << generator.randrange(8))
+    return content[:place] + bytes([bit]) + content[place + 1 :]
+
+
+def _with_number(content: bytes, start: int, generator: random.Random) -> bytes:
+    """A size or an offset that is far off, of one to eight bytes in either order."""
+    form = generator.choice(("<B", "<H", "<I", "<Q", ">H", ">I", ">Q"))
+    most = 256 ** struct.calcsize(form) - 1
+    number = generator.choice((0, 1, most, most // 2, most // 2 + 1, generator.randint(0, most)))
+    packed = struct.pack(form, number)
+    return content[:start] + packed + content[start + len(packed) :]
+
+
+# --- the readers -------------------------------------------------------------------------------
+
+
+def readers(folder: Path) -> list[Reader]:
+    """Every reader, with files that were made by a real run in the folder."""
+    case = Case(folder)
+    run, sweep_folder = folder / "run", folder / "comparison"
+    runs.run(case.config(epochs=1), run)
+    case.compare(sweep_folder)
+    model = models.load(case.model_name, num_classes=len(CLASSES))
+    wiring = bundle.Origin(None, (3, SIDE, SIDE)).make_wiring(model)
+    of_run = {
+        path.name: path.read_bytes()
+        for path in run.iterdir()
+        if path.is_file() and path.name not in ("report.html", "log.jsonl")
+    }
+
+    def whole(folder: Path) -> object:
+        return _network(bundle.load(folder, architecture=model, wiring=wiring))
+
+    def program(folder: Path) -> object:
+        return _network(bundle.load_program(folder))
+
+    cell = cells_of(case.comparison())[0]
+    first_cell = (sweep_folder / "cells" / f"{cell.id}.json").read_bytes()
+    tables = {"comparison.toml": (sweep_folder / "comparison.toml").read_bytes()}
+    rows = {"cells.jsonl": (sweep_folder / "cells.jsonl").read_bytes()}
+    found = [
+        Reader("run folder", of_run, whole, whole(run)),
+        Reader("run folder as a program", of_run, program, program(run)),
+        Reader("run folder, hashes made to match", of_run, whole, fix=_with_hashes),
+        Reader("run folder as a program, hashes made to match", of_run, program, fix=_with_hashes),
+        Reader("result", {"result.json": of_run["result.json"]}, read_result),
+        Reader("configuration", {"config.toml": of_run["config.toml"]}, _read_config),
+        Reader("comparison", tables, _read_comparison),
+        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: sweep.read_cell(at, cell)),
+        Reader("rows of cells", rows, lambda at: read_rows(at / "cells.jsonl")),
+        Reader("latency table", {"latency.json": _latency().encode()}, _read_latency),
+        *_weight_readers(folder, model),
+        *_image_readers(),
+        *_layout_readers(),
+    ]
+    for number, reader in enumerate(found):  # what is not changed must be accepted
+        write_files(reader.files, folder / f"valid-{number}")
+        assert reader.read(folder / f"valid-{number}") == reader.expected or not reader.expected
+    return found
+
+
+def write_files(files: Files, folder: Path) -> None:
+    """Writes files into a folder that need not be there yet."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _network(network: torch.nn.Module) -> tuple[str, bytes]:
+    """Its weights, and what it answers to an image."""
+    image = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        answers = network(image)
+    return weights_hash(network.state_dict()), answers.numpy().tobytes()
+
+
+def _with_hashes(files: Files) -> Files:
+    try:
+        manifest = json.loads(files[MANIFEST])
+        for name in manifest["files"]:
+            manifest["files"][name] = hashlib.sha256(files[name]).hexdigest()
+        plan = json.loads(files["plan.json"])
+        content = {key: value for key, value in plan.items() if key != "hash"}
+        text = json.dumps(content, sort_keys=True)
+        plan["hash"] = manifest["plan_hash"] = hashlib.sha256(text.encode()).hexdigest()
+        plan_text = json.dumps(plan, indent=2).encode() + b"\n"
+        manifest["files"]["plan.json"] = hashlib.sha256(plan_text).hexdigest()
+        return {**files, "plan.json": plan_text, MANIFEST: json.dumps(manifest).encode()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return files  # it does not say any more which hashes there are
+
+
+def _read_config(folder: Path) -> object:
+    return from_dict(read_tables(folder / "config.toml"), RunConfig)
+
+
+def _read_comparison(folder: Path) -> object:
+    return from_dict(read_tables(folder / "comparison.toml"), Comparison)
+
+
+def _latency() -> str:
+    times = LayerTimes(layer="conv1", read=(1, 3), written=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
+    place = Hardware(processor="any", threads=1, device="cpu", dtype="float32", torch="2")
+    return LatencyTable(
+        hardware=place,
+        batch=16,
+        block=4,
+        layers=(times,),
+        layers_factor=1.1,
+        fixed_ms=0.2,
+        ms_per_value=1e-7,
+    ).to_json()
+
+
+def _read_latency(folder: Path) -> object:
+    text = read_bounded(folder / "latency.json", TEXT, RunFolderError)
+    return LatencyTable.from_json(text.decode("utf-8", "replace"))
+
+
+def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
+    tensors = model.state_dict()
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.write(1, Checkpoint(tensors, {"training": {}, "position": {"epoch": 1}}))
+    (file,) = (folder / "checkpoints").iterdir()
+    expected = weights_hash(tensors)
+
+    def read_checkpoint(at: Path) -> object:
+        found = Checkpoints(at).latest()
+        return expected if found is None else weights_hash(found.tensors)
+
+    def read_from(name: str) -> Callable[[Path], object]:
+        return lambda at: weights_hash(models.read_weights(at / name))
+
+    ours = {"w.safetensors": tensor_files.to_bytes(tensors)}
+    return [
+        Reader("weights, safetensors", ours, read_from("w.safetensors"), expected),
+        Reader("weights, .pth", {"w.pth": buffer.getvalue()}, read_from("w.pth"), expected),
+        Reader("checkpoint", {file.name: file.read_bytes()}, read_checkpoint, expected),
+    ]
+
+
+def _image_readers() -> list[Reader]:
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), dtype=np.uint8)
+    found = []
+    for form, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("BMP", "bmp")):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, form)
+        files = {
+            f"{part}/{name}/{number}.{suffix}": buffer.getvalue()
+            for part in ("train", "test")
+            for name in ("one", "two")
+            for number in range(2)
+        }
+        found.append(Reader(f"images, {form}", files, _read_folder))
+    return found
+
+
+def _read_folder(folder: Path) -> None:
+    splits = data.load(f"folder:{folder}", validation_fraction=0.5)
+    for part in (splits.train, splits.validation, splits.test):
+        part.read(torch.arange(len(part.labels)), SIGHT)
+
+
+def _layout_readers() -> list[Reader]:
+    return [
+        Reader("masks", _masks(), lambda at: _read_annotated(read_masks(at))),
+        Reader("Broden", _broden(), lambda at: _read_annotated(read_broden(at))),
+        Reader("CUB-200-2011", _birds(), lambda at: _read_annotated(read_parts(at))),
+        Reader("Imagenette", _imagenette(), read_imagenette),
+        Reader("Fashion-MNIST", _fashion(), read_fashion_mnist),
+    ]
+
+
+def _read_annotated(images: Any) -> None:
+    numbers = torch.arange(len(images.labels))
+    images.read(numbers, SIGHT)
+    images.regions(numbers, SIGHT)
+
+
+def _png(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _masks() -> Files:
+    generator = np.random.default_rng(0)
+    files: Files = {"names.txt": b"sky\ngrass\ndog\ncat\n"}
+    for number in range(2):
+        picture = generator.integers(0, 255, (18, 20, 3), dtype=np.uint8)
+        files[f"images/{number}.png"] = _png(picture)
+        files[f"masks/{number}.png"] = _png(generator.integers(0, 4, (18, 20), dtype=np.uint8))
+    return files
+
+
+def _broden() -> Files:
+    generator = np.random.default_rng(0)
+    labels = "number,name,category,frequency,coverage,syns\n1,sky,object,2,1,\n2,red,color,2,1,\n"
+    head = "image,split,ih,iw,sh,sw,color,object\n"
+    row = "a/{0}.png,train,18,20,18,20,a/{0}_c.png,a/{0}_o.png\n"
+    files = {"label.csv": labels.encode()}
+    files["index.csv"] = (head + row.format(0) + row.format(1)).encode()
+    for number in range(2):
+        picture = generator.integers(0, 255, (18, 20, 3), dtype=np.uint8)
+        files[f"images/a/{number}.png"] = _png(picture)
+        for suffix, value in (("c", 2), ("o", 1)):
+            mask = np.zeros((18, 20, 3), dtype=np.uint8)
+            mask[4:9, 3:8, 0] = value
+            files[f"images/a/{number}_{suffix}.png"] = _png(mask)
+    return files
+
+
+def _birds() -> Files:
+    generator = np.random.default_rng(0)
+    names = ("001.A/a.jpg", "001.A/b.jpg", "002.B/c.jpg")
+    texts = {
+        "images.txt": "".join(f"{number} {name}\n" for number, name in enumerate(names, 1)),
+        "classes.txt": "1 001.A\n2 002.B\n",
+        "image_class_labels.txt": "1 1\n2 1\n3 2\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n",
+        "bounding_boxes.txt": "".join(f"{n} 2.0 3.0 8.0 9.0\n" for n in (1, 2, 3)),
+        "parts/parts.txt": "1 beak\n2 tail\n",
+        "parts/part_locs.txt": "".join(
+            f"{n} {part} {4.0 + part} 6.0 1\n" for n in (1, 2, 3) for part in (1, 2)
+        ),
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    for name in names:
+        buffer = io.BytesIO()
+        picture = generator.integers(0, 255, (18, 20, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(buffer, "JPEG")
+        files[f"images/{name}"] = buffer.getvalue()
+    return files
+
+
+def _imagenette() -> Files:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((18, 20, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    names = ("n01440764", "n01443537")
+    return {
+        f"{part}/{name}/{name}_{number}.JPEG": buffer.getvalue()
+        for part in ("train", "val")
+        for name in names
+        for number in range(2)
+    }
+
+
+def _fashion() -> Files:
+    generator = np.random.default_rng(0)
+    files: Files = {}
+    for part in ("train", "t10k"):
+        pixels = generator.integers(0, 255, (20, 28, 28), dtype=np.uint8)
+        labels = np.arange(20, dtype=np.uint8) % 10
+        for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            content = gzip.compress(head + values.tobytes(), mtime=0)
+            files[f"{part}-{name}-ubyte.gz"] = content
+    return files

@@ -1,0 +1,462 @@
+"""What secateur does with damaged files, killed processes, full disks and a hundred runs in a row.
+
+    python bench/faults.py [inputs] [kills] [disk] [repeats] [--inputs N] [--kills N]
+
+Without names of parts all are done; each is written to `results/faults.json` as it ends. Then the
+table in docs/security.md is written.
+
+- `inputs`: files of every format, changed at random, are read in processes that are watched: none
+  may hang, end by a signal or raise anything but a `SecateurError`, and no network that is accepted
+  may be another than the one that was saved.
+- `kills`: runs of prune, finetune and compare are killed at random moments and gone on with until
+  they end, as one that was left alone.
+- `disk`: a run is done as often as it writes, and each time the disk fails from another write on.
+- `repeats`: runs in one process, with an eye on memory, files, threads and global state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import secateur
+from fault_case import CLASSES, Case, FailingDisk, differences, outcome, renewed
+from fault_inputs import Reader, mutate, readers, write_files
+from rows import ROOT, revision, surroundings, write_json
+from secateur import bundle
+from secateur.errors import SecateurError
+from secateur.manifest import read_contents
+from tables import with_table
+
+RESULTS = ROOT / "results" / "faults.json"
+PAGE = ROOT / "docs" / "security.md"
+SEED = 0
+HANG = 20.0
+"""Seconds after which an input is taken to hang its reader."""
+MEMORY = 12 * 2**30
+"""Address space of a reading process, in bytes."""
+JOBS = ("prune", "finetune", "compare")
+RUNS = 100
+
+
+# --- damaged files -----------------------------------------------------------------------------
+
+
+def try_inputs(folder: Path, count: int) -> dict[str, Any]:
+    """So many changed inputs, spread evenly over all readers."""
+    found: dict[str, Counter[str]] = {}
+    failures: list[str] = []
+    all_readers = readers(folder)
+    for place, reader in enumerate(all_readers):
+        share = count // len(all_readers) + (place < count % len(all_readers))
+        found[reader.name] = _try_reader(reader, share, failures)
+        print(f"{reader.name}: {dict(found[reader.name])}", flush=True)
+    total = sum(found.values(), Counter())
+    return {
+        "inputs": sum(total.values()),
+        "seed": SEED,
+        "refused": total["refused"],
+        "accepted_same": total["same"],
+        "accepted_other": total["other"],
+        "not_compared": total["read"],
+        "crashes": total["crash"],
+        "hangs": total["hang"],
+        "by_reader": {name: dict(counts) for name, counts in found.items()},
+        "failures": failures[:50],
+    }
+
+
+def _try_reader(reader: Reader, count: int, failures: list[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    done = 0
+    while done < count:
+        here, there = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.Process(target=_read_all, args=(reader, done, count, there))
+        process.start()
+        there.close()
+        while done < count:
+            if not here.poll(HANG):
+                process.kill()
+                kind, words = "hang", ""
+            else:
+                try:
+                    kind, words = here.recv()
+                except EOFError:  # it has ended with this input
+                    process.join()
+                    kind, words = "crash", f"the process ended with {process.exitcode}"
+            counts[kind] += 1
+            if kind in ("crash", "hang", "other"):
+                failures.append(f"{reader.name}, input {done}: {kind} {words}")
+            done += 1
+            if kind == "hang" or words.startswith("the process"):
+                break
+        process.join()
+        here.close()
+    return counts
+
+
+def _read_all(reader: Reader, first: int, last: int, say: Connection) -> None:
+    """In a process of its own: reads inputs and says of each what became of it."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(first, last):
+            generator = random.Random(f"{SEED} {reader.name} {number}")
+            say.send(_read_one(reader, generator, renewed(Path(name) / "input")))
+
+
+def _read_one(reader: Reader, generator: random.Random, folder: Path) -> tuple[str, str]:
+    """What became of it, and some words; `other` is an accepted network that was not saved."""
+    write_files(mutate(reader.files, generator, reader.fix), folder)
+    try:
+        value = reader.read(folder)
+    except SecateurError as error:
+        text = str(error)
+        return ("refused", "") if text and "\n" not in text else ("crash", f"says {text!r}")
+    except BaseException:
+        return "crash", " ".join(traceback.format_exc().split()[-40:])
+    if reader.expected is None:
+        return "read", ""
+    return ("same", "") if value == reader.expected else ("other", "")
+
+
+# --- killed processes --------------------------------------------------------------------------
+
+
+def kill_often(folder: Path, kills: int) -> dict[str, Any]:
+    """Kills each kind of work a third of the times, at moments spread over how long it takes."""
+    case = Case(folder)
+    found: dict[str, Any] = {"kills": 0, "seed": SEED}
+    for job in JOBS:
+        found[job] = _kill_job(case, job, kills // len(JOBS))
+        found["kills"] += found[job]["kills"]
+        print(f"{job}: {found[job]}", flush=True)
+    return found
+
+
+def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
+    start = _start_of(case, job)
+    left_alone = renewed(case.folder / "alone", start)
+    began = time.monotonic()
+    assert _child(getattr(case, job), left_alone).wait() == 0
+    seconds = time.monotonic() - began
+    expected = outcome(left_alone)
+    generator = random.Random(f"{SEED} {job}")
+    counts: Counter[str] = Counter()
+    while counts["kills"] < kills:
+        folder = renewed(case.folder / "killed", start)
+        is_ended = False
+        while not is_ended:
+            child = _child(getattr(case, job), folder)
+            if child.killed_after(generator.uniform(0, 1.1 * seconds)):
+                counts["kills"] += 1
+                counts["damaged_folders"] += not _is_sound(folder)
+                continue
+            is_ended = True
+            counts["errors"] += child.wait() != 0
+        counts["runs"] += 1
+        different = differences(outcome(folder), expected)
+        counts["other_results"] += bool(different)
+        for each in different[:5]:
+            print(f"{job}: {each}", flush=True)
+    keys = ("kills", "runs", "damaged_folders", "errors", "other_results")
+    return {**{key: counts[key] for key in keys}, "seconds_alone": round(seconds, 1)}
+
+
+def _start_of(case: Case, job: str) -> Path | None:
+    """What is in the folder before: for finetune a run that was only cut."""
+    if job != "finetune":
+        return None
+    folder = case.folder / "cut"
+    if not folder.is_dir():
+        assert _child(lambda out: _prune_only(case, out), folder).wait() == 0
+    return folder
+
+
+def _prune_only(case: Case, out: Path) -> None:
+    secateur.run(case.config(epochs=0), out)
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether what is there can be read as what was written; nothing is sound, too."""
+    if not bundle.is_run(folder):
+        return True
+    try:
+        read_contents(folder)
+        outcome(folder)
+    except SecateurError:
+        return False
+    return True
+
+
+class _child:
+    """A process that does some work in a folder and ends with 0, or 1 after an error of ours."""
+
+    def __init__(self, work: Callable[[Path], None], folder: Path) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 3
+            try:
+                os.setsid()
+                torch.set_num_threads(1)
+                work(folder)
+                code = 0
+            except SecateurError as error:
+                print(error, file=sys.stderr)
+                code = 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def killed_after(self, seconds: float) -> bool:
+        """Whether it was still there to be killed; what it has started ends by itself."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pid, self._status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return False
+            time.sleep(0.002)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        return True
+
+    def wait(self) -> int:
+        """Its exit code."""
+        if self.pid:
+            _, self._status = os.waitpid(self.pid, 0)
+            self.pid = 0
+        return os.waitstatus_to_exitcode(self._status)
+
+
+# --- full disks --------------------------------------------------------------------------------
+
+
+def fill_disks(folder: Path) -> dict[str, Any]:
+    """Each kind of work as often as it writes, with a disk that fails from then on."""
+    case = Case(folder, checkpoint_minutes=60.0)
+    numbers = (errno.ENOSPC, errno.EIO, errno.EACCES)
+    found: dict[str, Any] = {"errors": [errno.errorcode[number] for number in numbers]}
+    for job in JOBS:
+        start = _start_of(case, job)
+        expected_folder = renewed(case.folder / "alone", start)
+        writes = _count_writes(case, job, expected_folder)
+        expected = outcome(expected_folder)
+        counts: Counter[str] = Counter()
+        for place in range(1, writes + 1):
+            out = renewed(case.folder / "full", start)
+            earlier = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            number = numbers[place % len(numbers)]
+            child = _child(_with_disk(case, job, place, number), out)
+            code = child.wait()
+            counts["no_error"] += code == 0
+            counts["crashes"] += code not in (0, 1)
+            counts["damaged_folders"] += not _is_sound(out)
+            counts["lost_files"] += sum(not (out / name).is_file() for name in earlier)
+            counts["errors_when_resumed"] += _child(getattr(case, job), out).wait() != 0
+            counts["other_results"] += bool(differences(outcome(out), expected))
+        keys = ("crashes", "damaged_folders", "lost_files", "errors_when_resumed", "other_results")
+        found[job] = {"writes": writes, "no_error": counts["no_error"]}
+        found[job].update({key: counts[key] for key in keys})
+        print(f"{job}: {found[job]}", flush=True)
+    return found
+
+
+def _count_writes(case: Case, job: str, out: Path) -> int:
+    here, there = multiprocessing.Pipe(duplex=False)
+
+    def counted(folder: Path) -> None:
+        with FailingDisk(case.folder).mounted() as disk:
+            getattr(case, job)(folder)
+        there.send(disk.count)
+
+    assert _child(counted, out).wait() == 0
+    count: int = here.recv()
+    return count
+
+
+def _with_disk(case: Case, job: str, place: int, number: int) -> Callable[[Path], None]:
+    def work(folder: Path) -> None:
+        with FailingDisk(case.folder, place, number).mounted():
+            getattr(case, job)(folder)
+
+    return work
+
+
+# --- a hundred runs ----------------------------------------------------------------------------
+
+
+def repeat(folder: Path) -> dict[str, Any]:
+    """Runs in one process: `secateur.prune` on a network of the user's, saved and reported."""
+    case = Case(folder)
+    dataset = secateur.load_data(case.source)
+    model = secateur.load_model(case.model_name, num_classes=len(CLASSES))
+    pixels = dataset.train.read(torch.arange(60), secateur.models.Preprocessing(16, 16))
+    images = [(pixels.float() / 255, dataset.train.labels[:60])]
+    before, found = _state(model), []
+    threads = torch.get_num_threads()
+    for number in range(1, RUNS + 1):
+        pruned = secateur.prune(model, images, target="macs=0.6", epochs=1, settings=_QUICK)
+        pruned.save(folder / "repeated", overwrite=True)
+        pruned.report(folder / "report.html", images=8)
+        del pruned
+        gc.collect()
+        if number % 10 == 0:
+            found.append({"runs": number, **_resources()})
+            print(found[-1], flush=True)
+    torch.set_num_threads(threads)
+    first, last = found[0], found[-1]
+    return {
+        "runs": RUNS,
+        "resources": found,
+        "memory_growth": last["memory_mib"] / first["memory_mib"] - 1,
+        "more_files": last["files"] - first["files"],
+        "more_threads": last["threads"] - first["threads"],
+        "state_as_before": before == _state(model),
+    }
+
+
+_QUICK = {"finetune": {"batch_size": 16, "workers": 0, "warmup_steps": 0}}
+
+
+def _resources() -> dict[str, Any]:
+    import psutil
+
+    process = psutil.Process()
+    return {
+        "memory_mib": round(process.memory_info().rss / 2**20, 1),
+        "files": process.num_fds(),
+        "threads": threading.active_count(),
+    }
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What is global to the process, and what could be left on a network."""
+    hooks = [
+        len(getattr(module, name))
+        for module in model.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    ]
+    return {
+        "seed": torch.random.get_rng_state().tolist(),
+        "python_seed": hash(random.getstate()),
+        "dtype": str(torch.get_default_dtype()),
+        "precision": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "warnings": len(warnings.filters),
+        "hooks": hooks,
+        "modes": [module.training for module in model.modules()],
+        "needs_gradient": [each.requires_grad for each in model.parameters()],
+        "gradient": [each.grad is None for each in model.parameters()],
+    }
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Does the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ("inputs", "kills", "disk", "repeats")
+    parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, []])
+    parser.add_argument("--inputs", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork")
+    works: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "inputs": lambda folder: try_inputs(folder, arguments.inputs),
+        "kills": lambda folder: kill_often(folder, arguments.kills),
+        "disk": fill_disks,
+        "repeats": repeat,
+    }
+    for part in arguments.parts:
+        with tempfile.TemporaryDirectory() as name:
+            Case(Path(name)).write()
+            since = time.monotonic()
+            found = works[part](Path(name))
+        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        known[part] = {
+            **found,
+            "minutes": round((time.monotonic() - since) / 60, 1),
+            "command": f"python bench/faults.py {part}",
+            "revision": revision(),
+            "environment": surroundings(),
+        }
+        write_json(RESULTS, known)
+    PAGE.write_text(with_table(PAGE.read_text(), "results/faults.json", table()))
+
+
+def table() -> str:
+    """What was found, a line a part."""
+    found = json.loads(RESULTS.read_text())
+    lines = ["| what was done | what came of it |", "|---|---|"]
+    if "inputs" in found:
+        part = found["inputs"]
+        lines.append(
+            f"| {part['inputs']:,} changed inputs for {len(part['by_reader'])} readers | "
+            f"{part['hangs']} hangs, {part['crashes']} crashes, {part['accepted_other']} accepted "
+            f"networks other than the saved one; {part['refused']:,} refused, "
+            f"{part['accepted_same']:,} accepted as what they were, {part['not_compared']:,} read "
+            "that hold no network of ours to compare |"
+        )
+    if "kills" in found:
+        part = found["kills"]
+        each = [part[job] for job in JOBS]
+        lines.append(
+            f"| {part['kills']} times SIGKILL at random moments of prune, finetune and compare | "
+            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
+            f"{sum(job['errors'] for job in each)} that did not go on, "
+            f"{sum(job['other_results'] for job in each)} of {sum(job['runs'] for job in each)} "
+            "ended otherwise than undisturbed ones |"
+        )
+    if "disk" in found:
+        part = found["disk"]
+        each = [part[job] for job in JOBS]
+        lines.append(
+            f"| a disk that fails ({', '.join(part['errors'])}) from each of "
+            f"{sum(job['writes'] for job in each)} writes of the same on | "
+            f"{sum(job['crashes'] for job in each)} crashes, "
+            f"{sum(job['lost_files'] for job in each)} lost files, "
+            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
+            f"{sum(job['errors_when_resumed'] + job['other_results'] for job in each)} that did "
+            "not end as undisturbed ones when there was room again |"
+        )
+    if "repeats" in found:
+        part = found["repeats"]
+        state = "as before" if part["state_as_before"] else "changed"
+        lines.append(
+            f"| {part['runs']} runs in one process | from the tenth on "
+            f"{100 * part['memory_growth']:+.1f} % memory, {part['more_files']:+d} open files, "
+            f"{part['more_threads']:+d} threads; hooks, modes and global state {state} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
