@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 from PIL import Image
 
@@ -33,6 +34,7 @@ from secateur.fingerprints import weights_hash
 from secateur.latency import Hardware, LatencyTable, LayerTimes
 from secateur.manifest import MANIFEST
 from secateur.models import Preprocessing
+from secateur.report.comparison import write_comparison
 from secateur.result import read_result
 from secateur.rows import read_rows
 
@@ -114,8 +116,13 @@ def readers(folder: Path) -> list[Reader]:
     """Every reader, with files that were made by a real run in the folder."""
     case = Case(folder)
     run, sweep_folder = folder / "run", folder / "comparison"
-    runs.run(case.config(epochs=1), run)
-    case.compare(sweep_folder)
+    result = runs.run(case.config(epochs=1), run)
+    comparison = case.comparison()
+    cell, *others = cells_of(comparison)
+    (sweep_folder / sweep.CELLS).mkdir(parents=True)
+    cells = [sweep.write_cell(sweep_folder, cell, comparison, result=result)]
+    cells += [sweep.write_cell(sweep_folder, each, comparison, failed="why") for each in others]
+    write_comparison(sweep_folder, comparison, cells)
     model = models.load(case.model_name, num_classes=len(CLASSES))
     wiring = bundle.Origin(None, (3, SIDE, SIDE)).make_wiring(model)
     of_run = {
@@ -130,9 +137,8 @@ def readers(folder: Path) -> list[Reader]:
     def program(folder: Path) -> object:
         return _network(bundle.load_program(folder))
 
-    cell = cells_of(case.comparison())[0]
     first_cell = (sweep_folder / "cells" / f"{cell.id}.json").read_bytes()
-    tables = {"comparison.toml": (sweep_folder / "comparison.toml").read_bytes()}
+    tables = {"comparison.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
     rows = {"cells.jsonl": (sweep_folder / "cells.jsonl").read_bytes()}
     found = [
         Reader("run folder", of_run, whole, whole(run)),

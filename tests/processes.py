@@ -17,7 +17,7 @@ import torch.distributed as dist
 def context() -> BaseContext:
     """Starts processes from a clean one that has imported what takes time to import."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["secateur.training", "secateur.pipeline", "accelerate"])
+    found.set_forkserver_preload(["secateur.cli", "accelerate"])
     return found
 
 

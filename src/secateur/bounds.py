@@ -107,6 +107,14 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(f"its header claims {length} bytes")
 
 
+def inside(folder: Path, name: str, error: type[SecateurError]) -> Path:
+    """The path of a file that a table names; raises `error` where it lies outside of the folder."""
+    place = Path(name)
+    if place.is_absolute() or ".." in place.parts or "\0" in name:
+        raise error(f"a table in {folder.parent} names {name!r}, which lies outside of {folder}")
+    return folder / place
+
+
 def check_pixels(image: Image.Image) -> None:
     """Raises `ValueError` where an image that has been opened and not decoded is too large."""
     if image.width * image.height > PIXELS:

@@ -52,6 +52,8 @@ from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
 
+INTERRUPTED = 130
+"""Exit code after an interrupt or a request to terminate."""
 BAR = 8
 """Characters of the longest bar."""
 
@@ -212,9 +214,10 @@ def main() -> None:
             raise
         _print_error(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        if (reason := lost()) is None:
-            sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as error:  # typer makes the latter of the former
+        code = error.code if isinstance(error, SystemExit) else INTERRUPTED
+        if code != INTERRUPTED or (reason := lost()) is None:
+            sys.exit(code)
         _print_error(reason)
         sys.exit(1)
     except BrokenPipeError:  # whoever read what was printed has seen enough

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 BEAT = 2.0
 """Seconds between two signs of life."""
-SILENCE = 30.0
+SILENCE = 20.0
 """Seconds without a sign of life after which a process is taken for lost."""
 GRACE = 10.0
 """Seconds that this process then has to end by itself."""

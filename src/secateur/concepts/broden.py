@@ -17,12 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.bounds import inside
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_pixels
 from secateur.errors import DataError
 from secateur.regions import ABSENT, Concept
 
 NOT_CATEGORIES = ("image", "split", "ih", "iw", "sh", "sw")
 """Columns of `index.csv` beside the labels."""
+LARGEST = 65_535
+"""Of labels, since red + 256 · green says which it is, and of sides of images."""
+DIGITS = 9
+"""Of a number."""
 
 
 def read_broden(directory: Path) -> AnnotatedFiles:
@@ -47,11 +52,11 @@ def read_broden(directory: Path) -> AnnotatedFiles:
     paths, annotations = [], []
     for row in rows:
         found = [each for name in categories for each in row[name].split(";") if each]
-        whole = [int(each) for each in found if each.isdecimal()]
-        files = [images / each for each in found if not each.isdecimal()]
+        whole = [_number(each) for each in found if each.isdecimal()]
+        files = [inside(images, each, DataError) for each in found if not each.isdecimal()]
         if not found:
             continue
-        paths.append(images / row["image"])
+        paths.append(inside(images, row["image"], DataError))
         size = (_number(row["sh"]), _number(row["sw"]))
         annotations.append(BrodenLabels(tuple(files), tuple(whole), size, table, index))
     missing = [path for path in paths if not path.is_file()]
@@ -109,6 +114,8 @@ def _rows(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             rows = list(csv.DictReader(stream, restval=""))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file} can't be read: {error}") from error
+    if any(None in row for row in rows):
+        raise DataError(f"{file} has a line with more fields than there are columns")
     missing = [column for column in columns if not rows or column not in rows[0]]
     if missing:
         raise DataError(f"{file} has no column {missing[0]!r} or no rows")
@@ -116,6 +123,8 @@ def _rows(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise DataError(f"Broden's tables hold {text!r} where a number is expected")
+    if not text.isdecimal() or len(text) > DIGITS or int(text) > LARGEST:
+        raise DataError(
+            f"Broden's tables hold {text[:20]!r} where a number of at most {LARGEST} is expected"
+        )
     return int(text)

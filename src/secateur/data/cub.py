@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secateur.bounds import TEXT, read_unzipped
+from secateur.bounds import TEXT, inside, read_unzipped
 from secateur.data.images import FileImages
 from secateur.data.splits import Splits
 from secateur.errors import DataError
@@ -55,7 +55,8 @@ def image_files(
     directory: Path, birds: Birds, numbers: Int[Tensor, "image"], title: str
 ) -> tuple[Path, ...]:
     """The files of images with these numbers; raises `DataError` where some are missing."""
-    paths = tuple(directory / "images" / birds.files[bird] for bird in numbers.tolist())
+    folder = directory / "images"
+    paths = tuple(inside(folder, birds.files[bird], DataError) for bird in numbers.tolist())
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
