@@ -60,6 +60,8 @@ class Case:
     folder: Path
     checkpoint_minutes: float = 1e-4
     """Between two checkpoints of the training, but for those at the end of an epoch."""
+    report_images: int = 12
+    """Probe images that the report looks at filters with."""
 
     @property
     def _training(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Case:
                 },
                 "plan": {"target": "macs=0.6"},
                 "finetune": {"epochs": epochs, **self._training},
-                "report": {"images": 12},
+                "report": {"images": self.report_images},
             },
             RunConfig,
         )

@@ -383,10 +383,12 @@ def main() -> None:
     """Does the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ("inputs", "kills", "disk", "repeats")
-    parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, []])
+    parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=300)
     arguments = parser.parse_args()
+    if unknown := [part for part in arguments.parts if part not in parts]:
+        parser.error(f"there is no part {unknown[0]}")
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork")
     works: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -395,7 +397,7 @@ def main() -> None:
         "disk": fill_disks,
         "repeats": repeat,
     }
-    for part in arguments.parts:
+    for part in arguments.parts or parts:
         since = time.monotonic()
         found = _in_a_process(works[part])
         known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

@@ -148,7 +148,7 @@ def test_a_link_to_a_folder_on_another_disk_stays(tmp_path: Path) -> None:
 
 def test_a_run_on_a_disk_that_fails_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     """At one of its writes; `bench/faults.py disk` does all of them."""
-    case = Case(tmp_path, checkpoint_minutes=60.0)
+    case = Case(tmp_path, checkpoint_minutes=60.0, report_images=0)
     case.write()
     with FailingDisk(tmp_path).mounted() as disk:
         case.prune(tmp_path / "alone")
@@ -165,7 +165,7 @@ def test_a_run_on_a_disk_that_fails_loses_nothing_and_goes_on(tmp_path: Path) ->
 
 
 def test_an_older_run_stays_where_the_new_one_finds_no_room(tmp_path: Path) -> None:
-    case = Case(tmp_path)
+    case = Case(tmp_path, report_images=0)
     case.write()
     run = tmp_path / "run"
     runs.run(case.config(epochs=0), run)

@@ -1,0 +1,244 @@
+"""What would be worse than before is not kept, and what was made of another network is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fault_case import Case
+from networks import Chain, random_images
+from secateur import apply_plan, bundle, make_wiring, models, pipeline, repair, runs
+from secateur.config import RefitSection
+from secateur.data import Batch
+from secateur.errors import RunFolderError, UsageError
+from secateur.evaluate import Score
+from secateur.fingerprints import architecture_hash, weights_hash
+from secateur.plan import PruningPlan, Target, make_plan
+from secateur.result import has_collapsed, read_result
+from secateur.training import Epoch
+from secateur.wiring import Wiring
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    found = Case(tmp_path, report_images=0)
+    found.write()
+    return found
+
+
+# --- the better one stays ----------------------------------------------------------------------
+
+
+def chain_and_cut() -> tuple[nn.Module, nn.Module, Wiring, PruningPlan, list[Batch]]:
+    model = Chain().eval()
+    images = random_images(48)
+    wiring = make_wiring(model, images[:4])
+    scores = {name: torch.arange(float(len(group))) for name, group in wiring.groups.items()}
+    plan = make_plan(scores, wiring, Target("macs", 0.6), "test")
+    parts = torch.arange(48).split(12)
+    batches = [Batch(images[part], torch.zeros(len(part)).long(), part) for part in parts]
+    return model, apply_plan(model, wiring, plan), wiring, plan, batches
+
+
+def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, smaller, wiring, plan, batches = chain_and_cut()
+    before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
+
+    def spoil(*_: object, **__: object) -> tuple[()]:
+        with torch.no_grad():
+            for parameter in smaller.parameters():
+                parameter.mul_(-3.0)
+        return ()
+
+    settings = RefitSection(norms=False)
+    parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
+    with monkeypatch.context() as patch:
+        patch.setattr(repair, "refit", spoil)
+        found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    assert found.check is not None
+    assert not found.check.is_kept
+    assert found.check.divergence_refit > found.check.divergence_cut > 0
+    assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
+
+    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    assert found.check is not None
+    assert found.check.is_kept
+    assert found.check.divergence_refit < found.check.divergence_cut
+    assert any(not torch.equal(before[name], t) for name, t in smaller.state_dict().items())
+
+
+def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, smaller, wiring, plan, batches = chain_and_cut()
+
+    def spoil(*_: object, **__: object) -> tuple[()]:
+        with torch.no_grad():
+            next(smaller.parameters()).fill_(float("nan"))
+        return ()
+
+    monkeypatch.setattr(repair, "refit", spoil)
+    parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
+    settings = RefitSection(norms=False)
+    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    assert found.check is not None
+    assert not found.check.is_kept
+    assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("validations", "collapsed"),
+    [
+        ((), False),
+        ((None,), False),
+        ((0.5, 0.81), False),
+        ((0.95, 0.79), True),
+        ((0.0, 0.9), False),
+    ],
+)
+def test_a_collapse_is_a_large_fall_at_the_end(
+    validations: tuple[float | None, ...], collapsed: bool
+) -> None:
+    epochs = [Epoch(number, 1.0, 0.1, found) for number, found in enumerate(validations, 1)]
+    assert has_collapsed(0.9, epochs) == collapsed
+
+
+def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = case.folder / "run"
+    runs.run(case.config(epochs=0), run)
+    before = load_file(run / "model.safetensors")
+    evaluate, calls = vars(pipeline)["evaluate"], iter([0.9, 0.4])
+
+    def graded(network: nn.Module, images: object) -> Score:
+        score: Score = evaluate(network, images)
+        found = next(calls, None)  # the validation images come first, before and after
+        return score if found is None else replace(score, top1_fraction=found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", graded)
+        changes = {"epochs": 1, "learning_rate": 0.5}
+        result = runs.finetune(run, run, changes, model_name=case.model_name)
+    after = load_file(run / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result.tuning is not None
+    assert result.tuning.kept == "start"
+    assert result.stages[-1].score == result.stages[-2].score
+    (notice,) = result.notices
+    assert "has broken the network (the validation images fell from 90.00 to 40.00 %" in notice
+    assert "has broken the network" in (run / "report.html").read_text()
+    assert read_result(run) == result
+
+
+def test_a_small_fall_is_said_and_the_last_epoch_stays(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = case.folder / "run"
+    runs.run(case.config(epochs=0), run)
+    evaluate, calls = vars(pipeline)["evaluate"], iter([0.9, 0.85])
+
+    def graded(network: nn.Module, images: object) -> Score:
+        score: Score = evaluate(network, images)
+        found = next(calls, None)
+        return score if found is None else replace(score, top1_fraction=found)
+
+    monkeypatch.setattr(pipeline, "evaluate", graded)
+    result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+    assert result.tuning is not None
+    assert result.tuning.kept == "last"
+    (notice,) = result.notices
+    assert "fell from 90.00 to 85.00 %" in notice
+    assert "--keep best" in notice
+
+
+# --- of another network ------------------------------------------------------------------------
+
+
+def test_hashes_tell_architectures_and_weights_apart() -> None:
+    shapes = {"a": (2, 3), "b": (4,)}
+    assert architecture_hash(shapes) == architecture_hash(dict(reversed(shapes.items())))
+    assert architecture_hash(shapes) != architecture_hash({**shapes, "b": (5,)})
+    assert architecture_hash(shapes) != architecture_hash({"a": (2, 3), "c": (4,)})
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(()).bfloat16()}
+    same = {"b": tensors["b"], "a": tensors["a"].T.contiguous().T}
+    assert weights_hash(tensors) == weights_hash(same)
+    assert weights_hash(tensors) != weights_hash({**tensors, "a": tensors["a"] + 1e-6})
+    assert weights_hash(tensors) != weights_hash({**tensors, "a": tensors["a"].reshape(3, 2)})
+
+
+def test_a_plan_does_not_cut_another_architecture() -> None:
+    model, _, _, plan, _ = chain_and_cut()
+    assert plan.architecture is not None
+    other = nn.Sequential(model, nn.Identity())  # the same layers under other names
+    with pytest.raises(RunFolderError, match="made for another network"):
+        apply_plan(other, make_wiring(other, random_images(4)), plan)
+    by_hand = PruningPlan(plan.removed, plan.target, plan.criterion)
+    with pytest.raises(RunFolderError, match="can't lose filters of"):
+        apply_plan(other, make_wiring(other, random_images(4)), by_hand)
+
+
+def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:
+    plan = replace(chain_and_cut()[3], weights="abc")
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    older = PruningPlan(plan.removed, plan.target, plan.criterion)
+    assert "architecture" not in older.to_json()
+    assert PruningPlan.from_json(older.to_json()) == older
+
+
+def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case) -> None:
+    torch.manual_seed(3)
+    weights = case.folder / "base.safetensors"
+    save_file(models.load(case.model_name, num_classes=3).state_dict(), weights)
+    config = case.config(epochs=0)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"weights": str(weights)})}
+    )
+    run = case.folder / "run"
+    runs.run(config, run)
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(RunFolderError, match=r"made from other weights than .*base\.safetensors"):
+        runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+    with pytest.raises(RunFolderError, match="made from other weights"):
+        runs.report(run, model_name=case.model_name, images=8)
+    bundle.load(run, architecture=models.load(case.model_name, num_classes=3))  # any will do
+
+
+def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
+    """A run folder with a file of code in it, which says that its network is from there."""
+    run = case.folder / "run"
+    runs.run(case.config(epochs=0), run)
+    (case.folder / "own.py").rename(case.folder / "mine.py")
+    (run / "own.py").write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
+    text = (run / "result.json").read_text()
+    (run / "result.json").write_text(text.replace(case.model_name, f"{run / 'own.py'}:small"))
+    with pytest.raises(UsageError, match=r"from a file of code, .*own\.py:small: if that is yours"):
+        runs.finetune(run, run, {"epochs": 1})
+    with pytest.raises(UsageError, match="--model"):
+        runs.report(run, images=8)
+    runs.report(run, images=0)
+    assert not (run / "ran").exists()
+    moved = f"{case.folder / 'mine.py'}:small"
+    runs.finetune(run, case.folder / "tuned", {"epochs": 1}, model_name=moved)
+    assert not (run / "ran").exists()
+
+
+def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(case: Case) -> None:
+    run = case.folder / "run"
+    runs.run(case.config(epochs=0), run)
+    copy = case.folder / "copy"
+    shutil.copytree(run, copy)
+    changes = {"epochs": 1}
+    runs.finetune(run, run, changes, model_name=case.model_name)
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "report.html").unlink()  # as if it had been killed before the report
+    runs.finetune(run, run, changes, model_name=case.model_name, resume=True)
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert (run / "report.html").is_file()
+    runs.finetune(copy, copy, changes, model_name=case.model_name, resume=True)
+    assert (copy / "model.safetensors").read_bytes() == weights

@@ -1,0 +1,128 @@
+"""Memory is looked at before it is short, and what the machine does not grant is one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fault_case import Case
+from networks import Chain, Residual, random_images
+from secateur import make_wiring, pipeline, room, runs, training
+from secateur.errors import SecateurError
+from secateur.failures import explain
+from secateur.memory import all_bytes, peak_bytes
+from secateur.room import LEAST_BATCH, SHARE, batch_that_fits, check_training, free_bytes
+
+
+def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert 2**20 < free < 2**50
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 400000\n")
+    assert free_bytes(torch.device("cpu")) == 2_400_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 2_400_000
+
+
+def test_batches_fit_into_what_is_free() -> None:
+    wiring = make_wiring(Residual(), random_images(2))
+    each = peak_bytes(wiring)({})
+    assert 0 < each < all_bytes(wiring)
+    assert batch_that_fits(wiring, 100, 2**40, with_gradients=False) == 100
+    tight = int(10 * each / SHARE)
+    assert batch_that_fits(wiring, 100, tight, with_gradients=False) == 10
+    assert LEAST_BATCH <= batch_that_fits(wiring, 100, tight, with_gradients=True) < 10
+    assert batch_that_fits(wiring, 100, 0, with_gradients=False) == LEAST_BATCH
+
+
+def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, report_images=0)
+    case.write()
+    plenty = runs.run(case.config(epochs=0), tmp_path / "plenty")
+    assert plenty.notices == ()
+    monkeypatch.setattr(pipeline, "batch_that_fits", lambda *_, **__: 5)
+    found = runs.run(case.config(epochs=0), tmp_path / "little")
+    assert found.config.data.batch_size == 5
+    assert "Batches of 12 images take more memory than there was: 5 at a time" in found.notices[0]
+    assert found.plan_hash == plenty.plan_hash
+    log = (tmp_path / "little" / "log.jsonl").read_text()
+    events = [json.loads(line) for line in log.splitlines()]
+    assert {"event": "batch_size", "asked": 12, "taken": 5} in events
+    monkeypatch.undo()
+    # It goes on with the configuration that it was begun with.
+    runs.run(case.config(epochs=0), tmp_path / "little", resume=True)
+
+
+def test_a_step_that_is_too_large_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Chain()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_training(model, random_images(2), 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1_000_000)
+    check_training(model, random_images(2), 2)
+    with pytest.raises(SecateurError, match=r"a training step on 1000 images takes about .* GiB"):
+        check_training(model, random_images(2), 1000)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_step_takes_grows_with_what_is_computed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, report_images=0)
+    case.write()
+    asked: list[int] = []
+    monkeypatch.setattr(
+        training, "check_training", lambda model, few, at_once: asked.append(at_once)
+    )
+    settings = case.config(epochs=1).finetune
+    for accumulate in (1, 4):
+        changed = settings.model_copy(update={"accumulate": accumulate})
+        config = case.config(epochs=1).model_copy(update={"finetune": changed})
+        runs.run(config, tmp_path / str(accumulate))
+    assert asked == [16, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "data.batch_size"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: x"
+            ),
+            "memory",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9"),
+            "another process",
+        ),
+        (dist.DistNetworkError("The client socket has failed"), "another process"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "No space left on device: '/x'"),
+    ],
+)
+def test_what_the_machine_does_not_grant_is_one_line(error: Exception, words: str) -> None:
+    found = explain(error)
+    assert found is not None
+    assert words in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes"), ValueError("x"), KeyError(1)]
+)
+def test_a_fault_of_the_code_is_not_explained_away(error: Exception) -> None:
+    assert explain(error) is None
