@@ -18,7 +18,7 @@ from PIL import Image
 
 from secateur import runs, sweep
 from secateur.comparison import Comparison
-from secateur.config import RunConfig, from_dict
+from secateur.config import RunConfig, from_dict, to_toml
 from secateur.report.comparison import ROWS, write_comparison
 from secateur.result import read_result
 
@@ -124,6 +124,19 @@ class Case:
             },
             Comparison,
         )
+
+    def command(self, job: str, out: Path) -> list[str]:
+        """What a user types for the same as `prune`, `finetune` or `compare` do."""
+        folder = self.folder
+        if job == "compare":
+            content = self.comparison().model_dump(mode="json", exclude_unset=True)
+            (folder / "comparison.toml").write_text(tomli_w.dumps(content))
+            return ["compare", str(folder / "comparison.toml"), "-o", str(out), "-j", "2"]
+        if job == "finetune":
+            options = ["--epochs", "3", "--learning-rate", "0.01", "--resume"]
+            return ["finetune", str(out), "--model", self.model_name, *options]
+        (folder / "config.toml").write_text(to_toml(self.config()))
+        return ["prune", "-c", str(folder / "config.toml"), "-o", str(out), "--resume"]
 
     def prune(self, out: Path) -> None:
         """Cuts and fine-tunes, going on from what is in the folder."""
@@ -266,8 +279,3 @@ def renewed(folder: Path, content: Path | None = None) -> Path:
     if content is not None:
         shutil.copytree(content, folder)
     return folder
-
-
-def write_toml(path: Path, content: dict[str, Any]) -> None:
-    """Tables as a TOML file."""
-    path.write_text(tomli_w.dumps(content))

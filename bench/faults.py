@@ -1,6 +1,6 @@
 """What secateur does with damaged files, killed processes, full disks and a hundred runs in a row.
 
-    python bench/faults.py [inputs] [kills] [disk] [repeats] [--inputs N] [--kills N]
+    python bench/faults.py [inputs] [kills] [interrupts] [disk] [repeats] [--inputs N] [--kills N]
 
 Without names of parts all are done; each is written to `results/faults.json` as it ends. Then the
 table in docs/security.md is written.
@@ -10,6 +10,7 @@ table in docs/security.md is written.
   may be another than the one that was saved.
 - `kills`: runs of prune, finetune and compare are killed at random moments and gone on with until
   they end, as one that was left alone.
+- `interrupts`: the same by Ctrl-C, with an eye on how long the end takes.
 - `disk`: a run is done as often as it writes, and each time the disk fails from another write on.
 - `repeats`: runs in one process, with an eye on memory, files, threads and global state.
 """
@@ -44,7 +45,7 @@ import secateur
 from fault_case import CLASSES, Case, FailingDisk, differences, outcome, renewed
 from fault_inputs import Reader, mutate, readers, write_files
 from rows import ROOT, revision, surroundings, write_json
-from secateur import bundle
+from secateur import bundle, cli
 from secateur.errors import SecateurError
 from secateur.manifest import read_contents
 from tables import with_table
@@ -226,6 +227,8 @@ class _child:
             except SecateurError as error:
                 print(error, file=sys.stderr)
                 code = 1
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 3
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -233,6 +236,13 @@ class _child:
 
     def killed_after(self, seconds: float) -> bool:
         """Whether it was still there to be killed; what it has started ends by itself."""
+        if not self.sent_after(signal.SIGKILL, seconds):
+            return False
+        os.waitpid(self.pid, 0)
+        return True
+
+    def sent_after(self, number: signal.Signals, seconds: float) -> bool:
+        """Whether it was still there to get a signal."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             pid, self._status = os.waitpid(self.pid, os.WNOHANG)
@@ -240,8 +250,7 @@ class _child:
                 self.pid = 0
                 return False
             time.sleep(0.002)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        os.kill(self.pid, number)
         return True
 
     def wait(self) -> int:
@@ -250,6 +259,56 @@ class _child:
             _, self._status = os.waitpid(self.pid, 0)
             self.pid = 0
         return os.waitstatus_to_exitcode(self._status)
+
+
+# --- interrupts --------------------------------------------------------------------------------
+
+
+def interrupt_often(folder: Path, count: int) -> dict[str, Any]:
+    """Ctrl-C in the command line's processes, at moments spread over how long they take."""
+    case = Case(folder)
+    found: dict[str, Any] = {"interrupts": 0, "seed": SEED}
+    for job in JOBS:
+        found[job] = _interrupt_job(case, job, count // len(JOBS))
+        found["interrupts"] += found[job]["interrupts"]
+        print(f"{job}: {found[job]}", flush=True)
+    return found
+
+
+def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
+    start = _start_of(case, job)
+
+    def work(out: Path) -> None:
+        sys.argv = ["secateur", *case.command(job, out)]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        cli.main()
+
+    left_alone = renewed(case.folder / "alone", start)
+    began = time.monotonic()
+    assert _child(work, left_alone).wait() == 0
+    seconds = time.monotonic() - began
+    expected = outcome(left_alone)
+    generator = random.Random(f"{SEED} {job}")
+    counts: Counter[str] = Counter()
+    longest = 0.0
+    while counts["interrupts"] < count:
+        folder = renewed(case.folder / "interrupted", start)
+        code = cli.INTERRUPTED
+        while code == cli.INTERRUPTED:
+            child = _child(work, folder)
+            # The first moments belong to the start of Python, which this process has behind it.
+            is_there = child.sent_after(signal.SIGINT, generator.uniform(0.1, 1.1 * seconds))
+            asked = time.monotonic()
+            code = child.wait()
+            if is_there:
+                longest = max(longest, time.monotonic() - asked)
+                counts["interrupts"] += 1
+                counts["other_codes"] += code not in (0, cli.INTERRUPTED)
+                counts["damaged_folders"] += not _is_sound(folder)
+        counts["runs"] += 1
+        counts["other_results"] += bool(differences(outcome(folder), expected))
+    keys = ("interrupts", "runs", "other_codes", "damaged_folders", "other_results")
+    return {**{key: counts[key] for key in keys}, "longest_s": round(longest, 2)}
 
 
 # --- full disks --------------------------------------------------------------------------------
@@ -382,7 +441,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 def main() -> None:
     """Does the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("inputs", "kills", "disk", "repeats")
+    parts = ("inputs", "kills", "interrupts", "disk", "repeats")
     parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=300)
@@ -394,6 +453,7 @@ def main() -> None:
     works: dict[str, Callable[[Path], dict[str, Any]]] = {
         "inputs": lambda folder: try_inputs(folder, arguments.inputs),
         "kills": lambda folder: kill_often(folder, arguments.kills),
+        "interrupts": lambda folder: interrupt_often(folder, arguments.kills // 5),
         "disk": fill_disks,
         "repeats": repeat,
     }
@@ -451,6 +511,17 @@ def table() -> str:
             f"{sum(job['errors'] for job in each)} that did not go on, "
             f"{sum(job['other_results'] for job in each)} of {sum(job['runs'] for job in each)} "
             "ended otherwise than undisturbed ones |"
+        )
+    if "interrupts" in found:
+        part = found["interrupts"]
+        each = [part[job] for job in JOBS]
+        lines.append(
+            f"| {part['interrupts']} times Ctrl-C at random moments of the same | the end came "
+            f"within {max(job['longest_s'] for job in each):.1f} s, "
+            f"{sum(job['other_codes'] for job in each)} times with another code than 130; "
+            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
+            f"{sum(job['other_results'] for job in each)} of {sum(job['runs'] for job in each)} "
+            "ended otherwise when gone on with |"
         )
     if "disk" in found:
         part = found["disk"]

@@ -775,3 +775,17 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
     assert "Failed" in failed.out
     assert call("compare", file, "-o", tmp_path / "other", *options, "--json").code == 1
     assert call("compare", tmp_path / "none.toml").code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model=3"], "configuration, model: 3 found where a table is needed"),
+        (["finetune=3", "finetune.epochs=1"], "configuration, finetune: 3 found where a table"),
+    ],
+)
+def test_a_section_that_is_no_table_is_named(settings: list[str], words: str, call: Call) -> None:
+    options = [word for setting in settings for word in ("--set", setting)]
+    outcome = call("prune", "-m", "resnet20", "-d", "digits", *options)
+    assert outcome.code == 2
+    assert words in outcome.err

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from secateur.data import Batch
-from secateur.errors import DataError
+from secateur.errors import DataError, UsageError
 from secateur.evaluate import LATENCY_BATCH, check_labels, count_macs, evaluate, latency_ms
 
 
@@ -166,3 +166,29 @@ def test_latency_is_that_of_whole_batches(count: int) -> None:
 def test_score_has_a_positive_latency() -> None:
     score = evaluate(Table(5), in_batches(random_images(2), torch.zeros(2).long(), 2))
     assert score.latency_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(7, 5)),
+            r"can't be run on images \[2, 3, 8, 8\]: mat1",
+        ),
+        (nn.LSTM(8, 8), "can't be run on images"),
+        (nn.Conv2d(3, 4, 1), r"gives \[2, 4, 8, 8\] where logits \[image, class\] are needed"),
+        (nn.MultiheadAttention(8, 1), "can't be run on images"),
+    ],
+)
+def test_a_network_that_gives_no_logits_is_said_to(model: nn.Module, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        evaluate(model, in_batches(random_images(2), torch.zeros(2).long(), 2))
+
+
+def test_lack_of_memory_is_no_fault_of_the_network() -> None:
+    class Large(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="allocate"):
+        evaluate(Large(), in_batches(random_images(2), torch.zeros(2).long(), 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from secateur.bundle import Origin
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluate import Score, device_of
+from secateur.evaluate import Score, answers_to, device_of
 from secateur.graph import evaluating
 from secateur.plan import PruningPlan
 from secateur.progress import bars, silent
@@ -81,7 +82,8 @@ class PruneResult:
         )
         result = self.result.model_copy(update={"config": config})
         smaller = self._pruned.model
-        gallery = make_gallery(self._original, smaller, self._dataset, result)
+        wiring = self._pruned.wiring
+        gallery = make_gallery(self._original, smaller, self._dataset, result, wiring=wiring)
         write_report(result, Path(path), gallery)
         return Path(path)
 
@@ -144,6 +146,7 @@ def prune(
     settings that don't exist, and `SecateurError` where the network can't be followed.
     """
     probe, labels = _collected(images, max_images, "images")
+    given = len(probe)
     config = _config(model, probe, target, criterion, concepts, epochs, seed, settings or {})
     original = model
     if device_of(model).type != "cpu":
@@ -160,7 +163,9 @@ def prune(
         labels, scored_labels = _answers(original, probe, size), _answers(original, scored, size)
     is_validation = torch.arange(len(probe)) % FOR_CHOICE == FOR_CHOICE - 1
     if not len(scored) or not is_validation.any():
-        raise DataError(f"{len(probe)} images are too few: give at least {HELD_OUT * FOR_CHOICE}")
+        held_out = HELD_OUT if test is None else given + 1
+        least = next(n for n in itertools.count(FOR_CHOICE) if n - n // held_out >= FOR_CHOICE)
+        raise DataError(f"{given} images are too few: give at least {least}")
     everything = NormalisedImages(probe, labels)
     dataset = DataSet(
         name=SOURCE,
@@ -280,8 +285,7 @@ def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "
     found: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for some in images.split(batch_size):
-            logits: Tensor = model(some)
-            found.append(logits.argmax(1))
+            found.append(answers_to(model, some).argmax(1))
     return torch.cat(found)
 
 

@@ -32,6 +32,7 @@ from secateur.manifest import (
     Manifest,
     hashes,
     read_contents,
+    read_manifest,
     versions,
     write_manifest,
 )
@@ -123,6 +124,17 @@ class Origin:
         return make_wiring(model, example, cut_stream=self.cut_stream, exclude=self.exclude)
 
 
+def read_origin(folder: Path) -> Origin:
+    """What the manifest of a run folder says of the unpruned network."""
+    return _origin(read_manifest(folder))
+
+
+def _origin(manifest: Manifest) -> Origin:
+    return Origin(
+        manifest.architecture, manifest.image_shape, manifest.cut_stream, manifest.exclude
+    )
+
+
 def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> Manifest:
     """Writes what loading needs into an existing folder; the manifest that it wrote last.
 
@@ -177,8 +189,7 @@ def load(
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if wiring is None:
-        origin = Origin(None, manifest.image_shape, manifest.cut_stream, manifest.exclude)
-        wiring = origin.make_wiring(model)
+        wiring = _origin(manifest).make_wiring(model)
     smaller = apply_plan(model, wiring, plan)
     try:
         smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)

@@ -910,7 +910,7 @@ def _config(
     """
     base = _put_over(read_tables(path) if path else {}, options, assignments)
     for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
-        if key not in base[section]:
+        if key not in _section(base, section):
             raise UsageError(f"{option} is missing")
     return from_dict(base, kind)
 
@@ -922,16 +922,24 @@ def _put_over(
     for section, values in options.items():
         if isinstance(values, dict):
             given = {key: value for key, value in values.items() if value is not None}
-            base[section] = {**base.get(section, {}), **given}
+            base[section] = {**_section(base, section), **given}
         elif values is not None:
             base[section] = values
     for key, value in _assignments(assignments):
         section, dot, name = key.partition(".")
         if dot:
-            base[section] = {**base.get(section, {}), name: value}
+            base[section] = {**_section(base, section), name: value}
         else:
             base[section] = value
     return base
+
+
+def _section(base: dict[str, Any], name: str) -> dict[str, Any]:
+    """A table of a configuration, empty where it is not given."""
+    found = base.get(name, {})
+    if not isinstance(found, dict):
+        raise UsageError(f"configuration, {name}: {found!r} found where a table is needed")
+    return found
 
 
 def _assignments(texts: list[str] | None) -> Iterator[tuple[str, Any]]:

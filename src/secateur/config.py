@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
 from secateur.data.augmentation import Crop
+from secateur.documents import words_of
 from secateur.errors import UnknownName, UsageError
 from secateur.plan import AllocationRule, parse_target
 from secateur.schedule import ScheduleName
@@ -304,7 +305,8 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
             raise UnknownName("key of the configuration", key, _keys(kind)) from error
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
-        raise UsageError(f"configuration, {key}: {first['msg']}{tail}") from error
+        place = f"configuration, {key}" if key else "configuration"
+        raise UsageError(f"{place}: {words_of(first)}{tail}") from error
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from secateur.errors import RunFolderError
 
@@ -18,7 +19,14 @@ class Document(BaseModel):
     )
 
 
+VALIDATOR = "Value error, "
+"""What pydantic writes before the words of our own validators."""
 AnyDocument = TypeVar("AnyDocument", bound=BaseModel)
+
+
+def words_of(error: ErrorDetails) -> str:
+    """What is wrong, in one line, by the first of pydantic's errors."""
+    return " ".join(error["msg"].removeprefix(VALIDATOR).split())
 
 
 def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) -> AnyDocument:
@@ -35,7 +43,8 @@ def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) 
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RunFolderError(f"{name} can't be read: {key}: {first['msg']}") from error
+        key = "".join(f"{part}." for part in first["loc"])[:-1]
+        place = f"{key}: " if key else ""
+        raise RunFolderError(f"{name} can't be read: {place}{words_of(first)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{name} can't be read: {error!r}") from error

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur import distributed
 from secateur.data import Batch
-from secateur.errors import DataError
+from secateur.errors import DataError, UsageError
+from secateur.failures import explain
 from secateur.graph import evaluating
 
 LATENCY_BATCH = 16
@@ -56,7 +58,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
         for batch in batches:
             images, labels = batch.images.to(device), batch.labels.to(device)
             example = images if example is None else example
-            logits = model(images)
+            logits = answers_to(model, images)
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
@@ -83,6 +85,21 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         latency_ms=time_ms,
     )
+
+
+def answers_to(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
+    """The network's answers; raises `UsageError` where it gives something else, or none."""
+    try:
+        found: object = model(images)
+    except Exception as error:
+        if explain(error) is not None:  # the machine's fault
+            raise
+        shape, words = list(images.shape), " ".join(str(error).split())
+        raise UsageError(f"the network can't be run on images {shape}: {words}") from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(f"the network gives {what} where logits [image, class] are needed")
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

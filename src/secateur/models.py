@@ -320,6 +320,12 @@ def load_weights(
     model.load_state_dict(found, strict=False)
 
 
+def _is_pickled(path: Path) -> bool:
+    """Whether a file starts as a pickle does, or is a zip file as torch writes them."""
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
+
+
 def _check_sums(path: Path) -> None:
     """Raises `ValueError` where a part of a zip file is not what its check sum says.
 
@@ -330,7 +336,7 @@ def _check_sums(path: Path) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(
-                f"the check sum of {damaged} does not match: it has been damaged, or written "
+                f"the check sum of {damaged!r} does not match: it has been damaged, or written "
                 "without check sums (torch.serialization.set_crc32_options)"
             )
 
@@ -353,12 +359,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 _check_sums(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
+            if not _is_pickled(path):
+                raise WeightsError(f"{path} is no file of torch's") from error
             raise WeightsError(
                 f"{path} holds more than tensors and is not read, since that could run code: "
                 "save the network's state_dict() instead"
             ) from error
         except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-            raise WeightsError(f"{path} can't be read: {error}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise WeightsError(f"{path} can't be read: {reason}") from error
     else:
         raise WeightsError(f"{path}: weights are read from .safetensors, .pth, .pt or .th files")
     for key in ("state_dict", "model_state_dict", "model", "net"):

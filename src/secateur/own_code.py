@@ -43,7 +43,8 @@ def find(name: str, kind: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
         del sys.modules[module_name]
-        raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} can't be run: {type(error).__name__}: {reason}") from error
     build = getattr(module, factory, None)
     if not callable(build):
         callables = [name for name in vars(module) if callable(getattr(module, name))]
@@ -57,4 +58,5 @@ def call(name: str, build: Callable[..., Any], **options: object) -> object:
     try:
         return build(**options)
     except Exception as error:  # the user's, too
-        raise UsageError(f"{name} failed: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name} failed: {type(error).__name__}: {reason}") from error

@@ -153,9 +153,13 @@ def names_of(unreadable: Unreadable | None) -> tuple[str, ...]:
 
 
 def prepare_ground(
-    model: nn.Module, dataset: DataSet, config: RunConfig, unreadable: Unreadable | None = None
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    unreadable: Unreadable | None = None,
+    wiring: Wiring | None = None,
 ) -> Ground:
-    """Draws the probe set and reads the network's wiring, as `config` says.
+    """Draws the probe set and reads the network's wiring, as `config` says, if it is not known.
 
     Concepts that are annotated bring images of their own: those are the probe set then. Raises
     `SecateurError`.
@@ -174,9 +178,10 @@ def prepare_ground(
     if first is None:
         raise DataError(f"none of {len(probe.labels)} probe images can be read")
     example = first.images
-    wiring = make_wiring(
-        model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
-    )
+    if wiring is None:
+        wiring = make_wiring(
+            model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
+        )
     check_finite(model, wiring, example)
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
     has_gradients = "gradients" in make_criterion(config.score.criterion, source, config).needs
@@ -373,6 +378,8 @@ class Pruned:
     result: RunResult
     latency: LatencyTable | None
     """Times of the layers before the cut, where the target is one of latency."""
+    wiring: Wiring
+    """Of the network before the first cut."""
 
     @property
     def round(self) -> int:
@@ -461,7 +468,7 @@ def tune(
         preprocessing(config),
         config.finetune,
         seed=config.seed,
-        sums=_sums(model, pruned) if config.finetune.feature_weight else (),
+        sums=_sums(pruned) if config.finetune.feature_weight else (),
         track=track,
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
@@ -509,9 +516,8 @@ def _missing(earlier: Pruned | None, unreadable: Unreadable | None) -> tuple[str
     return tuple(sorted({*before, *names_of(unreadable)}))
 
 
-def _sums(model: nn.Module, pruned: Pruned) -> tuple[ResidualSum, ...]:
-    wiring = origin(pruned.result.config).make_wiring(model)
-    return residual_sums(wiring, pruned.plan.removed)
+def _sums(pruned: Pruned) -> tuple[ResidualSum, ...]:
+    return residual_sums(pruned.wiring, pruned.plan.removed)
 
 
 def cut(
@@ -656,4 +662,6 @@ def cut(
     )
     if result.unreadable:
         log.write("unreadable", files=result.unreadable)
-    return Pruned(smaller, plan, result, survey.latency if earlier is None else earlier.latency)
+    if earlier is not None:
+        return Pruned(smaller, plan, result, earlier.latency, earlier.wiring)
+    return Pruned(smaller, plan, result, survey.latency, wiring)

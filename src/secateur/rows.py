@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from secateur.bounds import TEXT, read_bounded
 from secateur.comparison import way_of
+from secateur.documents import words_of
 from secateur.errors import RunFolderError
 from secateur.result import Stage
 from secateur.sweep import CellRecord, CellResult
@@ -105,7 +106,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
+            message = words_of(error.errors()[0])
             raise RunFolderError(
                 f"{path}, line {number}, is no row of a cell: {message}"
             ) from error

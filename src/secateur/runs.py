@@ -28,7 +28,6 @@ from secateur.latency import LatencyTable
 from secateur.locks import held, locked
 from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
-from secateur.plan import PruningPlan
 from secateur.progress import Track, silent
 from secateur.report import write_report
 from secateur.report.comparison import ROWS
@@ -167,9 +166,8 @@ def report(
     gallery = None
     if config.report.images:
         dataset, model = pipeline.load_inputs(config)
-        smaller = bundle.load(folder, architecture=model)
-        _check_weights(folder, bundle.read_plan(folder), model, result)
-        gallery = make_gallery(model, smaller, dataset, result, track)
+        pruned = _load(folder, model, result)
+        gallery = make_gallery(model, pruned.model, dataset, result, track, wiring=pruned.wiring)
     if not distributed.is_first():
         return ()
     if pictures is None:
@@ -213,7 +211,8 @@ def _sections(
 
 def _report(folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: Track) -> None:
     """Writes the report of a run that has ended, with what its filters see."""
-    gallery = make_gallery(model, pruned.model, dataset, pruned.result, track)
+    wiring = pruned.wiring
+    gallery = make_gallery(model, pruned.model, dataset, pruned.result, track, wiring=wiring)
     if distributed.is_first():
         write_report(pruned.result, folder / bundle.REPORT, gallery)
 
@@ -316,16 +315,12 @@ def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
         latency = LatencyTable.from_json(
             read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
         )
-    smaller = bundle.load(folder, architecture=model)
+    wiring = bundle.read_origin(folder).make_wiring(model)
+    smaller = bundle.load(folder, architecture=model, wiring=wiring)
     plan = bundle.read_plan(folder)
-    _check_weights(folder, plan, model, result)
-    return Pruned(smaller, plan, result, latency)
-
-
-def _check_weights(folder: Path, plan: PruningPlan, model: nn.Module, result: RunResult) -> None:
-    """Raises `RunFolderError` where `model` is not the network before the cut any more."""
     if plan.weights not in (None, weights_hash(tensors_of(model))):
         raise RunFolderError(
             f"the run in {folder} was made from other weights than those that "
             f"{result.config.model.weights or result.config.model.name} gives now"
         )
+    return Pruned(smaller, plan, result, latency, wiring)

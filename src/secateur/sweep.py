@@ -38,7 +38,7 @@ from secateur.writing import make_folder, replace_file
 
 SCHEMA_VERSION = 1
 COMPARISON, CELLS, CHECKPOINTS = "comparison.toml", "cells", "checkpoints"
-PATIENCE = 4.0
+PATIENCE = 3.0
 """Seconds that processes get to end by themselves when the sweep is interrupted."""
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",

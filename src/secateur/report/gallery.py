@@ -23,6 +23,7 @@ from secateur.dissection import FilterConcept
 from secateur.progress import Track, silent
 from secateur.result import RunResult
 from secateur.sights import VOTES, see
+from secateur.wiring import Wiring
 
 SIDE = 112
 """Largest side of an image in the page, in pixels."""
@@ -74,8 +75,12 @@ def make_gallery(
     dataset: DataSet,
     result: RunResult,
     track: Track = silent,
+    *,
+    wiring: Wiring | None = None,
 ) -> Gallery | None:
     """Looks at the network before and after a run, as the run's configuration says.
+
+    `wiring` is that of the network before, where it is known.
 
     None where that asks for no images. Of several processes each gets the same. Raises
     `SecateurError`.
@@ -88,7 +93,7 @@ def make_gallery(
         update={"data": config.data.model_copy(update={"probe_images": few})}
     )
     unreadable = pipeline.make_unreadable(config)
-    ground = pipeline.prepare_ground(model, dataset, config, unreadable)
+    ground = pipeline.prepare_ground(model, dataset, config, unreadable, wiring)
     count = config.report.top_images
     sights = see(model, ground, config, (VOTES,), images=count, track=track)
     later = pipeline.prepare_ground(smaller, dataset, config, unreadable)

@@ -1,0 +1,602 @@
+"""Every message of docs/bad_inputs.md is what the input beside it leads to, in full."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import secateur
+from fault_case import Case, FailingDisk
+from layouts import Pixels, random_pixels, write_classes, write_image
+from secateur import bundle, cli, data, models, room, runs, tensor_files
+from secateur.concepts import annotated_images
+from secateur.config import read_config
+from secateur.errors import SecateurError
+from secateur.locks import locked
+from secateur.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
+from secateur.models import Preprocessing
+from secateur.writing import make_folder, replace_file
+
+PAGE = Path(__file__).parents[1] / "docs" / "bad_inputs.md"
+COLUMNS = ("what is wrong", "message", "what to do")
+ANY = "…"
+"""Stands in a message for what differs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table of the page."""
+
+    wrong: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return self.wrong
+
+    @property
+    def pattern(self) -> str:
+        """What the message must match as a whole."""
+        return ".+".join(map(re.escape, self.message.split(ANY)))
+
+
+def rows() -> list[Row]:
+    """All lines of the page's tables, whose code is between one backquote or two."""
+    found = []
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("|") or cells == [*COLUMNS] or set(line) <= set("|-"):
+            continue
+        wrong, code, remedy = cells
+        quoted = re.fullmatch(r"(`+) ?(.+?) ?\1", code)
+        assert quoted, line
+        found.append(Row(wrong, quoted[2], remedy))
+    return found
+
+
+ROWS = rows()
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a case has to work with."""
+
+    folder: Path
+    """Empty."""
+    files: Case
+    """Images of three classes, and a network's code; not to be changed."""
+    whole: Path
+    """A run folder of those; not to be changed."""
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """A file in the folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def own_code(self, text: str) -> str:
+        """The name of a network that a file of such a text makes."""
+        return f"{self.write('net.py', text)}:small"
+
+    def run(self) -> Path:
+        """A run folder that may be changed."""
+        return Path(shutil.copytree(self.whole, self.folder / "run", dirs_exist_ok=True))
+
+    def prune(self, *options: object) -> None:
+        """`secateur prune` of the network on the images, so far as it comes."""
+        given = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        secateur_command("prune", *given, *options)
+
+
+def secateur_command(*arguments: object) -> None:
+    """Runs the command line in this process."""
+    with mock.patch.object(sys, "argv", ["secateur", *map(str, arguments)]):
+        cli.main()
+
+
+def message_of(case: Callable[[Desk], object], desk: Desk) -> str:
+    """What a user reads: the text of the error, or what the command line prints after `error:`."""
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stderr(said),
+        pytest.raises((SecateurError, SystemExit)) as raised,
+    ):
+        case(desk)
+    error = raised.value
+    if isinstance(error, SystemExit):
+        assert error.code in (1, 2)
+        start, _, message = said.getvalue().partition(" ")
+        assert start == "error:"
+        return message.removesuffix("\n")
+    return str(error)
+
+
+# --- the request -------------------------------------------------------------------------------
+
+
+def missing_extra(desk: Desk) -> None:
+    with mock.patch.dict(sys.modules, {"timm": None}):
+        models.load("timm:resnet18")
+
+
+def network() -> nn.Module:
+    """Three layers, of which two can be cut, for images of 8×8."""
+    model = nn.Sequential()
+    for number, (read, written) in enumerate(((3, 8), (8, 8), (8, 4)), 1):
+        model.add_module(f"conv{number}", nn.Conv2d(read, written, 3, padding=1))
+        model.add_module(f"relu{number}", nn.ReLU())
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flat", nn.Flatten())
+    return model
+
+
+def images(count: int = 60) -> Tensor:
+    return torch.rand(count, 3, 8, 8)
+
+
+def large_config(desk: Desk) -> None:
+    path = desk.folder / "run.toml"
+    with path.open("wb") as file:
+        file.truncate(2**21)
+    read_config(path)
+
+
+# --- networks ----------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Decides by what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y.mean((2, 3)) if y.sum() > 0 else y.amax((2, 3))
+
+
+def labelled(model: nn.Module) -> None:
+    secateur.prune(model, [(images(), torch.arange(60) % 4)])
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+class Payload:
+    """What would make a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (Path("ran"),)
+
+
+def pickled(desk: Desk) -> None:
+    path = desk.folder / "weights.pth"
+    torch.save({"weight": Payload()}, path)
+    models.read_weights(path)
+
+
+def large_header(desk: Desk) -> None:
+    path = desk.write("weights.safetensors", struct.pack("<Q", 10**9))
+    models.read_weights(path)
+
+
+def flipped_value(desk: Desk) -> None:
+    content = bytearray(tensor_files.to_bytes({"weight": torch.ones(100)}))
+    content[-50] ^= 1
+    models.read_weights(desk.write("weights.safetensors", bytes(content)))
+
+
+def flipped_in_zip(desk: Desk) -> None:
+    path = desk.folder / "weights.pth"
+    torch.save({"weight": torch.ones(100)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.find(struct.pack("<ff", 1.0, 1.0)) + 50] ^= 1
+    path.write_bytes(content)
+    models.read_weights(path)
+
+
+def other_weights(desk: Desk) -> None:
+    path = desk.folder / "weights.safetensors"
+    save_file({"stem.weight": torch.zeros(1)}, path)
+    models.load(desk.files.model_name, path, num_classes=3)
+
+
+def other_classes(desk: Desk) -> None:
+    path = desk.folder / "weights.safetensors"
+    save_file(models.load(desk.files.model_name, num_classes=10).state_dict(), path)
+    models.load(desk.files.model_name, path, num_classes=3)
+
+
+def not_finite(desk: Desk) -> None:
+    model = network()
+    model.get_parameter("conv2.bias").data[1] = float("nan")
+    labelled(model)
+
+
+# --- run folders -------------------------------------------------------------------------------
+
+
+def changed(desk: Desk, name: str, change: Callable[[str], str]) -> Path:
+    """A run folder with a file of another text."""
+    run = desk.run()
+    (run / name).write_text(change((run / name).read_text()))
+    return run
+
+
+def agreeing(run: Path) -> Path:
+    """The run folder with a manifest that says what its files are now."""
+    manifest = json.loads((run / MANIFEST).read_text())
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    return run
+
+
+def load_run(run: Path, desk: Desk, classes: int = 3) -> None:
+    bundle.load(run, architecture=models.load(desk.files.model_name, num_classes=classes))
+
+
+def not_empty(desk: Desk) -> None:
+    desk.write("run/notes.txt", "mine")
+    desk.prune()
+
+
+def something_else(desk: Desk) -> None:
+    desk.write("run/notes.txt", "mine")
+    desk.prune("--overwrite")
+
+
+def listed_outside(desk: Desk) -> None:
+    run = desk.run()
+    manifest = json.loads((run / MANIFEST).read_text())
+    manifest["files"]["../../x"] = "0" * 64
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    bundle.load_program(run)
+
+
+def missing_member(desk: Desk) -> None:
+    run = desk.run()
+    (run / WEIGHTS).unlink()
+    bundle.load_program(run)
+
+
+def unknown_call(desk: Desk) -> None:
+    run = changed(desk, PROGRAM, lambda text: text.replace("aten.relu", "os.system"))
+    bundle.load_program(agreeing(run))
+
+
+def weights_of_another(desk: Desk) -> None:
+    run = desk.run()
+    state = models.load(desk.files.model_name, num_classes=3).state_dict()
+    (run / WEIGHTS).write_bytes(tensor_files.to_bytes(state))
+    load_run(agreeing(run), desk)
+
+
+def made_from_other_weights(desk: Desk) -> None:
+    code = (desk.files.folder / "own.py").read_text()
+    name = desk.own_code(f"import torch\ntorch.manual_seed(5)\n{code}")
+    run = desk.run()
+    runs.finetune(run, run, {"epochs": 1}, model_name=name)
+
+
+def two_at_once(desk: Desk) -> None:
+    with locked(desk.folder / "run"):
+        desk.prune()
+
+
+def resumed_otherwise(desk: Desk) -> None:
+    config = desk.files.config(epochs=0)
+    plan = config.plan.model_copy(update={"target": "macs=0.8"})
+    runs.run(config.model_copy(update={"plan": plan}), desk.run(), resume=True)
+
+
+# --- data sets ---------------------------------------------------------------------------------
+
+
+def folder_of(desk: Desk, *names: str) -> str:
+    """A folder of small images, one at each of the places."""
+    for name, pixels in zip(names, random_pixels(len(names), 8, 8, 3), strict=True):
+        write_image(desk.folder / name, pixels)
+    return f"folder:{desk.folder}"
+
+
+def empty_class(desk: Desk) -> None:
+    desk.write("bee/notes.txt", "none yet")
+    data.load(folder_of(desk, "ant/0.png"))
+
+
+def cut_image(desk: Desk) -> None:
+    path = desk.folder / "0.jpg"
+    write_image(path, random_pixels(24, 20, 3))
+    path.write_bytes(path.read_bytes()[:800])
+    read_images(path)
+
+
+def read_images(*paths: Path) -> None:
+    files = data.FileImages(paths, torch.zeros(len(paths), dtype=torch.int64))
+    files.read(torch.arange(len(paths)), Preprocessing(8, 8))
+
+
+def large_image() -> bytes:
+    """The beginning of a PNG of 30,000 × 30,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+def damaged_cifar(desk: Desk) -> None:
+    desk.write("cifar-10-batches-py/data_batch_1", b"not as published")
+    data.load(f"cifar10:{desk.folder}")
+
+
+def mislabelled_cifar(desk: Desk) -> None:
+    (desk.folder / "train").mkdir()
+    Image.fromarray(random_pixels(64, 32, 3)).save(desk.folder / "train" / "0.webp", lossless=True)
+    np.save(desk.folder / "train_labels.npy", np.array([1, 10]))
+    data.load(f"cifar10:{desk.folder}")
+
+
+def short_fashion_mnist(desk: Desk) -> None:
+    head = bytes([0, 0, 8, 3]) + struct.pack(">III", 2, 28, 28)
+    desk.write("train-images-idx3-ubyte", head + bytes(28 * 28))
+    data.load(f"fashion-mnist:{desk.folder}")
+
+
+def few_of_imagenet(desk: Desk) -> None:
+    write_classes(desk.folder / "train", ["n01440764"], 1)
+    data.load(f"imagenet:{desk.folder}")
+
+
+def unsorted_imagenet(desk: Desk) -> None:
+    write_classes(desk.folder / "train", ["n01440764"], 1)
+    write_image(desk.folder / "val" / "ILSVRC2012_val_00000001.JPEG", random_pixels(8, 8, 3))
+    data.load(f"imagenette:{desk.folder}")
+
+
+BIRDS = {
+    "images": "1 001.Auk/a.jpg\n2 001.Auk/b.jpg\n3 002.Emu/c.jpg\n",
+    "classes": "1 001.Auk\n2 002.Emu\n",
+    "image_class_labels": "1 1\n2 1\n3 2\n",
+    "train_test_split": "1 1\n2 0\n3 1\n",
+    "bounding_boxes": "1 2.0 4.0 10.0 8.0\n2 0.0 0.0 5.0 5.0\n3 1.0 1.0 30.0 12.0\n",
+    "parts": "1 beak\n",
+    "part_locs": "1 1 5.0 6.0 1\n2 1 1.0 1.0 1\n3 1 10.0 7.0 1\n",
+}
+"""The tables of CUB-200-2011 in miniature."""
+
+
+def birds(desk: Desk, **changes: str | None) -> None:
+    """Reads the birds with tables that have another text, or are not there."""
+    for name, text in {**BIRDS, **changes}.items():
+        if text is not None:
+            desk.write(f"{name}.txt", text)
+    data.load(f"cub:{desk.folder}")
+
+
+def zipped_bomb(desk: Desk) -> None:
+    desk.write("images.txt.gz", 65 * gzip.compress(bytes(2**20)))
+    birds(desk, images=None)
+
+
+def masked(desk: Desk, mask: Pixels | None) -> None:
+    """Reads an image of 8×8 with this mask, whose values up to 1 have names."""
+    write_image(desk.folder / "images" / "0.png", random_pixels(8, 8, 3))
+    (desk.folder / "masks").mkdir()
+    if mask is not None:
+        write_image(desk.folder / "masks" / "0.png", mask)
+    desk.write("classes.txt", "background\nroad\n")
+    found = annotated_images(f"masks:{desk.folder}")
+    assert found is not None
+    found.regions(torch.tensor([0]), Preprocessing(8, 8))
+
+
+def broden(desk: Desk) -> None:
+    desk.write("label.csv", "number,name,category\n1,sky,object\n")
+    desk.write("index.csv", "image,split,ih,iw,sh,sw,object\na.jpg,train,8,8,8,8,a.png\n")
+    annotated_images(f"broden:{desk.folder}")
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+
+def full_disk(desk: Desk) -> None:
+    with FailingDisk(desk.folder, fails_at=2).mounted():
+        replace_file(desk.folder / "plan.json", "{}")
+
+
+def linked_folder(desk: Desk) -> None:
+    (desk.folder / "link").symlink_to(desk.folder / "elsewhere")
+    make_folder(desk.folder / "link")
+
+
+def too_large_a_step(desk: Desk) -> None:
+    with mock.patch.object(room, "free_bytes", return_value=1000):
+        room.check_training(network(), images(2), 128)
+
+
+def failing_run(desk: Desk, error: Exception) -> None:
+    """`secateur prune` where the machine fails."""
+    with mock.patch.object(runs, "run", side_effect=error):
+        desk.prune()
+
+
+# --- the rows ----------------------------------------------------------------------------------
+
+CASES: dict[str, Callable[[Desk], object]] = {
+    # the request
+    "no network has this name": lambda desk: desk.prune("-m", "resnet57"),
+    "no criterion has this name": lambda desk: desk.prune("--criterion", "tailor"),
+    "no kind of data set has this name": lambda desk: desk.prune("-d", "cifar:data"),
+    "no key of the configuration has this name": lambda desk: desk.prune(
+        "--set", "finetune.mixpu=0.2"
+    ),
+    "a value is out of bounds": lambda desk: desk.prune("--learning-rate", 0),
+    "no network is named": lambda desk: secateur_command("prune", "-d", desk.files.source),
+    "no data set is named": lambda desk: secateur_command("prune", "-m", "resnet20"),
+    "no weights are named": lambda desk: desk.prune("-m", "resnet20"),
+    "a setting has no value": lambda desk: desk.prune("--set", "finetune.mixup"),
+    "the target is of an unknown quantity": lambda desk: desk.prune("-t", "speed=0.5"),
+    "the target is out of range": lambda desk: desk.prune("-t", "macs=70"),
+    "the target can't be reached": lambda desk: secateur.prune(
+        network(), [images()], target="macs=0.01"
+    ),
+    "no layer has the name that is to stay": lambda desk: secateur.prune(
+        network(), [images()], settings={"plan.exclude": ["conv4"]}
+    ),
+    "the configuration is not there": lambda desk: desk.prune("-c", desk.folder / "run.toml"),
+    "the configuration is not TOML": lambda desk: read_config(
+        desk.write("run.toml", "[model]\nname = resnet20\n")
+    ),
+    "the configuration nests too deeply": lambda desk: read_config(
+        desk.write("run.toml", "a." * 1000 + "a = 1")
+    ),
+    "the configuration is too large": large_config,
+    "an extra is not installed": missing_extra,
+    # a network of one's own
+    "its file is not there": lambda desk: models.load(f"{desk.folder / 'net.py'}:small"),
+    "its file has no such function": lambda desk: models.load(
+        desk.files.model_name.removesuffix("l")
+    ),
+    "its file fails": lambda desk: models.load(desk.own_code("import not_there")),
+    "its function fails": lambda desk: models.load(
+        desk.own_code("import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n")
+    ),
+    "its code decides by what it computes": lambda desk: labelled(Branching()),
+    # weights
+    "the file is not there": lambda desk: models.read_weights(desk.folder / "weights.pth"),
+    "the file is of another format": lambda desk: models.read_weights(
+        desk.write("weights.onnx", b"")
+    ),
+    "the file holds more than tensors": pickled,
+    "a `.pth` file is empty": lambda desk: models.read_weights(desk.write("weights.pth", b"")),
+    "a `.pth` file was damaged": flipped_in_zip,
+    "a safetensors file was cut off": lambda desk: models.read_weights(
+        desk.write("weights.safetensors", tensor_files.to_bytes({"weight": torch.zeros(9)})[:-4])
+    ),
+    "a safetensors file claims too much": large_header,
+    "a safetensors file of ours was damaged": flipped_value,
+    "the weights are for another network": other_weights,
+    "the weights are for other classes": other_classes,
+    "the weights hold NaN": not_finite,
+    # run folders
+    "the folder for the results is in use": not_empty,
+    "the folder holds something else": something_else,
+    "the folder for the results is a file": lambda desk: desk.prune("-o", desk.write("run", "")),
+    "another run is at work in the folder": two_at_once,
+    "a run is resumed with other settings": resumed_otherwise,
+    "the folder holds no run": lambda desk: secateur_command("export", desk.folder),
+    "a file of the run is gone": missing_member,
+    "a file of the run was changed": lambda desk: bundle.load_program(
+        changed(desk, PLAN, lambda text: text.replace("0.6", "0.7"))
+    ),
+    "the run was written by a later secateur": lambda desk: bundle.load_program(
+        changed(desk, MANIFEST, lambda text: text.replace('version": 1', 'version": 2'))
+    ),
+    "the manifest lists a file that is no run's": listed_outside,
+    "the program calls what it may not": unknown_call,
+    "the plan is for another network": lambda desk: load_run(desk.whole, desk, classes=4),
+    "the weights are not those of the plan": weights_of_another,
+    "the network before the cut has other weights": made_from_other_weights,
+    "the run is of a network from a file of code": lambda desk: secateur_command(
+        "finetune", desk.run()
+    ),
+    "the network is in code that loading won't run": lambda desk: bundle.load(desk.whole),
+    # data sets
+    "the folder is not there": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
+    "the folder has no classes": lambda desk: data.load(folder_of(desk)),
+    "a class has no images": empty_class,
+    "a class has too few images": lambda desk: data.load(folder_of(desk, "ant/0.png")),
+    "the parts have different classes": lambda desk: data.load(
+        folder_of(desk, "train/ant/0.png", "train/bee/0.png", "test/ant/0.png")
+    ),
+    "an image was cut off": cut_image,
+    "several files are no images": lambda desk: read_images(
+        desk.write("0.png", "none"), desk.write("1.png", "none")
+    ),
+    "an image has too many pixels": lambda desk: read_images(desk.write("0.png", large_image())),
+    "the head has fewer classes than the data": lambda desk: desk.prune("--num-classes", 2),
+    "CIFAR-10: a file is not as published": damaged_cifar,
+    "CIFAR-10: a label is out of range": mislabelled_cifar,
+    "Fashion-MNIST: a file is too short": short_fashion_mnist,
+    "ImageNet: classes are missing": few_of_imagenet,
+    "ImageNet: the images are not sorted": unsorted_imagenet,
+    "CUB-200-2011: a table is missing": lambda desk: birds(desk, bounding_boxes=None),
+    "CUB-200-2011: images are missing": birds,
+    "CUB-200-2011: a table names a file elsewhere": lambda desk: birds(
+        desk, images="1 ../../x\n2 001.Auk/b.jpg\n3 002.Emu/c.jpg\n"
+    ),
+    "a packed table is too large": zipped_bomb,
+    # masks and other annotations
+    "there are no masks": lambda desk: annotated_images(f"masks:{desk.folder}"),
+    "an image has no mask": lambda desk: masked(desk, None),
+    "a mask has another size": lambda desk: masked(desk, np.zeros((8, 10), np.uint8)),
+    "a mask is in colours": lambda desk: masked(desk, np.zeros((8, 8, 3), np.uint8)),
+    "a mask holds a number without a name": lambda desk: masked(desk, np.full((8, 8), 7, np.uint8)),
+    "Broden: images are missing": broden,
+    # from Python
+    "images are bytes": lambda desk: secateur.prune(network(), [(255 * images()).byte()]),
+    "there are too few images": lambda desk: secateur.prune(network(), [images(10)]),
+    # the machine
+    "the disk is full": full_disk,
+    "the folder is a symbolic link": linked_folder,
+    "a training step would not fit into memory": too_large_a_step,
+    "memory has run out": lambda desk: failing_run(desk, torch.OutOfMemoryError("out of memory")),
+    "another process of the run has gone": lambda desk: failing_run(
+        desk, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+    """A user's files, and a run folder of them."""
+    files = Case(tmp_path_factory.mktemp("files"), report_images=0)
+    files.write()
+    with mock.patch.object(runs, "write_report"):  # what draws its charts takes seconds to import
+        runs.run(files.config(epochs=0), files.folder / "run")
+    return files, files.folder / "run"
+
+
+@pytest.fixture
+def desk(made: tuple[Case, Path], tmp_path: Path) -> Desk:
+    return Desk(tmp_path, *made)
+
+
+def test_every_row_has_a_case_and_every_case_a_row() -> None:
+    assert [row.wrong for row in ROWS] == list(CASES)
+
+
+def test_every_row_says_what_to_do() -> None:
+    assert all(row.remedy for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_message_is_that_of_the_page(row: Row, desk: Desk) -> None:
+    message = message_of(CASES[row.wrong], desk)
+    assert len(message.splitlines()) == 1
+    assert re.fullmatch(row.pattern, message), message
