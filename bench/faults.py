@@ -48,6 +48,7 @@ from rows import ROOT, revision, surroundings, write_json
 from secateur import bundle, cli
 from secateur.errors import SecateurError
 from secateur.manifest import read_contents
+from secateur.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
 from tables import with_table
 
 RESULTS = ROOT / "results" / "faults.json"
@@ -375,7 +376,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     model = secateur.load_model(case.model_name, num_classes=len(CLASSES))
     pixels = dataset.train.read(torch.arange(60), secateur.models.Preprocessing(16, 16))
     images = [(pixels.float() / 255, dataset.train.labels[:60])]
-    before, found = _state(model), []
+    before, found = state_of(model), []
     threads = torch.get_num_threads()
     for number in range(1, RUNS + 1):
         pruned = secateur.prune(model, images, target="macs=0.6", epochs=1, settings=_QUICK)
@@ -394,11 +395,11 @@ def repeat(folder: Path) -> dict[str, Any]:
         "memory_growth": last["memory_mib"] / first["memory_mib"] - 1,
         "more_files": last["files"] - first["files"],
         "more_threads": last["threads"] - first["threads"],
-        "state_as_before": before == _state(model),
+        "state_as_before": before == state_of(model),
     }
 
 
-_QUICK = {"finetune": {"batch_size": 16, "workers": 0, "warmup_steps": 0}}
+_QUICK = {"finetune.batch_size": 16, "finetune.workers": 0, "finetune.warmup_steps": 0}
 
 
 def _resources() -> dict[str, Any]:
@@ -412,7 +413,7 @@ def _resources() -> dict[str, Any]:
     }
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
+def state_of(model: nn.Module) -> dict[str, Any]:
     """What is global to the process, and what could be left on a network."""
     hooks = [
         len(getattr(module, name))

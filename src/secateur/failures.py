@@ -9,6 +9,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memo
 """What torch's allocators say in errors that have no type of their own."""
 LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused")
 LOST_PROCESS_PLACE = "gloo"
+LOST_READER = ("dataloader worker",)
 
 
 def explain(error: BaseException) -> str | None:
@@ -18,6 +19,11 @@ def explain(error: BaseException) -> str | None:
         return (
             "there is not enough memory: --set data.batch_size=N, or finetune.accumulate=N in "
             f"training, takes less{f' ({text})' if text else ''}"
+        )
+    if _says(error, LOST_READER):
+        return (
+            "a process that reads images has ended, as it does where memory is short: --set "
+            f"finetune.workers=0 reads in this one ({text})"
         )
     is_of_processes = isinstance(error, dist.DistError) or LOST_PROCESS_PLACE in text.lower()
     if isinstance(error, RuntimeError) and (is_of_processes or _says(error, LOST_PROCESS)):
