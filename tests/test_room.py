@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from fault_case import Case
 from networks import Chain, Residual, random_images
@@ -76,6 +78,24 @@ def test_a_step_that_is_too_large_is_refused_before_it_is_made(
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_of_the_measured_step_is_left() -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.seen: weakref.ref[Tensor] | None = None
+
+        def forward(self, images: Tensor) -> Tensor:
+            values = self.conv(images).sigmoid()
+            self.seen = weakref.ref(values)
+            return (values * values).mean((2, 3))  # both save the values
+
+    model = Remembering()
+    check_training(model, random_images(2), 8)
+    assert model.seen is not None
+    assert model.seen() is None
 
 
 def test_what_a_step_takes_grows_with_what_is_computed_at_once(

@@ -62,21 +62,20 @@ def check_training(
     What a step holds is measured on the few `images`: the values that gradients are computed from.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    held: dict[int, int] = {}
+    held: dict[int, torch.UntypedStorage] = {}
+    """By address; held, so that no other value takes the place of one and is missed."""
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # so that no other value takes its place and is missed
-        return tensor
+            held[storage.data_ptr()] = storage
+        # Nothing is left in place of the tensor: the graph would hold it, and it the graph.
 
-    kept: list[Tensor] = []
     with evaluating(model), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
             answers = model(images)
         del answers
-    needed = sum(held.values()) / len(images) * at_once
+    needed = sum(storage.nbytes() for storage in held.values()) / len(images) * at_once
     free = free_bytes(device_of(model))
     if needed > free:
         raise SecateurError(
