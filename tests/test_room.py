@@ -88,7 +88,7 @@ def test_nothing_of_the_measured_step_is_left() -> None:
             self.seen: weakref.ref[Tensor] | None = None
 
         def forward(self, images: Tensor) -> Tensor:
-            values = self.conv(images).sigmoid()
+            values: Tensor = self.conv(images).sigmoid()
             self.seen = weakref.ref(values)
             return (values * values).mean((2, 3))  # both save the values
 
