@@ -47,6 +47,7 @@ from fault_inputs import Reader, mutate, readers, write_files
 from rows import ROOT, revision, surroundings, write_json
 from secateur import bundle, cli
 from secateur.errors import SecateurError
+from secateur.interrupts import INTERRUPTED
 from secateur.manifest import read_contents
 from secateur.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
 from tables import with_table
@@ -294,8 +295,8 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
     longest = 0.0
     while counts["interrupts"] < count:
         folder = renewed(case.folder / "interrupted", start)
-        code = cli.INTERRUPTED
-        while code == cli.INTERRUPTED:
+        code = INTERRUPTED
+        while code == INTERRUPTED:
             child = _child(work, folder)
             # The first moments belong to the start of Python, which this process has behind it.
             is_there = child.sent_after(signal.SIGINT, generator.uniform(0.1, 1.1 * seconds))
@@ -304,7 +305,7 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
             if is_there:
                 longest = max(longest, time.monotonic() - asked)
                 counts["interrupts"] += 1
-                counts["other_codes"] += code not in (0, cli.INTERRUPTED)
+                counts["other_codes"] += code not in (0, INTERRUPTED)
                 counts["damaged_folders"] += not _is_sound(folder)
         counts["runs"] += 1
         counts["other_results"] += bool(differences(outcome(folder), expected))

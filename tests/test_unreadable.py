@@ -189,7 +189,7 @@ def test_by_default_a_run_ends_at_the_first_one(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     damaged(folder)
-    with pytest.raises(UnreadableImage, match=r"the image .*test/ant/0\.png can't be read"):
+    with pytest.raises(UnreadableImage, match=r"the image .*train/bee/0\.png can't be read"):
         prune_briefly(model_file, f"folder:{folder}", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +43,7 @@ from secateur.export import ExportResult, Latency, check_free, compare_latency, 
 from secateur.failures import explain
 from secateur.heartbeat import lost
 from secateur.inspection import NEEDED, inspect_network
+from secateur.interrupts import INTERRUPTED, insisting
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.progress import Track, bars, silent
 from secateur.report import count_text, score_rows
@@ -52,8 +52,6 @@ from secateur.result import RunResult
 from secateur.rows import row_of
 from secateur.standings import standings
 
-INTERRUPTED = 130
-"""Exit code after an interrupt or a request to terminate."""
 BAR = 8
 """Characters of the longest bar."""
 
@@ -202,9 +200,8 @@ def main() -> None:
     An interrupt and a request to terminate both clean up and exit with 130. Of several processes,
     as torchrun starts them, only the first one prints results and progress.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with distributed.process_group(), contextlib.ExitStack() as stack:
+        with insisting(), distributed.process_group(), contextlib.ExitStack() as stack:
             if not distributed.is_first():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))

@@ -23,7 +23,7 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = 20.0
 """Seconds without a sign of life after which a process is taken for lost."""
-GRACE = 10.0
+GRACE = 3.0
 """Seconds that this process then has to end by itself."""
 FAILED = "failed"
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from secateur.config import from_dict, read_tables
 from secateur.documents import parsed
 from secateur.errors import RunFolderError, SecateurError
 from secateur.failures import explain
+from secateur.interrupts import held
 from secateur.locks import locked
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
@@ -261,15 +263,17 @@ def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[C
 
 def _end(running: Sequence[_Process]) -> None:
     """Asks processes to end, and makes those end that have not after a while."""
-    for process in running:
-        process.popen.terminate()
-    for process in running:
-        try:
-            process.popen.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.popen.kill()
-            process.popen.wait()
-        process.close()
+    until = time.monotonic() + PATIENCE
+    with held():
+        for process in running:
+            process.popen.terminate()
+        for process in running:
+            try:
+                process.popen.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.popen.kill()
+                process.popen.wait()
+            process.close()
 
 
 # --- a cell ------------------------------------------------------------------------------------

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
 
+from secateur.interrupts import INTERRUPTED, insisting
 from secateur.sweep import work
 
 
 def main() -> None:
     """Works off an order; a request to terminate ends it with 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     say, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of ours
     try:
-        work(Path(order["folder"]), order["cells"], say)
+        with insisting():
+            work(Path(order["folder"]), order["cells"], say)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _end_with_stdin() -> None:

@@ -107,9 +107,10 @@ class UsualTally:
         """Means, and thresholds if asked for: exceeded by a share `quantile` of what was looked at.
 
         A threshold is never below the exact quantile of what was looked at, and above it by at
-        most 1/64 of its size, or by 2^-10 of the filter's largest activation where it is smaller
-        than that. The exact one is the largest value that at least the share q reach. A share q of
-        n independent values is itself known to within about sqrt(q (1 - q) / n).
+        most 1/64 of its size or, where it is smaller than 2^-10 of the filter's largest activation,
+        by 2^-9 of that: values so small, of both signs, are one bin. The exact one is the largest
+        value that at least the share q reach. A share q of n independent values is itself known to
+        within about sqrt(q (1 - q) / n).
         """
         mean = (self._mean.value() / int(self._images)).float()
         bound = ((self._octave + 1) << 23).int().view(torch.float32)

@@ -140,7 +140,8 @@ def train(
         try:
             run.go(track, validate, after_epoch, checkpoints)
         except KeyboardInterrupt:
-            run.save(checkpoints)
+            with held():
+                run.save(checkpoints)
             raise
         finally:
             model.zero_grad(set_to_none=True)
