@@ -337,8 +337,9 @@ def fill_disks(folder: Path) -> dict[str, Any]:
             counts["crashes"] += code not in (0, 1)
             counts["damaged_folders"] += not _is_sound(out)
             counts["lost_files"] += sum(not (out / name).is_file() for name in earlier)
-            counts["errors_when_resumed"] += _child(getattr(case, job), out).wait() != 0
-            counts["other_results"] += bool(differences(outcome(out), expected))
+            code = _child(getattr(case, job), out).wait()
+            counts["errors_when_resumed"] += code != 0
+            counts["other_results"] += code == 0 and bool(differences(outcome(out), expected))
         keys = ("crashes", "damaged_folders", "lost_files", "errors_when_resumed", "other_results")
         found[job] = {"writes": writes, "no_error": counts["no_error"]}
         found[job].update({key: counts[key] for key in keys})

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fault_case import FailingDisk
 from layouts import write_classes
 from secateur import pipeline, sweep
 from secateur.comparison import Comparison, cells_of
 from secateur.config import from_dict
 from secateur.criteria import CRITERIA
-from secateur.errors import RunFolderError, UnknownName
+from secateur.errors import RunFolderError, UnknownName, WriteError
 from secateur.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
 
 VARYING = {"seconds", "latency_left"}
@@ -259,3 +260,18 @@ def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
         assert one["score_on"] == "validation"
         assert int(one["images"]) == 4  # a tenth of 48, of each class alike
         assert int(one["threads"]) == 1
+
+
+def test_a_folder_that_a_full_disk_has_left_empty_is_gone_on_with(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    comparison = from_dict({**content, "criteria": ["l1"], "targets": ["macs=0.8"]}, Comparison)
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir()
+    link.symlink_to(out)
+    for place in (2, 3):  # opening and writing comparison.toml
+        with FailingDisk(tmp_path, place).mounted(), pytest.raises(WriteError):
+            sweep.compare(comparison, link, skip=lambda cell: True)
+    (out / "comparison.toml.unfinished").touch()  # of one that was killed
+    assert sweep.compare(comparison, link, skip=lambda cell: True) == ()
+    assert (out / "comparison.toml").is_file()

@@ -36,7 +36,7 @@ from secateur.locks import locked
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
 from secateur.result import Record, RunResult
-from secateur.writing import make_folder, replace_file
+from secateur.writing import UNFINISHED, make_folder, replace_file
 
 SCHEMA_VERSION = 1
 COMPARISON, CELLS, CHECKPOINTS = "comparison.toml", "cells", "checkpoints"
@@ -124,11 +124,13 @@ def read_cell(folder: Path, cell: Cell) -> CellResult | None:
 
 
 def _prepare(folder: Path, comparison: Comparison) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / COMPARISON).is_file():
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if COMPARISON not in there and any(not name.endswith(UNFINISHED) for name in there):
         raise RunFolderError(f"{folder} holds something other than a comparison: choose another")
     text = tomli_w.dumps(comparison.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+    make_folder(folder.resolve())
+    replace_file(folder / COMPARISON, text)  # first: it says what the folder is
     make_folder(folder / CELLS)
-    replace_file(folder / COMPARISON, text)
 
 
 def _tidy(folder: Path, ended: Iterable[str]) -> None:
