@@ -1,20 +1,28 @@
 # make demo   sets up .venv and prunes a small network on handwritten digits
 #             (with DATA=DIR and WEIGHTS=FILE: the same on CIFAR-10; MODEL=NAME, OUT=DIR)
 # make test   sets up .venv and runs the tests
+# make test-lowest   runs them in .venv-lowest with the oldest releases that pyproject.toml allows
+# make test-wheel    builds the wheel, installs it without extras elsewhere and prunes there
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= runs/demo
 MODEL ?= resnet20
-export VENV
+export VENV PYTHON
 
-.PHONY: demo test check setup
+.PHONY: demo test test-lowest test-wheel check setup
 
 demo: setup
 	$(VENV)/bin/secateur demo --out "$(OUT)" $(if $(DATA),--model "$(MODEL)" --data "cifar10:$(DATA)" --weights "$(WEIGHTS)")
 
 test: setup
 	scripts/test
+
+test-lowest:
+	scripts/test-lowest
+
+test-wheel: setup
+	scripts/test-wheel
 
 check: setup
 	scripts/check

@@ -269,7 +269,7 @@ def test_a_folder_that_a_full_disk_has_left_empty_is_gone_on_with(
     out, link = tmp_path / "out", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)
-    for place in (2, 3):  # opening and writing comparison.toml
+    for place in (5, 6):  # after the lock: opening and writing comparison.toml
         with FailingDisk(tmp_path, place).mounted(), pytest.raises(WriteError):
             sweep.compare(comparison, link, skip=lambda cell: True)
     (out / "comparison.toml.unfinished").touch()  # of one that was killed
