@@ -77,13 +77,16 @@ TEXTS = {
 def licence(name: str) -> str:
     """What an installed package says of its licence: an SPDX expression where it can be told.
 
-    New packages state an expression. Older ones have classifiers or a field of any text; which BSD
-    licence those mean, and everything where they say nothing, is told from the licence's text.
+    New packages state an expression. Older ones have classifiers or a field, of an SPDX identifier
+    or of any text; which BSD licence is meant, and everything where they say nothing, is told from
+    the licence's text.
     """
     found = metadata.metadata(name)
     if expressions := found.get_all("License-Expression"):
         return str(expressions[0])
     field = " ".join(found.get_all("License") or [])
+    if re.fullmatch(r"[A-Z]\w+(-[\w.]+)+", field):
+        return field
     classifiers = [each.split(" :: ") for each in found.get_all("Classifier") or []]
     for said in (*(each[-1] for each in classifiers if each[0] == "License"), field):
         for beginning, known in NAMES.items():

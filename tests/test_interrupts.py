@@ -35,6 +35,13 @@ def let_through() -> None:
     time.sleep(60)
 
 
+def made_another_error() -> None:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        raise ImportError("as of a module whose import was cut off") from error
+
+
 def held_for_a_while(place: Path) -> None:
     with held() as interrupts:
         for _ in range(60):
@@ -47,6 +54,7 @@ def work(job: str, place: Path) -> None:
     jobs: dict[str, Callable[[], None]] = {
         "through": let_through,
         "once": swallowed_once,
+        "other": made_another_error,
         "always": swallowed_always,
         "held": lambda: held_for_a_while(place),
     }
@@ -61,7 +69,7 @@ def work(job: str, place: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("job", "least", "most"),
-    [("through", 0, 2), ("once", 0.5, 4), ("always", 3, 5.5), ("held", 1, 5)],
+    [("through", 0, 2), ("once", 0.5, 4), ("other", 0, 2), ("always", 3, 5.5), ("held", 1, 5)],
 )
 def test_the_process_ends_in_time(
     job: str, least: float, most: float, sent: signal.Signals, tmp_path: Path

@@ -32,6 +32,7 @@ def test_what_the_page_leaves_out_or_says_otherwise_is_told() -> None:
     [
         ("License-Expression: MIT OR 0BSD\nLicense: MIT", "MIT OR 0BSD"),
         ("License: Apache 2.0", "Apache-2.0"),
+        ("License: MIT-CMU", "MIT-CMU"),
         ("License: BSD\nClassifier: License :: OSI Approved :: MIT License", "MIT"),
         ("Classifier: License :: OSI Approved :: BSD License", "BSD-2-Clause"),
     ],

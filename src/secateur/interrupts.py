@@ -62,7 +62,7 @@ def insisting() -> Iterator[None]:
     Python drops what is raised where nobody can catch it, as in the callbacks of its garbage
     collector, and libraries have handlers that catch everything. Where even that does not end the
     block, as in a long computation of one operation, the process ends with `INTERRUPTED`, unless
-    it holds its requests to stop (`held`).
+    it holds its requests to stop (`held`). Another error that comes of a request is one, too.
     """
     ended = threading.Event()
     asked = threading.Event()
@@ -88,6 +88,11 @@ def insisting() -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
+    except BaseException as error:
+        is_end = isinstance(error, SystemExit) and not error.code
+        if asked.is_set() and not is_end and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # an import that is cut off is an ImportError
+        raise
     finally:
         ended.set()
         for number, handler in before.items():
