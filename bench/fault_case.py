@@ -26,7 +26,7 @@ MODEL = '''
 import torch.nn as nn
 
 
-def small(num_classes=3):
+def small(num_classes=10):
     """Two layers that can be cut, a residual sum, batch norms."""
 
     class Small(nn.Module):

@@ -58,8 +58,8 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
     """A user's own file with a small network in it."""
-    from runs import MODEL_FILE
+    from fault_case import MODEL
 
     path = tmp_path / "own.py"
-    path.write_text(MODEL_FILE)
+    path.write_text(MODEL)
     return path

@@ -14,32 +14,6 @@ from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.result import RunResult
 from secateur.training import train
 
-MODEL_FILE = '''
-import torch.nn as nn
-
-
-def small(num_classes=10):
-    """Two cut layers and a residual sum, on images of 32x32."""
-
-    class Small(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
-            self.conv1 = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(12)
-            self.conv2 = nn.Conv2d(12, 8, 3, 1, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(8)
-            self.conv3 = nn.Conv2d(8, 16, 3, 2, 1)
-            self.head = nn.Linear(16, num_classes)
-
-        def forward(self, x):
-            x = self.stem(x).relu()
-            x = (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
-            return self.head(self.conv3(x).relu().mean((2, 3)))
-
-    return Small()
-'''
-
 
 @dataclass(frozen=True)
 class DigitsRun:
