@@ -49,7 +49,7 @@ def small(num_classes=10):
 '''
 CLASSES = ("disc", "stripes", "noise")
 SIDE = 16
-VARYING = frozenset({"seconds", "latency_ms", "latency_left", "learning_rate_seconds", "command"})
+VARYING = frozenset({"seconds", "latency_ms", "latency_left", "command"})
 """Facts of a result that no two runs have in common."""
 
 

@@ -38,6 +38,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -163,7 +164,7 @@ def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
     start = _start_of(case, job)
     left_alone = renewed(case.folder / "alone", start)
     began = time.monotonic()
-    assert _child(getattr(case, job), left_alone).wait() == 0
+    assert Child(getattr(case, job), left_alone).wait() == 0
     seconds = time.monotonic() - began
     expected = outcome(left_alone)
     generator = random.Random(f"{SEED} {job}")
@@ -172,7 +173,7 @@ def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
         folder = renewed(case.folder / "killed", start)
         is_ended = False
         while not is_ended:
-            child = _child(getattr(case, job), folder)
+            child = Child(getattr(case, job), folder)
             if child.killed_after(generator.uniform(0, 1.1 * seconds)):
                 counts["kills"] += 1
                 counts["damaged_folders"] += not _is_sound(folder)
@@ -194,7 +195,7 @@ def _start_of(case: Case, job: str) -> Path | None:
         return None
     folder = case.folder / "cut"
     if not folder.is_dir():
-        assert _child(lambda out: _prune_only(case, out), folder).wait() == 0
+        assert Child(lambda out: _prune_only(case, out), folder).wait() == 0
     return folder
 
 
@@ -214,7 +215,7 @@ def _is_sound(folder: Path) -> bool:
     return True
 
 
-class _child:
+class Child:
     """A process that does some work in a folder and ends with 0, or 1 after an error of ours."""
 
     def __init__(self, work: Callable[[Path], None], folder: Path) -> None:
@@ -287,7 +288,7 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
 
     left_alone = renewed(case.folder / "alone", start)
     began = time.monotonic()
-    assert _child(work, left_alone).wait() == 0
+    assert Child(work, left_alone).wait() == 0
     seconds = time.monotonic() - began
     expected = outcome(left_alone)
     generator = random.Random(f"{SEED} {job}")
@@ -297,7 +298,7 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
         folder = renewed(case.folder / "interrupted", start)
         code = INTERRUPTED
         while code == INTERRUPTED:
-            child = _child(work, folder)
+            child = Child(work, folder)
             # The first moments belong to the start of Python, which this process has behind it.
             is_there = child.sent_after(signal.SIGINT, generator.uniform(0.1, 1.1 * seconds))
             asked = time.monotonic()
@@ -331,13 +332,13 @@ def fill_disks(folder: Path) -> dict[str, Any]:
             out = renewed(case.folder / "full", start)
             earlier = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
             number = numbers[place % len(numbers)]
-            child = _child(_with_disk(case, job, place, number), out)
+            child = Child(_with_disk(case, job, place, number), out)
             code = child.wait()
             counts["no_error"] += code == 0
             counts["crashes"] += code not in (0, 1)
             counts["damaged_folders"] += not _is_sound(out)
             counts["lost_files"] += sum(not (out / name).is_file() for name in earlier)
-            code = _child(getattr(case, job), out).wait()
+            code = Child(getattr(case, job), out).wait()
             counts["errors_when_resumed"] += code != 0
             counts["other_results"] += code == 0 and bool(differences(outcome(out), expected))
         keys = ("crashes", "damaged_folders", "lost_files", "errors_when_resumed", "other_results")
@@ -355,7 +356,7 @@ def _count_writes(case: Case, job: str, out: Path) -> int:
             getattr(case, job)(folder)
         there.send(disk.count)
 
-    assert _child(counted, out).wait() == 0
+    assert Child(counted, out).wait() == 0
     count: int = here.recv()
     return count
 
@@ -405,8 +406,6 @@ _QUICK = {"finetune.batch_size": 16, "finetune.workers": 0, "finetune.warmup_ste
 
 
 def _resources() -> dict[str, Any]:
-    import psutil
-
     process = psutil.Process()
     return {
         "memory_mib": round(process.memory_info().rss / 2**20, 1),
@@ -492,6 +491,11 @@ def _in_a_process(work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def total(part: dict[str, Any], *keys: str) -> int:
+    """A count, or several, over all kinds of work."""
+    return sum(part[job][key] for job in JOBS for key in keys)
+
+
 def table() -> str:
     """What was found, a line a part."""
     found = json.loads(RESULTS.read_text())
@@ -507,35 +511,32 @@ def table() -> str:
         )
     if "kills" in found:
         part = found["kills"]
-        each = [part[job] for job in JOBS]
         lines.append(
             f"| {part['kills']} times SIGKILL at random moments of prune, finetune and compare | "
-            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
-            f"{sum(job['errors'] for job in each)} that did not go on, "
-            f"{sum(job['other_results'] for job in each)} of {sum(job['runs'] for job in each)} "
+            f"{total(part, 'damaged_folders')} damaged folders, "
+            f"{total(part, 'errors')} that did not go on, "
+            f"{total(part, 'other_results')} of {total(part, 'runs')} "
             "ended otherwise than undisturbed ones |"
         )
     if "interrupts" in found:
         part = found["interrupts"]
-        each = [part[job] for job in JOBS]
         lines.append(
             f"| {part['interrupts']} times Ctrl-C at random moments of the same | the end came "
-            f"within {max(job['longest_s'] for job in each):.1f} s, "
-            f"{sum(job['other_codes'] for job in each)} times with another code than 130; "
-            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
-            f"{sum(job['other_results'] for job in each)} of {sum(job['runs'] for job in each)} "
+            f"within {max(part[job]['longest_s'] for job in JOBS):.1f} s, "
+            f"{total(part, 'other_codes')} times with another code than 130; "
+            f"{total(part, 'damaged_folders')} damaged folders, "
+            f"{total(part, 'other_results')} of {total(part, 'runs')} "
             "ended otherwise when gone on with |"
         )
     if "disk" in found:
         part = found["disk"]
-        each = [part[job] for job in JOBS]
         lines.append(
             f"| a disk that fails ({', '.join(part['errors'])}) from each of "
-            f"{sum(job['writes'] for job in each)} writes of the same on | "
-            f"{sum(job['crashes'] for job in each)} crashes, "
-            f"{sum(job['lost_files'] for job in each)} lost files, "
-            f"{sum(job['damaged_folders'] for job in each)} damaged folders, "
-            f"{sum(job['errors_when_resumed'] + job['other_results'] for job in each)} that did "
+            f"{total(part, 'writes')} writes of the same on | "
+            f"{total(part, 'crashes')} crashes, "
+            f"{total(part, 'lost_files')} lost files, "
+            f"{total(part, 'damaged_folders')} damaged folders, "
+            f"{total(part, 'errors_when_resumed', 'other_results')} that did "
             "not end as undisturbed ones when there was room again |"
         )
     if "repeats" in found:

@@ -34,7 +34,7 @@ from secateur.errors import SecateurError
 from secateur.locks import locked
 from secateur.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
 from secateur.models import Preprocessing
-from secateur.writing import make_folder, replace_file
+from secateur.writing import make_inner_folder, replace_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_inputs.md"
 COLUMNS = ("what is wrong", "message", "what to do")
@@ -431,7 +431,7 @@ def full_disk(desk: Desk) -> None:
 
 def linked_folder(desk: Desk) -> None:
     (desk.folder / "link").symlink_to(desk.folder / "elsewhere")
-    make_folder(desk.folder / "link")
+    make_inner_folder(desk.folder / "link")
 
 
 def too_large_a_step(desk: Desk) -> None:

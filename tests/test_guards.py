@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,12 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     runs.report(run, images=0)
     assert not (run / "ran").exists()
     moved = f"{case.folder / 'mine.py'}:small"
+    text, own = (run / "result.json").read_text(), f'"criterion": "{run / "own.py"}:make"'
+    changed = re.sub(r'"criterion": "vote"', own, text)
+    assert changed != text
+    (run / "result.json").write_text(changed)
+    runs.report(run, model_name=moved, images=8)
+    assert not (run / "ran").exists()
     runs.finetune(run, case.folder / "tuned", {"epochs": 1}, model_name=moved)
     assert not (run / "ran").exists()
 

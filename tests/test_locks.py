@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fault_case import FailingDisk
 from runs import DigitsRun, small_config
 from secateur import runs, sweep
 from secateur.base import BaseConfig, train_base
@@ -127,3 +128,15 @@ def test_many_that_come_and_go_never_hold_it_together(tmp_path: Path) -> None:
     for (_, end), (begin, _) in itertools.pairwise(times):
         assert end <= begin
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_can_not_be_signed_is_let_go_of(tmp_path: Path) -> None:
+    writes = 3  # the folder above, the file, the number in it
+    with (
+        FailingDisk(tmp_path, writes).mounted(),
+        pytest.raises(RunFolderError, match="No space left"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    with locked(tmp_path / "run"):
+        pass

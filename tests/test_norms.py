@@ -82,7 +82,7 @@ def test_statistics_that_went_astray_come_back(
     model = estimated(Chain().eval(), fit)
     smaller = astray(model, generator)
     before = distance(model, smaller, held_out)
-    change = reestimate_norms(model, smaller, again(fit), again(held_out))
+    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert (change.statistics, change.share) == ("both", 1.0)
     assert change.divergence_before == pytest.approx(before)
@@ -99,7 +99,7 @@ def test_the_held_out_divergence_never_grows(
     randomise_norms(model, generator)
     smaller = astray(model, generator)
     before = distance(model, smaller, held_out)
-    change = reestimate_norms(model, smaller, again(fit), again(held_out))
+    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert change.share in (0.0, *SHARES)
     assert distance(model, smaller, held_out) == pytest.approx(change.divergence_after)
@@ -112,7 +112,7 @@ def test_statistics_that_are_right_stay(
     model = Chain().eval()
     randomise_norms(model, generator)
     smaller = copy.deepcopy(model)
-    change = reestimate_norms(model, smaller, again(fit), again(held_out))
+    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert change.share == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
@@ -138,7 +138,7 @@ def test_nothing_but_means_and_variances_changes(
     smaller.train()
     smaller.bn2.eval()
     before = copy.deepcopy(smaller.state_dict())
-    reestimate_norms(model, smaller, again(fit), again(held_out))
+    reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
     assert (smaller.bn1.momentum, smaller.bn2.momentum) == (0.3, None)
     assert (smaller.training, smaller.bn1.training, smaller.bn2.training) == (True, True, False)
     changed = {n for n, t in smaller.state_dict().items() if not torch.equal(before[n], t)}
@@ -168,4 +168,4 @@ def test_a_batch_of_one_image_is_left_out() -> None:
 def test_a_network_without_running_statistics_is_left_alone(fit: list[Batch]) -> None:
     norm = nn.BatchNorm2d(3, track_running_stats=False)
     for model in (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nn.Sequential(norm)):
-        assert reestimate_norms(model, copy.deepcopy(model), again(fit), again(fit)) is None
+        assert reestimate_norms((), copy.deepcopy(model), again(fit), again(fit)) is None

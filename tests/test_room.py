@@ -61,7 +61,8 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     assert {"event": "batch_size", "asked": 12, "taken": 5} in events
     monkeypatch.undo()
     # It goes on with the configuration that it was begun with.
-    runs.run(case.config(epochs=0), tmp_path / "little", resume=True)
+    resumed = runs.run(case.config(epochs=0), tmp_path / "little", resume=True)
+    assert resumed.config.data.batch_size == 5
 
 
 def test_a_step_that_is_too_large_is_refused_before_it_is_made(

@@ -16,7 +16,14 @@ from secateur.bundle import EventLog
 from secateur.checkpoint import Checkpoint, Checkpoints
 from secateur.errors import SecateurError, WriteError
 from secateur.manifest import read_contents
-from secateur.writing import UNFINISHED, append_line, make_folder, replace_file, replacing_folder
+from secateur.writing import (
+    UNFINISHED,
+    append_line,
+    make_folder,
+    make_inner_folder,
+    replace_file,
+    replacing_folder,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -142,8 +149,20 @@ def test_a_link_to_a_folder_on_another_disk_stays(tmp_path: Path) -> None:
         (new / "file").write_text("new")
     assert link.is_symlink()
     assert (link / "file").read_text() == "new"
+    make_folder(link)
+    make_folder(link / "inner")
     with pytest.raises(WriteError, match="symbolic link"):
-        make_folder(link)
+        make_inner_folder(link)
+
+
+def test_an_error_of_what_fills_a_folder_is_not_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionResetError), replacing_folder(tmp_path / "run"):
+        raise_reset()
+    assert names_in(tmp_path) == []
+
+
+def raise_reset() -> None:
+    raise ConnectionResetError
 
 
 def test_a_run_on_a_disk_that_fails_loses_nothing_and_goes_on(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def _trained(
     run = pipeline.resolved(run, dataset)
     config = config.model_copy(update={"model": run.model, "data": run.data})
     distributed.wait()  # until all have looked at the folder
-    make_folder(folder.resolve())
+    make_folder(folder)
     is_first = distributed.is_first()
     log = open_log(folder / LOG, board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))

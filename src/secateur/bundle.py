@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur import models, tensor_files
 from secateur.errors import RunFolderError, TraceError, UsageError
 from secateur.graph import evaluating
-from secateur.locks import held
+from secateur.locks import locked_alone
 from secateur.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -103,7 +103,7 @@ def save(
     """
     origin = Origin(architecture, image_shape, cut_stream, exclude)
     folder = Path(folder)
-    with held(folder), new_run_folder(folder, overwrite=overwrite) as new:
+    with locked_alone(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, model, plan, origin)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur import tensor_files
 from secateur.errors import RunFolderError, WriteError
-from secateur.writing import UNFINISHED, make_folder, replace_file
+from secateur.writing import UNFINISHED, make_inner_folder, replace_file
 
 KEPT = 2
 """Checkpoints that a folder holds: the newest, and one more in case that one is damaged."""
@@ -52,7 +52,7 @@ class Checkpoints:
         """
         content = tensor_files.to_bytes(checkpoint.tensors, {"facts": json.dumps(checkpoint.facts)})
         path = self.folder / f"{step:09}{SUFFIX}"
-        make_folder(self.folder)
+        make_inner_folder(self.folder)
         replace_file(path, content)
         try:
             for older in self._paths()[:-KEPT]:

@@ -719,7 +719,7 @@ def export(
     """Write the pruned network of a run folder as ONNX, compare the two and time them.
 
     The original is timed with untrained weights, which take as long; a network of your own code is
-    not built, so only the pruned one is timed. Needs the extra: pip install 'secateur[export]'
+    not built, so only the pruned one is timed. Needs the extra: pip install 'secateur\\[export]'
     """
     path = out or run / "model.onnx"
     check_free(path, overwrite=overwrite)
@@ -774,7 +774,9 @@ def report(
         raise UsageError(f"--format {form}: it must be html or png")
     if out is not None and form == "html":
         raise UsageError("--out is for --format png; the report lies in its run folder")
-    pictures = (out or run / CHARTS) if form == "png" else None
+    pictures = None
+    if form == "png":
+        pictures = run / CHARTS if out is None else out.resolve()
     written = runs.report(
         run,
         model_name=model,

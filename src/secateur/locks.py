@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[int | None]:
         descriptor, reason = None, ""
         if distributed.is_first():
             try:
-                descriptor = stack.enter_context(held(folder))
+                descriptor = stack.enter_context(locked_alone(folder))
             except RunFolderError as error:
                 reason = str(error)
         reason = "".join(distributed.gathered(reason))
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[int | None]:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[int | None]:
+def locked_alone(folder: Path) -> Iterator[int | None]:
     """As `locked`, for this process alone, whatever others of its run do."""
     path = _lock_file(folder)
     descriptor = _acquire(path)
@@ -84,12 +84,21 @@ def _acquire(path: Path) -> int | None:
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, str(os.getpid()).encode())
+                    _sign(descriptor)
                     return descriptor
             os.close(descriptor)  # whoever held it has taken it away since it was opened
     except OSError as error:
         raise RunFolderError(f"can't write beside {path}: {error}") from error
+
+
+def _sign(descriptor: int) -> None:
+    """Leaves this process's number in a lock; where that can't be, lets go of it."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def _is_alive(number: bytes) -> bool:

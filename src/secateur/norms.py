@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur import distributed
-from secateur.agreement import answers_of, divergences_of, has_fallen
+from secateur.agreement import Answers, answers_of, divergences_of, has_fallen
 from secateur.data import Batch
 from secateur.graph import evaluating
 
@@ -38,7 +38,7 @@ class NormChange:
 
 
 def reestimate_norms(
-    model: nn.Module,
+    expected: Sequence[Answers],
     smaller: nn.Module,
     fit: Callable[[], Iterable[Batch]],
     held_out: Callable[[], Iterable[Batch]],
@@ -46,7 +46,7 @@ def reestimate_norms(
     """Moves the statistics of the batch norms of `smaller` in place; what was chosen.
 
     They are re-estimated on the images of `fit`. All norms go the same part of the way, the one
-    with the smallest divergence of the answers from those of `model` on the images of `held_out`;
+    with the smallest divergence from the `expected` answers on the images of `held_out`;
     none of it, unless that is smaller than before, and by more than images differ in it
     (`has_fallen`): a few hundred images can't tell small gains from chance. No label is looked at.
     Of several processes each brings its share of the batches (`distributed.dealt`). None where
@@ -55,7 +55,6 @@ def reestimate_norms(
     norms = _norms(smaller)
     if not norms:
         return None
-    expected = answers_of(model, held_out())
     before = divergences_of(expected, answers_of(smaller, held_out()))
     old = _statistics(norms)
     new = _reestimated(smaller, norms, fit())

@@ -85,8 +85,9 @@ class Parking:
         try:
             torch.save(passage.values(), self._file(number))
         except (OSError, RuntimeError) as error:  # torch makes the latter of a full disk
+            reason = " ".join(str(error).split())
             raise WriteError(
-                f"{self._folder.name} can't hold what waits for its turn there: {error}. TMPDIR "
+                f"{self._folder.name} can't hold what waits for its turn there: {reason}. TMPDIR "
                 "names another disk"
             ) from error
         passage.full.hold([])

@@ -158,8 +158,11 @@ def prepare_ground(
     config: RunConfig,
     unreadable: Unreadable | None = None,
     wiring: Wiring | None = None,
+    names: Sequence[str] = (),
 ) -> Ground:
     """Draws the probe set and reads the network's wiring, as `config` says, if it is not known.
+
+    `names` are the criteria that filters will be scored by: some take more memory.
 
     Concepts that are annotated bring images of their own: those are the probe set then. Raises
     `SecateurError`.
@@ -184,9 +187,11 @@ def prepare_ground(
         )
     check_finite(model, wiring, example)
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
-    has_gradients = "gradients" in make_criterion(config.score.criterion, source, config).needs
+    needs = {need for name in names for need in make_criterion(name, source, config).needs}
     free = min(distributed.gathered(free_bytes(device_of(model))))
-    fits = batch_that_fits(wiring, config.data.batch_size, free, with_gradients=has_gradients)
+    fits = batch_that_fits(
+        wiring, config.data.batch_size, free, with_gradients="gradients" in needs
+    )
     return Ground(probe, example, wiring, source, fits, unreadable)
 
 
@@ -306,7 +311,8 @@ def make_start(
     config = resolved(config, dataset)
     unreadable = make_unreadable(config)
     since = time.perf_counter()
-    ground = prepare_ground(model, dataset, config, unreadable)
+    names = names or (config.score.criterion,)
+    ground = prepare_ground(model, dataset, config, unreadable, names=names)
     surveys = survey_filters(model, ground, config, track, names)
     seconds = time.perf_counter() - since
     config = with_batches(config, ground.batch_size)
@@ -545,7 +551,8 @@ def cut(
         ground, surveys, prepared = start.ground, start.surveys, start.seconds
     else:
         since = time.perf_counter()
-        ground = prepare_ground(current, dataset, config, make_unreadable(config))
+        names = (config.score.criterion,)
+        ground = prepare_ground(current, dataset, config, make_unreadable(config), names=names)
         surveys = survey_filters(current, ground, config, track)
         prepared = time.perf_counter() - since
     wiring, survey, unreadable = ground.wiring, surveys[config.score.criterion], ground.unreadable

@@ -63,9 +63,9 @@ def repair(
     """
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
+    expected = answers_of(model, held_out())
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
-        expected = answers_of(model, held_out())
         cut = divergences_of(expected, answers_of(smaller, held_out()))
         layers = refit(model, smaller, wiring, plan, probe(), settings, seed=seed, track=track)
         found = divergences_of(expected, answers_of(smaller, held_out()))
@@ -73,5 +73,5 @@ def repair(
         check = RefitCheck(float(cut.mean()), float(found.mean()), is_kept)
         if not is_kept:
             smaller.load_state_dict(before)
-    norms = reestimate_norms(model, smaller, fit, held_out) if settings.norms else None
+    norms = reestimate_norms(expected, smaller, fit, held_out) if settings.norms else None
     return Repair(layers, check, norms)

@@ -25,7 +25,7 @@ from secateur.errors import RunFolderError, UsageError
 from secateur.fingerprints import weights_hash
 from secateur.graph import tensors_of
 from secateur.latency import LatencyTable
-from secateur.locks import held, locked
+from secateur.locks import locked, locked_alone
 from secateur.manifest import CONFIG
 from secateur.pipeline import Pruned
 from secateur.progress import Track, silent
@@ -35,7 +35,7 @@ from secateur.report.gallery import make_gallery
 from secateur.result import RESULT, RunResult, comparable, read_result
 from secateur.rows import read_rows
 from secateur.standings import standings
-from secateur.writing import make_folder, replace_file
+from secateur.writing import make_inner_folder, replace_file
 
 
 def run(
@@ -151,7 +151,8 @@ def report(
 
     `model_name` and `source` are as for `finetune`; `images` how many probe images its filters are
     looked at with (0: none, and no data is needed); `beside` the folder of a comparison to draw
-    beside the run; `pictures` a folder for the charts, made new if need be. Raises `SecateurError`.
+    beside the run; `pictures` a folder for the charts, made new if need be, and no symbolic link.
+    Raises `SecateurError`.
     """
     result = read_result(folder)
     looks = result.config.report.images if images is None else images
@@ -175,7 +176,7 @@ def report(
         return (folder / bundle.REPORT,)
     from secateur.report.run_charts import run_charts  # takes a second to import
 
-    make_folder(pictures)
+    make_inner_folder(pictures)
     return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
 
 
@@ -270,7 +271,7 @@ def _log(folder: Path | None, board: Path | None = None) -> EventLog:
 
 def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
     """Leaves a run folder of what was pruned elsewhere; raises `RunFolderError`."""
-    with held(folder), bundle.new_run_folder(folder, overwrite=overwrite) as new:
+    with locked_alone(folder), bundle.new_run_folder(folder, overwrite=overwrite) as new:
         _write(new, pruned, _log(new), origin)
 
 
@@ -304,6 +305,7 @@ def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
                 f"the run in {folder} was made with {key} = {found.get(key)}, not "
                 f"{expected.get(key)}: resume it as it was begun, or choose another folder"
             )
+    config = pipeline.with_batches(config, result.config.data.batch_size)
     return _load(folder, model, result.model_copy(update={"config": config}))
 
 

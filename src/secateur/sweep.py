@@ -36,7 +36,7 @@ from secateur.locks import locked
 from secateur.plan import parse_target
 from secateur.progress import Track, silent
 from secateur.result import Record, RunResult
-from secateur.writing import UNFINISHED, make_folder, replace_file
+from secateur.writing import UNFINISHED, make_folder, make_inner_folder, replace_file
 
 SCHEMA_VERSION = 1
 COMPARISON, CELLS, CHECKPOINTS = "comparison.toml", "cells", "checkpoints"
@@ -128,9 +128,9 @@ def _prepare(folder: Path, comparison: Comparison) -> None:
     if COMPARISON not in there and any(not name.endswith(UNFINISHED) for name in there):
         raise RunFolderError(f"{folder} holds something other than a comparison: choose another")
     text = tomli_w.dumps(comparison.model_dump(mode="json", exclude_none=True, exclude_unset=True))
-    make_folder(folder.resolve())
+    make_folder(folder)
     replace_file(folder / COMPARISON, text)  # first: it says what the folder is
-    make_folder(folder / CELLS)
+    make_inner_folder(folder / CELLS)
 
 
 def _tidy(folder: Path, ended: Iterable[str]) -> None:

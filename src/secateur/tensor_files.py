@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.bounds import check_safetensors
 from secateur.fingerprints import weights_hash
 
-HASH, WRITER = "sha256", "written_by"
+HASH, WRITER = "secateur.sha256", "written_by"
 """Keys of the metadata."""
 OURS = "secateur"
 ALIGNMENT = 8

@@ -56,14 +56,19 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, where they aren't there; raises `WriteError`.
+    """Makes a folder that the user names, and those above it; raises `WriteError`.
 
-    The folder itself must not be a symbolic link.
+    A symbolic link to one is followed; see `make_inner_folder`.
     """
     with _telling(path):
-        if path.is_symlink():
-            raise WriteError(f"{path} is a symbolic link, and none is followed there")
         path.mkdir(parents=True, exist_ok=True)
+
+
+def make_inner_folder(path: Path) -> None:
+    """Makes a folder in one that may come from elsewhere; raises `WriteError`, also for a link."""
+    if path.is_symlink():
+        raise WriteError(f"{path} is a symbolic link, and none is followed there")
+    make_folder(path)
 
 
 def move_file(draft: Path, path: Path) -> None:
@@ -83,22 +88,25 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     was left by a process that was killed is removed. Raises `WriteError`.
     """
     folder = Path(os.path.realpath(folder))
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     with _telling(folder):
         _put_back(folder)
-        unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
         _remove(unfinished)
-        make_folder(unfinished)
-        try:
-            yield unfinished
-            for each in (*unfinished.rglob("*"), unfinished):
-                _flush(each)
+        unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        with _telling(folder):
+            for each in unfinished.rglob("*"):
+                if each.is_dir():  # files are flushed as they are written
+                    _flush_folder(each)
+            _flush_folder(unfinished)
             if folder.exists():
                 _swap(unfinished, folder)
             else:
                 os.replace(unfinished, folder)
             _flush_folder(folder.parent)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -125,8 +133,6 @@ def _write(path: Path, content: bytes | str, flags: int) -> None:
 
 def _flush(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
-    if path.is_symlink():
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,7 @@ from secateur.result import Stage
 from secateur.rows import STAGES, Row, row_of, to_lines
 from secateur.standings import CONFIDENCE, Difference, Setting, Standings, standings
 from secateur.sweep import CellResult
-from secateur.writing import make_folder, replace_file
+from secateur.writing import make_inner_folder, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
 CHARTS = "charts"
@@ -60,7 +60,7 @@ def write_comparison(
 
     drawn = charts(found, cells)
     if drawn:
-        make_folder(folder / CHARTS)
+        make_inner_folder(folder / CHARTS)
     for chart in drawn:
         chart.write_png(folder / CHARTS)
     page = render(
