@@ -6,7 +6,7 @@ runs the default criterion's cells of `configs/paper/*_cifar10.toml`. A line a c
 `results/tuning.jsonl`; cells that are there are not measured again, and a cell that was interrupted
 goes on from its run folder in `runs/tuning`; networks without weights in the folder are left out.
 Then the table in docs/training.md is written; without weights only that. The base weights of the
-residual networks are those of `../shared/data/weights`, VGG-16's come from `secateur train`. The
+residual networks are those of `../shared/data/weights`, VGG-16's are `bench/base_network.py`'s. The
 former have seen the images that are held out here, so the accuracy on those says which epoch is
 best, and no more.
 """

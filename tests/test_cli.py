@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -104,6 +106,15 @@ def test_help_says_what_the_defaults_are(call: Call) -> None:
 
 def test_version(call: Call) -> None:
     assert call("--version").out.strip() == secateur.__version__
+
+
+def test_the_package_is_the_command_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["secateur", "--version"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_module("secateur", run_name="__main__")
+    assert capsys.readouterr().out.strip() == secateur.__version__
 
 
 def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -> None:
@@ -669,6 +680,12 @@ def test_training_a_base_network_leaves_weights_that_can_be_pruned(
     again = call("train", *options, "--epochs", 1, "-o", out)
     assert again.code == 1
     assert "--resume" in again.err
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert call("train", *options, "--epochs", 1, "-o", out, "--resume").code == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == left
+    other = call("train", *options, "--epochs", 2, "-o", out, "--resume")
+    assert other.code == 1
+    assert "another configuration" in other.err
 
 
 @pytest.mark.parametrize(

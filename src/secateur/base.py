@@ -13,9 +13,11 @@ from torch import nn
 
 from secateur import distributed, pipeline, tensor_files
 from secateur.boards import open_log
+from secateur.bounds import TEXT, read_bounded
 from secateur.bundle import CHECKPOINTS, LOG, EventLog
 from secateur.checkpoint import Checkpoints
 from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
+from secateur.documents import parsed
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score, evaluate
 from secateur.locks import locked
@@ -91,9 +93,10 @@ def train_base(
     """Trains the network that `config` names and leaves its weights in a folder, with their recipe.
 
     It starts from the weights that `config` names, or from random ones. While it trains the folder
-    holds the configuration, the log and the checkpoints that `resume` goes on from. `board` is a
-    folder for TensorBoard. Raises `RunFolderError` where the folder is not empty and is not to be
-    resumed, or another training is at work there.
+    holds the configuration, the log and the checkpoints that `resume` goes on from; where it has
+    come to its end `resume` gives what it came to. `board` is a folder for TensorBoard. Raises
+    `RunFolderError` where the folder is not empty and is not to be resumed, or holds what another
+    configuration has trained, or another training is at work there.
     """
     pipeline.check_names(config.as_run())
     with locked(folder):
@@ -117,6 +120,8 @@ def _trained(
     dataset, model = pipeline.load_inputs(run, new_head=config.new_head)
     run = pipeline.resolved(run, dataset)
     config = config.model_copy(update={"model": run.model, "data": run.data})
+    if resume and (folder / RECIPE).is_file():
+        return _finished(folder, config)
     distributed.wait()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_first()
@@ -166,3 +171,16 @@ def _trained(
     log.write("end")
     distributed.wait()
     return result
+
+
+def _finished(folder: Path, config: BaseConfig) -> BaseResult:
+    """What the training in a folder came to; the recipe is the last file that it writes."""
+    text = read_bounded(folder / RECIPE, TEXT, RunFolderError)
+    found = parsed(BaseResult, text, SCHEMA_VERSION, RECIPE)
+    if found.config != config:
+        raise RunFolderError(
+            f"{folder} holds what another configuration has trained: choose another folder"
+        )
+    if distributed.is_first():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return found
