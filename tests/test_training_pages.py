@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import base_network
 import training
 import tuning
 from cells import Cell, read_cells
@@ -21,6 +22,18 @@ def test_the_table_of_speed_tells_what_was_measured() -> None:
     text = "<!-- table: results/training.json -->\nold\n<!-- end -->\n"
     last = training.page(text, found).splitlines()[-2]
     assert last == "| resnet20 | auto | 2 | 1000.0 | 990.5 | 0.99 |"
+
+
+def test_the_table_of_the_base_network_tells_what_it_is_worth() -> None:
+    training = {
+        "config": "configs/one.toml",
+        "epochs": [[1, 1.5, 0.6], [2, 0.9, 0.928]],
+        "test_fraction": 0.9312,
+        "seconds": 4801.0,
+    }
+    found: Row = {"network": "vgg16_bn", "trainings": [training]}
+    last = base_network.table(found).splitlines()[-1]
+    assert last == "| vgg16_bn | `configs/one.toml` | 2 | 92.80 | 93.12 | 80 |"
 
 
 def test_the_table_of_tuning_tells_what_was_lost() -> None:
@@ -46,6 +59,6 @@ def test_the_table_of_tuning_tells_what_was_lost() -> None:
 
 def test_the_page_is_that_of_the_result_files() -> None:
     text = training.PAGE.read_text()
-    if training.RESULTS.is_file():
-        assert training.page(text, json.loads(training.RESULTS.read_text())) == text
+    assert training.page(text, json.loads(training.RESULTS.read_text())) == text
+    assert base_network.page(text, json.loads(base_network.RESULTS.read_text())) == text
     assert tuning.page(text, read_cells(tuning.RESULTS, tuning.KEY)) == text
