@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,40 @@ def test_a_list_is_dealt_out_and_put_together_again() -> None:
     assert shares().tolist() == list(range(7))
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+COMMAND_LINE = ("-m", "secateur.cli")
+
+
+def torchrun(
+    *arguments: object, program: Sequence[str] = COMMAND_LINE
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program = ["--nproc-per-node=2", "--no-python", sys.executable, "-m", "secateur.cli"]
+    two = ["--nproc-per-node=2", "--no-python", sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     return subprocess.run(
-        [*command, *program, *map(str, arguments)],
+        [*command, *two, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
         timeout=120,
     )
+
+
+ENDS_LATE = """
+import sys, time
+from secateur.distributed import is_first, process_group
+
+with process_group():
+    if is_first():
+        time.sleep(4)  # longer than from one sign of life to the next
+        print("whole")
+    sys.exit(0)
+"""
+
+
+def test_a_process_that_is_done_before_the_first_one_is_not_taken_for_failed() -> None:
+    done = torchrun(program=("-c", ENDS_LATE))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "whole\n"
 
 
 @pytest.mark.slow

@@ -37,7 +37,12 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         with heartbeat(*share()):
-            yield
+            try:
+                yield
+            except SystemExit as end:  # how a command line ends, well or not
+                if not end.code:
+                    wait()
+                raise
             wait()  # whoever goes first is not missed
     finally:
         dist.destroy_process_group()

@@ -50,10 +50,11 @@ def heartbeat(rank: int, size: int) -> Iterator[None]:
     beating.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         ended.set()
-        with contextlib.suppress(RuntimeError):
-            store.set(_key(rank), FAILED)
+        if not isinstance(error, SystemExit) or error.code:
+            with contextlib.suppress(RuntimeError):
+                store.set(_key(rank), FAILED)
         raise
     ended.set()
     beating.join(SILENCE)
