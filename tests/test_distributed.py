@@ -114,7 +114,7 @@ def test_a_list_is_dealt_out_and_put_together_again() -> None:
     assert shares().tolist() == list(range(7))
 
 
-COMMAND_LINE = ("-m", "secateur.cli")
+COMMAND_LINE = ("-m", "secateur")
 
 
 def torchrun(
