@@ -1,6 +1,6 @@
 """What fine-tuning wins back after the cut, on CIFAR-10, beside the paper's figures.
 
-    python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N]
+    python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N] [--compile]
 
 runs the default criterion's cells of `configs/paper/*_cifar10.toml`. A line a cell goes to
 `results/tuning.jsonl`; cells that are there are not measured again, and a cell that was interrupted
@@ -8,7 +8,8 @@ goes on from its run folder in `runs/tuning`; networks without weights in the fo
 Then the table in docs/training.md is written; without weights only that. The base weights of the
 residual networks are those of `../shared/data/weights`, VGG-16's are `bench/base_network.py`'s. The
 former have seen the images that are held out here, so the accuracy on those says which epoch is
-best, and no more.
+best, and no more. `--compile` trains faster on a CPU, where batch norms of odd widths are slow; the
+line's settings say so.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ CASES = {
 """By network and target."""
 
 
-def configured(case: Case, data: str, weights: Path, seed: int) -> RunConfig:
+def configured(case: Case, data: str, weights: Path, seed: int, *, compiled: bool) -> RunConfig:
     """The run of a cell, with the default criterion."""
     comparison = read_comparison(CONFIGS / case.file).with_weights_in(weights)
     (config,) = (
@@ -62,12 +63,15 @@ def configured(case: Case, data: str, weights: Path, seed: int) -> RunConfig:
         if (cell.criterion, cell.seed) == (ScoreSection().criterion, seed)
     )
     images = config.data.model_copy(update={"source": f"cifar10:{data}"})
-    return config.model_copy(update={"data": images})
+    finetune = config.finetune.model_copy(update={"compile": compiled})
+    return config.model_copy(update={"data": images, "finetune": finetune})
 
 
-def measure(network: str, target: str, data: str, weights: Path, seed: int) -> Cell:
+def measure(
+    network: str, target: str, data: str, weights: Path, seed: int, *, compiled: bool
+) -> Cell:
     """One network cut, re-estimated and trained."""
-    config = configured(CASES[network, target], data, weights, seed)
+    config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
     folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}"
     result = runs.run(config, folder, resume=True)
     tuning, before = result.tuning, result.score("before")
@@ -130,11 +134,19 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="the folder of the base weights")
     parser.add_argument("--only", default="*", help="pattern of networks")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="train the compiled network")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         network, target, seed = arguments.child
-        cell = measure(network, target, arguments.data, arguments.weights, int(seed))
+        cell = measure(
+            network,
+            target,
+            arguments.data,
+            arguments.weights,
+            int(seed),
+            compiled=arguments.compile,
+        )
         put_cell(RESULTS, cell)
         return
     known = {key_of(cell, KEY) for cell in read_cells(RESULTS, KEY)}
@@ -147,6 +159,7 @@ def main() -> None:
             print(f"no {section.weights}: {network} is left out")
             continue
         options = ["--data", arguments.data, "--weights", str(arguments.weights)]
+        options += ["--compile"] * arguments.compile
         calls += [
             [*options, "--child", network, target, str(seed)]
             for seed in range(arguments.seeds)

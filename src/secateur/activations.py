@@ -345,12 +345,12 @@ class _Showing:
         maps = maps_of(look, value.detach())[: self._count]
         self._tell(self._now, part, maps, None)
 
-        def with_gradient(gradient: Tensor) -> None:
-            if self._is_loss:
-                self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
-
         if self._later:
-            value.register_hook(with_gradient)
+            value.register_hook(functools.partial(self._see_gradient, part, look, maps))
+
+    def _see_gradient(self, part: str, look: Look, maps: Tensor, gradient: Tensor) -> None:
+        if self._is_loss:
+            self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
 
     def _tell(
         self, observers: Sequence[Observer], part: str, maps: Tensor, gradients: Tensor | None
@@ -401,11 +401,8 @@ def _taps(wiring: Wiring, show: Callable[[str, Look, Tensor], None]) -> dict[Nod
     for part, look in _looks(wiring).items():
         parts_at.setdefault(look.node, []).append((part, look))
 
-    def tap(node: Node) -> Tap:
-        def see(value: Tensor) -> None:
-            for part, look in parts_at[node]:
-                show(part, look, value)
+    def see(node: Node, value: Tensor) -> None:
+        for part, look in parts_at[node]:
+            show(part, look, value)
 
-        return see
-
-    return {node: tap(node) for node in parts_at}
+    return {node: functools.partial(see, node) for node in parts_at}

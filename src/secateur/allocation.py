@@ -84,22 +84,22 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     counts = space.whole
     now = pressure(counts)
 
+    def gained(name: str, count: int) -> float:
+        return float(now - pressure({**counts, name: count}))
+
     def next_step(name: str) -> tuple[float, float, str, int] | None:
         """What the group loses for what it brings, what it loses, and where it goes."""
         below = space.steps[name][: bisect.bisect_left(space.steps[name], counts[name])]
         if not below:
             return None
-
-        def gained(count: int) -> float:
-            return float(now - pressure({**counts, name: count}))
-
         # Times fall in steps of several channels: on to the first count that brings something.
         # The fewer stay the more is gained, so the counts that bring something come first.
-        place = bisect.bisect_left(below, True, key=lambda count: gained(count) <= now * NOTHING)
+        least = now * NOTHING
+        place = bisect.bisect_left(below, True, key=lambda count: gained(name, count) <= least)
         count = below[max(0, place - 1)]
         lost = hulls[name](count) - hulls[name](counts[name])
-        gain = gained(count)
-        return (lost / gain if gain > now * NOTHING else math.inf, lost, name, count)
+        gain = gained(name, count)
+        return (lost / gain if gain > least else math.inf, lost, name, count)
 
     waiting = [step for name in counts if (step := next_step(name)) is not None]
     while waiting and not space.fits(counts):

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,20 +204,17 @@ def _noting_modules(model: nn.Module) -> Iterator[None]:
     calls = itertools.count()
     hooks = []
 
-    def watch(name: str, module: nn.Module) -> None:
-        def enter(*_: object) -> None:
-            stack[f"{name}@{next(calls)}"] = name
-            traceback.current_meta["nn_module_stack"] = dict(stack)
+    def enter(name: str, *_: object) -> None:
+        stack[f"{name}@{next(calls)}"] = name
+        traceback.current_meta["nn_module_stack"] = dict(stack)
 
-        def leave(*_: object) -> None:
-            stack.popitem()
-            traceback.current_meta["nn_module_stack"] = dict(stack)
-
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
+    def leave(*_: object) -> None:
+        stack.popitem()
+        traceback.current_meta["nn_module_stack"] = dict(stack)
 
     for name, module in model.named_modules():
-        watch(name, module)
+        hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with traceback.preserve_node_meta():
             yield
@@ -243,24 +241,24 @@ def _open_batch(graph: Graph, image: Node, images: int) -> None:
     with graph.inserting_after(image):
         size = graph.call_function(torch.ops.aten.sym_size.int, (image, 0))
     size.meta["val"] = images
+
+    def opened(value: Any, before: Node) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(opened(each, before) for each in value)
+        if type(value) is not int or value == 0 or value % images:
+            return value
+        if value == images:
+            return size
+        with graph.inserting_before(before):
+            multiple = graph.call_function(operator.mul, (size, value // images))
+        multiple.meta["val"] = value
+        return multiple
+
     for node in list(graph.nodes):
         if node.op != "call_function" or node is size:
             continue
-
-        def opened(value: Any, before: Node = node) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(opened(each, before) for each in value)
-            if type(value) is not int or value == 0 or value % images:
-                return value
-            if value == images:
-                return size
-            with graph.inserting_before(before):
-                multiple = graph.call_function(operator.mul, (size, value // images))
-            multiple.meta["val"] = value
-            return multiple
-
-        node.args = tuple(opened(argument) for argument in node.args)
-        node.kwargs = {name: opened(argument) for name, argument in node.kwargs.items()}
+        node.args = tuple(opened(argument, node) for argument in node.args)
+        node.kwargs = {name: opened(argument, node) for name, argument in node.kwargs.items()}
     if not size.users:
         graph.erase_node(size)
 

@@ -6,7 +6,7 @@ The cut network answers as the original does with the removed channels silenced 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -75,19 +75,16 @@ def check_finite(model: nn.Module, wiring: Wiring, images: Images) -> None:
             raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
     found: list[Node] = []
 
-    def look(node: Node) -> Callable[[object], None]:
-        def note(value: object) -> None:
-            if found or not isinstance(value, Tensor) or not value.is_floating_point():
-                return
-            is_wrong = ~value.isfinite() if operation_name(node) in LAYERS else value.isnan()
-            if bool(is_wrong.any()):
-                found.append(node)
-
-        return note
+    def look(node: Node, value: object) -> None:
+        if found or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        is_wrong = ~value.isfinite() if operation_name(node) in LAYERS else value.isnan()
+        if bool(is_wrong.any()):
+            found.append(node)
 
     with torch.inference_mode():
         walk = Walk(wiring.graph, state, images)
-        walk.advance(after={node: look(node) for node in wiring.graph.nodes})
+        walk.advance(after={node: partial(look, node) for node in wiring.graph.nodes})
     if found:
         stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
         place = stack[-1] if stack else found[0].name

@@ -172,8 +172,8 @@ def eliminate(
         blocks = inverse[places[:, :, None], places[:, None, :]]  # [filter, tap, tap]
         carried = weights.T[places]  # [filter, tap, output]
         costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
-        votes = costs if standing is None else costs * standing[left]
-        ranked = sorted(range(len(left)), key=lambda n: (float(votes[n]), -left[n]))
+        votes = (costs if standing is None else costs * standing[left]).tolist()
+        ranked = sorted(range(len(left)), key=lambda n: (votes[n], -left[n]))
         going = [left[n] for n in ranked[:at_a_time]]
         order += going
         gone = own[going].flatten()
