@@ -4,8 +4,10 @@
 
 trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop over tensors that
 are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
-so that a busy machine slows both alike. Writes `results/training.json` with the images a second of
-each and their ratio, by the medians, and the table in docs/training.md.
+so that a busy machine slows both alike. In the same turns the trainer trains that network cut to
+`TARGET`, as it is and by `torch.compile`: torch's batch norms are slow where widths are odd and
+threads several. Writes `results/training.json` with the images a second of each and the ratios, by
+the medians, and the tables in docs/training.md.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cells import run_all
+from coverage import l2_scores
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur import data, models
 from secateur.config import TrainingSection
 from secateur.data import Images
 from secateur.data.augmentation import Augmentation
 from secateur.models import Preprocessing
+from secateur.plan import Target, make_plan
 from secateur.precision import autocast
+from secateur.reading import make_wiring
+from secateur.surgery import apply_plan
 from secateur.training import train
 from tables import with_table
 from turns import in_turns
@@ -35,6 +41,8 @@ PAGE = ROOT / "docs" / "training.md"
 NETWORK = "resnet20"
 STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)
+COMPILED = SETTINGS.model_copy(update={"compile": True})
+TARGET = Target("macs", 0.7)
 SEED = 0
 
 
@@ -52,9 +60,14 @@ def main() -> None:
     expected = models.preprocessing(NETWORK)
     pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
     network = models.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
+    wiring = make_wiring(network, pixels[:1])
+    plan = make_plan(l2_scores(network, wiring), wiring, TARGET, "l2")
+    cut = apply_plan(network, wiring, plan)
     ways = {
-        "secateur": partial(by_secateur, network, images, expected),
+        "secateur": partial(by_secateur, network, images, expected, SETTINGS),
         "bare": partial(by_bare_loop, network, pixels, images.labels),
+        "cut": partial(by_secateur, cut, images, expected, SETTINGS),
+        "cut, compiled": partial(by_secateur, cut, images, expected, COMPILED),
     }
     seconds = in_turns(ways, pixels[:1])
     medians = {way: statistics.median(each) for way, each in seconds.items()}
@@ -66,6 +79,8 @@ def main() -> None:
         "turns": len(seconds["bare"]),
         "images_per_second": {way: round(len(pixels) / each, 1) for way, each in medians.items()},
         "ratio": round(medians["bare"] / medians["secateur"], 3),
+        "cut_macs_left": round(wiring.macs(plan.removed) / wiring.macs(), 3),
+        "compiled_ratio": round(medians["cut"] / medians["cut, compiled"], 2),
         "seed": SEED,
         "revision": revision(),
         "environment": surroundings("accelerate"),
@@ -75,21 +90,32 @@ def main() -> None:
 
 
 def page(text: str, found: Row) -> str:
-    """The page with its table brought up to date."""
+    """The page with its tables brought up to date."""
     rate, place = found["images_per_second"], found["environment"]
     lines = [
         "| network | precision | threads | bare loop, images/s | secateur, images/s | ratio |",
         "|---|---|---|---|---|---|",
         f"| {found['network']} | {found['settings']['precision']} | {place['threads']} | "
         f"{rate['bare']} | {rate['secateur']} | {found['ratio']} |",
+        "",
+        "| network, MACs left | threads | secateur, images/s | compiled, images/s | ratio |",
+        "|---|---|---|---|---|",
+        f"| {found['network']}, {found['cut_macs_left']} | {place['threads']} | "
+        f"{rate['cut']} | {rate['cut, compiled']} | {found['compiled_ratio']} |",
     ]
     return with_table(text, "results/training.json", "\n".join(lines))
 
 
 @torch.enable_grad()
-def by_secateur(network: nn.Module, images: Images, expected: Preprocessing, _: Tensor) -> Tensor:
+def by_secateur(
+    network: nn.Module,
+    images: Images,
+    expected: Preprocessing,
+    settings: TrainingSection,
+    _: Tensor,
+) -> Tensor:
     """One epoch by the trainer."""
-    train(network, None, images, expected, SETTINGS, seed=SEED)
+    train(network, None, images, expected, settings, seed=SEED)
     return next(network.parameters())
 
 

@@ -11,17 +11,25 @@ from cells import Cell, read_cells
 from rows import Row
 
 
-def test_the_table_of_speed_tells_what_was_measured() -> None:
+def test_the_tables_of_speed_tell_what_was_measured() -> None:
     found: Row = {
         "network": "resnet20",
         "settings": {"precision": "auto"},
         "environment": {"threads": 2},
-        "images_per_second": {"bare": 1000.0, "secateur": 990.5},
+        "images_per_second": {
+            "bare": 1000.0,
+            "secateur": 990.5,
+            "cut": 600.0,
+            "cut, compiled": 1200.0,
+        },
         "ratio": 0.99,
+        "cut_macs_left": 0.7,
+        "compiled_ratio": 2.0,
     }
     text = "<!-- table: results/training.json -->\nold\n<!-- end -->\n"
-    last = training.page(text, found).splitlines()[-2]
-    assert last == "| resnet20 | auto | 2 | 1000.0 | 990.5 | 0.99 |"
+    lines = training.page(text, found).splitlines()
+    assert lines[3] == "| resnet20 | auto | 2 | 1000.0 | 990.5 | 0.99 |"
+    assert lines[-2] == "| resnet20, 0.7 | 2 | 600.0 | 1200.0 | 2.0 |"
 
 
 def test_the_table_of_the_base_network_tells_what_it_is_worth() -> None:
