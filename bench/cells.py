@@ -5,7 +5,9 @@ A process that is killed loses the cell that it was at; what is in the file is n
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -29,8 +31,8 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cell]:
 
 
 def key_of(cell: Cell, fields: Sequence[str]) -> tuple[Any, ...]:
-    """What tells a cell from others."""
-    return tuple(cell[field] for field in fields)
+    """What tells a cell from others; `part.key` is a key of a part of it."""
+    return tuple(functools.reduce(operator.getitem, field.split("."), cell) for field in fields)
 
 
 def put_cell(path: Path, cell: Cell) -> None:

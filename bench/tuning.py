@@ -30,7 +30,7 @@ from tables import with_table
 RESULTS = ROOT / "results" / "tuning.jsonl"
 PAGE = ROOT / "docs" / "training.md"
 CONFIGS = ROOT / "configs" / "paper"
-KEY = ("network", "target", "seed")
+KEY = ("network", "target", "seed", "settings.epochs")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def measure(
 ) -> Cell:
     """One network cut, re-estimated and trained."""
     config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
-    folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}"
+    folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}-{config.finetune.epochs}"
     result = runs.run(config, folder, resume=True)
     tuning, before = result.tuning, result.score("before")
     assert tuning is not None
@@ -99,9 +99,9 @@ def measure(
 def table(found: list[Cell]) -> str:
     """What was lost, by seed, beside the goal and the paper."""
     lines = [
-        "| network, MACs left | seed | base | cut and refit | last epoch | best on validation | "
-        "points lost | goal | paper |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network, MACs left | seed | epochs | base | cut and refit | last epoch | "
+        "best on validation | points lost | goal | paper |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in sorted(found, key=lambda each: key_of(each, KEY)):
         case = CASES[cell["network"], cell["target"]]
@@ -110,6 +110,7 @@ def table(found: list[Cell]) -> str:
         texts = [
             f"{cell['network']}, {cell['macs_left']:.3f}",
             str(cell["seed"]),
+            str(cell["settings"]["epochs"]),
             *(f"{100 * fractions[stage]:.2f}" for stage in ("before", "refit", "last")),
             f"{100 * cell['best_epoch_test_fraction']:.2f} (epoch {cell['best_epoch']})",
             f"{lost:.2f}",
@@ -152,7 +153,8 @@ def main() -> None:
     known = {key_of(cell, KEY) for cell in read_cells(RESULTS, KEY)}
     calls = []
     for (network, target), case in CASES.items():
-        (section,) = read_comparison(CONFIGS / case.file).networks
+        comparison = read_comparison(CONFIGS / case.file)
+        (section,) = comparison.networks
         if arguments.weights is None or not fnmatch.fnmatch(network, arguments.only):
             continue
         if not (arguments.weights / str(section.weights)).is_file():
@@ -163,7 +165,7 @@ def main() -> None:
         calls += [
             [*options, "--child", network, target, str(seed)]
             for seed in range(arguments.seeds)
-            if (network, target, seed) not in known
+            if (network, target, seed, comparison.finetune.epochs) not in known
         ]
     run_all("tuning.py", calls, 1)
     PAGE.write_text(page(PAGE.read_text(), read_cells(RESULTS, KEY)))

@@ -59,9 +59,11 @@ def test_the_table_of_tuning_tells_what_was_lost() -> None:
         },
         "best_epoch_test_fraction": 0.9155,
         "best_epoch": 12,
+        "settings": {"epochs": 40},
     }
     assert tuning.table([cell]).splitlines()[-1] == (
-        "| resnet20, 0.700 | 1 | 91.73 | 90.00 | 91.60 | 91.55 (epoch 12) | 0.13 | 0.12 | 0.12 |"
+        "| resnet20, 0.700 | 1 | 40 | "
+        "91.73 | 90.00 | 91.60 | 91.55 (epoch 12) | 0.13 | 0.12 | 0.12 |"
     )
 
 
