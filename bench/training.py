@@ -5,9 +5,8 @@
 trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop over tensors that
 are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
 so that a busy machine slows both alike. In the same turns the trainer trains that network cut to
-`TARGET`, as it is and by `torch.compile`: torch's batch norms are slow where widths are odd and
-threads several. Writes `results/training.json` with the images a second of each and the ratios, by
-the medians, and the tables in docs/training.md.
+`TARGET`, as it is and by `torch.compile`. Writes `results/training.json` with the images a second
+of each and the ratios, by the medians, and the tables in docs/training.md.
 """
 
 from __future__ import annotations

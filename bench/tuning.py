@@ -8,8 +8,7 @@ goes on from its run folder in `runs/tuning`; networks without weights in the fo
 Then the table in docs/training.md is written; without weights only that. The base weights of the
 residual networks are those of `../shared/data/weights`, VGG-16's are `bench/base_network.py`'s. The
 former have seen the images that are held out here, so the accuracy on those says which epoch is
-best, and no more. `--compile` trains faster on a CPU, where batch norms of odd widths are slow; the
-line's settings say so.
+best, and no more. `--compile` can be faster on a CPU (bench/training.py); the line's settings tell.
 """
 
 from __future__ import annotations
