@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -311,6 +312,18 @@ def test_a_compiled_network_learns_the_same(images: TensorImages) -> None:
     compiled, _ = trained(chain(), None, images, settings(epochs=1, compile=True))
     for one, other in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_each_network_is_compiled_however_many_there_were(
+    images: TensorImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for width in (4, 5, 6):  # two compilations each: the last batch is not whole
+            network = chain()
+            network.conv2 = nn.Conv2d(6, width, 3)
+            network.bn2, network.linear = nn.BatchNorm2d(width), nn.Linear(width, 5)
+            trained(network, None, images, settings(epochs=1, compile=True))
 
 
 # --- checkpoints --------------------------------------------------------------------------------

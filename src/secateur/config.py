@@ -248,7 +248,8 @@ class TrainingSection(Section):
     """`auto` takes bfloat16 where the hardware has instructions for it; `float16`, with a scaled
     loss, is for accelerators."""
     compile: bool = False
-    """Whether the network is compiled for training (`torch.compile`)."""
+    """Whether the network is compiled for training (`torch.compile`); what else this process has
+    compiled is then compiled anew when it is used next."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read images ahead; by default none for images in memory, and up to 4 for
     files."""

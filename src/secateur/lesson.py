@@ -38,7 +38,12 @@ class Lesson:
         self._teacher = teacher if self._label_weight < 1 or self._sums else None
         # accelerate changes the forward of what it is given: that of a wrapper, not the user's.
         student = accelerator.prepare_model(_Student(model))
-        self._student = torch.compile(student) if settings.compile else student
+        if settings.compile:
+            # Each network counts against torch's limit of compilations of one `forward`, after
+            # which it quietly does without: that of an earlier training, too.
+            torch.compiler.reset()
+            student = torch.compile(student)
+        self._student = student
         self._mixing: v2.Transform | None = None
 
     @property
