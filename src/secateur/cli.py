@@ -1,4 +1,4 @@
-"""The command line: the only module that prints or exits."""
+"""The command line: its commands, and what becomes of an error."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import json
 import os
 import shlex
 import sys
-import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from secateur import (
@@ -26,6 +23,7 @@ from secateur import (
     criteria,
     data,
     demo,
+    display,
     distributed,
     models,
     own_code,
@@ -35,25 +33,47 @@ from secateur import (
 )
 from secateur.base import BaseConfig, train_base
 from secateur.comparison import Comparison
-from secateur.config import AnyConfig, RunConfig, from_dict, read_tables
-from secateur.errors import SecateurError, UnknownName, UsageError
-from secateur.evaluate import Score
+from secateur.config import RunConfig, from_dict, read_tables
+from secateur.errors import SecateurError, UsageError
 from secateur.evaluate import evaluate as evaluate_network
-from secateur.export import ExportResult, Latency, check_free, compare_latency, export_onnx
+from secateur.export import Latency, check_free, compare_latency, export_onnx
 from secateur.failures import explain
 from secateur.heartbeat import lost
-from secateur.inspection import NEEDED, inspect_network
+from secateur.inspection import inspect_network
 from secateur.interrupts import INTERRUPTED, insisting
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
-from secateur.progress import Track, bars, silent
-from secateur.report import count_text, score_rows
-from secateur.report.comparison import CHARTS, PAGE, TextTable, tables, write_comparison
-from secateur.result import RunResult
+from secateur.options import (
+    BoardOption,
+    ClassesOption,
+    ConceptsOption,
+    ConfigOption,
+    DataOption,
+    EpochsOption,
+    ExcludeOption,
+    ImageSizeOption,
+    JsonOption,
+    KeepOption,
+    LabelWeightOption,
+    LearningRateOption,
+    MaxMinutesOption,
+    ModelOption,
+    ProbeOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    SkipOption,
+    UntrainedOption,
+    WeightsOption,
+    assigned,
+    complete_criterion,
+    config_of,
+    put_over,
+    text_of,
+    training_keys,
+)
+from secateur.report.comparison import CHARTS, PAGE, tables, write_comparison
 from secateur.rows import row_of
 from secateur.standings import standings
-
-BAR = 8
-"""Characters of the longest bar."""
 
 app: typer.Typer = typer.Typer(
     help="Makes a trained convolutional network smaller and faster by what its filters see.",
@@ -61,137 +81,6 @@ app: typer.Typer = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _beginning(names: Iterable[str], start: str) -> list[str]:
-    """The names that a shell may complete a word to."""
-    return [name for name in names if name.startswith(start)]
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    return _beginning(models.names(), incomplete)
-
-
-def _complete_criterion(incomplete: str) -> list[str]:
-    return _beginning(criteria.CRITERIA, incomplete)
-
-
-def _complete_concepts(incomplete: str) -> list[str]:
-    return _beginning(concepts.sources(), incomplete)
-
-
-def _complete_data(incomplete: str) -> list[str]:
-    return _beginning([form.partition(":")[0] for form in data.FORMS], incomplete)
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        autocompletion=_complete_model,
-        help="resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
-    ),
-]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option("--weights", "-w", help="Weights: .safetensors, .pth, .pt or .th."),
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        "-d",
-        autocompletion=_complete_data,
-        help="cifar10:DIR, cifar100:DIR, fashion-mnist:DIR, imagenet:DIR, imagenette:DIR, cub:DIR, "
-        "folder:DIR (class folders), hf:NAME_OR_PATH or digits.",
-    ),
-]
-SkipOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--skip-unreadable/--no-skip-unreadable",
-        help="Leave image files out that can't be read, and count them (default: an error).",
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="A TOML file; options given here go before it."),
-]
-ClassesOption = Annotated[
-    int | None,
-    typer.Option("--num-classes", help="Outputs of the head (default: classes of the data)."),
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", help="Layers whose filters must stay, as layer1.*; may be given several times."
-    ),
-]
-ImageSizeOption = Annotated[
-    int | None,
-    typer.Option("--image-size", help="Side of the images in pixels (default: the network's)."),
-]
-ProbeOption = Annotated[
-    int | None,
-    typer.Option("--probe-images", help="Images to score and refit with (default: 2000)."),
-]
-ConceptsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--concepts",
-        autocompletion=_complete_concepts,
-        help="Where concepts are, several after commas: evidence, saliency, factors:K, colours; or "
-        "with images of their own masks:DIR, broden:DIR, parts:DIR, boxes:DIR (default: evidence).",
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="What every random choice depends on (default: 0).")
-]
-EpochsOption = Annotated[
-    int | None, typer.Option("--epochs", help="Epochs of fine-tuning (default: 5).")
-]
-LearningRateOption = Annotated[
-    float | None,
-    typer.Option("--learning-rate", help="Largest learning rate (default: 0.02)."),
-]
-LabelWeightOption = Annotated[
-    float | None,
-    typer.Option(
-        "--label-weight",
-        help="Share of the labels in the loss, the rest is the original network's; 0 trains "
-        "without labels (default: 0.3).",
-    ),
-]
-KeepOption = Annotated[
-    str | None,
-    typer.Option(
-        "--keep",
-        help="Weights that stay: of the last epoch, or best on validation (default: last).",
-    ),
-]
-MaxMinutesOption = Annotated[
-    float | None, typer.Option("--max-minutes", help="End the training after so many minutes.")
-]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")
-]
-BoardOption = Annotated[
-    Path | None,
-    typer.Option("--tensorboard", help="Folder for TensorBoard's curves (extra: tensorboard)."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Any key of the configuration, as --set finetune.mixup=0.2; may be given again.",
-    ),
-]
-UntrainedOption = Annotated[
-    bool,
-    typer.Option("--allow-untrained", help="Go on without weights, with random ones."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def main() -> None:
@@ -209,13 +98,13 @@ def main() -> None:
     except SecateurError as error:
         if "--debug" in sys.argv:
             raise
-        _print_error(str(error))
+        display.show_error(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, SystemExit) as error:  # typer makes the latter of the former
         code = error.code if isinstance(error, SystemExit) else INTERRUPTED
         if code != INTERRUPTED or (reason := lost()) is None:
             sys.exit(code)
-        _print_error(reason)
+        display.show_error(reason)
         sys.exit(1)
     except BrokenPipeError:  # whoever read what was printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -224,12 +113,8 @@ def main() -> None:
         reason = lost() or explain(error)
         if reason is None or "--debug" in sys.argv:
             raise
-        _print_error(reason)
+        display.show_error(reason)
         sys.exit(1)
-
-
-def _print_error(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(text)}")
 
 
 def _print_version(asked: bool | None) -> None:
@@ -273,7 +158,7 @@ def prune(
         str | None,
         typer.Option(
             "--criterion",
-            autocompletion=_complete_criterion,
+            autocompletion=complete_criterion,
             help="How filters are ranked: vote, l1, …, or path/to/file.py:factory (default: vote).",
         ),
     ] = None,
@@ -398,12 +283,12 @@ def prune(
         raise UsageError("--no-finetune and --epochs exclude each other")
     if shares is not None and allocation is not None:
         raise UsageError("--shares and --allocation exclude each other")
-    resolved = _config(
+    resolved = config_of(
         config,
         {
             "model": {
                 "name": model,
-                "weights": _text(weights),
+                "weights": text_of(weights),
                 "num_classes": num_classes,
             },
             "data": {
@@ -432,7 +317,7 @@ def prune(
             "polish": {"epochs": polish},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
-                **_training(learning_rate, label_weight, keep, max_minutes),
+                **training_keys(learning_rate, label_weight, keep, max_minutes),
             },
             "seed": seed,
         },
@@ -446,11 +331,11 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
-            track=_track(),
+            track=display.track(),
             board=board,
             command=_command(),
         )
-    _show_run(result, out, as_json=as_json)
+    display.show_run(result, out, as_json=as_json)
 
 
 @app.command("finetune")
@@ -486,10 +371,10 @@ def finetune_run(
 
     Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
     """
-    changes = _training(learning_rate, label_weight, keep, max_minutes)
+    changes = training_keys(learning_rate, label_weight, keep, max_minutes)
     changes["epochs"] = epochs
     given = {key: value for key, value in changes.items() if value is not None}
-    for key, value in _assignments(settings):
+    for key, value in assigned(settings):
         section, _, name = key.partition(".")
         if section != "finetune":
             raise UsageError(f"--set {key}: only keys of finetune can be set here")
@@ -503,11 +388,11 @@ def finetune_run(
             source=data_source,
             resume=resume,
             overwrite=overwrite,
-            track=_track(),
+            track=display.track(),
             board=board,
             command=_command(),
         )
-    _show_run(result, out or run, as_json=as_json)
+    display.show_run(result, out or run, as_json=as_json)
 
 
 @app.command("train")
@@ -547,16 +432,16 @@ def train_network(
 
     Example: secateur train -m vgg16_bn -d cifar10:data --epochs 100 -o base
     """
-    resolved = _config(
+    resolved = config_of(
         config,
         {
-            "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+            "model": {"name": model, "weights": text_of(weights), "num_classes": num_classes},
             "data": {
                 "source": data_source,
                 "image_size": image_size,
                 "skip_unreadable": skip_unreadable,
             },
-            "train": {"epochs": epochs, **_training(learning_rate, None, keep, max_minutes)},
+            "train": {"epochs": epochs, **training_keys(learning_rate, None, keep, max_minutes)},
             "new_head": new_head,
             "seed": seed,
         },
@@ -565,13 +450,13 @@ def train_network(
     )
     with _resumable(out):
         result = train_base(
-            resolved, out, resume=resume, track=_track(), board=board, command=_command()
+            resolved, out, resume=resume, track=display.track(), board=board, command=_command()
         )
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    _show_score(result.score, result.unreadable, as_json=False)
-    _out().print(f"weights: {out / WEIGHTS}", soft_wrap=True, highlight=False)
+    display.show_score(result.score, result.unreadable, as_json=False)
+    display.out().print(f"weights: {out / WEIGHTS}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -593,14 +478,14 @@ def evaluate(
     if (run is None) == (model is None and config is None):
         raise UsageError("name either a run folder or a network with --model")
     given = {
-        "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+        "model": {"name": model, "weights": text_of(weights), "num_classes": num_classes},
         "data": {
             "source": data_source,
             "image_size": image_size,
             "skip_unreadable": skip_unreadable,
         },
     }
-    settings = _config(run / CONFIG if run else config, given, RunConfig)
+    settings = config_of(run / CONFIG if run else config, given, RunConfig)
     if run is not None:
         network = _pruned_network(run)
         dataset = data.load(settings.data.source)
@@ -608,10 +493,10 @@ def evaluate(
         pipeline.check_weights(settings, allow_untrained=allow_untrained)
         dataset, network = pipeline.load_inputs(settings)
     unreadable = pipeline.make_unreadable(settings)
-    images = pipeline.stream(dataset.test, settings, _track(), "scoring", unreadable)
+    images = pipeline.stream(dataset.test, settings, display.track(), "scoring", unreadable)
     score = evaluate_network(network, images)
     names = None if unreadable is None else pipeline.names_of(unreadable)
-    _show_score(score, names, as_json=as_json)
+    display.show_score(score, names, as_json=as_json)
 
 
 @app.command()
@@ -623,7 +508,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             "--criterion",
-            autocompletion=_complete_criterion,
+            autocompletion=complete_criterion,
             help="May be given several times (default: vote).",
         ),
     ] = None,
@@ -667,10 +552,10 @@ def inspect(
         and concepts.annotated_images(concept_source)
     ):
         data_source = data.NONE
-    settings = _config(
+    settings = config_of(
         config,
         {
-            "model": {"name": model, "weights": _text(weights), "num_classes": num_classes},
+            "model": {"name": model, "weights": text_of(weights), "num_classes": num_classes},
             "data": {
                 "source": data_source,
                 "probe_images": probe_images,
@@ -686,17 +571,17 @@ def inspect(
     pipeline.check_weights(settings, allow_untrained=allow_untrained)
     if pictures is not None and not pictures.parent.is_dir():
         raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
-    found = inspect_network(settings, names, pictures=pictures, track=_track())
+    found = inspect_network(settings, names, pictures=pictures, track=display.track())
     if as_json:
         print(json.dumps(found, indent=1))
         return
     if layer is None:
-        _show_groups(found)
+        display.show_groups(found)
     elif filter_number is None:
-        _show_filters(_group_of(found, layer))
+        display.show_filters(display.group_of(found, layer))
     else:
-        _show_filter(_group_of(found, layer), filter_number)
-    _show_unreadable(found["unreadable"])
+        display.show_filter(display.group_of(found, layer), filter_number)
+    display.show_unreadable(found["unreadable"])
 
 
 @app.command()
@@ -734,7 +619,7 @@ def export(
         if name is not None and classes is not None and not own_code.is_own_code(name):
             original = models.load(name, num_classes=classes)
         times = compare_latency(network, path, original, example)
-    _show_export(result, times, as_json=as_json)
+    display.show_export(result, times, as_json=as_json)
 
 
 @app.command()
@@ -784,13 +669,13 @@ def report(
         images=images,
         beside=beside,
         pictures=pictures,
-        track=_track(),
+        track=display.track(),
     )
     if as_json:
         print(json.dumps([str(path) for path in written], indent=1))
         return
     for path in written:
-        _out().print(f"written: {path}", soft_wrap=True, highlight=False)
+        display.out().print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
 @app.command("models")
@@ -806,9 +691,9 @@ def list_models(as_json: JsonOption = False) -> None:
         print(json.dumps(found, indent=1))
         return
     for title, names in found.items():
-        _out().print(f"[bold]{title}[/]")
-        _out().print("  " + ", ".join(names), highlight=False)
-    _out().print("also timm:NAME (extra: timm) and path/to/file.py:factory")
+        display.out().print(f"[bold]{title}[/]")
+        display.out().print("  " + ", ".join(names), highlight=False)
+    display.out().print("also timm:NAME (extra: timm) and path/to/file.py:factory")
 
 
 @app.command("compare")
@@ -834,16 +719,16 @@ def compare_ways(
     What is in the folder is not done again: after an interruption the same command goes on.
     Example: secateur compare comparison.toml -o comparison -j 2
     """
-    given = _put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
+    given = put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
     content = from_dict(given, Comparison).with_weights_in(weights)
-    cells = sweep.compare(content, out, jobs=jobs, retry=retry, track=_track())
+    cells = sweep.compare(content, out, jobs=jobs, retry=retry, track=display.track())
     write_comparison(out, content, cells, _command())
     rows = [row_of(cell) for cell in cells]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
-        _show_comparison(tables(standings(rows, content.compared_with)))
-        _out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
+        display.show_comparison(tables(standings(rows, content.compared_with)))
+        display.out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
     if any(cell.outcome == "failed" for cell in cells):
         raise SecateurError("some cells failed: --retry tries them again")
 
@@ -868,10 +753,10 @@ def run_demo(
     bundle.check_free(out, overwrite=True)
     if weights is None:
         weights = out.parent / f"{out.name}-base.safetensors"
-        demo.train_digits(weights, _track())
+        demo.train_digits(weights, display.track())
         settings = demo.digits_config(weights)
     else:
-        settings = _config(
+        settings = config_of(
             None,
             {
                 "model": {"name": model or demo.MODEL, "weights": str(weights)},
@@ -879,8 +764,8 @@ def run_demo(
             },
             RunConfig,
         )
-    result = runs.run(settings, out, overwrite=True, track=_track(), command=_command())
-    _show_run(result, out, as_json=as_json)
+    result = runs.run(settings, out, overwrite=True, track=display.track(), command=_command())
+    display.show_run(result, out, as_json=as_json)
 
 
 # --- networks ----------------------------------------------------------------------------------
@@ -892,79 +777,6 @@ def _pruned_network(run: Path) -> nn.Module:
     if architecture is None or own_code.is_own_code(architecture):
         return bundle.load_program(run)
     return bundle.load(run)
-
-
-# --- configuration -----------------------------------------------------------------------------
-
-
-def _config(
-    path: Path | None,
-    options: dict[str, Any],
-    kind: type[AnyConfig],
-    assignments: list[str] | None = None,
-) -> AnyConfig:
-    """The configuration of a file with the given options put over it, and assignments over those.
-
-    A key of a section that a configuration of this kind has not is an error that names it.
-    """
-    base = _put_over(read_tables(path) if path else {}, options, assignments)
-    for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
-        if key not in _section(base, section):
-            raise UsageError(f"{option} is missing")
-    return from_dict(base, kind)
-
-
-def _put_over(
-    base: dict[str, Any], options: dict[str, Any], assignments: list[str] | None
-) -> dict[str, Any]:
-    """Tables with those options put over them that are not None, and assignments over those."""
-    for section, values in options.items():
-        if isinstance(values, dict):
-            given = {key: value for key, value in values.items() if value is not None}
-            base[section] = {**_section(base, section), **given}
-        elif values is not None:
-            base[section] = values
-    for key, value in _assignments(assignments):
-        section, dot, name = key.partition(".")
-        if dot:
-            base[section] = {**_section(base, section), name: value}
-        else:
-            base[section] = value
-    return base
-
-
-def _section(base: dict[str, Any], name: str) -> dict[str, Any]:
-    """A table of a configuration, empty where it is not given."""
-    found = base.get(name, {})
-    if not isinstance(found, dict):
-        raise UsageError(f"configuration, {name}: {found!r} found where a table is needed")
-    return found
-
-
-def _assignments(texts: list[str] | None) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of texts such as `finetune.mixup=0.2`, with values as in TOML."""
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {text}: it must be KEY=VALUE, as finetune.mixup=0.2")
-        try:
-            yield key, tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            yield key, value  # a text without quotes
-
-
-def _training(
-    learning_rate: float | None,
-    label_weight: float | None,
-    keep: str | None,
-    max_minutes: float | None,
-) -> dict[str, Any]:
-    return {
-        "learning_rate": learning_rate,
-        "label_weight": label_weight,
-        "keep": keep,
-        "max_minutes": max_minutes,
-    }
 
 
 @contextlib.contextmanager
@@ -981,203 +793,6 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 def _command() -> str:
     return shlex.join(["secateur", *sys.argv[1:]])
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-# --- printing ----------------------------------------------------------------------------------
-
-
-def _out() -> Console:
-    return Console()
-
-
-def _track() -> Track:
-    """Progress bars on stderr where it is a terminal, else nothing."""
-    return bars if sys.stderr.isatty() and distributed.is_first() else silent
-
-
-def _show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
-    if as_json:
-        print(result.model_dump_json(indent=1))
-        return
-    rows = score_rows(result)
-    table = Table(box=None, pad_edge=False)
-    for number, key in enumerate(rows[0]):
-        table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    _out().print(table)
-    for trial in result.trials:
-        _out().print(
-            f"{trial.fraction_left:7.3f} left: {100 * trial.validation_top1_fraction:.2f} % of the "
-            f"validation images{'' if trial.kept else ', too little'}",
-            highlight=False,
-        )
-    removed = sum(len(group.removed) for group in result.groups)
-    filters = sum(group.filters for group in result.groups)
-    _out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
-    _show_unreadable(result.unreadable)
-    for notice in result.notices:
-        _out().print(f"[yellow]note:[/] {_escaped(notice)}", soft_wrap=True, highlight=False)
-    _out().print(f"report: {folder / bundle.REPORT}", soft_wrap=True, highlight=False)
-
-
-def _show_comparison(found: Sequence[TextTable]) -> None:
-    for table in found:
-        shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
-        for number, head in enumerate(table.heads):
-            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
-        for line in table.rows:
-            shown.add_row(*map(_escaped, line))
-        _out().print(shown)
-        _out().print(_escaped(table.note), highlight=False)
-
-
-def _show_unreadable(names: Sequence[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        _out().print(
-            f"{len(names)} images can't be read and were left out: "
-            f"{', '.join(map(_escaped, names[:3]))}{more}",
-            soft_wrap=True,
-            highlight=False,
-        )
-
-
-def _show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool) -> None:
-    """With the images that were left out, where that was asked for."""
-    if as_json:
-        skipped = {} if unreadable is None else {"unreadable": unreadable}
-        print(json.dumps({**asdict(score), **skipped}, indent=1))
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for title, text in (
-        ("images", str(score.images)),
-        ("top-1", f"{100 * score.top1_fraction:.2f} %"),
-        ("top-5", f"{100 * score.top5_fraction:.2f} %"),
-        ("loss", f"{score.loss:.4f}"),
-        ("MACs", count_text(score.macs)),
-        ("parameters", count_text(score.parameters)),
-        ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),
-    ):
-        table.add_row(title, text)
-    _out().print(table)
-    _show_unreadable(unreadable or ())
-
-
-def _show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:
-    if as_json:
-        facts = {**asdict(result), "path": str(result.path)}
-        print(json.dumps({**facts, "latency": [asdict(one) for one in times]}, indent=1))
-        return
-    batches = ", ".join(str(batch) for batch in result.batches)
-    _out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
-    _out().print(
-        f"{result.bytes / 1e6:.2f} MB, opset {result.opset}; relative error {result.error:.1e} in "
-        f"batches of {batches}",
-        highlight=False,
-    )
-    if not times:
-        return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("engine")
-    for title in ("batch", "original ms", "pruned ms", "ratio"):
-        table.add_column(title, justify="right")
-    for one in times:
-        original = one.original_ms
-        table.add_row(
-            one.engine,
-            str(one.batch),
-            "" if original is None else f"{original:.2f}",
-            f"{one.pruned_ms:.2f}",
-            "" if original is None else f"{original / one.pruned_ms:.2f}",
-        )
-    _out().print(table)
-
-
-def _show_groups(found: dict[str, Any]) -> None:
-    """A line a layer that can be cut, then those that can't, and why."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for title in ("filters", "needed", "MACs %"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("detectors", justify="right", no_wrap=True)
-    largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
-    for group in found["groups"]:
-        detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
-        table.add_row(
-            _escaped(group["layer"]),
-            str(group["filters"]),
-            str(group["needed"]),
-            f"{100 * group['macs_share']:.1f}",
-            "█" * round(BAR * group["macs_share"] / largest),
-            f"{len(detected)} ({len(set(detected))})",
-        )
-    _out().print(table)
-    _out().print(
-        f"needed: filters that hold {NEEDED:.0%} of the layer's votes; detectors: filters that "
-        "overlap a concept, and of how many concepts",
-        highlight=False,
-    )
-    if not found["frozen"]:
-        return
-    frozen = Table(box=None, pad_edge=False)
-    frozen.add_column("frozen", overflow="fold")
-    frozen.add_column("filters", justify="right", no_wrap=True)
-    frozen.add_column("because")
-    for group in found["frozen"]:
-        reason = _escaped(group["reason"])
-        frozen.add_row(_escaped(group["layer"]), str(group["filters"]), reason)
-    _out().print(frozen)
-
-
-def _group_of(found: dict[str, Any], layer: str) -> dict[str, Any]:
-    groups = {group["layer"]: group for group in found["groups"]}
-    if layer not in groups:
-        raise UnknownName("prunable layer", layer, groups)
-    group: dict[str, Any] = groups[layer]
-    return group
-
-
-def _show_filters(group: dict[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("filter", justify="right")
-    for name in group["scores"]:
-        table.add_column(name, justify="right")
-    table.add_column("best concept")
-    table.add_column("IoU", justify="right")
-    for number, seen in enumerate(group["concepts"]):
-        scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
-        table.add_row(str(number), *scores, _escaped(seen["concept"]), f"{seen['iou']:.3f}")
-    _out().print(table)
-
-
-def _show_filter(group: dict[str, Any], number: int) -> None:
-    """What one filter sees, and where in the image that it responds to most."""
-    if number >= group["filters"]:
-        raise UsageError(f"{group['layer']} has filters 0 to {group['filters'] - 1}, not {number}")
-    lines = [f"{group['layer']}, filter {number} of {group['filters']}"]
-    for name, scores in group["scores"].items():
-        rank = 1 + sum(other > scores[number] for other in scores)
-        lines.append(f"{name}: {scores[number]:.4g}, rank {rank} of {group['filters']}")
-    seen = group["concepts"][number]
-    kind = "detector of" if seen["is_detector"] else "overlaps most"
-    lines.append(f"{kind} {seen['concept']}, IoU {seen['iou']:.3f}")
-    tops = group["top_images"][number]
-    lines.append(f"top probe images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:")
-    lines += [
-        "  " + row.replace("#", "██").replace(".", "··") for row in group["top_regions"][number]
-    ]
-    _out().print(_escaped("\n".join(lines)), highlight=False)
-
-
-def _escaped(text: str) -> str:
-    """Text from outside, so that rich does not read brackets in it as style."""
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":
