@@ -360,6 +360,7 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
 def test_shells_complete_names(
     call: Call, monkeypatch: pytest.MonkeyPatch, words: str, found: set[str]
 ) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # as the installed command
     monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
