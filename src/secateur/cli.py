@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from secateur import (
@@ -39,7 +38,7 @@ from secateur.evaluate import evaluate as evaluate_network
 from secateur.export import Latency, check_free, compare_latency, export_onnx
 from secateur.failures import explain
 from secateur.heartbeat import lost
-from secateur.inspection import inspect_network
+from secateur.inspection import group_of, inspect_network
 from secateur.interrupts import INTERRUPTED, insisting
 from secateur.manifest import CONFIG, WEIGHTS, read_manifest
 from secateur.options import (
@@ -578,9 +577,9 @@ def inspect(
     if layer is None:
         display.show_groups(found)
     elif filter_number is None:
-        display.show_filters(display.group_of(found, layer))
+        display.show_filters(group_of(found, layer))
     else:
-        display.show_filter(display.group_of(found, layer), filter_number)
+        display.show_filter(group_of(found, layer), filter_number)
     display.show_unreadable(found["unreadable"])
 
 
@@ -786,8 +785,9 @@ def _resumable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if (folder / bundle.CHECKPOINTS).is_dir():
-            console = Console(stderr=True, soft_wrap=True)
-            console.print(f"interrupted; the same command with --resume goes on from {folder}")
+            display.err().print(
+                f"interrupted; the same command with --resume goes on from {folder}"
+            )
         raise
 
 

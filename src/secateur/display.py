@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur import bundle, distributed
-from secateur.errors import UnknownName, UsageError
+from secateur.errors import UsageError
 from secateur.evaluate import Score
 from secateur.export import ExportResult, Latency
 from secateur.inspection import NEEDED
@@ -28,12 +28,17 @@ BAR = 8
 
 def show_error(text: str) -> None:
     """One line on stderr."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(text)}")
+    err().print(f"[bold red]error:[/] {_escaped(text)}")
 
 
 def out() -> Console:
     """What tables for people are printed on."""
     return Console()
+
+
+def err() -> Console:
+    """What is not the result is printed on: stderr, one line however long."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 def track() -> Track:
@@ -179,15 +184,6 @@ def show_groups(found: dict[str, Any]) -> None:
         reason = _escaped(group["reason"])
         frozen.add_row(_escaped(group["layer"]), str(group["filters"]), reason)
     out().print(frozen)
-
-
-def group_of(found: dict[str, Any], layer: str) -> dict[str, Any]:
-    """What is known of a layer; raises `UnknownName` where none of that name can be cut."""
-    groups = {group["layer"]: group for group in found["groups"]}
-    if layer not in groups:
-        raise UnknownName("prunable layer", layer, groups)
-    group: dict[str, Any] = groups[layer]
-    return group
 
 
 def show_filters(group: dict[str, Any]) -> None:

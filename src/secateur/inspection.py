@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secateur import distributed, pipeline
 from secateur.config import RunConfig
+from secateur.errors import UnknownName
 from secateur.pictures import draw_layer
 from secateur.progress import Track, silent
 from secateur.sights import VOTES, see
@@ -110,3 +111,12 @@ def inspect_network(
         "groups": groups,
         "frozen": frozen,
     }
+
+
+def group_of(found: dict[str, Any], layer: str) -> dict[str, Any]:
+    """What is known of a layer; raises `UnknownName` where none of that name can be cut."""
+    groups = {group["layer"]: group for group in found["groups"]}
+    if layer not in groups:
+        raise UnknownName("prunable layer", layer, groups)
+    group: dict[str, Any] = groups[layer]
+    return group
