@@ -2,10 +2,9 @@
 
     python bench/base_network.py --data DIR --weights DIR
 
-as `secateur train` does by `configs/vgg16_cifar10_base_1.toml` and then, from those weights, by
-`configs/vgg16_cifar10_base_2.toml`; a training that was interrupted goes on from its checkpoints in
-`runs/base_network`. The weights are left in the folder of weights, under the name by which
-`configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
+as `secateur train` does by `configs/vgg16_cifar10_base.toml`; a training that was interrupted goes
+on from its checkpoints in `runs/base_network`. The weights are left in the folder of weights, under
+the name by which `configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
 `results/base_network.json`, and to the table in docs/training.md; without arguments only the table
 is written.
 """
@@ -26,71 +25,57 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
 PAGE = ROOT / "docs" / "training.md"
-CONFIGS = [ROOT / "configs" / f"vgg16_cifar10_base_{number}.toml" for number in (1, 2)]
+CONFIG = ROOT / "configs" / "vgg16_cifar10_base.toml"
 PRUNED = ROOT / "configs" / "paper" / "vgg16_cifar10.toml"
 WORK = ROOT / "runs" / "base_network"
 
 
-def config(file: Path, data: str, weights: Path | None) -> BaseConfig:
-    """A training on CIFAR-10, from some weights or from random ones."""
-    found = from_dict(read_tables(file), BaseConfig)
-    start = None if weights is None else str(weights)
-    return found.model_copy(
-        update={
-            "data": found.data.model_copy(update={"source": f"cifar10:{data}"}),
-            "model": found.model.model_copy(update={"weights": start}),
-        }
-    )
+def config(data: str) -> BaseConfig:
+    """The training, on the CIFAR-10 in a folder."""
+    found = from_dict(read_tables(CONFIG), BaseConfig)
+    images = found.data.model_copy(update={"source": f"cifar10:{data}"})
+    return found.model_copy(update={"data": images})
 
 
 def measure(data: str, weights: Path) -> Row:
-    """The trainings, and what they came to; leaves the last one's weights in a folder."""
-    found, last = [], None
-    for file in CONFIGS:
-        folder = WORK / file.stem
-        found.append(train_base(config(file, data, last), folder, resume=True))
-        last = folder / WEIGHTS
+    """The training, and what it came to; leaves the weights in a folder."""
+    found = train_base(config(data), WORK, resume=True)
     (network,) = read_comparison(PRUNED).networks
-    shutil.copyfile(str(last), weights / str(network.weights))
-    trainings = [
-        {
-            "config": str(file.relative_to(ROOT)),
-            "settings": each.config.train.model_dump(mode="json"),
-            "seed": each.config.seed,
-            "epochs": [[e.number, e.loss, e.validation] for e in each.epochs],
-            "test_fraction": each.score.top1_fraction,
-            "seconds": round(each.seconds, 1),
-        }
-        for file, each in zip(CONFIGS, found, strict=True)
-    ]
+    shutil.copyfile(WORK / WEIGHTS, weights / str(network.weights))
     return {
         "command": "python bench/base_network.py --data DIR --weights DIR",
+        "config": str(CONFIG.relative_to(ROOT)),
         "network": network.name,
-        "trainings": trainings,
-        "images": found[-1].score.images,
+        "settings": found.config.train.model_dump(mode="json"),
+        "seed": found.config.seed,
+        "epochs": [[e.number, e.loss, e.validation] for e in found.epochs],
+        "test_fraction": found.score.top1_fraction,
+        "images": found.score.images,
+        "seconds": round(found.seconds, 1),
         "revision": revision(),
         "environment": surroundings("accelerate"),
     }
 
 
 def table(found: Row) -> str:
-    """What came of each training."""
-    lines = [
-        "| network | training | epochs | validation top-1 | test top-1 | minutes |",
-        "|---|---|---|---|---|---|",
+    """What came of the training."""
+    number, _, validation = found["epochs"][-1]
+    texts = [
+        found["network"],
+        f"`{found['config']}`",
+        str(number),
+        f"{100 * validation:.2f}",
+        f"{100 * found['test_fraction']:.2f}",
+        f"{found['seconds'] / 60:.0f}",
+        found["environment"].get("accelerator", "CPU"),
     ]
-    for training in found["trainings"]:
-        number, _, validation = training["epochs"][-1]
-        texts = [
-            found["network"],
-            f"`{training['config']}`",
-            str(number),
-            f"{100 * validation:.2f}",
-            f"{100 * training['test_fraction']:.2f}",
-            f"{training['seconds'] / 60:.0f}",
+    return "\n".join(
+        [
+            "| network | training | epochs | validation top-1 | test top-1 | minutes | on |",
+            "|---|---|---|---|---|---|---|",
+            f"| {' | '.join(texts)} |",
         ]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+    )
 
 
 def page(text: str, found: Row) -> str:

@@ -43,10 +43,7 @@ def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
 
 
 def measure(comparison: Comparison, results: Path, jobs: int) -> None:
-    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends.
-
-    Seed by seed, so that what is there after an interruption can be compared.
-    """
+    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends."""
     known = {key_of(row) for row in rows_in(results)}
 
     def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
@@ -57,16 +54,14 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
                 put(results, row_of(cell))
             yield cell
 
-    folder = ROOT / "runs" / results.stem
-    for seed in comparison.seeds:
-        sweep.compare(
-            comparison.model_copy(update={"seeds": (seed,)}),
-            folder,
-            jobs=jobs,
-            retry=True,
-            skip=lambda cell: key_of(cell) in known,
-            track=noted,
-        )
+    sweep.compare(
+        comparison,
+        ROOT / "runs" / results.stem,
+        jobs=jobs,
+        retry=True,
+        skip=lambda cell: key_of(cell) in known,
+        track=noted,
+    )
 
 
 def table(config: Path, results: Path) -> str:

@@ -124,14 +124,14 @@ def revision() -> str:
 
 def surroundings(*packages: str) -> dict[str, Any]:
     """Versions and hardware, with the versions of further packages."""
-    found = environment().model_dump()
+    found = environment().model_dump(exclude_none=True)
     found.update({package: metadata.version(package) for package in packages})
     return found
 
 
 def versions(row: Row) -> dict[str, Any]:
     """The part of a row's surroundings that must be the same for it to stand."""
-    hardware = ("system", "processor", "cores", "threads")
+    hardware = ("system", "processor", "cores", "threads", "accelerator")
     return {name: v for name, v in row["environment"].items() if name not in hardware}
 
 

@@ -31,7 +31,7 @@ from secateur.evaluate import Score, evaluate
 from secateur.plan import parse_target
 from secateur.progress import silent
 from secateur.result import environment
-from secateur.rows import Row
+from secateur.rows import Row, place_of
 from secateur.training import train
 from training_free import all_but_inner
 
@@ -67,9 +67,8 @@ def measure_peer(cell: Cell) -> Row:
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),
     )
     tuned = score(smaller)
-    place = environment().model_dump(include={"secateur", "torch", "processor", "cores", "threads"})
     return Row(
-        **place,
+        **place_of(environment()),
         network=cell.network,
         variant="",
         criterion=PEER_NAME,

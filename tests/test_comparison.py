@@ -70,9 +70,22 @@ def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
     assert {cell.target for cell in cells if cell.network == "again"} == {"macs=0.5"}
     units = units_of(cells)
     assert len(units) == 2 * 2 * 2
-    assert [cell for unit in units for cell in unit] == list(cells)
+    assert [cell for unit in units for cell in unit] == sorted(cells, key=lambda cell: cell.seed)
+    assert units_of([]) == []
     for unit in units:
         assert len({(cell.network, cell.variant, cell.seed) for cell in unit}) == 1
+
+
+def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]) -> None:
+    cells = cells_of(from_dict(content | {"seeds": 2}, Comparison))
+    assert len(cells) == 12
+    for processes, sizes in ((2, [6, 6]), (3, [3, 3, 3, 3]), (7, 4 * [1, 2]), (99, 12 * [1])):
+        pieces = units_of(cells, processes)
+        assert sorted(map(len, pieces)) == sorted(sizes), processes
+        assert [cell for piece in pieces for cell in piece] == [
+            *(cell for cell in cells if cell.seed == 0),
+            *(cell for cell in cells if cell.seed == 1),
+        ]
 
 
 def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str, Any]) -> None:

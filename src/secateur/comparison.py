@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,21 @@ def _change(content: dict[str, Any], changes: Changes) -> None:
         content[section][key] = value
 
 
-def units_of(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells by unit, in order."""
-    return [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.unit)]
+def units_of(cells: Sequence[Cell], processes: int = 1) -> list[list[Cell]]:
+    """What processes are to work off, one list each at a time.
+
+    The cells of a unit stay together, unless that leaves processes idle: then they are divided.
+    Seed by seed, so that what is there after an interruption can be compared.
+    """
+    in_order = sorted(cells, key=lambda cell: cell.seed)
+    units = [list(group) for _, group in itertools.groupby(in_order, key=lambda cell: cell.unit)]
+    if not units:
+        return []
+    parts = math.ceil(processes / len(units))
+    return [piece for unit in units for piece in _divided(unit, min(parts, len(unit)))]
+
+
+def _divided(cells: list[Cell], parts: int) -> list[list[Cell]]:
+    """In parts that follow each other and differ by one cell at most."""
+    bounds = [part * len(cells) // parts for part in range(parts + 1)]
+    return [cells[start:stop] for start, stop in itertools.pairwise(bounds)]

@@ -49,6 +49,16 @@ def accelerator_for(precision: TrainingPrecision) -> Accelerator:
     return accelerator
 
 
+def accelerator_name() -> str | None:
+    """What torch calls the accelerator that training takes; None where there is none."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(device)
+    named = getattr(module, "get_device_name", None)  # Apple's has none
+    return str(device) if named is None else str(named())
+
+
 def has_fast_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products."""
     capabilities = torch.cpu.get_capabilities()

@@ -20,6 +20,7 @@ from secateur.errors import RunFolderError
 from secateur.evaluate import Score
 from secateur.norms import NormChange
 from secateur.polish import Polish
+from secateur.precision import accelerator_name
 from secateur.refit import LayerRefit
 from secateur.repair import RefitCheck
 from secateur.search import Trial
@@ -120,6 +121,8 @@ class Environment(Record):
     processor: str
     cores: int
     threads: int
+    accelerator: str | None = None
+    """What training runs on where that is not the processor, as torch calls it."""
 
 
 class RunResult(Record):
@@ -209,6 +212,7 @@ def environment() -> Environment:
         processor=str(capabilities.get("cpu_name") or platform.processor() or "unknown"),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         threads=torch.get_num_threads(),
+        accelerator=accelerator_name(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,7 +13,7 @@ from secateur.bounds import TEXT, read_bounded
 from secateur.comparison import way_of
 from secateur.documents import words_of
 from secateur.errors import RunFolderError
-from secateur.result import Stage
+from secateur.result import Environment, Stage
 from secateur.sweep import CellRecord, CellResult
 
 STAGES: tuple[Stage, ...] = ("before", "cut", "refit", "polished", "tuned")
@@ -47,6 +48,7 @@ class Row(CellRecord):
     processor: str | None = None
     cores: int | None = None
     threads: int | None = None
+    accelerator: str | None = None
 
     @property
     def way(self) -> str:
@@ -73,12 +75,9 @@ def row_of(cell: CellResult) -> Row:
     if tuning is not None:
         facts["best_epoch"] = tuning.best_epoch
         facts["best_epoch_top1_fraction"] = tuning.best.top1_fraction
-    environment = result.environment.model_dump(
-        include={"secateur", "torch", "processor", "cores", "threads"}
-    )
     return Row(
         **facts,
-        **environment,
+        **place_of(result.environment),
         images=last.images,
         top1_fraction=last.top1_fraction,
         macs_left=last.macs / before.macs,
@@ -87,6 +86,13 @@ def row_of(cell: CellResult) -> Row:
         law_error=result.law_error,
         seconds=round(sum(stage.seconds for stage in result.stages), 1),
         plan_hash=result.plan_hash,
+    )
+
+
+def place_of(environment: Environment) -> dict[str, Any]:
+    """What a row says of where it was measured."""
+    return environment.model_dump(
+        include={"secateur", "torch", "processor", "cores", "threads", "accelerator"}
     )
 
 

@@ -176,7 +176,7 @@ def _worked_off(
     The processes inherit the lock: where this one is killed, none takes the folder before the last
     of them has noticed it.
     """
-    waiting = units_of(missing)
+    waiting = units_of(missing, jobs)
     told: queue.SimpleQueue[tuple[_Process, str | None]] = queue.SimpleQueue()
     running: list[_Process] = []
     try:
