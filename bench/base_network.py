@@ -2,9 +2,10 @@
 
     python bench/base_network.py --data DIR --weights DIR
 
-as `secateur train` does by `configs/vgg16_cifar10_base.toml`; a training that was interrupted goes
-on from its checkpoints in `runs/base_network`. The weights are left in the folder of weights, under
-the name by which `configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
+as `secateur train` does by `configs/vgg16_cifar10_base_1.toml` and then, from those weights, by
+`configs/vgg16_cifar10_base_2.toml`; a training that was interrupted goes on from its checkpoints in
+`runs/base_network`. The weights are left in the folder of weights, under the name by which
+`configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
 `results/base_network.json`, and to the table in docs/training.md; without arguments only the table
 is written.
 """
@@ -25,57 +26,71 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
 PAGE = ROOT / "docs" / "training.md"
-CONFIG = ROOT / "configs" / "vgg16_cifar10_base.toml"
+CONFIGS = [ROOT / "configs" / f"vgg16_cifar10_base_{number}.toml" for number in (1, 2)]
 PRUNED = ROOT / "configs" / "paper" / "vgg16_cifar10.toml"
 WORK = ROOT / "runs" / "base_network"
 
 
-def config(data: str) -> BaseConfig:
-    """The training, on the CIFAR-10 in a folder."""
-    found = from_dict(read_tables(CONFIG), BaseConfig)
-    images = found.data.model_copy(update={"source": f"cifar10:{data}"})
-    return found.model_copy(update={"data": images})
+def config(file: Path, data: str, weights: Path | None) -> BaseConfig:
+    """A training on CIFAR-10, from some weights or from random ones."""
+    found = from_dict(read_tables(file), BaseConfig)
+    start = None if weights is None else str(weights)
+    return found.model_copy(
+        update={
+            "data": found.data.model_copy(update={"source": f"cifar10:{data}"}),
+            "model": found.model.model_copy(update={"weights": start}),
+        }
+    )
 
 
 def measure(data: str, weights: Path) -> Row:
-    """The training, and what it came to; leaves the weights in a folder."""
-    found = train_base(config(data), WORK, resume=True)
+    """The trainings, and what they came to; leaves the last one's weights in a folder."""
+    found, last = [], None
+    for file in CONFIGS:
+        folder = WORK / file.stem
+        found.append(train_base(config(file, data, last), folder, resume=True))
+        last = folder / WEIGHTS
     (network,) = read_comparison(PRUNED).networks
-    shutil.copyfile(WORK / WEIGHTS, weights / str(network.weights))
+    shutil.copyfile(str(last), weights / str(network.weights))
+    trainings = [
+        {
+            "config": str(file.relative_to(ROOT)),
+            "settings": each.config.train.model_dump(mode="json"),
+            "seed": each.config.seed,
+            "epochs": [[e.number, e.loss, e.validation] for e in each.epochs],
+            "test_fraction": each.score.top1_fraction,
+            "seconds": round(each.seconds, 1),
+        }
+        for file, each in zip(CONFIGS, found, strict=True)
+    ]
     return {
         "command": "python bench/base_network.py --data DIR --weights DIR",
-        "config": str(CONFIG.relative_to(ROOT)),
         "network": network.name,
-        "settings": found.config.train.model_dump(mode="json"),
-        "seed": found.config.seed,
-        "epochs": [[e.number, e.loss, e.validation] for e in found.epochs],
-        "test_fraction": found.score.top1_fraction,
-        "images": found.score.images,
-        "seconds": round(found.seconds, 1),
+        "trainings": trainings,
+        "images": found[-1].score.images,
         "revision": revision(),
         "environment": surroundings("accelerate"),
     }
 
 
 def table(found: Row) -> str:
-    """What came of the training."""
-    number, _, validation = found["epochs"][-1]
-    texts = [
-        found["network"],
-        f"`{found['config']}`",
-        str(number),
-        f"{100 * validation:.2f}",
-        f"{100 * found['test_fraction']:.2f}",
-        f"{found['seconds'] / 60:.0f}",
-        found["environment"].get("accelerator", "CPU"),
+    """What came of each training."""
+    lines = [
+        "| network | training | epochs | validation top-1 | test top-1 | minutes |",
+        "|---|---|---|---|---|---|",
     ]
-    return "\n".join(
-        [
-            "| network | training | epochs | validation top-1 | test top-1 | minutes | on |",
-            "|---|---|---|---|---|---|---|",
-            f"| {' | '.join(texts)} |",
+    for training in found["trainings"]:
+        number, _, validation = training["epochs"][-1]
+        texts = [
+            found["network"],
+            f"`{training['config']}`",
+            str(number),
+            f"{100 * validation:.2f}",
+            f"{100 * training['test_fraction']:.2f}",
+            f"{training['seconds'] / 60:.0f}",
         ]
-    )
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def page(text: str, found: Row) -> str:
