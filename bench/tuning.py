@@ -5,16 +5,18 @@
 runs the default criterion's cells of `configs/paper/*_cifar10.toml`. A line a cell goes to
 `results/tuning.jsonl`; cells that are there are not measured again, and a cell that was interrupted
 goes on from its run folder in `runs/tuning`; networks without weights in the folder are left out.
-Then the table in docs/training.md is written; without weights only that. The base weights of the
-residual networks are those of `../shared/data/weights`, VGG-16's are `bench/base_network.py`'s. The
-former have seen the images that are held out here, so the accuracy on those says which epoch is
-best, and no more. `--compile` can be faster on a CPU (bench/training.py); the line's settings tell.
+Then the tables in docs/training.md and README are written; without weights only those. The base
+weights of the residual networks are those of `../shared/data/weights`, VGG-16's are
+`bench/base_network.py`'s. The former have seen the images that are held out here, so the accuracy
+on those says which epoch is best, and no more. `--compile` can be faster on a CPU
+(bench/training.py); the line's settings tell.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
 PAGE = ROOT / "docs" / "training.md"
+FRONT = ROOT / "README.md"
 CONFIGS = ROOT / "configs" / "paper"
 KEY = ("network", "target", "seed", "settings.epochs")
 
@@ -121,9 +124,36 @@ def table(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: list[Cell]) -> str:
+    """Means over the seeds, of each network's longest training."""
+    lines = [
+        "| network, MACs left | epochs | seeds | before | cut and refit | after | points lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for network, target in CASES:
+        mine = [cell for cell in found if (cell["network"], cell["target"]) == (network, target)]
+        epochs = max((cell["settings"]["epochs"] for cell in mine), default=0)
+        stages = [cell["test_fraction"] for cell in mine if cell["settings"]["epochs"] == epochs]
+        if stages:
+            before, refit, last = (
+                100 * statistics.mean(each[stage] for each in stages)
+                for stage in ("before", "refit", "last")
+            )
+            lines.append(
+                f"| {network}, {target.removeprefix('macs=')} | {epochs} | {len(stages)} | "
+                f"{before:.2f} | {refit:.2f} | {last:.2f} | {before - last:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def page(text: str, found: list[Cell]) -> str:
     """The page with its table brought up to date."""
     return with_table(text, "results/tuning.jsonl", table(found))
+
+
+def front(text: str, found: list[Cell]) -> str:
+    """README with its table brought up to date."""
+    return with_table(text, "results/tuning.jsonl summary", summary(found))
 
 
 def main() -> None:
@@ -168,7 +198,9 @@ def main() -> None:
             if (network, target, seed, comparison.finetune.epochs) not in known
         ]
     run_all("tuning.py", calls, 1)
-    PAGE.write_text(page(PAGE.read_text(), read_cells(RESULTS, KEY)))
+    found = read_cells(RESULTS, KEY)
+    PAGE.write_text(page(PAGE.read_text(), found))
+    FRONT.write_text(front(FRONT.read_text(), found))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,18 @@ def test_the_table_of_tuning_tells_what_was_lost() -> None:
         "| resnet20, 0.700 | 1 | 40 | "
         "91.73 | 90.00 | 91.60 | 91.55 (epoch 12) | 0.13 | 0.12 | 0.12 |"
     )
+    shorter = cell | {"settings": {"epochs": 4}}
+    better = cell | {"seed": 2, "test_fraction": cell["test_fraction"] | {"last": 0.918}}
+    assert tuning.summary([shorter, cell, better]).splitlines()[2:] == [
+        "| resnet20, 0.7 | 40 | 2 | 91.73 | 90.00 | 91.70 | 0.03 |"
+    ]
 
 
 def test_the_page_is_that_of_the_result_files() -> None:
     text = training.PAGE.read_text()
     assert training.page(text, json.loads(training.RESULTS.read_text())) == text
     assert base_network.page(text, json.loads(base_network.RESULTS.read_text())) == text
-    assert tuning.page(text, read_cells(tuning.RESULTS, tuning.KEY)) == text
+    found = read_cells(tuning.RESULTS, tuning.KEY)
+    assert tuning.page(text, found) == text
+    readme = tuning.FRONT.read_text()
+    assert tuning.front(readme, found) == readme
