@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import configuration
 import criteria
 import report
 import studies
@@ -35,6 +36,11 @@ def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
     if any(cell["study"] == study for cell in cells):
         name = f"results/criteria.jsonl {study}"
         assert tables.with_table(text, name, criteria.table(study, cells)) == text
+
+
+def test_the_page_of_the_configuration_has_every_key() -> None:
+    text = configuration.PAGE.read_text()
+    assert configuration.page(text) == text
 
 
 def test_the_report_page_shows_what_was_measured() -> None:

@@ -61,6 +61,7 @@ from secateur.options import (
     SeedOption,
     SetOption,
     SkipOption,
+    TuningSetOption,
     UntrainedOption,
     WeightsOption,
     assigned,
@@ -359,7 +360,7 @@ def finetune_run(
     keep: KeepOption = None,
     max_minutes: MaxMinutesOption = None,
     board: BoardOption = None,
-    settings: SetOption = None,
+    settings: TuningSetOption = None,
     resume: ResumeOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older run in the folder.")

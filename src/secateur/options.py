@@ -119,7 +119,7 @@ KeepOption = Annotated[
     str | None,
     typer.Option(
         "--keep",
-        help="Weights that stay: of the last epoch, or best on validation (default: last).",
+        help="Weights that stay: of the last epoch, or best on validation: last or best.",
     ),
 ]
 MaxMinutesOption = Annotated[
@@ -136,7 +136,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Any key of the configuration, as --set finetune.mixup=0.2; may be given again.",
+        help="Any key of the configuration, as --set data.batch_size=50; may be given again.",
+    ),
+]
+TuningSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any key of finetune, as --set finetune.mixup=0.2; may be given again."
     ),
 ]
 UntrainedOption = Annotated[
