@@ -43,18 +43,26 @@ def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
 
 
 def measure(comparison: Comparison, results: Path, jobs: int) -> None:
-    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends."""
+    """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends.
+
+    So are those that are done there but had not come to the file.
+    """
     known = {key_of(row) for row in rows_in(results)}
+
+    def note(cell: sweep.CellResult) -> None:
+        row = row_of(cell)
+        if cell.outcome == "done" and key_of(row) not in known:
+            known.add(key_of(row))
+            put(results, row)
 
     def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         for number, cell in enumerate(items, 1):
             assert isinstance(cell, sweep.CellResult)
             print(f"{title} {number}/{total}: {cell.outcome} {cell.reason}", flush=True)
-            if cell.outcome == "done":
-                put(results, row_of(cell))
+            note(cell)
             yield cell
 
-    sweep.compare(
+    found = sweep.compare(
         comparison,
         ROOT / "runs" / results.stem,
         jobs=jobs,
@@ -62,6 +70,8 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
         skip=lambda cell: key_of(cell) in known,
         track=noted,
     )
+    for cell in found:
+        note(cell)
 
 
 def table(config: Path, results: Path) -> str:

@@ -105,6 +105,35 @@ def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str
     assert comparable(only) == comparable(from_dict(expected, RunConfig))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"finetune": {"keep": "best"}},
+        {"finetune": {"patience": 3}},
+        {"finetune": {"max_minutes": 5.0}},
+        {"data": {"source": "digits", "batch_size": 20}},
+    ],
+)
+def test_what_may_differ_where_a_run_goes_on_makes_another_cell(
+    content: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, content | changes))
+    assert not {cell.id for cell in one} & {cell.id for cell in other}
+    same = content | {"finetune": {"workers": 1, "checkpoint_minutes": 1.0}}
+    assert {cell.id for cell in cells_of(from_dict(same, Comparison))} == {cell.id for cell in one}
+
+
+def test_a_changed_file_of_code_makes_another_cell(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    found = []
+    for code in ("", "# changed"):
+        file.write_text(code)
+        cells = cells_of(from_dict(content | {"criteria": ["l1", f"{file}:own"]}, Comparison))
+        found.append({cell.id for cell in cells})
+    assert found[0] & found[1] == {cell.id for cell in cells if cell.criterion == "l1"}
+    assert len(found[0] - found[1]) == 2
+
+
 Edit = Callable[[dict[str, Any]], object]
 
 

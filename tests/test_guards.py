@@ -21,7 +21,7 @@ from secateur.errors import RunFolderError, UsageError
 from secateur.evaluate import Score
 from secateur.fingerprints import architecture_hash, weights_hash
 from secateur.plan import PruningPlan, Target, make_plan
-from secateur.result import has_collapsed, read_result
+from secateur.result import RESULT, has_collapsed, read_result
 from secateur.training import Epoch
 from secateur.wiring import Wiring
 
@@ -135,6 +135,35 @@ def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
     assert "has broken the network (the validation images fell from 90.00 to 40.00 %" in notice
     assert "has broken the network" in (run / "report.html").read_text()
     assert read_result(run) == result
+
+
+def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = case.folder / "run"
+    first = runs.run(case.config(epochs=1), run)
+    came = replace(first.stages[-1].score, top1_fraction=0.77)
+    changed = first.model_copy(
+        update={"stages": (*first.stages[:-1], first.stages[-1].model_copy(update={"score": came}))}
+    )
+    (run / RESULT).write_text(changed.model_dump_json())
+    monkeypatch.setattr(pipeline, "has_collapsed", lambda before, epochs: True)
+    result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+    assert result.tuning is not None
+    assert result.tuning.kept == "start"
+    assert result.stages[-1].score == came
+
+
+def test_a_finished_run_is_not_gone_on_with_by_other_rules(case: Case) -> None:
+    run = case.folder / "run"
+    runs.run(case.config(epochs=1), run)
+    changed = case.config(epochs=1)
+    other = changed.finetune.model_copy(update={"keep": "best"})
+    with pytest.raises(UsageError, match=r"made with finetune\.keep = last, not best"):
+        runs.run(changed.model_copy(update={"finetune": other}), run, resume=True)
+    same = changed.finetune.model_copy(update={"workers": 0, "checkpoint_minutes": 1.0})
+    again = runs.run(changed.model_copy(update={"finetune": same}), run, resume=True)
+    assert again.tuning is not None
 
 
 def test_a_small_fall_is_said_and_the_last_epoch_stays(

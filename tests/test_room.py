@@ -81,6 +81,17 @@ def test_a_step_that_is_too_large_is_refused_before_it_is_made(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_kernels_in_another_precision_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 2 MB, whatever the number of images, whose activations are of 2 kB each."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1000), nn.Linear(1000, 1000), nn.ReLU())
+    monkeypatch.setattr(room, "free_bytes", lambda device: 4_000_000)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_training(model, torch.rand(4, 3, 2, 2), 200)
+        check_training(model, torch.rand(2, 3, 2, 2), 200)
+        with pytest.raises(SecateurError, match="a training step on 2000 images"):
+            check_training(model, torch.rand(4, 3, 2, 2), 2000)
+
+
 def test_nothing_of_the_measured_step_is_left() -> None:
     class Remembering(nn.Module):
         def __init__(self) -> None:

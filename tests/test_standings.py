@@ -134,6 +134,32 @@ def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, ver
     assert Difference((low + high) / 2, low, high, 5).verdict == verdict
 
 
+def test_a_mean_over_settings_is_no_surer_than_the_images_of_all_of_them() -> None:
+    """Four settings, each rounded to an image by itself; seeds that agree to the image."""
+    many = [
+        Row(
+            id=f"{criterion} {number} {seed}",
+            network="net",
+            variant="",
+            criterion=criterion,
+            target=f"macs=0.{number}",
+            seed=seed,
+            outcome="done",
+            score_on="test",
+            images=500,
+            top1_fraction=top1_fraction,
+        )
+        for criterion, top1_fraction in (("l1", 0.9), ("l2", 0.898))
+        for number in range(1, 5)
+        for seed in range(2)
+    ]
+    overall = standings(many, "l1").overall("l2")
+    assert overall is not None
+    assert overall.mean == pytest.approx(-0.2)
+    expected = 12.706 * math.sqrt(0.2**2 / 6 / 4 / 2)
+    assert overall.high - overall.mean == pytest.approx(expected, rel=1e-3)
+
+
 def test_standings_by_hand(cells: list[CellResult]) -> None:
     found = standings(rows(cells), "l1")
     images = cells[0].result.stages[-1].score.images if cells[0].result else 0

@@ -122,6 +122,8 @@ def test_a_cell_is_what_a_run_of_its_own_finds(content: dict[str, Any], tmp_path
 
 
 BROKEN = """
+from pathlib import Path
+
 import torch
 from secateur.criteria.kernels import OfKernels
 
@@ -131,6 +133,8 @@ class wrong_shape(OfKernels):
         super().__init__(torch.numel)
 
     def score(self, part):
+        if (Path(__file__).parent / "mended").exists():
+            return torch.arange(self._parts[part].filters)
         return torch.zeros(3, 2)
 
 
@@ -179,12 +183,30 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
     assert "last words" in text
     assert "last words" in (out / PAGE).read_text()
 
-    own.write_text(BROKEN.replace("zeros(3, 2)", "arange(self._parts[part].filters)"))
+    (tmp_path / "mended").touch()
     kept = swept(from_dict(content, Comparison), out)
     assert kept == rows
     again = swept(from_dict(content, Comparison), out, retry=True)
     done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
     assert done == {"wrong_shape", "largest", "l1"}
+    own.write_text(f"{BROKEN}# changed")
+    others = swept(from_dict(content, Comparison), out)
+    same = {row["criterion"] for row in others if row["id"] in {each["id"] for each in again}}
+    assert same == {"l1"}
+
+
+def test_a_cell_that_fails_leaves_its_checkpoints_for_another_try(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    comparison = from_dict(content, Comparison)
+    out = tmp_path / "out"
+    cell = cells_of(comparison)[0]
+    checkpoints = out / sweep.CHECKPOINTS / cell.id
+    checkpoints.mkdir(parents=True)
+    (out / sweep.CELLS).mkdir()
+    found = sweep.write_cell(out, cell, comparison, failed="no room")
+    assert (found.outcome, found.reason) == ("failed", "no room")
+    assert checkpoints.is_dir()
 
 
 @pytest.mark.parametrize("has_ended_any", [False, True])

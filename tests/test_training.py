@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -292,6 +293,21 @@ def test_training_that_only_harms_leaves_the_network_as_it_came(images: TensorIm
     model, training = measured(images, 0.9, 0.5, 0.7, keep="best")
     assert training.best_epoch == 0
     assert is_equal(model, chain())
+
+
+def test_every_part_of_a_step_has_images_enough_for_a_norm(images: TensorImages) -> None:
+    """The last batch has two images, and a norm behind the pooling sees one value of each."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 5),
+    )
+    few = images.take(torch.arange(10))
+    section = settings(epochs=1, batch_size=8, accumulate=8)
+    training = train(model, None, few, PREPARE, section, seed=0)
+    assert math.isfinite(training.epochs[0].loss)
 
 
 def test_patience_ends_the_training(images: TensorImages) -> None:

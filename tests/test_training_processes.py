@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from networks import Chain
 from processes import context, in_group
 from secateur.checkpoint import Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
+from secateur.distributed import add_up, is_first, share, wait
 from secateur.models import Preprocessing
+from secateur.shared_norms import sharing_norms
 from secateur.training import train
 
 STEPS = 2
@@ -70,6 +72,54 @@ def test_processes_agree_without_shared_norms() -> None:
     alone = weights_after(60, changes)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.allclose(one["bn1.running_mean"], alone["bn1.running_mean"])
+
+
+class NormThenRectifier(nn.BatchNorm2d):
+    """A norm that does something of its own, as those of timm do."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values).relu()
+
+
+def normalised(momentum: float | None) -> dict[str, Tensor]:
+    """What a norm in training mode makes of the images of all processes, and has noted of them."""
+    torch.manual_seed(0)
+    images = torch.randn(10, 3, 4, 4)
+    rank, processes = share()
+    norm = NormThenRectifier(3, momentum=momentum)
+    with sharing_norms(norm):
+        answers = norm(images[rank::processes])
+    whole = torch.zeros(10, 3, 4, 4)
+    whole[rank::processes] = answers.detach()
+    add_up([whole])
+    return {**norm.state_dict(), "answers": whole}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_shared_norm_does_what_its_class_adds(momentum: float | None) -> None:
+    alone = normalised(momentum)
+    assert (alone["answers"] == 0).any()
+    for found in in_group(normalised, 2, momentum):
+        for name, expected in alone.items():
+            assert torch.allclose(found[name], expected, atol=1e-6), name
+
+
+def loss_when_resumed(folder: Path) -> Tensor:
+    """The loss of an epoch that is gone on with from its middle."""
+    changes = {"checkpoint_minutes": 0}
+    weights_after(60, changes, folder)
+    if is_first():
+        newest = max(folder.iterdir(), key=lambda path: path.name)
+        newest.unlink()
+    wait()
+    return weights_after(60, changes, folder)["loss"]
+
+
+def test_the_loss_of_an_epoch_that_is_gone_on_with_is_a_mean(tmp_path: Path) -> None:
+    """Of the first process's images before, and those of all after the interruption."""
+    expected = weights_after(60, {})["loss"]
+    for number, found in enumerate(in_group(loss_when_resumed, 2, tmp_path)):
+        assert found == pytest.approx(float(expected), rel=0.1), number
 
 
 LONG = {"epochs": 60, "batch_size": 8, "checkpoint_minutes": 0, "average": 0.9, "cutmix": 1.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +42,18 @@ def is_equal(one: list[Batch], other: list[Batch]) -> bool:
     return all(
         torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
     )
+
+
+def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
+    """Of `scancel` or `torchrun` it goes to all processes; the step in hand still needs images."""
+    expected = list(stream(numbered(60)).epoch(1))
+    batches = stream(numbered(60), workers=2).epoch(1)
+    found = [next(batches)]
+    readers = psutil.Process().children()
+    assert len(readers) >= 2
+    for reader in readers:
+        reader.terminate()
+    assert is_equal([*found, *batches], expected)
 
 
 # --- order --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from secateur import own_code
 from secateur.config import (
     DataSection,
     ModelSection,
@@ -201,7 +202,8 @@ def cells_of(comparison: Comparison) -> tuple[Cell, ...]:
             content["plan"]["target"] = target
             content["score"]["criterion"] = criterion
             config = from_dict(content, RunConfig)
-            values = {**comparable(config), "model.weights": digests[path]}
+            codes = [_code_of(name) for name in (config.model.name, criterion)]
+            values = {**comparable(config), "model.weights": digests[path], "codes": codes}
             labels = [network.title, variant]
             identity = [labels, values, comparison.score_on, comparison.threads]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -215,6 +217,12 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsError(f"the weights {path} can't be read: {error}") from error
+
+
+def _code_of(name: str) -> str:
+    """The digest of the file of code that a name names; empty without one."""
+    file = Path(name.rpartition(":")[0])
+    return _digest(file) if own_code.is_own_code(name) and file.is_file() else ""
 
 
 def _change(content: dict[str, Any], changes: Changes) -> None:

@@ -166,7 +166,7 @@ class PolishSection(Section):
 
     epochs: int = Field(default=0, ge=0)
     """Passes over the probe images that are not held out; 0 leaves the step out."""
-    batch_size: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=100, ge=2)
     """Images a step."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Largest learning rate of the cosine schedule, of AdamW."""

@@ -120,6 +120,12 @@ def any_of(is_so: bool) -> bool:
     return any(gathered(is_so))
 
 
+def fewest(count: int) -> int:
+    """The smallest of the counts of all processes."""
+    smallest: int = min(gathered(count))
+    return smallest
+
+
 def added_up(own: Iterable[float]) -> list[float]:
     """Numbers added up over all processes, in the order of the processes."""
     return [math.fsum(values) for values in zip(*gathered(list(own)), strict=True)]

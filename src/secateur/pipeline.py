@@ -506,7 +506,8 @@ def tune(
         best=best,
         kept=kept,
     )
-    found = {"last": last, "best": best, "start": earlier[-1].score}[kept]
+    came = pruned.result.stages[-1].score  # of the weights that were trained
+    found = {"last": last, "best": best, "start": came}[kept]
     stage = StageResult(stage="tuned", round=number, score=found, seconds=training.seconds)
     log.write("stage", **stage.model_dump())
     stages = (*earlier, stage)

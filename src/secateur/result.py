@@ -28,14 +28,16 @@ from secateur.training import FREE, Epoch
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
-FREE_KEYS = frozenset(
+IDLE_KEYS = frozenset(
     [
-        "data.batch_size",
-        *(f"finetune.{name}" for name in FREE),
+        "finetune.checkpoint_minutes",
+        "finetune.workers",
         *(f"report.{name}" for name in ReportSection.model_fields),
     ]
 )
-"""Keys of a configuration that may differ where a run is resumed."""
+"""Keys of a configuration that change no result."""
+FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in FREE)}
+"""Those that may differ where a run is resumed that has not come to its end."""
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
 
 
@@ -168,7 +170,8 @@ class RunResult(Record):
         if self.batch_size_asked is not None:
             found.append(
                 f"Batches of {self.batch_size_asked} images take more memory than there was: "
-                f"{self.config.data.batch_size} at a time were looked at, which changes no result."
+                f"{self.config.data.batch_size} at a time were looked at. "
+                "Only re-estimated norms depend on that, by little."
             )
         check, tuning = self.refit_check, self.tuning
         if check is not None and not check.is_kept:
@@ -251,4 +254,4 @@ def comparable(config: RunConfig) -> dict[str, object]:
     flat: dict[str, object] = {"seed": sections.pop("seed")}
     for section, values in sections.items():
         flat.update({f"{section}.{key}": value for key, value in values.items()})
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    return {key: value for key, value in flat.items() if key not in IDLE_KEYS}

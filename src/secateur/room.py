@@ -27,7 +27,9 @@ def free_bytes(device: torch.device) -> int:
     Raises nothing where the system does not tell: then it is as if there were no bound.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of what was freed is there for the next tensors.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return min(int(psutil.virtual_memory().available), _container_bytes())
 
 
@@ -59,8 +61,25 @@ def check_training(
 ) -> None:
     """Raises `SecateurError` where a step on so many images at once takes more memory than is free.
 
-    What a step holds is measured on the few `images`: the values that gradients are computed from.
+    What a step holds is measured on half of the few `images` and on all of them: the values that
+    gradients are computed from, of which those that don't grow with the batch, such as kernels in
+    another precision, count once.
     """
+    half = max(1, len(images) // 2)
+    few, more = (_held_bytes(model, some) for some in (images[:half], images))
+    growing = (more - few) / max(1, len(images) - half) if len(images) > half else float(more)
+    needed = more + growing * (at_once - len(images))
+    free = free_bytes(device_of(model))
+    if needed > free:
+        raise SecateurError(
+            f"a training step on {at_once} images takes about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: a smaller finetune.batch_size or a larger "
+            "finetune.accumulate takes less"
+        )
+
+
+def _held_bytes(model: nn.Module, images: Tensor) -> int:
+    """What a step on these images holds for its gradients, beside the network itself."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     held: dict[int, torch.UntypedStorage] = {}
     """By address; held, so that no other value takes the place of one and is missed."""
@@ -75,11 +94,4 @@ def check_training(
         with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
             answers = model(images)
         del answers
-    needed = sum(storage.nbytes() for storage in held.values()) / len(images) * at_once
-    free = free_bytes(device_of(model))
-    if needed > free:
-        raise SecateurError(
-            f"a training step on {at_once} images takes about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free: a smaller finetune.batch_size or a larger "
-            "finetune.accumulate takes less"
-        )
+    return sum(storage.nbytes() for storage in held.values())

@@ -76,7 +76,7 @@ class Standings:
     def overall(self, way: str) -> Difference | None:
         """To the baseline, meant over the settings; seeds that lack any setting don't count."""
         one, other = (self._means(each) for each in (way, self.baseline))
-        return paired(one, other, self.step / len(self.settings))
+        return paired(one, other, self.step / math.sqrt(len(self.settings)))
 
     def _means(self, way: str) -> dict[int, float]:
         by_setting = [self.values(way, setting) for setting in self.settings]

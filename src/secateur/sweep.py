@@ -110,7 +110,7 @@ def compare(
             _worked_off(folder, comparison, missing, jobs, lock), "cells", len(missing)
         ):
             known[done.id] = done
-        _tidy(folder, [id for id, found in known.items() if found is not None])
+        _tidy(folder, [id for id, found in known.items() if found and found.outcome == "done"])
     return tuple(result for cell in cells if (result := known[cell.id]) is not None)
 
 
@@ -300,7 +300,8 @@ def write_cell(
         result=result,
     )
     replace_file(_path(folder, cell), found.model_dump_json() + "\n")
-    _tidy(folder, [cell.id])
+    if result is not None:  # where it failed, `retry` goes on from them
+        _tidy(folder, [cell.id])
     return found
 
 

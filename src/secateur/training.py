@@ -25,7 +25,7 @@ from secateur.checkpoint import Checkpoint, Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import Batch, Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
-from secateur.data.training import TrainingStream
+from secateur.data.training import SMALLEST_SHARE, TrainingStream
 from secateur.errors import SecateurError, UsageError
 from secateur.evaluate import device_of
 from secateur.features import ResidualSum
@@ -269,6 +269,8 @@ class _Run:
     ) -> None:
         at = self._at
         distributed.from_first(self._model.buffers())
+        if self._average is not None:
+            distributed.from_first(self._average.module.buffers())
         self._count_losses()
         loss = distributed.added_up([at.loss_sum, float(at.images)])
         worth = None if validate is None else validate(self._network)
@@ -294,7 +296,7 @@ class _Run:
             group["lr"] = rate
         _seed(seed_of(self._stream.seed, at.epoch, at.step, rank), self._accelerator.device)
         self._optimiser.zero_grad(set_to_none=True)
-        parts = max(1, min(settings.accumulate, size // processes))
+        parts = self._parts(len(batch.labels))
         pieces = zip(
             batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True
         )
@@ -316,9 +318,19 @@ class _Run:
         at.images += len(batch.labels)
         at.step += 1
 
+    def _parts(self, count: int) -> int:
+        """In how many parts a share of so many images is worked through, the same everywhere.
+
+        Norms need as many images of each part as of a share.
+        """
+        most = self._settings.accumulate
+        if most == 1:
+            return 1
+        return max(1, min(most, distributed.fewest(count) // SMALLEST_SHARE))
+
     def _check_room(self, images: Tensor, at_once: int) -> None:
         """Before the first step: raises `SecateurError` where it would take too much memory."""
-        few = images[:2].to(self._accelerator.device)
+        few = images[:4].to(self._accelerator.device)
         with self._accelerator.autocast():
             check_training(self._model, few, at_once)
         self._has_room = True
@@ -431,6 +443,8 @@ class _Run:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
         self._at = _Position.from_facts(checkpoint.facts["position"])
+        if not distributed.is_first():  # whose losses they are
+            self._at.loss_sum, self._at.images = 0.0, 0
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a training to go on."""

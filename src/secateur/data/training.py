@@ -7,6 +7,7 @@ goes on from the middle of an epoch sees what it would have seen.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.images import Batch, Images
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UsageError
+from secateur.interrupts import SIGNALS
 from secateur.models import Preprocessing
 from secateur.seeds import seed_of
 
@@ -73,6 +75,7 @@ class TrainingStream:
             sampler=range(first_step, self.steps),
             num_workers=self.workers,
             generator=torch.Generator(),  # without one it draws from the global generator
+            worker_init_fn=_leave_requests_to_the_main_process,
         )
         for found in loader:
             if isinstance(found, DataError):
@@ -81,6 +84,16 @@ class TrainingStream:
             if self.unreadable is not None:
                 self.unreadable.add(missing)
             yield batch
+
+
+def _leave_requests_to_the_main_process(number: int) -> None:
+    """A request to stop may be for the whole process group; the step in hand needs its images.
+
+    The workers end with the process that they read for.
+    """
+    del number
+    for request in SIGNALS:
+        signal.signal(request, signal.SIG_IGN)
 
 
 _Found = tuple[Batch, tuple[str, ...]] | DataError
