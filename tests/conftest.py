@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,12 +53,35 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_timing() -> Iterator[None]:
+    """Networks are timed once, not eleven times: no test is about how long they take."""
+    import secateur.evaluate  # noqa: F401  # not before the hook
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["secateur.evaluate"], "LATENCY_RUNS", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
-    """A real run folder; see `runs.make_digits_run`."""
+def digits_run(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, short_timing: None
+) -> DigitsRun:
+    """A real run folder; see `runs.make_digits_run`. Each process has a copy of the first one's."""
     from runs import make_digits_run
 
-    return make_digits_run(tmp_path_factory.mktemp("digits"))
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    made = shared / "digits_run.pickle"
+    with (shared / "digits_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            (shared / "digits").mkdir()
+            made.write_bytes(pickle.dumps(make_digits_run(shared / "digits")))
+    found: DigitsRun = pickle.loads(made.read_bytes())
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    shutil.copytree(found.folder, folder)
+    return dataclasses.replace(found, folder=folder)
 
 
 @pytest.fixture

@@ -312,7 +312,8 @@ def assert_law(
     assert wiring.macs(plan.removed) == counted_macs(cut, images)
     assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
-    assert all(shapes[name] == wiring.shapes_after(plan.removed)[name] for name in shapes)
+    foretold = wiring.shapes_after(plan.removed)
+    assert all(shapes[name] == foretold[name] for name in shapes)
     return cut
 
 

@@ -7,18 +7,38 @@ import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 
 def context() -> BaseContext:
     """Starts processes from a clean one that has imported what takes time to import."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["secateur.cli", "accelerate"])
+    found.set_forkserver_preload(
+        [
+            *("secateur.cli", "secateur.report.run_charts", "accelerate", "sklearn.datasets"),
+            *("torch.utils.flop_counter", "hypothesis", "pytest"),
+        ]
+    )
     return found
+
+
+def started(function: Callable[..., Any], *arguments: object) -> BaseProcess:
+    """A process that runs a function and may start others."""
+    process: BaseProcess = context().Process(target=function, args=arguments)  # type: ignore[attr-defined]
+    process.start()
+    return process
+
+
+def side_by_side(function: Callable[..., Any], size: int, *arguments: object) -> None:
+    """Runs `function(number, *arguments)` in so many processes at once, until all have ended."""
+    context()
+    start_processes(function, arguments, nprocs=size, start_method="forkserver")
 
 
 def in_group(function: Callable[..., Any], size: int, *arguments: object) -> list[Any]:
@@ -26,11 +46,8 @@ def in_group(function: Callable[..., Any], size: int, *arguments: object) -> lis
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         processes = [
-            context().Process(target=_member, args=(function, rank, size, place, arguments))  # type: ignore[attr-defined]
-            for rank in range(size)
+            started(_member, function, rank, size, place, arguments) for rank in range(size)
         ]
-        for process in processes:
-            process.start()
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0] * size

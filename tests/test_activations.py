@@ -10,9 +10,9 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node
-from torch.multiprocessing.spawn import spawn
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
+from processes import side_by_side
 from secateur import concepts, criteria, data, distributed, packing
 from secateur.activations import kernels_of, observe
 from secateur.concepts import Scene
@@ -530,7 +530,7 @@ def test_tallies_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
-    spawn(work, (tmp_path,), nprocs=4)
+    side_by_side(work, 4, tmp_path)
     for precision in PRECISIONS:
         expected = everything("residual", precision, size=10)
         for processes in (2, 4):

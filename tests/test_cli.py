@@ -600,7 +600,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     def arguments(out: Path) -> list[str]:
-        options = ["-d", "digits", "--image-size", "32", "--probe-images", "100", "--epochs", "12"]
+        options = ["-d", "digits", "--image-size", "32", "--probe-images", "100", "--epochs", "6"]
         keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
         return ["prune", "-m", f"{model_file}:small", *options, *keys, "-o", str(out)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,10 +97,7 @@ def test_every_command_line_is_marked_as_one() -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: photos in three classes, and weights for other ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys.modules["secateur.evaluate"], "LATENCY_RUNS", 1
-    )  # times are not looked at
-    monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)  # times are not looked at
     for part, count in (("train", 12), ("test", 3)):
         for number, name in enumerate(CLASSES):
             (tmp_path / "photos" / part / name).mkdir(parents=True)

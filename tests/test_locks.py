@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from fault_case import FailingDisk
+from processes import started
 from runs import DigitsRun, small_config
 from secateur import runs, sweep
 from secateur.base import BaseConfig, train_base
@@ -21,25 +22,22 @@ from secateur.config import from_dict
 from secateur.errors import RunFolderError
 from secateur.locks import locked
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from secateur.locks import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+
+def hold(folder: Path, noted: Path) -> None:
+    with locked(folder):
+        noted.touch()
+        time.sleep(60)
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path: Path) -> Iterator[BaseProcess]:
     """Another process that is at work in `tmp_path / "run"`."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+    process = started(hold, tmp_path / "run", tmp_path / "noted")
+    while not (tmp_path / "noted").exists():
+        assert process.exitcode is None
+        time.sleep(0.01)
+    yield process
+    process.kill()
 
 
 def prune(folder: Path, model_file: Path) -> None:
@@ -59,7 +57,7 @@ def compare(folder: Path, model_file: Path) -> None:
 @pytest.mark.parametrize("work", [prune, train, compare])
 def test_the_second_is_refused(
     work: Callable[[Path, Path], None],
-    holder: subprocess.Popen[str],
+    holder: BaseProcess,
     tmp_path: Path,
     model_file: Path,
 ) -> None:
@@ -67,8 +65,8 @@ def test_the_second_is_refused(
     with pytest.raises(RunFolderError, match=f"another run is at work in {tmp_path / 'run'}"):
         work(tmp_path / "run", model_file)
     assert sorted(tmp_path.iterdir()) == before
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
+    holder.join()
     with locked(tmp_path / "run"):  # what was killed holds nothing
         pass
     assert not (tmp_path / ".run.lock").exists()
@@ -99,35 +97,32 @@ def test_no_file_elsewhere_is_made_through_a_link(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def come_and_go(folder: Path, noted: Path) -> None:
+    ends = time.monotonic() + 2
+    with noted.open("w") as file:
+        while time.monotonic() < ends:
+            with contextlib.suppress(RunFolderError), locked(folder):
+                begin = time.monotonic()
+                time.sleep(0.002)
+                print(begin, time.monotonic(), file=file)
+
+
 def test_many_that_come_and_go_never_hold_it_together(tmp_path: Path) -> None:
     """Each notes when it holds the lock; the file goes with each, and others wait for none."""
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from secateur.locks import locked\n"
-        "from secateur.errors import RunFolderError\n"
-        "ends = time.monotonic() + 2\n"
-        "while time.monotonic() < ends:\n"
-        "    try:\n"
-        "        with locked(Path(sys.argv[1])):\n"
-        "            begin = time.monotonic()\n"
-        "            time.sleep(0.002)\n"
-        "            print(begin, time.monotonic())\n"
-        "    except RunFolderError:\n"
-        "        pass\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    place = tmp_path / "place"
+    place.mkdir()
+    files = [tmp_path / str(number) for number in range(3)]
     times = []
-    for process in started:
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        times += [tuple(map(float, line.split())) for line in out.splitlines()]
+    for process in [started(come_and_go, place / "run", file) for file in files]:
+        process.join()
+        assert process.exitcode == 0
+    for file in files:
+        times += [tuple(map(float, line.split())) for line in file.read_text().splitlines()]
     times.sort()
     assert len(times) > 10
     for (_, end), (begin, _) in itertools.pairwise(times):
         assert end <= begin
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(place) == []
 
 
 def test_a_lock_that_can_not_be_signed_is_let_go_of(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from networks import (
     CLASSES,
@@ -21,6 +20,7 @@ from networks import (
     random_plan,
     randomise_norms,
 )
+from processes import side_by_side
 from secateur import packing, patch_form
 from secateur import refit as refit_module
 from secateur.config import RefitForm, RefitSection
@@ -889,7 +889,7 @@ def test_the_number_of_processes_makes_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
-    spawn(work, (tmp_path,), nprocs=2)
+    side_by_side(work, 2, tmp_path)
     model = make_network("residual")
     for form in FORMS:
         settings = RefitSection(positions=5, form=form)

@@ -58,11 +58,7 @@ def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
         for group, each in wiring.groups.items()
     }
     plan = plan_of(removed)
-    images = random_images(2)
-    assert_law(model, wiring, plan, images)
-    cut = apply_plan(model, wiring, plan)
-    assert wiring.macs(removed) == counted_macs(cut, images)
-    assert wiring.params(removed) == sum(one.numel() for one in cut.parameters())
+    assert_law(model, wiring, plan, random_images(2))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

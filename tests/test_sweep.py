@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ import tomli_w
 
 from fault_case import FailingDisk
 from layouts import write_classes
-from secateur import pipeline, sweep
+from processes import started
+from secateur import cli, pipeline, sweep
 from secateur.comparison import Comparison, cells_of
 from secateur.config import from_dict
 from secateur.criteria import CRITERIA
@@ -61,17 +65,22 @@ def first_table(folder: Path) -> str:
     return (folder / MARKDOWN).read_text().partition("## What is left")[0]
 
 
-def start_sweep(file: Path, folder: Path) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-c", "from secateur.cli import main; main()"]
-    command = [*launcher, "compare", str(file), "-o", str(folder), "--json"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def call_compare(file: Path, folder: Path) -> None:
+    sys.argv = ["secateur", "compare", str(file), "-o", str(folder), "--json"]
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        cli.main()
 
 
-def wait_for(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(folder: Path, count: int, process: BaseProcess) -> None:
     """Until so many cells are there."""
     while len(list(folder.glob("cells/*.json"))) < count:
-        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert process.exitcode is None, "the sweep ended before it could be killed"
         time.sleep(0.02)
+
+
+def end_of(process: BaseProcess) -> int | None:
+    process.join()
+    return process.exitcode
 
 
 def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
@@ -84,21 +93,21 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     assert all(row["outcome"] == "done" for row in expected)
     assert {row["macs_left"] < 1 for row in expected} == {True}
 
-    process = start_sweep(file, killed)
+    process = started(call_compare, file, killed)
     wait_for(killed, 2, process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert end_of(process) == -signal.SIGKILL
     time.sleep(1)  # the processes that worked for it end when they find it gone
     after = {path: path.stat().st_mtime_ns for path in killed.glob("cells/*.json")}
     assert 2 <= len(after) < 12
 
-    process = start_sweep(file, killed)
+    process = started(call_compare, file, killed)
     wait_for(killed, 8, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 130
+    process.terminate()
+    assert end_of(process) == 130
     assert len(list(killed.glob("cells/*.json"))) < 12
 
-    assert start_sweep(file, killed).wait() == 0
+    assert end_of(started(call_compare, file, killed)) == 0
     assert rows_of(killed) == expected
     assert first_table(killed) == first_table(tmp_path / "whole")
     for path, written in after.items():

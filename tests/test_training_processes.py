@@ -122,7 +122,7 @@ def test_the_loss_of_an_epoch_that_is_gone_on_with_is_a_mean(tmp_path: Path) -> 
         assert found == pytest.approx(float(expected), rel=0.1), number
 
 
-LONG = {"epochs": 60, "batch_size": 8, "checkpoint_minutes": 0, "average": 0.9, "cutmix": 1.0}
+LONG = {"epochs": 40, "batch_size": 8, "checkpoint_minutes": 0, "average": 0.9, "cutmix": 1.0}
 
 
 def train_and_store(folder: Path) -> None:

@@ -61,7 +61,9 @@ def heartbeat(rank: int, size: int) -> Iterator[None]:
 
 
 def _key(rank: int) -> str:
-    return f"secateur/alive/{rank}"
+    """Of this attempt: torchrun's store outlives the processes that it starts again."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"secateur/alive/{attempt}/{rank}"
 
 
 def _beat(store: TCPStore, rank: int, size: int, ended: threading.Event) -> None:
