@@ -244,19 +244,19 @@ class _Run:
             at.before = at.best = validate(self._network)
         while at.epoch <= settings.epochs and not self._is_patience_over():
             title = f"epoch {at.epoch}/{settings.epochs}"
-            batches = self._stream.epoch(at.epoch, at.step)
             self._model.train(settings.mode == "training")
-            for batch in track(batches, title, self._stream.steps - at.step):
-                with held() as interrupts:
-                    self._step(batch)
-                    if self._is_due():
-                        self.save(checkpoints)
-                    asked = distributed.any_of(interrupts.is_pending)
-                if asked or interrupts.is_pending:
-                    raise KeyboardInterrupt
-                if distributed.any_of(self._is_time_over()):
-                    self._ended = "time"
-                    break
+            with contextlib.closing(self._stream.epoch(at.epoch, at.step)) as batches:
+                for batch in track(batches, title, self._stream.steps - at.step):
+                    with held() as interrupts:
+                        self._step(batch)
+                        if self._is_due():
+                            self.save(checkpoints)
+                        asked = distributed.any_of(interrupts.is_pending)
+                    if asked or interrupts.is_pending:
+                        raise KeyboardInterrupt
+                    if distributed.any_of(self._is_time_over()):
+                        self._ended = "time"
+                        break
             self._end_epoch(validate, after_epoch, checkpoints)
             if self._ended == "time":
                 return

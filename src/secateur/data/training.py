@@ -7,8 +7,10 @@ goes on from the middle of an epoch sees what it would have seen.
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +21,11 @@ from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.images import Batch, Images
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UsageError
-from secateur.interrupts import SIGNALS
 from secateur.models import Preprocessing
 from secateur.seeds import seed_of
 
+PATIENCE_WITH_A_STEP = 10.0
+"""Seconds that a worker goes on after a request to stop."""
 SMALLEST_SHARE = 2
 """Images that a process needs in a last, incomplete batch, or else it is left out: the statistics
 of a norm need two."""
@@ -64,10 +67,10 @@ class TrainingStream:
         """Images in a step from 0 on, of all processes together."""
         return min(self.batch_size, len(self.images.labels) - step * self.batch_size)
 
-    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, first_step: int = 0) -> Generator[Batch]:
         """This process's share of each step's batch, from a step of the epoch on.
 
-        Raises `DataError` where an image can't be read.
+        Closing it ends the workers. Raises `DataError` where an image can't be read.
         """
         loader: DataLoader[_Found] = DataLoader(
             _Epoch(self, number),
@@ -75,7 +78,7 @@ class TrainingStream:
             sampler=range(first_step, self.steps),
             num_workers=self.workers,
             generator=torch.Generator(),  # without one it draws from the global generator
-            worker_init_fn=_leave_requests_to_the_main_process,
+            worker_init_fn=_outlast_requests_to_stop,
         )
         for found in loader:
             if isinstance(found, DataError):
@@ -86,14 +89,20 @@ class TrainingStream:
             yield batch
 
 
-def _leave_requests_to_the_main_process(number: int) -> None:
-    """A request to stop may be for the whole process group; the step in hand needs its images.
+def _outlast_requests_to_stop(number: int) -> None:
+    """A request to stop may come to all processes at once, and the step in hand needs its images.
 
-    The workers end with the process that they read for.
+    So a worker, which the process that it reads for ends as a rule, waits a while.
     """
     del number
-    for request in SIGNALS:
-        signal.signal(request, signal.SIG_IGN)
+
+    def end_later(*_: object) -> None:
+        timer = threading.Timer(PATIENCE_WITH_A_STEP, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 _Found = tuple[Batch, tuple[str, ...]] | DataError
