@@ -44,6 +44,7 @@ def _is_section(annotation: object) -> bool:
         ({"refit": {"layers": "all"}}, "refit.layers"),
         ({"refit": {"form": "both"}}, "refit.form"),
         ({"refit": {"memory_mib": 0}}, "refit.memory_mib"),
+        ({"polish": {"batch_size": 1}}, "polish.batch_size"),
         ({"seed": -1}, "seed"),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 
 from fault_case import SIDE, Case
 from processes import context
+from secateur import heartbeat
 
 SIZE = 3
 SHORT_SILENCE = 6.0
@@ -44,7 +45,7 @@ def dying(function: Callable[..., Any], rank: int) -> Callable[..., Any]:
 
 def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     """The command line, as one of several processes that torchrun might have started."""
-    from secateur import cli, heartbeat, pipeline, repair, training
+    from secateur import cli, pipeline, repair, training
 
     patch = pytest.MonkeyPatch()
     torch.set_num_threads(1)
@@ -68,6 +69,15 @@ def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     model = ["--model", case.model_name, "--out", str(folder / "run")]
     sys.argv = ["secateur", "prune", *model, *data, *training_options]
     cli.main()
+
+
+def test_processes_that_are_started_again_say_it_under_other_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store of `torchrun` still has what those before them said last."""
+    before = heartbeat._key(1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert heartbeat._key(1) != before
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -51,6 +51,11 @@ def test_rows_that_are_there_are_not_measured_again(
     comparisons.measure(more, file, 1)
     assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
     assert len(list((tmp_path / "runs" / "rows" / sweep.CELLS).iterdir())) == 1
+    # A row that did not come to the file before an interruption comes to it now.
+    whole = file.read_text()
+    file.write_text(whole.splitlines(keepends=True)[0])
+    comparisons.measure(more, file, 1)
+    assert file.read_text() == whole
     text = comparisons.table(tmp_path / "comparison.toml", file)
     assert "| random |" in text
     assert "all settings" in text
