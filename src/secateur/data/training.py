@@ -21,6 +21,7 @@ from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.images import Batch, Images
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UsageError
+from secateur.interrupts import SIGNALS
 from secateur.models import Preprocessing
 from secateur.seeds import seed_of
 
@@ -80,7 +81,13 @@ class TrainingStream:
             generator=torch.Generator(),  # without one it draws from the global generator
             worker_init_fn=_outlast_requests_to_stop,
         )
-        for found in loader:
+        # What is asked while a worker starts waits until it knows what to do about it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for found in batches:
             if isinstance(found, DataError):
                 raise found
             batch, missing = found
@@ -103,6 +110,7 @@ def _outlast_requests_to_stop(number: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 _Found = tuple[Batch, tuple[str, ...]] | DataError

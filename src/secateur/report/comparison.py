@@ -102,14 +102,12 @@ def accuracy_table(found: Standings) -> TextTable:
         texts = [_spread(each) for each in values]
         lines.append((mean, (way, *texts, "–" if mean is None else f"{mean:.2f}")))
     lines.sort(key=lambda line: -math.inf if line[0] is None else line[0], reverse=True)
-    bases = {
-        setting: list(found.values(found.baseline, setting, "before").values())
-        for setting in found.settings
-    }
-    before = ", ".join(
-        f"{network} {statistics.mean(values):.2f}"
-        for network, values in {network: v for (network, _), v in bases.items() if v}.items()
-    )
+    bases: dict[str, float] = {}
+    for network, target in found.settings:
+        for way in (*found.ways, found.baseline):  # the baseline's where there are any
+            if by_seed := found.values(way, (network, target), "before"):
+                bases[network] = statistics.mean(by_seed.values())
+    before = ", ".join(f"{network} {base:.2f}" for network, base in bases.items())
     images = sorted({row.images for row in found.all_rows if row.images})
     kinds = sorted({row.score_on for row in found.all_rows})
     counts = sorted({len(rows) for rows in found.rows.values()}) or [0]
