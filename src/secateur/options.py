@@ -119,7 +119,7 @@ KeepOption = Annotated[
     str | None,
     typer.Option(
         "--keep",
-        help="Weights that stay: of the last epoch, or best on validation: last or best.",
+        help="Weights that stay: last (epoch) or best (on validation).",
     ),
 ]
 MaxMinutesOption = Annotated[
