@@ -36,6 +36,9 @@ class Member:
     """Height and width of its images, in pixels."""
 
 
+TIMM_RELEASE = "1.0.31"
+"""The release of timm that has all its members here; older ones lack some."""
+
 TIMM: dict[str, int] = {
     # Residual networks and what became of them.
     "resnet10t": 160,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, ChangedImages
 from secateur.data.training import TrainingStream
 from secateur.errors import DataError, UsageError
 from secateur.models import Preprocessing
+from secateur.writing import replace_file
 
 NATIVE = Preprocessing(16, 16)
 STILL = Augmentation("none", flip=False)
@@ -54,6 +57,28 @@ def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
     for reader in readers:
         reader.terminate()
     assert is_equal([*found, *batches], expected)
+
+
+def _read_and_wait(note: Path) -> None:
+    batches = stream(numbered(60), workers=2).epoch(1)
+    next(batches)
+    readers = psutil.Process().children(recursive=True)
+    replace_file(note, " ".join(str(reader.pid) for reader in readers))
+    time.sleep(1000)
+
+
+def test_readers_end_with_the_process_they_read_for(tmp_path: Path) -> None:
+    """However it ended, and where a server of processes started them and is still there."""
+    note = tmp_path / "readers"
+    process = started(_read_and_wait, note)
+    while not note.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    readers = [psutil.Process(int(number)) for number in note.read_text().split()]
+    assert len(readers) >= 2
+    process.kill()
+    process.join()
+    assert psutil.wait_procs(readers, timeout=60)[1] == []
 
 
 # --- order --------------------------------------------------------------------------------------

@@ -5,12 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 import coverage
 from coverage import holds_law, is_cut, is_within, page, summary_table
 from rows import Row, put_row, read_rows
-from zoo import Member, build, members, random_images, randomise_constants, randomise_statistics
+from zoo import (
+    TIMM_RELEASE,
+    Member,
+    build,
+    members,
+    random_images,
+    randomise_constants,
+    randomise_statistics,
+)
 
 
 def test_every_member_exists_once_and_most_families_are_there() -> None:
@@ -20,7 +29,8 @@ def test_every_member_exists_once_and_most_families_are_there() -> None:
     assert len(set(names)) == len(names)
     families = [member.name for member in zoo if member.part == "timm"]
     assert len(families) >= 85
-    assert all(timm.is_model(name.removeprefix("timm:")) for name in families)
+    missing = [name for name in families if not timm.is_model(name.removeprefix("timm:"))]
+    assert not missing or Version(timm.__version__) < Version(TIMM_RELEASE)
     assert sum(member.part == "torchvision" for member in zoo) >= 67
 
 

@@ -7,6 +7,7 @@ goes on from the middle of an epoch sees what it would have seen.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -79,7 +80,7 @@ class TrainingStream:
             sampler=range(first_step, self.steps),
             num_workers=self.workers,
             generator=torch.Generator(),  # without one it draws from the global generator
-            worker_init_fn=_outlast_requests_to_stop,
+            worker_init_fn=_prepare_worker,
         )
         # What is asked while a worker starts waits until it knows what to do about it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -96,12 +97,30 @@ class TrainingStream:
             yield batch
 
 
-def _outlast_requests_to_stop(number: int) -> None:
+def _prepare_worker(number: int) -> None:
+    """Ties a worker's life to that of the process that it reads for, and to nothing else."""
+    del number
+    threading.Thread(target=_end_with_reader, daemon=True).start()
+    _outlast_requests_to_stop()
+
+
+def _end_with_reader() -> None:
+    """Ends a worker whose batches nobody waits for any more.
+
+    PyTorch's workers look at the process that started them, and that is a server of processes,
+    which lives as long as they do, where Python starts processes by one: from 3.14 on as a rule.
+    """
+    reader = multiprocessing.parent_process()
+    if reader is not None:
+        reader.join()
+        os._exit(0)
+
+
+def _outlast_requests_to_stop() -> None:
     """A request to stop may come to all processes at once, and the step in hand needs its images.
 
     So a worker, which the process that it reads for ends as a rule, waits a while.
     """
-    del number
 
     def end_later(*_: object) -> None:
         timer = threading.Timer(PATIENCE_WITH_A_STEP, os._exit, (0,))
