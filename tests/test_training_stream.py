@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
 
 
 def _read_and_wait(note: Path) -> None:
-    batches = stream(numbered(60), workers=2).epoch(1)
+    batches = stream(numbered(60), workers=1).epoch(1)
     next(batches)
     readers = psutil.Process().children(recursive=True)
     replace_file(note, " ".join(str(reader.pid) for reader in readers))
@@ -75,7 +76,7 @@ def test_readers_end_with_the_process_they_read_for(tmp_path: Path) -> None:
         assert process.is_alive()
         time.sleep(0.05)
     readers = [psutil.Process(int(number)) for number in note.read_text().split()]
-    assert len(readers) >= 2
+    assert readers
     process.kill()
     process.join()
     assert psutil.wait_procs(readers, timeout=60)[1] == []
@@ -175,6 +176,7 @@ def test_an_unreadable_image_is_one_line_that_names_it(workers: int, tmp_path: P
     with pytest.raises(DataError, match=r"2\.png can't be read") as error:
         list(stream(images, 2, workers=workers).epoch(1))
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()  # whoever still holds the error
 
 
 # --- changes ------------------------------------------------------------------------------------

@@ -88,13 +88,18 @@ class TrainingStream:
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for found in batches:
-            if isinstance(found, DataError):
-                raise found
-            batch, missing = found
-            if self.unreadable is not None:
-                self.unreadable.add(missing)
-            yield batch
+        try:
+            for found in batches:
+                if isinstance(found, DataError):
+                    raise found
+                batch, missing = found
+                if self.unreadable is not None:
+                    self.unreadable.add(missing)
+                yield batch
+        finally:
+            # Ends the workers. Left to the garbage collector, which may close their queues first,
+            # they would not hear of it, and be waited for.
+            del batches
 
 
 def _prepare_worker(number: int) -> None:
