@@ -19,6 +19,7 @@ from secateur import cli, data, export, models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = models.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
 
 
@@ -98,6 +99,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: photos in three classes, and weights for other ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)  # times are not looked at
+    monkeypatch.setattr(models, "preprocessing", lambda _: SMALL)  # a tenth of the pixels
     for part, count in (("train", 12), ("test", 3)):
         for number, name in enumerate(CLASSES):
             (tmp_path / "photos" / part / name).mkdir(parents=True)
