@@ -349,14 +349,17 @@ def _sharing_memory(node: Node) -> set[Node]:
 def is_view(node: Node) -> bool:
     """Whether an operation gives what it reads, or a view of it; `reshape` and others may copy.
 
-    Its schema says so, but for dropout, which gives what it got outside of training.
+    Its schema says so, but for dropout.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
-    if operation_name(node).endswith("dropout"):
-        return True
     returns = node.target._schema.returns
-    return bool(returns) and returns[0].alias_info is not None
+    return gives_its_input(node) or (bool(returns) and returns[0].alias_info is not None)
+
+
+def gives_its_input(node: Node) -> bool:
+    """Whether an operation gives the very value that it reads, as dropout outside of training."""
+    return operation_name(node).endswith("dropout")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.channels import Axes
-from secateur.graph import is_view, operation_name
+from secateur.graph import gives_its_input, is_view
 from secateur.volumes import Dimension, Volumes, dimensions_of
 from secateur.wiring import Removed, Wiring
 
@@ -138,7 +138,7 @@ def _shares_memory(node: Node) -> bool:
     source, value = node.args[0] if node.args else None, node.meta.get("val")
     if not isinstance(source, Node):
         return False
-    if operation_name(node).endswith("dropout"):  # outside of training it gives what it got
+    if gives_its_input(node):  # whatever storage the tracing gave it
         return True
     first = value[0] if isinstance(value, list | tuple) and value else value
     before = source.meta.get("val")

@@ -103,22 +103,22 @@ class TrainingStream:
 
 
 def _prepare_worker(number: int) -> None:
-    """Ties a worker's life to that of the process that it reads for, and to nothing else."""
+    """A worker ends with the process that it reads for, and not before it."""
     del number
-    threading.Thread(target=_end_with_reader, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _outlast_requests_to_stop()
 
 
-def _end_with_reader() -> None:
+def _end_with_parent() -> None:
     """Ends a worker whose batches nobody waits for any more.
 
-    PyTorch's workers look at the process that started them, and that is a server of processes,
-    which lives as long as they do, where Python starts processes by one: from 3.14 on as a rule.
+    PyTorch's workers look at their parent by the operating system's account. Where Python starts
+    processes by a server, as a rule from 3.14 on, that is the server, which lives as long as they.
     """
-    reader = multiprocessing.parent_process()
-    if reader is not None:
-        reader.join()
-        os._exit(0)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
 
 
 def _outlast_requests_to_stop() -> None:
