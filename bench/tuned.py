@@ -1,12 +1,14 @@
 """What ten epochs of training leave of the differences between criteria, on CIFAR-10.
 
-    python bench/tuned.py --data DIR --weights DIR [--jobs 2]
+    python bench/tuned.py --data DIR --weights DIR [--jobs 2] [--compile]
 
 runs the cells of `configs/tuned_cifar10.toml` as `secateur compare` does, and beside them what
 Torch-Pruning cuts to the same MACs by the criterion that is its best without training
 (results/training_free.jsonl): its own surgery, then the same training from the same teacher. A line
 a cell goes to `results/tuned.jsonl`; cells that are there are not measured again, and one that was
-interrupted goes on from its checkpoints in `runs/tuned`. `bench/results.py` writes the tables.
+interrupted goes on from its checkpoints in `runs/tuned`. `--compile` trains compiled networks: the
+same sums, rounded otherwise, faster where odd widths are slow; it takes a C++ compiler.
+`bench/results.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from secateur.plan import parse_target
 from secateur.progress import silent
 from secateur.result import environment
 from secateur.rows import Row, place_of
+from secateur.timing import time_left
 from secateur.training import train
 from training_free import all_but_inner
 
@@ -53,6 +56,7 @@ def measure_peer(cell: Cell) -> Row:
     start = time.perf_counter()
     smaller = cut_to(model, image, settings, parse_target(cell.target).fraction_left).model
     cut_seconds = time.perf_counter() - start
+    latency_left = time_left(model, smaller, ground.example)
 
     def score(network: nn.Module) -> Score:
         return evaluate(network, pipeline.stream(dataset.test, config, silent, ""))
@@ -85,7 +89,7 @@ def measure_peer(cell: Cell) -> Row:
         top1_fraction=tuned.top1_fraction,
         macs_left=tuned.macs / before.macs,
         parameters_left=tuned.parameters / before.parameters,
-        latency_left=tuned.latency_ms / before.latency_ms,
+        latency_left=latency_left,
         seconds=round(cut_seconds + training.seconds, 1),
         id=hashlib.sha256(f"{PEER_NAME} {cell.id}".encode()).hexdigest()[:16],
     )
@@ -94,9 +98,12 @@ def measure_peer(cell: Cell) -> Row:
 def main() -> None:
     """Measures what is missing, or the one cell of Torch-Pruning that this process is for."""
     parser = comparisons.parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="train the compiled networks")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     comparison = comparisons.asked_for(CONFIG, arguments)
+    finetune = comparison.finetune.model_copy(update={"compile": arguments.compile})
+    comparison = comparison.model_copy(update={"finetune": finetune})
     if arguments.peer is not None:
         (cell,) = (cell for cell in cells_of(comparison) if cell.id == arguments.peer)
         torch.set_num_threads(comparison.threads)
@@ -105,6 +112,7 @@ def main() -> None:
     comparisons.measure(comparison, RESULTS, arguments.jobs)
     known = {comparisons.key_of(row) for row in comparisons.rows_in(RESULTS)}
     options = ["--data", arguments.data, "--weights", str(arguments.weights)]
+    options += ["--compile"] * arguments.compile
     calls = [
         [*options, "--peer", cell.id]
         for cell in cells_of(comparison)

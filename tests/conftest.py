@@ -60,6 +60,7 @@ def short_timing() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["secateur.evaluate"], "LATENCY_RUNS", 1)
+        patch.setattr("secateur.timing.TURNS", (1, 1))
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from runs import DigitsRun, outputs, small_config
 from secateur import bundle, data, models, pipeline, runs
@@ -90,6 +91,25 @@ def test_same_seed_gives_the_same_plan_and_scores(model_file: Path) -> None:
         without_latency(s.score) for s in other.result.stages
     ]
     assert torch.equal(outputs(one.model), outputs(other.model))
+
+
+def test_a_cut_network_is_timed_beside_the_first_one(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"target": "macs=0.5", "rounds": 2}
+    config = small_config(model_file, plan=plan, finetune={"epochs": 1})
+    model, left = models.load(config.model.name, num_classes=10), iter((0.5, 0.25))
+
+    def time_left(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
+        assert whole is model
+        assert smaller is not model
+        return next(left)
+
+    monkeypatch.setattr(pipeline, "time_left", time_left)
+    before, *others = pipeline.prune(model, data.load("digits"), config).result.stages
+    assert before.score.latency_ms > 0
+    shares = {(each.round, each.score.latency_ms / before.score.latency_ms) for each in others}
+    assert shares == {(1, 0.5), (2, 0.25)}
 
 
 def test_another_seed_draws_other_probe_images(model_file: Path) -> None:

@@ -71,6 +71,24 @@ def test_no_term_is_subtracted() -> None:
     assert timing.combination(terms[:1], np.array([3.0])) == pytest.approx([1.5, 0.0])
 
 
+def test_two_networks_take_turns_so_that_a_slower_machine_slows_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = (float(2**number) for number in range(100))
+
+    def seconds(action: Callable[[], object]) -> float:
+        action()
+        return next(taken)
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing, "TURNS", (9, 9))
+    model, smaller = Chain(), Chain().train()
+    # Each pass takes twice the time of the one before it: so does the second network, and no more.
+    assert timing.time_left(model.eval(), smaller, random_images(2)) == 2
+    assert smaller.training
+    assert not model.training
+
+
 LEAST = 0.3
 
 

@@ -39,15 +39,18 @@ class Score:
     """Multiply-accumulates for one image."""
     parameters: int
     latency_ms: float
-    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies."""
+    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. Of a
+    cut network the part that `timing.time_left` finds of the whole one's: the two take turns then,
+    so that what else the machine does slows both alike."""
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
     """The score of `model`, where it is, on every image of the batches, in evaluation mode.
 
-    Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
-    score on all of them, with the time that the first one takes. With fewer than five classes top-5
-    counts what is there. Raises `DataError` where a label lies outside the network's classes.
+    The network is timed unless `known_ms` says what a forward pass takes. Of several processes
+    each brings its share of the batches (`distributed.dealt`), and all get the score on all of
+    them, with the time that the first one takes. With fewer than five classes top-5 counts what is
+    there. Raises `DataError` where a label lies outside the network's classes.
     """
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
@@ -73,7 +76,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Score:
 
     def measure() -> tuple[int, float]:
         assert example is not None
-        return count_macs(model, example[:1]), latency_ms(model, example)
+        time_ms = latency_ms(model, example) if known_ms is None else known_ms
+        return count_macs(model, example[:1]), time_ms
 
     macs, time_ms = distributed.by_first(measure)
     return Score(

@@ -48,7 +48,7 @@ from secateur.room import batch_that_fits, free_bytes
 from secateur.search import Trial, bisect, smallest_kept
 from secateur.surgery import apply_plan
 from secateur.survey import Survey, make_surveys
-from secateur.timing import plan_in_time
+from secateur.timing import plan_in_time, time_left
 from secateur.training import train
 from secateur.wiring import Wiring
 
@@ -482,12 +482,13 @@ def tune(
         unreadable=unreadable,
     )
     assert training.before is not None
+    came = pruned.result.stages[-1].score  # of the weights that were trained
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy.deepcopy(smaller)
         network.load_state_dict(state)
         images = stream(dataset.test, config, track, "scoring (tuned)", unreadable)
-        return evaluate(network, images)
+        return evaluate(network, images, known_ms=came.latency_ms)
 
     earlier = tuple(
         each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
@@ -506,7 +507,6 @@ def tune(
         best=best,
         kept=kept,
     )
-    came = pruned.result.stages[-1].score  # of the weights that were trained
     found = {"last": last, "best": best, "start": came}[kept]
     stage = StageResult(stage="tuned", round=number, score=found, seconds=training.seconds)
     log.write("stage", **stage.model_dump())
@@ -567,11 +567,6 @@ def cut(
         stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
         log.write("stage", **stages[-1].model_dump())
 
-    def score(stage: Stage, network: nn.Module, since: float) -> None:
-        seconds = time.perf_counter() - since
-        images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
-        note(stage, evaluate(network, images), seconds)
-
     if earlier is None and start is not None:
         note("before", start.before, 0.0)
     since = time.perf_counter() - prepared
@@ -601,13 +596,21 @@ def cut(
         plan = survey.plan(target)
     smaller = apply_plan(current, wiring, plan)
     law_error = check_law(current, wiring, plan, smaller, ground.example)
-    score("cut", smaller, since)
+    seconds = time.perf_counter() - since
+    left = distributed.by_first(lambda: time_left(model, smaller, ground.example))
+    known_ms = left * stages[0].score.latency_ms
+
+    def score(stage: Stage, seconds: float) -> None:
+        images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
+        note(stage, evaluate(smaller, images, known_ms=known_ms), seconds)
+
+    score("cut", seconds)
 
     repaired = Repair()
     if config.refit.is_any:
         since = time.perf_counter()
         repaired = repair_in_place(current, smaller, ground, plan, config, track)
-        score("refit", smaller, since)
+        score("refit", time.perf_counter() - since)
 
     polished: Polish | None = None
     fit, held_out = set_apart(ground.probe)
@@ -626,7 +629,7 @@ def cut(
         )
         for each in polished.epochs:
             log.write("polish", **asdict(each))
-        score("polished", smaller, since)
+        score("polished", time.perf_counter() - since)
 
     groups = tuple(
         GroupResult(

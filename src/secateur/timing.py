@@ -19,7 +19,7 @@ from torch.fx.node import Node, map_arg
 
 from secateur.channels import Axes, Ids, Layer
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH, batch_of, seconds
+from secateur.evaluate import LATENCY_BATCH, batch_of, device_of, seconds
 from secateur.graph import evaluating, with_sizes
 from secateur.latency import (
     SMALL,
@@ -117,13 +117,12 @@ def plan_in_time(
     time of those within the fraction. Raises `TargetError`
     where none is within it.
     """
-    batch = batch_of(images, LATENCY_BATCH)
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
     points = [(1.0, 1.0)]  # what was foretold, and what was measured
     for _ in range(PLANS):
         made = plan(aim)
-        found = time_left(model, cut(model, wiring, made.removed).eval(), batch)
+        found = time_left(model, cut(model, wiring, made.removed), images)
         points.append((aim, found))
         if found <= fraction_left and (best is None or found > best[1]):
             best = made, found
@@ -152,12 +151,16 @@ def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> fl
     return below[0] + share * (aim - below[0])
 
 
-def time_left(model: nn.Module, smaller: nn.Module, batch: Tensor) -> float:
-    """Time of a forward pass of one network over that of another, by the medians of turns."""
+def time_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
+    """The time of a forward pass of `smaller` over that of `model`, by the medians of turns.
+
+    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`.
+    """
+    batch = batch_of(images, LATENCY_BATCH).to(device_of(model))
     times: dict[str, list[float]] = {"before": [], "after": []}
     fewest, most = TURNS
     begun = time.perf_counter()
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), evaluating(smaller), torch.inference_mode():
         for turn in range(most + 1):
             if turn > fewest and time.perf_counter() - begun > TURNS_SECONDS:
                 break

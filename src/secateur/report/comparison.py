@@ -173,8 +173,8 @@ def size_table(found: Standings) -> TextTable:
             texts.append(" / ".join(f"{share:.3f}" for share in shares) or "–")
         lines.append((way, *texts))
     note = (
-        "MACs / parameters / latency left, means over seeds. Latency is that of a batch of 16, "
-        "timed while other cells may be at work: only roughly right unless one works at a time."
+        "MACs / parameters / latency left, means over seeds. Latency is that of a batch of 16, in "
+        "turns with the whole network: only roughly right where other cells were at work."
     )
     heads = ("way", *map(_heading, found.settings))
     return TextTable("What is left", heads, tuple(lines), note)
