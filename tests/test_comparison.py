@@ -77,15 +77,20 @@ def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
 
 
 def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]) -> None:
-    cells = cells_of(from_dict(content | {"seeds": 2}, Comparison))
-    assert len(cells) == 12
-    for processes, sizes in ((2, [6, 6]), (3, [3, 3, 3, 3]), (7, 4 * [1, 2]), (99, 12 * [1])):
+    cells = cells_of(from_dict(content | {"seeds": 3}, Comparison))
+    assert len(cells) == 18
+    for processes, sizes in (
+        (1, [6, 6, 6]),
+        (2, [6, 6, 3, 3]),
+        (3, [6, 6, 6]),
+        (4, 6 * [3]),
+        (7, 9 * [2]),
+        (99, 18 * [1]),
+    ):
         pieces = units_of(cells, processes)
-        assert sorted(map(len, pieces)) == sorted(sizes), processes
-        assert [cell for piece in pieces for cell in piece] == [
-            *(cell for cell in cells if cell.seed == 0),
-            *(cell for cell in cells if cell.seed == 1),
-        ]
+        assert [len(piece) for piece in pieces] == sizes, processes
+        in_order = [cell for seed in range(3) for cell in cells if cell.seed == seed]
+        assert [cell for piece in pieces for cell in piece] == in_order
 
 
 def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str, Any]) -> None:

@@ -238,15 +238,19 @@ def _change(content: dict[str, Any], changes: Changes) -> None:
 def units_of(cells: Sequence[Cell], processes: int = 1) -> list[list[Cell]]:
     """What processes are to work off, one list each at a time.
 
-    The cells of a unit stay together, unless that leaves processes idle: then they are divided.
-    Seed by seed, so that what is there after an interruption can be compared.
+    The cells of a unit stay together, unless that leaves processes idle, as the last units do that
+    are too few for all: then they are divided. Seed by seed, so that what is there after an
+    interruption can be compared.
     """
     in_order = sorted(cells, key=lambda cell: cell.seed)
     units = [list(group) for _, group in itertools.groupby(in_order, key=lambda cell: cell.unit)]
-    if not units:
-        return []
-    parts = math.ceil(processes / len(units))
-    return [piece for unit in units for piece in _divided(unit, min(parts, len(unit)))]
+    whole = len(units) - len(units) % processes
+    last = units[whole:]
+    if not last:
+        return units
+    parts = math.ceil(processes / len(last))
+    pieces = [piece for unit in last for piece in _divided(unit, min(parts, len(unit)))]
+    return [*units[:whole], *pieces]
 
 
 def _divided(cells: list[Cell], parts: int) -> list[list[Cell]]:
