@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,21 +110,25 @@ def test_a_collapse_is_a_large_fall_at_the_end(
     assert has_collapsed(0.9, epochs) == collapsed
 
 
+def first_grades(*fractions: float) -> Callable[..., Score]:
+    """`evaluate`, but its first calls, on the validation images before and after, find these."""
+    evaluate, given = vars(pipeline)["evaluate"], iter(fractions)
+
+    def graded(*arguments: Any, **options: Any) -> Score:
+        score: Score = evaluate(*arguments, **options)
+        return replace(score, top1_fraction=next(given, score.top1_fraction))
+
+    return graded
+
+
 def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = case.folder / "run"
     runs.run(case.config(epochs=0), run)
     before = load_file(run / "model.safetensors")
-    evaluate, calls = vars(pipeline)["evaluate"], iter([0.9, 0.4])
-
-    def graded(network: nn.Module, images: object) -> Score:
-        score: Score = evaluate(network, images)
-        found = next(calls, None)  # the validation images come first, before and after
-        return score if found is None else replace(score, top1_fraction=found)
-
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", graded)
+        patch.setattr(pipeline, "evaluate", first_grades(0.9, 0.4))
         changes = {"epochs": 1, "learning_rate": 0.5}
         result = runs.finetune(run, run, changes, model_name=case.model_name)
     after = load_file(run / "model.safetensors")
@@ -171,14 +177,7 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
 ) -> None:
     run = case.folder / "run"
     runs.run(case.config(epochs=0), run)
-    evaluate, calls = vars(pipeline)["evaluate"], iter([0.9, 0.85])
-
-    def graded(network: nn.Module, images: object) -> Score:
-        score: Score = evaluate(network, images)
-        found = next(calls, None)
-        return score if found is None else replace(score, top1_fraction=found)
-
-    monkeypatch.setattr(pipeline, "evaluate", graded)
+    monkeypatch.setattr(pipeline, "evaluate", first_grades(0.9, 0.85))
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
     assert result.tuning is not None
     assert result.tuning.kept == "last"
