@@ -85,6 +85,7 @@ def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]
         (3, [6, 6, 6]),
         (4, 6 * [3]),
         (7, 9 * [2]),
+        (10, 6 * [1, 2]),
         (99, 18 * [1]),
     ):
         pieces = units_of(cells, processes)

@@ -114,8 +114,7 @@ def plan_in_time(
     `plan(fraction)` gives the plan that is foretold to take a fraction, `least` or more. What is
     foretold is some per cent off, so the network is cut and timed beside the whole one, in turns,
     and the plan made anew for a smaller or larger fraction. Taken is the plan that takes the most
-    time of those within the fraction. Raises `TargetError`
-    where none is within it.
+    time of those within the fraction. Raises `TargetError` where none is within it.
     """
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
