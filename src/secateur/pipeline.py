@@ -597,6 +597,7 @@ def cut(
     smaller = apply_plan(current, wiring, plan)
     law_error = check_law(current, wiring, plan, smaller, ground.example)
     seconds = time.perf_counter() - since
+    # Of all stages of this round: neither repairs nor training change what a pass computes.
     left = distributed.by_first(lambda: time_left(model, smaller, ground.example))
     known_ms = left * stages[0].score.latency_ms
 

@@ -19,7 +19,7 @@ from torch.fx.node import Node, map_arg
 
 from secateur.channels import Axes, Ids, Layer
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH, batch_of, device_of, seconds
+from secateur.evaluate import LATENCY_BATCH, batch_of, seconds
 from secateur.graph import evaluating, with_sizes
 from secateur.latency import (
     SMALL,
@@ -155,7 +155,7 @@ def time_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
 
     `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`.
     """
-    batch = batch_of(images, LATENCY_BATCH).to(device_of(model))
+    batch = batch_of(images, LATENCY_BATCH)
     times: dict[str, list[float]] = {"before": [], "after": []}
     fewest, most = TURNS
     begun = time.perf_counter()
