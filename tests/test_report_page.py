@@ -352,7 +352,7 @@ def test_the_report_of_efficientnet_lite0_on_imagenet_images(
                 "source": f"imagenette:{few_images(source, tmp_path / 'few')}",
                 "probe_images": 40,
                 "batch_size": 20,
-                "image_size": 224,
+                "image_size": 128,
                 "mean": [127 / 255] * 3,
                 "std": [128 / 255] * 3,
             },
