@@ -217,6 +217,10 @@ def test_relative_weights_are_looked_for_in_a_folder(
         (lambda c: c.update(seeds=[]), "seeds"),
         (lambda c: c.update(seeds=0), "seeds"),
         (lambda c: c.update(seeds=[1, 1]), "seeds has the same value twice"),
+        (
+            lambda c: c["networks"][0].update(targets=["macs=0.5", "macs=0.50"]),
+            "targets of .* has the same value twice",
+        ),
         (lambda c: c.update(targets=["macs=2"]), "target 'macs=2' is out of range"),
         (lambda c: c.update(plan={"target": "macs=0.5"}), "use targets"),
         (lambda c: c.update(score={"criterion": "l1"}), "use criteria"),

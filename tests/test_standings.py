@@ -307,3 +307,27 @@ def test_a_comparison_without_any_result_is_shown_too(comparison: Comparison) ->
     found = tables(standings(rows(lost), comparison.compared_with))
     assert found[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
     assert found[-1].title == "Failed"
+
+
+def test_a_target_out_of_reach_leaves_the_verdicts_of_the_others(
+    comparison: Comparison, cells: list[CellResult]
+) -> None:
+    lost = [cell(criterion, "macs=0.1", 0, None) for criterion in ("vote", "l1", "random")]
+    without, found = (standings(rows(each), "l1") for each in (cells, [*lost, *cells]))
+    assert found.settings == (("net", "macs=0.1"), *without.settings)
+    assert found.overall("vote") == without.overall("vote")
+    for table, other in zip(tables(found)[:2], tables(without)[:2], strict=True):
+        assert [(way, *rest) for way, _, *rest in table.rows] == list(other.rows)
+    (steps,) = (chart for chart in charts(found, cells) if "step by step" in chart.title)
+    first, second, _ = steps.figure.axes
+    assert first.get_legend() is None
+    assert second.get_legend() is not None
+
+
+def test_a_loss_that_is_no_number_is_read_back(digits_run: DigitsRun) -> None:
+    stages = list(digits_run.result.stages)
+    score = replace(stages[-1].score, loss=math.nan)
+    stages[-1] = stages[-1].model_copy(update={"score": score})
+    broken = digits_run.result.model_copy(update={"stages": tuple(stages)})
+    read = RunResult.model_validate_json(broken.model_dump_json())
+    assert math.isnan(read.stages[-1].score.loss)

@@ -115,7 +115,11 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     assert not (killed / sweep.CHECKPOINTS).exists()
 
 
-def test_a_cell_is_what_a_run_of_its_own_finds(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cell_is_what_a_run_of_its_own_finds(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('not what processes import')")
+    monkeypatch.chdir(tmp_path)
     content |= {"criteria": ["vote", "l1"], "targets": ["macs=0.6"], "seeds": [1]}
     comparison = from_dict(content, Comparison)
     found = sweep.compare(comparison, tmp_path / "out")
@@ -218,22 +222,113 @@ def test_a_cell_that_fails_leaves_its_checkpoints_for_another_try(
     assert checkpoints.is_dir()
 
 
-@pytest.mark.parametrize("has_ended_any", [False, True])
-def test_a_process_that_dies_between_cells_takes_none_with_it(
-    content: dict[str, Any], tmp_path: Path, has_ended_any: bool
+@pytest.mark.parametrize(
+    ("count", "has_begun_any", "given_up", "again"),
+    [
+        (3, True, 0, [3]),
+        # One that came to no cell would come to none again, unless other criteria are to blame.
+        (3, False, 3, []),
+        (6, False, 0, [3, 3]),
+        (6, True, 0, [6]),
+    ],
+)
+def test_a_process_that_dies_between_cells_takes_as_few_with_it_as_can_be(
+    content: dict[str, Any],
+    tmp_path: Path,
+    count: int,
+    has_begun_any: bool,
+    given_up: int,
+    again: list[int],
 ) -> None:
-    comparison = from_dict(content, Comparison)
-    cells = list(cells_of(comparison)[:3])
+    comparison = from_dict(content | {"seeds": 1}, Comparison)
+    cells = list(cells_of(comparison)[:count])
     (tmp_path / sweep.CELLS).mkdir()
     with tempfile.TemporaryFile("w+") as errors:
         popen = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
         popen.wait()
-        process = sweep._Process(popen, cells, errors, has_ended_any=has_ended_any)
+        process = sweep._Process(popen, cells, errors, has_begun_any=has_begun_any)
         lost = list(sweep._bury(tmp_path, comparison, process))
-    # One that ended no cell would end none again, so its cells are given up.
-    expected = [] if has_ended_any else ["its process ended with code 3"] * 3
-    assert [cell.reason for cell in lost] == expected
-    assert len(cells) + len(lost) == 3
+    assert [cell.reason for cell in lost] == ["its process ended with code 3"] * given_up
+    lists = process.again()
+    assert [len(each) for each in lists] == again
+    for each in lists:
+        assert has_begun_any or len({cell.criterion for cell in each}) == 1
+
+
+BROKEN_WHILE_SEEING = """
+from secateur.criteria.kernels import OfKernels
+
+
+class broken(OfKernels):
+    def __init__(self):
+        super().__init__(len)
+
+    def score(self, part):
+        raise ValueError("a bug of its author's")
+"""
+
+
+def test_an_error_of_one_criterion_is_none_of_the_others(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "criteria.py").write_text(BROKEN_WHILE_SEEING)
+    content |= {"criteria": [f"{tmp_path / 'criteria.py'}:broken", "l1"], "targets": ["macs=0.7"]}
+    comparison = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, Comparison)
+    sweep._prepare(tmp_path / "out", comparison)
+    cells = cells_of(comparison)
+    with (tmp_path / "said").open("w") as say:
+        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
+    found = [sweep.read_cell(tmp_path / "out", cell) for cell in cells]
+    assert [each and each.outcome for each in found] == ["failed", "done"]
+    assert found[0] is not None
+    assert found[0].reason == "ValueError: a bug of its author's"
+    words = [f"{event} {cell.id}" for cell in cells for event in ("begun", "ended")]
+    assert (tmp_path / "said").read_text().splitlines() == words
+
+
+def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = ["macs=0.7", "latency=0.7"]
+    content |= {"criteria": ["l1"], "targets": targets, "seeds": 1}
+    comparison = from_dict(content, Comparison)
+    kept: dict[str, Path | None] = {}
+
+    def prune(*_: object, checkpoints: Path | None, **__: object) -> None:
+        kept[targets[len(kept)]] = checkpoints
+        raise RunFolderError("enough")
+
+    monkeypatch.setattr(pipeline, "prune", prune)
+    monkeypatch.setattr(pipeline, "make_start", lambda *_: None)
+    sweep._prepare(tmp_path / "out", comparison)
+    cells = cells_of(comparison)
+    with (tmp_path / "said").open("w") as say:
+        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
+    assert kept == {
+        "macs=0.7": tmp_path / "out" / sweep.CHECKPOINTS / cells[0].id,
+        "latency=0.7": None,
+    }
+
+
+def test_cells_are_the_same_to_the_processes_that_work_them_off(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    """They read the comparison as the folder holds it; also where a value is a table."""
+    shares = {"plan.allocation": "shares", "plan.shares": {"layer1.*": 0.5}}
+    content["variants"] = {
+        "dotted": shares,
+        "nested": {"plan": {"allocation": "shares", "shares": {"layer1.*": 0.5}}},
+        "none": {"score.concept_weights": {}},
+    }
+    content["score"] = {"concept_weights": {"colours": 2.0}}
+    comparison = from_dict(content, Comparison)
+    sweep._prepare(tmp_path / "out", comparison)
+    cells = cells_of(sweep.read_comparison(tmp_path / "out" / sweep.COMPARISON))
+    assert cells == cells_of(comparison)
+    by_variant = {cell.variant: cell.config for cell in cells}
+    assert by_variant["dotted"].plan == by_variant["nested"].plan
+    assert by_variant["dotted"].plan.shares == {"layer1.*": 0.5}
+    assert by_variant["none"].score.concept_weights == {}
 
 
 def test_data_that_is_not_there_fails_its_cells_in_one_line(

@@ -44,12 +44,15 @@ def _as_target(text: object) -> str:
 
 
 def _flattened(value: object) -> object:
-    """Nested tables as dotted keys, so that TOML may be written either way."""
+    """Tables of sections as dotted keys, so that TOML may be written either way.
+
+    Values that are tables themselves, as `plan.shares`, stay whole.
+    """
     if not isinstance(value, Mapping):
         return value
     flat: dict[str, object] = {}
     for key, inner in value.items():
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Mapping) and "." not in key:
             flat.update({f"{key}.{name}": each for name, each in inner.items()})
         else:
             flat[key] = inner
@@ -121,6 +124,7 @@ class Comparison(Section):
             ("criteria", self.criteria),
             ("targets", self.targets),
             ("seeds", self.seeds),
+            *((f"targets of {network.title}", network.targets) for network in self.networks),
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} has the same value twice; networks can have labels")

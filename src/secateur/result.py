@@ -42,10 +42,10 @@ Stage = Literal["before", "cut", "refit", "polished", "tuned"]
 
 
 class Record(BaseModel):
-    """A part of the result; unknown keys are an error."""
+    """A part of the result; unknown keys are an error. The loss of a broken network is `"NaN"`."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
     )
 
 

@@ -41,7 +41,7 @@ class Row(CellRecord):
     best_epoch_top1_fraction: float | None = None
     law_error: float | None = None
     seconds: float | None = None
-    """What all steps took."""
+    """What all steps took, the pass that the criteria of a network share included."""
     plan_hash: str | None = None
     secateur: str | None = None
     torch: str | None = None

@@ -62,6 +62,12 @@ class Standings:
         """Those that are done."""
         return [row for rows in self.rows.values() for row in rows.values()]
 
+    @property
+    def measured(self) -> tuple[Setting, ...]:
+        """The settings in which any way came to an end; a target out of reach has none."""
+        done = {setting for _, setting in self.rows}
+        return tuple(setting for setting in self.settings if setting in done)
+
     def values(self, way: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
         """Top-1 in % by seed, after a stage or at the end; only of seeds that came to it."""
         rows = self.rows.get((way, setting), {})
@@ -74,12 +80,12 @@ class Standings:
         return paired(one, other, self.step)
 
     def overall(self, way: str) -> Difference | None:
-        """To the baseline, meant over the settings; seeds that lack any setting don't count."""
+        """To the baseline, meant over what is measured; seeds that lack a setting don't count."""
         one, other = (self._means(each) for each in (way, self.baseline))
-        return paired(one, other, self.step / math.sqrt(len(self.settings)))
+        return paired(one, other, self.step / math.sqrt(len(self.measured) or 1))
 
     def _means(self, way: str) -> dict[int, float]:
-        by_setting = [self.values(way, setting) for setting in self.settings]
+        by_setting = [self.values(way, setting) for setting in self.measured]
         whole = set.intersection(*(set(values) for values in by_setting)) if by_setting else set()
         return {seed: statistics.mean(values[seed] for values in by_setting) for seed in whole}
 

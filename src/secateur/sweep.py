@@ -158,8 +158,15 @@ class _Process:
     errors: IO[str]
     started: str | None = None
     """The id of the cell that it is at."""
-    has_ended_any: bool = False
-    """Whether it came to the end of a cell; if so, the rest of its cells are not to blame."""
+    has_begun_any: bool = False
+    """Whether it came to a cell; if not, what was done for all criteria at once ended it."""
+
+    def again(self) -> list[list[Cell]]:
+        """Lists of the cells that are left: a criterion each, where any may have ended it."""
+        if self.has_begun_any:
+            return [self.left] if self.left else []
+        names = dict.fromkeys(cell.criterion for cell in self.left)
+        return [[cell for cell in self.left if cell.criterion == name] for name in names]
 
     def close(self) -> None:
         """Lets go of its files; it has ended."""
@@ -191,8 +198,7 @@ def _worked_off(
                 continue
             running.remove(process)
             yield from _bury(folder, comparison, process)
-            if process.left:
-                waiting.insert(0, process.left)
+            waiting[:0] = process.again()
     finally:
         _end(running)
 
@@ -207,7 +213,7 @@ def _start(
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": str(comparison.threads)}
     popen = subprocess.Popen(
-        [sys.executable, "-m", "secateur.sweep_worker"],
+        [sys.executable, "-P", "-m", "secateur.sweep_worker"],  # nothing of the current folder
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -236,10 +242,11 @@ def _start(
 def _note(folder: Path, process: _Process, line: str) -> CellResult | None:
     """Takes in that a cell has begun, or the result of one that has ended."""
     event, _, number = line.strip().partition(" ")
+    process.has_begun_any = True
     if event == "begun":
         process.started = number
     elif event == "ended":
-        process.started, process.has_ended_any = None, True
+        process.started = None
         cell = next(cell for cell in process.left if cell.id == number)
         process.left.remove(cell)
         return read_cell(folder, cell)
@@ -256,8 +263,8 @@ def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[C
     code = process.popen.returncode
     how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
     reason = f"its process {how}{f': {words[-1]}' if words else ''}"
-    is_lost_whole = process.started is None and not process.has_ended_any
-    lost = [cell for cell in process.left if is_lost_whole or cell.id == process.started]
+    is_to_blame = not process.has_begun_any and len({cell.criterion for cell in process.left}) == 1
+    lost = [cell for cell in process.left if is_to_blame or cell.id == process.started]
     for cell in lost:
         process.left.remove(cell)
         yield write_cell(folder, cell, comparison, failed=reason)
@@ -322,13 +329,15 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
         dataset = dataclasses.replace(dataset, test=dataset.validation)
     names = tuple(dict.fromkeys(cell.criterion for cell in cells))
     start: pipeline.Start | None = None
-    with contextlib.suppress(SecateurError):  # then each cell by itself shows whose fault it is
+    with contextlib.suppress(Exception):  # then each cell by itself shows whose fault it is
         start = pipeline.make_start(model, dataset, first, names)
     for cell in cells:
         print(f"begun {cell.id}", file=say, flush=True)
         result, failed = None, ""
         try:
-            checkpoints = folder / CHECKPOINTS / cell.id
+            # Layers timed anew may make another plan, for which no checkpoint is of use.
+            is_timed = parse_target(cell.target).quantity == "latency"
+            checkpoints = None if is_timed else folder / CHECKPOINTS / cell.id
             pruned = pipeline.prune(
                 model, dataset, cell.config, start=start, checkpoints=checkpoints
             )

@@ -130,7 +130,9 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
         axes.set_xticks(range(len(steps)), steps)
         axes.set_title(setting[1])
         axes.set_ylabel("top-1 in %")
-    panels[0].legend()
+    named = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
+    if named:
+        named[0].legend()
     title = f"{network}: accuracy step by step"
     figure.suptitle(title)
     return Chart(file_name(network, "steps"), title, figure)

@@ -98,7 +98,7 @@ def accuracy_table(found: Standings) -> TextTable:
         values = [list(found.values(way, setting).values()) for setting in found.settings]
         means = [statistics.mean(each) for each in values if each]
         # A mean over fewer settings is another mean; such rows come last.
-        mean = statistics.mean(means) if means and len(means) == len(values) else None
+        mean = statistics.mean(means) if means and len(means) == len(found.measured) else None
         texts = [_spread(each) for each in values]
         lines.append((mean, (way, *texts, "–" if mean is None else f"{mean:.2f}")))
     lines.sort(key=lambda line: -math.inf if line[0] is None else line[0], reverse=True)
