@@ -122,9 +122,6 @@ def finetune(
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        if not resume and distributed.is_first():
-            shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
-        distributed.wait()
         dataset, model = pipeline.load_inputs(config)
         if resume and out == folder and _is_tuned(folder, result, config):
             tuned = _load(folder, model, result)
@@ -132,6 +129,9 @@ def finetune(
             return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
         _log(folder, board).write("finetune", command=command, changes=dict(changes))
+        if not resume and distributed.is_first():
+            shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
+        distributed.wait()
         tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
         _report(out, tuned, model, dataset, track)
         return tuned.result
