@@ -32,7 +32,15 @@ from secateur.progress import Track, silent
 from secateur.report import write_report
 from secateur.report.comparison import ROWS
 from secateur.report.gallery import make_gallery
-from secateur.result import FREE_KEYS, IDLE_KEYS, RESULT, RunResult, comparable, read_result
+from secateur.result import (
+    FREE_KEYS,
+    IDLE_KEYS,
+    RESULT,
+    RunResult,
+    check_same,
+    comparable,
+    read_result,
+)
 from secateur.rows import read_rows
 from secateur.standings import standings
 from secateur.writing import make_inner_folder, replace_file
@@ -298,23 +306,12 @@ def _write(
 def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
     """What a run of the same configuration has left; raises `UsageError` where it was another."""
     result = read_result(folder)
-    _check_same(folder, config, result.config, FREE_KEYS)
+    check_same(f"the run in {folder}", config, result.config, FREE_KEYS)
     config = pipeline.with_batches(config, result.config.data.batch_size)
     pruned = _load(folder, model, result.model_copy(update={"config": config}))
     if pruned.is_finished:
-        _check_same(folder, config, result.config, IDLE_KEYS)
+        check_same(f"the run in {folder}", config, result.config, IDLE_KEYS)
     return pruned
-
-
-def _check_same(folder: Path, config: RunConfig, found: RunConfig, free: frozenset[str]) -> None:
-    """Raises `UsageError` where a run was made with other values, but for those of `free` keys."""
-    asked, had = comparable(config), comparable(found)
-    for key in sorted((asked.keys() | had.keys()) - free):
-        if asked.get(key) != had.get(key):
-            raise UsageError(
-                f"the run in {folder} was made with {key} = {had.get(key)}, not "
-                f"{asked.get(key)}: resume it as it was begun, or choose another folder"
-            )
 
 
 def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
