@@ -43,7 +43,7 @@ from secateur.result import (
 )
 from secateur.rows import read_rows
 from secateur.standings import standings
-from secateur.writing import make_inner_folder, replace_file
+from secateur.writing import check_replaceable, make_inner_folder, replace_file
 
 
 def run(
@@ -68,6 +68,7 @@ def run(
     pipeline.check_names(config)
     pipeline.check_weights(config, allow_untrained=allow_untrained)
     with locked(folder):
+        check_replaceable(folder)
         if not (resume and bundle.is_run(folder)):
             bundle.check_free(folder, overwrite=overwrite)
             dataset, model = pipeline.load_inputs(config)
@@ -122,6 +123,7 @@ def finetune(
     with contextlib.ExitStack() as held:
         for each in dict.fromkeys((folder, out)):
             held.enter_context(locked(each))
+        check_replaceable(out)
         if out != folder:
             bundle.check_free(out, overwrite=overwrite)
         result = read_result(folder)
