@@ -583,6 +583,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "another process of the run has gone": lambda desk: failing_run(
         desk, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     ),
+    "the network has parameters that it does not use": lambda desk: failing_run(
+        desk, RuntimeError("Expected to have finished reduction in the prior iteration before …")
+    ),
 }
 
 
