@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -12,15 +13,18 @@ from secateur.config import from_dict
 from secateur.errors import RunFolderError, UsageError
 
 
+T = TypeVar("T")
+
+
 class Stop(Exception):
     """What ends a training in these tests."""
 
 
-def stopping(items: Iterable[object], title: str, length: int) -> Iterator[object]:
+def stopping(items: Iterable[T], title: str, total: int) -> Iterable[T]:
     """Breaks off the first epoch."""
     if title.startswith("epoch"):
         raise Stop
-    yield from items
+    return items
 
 
 def config(model_file: Path, **changes: object) -> BaseConfig:
