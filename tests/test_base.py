@@ -12,7 +12,6 @@ from secateur.base import BaseConfig, train_base
 from secateur.config import from_dict
 from secateur.errors import RunFolderError, UsageError
 
-
 T = TypeVar("T")
 
 
