@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -28,6 +29,7 @@ import secateur
 from fault_case import Case, FailingDisk
 from layouts import Pixels, random_pixels, write_classes, write_image
 from secateur import bundle, cli, data, models, room, runs, tensor_files
+from secateur.base import BaseConfig, train_base
 from secateur.concepts import annotated_images
 from secateur.config import read_config
 from secateur.errors import SecateurError
@@ -305,6 +307,16 @@ def two_at_once(desk: Desk) -> None:
         desk.prune()
 
 
+def mounted(desk: Desk) -> None:
+    with mock.patch("os.path.ismount", lambda path: path == os.path.realpath(desk.folder / "run")):
+        desk.prune()
+
+
+def base_in_run(desk: Desk) -> None:
+    config = desk.files.config(epochs=0)
+    train_base(BaseConfig(model=config.model, data=config.data), desk.run(), resume=True)
+
+
 def resumed_otherwise(desk: Desk) -> None:
     config = desk.files.config(epochs=0)
     plan = config.plan.model_copy(update={"target": "macs=0.8"})
@@ -507,8 +519,10 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the folder for the results is in use": not_empty,
     "the folder holds something else": something_else,
     "the folder for the results is a file": lambda desk: desk.prune("-o", desk.write("run", "")),
+    "the folder for the results is a disk": mounted,
     "another run is at work in the folder": two_at_once,
     "a run is resumed with other settings": resumed_otherwise,
+    "a base network is trained in a run's folder": base_in_run,
     "the folder holds no run": lambda desk: secateur_command("export", desk.folder),
     "a file of the run is gone": missing_member,
     "a file of the run was changed": lambda desk: bundle.load_program(
@@ -568,6 +582,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "memory has run out": lambda desk: failing_run(desk, torch.OutOfMemoryError("out of memory")),
     "another process of the run has gone": lambda desk: failing_run(
         desk, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    ),
+    "the network has parameters that it does not use": lambda desk: failing_run(
+        desk, RuntimeError("Expected to have finished reduction in the prior iteration before …")
     ),
 }
 

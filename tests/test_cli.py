@@ -685,8 +685,8 @@ def test_training_a_base_network_leaves_weights_that_can_be_pruned(
     assert call("train", *options, "--epochs", 1, "-o", out, "--resume").code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == left
     other = call("train", *options, "--epochs", 2, "-o", out, "--resume")
-    assert other.code == 1
-    assert "another configuration" in other.err
+    assert other.code == 2
+    assert "was made with train.epochs = 1, not 2" in other.err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from networks import Chain, random_images
 from secateur import apply_plan, bundle, make_wiring, models, pipeline, repair, runs
 from secateur.config import RefitSection
 from secateur.data import Batch
-from secateur.errors import RunFolderError, UsageError
+from secateur.errors import DataError, RunFolderError, UsageError
 from secateur.evaluate import Score
 from secateur.fingerprints import architecture_hash, weights_hash
 from secateur.plan import PruningPlan, Target, make_plan
@@ -277,3 +277,17 @@ def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(case: Case)
     assert (run / "report.html").is_file()
     runs.finetune(copy, copy, changes, model_name=case.model_name, resume=True)
     assert (copy / "model.safetensors").read_bytes() == weights
+
+
+def test_a_mistyped_path_of_the_data_loses_no_checkpoints(case: Case) -> None:
+    run = case.folder / "run"
+    runs.run(case.config(epochs=0), run)
+    left = run / "checkpoints" / "000000001.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    changes = {"epochs": 1}
+    with pytest.raises(DataError):
+        runs.finetune(run, run, changes, model_name=case.model_name, source="folder:nowhere")
+    assert left.exists()
+    runs.finetune(run, run, changes, model_name=case.model_name)
+    assert not left.parent.exists()

@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def make_split(
-    hub: Any, labels: Sequence[int], files: Sequence[bytes], names: Sequence[str] = NAMES
+    hub: Any, labels: Sequence[int | None], files: Sequence[bytes], names: Sequence[str] = NAMES
 ) -> Any:
     """Rows with the columns `picture`, `kind` and `weight`."""
     features = hub.Features(
@@ -107,12 +107,26 @@ def test_any_of_these_splits_is_the_test_part(hub: Any, second: str, tmp_path: P
     assert len(data.load(source).test.labels) == 6
 
 
-def test_a_split_without_labels_is_passed_over(hub: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("withheld", [-1, None])
+def test_a_split_without_labels_is_passed_over(
+    hub: Any, tmp_path: Path, withheld: int | None
+) -> None:
     source = write(
         hub,
         tmp_path / "stored",
         train=make_split(hub, 3 * [0, 1, 2], pictures(9)),
-        test=make_split(hub, [-1, -1], pictures(2)),
+        test=make_split(hub, [withheld, withheld], pictures(2)),
+        validation=make_split(hub, [0, 1, 2], pictures(3)),
+    )
+    assert data.load(source).test.labels.tolist() == [0, 1, 2]
+
+
+def test_a_split_without_a_column_of_labels_is_passed_over(hub: Any, tmp_path: Path) -> None:
+    source = write(
+        hub,
+        tmp_path / "stored",
+        train=make_split(hub, 3 * [0, 1, 2], pictures(9)),
+        test=make_split(hub, [0, 0], pictures(2)).remove_columns("kind"),
         validation=make_split(hub, [0, 1, 2], pictures(3)),
     )
     assert data.load(source).test.labels.tolist() == [0, 1, 2]
@@ -166,6 +180,10 @@ def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
         "test: a label lies outside 0 to 2": {
             "train": train,
             "test": make_split(hub, [0, -1], pictures(2)),
+        },
+        "train: a label lies outside 0 to 2": {
+            "train": make_split(hub, [0, None], pictures(2)),
+            "test": test,
         },
         "train and test have different classes": {
             "train": train,

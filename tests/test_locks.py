@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import time
@@ -134,4 +135,31 @@ def test_a_lock_that_can_not_be_signed_is_let_go_of(tmp_path: Path) -> None:
     ):
         pass
     with locked(tmp_path / "run"):
+        pass
+
+
+def refusing(number: int) -> Callable[[int, int], None]:
+    """A `flock` that fails."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_worked_on_without(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", refusing(number))
+    with locked(tmp_path / "run") as descriptor:
+        assert descriptor is None
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_fails_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", refusing(errno.EIO))
+    with pytest.raises(RunFolderError, match="Input/output error"), locked(tmp_path / "run"):
         pass

@@ -143,6 +143,13 @@ def test_what_a_step_takes_grows_with_what_is_computed_at_once(
             "another process",
         ),
         (dist.DistNetworkError("The client socket has failed"), "another process"),
+        (
+            RuntimeError(
+                "Expected to have finished reduction in the prior iteration before starting a new "
+                "one.\nParameter indices which did not receive grad for rank 0: 2 3"
+            ),
+            "parameters that its forward does not use",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "No space left on device: '/x'"),
     ],
 )

@@ -415,6 +415,34 @@ def test_a_finished_training_is_not_trained_again(images: TensorImages, tmp_path
     assert again.epochs == whole.epochs
 
 
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_training_that_time_has_ended_is_not_gone_on_with(
+    images: TensorImages, tmp_path: Path, epochs: int
+) -> None:
+    section = settings(**{**LONG, "epochs": epochs, "max_minutes": 1e-9})
+    expected, first = resumed(tmp_path, images, section)
+    found, again = resumed(tmp_path, images, section)
+    assert is_equal(found, expected)
+    assert again.epochs == first.epochs
+    assert (first.ended, again.ended) == ("time", "time")
+    _, longer = resumed(tmp_path, images, settings(**{**LONG, "epochs": epochs}))
+    assert len(longer.epochs) == epochs
+
+
+def test_time_that_is_over_within_an_epoch_ends_it_without_a_step(
+    images: TensorImages, tmp_path: Path
+) -> None:
+    stopped_after(2, tmp_path, images, settings(**LONG))
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        _, training = resumed(tmp_path, images, settings(**{**LONG, "max_minutes": 1e-9}))
+    finally:
+        hook.remove()
+    assert steps == []
+    assert (len(training.epochs), training.ended) == (1, "time")
+
+
 def test_a_checkpoint_of_another_training_is_refused(images: TensorImages, tmp_path: Path) -> None:
     resumed(tmp_path, images, settings(**LONG))
     changed = settings(**{**LONG, "learning_rate": 0.02})

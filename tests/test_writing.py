@@ -155,6 +155,23 @@ def test_a_link_to_a_folder_on_another_disk_stays(tmp_path: Path) -> None:
         make_inner_folder(link)
 
 
+def test_a_folder_on_which_a_disk_is_mounted_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for name in ("disk", "link"):
+        with pytest.raises(WriteError, match="name a folder inside it"):
+            replacing_folder(tmp_path / name).__enter__()
+        with pytest.raises(WriteError, match="name a folder inside it"):
+            runs.finetune(tmp_path / "run", tmp_path / name, {})
+    assert names_in(tmp_path) == ["disk", "link"]
+    with replacing_folder(tmp_path / "disk" / "inside"):
+        pass
+    assert names_in(tmp_path / "disk") == ["inside"]
+
+
 def test_an_error_of_what_fills_a_folder_is_not_one_of_writing(tmp_path: Path) -> None:
     with pytest.raises(ConnectionResetError), replacing_folder(tmp_path / "run"):
         raise_reset()

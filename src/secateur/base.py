@@ -14,21 +14,33 @@ from torch import nn
 from secateur import distributed, pipeline, tensor_files
 from secateur.boards import open_log
 from secateur.bounds import TEXT, read_bounded
-from secateur.bundle import CHECKPOINTS, LOG, EventLog
+from secateur.bundle import CHECKPOINTS, LOG, EventLog, is_run
 from secateur.checkpoint import Checkpoints
-from secateur.config import DataSection, ModelSection, RunConfig, Section, TrainingSection
+from secateur.config import (
+    DataSection,
+    ModelSection,
+    RunConfig,
+    Section,
+    TrainingSection,
+    from_dict,
+    read_tables,
+)
 from secateur.documents import parsed
 from secateur.errors import RunFolderError
 from secateur.evaluate import Score, evaluate
 from secateur.locks import locked
 from secateur.manifest import CONFIG, WEIGHTS
 from secateur.progress import Track, silent
-from secateur.result import Environment, Record, environment
-from secateur.training import Epoch, train
+from secateur.result import Environment, Record, check_same, environment
+from secateur.training import FREE, Epoch, train
 from secateur.writing import make_folder, replace_file
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 1
+IDLE_KEYS = frozenset({"train.checkpoint_minutes", "train.workers"})
+"""Keys of a configuration that change no result."""
+FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in FREE)}
+"""Those that may differ where a training is resumed that has not come to its end."""
 
 
 class BaseTrainingSection(TrainingSection):
@@ -95,8 +107,8 @@ def train_base(
     It starts from the weights that `config` names, or from random ones. While it trains the folder
     holds the configuration, the log and the checkpoints that `resume` goes on from; where it has
     come to its end `resume` gives what it came to. `board` is a folder for TensorBoard. Raises
-    `RunFolderError` where the folder is not empty and is not to be resumed, or holds what another
-    configuration has trained, or another training is at work there.
+    `RunFolderError` where the folder is not empty and is not to be resumed, or holds a run, or
+    another training is at work there, and `UsageError` where another configuration was begun there.
     """
     pipeline.check_names(config.as_run())
     with locked(folder):
@@ -117,11 +129,16 @@ def _trained(
         raise RunFolderError(f"{folder} is a file, not a folder for weights")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} is not empty: choose another folder or add --resume")
+    if is_run(folder):
+        raise RunFolderError(f"{folder} holds a run, not a base network: choose another folder")
     dataset, model = pipeline.load_inputs(run, new_head=config.new_head)
     run = pipeline.resolved(run, dataset)
     config = config.model_copy(update={"model": run.model, "data": run.data})
     if resume and (folder / RECIPE).is_file():
         return _finished(folder, config)
+    if (folder / CONFIG).is_file():
+        begun = from_dict(read_tables(folder / CONFIG), BaseConfig)
+        check_same(f"the training in {folder}", config, begun, FREE_KEYS)
     distributed.wait()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_first()
@@ -177,10 +194,7 @@ def _finished(folder: Path, config: BaseConfig) -> BaseResult:
     """What the training in a folder came to; the recipe is the last file that it writes."""
     text = read_bounded(folder / RECIPE, TEXT, RunFolderError)
     found = parsed(BaseResult, text, SCHEMA_VERSION, RECIPE)
-    if found.config != config:
-        raise RunFolderError(
-            f"{folder} holds what another configuration has trained: choose another folder"
-        )
+    check_same(f"the training in {folder}", config, found.config, IDLE_KEYS)
     if distributed.is_first():
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return found

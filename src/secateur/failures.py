@@ -1,4 +1,4 @@
-"""What the machine does not grant, in one line: memory, a disk, the other processes of a run."""
+"""What the machine or torch does not grant, in one line: memory, a disk, the other processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memo
 LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused")
 LOST_PROCESS_PLACE = "gloo"
 LOST_READER = ("dataloader worker",)
+UNUSED = ("expected to have finished reduction in the prior iteration",)
+"""What torch says in training over processes where parameters get no gradients."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -24,6 +26,12 @@ def explain(error: BaseException) -> str | None:
         return (
             "a process that reads images has ended, as it does where memory is short: --set "
             f"finetune.workers=0 reads in this one ({text})"
+        )
+    if _says(error, UNUSED):
+        return (
+            "the network has parameters that its forward does not use, which can't be trained "
+            "over several processes: take them out, set their requires_grad to False, or train in "
+            "one process"
         )
     is_of_processes = isinstance(error, dist.DistError) or LOST_PROCESS_PLACE in text.lower()
     if isinstance(error, RuntimeError) and (is_of_processes or _says(error, LOST_PROCESS)):

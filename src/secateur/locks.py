@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from secateur.errors import RunFolderError
 
 PATIENCE = 20.0
 """Seconds to wait for what a process that was killed has started and that still holds the lock."""
+
+HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES})
+"""What the system says where another process holds a lock."""
+LACKING = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What it says where a file system has no locks."""
 
 
 @contextlib.contextmanager
@@ -25,7 +31,7 @@ def locked(folder: Path) -> Iterator[int | None]:
     The lock is the operating system's, on a file beside the folder that is gone afterwards: a
     process that is killed leaves none. Of several processes of one run the first one holds it.
     Raises `RunFolderError` where another run holds it, in all processes. Does nothing where the
-    system has no such locks (Windows).
+    system (Windows) or the file system has no such locks.
     """
     with contextlib.ExitStack() as stack:
         descriptor, reason = None, ""
@@ -71,9 +77,14 @@ def _acquire(path: Path) -> int | None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 is_left = not _is_alive(os.read(descriptor, 20))
                 os.close(descriptor)
+                if error.errno in LACKING:
+                    path.unlink(missing_ok=True)
+                    return None
+                if error.errno not in HELD:
+                    raise
                 if is_left and time.monotonic() < until:
                     time.sleep(0.1)
                     continue

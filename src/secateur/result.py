@@ -14,9 +14,9 @@ import torchvision
 from pydantic import BaseModel, ConfigDict
 
 from secateur.bounds import TEXT, read_bounded
-from secateur.config import ReportSection, RunConfig
+from secateur.config import ReportSection, RunConfig, Section
 from secateur.documents import parsed
-from secateur.errors import RunFolderError
+from secateur.errors import RunFolderError, UsageError
 from secateur.evaluate import Score
 from secateur.norms import NormChange
 from secateur.polish import Polish
@@ -248,10 +248,26 @@ def read_result(folder: Path) -> RunResult:
     return parsed(RunResult, text, SCHEMA_VERSION, str(path))
 
 
-def comparable(config: RunConfig) -> dict[str, object]:
+def comparable(config: Section) -> dict[str, object]:
     """The values of a configuration by dotted key, but those that change no result."""
-    sections = config.model_dump(mode="json")
-    flat: dict[str, object] = {"seed": sections.pop("seed")}
-    for section, values in sections.items():
-        flat.update({f"{section}.{key}": value for key, value in values.items()})
+    flat: dict[str, object] = {}
+    for section, values in config.model_dump(mode="json").items():
+        if isinstance(values, dict):
+            flat.update({f"{section}.{key}": value for key, value in values.items()})
+        else:
+            flat[section] = values
     return {key: value for key, value in flat.items() if key not in IDLE_KEYS}
+
+
+def check_same(place: str, config: Section, found: Section, free: frozenset[str]) -> None:
+    """Raises `UsageError` where two configurations differ in more than the values of `free` keys.
+
+    `place` says where what was made with the one that was `found` lies.
+    """
+    asked, had = comparable(config), comparable(found)
+    for key in sorted((asked.keys() | had.keys()) - free):
+        if asked.get(key) != had.get(key):
+            raise UsageError(
+                f"{place} was made with {key} = {had.get(key)}, not {asked.get(key)}: resume it as "
+                "it was begun, or choose another folder"
+            )

@@ -32,10 +32,18 @@ from secateur.progress import Track, silent
 from secateur.report import write_report
 from secateur.report.comparison import ROWS
 from secateur.report.gallery import make_gallery
-from secateur.result import FREE_KEYS, IDLE_KEYS, RESULT, RunResult, comparable, read_result
+from secateur.result import (
+    FREE_KEYS,
+    IDLE_KEYS,
+    RESULT,
+    RunResult,
+    check_same,
+    comparable,
+    read_result,
+)
 from secateur.rows import read_rows
 from secateur.standings import standings
-from secateur.writing import make_inner_folder, replace_file
+from secateur.writing import check_replaceable, make_inner_folder, replace_file
 
 
 def run(
@@ -60,6 +68,7 @@ def run(
     pipeline.check_names(config)
     pipeline.check_weights(config, allow_untrained=allow_untrained)
     with locked(folder):
+        check_replaceable(folder)
         if not (resume and bundle.is_run(folder)):
             bundle.check_free(folder, overwrite=overwrite)
             dataset, model = pipeline.load_inputs(config)
@@ -114,6 +123,7 @@ def finetune(
     with contextlib.ExitStack() as held:
         for each in dict.fromkeys((folder, out)):
             held.enter_context(locked(each))
+        check_replaceable(out)
         if out != folder:
             bundle.check_free(out, overwrite=overwrite)
         result = read_result(folder)
@@ -122,9 +132,6 @@ def finetune(
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        if not resume and distributed.is_first():
-            shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
-        distributed.wait()
         dataset, model = pipeline.load_inputs(config)
         if resume and out == folder and _is_tuned(folder, result, config):
             tuned = _load(folder, model, result)
@@ -132,6 +139,9 @@ def finetune(
             return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
         _log(folder, board).write("finetune", command=command, changes=dict(changes))
+        if not resume and distributed.is_first():
+            shutil.rmtree(folder / bundle.CHECKPOINTS, ignore_errors=True)
+        distributed.wait()
         tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
         _report(out, tuned, model, dataset, track)
         return tuned.result
@@ -298,23 +308,12 @@ def _write(
 def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
     """What a run of the same configuration has left; raises `UsageError` where it was another."""
     result = read_result(folder)
-    _check_same(folder, config, result.config, FREE_KEYS)
+    check_same(f"the run in {folder}", config, result.config, FREE_KEYS)
     config = pipeline.with_batches(config, result.config.data.batch_size)
     pruned = _load(folder, model, result.model_copy(update={"config": config}))
     if pruned.is_finished:
-        _check_same(folder, config, result.config, IDLE_KEYS)
+        check_same(f"the run in {folder}", config, result.config, IDLE_KEYS)
     return pruned
-
-
-def _check_same(folder: Path, config: RunConfig, found: RunConfig, free: frozenset[str]) -> None:
-    """Raises `UsageError` where a run was made with other values, but for those of `free` keys."""
-    asked, had = comparable(config), comparable(found)
-    for key in sorted((asked.keys() | had.keys()) - free):
-        if asked.get(key) != had.get(key):
-            raise UsageError(
-                f"the run in {folder} was made with {key} = {had.get(key)}, not "
-                f"{asked.get(key)}: resume it as it was begun, or choose another folder"
-            )
 
 
 def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:

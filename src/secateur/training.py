@@ -190,6 +190,7 @@ class _Position:
     before: float | None = None
     best: float | None = None
     best_epoch: int = 0
+    ended: Literal["whole", "patience", "time"] = "whole"
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> _Position:
@@ -226,7 +227,6 @@ class _Run:
         self._best_state = self._state()
         self._since = time.monotonic()
         self._saved = self._since
-        self._ended: Literal["whole", "patience", "time"] = "whole"
         self._has_room = False
 
     # --- the loop ------------------------------------------------------------------------------
@@ -243,23 +243,32 @@ class _Run:
         if validate is not None and at.before is None:
             at.before = at.best = validate(self._network)
         while at.epoch <= settings.epochs and not self._is_patience_over():
-            title = f"epoch {at.epoch}/{settings.epochs}"
-            self._model.train(settings.mode == "training")
-            with contextlib.closing(self._stream.epoch(at.epoch, at.step)) as batches:
-                for batch in track(batches, title, self._stream.steps - at.step):
-                    with held() as interrupts:
-                        self._step(batch)
-                        if self._is_due():
-                            self.save(checkpoints)
-                        asked = distributed.any_of(interrupts.is_pending)
-                    if asked or interrupts.is_pending:
-                        raise KeyboardInterrupt
-                    if distributed.any_of(self._is_time_over()):
-                        self._ended = "time"
-                        break
-            self._end_epoch(validate, after_epoch, checkpoints)
-            if self._ended == "time":
+            is_late = self._done() > 0 and distributed.any_of(self._is_time_over())
+            at.ended = "time" if is_late else "whole"
+            if not is_late:
+                self._go_through_epoch(track, checkpoints)
+            if at.step:
+                self._end_epoch(validate, after_epoch, checkpoints)
+            if at.ended == "time":
                 return
+
+    def _go_through_epoch(self, track: Track, checkpoints: Checkpoints | None) -> None:
+        """Does the steps of an epoch that are left, or as many as there is time for."""
+        at = self._at
+        title = f"epoch {at.epoch}/{self._settings.epochs}"
+        self._model.train(self._settings.mode == "training")
+        with contextlib.closing(self._stream.epoch(at.epoch, at.step)) as batches:
+            for batch in track(batches, title, self._stream.steps - at.step):
+                with held() as interrupts:
+                    self._step(batch)
+                    if self._is_due():
+                        self.save(checkpoints)
+                    asked = distributed.any_of(interrupts.is_pending)
+                if asked or interrupts.is_pending:
+                    raise KeyboardInterrupt
+                if distributed.any_of(self._is_time_over()):
+                    at.ended = "time"
+                    return
 
     def _end_epoch(
         self,
@@ -353,7 +362,7 @@ class _Run:
         at, patience = self._at, self._settings.patience
         if patience is None or at.best is None or at.epoch - 1 - at.best_epoch < patience:
             return False
-        self._ended = "patience"
+        at.ended = "patience"
         return True
 
     def _is_time_over(self) -> bool:
@@ -381,7 +390,7 @@ class _Run:
             tuple(at.epochs),
             at.before,
             at.best_epoch,
-            self._ended,
+            at.ended,
             self._seconds(),
             self._state(),
             self._best_state,

@@ -79,6 +79,15 @@ def move_file(draft: Path, path: Path) -> None:
         _flush_folder(path.parent)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises `WriteError` where no other folder can take the place of one: a disk is mounted on it.
+
+    For what takes long before it calls `replacing_folder`, which checks it, too.
+    """
+    if os.path.ismount(os.path.realpath(folder)):
+        raise WriteError(f"{folder} is where a disk is mounted: name a folder inside it")
+
+
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` when the block ends without an error.
@@ -87,6 +96,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     holds `folder` (see `locks`), since the new one always has the same name until then; one that
     was left by a process that was killed is removed. Raises `WriteError`.
     """
+    check_replaceable(folder)
     folder = Path(os.path.realpath(folder))
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     with _telling(folder):

@@ -21,7 +21,7 @@ from secateur.models import Preprocessing
 TEST = ("test", "validation", "valid", "val")
 """Splits that can be the test part, the first that is there and has labels."""
 WITHHELD = -1
-"""Label of every image of a split whose labels are not published."""
+"""Label of every image of a split whose labels are not published; null labels are read as it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ def read_hugging_face(name: str) -> Splits:
 
     The one column of type `Image` has the images, the one of type `ClassLabel` their classes.
     `train` is the training part; the test part is the first of `TEST` with published labels.
-    A folder may be one that `save_to_disk` has left. Raises `UsageError` or `DataError`.
+    A folder may be one that `DatasetDict.save_to_disk` has left. Raises `UsageError` or
+    `DataError`.
     """
     try:
         import datasets
@@ -90,7 +91,7 @@ def read_hugging_face(name: str) -> Splits:
         raise DataError(f"hf:{name} has no split train, only {', '.join(found)}")
     train, classes = _part(name, found, "train")
     for split in TEST:
-        if split in found:
+        if split in found and _columns(found[split].features, datasets.ClassLabel):
             test, names = _part(name, found, split)
             if names != classes:
                 raise DataError(f"hf:{name}: train and {split} have different classes")
@@ -113,7 +114,9 @@ def _part(name: str, found: Any, split: str) -> tuple[HuggingFaceImages, tuple[s
     rows, title = found[split], f"hf:{name}, {split}"
     image = _column(title, rows.features, datasets.Image)
     label = _column(title, rows.features, datasets.ClassLabel)
-    labels = torch.tensor(list(rows[label]), dtype=torch.int64)
+    labels = torch.tensor(
+        [WITHHELD if each is None else each for each in rows[label]], dtype=torch.int64
+    )
     undecoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     images = HuggingFaceImages(title, undecoded, image, torch.arange(len(labels)), labels)
     return images, tuple(rows.features[label].names)
@@ -121,7 +124,7 @@ def _part(name: str, found: Any, split: str) -> tuple[HuggingFaceImages, tuple[s
 
 def _column(title: str, features: dict[str, Any], kind: type) -> str:
     """The name of the one column of this type; raises `DataError`."""
-    columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+    columns = _columns(features, kind)
     if len(columns) != 1:
         several = f"several columns ({', '.join(columns)})" if columns else "no column"
         raise DataError(
@@ -129,3 +132,7 @@ def _column(title: str, features: dict[str, Any], kind: type) -> str:
             f"{', '.join(features)}"
         )
     return columns[0]
+
+
+def _columns(features: dict[str, Any], kind: type) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, kind)]
