@@ -277,6 +277,32 @@ def test_test_goes_before_val(tmp_path: Path) -> None:
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
 
 
+def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("val", 3)):
+        write_folder(tmp_path / part, {"ant": count})
+    (tmp_path / "test").mkdir()
+    Image.fromarray(random_pixels(1, 9, 9)[0]).save(tmp_path / "test" / "1.png")
+    assert len(data.READERS["folder"](tmp_path).test.labels) == 3
+
+
+def test_folders_of_programs_are_no_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 10, "bee": 5, "__MACOSX": 1, ".ipynb_checkpoints": 1})
+    assert data.READERS["folder"](tmp_path).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    "parts", [("Test", "Train"), ("Testing", "Training"), ("test", "val"), ("VALID", "wasp")]
+)
+def test_parts_of_other_names_are_not_read_as_classes(
+    parts: tuple[str, str], tmp_path: Path
+) -> None:
+    for part in parts:
+        write_folder(tmp_path / part, {"ant": 3, "bee": 3})
+    names = ", ".join(parts).removesuffix(", wasp")
+    with pytest.raises(DataError, match=f"no folder train, and {names} would be read as classes"):
+        data.READERS["folder"](tmp_path)
+
+
 def test_a_flat_folder_gives_a_fifth_of_each_class_always_the_same(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "bee": 5})
     one, other = data.READERS["folder"](tmp_path), data.READERS["folder"](tmp_path)
