@@ -211,7 +211,7 @@ class TrainingSection(Section):
     crop: Crop | None = None
     """`shift` moves images by up to an eighth of their side, `resized` takes a random part of the
     stored image and resizes it, `none` takes images as they are; by default `shift` for images of
-    up to 64 pixels a side and `resized` for larger ones."""
+    up to 64 pixels a side and for tensors, `resized` for larger ones in files."""
     flip: bool = True
     """Whether half of the training images are mirrored; not for digits and letters."""
     randaugment: bool = False
