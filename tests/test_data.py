@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur import data
+from secateur import data, models
 from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
@@ -325,6 +325,18 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
     (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
     train = data.READERS["folder"](tmp_path).train
     assert whole(train, SMALL).shape == (5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
+    pixels = random_pixels(1, 300, 280)
+    prepare = models.preprocessing(f"torchvision:{name}")
+    images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
+    found = prepare.normalise(images.read(torch.tensor([0]), prepare))
+    published = next(iter(torchvision.models.get_model_weights(name))).transforms()
+    level = 1 / 255 / min(prepare.std)  # Pillow rounds otherwise, in each direction
+    expected = published(Image.fromarray(pixels[0]))[None]
+    torch.testing.assert_close(found, expected, atol=2.01 * level, rtol=0)
 
 
 def test_files_are_resized_and_cropped_as_torchvision_does(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
 from secateur.data.augmentation import Crop
 from secateur.documents import words_of
 from secateur.errors import UnknownName, UsageError
+from secateur.models import Resizing
 from secateur.plan import AllocationRule, parse_target
 from secateur.schedule import ScheduleName
 
@@ -59,6 +60,8 @@ class DataSection(Section):
     """Mean of x / 255 by colour; by default what the network was made for."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of x / 255 by colour; by default what the network was made for."""
+    interpolation: Resizing | None = None
+    """`bilinear` or `bicubic`: how images are resized; by default what the network was made for."""
     batch_size: int = Field(default=100, ge=2)
     """Images at a time, in scoring, refit and evaluation."""
     skip_unreadable: bool = False
