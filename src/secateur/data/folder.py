@@ -43,10 +43,10 @@ def read_folder(directory: Path) -> Splits:
     scored = [part for part in ("test", "val") if (directory / part).is_dir()]
     if not scored:
         raise DataError(f"{directory} has a train folder but neither test nor val")
-    test = next((part for part in scored if _folders(directory / part)), scored[0])
-    check_same_classes(directory, test, class_folders(directory / test), classes)
+    part = next((part for part in scored if _folders(directory / part)), scored[0])
+    check_same_classes(directory, part, class_folders(directory / part), classes)
     train = _numbered(directory / "train", classes)
-    return Splits(classes, train, _numbered(directory / test, classes))
+    return Splits(classes, train, _numbered(directory / part, classes))
 
 
 def class_folders(directory: Path) -> tuple[str, ...]:
