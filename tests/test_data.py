@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur import data
+from secateur import data, models
 from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
@@ -277,6 +277,32 @@ def test_test_goes_before_val(tmp_path: Path) -> None:
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
 
 
+def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("val", 3)):
+        write_folder(tmp_path / part, {"ant": count})
+    (tmp_path / "test").mkdir()
+    Image.fromarray(random_pixels(1, 9, 9)[0]).save(tmp_path / "test" / "1.png")
+    assert len(data.READERS["folder"](tmp_path).test.labels) == 3
+
+
+def test_folders_of_programs_are_no_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 10, "bee": 5, "__MACOSX": 1, ".ipynb_checkpoints": 1})
+    assert data.READERS["folder"](tmp_path).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    "parts", [("Test", "Train"), ("Testing", "Training"), ("test", "val"), ("VALID", "wasp")]
+)
+def test_parts_of_other_names_are_not_read_as_classes(
+    parts: tuple[str, str], tmp_path: Path
+) -> None:
+    for part in parts:
+        write_folder(tmp_path / part, {"ant": 3, "bee": 3})
+    names = ", ".join(parts).removesuffix(", wasp")
+    with pytest.raises(DataError, match=f"no folder train, and {names} would be read as classes"):
+        data.READERS["folder"](tmp_path)
+
+
 def test_a_flat_folder_gives_a_fifth_of_each_class_always_the_same(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "bee": 5})
     one, other = data.READERS["folder"](tmp_path), data.READERS["folder"](tmp_path)
@@ -299,6 +325,18 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
     (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
     train = data.READERS["folder"](tmp_path).train
     assert whole(train, SMALL).shape == (5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
+    pixels = random_pixels(1, 300, 280)
+    prepare = models.preprocessing(f"torchvision:{name}")
+    images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
+    found = prepare.normalise(images.read(torch.tensor([0]), prepare))
+    published = next(iter(torchvision.models.get_model_weights(name))).transforms()
+    level = 1 / 255 / min(prepare.std)  # Pillow rounds otherwise, in each direction
+    expected = published(Image.fromarray(pixels[0]))[None]
+    torch.testing.assert_close(found, expected, atol=2.01 * level, rtol=0)
 
 
 def test_files_are_resized_and_cropped_as_torchvision_does(tmp_path: Path) -> None:

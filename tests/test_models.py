@@ -454,6 +454,20 @@ def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resiz
     assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
+@pytest.mark.parametrize(
+    ("name", "interpolation"),
+    [
+        ("resnet56", "bilinear"),
+        ("torchvision:resnet50", "bilinear"),
+        ("torchvision:efficientnet_b0", "bicubic"),
+        ("timm:resnet10t", "bicubic"),
+        ("timm:vgg11_bn", "bilinear"),
+    ],
+)
+def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) -> None:
+    assert preprocessing(name).interpolation == interpolation
+
+
 def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
     assert preprocessing(f"{network_file}:without") == models.Preprocessing(224, 256)
     assert preprocessing("nowhere.py:without") == models.Preprocessing(224, 256)

@@ -15,7 +15,7 @@ from torch import nn
 
 from runs import DigitsRun, outputs, small_config
 from secateur import bundle, data, models, pipeline, runs
-from secateur.config import RunConfig
+from secateur.config import DataSection, ModelSection, RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
 from secateur.evaluate import Score
@@ -75,6 +75,7 @@ def test_result_is_read_back_as_it_was(digits_run: DigitsRun) -> None:
 def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> None:
     result = digits_run.result
     assert result.config.data.image_size == 32
+    assert result.config.data.interpolation == "bilinear"
     assert result.config.model.num_classes == 10
     assert result.environment.torch == torch.__version__
     assert result.environment.threads == torch.get_num_threads()
@@ -201,6 +202,14 @@ def test_norms_are_a_part_of_the_refit(model_file: Path) -> None:
     assert alone.refit == ()
     assert alone.norms is not None
     assert alone.norms.divergence_after <= alone.norms.divergence_before
+
+
+def test_images_are_resized_as_the_configuration_says_or_the_network_wants() -> None:
+    model = ModelSection(name="torchvision:efficientnet_b0")
+    config = RunConfig(model=model, data=DataSection(source="digits"))
+    assert pipeline.preprocessing(config).interpolation == "bicubic"
+    config = RunConfig(model=model, data=DataSection(source="digits", interpolation="bilinear"))
+    assert pipeline.preprocessing(config).interpolation == "bilinear"
 
 
 def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:

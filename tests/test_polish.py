@@ -11,7 +11,7 @@ import torch
 from networks import Chain, randomise_norms
 from secateur.agreement import agreement_of, answers_of
 from secateur.config import PolishSection
-from secateur.data import Batch, TensorImages, batches, set_apart
+from secateur.data import Batch, NormalisedImages, TensorImages, batches, set_apart
 from secateur.models import Preprocessing
 from secateur.polish import Polish, polish
 
@@ -81,6 +81,16 @@ def test_what_can_not_get_nearer_stays_as_it_was(model: Chain, probe: TensorImag
     result = polished(model, smaller, probe, learning_rate=1.0)
     assert result.chosen == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
+
+
+def test_tensors_keep_their_sides(model: Chain, generator: torch.Generator) -> None:
+    images = NormalisedImages(torch.rand(8, 3, 80, 120, generator=generator), torch.zeros(8).long())
+    smaller, shapes = copy.deepcopy(model), []
+    smaller.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
+    prepare = Preprocessing(80, 80)
+    settings = PolishSection(epochs=1, batch_size=8, precision="float32")
+    polish(model, smaller, images, lambda: batches(images, 8, prepare), prepare, settings, seed=0)
+    assert set(shapes) == {(3, 80, 120)}
 
 
 def test_labels_do_not_matter(

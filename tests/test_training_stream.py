@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -240,6 +241,15 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
     assert (widths >= 0).all()
     assert widths.min() < 30 < 40 < widths.max()
     assert len({tuple(image.flatten().tolist()) for image in changed}) > 20
+
+
+def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
+    pixels = torch.randint(256, (4, 3, 12, 12), generator=torch.Generator().manual_seed(0))
+    images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
+    changed = ChangedImages(images, Augmentation("resized"), (0, 1))
+    bicubic = replace(NATIVE, interpolation="bicubic")
+    found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
+    assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts
 
 
 def test_randaugment_changes_pixels_and_nothing_else() -> None:

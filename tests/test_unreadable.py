@@ -74,6 +74,25 @@ def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
         images.read(torch.arange(2), SMALL)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_of_16_bits_the_upper_8_are_read(suffix: str, tmp_path: Path) -> None:
+    grey = random_pixels(1, 8, 8, 1)[0, ..., 0].astype(np.uint16)
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(grey << 8 | 77).save(path)
+    read = FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
+    assert torch.equal(read, torch.from_numpy(grey.astype(np.uint8)).expand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_values_without_a_known_range_are_refused(kind: type, tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    Image.fromarray(np.ones((8, 8), kind)).save(path)
+    with pytest.raises(
+        UnreadableImage, match=r"image\.tif can't be read: .*: convert it to 8 bits"
+    ):
+        FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
+
+
 def damage_of(content: bytes, way: str, generator: np.random.Generator) -> bytes:
     if way == "cut":
         return content[: int(generator.integers(len(content)))]

@@ -210,7 +210,7 @@ def _config(
         },
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": target},
-        "finetune": {"epochs": epochs, "crop": "shift"},
+        "finetune": {"epochs": epochs},
         "seed": seed,
     }
     for key, value in settings.items():

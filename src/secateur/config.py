@@ -13,6 +13,7 @@ from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
 from secateur.data.augmentation import Crop
 from secateur.documents import words_of
 from secateur.errors import UnknownName, UsageError
+from secateur.models import Resizing
 from secateur.plan import AllocationRule, parse_target
 from secateur.schedule import ScheduleName
 
@@ -59,6 +60,8 @@ class DataSection(Section):
     """Mean of x / 255 by colour; by default what the network was made for."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of x / 255 by colour; by default what the network was made for."""
+    interpolation: Resizing | None = None
+    """`bilinear` or `bicubic`: how images are resized; by default what the network was made for."""
     batch_size: int = Field(default=100, ge=2)
     """Images at a time, in scoring, refit and evaluation."""
     skip_unreadable: bool = False
@@ -211,7 +214,7 @@ class TrainingSection(Section):
     crop: Crop | None = None
     """`shift` moves images by up to an eighth of their side, `resized` takes a random part of the
     stored image and resizes it, `none` takes images as they are; by default `shift` for images of
-    up to 64 pixels a side and `resized` for larger ones."""
+    up to 64 pixels a side and for tensors, `resized` for larger ones in files."""
     flip: bool = True
     """Whether half of the training images are mirrored; not for digits and letters."""
     randaugment: bool = False

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from secateur.errors import UnknownName, UsageError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Resizing = Literal["bilinear", "bicubic"]
+"""How the pixels of a resized image are made from those around them, antialiased."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Preprocessing:
     """The shorter side before the centre crop to `image_size`."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Resizing = "bilinear"
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 `[image, rgb, height, width]` as float32, with zero mean and unit deviation.
@@ -210,9 +213,9 @@ def preprocessing(name: str) -> Preprocessing:
     """What the named network expects of its images, where its origin says so.
 
     Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
-    were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's
-    wherever nothing else is stated. Raises as `check_name` does, but not where a file of one's own
-    is missing, for the file is not read.
+    were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's and
+    images are resized bilinearly wherever nothing else is stated. Raises as `check_name` does, but
+    not where a file of one's own is missing, for the file is not read.
     """
     if own_code.is_own_code(name) or name.startswith(f"{IN_MEMORY}:"):
         return Preprocessing(224, 256)
@@ -224,15 +227,30 @@ def preprocessing(name: str) -> Preprocessing:
         published = torchvision.models.get_model_weights(rest)
         preset = next(iter(published)).transforms()
         return Preprocessing(
-            preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std)
+            preset.crop_size[0],
+            preset.resize_size[0],
+            tuple(preset.mean),
+            tuple(preset.std),
+            _interpolation(preset.interpolation.value),
         )
     if kind == "timm":
         settings = _timm().get_pretrained_cfg(rest)
         if settings is not None:
             size = int(settings.input_size[-1])
             resize = round(size / float(settings.crop_pct))
-            return Preprocessing(size, resize, tuple(settings.mean), tuple(settings.std))
+            return Preprocessing(
+                size,
+                resize,
+                tuple(settings.mean),
+                tuple(settings.std),
+                _interpolation(settings.interpolation),
+            )
     return Preprocessing(224, 256)
+
+
+def _interpolation(published: str) -> Resizing:
+    """The one that is published; bilinear for others, such as one at random."""
+    return "bicubic" if published == "bicubic" else "bilinear"
 
 
 def _from_torchvision(name: str, num_classes: int) -> nn.Module:

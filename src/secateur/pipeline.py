@@ -104,7 +104,12 @@ def check_names(config: RunConfig) -> None:
 def resolved(config: RunConfig, dataset: DataSet) -> RunConfig:
     """The configuration with every default that depends on the network or the data filled in."""
     expected = preprocessing(config)
-    filled = {"image_size": expected.image_size, "mean": expected.mean, "std": expected.std}
+    filled = {
+        "image_size": expected.image_size,
+        "mean": expected.mean,
+        "std": expected.std,
+        "interpolation": expected.interpolation,
+    }
     classes = config.model.num_classes or len(dataset.class_names)
     return config.model_copy(
         update={
@@ -123,6 +128,7 @@ def preprocessing(config: RunConfig) -> Preprocessing:
         resize=round(size * published.resize / published.image_size),
         mean=config.data.mean or published.mean,
         std=config.data.std or published.std,
+        interpolation=config.data.interpolation or published.interpolation,
     )
 
 

@@ -126,7 +126,7 @@ def train(
         stream = TrainingStream(
             images,
             preprocessing,
-            augmentation(settings, preprocessing),
+            augmentation(settings, preprocessing, images),
             settings.batch_size,
             seed,
             shard=distributed.share(),
@@ -150,10 +150,16 @@ def train(
     return result
 
 
-def augmentation(settings: TrainingSection, preprocessing: Preprocessing) -> Augmentation:
-    """How training images are changed, with the crop that suits their size where none is given."""
+def augmentation(
+    settings: TrainingSection, preprocessing: Preprocessing, images: Images
+) -> Augmentation:
+    """How training images are changed, with the crop that suits them where none is given.
+
+    Images as a network takes them keep their sides, which need not be equal.
+    """
     is_small = preprocessing.image_size <= LARGEST_SHIFTED
-    crop = settings.crop or ("shift" if is_small else "resized")
+    is_shifted = is_small or isinstance(images, NormalisedImages)
+    crop = settings.crop or ("shift" if is_shifted else "resized")
     return Augmentation(crop, settings.flip, settings.randaugment)
 
 

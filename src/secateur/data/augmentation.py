@@ -42,7 +42,9 @@ class Augmentation:
     ) -> Num[Tensor, "rgb height width"]:
         """What is done to a stored image one by one; draws from torch's global generator."""
         if self.crop == "resized":
-            pixels = v2.RandomResizedCrop(preprocessing.image_size, antialias=True)(pixels)
+            interpolation = v2.InterpolationMode(preprocessing.interpolation)
+            crop = v2.RandomResizedCrop(preprocessing.image_size, interpolation=interpolation)
+            pixels = crop(pixels)
         else:
             pixels = to_size(pixels, preprocessing)
         if self.randaugment:

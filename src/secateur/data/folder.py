@@ -13,6 +13,15 @@ from secateur.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
 TEST_FRACTION = 0.2
+PARTS = frozenset(
+    {
+        *("train", "training", "test", "testing", "val", "valid", "validation"),
+        *("dev", "eval", "evaluation"),
+    }
+)
+"""What folders of parts are called; a class of such a name is taken for a layout gone wrong."""
+ARCHIVERS = "__MACOSX"
+"""A folder that is left by the archiver of macOS."""
 
 
 def read_folder(directory: Path) -> Splits:
@@ -20,10 +29,13 @@ def read_folder(directory: Path) -> Splits:
 
     With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the parts. With `CLASS/`
     alone a fifth of each class, always the same one, is the test part. Classes are numbered in
-    the order of their names. Raises `DataError` where there are no images or the parts differ.
+    the order of their names. A `test` without classes, as of images whose labels are withheld, is
+    passed over where `val` has some. Raises `DataError` where there are no images, the parts differ
+    or are called otherwise.
     """
     if not (directory / "train").is_dir():
         classes = class_folders(directory)
+        _check_no_parts(directory, classes)
         generator = torch.Generator().manual_seed(0)
         train, test = hold_out(_numbered(directory, classes), TEST_FRACTION, generator)
         return Splits(classes, train, test)
@@ -31,17 +43,34 @@ def read_folder(directory: Path) -> Splits:
     scored = [part for part in ("test", "val") if (directory / part).is_dir()]
     if not scored:
         raise DataError(f"{directory} has a train folder but neither test nor val")
-    check_same_classes(directory, scored[0], class_folders(directory / scored[0]), classes)
+    part = next((part for part in scored if _folders(directory / part)), scored[0])
+    check_same_classes(directory, part, class_folders(directory / part), classes)
     train = _numbered(directory / "train", classes)
-    return Splits(classes, train, _numbered(directory / scored[0], classes))
+    return Splits(classes, train, _numbered(directory / part, classes))
 
 
 def class_folders(directory: Path) -> tuple[str, ...]:
     """The names of the folders in a folder, sorted; raises `DataError` where there are none."""
-    names = tuple(sorted(entry.name for entry in directory.iterdir() if entry.is_dir()))
+    names = _folders(directory)
     if not names:
         raise DataError(f"no class folders in {directory}")
     return names
+
+
+def _folders(directory: Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted, without hidden ones and archivers' leavings."""
+    names = (entry.name for entry in directory.iterdir() if entry.is_dir())
+    return tuple(sorted(n for n in names if not n.startswith(".") and n != ARCHIVERS))
+
+
+def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
+    """Raises `DataError` where what would be classes are parts, which then would count as one."""
+    parts = [name for name in classes if name.lower() in PARTS]
+    if parts:
+        raise DataError(
+            f"{directory} has no folder train, and {', '.join(parts)} would be read as classes: "
+            "parts must be called train/CLASS/ and test/CLASS/ or val/CLASS/, classes otherwise"
+        )
 
 
 def check_same_classes(

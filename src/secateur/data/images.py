@@ -122,12 +122,14 @@ class FileImages:
 def to_size(
     pixels: Tensor,
     preprocessing: Preprocessing,
-    interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
+    interpolation: v2.InterpolationMode | None = None,
 ) -> Tensor:
     """Resized to the shorter side, then cropped at the centre, as torchvision does.
 
-    Antialiased where the interpolation is bilinear. What the crop reaches over the edge is zero.
+    By another `interpolation` than the network's for what is no picture. Antialiased where it is
+    bilinear or bicubic. What the crop reaches over the edge is zero.
     """
+    interpolation = interpolation or v2.InterpolationMode(preprocessing.interpolation)
     resized = v2.functional.resize(
         pixels, [preprocessing.resize], interpolation=interpolation, antialias=True
     )

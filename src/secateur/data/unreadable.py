@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
@@ -75,6 +76,22 @@ def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
         yield image
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a colour; Pillow's own conversion clips more bits at 255.
+
+    Of 16 bits the upper 8 are taken, as Pillow does in coloured images. PNG and PGM have no more,
+    also where Pillow opens them with the mode of 32 (PNG before its version 10.3). Raises
+    `ValueError` where the range of the values is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its values (mode {image.mode}) have no known range: convert it to 8 bits"
+        )
+    return image.convert("RGB")
+
+
 def decode_all(
     indices: Int[Tensor, "image"],
     find: Callable[[int], tuple[str, Path | io.BytesIO]],
@@ -90,7 +107,7 @@ def decode_all(
         _, source = find(index)
         try:
             with opened_image(source) as image:
-                pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+                pixels: Tensor = v2.functional.pil_to_tensor(_as_rgb(image))
         except DAMAGE as error:
             return error
         return prepare(pixels)
