@@ -345,6 +345,12 @@ def cut_image(desk: Desk) -> None:
     read_images(path)
 
 
+def grey_of_floats(desk: Desk) -> None:
+    path = desk.folder / "0.tif"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
+    read_images(path)
+
+
 def read_images(*paths: Path) -> None:
     files = data.FileImages(paths, torch.zeros(len(paths), dtype=torch.int64))
     files.read(torch.arange(len(paths)), Preprocessing(8, 8))
@@ -548,10 +554,14 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the parts have different classes": lambda desk: data.load(
         folder_of(desk, "train/ant/0.png", "train/bee/0.png", "test/ant/0.png")
     ),
+    "the parts have other names": lambda desk: data.load(
+        folder_of(desk, "Train/ant/0.png", "Test/ant/0.png")
+    ),
     "an image was cut off": cut_image,
     "several files are no images": lambda desk: read_images(
         desk.write("0.png", "none"), desk.write("1.png", "none")
     ),
+    "greys have no known range": grey_of_floats,
     "an image has too many pixels": lambda desk: read_images(desk.write("0.png", large_image())),
     "the head has fewer classes than the data": lambda desk: desk.prune("--num-classes", 2),
     "CIFAR-10: a file is not as published": damaged_cifar,
