@@ -285,9 +285,13 @@ def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path:
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
 
 
-def test_folders_of_programs_are_no_classes(tmp_path: Path) -> None:
+def test_what_programs_hide_in_folders_is_neither_class_nor_image(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "bee": 5, "__MACOSX": 1, ".ipynb_checkpoints": 1})
-    assert data.READERS["folder"](tmp_path).class_names == ("ant", "bee")
+    write_folder(tmp_path / "ant", {"winged": 2, ".ipynb_checkpoints": 3})
+    (tmp_path / "bee" / "._0.png").write_bytes(b"what macOS leaves")
+    splits = data.READERS["folder"](tmp_path)
+    assert splits.class_names == ("ant", "bee")
+    assert len(splits.train.labels) + len(splits.test.labels) == 10 + 5 + 2
 
 
 @pytest.mark.parametrize(

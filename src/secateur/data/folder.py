@@ -60,7 +60,12 @@ def class_folders(directory: Path) -> tuple[str, ...]:
 def _folders(directory: Path) -> tuple[str, ...]:
     """The names of the folders in a folder, sorted, without hidden ones and archivers' leavings."""
     names = (entry.name for entry in directory.iterdir() if entry.is_dir())
-    return tuple(sorted(n for n in names if not n.startswith(".") and n != ARCHIVERS))
+    return tuple(sorted(name for name in names if not _is_hidden(Path(name))))
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether the path goes through anything hidden, or left by an archiver."""
+    return any(part.startswith(".") or part == ARCHIVERS for part in path.parts)
 
 
 def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
@@ -90,14 +95,20 @@ def brief(names: list[str]) -> str:
 def images_of(directory: Path, labels: Mapping[str, int]) -> FileImages:
     """The images in folders of these names, each with the label of its folder.
 
-    Folders are taken in the order of `labels`. Raises `DataError` where one has no images.
+    Folders are taken in the order of `labels`, with the folders inside them, but without what is
+    hidden. Raises `DataError` where one has no images.
     """
     paths: list[Path] = []
     numbers: list[int] = []
     for name, label in labels.items():
-        found = sorted(f for f in (directory / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+        inside = directory / name
+        found = sorted(
+            path
+            for path in inside.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(inside))
+        )
         if not found:
-            raise DataError(f"no images in {directory / name} ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"no images in {inside} ({', '.join(sorted(SUFFIXES))})")
         paths += found
         numbers += [label] * len(found)
     return FileImages(tuple(paths), torch.tensor(numbers))
