@@ -32,12 +32,12 @@ from secateur.locks import locked
 from secateur.manifest import CONFIG, WEIGHTS
 from secateur.progress import Track, silent
 from secateur.result import Environment, Record, check_same, environment
-from secateur.training import FREE, Epoch, train
+from secateur.training import FREE, IDLE, Epoch, train
 from secateur.writing import make_folder, replace_file
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 1
-IDLE_KEYS = frozenset({"train.checkpoint_minutes", "train.workers"})
+IDLE_KEYS = frozenset(f"train.{name}" for name in IDLE)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in FREE)}
 """Those that may differ where a training is resumed that has not come to its end."""

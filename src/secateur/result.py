@@ -24,14 +24,13 @@ from secateur.precision import accelerator_name
 from secateur.refit import LayerRefit
 from secateur.repair import RefitCheck
 from secateur.search import Trial
-from secateur.training import FREE, Epoch
+from secateur.training import FREE, IDLE, Epoch
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
-        "finetune.checkpoint_minutes",
-        "finetune.workers",
+        *(f"finetune.{name}" for name in IDLE),
         *(f"report.{name}" for name in ReportSection.model_fields),
     ]
 )

@@ -73,8 +73,8 @@ def check_training(
     if needed > free:
         raise SecateurError(
             f"a training step on {at_once} images takes about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free: a smaller finetune.batch_size or a larger "
-            "finetune.accumulate takes less"
+            f"{free / 2**30:.1f} GiB are free: a smaller batch_size or a larger accumulate "
+            "takes less"
         )
 
 

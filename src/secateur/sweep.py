@@ -263,7 +263,7 @@ def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[C
     code = process.popen.returncode
     how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
     reason = f"its process {how}{f': {words[-1]}' if words else ''}"
-    is_to_blame = not process.has_begun_any and len({cell.criterion for cell in process.left}) == 1
+    is_to_blame = not process.has_begun_any and len(process.again()) == 1  # one criterion
     lost = [cell for cell in process.left if is_to_blame or cell.id == process.started]
     for cell in lost:
         process.left.remove(cell)

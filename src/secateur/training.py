@@ -44,7 +44,9 @@ WORKERS_FOR_FILES = 4
 """Reading processes, no more than processors, where images are files and nothing else is said."""
 CHECKED_EVERY = 50
 """Steps after which an accelerator is asked whether the loss is still a number."""
-FREE = frozenset({"max_minutes", "checkpoint_minutes", "workers", "keep", "patience"})
+IDLE = frozenset({"checkpoint_minutes", "workers"})
+"""Settings that change no result."""
+FREE = IDLE | {"max_minutes", "keep", "patience"}
 """Settings that may differ where training is resumed: they don't change what is learnt."""
 
 
