@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the sections: `python bench/configuration.py`."""
+"""Writes docs/reference/configuration.md from the sections: `python bench/configuration.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from secateur.base import BaseConfig
 from secateur.config import RunConfig, Section
 from tables import with_table
 
-PAGE = ROOT / "docs" / "configuration.md"
+PAGE = ROOT / "docs" / "reference" / "configuration.md"
 
 
 def table(section: type[Section]) -> str:

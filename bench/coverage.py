@@ -4,7 +4,7 @@
 
 cuts every network of `zoo.py` in a process of its own and after each writes
 `results/coverage.json`; rows that are there already are kept, so it can be interrupted. Then it
-writes the tables of docs/coverage.md; `--tables` does only that.
+writes the tables of docs/reference/coverage.md; `--tables` does only that.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from secateur.wiring import Wiring
 from zoo import Member, build, members, outputs_of, random_images
 
 RESULTS = ROOT / "results" / "coverage.json"
-DOCS = ROOT / "docs" / "coverage.md"
+DOCS = ROOT / "docs" / "reference" / "coverage.md"
 TARGETS = (0.5, 0.75, 0.9)
 """Shares of the MACs that may stay: the first that is within reach."""
 LAW_LIMIT = 1e-4
@@ -387,7 +387,7 @@ def _find(found: list[Row], network: str, tool: str) -> Row | None:
 
 
 def page(found: list[Row]) -> str:
-    """The whole of docs/coverage.md."""
+    """The whole of docs/reference/coverage.md."""
     surroundings_of = found[-1]["environment"] if found else {}
     listed = ", ".join(f"{name} {value}" for name, value in surroundings_of.items())
     times = [
@@ -423,7 +423,7 @@ gone, the forward pass runs, and every parameter that had a gradient has a finit
 Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier kept, up to {peer.TRIALS}
 trials of the ratio, a limit of time that each row states. *MACs left* is each tool's own count.
 Median of wiring + surgery: {median}; the machine had other work to do meanwhile, so seconds here
-are rough, and docs/speed.md has the comparison.
+are rough, and docs/reference/speed.md has the comparison.
 
 {summary_table(found)}
 
@@ -438,7 +438,7 @@ Last row measured with: {listed}.
 
 
 def write_page() -> None:
-    """Brings docs/coverage.md up to date."""
+    """Brings docs/reference/coverage.md up to date."""
     DOCS.write_text(page(read_rows(RESULTS)))
 
 

@@ -7,7 +7,7 @@ to each target with equal shares in every layer, refits the kernels on the same 
 the result on validation images, which are held out of the training images and are neither probe nor
 test images. No label is used before that score. A line a cell goes to `results/criteria.jsonl`;
 cells that are there are not measured again, so a run can be interrupted, and `--jobs` processes
-work side by side. `--tables` only writes the tables into docs/criteria.md.
+work side by side. `--tables` only writes the tables into docs/explanation/criteria.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
 RESULTS = ROOT / "results" / "criteria.jsonl"
-PAGE = ROOT / "docs" / "criteria.md"
+PAGE = ROOT / "docs" / "explanation" / "criteria.md"
 KEY = ("network", "seed", "target", "criterion")
 SEEDS = 5
 

@@ -4,7 +4,7 @@
 
 Both look at the same feature maps of the same images and name the best concept of each filter of
 each group. A row a network and a data set goes to `results/dissection.json`; `--tables` only writes
-the tables into docs/dissection.md. `--images` and `--filters` make a quick try of it.
+the tables into docs/explanation/dissection.md. `--images` and `--filters` make a quick try of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ sys.path.append(str(ROOT / "tests"))
 from literal_dissection import ExactThresholds, LiteralTally
 
 RESULTS = ROOT / "results" / "dissection.json"
-PAGE = ROOT / "docs" / "dissection.md"
+PAGE = ROOT / "docs" / "explanation" / "dissection.md"
 IMAGE_SIZE = 224
 QUANTILE = 0.01
 TOP_DETECTORS = 8

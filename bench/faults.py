@@ -3,7 +3,7 @@
     python bench/faults.py [inputs] [kills] [interrupts] [disk] [repeats] [--inputs N] [--kills N]
 
 Without names of parts all are done; each is written to `results/faults.json` as it ends. Then the
-table in docs/security.md is written.
+table in docs/explanation/security.md is written.
 
 - `inputs`: files of every format, changed at random, are read in processes that are watched: none
   may hang, end by a signal or raise anything but a `SecateurError`, and no network that is accepted
@@ -54,7 +54,7 @@ from secateur.report import run_charts  # noqa: F401  (scipy sets filters of war
 from tables import with_table
 
 RESULTS = ROOT / "results" / "faults.json"
-PAGE = ROOT / "docs" / "security.md"
+PAGE = ROOT / "docs" / "explanation" / "security.md"
 SEED = 0
 HANG = 20.0
 """Seconds after which an input is taken to hang its reader."""

@@ -2,7 +2,7 @@
 
     python bench/licences.py
 
-writes the table of docs/licences.md from the metadata of what is installed (`make setup`).
+writes the table of docs/reference/licences.md from the metadata of what is installed (`make setup`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from packaging.version import Version
 from dependencies import Dependency, direct
 from tables import with_table
 
-PAGE = Path(__file__).parents[1] / "docs" / "licences.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "licences.md"
 NAME = "bench/licences.py"
 PURPOSES = {
     "torch": "networks and all arithmetic on them",

@@ -6,7 +6,7 @@ prunes ResNet-56 and VGG-16 to the smallest network that loses at most a point o
 and to 0.6 of the time of a forward pass, and then measures: accuracy on validation images, and both
 networks' forward passes in turns. A line a cell goes to `results/promises.jsonl`; cells that are
 there are not measured again. VGG-16's weights are those that `secateur train` leaves. Then the
-table in docs/targets.md is written; without weights only that. Times are of all of the machine's
+table in docs/reference/targets.md is written; without weights only that. Times are of all of the machine's
 threads: leave it idle.
 """
 
@@ -28,7 +28,7 @@ from tables import with_table
 from turns import in_turns
 
 RESULTS = ROOT / "results" / "promises.jsonl"
-PAGE = ROOT / "docs" / "targets.md"
+PAGE = ROOT / "docs" / "reference" / "targets.md"
 KEY = ("network", "promise")
 NETWORKS = {"resnet56": "resnet56", "vgg16": "vgg16_bn"}
 """Option that names the weights -> network."""

@@ -6,7 +6,7 @@ prunes half of the MACs of a network by uniform shares, without training, and th
 the report with its gallery and makes the scoring passes of two criteria, all on the same `IMAGES`
 probe images. Writes `results/report.json` with the seconds of each and their ratios, the
 size of the page and the most memory that the process has used until the first report was written,
-and the table in docs/report.md. Weights are random where none are given: what filters see is of no
+and the table in docs/how_to/read_the_report.md. Weights are random where none are given: what filters see is of no
 sense then, and costs as much.
 """
 
@@ -36,7 +36,7 @@ from secateur.scoring import score_filters
 from tables import with_table
 
 RESULTS = ROOT / "results" / "report.json"
-PAGE = ROOT / "docs" / "report.md"
+PAGE = ROOT / "docs" / "how_to" / "read_the_report.md"
 IMAGES = 512
 TEST_IMAGES = 16
 TURNS = 2

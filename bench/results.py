@@ -1,4 +1,4 @@
-"""Writes docs/results.md from what lies in results/: `python bench/results.py`."""
+"""Writes docs/reference/results.md from what lies in results/: `python bench/results.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cells import read_cells
 from rows import ROOT
 from tables import with_table
 
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "reference" / "results.md"
 COMPARISONS = {tuned.CONFIG: tuned.RESULTS, **ablations.RESULTS}
 """Result files by comparison."""
 TABLES: dict[str, Callable[[], str]] = {

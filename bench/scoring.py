@@ -3,7 +3,7 @@
     python bench/scoring.py [--only PATTERN] [--threads 2] [--mode both]
 
 measures every network in a process of its own and after each writes `results/scoring.json`; then it
-writes the table into docs/scoring.md, and `--tables` does only that. Costs are ratios to
+writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios to
 `model(images)` under `inference_mode` on the same images in the same batches, in turns in one
 process, of processor seconds, which a busy machine distorts least; the file has the clock's, too.
 """
@@ -58,7 +58,7 @@ from tables import with_table
 from zoo import CLASSES
 
 RESULTS = ROOT / "results" / "scoring.json"
-PAGE = ROOT / "docs" / "scoring.md"
+PAGE = ROOT / "docs" / "explanation" / "scoring.md"
 NETWORKS = {
     "resnet20": 2048,
     "torchvision:resnet50": 128,

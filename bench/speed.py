@@ -3,7 +3,7 @@
     python bench/speed.py [--only PATTERN] [--mode both]
 
 measures every network in a process of its own and after each writes `results/speed.json`; rows
-that are there already are kept, so it can be interrupted. Then it writes docs/speed.md; `--tables`
+that are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md; `--tables`
 does only that. Whatever is compared is timed in turns, so that a busy machine slows all alike.
 """
 
@@ -48,7 +48,7 @@ from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 
 RESULTS = ROOT / "results" / "speed.json"
-DOCS = ROOT / "docs" / "speed.md"
+DOCS = ROOT / "docs" / "reference" / "speed.md"
 NETWORKS = {
     "surgery": ("resnet50", "densenet121", "efficientnet_b0", "convnext_tiny"),
     "latency": (
@@ -269,7 +269,7 @@ def _short(text: str) -> str:
 
 
 def page(found: list[Row]) -> str:
-    """The whole of docs/speed.md."""
+    """The whole of docs/reference/speed.md."""
     environment = found[-1]["environment"] if found else {}
     listed = ", ".join(f"{name} {value}" for name, value in environment.items())
     return f"""# Speed: of cutting, and of what is cut

@@ -11,7 +11,7 @@ the time and the memory of secateur's way, each network in a process of its own;
 folder of `cifar10`, `imagenet_sample` and `imagenette_subset`. A line a cell goes to
 `results/training_free.jsonl`; cells that are there are not measured again, so a run can be
 interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
-writes the tables into docs/training_free.md and the README.
+writes the tables into docs/explanation/training_free.md and the README.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from studies import (
 from tables import with_table
 
 RESULTS = ROOT / "results" / "training_free.jsonl"
-PAGE = ROOT / "docs" / "training_free.md"
+PAGE = ROOT / "docs" / "explanation" / "training_free.md"
 README = ROOT / "README.md"
 KEY = ("study", "network", "seed", "target", "method", "options")
 SEEDS = 3
@@ -352,7 +352,7 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
 
 
 def table(study: str, found: list[Cell]) -> str:
-    """Every method in every setting, and how the losses compare; see `docs/training_free.md`."""
+    """Every method in every setting, and how the losses compare; see `docs/explanation/training_free.md`."""
     mine = [cell for cell in found if cell["study"] == study and "cut_fraction" in cell]
     settings = [
         (network, target)

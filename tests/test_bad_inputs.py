@@ -1,4 +1,4 @@
-"""Every message of docs/bad_inputs.md is what the input beside it leads to, in full."""
+"""Every message of docs/reference/errors.md is what the input beside it leads to, in full."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from secateur.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
 from secateur.models import Preprocessing
 from secateur.writing import make_inner_folder, replace_file
 
-PAGE = Path(__file__).parents[1] / "docs" / "bad_inputs.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "errors.md"
 COLUMNS = ("what is wrong", "message", "what to do")
 ANY = "…"
 """Stands in a message for what differs."""

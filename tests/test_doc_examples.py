@@ -18,7 +18,7 @@ from layouts import random_pixels
 from secateur import cli, data, export, models
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = models.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
 
@@ -124,7 +124,7 @@ def run_all(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_commands_of_the_readme_are_those_of_the_tutorial() -> None:
-    tutorial = [" ".join(each.split()) for each in commands(ROOT / "docs" / "tutorial.md")]
+    tutorial = [" ".join(each.split()) for each in commands(ROOT / "docs" / "tutorial" / "first_prune.md")]
     readme = [" ".join(each.split()) for each in commands(ROOT / "README.md")]
     assert len(readme) > 4
     assert [command for command in tutorial if command in readme] == readme
@@ -132,9 +132,9 @@ def test_the_commands_of_the_readme_are_those_of_the_tutorial() -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_tutorial(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_all(ROOT / "docs" / "tutorial.md", monkeypatch)
+    run_all(ROOT / "docs" / "tutorial" / "first_prune.md", monkeypatch)
     (example,) = (
-        block.text for block in blocks(ROOT / "docs" / "tutorial.md") if block.language == "python"
+        block.text for block in blocks(ROOT / "docs" / "tutorial" / "first_prune.md") if block.language == "python"
     )
     names: dict[str, torch.nn.Module] = {}
     exec(compile(example, "tutorial.md", "exec"), names)
@@ -149,7 +149,7 @@ def test_the_commands_of_the_tutorial(workplace: Path, monkeypatch: pytest.Monke
 def test_the_commands_for_a_network_of_ones_own(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = ROOT / "docs" / "own_network.md"
+    page = ROOT / "docs" / "how_to" / "your_network.md"
     (code,) = (block.text for block in blocks(page) if block.text.startswith("# blobs.py"))
     (workplace / "blobs.py").write_text(code)
     run_all(page, monkeypatch)
@@ -157,7 +157,7 @@ def test_the_commands_for_a_network_of_ones_own(
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = nbformat.read(  # type: ignore[no-untyped-call]
-        ROOT / "docs" / "first_steps.ipynb", as_version=4
+        ROOT / "docs" / "tutorial" / "first_steps.ipynb", as_version=4
     )
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()

@@ -354,7 +354,7 @@ def test_what_is_wrong_from_the_start_stops_all(content: dict[str, Any], tmp_pat
 def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "comparing.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "compare_criteria.md").read_text()
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL)
     assert [name for name, _ in blocks] == ["peak.py", "largest.py"]
     criteria = ["vote"]

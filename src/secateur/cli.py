@@ -698,7 +698,7 @@ def list_models(as_json: JsonOption = False) -> None:
 
 @app.command("compare")
 def compare_ways(
-    comparison: Annotated[Path, typer.Argument(help="A TOML file: docs/comparing.md.")],
+    comparison: Annotated[Path, typer.Argument(help="A TOML file: docs/how_to/compare_criteria.md.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the results; an older one goes on.")
     ] = Path("secateur-comparison"),

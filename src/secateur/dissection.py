@@ -2,7 +2,7 @@
 
 Network Dissection (Bau et al., CVPR 2017), with one departure: feature maps are made four times
 finer, not as fine as the image, and of masks there is counted how much of each cell they fill
-(docs/dissection.md compares the two).
+(docs/explanation/dissection.md compares the two).
 """
 
 from __future__ import annotations

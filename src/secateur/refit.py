@@ -14,7 +14,7 @@ the later ones read while it is as cut.
 
 A departure from the paper's words: by default every layer from the first cut on is re-estimated,
 not only those that lost inputs. The others read inputs that went astray as well, and can put part
-of it right (docs/method.md has the figures).
+of it right (docs/explanation/method.md has the figures).
 
 The abstract of Alqahtani et al. (CVIU 2021) says only that new kernels are estimated from the
 remaining channels. Least squares on sampled positions is what channel pruning (He et al., ICCV

@@ -33,7 +33,7 @@ kernel that writes it.
 
 Under weight decay that norm tells how much training held on to the filter, which activations do
 not: a norm on the way brings them to whatever scale it has learnt. Chosen on validation images
-(docs/criteria.md)."""
+(docs/explanation/criteria.md)."""
 ROUNDS = 128
 """In a layer of more filters several go at a time, so that there are about so many rounds."""
 

@@ -82,7 +82,7 @@ FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", D
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
-    `name` is one of `FORMS`, or `none`; docs/data.md says what each folder looks like. `digits`
+    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like. `digits`
     needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on `seed` alone.
     Raises `UnknownName`, `UsageError` or `DataError`.
     """
