@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rows import ROOT
-from secateur import sweep
-from secateur.comparison import Cell, Comparison
-from secateur.progress import T
-from secateur.report.comparison import accuracy_table, difference_table
-from secateur.rows import Row, read_rows, row_of, to_lines
-from secateur.standings import standings
+from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
+from secateur.experiments.compare.runner import CellResult, compare, read_comparison
+from secateur.experiments.compare.spec import Cell, Comparison
+from secateur.experiments.compare.statistics import standings
+from secateur.experiments.report.comparison import accuracy_table, difference_table
+from secateur.runtime.progress import T
 
 Key = tuple[str, str, str, str, int]
 
@@ -36,7 +36,7 @@ def put(results: Path, row: Row) -> None:
 
 def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
     """The comparison in a file, with the data and the weights that are given."""
-    comparison = sweep.read_comparison(config).with_weights_in(arguments.weights)
+    comparison = read_comparison(config).with_weights_in(arguments.weights)
     kind = comparison.data.source.partition(":")[0]
     data = comparison.data.model_copy(update={"source": f"{kind}:{arguments.data}"})
     return comparison.model_copy(update={"data": data})
@@ -49,7 +49,7 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
     """
     known = {key_of(row) for row in rows_in(results)}
 
-    def note(cell: sweep.CellResult) -> None:
+    def note(cell: CellResult) -> None:
         row = row_of(cell)
         if cell.outcome == "done" and key_of(row) not in known:
             known.add(key_of(row))
@@ -57,12 +57,12 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
 
     def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         for number, cell in enumerate(items, 1):
-            assert isinstance(cell, sweep.CellResult)
+            assert isinstance(cell, CellResult)
             print(f"{title} {number}/{total}: {cell.outcome} {cell.reason}", flush=True)
             note(cell)
             yield cell
 
-    found = sweep.compare(
+    found = compare(
         comparison,
         ROOT / "runs" / results.stem,
         jobs=jobs,
@@ -79,7 +79,7 @@ def table(config: Path, results: Path) -> str:
     rows = rows_in(results)
     if not rows:
         return "Not measured yet."
-    found = standings(rows, sweep.read_comparison(config).compared_with)
+    found = standings(rows, read_comparison(config).compared_with)
     return "\n\n".join(each.markdown() for each in (accuracy_table(found), difference_table(found)))
 
 

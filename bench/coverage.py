@@ -39,14 +39,14 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur import criteria
 from secateur.config import ScoreSection
 from secateur.errors import TargetError
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.reading import make_wiring
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.dependency import Wiring
+from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.scoring import criteria
+from secateur.scoring.scores import score_filters
 from zoo import Member, build, members, outputs_of, random_images
 
 RESULTS = ROOT / "results" / "coverage.json"

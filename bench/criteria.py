@@ -24,16 +24,17 @@ from torch.fx.node import Node
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import criteria, pipeline
-from secateur.activations import kernels_of
 from secateur.config import RunConfig
 from secateur.errors import UsageError
-from secateur.graph import tensors_of
-from secateur.plan import make_plan, parse_target
-from secateur.progress import silent
-from secateur.refit import refit
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan
+from secateur.graph.cut import apply_plan
+from secateur.graph.trace import tensors_of
+from secateur.pipeline.prune import Ground, make_criterion, prepare_ground, stream
+from secateur.pruning.plan import make_plan, parse_target
+from secateur.pruning.refit.layerwise import refit
+from secateur.runtime.progress import silent
+from secateur.scoring import criteria
+from secateur.scoring.feature_pass import kernels_of
+from secateur.scoring.scores import score_filters
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
@@ -60,7 +61,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     config, dataset, model = load_inputs(study, network, arguments)
     # The validation images are the same for every seed; the probe set is what differs.
     config = config.model_copy(update={"seed": seed})
-    ground = pipeline.prepare_ground(model, dataset, config)
+    ground = prepare_ground(model, dataset, config)
     names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
     ruled_out = inapplicable(names, model, ground, config)
     names = [name for name in names if name not in ruled_out]
@@ -68,15 +69,15 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     scores = score_filters(
         model,
         ground.wiring,
-        lambda: pipeline.stream(ground.probe, config, silent, ""),
-        {name: pipeline.make_criterion(name, ground.source, config) for name in names},
+        lambda: stream(ground.probe, config, silent, ""),
+        {name: make_criterion(name, ground.source, config) for name in names},
         ground.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = channels_last(pipeline.stream(scored, config, silent, ""))
-    probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    shown = channels_last(stream(scored, config, silent, ""))
+    probe = channels_last(stream(ground.probe, config, silent, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -111,13 +112,13 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
 
 
 def inapplicable(
-    names: Sequence[str], model: nn.Module, ground: pipeline.Ground, config: RunConfig
+    names: Sequence[str], model: nn.Module, ground: Ground, config: RunConfig
 ) -> dict[str, str]:
     """Why a criterion that looks at weights alone has nothing to go by in a network."""
     parts = kernels_of(ground.wiring, tensors_of(model))
     found = {}
     for name in names:
-        criterion = pipeline.make_criterion(name, ground.source, config)
+        criterion = make_criterion(name, ground.source, config)
         if criterion.needs:
             continue
         criterion.begin(parts)

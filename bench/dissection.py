@@ -22,13 +22,13 @@ from torch import Tensor
 
 from imagenet_networks import NETWORKS, load_network
 from rows import ROOT, Row, put_row, read_rows, revision, surroundings
-from secateur import pipeline
-from secateur.activations import observe
 from secateur.config import RunConfig
-from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.data import DataSet, FileImages
-from secateur.dissection import DETECTOR_IOU, Dissection
-from secateur.progress import silent
+from secateur.pipeline.prune import prepare_ground, stream
+from secateur.runtime.progress import silent
+from secateur.scoring.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.scoring.dissection import DETECTOR_IOU, Dissection
+from secateur.scoring.feature_pass import observe
 from tables import with_table
 
 sys.path.append(str(ROOT / "tests"))
@@ -128,9 +128,9 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     config = configuration(network, source, arguments)
     model = load_network(network, Path(arguments.weights))
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
-    ground = pipeline.prepare_ground(model, DataSet("none", (), nothing, nothing, nothing), config)
+    ground = prepare_ground(model, DataSet("none", (), nothing, nothing, nothing), config)
     names = tuple(concept.name for concept in ground.source.concepts)
-    batches = list(pipeline.stream(ground.probe, config, silent, ""))
+    batches = list(stream(ground.probe, config, silent, ""))
 
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""

@@ -16,11 +16,12 @@ import numpy as np
 import tomli_w
 from PIL import Image
 
-from secateur import runs, sweep
-from secateur.comparison import Comparison
 from secateur.config import RunConfig, from_dict, to_toml
-from secateur.report.comparison import ROWS, write_comparison
-from secateur.result import read_result
+from secateur.experiments import run as runs
+from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.spec import Comparison
+from secateur.experiments.report.comparison import ROWS, write_comparison
+from secateur.pipeline.result import read_result
 
 MODEL = '''
 import torch.nn as nn

@@ -6,8 +6,8 @@ prunes ResNet-56 and VGG-16 to the smallest network that loses at most a point o
 and to 0.6 of the time of a forward pass, and then measures: accuracy on validation images, and both
 networks' forward passes in turns. A line a cell goes to `results/promises.jsonl`; cells that are
 there are not measured again. VGG-16's weights are those that `secateur train` leaves. Then the
-table in docs/reference/targets.md is written; without weights only that. Times are of all of the machine's
-threads: leave it idle.
+table in docs/reference/targets.md is written; without weights only that. Times are of all of the
+machine's threads: leave it idle.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import statistics
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import pipeline
 from secateur.config import PlanSection, RefitSection
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH, batch_of, evaluate
-from secateur.latency import milliseconds
-from secateur.progress import silent
+from secateur.evaluation.evaluate import LATENCY_BATCH, batch_of, evaluate
+from secateur.pipeline.prune import load_inputs, prepare_ground, prune, stream
+from secateur.pruning.cost.latency_model import milliseconds
+from secateur.runtime.progress import silent
 from studies import cifar10
 from tables import with_table
 from turns import in_turns
@@ -65,14 +65,14 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "revision": revision(),
         "environment": surroundings(),
     }
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     try:
-        pruned = pipeline.prune(model, dataset, config)
+        pruned = prune(model, dataset, config)
     except TargetError as error:
         return {**found, "refused": str(error)}
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
-    shown = list(pipeline.stream(dataset.validation, config, silent, ""))
+    shown = list(stream(dataset.validation, config, silent, ""))
     validation = {name: evaluate(each, shown).top1_fraction for name, each in networks.items()}
     test = {
         "before": pruned.result.stages[0].score,
@@ -81,7 +81,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     seconds = in_turns(networks, batch_of(shown[0].images, LATENCY_BATCH))
     foretold = None
     if pruned.latency is not None:
-        wiring = pipeline.prepare_ground(model, dataset, config).wiring
+        wiring = prepare_ground(model, dataset, config).wiring
         time_of = milliseconds(pruned.latency, wiring)
         foretold = time_of(pruned.plan.removed) / time_of({})
     return {

@@ -13,13 +13,13 @@ import argparse
 import time
 
 import studies
-from secateur import pipeline
 from secateur.config import RefitSection
-from secateur.plan import make_plan, parse_target
-from secateur.progress import silent
-from secateur.refit import refit
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan
+from secateur.graph.cut import apply_plan
+from secateur.pipeline.prune import load_inputs, make_criterion, prepare_ground, resolved, stream
+from secateur.pruning.plan import make_plan, parse_target
+from secateur.pruning.refit.layerwise import refit
+from secateur.runtime.progress import silent
+from secateur.scoring.scores import score_filters
 
 CRITERION = "l2"
 
@@ -46,25 +46,25 @@ def measure(
 ) -> tuple[float, float]:
     """Accuracy on validation images, and the CPU seconds that the refit took."""
     config = studies.cifar10(arguments.network, arguments)
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     # The validation images are the same for every seed; the probe set is what differs.
-    config = pipeline.resolved(config, dataset).model_copy(update={"seed": seed})
-    ground = pipeline.prepare_ground(model, dataset, config)
+    config = resolved(config, dataset).model_copy(update={"seed": seed})
+    ground = prepare_ground(model, dataset, config)
     scores = score_filters(
         model,
         ground.wiring,
-        lambda: pipeline.stream(ground.probe, config, silent, ""),
-        {CRITERION: pipeline.make_criterion(CRITERION, ground.source, config)},
+        lambda: stream(ground.probe, config, silent, ""),
+        {CRITERION: make_criterion(CRITERION, ground.source, config)},
         ground.source,
         config.score,
     )[CRITERION].scores
     plan = make_plan(scores, ground.wiring, parse_target(arguments.target), CRITERION)
     smaller = apply_plan(model, ground.wiring, plan)
-    probe = studies.channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    probe = studies.channels_last(stream(ground.probe, config, silent, ""))
     start = time.process_time()
     refit(model, smaller, ground.wiring, plan, probe, settings, seed=seed)
     seconds = time.process_time() - start
-    shown = studies.channels_last(pipeline.stream(dataset.validation, config, silent, ""))
+    shown = studies.channels_last(stream(dataset.validation, config, silent, ""))
     return studies.accuracy(smaller, shown), seconds
 
 

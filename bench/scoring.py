@@ -3,8 +3,8 @@
     python bench/scoring.py [--only PATTERN] [--threads 2] [--mode both]
 
 measures every network in a process of its own and after each writes `results/scoring.json`; then it
-writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios to
-`model(images)` under `inference_mode` on the same images in the same batches, in turns in one
+writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios
+to `model(images)` under `inference_mode` on the same images in the same batches, in turns in one
 process, of processor seconds, which a busy machine distorts least; the file has the clock's, too.
 """
 
@@ -44,16 +44,18 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur import concepts, criteria, graph, models
-from secateur.activations import maps_of, observe, parts_of
 from secateur.config import ScoreSection
 from secateur.data import Batch, batches
-from secateur.graph import tensors_of
-from secateur.grouping import Look
-from secateur.models import Preprocessing
-from secateur.packing import images_at_a_time
-from secateur.reading import make_wiring
-from secateur.wiring import Wiring
+from secateur.graph import trace as graph
+from secateur.graph.build import make_wiring
+from secateur.graph.dependency import Wiring
+from secateur.graph.groups import Look
+from secateur.graph.trace import tensors_of
+from secateur.models import zoo
+from secateur.models.zoo import Preprocessing
+from secateur.scoring import concepts, criteria
+from secateur.scoring.batching import images_at_a_time
+from secateur.scoring.feature_pass import maps_of, observe, parts_of
 from tables import with_table
 from zoo import CLASSES
 
@@ -161,8 +163,8 @@ class Ground:
 
 def make_ground(name: str) -> Ground:
     """The named network, untrained; every layer that can be cut is scored."""
-    model = models.load(name, num_classes=CLASSES, seed=SEED)
-    preprocessing = models.preprocessing(name)
+    model = zoo.load(name, num_classes=CLASSES, seed=SEED)
+    preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
     wiring = make_wiring(model, example, cut_stream=True)
@@ -309,7 +311,7 @@ def measure(name: str, mode: str, count: int, arguments: argparse.Namespace) -> 
         "command": shlex.join(["python", "bench/scoring.py", "--only", name, *options]),
         "revision": revision(),
         "seed": SEED,
-        "side": models.preprocessing(name).image_size,
+        "side": zoo.preprocessing(name).image_size,
         "limit_seconds": arguments.limit,
         **found,
     }

@@ -2,9 +2,10 @@
 
     python bench/speed.py [--only PATTERN] [--mode both]
 
-measures every network in a process of its own and after each writes `results/speed.json`; rows
-that are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md; `--tables`
-does only that. Whatever is compared is timed in turns, so that a busy machine slows all alike.
+measures every network in a process of its own and after each writes `results/speed.json`; rows that
+are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md;
+`--tables` does only that. Whatever is compared is timed in turns, so that a busy machine slows all
+alike.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.evaluate import count_macs
-from secateur.export import export_onnx, onnx_runner
-from secateur.plan import Target, make_plan
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error
+from secateur.evaluation.evaluate import count_macs
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error
+from secateur.integrations.onnx import export_onnx, onnx_runner
+from secateur.pruning.plan import Target, make_plan
 from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from secateur import pipeline
 from secateur.config import RunConfig
 from secateur.data import Batch, DataSet
-from secateur.graph import evaluating
+from secateur.graph.trace import evaluating
+from secateur.pipeline import prune as pipeline
 
 CIFAR10 = ("resnet20", "resnet32", "resnet56")
 TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}

@@ -38,14 +38,21 @@ import peer
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
-from secateur import models, pipeline
 from secateur.config import PlanSection, RefitSection, RunConfig
 from secateur.data import Batch, DataSet
-from secateur.pipeline import Ground
-from secateur.plan import parse_target
-from secateur.progress import silent
-from secateur.surgery import apply_plan
-from secateur.wiring import STREAM, Wiring
+from secateur.graph.cut import apply_plan
+from secateur.graph.dependency import STREAM, Wiring
+from secateur.models import zoo
+from secateur.pipeline.prune import (
+    Ground,
+    prepare_ground,
+    repair_in_place,
+    resolved,
+    stream,
+    survey_filters,
+)
+from secateur.pruning.plan import parse_target
+from secateur.runtime.progress import silent
 from studies import (
     TARGETS,
     answers,
@@ -138,14 +145,14 @@ def ours(
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
     with _timed(seconds, "survey"):
-        survey = pipeline.survey_filters(model, ground, config)[config.score.criterion]
+        survey = survey_filters(model, ground, config)[config.score.criterion]
     with _timed(seconds, "plan"):
         plan = survey.plan(parse_target(target))
     with _timed(seconds, "cut"):
         smaller = apply_plan(model, ground.wiring, plan)
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
-        pipeline.repair_in_place(model, smaller, ground, plan, config)
+        repair_in_place(model, smaller, ground, plan, config)
     return Pruned(stages, ground.wiring.macs(plan.removed) / ground.wiring.macs(), seconds)
 
 
@@ -249,7 +256,7 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         return
     config, dataset, model = load_inputs(study, network, arguments)
     config = config.model_copy(update={"refit": RefitSection()})
-    batches = channels_last(pipeline.stream(dataset.test, config, silent, ""))
+    batches = channels_last(stream(dataset.test, config, silent, ""))
     check = Check(batches, answers(model, batches))
     base = {
         "base_fraction": share(check.before, labels(batches)),
@@ -260,8 +267,8 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
     for seed, group in itertools.groupby(wanted, key=lambda each: each[0]):
         # The held-out images are the same for every seed; the probe set is what differs.
         config = config.model_copy(update={"seed": seed})
-        ground = pipeline.prepare_ground(model, dataset, config)
-        probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
+        ground = prepare_ground(model, dataset, config)
+        probe = channels_last(stream(ground.probe, config, silent, ""))
         peers = peers or Peers(model, ground.wiring, ground.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
         for _, target, way in group:
@@ -269,7 +276,7 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
             if way.options == ALL_IMAGES:
                 every = {"probe_images": len(dataset.train.labels)}
                 whole = {"data": config.data.model_copy(update=every)}
-                looked_at = pipeline.prepare_ground(model, dataset, config.model_copy(update=whole))
+                looked_at = prepare_ground(model, dataset, config.model_copy(update=whole))
             if way.method == OURS:
                 cell = _ours_cell(ours(model, looked_at, config, target), check)
             else:
@@ -307,9 +314,9 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     config, dataset, model = _cost_inputs(network, Path(arguments.data), arguments.weights)
     seconds: dict[str, float] = {}
     with _timed(seconds, "ground"):
-        ground = pipeline.prepare_ground(model, dataset, config)
+        ground = prepare_ground(model, dataset, config)
     with _timed(seconds, "forward"), torch.inference_mode():
-        for batch in pipeline.stream(ground.probe, config, silent, ""):
+        for batch in stream(ground.probe, config, silent, ""):
             model(batch.images)
     pruned = ours(model, ground, config, COST_TARGET)
     seconds |= pruned.seconds
@@ -344,15 +351,16 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
         }
     )
     dataset = read_images(data)
-    model = models.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
-    return pipeline.resolved(config, dataset), dataset, model
+    model = zoo.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
+    return resolved(config, dataset), dataset, model
 
 
 # --- tables ------------------------------------------------------------------------------------
 
 
 def table(study: str, found: list[Cell]) -> str:
-    """Every method in every setting, and how the losses compare; see `docs/explanation/training_free.md`."""
+    """Every method in every setting, and how the losses compare; see
+    `docs/explanation/training_free.md`."""
     mine = [cell for cell in found if cell["study"] == study and "cut_fraction" in cell]
     settings = [
         (network, target)

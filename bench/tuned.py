@@ -26,16 +26,16 @@ import peer
 from cells import run_all
 from peer_search import cut_to
 from rows import ROOT
-from secateur import pipeline
-from secateur.checkpoint import Checkpoints
-from secateur.comparison import Cell, cells_of
-from secateur.evaluate import Score, evaluate
-from secateur.plan import parse_target
-from secateur.progress import silent
-from secateur.result import environment
-from secateur.rows import Row, place_of
-from secateur.timing import time_left
-from secateur.training import train
+from secateur.evaluation.evaluate import Score, evaluate
+from secateur.experiments.compare.results import Row, place_of
+from secateur.experiments.compare.spec import Cell, cells_of
+from secateur.pipeline.prune import load_inputs, prepare_ground, preprocessing, resolved, stream
+from secateur.pipeline.result import environment
+from secateur.pruning.cost.latency_profiler import time_left
+from secateur.pruning.plan import parse_target
+from secateur.runtime.progress import silent
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.trainer import train
 from training_free import all_but_inner
 
 RESULTS = ROOT / "results" / "tuned.jsonl"
@@ -48,9 +48,9 @@ PEER_NAME = "torch-pruning fpgm, global"
 def measure_peer(cell: Cell) -> Row:
     """Torch-Pruning in the place of the cell's criterion."""
     config = cell.config
-    dataset, model = pipeline.load_inputs(config)
-    config = pipeline.resolved(config, dataset)
-    ground = pipeline.prepare_ground(model, dataset, config)
+    dataset, model = load_inputs(config)
+    config = resolved(config, dataset)
+    ground = prepare_ground(model, dataset, config)
     image = ground.example[:1]
     settings = replace(PEER, whole=all_but_inner(model, ground.wiring))
     start = time.perf_counter()
@@ -59,14 +59,14 @@ def measure_peer(cell: Cell) -> Row:
     latency_left = time_left(model, smaller, ground.example)
 
     def score(network: nn.Module) -> Score:
-        return evaluate(network, pipeline.stream(dataset.test, config, silent, ""))
+        return evaluate(network, stream(dataset.test, config, silent, ""))
 
     before, cut = score(model), score(smaller)
     training = train(
         smaller,
         model,
         dataset.train,
-        pipeline.preprocessing(config),
+        preprocessing(config),
         config.finetune,
         seed=config.seed,
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import runs
-from secateur.comparison import cells_of
 from secateur.config import RunConfig, ScoreSection
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_comparison
+from secateur.experiments.compare.spec import cells_of
+from secateur.experiments.run import run
 from tables import with_table
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
@@ -76,7 +76,7 @@ def measure(
     """One network cut, re-estimated and trained."""
     config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
     folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}-{config.finetune.epochs}"
-    result = runs.run(config, folder, resume=True)
+    result = run(config, folder, resume=True)
     tuning, before = result.tuning, result.score("before")
     assert tuning is not None
     assert before is not None

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.dependency import Wiring
+from secateur.pruning.plan import PruningPlan, Target
 
 SIDE = 8
 CLASSES = 5

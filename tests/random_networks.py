@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import RunFolderError, TargetError
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.quantities import Quantity
-from secateur.surgery import check_plan
-from secateur.wiring import Wiring
+from secateur.graph.cut import check_plan
+from secateur.graph.dependency import Wiring
+from secateur.pruning.cost.macs_and_parameters import Quantity
+from secateur.pruning.plan import PruningPlan, Target, make_plan
 
 CLASSES = 5
 SIDE = 8

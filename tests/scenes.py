@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from networks import random_images
-from secateur.concepts import ConceptSource, Scene, SourceContext
-from secateur.graph import run, tensors_of, trace
-from secateur.models import Preprocessing
-from secateur.regions import ConceptMasks
+from secateur.data.concept_masks import ConceptMasks
+from secateur.graph.trace import run, tensors_of, trace
+from secateur.models.zoo import Preprocessing
+from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
 
 CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")
 PREPROCESSING = Preprocessing(8, 8)

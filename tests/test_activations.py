@@ -13,20 +13,22 @@ from torch.fx.node import Node
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
 from processes import side_by_side
-from secateur import concepts, criteria, data, distributed, packing
-from secateur.activations import kernels_of, observe
-from secateur.concepts import Scene
+from secateur import data
 from secateur.config import Precision, ScoreSection
-from secateur.criteria import Kernels, Need, Observer, Regions, Sight, Vote
 from secateur.data import Batch, TensorImages
-from secateur.dissection import Dissection, TopImages
+from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.regions import Concept, ConceptMasks, at_resolution
-from secateur.thresholds import UsualTally
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.dependency import Wiring
+from secateur.graph.trace import tensors_of
+from secateur.models.zoo import Preprocessing
+from secateur.runtime import distributed
+from secateur.scoring import batching, concepts, criteria
+from secateur.scoring.concepts import Scene
+from secateur.scoring.criteria import Kernels, Need, Observer, Regions, Sight, Vote
+from secateur.scoring.dissection import Dissection, TopImages
+from secateur.scoring.feature_pass import kernels_of, observe
+from secateur.scoring.thresholds import UsualTally
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])
 
@@ -148,7 +150,7 @@ def look(
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images at a time, so that seven take four batches and the last is filled up."""
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 2)
 
 
 def maps_by_hand(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -499,7 +501,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
     name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     expected = everything(name, precision, size=100)
     assert all(any(bool(each.any()) for each in found) for found in expected.values() if found)
     for size in (1, 7):
@@ -509,7 +511,7 @@ def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
 def work(rank: int, folder: Path) -> None:
     """One of four processes; two of them go on as two."""
     torch.set_num_threads(1)
-    packing.MOST_IMAGES_AT_A_TIME = AT_A_TIME
+    batching.MOST_IMAGES_AT_A_TIME = AT_A_TIME
     for processes in (4, 2):
         if rank >= processes:
             return
@@ -529,7 +531,7 @@ def work(rank: int, folder: Path) -> None:
 def test_tallies_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     side_by_side(work, 4, tmp_path)
     for precision in PRECISIONS:
         expected = everything("residual", precision, size=10)

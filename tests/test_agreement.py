@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from networks import Chain, random_images, randomise_norms
-from secateur.agreement import agreement_of, answers_of
 from secateur.data import Batch
 from secateur.errors import DataError
+from secateur.evaluation.divergence import agreement_of, answers_of
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.alignment import AlignmentTally, Overlap, binarise, overlap
-from secateur.regions import ABSENT, CELL, shares_at
+from secateur.data.concept_masks import ABSENT, CELL, shares_at
+from secateur.scoring.iou import AlignmentTally, Overlap, binarise, overlap
 
 SIDES = st.integers(1, 5)
 COUNTS = st.integers(1, 4)

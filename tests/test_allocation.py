@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocation import (
+from secateur.errors import TargetError
+from secateur.pruning.allocation import (
     Counts,
     Space,
     equal_shares,
@@ -15,7 +16,6 @@ from secateur.allocation import (
     least_damage,
     lowest_scores,
 )
-from secateur.errors import TargetError
 
 
 def additive(sizes: dict[str, int], prices: dict[str, float], limit: float) -> Space:

@@ -19,18 +19,18 @@ from torchvision.transforms import v2
 
 from networks import make_network
 from scenes import PREPROCESSING, context_of
-from secateur import concepts
-from secateur.concepts.annotations import Annotations
-from secateur.concepts.broden import read_broden
-from secateur.concepts.combined import Combined
-from secateur.concepts.cub import RADIUS_FRACTION, read_boxes, read_parts
-from secateur.concepts.masks import read_masks
 from secateur.data import TensorImages, batches, draw_probe
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks
 from secateur.data.cub import read_birds
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
-from secateur.regions import ABSENT, Concept, ConceptMasks
+from secateur.models.zoo import Preprocessing
+from secateur.scoring import concepts
+from secateur.scoring.concepts.annotations import Annotations
+from secateur.scoring.concepts.broden import read_broden
+from secateur.scoring.concepts.combined import Combined
+from secateur.scoring.concepts.cub import RADIUS_FRACTION, read_boxes, read_parts
+from secateur.scoring.concepts.masks import read_masks
 
 NATIVE = Preprocessing(16, 16)
 CROPPED = Preprocessing(12, 14)

@@ -24,8 +24,13 @@ from typer.main import get_command
 
 import secateur
 from runs import DigitsRun, small_config
-from secateur import cli, concepts, data, export, models, runs
-from secateur.inspection import filters_needed
+from secateur import data
+from secateur.cli import app
+from secateur.experiments import run as runs
+from secateur.experiments.inspect import filters_needed
+from secateur.integrations import onnx as export
+from secateur.models import zoo
+from secateur.scoring import concepts
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Call:
         self._monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         captured = self._capsys.readouterr()
@@ -368,7 +373,7 @@ def test_shells_complete_names(
 
 
 def test_every_command_can_print_json() -> None:
-    group = get_command(cli.app)
+    group = get_command(app.app)
     assert isinstance(group, TyperGroup)
     for name, command in group.commands.items():
         assert any("--json" in option.opts for option in command.params), name
@@ -485,7 +490,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     call: Call, images: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet20").state_dict(), weights)
+    save_file(zoo.load("resnet20").state_dict(), weights)
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
     words = "tell 10 classes apart, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
@@ -512,7 +517,7 @@ def test_missing_weights_file(call: Call, tmp_path: Path) -> None:
 
 def test_weights_of_another_architecture(call: Call, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet32").state_dict(), weights)
+    save_file(zoo.load("resnet32").state_dict(), weights)
     common = ["-m", "resnet20", "-d", "digits", "-w", weights]
     fails(call, tmp_path / "run", 1, "unexpected: layer1.3.", *common)
 
@@ -576,10 +581,10 @@ def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet20").state_dict(), weights)
+    save_file(zoo.load("resnet20").state_dict(), weights)
     out = tmp_path / "runs" / "run"
     arguments = ["prune", "-m", "resnet20", "-w", str(weights), "-d", "digits", "-o", str(out)]
-    code = "from secateur.cli import main; main()"
+    code = "from secateur.cli.app import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--epochs", "50"])
     deadline = time.monotonic() + 60
     while not out.parent.is_dir() and time.monotonic() < deadline:
@@ -606,7 +611,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
 
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     assert call(*arguments(alone)).code == 0
-    code = "from secateur.cli import main; main()"
+    code = "from secateur.cli.app import main; main()"
     command = [sys.executable, "-c", code, *arguments(stopped)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on how many there are
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)

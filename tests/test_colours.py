@@ -9,10 +9,10 @@ from torch import Tensor
 
 from networks import CLASSES, make_network
 from scenes import context_of
-from secateur.concepts import Scene
-from secateur.concepts.colours import LARGEST_GRID, PROTOTYPES, STEPS, Colours, lab
-from secateur.models import Preprocessing
-from secateur.regions import ABSENT
+from secateur.data.concept_masks import ABSENT
+from secateur.models.zoo import Preprocessing
+from secateur.scoring.concepts import Scene
+from secateur.scoring.concepts.colours import LARGEST_GRID, PROTOTYPES, STEPS, Colours, lab
 
 NAMES = list(PROTOTYPES)
 PREPROCESSING = Preprocessing(8, 8, (0.3, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.comparison import Comparison, cells_of, units_of, way_of
 from secateur.config import RunConfig, from_dict
 from secateur.errors import UsageError, WeightsError
-from secateur.result import comparable
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_comparison
+from secateur.experiments.compare.spec import Comparison, cells_of, units_of, way_of
+from secateur.pipeline.result import comparable
 
 FILE = """
 criteria = ["vote", "l1"]

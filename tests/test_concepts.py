@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from networks import CLASSES, Chain, Flattened, make_network, random_images
 from scenes import CLASS_NAMES, PREPROCESSING, context_of, part_of, scene_of
-from secateur.concepts import ConceptSource, Scene, make, parse, readers, sources
-from secateur.concepts.annotations import Annotations
-from secateur.concepts.combined import Combined
-from secateur.concepts.evidence import Evidence
 from secateur.data.annotated import NO_CLASS
+from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, TraceError, UnknownName, UsageError
-from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
+from secateur.scoring.concepts import ConceptSource, Scene, make, parse, readers, sources
+from secateur.scoring.concepts.annotations import Annotations
+from secateur.scoring.concepts.combined import Combined
+from secateur.scoring.concepts.evidence import Evidence
 
 NETWORKS = ["chain", "residual", "concat", "flattened", "gated", "in_place"]
 

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from networks import Chain, make_network, random_images
-from secateur.concepts import Scene
 from secateur.config import ScoreSection
-from secateur.criteria import (
+from secateur.data import Batch
+from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks, at_resolution
+from secateur.errors import DataError, UnknownName, UsageError
+from secateur.graph.build import make_wiring
+from secateur.graph.dependency import Wiring
+from secateur.graph.patches import Window
+from secateur.scoring.concepts import Scene
+from secateur.scoring.criteria import (
     CRITERIA,
     Criterion,
     Kernels,
@@ -27,9 +33,9 @@ from secateur.criteria import (
     dependence,
     make,
 )
-from secateur.criteria.dependence import ChannelIndependence, nuclear_norm_losses
-from secateur.criteria.kernels import OfKernels, l2
-from secateur.criteria.reconstruction import (
+from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
+from secateur.scoring.criteria.kernels import OfKernels, l2
+from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
     WEIGHT_UNITS,
@@ -38,16 +44,10 @@ from secateur.criteria.reconstruction import (
     eliminate,
     error_curve,
 )
-from secateur.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
-from secateur.criteria.votes import Rule, shares, winners
-from secateur.data import Batch
-from secateur.errors import DataError, UnknownName, UsageError
-from secateur.patches import Window
-from secateur.reading import make_wiring
-from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
-from secateur.scoring import score_filters
-from secateur.thresholds import Usual, UsualTally
-from secateur.wiring import Wiring
+from secateur.scoring.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
+from secateur.scoring.criteria.votes import Rule, shares, winners
+from secateur.scoring.scores import score_filters
+from secateur.scoring.thresholds import Usual, UsualTally
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from networks import wired
-from secateur import criteria
 from secateur.config import ScoreSection
-from secateur.criteria.reconstruction import Reconstruction
-from secateur.damage import (
+from secateur.data import Batch
+from secateur.graph.dependency import Wiring
+from secateur.graph.trace import tensors_of
+from secateur.pruning.ranking import Ranking, rank
+from secateur.pruning.sensitivity import (
     TEMPERATURE,
     StandIn,
     _Edit,
@@ -22,11 +24,9 @@ from secateur.damage import (
     measure_slopes,
     stand_in,
 )
-from secateur.data import Batch
-from secateur.graph import tensors_of
-from secateur.ranking import Ranking, rank
-from secateur.scoring import score_filters
-from secateur.wiring import Wiring
+from secateur.scoring import criteria
+from secateur.scoring.criteria.reconstruction import Reconstruction
+from secateur.scoring.scores import score_filters
 
 SETTINGS = ScoreSection()
 IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))

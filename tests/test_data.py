@@ -19,12 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur import data, models
+from secateur import data
 from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.models import Preprocessing
+from secateur.models import zoo
+from secateur.models.zoo import Preprocessing
 
 SMALL = Preprocessing(8, 8)
 Pixels = npt.NDArray[np.uint8]
@@ -334,7 +335,7 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
 def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
     pixels = random_pixels(1, 300, 280)
-    prepare = models.preprocessing(f"torchvision:{name}")
+    prepare = zoo.preprocessing(f"torchvision:{name}")
     images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
     found = prepare.normalise(images.read(torch.tensor([0]), prepare))
     published = next(iter(torchvision.models.get_model_weights(name))).transforms()

@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, segmentation
 
 from networks import random_images, random_plan, randomise_norms
-from secateur.detectors import forward_of
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error, silence
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.torchvision_detectors import forward_of
 
 OUTPUT = "written to the network's output"
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from networks import make_network, random_images
-from secateur import distributed
-from secateur.activations import kernels_of
-from secateur.criteria import Kernels, Regions, Sight
-from secateur.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
-from secateur.graph import tensors_of
-from secateur.reading import make_wiring
-from secateur.regions import ConceptMasks, at_resolution
-from secateur.thresholds import Usual
+from secateur.data.concept_masks import ConceptMasks, at_resolution
+from secateur.graph.build import make_wiring
+from secateur.graph.trace import tensors_of
+from secateur.runtime import distributed
+from secateur.scoring.criteria import Kernels, Regions, Sight
+from secateur.scoring.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
+from secateur.scoring.feature_pass import kernels_of
+from secateur.scoring.thresholds import Usual
 
 
 def kernels(filters: int) -> Kernels:

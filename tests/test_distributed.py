@@ -19,20 +19,21 @@ from torch import Tensor
 from networks import Chain
 from processes import in_group
 from runs import small_config
-from secateur import distributed, runs
 from secateur.config import RunConfig
 from secateur.data import TensorImages, batches
 from secateur.errors import DataError
-from secateur.evaluate import evaluate
-from secateur.models import Preprocessing
-from secateur.result import read_result
+from secateur.evaluation.evaluate import evaluate
+from secateur.experiments.run import run
+from secateur.models.zoo import Preprocessing
+from secateur.pipeline.result import read_result
+from secateur.runtime import distributed
 
 SMALL = Preprocessing(8, 8)
 
 
 def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
     torch.manual_seed(distributed.share()[0])  # processes must not depend on what they draw
-    result = runs.run(RunConfig.model_validate(config), folder)
+    result = run(RunConfig.model_validate(config), folder)
     return torch.tensor([stage.score.loss for stage in result.stages], dtype=torch.float64)
 
 
@@ -153,7 +154,7 @@ def test_a_process_that_is_done_before_the_first_one_is_not_taken_for_failed() -
 @pytest.mark.slow
 def test_the_command_line_runs_under_torchrun(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    runs.run(config, tmp_path / "alone")
+    run(config, tmp_path / "alone")
     (tmp_path / "run.toml").write_text((tmp_path / "alone" / "config.toml").read_text())
     out = tmp_path / "together"
     done = torchrun("prune", "--config", tmp_path / "run.toml", "-o", out)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from networks import make_network, random_images
 from secateur.data import Batch
 from secateur.errors import DataError, UsageError
-from secateur.evaluate import LATENCY_BATCH, check_labels, count_macs, evaluate, latency_ms
+from secateur.evaluation.evaluate import (
+    LATENCY_BATCH,
+    check_labels,
+    count_macs,
+    evaluate,
+    latency_ms,
+)
 
 
 class Table(nn.Module):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
 from scenes import context_of, part_of, scene_of
-from secateur import distributed
-from secateur.concepts import Scene
-from secateur.concepts import factors as module
-from secateur.concepts.factors import Factors, strongest
+from secateur.data.concept_masks import ABSENT
 from secateur.errors import DataError, UsageError
-from secateur.regions import ABSENT
+from secateur.runtime import distributed
+from secateur.scoring.concepts import Scene
+from secateur.scoring.concepts import factors as module
+from secateur.scoring.concepts.factors import Factors, strongest
 
 pytest.importorskip("sklearn")
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from secateur import models
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
 from secateur.errors import UsageError
-from secateur.features import difference, observed, residual_sums
-from secateur.models import Preprocessing
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan
-from secateur.training import train
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan
+from secateur.models import zoo
+from secateur.models.zoo import Preprocessing
+from secateur.pruning.plan import PruningPlan, Target
+from secateur.training.feature_distillation import difference, observed, residual_sums
+from secateur.training.trainer import train
 
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
 EXAMPLE = torch.zeros(2, 3, 32, 32)
@@ -25,7 +25,7 @@ EXAMPLE = torch.zeros(2, 3, 32, 32)
 
 @pytest.fixture
 def network() -> nn.Module:
-    return models.load("resnet20", num_classes=10).eval()
+    return zoo.load("resnet20", num_classes=10).eval()
 
 
 def test_every_block_of_a_residual_network_has_one(network: nn.Module) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
 from secateur.errors import TraceError
-from secateur.graph import Walk, evaluating, operation_name, run, tensors_of, trace
-from secateur.surgery import relative_error
+from secateur.graph.cut import relative_error
+from secateur.graph.trace import Walk, evaluating, operation_name, run, tensors_of, trace
 
 
 class Forward(nn.Module):

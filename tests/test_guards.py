@@ -16,16 +16,21 @@ from torch import nn
 
 from fault_case import Case
 from networks import Chain, random_images
-from secateur import apply_plan, bundle, make_wiring, models, pipeline, repair, runs
+from secateur import apply_plan, make_wiring
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
-from secateur.evaluate import Score
-from secateur.fingerprints import architecture_hash, weights_hash
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.result import RESULT, has_collapsed, read_result
-from secateur.training import Epoch
-from secateur.wiring import Wiring
+from secateur.evaluation.evaluate import Score
+from secateur.experiments import run as runs
+from secateur.experiments import run_folder
+from secateur.graph.dependency import Wiring
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.result import RESULT, has_collapsed, read_result
+from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.refit import refit_and_check
+from secateur.runtime.hashing import architecture_hash, weights_hash
+from secateur.training.trainer import Epoch
 
 
 @pytest.fixture
@@ -62,14 +67,14 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
     settings = RefitSection(norms=False)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
     with monkeypatch.context() as patch:
-        patch.setattr(repair, "refit", spoil)
-        found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+        patch.setattr(refit_and_check, "refit", spoil)
+        found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert found.check.divergence_refit > found.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert found.check.is_kept
     assert found.check.divergence_refit < found.check.divergence_cut
@@ -84,10 +89,10 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
             next(smaller.parameters()).fill_(float("nan"))
         return ()
 
-    monkeypatch.setattr(repair, "refit", spoil)
+    monkeypatch.setattr(refit_and_check, "refit", spoil)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
     settings = RefitSection(norms=False)
-    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
@@ -223,7 +228,7 @@ def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:
 def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case) -> None:
     torch.manual_seed(3)
     weights = case.folder / "base.safetensors"
-    save_file(models.load(case.model_name, num_classes=3).state_dict(), weights)
+    save_file(zoo.load(case.model_name, num_classes=3).state_dict(), weights)
     config = case.config(epochs=0)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"weights": str(weights)})}
@@ -235,7 +240,7 @@ def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case
         runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
     with pytest.raises(RunFolderError, match="made from other weights"):
         runs.report(run, model_name=case.model_name, images=8)
-    bundle.load(run, architecture=models.load(case.model_name, num_classes=3))  # any will do
+    run_folder.load(run, architecture=zoo.load(case.model_name, num_classes=3))  # any will do
 
 
 def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:

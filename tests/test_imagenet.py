@@ -11,11 +11,12 @@ import torch
 import torchvision
 
 from layouts import prune_briefly, random_pixels, write_classes, write_image
-from secateur import data, models
+from secateur import data
 from secateur.data import FileImages
 from secateur.data.imagenet import class_names
 from secateur.errors import DataError
-from secateur.models import Preprocessing
+from secateur.models import zoo
+from secateur.models.zoo import Preprocessing
 
 WNIDS = list(class_names())
 SOME = ["n01440764", "n02102040", "n03888257"]
@@ -203,7 +204,7 @@ def test_the_staged_part_of_imagenette(shared_data: Path, tmp_path: Path) -> Non
         assert isinstance(part, FileImages)
         for path, label in zip(part.paths, part.labels.tolist(), strict=True):
             assert listed[path.name] == (label, dataset.class_names[label])
-    preprocessing = models.preprocessing("torchvision:resnet18")
+    preprocessing = zoo.preprocessing("torchvision:resnet18")
     assert dataset.test.read(torch.tensor([0, 499]), preprocessing).shape == (2, 3, 224, 224)
 
 

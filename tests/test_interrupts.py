@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from processes import context
-from secateur.interrupts import INTERRUPTED, held, insisting
+from secateur.runtime.signals import INTERRUPTED, held, insisting
 
 
 def swallowed_once() -> None:

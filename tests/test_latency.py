@@ -10,7 +10,8 @@ import torch
 
 from networks import wired
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.latency import (
+from secateur.graph.dependency import Removed, Wiring
+from secateur.pruning.cost.latency_model import (
     Hardware,
     Interpolation,
     LatencyTable,
@@ -19,8 +20,7 @@ from secateur.latency import (
     other_values,
     widths_of,
 )
-from secateur.plan import Target, make_plan
-from secateur.wiring import Removed, Wiring
+from secateur.pruning.plan import Target, make_plan
 
 HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from runs import small_config
-from secateur import law, pipeline, runs
 from secateur.errors import CutError, NotFiniteError
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error
-from secateur.wiring import Wiring
+from secateur.experiments.run import run
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error
+from secateur.graph.dependency import Wiring
+from secateur.pipeline.prune import load_inputs
+from secateur.pruning import equivalence as law
+from secateur.pruning.plan import PruningPlan, Target
 
 
 def plan_of(wiring: Wiring) -> PruningPlan:
@@ -137,7 +139,7 @@ def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
 
 def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    _, model = pipeline.load_inputs(config)
+    _, model = load_inputs(config)
     state: Mapping[str, Tensor] = model.state_dict()
     save_file(
         {**state, "conv1.weight": state["conv1.weight"] * torch.nan}, tmp_path / "nan.safetensors"
@@ -148,5 +150,5 @@ def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:
         }
     )
     with pytest.raises(NotFiniteError, match=r"conv1\.weight"):
-        runs.run(broken, tmp_path / "run")
+        run(broken, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import dissection as bench
 from literal_dissection import ABSENT, ExactThresholds, LiteralTally
-from secateur.criteria import Kernels, Regions, Sight
-from secateur.dissection import Dissection
-from secateur.regions import ConceptMasks
-from secateur.thresholds import Usual, UsualTally
+from secateur.data.concept_masks import ConceptMasks
+from secateur.scoring.criteria import Kernels, Regions, Sight
+from secateur.scoring.dissection import Dissection
+from secateur.scoring.thresholds import Usual, UsualTally
 from tables import with_table
 
 SEEDS = st.integers(0, 2**31)

@@ -16,12 +16,13 @@ import pytest
 from fault_case import FailingDisk
 from processes import started
 from runs import DigitsRun, small_config
-from secateur import runs, sweep
-from secateur.base import BaseConfig, train_base
-from secateur.comparison import Comparison
 from secateur.config import from_dict
 from secateur.errors import RunFolderError
-from secateur.locks import locked
+from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.spec import Comparison
+from secateur.experiments.run import finetune, run
+from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.runtime.file_lock import locked
 
 
 def hold(folder: Path, noted: Path) -> None:
@@ -42,7 +43,7 @@ def holder(tmp_path: Path) -> Iterator[BaseProcess]:
 
 
 def prune(folder: Path, model_file: Path) -> None:
-    runs.run(small_config(model_file), folder)
+    run(small_config(model_file), folder)
 
 
 def train(folder: Path, model_file: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_second_is_refused(
 def test_fine_tuning_holds_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
     for held in (digits_run.folder, tmp_path / "tuned"):
         with locked(held), pytest.raises(RunFolderError, match="another run is at work"):
-            runs.finetune(digits_run.folder, tmp_path / "tuned", {"epochs": 1})
+            finetune(digits_run.folder, tmp_path / "tuned", {"epochs": 1})
     assert list(tmp_path.iterdir()) == []
 
 

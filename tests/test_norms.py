@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
-from secateur.agreement import agreement_of, answers_of, has_fallen
 from secateur.data import Batch
-from secateur.norms import SHARES, _norms, _reestimated, reestimate_norms
+from secateur.evaluation.divergence import agreement_of, answers_of, has_fallen
+from secateur.pruning.refit.batchnorm import SHARES, _norms, _reestimated, reestimate_norms
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:

@@ -14,18 +14,22 @@ import torch
 from torch import nn
 
 from runs import DigitsRun, outputs, small_config
-from secateur import bundle, data, models, pipeline, runs
+from secateur import data
 from secateur.config import DataSection, ModelSection, RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
-from secateur.evaluate import Score
-from secateur.latency import LatencyTable
-from secateur.pipeline import Pruned
-from secateur.result import RunResult
+from secateur.evaluation.evaluate import Score
+from secateur.experiments import run_folder
+from secateur.experiments.run import run
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.prune import Pruned
+from secateur.pipeline.result import RunResult
+from secateur.pruning.cost.latency_model import LatencyTable
 
 
 def prune_small(config: RunConfig, dataset: DataSet) -> Pruned:
-    model = models.load(config.model.name, num_classes=10)
+    model = zoo.load(config.model.name, num_classes=10)
     return pipeline.prune(model, dataset, config)
 
 
@@ -99,7 +103,7 @@ def test_a_cut_network_is_timed_beside_the_first_one(
 ) -> None:
     plan = {"target": "macs=0.5", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune={"epochs": 1})
-    model, left = models.load(config.model.name, num_classes=10), iter((0.5, 0.25))
+    model, left = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
 
     def time_left(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
         assert whole is model
@@ -122,7 +126,7 @@ def test_another_seed_draws_other_probe_images(model_file: Path) -> None:
 
 def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
     config = small_config(model_file, finetune={"epochs": 1})
-    model = models.load(config.model.name, num_classes=10).train()
+    model = zoo.load(config.model.name, num_classes=10).train()
     before = copy.deepcopy(model.state_dict())
     pipeline.prune(model, data.load("digits"), config)
     assert model.training
@@ -175,10 +179,12 @@ def test_targets_are_met(model_file: Path, target: str) -> None:
 def test_a_run_with_a_target_of_latency_keeps_the_times(model_file: Path, tmp_path: Path) -> None:
     # All of it: how much faster the small network gets is not for a test to rely on.
     config = small_config(model_file, plan={"target": "latency=1"})
-    runs.run(config, tmp_path / "run")
-    table = LatencyTable.from_json((tmp_path / "run" / bundle.LATENCY).read_text())
+    run(config, tmp_path / "run")
+    table = LatencyTable.from_json((tmp_path / "run" / run_folder.LATENCY).read_text())
     assert [layer.layer for layer in table.layers] == ["stem.0", "conv1", "conv2", "conv3", "head"]
-    log = [json.loads(line) for line in (tmp_path / "run" / bundle.LOG).read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / run_folder.LOG).read_text().splitlines()
+    ]
     (event,) = (entry for entry in log if entry["event"] == "latency")
     assert event["hardware"] == table.hardware.model_dump()
 
@@ -274,14 +280,14 @@ def test_a_run_that_fails_leaves_nothing(
     parent = tmp_path / "runs"
     parent.mkdir()
     with pytest.raises(error, match=message):
-        runs.run(small_config(model_file, **section), parent / "a")
+        run(small_config(model_file, **section), parent / "a")
     assert list(parent.iterdir()) == []
 
 
 def test_log_says_why_a_run_has_no_program(model_file: Path, tmp_path: Path) -> None:
     text = model_file.read_text().replace("x = self.stem(x).relu()", "x = self.stem(x).erfc()")
     model_file.write_text(text)
-    runs.run(small_config(model_file), tmp_path / "run")
+    run(small_config(model_file), tmp_path / "run")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     (reason,) = [event["reason"] for event in events if event["event"] == "no_program"]
@@ -294,7 +300,7 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     plan = {"target": "macs=0.4", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune=training)
     folder = tmp_path / "run"
-    result = runs.run(config, folder)
+    result = run(config, folder)
     stages = [(stage.stage, stage.round) for stage in result.stages]
     assert stages == [
         *(("before", 1), ("cut", 1), ("refit", 1), ("tuned", 1)),
@@ -303,12 +309,12 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     macs = [stage.score.macs / result.stages[0].score.macs for stage in result.stages]
     assert 0.5 < macs[1] <= 0.4**0.5
     assert 0.3 < macs[-1] <= 0.4
-    model = models.load(config.model.name, num_classes=10)
-    assert result.plan_hash == bundle.read_plan(folder).hash
-    network = bundle.load(folder, architecture=model)
-    assert torch.equal(outputs(network), outputs(bundle.load_program(folder)))
+    model = zoo.load(config.model.name, num_classes=10)
+    assert result.plan_hash == run_folder.read_plan(folder).hash
+    network = run_folder.load(folder, architecture=model)
+    assert torch.equal(outputs(network), outputs(run_folder.load_program(folder)))
     pruned = pipeline.prune(model, data.load("digits"), config)
-    assert pruned.plan == bundle.read_plan(folder)
+    assert pruned.plan == run_folder.read_plan(folder)
     assert torch.equal(outputs(network), outputs(pruned.model))
     for group in result.groups:
         assert len(group.scores) == group.filters
@@ -322,7 +328,7 @@ def test_rounds_go_on_where_they_were_interrupted(
     plan = {"target": "macs=0.4", "rounds": 3}
     config = small_config(model_file, plan=plan, finetune=training)
     alone, parts = tmp_path / "alone", tmp_path / "parts"
-    runs.run(config, alone)
+    run(config, alone)
     interrupted = 0
     for name in ("cut", "tune", "cut"):
         step, calls = getattr(pipeline, name), 0
@@ -336,10 +342,10 @@ def test_rounds_go_on_where_they_were_interrupted(
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(pipeline, name, once)
-            runs.run(config, parts, resume=True)
+            run(config, parts, resume=True)
             interrupted -= 1
         interrupted += 1
     assert interrupted > 0
-    runs.run(config, parts, resume=True)
+    run(config, parts, resume=True)
     for name in ("plan.json", "model.safetensors"):
         assert (parts / name).read_bytes() == (alone / name).read_bytes()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from networks import wired
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.plan import PruningPlan, Target, make_plan, parse_target
-from secateur.quantities import Quantity
-from secateur.wiring import Wiring
+from secateur.graph.dependency import Wiring
+from secateur.pruning.cost.macs_and_parameters import Quantity
+from secateur.pruning.plan import PruningPlan, Target, make_plan, parse_target
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
@@ -154,7 +154,7 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
 
 def without_groups() -> Wiring:
     from networks import CLASSES, random_images
-    from secateur.reading import make_wiring
+    from secateur.graph.build import make_wiring
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
     return make_wiring(model, random_images(2))

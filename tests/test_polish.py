@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from networks import Chain, randomise_norms
-from secateur.agreement import agreement_of, answers_of
 from secateur.config import PolishSection
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, set_apart
-from secateur.models import Preprocessing
-from secateur.polish import Polish, polish
+from secateur.evaluation.divergence import agreement_of, answers_of
+from secateur.models.zoo import Preprocessing
+from secateur.training.distill import Polish, polish
 
 PREPARE = Preprocessing(8, 8)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, random_images, random_plan, wired
 from secateur.errors import UsageError
-from secateur.graph import NetworkGraph, apply, tensors_of, trace
-from secateur.quantities import measure_of
-from secateur.reading import make_wiring
-from secateur.surgery import cut
-from secateur.volumes import Volumes
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import cut
+from secateur.graph.dependency import Wiring
+from secateur.graph.trace import NetworkGraph, apply, tensors_of, trace
+from secateur.pruning.cost.macs_and_parameters import measure_of
+from secateur.pruning.cost.tensor_sizes import Volumes
 
 
 def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from networks import assert_law, counted_macs, random_images, several
 from random_networks import BLOCKS, Spec, build, random_plan
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import relative_error, silence
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import relative_error, silence
+from secateur.pruning.plan import PruningPlan, Target
 
 SPECS = st.tuples(
     st.lists(

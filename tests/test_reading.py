@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from networks import Chain, assert_law, make_network, random_images, random_plan
 from secateur.errors import RunFolderError, UnknownName
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.reading import make_wiring
-from secateur.surgery import check_plan
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import check_plan
+from secateur.graph.dependency import Wiring
+from secateur.pruning.plan import PruningPlan, Target, make_plan
 
 
 def any_plan(wiring: Wiring) -> PruningPlan:

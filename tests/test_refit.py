@@ -21,20 +21,21 @@ from networks import (
     randomise_norms,
 )
 from processes import side_by_side
-from secateur import packing, patch_form
-from secateur import refit as refit_module
 from secateur.config import RefitForm, RefitSection
-from secateur.consumers import Remains, consumer_of
 from secateur.data import Batch
 from secateur.errors import DataError
-from secateur.graph import Walk, tensors_of
-from secateur.patches import in_patch_order, window_of
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.refit import LayerRefit, refit
-from secateur.surgery import apply_plan, relative_error
-from secateur.targets import Answer, target_of
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error
+from secateur.graph.dependency import Wiring
+from secateur.graph.patches import in_patch_order, window_of
+from secateur.graph.trace import Walk, tensors_of
+from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.refit import layerwise as refit_module
+from secateur.pruning.refit import patch_regression
+from secateur.pruning.refit.layers import Remains, consumer_of
+from secateur.pruning.refit.layerwise import LayerRefit, refit
+from secateur.pruning.refit.regression_targets import Answer, target_of
+from secateur.scoring import batching
 
 ALL_POSITIONS = RefitSection(positions=10_000)
 ALL_ERRORS = RefitSection(positions=10_000, rectified=False)
@@ -339,7 +340,7 @@ def rows_of(model: nn.Module, kept: list[int], batches: list[Batch]) -> tuple[Te
 
 
 def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_form, "RIDGES", (1e-12,))
+    monkeypatch.setattr(patch_regression, "RIDGES", (1e-12,))
     model, kept = chain(), [0, 2, 3, 5]
     smaller, results = cut_and_refit(model, plan_of(conv1=(1, 4)), settings=ALL_ERRORS)
     assert results[0].ridge == 1e-12
@@ -443,7 +444,7 @@ def test_a_copy_is_repaired_whatever_the_geometry(geometry: str) -> None:
 
 def test_many_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
-    monkeypatch.setattr(patch_form, "MAX_ROW_VALUES", 1)
+    monkeypatch.setattr(patch_regression, "MAX_ROW_VALUES", 1)
     parts, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
     for name, tensor in parts.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -850,7 +851,7 @@ def assert_almost_equal(one: nn.Module, other: nn.Module) -> None:
 def test_the_size_of_batches_makes_no_difference(
     name: str, form: RefitForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     model = make_network(name)
     plan, settings = half_of(wiring_of(model)), RefitSection(positions=5, form=form)
     images = random_images(75, seed=3)
@@ -871,7 +872,7 @@ def share_of(images: Tensor, rank: int, size: int) -> list[Batch]:
 def work(rank: int, folder: Path) -> None:
     """One of two processes, each with every other image."""
     torch.set_num_threads(1)
-    packing.MOST_IMAGES_AT_A_TIME = 16
+    batching.MOST_IMAGES_AT_A_TIME = 16
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
     )
@@ -888,7 +889,7 @@ def work(rank: int, folder: Path) -> None:
 def test_the_number_of_processes_makes_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     side_by_side(work, 2, tmp_path)
     model = make_network("residual")
     for form in FORMS:
@@ -935,7 +936,7 @@ class Wide(nn.Module):
 def test_activations_beyond_the_bound_come_back_from_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     monkeypatch.setattr(refit_module, "patch_bytes", lambda *_: 0)
     saved: list[Path] = []
     save = torch.save

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.regions import (
+from secateur.data.concept_masks import (
     ABSENT,
     CELL,
     ConceptMasks,

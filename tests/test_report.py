@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from runs import DigitsRun
-from secateur import runs
-from secateur.agreement import Agreement
 from secateur.errors import DataError, RunFolderError, WriteError
-from secateur.norms import NormChange
-from secateur.polish import Polish, PolishEpoch
-from secateur.report import count_text, score_rows, write_report
-from secateur.report.comparison import ROWS
-from secateur.report.run_charts import tradeoff
-from secateur.rows import Row, to_lines
-from secateur.search import Trial
-from secateur.training import Epoch
+from secateur.evaluation.divergence import Agreement
+from secateur.experiments.compare.results import Row, to_lines
+from secateur.experiments.report import count_text, score_rows, write_report
+from secateur.experiments.report.comparison import ROWS
+from secateur.experiments.report.run_charts import tradeoff
+from secateur.experiments.run import report
+from secateur.pruning.refit.batchnorm import NormChange
+from secateur.pruning.size_search import Trial
+from secateur.training.distill import Polish, PolishEpoch
+from secateur.training.trainer import Epoch
 
 
 class Page(HTMLParser):
@@ -107,15 +107,15 @@ def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(digits_run.folder, folder)
     before = (folder / "report.html").read_text()
-    assert runs.report(folder) == (folder / "report.html",)
+    assert report(folder) == (folder / "report.html",)
     assert (folder / "report.html").read_text() == before  # the same to the last letter
-    runs.report(folder, images=20)
+    report(folder, images=20)
     assert "of 20 probe images" in (folder / "report.html").read_text()
-    runs.report(folder, images=0, source="folder:nowhere")  # no data is read
+    report(folder, images=0, source="folder:nowhere")  # no data is read
     page = Page((folder / "report.html").read_text())
     assert "probe images; the" not in " ".join(page.texts)
     with pytest.raises(DataError, match="no folder nowhere"):
-        runs.report(folder, source="folder:nowhere")
+        report(folder, source="folder:nowhere")
     assert Page((folder / "report.html").read_text()).texts == page.texts
 
 
@@ -140,9 +140,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
     comparison = tmp_path / "comparison"
     comparison.mkdir()
     (comparison / ROWS).write_text(to_lines([row]))
-    written = runs.report(
-        digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts"
-    )
+    written = report(digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts")
     assert [path.name for path in written] == [
         f"resnet20-{name}.png" for name in ("tradeoff", "filters", "votes", "concepts")
     ]
@@ -152,9 +150,9 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
             assert min(picture.size) > 300
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file can't be written"):
-        runs.report(digits_run.folder, images=0, pictures=tmp_path / "file")
+        report(digits_run.folder, images=0, pictures=tmp_path / "file")
     with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
-        runs.report(digits_run.folder, images=0, beside=tmp_path)
+        report(digits_run.folder, images=0, beside=tmp_path)
 
 
 def test_a_trade_off_shows_a_comparison_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:

@@ -13,8 +13,9 @@ import comparisons
 import results
 import tuned
 from layouts import write_classes
-from secateur import pipeline, sweep
-from secateur.comparison import Comparison, cells_of
+from secateur.experiments.compare.runner import CELLS
+from secateur.experiments.compare.spec import Comparison, cells_of
+from secateur.pipeline.prune import load_inputs, prune
 
 
 def test_the_page_is_that_of_the_result_files() -> None:
@@ -50,7 +51,7 @@ def test_rows_that_are_there_are_not_measured_again(
     more = comparison.model_copy(update={"criteria": ("l1", "random")})
     comparisons.measure(more, file, 1)
     assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
-    assert len(list((tmp_path / "runs" / "rows" / sweep.CELLS).iterdir())) == 1
+    assert len(list((tmp_path / "runs" / "rows" / CELLS).iterdir())) == 1
     # A row that did not come to the file before an interruption comes to it now.
     whole = file.read_text()
     file.write_text(whole.splitlines(keepends=True)[0])
@@ -68,8 +69,8 @@ def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
     monkeypatch.setattr(tuned, "WORK", tmp_path / "work")
     (cell,) = cells_of(comparison)
     peer = tuned.measure_peer(cell)
-    dataset, model = pipeline.load_inputs(cell.config)
-    own = pipeline.prune(model, dataset, cell.config).result
+    dataset, model = load_inputs(cell.config)
+    own = prune(model, dataset, cell.config).result
     assert peer.criterion == tuned.PEER_NAME
     assert peer.before_top1_fraction == own.stages[0].score.top1_fraction
     assert peer.images == own.stages[0].score.images

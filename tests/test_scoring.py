@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur import concepts, criteria
 from secateur.config import ScoreSection
-from secateur.criteria import Kernels, Need, Sight
 from secateur.data import Batch
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.scoring import FilterScores, score_filters
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.dependency import Wiring
+from secateur.graph.trace import tensors_of
+from secateur.models.zoo import Preprocessing
+from secateur.scoring import concepts, criteria
+from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.scores import FilterScores, score_filters
 
 IMAGES = random_images(10)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1, 3, 3])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from secateur.search import TRIALS, Trial, bisect, smallest_kept
+from secateur.pruning.size_search import TRIALS, Trial, bisect, smallest_kept
 
 
 def test_the_smallest_network_that_keeps_to_the_limit_is_found() -> None:

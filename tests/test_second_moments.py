@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from secateur.errors import DataError
-from secateur.second_moments import LEVELS, SecondMoments, in_units, unit_of
-from secateur.thresholds import Usual
+from secateur.scoring.covariance import LEVELS, SecondMoments, in_units, unit_of
+from secateur.scoring.thresholds import Usual
 
 
 def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:

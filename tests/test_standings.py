@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import DigitsRun
-from secateur.comparison import Comparison
 from secateur.config import from_dict
 from secateur.errors import RunFolderError
-from secateur.report.charts import charts
-from secateur.report.comparison import CHARTS, PAGE, tables, write_comparison
-from secateur.result import RunResult
-from secateur.rows import Row, read_rows, row_of, to_lines
-from secateur.standings import Difference, paired, standings
-from secateur.sweep import CellResult
+from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
+from secateur.experiments.compare.runner import CellResult
+from secateur.experiments.compare.spec import Comparison
+from secateur.experiments.compare.statistics import Difference, paired, standings
+from secateur.experiments.report.charts import charts
+from secateur.experiments.report.comparison import CHARTS, PAGE, tables, write_comparison
+from secateur.pipeline.result import RunResult
 
 HOSTILE = "<img src=x onerror=alert(1)>|"
 

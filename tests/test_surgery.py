@@ -21,11 +21,11 @@ from networks import (
     wired,
 )
 from secateur.errors import RunFolderError
-from secateur.models import load
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, check_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, check_plan, relative_error, silence
+from secateur.graph.dependency import Wiring
+from secateur.models.zoo import load
+from secateur.pruning.plan import PruningPlan, Target
 
 TARGET = Target("macs", 0.5)
 

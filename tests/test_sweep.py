@@ -23,12 +23,26 @@ import tomli_w
 from fault_case import FailingDisk
 from layouts import write_classes
 from processes import started
-from secateur import cli, pipeline, sweep
-from secateur.comparison import Comparison, cells_of
+from secateur.cli import app
 from secateur.config import from_dict
-from secateur.criteria import CRITERIA
 from secateur.errors import RunFolderError, UnknownName, WriteError
-from secateur.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
+from secateur.experiments.compare.runner import (
+    CELLS,
+    CHECKPOINTS,
+    COMPARISON,
+    _bury,
+    _prepare,
+    _Process,
+    compare,
+    read_cell,
+    read_comparison,
+    work,
+    write_cell,
+)
+from secateur.experiments.compare.spec import Comparison, cells_of
+from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
+from secateur.pipeline import prune as pipeline
+from secateur.scoring.criteria import CRITERIA
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -56,7 +70,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def swept(comparison: Comparison, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    cells = sweep.compare(comparison, folder, **options)
+    cells = compare(comparison, folder, **options)
     write_comparison(folder, comparison, cells)
     return rows_of(folder)
 
@@ -68,7 +82,7 @@ def first_table(folder: Path) -> str:
 def call_compare(file: Path, folder: Path) -> None:
     sys.argv = ["secateur", "compare", str(file), "-o", str(folder), "--json"]
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        cli.main()
+        app.main()
 
 
 def wait_for(folder: Path, count: int, process: BaseProcess) -> None:
@@ -88,7 +102,7 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
 ) -> None:
     file, killed = tmp_path / "comparison.toml", tmp_path / "killed"
     file.write_text(tomli_w.dumps(content))
-    expected = swept(sweep.read_comparison(file), tmp_path / "whole", jobs=2)
+    expected = swept(read_comparison(file), tmp_path / "whole", jobs=2)
     assert len(expected) == 12
     assert all(row["outcome"] == "done" for row in expected)
     assert {row["macs_left"] < 1 for row in expected} == {True}
@@ -112,7 +126,7 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     assert first_table(killed) == first_table(tmp_path / "whole")
     for path, written in after.items():
         assert path.stat().st_mtime_ns == written, "a cell was done again"
-    assert not (killed / sweep.CHECKPOINTS).exists()
+    assert not (killed / CHECKPOINTS).exists()
 
 
 def test_a_cell_is_what_a_run_of_its_own_finds(
@@ -122,7 +136,7 @@ def test_a_cell_is_what_a_run_of_its_own_finds(
     monkeypatch.chdir(tmp_path)
     content |= {"criteria": ["vote", "l1"], "targets": ["macs=0.6"], "seeds": [1]}
     comparison = from_dict(content, Comparison)
-    found = sweep.compare(comparison, tmp_path / "out")
+    found = compare(comparison, tmp_path / "out")
     for cell, result in zip(cells_of(comparison), found, strict=True):
         dataset, model = pipeline.load_inputs(cell.config)
         alone = pipeline.prune(model, dataset, cell.config).result
@@ -214,10 +228,10 @@ def test_a_cell_that_fails_leaves_its_checkpoints_for_another_try(
     comparison = from_dict(content, Comparison)
     out = tmp_path / "out"
     cell = cells_of(comparison)[0]
-    checkpoints = out / sweep.CHECKPOINTS / cell.id
+    checkpoints = out / CHECKPOINTS / cell.id
     checkpoints.mkdir(parents=True)
-    (out / sweep.CELLS).mkdir()
-    found = sweep.write_cell(out, cell, comparison, failed="no room")
+    (out / CELLS).mkdir()
+    found = write_cell(out, cell, comparison, failed="no room")
     assert (found.outcome, found.reason) == ("failed", "no room")
     assert checkpoints.is_dir()
 
@@ -242,12 +256,12 @@ def test_a_process_that_dies_between_cells_takes_as_few_with_it_as_can_be(
 ) -> None:
     comparison = from_dict(content | {"seeds": 1}, Comparison)
     cells = list(cells_of(comparison)[:count])
-    (tmp_path / sweep.CELLS).mkdir()
+    (tmp_path / CELLS).mkdir()
     with tempfile.TemporaryFile("w+") as errors:
         popen = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
         popen.wait()
-        process = sweep._Process(popen, cells, errors, has_begun_any=has_begun_any)
-        lost = list(sweep._bury(tmp_path, comparison, process))
+        process = _Process(popen, cells, errors, has_begun_any=has_begun_any)
+        lost = list(_bury(tmp_path, comparison, process))
     assert [cell.reason for cell in lost] == ["its process ended with code 3"] * given_up
     lists = process.again()
     assert [len(each) for each in lists] == again
@@ -274,11 +288,11 @@ def test_an_error_of_one_criterion_is_none_of_the_others(
     (tmp_path / "criteria.py").write_text(BROKEN_WHILE_SEEING)
     content |= {"criteria": [f"{tmp_path / 'criteria.py'}:broken", "l1"], "targets": ["macs=0.7"]}
     comparison = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, Comparison)
-    sweep._prepare(tmp_path / "out", comparison)
+    _prepare(tmp_path / "out", comparison)
     cells = cells_of(comparison)
     with (tmp_path / "said").open("w") as say:
-        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
-    found = [sweep.read_cell(tmp_path / "out", cell) for cell in cells]
+        work(tmp_path / "out", [cell.id for cell in cells], say)
+    found = [read_cell(tmp_path / "out", cell) for cell in cells]
     assert [each and each.outcome for each in found] == ["failed", "done"]
     assert found[0] is not None
     assert found[0].reason == "ValueError: a bug of its author's"
@@ -300,12 +314,12 @@ def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
 
     monkeypatch.setattr(pipeline, "prune", prune)
     monkeypatch.setattr(pipeline, "make_start", lambda *_: None)
-    sweep._prepare(tmp_path / "out", comparison)
+    _prepare(tmp_path / "out", comparison)
     cells = cells_of(comparison)
     with (tmp_path / "said").open("w") as say:
-        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
+        work(tmp_path / "out", [cell.id for cell in cells], say)
     assert kept == {
-        "macs=0.7": tmp_path / "out" / sweep.CHECKPOINTS / cells[0].id,
+        "macs=0.7": tmp_path / "out" / CHECKPOINTS / cells[0].id,
         "latency=0.7": None,
     }
 
@@ -322,8 +336,8 @@ def test_cells_are_the_same_to_the_processes_that_work_them_off(
     }
     content["score"] = {"concept_weights": {"colours": 2.0}}
     comparison = from_dict(content, Comparison)
-    sweep._prepare(tmp_path / "out", comparison)
-    cells = cells_of(sweep.read_comparison(tmp_path / "out" / sweep.COMPARISON))
+    _prepare(tmp_path / "out", comparison)
+    cells = cells_of(read_comparison(tmp_path / "out" / COMPARISON))
     assert cells == cells_of(comparison)
     by_variant = {cell.variant: cell.config for cell in cells}
     assert by_variant["dotted"].plan == by_variant["nested"].plan
@@ -343,12 +357,12 @@ def test_data_that_is_not_there_fails_its_cells_in_one_line(
 
 def test_what_is_wrong_from_the_start_stops_all(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean vote"):
-        sweep.compare(from_dict(content | {"criteria": ["votes"]}, Comparison), tmp_path / "out")
+        compare(from_dict(content | {"criteria": ["votes"]}, Comparison), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(RunFolderError, match="holds something other"):
-        sweep.compare(from_dict(content, Comparison), tmp_path / "other")
+        compare(from_dict(content, Comparison), tmp_path / "other")
 
 
 def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
@@ -397,7 +411,7 @@ def test_a_folder_that_a_full_disk_has_left_empty_is_gone_on_with(
     link.symlink_to(out)
     for place in (5, 6):  # after the lock: opening and writing comparison.toml
         with FailingDisk(tmp_path, place).mounted(), pytest.raises(WriteError):
-            sweep.compare(comparison, link, skip=lambda cell: True)
+            compare(comparison, link, skip=lambda cell: True)
     (out / "comparison.toml.unfinished").touch()  # of one that was killed
-    assert sweep.compare(comparison, link, skip=lambda cell: True) == ()
+    assert compare(comparison, link, skip=lambda cell: True) == ()
     assert (out / "comparison.toml").is_file()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.thresholds import Usual, UsualTally
+from secateur.scoring.thresholds import Usual, UsualTally
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 QUANTILES = st.floats(0.0, 1.0)

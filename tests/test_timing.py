@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from networks import NETWORKS, Chain, random_images, random_plan, wired
-from secateur import timing
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH
-from secateur.latency import LatencyTable, milliseconds, widths_of
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
+from secateur.evaluation.evaluate import LATENCY_BATCH
+from secateur.graph.build import make_wiring
+from secateur.pruning.cost import latency_profiler as timing
+from secateur.pruning.cost.latency_model import LatencyTable, milliseconds, widths_of
+from secateur.pruning.plan import PruningPlan, Target
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur import concepts, criteria
 from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.errors import UnknownName, UsageError
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.scoring import score_filters
-from secateur.torch_pruning import CriterionImportance
+from secateur.graph.build import make_wiring
+from secateur.graph.trace import tensors_of
+from secateur.integrations.torch_pruning import CriterionImportance
+from secateur.models.zoo import Preprocessing
+from secateur.scoring import concepts, criteria
+from secateur.scoring.scores import score_filters
 
 torch_pruning = pytest.importorskip("torch_pruning")
 IMAGES = random_images(6)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from networks import Chain, randomise_norms
-from secateur.checkpoint import Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
 from secateur.errors import DataError, RunFolderError, SecateurError, UsageError
-from secateur.lesson import Lesson
-from secateur.models import Preprocessing
-from secateur.precision import accelerator_for, autocast, has_fast_bfloat16
-from secateur.training import Epoch, Training, train
+from secateur.models.zoo import Preprocessing
+from secateur.runtime.precision import accelerator_for, autocast, has_fast_bfloat16
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.loss import Lesson
+from secateur.training.trainer import Epoch, Training, train
 
 PREPARE = Preprocessing(8, 8)
 

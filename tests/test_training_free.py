@@ -11,8 +11,8 @@ import training_free
 from cells import Cell
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
-from secateur.evaluate import count_macs
-from secateur.reading import make_wiring
+from secateur.evaluation.evaluate import count_macs
+from secateur.graph.build import make_wiring
 from training_free import all_but_inner, cells, page, readme, table
 
 

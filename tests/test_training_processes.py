@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from networks import Chain
 from processes import context, in_group
-from secateur.checkpoint import Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
-from secateur.distributed import add_up, is_first, share, wait
-from secateur.models import Preprocessing
-from secateur.shared_norms import sharing_norms
-from secateur.training import train
+from secateur.models.zoo import Preprocessing
+from secateur.runtime.distributed import add_up, is_first, share, wait
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.sync_batchnorm import sharing_norms
+from secateur.training.trainer import train
 
 STEPS = 2
 KILLS = 20

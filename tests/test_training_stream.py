@@ -18,10 +18,10 @@ from torch import Tensor
 from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, ChangedImages
-from secateur.data.training import TrainingStream
+from secateur.data.training_stream import TrainingStream
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
-from secateur.writing import replace_file
+from secateur.models.zoo import Preprocessing
+from secateur.runtime.atomic_io import replace_file
 
 NATIVE = Preprocessing(16, 16)
 STILL = Augmentation("none", flip=False)

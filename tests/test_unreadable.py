@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from layouts import prune_briefly, random_pixels, write_image
-from secateur import data, runs
-from secateur.base import BaseConfig, BaseResult, train_base
+from secateur import data
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
 from secateur.errors import DataError, UnreadableImage
-from secateur.evaluate import evaluate
-from secateur.inspection import inspect_network
-from secateur.models import Preprocessing
+from secateur.evaluation.evaluate import evaluate
+from secateur.experiments.inspect import inspect_network
+from secateur.experiments.run import run
+from secateur.experiments.train_base import BaseConfig, BaseResult, train_base
+from secateur.models.zoo import Preprocessing
 
 SMALL = Preprocessing(8, 8)
 FORMATS = ("jpg", "png", "webp", "bmp", "ppm", "tif")
@@ -280,7 +281,7 @@ def test_where_the_sample_is_damaged_all_images_are_looked_at(
             },
             RunConfig,
         )
-        result = runs.run(config, tmp_path / str(every))
+        result = run(config, tmp_path / str(every))
         assert result.unreadable == (str(probe.paths[0]),)
         return [group.scores for group in result.groups]
 

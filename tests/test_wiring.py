@@ -20,11 +20,11 @@ from networks import (
     randomise_norms,
     wired,
 )
-from secateur.graph import operation_name, run, tensors_of
-from secateur.reading import make_wiring
-from secateur.rules import RULES
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.dependency import NOT_PRUNABLE, Wiring, aliases_of
+from secateur.graph.rules import RULES
+from secateur.graph.trace import operation_name, run, tensors_of
 
 OUTPUT = "written to the network's output"
 STREAM = "tied over a whole stage by residual sums (cut_stream is off)"

@@ -18,11 +18,11 @@ from torch.nn.utils import parametrizations
 from networks import assert_law, random_images
 from random_networks import random_plan
 from secateur.errors import TraceError, UsageError
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.rules import elementwise
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.graph.build import make_wiring
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.dependency import Wiring
+from secateur.graph.rules import elementwise
+from secateur.pruning.plan import PruningPlan, Target
 
 Step = Callable[[Any, Tensor], Tensor]
 

@@ -15,18 +15,21 @@ from markupsafe import Markup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from secateur import criteria, models, pipeline, runs
-from secateur.bundle import Origin
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluate import Score, answers_to, device_of
-from secateur.graph import evaluating
-from secateur.plan import PruningPlan
-from secateur.progress import bars, silent
-from secateur.report import score_rows, write_report
-from secateur.report.gallery import make_gallery
-from secateur.result import RunResult
+from secateur.evaluation.evaluate import Score, answers_to, device_of
+from secateur.experiments import run as runs
+from secateur.experiments.report import score_rows, write_report
+from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.run_folder import Origin
+from secateur.graph.trace import evaluating
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.result import RunResult
+from secateur.pruning.plan import PruningPlan
+from secateur.runtime.progress import bars, silent
+from secateur.scoring import criteria
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """What goes through the network: tensors `[image, channel, height, width]` or
@@ -201,7 +204,7 @@ def _config(
     """The configuration of a run on a network and images that have no name."""
     criteria.check_name(criterion)
     tables: dict[str, Any] = {
-        "model": {"name": f"{models.IN_MEMORY}:{type(model).__name__}"},
+        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
         "data": {
             "source": SOURCE,
             "stratified": False,

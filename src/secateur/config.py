@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
 from secateur.data.augmentation import Crop
-from secateur.documents import words_of
 from secateur.errors import UnknownName, UsageError
-from secateur.models import Resizing
-from secateur.plan import AllocationRule, parse_target
-from secateur.schedule import ScheduleName
+from secateur.models.zoo import Resizing
+from secateur.pruning.plan import AllocationRule, parse_target
+from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
+from secateur.runtime.schema import words_of
+from secateur.training.lr_schedule import ScheduleName
 
 RefitLayers = Literal["downstream", "readers", "none"]
 RefitForm = Literal["patch", "channel"]

@@ -19,14 +19,7 @@ from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
-from secateur.data.images import (
-    Batch,
-    FileImages,
-    Images,
-    NormalisedImages,
-    TensorImages,
-    batches,
-)
+from secateur.data.images import Batch, FileImages, Images, NormalisedImages, TensorImages, batches
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UnknownName, UsageError
@@ -82,9 +75,9 @@ FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", D
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
-    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like. `digits`
-    needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on `seed` alone.
-    Raises `UnknownName`, `UsageError` or `DataError`.
+    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like.
+    `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
+    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
     if name == NONE:

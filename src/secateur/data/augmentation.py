@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from secateur.data.images import Images, Indices, to_size
-from secateur.models import Preprocessing
-from secateur.seeds import seed_of
+from secateur.models.zoo import Preprocessing
+from secateur.runtime.seeding import seed_of
 
 Crop = Literal["shift", "resized", "none"]
 LARGEST_SHIFTED = 64

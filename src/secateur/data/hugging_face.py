@@ -16,7 +16,7 @@ from secateur.data.images import Indices, to_size
 from secateur.data.splits import Splits, check_labelling
 from secateur.data.unreadable import decode_all
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
+from secateur.models.zoo import Preprocessing
 
 TEST = ("test", "validation", "valid", "val")
 """Splits that can be the test part, the first that is there and has labels."""

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.data.concept_masks import ConceptMasks
 from secateur.data.unreadable import Unreadable, decode_all, read_batch
-from secateur.models import Preprocessing
-from secateur.regions import ConceptMasks
+from secateur.models.zoo import Preprocessing
 
 Indices = Int[Tensor, "image"]
 

@@ -1,0 +1,91 @@
+"""The law that every cut must keep, and numbers that are none: found before anyone relies on them.
+
+The cut network answers as the original does with the removed channels silenced where they are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.fx.node import Node
+
+from secateur.errors import CutError, NotFiniteError
+from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.graph.dependency import Wiring
+from secateur.graph.trace import Walk, operation_name, tensors_of
+from secateur.pruning.plan import PruningPlan
+
+LAW = 1e-4
+"""Largest relative difference that rounding may make."""
+LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm"})
+"""Operations whose values are finite in a sound network; masks of attention, say, hold -Inf."""
+
+Images = Float[Tensor, "image channel *position"]
+
+
+def check_law(
+    model: nn.Module, wiring: Wiring, plan: PruningPlan, smaller: nn.Module, images: Images
+) -> float:
+    """The largest relative difference between `smaller` and the original, silenced, on `images`.
+
+    Where it is more than rounding makes in float32, both are computed in float64. Raises `CutError`
+    where it is too large there, too: it names the layer whose filters alone are enough for that.
+    """
+    error = _error(model, wiring, plan, smaller, images)
+    if error <= LAW:
+        return error
+    twice = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
+    if _error(twice, wiring, plan, apply_plan(twice, wiring, plan), images.double()) <= LAW:
+        return error
+    for name, removed in plan.removed.items():
+        alone = PruningPlan({name: removed}, plan.target, plan.criterion)
+        cut = apply_plan(twice, wiring, alone)
+        if not _error(twice, wiring, alone, cut, images.double()) <= LAW:
+            raise CutError(
+                f"without filters of {name} the network answers otherwise than with them silenced "
+                f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} "
+                "keeps them"
+            )
+    raise CutError(
+        "without the filters of all layers together the network answers otherwise than with them "
+        f"silenced (relative difference {error:.1e}): this cut can't be trusted"
+    )
+
+
+def _error(
+    model: nn.Module, wiring: Wiring, plan: PruningPlan, smaller: nn.Module, images: Images
+) -> float:
+    with torch.inference_mode():
+        expected = silence(model, wiring, plan)(images)
+        return relative_error(smaller.eval()(images), expected)
+
+
+def check_finite(model: nn.Module, wiring: Wiring, images: Images) -> None:
+    """Raises `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
+
+    Of the parameters and buffers of `model`, then of what it computes from `images`.
+    """
+    state = tensors_of(getattr(model, "_orig_mod", model))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
+    found: list[Node] = []
+
+    def look(node: Node, value: object) -> None:
+        if found or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        is_wrong = ~value.isfinite() if operation_name(node) in LAYERS else value.isnan()
+        if bool(is_wrong.any()):
+            found.append(node)
+
+    with torch.inference_mode():
+        walk = Walk(wiring.graph, state, images)
+        walk.advance(after={node: partial(look, node) for node in wiring.graph.nodes})
+    if found:
+        stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
+        place = stack[-1] if stack else found[0].name
+        raise NotFiniteError(f"{place} gives numbers that are not finite, of images that are")
