@@ -39,12 +39,14 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.config import ScoreSection
+from secateur.config import ScoreSection, Target
 from secateur.errors import TargetError
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error, silence
 from secateur.graph.dependency import Wiring
-from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import silence
+from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
 from zoo import Member, build, members, outputs_of, random_images

@@ -24,13 +24,13 @@ from torch.fx.node import Node
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur.config import RunConfig
+from secateur.config import RunConfig, parse_target
 from secateur.errors import UsageError
-from secateur.graph.cut import apply_plan
-from secateur.graph.trace import tensors_of
 from secateur.pipeline.prune import Ground, make_criterion, prepare_ground, stream
-from secateur.pruning.plan import make_plan, parse_target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import refit
+from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import silent
 from secateur.scoring import criteria
 from secateur.scoring.feature_pass import kernels_of

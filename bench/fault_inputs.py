@@ -23,6 +23,7 @@ from secateur import data
 from secateur.config import RunConfig, from_dict, read_tables
 from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.imagenet import read_imagenette
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import RunFolderError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
@@ -31,9 +32,8 @@ from secateur.experiments.compare.runner import CELLS, read_cell, write_cell
 from secateur.experiments.compare.spec import Comparison, cells_of
 from secateur.experiments.manifest import MANIFEST
 from secateur.experiments.report.comparison import write_comparison
-from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
-from secateur.pipeline.result import read_result
+from secateur.models import weights, zoo
+from secateur.pipeline.result import Origin, read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.runtime import safetensors_io
 from secateur.runtime.hashing import weights_hash
@@ -129,7 +129,7 @@ def readers(folder: Path) -> list[Reader]:
     cells += [write_cell(sweep_folder, each, comparison, failed="why") for each in others]
     write_comparison(sweep_folder, comparison, cells)
     model = zoo.load(case.model_name, num_classes=len(CLASSES))
-    wiring = run_folder.Origin(None, (3, SIDE, SIDE)).make_wiring(model)
+    wiring = Origin(None, (3, SIDE, SIDE)).make_wiring(model)
     of_run = {
         path.name: path.read_bytes()
         for path in run.iterdir()
@@ -239,7 +239,7 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
         return expected if found is None else weights_hash(found.tensors)
 
     def read_from(name: str) -> Callable[[Path], object]:
-        return lambda at: weights_hash(zoo.read_weights(at / name))
+        return lambda at: weights_hash(weights.read_weights(at / name))
 
     ours = {"w.safetensors": safetensors_io.to_bytes(tensors)}
     return [

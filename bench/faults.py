@@ -378,7 +378,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     case = Case(folder)
     dataset = secateur.load_data(case.source)
     model = secateur.load_model(case.model_name, num_classes=len(CLASSES))
-    pixels = dataset.train.read(torch.arange(60), secateur.models.zoo.Preprocessing(16, 16))
+    pixels = dataset.train.read(torch.arange(60), secateur.data.preprocessing.Preprocessing(16, 16))
     images = [(pixels.float() / 255, dataset.train.labels[:60])]
     before, found = state_of(model), []
     threads = torch.get_num_threads()

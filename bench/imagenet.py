@@ -17,7 +17,7 @@ from torch import nn
 from imagenet_networks import NETWORKS, load_network
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages, TensorImages
-from secateur.models.zoo import Preprocessing
+from secateur.data.preprocessing import Preprocessing
 
 __all__ = ["NETWORKS", "load_study"]
 

@@ -19,7 +19,8 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import PlanSection, RefitSection
 from secateur.errors import TargetError
-from secateur.evaluation.evaluate import LATENCY_BATCH, batch_of, evaluate
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.timing import LATENCY_BATCH, batch_of
 from secateur.pipeline.prune import load_inputs, prepare_ground, prune, stream
 from secateur.pruning.cost.latency_model import milliseconds
 from secateur.runtime.progress import silent

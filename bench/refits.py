@@ -13,10 +13,10 @@ import argparse
 import time
 
 import studies
-from secateur.config import RefitSection
-from secateur.graph.cut import apply_plan
+from secateur.config import RefitSection, parse_target
 from secateur.pipeline.prune import load_inputs, make_criterion, prepare_ground, resolved, stream
-from secateur.pruning.plan import make_plan, parse_target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import refit
 from secateur.runtime.progress import silent
 from secateur.scoring.scores import score_filters

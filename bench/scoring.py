@@ -46,13 +46,13 @@ from rows import (
 )
 from secateur.config import ScoreSection
 from secateur.data import Batch, batches
-from secateur.graph import trace as graph
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph import interpreter
 from secateur.graph.build import make_wiring
 from secateur.graph.dependency import Wiring
 from secateur.graph.groups import Look
-from secateur.graph.trace import tensors_of
 from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
 from secateur.scoring.feature_pass import maps_of, observe, parts_of
@@ -200,7 +200,7 @@ def dissect(ground: Ground, count: int) -> None:
     taps = {node: partial(see, node) for node in looks}
     with torch.inference_mode():
         for batch in ground.batches(count):
-            graph.run(ground.wiring.graph, state, batch.images, after=taps)
+            interpreter.run(ground.wiring.graph, state, batch.images, after=taps)
 
 
 class Peer:

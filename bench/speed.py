@@ -40,11 +40,13 @@ from rows import (
     surroundings,
     versions,
 )
+from secateur.config import Target
+from secateur.evaluation.divergence import relative_error
 from secateur.evaluation.evaluate import count_macs
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error
 from secateur.integrations.onnx import export_onnx, onnx_runner
-from secateur.pruning.plan import Target, make_plan
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
 from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 

@@ -23,14 +23,14 @@ from cells import run_all
 from coverage import l2_scores
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur import data
-from secateur.config import TrainingSection
+from secateur.config import Target, TrainingSection
 from secateur.data import Images
 from secateur.data.augmentation import Augmentation
+from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
-from secateur.pruning.plan import Target, make_plan
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
 from secateur.runtime.precision import autocast
 from secateur.training.trainer import train
 from tables import with_table

@@ -38,9 +38,8 @@ import peer
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
-from secateur.config import PlanSection, RefitSection, RunConfig
+from secateur.config import PlanSection, RefitSection, RunConfig, parse_target
 from secateur.data import Batch, DataSet
-from secateur.graph.cut import apply_plan
 from secateur.graph.dependency import STREAM, Wiring
 from secateur.models import zoo
 from secateur.pipeline.prune import (
@@ -51,7 +50,7 @@ from secateur.pipeline.prune import (
     stream,
     survey_filters,
 )
-from secateur.pruning.plan import parse_target
+from secateur.pruning.apply import apply_plan
 from secateur.runtime.progress import silent
 from studies import (
     TARGETS,

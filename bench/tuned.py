@@ -26,13 +26,13 @@ import peer
 from cells import run_all
 from peer_search import cut_to
 from rows import ROOT
+from secateur.config import parse_target
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.compare.results import Row, place_of
 from secateur.experiments.compare.spec import Cell, cells_of
 from secateur.pipeline.prune import load_inputs, prepare_ground, preprocessing, resolved, stream
-from secateur.pipeline.result import environment
 from secateur.pruning.cost.latency_profiler import time_left
-from secateur.pruning.plan import parse_target
+from secateur.runtime.environment import environment
 from secateur.runtime.progress import silent
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train

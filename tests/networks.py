@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.config import Target
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error, silence
 from secateur.graph.dependency import Wiring
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import silence
+from secateur.pruning.plan import PruningPlan
 
 SIDE = 8
 CLASSES = 5

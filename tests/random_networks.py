@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.config import Quantity, Target
 from secateur.errors import RunFolderError, TargetError
-from secateur.graph.cut import check_plan
 from secateur.graph.dependency import Wiring
-from secateur.pruning.cost.macs_and_parameters import Quantity
-from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.apply import check_plan
+from secateur.pruning.plan import PruningPlan, make_plan
 
 CLASSES = 5
 SIDE = 8

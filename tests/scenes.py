@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from networks import random_images
 from secateur.data.concept_masks import ConceptMasks
-from secateur.graph.trace import run, tensors_of, trace
-from secateur.models.zoo import Preprocessing
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph.interpreter import run
+from secateur.graph.trace import trace
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
 
 CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")

@@ -17,12 +17,12 @@ from secateur import data
 from secateur.config import Precision, ScoreSection
 from secateur.data import Batch, TensorImages
 from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 from secateur.graph.build import make_wiring
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import tensors_of
-from secateur.models.zoo import Preprocessing
 from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import Scene
 from secateur.scoring.criteria import Kernels, Need, Observer, Regions, Sight, Vote

@@ -23,8 +23,8 @@ from secateur.data import TensorImages, batches, draw_probe
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
 from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks
 from secateur.data.cub import read_birds
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UsageError
-from secateur.models.zoo import Preprocessing
 from secateur.scoring import concepts
 from secateur.scoring.concepts.annotations import Annotations
 from secateur.scoring.concepts.broden import read_broden

@@ -31,18 +31,19 @@ from layouts import Pixels, random_pixels, write_classes, write_image
 from secateur import data
 from secateur.cli import app
 from secateur.config import read_config
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import SecateurError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
 from secateur.experiments.train_base import BaseConfig, train_base
-from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
+from secateur.models import weights, zoo
 from secateur.runtime import memory as room
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 from secateur.runtime.file_lock import locked
 from secateur.scoring.concepts import annotated_images
+from secateur.training import memory_check
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "errors.md"
 COLUMNS = ("what is wrong", "message", "what to do")
@@ -201,18 +202,18 @@ class Payload:
 def pickled(desk: Desk) -> None:
     path = desk.folder / "weights.pth"
     torch.save({"weight": Payload()}, path)
-    zoo.read_weights(path)
+    weights.read_weights(path)
 
 
 def large_header(desk: Desk) -> None:
     path = desk.write("weights.safetensors", struct.pack("<Q", 10**9))
-    zoo.read_weights(path)
+    weights.read_weights(path)
 
 
 def flipped_value(desk: Desk) -> None:
     content = bytearray(safetensors_io.to_bytes({"weight": torch.ones(100)}))
     content[-50] ^= 1
-    zoo.read_weights(desk.write("weights.safetensors", bytes(content)))
+    weights.read_weights(desk.write("weights.safetensors", bytes(content)))
 
 
 def flipped_in_zip(desk: Desk) -> None:
@@ -221,7 +222,7 @@ def flipped_in_zip(desk: Desk) -> None:
     content = bytearray(path.read_bytes())
     content[content.find(struct.pack("<ff", 1.0, 1.0)) + 50] ^= 1
     path.write_bytes(content)
-    zoo.read_weights(path)
+    weights.read_weights(path)
 
 
 def other_weights(desk: Desk) -> None:
@@ -460,7 +461,7 @@ def linked_folder(desk: Desk) -> None:
 
 def too_large_a_step(desk: Desk) -> None:
     with mock.patch.object(room, "free_bytes", return_value=1000):
-        room.check_training(network(), images(2), 128)
+        memory_check.check_training(network(), images(2), 128)
 
 
 def failing_run(desk: Desk, error: Exception) -> None:
@@ -510,12 +511,14 @@ CASES: dict[str, Callable[[Desk], object]] = {
     ),
     "its code decides by what it computes": lambda desk: labelled(Branching()),
     # weights
-    "the file is not there": lambda desk: zoo.read_weights(desk.folder / "weights.pth"),
-    "the file is of another format": lambda desk: zoo.read_weights(desk.write("weights.onnx", b"")),
+    "the file is not there": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
+    "the file is of another format": lambda desk: weights.read_weights(
+        desk.write("weights.onnx", b"")
+    ),
     "the file holds more than tensors": pickled,
-    "a `.pth` file is empty": lambda desk: zoo.read_weights(desk.write("weights.pth", b"")),
+    "a `.pth` file is empty": lambda desk: weights.read_weights(desk.write("weights.pth", b"")),
     "a `.pth` file was damaged": flipped_in_zip,
-    "a safetensors file was cut off": lambda desk: zoo.read_weights(
+    "a safetensors file was cut off": lambda desk: weights.read_weights(
         desk.write("weights.safetensors", safetensors_io.to_bytes({"weight": torch.zeros(9)})[:-4])
     ),
     "a safetensors file claims too much": large_header,

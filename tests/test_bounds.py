@@ -22,11 +22,11 @@ from runs import DigitsRun
 from secateur.config import read_tables
 from secateur.data import FileImages
 from secateur.data.annotated import read_pixels
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, RunFolderError, SecateurError, UsageError, WeightsError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, WEIGHTS
-from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
+from secateur.models import weights
 from secateur.runtime import input_limits
 
 SECONDS, MIB = 2, 200
@@ -70,7 +70,7 @@ def claimed_header(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> None:
-    zoo.read_weights(path)
+    weights.read_weights(path)
 
 
 def large_png(folder: Path) -> Path:

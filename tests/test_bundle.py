@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from networks import SIDE, make_network, random_images, random_plan, randomise_norms, wired
 from runs import DigitsRun, outputs, small_config
+from secateur.config import Target
 from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import read_manifest
 from secateur.experiments.run import run
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.models import zoo
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 
 
 class Erfinv(nn.Module):

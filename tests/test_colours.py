@@ -10,7 +10,7 @@ from torch import Tensor
 from networks import CLASSES, make_network
 from scenes import context_of
 from secateur.data.concept_masks import ABSENT
-from secateur.models.zoo import Preprocessing
+from secateur.data.preprocessing import Preprocessing
 from secateur.scoring.concepts import Scene
 from secateur.scoring.concepts.colours import LARGEST_GRID, PROTOTYPES, STEPS, Colours, lab
 

@@ -12,7 +12,6 @@ from networks import wired
 from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import tensors_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.pruning.sensitivity import (
     TEMPERATURE,
@@ -24,6 +23,7 @@ from secateur.pruning.sensitivity import (
     measure_slopes,
     stand_in,
 )
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring import criteria
 from secateur.scoring.criteria.reconstruction import Reconstruction
 from secateur.scoring.scores import score_filters

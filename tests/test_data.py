@@ -22,10 +22,10 @@ from torchvision.transforms import v2
 from secateur import data
 from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
 
 SMALL = Preprocessing(8, 8)
 Pixels = npt.NDArray[np.uint8]

@@ -9,9 +9,11 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, segmentation
 
 from networks import random_images, random_plan, randomise_norms
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error, silence
 from secateur.graph.torchvision_detectors import forward_of
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import silence
 
 OUTPUT = "written to the network's output"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from networks import make_network, random_images
 from secateur.data.concept_masks import ConceptMasks, at_resolution
 from secateur.graph.build import make_wiring
-from secateur.graph.trace import tensors_of
 from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring.criteria import Kernels, Regions, Sight
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
 from secateur.scoring.feature_pass import kernels_of

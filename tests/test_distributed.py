@@ -21,10 +21,10 @@ from processes import in_group
 from runs import small_config
 from secateur.config import RunConfig
 from secateur.data import TensorImages, batches
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 from secateur.evaluation.evaluate import evaluate
 from secateur.experiments.run import run
-from secateur.models.zoo import Preprocessing
 from secateur.pipeline.result import read_result
 from secateur.runtime import distributed
 

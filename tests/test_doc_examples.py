@@ -17,12 +17,13 @@ from typer.main import get_command
 from layouts import random_pixels
 from secateur import data
 from secateur.cli import app
+from secateur.data import preprocessing
 from secateur.integrations import onnx as export
 from secateur.models import zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SMALL = zoo.Preprocessing(64, 73)
+SMALL = preprocessing.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.config import TrainingSection
+from secateur.config import Target, TrainingSection
 from secateur.data import TensorImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UsageError
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 from secateur.training.feature_distillation import difference, observed, residual_sums
 from secateur.training.trainer import train
 

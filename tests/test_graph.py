@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
 from secateur.errors import TraceError
-from secateur.graph.cut import relative_error
-from secateur.graph.trace import Walk, evaluating, operation_name, run, tensors_of, trace
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.interpreter import Walk, run
+from secateur.graph.trace import operation_name, trace
+from secateur.runtime.module_state import evaluating, tensors_of
 
 
 class Forward(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from fault_case import Case
 from networks import Chain, random_images
 from secateur import apply_plan, make_wiring
-from secateur.config import RefitSection
+from secateur.config import RefitSection, Target
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
@@ -27,7 +27,7 @@ from secateur.graph.dependency import Wiring
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.result import RESULT, has_collapsed, read_result
-from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.pruning.refit import refit_and_check
 from secateur.runtime.hashing import architecture_hash, weights_hash
 from secateur.training.trainer import Epoch

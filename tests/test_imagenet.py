@@ -14,9 +14,9 @@ from layouts import prune_briefly, random_pixels, write_classes, write_image
 from secateur import data
 from secateur.data import FileImages
 from secateur.data.imagenet import class_names
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 from secateur.models import zoo
-from secateur.models.zoo import Preprocessing
 
 WNIDS = list(class_names())
 SOME = ["n01440764", "n02102040", "n03888257"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from networks import wired
+from secateur.config import Target
 from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import Removed, Wiring
 from secateur.pruning.cost.latency_model import (
@@ -20,7 +21,7 @@ from secateur.pruning.cost.latency_model import (
     other_values,
     widths_of,
 )
-from secateur.pruning.plan import Target, make_plan
+from secateur.pruning.plan import make_plan
 
 HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from runs import small_config
+from secateur.config import Target
 from secateur.errors import CutError, NotFiniteError
+from secateur.evaluation.divergence import relative_error
 from secateur.experiments.run import run
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error
 from secateur.graph.dependency import Wiring
 from secateur.pipeline.prune import load_inputs
 from secateur.pruning import equivalence as law
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 
 
 def plan_of(wiring: Wiring) -> PruningPlan:

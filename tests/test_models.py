@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from secateur.errors import UnknownName, UsageError, WeightsError
-from secateur.models import zoo
-from secateur.models.zoo import IMAGENET_MEAN, IMAGENET_STD, load, preprocessing, read_weights
+from secateur.models import cifar, weights, zoo
+from secateur.models.weights import read_weights
+from secateur.models.zoo import load, preprocessing
 
 
 def residual_parameters(depth: int, classes: int) -> int:
@@ -63,7 +65,7 @@ def test_the_number_of_classes_is_the_one_asked_for(name: str) -> None:
 
 
 def test_the_shortcut_pads_with_zeros_on_both_sides() -> None:
-    block = zoo.BasicBlock(4, 8, stride=2).eval()
+    block = cifar.BasicBlock(4, 8, stride=2).eval()
     assert sum(one.numel() for one in block.parameters()) == 4 * 8 * 9 + 8 * 8 * 9 + 4 * 8
     with torch.no_grad():
         block.bn2.weight.zero_()
@@ -103,7 +105,7 @@ def test_state_dicts_are_read_with_and_without_a_wrapper(
     state, model = tiny().state_dict(), tiny()
     content = state if wrapper is None else {wrapper: state, "epoch": 3, "best": 0.9}
     torch.save(content, tmp_path / f"w{suffix}")
-    zoo.load_weights(model, tmp_path / f"w{suffix}")
+    weights.load_weights(model, tmp_path / f"w{suffix}")
     assert_same(model, state)
 
 
@@ -115,7 +117,7 @@ def test_the_prefixes_of_parallel_and_compiled_networks_are_taken_off(
 ) -> None:
     state, model = tiny().state_dict(), tiny()
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "w.pth")
-    zoo.load_weights(model, str(tmp_path / "w.pth"))
+    weights.load_weights(model, str(tmp_path / "w.pth"))
     assert_same(model, state)
 
 
@@ -129,14 +131,14 @@ def test_safetensors_and_the_old_format_are_read(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "old.th", _use_new_zipfile_serialization=False)
     for file in ("w.safetensors", "old.th"):
-        zoo.load_weights(model, tmp_path / file)
+        weights.load_weights(model, tmp_path / file)
         assert_same(model, state)
 
 
 def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
     state, model = tiny().half().state_dict(), tiny()
     save_file(state, tmp_path / "w.safetensors")
-    zoo.load_weights(model, tmp_path / "w.safetensors")
+    weights.load_weights(model, tmp_path / "w.safetensors")
     assert model.state_dict()["0.weight"].dtype == torch.float32
     assert torch.equal(model.state_dict()["0.weight"], state["0.weight"].float())
 
@@ -145,7 +147,7 @@ def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
     state = {k: v for k, v in tiny().state_dict().items() if not k.endswith("batches_tracked")}
     save_file(state, tmp_path / "w.safetensors")
     model = tiny()
-    zoo.load_weights(model, tmp_path / "w.safetensors")
+    weights.load_weights(model, tmp_path / "w.safetensors")
     assert torch.equal(model.state_dict()["1.running_var"], state["1.running_var"])
 
 
@@ -158,7 +160,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
-        zoo.load_weights(model, tmp_path / "w.safetensors")
+        weights.load_weights(model, tmp_path / "w.safetensors")
     message = str(caught.value)
     assert "don't fit the network" in message
     assert "1 missing: 2.bias" in message
@@ -469,8 +471,8 @@ def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) ->
 
 
 def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
-    assert preprocessing(f"{network_file}:without") == zoo.Preprocessing(224, 256)
-    assert preprocessing("nowhere.py:without") == zoo.Preprocessing(224, 256)
+    assert preprocessing(f"{network_file}:without") == Preprocessing(224, 256)
+    assert preprocessing("nowhere.py:without") == Preprocessing(224, 256)
 
 
 def test_preprocessing_of_an_unknown_network_names_near_ones() -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from networks import wired
+from secateur.config import Quantity, Target, parse_target
 from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import Wiring
-from secateur.pruning.cost.macs_and_parameters import Quantity
-from secateur.pruning.plan import PruningPlan, Target, make_plan, parse_target
+from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")

@@ -11,8 +11,8 @@ import torch
 from networks import Chain, randomise_norms
 from secateur.config import PolishSection
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, set_apart
+from secateur.data.preprocessing import Preprocessing
 from secateur.evaluation.divergence import agreement_of, answers_of
-from secateur.models.zoo import Preprocessing
 from secateur.training.distill import Polish, polish
 
 PREPARE = Preprocessing(8, 8)

@@ -14,9 +14,11 @@ from secateur.errors import UsageError
 from secateur.graph.build import make_wiring
 from secateur.graph.cut import cut
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import NetworkGraph, apply, tensors_of, trace
+from secateur.graph.interpreter import apply
+from secateur.graph.trace import NetworkGraph, trace
 from secateur.pruning.cost.macs_and_parameters import measure_of
 from secateur.pruning.cost.tensor_sizes import Volumes
+from secateur.runtime.module_state import tensors_of
 
 
 def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> int:

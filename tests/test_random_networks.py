@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from networks import assert_law, counted_macs, random_images, several
 from random_networks import BLOCKS, Spec, build, random_plan
+from secateur.config import Target
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import relative_error, silence
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.equivalence import silence
+from secateur.pruning.plan import PruningPlan
 
 SPECS = st.tuples(
     st.lists(

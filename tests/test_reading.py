@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import Chain, assert_law, make_network, random_images, random_plan
+from secateur.config import Target
 from secateur.errors import RunFolderError, UnknownName
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import check_plan
 from secateur.graph.dependency import Wiring
-from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.apply import check_plan
+from secateur.pruning.plan import PruningPlan, make_plan
 
 
 def any_plan(wiring: Wiring) -> PruningPlan:

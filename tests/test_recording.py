@@ -13,7 +13,7 @@ from networks import NETWORKS, SIDE, make_network, random_images, random_plan, w
 from secateur.errors import TraceError, UsageError
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
-from secateur.graph.cut import apply_plan
+from secateur.pruning.apply import apply_plan
 
 
 def rebuilt(model: nn.Module) -> ProgramNetwork:

@@ -21,20 +21,22 @@ from networks import (
     randomise_norms,
 )
 from processes import side_by_side
-from secateur.config import RefitForm, RefitSection
+from secateur.config import RefitForm, RefitSection, Target
 from secateur.data import Batch
 from secateur.errors import DataError
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error
 from secateur.graph.dependency import Wiring
+from secateur.graph.interpreter import Walk
 from secateur.graph.patches import in_patch_order, window_of
-from secateur.graph.trace import Walk, tensors_of
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
 from secateur.pruning.refit.layers import Remains, consumer_of
 from secateur.pruning.refit.layerwise import LayerRefit, refit
 from secateur.pruning.refit.regression_targets import Answer, target_of
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching
 
 ALL_POSITIONS = RefitSection(positions=10_000)

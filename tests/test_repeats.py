@@ -16,8 +16,8 @@ import secateur
 from fault_case import CLASSES, SIDE, Case
 from faults import state_of
 from secateur.data import FileImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.experiments.run import run
-from secateur.models.zoo import Preprocessing
 from secateur.runtime.error_messages import explain
 
 

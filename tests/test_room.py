@@ -18,11 +18,13 @@ from secateur import make_wiring
 from secateur.errors import SecateurError
 from secateur.experiments.run import run
 from secateur.pipeline import prune as pipeline
+from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
 from secateur.pruning.cost.memory import all_bytes, peak_bytes
 from secateur.runtime import memory as room
 from secateur.runtime.error_messages import explain
-from secateur.runtime.memory import LEAST_BATCH, SHARE, batch_that_fits, check_training, free_bytes
+from secateur.runtime.memory import SHARE, free_bytes
 from secateur.training import trainer as training
+from secateur.training.memory_check import check_training
 
 
 def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

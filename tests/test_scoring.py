@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from networks import CLASSES, make_network, random_images
 from secateur.config import ScoreSection
 from secateur.data import Batch
+from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import make_wiring
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import tensors_of
-from secateur.models.zoo import Preprocessing
+from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.criteria import Kernels, Need, Sight
 from secateur.scoring.scores import FilterScores, score_filters

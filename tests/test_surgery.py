@@ -20,12 +20,15 @@ from networks import (
     randomise_norms,
     wired,
 )
+from secateur.config import Target
 from secateur.errors import RunFolderError
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, check_plan, relative_error, silence
 from secateur.graph.dependency import Wiring
 from secateur.models.zoo import load
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan, check_plan
+from secateur.pruning.equivalence import silence
+from secateur.pruning.plan import PruningPlan
 
 TARGET = Target("macs", 0.5)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from secateur.errors import WeightsError
-from secateur.models import zoo
+from secateur.models import weights
 from secateur.runtime import safetensors_io
 
 TENSORS = {
@@ -57,7 +57,7 @@ def test_a_bit_that_has_flipped_is_noticed_wherever_it_is(tmp_path: Path) -> Non
             safetensors_io.from_bytes(bytes(damaged))
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match="damaged"):
-            zoo.read_weights(path)
+            weights.read_weights(path)
 
 
 def test_a_hash_that_is_gone_is_missed(tmp_path: Path) -> None:

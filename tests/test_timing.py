@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from networks import NETWORKS, Chain, random_images, random_plan, wired
+from secateur.config import Target
 from secateur.errors import TargetError
-from secateur.evaluation.evaluate import LATENCY_BATCH
+from secateur.evaluation.timing import LATENCY_BATCH
 from secateur.graph.build import make_wiring
 from secateur.pruning.cost import latency_profiler as timing
 from secateur.pruning.cost.latency_model import LatencyTable, milliseconds, widths_of
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.plan import PruningPlan
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from networks import Chain, randomise_norms
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, RunFolderError, SecateurError, UsageError
-from secateur.models.zoo import Preprocessing
 from secateur.runtime.precision import accelerator_for, autocast, has_fast_bfloat16
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.loss import Lesson

@@ -15,7 +15,7 @@ from networks import Chain
 from processes import context, in_group
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
-from secateur.models.zoo import Preprocessing
+from secateur.data.preprocessing import Preprocessing
 from secateur.runtime.distributed import add_up, is_first, share, wait
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.sync_batchnorm import sharing_norms

@@ -18,9 +18,9 @@ from torch import Tensor
 from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
 from secateur.errors import DataError, UsageError
-from secateur.models.zoo import Preprocessing
 from secateur.runtime.atomic_io import replace_file
 
 NATIVE = Preprocessing(16, 16)

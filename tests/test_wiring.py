@@ -20,11 +20,15 @@ from networks import (
     randomise_norms,
     wired,
 )
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error, silence
 from secateur.graph.dependency import NOT_PRUNABLE, Wiring, aliases_of
+from secateur.graph.interpreter import run
 from secateur.graph.rules import RULES
-from secateur.graph.trace import operation_name, run, tensors_of
+from secateur.graph.trace import operation_name
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import silence
+from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
 STREAM = "tied over a whole stage by residual sums (cut_stream is off)"

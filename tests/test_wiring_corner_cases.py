@@ -17,12 +17,15 @@ from torch.nn.utils import parametrizations
 
 from networks import assert_law, random_images
 from random_networks import random_plan
+from secateur.config import Target
 from secateur.errors import TraceError, UsageError
+from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan, relative_error, silence
 from secateur.graph.dependency import Wiring
 from secateur.graph.rules import elementwise
-from secateur.pruning.plan import PruningPlan, Target
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import silence
+from secateur.pruning.plan import PruningPlan
 
 Step = Callable[[Any, Tensor], Tensor]
 

@@ -14,7 +14,6 @@ from fault_case import Case, FailingDisk, outcome
 from secateur.errors import SecateurError, WriteError
 from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_contents
-from secateur.experiments.run_folder import EventLog
 from secateur.runtime import atomic_io
 from secateur.runtime.atomic_io import (
     UNFINISHED,
@@ -24,6 +23,7 @@ from secateur.runtime.atomic_io import (
     replace_file,
     replacing_folder,
 )
+from secateur.runtime.event_log import EventLog
 from secateur.training.checkpoint import Checkpoint, Checkpoints
 
 

@@ -1,7 +1,7 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
 from secateur.api import PruneResult, prune
-from secateur.config import RunConfig
+from secateur.config import RunConfig, Target
 from secateur.data import DataSet
 from secateur.data import load as load_data
 from secateur.errors import SecateurError
@@ -9,14 +9,13 @@ from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.run import run
 from secateur.experiments.run_folder import load, load_program, save
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.graph.dependency import Wiring
 from secateur.integrations.onnx import ExportResult, export_onnx
 from secateur.models.zoo import load as load_model
 from secateur.pipeline.result import RunResult
-from secateur.pruning.plan import PruningPlan, Target, make_plan
-
-__version__ = "0.1.0"
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.version import __version__ as __version__
 
 __all__ = [
     "DataSet",

@@ -18,16 +18,15 @@ from torch.utils.data import Dataset
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluation.evaluate import Score, answers_to, device_of
+from secateur.evaluation.evaluate import Score, answers_to
 from secateur.experiments import run as runs
 from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery
-from secateur.experiments.run_folder import Origin
-from secateur.graph.trace import evaluating
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.result import RunResult
+from secateur.pipeline.result import Origin, RunResult
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.progress import bars, silent
 from secateur.scoring import criteria
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.data.augmentation import Crop
-from secateur.errors import UnknownName, UsageError
-from secateur.models.zoo import Resizing
-from secateur.pruning.plan import AllocationRule, parse_target
+from secateur.errors import TargetError, UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import words_of
-from secateur.training.lr_schedule import ScheduleName
 
 RefitLayers = Literal["downstream", "readers", "none"]
 RefitForm = Literal["patch", "channel"]
@@ -342,3 +339,46 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
         raise UsageError(f"{path} is not TOML of ours: it nests too deeply") from error
     except ValueError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
+
+
+Crop = Literal["shift", "resized", "none"]
+
+
+Resizing = Literal["bilinear", "bicubic"]
+"""How the pixels of a resized image are made from those around them, antialiased."""
+
+
+ScheduleName = Literal["cosine", "one_cycle", "step"]
+
+
+AllocationRule = Literal["uniform", "curves", "global", "shares"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
+
+    quantity: Quantity
+    fraction_left: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.fraction_left}"
+
+
+def parse_target(text: str) -> Target:
+    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
+    quantity, equals, number = text.partition("=")
+    *names, last = (f"{name}=F" for name in get_args(Quantity))
+    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
+    if quantity not in get_args(Quantity) or not equals:
+        raise TargetError(f"target {text!r} is not understood: {expected}")
+    try:
+        fraction = float(number)
+    except ValueError:
+        raise TargetError(f"target {text!r} has no number: {expected}") from None
+    if not 0 < fraction <= 1:
+        raise TargetError(f"target {text!r} is out of range: {expected}")
+    return Target(cast(Quantity, quantity), fraction)
+
+
+Quantity = Literal["macs", "params", "filters", "memory", "latency"]

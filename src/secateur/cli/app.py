@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import nn
 
-from secateur import __version__, data
+from secateur import data
 from secateur.cli import output as display
 from secateur.cli.options import (
     BoardOption,
@@ -69,6 +69,7 @@ from secateur.runtime.error_messages import explain
 from secateur.runtime.signals import INTERRUPTED, insisting
 from secateur.runtime.watchdog import lost
 from secateur.scoring import concepts, criteria
+from secateur.version import __version__
 
 app: typer.Typer = typer.Typer(
     help="Makes a trained convolutional network smaller and faster by what its filters see.",

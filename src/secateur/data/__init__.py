@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
 from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
@@ -19,7 +20,7 @@ from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
-from secateur.data.images import Batch, FileImages, Images, NormalisedImages, TensorImages, batches
+from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UnknownName, UsageError

@@ -21,9 +21,9 @@ from torchvision.transforms import v2
 
 from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks, joined_masks
 from secateur.data.images import FileImages, Images, Indices, to_size
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import DAMAGE, opened_image
 from secateur.errors import DataError, UsageError
-from secateur.models.zoo import Preprocessing
 
 NO_CLASS = -1
 """Label of an image of a list that has no classes."""

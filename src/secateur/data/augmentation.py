@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.config import Crop
 from secateur.data.images import Images, Indices, to_size
-from secateur.models.zoo import Preprocessing
+from secateur.data.preprocessing import Preprocessing
 from secateur.runtime.seeding import seed_of
 
-Crop = Literal["shift", "resized", "none"]
 LARGEST_SHIFTED = 64
 """Side in pixels up to which images are by default shifted rather than cropped and resized."""
 

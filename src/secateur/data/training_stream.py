@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from secateur.data.augmentation import Augmentation, ChangedImages
-from secateur.data.images import Batch, Images
+from secateur.data.batches import Batch
+from secateur.data.images import Images
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UsageError
-from secateur.models.zoo import Preprocessing
 from secateur.runtime.seeding import seed_of
 from secateur.runtime.signals import SIGNALS
 

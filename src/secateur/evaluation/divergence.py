@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from secateur.data import Batch
 from secateur.errors import DataError
-from secateur.evaluation.evaluate import device_of
-from secateur.graph.trace import evaluating
 from secateur.runtime import distributed
+from secateur.runtime.module_state import device_of, evaluating
 
 DOUBT = 2.0
 """By so many standard errors a mean must fall to have fallen."""
@@ -91,3 +90,17 @@ def has_fallen(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) ->
     fall = before - after
     standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
     return float(fall.mean()) > DOUBT * standard_error
+
+
+def relative_error(
+    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
+) -> float:
+    """Largest absolute difference over the largest absolute expected value.
+
+    Of several tensors the worst.
+    """
+    if not isinstance(found, Tensor):
+        return max(map(relative_error, found, expected))
+    assert isinstance(expected, Tensor)
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
+from secateur.data.batches import check_labels
 from secateur.errors import DataError, UsageError
-from secateur.graph.trace import evaluating
+from secateur.evaluation.timing import latency_ms
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
-
-LATENCY_BATCH = 16
-"""Images in the batch that latency is measured with."""
-LATENCY_RUNS = 11
+from secateur.runtime.module_state import device_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -106,45 +102,8 @@ def answers_to(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]
     return found
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters of a network are; the CPU where it has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises `DataError` where a label lies outside the network's classes."""
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if len(outside):
-        raise DataError(
-            f"the data has a class number {int(outside[0])}, but the network tells "
-            f"{classes} classes apart"
-        )
-
-
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates for one image `[1, rgb, height, width]`, counted by torch as it runs."""
     with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
     return int(counter.get_total_flops()) // 2
-
-
-def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
-    """Median time of a forward pass of `batch` images, after two passes to warm up."""
-    images = batch_of(images, batch)
-    with evaluating(model), torch.inference_mode():
-        times = [seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
-    return 1e3 * statistics.median(times[2:])
-
-
-def batch_of(images: Tensor, size: int) -> Tensor:
-    """So many images: the given ones `[image, rgb, height, width]`, over and over."""
-    return images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes, until the accelerator is done with it, too."""
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -25,6 +25,7 @@ from secateur.runtime.input_limits import (
     read_bounded,
 )
 from secateur.runtime.schema import Document, parsed
+from secateur.version import __version__
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -69,8 +70,6 @@ class Contents:
 
 def versions() -> dict[str, str]:
     """The versions at work, as a manifest states them."""
-    from secateur import __version__
-
     return {
         "secateur": __version__,
         "torch": str(torch.__version__),

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.node import Node
 
 from secateur.errors import TraceError
+from secateur.evaluation.divergence import relative_error
 from secateur.experiments.program import (
     ARITHMETIC,
     DEVICE,
@@ -22,8 +23,8 @@ from secateur.experiments.program import (
     Program,
     ProgramNetwork,
 )
-from secateur.graph.cut import relative_error
-from secateur.graph.trace import evaluating, export_program
+from secateur.graph.trace import export_program
+from secateur.runtime.module_state import evaluating
 
 TOLERANCE = 1e-5
 """Relative difference at which a program does not count as the network that it was made from."""

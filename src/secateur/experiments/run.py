@@ -24,8 +24,6 @@ from secateur.experiments.manifest import CONFIG
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import ROWS
 from secateur.experiments.report.gallery import make_gallery
-from secateur.experiments.run_folder import EventLog, Origin
-from secateur.graph.trace import tensors_of
 from secateur.integrations.tensorboard import open_log
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
@@ -34,6 +32,7 @@ from secateur.pipeline.result import (
     FREE_KEYS,
     IDLE_KEYS,
     RESULT,
+    Origin,
     RunResult,
     check_same,
     comparable,
@@ -42,9 +41,11 @@ from secateur.pipeline.result import (
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
+from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import locked, locked_alone
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import Track, silent
 from secateur.training.checkpoint import Checkpoints
 

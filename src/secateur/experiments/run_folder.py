@@ -10,9 +10,7 @@ is unpickled or evaluated: see `manifest` and `program`.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,15 +33,15 @@ from secateur.experiments.manifest import (
 )
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
-from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import evaluating
 from secateur.models import zoo
+from secateur.pipeline.result import Origin
+from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
-from secateur.runtime.atomic_io import append_line, replace_file, replacing_folder
+from secateur.runtime.atomic_io import replace_file, replacing_folder
 from secateur.runtime.file_lock import locked_alone
+from secateur.runtime.module_state import evaluating
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 
@@ -106,23 +104,6 @@ def save(
     folder = Path(folder)
     with locked_alone(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, model, plan, origin)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What has to be known of the unpruned network to cut it once more."""
-
-    architecture: str | None
-    """As `models.load` takes it; None where only the user can build it."""
-    image_shape: tuple[int, int, int]
-    """`(rgb, height, width)`."""
-    cut_stream: bool = False
-    exclude: tuple[str, ...] = ()
-
-    def make_wiring(self, model: nn.Module) -> Wiring:
-        """The wiring of the unpruned network, made as it was made for the plan."""
-        example = torch.zeros(2, *self.image_shape)
-        return make_wiring(model, example, cut_stream=self.cut_stream, exclude=self.exclude)
 
 
 def read_origin(folder: Path) -> Origin:
@@ -246,16 +227,3 @@ def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
         return safetensors_io.from_bytes(contents.files[name])
     except ValueError as error:
         raise RunFolderError(f"{contents.folder / name} can't be read: {error}") from error
-
-
-class EventLog:
-    """One JSON object a line, written as things happen."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-
-    def write(self, event: str, **facts: object) -> None:
-        """Adds a line; does nothing where there is no file."""
-        if self._path is None:
-            return
-        append_line(self._path, json.dumps({"event": event, **facts}))

@@ -23,7 +23,7 @@ from secateur.config import (
 from secateur.errors import RunFolderError
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.manifest import CONFIG, WEIGHTS
-from secateur.experiments.run_folder import CHECKPOINTS, LOG, EventLog, is_run
+from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.integrations.tensorboard import open_log
 from secateur.pipeline.prune import (
     check_names,
@@ -34,13 +34,15 @@ from secateur.pipeline.prune import (
     resolved,
     stream,
 )
-from secateur.pipeline.result import Environment, Record, check_same, environment
+from secateur.pipeline.result import check_same
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
+from secateur.runtime.environment import Environment, environment
+from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import locked
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.progress import Track, silent
-from secateur.runtime.schema import parsed
+from secateur.runtime.schema import Record, parsed
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import FREE, IDLE, Epoch, train
 

@@ -20,7 +20,8 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes, ChannelSpread, Count, Ids, Layer, Reader, Resize
 from secateur.graph.groups import FrozenGroup, Group, group_channels
-from secateur.graph.trace import NetworkGraph, Sizes, tensors_of
+from secateur.graph.trace import NetworkGraph, Sizes
+from secateur.runtime.module_state import tensors_of
 
 NOT_PRUNABLE = -1
 STREAM = "tied over a whole stage by residual sums (cut_stream is off)"

@@ -7,7 +7,6 @@ with some of its channels silenced.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import operator
@@ -24,10 +23,11 @@ from torch.export import ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import Graph
-from torch.fx.node import Node, map_arg
+from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
+from secateur.runtime.module_state import copy_of, evaluating, tensors_of
 
 Tap = Callable[[Tensor], Tensor | None]
 State = Mapping[str, Tensor]
@@ -127,19 +127,6 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
             last_use[source] = node
     tensor_names = dict(zip(placeholders, names, strict=True))
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
-
-
-def copy_of(model: nn.Module, *, share_tensors: bool) -> nn.Module:
-    """A copy of the network's modules, around the same parameters and buffers or copies of them.
-
-    Raises `TraceError` where the network can't be copied.
-    """
-    tensors = [*model.parameters(), *model.buffers()] if share_tensors else []
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except Exception as error:  # the network is the user's: it may raise anything
-        cause = str(error).partition(".")[0]
-        raise TraceError(f"the network can't be copied: {cause}") from error
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:
@@ -362,163 +349,8 @@ def gives_its_input(node: Node) -> bool:
     return operation_name(node).endswith("dropout")
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by each of its dotted names, shared ones included; detached."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in {**named, **buffers}.items()}
-
-
 def operation_name(node: Node) -> str:
     """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__name__", str(node.target))
     return node.target._schema.name.removeprefix("aten::")
-
-
-class Walk:
-    """One batch on its way through the graph; only values that are still needed are kept.
-
-    `sizes` are the arguments that differ where `state` belongs to a cut network
-    (`Wiring.sizes_after`). `answers` are what layers have given for the same batch and state
-    before; those that are missing are added.
-    """
-
-    def __init__(
-        self,
-        graph: NetworkGraph,
-        state: State,
-        images: Tensor,
-        sizes: Sizes | None = None,
-        answers: dict[Node, Tensor] | None = None,
-    ) -> None:
-        self._graph = graph
-        self._state = state
-        self._sizes = sizes or {}
-        self._answers = answers
-        self._next = 0
-        self._values: dict[Node, Any] = {graph.image: images, **graph.constants}
-
-    def values(self) -> list[tuple[int, Any]]:
-        """What it holds, but for the network's constants, with the place in the graph of each."""
-        return [
-            (number, self._values[node])
-            for number, node in enumerate(self._graph.nodes)
-            if node in self._values and node not in self._graph.constants
-        ]
-
-    def hold(self, values: list[tuple[int, Any]]) -> None:
-        """Takes over what `values` gave, in place of all that it holds itself."""
-        nodes = self._graph.nodes
-        held = {nodes[place]: value for place, value in values}
-        self._values = {**self._graph.constants, **held}
-
-    def has(self, node: Node) -> bool:
-        """Whether a node has been computed and is still needed downstream."""
-        return node in self._values
-
-    def fork(self) -> Walk:
-        """A second walk from here on; what it computes does not show in this one."""
-        twin = copy.copy(self)
-        twin._values = dict(self._values)
-        return twin
-
-    def step(self, node: Node) -> Tensor:
-        """Runs up to and including `node`; its value."""
-        self.advance(node)
-        seen: list[Tensor] = []
-        following = self._graph.nodes[self._next + 1]
-        self.advance(following, after={node: seen.append})
-        return seen[0]
-
-    def value(self, node: Node) -> Tensor:
-        """The value of a node that has been computed and is still needed downstream."""
-        result = self._values[node]
-        assert isinstance(result, Tensor)
-        return result
-
-    def advance(
-        self,
-        until: Node | None = None,
-        *,
-        after: Mapping[Node, Tap] | None = None,
-        instead: Mapping[Node, Compute] | None = None,
-    ) -> None:
-        """Runs up to, not including, the node `until`; to the end without it.
-
-        `after[node]` sees, and may replace, the value of a node; `instead[node]` computes it from
-        the values that it reads.
-        """
-        after, instead = after or {}, instead or {}
-        nodes = self._graph.nodes
-        while self._next < len(nodes) and nodes[self._next] is not until:
-            node = nodes[self._next]
-            self._next += 1
-            if node.op == "call_function":
-                value = self._compute(node, instead.get(node))
-                if node in after:
-                    replaced = after[node](value)
-                    value = value if replaced is None else replaced
-                self._values[node] = value
-            for source in node.all_input_nodes:
-                keep = source in self._graph.outputs
-                if not keep and self._graph.last_use[source] is node:
-                    self._values.pop(source, None)
-
-    def _lookup(self, node: Node) -> Any:
-        """Parameters are looked up when they are used: the state may change on the way."""
-        name = self._graph.tensor_names.get(node)
-        return self._values[node] if name is None else self._state[name]
-
-    def _compute(self, node: Node, other: Compute | None) -> Any:
-        if other is not None:
-            return other(self._lookup)
-        sizes = self._sizes.get(node, {})
-        if self._answers is None or operation_name(node) not in ("conv2d", "linear"):
-            return apply(node, self._lookup, sizes)
-        if node not in self._answers:
-            self._answers[node] = apply(node, self._lookup, sizes)
-        return self._answers[node]
-
-
-def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -> Any:
-    """An operation's value, from what it reads and arguments that differ from the graph's."""
-    args, kwargs = with_sizes(node, sizes)
-    assert callable(node.target)
-    return node.target(*map_arg(tuple(args), lookup), **map_arg(kwargs, lookup))
-
-
-def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """An operation's arguments with some of them replaced, by position."""
-    args: list[Any] = list(node.args)
-    for position, value in sizes.items():
-        while len(args) <= position:  # an argument that was left at its default
-            assert isinstance(node.target, torch._ops.OpOverload)
-            args.append(node.target._schema.arguments[len(args)].default_value)
-        args[position] = value
-    return args, dict(node.kwargs)
-
-
-def run(
-    graph: NetworkGraph,
-    state: State,
-    images: Tensor,
-    *,
-    after: Mapping[Node, Tap] | None = None,
-) -> Tensor:
-    """The network's output for a batch, with `state` as its parameters and buffers."""
-    walk = Walk(graph, state, images)
-    walk.advance(after=after)
-    return walk.value(graph.output)

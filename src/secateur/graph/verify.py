@@ -20,7 +20,8 @@ from secateur.errors import TraceError
 from secateur.graph.channel_ids import Count, argument, first_input, position_of, shape_of
 from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import Removed, Wiring
-from secateur.graph.trace import Forward, NetworkGraph, operation_name, trace, with_sizes
+from secateur.graph.interpreter import with_sizes
+from secateur.graph.trace import Forward, NetworkGraph, operation_name, trace
 
 
 def is_foretold(

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import ExportError, UsageError
-from secateur.graph.cut import relative_error
-from secateur.graph.trace import evaluating
+from secateur.evaluation.divergence import relative_error
 from secateur.runtime.atomic_io import make_folder, move_file
+from secateur.runtime.module_state import evaluating
 
 PARITY = 1e-4
 """Relative difference from which on a file is not left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.errors import UsageError
-from secateur.experiments.run_folder import EventLog
+from secateur.runtime.event_log import EventLog
 
 CURVES = {
     "loss": "training/loss",

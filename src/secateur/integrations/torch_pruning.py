@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from secateur.config import ScoreSection
 from secateur.data import Batch
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UsageError
 from secateur.graph.build import make_wiring
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import evaluating, tensors_of
-from secateur.models.zoo import Preprocessing
+from secateur.runtime.module_state import evaluating, tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion

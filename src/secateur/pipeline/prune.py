@@ -13,39 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from secateur import data
-from secateur.config import RunConfig
+from secateur.config import RunConfig, parse_target
 from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.evaluation.evaluate import Score, device_of, evaluate
-from secateur.experiments.run_folder import EventLog, Origin
+from secateur.evaluation.evaluate import Score, evaluate
 from secateur.graph.build import make_wiring
-from secateur.graph.cut import apply_plan
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import tensors_of
 from secateur.models import user_code, zoo
-from secateur.models.zoo import Preprocessing
 from secateur.pipeline.result import (
     FrozenResult,
     GroupResult,
     Kept,
+    Origin,
     RunResult,
     Stage,
     StageResult,
     TuningResult,
     after_rounds,
-    environment,
     has_collapsed,
 )
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import plan_in_time, time_left
 from secateur.pruning.equivalence import check_finite, check_law
-from secateur.pruning.plan import PruningPlan, parse_target
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.plan_inputs import Survey, make_surveys
 from secateur.pruning.refit.refit_and_check import Repair, repair
 from secateur.pruning.size_search import Trial, bisect, smallest_kept
 from secateur.runtime import distributed
+from secateur.runtime.environment import environment
+from secateur.runtime.event_log import EventLog
 from secateur.runtime.hashing import weights_hash
-from secateur.runtime.memory import batch_that_fits, free_bytes
+from secateur.runtime.memory import free_bytes
+from secateur.runtime.module_state import device_of, tensors_of
 from secateur.runtime.progress import Track, silent
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource

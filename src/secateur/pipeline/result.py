@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-import torchvision
-from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.errors import RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
+from secateur.graph.build import make_wiring
+from secateur.graph.dependency import Wiring
 from secateur.pruning.refit.batchnorm import NormChange
 from secateur.pruning.refit.layerwise import LayerRefit
 from secateur.pruning.refit.refit_and_check import RefitCheck
 from secateur.pruning.size_search import Trial
+from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.precision import accelerator_name
-from secateur.runtime.schema import parsed
+from secateur.runtime.schema import Record, parsed
 from secateur.training.distill import Polish
 from secateur.training.trainer import FREE, IDLE, Epoch
 
@@ -38,14 +37,6 @@ IDLE_KEYS = frozenset(
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in FREE)}
 """Those that may differ where a run is resumed that has not come to its end."""
 Stage = Literal["before", "cut", "refit", "polished", "tuned"]
-
-
-class Record(BaseModel):
-    """A part of the result; unknown keys are an error. The loss of a broken network is `"NaN"`."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
-    )
 
 
 class StageResult(Record):
@@ -108,22 +99,6 @@ class TuningResult(Record):
     """On the test images, after the best epoch by the validation images."""
     kept: Kept = "last"
     """The weights that stayed; `start`: those before training, since it has broken the network."""
-
-
-class Environment(Record):
-    """Where a run took place."""
-
-    secateur: str
-    python: str
-    torch: str
-    torchvision: str
-    numpy: str
-    system: str
-    processor: str
-    cores: int
-    threads: int
-    accelerator: str | None = None
-    """What training runs on where that is not the processor, as torch calls it."""
 
 
 class RunResult(Record):
@@ -199,25 +174,6 @@ class RunResult(Record):
         return tuple(found)
 
 
-def environment() -> Environment:
-    """This machine and the versions at work."""
-    from secateur import __version__
-
-    capabilities = torch.cpu.get_capabilities()
-    return Environment(
-        secateur=__version__,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        torchvision=torchvision.__version__,
-        numpy=np.__version__,
-        system=f"{platform.system()} {platform.machine()}",
-        processor=str(capabilities.get("cpu_name") or platform.processor() or "unknown"),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        threads=torch.get_num_threads(),
-        accelerator=accelerator_name(),
-    )
-
-
 def after_rounds(
     earlier: Sequence[GroupResult], later: Sequence[GroupResult]
 ) -> tuple[GroupResult, ...]:
@@ -270,3 +226,20 @@ def check_same(place: str, config: Section, found: Section, free: frozenset[str]
                 f"{place} was made with {key} = {had.get(key)}, not {asked.get(key)}: resume it as "
                 "it was begun, or choose another folder"
             )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What has to be known of the unpruned network to cut it once more."""
+
+    architecture: str | None
+    """As `models.load` takes it; None where only the user can build it."""
+    image_shape: tuple[int, int, int]
+    """`(rgb, height, width)`."""
+    cut_stream: bool = False
+    exclude: tuple[str, ...] = ()
+
+    def make_wiring(self, model: nn.Module) -> Wiring:
+        """The wiring of the unpruned network, made as it was made for the plan."""
+        example = torch.zeros(2, *self.image_shape)
+        return make_wiring(model, example, cut_stream=self.cut_stream, exclude=self.exclude)

@@ -6,18 +6,26 @@ The cut network answers as the original does with the removed channels silenced 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.errors import CutError, NotFiniteError
-from secateur.graph.cut import apply_plan, relative_error, silence
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import Walk, operation_name, tensors_of
+from secateur.graph.interpreter import Walk, apply
+from secateur.graph.trace import Compute, operation_name
+from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.module_state import tensors_of
 
 LAW = 1e-4
 """Largest relative difference that rounding may make."""
@@ -89,3 +97,79 @@ def check_finite(model: nn.Module, wiring: Wiring, images: Images) -> None:
         stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
         place = stack[-1] if stack else found[0].name
         raise NotFiniteError(f"{place} gives numbers that are not finite, of images that are")
+
+
+def silence(
+    model: nn.Module, wiring: Wiring, plan: PruningPlan
+) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
+    """The original network, in evaluation mode, with the removed channels zeroed where read.
+
+    It is what the cut network must equal: the reference that tests and runs compare with. An
+    operation over all channels, such as layer norm, is computed over those that stay: there the
+    reference is a masked normalisation. Gives a tuple where the network returns several tensors.
+    """
+    sizes, stays = wiring.sizes_after(plan.removed), wiring.stays(plan.removed)
+    edits: dict[Node, Compute] = {}
+    for reader in wiring.readers:
+        kept = stays[reader.channels]
+        if not kept.all():
+            edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
+    for node in wiring.mixing:
+        edits[node] = _over_kept(node, wiring, stays, sizes.get(node, {}))
+    state = tensors_of(getattr(model, "_orig_mod", model))
+
+    def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
+        walk = Walk(wiring.graph, state, images)
+        walk.advance(instead=edits)
+        outputs = tuple(walk.value(node) for node in wiring.graph.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return silenced
+
+
+def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
+    """The operation with zeros in place of the removed channels that it reads."""
+
+    def compute(lookup: Callable[[Node], Any]) -> Any:
+        def masked(source: Node) -> Any:
+            value = lookup(source)
+            if source is not node.args[0]:
+                return value
+            shape = [1] * value.dim()
+            shape[dim] = -1
+            return value.masked_fill(~kept.to(value.device).reshape(shape), 0)
+
+        return apply(node, masked, {})
+
+    return compute
+
+
+def _over_kept(
+    node: Node, wiring: Wiring, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
+) -> Compute:
+    """The operation over the channels that stay, with zeros for the others in its answer."""
+
+    def scattered(value: Tensor, axes: Axes) -> Tensor:
+        for dim, ids in enumerate(axes):
+            if ids is not None and not stays[ids].all():
+                shape = list(value.shape)
+                shape[dim] = len(ids)
+                index = torch.from_numpy(np.flatnonzero(stays[ids])).to(value.device)
+                value = value.new_zeros(shape).index_copy(dim, index, value)
+        return value
+
+    def compute(lookup: Callable[[Node], Any]) -> Any:
+        def gathered(source: Node) -> Any:
+            value = lookup(source)
+            for dim, ids in enumerate(wiring.axes.get(source, ())):
+                if ids is not None and not stays[ids].all():
+                    index = torch.from_numpy(np.flatnonzero(stays[ids])).to(value.device)
+                    value = value.index_select(dim, index)
+            return value
+
+        result = apply(node, gathered, sizes)
+        if isinstance(result, Tensor):
+            return scattered(result, wiring.axes[node])
+        return tuple(map(scattered, result, wiring.several[node]))
+
+    return compute

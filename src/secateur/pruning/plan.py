@@ -12,11 +12,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from secateur.config import AllocationRule, Target, parse_target
 from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import STREAM, Wiring
 from secateur.pruning.allocation import (
@@ -27,24 +28,12 @@ from secateur.pruning.allocation import (
     lowest_scores,
 )
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.macs_and_parameters import Quantity, measure_of, pressure_of
+from secateur.pruning.cost.macs_and_parameters import measure_of, pressure_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.hashing import architecture_hash
 
-AllocationRule = Literal["uniform", "curves", "global", "shares"]
 Removed = dict[str, tuple[int, ...]]
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Target:
-    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
-
-    quantity: Quantity
-    fraction_left: float
-
-    def __str__(self) -> str:
-        return f"{self.quantity}={self.fraction_left}"
 
 
 @dataclass(frozen=True)
@@ -106,22 +95,6 @@ class PruningPlan:
         if content.get("hash") != plan.hash:
             raise RunFolderError("the plan's hash does not match its content: it has been changed")
         return plan
-
-
-def parse_target(text: str) -> Target:
-    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
-    quantity, equals, number = text.partition("=")
-    *names, last = (f"{name}=F" for name in get_args(Quantity))
-    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
-    if quantity not in get_args(Quantity) or not equals:
-        raise TargetError(f"target {text!r} is not understood: {expected}")
-    try:
-        fraction = float(number)
-    except ValueError:
-        raise TargetError(f"target {text!r} has no number: {expected}") from None
-    if not 0 < fraction <= 1:
-        raise TargetError(f"target {text!r} is out of range: {expected}")
-    return Target(cast(Quantity, quantity), fraction)
 
 
 @dataclass(frozen=True, eq=False)

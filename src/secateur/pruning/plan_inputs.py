@@ -10,23 +10,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secateur.config import PlanSection, ScoreSection
+from secateur.config import PlanSection, ScoreSection, Target, parse_target
 from secateur.data import Batch
 from secateur.graph.dependency import Wiring
-from secateur.graph.trace import tensors_of
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
-from secateur.pruning.plan import (
-    Allocation,
-    PruningPlan,
-    Target,
-    make_plan,
-    make_space,
-    parse_target,
-)
+from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_damage
 from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import Track, silent
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion

@@ -31,7 +31,8 @@ from secateur.evaluation.divergence import divergences_of
 from secateur.graph.channel_ids import Reader
 from secateur.graph.dependency import Wiring
 from secateur.graph.groups import Group
-from secateur.graph.trace import Compute, State, Walk, apply
+from secateur.graph.interpreter import Walk, apply
+from secateur.graph.trace import Compute, State
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.progress import Track, silent

@@ -9,20 +9,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from secateur.config import Precision, TrainingPrecision
 from secateur.errors import UsageError
 from secateur.runtime.distributed import share
 
 
 @contextlib.contextmanager
-def autocast(precision: Precision) -> Iterator[None]:
+def autocast(precision: str) -> Iterator[None]:
     """bfloat16 where `precision` asks for it or, with `auto`, where the CPU computes in it."""
     wanted = has_fast_bfloat16() if precision == "auto" else precision == "bfloat16"
     with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
         yield
 
 
-def accelerator_for(precision: TrainingPrecision) -> Accelerator:
+def accelerator_for(precision: str) -> Accelerator:
     """What training runs on: devices, processes and mixed precision, as accelerate sees them.
 
     Raises `UsageError` where the device can't compute in the precision.

@@ -48,3 +48,11 @@ def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) 
         raise RunFolderError(f"{name} can't be read: {place}{words_of(first)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{name} can't be read: {error!r}") from error
+
+
+class Record(BaseModel):
+    """A part of the result; unknown keys are an error. The loss of a broken network is `"NaN"`."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
+    )

@@ -20,15 +20,17 @@ from torch.fx.node import Node, map_arg
 
 from secateur.config import ScoreSection
 from secateur.data import Batch
+from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
 from secateur.errors import DataError
-from secateur.evaluation.evaluate import check_labels
 from secateur.graph.channel_ids import argument
 from secateur.graph.dependency import Wiring
 from secateur.graph.groups import Group, Look
+from secateur.graph.interpreter import Walk
 from secateur.graph.patches import Window, window_of
-from secateur.graph.trace import Compute, State, Tap, Walk, operation_name, tensors_of
+from secateur.graph.trace import Compute, State, Tap, operation_name
 from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast
 from secateur.scoring.batching import packed, taken
 from secateur.scoring.concepts import ConceptSource, Scene

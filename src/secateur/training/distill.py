@@ -9,8 +9,8 @@ from torch import nn
 
 from secateur.config import PolishSection, TrainingSection
 from secateur.data import Batch, Images, Unreadable
+from secateur.data.preprocessing import Preprocessing
 from secateur.evaluation.divergence import Agreement, agreement_of, answers_of
-from secateur.models.zoo import Preprocessing
 from secateur.runtime.progress import Track, silent
 from secateur.training.trainer import Epoch, train
 

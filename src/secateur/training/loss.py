@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from secateur.config import TrainingSection
+from secateur.data.batches import check_labels
 from secateur.errors import UsageError
-from secateur.evaluation.evaluate import check_labels
-from secateur.graph.trace import evaluating
+from secateur.runtime.module_state import evaluating
 from secateur.training.feature_distillation import ResidualSum, difference, observed
 
 

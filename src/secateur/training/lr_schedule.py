@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-ScheduleName = Literal["cosine", "one_cycle", "step"]
+from secateur.config import ScheduleName
 
 ONE_CYCLE_RISE = 0.3
 """Share of the steps over which one cycle rises; this and the two factors are torch's defaults."""

@@ -23,13 +23,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch, Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import SMALLEST_SHARE, TrainingStream
 from secateur.errors import SecateurError, UsageError
-from secateur.evaluation.evaluate import device_of
-from secateur.graph.trace import evaluating
-from secateur.models.zoo import Preprocessing
 from secateur.runtime import distributed
-from secateur.runtime.memory import check_training
+from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.precision import accelerator_for
 from secateur.runtime.progress import Track, silent
 from secateur.runtime.seeding import seed_of
@@ -38,6 +36,7 @@ from secateur.training.checkpoint import Checkpoint, Checkpoints
 from secateur.training.feature_distillation import ResidualSum
 from secateur.training.loss import Lesson
 from secateur.training.lr_schedule import Schedule
+from secateur.training.memory_check import check_training
 from secateur.training.sync_batchnorm import sharing_norms
 
 WORKERS_FOR_FILES = 4

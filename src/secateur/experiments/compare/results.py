@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from secateur.errors import RunFolderError
 from secateur.experiments.compare.runner import CellRecord, CellResult
 from secateur.experiments.compare.spec import way_of
-from secateur.pipeline.result import Environment, Stage
+from secateur.pipeline.result import Stage
+from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import words_of
 

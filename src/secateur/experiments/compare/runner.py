@@ -24,7 +24,7 @@ from typing import IO, Literal
 
 import tomli_w
 
-from secateur.config import from_dict, read_tables
+from secateur.config import from_dict, parse_target, read_tables
 from secateur.errors import RunFolderError, SecateurError
 from secateur.experiments.compare.spec import Cell, Comparison, cells_of, units_of
 from secateur.pipeline.prune import (
@@ -35,14 +35,13 @@ from secateur.pipeline.prune import (
     make_start,
     prune,
 )
-from secateur.pipeline.result import Record, RunResult
-from secateur.pruning.plan import parse_target
+from secateur.pipeline.result import RunResult
 from secateur.runtime.atomic_io import UNFINISHED, make_folder, make_inner_folder, replace_file
 from secateur.runtime.error_messages import explain
 from secateur.runtime.file_lock import locked
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.progress import Track, silent
-from secateur.runtime.schema import parsed
+from secateur.runtime.schema import Record, parsed
 from secateur.runtime.signals import held
 
 SCHEMA_VERSION = 1

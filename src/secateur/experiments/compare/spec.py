@@ -25,11 +25,11 @@ from secateur.config import (
     Section,
     TrainingSection,
     from_dict,
+    parse_target,
 )
 from secateur.errors import UsageError, WeightsError
 from secateur.models import user_code
 from secateur.pipeline.result import comparable
-from secateur.pruning.plan import parse_target
 
 Changes = dict[str, Any]
 """Keys of a run's configuration and their values: `{"refit.layers": "none"}`."""

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
 
+from secateur.config import Target
 from secateur.errors import TargetError
-from secateur.evaluation.evaluate import LATENCY_BATCH, batch_of, seconds
+from secateur.evaluation.timing import LATENCY_BATCH, batch_of, seconds
 from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
 from secateur.graph.dependency import NOT_PRUNABLE, Removed, Wiring
-from secateur.graph.trace import evaluating, with_sizes
-from secateur.pipeline.result import environment
+from secateur.graph.interpreter import with_sizes
 from secateur.pruning.cost.latency_model import (
     SMALL,
     Hardware,
@@ -38,7 +38,9 @@ from secateur.pruning.cost.latency_model import (
     widths_of,
 )
 from secateur.pruning.cost.tensor_sizes import Dimension
-from secateur.pruning.plan import PruningPlan, Target, make_plan
+from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.environment import environment
+from secateur.runtime.module_state import evaluating
 
 BLOCKS = (1, 8, 16)
 """Numbers of channels that machines are known to compute at once."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
+from secateur.config import Quantity
 from secateur.errors import UsageError
 from secateur.graph.dependency import Removed, Wiring
 from secateur.pruning.cost.latency_model import LatencyTable, milliseconds
 from secateur.pruning.cost.memory import crowding, peak_bytes
 from secateur.pruning.cost.tensor_sizes import Dimension, Volumes, dimensions_of
 
-Quantity = Literal["macs", "params", "filters", "memory", "latency"]
 Measure = Callable[[Removed], float]
 """How much is left when some channels of each group go."""
 

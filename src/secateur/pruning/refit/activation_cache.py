@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import WriteError
-from secateur.graph.trace import Walk
+from secateur.graph.interpreter import Walk
 
 
 @dataclass(eq=False)

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
 from secateur.evaluation.divergence import Answers, answers_of, divergences_of, has_fallen
-from secateur.graph.trace import evaluating
 from secateur.runtime import distributed
+from secateur.runtime.module_state import evaluating
 
 Statistics = Literal["means", "both"]
 _MeanAndVariance = tuple[Tensor, Tensor]

@@ -14,8 +14,9 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Ids, Layer, argument, position_of
 from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.interpreter import apply
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
-from secateur.graph.trace import Sizes, apply, operation_name
+from secateur.graph.trace import Sizes, operation_name
 
 
 class Remains:

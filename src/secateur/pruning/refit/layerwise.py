@@ -36,8 +36,9 @@ from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
 from secateur.graph.channel_ids import Layer, argument
 from secateur.graph.dependency import Wiring
+from secateur.graph.interpreter import Walk
 from secateur.graph.patches import Spread
-from secateur.graph.trace import NetworkGraph, Walk, operation_name, tensors_of
+from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit.activation_cache import Parking, Passage
 from secateur.pruning.refit.candidates import Form, Look
@@ -46,6 +47,7 @@ from secateur.pruning.refit.layers import Remains, consumer_of
 from secateur.pruning.refit.patch_regression import PatchForm, patch_bytes
 from secateur.pruning.refit.regression_targets import Answer, State, Target, offset_place, target_of
 from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import Track, silent
 from secateur.scoring.batching import packed
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.trace import NetworkGraph, Walk, operation_name
+from secateur.graph.interpreter import Walk
+from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.pruning.refit.layers import Consumer, at, by_group
 
 SMALLEST_SCALE = 1e-3

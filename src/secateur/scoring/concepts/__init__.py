@@ -17,9 +17,9 @@ from torch.fx.node import Node
 
 from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, joined
 from secateur.data.concept_masks import Concept, ConceptMasks
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.graph.trace import NetworkGraph, State
-from secateur.models.zoo import Preprocessing
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
+from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.errors import TraceError
-from secateur.evaluation.evaluate import check_labels
 from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
 
