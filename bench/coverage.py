@@ -42,8 +42,8 @@ from rows import (
 from secateur.config import ScoreSection, Target
 from secateur.errors import TargetError
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import silence
 from secateur.pruning.plan import PruningPlan, make_plan
@@ -78,7 +78,7 @@ def measure_secateur(member: Member, note: Note) -> None:
     model, images = _built(member, note)
     note(stage="wiring")
     start = time.perf_counter()
-    wiring = make_wiring(model, images, cut_stream=True)
+    wiring = build_dependency_graph(model, images, cut_stream=True)
     note(wiring_seconds=_since(start), **_groups(wiring), stage="scoring")
     start = time.perf_counter()
     scores = l2_scores(model, wiring)
@@ -156,7 +156,7 @@ def measure_peer(member: Member, note: Note) -> None:
     note(parameters_without_gradient=sorted(missing)[:5], stage="done")
 
 
-def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+def l2_scores(model: nn.Module, wiring: DependencyGraph) -> dict[str, Tensor]:
     """The norm of every filter's kernel, by group."""
     settings = ScoreSection(criterion="l2")
     criterion = criteria.make("l2", settings, SEED, {})
@@ -164,7 +164,7 @@ def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     return scored["l2"].scores
 
 
-def _first_plan(scores: dict[str, Tensor], wiring: Wiring) -> tuple[PruningPlan, float]:
+def _first_plan(scores: dict[str, Tensor], wiring: DependencyGraph) -> tuple[PruningPlan, float]:
     """The plan for the first target within reach; raises `TargetError` where none is."""
     errors = []
     for fraction in TARGETS:
@@ -198,7 +198,7 @@ def _error(found: tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> 
     return relative_error(found, (expected,) if isinstance(expected, Tensor) else expected)
 
 
-def _groups(wiring: Wiring) -> Row:
+def _groups(wiring: DependencyGraph) -> Row:
     """How many channels can be cut, and how many can't by each reason."""
     frozen: Counter[str] = Counter()
     for group in wiring.frozen:

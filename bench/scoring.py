@@ -48,8 +48,8 @@ from secateur.config import ScoreSection
 from secateur.data import Batch, batches
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph import interpreter
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Look
 from secateur.models import zoo
 from secateur.runtime.module_state import tensors_of
@@ -133,7 +133,7 @@ class Ground:
 
     model: nn.Module
     preprocessing: Preprocessing
-    wiring: Wiring
+    wiring: DependencyGraph
     settings: ScoreSection
 
     def batches(self, count: int) -> Iterator[Batch]:
@@ -167,7 +167,7 @@ def make_ground(name: str) -> Ground:
     preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
-    wiring = make_wiring(model, example, cut_stream=True)
+    wiring = build_dependency_graph(model, example, cut_stream=True)
     return Ground(model, preprocessing, wiring, ScoreSection())
 
 

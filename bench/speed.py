@@ -43,7 +43,7 @@ from rows import (
 from secateur.config import Target
 from secateur.evaluation.divergence import relative_error
 from secateur.evaluation.evaluate import count_macs
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.integrations.onnx import export_onnx, onnx_runner
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
@@ -101,7 +101,7 @@ def measure_surgery(name: str, note: Note) -> None:
         if repeat == 1:
             steps.clear()
         note(stage=f"turn {repeat}")
-        wiring = timed("wiring", lambda: make_wiring(model, images, cut_stream=True))
+        wiring = timed("wiring", lambda: build_dependency_graph(model, images, cut_stream=True))
         scores = timed("scores", partial(l2_scores, model, wiring))
         plan = timed("plan", partial(make_plan, scores, wiring, TARGET, "l2"))
         timed("surgery", partial(apply_plan, model, wiring, plan))
@@ -131,7 +131,7 @@ def measure_latency(name: str, note: Note) -> None:
     note(stage="cut")
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
-    wiring = make_wiring(model, example, cut_stream=True)
+    wiring = build_dependency_graph(model, example, cut_stream=True)
     plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2", round_to=WIDTHS)
     networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}

@@ -27,7 +27,7 @@ from secateur.config import Target, TrainingSection
 from secateur.data import Images
 from secateur.data.augmentation import Augmentation
 from secateur.data.preprocessing import Preprocessing
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.models import zoo
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
@@ -60,7 +60,7 @@ def main() -> None:
     expected = zoo.preprocessing(NETWORK)
     pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
     network = zoo.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
-    wiring = make_wiring(network, pixels[:1])
+    wiring = build_dependency_graph(network, pixels[:1])
     plan = make_plan(l2_scores(network, wiring), wiring, TARGET, "l2")
     cut = apply_plan(network, wiring, plan)
     ways = {

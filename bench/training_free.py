@@ -40,7 +40,7 @@ from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur.config import PlanSection, RefitSection, RunConfig, parse_target
 from secateur.data import Batch, DataSet
-from secateur.graph.dependency import STREAM, Wiring
+from secateur.graph.dependency import STREAM, DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline.prune import (
     Ground,
@@ -168,7 +168,7 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 class Peers:
     """Torch-Pruning's cuts of one network; those that look at weights alone are made once."""
 
-    def __init__(self, model: nn.Module, wiring: Wiring, image: Tensor, check: Check) -> None:
+    def __init__(self, model: nn.Module, wiring: DependencyGraph, image: Tensor, check: Check) -> None:
         self._model, self._image, self._check = model, image, check
         self._whole = {"inner": all_but_inner(model, wiring)}
         if any(group.reason == STREAM for group in wiring.frozen):
@@ -212,7 +212,7 @@ class Peers:
         }
 
 
-def all_but_inner(model: nn.Module, wiring: Wiring) -> frozenset[str]:
+def all_but_inner(model: nn.Module, wiring: DependencyGraph) -> frozenset[str]:
     """Names of the layers whose filters secateur leaves whole without `cut_stream`."""
     inner = {layer.name for group in wiring.groups.values() for layer in group.layers}
     return frozenset(

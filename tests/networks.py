@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.config import Target
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import silence
 from secateur.pruning.plan import PruningPlan
@@ -284,13 +284,13 @@ def make_network(name: str, seed: int = 0) -> nn.Module:
 
 
 @cache
-def wired(name: str, cut_stream: bool = False) -> tuple[nn.Module, Wiring]:
+def wired(name: str, cut_stream: bool = False) -> tuple[nn.Module, DependencyGraph]:
     """The named network and its wiring; made once, so that no test may change it."""
     model = make_network(name)
-    return model, make_wiring(model, random_images(2), cut_stream=cut_stream)
+    return model, build_dependency_graph(model, random_images(2), cut_stream=cut_stream)
 
 
-def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
+def random_plan(wiring: DependencyGraph, generator: torch.Generator) -> PruningPlan:
     """A plan that removes at least one and leaves at least one random filter of each group."""
     removed: dict[str, tuple[int, ...]] = {}
     for name, group in wiring.groups.items():
@@ -302,7 +302,7 @@ def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
 
 
 def assert_law(
-    model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor, *, limit: float = 1e-4
+    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, images: Tensor, *, limit: float = 1e-4
 ) -> nn.Module:
     """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
     cut = apply_plan(model, wiring, plan)

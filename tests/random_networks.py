@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.config import Quantity, Target
 from secateur.errors import RunFolderError, TargetError
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import check_plan
 from secateur.pruning.plan import PruningPlan, make_plan
 
@@ -570,7 +570,7 @@ def build(spec: Spec, seed: int = 0) -> RandomNetwork:
     return model.eval()
 
 
-def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
+def random_plan(wiring: DependencyGraph, seed: int) -> PruningPlan:
     """A valid plan: any subset of the filters, or one made from random scores."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -19,8 +19,8 @@ from secateur.data import Batch, TensorImages
 from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
@@ -127,14 +127,14 @@ class Probe:
         return (Batch(images, labels, own) for images, labels, own in self._parts)
 
 
-def network(name: str) -> tuple[nn.Module, Wiring]:
+def network(name: str) -> tuple[nn.Module, DependencyGraph]:
     model = Units().eval() if name == "units" else make_network(name)
-    return model, make_wiring(model, random_images(2))
+    return model, build_dependency_graph(model, random_images(2))
 
 
 def look(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     probe: Probe,
     observers: Iterable[Recorder],
     *,
@@ -390,7 +390,7 @@ def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
 
 def test_incoming_kernels_are_those_that_write_the_filters() -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
     state = tensors_of(model)
     incoming = kernels_of(wiring, state)["stem.0"].incoming
     expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
@@ -454,7 +454,7 @@ def pixels() -> TensorImages:
 def everything(name: str, precision: Precision, size: int) -> dict[str, list[Tensor]]:
     """What this process's share of the images adds up to, with that of all other processes."""
     model = make_network(name)
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
     settings = ScoreSection(
         quantile=0.1, sample_every=2, use_labels=True, threshold_positions=9, precision=precision
     )

@@ -24,7 +24,7 @@ from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import read_manifest
 from secateur.experiments.run import run
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.models import zoo
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -112,7 +112,7 @@ def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) 
 def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generator) -> None:
     model = zoo.load("resnet20", num_classes=7)
     randomise_norms(model, generator)
-    wiring = make_wiring(model, random_images(2, side=32), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2, side=32), cut_stream=True)
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan)
     folder = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_weights_in_double_are_refused(tmp_path: Path, generator: torch.Generato
 
 def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Erfinv(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     plan = PruningPlan({}, Target("macs", 1.0), "none")
     run_folder.save(tmp_path / "run", model, plan, image_shape=(3, SIDE, SIDE))
     with pytest.raises(RunFolderError, match=r"no program: the operation aten\.erfinv can't be"):

@@ -18,8 +18,8 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.patches import Window
 from secateur.scoring.concepts import Scene
 from secateur.scoring.criteria import (
@@ -93,14 +93,14 @@ def chain() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def wiring(chain: Chain) -> Wiring:
-    return make_wiring(chain, random_images(2))
+def wiring(chain: Chain) -> DependencyGraph:
+    return build_dependency_graph(chain, random_images(2))
 
 
 def scores_of(
     name: str,
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     settings: ScoreSection = SETTINGS,
     weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def response_ballots(model: Chain, group: str) -> Iterator[tuple[int, list[float
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     scores = scores_of("vote-response", chain, wiring)[group]
     expected = torch.zeros_like(scores)
     for _, strength in response_ballots(chain, group):
@@ -182,7 +182,7 @@ def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: Wiring, gr
 @pytest.mark.parametrize("ballot", ["top", "plurality"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_winners_get_a_vote_of_every_position(
-    chain: Chain, wiring: Wiring, group: str, ballot: str
+    chain: Chain, wiring: DependencyGraph, group: str, ballot: str
 ) -> None:
     settings = SETTINGS.model_copy(update={"ballot": ballot})
     scores = scores_of("vote-response", chain, wiring, settings)[group]
@@ -195,7 +195,7 @@ def test_winners_get_a_vote_of_every_position(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_weights_count_votes_by_concept(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_weights_count_votes_by_concept(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     weights = [0.25, 3.0]
     settings = SETTINGS.model_copy(update={"ballot": "plurality"})
     found = scores_of("vote-response", chain, wiring, settings, dict(enumerate(weights)))[group]
@@ -206,7 +206,7 @@ def test_weights_count_votes_by_concept(chain: Chain, wiring: Wiring, group: str
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_regions_vote_once_each(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_regions_vote_once_each(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     settings = SETTINGS.model_copy(update={"voters": "regions", "ballot": "plurality"})
     scores = scores_of("vote-response", chain, wiring, settings)[group]
     assert int(scores.sum()) == 2 * len(IMAGES)
@@ -224,7 +224,7 @@ def test_regions_vote_once_each(chain: Chain, wiring: Wiring, group: str) -> Non
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     scores = scores_of("vote-iou", chain, wiring)[group]
     maps = maps_by_hand(chain)[group]
     _, thresholds = thresholds_by_hand(maps)
@@ -420,7 +420,7 @@ def test_positions_lie_on_the_map_and_depend_on_the_image_alone(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_activation_std_is_that_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_activation_std_is_that_of_every_position(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     scores = scores_of("activation_std", chain, wiring)[group]
     for c, score in enumerate(scores.tolist()):
         values = maps_by_hand(chain)[group][:, c].flatten().tolist()
@@ -435,7 +435,7 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
     assert isinstance(model, Chain)
     with torch.no_grad():
         model.bn1.bias[0] = 1000.0
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     maps = maps_by_hand(model)["conv1"][:, 0].double()
     score = scores_of("activation_std", model, wiring)["conv1"][0]
     assert float(score) == pytest.approx(float(maps.std(correction=0)), rel=1e-4)
@@ -443,7 +443,7 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
 
 @pytest.mark.parametrize("use_labels", [True, False])
 def test_taylor_is_the_squared_change_of_each_image_by_autograd(
-    chain: Chain, wiring: Wiring, use_labels: bool
+    chain: Chain, wiring: DependencyGraph, use_labels: bool
 ) -> None:
     scores = scores_of(
         "taylor", chain, wiring, SETTINGS.model_copy(update={"use_labels": use_labels})
@@ -467,7 +467,7 @@ def test_taylor_is_the_squared_change_of_each_image_by_autograd(
 
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_are_those_of_each_kernel(
-    chain: Chain, wiring: Wiring, name: str, power: int
+    chain: Chain, wiring: DependencyGraph, name: str, power: int
 ) -> None:
     scores = scores_of(name, chain, wiring)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
@@ -479,7 +479,7 @@ def test_norms_are_those_of_each_kernel(
 @pytest.mark.parametrize("name", ["l1", "l2"])
 def test_norms_of_tied_layers_add_up(name: str) -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
     scores = scores_of(name, model, wiring)["stem.0"]
     total = torch.zeros(6, dtype=torch.float64)
     for layer in ("stem", "conv2", "conv4"):
@@ -489,7 +489,7 @@ def test_norms_of_tied_layers_add_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_statistics_are_those_of_every_position(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     maps = maps_by_hand(chain)[group]
     mean = scores_of("activation_mean", chain, wiring)[group]
     share = scores_of("apoz", chain, wiring)[group]
@@ -513,7 +513,7 @@ def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, gr
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_independence_is_what_the_nuclear_norm_loses(
-    chain: Chain, wiring: Wiring, group: str
+    chain: Chain, wiring: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group].double()
     rows = maps.movedim(1, 0).flatten(1)  # at most 64 positions a map: all are taken
@@ -589,7 +589,7 @@ def test_nuclear_norms_of_a_wide_layer_take_no_time() -> None:
         assert float(losses[row]) == pytest.approx(lost, rel=1e-9)
 
 
-def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring) -> None:
+def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: DependencyGraph) -> None:
     scores = scores_of("fpgm", chain, wiring)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
         rows = weight.detach().double().flatten(1)
@@ -598,7 +598,7 @@ def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring)
             assert float(scores[group][c]) == pytest.approx(total, rel=1e-9)
 
 
-def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: Wiring) -> None:
+def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: DependencyGraph) -> None:
     scores = scores_of("bn_scale", chain, wiring)
     assert torch.equal(scores["conv1"], chain.bn1.weight.detach().double().abs())
     assert torch.equal(scores["conv2"], chain.bn2.weight.detach().double().abs())
@@ -608,7 +608,7 @@ def test_without_a_batch_norm_there_is_no_scale() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 5)
     ).eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     with pytest.raises(UsageError, match="'0' has no batch norm"):
         scores_of("bn_scale", model, wiring)
 
@@ -719,7 +719,7 @@ def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: 
     model = make_network("chain").train()
     model.get_submodule("bn2").eval()
     model.get_parameter("conv2.bias").requires_grad_(False)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     modes = [module.training for module in model.modules()]
     requires = [parameter.requires_grad for parameter in model.parameters()]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -788,7 +788,7 @@ def test_a_filter_that_does_nothing_scores_nothing(
     model = make_network("chain")
     assert isinstance(model, Chain)
     harm(model)
-    scores = scores_of(name, model, make_wiring(model, random_images(2)))["conv1"]
+    scores = scores_of(name, model, build_dependency_graph(model, random_images(2)))["conv1"]
     assert float(scores[2]) == pytest.approx(0, abs=1e-9)
     assert scores.max() > 0
 
@@ -800,4 +800,4 @@ def test_what_is_no_number_is_an_error(name: str) -> None:
     with torch.no_grad():
         model.conv1.weight[2, 0, 0, 0] = float("nan")
     with pytest.raises(DataError, match="not finite"):
-        scores_of(name, model, make_wiring(model, random_images(2)))
+        scores_of(name, model, build_dependency_graph(model, random_images(2)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from networks import wired
 from secateur.config import ScoreSection
 from secateur.data import Batch
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.ranking import Ranking, rank
 from secateur.pruning.sensitivity import (
     TEMPERATURE,
@@ -39,7 +39,7 @@ def batches(size: int = 32) -> Iterable[Batch]:
         yield Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers)
 
 
-def surveyed(name: str) -> tuple[nn.Module, Wiring, Reconstruction, Ranking]:
+def surveyed(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
     model, wiring = wired(name, True)
     moments = Reconstruction()
     criterion = criteria.make("l2", SETTINGS, 0, {})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from networks import make_network, random_images
 from secateur.data.concept_masks import ConceptMasks, at_resolution
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring.criteria import Kernels, Regions, Sight
@@ -103,7 +103,7 @@ def test_masks_are_brought_to_the_maps() -> None:
 
 def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
     model = make_network("grouped")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     group = wiring.groups["stem.0"]
     parts = kernels_of(wiring, tensors_of(model))
     assert parts["stem.0"].channel.tolist() == [0, 1, 2, 0, 1, 2]

@@ -16,14 +16,14 @@ from torch import nn
 
 from fault_case import Case
 from networks import Chain, random_images
-from secateur import apply_plan, make_wiring
+from secateur import apply_plan, build_dependency_graph
 from secateur.config import RefitSection, Target
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.result import RESULT, has_collapsed, read_result
@@ -43,10 +43,10 @@ def case(tmp_path: Path) -> Case:
 # --- the better one stays ----------------------------------------------------------------------
 
 
-def chain_and_cut() -> tuple[nn.Module, nn.Module, Wiring, PruningPlan, list[Batch]]:
+def chain_and_cut() -> tuple[nn.Module, nn.Module, DependencyGraph, PruningPlan, list[Batch]]:
     model = Chain().eval()
     images = random_images(48)
-    wiring = make_wiring(model, images[:4])
+    wiring = build_dependency_graph(model, images[:4])
     scores = {name: torch.arange(float(len(group))) for name, group in wiring.groups.items()}
     plan = make_plan(scores, wiring, Target("macs", 0.6), "test")
     parts = torch.arange(48).split(12)
@@ -211,10 +211,10 @@ def test_a_plan_does_not_cut_another_architecture() -> None:
     assert plan.architecture is not None
     other = nn.Sequential(model, nn.Identity())  # the same layers under other names
     with pytest.raises(RunFolderError, match="made for another network"):
-        apply_plan(other, make_wiring(other, random_images(4)), plan)
+        apply_plan(other, build_dependency_graph(other, random_images(4)), plan)
     by_hand = PruningPlan(plan.removed, plan.target, plan.criterion)
     with pytest.raises(RunFolderError, match="can't lose filters of"):
-        apply_plan(other, make_wiring(other, random_images(4)), by_hand)
+        apply_plan(other, build_dependency_graph(other, random_images(4)), by_hand)
 
 
 def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:

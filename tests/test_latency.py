@@ -11,7 +11,7 @@ import torch
 from networks import wired
 from secateur.config import Target
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.pruning.cost.latency_model import (
     Hardware,
     Interpolation,
@@ -37,7 +37,7 @@ def bilinear_times(
     return LayerTimes(layer=layer, read=read, written=written, ms=ms)
 
 
-def table_of(wiring: Wiring) -> LatencyTable:
+def table_of(wiring: DependencyGraph) -> LatencyTable:
     """Times that are in proportion to the multiply-accumulates of a position."""
     layers = []
     for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True):

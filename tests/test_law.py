@@ -17,28 +17,28 @@ from secateur.config import Target
 from secateur.errors import CutError, NotFiniteError
 from secateur.evaluation.divergence import relative_error
 from secateur.experiments.run import run
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.pipeline.prune import load_inputs
 from secateur.pruning import equivalence as law
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 
 
-def plan_of(wiring: Wiring) -> PruningPlan:
+def plan_of(wiring: DependencyGraph) -> PruningPlan:
     """One filter of every group."""
     removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0,))
     return PruningPlan(removed, Target("filters", 0.9), "none")
 
 
 @pytest.fixture
-def wired() -> tuple[nn.Module, Wiring, PruningPlan]:
+def wired() -> tuple[nn.Module, DependencyGraph, PruningPlan]:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     return model, wiring, plan_of(wiring)
 
 
-Wired = tuple[nn.Module, Wiring, PruningPlan]
+Wired = tuple[nn.Module, DependencyGraph, PruningPlan]
 
 
 def test_a_right_cut_passes(wired: Wired) -> None:
@@ -52,7 +52,7 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
     model, wiring, plan = wired
     wrong = list(plan.removed)[1]
 
-    def cut(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, wiring: DependencyGraph, plan: PruningPlan) -> nn.Module:
         removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
         return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
 
@@ -67,7 +67,7 @@ def test_a_cut_that_only_all_layers_spoil_names_none(
 ) -> None:
     model, wiring, plan = wired
 
-    def cut(model: nn.Module, wiring: Wiring, some: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, wiring: DependencyGraph, some: PruningPlan) -> nn.Module:
         removed = some.removed
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
@@ -130,7 +130,7 @@ class Overflows(nn.Module):
 
 def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
     model = Overflows()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     law.check_finite(model, wiring, random_images(2))
     with torch.no_grad():
         model.first.weight.fill_(1e30)

@@ -11,7 +11,7 @@ from torch import Tensor
 from networks import wired
 from secateur.config import Quantity, Target, parse_target
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
@@ -19,13 +19,13 @@ QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
 """Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
 
 
-def random_scores(wiring: Wiring, generator: torch.Generator) -> dict[str, Tensor]:
+def random_scores(wiring: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
     return {
         name: torch.randn(len(group), generator=generator) for name, group in wiring.groups.items()
     }
 
 
-def amount(wiring: Wiring, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
+def amount(wiring: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
     if quantity == "macs":
         return wiring.macs(removed)
     if quantity == "params":
@@ -33,7 +33,7 @@ def amount(wiring: Wiring, quantity: Quantity, removed: dict[str, tuple[int, ...
     return sum(len(g) - len(removed.get(name, ())) for name, g in wiring.groups.items())
 
 
-def kept_counts(wiring: Wiring, plan: PruningPlan) -> dict[str, int]:
+def kept_counts(wiring: DependencyGraph, plan: PruningPlan) -> dict[str, int]:
     return {name: len(g) - len(plan.removed.get(name, ())) for name, g in wiring.groups.items()}
 
 
@@ -152,12 +152,12 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     assert set(kept_counts(wiring, plan).values()) == {1}
 
 
-def without_groups() -> Wiring:
+def without_groups() -> DependencyGraph:
     from networks import CLASSES, random_images
-    from secateur.graph.build import make_wiring
+    from secateur.graph.build import build_dependency_graph
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
-    return make_wiring(model, random_images(2))
+    return build_dependency_graph(model, random_images(2))
 
 
 def test_a_network_without_prunable_groups_reaches_no_target() -> None:

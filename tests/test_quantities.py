@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, random_images, random_plan, wired
 from secateur.errors import UsageError
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.cut import cut
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import apply
 from secateur.graph.trace import NetworkGraph, trace
 from secateur.pruning.cost.macs_and_parameters import measure_of
@@ -65,11 +65,11 @@ class Views(nn.Module):
         return logits
 
 
-def some_wiring(name: str) -> tuple[nn.Module, Wiring]:
+def some_wiring(name: str) -> tuple[nn.Module, DependencyGraph]:
     if name != "views":
         return wired(name, True)
     model = Views().eval()
-    return model, make_wiring(model, random_images(2))
+    return model, build_dependency_graph(model, random_images(2))
 
 
 ALL = [*NETWORKS, "views"]

@@ -17,7 +17,7 @@ from networks import assert_law, counted_macs, random_images, several
 from random_networks import BLOCKS, Spec, build, random_plan
 from secateur.config import Target
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.pruning.equivalence import silence
 from secateur.pruning.plan import PruningPlan
 
@@ -65,7 +65,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
 def assert_all_holds(spec: Spec, cut_stream: bool, seed: int) -> None:
     model, images = build(spec), random_images(3).double()
     names, state = state_of(model)
-    wiring = make_wiring(model, images[:2], cut_stream=cut_stream)
+    wiring = build_dependency_graph(model, images[:2], cut_stream=cut_stream)
     with torch.no_grad():
         expected = model(images)
         nothing = PruningPlan({}, Target("macs", 0.5), "none")

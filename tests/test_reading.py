@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from networks import Chain, assert_law, make_network, random_images, random_plan
 from secateur.config import Target
 from secateur.errors import RunFolderError, UnknownName
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import check_plan
 from secateur.pruning.plan import PruningPlan, make_plan
 
 
-def any_plan(wiring: Wiring) -> PruningPlan:
+def any_plan(wiring: DependencyGraph) -> PruningPlan:
     return random_plan(wiring, torch.Generator().manual_seed(0))
 
 
 def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
-    wiring = make_wiring(make_network("concat"), random_images(1), exclude=("left.*", "join.0"))
+    wiring = build_dependency_graph(make_network("concat"), random_images(1), exclude=("left.*", "join.0"))
     assert list(wiring.groups) == ["stem.0", "right.0"]
     reasons = {group.name: group.reason for group in wiring.frozen}
     assert reasons["left.0"] == "excluded by 'left.*'"
@@ -30,7 +30,7 @@ def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
 
 def test_a_pattern_that_fits_no_layer_is_an_error_that_names_near_ones() -> None:
     with pytest.raises(UnknownName, match="layer to exclude 'con1': did you mean conv1"):
-        make_wiring(Chain().eval(), random_images(1), exclude=("con1",))
+        build_dependency_graph(Chain().eval(), random_images(1), exclude=("con1",))
 
 
 class Split(nn.Module):
@@ -52,7 +52,7 @@ class Split(nn.Module):
 
 def test_attributes_that_hold_a_size_follow_the_cut() -> None:
     model = Split().eval()
-    wiring = make_wiring(model, random_images(1))
+    wiring = build_dependency_graph(model, random_images(1))
     assert list(wiring.groups) == ["stem", "inner", "outer"]
     plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Target("macs", 0.5), "by hand")
     cut = assert_law(model, wiring, plan, random_images())
@@ -62,7 +62,7 @@ def test_attributes_that_hold_a_size_follow_the_cut() -> None:
 
 
 def test_a_piece_of_a_split_is_never_emptied() -> None:
-    wiring = make_wiring(Split().eval(), random_images(1))
+    wiring = build_dependency_graph(Split().eval(), random_images(1))
     stem = wiring.groups["stem"].channels
     covered = [set(cover.tolist()) for cover in wiring.covers]
     assert set(stem[:3].tolist()) in covered
@@ -92,7 +92,7 @@ class Cached(nn.Module):
 
 def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it() -> None:
     model = Cached().eval()
-    wiring = make_wiring(model, random_images(1))
+    wiring = build_dependency_graph(model, random_images(1))
     assert model.cache == {}
     assert list(wiring.groups) == ["conv"]
     assert_law(model, wiring, any_plan(wiring), random_images())
@@ -116,7 +116,7 @@ class Aside(nn.Module):
 
 def test_only_sums_around_layers_make_a_stream() -> None:
     model = Aside().eval()
-    assert list(make_wiring(model, random_images(1)).groups) == ["left"]
-    wiring = make_wiring(model, random_images(1), cut_stream=True)
+    assert list(build_dependency_graph(model, random_images(1)).groups) == ["left"]
+    wiring = build_dependency_graph(model, random_images(1), cut_stream=True)
     assert list(wiring.groups) == ["stem", "left"]
     assert_law(model, wiring, any_plan(wiring), random_images())

@@ -25,8 +25,8 @@ from secateur.config import RefitForm, RefitSection, Target
 from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import Walk
 from secateur.graph.patches import in_patch_order, window_of
 from secateur.pruning.apply import apply_plan
@@ -60,7 +60,7 @@ def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
     return PruningPlan(names, Target("macs", 0.5), "test")
 
 
-def half_of(wiring: Wiring, seed: int = 0) -> PruningPlan:
+def half_of(wiring: DependencyGraph, seed: int = 0) -> PruningPlan:
     """A plan that removes a random half of every group."""
     generator = torch.Generator().manual_seed(seed)
     removed = {
@@ -74,14 +74,14 @@ def half_of(wiring: Wiring, seed: int = 0) -> PruningPlan:
     )
 
 
-_wirings: dict[str, Wiring] = {}
+_wirings: dict[str, DependencyGraph] = {}
 
 
-def wiring_of(model: nn.Module) -> Wiring:
+def wiring_of(model: nn.Module) -> DependencyGraph:
     """The wiring, traced once for all networks that are built alike."""
     built = repr(model)
     if built not in _wirings:
-        _wirings[built] = make_wiring(model, random_images(2))
+        _wirings[built] = build_dependency_graph(model, random_images(2))
     return _wirings[built]
 
 

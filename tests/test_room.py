@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fault_case import Case
 from networks import Chain, Residual, random_images
-from secateur import make_wiring
+from secateur import build_dependency_graph
 from secateur.errors import SecateurError
 from secateur.experiments.run import run
 from secateur.pipeline import prune as pipeline
@@ -40,7 +40,7 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_batches_fit_into_what_is_free() -> None:
-    wiring = make_wiring(Residual(), random_images(2))
+    wiring = build_dependency_graph(Residual(), random_images(2))
     each = peak_bytes(wiring)({})
     assert 0 < each < all_bytes(wiring)
     assert batch_that_fits(wiring, 100, 2**40, with_gradients=False) == 100

@@ -23,8 +23,8 @@ from networks import (
 from secateur.config import Target
 from secateur.errors import RunFolderError
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.models.zoo import load
 from secateur.pruning.apply import apply_plan, check_plan
 from secateur.pruning.equivalence import silence
@@ -72,11 +72,11 @@ def test_one_filter_may_be_left_in_every_group(name: str) -> None:
 
 
 @cache
-def wired_large(name: str, side: int, cut_stream: bool) -> tuple[nn.Module, Wiring]:
+def wired_large(name: str, side: int, cut_stream: bool) -> tuple[nn.Module, DependencyGraph]:
     torch.manual_seed(3)
     model = load(name)
     randomise_norms(model, torch.Generator().manual_seed(3))
-    return model, make_wiring(model, random_images(2, side), cut_stream=cut_stream)
+    return model, build_dependency_graph(model, random_images(2, side), cut_stream=cut_stream)
 
 
 def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Generator) -> None:
@@ -156,7 +156,7 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
     images = random_images()
     at_once = apply_plan(model, wiring, plan_of({"conv1": (1, 4), "conv2": (0, 2)}))
     first = apply_plan(model, wiring, plan_of({"conv1": (1,), "conv2": (2,)}))
-    again = make_wiring(first, images)
+    again = build_dependency_graph(first, images)
     second = apply_plan(first, again, plan_of({"conv1": (3,), "conv2": (0,)}))
     with torch.no_grad():
         assert torch.equal(second(images), at_once(images))
@@ -164,7 +164,7 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
 
 def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
     before = copy.deepcopy(model.state_dict())
     shapes = {name: str(module) for name, module in model.named_modules()}
     cut = apply_plan(model, wiring, random_plan(wiring, generator))
@@ -180,7 +180,7 @@ def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
 def test_modes_are_kept() -> None:
     model = Chain().train()
     model.bn1.eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,)}))
     modes = {name: module.training for name, module in model.named_modules()}
     assert {name: module.training for name, module in cut.named_modules()} == modes
@@ -189,7 +189,7 @@ def test_modes_are_kept() -> None:
 
 def test_hooks_are_kept() -> None:
     model = make_network("chain")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     seen: list[torch.Size] = []
     model.get_submodule("conv1").register_forward_hook(
         lambda module, inputs, output: seen.append(output.shape)
@@ -202,7 +202,7 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
     model = make_network("chain")
     for name in ("conv1.weight", "bn2.bias"):
         model.get_parameter(name).requires_grad_(False)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1,)}))
     expected = {name: one.requires_grad for name, one in model.named_parameters()}
     assert {name: one.requires_grad for name, one in cut.named_parameters()} == expected
@@ -213,7 +213,7 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
     model = make_network("chain").to(dtype)
-    wiring = make_wiring(model, random_images(2).to(dtype))
+    wiring = build_dependency_graph(model, random_images(2).to(dtype))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     expected = {name: one.dtype for name, one in model.state_dict().items()}
     assert {name: one.dtype for name, one in cut.state_dict().items()} == expected
@@ -221,7 +221,7 @@ def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
 
 def test_the_memory_format_is_kept() -> None:
     model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     for name in ("conv1.weight", "conv2.weight"):
         kernel = cut.get_parameter(name)
@@ -262,7 +262,7 @@ def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
             return logits
 
     model = OneChannel().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     plan = plan_of({"widen": (0, 2)})
     widen = apply_plan(model, wiring, plan).get_submodule("widen")
     assert isinstance(widen, nn.Conv2d)

@@ -12,7 +12,7 @@ from networks import NETWORKS, Chain, random_images, random_plan, wired
 from secateur.config import Target
 from secateur.errors import TargetError
 from secateur.evaluation.timing import LATENCY_BATCH
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.pruning.cost import latency_profiler as timing
 from secateur.pruning.cost.latency_model import LatencyTable, milliseconds, widths_of
 from secateur.pruning.plan import PruningPlan
@@ -109,7 +109,7 @@ class Timed:
 
 def planned(timed: Timed, fraction: float) -> tuple[PruningPlan, float]:
     model = Chain()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     return timing.plan_in_time(model, wiring, timed.plan, fraction, LEAST, random_images(2))
 
 

@@ -12,7 +12,7 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UnknownName, UsageError
-from secateur.graph.build import make_wiring
+from secateur.graph.build import build_dependency_graph
 from secateur.integrations.torch_pruning import CriterionImportance
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
@@ -34,7 +34,7 @@ def pruner_of(model: nn.Module, importance: CriterionImportance, **more: Any) ->
 
 
 def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
-    wiring = make_wiring(model, IMAGES[:2], cut_stream=True)
+    wiring = build_dependency_graph(model, IMAGES[:2], cut_stream=True)
     settings = ScoreSection(criterion=name)
     state, size = tensors_of(model), Preprocessing(8, 8)
     source = concepts.make(settings.concepts, wiring.graph, state, tuple("abcde"), size)

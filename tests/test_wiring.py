@@ -21,8 +21,8 @@ from networks import (
     wired,
 )
 from secateur.evaluation.divergence import relative_error
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import NOT_PRUNABLE, Wiring, aliases_of
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, aliases_of
 from secateur.graph.interpreter import run
 from secateur.graph.rules import RULES
 from secateur.graph.trace import operation_name
@@ -91,12 +91,12 @@ class Between(nn.Module):
         return logits
 
 
-def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Wiring]:
+def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, DependencyGraph]:
     model = Between(then).eval()
-    return model, make_wiring(model, random_images(2), cut_stream=True)
+    return model, build_dependency_graph(model, random_images(2), cut_stream=True)
 
 
-def assert_any_cut(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> None:
+def assert_any_cut(model: nn.Module, wiring: DependencyGraph, generator: torch.Generator) -> None:
     assert_law(model, wiring, random_plan(wiring, generator), random_images())
 
 
@@ -162,7 +162,7 @@ def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
         for group in wired(name, True)[1].groups.values():
             if group.name == "hidden":
                 continue
-            (look,) = group.looks
+            (look,) = group.taps
             shape = look.node.meta["val"].shape
             assert len(shape) == 4, (name, group.name)
             assert operation_name(look.node) not in {"flatten", "view", "mean"}
@@ -175,7 +175,7 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
     for group in wiring.groups.values():
         seen: list[Tensor] = []
         weight = group.layers[0].weight
-        (look,) = group.looks
+        (look,) = group.taps
         if len(look.index) > len(group):
             continue
         for changed in (None, *range(len(group))):
@@ -194,9 +194,9 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
 def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
     wiring = wired("concat")[1]
     left, right = wiring.groups["left.0"], wiring.groups["right.0"]
-    assert left.looks[0].node is right.looks[0].node
-    assert left.looks[0].index.tolist() == [0, 1, 2, 3, 4]
-    assert right.looks[0].index.tolist() == [5, 6, 7]
+    assert left.taps[0].node is right.taps[0].node
+    assert left.taps[0].index.tolist() == [0, 1, 2, 3, 4]
+    assert right.taps[0].index.tolist() == [5, 6, 7]
 
 
 def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
@@ -355,7 +355,7 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
             return self.next(torch.cat([self.conv(x), x], 1)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Joined().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     assert list(wiring.groups) == ["conv"]
     assert wiring.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
     assert_any_cut(model, wiring, generator)
@@ -401,7 +401,7 @@ def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
             return self.last(x).mean(2)  # type: ignore[no-any-return]
 
     model = Mixer().eval()
-    assert_any_cut(model, make_wiring(model, random_images(2)), generator)
+    assert_any_cut(model, build_dependency_graph(model, random_images(2)), generator)
 
 
 def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
@@ -420,7 +420,7 @@ def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
             return self.last(x).mean((2, 3)) + self.last(self.narrower(x)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Width().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     assert "wider" not in wiring.groups
     assert_any_cut(model, wiring, generator)
 
@@ -444,7 +444,7 @@ def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generat
             return self.linear((aside + self.after(both)).mean((2, 3)))  # type: ignore[no-any-return]
 
     model = Parts().eval()
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
     assert_any_cut(model, wiring, generator)
 
 
@@ -457,7 +457,7 @@ def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None
     model = Flattened()
     randomise_norms(model, generator)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    make_wiring(model, random_images(2))
+    build_dependency_graph(model, random_images(2))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -465,7 +465,7 @@ def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None
 def test_the_images_size_decides_the_macs_and_not_the_batch() -> None:
     model = Chain().eval()
     small, large = random_images(2), random_images(5, side=16)
-    wiring = make_wiring(model, large)
+    wiring = build_dependency_graph(model, large)
     assert wiring.macs() == counted_macs(model, large)
-    convolutions = make_wiring(model, small).macs() - 7 * 5
+    convolutions = build_dependency_graph(model, small).macs() - 7 * 5
     assert wiring.macs() - 7 * 5 == 4 * convolutions

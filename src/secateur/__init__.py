@@ -8,8 +8,8 @@ from secateur.errors import SecateurError
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.run import run
 from secateur.experiments.run_folder import load, load_program, save
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.integrations.onnx import ExportResult, export_onnx
 from secateur.models.zoo import load as load_model
 from secateur.pipeline.result import RunResult
@@ -27,7 +27,7 @@ __all__ = [
     "Score",
     "SecateurError",
     "Target",
-    "Wiring",
+    "DependencyGraph",
     "apply_plan",
     "evaluate",
     "export_onnx",
@@ -36,7 +36,7 @@ __all__ = [
     "load_model",
     "load_program",
     "make_plan",
-    "make_wiring",
+    "build_dependency_graph",
     "prune",
     "run",
     "save",

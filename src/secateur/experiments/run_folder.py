@@ -33,7 +33,7 @@ from secateur.experiments.manifest import (
 )
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline.result import Origin
 from secateur.pruning.apply import apply_plan
@@ -156,7 +156,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
 
 
 def load(
-    folder: str | Path, *, architecture: nn.Module | None = None, wiring: Wiring | None = None
+    folder: str | Path, *, architecture: nn.Module | None = None, wiring: DependencyGraph | None = None
 ) -> nn.Module:
     """The pruned network of a run folder, in evaluation mode: the same module, with fewer filters.
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from secateur.errors import UnknownName
 from secateur.graph.channel_ids import ChannelSpread, Rule
-from secateur.graph.dependency import STREAM, Wiring
+from secateur.graph.dependency import STREAM, DependencyGraph
 from secateur.graph.rules import RULES
 from secateur.graph.sizes import settle
 from secateur.graph.torchvision_detectors import forward_of
 from secateur.graph.trace import Forward, trace
 
 
-def make_wiring(
+def build_dependency_graph(
     model: nn.Module,
     example: Tensor,
     *,
@@ -24,7 +24,7 @@ def make_wiring(
     exclude: Iterable[str] = (),
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
-) -> Wiring:
+) -> DependencyGraph:
     """The wiring of `model` for images like `example` `[image, rgb, height, width]`.
 
     Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. `exclude`

@@ -50,7 +50,7 @@ class SizedAttribute:
 
 
 @dataclass(frozen=True, eq=False)
-class Wiring:
+class DependencyGraph:
     """All that is needed to cut channels out of a network."""
 
     graph: NetworkGraph
@@ -147,7 +147,7 @@ def assemble(
     spread: ChannelSpread,
     held: Iterable[tuple[Ids, str]] = (),
     attributes: tuple[SizedAttribute, ...] = (),
-) -> Wiring:
+) -> DependencyGraph:
     """The wiring that follows from ids that have been through the whole graph.
 
     `held` are channels that stay for now, with the reason.
@@ -173,7 +173,7 @@ def assemble(
         if ids is not None and (channel_of[ids] != NOT_PRUNABLE).any()
     )
     tensors = tensors_of(model)
-    return Wiring(
+    return DependencyGraph(
         graph=spread.graph,
         groups=groups,
         frozen=frozen,

@@ -44,7 +44,7 @@ class Group:
     layers: tuple[Layer, ...]
     """Layers that write the channels."""
     readers: tuple[Reader, ...]
-    looks: tuple[Look, ...]
+    taps: tuple[Look, ...]
 
     def __len__(self) -> int:
         return len(self.channels)

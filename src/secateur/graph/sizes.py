@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import ChannelSpread, Count, Ids, Resize, position_of
-from secateur.graph.dependency import SizedAttribute, Wiring, assemble
+from secateur.graph.dependency import SizedAttribute, DependencyGraph, assemble
 from secateur.graph.trace import Forward, operation_name
 from secateur.graph.verify import is_foretold, trials
 
@@ -38,11 +38,11 @@ class _Place:
 
 def settle(
     model: nn.Module, example: Tensor, forward: Forward | None, spread: ChannelSpread
-) -> Wiring:
+) -> DependencyGraph:
     """The wiring with every channel frozen whose sizes don't follow a cut."""
     known, places = _sized_places(model, spread)
 
-    def works(candidate: Wiring) -> bool:
+    def works(candidate: DependencyGraph) -> bool:
         return is_foretold(model, example, forward, candidate, thorough=bool(places))
 
     wiring = assemble(model, spread, attributes=known)
@@ -78,7 +78,7 @@ def _steered(
     spread: ChannelSpread,
     held: list[_Held],
     attributes: tuple[SizedAttribute, ...],
-    works: Callable[[Wiring], bool],
+    works: Callable[[DependencyGraph], bool],
 ) -> list[_Held]:
     """The groups that can't be cut although every place with a size of its own is held.
 
@@ -185,7 +185,7 @@ def _call_number(node: Node) -> str:
     return ",".join(node.meta.get("nn_module_stack", {}))
 
 
-def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
+def _active(wiring: DependencyGraph, places: list[_Place]) -> list[_Place]:
     """The places whose sizes a trial cut changes."""
     whole = wiring.sizes_after({})
     after = [wiring.sizes_after(removed) for removed in trials(wiring, thorough=True)]
@@ -196,7 +196,7 @@ def _active(wiring: Wiring, places: list[_Place]) -> list[_Place]:
     ]
 
 
-def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[SizedAttribute, ...]]:
+def _guesses(model: nn.Module, wiring: DependencyGraph, place: _Place) -> list[tuple[SizedAttribute, ...]]:
     """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
@@ -216,7 +216,7 @@ def _guesses(model: nn.Module, wiring: Wiring, place: _Place) -> list[tuple[Size
 
 
 def _holding(
-    model: nn.Module, wiring: Wiring, node: Node, position: int, element: int | None, size: int
+    model: nn.Module, wiring: DependencyGraph, node: Node, position: int, element: int | None, size: int
 ) -> list[SizedAttribute]:
     """Attributes of the operation's module, or of those around it, that hold a number."""
     path, _ = _owner(model, node)

@@ -19,13 +19,13 @@ from torch.fx.node import Node
 from secateur.errors import TraceError
 from secateur.graph.channel_ids import Count, argument, first_input, position_of, shape_of
 from secateur.graph.cut import SizeConflict, attribute_values, cut
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.trace import Forward, NetworkGraph, operation_name, trace
 
 
 def is_foretold(
-    model: nn.Module, example: Tensor, forward: Forward | None, wiring: Wiring, *, thorough: bool
+    model: nn.Module, example: Tensor, forward: Forward | None, wiring: DependencyGraph, *, thorough: bool
 ) -> bool:
     """Whether trial cuts, traced again, give the operations and sizes that were foretold.
 
@@ -47,7 +47,7 @@ def is_foretold(
     return True
 
 
-def trials(wiring: Wiring, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
+def trials(wiring: DependencyGraph, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
     Where it leaves a group as it is, and if `thorough`, a second one, of the others, and a third of
@@ -62,7 +62,7 @@ def trials(wiring: Wiring, *, thorough: bool) -> list[dict[str, tuple[int, ...]]
     return [removed for removed in (first, second, single) if removed]
 
 
-def _trial(wiring: Wiring, before: Removed | None, least: int) -> dict[str, tuple[int, ...]]:
+def _trial(wiring: DependencyGraph, before: Removed | None, least: int) -> dict[str, tuple[int, ...]]:
     """About a third of the channels of each group; with `before` all others, as far as they can go.
 
     No two numbers that may be taken for each other should come out the same: groups of one size
@@ -99,7 +99,7 @@ def _trial(wiring: Wiring, before: Removed | None, least: int) -> dict[str, tupl
     return removed
 
 
-def _is_consistent(wiring: Wiring) -> bool:
+def _is_consistent(wiring: DependencyGraph) -> bool:
     """Whether no attribute has to be two numbers, for cuts of any size."""
     generator = np.random.default_rng(0)
     for _ in range(32):
@@ -114,7 +114,7 @@ def _is_consistent(wiring: Wiring) -> bool:
     return True
 
 
-def _is_graph_foretold(wiring: Wiring, removed: Removed, graph: NetworkGraph) -> bool:
+def _is_graph_foretold(wiring: DependencyGraph, removed: Removed, graph: NetworkGraph) -> bool:
     count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
     if len(wiring.graph.nodes) != len(graph.nodes):
         return False
@@ -148,7 +148,7 @@ def _shapes(node: Node) -> list[Sequence[int]]:
     return [each.shape for each in values if isinstance(each, Tensor)]
 
 
-def _foretold(wiring: Wiring, node: Node, count: Count, images: int) -> Iterator[list[int]]:
+def _foretold(wiring: DependencyGraph, node: Node, count: Count, images: int) -> Iterator[list[int]]:
     """Shapes of an operation's values after a cut, for a batch of so many images."""
     before = wiring.graph.images
     several = wiring.several.get(node, [wiring.axes.get(node, ())])

@@ -23,8 +23,8 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UsageError
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.runtime.module_state import evaluating, tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -118,7 +118,7 @@ class CriterionImportance:
         if shapes == self._shapes:
             return
         self._shapes = shapes
-        wiring = make_wiring(self._model, self._example, cut_stream=True)
+        wiring = build_dependency_graph(self._model, self._example, cut_stream=True)
         criterion = self._make_criterion(self._seed)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
@@ -147,7 +147,7 @@ class CriterionImportance:
         settings = self._settings
         return criteria.make(settings.criterion, settings, seed, {})
 
-    def _source(self, wiring: Wiring) -> ConceptSource:
+    def _source(self, wiring: DependencyGraph) -> ConceptSource:
         with evaluating(self._model), torch.inference_mode():
             classes = self._model(self._example).shape[1]
         class_names = tuple(map(str, range(classes)))

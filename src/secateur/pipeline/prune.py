@@ -18,8 +18,8 @@ from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.evaluation.evaluate import Score, evaluate
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.models import user_code, zoo
 from secateur.pipeline.result import (
     FrozenResult,
@@ -144,7 +144,7 @@ class Ground:
     probe: Images
     example: Tensor
     """A few probe images `[image, rgb, height, width]`, normalised."""
-    wiring: Wiring
+    wiring: DependencyGraph
     source: ConceptSource
     batch_size: int
     """Images at a time that there is memory for, at most those of the configuration."""
@@ -168,7 +168,7 @@ def prepare_ground(
     dataset: DataSet,
     config: RunConfig,
     unreadable: Unreadable | None = None,
-    wiring: Wiring | None = None,
+    wiring: DependencyGraph | None = None,
     names: Sequence[str] = (),
 ) -> Ground:
     """Draws the probe set and reads the network's wiring, as `config` says, if it is not known.
@@ -193,7 +193,7 @@ def prepare_ground(
         raise DataError(f"none of {len(probe.labels)} probe images can be read")
     example = first.images
     if wiring is None:
-        wiring = make_wiring(
+        wiring = build_dependency_graph(
             model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
         )
     check_finite(model, wiring, example)
@@ -395,7 +395,7 @@ class Pruned:
     result: RunResult
     latency: LatencyTable | None
     """Times of the layers before the cut, where the target is one of latency."""
-    wiring: Wiring
+    wiring: DependencyGraph
     """Of the network before the first cut."""
 
     @property

@@ -13,8 +13,8 @@ from torch import nn
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.errors import RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
-from secateur.graph.build import make_wiring
-from secateur.graph.dependency import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.refit.batchnorm import NormChange
 from secateur.pruning.refit.layerwise import LayerRefit
 from secateur.pruning.refit.refit_and_check import RefitCheck
@@ -239,7 +239,7 @@ class Origin:
     cut_stream: bool = False
     exclude: tuple[str, ...] = ()
 
-    def make_wiring(self, model: nn.Module) -> Wiring:
+    def make_wiring(self, model: nn.Module) -> DependencyGraph:
         """The wiring of the unpruned network, made as it was made for the plan."""
         example = torch.zeros(2, *self.image_shape)
-        return make_wiring(model, example, cut_stream=self.cut_stream, exclude=self.exclude)
+        return build_dependency_graph(model, example, cut_stream=self.cut_stream, exclude=self.exclude)

@@ -6,12 +6,12 @@ from torch import nn
 
 from secateur.errors import RunFolderError
 from secateur.graph.cut import cut
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.hashing import architecture_hash
 
 
-def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
+def apply_plan(model: nn.Module, wiring: DependencyGraph, plan: PruningPlan) -> nn.Module:
     """A copy of `model` without the filters that the plan removes, wherever they reach.
 
     Mode, hooks, dtype, memory format and `requires_grad` are those of `model`, which is not
@@ -22,7 +22,7 @@ def apply_plan(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module
     return cut(model, wiring, plan.removed)
 
 
-def check_plan(wiring: Wiring, plan: PruningPlan) -> None:
+def check_plan(wiring: DependencyGraph, plan: PruningPlan) -> None:
     """Raises `RunFolderError` where the plan does not fit the network, or empties a layer."""
     if plan.architecture not in (None, architecture_hash(wiring.shapes)):
         raise RunFolderError(

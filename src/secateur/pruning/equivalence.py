@@ -20,7 +20,7 @@ from torch.fx.node import Node
 from secateur.errors import CutError, NotFiniteError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import Walk, apply
 from secateur.graph.trace import Compute, operation_name
 from secateur.pruning.apply import apply_plan
@@ -36,7 +36,7 @@ Images = Float[Tensor, "image channel *position"]
 
 
 def check_law(
-    model: nn.Module, wiring: Wiring, plan: PruningPlan, smaller: nn.Module, images: Images
+    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
 ) -> float:
     """The largest relative difference between `smaller` and the original, silenced, on `images`.
 
@@ -65,14 +65,14 @@ def check_law(
 
 
 def _error(
-    model: nn.Module, wiring: Wiring, plan: PruningPlan, smaller: nn.Module, images: Images
+    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
 ) -> float:
     with torch.inference_mode():
         expected = silence(model, wiring, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
-def check_finite(model: nn.Module, wiring: Wiring, images: Images) -> None:
+def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> None:
     """Raises `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
 
     Of the parameters and buffers of `model`, then of what it computes from `images`.
@@ -100,7 +100,7 @@ def check_finite(model: nn.Module, wiring: Wiring, images: Images) -> None:
 
 
 def silence(
-    model: nn.Module, wiring: Wiring, plan: PruningPlan
+    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """The original network, in evaluation mode, with the removed channels zeroed where read.
 
@@ -145,7 +145,7 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
 
 
 def _over_kept(
-    node: Node, wiring: Wiring, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
+    node: Node, wiring: DependencyGraph, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
 ) -> Compute:
     """The operation over the channels that stay, with zeros for the others in its answer."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.config import AllocationRule, Target, parse_target
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import STREAM, Wiring
+from secateur.graph.dependency import STREAM, DependencyGraph
 from secateur.pruning.allocation import (
     Space,
     equal_shares,
@@ -114,7 +114,7 @@ class Allocation:
 
 def make_plan(
     scores: Mapping[str, Tensor],
-    wiring: Wiring,
+    wiring: DependencyGraph,
     target: Target,
     criterion: str,
     *,
@@ -162,7 +162,7 @@ def make_plan(
 
 def make_space(
     ranking: Ranking,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     target: Target,
     *,
     round_to: int = 1,
@@ -193,7 +193,7 @@ def _removed(ranking: Ranking, counts: Mapping[str, int]) -> Removed:
     }
 
 
-def _check_reach(space: Space, wiring: Wiring, target: Target) -> None:
+def _check_reach(space: Space, wiring: DependencyGraph, target: Target) -> None:
     """Raises `TargetError` where even the least that may stay is too much."""
     if space.fits(space.least):
         return
@@ -208,7 +208,7 @@ def _check_reach(space: Space, wiring: Wiring, target: Target) -> None:
     )
 
 
-def _steps(wiring: Wiring, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:
+def _steps(wiring: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:
     """How many channels of a group may stay, in rising order."""
     group = wiring.groups[name]
     written = wiring.channel_of[group.layers[0].written]

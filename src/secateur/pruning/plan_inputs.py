@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.config import PlanSection, ScoreSection, Target, parse_target
 from secateur.data import Batch
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
@@ -31,7 +31,7 @@ from secateur.scoring.scores import FilterScores, score_filters, scores_of
 class Survey:
     """All that is known of a network before a plan is made."""
 
-    wiring: Wiring
+    wiring: DependencyGraph
     scored: FilterScores
     settings: PlanSection
     allocation: Allocation
@@ -68,7 +68,7 @@ class Survey:
 
 def make_surveys(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
     source: ConceptSource,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Ranking:
 
 def rank(
     scores: Mapping[str, Tensor],
-    wiring: Wiring,
+    wiring: DependencyGraph,
     criterion: str,
     *,
     ties: Mapping[str, Tensor] | None = None,

@@ -29,7 +29,7 @@ from torch.fx.node import Node
 from secateur.data import Batch
 from secateur.evaluation.divergence import divergences_of
 from secateur.graph.channel_ids import Reader
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.interpreter import Walk, apply
 from secateur.graph.trace import Compute, State
@@ -65,7 +65,7 @@ class StandIn:
 
 def measure_damage(
     state: State,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
@@ -99,7 +99,7 @@ def error_curve(
 
 def measure_slopes(
     state: State,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
@@ -170,7 +170,7 @@ def stand_in(group: Group, moments: Reconstruction, kept: Sequence[int]) -> Stan
 class _Edit:
     """One reader of a group, fed with what stands in for some of its channels."""
 
-    def __init__(self, wiring: Wiring, reader: Reader, group: Group, walk: Walk) -> None:
+    def __init__(self, wiring: DependencyGraph, reader: Reader, group: Group, walk: Walk) -> None:
         self.node = reader.node
         self.missed = 0.0
         """Squared error of what the reader gave last, summed over its outputs; mean over others."""
@@ -242,7 +242,7 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def _outputs(
-    wiring: Wiring, walk: Walk, instead: Mapping[Node, Compute] | None = None
+    wiring: DependencyGraph, walk: Walk, instead: Mapping[Node, Compute] | None = None
 ) -> list[Tensor]:
     walk.advance(instead=instead)
     return [walk.value(node) for node in wiring.graph.outputs]

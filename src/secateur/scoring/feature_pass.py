@@ -24,7 +24,7 @@ from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
 from secateur.errors import DataError
 from secateur.graph.channel_ids import argument
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group, Look
 from secateur.graph.interpreter import Walk
 from secateur.graph.patches import Window, window_of
@@ -45,7 +45,7 @@ LARGEST_GRID = 14
 
 def observe(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     observers: Sequence[Observer],
     source: ConceptSource | None,
@@ -88,11 +88,11 @@ def parts_of(group: Group) -> dict[str, Look]:
     """The places where a group is looked at, by the name that observers know each by."""
     return {
         group.name if number == 0 else f"{group.name} (part {number + 1})": look
-        for number, look in enumerate(group.looks)
+        for number, look in enumerate(group.taps)
     }
 
 
-def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
+def kernels_of(wiring: DependencyGraph, state: State) -> dict[str, Kernels]:
     """The weights that write and read the filters of each part of each group."""
     slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
     scales = {
@@ -135,7 +135,7 @@ def kernels_of(wiring: Wiring, state: State) -> dict[str, Kernels]:
 
 
 def _readers(
-    wiring: Wiring, state: State, position: npt.NDArray[np.int64], channels: int
+    wiring: DependencyGraph, state: State, position: npt.NDArray[np.int64], channels: int
 ) -> list[tuple[Window, Tensor]]:
     """How each layer that reads some of a group's channels moves, and `[output, tap, channel]`."""
     found: list[tuple[Window, Tensor]] = []
@@ -177,7 +177,7 @@ def _counts_up(index: Tensor, length: int) -> bool:
 class _Pass:
     """The way of a batch through the network, with the concept source served on it."""
 
-    wiring: Wiring
+    wiring: DependencyGraph
     state: State
     source: ConceptSource | None
     settings: ScoreSection
@@ -294,7 +294,7 @@ def _first_look(
     return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
 
 
-def _looks(wiring: Wiring) -> dict[str, Look]:
+def _looks(wiring: DependencyGraph) -> dict[str, Look]:
     return {
         part: look for group in wiring.groups.values() for part, look in parts_of(group).items()
     }
@@ -397,7 +397,7 @@ def maps_of(look: Look, value: Tensor) -> Tensor:
     return maps[:, torch.from_numpy(look.index)]
 
 
-def _taps(wiring: Wiring, show: Callable[[str, Look, Tensor], None]) -> dict[Node, Tap]:
+def _taps(wiring: DependencyGraph, show: Callable[[str, Look, Tensor], None]) -> dict[Node, Tap]:
     """What to do at each node that is looked at, for all groups that are seen there."""
     parts_at: dict[Node, list[tuple[str, Look]]] = {}
     for part, look in _looks(wiring).items():

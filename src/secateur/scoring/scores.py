@@ -13,7 +13,7 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.errors import UsageError
 from secateur.graph.channel_ids import Ids
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer
 from secateur.scoring.feature_pass import observe, parts_of
@@ -29,7 +29,7 @@ class FilterScores:
 
 def score_filters(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
     source: ConceptSource | None,
@@ -46,7 +46,7 @@ def score_filters(
     return {name: FilterScores(name, scores_of(each, wiring)) for name, each in criteria.items()}
 
 
-def scores_of(criterion: Criterion, wiring: Wiring) -> dict[str, Float[Tensor, "channel"]]:
+def scores_of(criterion: Criterion, wiring: DependencyGraph) -> dict[str, Float[Tensor, "channel"]]:
     """`{group: the scores of its channels}` by a criterion that has seen all images."""
     return {
         group.name: _by_channel(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.graph.trace import operation_name
 
 SPATIAL = 4
@@ -26,7 +26,7 @@ class ResidualSum:
     """Channels of the original sum that stay."""
 
 
-def residual_sums(wiring: Wiring, removed: Removed) -> tuple[ResidualSum, ...]:
+def residual_sums(wiring: DependencyGraph, removed: Removed) -> tuple[ResidualSum, ...]:
     """The modules that add two feature maps, with the channels that stay; the last sum of each.
 
     Sums that the network adds in its own forward, outside of any module, have no name to find

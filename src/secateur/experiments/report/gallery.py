@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pipeline.dissect import VOTES, see
 from secateur.pipeline.prune import make_unreadable, prepare_ground, preprocessing
 from secateur.pipeline.result import RunResult
@@ -76,7 +76,7 @@ def make_gallery(
     result: RunResult,
     track: Track = silent,
     *,
-    wiring: Wiring | None = None,
+    wiring: DependencyGraph | None = None,
 ) -> Gallery | None:
     """Looks at the network before and after a run, as the run's configuration says.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.memory import all_bytes, peak_bytes
 from secateur.runtime.memory import SHARE
 
 LEAST_BATCH = 2
 
 
-def batch_that_fits(wiring: Wiring, asked: int, free: int, *, with_gradients: bool) -> int:
+def batch_that_fits(wiring: DependencyGraph, asked: int, free: int, *, with_gradients: bool) -> int:
     """The largest number of images at a time, at most `asked`, that a pass has memory for.
 
     `free` is in bytes. A pass with gradients holds all values, one without those still needed.

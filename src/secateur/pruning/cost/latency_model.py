@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from secateur.errors import UsageError
 from secateur.graph.channel_ids import Layer
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, Wiring
+from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
 from secateur.pruning.cost.memory import storages
 from secateur.pruning.cost.tensor_sizes import Dimension, Volumes
 from secateur.runtime.schema import Document, parsed
@@ -88,7 +88,7 @@ class LayerWidths:
     """Channels that are positions to it: time is in proportion to them."""
 
 
-def widths_of(wiring: Wiring) -> list[LayerWidths]:
+def widths_of(wiring: DependencyGraph) -> list[LayerWidths]:
     """The widths of each layer, in the order of `Wiring.layers`."""
     read = {reader.node: wiring.channel_of[reader.channels] for reader in wiring.readers}
 
@@ -109,7 +109,7 @@ def is_prunable(dimension: Dimension) -> bool:
     return not isinstance(dimension, int) and bool((dimension != NOT_PRUNABLE).any())
 
 
-def milliseconds(table: LatencyTable, wiring: Wiring) -> Callable[[Removed], float]:
+def milliseconds(table: LatencyTable, wiring: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: how long the network that is left takes.
 
     Raises `UsageError` where the table is another network's.
@@ -124,7 +124,7 @@ def milliseconds(table: LatencyTable, wiring: Wiring) -> Callable[[Removed], flo
 
 
 def layers_ms(
-    wiring: Wiring, layers: Sequence[LayerTimes], block: int
+    wiring: DependencyGraph, layers: Sequence[LayerTimes], block: int
 ) -> Callable[[Removed], Numbers]:
     """A function of what goes: the time of each layer; raises `UsageError` as `milliseconds`."""
     if [times.layer for times in layers] != [layer.name for layer in wiring.layers]:
@@ -180,7 +180,7 @@ def padded(width: Widths, block: int) -> Numbers:
     return np.where(width <= SMALL, width, np.ceil(width / block) * block)
 
 
-def other_values(wiring: Wiring) -> Callable[[Removed], float]:
+def other_values(wiring: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: values that all but layers write for an image."""
     layers = {layer.node for layer in wiring.layers} | {wiring.graph.image}
     each = [storage for storage in storages(wiring) if storage.node not in layers]

@@ -22,7 +22,7 @@ from secateur.errors import TargetError
 from secateur.evaluation.timing import LATENCY_BATCH, batch_of, seconds
 from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, Wiring
+from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
 from secateur.graph.interpreter import with_sizes
 from secateur.pruning.cost.latency_model import (
     SMALL,
@@ -65,7 +65,7 @@ Jobs = dict[Key, Job]
 Times = Mapping[Key, float]
 
 
-def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> LatencyTable:
+def measure_latency(model: nn.Module, wiring: DependencyGraph, images: Tensor) -> LatencyTable:
     """The times of `model` and of its layers on this machine, in evaluation mode.
 
     `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. Everything is
@@ -105,7 +105,7 @@ def measure_latency(model: nn.Module, wiring: Wiring, images: Tensor) -> Latency
 
 def plan_in_time(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     plan: Callable[[float], PruningPlan],
     fraction_left: float,
     least: float,
@@ -184,7 +184,7 @@ def _hardware(batch: Tensor) -> Hardware:
     )
 
 
-def _uniform_cuts(wiring: Wiring) -> list[Removed]:
+def _uniform_cuts(wiring: DependencyGraph) -> list[Removed]:
     """What goes where every group keeps the same share of its filters; first nothing."""
     result: list[Removed] = [{}]
     scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
@@ -259,7 +259,7 @@ class _Sample:
         )
 
 
-def _sample(wiring: Wiring, layer: Layer, widths: LayerWidths) -> _Sample:
+def _sample(wiring: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Sample:
     read, written = _narrowed(widths.read, _grid), _narrowed(widths.written, _grid)
     whole_read, whole_written = max(read), max(written)
 
@@ -314,7 +314,7 @@ def _checks(size: int) -> set[int]:
     return {min(size, int(share * size) // SMALL * SMALL + 3) for share in (0.35, 0.6, 0.85)}
 
 
-def _call(wiring: Wiring, layer: Layer, gone: Ids) -> _Call:
+def _call(wiring: DependencyGraph, layer: Layer, gone: Ids) -> _Call:
     """A layer's operation in a network without some channels."""
     kept = np.ones(len(wiring.channel_of), dtype=bool)
     kept[gone] = False

@@ -8,7 +8,7 @@ import numpy as np
 
 from secateur.config import Quantity
 from secateur.errors import UsageError
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.pruning.cost.latency_model import LatencyTable, milliseconds
 from secateur.pruning.cost.memory import crowding, peak_bytes
 from secateur.pruning.cost.tensor_sizes import Dimension, Volumes, dimensions_of
@@ -17,7 +17,7 @@ Measure = Callable[[Removed], float]
 """How much is left when some channels of each group go."""
 
 
-def measure_of(wiring: Wiring, quantity: Quantity, latency: LatencyTable | None = None) -> Measure:
+def measure_of(wiring: DependencyGraph, quantity: Quantity, latency: LatencyTable | None = None) -> Measure:
     """The function that gives a quantity of any network cut from `wiring`, fast.
 
     `macs` and `memory` (bytes of activations alive at once) are for one image, `latency` is in
@@ -41,12 +41,12 @@ def measure_of(wiring: Wiring, quantity: Quantity, latency: LatencyTable | None 
     return milliseconds(latency, wiring)
 
 
-def pressure_of(wiring: Wiring, quantity: Quantity) -> Measure | None:
+def pressure_of(wiring: DependencyGraph, quantity: Quantity) -> Measure | None:
     """What to bring down step by step where the quantity itself need not move with each step."""
     return crowding(wiring) if quantity == "memory" else None
 
 
-def _macs(wiring: Wiring) -> Measure:
+def _macs(wiring: DependencyGraph) -> Measure:
     """`Wiring.macs` as a measure."""
     volumes = Volumes(
         wiring,
@@ -62,7 +62,7 @@ def _macs(wiring: Wiring) -> Measure:
     return lambda removed: wiring.product_macs + int((positions * volumes(removed)).sum())
 
 
-def _params(wiring: Wiring) -> Measure:
+def _params(wiring: DependencyGraph) -> Measure:
     """`Wiring.params` as a measure."""
     values: dict[str, list[Dimension]] = {
         name: list(wiring.shapes[name]) for name in sorted(wiring.parameters)

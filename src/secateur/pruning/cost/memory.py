@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.graph.trace import gives_its_input, is_view
 from secateur.pruning.cost.tensor_sizes import Dimension, Volumes, dimensions_of
 
@@ -36,7 +36,7 @@ class Storage:
     """Position of the last operation that reads it; of the graph's end, where it is an answer."""
 
 
-def storages(wiring: Wiring) -> list[Storage]:
+def storages(wiring: DependencyGraph) -> list[Storage]:
     """All that operations write, and the images; not parameters, buffers and constants.
 
     An operation in place writes a storage of its own here, as it does in the graph.
@@ -83,13 +83,13 @@ def storages(wiring: Wiring) -> list[Storage]:
     return found
 
 
-def peak_bytes(wiring: Wiring) -> Callable[[Removed], float]:
+def peak_bytes(wiring: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: most bytes of values alive at once, for one image."""
     alive = _alive_bytes(wiring)
     return lambda removed: float(alive(removed).max())
 
 
-def all_bytes(wiring: Wiring) -> int:
+def all_bytes(wiring: DependencyGraph) -> int:
     """Bytes of all values together, for one image: what is held where gradients are to flow."""
     each = storages(wiring)
     elements = Volumes(wiring, [storage.dimensions for storage in each])({}).tolist()
@@ -99,7 +99,7 @@ def all_bytes(wiring: Wiring) -> int:
     )
 
 
-def crowding(wiring: Wiring) -> Callable[[Removed], float]:
+def crowding(wiring: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes that comes down with every moment at which much is alive.
 
     The `NEAR_MAXIMUM`-norm of the bytes alive over the moments: where the peak is reached in
@@ -109,7 +109,7 @@ def crowding(wiring: Wiring) -> Callable[[Removed], float]:
     return lambda removed: float(np.linalg.norm(alive(removed), NEAR_MAXIMUM))
 
 
-def _alive_bytes(wiring: Wiring) -> Callable[[Removed], npt.NDArray[np.float64]]:
+def _alive_bytes(wiring: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.float64]]:
     """A function of what goes: bytes of values alive at each moment, for one image.
 
     A value is alive from the operation that writes it to the last one that reads it; the memory

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graph.channel_ids import Axes, Ids
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, Wiring
+from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
 
 Dimension = Ids | int
 """Prunable channel of each index, -1 where the index must stay; or a size that never changes."""
@@ -22,7 +22,7 @@ Dimension = Ids | int
 class Volumes:
     """Numbers of elements, `[value]`, in any network that is cut from a wiring."""
 
-    def __init__(self, wiring: Wiring, values: Iterable[Sequence[Dimension]]) -> None:
+    def __init__(self, wiring: DependencyGraph, values: Iterable[Sequence[Dimension]]) -> None:
         """Of each value its dimensions."""
         sizes = [len(group) for group in wiring.groups.values()]
         starts = itertools.accumulate(sizes, initial=0)
@@ -71,7 +71,7 @@ class Volumes:
         return result
 
 
-def dimensions_of(wiring: Wiring, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:
+def dimensions_of(wiring: DependencyGraph, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:
     """The dimensions of a value with these ids along them, and these sizes where there are none."""
     return tuple(
         int(size) if ids is None else wiring.channel_of[ids]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Ids, Layer, argument, position_of
-from secateur.graph.dependency import Removed, Wiring
+from secateur.graph.dependency import Removed, DependencyGraph
 from secateur.graph.interpreter import apply
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
 from secateur.graph.trace import Sizes, operation_name
@@ -22,8 +22,8 @@ from secateur.graph.trace import Sizes, operation_name
 class Remains:
     """What a plan leaves of the values in the original network."""
 
-    def __init__(self, wiring: Wiring, removed: Removed) -> None:
-        self.wiring: Wiring = wiring
+    def __init__(self, wiring: DependencyGraph, removed: Removed) -> None:
+        self.wiring: DependencyGraph = wiring
         self.sizes: Sizes = wiring.sizes_after(removed)
         self._stays = wiring.stays(removed)
 

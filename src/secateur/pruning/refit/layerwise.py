@@ -35,7 +35,7 @@ from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
 from secateur.graph.channel_ids import Layer, argument
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import Walk
 from secateur.graph.patches import Spread
 from secateur.graph.trace import NetworkGraph, operation_name
@@ -79,7 +79,7 @@ class LayerRefit:
 def refit(
     model: nn.Module,
     smaller: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     plan: PruningPlan,
     batches: Iterable[Batch],
     settings: RefitSection,

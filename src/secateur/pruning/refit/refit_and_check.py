@@ -11,7 +11,7 @@ from torch import nn
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.evaluation.divergence import answers_of, divergences_of, has_fallen
-from secateur.graph.dependency import Wiring
+from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit.batchnorm import NormChange, reestimate_norms
 from secateur.pruning.refit.layerwise import LayerRefit, refit
@@ -45,7 +45,7 @@ class Repair:
 def repair(
     model: nn.Module,
     smaller: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     plan: PruningPlan,
     settings: RefitSection,
     probe: Batches,
