@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur.config import from_dict, read_tables
-from secateur.experiments.compare.runner import read_comparison
+from secateur.experiments.compare.runner import read_spec
 from secateur.experiments.manifest import WEIGHTS
 from secateur.experiments.train_base import BaseConfig, train_base
 from tables import with_table
@@ -50,7 +50,7 @@ def measure(data: str, weights: Path) -> Row:
         folder = WORK / file.stem
         found.append(train_base(config(file, data, last), folder, resume=True))
         last = folder / WEIGHTS
-    (network,) = read_comparison(PRUNED).networks
+    (network,) = read_spec(PRUNED).networks
     shutil.copyfile(str(last), weights / str(network.weights))
     trainings = [
         {

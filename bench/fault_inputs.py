@@ -28,8 +28,8 @@ from secateur.errors import RunFolderError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
-from secateur.experiments.compare.runner import CELLS, read_cell, write_cell
-from secateur.experiments.compare.spec import Comparison, cells_of
+from secateur.experiments.compare.runner import CELLS, read_job, write_job
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.manifest import MANIFEST
 from secateur.experiments.report.comparison import write_comparison
 from secateur.models import weights, zoo
@@ -123,13 +123,13 @@ def readers(folder: Path) -> list[Reader]:
     run, sweep_folder = folder / "run", folder / "comparison"
     result = runs.run(case.config(epochs=1), run)
     comparison = case.comparison()
-    cell, *others = cells_of(comparison)
+    cell, *others = jobs_of(comparison)
     (sweep_folder / CELLS).mkdir(parents=True)
-    cells = [write_cell(sweep_folder, cell, comparison, result=result)]
-    cells += [write_cell(sweep_folder, each, comparison, failed="why") for each in others]
+    cells = [write_job(sweep_folder, cell, comparison, result=result)]
+    cells += [write_job(sweep_folder, each, comparison, failed="why") for each in others]
     write_comparison(sweep_folder, comparison, cells)
     model = zoo.load(case.model_name, num_classes=len(CLASSES))
-    wiring = Origin(None, (3, SIDE, SIDE)).make_wiring(model)
+    wiring = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
     of_run = {
         path.name: path.read_bytes()
         for path in run.iterdir()
@@ -137,14 +137,14 @@ def readers(folder: Path) -> list[Reader]:
     }
 
     def whole(folder: Path) -> object:
-        return _network(run_folder.load(folder, architecture=model, wiring=wiring))
+        return _network(run_folder.load(folder, architecture=model, dependencies=wiring))
 
     def program(folder: Path) -> object:
         return _network(run_folder.load_program(folder))
 
     first_cell = (sweep_folder / "cells" / f"{cell.id}.json").read_bytes()
-    tables = {"comparison.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
-    rows = {"cells.jsonl": (sweep_folder / "cells.jsonl").read_bytes()}
+    tables = {"benchmark.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
+    rows = {"jobs.jsonl": (sweep_folder / "jobs.jsonl").read_bytes()}
     found = [
         Reader("run folder", of_run, whole, whole(run)),
         Reader("run folder as a program", of_run, program, program(run)),
@@ -153,8 +153,8 @@ def readers(folder: Path) -> list[Reader]:
         Reader("result", {"result.json": of_run["result.json"]}, read_result),
         Reader("configuration", {"config.toml": of_run["config.toml"]}, _read_config),
         Reader("comparison", tables, _read_comparison),
-        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: read_cell(at, cell)),
-        Reader("rows of cells", rows, lambda at: read_rows(at / "cells.jsonl")),
+        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: read_job(at, cell)),
+        Reader("rows of cells", rows, lambda at: read_rows(at / "jobs.jsonl")),
         Reader("latency table", {"latency.json": _latency().encode()}, _read_latency),
         *_weight_readers(folder, model),
         *_image_readers(),
@@ -203,11 +203,11 @@ def _read_config(folder: Path) -> object:
 
 
 def _read_comparison(folder: Path) -> object:
-    return from_dict(read_tables(folder / "comparison.toml"), Comparison)
+    return from_dict(read_tables(folder / "benchmark.toml"), BenchmarkSpec)
 
 
 def _latency() -> str:
-    times = LayerTimes(layer="conv1", read=(1, 3), written=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
+    times = LayerTimes(layer="conv1", read=(1, 3), produced=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
     place = Hardware(processor="any", threads=1, device="cpu", dtype="float32", torch="2")
     return LatencyTable(
         hardware=place,

@@ -50,12 +50,12 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph import interpreter
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.groups import Look
+from secateur.graph.groups import Tap
 from secateur.models import zoo
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
-from secateur.scoring.feature_pass import maps_of, observe, parts_of
+from secateur.scoring.feature_pass import maps_of, observe, taps_of
 from tables import with_table
 from zoo import CLASSES
 
@@ -167,7 +167,7 @@ def make_ground(name: str) -> Ground:
     preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
-    wiring = build_dependency_graph(model, example, cut_stream=True)
+    wiring = build_dependency_graph(model, example, prune_residual=True)
     return Ground(model, preprocessing, wiring, ScoreSection())
 
 
@@ -182,9 +182,9 @@ def dissect(ground: Ground, count: int) -> None:
     mask[: side // 2, : side // 2] = True
     state = tensors_of(ground.model)
 
-    looks: dict[Node, list[Look]] = {}
+    looks: dict[Node, list[Tap]] = {}
     for group in ground.wiring.groups.values():
-        for look in parts_of(group).values():
+        for look in taps_of(group).values():
             looks.setdefault(look.node, []).append(look)
 
     def see(node: Node, value: Tensor) -> None:

@@ -58,7 +58,7 @@ def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:
             },
             "data": {
                 "source": f"cifar10:{arguments.data}",
-                "probe_images": PROBE_IMAGES,
+                "calibration_images": PROBE_IMAGES,
                 "stratified": False,
             },
             "refit": {"positions": REFIT_POSITIONS},

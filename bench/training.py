@@ -23,7 +23,7 @@ from cells import run_all
 from coverage import l2_scores
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur import data
-from secateur.config import Target, TrainingSection
+from secateur.config import Budget, TrainingSection
 from secateur.data import Images
 from secateur.data.augmentation import Augmentation
 from secateur.data.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ NETWORK = "resnet20"
 STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)
 COMPILED = SETTINGS.model_copy(update={"compile": True})
-TARGET = Target("macs", 0.7)
+TARGET = Budget("macs", 0.7)
 SEED = 0
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         run_all("training.py", [["--data", arguments.data, "--child"]], 1)
         return
     dataset = data.load(arguments.data, seed=SEED)
-    images = data.draw_probe(dataset.train, STEPS * SETTINGS.batch_size, seed=SEED)
+    images = data.draw_calibration_images(dataset.train, STEPS * SETTINGS.batch_size, seed=SEED)
     expected = zoo.preprocessing(NETWORK)
     pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
     network = zoo.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)

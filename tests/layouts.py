@@ -39,7 +39,7 @@ def prune_briefly(model_file: Path, source: str, folder: Path, **data: object) -
         from_dict(
             {
                 "model": {"name": f"{model_file}:small"},
-                "data": {"source": source, "image_size": 16, "probe_images": 60, **data},
+                "data": {"source": source, "image_size": 16, "calibration_images": 60, **data},
                 "plan": {"target": "macs=0.7"},
                 "finetune": {"epochs": 0},
             },

@@ -30,7 +30,7 @@ def small_config(model_file: Path, **sections: Mapping[str, object]) -> RunConfi
     """A run of the small network on digits that takes a second or two."""
     tables: dict[str, dict[str, object]] = {
         "model": {"name": f"{model_file}:small"},
-        "data": {"source": "digits", "image_size": 32, "probe_images": 100, "batch_size": 50},
+        "data": {"source": "digits", "image_size": 32, "calibration_images": 100, "batch_size": 50},
         "finetune": {"epochs": 0, "batch_size": 64, "warmup_steps": 0, "flip": False},
     }
     for name, values in sections.items():
@@ -52,7 +52,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
     config = from_dict(
         {
             "model": {"name": "resnet20", "weights": str(weights)},
-            "data": {"source": "digits", "probe_images": 200},
+            "data": {"source": "digits", "calibration_images": 200},
             "plan": {"target": "macs=0.5"},
             "finetune": {"epochs": 1, "batch_size": 64, "warmup_steps": 5, "flip": False},
         },

@@ -102,11 +102,13 @@ def test_nothing_of_the_users_is_changed(model: nn.Module, images: Tensor) -> No
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not result.model.training
-    assert list(result.scores) == ["before", "cut", "refit", "tuned"]
+    assert list(result.scores) == ["before", "cut", "refit", "finetuned"]
 
 
 def test_the_network_gets_smaller_and_works(model: nn.Module, images: Tensor) -> None:
-    result = secateur.prune(model, [images], target="params=0.6", settings={"refit.norms": False})
+    result = secateur.prune(
+        model, [images], target="params=0.6", settings={"refit.recalibrate_batchnorm": False}
+    )
     before, after = result.scores["before"], result.scores["refit"]
     assert after.parameters <= 0.6 * before.parameters
     assert after.parameters == sum(p.numel() for p in result.model.parameters())

@@ -41,7 +41,7 @@ from secateur.models import weights, zoo
 from secateur.runtime import memory as room
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
-from secateur.runtime.file_lock import locked
+from secateur.runtime.file_lock import lock_folder
 from secateur.scoring.concepts import annotated_images
 from secateur.training import memory_check
 
@@ -310,7 +310,7 @@ def made_from_other_weights(desk: Desk) -> None:
 
 
 def two_at_once(desk: Desk) -> None:
-    with locked(desk.folder / "run"):
+    with lock_folder(desk.folder / "run"):
         desk.prune()
 
 

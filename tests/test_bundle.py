@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from networks import SIDE, make_network, random_images, random_plan, randomise_norms, wired
 from runs import DigitsRun, outputs, small_config
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import read_manifest
@@ -112,7 +112,7 @@ def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) 
 def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generator) -> None:
     model = zoo.load("resnet20", num_classes=7)
     randomise_norms(model, generator)
-    wiring = build_dependency_graph(model, random_images(2, side=32), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2, side=32), prune_residual=True)
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan)
     folder = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generat
         *(folder, smaller, plan),
         architecture="resnet20",
         image_shape=(3, 32, 32),
-        cut_stream=True,
+        prune_residual=True,
     )
     assert torch.equal(outputs(run_folder.load(folder)), outputs(smaller))
 
@@ -155,7 +155,7 @@ def test_weights_in_double_are_refused(tmp_path: Path, generator: torch.Generato
 def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Erfinv(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
     wiring = build_dependency_graph(model, random_images(2))
-    plan = PruningPlan({}, Target("macs", 1.0), "none")
+    plan = PruningPlan({}, Budget("macs", 1.0), "none")
     run_folder.save(tmp_path / "run", model, plan, image_shape=(3, SIDE, SIDE))
     with pytest.raises(RunFolderError, match=r"no program: the operation aten\.erfinv can't be"):
         run_folder.load_program(tmp_path / "run")

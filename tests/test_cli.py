@@ -142,7 +142,7 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
 def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*arguments, "--probe-images", 60, "--no-finetune", "--json", "-o", run)
+    outcome = call(*arguments, "--calibration-images", 60, "--no-finetune", "--json", "-o", run)
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
@@ -151,17 +151,17 @@ def test_prune_polishes_and_leaves_norms_alone_if_asked(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    options = ["--probe-images", 60, "--no-finetune", "--no-norms", "--polish", 2]
+    options = ["--calibration-images", 60, "--no-finetune", "--no-norms", "--distill", 2]
     outcome = call(*arguments, *options, "-o", tmp_path / "run")
     assert outcome.code == 0
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["before", "cut", "refit", "polished"]
+    assert [line.split()[0] for line in lines[1:5]] == ["before", "cut", "refit", "distilled"]
     assert max(len(line) for line in lines[:5]) <= 80
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["norms"] is None
-    assert len(result["polish"]["epochs"]) == 2
+    assert len(result["distill"]["epochs"]) == 2
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["event"] == "polish" for line in log) == 2
+    assert sum(json.loads(line)["event"] == "distill" for line in log) == 2
 
 
 def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
@@ -189,7 +189,17 @@ def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
 
 def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None:
     weights = digits_run.config.model.weights
-    common = ["inspect", "-m", "resnet20", "-w", weights, "-d", "digits", "--probe-images", 100]
+    common = [
+        "inspect",
+        "-m",
+        "resnet20",
+        "-w",
+        weights,
+        "-d",
+        "digits",
+        "--calibration-images",
+        100,
+    ]
     outcome = call(*common)
     assert outcome.code == 0
     assert "written to the network's output" in " ".join(outcome.out.split())
@@ -208,13 +218,13 @@ def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None
         assert len(group["top_images"]) == group["filters"]
         for numbers in group["top_images"]:
             assert len(set(numbers)) == len(numbers) == 5
-            assert all(0 <= number < found["probe_images"] for number in numbers)
+            assert all(0 <= number < found["calibration_images"] for number in numbers)
 
 
 def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--pictures", folder, "--json")
+    outcome = call(*common, "--calibration-images", 60, "--pictures", folder, "--json")
     assert outcome.code == 0
     layers = {group["layer"] for group in json.loads(outcome.out)["groups"]}
     assert {path.name for path in folder.iterdir()} == {f"{layer}.png" for layer in layers}
@@ -249,7 +259,7 @@ def test_inspect_with_annotated_concepts_needs_no_data(
     outcome = call(*common, *source, "--num-classes", 4, "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
-    assert found["probe_images"] == 6
+    assert found["calibration_images"] == 6
     assert found["concept_source"] == f"masks:{masks}"
     seen = {each["concept"] for group in found["groups"] for each in group["concepts"]}
     assert seen <= {"left", "right"}
@@ -260,17 +270,17 @@ def test_inspect_with_annotated_concepts_needs_no_data(
 
 def test_inspect_one_layer(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--layer", "conv1")
+    outcome = call(*common, "--calibration-images", 60, "--layer", "conv1")
     assert outcome.code == 0
     assert len(outcome.out.splitlines()) == 1 + 12
-    outcome = call(*common, "--probe-images", 60, "--layer", "conv11")
+    outcome = call(*common, "--calibration-images", 60, "--layer", "conv11")
     assert (outcome.code, outcome.out) == (2, "")
     assert "did you mean conv1" in outcome.err
 
 
 def test_inspect_one_filter(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    common += ["--probe-images", 60]
+    common += ["--calibration-images", 60]
     found = json.loads(call(*common, "--json").out)
     (group,) = (group for group in found["groups"] if group["layer"] == "conv1")
     outcome = call(*common, "--layer", "conv1", "--filter", 3)
@@ -297,7 +307,7 @@ def test_inspect_one_filter(call: Call, model_file: Path) -> None:
 
 def test_the_picture_of_a_network_fits_a_terminal(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60)
+    outcome = call(*common, "--calibration-images", 60)
     lines = outcome.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in outcome.out  # no colours where nobody sees them
@@ -318,7 +328,7 @@ def test_filters_that_hold_most_of_the_votes(votes: list[float], needed: int) ->
 
 def test_inspect_names_the_pattern_that_excludes_a_layer(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--exclude", "conv1", "--json")
+    outcome = call(*common, "--calibration-images", 60, "--exclude", "conv1", "--json")
     assert outcome.code == 0
     frozen = {group["layer"]: group["reason"] for group in json.loads(outcome.out)["frozen"]}
     assert frozen["conv1"] == "excluded by 'conv1'"
@@ -333,7 +343,7 @@ def test_prune_excludes_rounds_and_keeps_a_minimum(
     folder = tmp_path / "run"
     common = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
     options = ["--exclude", "conv1", "--round-to", 4, "--min-filters", 8, "--no-finetune"]
-    target = ["--target", "filters=0.5", "--probe-images", 60, "--refit", "none"]
+    target = ["--target", "filters=0.5", "--calibration-images", 60, "--refit", "none"]
     outcome = call(*common, *options, *target, "-o", folder, "--json")
     assert outcome.code == 0
     result = json.loads(outcome.out)
@@ -605,7 +615,16 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     def arguments(out: Path) -> list[str]:
-        options = ["-d", "digits", "--image-size", "32", "--probe-images", "100", "--epochs", "6"]
+        options = [
+            "-d",
+            "digits",
+            "--image-size",
+            "32",
+            "--calibration-images",
+            "100",
+            "--epochs",
+            "6",
+        ]
         keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
         return ["prune", "-m", f"{model_file}:small", *options, *keys, "-o", str(out)]
 
@@ -639,8 +658,8 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
 
 
 def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path) -> None:
-    run, tuned = tmp_path / "run", tmp_path / "tuned"
-    options = ["-d", "digits", "--image-size", 32, "--probe-images", 100]
+    run, tuned = tmp_path / "run", tmp_path / "finetuned"
+    options = ["-d", "digits", "--image-size", 32, "--calibration-images", 100]
     at_once = ["--epochs", 2, "--set", "finetune.flip=false", "-o", tmp_path / "at once"]
     assert call("prune", "-m", f"{model_file}:small", *options, *at_once).code == 0
     assert (
@@ -654,7 +673,7 @@ def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path)
     outcome = call("finetune", run, "--model", f"{model_file}:small", *arguments)
     assert outcome.code == 0
     assert [line.split()[0] for line in outcome.out.splitlines()[1:5]] == [
-        *("before", "cut", "refit", "tuned")
+        *("before", "cut", "refit", "finetuned")
     ]
     left = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert {name: left[name] for name in before} == before
@@ -720,7 +739,7 @@ def test_threads_are_left_as_they_are(call: Call) -> None:
 def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict[str, Any]:
     """The result of a run of the small network on digits that trains nothing."""
     common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    few = ["--probe-images", 60, "--no-finetune", "-o", out]
+    few = ["--calibration-images", 60, "--no-finetune", "-o", out]
     assert call("prune", *common, *few, *options).code == 0
     found: dict[str, Any] = json.loads((out / "result.json").read_text())
     return found
@@ -763,12 +782,12 @@ def test_the_smallest_network_within_a_drop(call: Call, model_file: Path, tmp_pa
         assert cut <= smallest * before
 
 
-@pytest.mark.parametrize("allocation", ["curves", "uniform", "global"])
+@pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "global"])
 @pytest.mark.parametrize("target", ["macs=0.6", "params=0.6", "memory=0.9"])
 def test_every_allocation_meets_every_target(
     call: Call, model_file: Path, tmp_path: Path, allocation: str, target: str
 ) -> None:
-    options = ["--allocation", allocation, "-t", target, "--criterion", "l2", "--cut-stream"]
+    options = ["--allocation", allocation, "-t", target, "--criterion", "l2", "--prune-residual"]
     result = small_run(call, model_file, tmp_path / "run", *options)
     before, cut = (stage["score"] for stage in result["stages"][:2])
     assert cut["macs"] < before["macs"]
@@ -780,13 +799,13 @@ def test_every_allocation_meets_every_target(
 def test_comparing_prints_tables_and_says_where_the_page_is(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
-    file, out = tmp_path / "comparison.toml", tmp_path / "comparison"
+    file, out = tmp_path / "benchmark.toml", tmp_path / "comparison"
     file.write_text(
         f"""
         criteria = ["l1", "random"]
         targets = ["macs=0.6"]
         networks = [{{ name = "{model_file}:small", label = "own" }}]
-        data = {{ source = "cifar10:elsewhere", image_size = 16, probe_images = 6 }}
+        data = {{ source = "cifar10:elsewhere", image_size = 16, calibration_images = 6 }}
         """
     )
     options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path]
@@ -796,7 +815,7 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
     lines = [line.split() for line in outcome.out.splitlines()]
     assert ["way", "own", "macs=0.6", "mean"] in lines
     assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
-    assert outcome.out.splitlines()[-1] == f"page: {out / 'comparison.html'}"
+    assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]
 

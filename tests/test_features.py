@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.config import Target, TrainingSection
+from secateur.config import Budget, TrainingSection
 from secateur.data import TensorImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UsageError
@@ -35,7 +35,7 @@ def test_every_block_of_a_residual_network_has_one(network: nn.Module) -> None:
 
 
 def test_channels_that_go_do_not_count(network: nn.Module) -> None:
-    wiring = build_dependency_graph(network, EXAMPLE, cut_stream=True)
+    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
     sums = residual_sums(wiring, dict.fromkeys(wiring.groups, (0, 5)))
     # The stream of the first stage goes on in the middle of the next ones, which pad it with zeros.
     for each in sums:
@@ -48,9 +48,9 @@ def test_channels_that_go_do_not_count(network: nn.Module) -> None:
 def test_the_difference_is_that_of_the_channels_that_stay(
     network: nn.Module, generator: torch.Generator
 ) -> None:
-    wiring = build_dependency_graph(network, EXAMPLE, cut_stream=True)
+    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
     removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0, 1))
-    plan = PruningPlan(removed, Target("filters", 0.9), "l1")
+    plan = PruningPlan(removed, Budget("filters", 0.9), "l1")
     smaller = apply_plan(network, wiring, plan).eval()
     sums = residual_sums(wiring, removed)
     images = torch.rand(4, 3, 32, 32, generator=generator)

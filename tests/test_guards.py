@@ -17,7 +17,7 @@ from torch import nn
 from fault_case import Case
 from networks import Chain, random_images
 from secateur import apply_plan, build_dependency_graph
-from secateur.config import RefitSection, Target
+from secateur.config import Budget, RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
@@ -48,7 +48,7 @@ def chain_and_cut() -> tuple[nn.Module, nn.Module, DependencyGraph, PruningPlan,
     images = random_images(48)
     wiring = build_dependency_graph(model, images[:4])
     scores = {name: torch.arange(float(len(group))) for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Target("macs", 0.6), "test")
+    plan = make_plan(scores, wiring, Budget("macs", 0.6), "test")
     parts = torch.arange(48).split(12)
     batches = [Batch(images[part], torch.zeros(len(part)).long(), part) for part in parts]
     return model, apply_plan(model, wiring, plan), wiring, plan, batches
@@ -64,17 +64,19 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
                 parameter.mul_(-3.0)
         return ()
 
-    settings = RefitSection(norms=False)
+    settings = RefitSection(recalibrate_batchnorm=False)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
     with monkeypatch.context() as patch:
         patch.setattr(refit_and_check, "refit", spoil)
-        found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+        found = refit_and_check.refit_and_check(
+            model, smaller, wiring, plan, settings, *parts, seed=0
+        )
     assert found.check is not None
     assert not found.check.is_kept
     assert found.check.divergence_refit > found.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert found.check.is_kept
     assert found.check.divergence_refit < found.check.divergence_cut
@@ -91,8 +93,8 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(refit_and_check, "refit", spoil)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
-    settings = RefitSection(norms=False)
-    found = refit_and_check.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    settings = RefitSection(recalibrate_batchnorm=False)
+    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
@@ -139,8 +141,8 @@ def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
     after = load_file(run / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert result.tuning is not None
-    assert result.tuning.kept == "start"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "start"
     assert result.stages[-1].score == result.stages[-2].score
     (notice,) = result.notices
     assert "has broken the network (the validation images fell from 90.00 to 40.00 %" in notice
@@ -160,8 +162,8 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
     (run / RESULT).write_text(changed.model_dump_json())
     monkeypatch.setattr(pipeline, "has_collapsed", lambda before, epochs: True)
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
-    assert result.tuning is not None
-    assert result.tuning.kept == "start"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "start"
     assert result.stages[-1].score == came
 
 
@@ -174,7 +176,7 @@ def test_a_finished_run_is_not_gone_on_with_by_other_rules(case: Case) -> None:
         runs.run(changed.model_copy(update={"finetune": other}), run, resume=True)
     same = changed.finetune.model_copy(update={"workers": 0, "checkpoint_minutes": 1.0})
     again = runs.run(changed.model_copy(update={"finetune": same}), run, resume=True)
-    assert again.tuning is not None
+    assert again.finetuning is not None
 
 
 def test_a_small_fall_is_said_and_the_last_epoch_stays(
@@ -184,8 +186,8 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
     runs.run(case.config(epochs=0), run)
     monkeypatch.setattr(pipeline, "evaluate", first_grades(0.9, 0.85))
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
-    assert result.tuning is not None
-    assert result.tuning.kept == "last"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "last"
     (notice,) = result.notices
     assert "fell from 90.00 to 85.00 %" in notice
     assert "--keep best" in notice
@@ -212,7 +214,7 @@ def test_a_plan_does_not_cut_another_architecture() -> None:
     other = nn.Sequential(model, nn.Identity())  # the same layers under other names
     with pytest.raises(RunFolderError, match="made for another network"):
         apply_plan(other, build_dependency_graph(other, random_images(4)), plan)
-    by_hand = PruningPlan(plan.removed, plan.target, plan.criterion)
+    by_hand = PruningPlan(plan.removed, plan.budget, plan.criterion)
     with pytest.raises(RunFolderError, match="can't lose filters of"):
         apply_plan(other, build_dependency_graph(other, random_images(4)), by_hand)
 
@@ -220,7 +222,7 @@ def test_a_plan_does_not_cut_another_architecture() -> None:
 def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:
     plan = replace(chain_and_cut()[3], weights="abc")
     assert PruningPlan.from_json(plan.to_json()) == plan
-    older = PruningPlan(plan.removed, plan.target, plan.criterion)
+    older = PruningPlan(plan.removed, plan.budget, plan.criterion)
     assert "architecture" not in older.to_json()
     assert PruningPlan.from_json(older.to_json()) == older
 
@@ -264,7 +266,7 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     (run / "result.json").write_text(changed)
     runs.report(run, model_name=moved, images=8)
     assert not (run / "ran").exists()
-    runs.finetune(run, case.folder / "tuned", {"epochs": 1}, model_name=moved)
+    runs.finetune(run, case.folder / "finetuned", {"epochs": 1}, model_name=moved)
     assert not (run / "ran").exists()
 
 

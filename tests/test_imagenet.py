@@ -111,7 +111,7 @@ def test_labels_are_numbers_among_the_thousand(tmp_path: Path) -> None:
     for part, count in ((dataset.train, 5), (dataset.validation, 1), (dataset.test, 2)):
         assert part.labels.unique().tolist() == THEIR_NUMBERS
         assert part.labels.unique(return_counts=True)[1].tolist() == 3 * [count]
-    probe = data.draw_probe(dataset.train, 7)
+    probe = data.draw_calibration_images(dataset.train, 7)
     assert sorted(probe.labels.unique(return_counts=True)[1].tolist()) == [2, 2, 3]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from runs import small_config
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import CutError, NotFiniteError
 from secateur.evaluation.divergence import relative_error
 from secateur.experiments.run import run
@@ -28,7 +28,7 @@ from secateur.pruning.plan import PruningPlan
 def plan_of(wiring: DependencyGraph) -> PruningPlan:
     """One filter of every group."""
     removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0,))
-    return PruningPlan(removed, Target("filters", 0.9), "none")
+    return PruningPlan(removed, Budget("filters", 0.9), "none")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ Wired = tuple[nn.Module, DependencyGraph, PruningPlan]
 def test_a_right_cut_passes(wired: Wired) -> None:
     model, wiring, plan = wired
     smaller = apply_plan(model, wiring, plan)
-    assert law.check_law(model, wiring, plan, smaller, random_images(3)) < law.LAW
+    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) < law.TOLERANCE
 
 
 def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +54,12 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
 
     def cut(model: nn.Module, wiring: DependencyGraph, plan: PruningPlan) -> nn.Module:
         removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
-        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
     smaller = cut(model, wiring, plan)
     with pytest.raises(CutError, match=f"without filters of {wrong} the network answers otherwise"):
-        law.check_law(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
 
 
 def test_a_cut_that_only_all_layers_spoil_names_none(
@@ -71,11 +71,11 @@ def test_a_cut_that_only_all_layers_spoil_names_none(
         removed = some.removed
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
-        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
     with pytest.raises(CutError, match="of all layers together"):
-        law.check_law(model, wiring, plan, cut(model, wiring, plan), random_images(3))
+        law.check_equivalence(model, wiring, plan, cut(model, wiring, plan), random_images(3))
 
 
 def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.Mon
         return 0.01 if expected.dtype == torch.float32 else error
 
     monkeypatch.setattr(law, "relative_error", in_float32)
-    assert law.check_law(model, wiring, plan, smaller, random_images(3)) == 0.01
+    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) == 0.01
 
 
 def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
@@ -99,7 +99,7 @@ def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
         next(smaller.parameters()).fill_(torch.nan)
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(CutError):
-        law.check_law(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])

@@ -56,7 +56,7 @@ def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(SIZE)}
     os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     if stage == "scoring":
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.survey_filters, rank))
+        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
     elif stage == "refit":
         patch.setattr(refit_and_check, "refit", dying(vars(refit_and_check)["refit"], rank))
     elif stage == "training":
@@ -65,9 +65,9 @@ def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
         patch.setattr(watchdog, "SILENCE", SHORT_SILENCE)
         patch.setattr(pipeline, "survey_filters", lambda *_, **__: time.sleep(300))
     else:
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.survey_filters, rank))
+        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
     case = Case(folder)
-    data = ["--data", case.source, "--image-size", str(SIDE), "--probe-images", "24"]
+    data = ["--data", case.source, "--image-size", str(SIDE), "--calibration-images", "24"]
     training_options = ["--epochs", "1", "--set", "finetune.batch_size=18"]
     model = ["--model", case.model_name, "--out", str(folder / "run")]
     sys.argv = ["secateur", "prune", *model, *data, *training_options]

@@ -39,10 +39,10 @@ def without_latency(score: Score) -> Score:
 
 def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None:
     result = digits_run.result
-    assert [stage.stage for stage in result.stages] == ["before", "cut", "refit", "tuned"]
+    assert [stage.stage for stage in result.stages] == ["before", "cut", "refit", "finetuned"]
     test_images = len(data.load("digits").test.labels)
     assert {stage.score.images for stage in result.stages} == {test_images}
-    before, tuned = result.score("before"), result.score("tuned")
+    before, tuned = result.score("before"), result.score("finetuned")
     assert before is not None
     assert tuned is not None
     assert before.top1_fraction > 0.8
@@ -60,7 +60,7 @@ def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None
 
 
 def test_run_checks_the_law_of_the_cut(digits_run: DigitsRun) -> None:
-    assert digits_run.result.law_error < 1e-4
+    assert digits_run.result.equivalence_error < 1e-4
 
 
 def test_run_folder_holds_its_files(digits_run: DigitsRun) -> None:
@@ -83,8 +83,8 @@ def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> Non
     assert result.config.model.num_classes == 10
     assert result.environment.torch == torch.__version__
     assert result.environment.threads == torch.get_num_threads()
-    assert result.tuning is not None
-    assert len(result.tuning.epochs) == 1
+    assert result.finetuning is not None
+    assert len(result.finetuning.epochs) == 1
 
 
 def test_same_seed_gives_the_same_plan_and_scores(model_file: Path) -> None:
@@ -158,7 +158,7 @@ def test_every_criterion_and_concept_source_runs(
     score = {"criterion": criterion, "concepts": concepts}
     pruned = prune_small(small_config(model_file, score=score), data.load("digits"))
     assert pruned.plan.criterion == criterion
-    assert pruned.result.law_error < 1e-4
+    assert pruned.result.equivalence_error < 1e-4
 
 
 @pytest.mark.parametrize("target", ["macs=0.8", "params=0.5", "filters=0.6"])
@@ -190,7 +190,7 @@ def test_a_run_with_a_target_of_latency_keeps_the_times(model_file: Path, tmp_pa
 
 
 def test_steps_can_be_left_out(model_file: Path) -> None:
-    config = small_config(model_file, refit={"layers": "none", "norms": False})
+    config = small_config(model_file, refit={"layers": "none", "recalibrate_batchnorm": False})
     pruned = prune_small(config, data.load("digits"))
     assert [stage.stage for stage in pruned.result.stages] == ["before", "cut"]
     assert pruned.result.refit == ()
@@ -198,16 +198,21 @@ def test_steps_can_be_left_out(model_file: Path) -> None:
 
 def test_norms_are_a_part_of_the_refit(model_file: Path) -> None:
     dataset = data.load("digits")
-    change = prune_small(small_config(model_file), dataset).result.norms
+    change = prune_small(small_config(model_file), dataset).result.batchnorm_recalibration
     assert change is not None
     assert change.divergence_after <= change.divergence_before
-    without = prune_small(small_config(model_file, refit={"norms": False}), dataset).result
-    assert without.norms is None
+    without = prune_small(
+        small_config(model_file, refit={"recalibrate_batchnorm": False}), dataset
+    ).result
+    assert without.batchnorm_recalibration is None
     alone = prune_small(small_config(model_file, refit={"layers": "none"}), dataset).result
     assert [stage.stage for stage in alone.stages] == ["before", "cut", "refit"]
     assert alone.refit == ()
-    assert alone.norms is not None
-    assert alone.norms.divergence_after <= alone.norms.divergence_before
+    assert alone.batchnorm_recalibration is not None
+    assert (
+        alone.batchnorm_recalibration.divergence_after
+        <= alone.batchnorm_recalibration.divergence_before
+    )
 
 
 def test_images_are_resized_as_the_configuration_says_or_the_network_wants() -> None:
@@ -224,13 +229,13 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
     )
     result = prune_small(config, data.load("digits")).result
     stages = [stage.stage for stage in result.stages]
-    assert stages == ["before", "cut", "refit", "polished", "tuned"]
-    assert result.polish is not None
-    assert len(result.polish.epochs) == 3
-    assert result.tuning is not None
-    assert len(result.tuning.epochs) == 1
-    kept = [result.polish.before, *(epoch.held_out for epoch in result.polish.epochs)]
-    best = kept[result.polish.chosen]
+    assert stages == ["before", "cut", "refit", "distilled", "finetuned"]
+    assert result.distillation is not None
+    assert len(result.distillation.epochs) == 3
+    assert result.finetuning is not None
+    assert len(result.finetuning.epochs) == 1
+    kept = [result.distillation.before, *(epoch.held_out for epoch in result.distillation.epochs)]
+    best = kept[result.distillation.chosen]
     assert best.divergence == min(each.divergence for each in kept)
 
 
@@ -249,7 +254,7 @@ def test_probe_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
-    probe = data.draw_probe(dataset.train, 300)
+    probe = data.draw_calibration_images(dataset.train, 300)
     assert isinstance(probe, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:
@@ -303,8 +308,8 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     result = run(config, folder)
     stages = [(stage.stage, stage.round) for stage in result.stages]
     assert stages == [
-        *(("before", 1), ("cut", 1), ("refit", 1), ("tuned", 1)),
-        *(("cut", 2), ("refit", 2), ("tuned", 2)),
+        *(("before", 1), ("cut", 1), ("refit", 1), ("finetuned", 1)),
+        *(("cut", 2), ("refit", 2), ("finetuned", 2)),
     ]
     macs = [stage.score.macs / result.stages[0].score.macs for stage in result.stages]
     assert 0.5 < macs[1] <= 0.4**0.5

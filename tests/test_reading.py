@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import Chain, assert_law, make_network, random_images, random_plan
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import RunFolderError, UnknownName
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
@@ -21,7 +21,9 @@ def any_plan(wiring: DependencyGraph) -> PruningPlan:
 
 
 def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
-    wiring = build_dependency_graph(make_network("concat"), random_images(1), exclude=("left.*", "join.0"))
+    wiring = build_dependency_graph(
+        make_network("concat"), random_images(1), exclude=("left.*", "join.0")
+    )
     assert list(wiring.groups) == ["stem.0", "right.0"]
     reasons = {group.name: group.reason for group in wiring.frozen}
     assert reasons["left.0"] == "excluded by 'left.*'"
@@ -54,7 +56,7 @@ def test_attributes_that_hold_a_size_follow_the_cut() -> None:
     model = Split().eval()
     wiring = build_dependency_graph(model, random_images(1))
     assert list(wiring.groups) == ["stem", "inner", "outer"]
-    plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Target("macs", 0.5), "by hand")
+    plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Budget("macs", 0.5), "by hand")
     cut = assert_law(model, wiring, plan, random_images())
     assert isinstance(cut, Split)
     assert cut.sizes == [2, 3]
@@ -68,10 +70,10 @@ def test_a_piece_of_a_split_is_never_emptied() -> None:
     assert set(stem[:3].tolist()) in covered
     assert set(stem[3:].tolist()) in covered
     scores = {name: torch.arange(len(group)).float() for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Target("macs", 0.35), "by hand")
+    plan = make_plan(scores, wiring, Budget("macs", 0.35), "by hand")
     assert 0 < sum(number < 3 for number in plan.removed["stem"]) < 3
     with pytest.raises(RunFolderError, match="leaves nothing of a part of 'stem'"):
-        check_plan(wiring, PruningPlan({"stem": (0, 1, 2)}, Target("macs", 0.5), "by hand"))
+        check_plan(wiring, PruningPlan({"stem": (0, 1, 2)}, Budget("macs", 0.5), "by hand"))
 
 
 class Cached(nn.Module):
@@ -117,6 +119,6 @@ class Aside(nn.Module):
 def test_only_sums_around_layers_make_a_stream() -> None:
     model = Aside().eval()
     assert list(build_dependency_graph(model, random_images(1)).groups) == ["left"]
-    wiring = build_dependency_graph(model, random_images(1), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(1), prune_residual=True)
     assert list(wiring.groups) == ["stem", "left"]
     assert_law(model, wiring, any_plan(wiring), random_images())

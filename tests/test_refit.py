@@ -21,21 +21,21 @@ from networks import (
     randomise_norms,
 )
 from processes import side_by_side
-from secateur.config import RefitForm, RefitSection, Target
+from secateur.config import Budget, RefitForm, RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.interpreter import Walk
+from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.patches import in_patch_order, window_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
-from secateur.pruning.refit.layers import Remains, consumer_of
+from secateur.pruning.refit.layers import KeptChannels, refit_layer
 from secateur.pruning.refit.layerwise import LayerRefit, refit
-from secateur.pruning.refit.regression_targets import Answer, target_of
+from secateur.pruning.refit.regression_targets import RegressionTargets, target_layer
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching
 
@@ -57,7 +57,7 @@ PROBE = in_batches(random_images(96, seed=3))
 def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
     """A plan; the double underscore stands for a dot."""
     names = {name.replace("__", "."): filters for name, filters in removed.items()}
-    return PruningPlan(names, Target("macs", 0.5), "test")
+    return PruningPlan(names, Budget("macs", 0.5), "test")
 
 
 def half_of(wiring: DependencyGraph, seed: int = 0) -> PruningPlan:
@@ -69,7 +69,7 @@ def half_of(wiring: DependencyGraph, seed: int = 0) -> PruningPlan:
     }
     return PruningPlan(
         {name: tuple(int(f) for f in filters) for name, filters in removed.items()},
-        Target("filters", 0.5),
+        Budget("filters", 0.5),
         "random",
     )
 
@@ -238,7 +238,7 @@ def test_cutting_a_copy_of_a_kept_filter_is_repaired_elsewhere(name: str) -> Non
         with torch.no_grad():
             for tensor in tensors_of(model.get_submodule("excite")).values():
                 tensor[2] = tensor[0]
-    plan = PruningPlan({f"{layer}.0": (2,)}, Target("macs", 0.9), "test")
+    plan = PruningPlan({f"{layer}.0": (2,)}, Budget("macs", 0.9), "test")
     # Where all of the map is flattened an image is one row, for 80 unknowns an output.
     batches = in_batches(random_images(400, seed=3), size=50)
     smaller, _ = cut_and_refit(model, plan, batches)
@@ -355,7 +355,7 @@ def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.Monkey
 
 
 def of_images(wanted: Callable[[Tensor], Tensor]) -> list[Batch]:
-    """One batch of those probe images whose number is wanted."""
+    """One batch of those calibration images whose number is wanted."""
     images = torch.cat([batch.images for batch in PROBE])
     chosen = wanted(torch.arange(len(images)))
     return in_batches(images[chosen], size=len(images))
@@ -431,7 +431,7 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        found = window.take(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
+        found = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
     torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
 
 
@@ -608,7 +608,7 @@ def with_combination(name: str) -> tuple[nn.Module, PruningPlan]:
     wiring = wiring_of(model)
     (group,) = [name for name in wiring.groups if name.startswith("stem")]
     size = len(wiring.groups[group])
-    return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Target("macs", 0.5), "test")
+    return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Budget("macs", 0.5), "test")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -648,7 +648,7 @@ def test_groups_that_went_are_not_read() -> None:
     wiring = wiring_of(model)
     (group,) = [name for name in wiring.groups if name.startswith("stem")]
     assert len(wiring.groups[group]) == 4
-    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
     for form in FORMS:
         settings = RefitSection(positions=16, form=form)
         smaller, results = cut_and_refit(model, plan, settings=settings)
@@ -703,7 +703,7 @@ def test_a_kernel_used_twice_is_estimated_once_from_both_uses(
     (group,) = [group for group in wiring_of(model).groups if group.startswith(("stem", "twice"))][
         :1
     ]
-    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
     smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=64, form=form))
     (mine,) = [result for result in results if result.layer == layer]
     assert mine.ridge is not None
@@ -775,7 +775,7 @@ def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
 def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generator) -> None:
     wanted, level, found = torch.randn(3, 40, 6, generator=generator)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
-    renewed = Answer(wanted, level, sign).renewed(found)
+    renewed = RegressionTargets(wanted, level, sign).renewed(found)
     for row in range(40):
         for output in range(6):
             t, n, z = (float(each[row, output]) for each in (wanted, level, found))
@@ -795,20 +795,20 @@ def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
                 module.weight[1] *= -1.0
     wiring, images = wiring_of(model), random_images(4)
     state = tensors_of(model)
-    remains = Remains(wiring, {})
+    remains = KeptChannels(wiring, {})
     seen = 0
     for layer in wiring.layers:
-        target = target_of(consumer_of(layer, remains))
+        target = target_layer(refit_layer(layer, remains))
         if not target.rectified:
             continue
-        full, cut = (Walk(wiring.graph, state, images) for _ in range(2))
+        full, cut = (GraphInterpreter(wiring.graph, state, images) for _ in range(2))
         full.advance(layer.node)
         cut.advance(layer.node)
         positions = torch.arange(target.consumer.positions).expand(4, -1)
         answer = target.at(full, cut, state, positions)
         last = target.sum or target.norm
         assert last is not None
-        value = Walk(wiring.graph, state, images).step(last)
+        value = GraphInterpreter(wiring.graph, state, images).step(last)
         rectified = answer.let_through(answer.wanted) > 0
         expected = value.flatten(2).movedim(1, -1)
         assert torch.equal(rectified[expected.abs() > 1e-4], (expected > 0)[expected.abs() > 1e-4])
@@ -868,7 +868,7 @@ def test_the_size_of_batches_makes_no_difference(
 
 def share_of(images: Tensor, rank: int, size: int) -> list[Batch]:
     (batch,) = in_batches(images, len(images))
-    return [Batch(batch.images[rank::size], batch.labels[rank::size], batch.numbers[rank::size])]
+    return [Batch(batch.images[rank::size], batch.labels[rank::size], batch.indices[rank::size])]
 
 
 def work(rank: int, folder: Path) -> None:
@@ -905,7 +905,7 @@ def test_the_number_of_processes_makes_no_difference(
 
 
 def test_no_image_is_an_error() -> None:
-    with pytest.raises(DataError, match="no probe images"):
+    with pytest.raises(DataError, match="no calibration images"):
         cut_and_refit(make_network("chain"), plan_of(conv1=(0,)), [])
 
 

@@ -18,8 +18,8 @@ from imagenet_networks import converted
 from runs import DigitsRun
 from secateur import data, load
 from secateur.config import RunConfig, from_dict
-from secateur.experiments.compare.runner import CellResult
-from secateur.experiments.compare.spec import Comparison
+from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import PAGE, write_comparison
 from secateur.experiments.report.gallery import make_gallery
@@ -177,7 +177,7 @@ def test_a_comparison_is_in_the_same_style(
     browser: Browser, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
     cells = [
-        CellResult(
+        JobResult(
             id=f"{criterion}-{seed}",
             network="resnet20",
             variant="",
@@ -199,7 +199,7 @@ def test_a_comparison_is_in_the_same_style(
         "seeds": 2,
         "data": {"source": "digits"},
     }
-    write_comparison(tmp_path, from_dict(content, Comparison), cells, "secateur compare")
+    write_comparison(tmp_path, from_dict(content, BenchmarkSpec), cells, "secateur compare")
     for size in (DESK, PHONE):
         with opened(browser, tmp_path / PAGE, size) as found:
             expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
@@ -311,7 +311,7 @@ def test_the_report_of_resnet20_on_cifar10(
             },
             "data": {
                 "source": f"cifar10:{few_columns(shared_data / 'cifar10', tmp_path / 'few')}",
-                "probe_images": 200,
+                "calibration_images": 200,
             },
             "plan": {"target": "macs=0.7"},
             "refit": {"layers": "readers", "positions": 8},
@@ -352,7 +352,7 @@ def test_the_report_of_efficientnet_lite0_on_imagenet_images(
             },
             "data": {
                 "source": f"imagenette:{few_images(source, tmp_path / 'few')}",
-                "probe_images": 40,
+                "calibration_images": 40,
                 "batch_size": 20,
                 "image_size": 128,
                 "mean": [127 / 255] * 3,
@@ -360,7 +360,7 @@ def test_the_report_of_efficientnet_lite0_on_imagenet_images(
             },
             "score": {"criterion": "l1"},
             "plan": {"target": "macs=0.8", "allocation": "uniform"},
-            "refit": {"layers": "none", "norms": False},
+            "refit": {"layers": "none", "recalibrate_batchnorm": False},
             "finetune": {"epochs": 0},
         },
         RunConfig,

@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.experiments.run import run
 from secateur.pipeline import prune as pipeline
 from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
-from secateur.pruning.cost.memory import all_bytes, peak_bytes
+from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime import memory as room
 from secateur.runtime.error_messages import explain
 from secateur.runtime.memory import SHARE, free_bytes
@@ -42,7 +42,7 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_batches_fit_into_what_is_free() -> None:
     wiring = build_dependency_graph(Residual(), random_images(2))
     each = peak_bytes(wiring)({})
-    assert 0 < each < all_bytes(wiring)
+    assert 0 < each < total_bytes(wiring)
     assert batch_that_fits(wiring, 100, 2**40, with_gradients=False) == 100
     tight = int(10 * each / SHARE)
     assert batch_that_fits(wiring, 100, tight, with_gradients=False) == 10
@@ -127,7 +127,7 @@ def test_what_a_step_takes_grows_with_what_is_computed_at_once(
     )
     settings = case.config(epochs=1).finetune
     for accumulate in (1, 4):
-        changed = settings.model_copy(update={"accumulate": accumulate})
+        changed = settings.model_copy(update={"gradient_accumulation_steps": accumulate})
         config = case.config(epochs=1).model_copy(update={"finetune": changed})
         run(config, tmp_path / str(accumulate))
     assert asked == [16, 4]

@@ -14,7 +14,7 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
-from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 from secateur.scoring.scores import FilterScores, score_filters
 
 IMAGES = random_images(10)
@@ -88,7 +88,9 @@ def test_scoring_twice_gives_the_same(network: tuple[nn.Module, DependencyGraph]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
-def test_batch_size_does_not_change_scores(network: tuple[nn.Module, DependencyGraph], size: int) -> None:
+def test_batch_size_does_not_change_scores(
+    network: tuple[nn.Module, DependencyGraph], size: int
+) -> None:
     expected = scores_by(EVERY_CRITERION, network, size=5)
     found = scores_by(EVERY_CRITERION, network, size=size)
     for name in EVERY_CRITERION:
@@ -158,13 +160,13 @@ class Counting:
     def __init__(self) -> None:
         self.images: dict[str, int] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         self.images = dict.fromkeys(parts, 0)
 
-    def observe(self, sight: Sight) -> None:
-        self.images[sight.part] += len(sight.maps)
+    def update(self, sight: FeatureBatch) -> None:
+        self.images[sight.tap] += len(sight.maps)
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         return ()
 
 

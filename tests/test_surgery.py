@@ -20,29 +20,29 @@ from networks import (
     randomise_norms,
     wired,
 )
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import RunFolderError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.models.zoo import load
 from secateur.pruning.apply import apply_plan, check_plan
-from secateur.pruning.equivalence import silence
+from secateur.pruning.equivalence import masked_overrides
 from secateur.pruning.plan import PruningPlan
 
-TARGET = Target("macs", 0.5)
+TARGET = Budget("macs", 0.5)
 
 
 def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
     return PruningPlan(removed, TARGET, "by hand")
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_cut_network_equals_the_silenced_one(
-    name: str, cut_stream: bool, generator: torch.Generator
+    name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, cut_stream)
+    model, wiring = wired(name, prune_residual)
     plan, images = random_plan(wiring, generator), random_images()
     assert_law(model, wiring, plan, images)
     with torch.no_grad():
@@ -72,15 +72,17 @@ def test_one_filter_may_be_left_in_every_group(name: str) -> None:
 
 
 @cache
-def wired_large(name: str, side: int, cut_stream: bool) -> tuple[nn.Module, DependencyGraph]:
+def wired_large(name: str, side: int, prune_residual: bool) -> tuple[nn.Module, DependencyGraph]:
     torch.manual_seed(3)
     model = load(name)
     randomise_norms(model, torch.Generator().manual_seed(3))
-    return model, build_dependency_graph(model, random_images(2, side), cut_stream=cut_stream)
+    return model, build_dependency_graph(
+        model, random_images(2, side), prune_residual=prune_residual
+    )
 
 
-def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Generator) -> None:
-    model, wiring = wired_large(name, side, cut_stream)
+def assert_large(name: str, side: int, prune_residual: bool, generator: torch.Generator) -> None:
+    model, wiring = wired_large(name, side, prune_residual)
     images, plan = random_images(2, side), random_plan(wiring, generator)
     assert_law(model, wiring, plan, images)
     assert wiring.macs() == counted_macs(model, images)
@@ -92,7 +94,7 @@ def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Genera
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "cut_stream"),
+    ("name", "side", "prune_residual"),
     [
         ("resnet20", 32, False),
         ("resnet20", 32, True),
@@ -102,14 +104,14 @@ def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Genera
     ],
 )
 def test_the_law_holds_for_well_known_networks(
-    name: str, side: int, cut_stream: bool, generator: torch.Generator
+    name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    assert_large(name, side, cut_stream, generator)
+    assert_large(name, side, prune_residual, generator)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "side", "cut_stream"),
+    ("name", "side", "prune_residual"),
     [
         ("resnet56", 32, True),
         ("torchvision:resnet50", 64, True),
@@ -117,9 +119,9 @@ def test_the_law_holds_for_well_known_networks(
     ],
 )
 def test_the_law_holds_for_large_networks(
-    name: str, side: int, cut_stream: bool, generator: torch.Generator
+    name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    assert_large(name, side, cut_stream, generator)
+    assert_large(name, side, prune_residual, generator)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     same, images = apply_plan(model, wiring, plan_of({})), random_images()
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
-        silenced = silence(model, wiring, plan_of({}))(images)
+        silenced = masked_overrides(model, wiring, plan_of({}))(images)
         assert relative_error(silenced, model(images)) < 1e-6
 
 
@@ -164,7 +166,7 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
 
 def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
     model = make_network("residual")
-    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     before = copy.deepcopy(model.state_dict())
     shapes = {name: str(module) for name, module in model.named_modules()}
     cut = apply_plan(model, wiring, random_plan(wiring, generator))
@@ -316,7 +318,7 @@ def test_silence_is_zero_where_the_channel_is_read() -> None:
     with torch.no_grad():
         by_hand.get_parameter("bn1.weight")[2] = 0
         by_hand.get_parameter("bn1.bias")[2] = 0
-        silenced = silence(model, wiring, plan_of({"conv1": (2,)}))(images)
+        silenced = masked_overrides(model, wiring, plan_of({"conv1": (2,)}))(images)
         assert relative_error(silenced, by_hand(images)) < 1e-6
 
 

@@ -34,7 +34,7 @@ def pruner_of(model: nn.Module, importance: CriterionImportance, **more: Any) ->
 
 
 def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
-    wiring = build_dependency_graph(model, IMAGES[:2], cut_stream=True)
+    wiring = build_dependency_graph(model, IMAGES[:2], prune_residual=True)
     settings = ScoreSection(criterion=name)
     state, size = tensors_of(model), Preprocessing(8, 8)
     source = concepts.make(settings.concepts, wiring.graph, state, tuple("abcde"), size)

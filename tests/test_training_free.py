@@ -60,7 +60,7 @@ def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cel
         f"{last}_agreement_fraction": 0.5,
         "macs_left": 0.699,
         "images": 10000,
-        "probe_images": 2000,
+        "calibration_images": 2000,
     }
 
 

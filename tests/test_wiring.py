@@ -27,11 +27,11 @@ from secateur.graph.interpreter import run
 from secateur.graph.rules import RULES
 from secateur.graph.trace import operation_name
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import silence
+from secateur.pruning.equivalence import masked_overrides
 from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
-STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
+STREAM = "tied over a whole stage by residual sums (prune_residual is off)"
 
 WITHOUT_STREAM = {
     "chain": {"conv1": 6, "conv2": 7},
@@ -82,7 +82,7 @@ class Between(nn.Module):
         self.wider = nn.Linear(8, 10)
         self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
         self.linear = nn.Linear(4, 5)
-        self.register_buffer("shift", torch.rand(1, 6, 1, 1))
+        self.register_buffer("random_crop", torch.rand(1, 6, 1, 1))
         self.then = then
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,33 +93,36 @@ class Between(nn.Module):
 
 def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, DependencyGraph]:
     model = Between(then).eval()
-    return model, build_dependency_graph(model, random_images(2), cut_stream=True)
+    return model, build_dependency_graph(model, random_images(2), prune_residual=True)
 
 
 def assert_any_cut(model: nn.Module, wiring: DependencyGraph, generator: torch.Generator) -> None:
     assert_law(model, wiring, random_plan(wiring, generator), random_images())
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_groups_are_the_known_ones(name: str, cut_stream: bool) -> None:
-    wiring = wired(name, cut_stream)[1]
-    expected = {**WITHOUT_STREAM[name], **(ONLY_WITH_STREAM.get(name, {}) if cut_stream else {})}
+def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
+    wiring = wired(name, prune_residual)[1]
+    expected = {
+        **WITHOUT_STREAM[name],
+        **(ONLY_WITH_STREAM.get(name, {}) if prune_residual else {}),
+    }
     assert {group.name: len(group) for group in wiring.groups.values()} == expected
     assert list(wiring.groups) == [group.name for group in wiring.groups.values()]
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_says_why(name: str, cut_stream: bool) -> None:
-    wiring = wired(name, cut_stream)[1]
+def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
+    wiring = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
-    if cut_stream:
+    if prune_residual:
         reasons = {layer: why for layer, why in reasons.items() if why != STREAM}
     found: dict[str, str] = {}
     for group in wiring.frozen:
         found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
-    if cut_stream and name == "channel_pad":
+    if prune_residual and name == "channel_pad":
         reasons = {"stem.0": PADDED, "linear": OUTPUT}
     assert found == reasons
 
@@ -154,7 +157,7 @@ def test_who_writes_and_who_reads_a_group(
 ) -> None:
     found = wired(name, True)[1].groups[group]
     assert {layer.name for layer in found.layers} == writers
-    assert {reader.layer for reader in found.readers} == readers
+    assert {reader.layer for reader in found.consumers} == readers
 
 
 def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
@@ -182,7 +185,7 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
             state = dict(tensors_of(model))
             if changed is not None:
                 kernel = state[weight].clone()
-                kernel[wiring.channel_of[group.layers[0].written] == group.channels[changed]] += 1
+                kernel[wiring.channel_of[group.layers[0].produced] == group.channels[changed]] += 1
                 state[weight] = kernel
             run(wiring.graph, state, random_images(), after={look.node: seen.append})
         plain, *others = (value.transpose(0, look.dim).flatten(1)[look.index] for value in seen)
@@ -227,12 +230,12 @@ def test_slots_mark_what_must_stay() -> None:
     assert ("linear.weight", 1) not in by_place
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_macs_are_those_that_pytorch_counts(
-    name: str, cut_stream: bool, generator: torch.Generator
+    name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, cut_stream)
+    model, wiring = wired(name, prune_residual)
     plan, images = random_plan(wiring, generator), random_images()
     assert wiring.macs() == counted_macs(model, images)
     cut = apply_plan(model, wiring, plan)
@@ -308,7 +311,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
     assert "second" in plan.removed
     with torch.no_grad():
         cut = apply_plan(model, wiring, plan)
-        assert relative_error(cut(images), silence(model, wiring, plan)(images)) < 1e-4
+        assert relative_error(cut(images), masked_overrides(model, wiring, plan)(images)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -444,7 +447,7 @@ def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generat
             return self.linear((aside + self.after(both)).mean((2, 3)))  # type: ignore[no-any-return]
 
     model = Parts().eval()
-    wiring = build_dependency_graph(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     assert_any_cut(model, wiring, generator)
 
 

@@ -17,14 +17,14 @@ from torch.nn.utils import parametrizations
 
 from networks import assert_law, random_images
 from random_networks import random_plan
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import TraceError, UsageError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.rules import elementwise
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import silence
+from secateur.pruning.equivalence import masked_overrides
 from secateur.pruning.plan import PruningPlan
 
 Step = Callable[[Any, Tensor], Tensor]
@@ -72,9 +72,9 @@ def maps(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], -1, 8, 8)
 
 
-def check(model: nn.Module, *, cut_stream: bool = True) -> DependencyGraph:
+def check(model: nn.Module, *, prune_residual: bool = True) -> DependencyGraph:
     images = random_images(3).double()
-    wiring = build_dependency_graph(model, images[:2], cut_stream=cut_stream)
+    wiring = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
     for seed in range(3):
         assert_law(model, wiring, random_plan(wiring, seed), images, limit=1e-6)
     return wiring
@@ -363,7 +363,7 @@ def test_attention_of_torch_is_frozen() -> None:
     plan = random_plan(wiring, 1)
     with torch.no_grad():
         found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
@@ -372,10 +372,10 @@ def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     wiring = build_dependency_graph(model, images[:2])
     group = wiring.groups["second"]
     assert len(group) == 7
-    plan = PruningPlan({"second": tuple(range(6))}, Target("macs", 0.5), "by hand")
+    plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
     with torch.no_grad():
         found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_two_channels_counted_alike_are_told_apart() -> None:
@@ -468,7 +468,7 @@ def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
     plan = random_plan(wiring, 1)
     cut = apply_plan(model, wiring, plan)
     assert type(cut) is Network
-    assert relative_error(cut.forward(images), silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(cut.forward(images), masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_a_network_of_half_precision_with_channels_last() -> None:
@@ -479,7 +479,7 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
     with torch.no_grad():
         found, expected = (
             apply_plan(model, wiring, plan)(images),
-            silence(model, wiring, plan)(images),
+            masked_overrides(model, wiring, plan)(images),
         )
     assert found.dtype is torch.bfloat16
     assert isinstance(expected, Tensor)
@@ -522,7 +522,9 @@ def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tens
     reasons = [each.reason for each in build_dependency_graph(model, images[:2]).frozen]
     assert "no rule for the operation 'secateur_test::double'" in reasons
 
-    wiring = build_dependency_graph(model, images[:2], rules={"secateur_test::double": elementwise.keep})
+    wiring = build_dependency_graph(
+        model, images[:2], rules={"secateur_test::double": elementwise.keep}
+    )
     assert len(wiring.groups["second"]) == 8
     assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
 
@@ -532,4 +534,6 @@ def test_a_rule_that_does_not_fit_its_operation_is_refused(
 ) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(2).double()
     with pytest.raises(UsageError, match=r"'secateur_test::double' gives \[\] channels along"):
-        build_dependency_graph(model, images, rules={"secateur_test::double": lambda spread, node: ()})
+        build_dependency_graph(
+            model, images, rules={"secateur_test::double": lambda spread, node: ()}
+        )

@@ -1,7 +1,7 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
 from secateur.api import PruneResult, prune
-from secateur.config import RunConfig, Target
+from secateur.config import Budget, RunConfig
 from secateur.data import DataSet
 from secateur.data import load as load_data
 from secateur.errors import SecateurError
@@ -18,7 +18,9 @@ from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.version import __version__ as __version__
 
 __all__ = [
+    "Budget",
     "DataSet",
+    "DependencyGraph",
     "ExportResult",
     "PruneResult",
     "PruningPlan",
@@ -26,9 +28,8 @@ __all__ = [
     "RunResult",
     "Score",
     "SecateurError",
-    "Target",
-    "DependencyGraph",
     "apply_plan",
+    "build_dependency_graph",
     "evaluate",
     "export_onnx",
     "load",
@@ -36,7 +37,6 @@ __all__ = [
     "load_model",
     "load_program",
     "make_plan",
-    "build_dependency_graph",
     "prune",
     "run",
     "save",

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluation.evaluate import Score, answers_to
+from secateur.evaluation.evaluate import Score, compute_logits
 from secateur.experiments import run as runs
 from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery
@@ -27,7 +27,7 @@ from secateur.pipeline import prune as pipeline
 from secateur.pipeline.result import Origin, RunResult
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.module_state import device_of, evaluating
-from secateur.runtime.progress import bars, silent
+from secateur.runtime.progress import no_progress, progress_bars
 from secateur.scoring import criteria
 
 ImageBatches = Iterable[Any] | Dataset[Any]
@@ -68,15 +68,15 @@ class PruneResult:
         `RunFolderError` where the folder is in the way, and `WriteError`.
         """
         config = self.result.config
-        origin = Origin(None, self._shape, config.plan.cut_stream, config.plan.exclude)
+        origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
     def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
         """Writes one HTML file with what went and what the filters see; returns its path.
 
-        `images` is how many probe images the filters are looked at with; 0 shows no images. Raises
-        `WriteError` where it can't be written.
+        `images` is how many calibration images the filters are looked at with; 0 shows no images.
+        Raises `WriteError` where it can't be written.
         """
         config = self.result.config
         config = config.model_copy(
@@ -84,7 +84,7 @@ class PruneResult:
         )
         result = self.result.model_copy(update={"config": config})
         smaller = self._pruned.model
-        wiring = self._pruned.wiring
+        wiring = self._pruned.dependencies
         gallery = make_gallery(self._original, smaller, self._dataset, result, wiring=wiring)
         write_report(result, Path(path), gallery)
         return Path(path)
@@ -176,7 +176,9 @@ def prune(
         validation=everything.take(is_validation.nonzero()[:, 0]),
         test=NormalisedImages(scored, scored_labels),
     )
-    pruned = pipeline.prune(original, dataset, config, track=bars if progress else silent)
+    pruned = pipeline.prune(
+        original, dataset, config, track=progress_bars if progress else no_progress
+    )
     return PruneResult(
         model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),
         plan=pruned.plan,
@@ -208,7 +210,7 @@ def _config(
             "source": SOURCE,
             "stratified": False,
             "image_size": min(probe.shape[2:]),
-            "probe_images": len(probe),
+            "calibration_images": len(probe),
         },
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": target},
@@ -221,7 +223,7 @@ def _config(
             raise UsageError(f"settings: {key!r} must be SECTION.KEY, as plan.round_to")
         tables[section] = {**tables.get(section, {}), name: value}
     config = from_dict(tables, RunConfig)
-    if config.finetune.randaugment or config.finetune.crop == "resized":
+    if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError("randaugment and crop = 'resized' change images in files, not tensors")
     return config
 
@@ -287,7 +289,7 @@ def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "
     found: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for some in images.split(batch_size):
-            found.append(answers_to(model, some).argmax(1))
+            found.append(compute_logits(model, some).argmax(1))
     return torch.cat(found)
 
 

@@ -53,9 +53,9 @@ from secateur.evaluation.evaluate import evaluate as evaluate_network
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import row_of
-from secateur.experiments.compare.runner import compare
-from secateur.experiments.compare.spec import Comparison
-from secateur.experiments.compare.statistics import standings
+from secateur.experiments.compare.runner import run_benchmark
+from secateur.experiments.compare.spec import BenchmarkSpec
+from secateur.experiments.compare.statistics import compute_statistics
 from secateur.experiments.demo import MODEL, digits_config, train_digits
 from secateur.experiments.inspect import group_of, inspect_network
 from secateur.experiments.manifest import CONFIG, WEIGHTS, read_manifest
@@ -66,8 +66,8 @@ from secateur.models import user_code, zoo
 from secateur.pipeline.prune import check_weights, load_inputs, make_unreadable, names_of, stream
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
-from secateur.runtime.signals import INTERRUPTED, insisting
-from secateur.runtime.watchdog import lost
+from secateur.runtime.signals import INTERRUPTED, repeat_signals
+from secateur.runtime.watchdog import lost_process
 from secateur.scoring import concepts, criteria
 from secateur.version import __version__
 
@@ -86,8 +86,8 @@ def main() -> None:
     as torchrun starts them, only the first one prints results and progress.
     """
     try:
-        with insisting(), distributed.process_group(), contextlib.ExitStack() as stack:
-            if not distributed.is_first():
+        with repeat_signals(), distributed.process_group(), contextlib.ExitStack() as stack:
+            if not distributed.is_main_process():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             app()
@@ -98,7 +98,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, SystemExit) as error:  # typer makes the latter of the former
         code = error.code if isinstance(error, SystemExit) else INTERRUPTED
-        if code != INTERRUPTED or (reason := lost()) is None:
+        if code != INTERRUPTED or (reason := lost_process()) is None:
             sys.exit(code)
         display.show_error(reason)
         sys.exit(1)
@@ -106,7 +106,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        reason = lost() or explain(error)
+        reason = lost_process() or explain(error)
         if reason is None or "--debug" in sys.argv:
             raise
         display.show_error(reason)
@@ -159,12 +159,12 @@ def prune(
         ),
     ] = None,
     concept_source: ConceptsOption = None,
-    probe_images: ProbeOption = None,
+    calibration_images: ProbeOption = None,
     stratify: Annotated[
         bool | None,
         typer.Option(
             "--stratify/--no-stratify",
-            help="Draw probe images equally from each class, or without a look at labels "
+            help="Draw calibration images equally from each class, or without a look at labels "
             "(default: stratify).",
         ),
     ] = None,
@@ -199,10 +199,10 @@ def prune(
             "validation images before any training; the target names the quantity.",
         ),
     ] = None,
-    cut_stream: Annotated[
+    prune_residual: Annotated[
         bool | None,
         typer.Option(
-            "--cut-stream/--no-cut-stream",
+            "--prune-residual/--no-cut-stream",
             help="Cut channels that residual sums tie over a stage (default: no).",
         ),
     ] = None,
@@ -234,8 +234,8 @@ def prune(
     polish: Annotated[
         int | None,
         typer.Option(
-            "--polish",
-            help="Epochs of training on the probe images by the original's answers, without labels "
+            "--distill",
+            help="Epochs of training on the calibration images by the original's answers, without labels "
             "(default: 0).",
         ),
     ] = None,
@@ -289,7 +289,7 @@ def prune(
             },
             "data": {
                 "source": data_source,
-                "probe_images": probe_images,
+                "calibration_images": calibration_images,
                 "stratified": stratify,
                 "image_size": image_size,
                 "skip_unreadable": skip_unreadable,
@@ -304,13 +304,13 @@ def prune(
                 "allocation": allocation if shares is None else "shares",
                 "shares": None if shares is None else read_tables(shares, "shares"),
                 "max_drop": max_drop,
-                "cut_stream": cut_stream,
+                "prune_residual": prune_residual,
                 "exclude": exclude,
                 "round_to": round_to,
                 "min_filters": min_filters,
             },
             "refit": {"form": refit_form, "layers": refit, "norms": norms},
-            "polish": {"epochs": polish},
+            "distill": {"epochs": polish},
             "finetune": {
                 "epochs": 0 if finetune is False else epochs,
                 **training_keys(learning_rate, label_weight, keep, max_minutes),
@@ -335,7 +335,7 @@ def prune(
 
 
 @app.command("finetune")
-def finetune_run(
+def finetune(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[
         Path | None,
@@ -509,7 +509,7 @@ def inspect(
         ),
     ] = None,
     concept_source: ConceptsOption = None,
-    probe_images: ProbeOption = None,
+    calibration_images: ProbeOption = None,
     layer: Annotated[
         str | None, typer.Option("--layer", help="List every filter of this layer.")
     ] = None,
@@ -517,8 +517,8 @@ def inspect(
         int | None,
         typer.Option("--filter", min=0, help="Of the layer, show this filter alone."),
     ] = None,
-    cut_stream: Annotated[
-        bool, typer.Option("--cut-stream", help="Show residual streams as prunable, too.")
+    prune_residual: Annotated[
+        bool, typer.Option("--prune-residual", help="Show residual streams as prunable, too.")
     ] = False,
     pictures: Annotated[
         Path | None,
@@ -554,12 +554,12 @@ def inspect(
             "model": {"name": model, "weights": text_of(weights), "num_classes": num_classes},
             "data": {
                 "source": data_source,
-                "probe_images": probe_images,
+                "calibration_images": calibration_images,
                 "image_size": image_size,
                 "skip_unreadable": skip_unreadable,
             },
             "score": {"concepts": concept_source, "criterion": names[0]},
-            "plan": {"cut_stream": cut_stream, "exclude": exclude},
+            "plan": {"prune_residual": prune_residual, "exclude": exclude},
             "seed": seed,
         },
         RunConfig,
@@ -612,7 +612,7 @@ def export(
     if latency:
         name, classes = manifest.architecture, manifest.num_classes
         original = None
-        if name is not None and classes is not None and not user_code.is_own_code(name):
+        if name is not None and classes is not None and not user_code.is_user_code(name):
             original = zoo.load(name, num_classes=classes)
         times = compare_latency(network, path, original, example)
     display.show_export(result, times, as_json=as_json)
@@ -628,7 +628,7 @@ def report(
         typer.Option(
             "--images",
             min=0,
-            help="Probe images to look at filters with; 0: scores only, no data is read "
+            help="Calibration images to look at filters with; 0: scores only, no data is read "
             "(default: the run's, 512).",
         ),
     ] = None,
@@ -693,7 +693,7 @@ def list_models(as_json: JsonOption = False) -> None:
 
 
 @app.command("compare")
-def compare_ways(
+def compare(
     comparison: Annotated[
         Path, typer.Argument(help="A TOML file: docs/how_to/compare_criteria.md.")
     ],
@@ -715,17 +715,17 @@ def compare_ways(
     """Prune networks by many criteria, to many targets, under one protocol, and make a table.
 
     What is in the folder is not done again: after an interruption the same command goes on.
-    Example: secateur compare comparison.toml -o comparison -j 2
+    Example: secateur compare benchmark.toml -o comparison -j 2
     """
     given = put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
-    content = from_dict(given, Comparison).with_weights_in(weights)
-    cells = compare(content, out, jobs=jobs, retry=retry, track=display.track())
+    content = from_dict(given, BenchmarkSpec).with_weights_in(weights)
+    cells = run_benchmark(content, out, workers=jobs, retry=retry, track=display.track())
     write_comparison(out, content, cells, _command())
     rows = [row_of(cell) for cell in cells]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
-        display.show_comparison(tables(standings(rows, content.compared_with)))
+        display.show_benchmark(tables(compute_statistics(rows, content.compared_with)))
         display.out().print(f"page: {out / PAGE}", soft_wrap=True, highlight=False)
     if any(cell.outcome == "failed" for cell in cells):
         raise SecateurError("some cells failed: --retry tries them again")
@@ -772,7 +772,7 @@ def run_demo(
 def _pruned_network(run: Path) -> nn.Module:
     """The network of a run folder; its program where the folder would have to choose code."""
     architecture = read_manifest(run).architecture
-    if architecture is None or user_code.is_own_code(architecture):
+    if architecture is None or user_code.is_user_code(architecture):
         return run_folder.load_program(run)
     return run_folder.load(run)
 

@@ -88,7 +88,7 @@ ImageSizeOption = Annotated[
 ]
 ProbeOption = Annotated[
     int | None,
-    typer.Option("--probe-images", help="Images to score and refit with (default: 2000)."),
+    typer.Option("--calibration-images", help="Images to score and refit with (default: 2000)."),
 ]
 ConceptsOption = Annotated[
     str | None,

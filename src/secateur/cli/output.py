@@ -21,7 +21,7 @@ from secateur.experiments.report.comparison import TextTable
 from secateur.integrations.onnx import ExportResult, Latency
 from secateur.pipeline.result import RunResult
 from secateur.runtime import distributed
-from secateur.runtime.progress import Track, bars, silent
+from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
 
 BAR = 8
 """Characters of the longest bar."""
@@ -42,9 +42,9 @@ def err() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
-def track() -> Track:
+def track() -> ProgressCallback:
     """Progress bars on stderr where it is a terminal, else nothing."""
-    return bars if sys.stderr.isatty() and distributed.is_first() else silent
+    return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
 
 
 def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
@@ -59,7 +59,7 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*row.values())
     out().print(table)
-    for trial in result.trials:
+    for trial in result.size_trials:
         out().print(
             f"{trial.fraction_left:7.3f} left: {100 * trial.validation_top1_fraction:.2f} % of the "
             f"validation images{'' if trial.kept else ', too little'}",
@@ -74,7 +74,7 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
-def show_comparison(found: Sequence[TextTable]) -> None:
+def show_benchmark(found: Sequence[TextTable]) -> None:
     """The tables of a comparison."""
     for table in found:
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
@@ -213,7 +213,9 @@ def show_filter(group: dict[str, Any], number: int) -> None:
     kind = "detector of" if seen["is_detector"] else "overlaps most"
     lines.append(f"{kind} {seen['concept']}, IoU {seen['iou']:.3f}")
     tops = group["top_images"][number]
-    lines.append(f"top probe images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:")
+    lines.append(
+        f"top calibration images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:"
+    )
     lines += [
         "  " + row.replace("#", "██").replace(".", "··") for row in group["top_regions"][number]
     ]

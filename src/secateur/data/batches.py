@@ -23,7 +23,7 @@ class Batch:
 
     images: Float[Tensor, "image rgb height width"]
     labels: Int[Tensor, "image"]
-    numbers: Int[Tensor, "image"]
+    indices: Int[Tensor, "image"]
     """Where each image is in the list that the batches are made of."""
     annotations: ConceptMasks | None = None
     """Regions that came with the images."""

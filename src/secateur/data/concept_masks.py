@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-ABSENT = -1
+UNLABELLED = -1
 """Concept number of a region that only fills up the tensor: its mask is empty and nobody votes."""
 CELL = 64
 """What a cell that is inside as a whole counts, where shares of cells are counted."""
@@ -41,13 +41,13 @@ def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
     def filled(part: ConceptMasks) -> tuple[Tensor, Tensor]:
         missing = most - part.masks.shape[1]
         masks = F.pad(part.masks, (0, 0, 0, 0, 0, missing))
-        return masks, F.pad(part.concepts, (0, missing), value=ABSENT)
+        return masks, F.pad(part.concepts, (0, missing), value=UNLABELLED)
 
     masks, concepts = zip(*map(filled, parts), strict=True)
     return ConceptMasks(torch.cat(masks), torch.cat(concepts))
 
 
-def shares_at(
+def coverage_at(
     masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
 ) -> UInt8[Tensor, "image region h w"]:
     """How much of each cell of a coarser or finer grid is inside, in 1 / `CELL`."""

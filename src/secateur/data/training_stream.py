@@ -29,7 +29,7 @@ from secateur.runtime.signals import SIGNALS
 
 PATIENCE_WITH_A_STEP = 10.0
 """Seconds that a worker goes on after a request to stop."""
-SMALLEST_SHARE = 2
+SMALLEST_SHARD = 2
 """Images that a process needs in a last, incomplete batch, or else it is left out: the statistics
 of a norm need two."""
 
@@ -64,7 +64,7 @@ class TrainingStream:
                 f"{processes} processes"
             )
         whole, rest = divmod(count, self.batch_size)
-        return whole + (rest >= SMALLEST_SHARE * processes or not whole)
+        return whole + (rest >= SMALLEST_SHARD * processes or not whole)
 
     def size(self, step: int) -> int:
         """Images in a step from 0 on, of all processes together."""

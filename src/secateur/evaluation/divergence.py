@@ -16,14 +16,14 @@ from secateur.errors import DataError
 from secateur.runtime import distributed
 from secateur.runtime.module_state import device_of, evaluating
 
-DOUBT = 2.0
+CONFIDENCE_SIGMAS = 2.0
 """By so many standard errors a mean must fall to have fallen."""
-Answers = Float[Tensor, "_ class"]
+Logits = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
 
 
 @dataclass(frozen=True)
-class Agreement:
+class OutputDivergence:
     """How near a network is to what was expected of it."""
 
     divergence: float
@@ -33,7 +33,7 @@ class Agreement:
     """Share of the images of which both predict the same class."""
 
 
-def answers_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Answers, ...]:
+def logits_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Logits, ...]:
     """The network's logits in evaluation mode, a tensor for each batch.
 
     Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
@@ -42,29 +42,29 @@ def answers_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Answers, .
     device = device_of(network)
     with evaluating(network), torch.inference_mode():
         own = [network(batch.images.to(device)).cpu() for batch in batches]
-    return tuple(distributed.undealt(own))
+    return tuple(distributed.gather_shards(own))
 
 
-def agreement_of(
-    expected: Sequence[Answers],
+def divergence_from(
+    expected: Sequence[Logits],
     network: nn.Module,
     batches: Iterable[Batch],
     temperature: float = 1.0,
-) -> Agreement:
+) -> OutputDivergence:
     """How near `network`, in evaluation mode, is to the `expected` answers to the same batches.
 
     Both answers are softened by the temperature T, and the divergence multiplied by T², as in
     distillation (Hinton et al., 2015). Raises `DataError` where there are no images.
     """
-    given = answers_of(network, batches)
-    divergences = divergences_of(expected, given, temperature)
+    given = logits_of(network, batches)
+    divergences = divergence_by_image(expected, given, temperature)
     pairs = zip(expected, given, strict=True)
     equal = sum(int((found.argmax(1) == wanted.argmax(1)).sum()) for wanted, found in pairs)
-    return Agreement(float(divergences.mean()), equal / len(divergences))
+    return OutputDivergence(float(divergences.mean()), equal / len(divergences))
 
 
-def divergences_of(
-    expected: Sequence[Answers], given: Sequence[Answers], temperature: float = 1.0
+def divergence_by_image(
+    expected: Sequence[Logits], given: Sequence[Logits], temperature: float = 1.0
 ) -> Float[Tensor, "image"]:
     """KL(expected ‖ given) of each image, softened as `agreement_of` has it.
 
@@ -85,11 +85,11 @@ def divergences_of(
     return temperature**2 * torch.cat([each.sum(1) for each in softened])
 
 
-def has_fallen(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
+def is_smaller(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
     """Whether the mean has, by more than chance explains, image by image; one image can't tell."""
     fall = before - after
     standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
-    return float(fall.mean()) > DOUBT * standard_error
+    return float(fall.mean()) > CONFIDENCE_SIGMAS * standard_error
 
 
 def relative_error(

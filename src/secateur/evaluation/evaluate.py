@@ -57,16 +57,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
         for batch in batches:
             images, labels = batch.images.to(device), batch.labels.to(device)
             example = images if example is None else example
-            logits = answers_to(model, images)
+            logits = compute_logits(model, images)
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
             correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
             losses.append(float(F.cross_entropy(logits, labels, reduction="sum")))
             count += len(batch.labels)
-    distributed.add_up([correct])
-    total: int = sum(distributed.gathered(count))
-    loss = math.fsum(distributed.undealt(losses))
+    distributed.all_reduce_sum([correct])
+    total: int = sum(distributed.all_gather(count))
+    loss = math.fsum(distributed.gather_shards(losses))
     if not total:
         raise DataError("there are no images to score")
 
@@ -75,7 +75,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
         time_ms = latency_ms(model, example) if known_ms is None else known_ms
         return count_macs(model, example[:1]), time_ms
 
-    macs, time_ms = distributed.by_first(measure)
+    macs, time_ms = distributed.on_main_process(measure)
     return Score(
         top1_fraction=int(correct[0]) / total,
         top5_fraction=int(correct[1]) / total,
@@ -87,7 +87,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     )
 
 
-def answers_to(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
+def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
     """The network's answers; raises `UsageError` where it gives something else, or none."""
     try:
         found: object = model(images)

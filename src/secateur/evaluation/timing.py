@@ -20,13 +20,13 @@ LATENCY_RUNS = 11
 
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
     """Median time of a forward pass of `batch` images, after two passes to warm up."""
-    images = batch_of(images, batch)
+    images = repeat_to_batch(images, batch)
     with evaluating(model), torch.inference_mode():
         times = [seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
     return 1e3 * statistics.median(times[2:])
 
 
-def batch_of(images: Tensor, size: int) -> Tensor:
+def repeat_to_batch(images: Tensor, size: int) -> Tensor:
     """So many images: the given ones `[image, rgb, height, width]`, over and over."""
     return images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
 

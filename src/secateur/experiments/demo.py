@@ -10,7 +10,7 @@ from secateur.models import zoo
 from secateur.pipeline.prune import preprocessing
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.trainer import train
 
 MODEL = "resnet20"
@@ -23,7 +23,7 @@ def digits_config(weights: Path) -> RunConfig:
     return from_dict(
         {
             "model": {"name": MODEL, "weights": str(weights)},
-            "data": {"source": "digits", "probe_images": 500},
+            "data": {"source": "digits", "calibration_images": 500},
             "plan": {"target": "macs=0.5"},
             "finetune": {"epochs": 3, "batch_size": 64, "warmup_steps": 10, "flip": False},
         },
@@ -31,7 +31,7 @@ def digits_config(weights: Path) -> RunConfig:
     )
 
 
-def train_digits(weights: Path, track: Track = silent) -> None:
+def train_digits(weights: Path, track: ProgressCallback = no_progress) -> None:
     """Trains a ResNet-20 on the digits and writes its weights as safetensors."""
     config = digits_config(weights)
     dataset = data.load("digits", seed=config.seed)

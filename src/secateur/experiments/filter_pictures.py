@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from secateur.config import RunConfig
-from secateur.pipeline.prune import Ground, preprocessing
+from secateur.pipeline.prune import ScoringContext, preprocessing
 from secateur.runtime.atomic_io import replace_file
-from secateur.scoring.dissection import TopSights
+from secateur.scoring.dissection import TopFeatures
 
 SIDE = 96
 """Side of an image in a picture, in pixels."""
@@ -23,18 +23,18 @@ LABEL_WIDTH = 150
 
 
 def draw_layer(
-    path: Path, ground: Ground, config: RunConfig, top: TopSights, labels: list[str]
+    path: Path, ground: ScoringContext, config: RunConfig, top: TopFeatures, labels: list[str]
 ) -> None:
     """Writes a PNG with a row a filter: its number and label, and its top images.
 
     Where a filter is at most at its threshold the image is darkened.
     """
-    filters = min(len(top.numbers), MOST_FILTERS)
-    width = LABEL_WIDTH + top.numbers.shape[1] * (SIDE + 2)
+    filters = min(len(top.indices), MOST_FILTERS)
+    width = LABEL_WIDTH + top.indices.shape[1] * (SIDE + 2)
     sheet = Image.new("RGB", (width, filters * (SIDE + 2)), "white")
     text = ImageDraw.Draw(sheet)
-    wanted, place = top.numbers[:filters].unique(return_inverse=True)
-    pixels = ground.probe.read(wanted, preprocessing(config))
+    wanted, place = top.indices[:filters].unique(return_inverse=True)
+    pixels = ground.calibration.read(wanted, preprocessing(config))
     for number in range(filters):
         upper = number * (SIDE + 2)
         text.text((4, upper + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")

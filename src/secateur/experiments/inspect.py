@@ -14,17 +14,17 @@ from torch import Tensor
 from secateur.config import RunConfig
 from secateur.errors import UnknownName
 from secateur.experiments.filter_pictures import draw_layer
-from secateur.pipeline.dissect import VOTES, see
+from secateur.pipeline.dissect import VOTES, dissect_network
 from secateur.pipeline.prune import (
     check_names,
     load_inputs,
+    make_scoring_context,
     make_unreadable,
     names_of,
-    prepare_ground,
 )
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 
 TOP_IMAGES = 5
 """Images that are shown of each filter."""
@@ -53,14 +53,14 @@ def inspect_network(
     criterion_names: tuple[str, ...],
     *,
     pictures: Path | None = None,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """What `secateur inspect --json` prints: facts of each layer and of each of its filters.
 
     `needed` counts the filters that hold `NEEDED` of a layer's votes; `top_regions` is where each
-    filter is active in its first top image. Every probe image counts towards means and thresholds.
-    With `pictures` a PNG a layer is written into that folder, made new if need be. Raises
-    `SecateurError`.
+    filter is active in its first top image. Every calibration image counts towards means and
+    thresholds. With `pictures` a PNG a layer is written into that folder, made new if need be.
+    Raises `SecateurError`.
     """
     for name in criterion_names:
         check_names(
@@ -71,10 +71,10 @@ def inspect_network(
     )
     dataset, network = load_inputs(config)
     unreadable = make_unreadable(config)
-    ground = prepare_ground(network, dataset, config, unreadable)
-    wiring = ground.wiring
+    ground = make_scoring_context(network, dataset, config, unreadable)
+    wiring = ground.dependencies
     names = tuple(dict.fromkeys((*criterion_names, VOTES)))
-    sights = see(network, ground, config, names, images=TOP_IMAGES, track=track)
+    sights = dissect_network(network, ground, config, names, images=TOP_IMAGES, track=track)
     whole = wiring.count_after({})
     macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
     groups = []
@@ -85,7 +85,7 @@ def inspect_network(
                 "layer": name,
                 "filters": len(group),
                 "macs_share": macs[group.layers[0].name] / wiring.macs(),
-                "read_by": [reader.layer for reader in group.readers],
+                "read_by": [reader.layer for reader in group.consumers],
                 "scores": {
                     key: sights.scores[key].scores[name].tolist() for key in criterion_names
                 },
@@ -96,11 +96,11 @@ def inspect_network(
                     {"concept": each.concept, "iou": each.iou, "is_detector": each.is_detector}
                     for each in seen
                 ],
-                "top_images": top.numbers.tolist(),
+                "top_images": top.indices.tolist(),
                 "top_regions": [_as_rows(some) for some in top.regions[:, 0]],
             }
         )
-        if pictures is not None and distributed.is_first():
+        if pictures is not None and distributed.is_main_process():
             make_folder(pictures)
             labels = [f"{each.concept} {each.iou:.2f}" for each in seen]
             draw_layer(pictures / f"{name}.png", ground, config, top, labels)
@@ -112,7 +112,7 @@ def inspect_network(
         "model": config.model.name,
         "macs": wiring.macs(),
         "parameters": wiring.params(),
-        "probe_images": len(ground.probe.labels),
+        "calibration_images": len(ground.calibration.labels),
         "unreadable": list(names_of(unreadable)),
         "concept_source": config.score.concepts,
         "groups": groups,

@@ -24,7 +24,7 @@ from secateur.runtime.input_limits import (
     check_safetensors,
     read_bounded,
 )
-from secateur.runtime.schema import Document, parsed
+from secateur.runtime.schema import VersionedRecord, parse_record
 from secateur.version import __version__
 
 SCHEMA_VERSION = 1
@@ -37,7 +37,7 @@ TEXTS = {CONFIG: SMALL_TEXT, PLAN: PLAN_TEXT, PROGRAM: TEXT}
 """Bytes that each may have; the others are safetensors."""
 
 
-class Manifest(Document):
+class Manifest(VersionedRecord):
     """The content of `manifest.json`."""
 
     schema_version: int = SCHEMA_VERSION
@@ -49,7 +49,7 @@ class Manifest(Document):
     """Outputs of the network's head; None where it gives something other than one tensor."""
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """`(rgb, height, width)` of the images that the wiring was made for."""
-    cut_stream: bool
+    prune_residual: bool
     exclude: tuple[str, ...] = ()
     """Both: how the wiring was made; see `make_wiring`."""
     plan_hash: str
@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
     text = read_bounded(path, SMALL_TEXT, RunFolderError)
-    return parsed(Manifest, text, SCHEMA_VERSION, str(path))
+    return parse_record(Manifest, text, SCHEMA_VERSION, str(path))
 
 
 def read_contents(folder: Path) -> Contents:

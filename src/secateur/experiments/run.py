@@ -19,7 +19,7 @@ from secateur.data import DataSet
 from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
-from secateur.experiments.compare.statistics import standings
+from secateur.experiments.compare.statistics import compute_statistics
 from secateur.experiments.manifest import CONFIG
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import ROWS
@@ -42,11 +42,11 @@ from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
 from secateur.runtime.event_log import EventLog
-from secateur.runtime.file_lock import locked, locked_alone
+from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.checkpoint import Checkpoints
 
 
@@ -57,7 +57,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     allow_untrained: bool = False,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
@@ -71,7 +71,7 @@ def run(
     """
     pipeline.check_names(config)
     pipeline.check_weights(config, allow_untrained=allow_untrained)
-    with locked(folder):
+    with lock_folder(folder):
         check_replaceable(folder)
         if not (resume and run_folder.is_run(folder)):
             run_folder.check_free(folder, overwrite=overwrite)
@@ -85,8 +85,8 @@ def run(
             dataset, model = pipeline.load_inputs(config)
             pruned = _read(folder, model, pipeline.resolved(config, dataset))
         while not pruned.is_finished:
-            if not pruned.is_tuned:
-                pruned = _tune_folder(folder, folder, pruned, model, dataset, track, board)
+            if not pruned.is_finetuned:
+                pruned = _finetune_folder(folder, folder, pruned, model, dataset, track, board)
                 continue
             log = _log(folder)
             pruned = pipeline.cut(
@@ -112,7 +112,7 @@ def finetune(
     source: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
@@ -126,7 +126,7 @@ def finetune(
     """
     with contextlib.ExitStack() as held:
         for each in dict.fromkeys((folder, out)):
-            held.enter_context(locked(each))
+            held.enter_context(lock_folder(each))
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
@@ -137,16 +137,18 @@ def finetune(
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
         dataset, model = pipeline.load_inputs(config)
-        if resume and out == folder and _is_tuned(folder, result, config):
+        if resume and out == folder and _is_finetuned(folder, result, config):
             tuned = _load(folder, model, result)
             _report(folder, tuned, model, dataset, track)
             return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
         _log(folder, board).write("finetune", command=command, changes=dict(changes))
-        if not resume and distributed.is_first():
+        if not resume and distributed.is_main_process():
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-        distributed.wait()
-        tuned = _tune_folder(folder, out, pruned, model, dataset, track, board, overwrite=overwrite)
+        distributed.barrier()
+        tuned = _finetune_folder(
+            folder, out, pruned, model, dataset, track, board, overwrite=overwrite
+        )
         _report(out, tuned, model, dataset, track)
         return tuned.result
 
@@ -159,14 +161,14 @@ def report(
     images: int | None = None,
     beside: Path | None = None,
     pictures: Path | None = None,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
 ) -> tuple[Path, ...]:
     """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
 
-    `model_name` and `source` are as for `finetune`; `images` how many probe images its filters are
-    looked at with (0: none, and no data is needed); `beside` the folder of a comparison to draw
-    beside the run; `pictures` a folder for the charts, made new if need be, and no symbolic link.
-    Raises `SecateurError`.
+    `model_name` and `source` are as for `finetune`; `images` how many calibration images its
+    filters are looked at with (0: none, and no data is needed); `beside` the folder of a comparison
+    to draw beside the run; `pictures` a folder for the charts, made new if need be, and no symbolic
+    link. Raises `SecateurError`.
     """
     result = read_result(folder)
     looks = result.config.report.images if images is None else images
@@ -177,13 +179,15 @@ def report(
     standing = None
     if beside is not None:
         rows = read_rows(beside / ROWS)
-        standing = standings(rows, rows[0].way if rows else "")
+        standing = compute_statistics(rows, rows[0].method if rows else "")
     gallery = None
     if config.report.images:
         dataset, model = pipeline.load_inputs(config)
         pruned = _load(folder, model, result)
-        gallery = make_gallery(model, pruned.model, dataset, result, track, wiring=pruned.wiring)
-    if not distributed.is_first():
+        gallery = make_gallery(
+            model, pruned.model, dataset, result, track, wiring=pruned.dependencies
+        )
+    if not distributed.is_main_process():
         return ()
     if pictures is None:
         write_report(result, folder / run_folder.REPORT, gallery, standing)
@@ -194,10 +198,12 @@ def report(
     return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
 
 
-def _is_tuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
+def _is_finetuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
     """Whether an interrupted fine-tuning had come to its end, but for the report."""
     is_same = comparable(result.config) == comparable(config)
-    return is_same and result.tuning is not None and not (folder / run_folder.CHECKPOINTS).is_dir()
+    return (
+        is_same and result.finetuning is not None and not (folder / run_folder.CHECKPOINTS).is_dir()
+    )
 
 
 def _sections(
@@ -214,7 +220,7 @@ def _sections(
     """
     sections = result.config.model_dump(mode="json", exclude_none=True)
     name = result.config.model.name
-    if runs_code and model_name is None and user_code.is_own_code(name):
+    if runs_code and model_name is None and user_code.is_user_code(name):
         raise UsageError(
             f"the run in {folder} is of a network from a file of code, {name}: if that is yours, "
             f"name it with --model {name}"
@@ -224,21 +230,23 @@ def _sections(
     return sections
 
 
-def _report(folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: Track) -> None:
+def _report(
+    folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: ProgressCallback
+) -> None:
     """Writes the report of a run that has ended, with what its filters see."""
-    wiring = pruned.wiring
+    wiring = pruned.dependencies
     gallery = make_gallery(model, pruned.model, dataset, pruned.result, track, wiring=wiring)
-    if distributed.is_first():
+    if distributed.is_main_process():
         write_report(pruned.result, folder / run_folder.REPORT, gallery)
 
 
-def _tune_folder(
+def _finetune_folder(
     folder: Path,
     out: Path,
     pruned: Pruned,
     model: nn.Module,
     dataset: DataSet,
-    track: Track,
+    track: ProgressCallback,
     board: Path | None,
     *,
     overwrite: bool = False,
@@ -246,9 +254,9 @@ def _tune_folder(
     """Fine-tunes the network of one run folder into another, which may be the same."""
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     log = _log(folder, board)
-    tuned = pipeline.tune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
+    tuned = pipeline.finetune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
     _renew(folder, out, tuned, overwrite=overwrite or out == folder)
-    if out != folder and distributed.is_first():
+    if out != folder and distributed.is_main_process():
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     return tuned
 
@@ -268,24 +276,24 @@ def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
 
     All processes leave the block when the folder is there.
     """
-    if distributed.is_first():
+    if distributed.is_main_process():
         with run_folder.new_run_folder(folder, overwrite=overwrite) as new:
             yield new
     else:
         yield None
-    distributed.wait()
+    distributed.barrier()
 
 
 def _log(folder: Path | None, board: Path | None = None) -> EventLog:
     """The log in a folder, written to by the first process alone."""
-    if folder is None or not distributed.is_first():
+    if folder is None or not distributed.is_main_process():
         return EventLog(None)
     return open_log(folder / run_folder.LOG, board)
 
 
 def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
     """Leaves a run folder of what was pruned elsewhere; raises `RunFolderError`."""
-    with locked_alone(folder), run_folder.new_run_folder(folder, overwrite=overwrite) as new:
+    with lock_exclusively(folder), run_folder.new_run_folder(folder, overwrite=overwrite) as new:
         _write(new, pruned, _log(new), origin)
 
 
@@ -330,8 +338,8 @@ def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
         latency = LatencyTable.from_json(
             read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
         )
-    wiring = run_folder.read_origin(folder).make_wiring(model)
-    smaller = run_folder.load(folder, architecture=model, wiring=wiring)
+    wiring = run_folder.read_origin(folder).build_dependency_graph(model)
+    smaller = run_folder.load(folder, architecture=model, dependencies=wiring)
     plan = run_folder.read_plan(folder)
     if plan.weights not in (None, weights_hash(tensors_of(model))):
         raise RunFolderError(

@@ -40,7 +40,7 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
-from secateur.runtime.file_lock import locked_alone
+from secateur.runtime.file_lock import lock_exclusively
 from secateur.runtime.module_state import evaluating
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
@@ -87,22 +87,21 @@ def save(
     *,
     image_shape: tuple[int, int, int],
     architecture: str | None = None,
-    cut_stream: bool = False,
+    prune_residual: bool = False,
     exclude: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> None:
     """Writes a folder from which `load` and `load_program` give `model` back, whole or not at all.
 
-    `model` is what `apply_plan` returned, with any weights since; `image_shape` is
-    `(rgb, height, width)` of the images that its wiring was made with, `cut_stream` and `exclude`
-    how.
+    `model` is what `apply_plan` returned, with any weights since; `image_shape` is `(rgb, height,
+    width)` of the images that its wiring was made with, `prune_residual` and `exclude` how.
     `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
     without one `load` must be given the network. Raises `RunFolderError` where the folder is in the
     way (see `new_run_folder`) and `UsageError` where weights are not float32.
     """
-    origin = Origin(architecture, image_shape, cut_stream, exclude)
+    origin = Origin(architecture, image_shape, prune_residual, exclude)
     folder = Path(folder)
-    with locked_alone(folder), new_run_folder(folder, overwrite=overwrite) as new:
+    with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, model, plan, origin)
 
 
@@ -113,7 +112,7 @@ def read_origin(folder: Path) -> Origin:
 
 def _origin(manifest: Manifest) -> Origin:
     return Origin(
-        manifest.architecture, manifest.image_shape, manifest.cut_stream, manifest.exclude
+        manifest.architecture, manifest.image_shape, manifest.prune_residual, manifest.exclude
     )
 
 
@@ -145,7 +144,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         architecture=origin.architecture,
         num_classes=answers.shape[1] if isinstance(answers, Tensor) else None,
         image_shape=origin.image_shape,
-        cut_stream=origin.cut_stream,
+        prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         plan_hash=plan.hash,
         no_program=no_program,
@@ -156,7 +155,10 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
 
 
 def load(
-    folder: str | Path, *, architecture: nn.Module | None = None, wiring: DependencyGraph | None = None
+    folder: str | Path,
+    *,
+    architecture: nn.Module | None = None,
+    dependencies: DependencyGraph | None = None,
 ) -> nn.Module:
     """The pruned network of a run folder, in evaluation mode: the same module, with fewer filters.
 
@@ -170,9 +172,9 @@ def load(
     manifest = contents.manifest
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
-    if wiring is None:
-        wiring = _origin(manifest).make_wiring(model)
-    smaller = apply_plan(model, wiring, plan)
+    if dependencies is None:
+        dependencies = _origin(manifest).build_dependency_graph(model)
+    smaller = apply_plan(model, dependencies, plan)
     try:
         smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
     except RuntimeError as error:

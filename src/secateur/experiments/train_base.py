@@ -39,18 +39,18 @@ from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
 from secateur.runtime.event_log import EventLog
-from secateur.runtime.file_lock import locked
+from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.progress import Track, silent
-from secateur.runtime.schema import Record, parsed
+from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import FREE, IDLE, Epoch, train
+from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch, train
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 1
-IDLE_KEYS = frozenset(f"train.{name}" for name in IDLE)
+IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
-FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in FREE)}
+FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Those that may differ where a training is resumed that has not come to its end."""
 
 
@@ -109,7 +109,7 @@ def train_base(
     folder: Path,
     *,
     resume: bool = False,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> BaseResult:
@@ -122,7 +122,7 @@ def train_base(
     another training is at work there, and `UsageError` where another configuration was begun there.
     """
     check_names(config.as_run())
-    with locked(folder):
+    with lock_folder(folder):
         return _trained(config, folder, resume, track, board, command)
 
 
@@ -130,7 +130,7 @@ def _trained(
     config: BaseConfig,
     folder: Path,
     resume: bool,
-    track: Track,
+    track: ProgressCallback,
     board: Path | None,
     command: str | None,
 ) -> BaseResult:
@@ -150,9 +150,9 @@ def _trained(
     if (folder / CONFIG).is_file():
         begun = from_dict(read_tables(folder / CONFIG), BaseConfig)
         check_same(f"the training in {folder}", config, begun, FREE_KEYS)
-    distributed.wait()  # until all have looked at the folder
+    distributed.barrier()  # until all have looked at the folder
     make_folder(folder)
-    is_first = distributed.is_first()
+    is_first = distributed.is_main_process()
     log = open_log(folder / LOG, board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
@@ -197,15 +197,15 @@ def _trained(
         replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     log.write("end")
-    distributed.wait()
+    distributed.barrier()
     return result
 
 
 def _finished(folder: Path, config: BaseConfig) -> BaseResult:
     """What the training in a folder came to; the recipe is the last file that it writes."""
     text = read_bounded(folder / RECIPE, TEXT, RunFolderError)
-    found = parsed(BaseResult, text, SCHEMA_VERSION, RECIPE)
+    found = parse_record(BaseResult, text, SCHEMA_VERSION, RECIPE)
     check_same(f"the training in {folder}", config, found.config, IDLE_KEYS)
-    if distributed.is_first():
+    if distributed.is_main_process():
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return found

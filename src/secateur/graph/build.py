@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from secateur.errors import UnknownName
-from secateur.graph.channel_ids import ChannelSpread, Rule
-from secateur.graph.dependency import STREAM, DependencyGraph
+from secateur.graph.channel_ids import ChannelPropagation, Rule
+from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import settle
+from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import forward_of
 from secateur.graph.trace import Forward, trace
 
@@ -20,14 +20,14 @@ def build_dependency_graph(
     model: nn.Module,
     example: Tensor,
     *,
-    cut_stream: bool = False,
+    prune_residual: bool = False,
     exclude: Iterable[str] = (),
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
 ) -> DependencyGraph:
     """The wiring of `model` for images like `example` `[image, rgb, height, width]`.
 
-    Channels that residual sums tie over a whole stage are frozen unless `cut_stream`. `exclude`
+    Channels that residual sums tie over a whole stage are frozen unless `prune_residual`. `exclude`
     are name patterns, such as `layer1.*`, of layers whose filters must stay. `rules` are added to
     `rules.RULES`: name of an operation, `namespace::name` outside of ATen -> rule. With `forward`
     it is `forward(model, images)` that is traced, for networks whose whole answer can't be;
@@ -37,19 +37,19 @@ def build_dependency_graph(
     """
     model = getattr(model, "_orig_mod", model)
     forward = forward or forward_of(model)
-    spread = ChannelSpread(trace(model, example, forward), {**RULES, **(rules or {})})
+    spread = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
     spread.visit_all()
     for output in spread.graph.outputs:
         spread.freeze(spread.axes[output], "written to the network's output")
-    if not cut_stream:
-        spread.freeze_streams(STREAM)
+    if not prune_residual:
+        spread.freeze_residual_channels(RESIDUAL)
     _exclude(spread, tuple(exclude))
-    return settle(model, example, forward, spread)
+    return resolve_sizes(model, example, forward, spread)
 
 
-def _exclude(spread: ChannelSpread, patterns: tuple[str, ...]) -> None:
+def _exclude(spread: ChannelPropagation, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         chosen = [layer for layer in spread.layers if fnmatch.fnmatchcase(layer.name, pattern)]
         if not chosen:
             raise UnknownName("layer to exclude", pattern, {layer.name for layer in spread.layers})
-        spread.freeze((layer.written for layer in chosen), f"excluded by {pattern!r}")
+        spread.freeze((layer.produced for layer in chosen), f"excluded by {pattern!r}")

@@ -33,7 +33,7 @@ Resize = Callable[[Count], Mapping[int, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Consumer:
     """A convolution or linear layer that sums over channels."""
 
     layer: str
@@ -52,7 +52,7 @@ class Layer:
     """Parameter that the kernel is, or is computed from."""
     is_computed: bool
     """Whether the forward makes the kernel from the parameter, as in weight standardisation."""
-    written: Ids | None
+    produced: Ids | None
     """Channels of its answer."""
     filter_dim: int
     """Dimension of the kernel that its filters, which write the channels, lie along."""
@@ -71,10 +71,10 @@ class Layer:
         return self.positions * math.prod(count(ids, 0) for ids in self.over) * math.prod(sizes)
 
 
-Rule = Callable[["ChannelSpread", Node], Axes | list[Axes]]
+Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
 
 
-class ChannelSpread:
+class ChannelPropagation:
     """Channel ids on their way through the graph, and what was learnt about them."""
 
     def __init__(self, graph: NetworkGraph, rules: Mapping[str, Rule]) -> None:
@@ -83,7 +83,7 @@ class ChannelSpread:
         self.several: dict[Node, list[Axes]] = {}
         """Axes of each value of an operation that has several."""
         self.layers: list[Layer] = []
-        self.readers: list[Reader] = []
+        self.readers: list[Consumer] = []
         self.shortcuts: list[tuple[Ids, Ids]] = []
         """Channels that a sum ties to those that they were computed from."""
         self.mixing: set[Node] = set()
@@ -217,7 +217,7 @@ class ChannelSpread:
         """Number of channel ids given out."""
         return self._count
 
-    def freeze_streams(self, reason: str) -> None:
+    def freeze_residual_channels(self, reason: str) -> None:
         """Freezes channels that only a shortcut around layers ties."""
         root = self.roots(with_shortcuts=False)
         for one, other in self.shortcuts:
@@ -305,6 +305,6 @@ def shape_of(node: Node) -> Sequence[int]:
     return shape
 
 
-def positions(spread: ChannelSpread, *sizes: Sequence[int]) -> int:
+def positions(spread: ChannelPropagation, *sizes: Sequence[int]) -> int:
     """How many positions an image has in dimensions of these sizes, the batch among them."""
     return math.prod(size for part in sizes for size in part) // spread.graph.images

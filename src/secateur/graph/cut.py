@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.graph.dependency import Removed, DependencyGraph, aliases_of
+from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
 from secateur.runtime.module_state import copy_of, tensors_of
 
 Images = Float[Tensor, "image channel *position"]
@@ -47,7 +47,9 @@ class SizeConflict(Exception):
     """Two operations want one attribute of a module to be two numbers."""
 
 
-def attribute_values(wiring: DependencyGraph, removed: Removed) -> list[tuple[str, str, int | None, int]]:
+def attribute_values(
+    wiring: DependencyGraph, removed: Removed
+) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
     count = wiring.count_after(removed)
     found: dict[tuple[str, str, int | None], int] = {}

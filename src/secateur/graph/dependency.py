@@ -18,13 +18,13 @@ import numpy.typing as npt
 from torch import nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Axes, ChannelSpread, Count, Ids, Layer, Reader, Resize
+from secateur.graph.channel_ids import Axes, ChannelPropagation, Consumer, Count, Ids, Layer, Resize
 from secateur.graph.groups import FrozenGroup, Group, group_channels
 from secateur.graph.trace import NetworkGraph, Sizes
 from secateur.runtime.module_state import tensors_of
 
 NOT_PRUNABLE = -1
-STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
+RESIDUAL = "tied over a whole stage by residual sums (prune_residual is off)"
 Removed = Mapping[str, tuple[int, ...]]
 
 
@@ -58,7 +58,7 @@ class DependencyGraph:
     frozen: tuple[FrozenGroup, ...]
     slots: tuple[Slots, ...]
     layers: tuple[Layer, ...]
-    readers: tuple[Reader, ...]
+    consumers: tuple[Consumer, ...]
     covers: tuple[Ids, ...]
     """Channels along one dimension of some value: of each at least one must stay."""
     attributes: tuple[SizedAttribute, ...]
@@ -87,10 +87,10 @@ class DependencyGraph:
 
     def count_after(self, removed: Removed) -> Count:
         """How many of some channel ids are left when `removed` channels of each group go."""
-        stays = self.stays(removed)
+        stays = self.is_kept(removed)
         return lambda ids, size: size if ids is None else int(np.count_nonzero(stays[ids]))
 
-    def stays(self, removed: Removed) -> npt.NDArray[np.bool_]:
+    def is_kept(self, removed: Removed) -> npt.NDArray[np.bool_]:
         """`[id]`: whether it stays when `removed` channels of each group go."""
         result: npt.NDArray[np.bool_] = self.channels_kept(removed)[self.channel_of]
         result[self.channel_of == NOT_PRUNABLE] = True
@@ -144,13 +144,13 @@ def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def assemble(
     model: nn.Module,
-    spread: ChannelSpread,
-    held: Iterable[tuple[Ids, str]] = (),
+    spread: ChannelPropagation,
+    frozen_ids: Iterable[tuple[Ids, str]] = (),
     attributes: tuple[SizedAttribute, ...] = (),
 ) -> DependencyGraph:
     """The wiring that follows from ids that have been through the whole graph.
 
-    `held` are channels that stay for now, with the reason.
+    `frozen_ids` are channels that must stay, with the reason.
     """
     aliases = aliases_of(model)
     placeholders: dict[str, Node] = {}
@@ -161,7 +161,7 @@ def assemble(
                 for one, other in zip(spread.axes[twin], spread.axes[node], strict=True):
                     spread.tie(one, other, "one parameter in two roles")
     root = spread.roots()
-    groups, frozen = group_channels(spread, root, spread.reasons(root, held))
+    groups, frozen = group_channels(spread, root, spread.reasons(root, frozen_ids))
     prunable = np.zeros(spread.size, dtype=bool)
     for group in groups.values():
         prunable[group.channels] = True
@@ -179,7 +179,7 @@ def assemble(
         frozen=frozen,
         slots=slots,
         layers=tuple(spread.layers),
-        readers=tuple(spread.readers),
+        consumers=tuple(spread.readers),
         covers=_covers(
             [slots.channels for slots in slots], [channel_of[i] for i in spread.written]
         ),

@@ -9,16 +9,23 @@ import numpy as np
 import torch
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import ChannelSpread, Ids, Layer, Reader, first_input, shape_of
+from secateur.graph.channel_ids import (
+    ChannelPropagation,
+    Consumer,
+    Ids,
+    Layer,
+    first_input,
+    shape_of,
+)
 from secateur.graph.trace import operation_name
 
-NO_READER = "read by no convolution or linear layer"
+NO_CONSUMER = "read by no convolution or linear layer"
 NOT_IN_IMAGES = "read only where positions of several images are mixed"
 SINGLE = "all its filters hang together"
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class Tap:
     """Where feature maps of a group are looked at: what a reader reads, before any flattening."""
 
     node: Node
@@ -43,8 +50,8 @@ class Group:
     channels: Ids
     layers: tuple[Layer, ...]
     """Layers that write the channels."""
-    readers: tuple[Reader, ...]
-    taps: tuple[Look, ...]
+    consumers: tuple[Consumer, ...]
+    taps: tuple[Tap, ...]
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -66,11 +73,11 @@ class _Draft:
     channels: dict[int, None] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     """Weight -> layer, in the order of execution."""
-    readers: list[Reader] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
 
 
 def group_channels(
-    spread: ChannelSpread, root: Ids, reasons: Mapping[int, str]
+    spread: ChannelPropagation, root: Ids, reasons: Mapping[int, str]
 ) -> tuple[dict[str, Group], tuple[FrozenGroup, ...]]:
     """Groups of channels that can be cut, and those that can't with the reason.
 
@@ -84,33 +91,33 @@ def group_channels(
         name = first.name if first.name not in groups else first.weight
         why = {c: reasons[c] for c in draft.channels if c in reasons}
         free = np.array([c for c in draft.channels if c not in why], dtype=np.int64)
-        looks: list[Look] = []
+        looks: list[Tap] = []
         if len(free) == 1 and len(draft.channels) > 1 and not why:
             why = dict.fromkeys(free.tolist(), SINGLE)
         elif len(free):
-            looks, problem = _looks(spread, root, draft.readers, free)
+            looks, problem = _taps(spread, root, draft.consumers, free)
             seen = set().union(*(set(look.channel.tolist()) for look in looks))
             why |= {int(c): problem for place, c in enumerate(free) if place not in seen}
             if len(seen) < len(free):
                 free = np.array([c for c in free.tolist() if c not in why], dtype=np.int64)
-                looks = _looks(spread, root, draft.readers, free)[0] if len(free) else []
+                looks = _taps(spread, root, draft.consumers, free)[0] if len(free) else []
         for reason in dict.fromkeys(why.values()):
             size = sum(each == reason for each in why.values())
             frozen.append(FrozenGroup(first.name, size, reason))
         if looks:
-            layers, readers = tuple(draft.layers.values()), tuple(draft.readers)
+            layers, readers = tuple(draft.layers.values()), tuple(draft.consumers)
             groups[name] = Group(name, free, layers, readers, tuple(looks))
     return groups, tuple(frozen)
 
 
-def _drafts(spread: ChannelSpread, root: Ids) -> list[_Draft]:
+def _drafts(spread: ChannelPropagation, root: Ids) -> list[_Draft]:
     """Channels that are written by one layer, or by layers that share channels, together."""
     drafts: list[_Draft] = []
     member: dict[int, _Draft] = {}
     for layer in spread.layers:
-        if layer.written is None:
+        if layer.produced is None:
             continue
-        channels = dict.fromkeys(root[layer.written].tolist())
+        channels = dict.fromkeys(root[layer.produced].tolist())
         found = list({id(member[c]): member[c] for c in channels if c in member}.values())
         if not found:
             found = [_Draft()]
@@ -127,19 +134,19 @@ def _drafts(spread: ChannelSpread, root: Ids) -> list[_Draft]:
     for reader in spread.readers:
         read = np.unique(root[reader.channels]).tolist()
         for draft in {id(member[c]): member[c] for c in read if c in member}.values():
-            draft.readers.append(reader)
+            draft.consumers.append(reader)
     return drafts
 
 
-def _looks(
-    spread: ChannelSpread, root: Ids, readers: list[Reader], free: Ids
-) -> tuple[list[Look], str]:
+def _taps(
+    spread: ChannelPropagation, root: Ids, readers: list[Consumer], free: Ids
+) -> tuple[list[Tap], str]:
     """As few places as show every channel that can be seen; and why others can't be."""
     number = np.full(spread.size, -1, dtype=np.int64)
     number[free] = np.arange(len(free))
     missing = np.ones(len(free), dtype=bool)
-    looks: list[Look] = []
-    problem = NO_READER
+    looks: list[Tap] = []
+    problem = NO_CONSUMER
     for reader in readers:
         node = _feature_map(first_input(reader.node))
         if shape_of(node)[0] != spread.graph.images:
@@ -154,7 +161,7 @@ def _looks(
         for shows_more, dim, numbers in dims:
             if shows_more:
                 index = np.flatnonzero(numbers >= 0)
-                looks.append(Look(node, dim, index, numbers[index]))
+                looks.append(Tap(node, dim, index, numbers[index]))
                 missing[numbers[index]] = False
         if not missing.any():
             break

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node, map_arg
 
-from secateur.graph.trace import Compute, NetworkGraph, Sizes, State, Tap, operation_name
+from secateur.graph.trace import Compute, NetworkGraph, NodeHook, Sizes, Tensors, operation_name
 
 
-class Walk:
+class GraphInterpreter:
     """One batch on its way through the graph; only values that are still needed are kept.
 
     `sizes` are the arguments that differ where `state` belongs to a cut network
@@ -24,7 +24,7 @@ class Walk:
     def __init__(
         self,
         graph: NetworkGraph,
-        state: State,
+        state: Tensors,
         images: Tensor,
         sizes: Sizes | None = None,
         answers: dict[Node, Tensor] | None = None,
@@ -54,7 +54,7 @@ class Walk:
         """Whether a node has been computed and is still needed downstream."""
         return node in self._values
 
-    def fork(self) -> Walk:
+    def copy(self) -> GraphInterpreter:
         """A second walk from here on; what it computes does not show in this one."""
         twin = copy.copy(self)
         twin._values = dict(self._values)
@@ -78,21 +78,21 @@ class Walk:
         self,
         until: Node | None = None,
         *,
-        after: Mapping[Node, Tap] | None = None,
-        instead: Mapping[Node, Compute] | None = None,
+        after: Mapping[Node, NodeHook] | None = None,
+        overrides: Mapping[Node, Compute] | None = None,
     ) -> None:
         """Runs up to, not including, the node `until`; to the end without it.
 
         `after[node]` sees, and may replace, the value of a node; `instead[node]` computes it from
         the values that it reads.
         """
-        after, instead = after or {}, instead or {}
+        after, overrides = after or {}, overrides or {}
         nodes = self._graph.nodes
         while self._next < len(nodes) and nodes[self._next] is not until:
             node = nodes[self._next]
             self._next += 1
             if node.op == "call_function":
-                value = self._compute(node, instead.get(node))
+                value = self._compute(node, overrides.get(node))
                 if node in after:
                     replaced = after[node](value)
                     value = value if replaced is None else replaced
@@ -138,12 +138,12 @@ def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[st
 
 def run(
     graph: NetworkGraph,
-    state: State,
+    state: Tensors,
     images: Tensor,
     *,
-    after: Mapping[Node, Tap] | None = None,
+    after: Mapping[Node, NodeHook] | None = None,
 ) -> Tensor:
     """The network's output for a batch, with `state` as its parameters and buffers."""
-    walk = Walk(graph, state, images)
+    walk = GraphInterpreter(graph, state, images)
     walk.advance(after=after)
     return walk.value(graph.output)

@@ -42,7 +42,7 @@ class Window:
             )
         )
 
-    def take(
+    def patches(
         self,
         inputs: Float[Tensor, "image channel *size"],
         positions: Int[Tensor, "image position"],
@@ -69,7 +69,7 @@ class Window:
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
+class PositionSampling:
     """Which positions of a map to look at in each image, evenly apart.
 
     They depend on the image's number and on `start` alone. From image to image they move on by the

@@ -3,7 +3,7 @@
 The traced graph holds sizes as plain numbers, and does not say where they come from: a view to
 `[-1, 2, 58, 28, 28]` may be computed from the input's shape, taken from an attribute of a module,
 or written in the code. So trial cuts are made and traced (`trial`): if every operation is what was
-foretold the sizes follow by themselves. If not, attributes of the modules concerned that hold the
+predicted the sizes follow by themselves. If not, attributes of the modules concerned that hold the
 old number are given the new one, and it is tried again. What still does not come out right is
 frozen.
 """
@@ -17,48 +17,48 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import ChannelSpread, Count, Ids, Resize, position_of
-from secateur.graph.dependency import SizedAttribute, DependencyGraph, assemble
+from secateur.graph.channel_ids import ChannelPropagation, Count, Ids, Resize, position_of
+from secateur.graph.dependency import DependencyGraph, SizedAttribute, assemble
 from secateur.graph.trace import Forward, operation_name
-from secateur.graph.verify import is_foretold, trials
+from secateur.graph.verify import is_predicted, test_cuts
 
-BAKED = "sized by a number in the network's code ({operation} in {module})"
-STEERED = "with fewer channels the network's code does something else"
+CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"
+SIZE_ATTRIBUTE = "with fewer channels the network's code does something else"
 
-_Held = tuple[Ids, str]
+_Frozen = tuple[Ids, str]
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class _SizeUse:
     """The n-th operation with a size of its own in every module of one class."""
 
     kind: tuple[str, str, int]
     nodes: tuple[Node, ...]
 
 
-def settle(
-    model: nn.Module, example: Tensor, forward: Forward | None, spread: ChannelSpread
+def resolve_sizes(
+    model: nn.Module, example: Tensor, forward: Forward | None, spread: ChannelPropagation
 ) -> DependencyGraph:
     """The wiring with every channel frozen whose sizes don't follow a cut."""
-    known, places = _sized_places(model, spread)
+    known, places = _size_uses(model, spread)
 
     def works(candidate: DependencyGraph) -> bool:
-        return is_foretold(model, example, forward, candidate, thorough=bool(places))
+        return is_predicted(model, example, forward, candidate, thorough=bool(places))
 
     wiring = assemble(model, spread, attributes=known)
     if works(wiring):
         return wiring
     active = _active(wiring, places)
-    guesses = {place.kind: _guesses(model, wiring, place) for place in active}
+    guesses = {place.kind: _candidate_attributes(model, wiring, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
     if together:
         wiring = assemble(model, spread, attributes=(*known, *together))
         if works(wiring):
             return wiring
     everywhere = [pair for place in active for pair in _channels_at(spread, place)]
-    steered = _steered(model, spread, everywhere, known, works)
+    steered = _resolve_attributes(model, spread, everywhere, known, works)
     accepted = known
-    rejected: list[_Place] = []
+    rejected: list[_SizeUse] = []
     for number, place in enumerate(active):
         waiting = [*rejected, *active[number + 1 :]]
         for guess in [(), *guesses[place.kind]]:
@@ -73,19 +73,19 @@ def settle(
     return assemble(model, spread, held, accepted)
 
 
-def _steered(
+def _resolve_attributes(
     model: nn.Module,
-    spread: ChannelSpread,
-    held: list[_Held],
+    spread: ChannelPropagation,
+    held: list[_Frozen],
     attributes: tuple[SizedAttribute, ...],
     works: Callable[[DependencyGraph], bool],
-) -> list[_Held]:
+) -> list[_Frozen]:
     """The groups that can't be cut although every place with a size of its own is held.
 
     Found by halves: with one half of the groups held the other is tried.
     """
 
-    def among(names: list[str], others: list[_Held]) -> list[_Held]:
+    def among(names: list[str], others: list[_Frozen]) -> list[_Frozen]:
         if works(assemble(model, spread, [*held, *others], attributes)):
             return []
         if len(names) == 1:
@@ -96,13 +96,13 @@ def _steered(
         return [*found, *among(other, [*others, *found])]
 
     groups = assemble(model, spread, held, attributes).groups
-    channels = {name: [(group.channels, STEERED)] for name, group in groups.items()}
+    channels = {name: [(group.channels, SIZE_ATTRIBUTE)] for name, group in groups.items()}
     return among(list(groups), []) if groups else []
 
 
-def _sized_places(
-    model: nn.Module, spread: ChannelSpread
-) -> tuple[tuple[SizedAttribute, ...], list[_Place]]:
+def _size_uses(
+    model: nn.Module, spread: ChannelPropagation
+) -> tuple[tuple[SizedAttribute, ...], list[_SizeUse]]:
     """Attributes that are known to hold a size, and the places that are not understood yet."""
     known: list[SizedAttribute] = []
     places: dict[tuple[str, str, int], list[Node]] = {}
@@ -111,18 +111,18 @@ def _sized_places(
         if node.op != "call_function":
             continue
         path, module = _owner(model, node)
-        own = _own_sizes(spread, node, path, module)
+        own = _sizes_in_module(spread, node, path, module)
         known += own
         if node in spread.resizes and not own:
             name = operation_name(node)
             call = f"{path}:{_call_number(node)}"
             number = next(ordinal.setdefault((call, name), itertools.count()))
             places.setdefault((type(module).__qualname__, name, number), []).append(node)
-    return tuple(known), [_Place(kind, tuple(nodes)) for kind, nodes in places.items()]
+    return tuple(known), [_SizeUse(kind, tuple(nodes)) for kind, nodes in places.items()]
 
 
-def _own_sizes(
-    spread: ChannelSpread, node: Node, path: str, module: nn.Module
+def _sizes_in_module(
+    spread: ChannelPropagation, node: Node, path: str, module: nn.Module
 ) -> list[SizedAttribute]:
     """The attributes of one of torch's own modules that its operation takes sizes from."""
     name, resize = operation_name(node), spread.resizes.get(node)
@@ -185,10 +185,10 @@ def _call_number(node: Node) -> str:
     return ",".join(node.meta.get("nn_module_stack", {}))
 
 
-def _active(wiring: DependencyGraph, places: list[_Place]) -> list[_Place]:
+def _active(wiring: DependencyGraph, places: list[_SizeUse]) -> list[_SizeUse]:
     """The places whose sizes a trial cut changes."""
     whole = wiring.sizes_after({})
-    after = [wiring.sizes_after(removed) for removed in trials(wiring, thorough=True)]
+    after = [wiring.sizes_after(removed) for removed in test_cuts(wiring, thorough=True)]
     return [
         place
         for place in places
@@ -196,7 +196,9 @@ def _active(wiring: DependencyGraph, places: list[_Place]) -> list[_Place]:
     ]
 
 
-def _guesses(model: nn.Module, wiring: DependencyGraph, place: _Place) -> list[tuple[SizedAttribute, ...]]:
+def _candidate_attributes(
+    model: nn.Module, wiring: DependencyGraph, place: _SizeUse
+) -> list[tuple[SizedAttribute, ...]]:
     """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
@@ -205,7 +207,7 @@ def _guesses(model: nn.Module, wiring: DependencyGraph, place: _Place) -> list[t
             wanted = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for element, size in wanted:
                 if isinstance(size, int):
-                    for attribute in _holding(model, wiring, node, position, element, size):
+                    for attribute in _freezing(model, wiring, node, position, element, size):
                         key = (attribute.name, attribute.index)
                         found.setdefault(key, []).append(attribute)
     if not found:
@@ -215,8 +217,13 @@ def _guesses(model: nn.Module, wiring: DependencyGraph, place: _Place) -> list[t
     return [everything, *single] if len(single) > 1 else [everything]
 
 
-def _holding(
-    model: nn.Module, wiring: DependencyGraph, node: Node, position: int, element: int | None, size: int
+def _freezing(
+    model: nn.Module,
+    wiring: DependencyGraph,
+    node: Node,
+    position: int,
+    element: int | None,
+    size: int,
 ) -> list[SizedAttribute]:
     """Attributes of the operation's module, or of those around it, that hold a number."""
     path, _ = _owner(model, node)
@@ -247,10 +254,10 @@ def _numbers(held: object) -> Iterable[tuple[int | None, int]]:
     return []
 
 
-def _channels_at(spread: ChannelSpread, place: _Place) -> list[_Held]:
+def _channels_at(spread: ChannelPropagation, place: _SizeUse) -> list[_Frozen]:
     """The channels that a place's operations read, with the reason to hold them."""
     class_name, operation, _ = place.kind
-    reason = BAKED.format(operation=operation, module=class_name)
+    reason = CONSTANT_SIZE.format(operation=operation, module=class_name)
     return [
         (ids, reason)
         for node in place.nodes

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import TraceError
 from secateur.runtime.module_state import copy_of, evaluating, tensors_of
 
-Tap = Callable[[Tensor], Tensor | None]
-State = Mapping[str, Tensor]
+NodeHook = Callable[[Tensor], Tensor | None]
+Tensors = Mapping[str, Tensor]
 Forward = Callable[[Any, Tensor], Any]
 """What is traced of a network: `forward(model, images)` gives a tensor or several."""
 Sizes = Mapping[Node, Mapping[int, Any]]
@@ -98,7 +98,7 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
         return tuple(tree_leaves(answer))
 
     try:
-        with evaluating(model), torch.no_grad(), _noting_modules(model), _undisturbed():
+        with evaluating(model), torch.no_grad(), _recording_modules(model), _undisturbed():
             module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _not_traced(error) from error
@@ -182,7 +182,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _noting_modules(model: nn.Module) -> Iterator[None]:
+def _recording_modules(model: nn.Module) -> Iterator[None]:
     """Every operation that is traced inside the block is noted with the modules it is called in.
 
     `node.meta["nn_module_stack"]` is `{call: dotted name}`, from the outermost module on.

@@ -1,7 +1,7 @@
 """Trial cuts: whether a network that has been cut is what its wiring says.
 
 Channels are cut, the smaller network is traced, and its graph is compared with the one that was
-foretold, operation by operation. So nothing that a network's code does with a number of channels
+predicted, operation by operation. So nothing that a network's code does with a number of channels
 (a size, a scale, a branch) goes unseen.
 """
 
@@ -19,21 +19,26 @@ from torch.fx.node import Node
 from secateur.errors import TraceError
 from secateur.graph.channel_ids import Count, argument, first_input, position_of, shape_of
 from secateur.graph.cut import SizeConflict, attribute_values, cut
-from secateur.graph.dependency import Removed, DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.trace import Forward, NetworkGraph, operation_name, trace
 
 
-def is_foretold(
-    model: nn.Module, example: Tensor, forward: Forward | None, wiring: DependencyGraph, *, thorough: bool
+def is_predicted(
+    model: nn.Module,
+    example: Tensor,
+    forward: Forward | None,
+    wiring: DependencyGraph,
+    *,
+    thorough: bool,
 ) -> bool:
-    """Whether trial cuts, traced again, give the operations and sizes that were foretold.
+    """Whether trial cuts, traced again, give the operations and sizes that were predicted.
 
     `thorough`: see `trials`.
     """
     if not _is_consistent(wiring):
         return False
-    for removed in trials(wiring, thorough=thorough):
+    for removed in test_cuts(wiring, thorough=thorough):
         try:
             smaller = cut(model, wiring, removed)
         except SizeConflict:
@@ -42,27 +47,29 @@ def is_foretold(
             graph = trace(smaller, example, forward)
         except TraceError:
             return False
-        if not _is_graph_foretold(wiring, removed, graph):
+        if not _is_graph_predicted(wiring, removed, graph):
             return False
     return True
 
 
-def trials(wiring: DependencyGraph, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
+def test_cuts(wiring: DependencyGraph, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
     Where it leaves a group as it is, and if `thorough`, a second one, of the others, and a third of
     one channel a group, which leaves no two halves the same: for operations whose sizes may come
     from anywhere.
     """
-    first = _trial(wiring, None, least=0 if thorough else 1)
+    first = _test_cut(wiring, None, least=0 if thorough else 1)
     if not thorough and all(name in first or len(g) < 2 for name, g in wiring.groups.items()):
         return [first] if first else []
-    second = _trial(wiring, first, least=0)
+    second = _test_cut(wiring, first, least=0)
     single = {name: numbers[-1:] for name, numbers in second.items()}
     return [removed for removed in (first, second, single) if removed]
 
 
-def _trial(wiring: DependencyGraph, before: Removed | None, least: int) -> dict[str, tuple[int, ...]]:
+def _test_cut(
+    wiring: DependencyGraph, before: Removed | None, least: int
+) -> dict[str, tuple[int, ...]]:
     """About a third of the channels of each group; with `before` all others, as far as they can go.
 
     No two numbers that may be taken for each other should come out the same: groups of one size
@@ -114,7 +121,7 @@ def _is_consistent(wiring: DependencyGraph) -> bool:
     return True
 
 
-def _is_graph_foretold(wiring: DependencyGraph, removed: Removed, graph: NetworkGraph) -> bool:
+def _is_graph_predicted(wiring: DependencyGraph, removed: Removed, graph: NetworkGraph) -> bool:
     count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
     if len(wiring.graph.nodes) != len(graph.nodes):
         return False
@@ -127,10 +134,10 @@ def _is_graph_foretold(wiring: DependencyGraph, removed: Removed, graph: Network
         and all(
             list(shape) == expected
             for shape, expected in zip(
-                _shapes(found), _foretold(wiring, node, count, graph.images), strict=True
+                _shapes(found), _predicted_shapes(wiring, node, count, graph.images), strict=True
             )
         )
-        and _are_arguments_foretold(node, found, sizes.get(node, {}), twins)
+        and _are_arguments_predicted(node, found, sizes.get(node, {}), twins)
         for found, node in twins.items()
     )
 
@@ -148,7 +155,9 @@ def _shapes(node: Node) -> list[Sequence[int]]:
     return [each.shape for each in values if isinstance(each, Tensor)]
 
 
-def _foretold(wiring: DependencyGraph, node: Node, count: Count, images: int) -> Iterator[list[int]]:
+def _predicted_shapes(
+    wiring: DependencyGraph, node: Node, count: Count, images: int
+) -> Iterator[list[int]]:
     """Shapes of an operation's values after a cut, for a batch of so many images."""
     before = wiring.graph.images
     several = wiring.several.get(node, [wiring.axes.get(node, ())])
@@ -161,7 +170,7 @@ def _foretold(wiring: DependencyGraph, node: Node, count: Count, images: int) ->
         ]
 
 
-def _are_arguments_foretold(
+def _are_arguments_predicted(
     node: Node, found: Node, sizes: Mapping[int, Any], twins: Mapping[Node, Node]
 ) -> bool:
     args, kwargs = with_sizes(node, sizes)

@@ -15,7 +15,7 @@ CURVES = {
 """Facts of an epoch, and what their curves are called."""
 
 
-class BoardLog(EventLog):
+class TrackerLog(EventLog):
     """An event log that also draws a point of each curve after every epoch, in a folder.
 
     Every round of scoring and training has curves of its own.
@@ -47,4 +47,4 @@ class BoardLog(EventLog):
 
 def open_log(path: Path, board: Path | None) -> EventLog:
     """A log in a file, with curves where there is a folder for them."""
-    return EventLog(path) if board is None else BoardLog(path, board)
+    return EventLog(path) if board is None else TrackerLog(path, board)

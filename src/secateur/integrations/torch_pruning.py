@@ -118,7 +118,7 @@ class CriterionImportance:
         if shapes == self._shapes:
             return
         self._shapes = shapes
-        wiring = build_dependency_graph(self._model, self._example, cut_stream=True)
+        wiring = build_dependency_graph(self._model, self._example, prune_residual=True)
         criterion = self._make_criterion(self._seed)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
@@ -135,8 +135,8 @@ class CriterionImportance:
             number = np.full(len(wiring.channel_of), -1, dtype=np.int64)
             number[group.channels] = np.arange(len(group))
             for layer in group.layers:
-                assert layer.written is not None
-                own = number[layer.written]  # [filter]
+                assert layer.produced is not None
+                own = number[layer.produced]  # [filter]
                 if (own >= 0).all():
                     self._scores[layer.name] = scored[group.name].double().cpu()[own]
                 else:

@@ -14,7 +14,7 @@ from typing import Any
 from secateur.errors import UnknownName, UsageError
 
 
-def is_own_code(name: str) -> bool:
+def is_user_code(name: str) -> bool:
     """Whether a name is one of a file and a factory in it."""
     return name.rpartition(":")[0].endswith(".py")
 

@@ -56,13 +56,13 @@ def load(
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
-    if user_code.is_own_code(name) and not allow_code:
+    if user_code.is_user_code(name) and not allow_code:
         raise UsageError(
             f"{name!r} is code of your own: build the network and pass it, or use load_program"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if user_code.is_own_code(name):
+        if user_code.is_user_code(name):
             model = _from_file(name, num_classes)
         elif kind == "torchvision":
             model = _from_torchvision(rest, num_classes)
@@ -78,7 +78,7 @@ def load(
 def check_name(name: str) -> None:
     """Raises `UnknownName` or `UsageError` where `load` knows no network of this name."""
     kind, colon, rest = name.rpartition(":")
-    if user_code.is_own_code(name):
+    if user_code.is_user_code(name):
         user_code.check_file(name, "network")
     elif kind == IN_MEMORY:
         raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
@@ -110,7 +110,7 @@ def preprocessing(name: str) -> Preprocessing:
     images are resized bilinearly wherever nothing else is stated. Raises as `check_name` does, but
     not where a file of one's own is missing, for the file is not read.
     """
-    if user_code.is_own_code(name) or name.startswith(f"{IN_MEMORY}:"):
+    if user_code.is_user_code(name) or name.startswith(f"{IN_MEMORY}:"):
         return Preprocessing(224, 256)
     check_name(name)
     kind, _, rest = name.rpartition(":")

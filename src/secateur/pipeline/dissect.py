@@ -1,4 +1,4 @@
-"""What the filters of a network see, from one pass over its probe set."""
+"""What the filters of a network see, from one pass over its calibration set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.graph.groups import Group
-from secateur.pipeline.prune import Ground, make_criterion, probe_stream
-from secateur.runtime.progress import Track, silent
-from secateur.scoring.dissection import Dissection, FilterConcept, TopImages, TopSights
-from secateur.scoring.feature_pass import parts_of
+from secateur.pipeline.prune import ScoringContext, calibration_batches, make_criterion
+from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
+from secateur.scoring.feature_pass import taps_of
 from secateur.scoring.scores import FilterScores, score_filters
 
 VOTES = "vote-response"
@@ -21,10 +21,10 @@ VOTES = "vote-response"
 
 
 @dataclass(frozen=True, eq=False)
-class Sights:
+class NetworkDissection:
     """What each filter sees, the images that it responds to most, and how it scores."""
 
-    ground: Ground
+    context: ScoringContext
     dissection: Dissection
     top_images: TopImages
     scores: dict[str, FilterScores]
@@ -38,36 +38,36 @@ class Sights:
         """How many channels are detectors of each concept that has any."""
         return Counter(each.concept for each in self.concepts(group) if each.is_detector)
 
-    def top(self, group: Group) -> TopSights:
+    def top(self, group: Group) -> TopFeatures:
         """The top images of a group, at the first place where it is looked at."""
-        return self.top_images.sights(next(iter(parts_of(group))))
+        return self.top_images.top(next(iter(taps_of(group))))
 
 
-def see(
+def dissect_network(
     model: nn.Module,
-    ground: Ground,
+    context: ScoringContext,
     config: RunConfig,
     criterion_names: Sequence[str] = (),
     *,
     images: int,
     title: str = "looking at filters",
-    track: Track = silent,
-) -> Sights:
-    """Looks at every filter of `model` on the probe set of `ground`, which was made for it.
+    track: ProgressCallback = no_progress,
+) -> NetworkDissection:
+    """Looks at every filter of `model` on the calibration set of `ground`, which was made for it.
 
     `images` is how many top images are kept of each filter; the criteria that are named come from
     the same pass. Raises `SecateurError`.
     """
-    dissection = Dissection(tuple(concept.name for concept in ground.source.concepts))
+    dissection = Dissection(tuple(concept.name for concept in context.source.concepts))
     top = TopImages(images)
     scores = score_filters(
         model,
-        ground.wiring,
-        lambda: probe_stream(ground, config, track, title),
-        {name: make_criterion(name, ground.source, config) for name in criterion_names},
-        ground.source,
+        context.dependencies,
+        lambda: calibration_batches(context, config, track, title),
+        {name: make_criterion(name, context.source, config) for name in criterion_names},
+        context.source,
         config.score,
         observers=(dissection, top),
     )
     top.merge()
-    return Sights(ground, dissection, top, scores)
+    return NetworkDissection(context, dissection, top, scores)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur import data
-from secateur.config import RunConfig, parse_target
-from secateur.data import Batch, DataSet, Images, Unreadable, set_apart
+from secateur.config import RunConfig, parse_budget
+from secateur.data import Batch, DataSet, Images, Unreadable, split_calibration
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
 from secateur.evaluation.evaluate import Score, evaluate
@@ -22,6 +22,7 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.models import user_code, zoo
 from secateur.pipeline.result import (
+    FinetuneResult,
     FrozenResult,
     GroupResult,
     Kept,
@@ -29,31 +30,30 @@ from secateur.pipeline.result import (
     RunResult,
     Stage,
     StageResult,
-    TuningResult,
-    after_rounds,
     has_collapsed,
+    merge_rounds,
 )
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.latency_profiler import plan_in_time, time_left
-from secateur.pruning.equivalence import check_finite, check_law
+from secateur.pruning.cost.latency_profiler import measure_fraction_left, plan_in_time
+from secateur.pruning.equivalence import check_equivalence, check_finite
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.plan_inputs import Survey, make_surveys
-from secateur.pruning.refit.refit_and_check import Repair, repair
-from secateur.pruning.size_search import Trial, bisect, smallest_kept
+from secateur.pruning.plan_inputs import PlanInputs, make_plan_inputs
+from secateur.pruning.refit.refit_and_check import RefitOutcome, refit_and_check
+from secateur.pruning.size_search import SizeTrial, bisect, smallest_kept
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.memory import free_bytes
 from secateur.runtime.module_state import device_of, tensors_of
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.distill import Polish, polish
+from secateur.training.distill import Distillation, distill
 from secateur.training.feature_distillation import ResidualSum, residual_sums
 from secateur.training.trainer import train
 
@@ -62,7 +62,9 @@ def origin(config: RunConfig) -> Origin:
     """What the network of a resolved configuration was before the cut, for its run folder."""
     size = config.data.image_size
     assert size is not None
-    return Origin(config.model.name, (3, size, size), config.plan.cut_stream, config.plan.exclude)
+    return Origin(
+        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
+    )
 
 
 def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
@@ -92,7 +94,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
     """Raises `UsageError` where a network that needs a weight file has none."""
-    is_own_code = user_code.is_own_code(config.model.name)
+    is_own_code = user_code.is_user_code(config.model.name)
     if config.model.weights is None and not is_own_code and not allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
@@ -138,18 +140,18 @@ def preprocessing(config: RunConfig) -> Preprocessing:
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """What filters are scored on: the probe set, the wiring, and where concepts are found."""
+class ScoringContext:
+    """What filters are scored on: the calibration set, the wiring, and where concepts are found."""
 
-    probe: Images
+    calibration: Images
     example: Tensor
-    """A few probe images `[image, rgb, height, width]`, normalised."""
-    wiring: DependencyGraph
+    """A few calibration images `[image, rgb, height, width]`, normalised."""
+    dependencies: DependencyGraph
     source: ConceptSource
     batch_size: int
     """Images at a time that there is memory for, at most those of the configuration."""
     unreadable: Unreadable | None = None
-    """Notes probe images that can't be read, where those are left out."""
+    """Notes calibration images that can't be read, where those are left out."""
 
 
 def make_unreadable(config: RunConfig) -> Unreadable | None:
@@ -160,29 +162,30 @@ def make_unreadable(config: RunConfig) -> Unreadable | None:
 def names_of(unreadable: Unreadable | None) -> tuple[str, ...]:
     """The files that were left out, by any process, sorted."""
     own = () if unreadable is None else unreadable.names
-    return tuple(sorted({name for names in distributed.gathered(own) for name in names}))
+    return tuple(sorted({name for names in distributed.all_gather(own) for name in names}))
 
 
-def prepare_ground(
+def make_scoring_context(
     model: nn.Module,
     dataset: DataSet,
     config: RunConfig,
     unreadable: Unreadable | None = None,
     wiring: DependencyGraph | None = None,
     names: Sequence[str] = (),
-) -> Ground:
-    """Draws the probe set and reads the network's wiring, as `config` says, if it is not known.
+) -> ScoringContext:
+    """Draws the calibration set and reads the network's wiring, as `config` says, if it is not
+    known.
 
     `names` are the criteria that filters will be scored by: some take more memory.
 
-    Concepts that are annotated bring images of their own: those are the probe set then. Raises
-    `SecateurError`.
+    Concepts that are annotated bring images of their own: those are the calibration set then.
+    Raises `SecateurError`.
     """
     text = config.score.concepts
     annotated = concepts.annotated_images(text)
-    probe = data.draw_probe(
+    probe = data.draw_calibration_images(
         dataset.train if annotated is None else annotated,
-        config.data.probe_images,
+        config.data.calibration_images,
         stratified=config.data.stratified and annotated is None,
         seed=config.seed,
     )
@@ -190,20 +193,20 @@ def prepare_ground(
     expected = preprocessing(config)
     first = next(iter(data.batches(probe, size, expected, unreadable=unreadable)), None)
     if first is None:
-        raise DataError(f"none of {len(probe.labels)} probe images can be read")
+        raise DataError(f"none of {len(probe.labels)} calibration images can be read")
     example = first.images
     if wiring is None:
         wiring = build_dependency_graph(
-            model, example, cut_stream=config.plan.cut_stream, exclude=config.plan.exclude
+            model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
         )
     check_finite(model, wiring, example)
     source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
     needs = {need for name in names for need in make_criterion(name, source, config).needs}
-    free = min(distributed.gathered(free_bytes(device_of(model))))
+    free = min(distributed.all_gather(free_bytes(device_of(model))))
     fits = batch_that_fits(
         wiring, config.data.batch_size, free, with_gradients="gradients" in needs
     )
-    return Ground(probe, example, wiring, source, fits, unreadable)
+    return ScoringContext(probe, example, wiring, source, fits, unreadable)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -227,7 +230,7 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
 def stream(
     images: Images,
     config: RunConfig,
-    track: Track,
+    track: ProgressCallback,
     title: str,
     unreadable: Unreadable | None = None,
 ) -> Iterable[Batch]:
@@ -237,15 +240,17 @@ def stream(
     can't be read see `data.batches`.
     """
     chunks = torch.arange(len(images.labels)).split(config.data.batch_size)
-    own = images.take(torch.cat([*distributed.dealt(chunks), chunks[0][:0]]))
+    own = images.take(torch.cat([*distributed.shard(chunks), chunks[0][:0]]))
     return _batches(own, config, track, title, unreadable)
 
 
-def probe_stream(ground: Ground, config: RunConfig, track: Track, title: str) -> Iterable[Batch]:
-    """This process's share of the probe images, with their numbers in the probe set."""
-    share = distributed.share()
+def calibration_batches(
+    ground: ScoringContext, config: RunConfig, track: ProgressCallback, title: str
+) -> Iterable[Batch]:
+    """This process's share of the calibration images, with their numbers in the calibration set."""
+    share = distributed.rank_and_world_size()
     config = with_batches(config, ground.batch_size)
-    return _batches(ground.probe, config, track, title, ground.unreadable, share)
+    return _batches(ground.calibration, config, track, title, ground.unreadable, share)
 
 
 def with_batches(config: RunConfig, size: int) -> RunConfig:
@@ -257,7 +262,7 @@ def with_batches(config: RunConfig, size: int) -> RunConfig:
 def _batches(
     images: Images,
     config: RunConfig,
-    track: Track,
+    track: ProgressCallback,
     title: str,
     unreadable: Unreadable | None,
     shard: tuple[int, int] = (0, 1),
@@ -268,21 +273,21 @@ def _batches(
     return track(found, title, math.ceil(len(images.labels) / (size * shard[1])))
 
 
-def survey_filters(
+def collect_plan_inputs(
     model: nn.Module,
-    ground: Ground,
+    ground: ScoringContext,
     config: RunConfig,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     names: Sequence[str] = (),
-) -> dict[str, Survey]:
+) -> dict[str, PlanInputs]:
     """By criterion: scores and all else that plans for `model` follow from, as `config` says.
 
     Without `names` the criterion is that of `config`. All come from one pass over the images.
     """
-    return make_surveys(
+    return make_plan_inputs(
         model,
-        ground.wiring,
-        lambda: probe_stream(ground, config, track, "scoring filters"),
+        ground.dependencies,
+        lambda: calibration_batches(ground, config, track, "scoring filters"),
         {
             name: make_criterion(name, ground.source, config)
             for name in names or (config.score.criterion,)
@@ -291,7 +296,11 @@ def survey_filters(
         config.score,
         config.plan,
         sample=lambda: _batches(
-            ground.probe, with_batches(config, ground.batch_size), silent, "", ground.unreadable
+            ground.calibration,
+            with_batches(config, ground.batch_size),
+            no_progress,
+            "",
+            ground.unreadable,
         ),
         example=ground.example,
         track=track,
@@ -299,57 +308,59 @@ def survey_filters(
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """What runs on one network and one probe set share, whatever their criterion and target."""
+class Baseline:
+    """What runs on one network and one calibration set share, whatever their criterion and
+    target."""
 
     before: Score
     """Of the network on the test images."""
-    ground: Ground
-    surveys: Mapping[str, Survey]
+    context: ScoringContext
+    plan_inputs: Mapping[str, PlanInputs]
     """By criterion."""
     seconds: float
     """What all but the score took."""
 
 
-def make_start(
+def make_baseline(
     model: nn.Module,
     dataset: DataSet,
     config: RunConfig,
     names: Sequence[str] = (),
-    track: Track = silent,
-) -> Start:
+    track: ProgressCallback = no_progress,
+) -> Baseline:
     """Scores `model` and its filters, by the named criteria or by that of `config`."""
     config = resolved(config, dataset)
     unreadable = make_unreadable(config)
     since = time.perf_counter()
     names = names or (config.score.criterion,)
-    ground = prepare_ground(model, dataset, config, unreadable, names=names)
-    surveys = survey_filters(model, ground, config, track, names)
+    ground = make_scoring_context(model, dataset, config, unreadable, names=names)
+    surveys = collect_plan_inputs(model, ground, config, track, names)
     seconds = time.perf_counter() - since
     config = with_batches(config, ground.batch_size)
     images = stream(dataset.test, config, track, "scoring (before)", unreadable)
-    return Start(evaluate(model, images), ground, surveys, seconds)
+    return Baseline(evaluate(model, images), ground, surveys, seconds)
 
 
-def repair_in_place(
+def refit_in_place(
     model: nn.Module,
     smaller: nn.Module,
-    ground: Ground,
+    ground: ScoringContext,
     plan: PruningPlan,
     config: RunConfig,
-    track: Track = silent,
-) -> Repair:
-    """Repairs the cut network in place on the probe images, as `config` says; see `repair`."""
-    fit, held_out = set_apart(ground.probe)
-    return repair(
+    track: ProgressCallback = no_progress,
+) -> RefitOutcome:
+    """Repairs the cut network in place on the calibration images, as `config` says; see
+    `repair`."""
+    fit, held_out = split_calibration(ground.calibration)
+    return refit_and_check(
         model,
         smaller,
-        ground.wiring,
+        ground.dependencies,
         plan,
         config.refit,
-        lambda: probe_stream(ground, config, silent, ""),
+        lambda: calibration_batches(ground, config, no_progress, ""),
         lambda: stream(fit, config, track, "re-estimating norms", ground.unreadable),
-        lambda: stream(held_out, config, silent, "", ground.unreadable),
+        lambda: stream(held_out, config, no_progress, "", ground.unreadable),
         seed=config.seed,
         track=track,
     )
@@ -358,32 +369,32 @@ def repair_in_place(
 def _search(
     model: nn.Module,
     dataset: DataSet,
-    ground: Ground,
-    survey: Survey,
+    ground: ScoringContext,
+    survey: PlanInputs,
     config: RunConfig,
-    track: Track,
+    track: ProgressCallback,
     log: EventLog,
-) -> tuple[Trial, ...]:
+) -> tuple[SizeTrial, ...]:
     """Networks of several sizes, cut and refitted, on the validation images."""
     assert config.plan.max_drop is not None
-    target = parse_target(config.plan.target)
+    target = parse_budget(config.plan.target)
 
     def accuracy(network: nn.Module) -> float:
-        images = stream(dataset.validation, config, silent, "", ground.unreadable)
+        images = stream(dataset.validation, config, no_progress, "", ground.unreadable)
         return evaluate(network, images).top1_fraction
 
     def attempt(fraction_left: float) -> float:
         plan = survey.plan(replace(target, fraction_left=fraction_left))
-        smaller = apply_plan(model, ground.wiring, plan)
+        smaller = apply_plan(model, ground.dependencies, plan)
         if config.refit.is_any:
-            repair_in_place(model, smaller, ground, plan, config, track)
+            refit_in_place(model, smaller, ground, plan, config, track)
         found = accuracy(smaller)
         log.write("trial", fraction_left=fraction_left, validation_top1_fraction=found)
         return found
 
     before = accuracy(model)
     limit = before - config.plan.max_drop / 100
-    return (Trial(1.0, before, kept=True), *bisect(attempt, limit, survey.least(target)))
+    return (SizeTrial(1.0, before, kept=True), *bisect(attempt, limit, survey.least(target)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,7 +406,7 @@ class Pruned:
     result: RunResult
     latency: LatencyTable | None
     """Times of the layers before the cut, where the target is one of latency."""
-    wiring: DependencyGraph
+    dependencies: DependencyGraph
     """Of the network before the first cut."""
 
     @property
@@ -404,14 +415,16 @@ class Pruned:
         return self.result.stages[-1].round
 
     @property
-    def is_tuned(self) -> bool:
+    def is_finetuned(self) -> bool:
         """Whether it has been fine-tuned since the last cut, or is not to be."""
-        return self.result.config.finetune.epochs == 0 or self.result.stages[-1].stage == "tuned"
+        return (
+            self.result.config.finetune.epochs == 0 or self.result.stages[-1].stage == "finetuned"
+        )
 
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.is_tuned and self.round == self.result.config.plan.rounds
+        return self.is_finetuned and self.round == self.result.config.plan.rounds
 
 
 def prune(
@@ -419,8 +432,8 @@ def prune(
     dataset: DataSet,
     config: RunConfig,
     *,
-    start: Start | None = None,
-    track: Track = silent,
+    start: Baseline | None = None,
+    track: ProgressCallback = no_progress,
     log: EventLog | None = None,
     checkpoints: Path | None = None,
     command: str | None = None,
@@ -436,14 +449,14 @@ def prune(
     """
     pruned = cut(model, dataset, config, start=start, track=track, log=log, command=command)
     while not pruned.is_finished:
-        if pruned.is_tuned:
+        if pruned.is_finetuned:
             config, command = pruned.result.config, pruned.result.command
             pruned = cut(
                 model, dataset, config, earlier=pruned, track=track, log=log, command=command
             )
         else:
             kept = checkpoints and checkpoints / f"round-{pruned.round}"
-            pruned = tune(
+            pruned = finetune(
                 pruned,
                 model,
                 dataset,
@@ -454,12 +467,12 @@ def prune(
     return pruned
 
 
-def tune(
+def finetune(
     pruned: Pruned,
     model: nn.Module,
     dataset: DataSet,
     *,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     log: EventLog | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Pruned:
@@ -502,16 +515,16 @@ def tune(
         return evaluate(network, images, known_ms=came.latency_ms)
 
     earlier = tuple(
-        each for each in pruned.result.stages if (each.stage, each.round) != ("tuned", number)
+        each for each in pruned.result.stages if (each.stage, each.round) != ("finetuned", number)
     )
     last, best = score(training.last), score(training.best)
     kept: Kept = config.finetune.keep
     if kept == "last" and has_collapsed(training.before, training.epochs):
         kept = "start"
         smaller.load_state_dict(start)
-    tuning = TuningResult(
+    tuning = FinetuneResult(
         epochs=training.epochs,
-        before_fraction=training.before,
+        before_top1_fraction=training.before,
         best_epoch=training.best_epoch,
         ended=training.ended,
         last=last,
@@ -519,7 +532,7 @@ def tune(
         kept=kept,
     )
     found = {"last": last, "best": best, "start": came}[kept]
-    stage = StageResult(stage="tuned", round=number, score=found, seconds=training.seconds)
+    stage = StageResult(stage="finetuned", round=number, score=found, seconds=training.seconds)
     log.write("stage", **stage.model_dump())
     stages = (*earlier, stage)
     missing = _missing(pruned, unreadable)
@@ -535,7 +548,7 @@ def _missing(earlier: Pruned | None, unreadable: Unreadable | None) -> tuple[str
 
 
 def _sums(pruned: Pruned) -> tuple[ResidualSum, ...]:
-    return residual_sums(pruned.wiring, pruned.plan.removed)
+    return residual_sums(pruned.dependencies, pruned.plan.removed)
 
 
 def cut(
@@ -544,8 +557,8 @@ def cut(
     config: RunConfig,
     *,
     earlier: Pruned | None = None,
-    start: Start | None = None,
-    track: Track = silent,
+    start: Baseline | None = None,
+    track: ProgressCallback = no_progress,
     log: EventLog | None = None,
     command: str | None = None,
 ) -> Pruned:
@@ -559,16 +572,22 @@ def cut(
     current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
     stages = [] if earlier is None else [*earlier.result.stages]
     if earlier is None:
-        start = start or make_start(model, dataset, config, track=track)
-        ground, surveys, prepared = start.ground, start.surveys, start.seconds
+        start = start or make_baseline(model, dataset, config, track=track)
+        ground, surveys, prepared = start.context, start.plan_inputs, start.seconds
     else:
         since = time.perf_counter()
         names = (config.score.criterion,)
-        ground = prepare_ground(current, dataset, config, make_unreadable(config), names=names)
-        surveys = survey_filters(current, ground, config, track)
+        ground = make_scoring_context(
+            current, dataset, config, make_unreadable(config), names=names
+        )
+        surveys = collect_plan_inputs(current, ground, config, track)
         prepared = time.perf_counter() - since
-    wiring, survey, unreadable = ground.wiring, surveys[config.score.criterion], ground.unreadable
-    asked = None if earlier is None else earlier.result.batch_size_asked
+    wiring, survey, unreadable = (
+        ground.dependencies,
+        surveys[config.score.criterion],
+        ground.unreadable,
+    )
+    asked = None if earlier is None else earlier.result.requested_batch_size
     if ground.batch_size < config.data.batch_size:
         asked = config.data.batch_size
         log.write("batch_size", asked=config.data.batch_size, taken=ground.batch_size)
@@ -583,15 +602,15 @@ def cut(
     since = time.perf_counter() - prepared
     if survey.latency is not None:
         log.write("latency", **survey.latency.model_dump(exclude={"layers"}))
-    target = parse_target(config.plan.target)
+    target = parse_budget(config.plan.target)
     # Every round leaves the same share of what the one before has left.
     target = replace(target, fraction_left=target.fraction_left ** (1 / config.plan.rounds))
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[SizeTrial, ...] = ()
     if config.plan.max_drop is not None:
         trials = _search(model, dataset, ground, survey, config, track, log)
         target = replace(target, fraction_left=smallest_kept(trials))
     if target.quantity == "latency" and config.plan.max_drop is None and target.fraction_left < 1:
-        found = distributed.by_first(
+        found = distributed.on_main_process(
             lambda: plan_in_time(
                 current,
                 wiring,
@@ -601,15 +620,17 @@ def cut(
                 ground.example,
             )
         )
-        plan = replace(found[0], target=target)
+        plan = replace(found[0], budget=target)
         log.write("latency_left", fraction=found[1])
     else:
         plan = survey.plan(target)
     smaller = apply_plan(current, wiring, plan)
-    law_error = check_law(current, wiring, plan, smaller, ground.example)
+    equivalence_error = check_equivalence(current, wiring, plan, smaller, ground.example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither repairs nor training change what a pass computes.
-    left = distributed.by_first(lambda: time_left(model, smaller, ground.example))
+    left = distributed.on_main_process(
+        lambda: measure_fraction_left(model, smaller, ground.example)
+    )
     known_ms = left * stages[0].score.latency_ms
 
     def score(stage: Stage, seconds: float) -> None:
@@ -618,37 +639,37 @@ def cut(
 
     score("cut", seconds)
 
-    repaired = Repair()
+    repaired = RefitOutcome()
     if config.refit.is_any:
         since = time.perf_counter()
-        repaired = repair_in_place(current, smaller, ground, plan, config, track)
+        repaired = refit_in_place(current, smaller, ground, plan, config, track)
         score("refit", time.perf_counter() - since)
 
-    polished: Polish | None = None
-    fit, held_out = set_apart(ground.probe)
-    if config.polish.epochs:
+    polished: Distillation | None = None
+    fit, held_out = split_calibration(ground.calibration)
+    if config.distill.epochs:
         since = time.perf_counter()
-        polished = polish(
+        polished = distill(
             model,
             smaller,
             fit,
-            lambda: stream(held_out, config, silent, "", unreadable),
+            lambda: stream(held_out, config, no_progress, "", unreadable),
             preprocessing(config),
-            config.polish,
+            config.distill,
             seed=config.seed,
             track=track,
             unreadable=unreadable,
         )
         for each in polished.epochs:
-            log.write("polish", **asdict(each))
-        score("polished", time.perf_counter() - since)
+            log.write("distill", **asdict(each))
+        score("distilled", time.perf_counter() - since)
 
     groups = tuple(
         GroupResult(
             name=name,
             filters=len(group),
             removed=plan.removed.get(name, ()),
-            scores=tuple(survey.scored.scores[name].tolist()),
+            scores=tuple(survey.scores.scores[name].tolist()),
         )
         for name, group in wiring.groups.items()
     )
@@ -657,11 +678,11 @@ def cut(
         for group in wiring.frozen
     )
     if earlier is not None:
-        groups = after_rounds(earlier.result.groups, groups)
+        groups = merge_rounds(earlier.result.groups, groups)
         frozen = earlier.result.frozen
-        law_error = max(law_error, earlier.result.law_error)
+        equivalence_error = max(equivalence_error, earlier.result.equivalence_error)
         removed = {group.name: group.removed for group in groups if group.removed}
-        plan = replace(earlier.plan, removed=removed, target=parse_target(config.plan.target))
+        plan = replace(earlier.plan, removed=removed, budget=parse_budget(config.plan.target))
     else:
         plan = replace(plan, weights=weights_hash(tensors_of(getattr(model, "_orig_mod", model))))
     result = RunResult(
@@ -670,21 +691,21 @@ def cut(
         environment=environment(),
         class_names=dataset.class_names,
         plan_hash=plan.hash,
-        law_error=law_error,
+        equivalence_error=equivalence_error,
         stages=tuple(stages),
         groups=groups,
         frozen=frozen,
-        trials=trials,
+        size_trials=trials,
         refit=repaired.layers,
         refit_check=repaired.check,
-        norms=repaired.norms,
-        polish=polished,
-        tuning=None,
+        batchnorm_recalibration=repaired.batchnorm,
+        distillation=polished,
+        finetuning=None,
         unreadable=_missing(earlier, unreadable),
-        batch_size_asked=asked,
+        requested_batch_size=asked,
     )
     if result.unreadable:
         log.write("unreadable", files=result.unreadable)
     if earlier is not None:
-        return Pruned(smaller, plan, result, earlier.latency, earlier.wiring)
+        return Pruned(smaller, plan, result, earlier.latency, earlier.dependencies)
     return Pruned(smaller, plan, result, survey.latency, wiring)

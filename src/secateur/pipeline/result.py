@@ -15,28 +15,28 @@ from secateur.errors import RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.pruning.refit.batchnorm import NormChange
+from secateur.pruning.refit.batchnorm import BatchNormRecalibration
 from secateur.pruning.refit.layerwise import LayerRefit
 from secateur.pruning.refit.refit_and_check import RefitCheck
-from secateur.pruning.size_search import Trial
+from secateur.pruning.size_search import SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.schema import Record, parsed
-from secateur.training.distill import Polish
-from secateur.training.trainer import FREE, IDLE, Epoch
+from secateur.runtime.schema import Record, parse_record
+from secateur.training.distill import Distillation
+from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
-        *(f"finetune.{name}" for name in IDLE),
+        *(f"finetune.{name}" for name in KEYS_WITHOUT_EFFECT),
         *(f"report.{name}" for name in ReportSection.model_fields),
     ]
 )
 """Keys of a configuration that change no result."""
-FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in FREE)}
+FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Those that may differ where a run is resumed that has not come to its end."""
-Stage = Literal["before", "cut", "refit", "polished", "tuned"]
+Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
 
 
 class StageResult(Record):
@@ -83,11 +83,11 @@ def has_collapsed(before: float, epochs: Sequence[Epoch]) -> bool:
     return last is not None and last < before - COLLAPSE
 
 
-class TuningResult(Record):
+class FinetuneResult(Record):
     """How fine-tuning went."""
 
     epochs: tuple[Epoch, ...]
-    before_fraction: float
+    before_top1_fraction: float
     """Top-1 fraction on the validation images before the first epoch."""
     best_epoch: int
     """The first of the epochs that were best on the validation images; 0: before the first."""
@@ -111,26 +111,26 @@ class RunResult(Record):
     environment: Environment
     class_names: tuple[str, ...]
     plan_hash: str
-    law_error: float
+    equivalence_error: float
     """Largest relative difference between the cut network and the original with the removed
-    channels silenced, on one batch of probe images."""
+    channels silenced, on one batch of calibration images."""
     stages: tuple[StageResult, ...]
     groups: tuple[GroupResult, ...]
     frozen: tuple[FrozenResult, ...]
-    trials: tuple[Trial, ...] = ()
+    size_trials: tuple[SizeTrial, ...] = ()
     """The sizes that were tried where the run looked for the smallest network."""
     refit: tuple[LayerRefit, ...]
     refit_check: RefitCheck | None = None
     """None where no kernels were re-estimated."""
-    norms: NormChange | None
+    batchnorm_recalibration: BatchNormRecalibration | None
     """None where no statistics were to be re-estimated, or there are none."""
-    polish: Polish | None
+    distillation: Distillation | None
     """None without polishing."""
-    tuning: TuningResult | None
+    finetuning: FinetuneResult | None
     """None without fine-tuning."""
     unreadable: tuple[str, ...] = ()
     """Image files that were left out everywhere because they can't be read."""
-    batch_size_asked: int | None = None
+    requested_batch_size: int | None = None
     """Images at a time that were asked for, where there was memory for fewer only."""
 
     def score(self, stage: Stage) -> Score | None:
@@ -141,23 +141,23 @@ class RunResult(Record):
     def notices(self) -> tuple[str, ...]:
         """What whoever ships the network has to know, a sentence or two each."""
         found = []
-        if self.batch_size_asked is not None:
+        if self.requested_batch_size is not None:
             found.append(
-                f"Batches of {self.batch_size_asked} images take more memory than there was: "
+                f"Batches of {self.requested_batch_size} images take more memory than there was: "
                 f"{self.config.data.batch_size} at a time were looked at. "
                 "Only re-estimated norms depend on that, by little."
             )
-        check, tuning = self.refit_check, self.tuning
+        check, tuning = self.refit_check, self.finetuning
         if check is not None and not check.is_kept:
             found.append(
-                "Re-estimated kernels made held-out probe images worse (divergence "
+                "Re-estimated kernels made held-out calibration images worse (divergence "
                 f"{check.divergence_refit:.3f} after {check.divergence_cut:.3f} nats): the network "
-                "stayed as it was cut. More probe images, or refit.form = 'channel', may help."
+                "stayed as it was cut. More calibration images, or refit.form = 'channel', may help."
             )
         last = tuning.epochs[-1].validation if tuning is not None and tuning.epochs else None
-        if tuning is not None and last is not None and last < tuning.before_fraction:
+        if tuning is not None and last is not None and last < tuning.before_top1_fraction:
             falls = (
-                f"the validation images fell from {100 * tuning.before_fraction:.2f} to "
+                f"the validation images fell from {100 * tuning.before_top1_fraction:.2f} to "
                 f"{100 * last:.2f} % top-1"
             )
             if tuning.kept == "start":
@@ -174,7 +174,7 @@ class RunResult(Record):
         return tuple(found)
 
 
-def after_rounds(
+def merge_rounds(
     earlier: Sequence[GroupResult], later: Sequence[GroupResult]
 ) -> tuple[GroupResult, ...]:
     """Groups of the original network, after a round that cut what the earlier ones had left.
@@ -200,7 +200,7 @@ def read_result(folder: Path) -> RunResult:
     """The result in a run folder; raises `RunFolderError` where it is missing or damaged."""
     path = folder / RESULT
     text = read_bounded(path, TEXT, RunFolderError)
-    return parsed(RunResult, text, SCHEMA_VERSION, str(path))
+    return parse_record(RunResult, text, SCHEMA_VERSION, str(path))
 
 
 def comparable(config: Section) -> dict[str, object]:
@@ -236,10 +236,12 @@ class Origin:
     """As `models.load` takes it; None where only the user can build it."""
     image_shape: tuple[int, int, int]
     """`(rgb, height, width)`."""
-    cut_stream: bool = False
+    prune_residual: bool = False
     exclude: tuple[str, ...] = ()
 
-    def make_wiring(self, model: nn.Module) -> DependencyGraph:
+    def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
         """The wiring of the unpruned network, made as it was made for the plan."""
         example = torch.zeros(2, *self.image_shape)
-        return build_dependency_graph(model, example, cut_stream=self.cut_stream, exclude=self.exclude)
+        return build_dependency_graph(
+            model, example, prune_residual=self.prune_residual, exclude=self.exclude
+        )

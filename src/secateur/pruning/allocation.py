@@ -22,7 +22,7 @@ Counts = dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class SearchSpace:
     """What there is to choose from."""
 
     steps: Mapping[str, Sequence[int]]
@@ -48,7 +48,7 @@ class Space:
         return self.measure(counts) <= self.limit
 
 
-def equal_shares(space: Space) -> Counts:
+def equal_shares(space: SearchSpace) -> Counts:
     """The largest share that fits, the same for all groups, and one step more for some of them.
 
     Those whose share was rounded down most come first. At least `space.least` must fit.
@@ -71,7 +71,7 @@ def equal_shares(space: Space) -> Counts:
     return _filled_up(space, counts, sorted(steps, key=lambda name: -shortfall[name]))
 
 
-def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
+def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[float]]) -> Counts:
     """Counts that fit with little damage in all: `damage` is `{group: by channels gone}`.
 
     Each time the group goes down that loses least for what it brings, as far as it must to bring
@@ -80,7 +80,7 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     first. At least `space.least` must fit.
     """
     pressure = space.pressure or space.measure
-    hulls = {name: _hull(each, damage[name]) for name, each in space.steps.items()}
+    hulls = {name: _hull(each, sensitivity[name]) for name, each in space.steps.items()}
     counts = space.whole
     now = pressure(counts)
 
@@ -123,7 +123,7 @@ def least_damage(space: Space, damage: Mapping[str, Sequence[float]]) -> Counts:
     return _filled_up(space, counts, sorted(counts, key=lambda name: -gains[name]))
 
 
-def lowest_scores(space: Space, scores: Mapping[str, Sequence[float]]) -> Counts:
+def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> Counts:
     """Counts for which the lowest scores go, of whatever group, until they fit.
 
     `scores` are those of each group's channels in the order of the ranking. Those of one group are
@@ -144,7 +144,7 @@ def lowest_scores(space: Space, scores: Mapping[str, Sequence[float]]) -> Counts
     return counts
 
 
-def given_shares(space: Space, shares: Mapping[str, float]) -> Counts:
+def keep_fractions(space: SearchSpace, shares: Mapping[str, float]) -> Counts:
     """The counts nearest below the given shares; `shares` is `{name pattern: share that stays}`.
 
     The first pattern that fits a group's name counts; groups that none fits keep all. Raises
@@ -166,7 +166,7 @@ def given_shares(space: Space, shares: Mapping[str, float]) -> Counts:
     return counts
 
 
-def _filled_up(space: Space, counts: Counts, names: Sequence[str]) -> Counts:
+def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Counts:
     """One step more for each of the groups, in turn, as far as there is room."""
     for name in names:
         place = bisect.bisect_right(space.steps[name], counts[name])
@@ -178,12 +178,12 @@ def _filled_up(space: Space, counts: Counts, names: Sequence[str]) -> Counts:
     return counts
 
 
-def _hull(steps: Sequence[int], damage: Sequence[float]) -> Callable[[int], float]:
+def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int], float]:
     """The lower convex hull of the damage at some counts, as a function of the count."""
     whole = steps[-1]
     corners: list[tuple[int, float]] = []
     for count in steps:
-        point = (count, max(0.0, damage[whole - count]))
+        point = (count, max(0.0, sensitivity[whole - count]))
         while len(corners) > 1 and _is_above(corners[-2], corners[-1], point):
             corners.pop()
         corners.append(point)

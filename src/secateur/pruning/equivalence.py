@@ -21,13 +21,13 @@ from secateur.errors import CutError, NotFiniteError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.interpreter import Walk, apply
+from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.trace import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.module_state import tensors_of
 
-LAW = 1e-4
+TOLERANCE = 1e-4
 """Largest relative difference that rounding may make."""
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm"})
 """Operations whose values are finite in a sound network; masks of attention, say, hold -Inf."""
@@ -35,7 +35,7 @@ LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", 
 Images = Float[Tensor, "image channel *position"]
 
 
-def check_law(
+def check_equivalence(
     model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
 ) -> float:
     """The largest relative difference between `smaller` and the original, silenced, on `images`.
@@ -44,15 +44,15 @@ def check_law(
     where it is too large there, too: it names the layer whose filters alone are enough for that.
     """
     error = _error(model, wiring, plan, smaller, images)
-    if error <= LAW:
+    if error <= TOLERANCE:
         return error
     twice = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
-    if _error(twice, wiring, plan, apply_plan(twice, wiring, plan), images.double()) <= LAW:
+    if _error(twice, wiring, plan, apply_plan(twice, wiring, plan), images.double()) <= TOLERANCE:
         return error
     for name, removed in plan.removed.items():
-        alone = PruningPlan({name: removed}, plan.target, plan.criterion)
+        alone = PruningPlan({name: removed}, plan.budget, plan.criterion)
         cut = apply_plan(twice, wiring, alone)
-        if not _error(twice, wiring, alone, cut, images.double()) <= LAW:
+        if not _error(twice, wiring, alone, cut, images.double()) <= TOLERANCE:
             raise CutError(
                 f"without filters of {name} the network answers otherwise than with them silenced "
                 f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} "
@@ -68,7 +68,7 @@ def _error(
     model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
 ) -> float:
     with torch.inference_mode():
-        expected = silence(model, wiring, plan)(images)
+        expected = masked_overrides(model, wiring, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
@@ -91,7 +91,7 @@ def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> N
             found.append(node)
 
     with torch.inference_mode():
-        walk = Walk(wiring.graph, state, images)
+        walk = GraphInterpreter(wiring.graph, state, images)
         walk.advance(after={node: partial(look, node) for node in wiring.graph.nodes})
     if found:
         stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
@@ -99,7 +99,7 @@ def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> N
         raise NotFiniteError(f"{place} gives numbers that are not finite, of images that are")
 
 
-def silence(
+def masked_overrides(
     model: nn.Module, wiring: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """The original network, in evaluation mode, with the removed channels zeroed where read.
@@ -108,19 +108,19 @@ def silence(
     operation over all channels, such as layer norm, is computed over those that stay: there the
     reference is a masked normalisation. Gives a tuple where the network returns several tensors.
     """
-    sizes, stays = wiring.sizes_after(plan.removed), wiring.stays(plan.removed)
+    sizes, stays = wiring.sizes_after(plan.removed), wiring.is_kept(plan.removed)
     edits: dict[Node, Compute] = {}
-    for reader in wiring.readers:
+    for reader in wiring.consumers:
         kept = stays[reader.channels]
         if not kept.all():
             edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
     for node in wiring.mixing:
-        edits[node] = _over_kept(node, wiring, stays, sizes.get(node, {}))
+        edits[node] = _weighted_over_kept(node, wiring, stays, sizes.get(node, {}))
     state = tensors_of(getattr(model, "_orig_mod", model))
 
     def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
-        walk = Walk(wiring.graph, state, images)
-        walk.advance(instead=edits)
+        walk = GraphInterpreter(wiring.graph, state, images)
+        walk.advance(overrides=edits)
         outputs = tuple(walk.value(node) for node in wiring.graph.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -144,7 +144,7 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
     return compute
 
 
-def _over_kept(
+def _weighted_over_kept(
     node: Node, wiring: DependencyGraph, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
 ) -> Compute:
     """The operation over the channels that stay, with zeros for the others in its answer."""

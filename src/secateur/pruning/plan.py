@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from secateur.config import AllocationRule, Target, parse_target
+from secateur.config import AllocationRule, Budget, parse_budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import STREAM, DependencyGraph
+from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.pruning.allocation import (
-    Space,
+    SearchSpace,
     equal_shares,
-    given_shares,
-    least_damage,
+    keep_fractions,
     lowest_scores,
+    lowest_sensitivity,
 )
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.macs_and_parameters import measure_of, pressure_of
+from secateur.pruning.cost.macs_and_parameters import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.hashing import architecture_hash
 
@@ -41,7 +41,7 @@ class PruningPlan:
     """The filters to remove from each group, by their number in the group's first layer."""
 
     removed: Removed
-    target: Target
+    budget: Budget
     criterion: str
     architecture: str | None = None
     """Hash of the network that it is for (`fingerprints.architecture_hash`): no other one is cut by
@@ -63,7 +63,7 @@ class PruningPlan:
         hashes = {"architecture": self.architecture, "weights": self.weights}
         return {
             "schema_version": SCHEMA_VERSION,
-            "target": str(self.target),
+            "target": str(self.budget),
             "criterion": self.criterion,
             **{key: value for key, value in hashes.items() if value is not None},
             "removed": {name: list(filters) for name, filters in self.removed.items()},
@@ -79,7 +79,7 @@ class PruningPlan:
             content = json.loads(text)
             plan = PruningPlan(
                 removed={name: tuple(f) for name, f in content["removed"].items()},
-                target=parse_target(content["target"]),
+                budget=parse_budget(content["target"]),
                 criterion=content["criterion"],
                 architecture=content.get("architecture"),
                 weights=content.get("weights"),
@@ -108,14 +108,14 @@ class Allocation:
     """
 
     rule: AllocationRule = "uniform"
-    damage: Mapping[str, Sequence[float]] | None = None
+    sensitivity: Mapping[str, Sequence[float]] | None = None
     shares: Mapping[str, float] | None = None
 
 
 def make_plan(
     scores: Mapping[str, Tensor],
     wiring: DependencyGraph,
-    target: Target,
+    target: Budget,
     criterion: str,
     *,
     allocation: Allocation | None = None,
@@ -142,10 +142,10 @@ def make_plan(
     if allocation.rule == "shares":
         if allocation.shares is None:
             raise UsageError("the allocation `shares` needs the share of each group that stays")
-        counts = given_shares(space, allocation.shares)
+        counts = keep_fractions(space, allocation.shares)
         achieved = space.measure(counts) / space.measure(space.whole)
         # Rounded up: the plan keeps what it says.
-        target = Target(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
+        target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
         return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
     _check_reach(space, wiring, target)
     if allocation.rule == "uniform":
@@ -154,30 +154,30 @@ def make_plan(
         ordered = {n: scores[n][ranking.order[n]].tolist() for n in wiring.groups}
         counts = lowest_scores(space, ordered)
     else:
-        if allocation.damage is None:
+        if allocation.sensitivity is None:
             raise UsageError("the allocation `curves` needs the damage of each group")
-        counts = least_damage(space, allocation.damage)
+        counts = lowest_sensitivity(space, allocation.sensitivity)
     return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
 
 
 def make_space(
     ranking: Ranking,
     wiring: DependencyGraph,
-    target: Target,
+    target: Budget,
     *,
     round_to: int = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
-) -> Space:
+) -> SearchSpace:
     """The numbers of channels that the groups may keep, and what a target says of them."""
-    measure = measure_of(wiring, target.quantity, latency)
-    pressure = pressure_of(wiring, target.quantity)
+    measure = count_quantity(wiring, target.quantity, latency)
+    pressure = crowding_of(wiring, target.quantity)
     order = ranking.order
     steps = {
         name: _steps(wiring, name, channels, round_to, max(min_filters, ranking.least[name]))
         for name, channels in order.items()
     }
-    return Space(
+    return SearchSpace(
         steps,
         lambda counts: measure(_removed(ranking, counts)),
         target.fraction_left * measure({}),
@@ -193,14 +193,14 @@ def _removed(ranking: Ranking, counts: Mapping[str, int]) -> Removed:
     }
 
 
-def _check_reach(space: Space, wiring: DependencyGraph, target: Target) -> None:
+def _check_reach(space: SearchSpace, wiring: DependencyGraph, target: Budget) -> None:
     """Raises `TargetError` where even the least that may stay is too much."""
     if space.fits(space.least):
         return
     least = space.measure(space.least) / space.measure(space.whole)
     frozen = sum(group.size for group in wiring.frozen)
-    stream = sum(group.size for group in wiring.frozen if group.reason == STREAM)
-    hint = f"; cut_stream would free {stream} of them" if stream else ""
+    stream = sum(group.size for group in wiring.frozen if group.reason == RESIDUAL)
+    hint = f"; prune_residual would free {stream} of them" if stream else ""
     raise TargetError(
         f"target {target} is out of reach: {least:.3f} of the "
         f"{target.quantity} stay with the least in each of {len(space.steps)} prunable groups "
@@ -208,10 +208,12 @@ def _check_reach(space: Space, wiring: DependencyGraph, target: Target) -> None:
     )
 
 
-def _steps(wiring: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int) -> list[int]:
+def _steps(
+    wiring: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int
+) -> list[int]:
     """How many channels of a group may stay, in rising order."""
     group = wiring.groups[name]
-    written = wiring.channel_of[group.layers[0].written]
+    written = wiring.channel_of[group.layers[0].produced]
     filters = np.bincount(written[written >= 0], minlength=len(wiring.channel_of))[group.channels]
     widths = itertools.accumulate(int(filters[number]) for number in order)
     allowed = [

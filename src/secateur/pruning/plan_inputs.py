@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secateur.config import PlanSection, ScoreSection, Target, parse_target
+from secateur.config import Budget, PlanSection, ScoreSection, parse_budget
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.ranking import rank
-from secateur.pruning.sensitivity import measure_damage
+from secateur.pruning.sensitivity import measure_sensitivity
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion
 from secateur.scoring.criteria.reconstruction import Reconstruction
@@ -28,24 +28,24 @@ from secateur.scoring.scores import FilterScores, score_filters, scores_of
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class PlanInputs:
     """All that is known of a network before a plan is made."""
 
     wiring: DependencyGraph
-    scored: FilterScores
+    scores: FilterScores
     settings: PlanSection
     allocation: Allocation
     ties: Mapping[str, Tensor] | None
     """Scores that decide between equal ones."""
     latency: LatencyTable | None
 
-    def plan(self, target: Target) -> PruningPlan:
+    def plan(self, budget: Budget) -> PruningPlan:
         """The plan for a target; the errors are those of `make_plan`."""
         return make_plan(
-            self.scored.scores,
+            self.scores.scores,
             self.wiring,
-            target,
-            self.scored.criterion,
+            budget,
+            self.scores.criterion,
             allocation=self.allocation,
             ties=self.ties,
             round_to=self.settings.round_to,
@@ -53,10 +53,10 @@ class Survey:
             latency=self.latency,
         )
 
-    def least(self, target: Target) -> float:
+    def least(self, target: Budget) -> float:
         """The smallest fraction of the target's quantity that a plan can leave."""
         space = make_space(
-            rank(self.scored.scores, self.wiring, self.scored.criterion),
+            rank(self.scores.scores, self.wiring, self.scores.criterion),
             self.wiring,
             target,
             round_to=self.settings.round_to,
@@ -66,7 +66,7 @@ class Survey:
         return space.measure(space.least) / space.measure(space.whole)
 
 
-def make_surveys(
+def make_plan_inputs(
     model: nn.Module,
     wiring: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
@@ -77,37 +77,37 @@ def make_surveys(
     *,
     sample: Callable[[], Iterable[Batch]],
     example: Tensor,
-    track: Track = silent,
-) -> dict[str, Survey]:
+    track: ProgressCallback = no_progress,
+) -> dict[str, PlanInputs]:
     """By the name of each criterion: the scores of the filters, and what else a plan needs.
 
     The error curves of `curves` come from the same pass as the scores, whatever the criterion.
-    `batches` gives the probe set, or this process's share of it; `sample` begins with the same of
-    its images in every process, and `example` is a few of them.
+    `batches` gives the calibration set, or this process's share of it; `sample` begins with the
+    same of its images in every process, and `example` is a few of them.
     """
     plain: Reconstruction | None = None
-    if settings.allocation == "curves" and not all(
+    if settings.allocation == "sensitivity" and not all(
         isinstance(criterion, Reconstruction) for criterion in criteria.values()
     ):
         plain = Reconstruction()
     observers = () if plain is None else (plain,)
     scores = score_filters(model, wiring, batches, criteria, source, score, observers=observers)
     latency = None
-    if parse_target(settings.target).quantity == "latency":
-        latency = distributed.by_first(lambda: measure_latency(model, wiring, example))
+    if parse_budget(settings.target).quantity == "latency":
+        latency = distributed.on_main_process(lambda: measure_latency(model, wiring, example))
     surveys = {}
     for name, criterion in criteria.items():
         scored, ties = scores[name], None
         allocation = Allocation(settings.allocation, shares=settings.shares or None)
         moments = criterion if isinstance(criterion, Reconstruction) else plain
-        if settings.allocation == "curves" and moments is not None:
+        if settings.allocation == "sensitivity" and moments is not None:
             if moments is plain and _has_ties(scored):
                 ties = scores_of(moments, wiring)
             ranking = rank(scored.scores, wiring, name, ties=ties)
             tensors = tensors_of(model)
-            damage = measure_damage(tensors, wiring, moments, ranking, sample(), track=track)
-            allocation = replace(allocation, damage=damage)
-        surveys[name] = Survey(wiring, scored, settings, allocation, ties, latency)
+            damage = measure_sensitivity(tensors, wiring, moments, ranking, sample(), track=track)
+            allocation = replace(allocation, sensitivity=damage)
+        surveys[name] = PlanInputs(wiring, scored, settings, allocation, ties, latency)
     return surveys
 
 

@@ -1,10 +1,10 @@
 """What the network's answer suffers when filters of one group go: a curve for each group.
 
 Two things are known of a group. The *error curve* says what its readers miss, squared and summed,
-when the worst 1, 2, … filters are gone and the others stand in for them; it follows from the
-second moments that were taken in the scoring pass (`Reconstruction.errors`). How much such an error
-matters at the network's output is measured: on some probe images filters are replaced by what the
-others tell of them, at the readers of one group at a time, and the growth of the output's error
+when the worst 1, 2, … filters are gone and the others stand in for them; it follows from the second
+moments that were taken in the scoring pass (`Reconstruction.errors`). How much such an error
+matters at the network's output is measured: on some calibration images filters are replaced by what
+the others tell of them, at the readers of one group at a time, and the growth of the output's error
 over that of the readers' is the group's *slope*. Damage is the one times the other: so curves of
 all groups are in one unit, and smooth where measurements on few images are not.
 
@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.data import Batch
-from secateur.evaluation.divergence import divergences_of
-from secateur.graph.channel_ids import Reader
+from secateur.evaluation.divergence import divergence_by_image
+from secateur.graph.channel_ids import Consumer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
-from secateur.graph.interpreter import Walk, apply
-from secateur.graph.trace import Compute, State
+from secateur.graph.interpreter import GraphInterpreter, apply
+from secateur.graph.trace import Compute, Tensors
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import images_at_a_time
 from secateur.scoring.criteria.reconstruction import Reconstruction
-from secateur.scoring.feature_pass import parts_of
+from secateur.scoring.feature_pass import taps_of
 
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a group that are taken out to measure its slope."""
@@ -51,33 +51,34 @@ TEMPERATURE = 4.0
 SMALLEST_GROWTH = 1e-7
 """Output errors below are rounding."""
 
-Damage = Mapping[str, Sequence[float]]
+Sensitivity = Mapping[str, Sequence[float]]
 """`{group: damage when 0, 1, … up to all of its channels go, the last of the ranking first}`."""
 
 
 @dataclass(frozen=True, eq=False)
-class StandIn:
+class ChannelReconstruction:
     """Replaces channels of a group by what the kept ones tell of them: `matrix x + offset`."""
 
     matrix: Float[Tensor, "channel channel"]
     offset: Float[Tensor, "channel"]
 
 
-def measure_damage(
-    state: State,
+def measure_sensitivity(
+    state: Tensors,
     wiring: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
-    track: Track = silent,
-) -> Damage:
-    """The damage curve of every group, from moments of the scoring pass and some probe images."""
+    track: ProgressCallback = no_progress,
+) -> Sensitivity:
+    """The damage curve of every group, from moments of the scoring pass and some calibration
+    images."""
     curves = {
         name: error_curve(group, moments, ranking.order[name])
         for name, group in wiring.groups.items()
     }
-    slopes = measure_slopes(state, wiring, moments, ranking, batches, track=track)
+    slopes = measure_output_sensitivity(state, wiring, moments, ranking, batches, track=track)
     return {name: (slopes[name] * curve).tolist() for name, curve in curves.items()}
 
 
@@ -88,7 +89,7 @@ def error_curve(
     place = torch.empty(len(group), dtype=torch.int64)
     place[torch.tensor(ranking)] = torch.arange(len(group))
     total = torch.zeros(len(group) + 1, dtype=torch.float64)
-    for part, look in parts_of(group).items():
+    for part, look in taps_of(group).items():
         places = place[torch.from_numpy(look.channel)]
         errors = moments.errors(part, places.argsort(stable=True).tolist())
         stay = torch.arange(len(group), -1, -1)  # 0, 1, … channels gone
@@ -97,14 +98,14 @@ def error_curve(
     return total
 
 
-def measure_slopes(
-    state: State,
+def measure_output_sensitivity(
+    state: Tensors,
     wiring: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
 ) -> dict[str, float]:
     """By group: the output's error for each unit of its readers' error, a geometric mean.
 
@@ -113,11 +114,11 @@ def measure_slopes(
     """
     position = {node: number for number, node in enumerate(wiring.graph.nodes)}
     ordered = sorted(
-        wiring.groups.values(), key=lambda group: min(position[r.node] for r in group.readers)
+        wiring.groups.values(), key=lambda group: min(position[r.node] for r in group.consumers)
     )
     snapshots = {
         group.name: [
-            stand_in(group, moments, ranking.order[group.name][:-gone])
+            reconstruct_channels(group, moments, ranking.order[group.name][:-gone])
             for gone in sorted({max(1, round(share * len(group))) for share in SNAPSHOTS})
             if gone < len(group)
         ]
@@ -125,52 +126,56 @@ def measure_slopes(
     }
     growth = {name: torch.zeros(len(each), 2).double() for name, each in snapshots.items()}
     several = [*_few(batches)]
-    own = distributed.dealt(ordered)
+    own = distributed.shard(ordered)
     steps = [(images, group) for images in several for group in own]
     walk, expected = None, []
     with torch.inference_mode():
         for images, group in track(steps, "measuring damage", len(steps)):
             if group is own[0]:
-                walk = Walk(wiring.graph, state, images)
-                expected = _outputs(wiring, walk.fork())
+                walk = GraphInterpreter(wiring.graph, state, images)
+                expected = _outputs(wiring, walk.copy())
             assert walk is not None
-            readers = sorted(group.readers, key=lambda reader: position[reader.node])
+            readers = sorted(group.consumers, key=lambda reader: position[reader.node])
             walk.advance(readers[0].node)
-            edits = [_Edit(wiring, reader, group, walk) for reader in readers]
+            edits = [_InputEdit(wiring, reader, group, walk) for reader in readers]
             for snapshot, sums in zip(snapshots[group.name], growth[group.name], strict=True):
-                instead = {edit.node: edit.with_stand_ins(snapshot) for edit in edits}
-                found = _outputs(wiring, walk.fork(), instead)
+                instead = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
+                found = _outputs(wiring, walk.copy(), instead)
                 missed = sum(edit.missed for edit in edits)
                 sums += len(images) * torch.tensor([divergence(expected, found), missed])
-    slopes = distributed.undealt([_slope(growth[group.name]) for group in own])
+    slopes = distributed.gather_shards([_slope(growth[group.name]) for group in own])
     return {group.name: slope for group, slope in zip(ordered, slopes, strict=True)}
 
 
-def stand_in(group: Group, moments: Reconstruction, kept: Sequence[int]) -> StandIn:
+def reconstruct_channels(
+    group: Group, moments: Reconstruction, kept: Sequence[int]
+) -> ChannelReconstruction:
     """What tells the channels of a group from the kept ones.
 
     The mean, where channels are looked at in several places or through several filters each.
     """
-    (part, look), *more = parts_of(group).items()
+    (part, look), *more = taps_of(group).items()
     channel = torch.from_numpy(look.channel)
     if not more and torch.equal(channel.sort().values, torch.arange(len(group))):
         filters = channel.argsort()  # of each channel
-        matrix, offset = moments.stand_in(part, filters[torch.tensor(kept)].tolist())
-        return StandIn(matrix[filters][:, filters].float(), offset[filters].float())
+        matrix, offset = moments.reconstruction(part, filters[torch.tensor(kept)].tolist())
+        return ChannelReconstruction(matrix[filters][:, filters].float(), offset[filters].float())
     stays = torch.zeros(len(group))
     stays[torch.tensor(kept)] = 1
     total, count = torch.zeros(2, len(group), dtype=torch.float64)
-    for name, each in parts_of(group).items():
+    for name, each in taps_of(group).items():
         index = torch.from_numpy(each.channel)
         total.index_add_(0, index, moments.mean(name))
         count.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-    return StandIn(stays.diag(), (1 - stays) * (total / count).float())
+    return ChannelReconstruction(stays.diag(), (1 - stays) * (total / count).float())
 
 
-class _Edit:
+class _InputEdit:
     """One reader of a group, fed with what stands in for some of its channels."""
 
-    def __init__(self, wiring: DependencyGraph, reader: Reader, group: Group, walk: Walk) -> None:
+    def __init__(
+        self, wiring: DependencyGraph, reader: Consumer, group: Group, walk: GraphInterpreter
+    ) -> None:
         self.node = reader.node
         self.missed = 0.0
         """Squared error of what the reader gave last, summed over its outputs; mean over others."""
@@ -187,7 +192,7 @@ class _Edit:
         self._counts = torch.from_numpy(copies)
         self._number = torch.arange(len(copies)).repeat_interleave(self._counts)
 
-    def with_stand_ins(self, snapshot: StandIn) -> Compute:
+    def reconstructed_inputs(self, snapshot: ChannelReconstruction) -> Compute:
         """The reader's operation on stand-ins."""
 
         def compute(lookup: Callable[[Node], Any]) -> Any:
@@ -205,7 +210,7 @@ class _Edit:
 
         return compute
 
-    def _replaced(self, value: Tensor, snapshot: StandIn) -> Tensor:
+    def _replaced(self, value: Tensor, snapshot: ChannelReconstruction) -> Tensor:
         """The value with what stands in for channels that go.
 
         Channels of the group that this reader does not read tell it nothing.
@@ -234,7 +239,7 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     total = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if wanted.dim() == 2 and wanted.shape[1] > 1:
-            total += float(divergences_of([wanted], [given], TEMPERATURE).mean())
+            total += float(divergence_by_image([wanted], [given], TEMPERATURE).mean())
         else:
             error = (given - wanted).double().square().mean()
             total += float(error / wanted.double().var().clamp_min(1e-30))
@@ -242,9 +247,9 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def _outputs(
-    wiring: DependencyGraph, walk: Walk, instead: Mapping[Node, Compute] | None = None
+    wiring: DependencyGraph, walk: GraphInterpreter, instead: Mapping[Node, Compute] | None = None
 ) -> list[Tensor]:
-    walk.advance(instead=instead)
+    walk.advance(overrides=instead)
     return [walk.value(node) for node in wiring.graph.outputs]
 
 

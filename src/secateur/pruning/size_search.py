@@ -10,7 +10,7 @@ TRIALS = 7
 
 
 @dataclass(frozen=True)
-class Trial:
+class SizeTrial:
     """A network of some size."""
 
     fraction_left: float
@@ -20,22 +20,22 @@ class Trial:
     """Whether it kept to the limit."""
 
 
-def bisect(attempt: Callable[[float], float], limit: float, least: float) -> tuple[Trial, ...]:
+def bisect(attempt: Callable[[float], float], limit: float, least: float) -> tuple[SizeTrial, ...]:
     """Networks between `least` and 1 whose accuracy closes in on the limit.
 
     `attempt` makes the network that leaves a fraction and gives its top-1 fraction; taken is that a
     larger network is not worse, which holds but for noise.
     """
-    trials: list[Trial] = []
+    trials: list[SizeTrial] = []
     low, high = least, 1.0
     for _ in range(TRIALS):
         middle = (low + high) / 2
         found = attempt(middle)
-        trials.append(Trial(middle, found, kept=found >= limit))
+        trials.append(SizeTrial(middle, found, kept=found >= limit))
         low, high = (low, middle) if trials[-1].kept else (middle, high)
     return tuple(trials)
 
 
-def smallest_kept(trials: Sequence[Trial]) -> float:
+def smallest_kept(trials: Sequence[SizeTrial]) -> float:
     """The fraction left by the smallest network that kept to the limit."""
     return min(trial.fraction_left for trial in trials if trial.kept)

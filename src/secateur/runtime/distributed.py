@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from secateur.runtime.watchdog import heartbeat
+from secateur.runtime.watchdog import watchdog
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -36,50 +36,50 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        with heartbeat(*share()):
+        with watchdog(*rank_and_world_size()):
             try:
                 yield
             except SystemExit as end:  # how a command line ends, well or not
                 if not end.code:
-                    wait()
+                    barrier()
                 raise
-            wait()  # whoever goes first is not missed
+            barrier()  # whoever goes first is not missed
     finally:
         dist.destroy_process_group()
 
 
-def share() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's number and how many there are: it takes every so manieth image."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
-    return share()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
-def add_up(tallies: Iterable[Tensor]) -> None:
+def all_reduce_sum(tallies: Iterable[Tensor]) -> None:
     """Adds each tensor up over all processes, in place; all must bring the same ones in order.
 
     Integer sums are the same to the last bit however the images were spread.
     """
-    if share()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for tally in tallies:
             dist.all_reduce(tally)
 
 
-def largest(tensors: Iterable[Tensor]) -> None:
+def all_reduce_max(tensors: Iterable[Tensor]) -> None:
     """Puts the largest value over all processes into each place of each tensor."""
-    if share()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def gathered(own: Any) -> list[Any]:
+def all_gather(own: Any) -> list[Any]:
     """What each process brings, in the order of their numbers."""
-    _, size = share()
+    _, size = rank_and_world_size()
     if size == 1:
         return [own]
     found: list[Any] = [None] * size
@@ -87,21 +87,21 @@ def gathered(own: Any) -> list[Any]:
     return found
 
 
-def by_first(measure: Callable[[], T]) -> T:
+def on_main_process(measure: Callable[[], T]) -> T:
     """What the first process measures while the others wait: times, which differ and disturb."""
-    found: T = gathered(measure() if is_first() else None)[0]
+    found: T = all_gather(measure() if is_main_process() else None)[0]
     return found
 
 
-def dealt(batches: Sequence[T]) -> Sequence[T]:
+def shard(batches: Sequence[T]) -> Sequence[T]:
     """This process's share of a list: every so manieth; see `undealt`."""
-    rank, size = share()
+    rank, size = rank_and_world_size()
     return batches[rank::size]
 
 
-def undealt(own: Sequence[T]) -> list[T]:
+def gather_shards(own: Sequence[T]) -> list[T]:
     """The whole list in its order, from the shares that `dealt` gave to each process."""
-    shares = gathered(list(own))
+    shares = all_gather(list(own))
     return [
         share[turn]
         for turn in range(max(map(len, shares)))
@@ -110,29 +110,29 @@ def undealt(own: Sequence[T]) -> list[T]:
     ]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Returns when all processes have come here."""
-    gathered(None)
+    all_gather(None)
 
 
-def any_of(is_so: bool) -> bool:
+def any_process(is_so: bool) -> bool:
     """Whether it is so in any process."""
-    return any(gathered(is_so))
+    return any(all_gather(is_so))
 
 
-def fewest(count: int) -> int:
+def all_reduce_min(count: int) -> int:
     """The smallest of the counts of all processes."""
-    smallest: int = min(gathered(count))
+    smallest: int = min(all_gather(count))
     return smallest
 
 
-def added_up(own: Iterable[float]) -> list[float]:
+def sum_over_processes(own: Iterable[float]) -> list[float]:
     """Numbers added up over all processes, in the order of the processes."""
-    return [math.fsum(values) for values in zip(*gathered(list(own)), strict=True)]
+    return [math.fsum(values) for values in zip(*all_gather(list(own)), strict=True)]
 
 
-def from_first(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Puts what the first process has into the tensors of all, in place."""
-    if share()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

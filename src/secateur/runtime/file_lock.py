@@ -22,7 +22,7 @@ LACKING = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
+def lock_folder(folder: Path) -> Iterator[int | None]:
     """Holds a folder, which need not be there yet, until the block ends or the process does.
 
     What the block is given is the file descriptor of the lock, or None in a process without it:
@@ -35,19 +35,19 @@ def locked(folder: Path) -> Iterator[int | None]:
     """
     with contextlib.ExitStack() as stack:
         descriptor, reason = None, ""
-        if distributed.is_first():
+        if distributed.is_main_process():
             try:
-                descriptor = stack.enter_context(locked_alone(folder))
+                descriptor = stack.enter_context(lock_exclusively(folder))
             except RunFolderError as error:
                 reason = str(error)
-        reason = "".join(distributed.gathered(reason))
+        reason = "".join(distributed.all_gather(reason))
         if reason:
             raise RunFolderError(reason)
         yield descriptor
 
 
 @contextlib.contextmanager
-def locked_alone(folder: Path) -> Iterator[int | None]:
+def lock_exclusively(folder: Path) -> Iterator[int | None]:
     """As `locked`, for this process alone, whatever others of its run do."""
     path = _lock_file(folder)
     descriptor = _acquire(path)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from secateur.errors import UsageError
-from secateur.runtime.distributed import share
+from secateur.runtime.distributed import rank_and_world_size
 
 
 @contextlib.contextmanager
@@ -40,9 +40,9 @@ def accelerator_for(precision: str) -> Accelerator:
         accelerator = Accelerator(cpu=is_cpu, mixed_precision=name)
     except ValueError as error:
         raise UsageError(f"training in {precision} is not possible here: {error}") from error
-    if accelerator.num_processes != share()[1]:
+    if accelerator.num_processes != rank_and_world_size()[1]:
         raise UsageError(
-            f"the process group has {share()[1]} processes, but the environment tells of "
+            f"the process group has {rank_and_world_size()[1]} processes, but the environment tells of "
             f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
         )
     return accelerator

@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Track(Protocol):
+class ProgressCallback(Protocol):
     """Passes items through and may show how far they are, and how long the rest will take."""
 
     def __call__(self, items: Iterable[T], title: str, total: int) -> Iterable[T]:
         """The items, unchanged; `total` is how many there will be."""
 
 
-def silent(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+def no_progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
     """A `Track` that shows nothing."""
     del title, total
     return items
@@ -43,7 +43,7 @@ class _Rate(ProgressColumn):
         )
 
 
-def bars(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+def progress_bars(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """A `Track` that shows a bar on stderr, with the rate and the time left."""
     columns = (
         TextColumn("{task.description}"),

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from secateur.errors import RunFolderError
 
 
-class Document(BaseModel):
+class VersionedRecord(BaseModel):
     """A document or a part of one; unknown keys are an error."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
@@ -24,12 +24,14 @@ VALIDATOR = "Value error, "
 AnyDocument = TypeVar("AnyDocument", bound=BaseModel)
 
 
-def words_of(error: ErrorDetails) -> str:
+def describe_error(error: ErrorDetails) -> str:
     """What is wrong, in one line, by the first of pydantic's errors."""
     return " ".join(error["msg"].removeprefix(VALIDATOR).split())
 
 
-def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) -> AnyDocument:
+def parse_record(
+    kind: type[AnyDocument], text: str | bytes, version: int, name: str
+) -> AnyDocument:
     """The document of a schema version that a text holds.
 
     Raises `RunFolderError`, which calls it by `name`, where the text is none.
@@ -45,7 +47,7 @@ def parsed(kind: type[AnyDocument], text: str | bytes, version: int, name: str) 
         first = error.errors()[0]
         key = "".join(f"{part}." for part in first["loc"])[:-1]
         place = f"{key}: " if key else ""
-        raise RunFolderError(f"{name} can't be read: {place}{words_of(first)}") from error
+        raise RunFolderError(f"{name} can't be read: {place}{describe_error(first)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{name} can't be read: {error!r}") from error
 

@@ -33,7 +33,7 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Interrupts]:
+def defer_signals() -> Iterator[Interrupts]:
     """Within the block SIGINT and SIGTERM are noted instead of raised.
 
     What is done about them is up to whoever holds them. Outside of the main thread, which alone
@@ -56,7 +56,7 @@ def held() -> Iterator[Interrupts]:
 
 
 @contextlib.contextmanager
-def insisting() -> Iterator[None]:
+def repeat_signals() -> Iterator[None]:
     """Within the block SIGINT and SIGTERM raise `KeyboardInterrupt`, and again until it has ended.
 
     Python drops what is raised where nobody can catch it, as in the callbacks of its garbage

@@ -30,13 +30,13 @@ FAILED = "failed"
 _lost: list[str] = []
 
 
-def lost() -> str | None:
+def lost_process() -> str | None:
     """What has been said of a process that was lost, if one was."""
     return _lost[0] if _lost else None
 
 
 @contextlib.contextmanager
-def heartbeat(rank: int, size: int) -> Iterator[None]:
+def watchdog(rank: int, size: int) -> Iterator[None]:
     """Within the block this process is missed where it goes, and ends where another one does.
 
     It is interrupted as by SIGTERM then, and `lost` says why; where it does not end within `GRACE`

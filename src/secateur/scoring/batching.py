@@ -2,9 +2,9 @@
 
 What a network computes for an image depends, in its last bits, on how many images go through it at
 once. So images go through in batches of a size that depends on nothing but the images' size
-(`images_at_a_time`), the last one filled up: then nothing depends on how the probe set was cut into
-batches or spread over processes. That holds for one machine and one number of threads; another one
-may round differently.
+(`images_at_a_time`), the last one filled up: then nothing depends on how the calibration set was
+cut into batches or spread over processes. That holds for one machine and one number of threads;
+another one may round differently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def images_at_a_time(height: int, width: int) -> int:
     return min(MOST_IMAGES_AT_A_TIME, 1 << (fitting.bit_length() - 1))
 
 
-def packed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+def rebatch(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
     """The same images in batches of the one size, with how many of each are images to count."""
     waiting: list[Batch] = []
     for batch in batches:
@@ -36,21 +36,21 @@ def packed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
         size = images_at_a_time(*batch.images.shape[2:])
         while sum(len(each.images) for each in waiting) >= size:
             joined = _joined(waiting)
-            yield taken(joined, torch.arange(size)), size
-            waiting = [taken(joined, torch.arange(size, len(joined.images)))]
+            yield select_images(joined, torch.arange(size)), size
+            waiting = [select_images(joined, torch.arange(size, len(joined.images)))]
     if waiting:
         rest = _joined(waiting)
         count = len(rest.images)
         if count:
             size = images_at_a_time(*rest.images.shape[2:])
-            yield taken(rest, torch.arange(size).clamp(max=count - 1)), count
+            yield select_images(rest, torch.arange(size).clamp(max=count - 1)), count
 
 
-def taken(batch: Batch, images: Tensor) -> Batch:
+def select_images(batch: Batch, images: Tensor) -> Batch:
     """Some images of a batch, by their place in it."""
     found = batch.annotations
     some = None if found is None else ConceptMasks(found.masks[images], found.concepts[images])
-    return Batch(batch.images[images], batch.labels[images], batch.numbers[images], some)
+    return Batch(batch.images[images], batch.labels[images], batch.indices[images], some)
 
 
 def _joined(batches: list[Batch]) -> Batch:
@@ -61,6 +61,6 @@ def _joined(batches: list[Batch]) -> Batch:
     return Batch(
         torch.cat([each.images for each in batches]),
         torch.cat([each.labels for each in batches]),
-        torch.cat([each.numbers for each in batches]),
+        torch.cat([each.indices for each in batches]),
         joined_masks(annotations) if annotations else None,
     )

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.scoring.thresholds import Usual
+from secateur.scoring.thresholds import ActivationStatistics
 
 LEVELS = 2**14
 """Whole numbers that activations are brought to: at most so large, and cut off beyond. Sums of
 their products are exact up to 2^25 rows, each counted as often as its weight says."""
 
 
-def unit_of(usual: Usual) -> Float[Tensor, "filter"]:
+def unit_of(usual: ActivationStatistics) -> Float[Tensor, "filter"]:
     """What each filter's activations are rounded to: `LEVELS` of it are twice its largest one."""
     largest = usual.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
     return (2 * largest / LEVELS).float()
@@ -43,7 +43,7 @@ class SecondMoments:
         # The last row and column are those of a constant 1: sums and the count.
         self._sums = torch.zeros(values + 1, values + 1, dtype=torch.float64)
 
-    def add(
+    def update(
         self, rows: Float[Tensor, "row value"], weights: Float[Tensor, "row"] | None = None
     ) -> None:
         """Adds whole numbers, each row as often as its weight says."""
@@ -53,8 +53,8 @@ class SecondMoments:
         weighted = values if weights is None else values * weights.double()[:, None]
         self._sums.addmm_(weighted.T, values)
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return (self._sums,)
 
     def raw(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from secateur.data.concept_masks import CELL
 from secateur.graph.groups import Group
 from secateur.runtime import distributed
-from secateur.scoring.criteria import Kernels, Need, Regions, Sight, Size, Vote
-from secateur.scoring.feature_pass import parts_of
-from secateur.scoring.iou import AlignmentTally, Overlap, binarise, overlap
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Size, Vote
+from secateur.scoring.feature_pass import taps_of
+from secateur.scoring.iou import IoUTally, Overlap, binarise, overlap
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
@@ -49,26 +49,25 @@ class Dissection:
 
     def __init__(self, concept_names: tuple[str, ...]) -> None:
         self._names = concept_names
-        self._tallies: dict[str, AlignmentTally] = {}
+        self._tallies: dict[str, IoUTally] = {}
         self.thresholds: dict[str, Float[Tensor, "filter"]] = {}
         """Above which each filter of a part counts as active."""
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the tallies."""
         self._tallies = {
-            part: AlignmentTally(kernels.filters, len(self._names))
-            for part, kernels in parts.items()
+            part: IoUTally(kernels.filters, len(self._names)) for part, kernels in parts.items()
         }
 
-    def observe(self, sight: Sight) -> Vote:
+    def update(self, sight: FeatureBatch) -> Vote:
         """Keeps a copy of the maps that are active somewhere until the concepts are known."""
-        assert sight.usual is not None
-        thresholds = sight.usual.threshold
-        self.thresholds[sight.part] = thresholds
+        assert sight.statistics is not None
+        thresholds = sight.statistics.threshold
+        self.thresholds[sight.tap] = thresholds
         is_active = sight.maps.amax(dim=(2, 3)) > thresholds  # [image, filter]
         maps = sight.maps[is_active].float().split(is_active.sum(1).tolist())
         size = (sight.maps.shape[2], sight.maps.shape[3])
-        tally = self._tallies[sight.part]
+        tally = self._tallies[sight.tap]
 
         def count(regions: Regions) -> None:
             fine = _upsampled(size, regions.size)
@@ -79,8 +78,8 @@ class Dissection:
 
         return count
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         for tally in self._tallies.values():
             yield from (tally.intersection, tally.union)
 
@@ -91,7 +90,7 @@ class Dissection:
     def iou_by_channel(self, group: Group) -> Float[Tensor, "channel concept"]:
         """The largest IoU of each channel's filters with each concept."""
         found = torch.zeros(len(group), len(self._names), dtype=torch.float64)
-        for part, look in parts_of(group).items():
+        for part, look in taps_of(group).items():
             index = torch.from_numpy(look.channel)[:, None].expand(-1, len(self._names))
             found.scatter_reduce_(0, index, self.iou(part), "amax")
         return found
@@ -139,24 +138,24 @@ def _overlap(
 
 
 @dataclass(frozen=True, eq=False)
-class TopSights:
+class TopFeatures:
     """The images that each filter of a part of a group responds to most, the strongest first."""
 
     values: Float[Tensor, "filter place"]
     """The largest activation in the image."""
-    numbers: Int[Tensor, "filter place"]
-    """Number of the image in the probe set."""
+    indices: Int[Tensor, "filter place"]
+    """Number of the image in the calibration set."""
     regions: Bool[Tensor, "filter place h w"]
     """Where the filter is above its threshold there, on the grid of its map."""
 
-    def best(self, count: int) -> TopSights:
+    def best(self, count: int) -> TopFeatures:
         """At most `count` of them; between equal activations the image with the smaller number."""
-        by_number = self.numbers.argsort(1)
+        by_number = self.indices.argsort(1)
         order = self.values.gather(1, by_number).argsort(dim=1, descending=True, stable=True)
         places = by_number.gather(1, order[:, :count])
-        return TopSights(
+        return TopFeatures(
             self.values.gather(1, places),
-            self.numbers.gather(1, places),
+            self.indices.gather(1, places),
             self.regions[torch.arange(len(places))[:, None], places],
         )
 
@@ -168,45 +167,45 @@ class TopImages:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._found: dict[str, TopSights] = {}
+        self._found: dict[str, TopFeatures] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Starts with no image."""
         self._found = {}
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Keeps the best of a batch and of what came before."""
-        assert sight.usual is not None
-        by_number = sight.numbers.argsort()
+        assert sight.statistics is not None
+        by_number = sight.indices.argsort()
         values = sight.maps.float().amax(dim=(2, 3)).T[:, by_number]  # [filter, image]
         # Only these of the batch can be among the best: no other map is binarised.
         places = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
         images = by_number[places]
         filters = torch.arange(len(values))[:, None]
-        regions = sight.maps[images, filters] > sight.usual.threshold[:, None, None, None]
-        new = TopSights(values.gather(1, places), sight.numbers[images], regions)
-        old = self._found.get(sight.part)
-        self._found[sight.part] = (new if old is None else _joined([old, new])).best(self._count)
+        regions = sight.maps[images, filters] > sight.statistics.threshold[:, None, None, None]
+        new = TopFeatures(values.gather(1, places), sight.indices[images], regions)
+        old = self._found.get(sight.tap)
+        self._found[sight.tap] = (new if old is None else _joined([old, new])).best(self._count)
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """None that add up; see `merge`."""
         return ()
 
     def merge(self) -> None:
         """Keeps the best of what all processes have found."""
-        found = distributed.gathered(self._found)
+        found = distributed.all_gather(self._found)
         self._found = {
             part: _joined([each[part] for each in found]).best(self._count) for part in self._found
         }
 
-    def sights(self, part: str) -> TopSights:
+    def top(self, part: str) -> TopFeatures:
         """What was found of a part."""
         return self._found[part]
 
 
-def _joined(some: list[TopSights]) -> TopSights:
-    return TopSights(
+def _joined(some: list[TopFeatures]) -> TopFeatures:
+    return TopFeatures(
         torch.cat([each.values for each in some], 1),
-        torch.cat([each.numbers for each in some], 1),
+        torch.cat([each.indices for each in some], 1),
         torch.cat([each.regions for each in some], 1),
     )

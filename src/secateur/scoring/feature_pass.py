@@ -1,7 +1,7 @@
-"""Shows a network's feature maps to observers: one pass over the probe set serves them all.
+"""Shows a network's feature maps to observers: one pass over the calibration set serves them all.
 
 Images go through the network in batches of one size (`packing`), so that nothing depends on how the
-probe set was cut into batches or spread over processes.
+calibration set was cut into batches or spread over processes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,25 @@ from secateur.data.concept_masks import ConceptMasks
 from secateur.errors import DataError
 from secateur.graph.channel_ids import argument
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.groups import Group, Look
-from secateur.graph.interpreter import Walk
+from secateur.graph.groups import Group, Tap
+from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.patches import Window, window_of
-from secateur.graph.trace import Compute, State, Tap, operation_name
+from secateur.graph.trace import Compute, NodeHook, Tensors, operation_name
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast
-from secateur.scoring.batching import packed, taken
-from secateur.scoring.concepts import ConceptSource, Scene
-from secateur.scoring.criteria import Kernels, Need, Observer, Reader, Regions, Sight, Vote
-from secateur.scoring.thresholds import Usual, UsualTally
+from secateur.scoring.batching import rebatch, select_images
+from secateur.scoring.concepts import ConceptInput, ConceptSource
+from secateur.scoring.criteria import (
+    ConsumerKernel,
+    FeatureBatch,
+    Kernels,
+    Need,
+    Observer,
+    Regions,
+    Vote,
+)
+from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
 
 _FRESH = {"conv2d", "batch_norm", "add", "linear"}
 """Operations whose values share memory with no other."""
@@ -53,16 +61,16 @@ def observe(
 ) -> None:
     """Shows every observer every group in every batch; the network is in evaluation mode.
 
-    `batches()` gives the probe set, or this process's share of it, anew each time it is called; at
-    the end the observers' tallies are those of all processes. Every `settings.sample_every`-th
-    image goes through the network once before, where someone must know what is usual. With
-    `settings.use_labels` the concepts and the loss are those of the true class, without it those of
-    the predicted class. `source` may be None where nobody asks for concepts.
+    `batches()` gives the calibration set, or this process's share of it, anew each time it is
+    called; at the end the observers' tallies are those of all processes. Every
+    `settings.sample_every`-th image goes through the network once before, where someone must know
+    what is usual. With `settings.use_labels` the concepts and the loss are those of the true class,
+    without it those of the predicted class. `source` may be None where nobody asks for concepts.
     """
     state = tensors_of(model)
     parts = kernels_of(wiring, state)
     for observer in observers:
-        observer.begin(parts)
+        observer.reset(parts)
     needs: set[Need] = {need for observer in observers for need in observer.needs}
     if not needs:
         return
@@ -70,21 +78,21 @@ def observe(
         source = None
     assert source is not None or "concepts" not in needs
     way = _Pass(wiring, state, source, settings)
-    usual: dict[str, Usual] = {}
+    usual: dict[str, ActivationStatistics] = {}
     if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
-        usual = _first_look(way, batches, with_thresholds="thresholds" in needs)
-    showing = _Showing(way, parts, usual, observers)
+        usual = _activation_statistics(way, batches, with_thresholds="thresholds" in needs)
+    showing = _FeatureHook(way, parts, usual, observers)
     shown = 0
-    for batch, count in packed(batches()):
+    for batch, count in rebatch(batches()):
         showing.show(batch, count)
         shown += count
-    if not all(distributed.gathered(shown)):
-        raise DataError("no probe images, or fewer than there are processes")
+    if not all(distributed.all_gather(shown)):
+        raise DataError("no calibration images, or fewer than there are processes")
     for observer in observers:
-        distributed.add_up(observer.tallies())
+        distributed.all_reduce_sum(observer.state())
 
 
-def parts_of(group: Group) -> dict[str, Look]:
+def taps_of(group: Group) -> dict[str, Tap]:
     """The places where a group is looked at, by the name that observers know each by."""
     return {
         group.name if number == 0 else f"{group.name} (part {number + 1})": look
@@ -92,7 +100,7 @@ def parts_of(group: Group) -> dict[str, Look]:
     }
 
 
-def kernels_of(wiring: DependencyGraph, state: State) -> dict[str, Kernels]:
+def kernels_of(wiring: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
     """The weights that write and read the filters of each part of each group."""
     slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
     scales = {
@@ -116,14 +124,14 @@ def kernels_of(wiring: DependencyGraph, state: State) -> dict[str, Kernels]:
 
         incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
         norms = [rows_of(name, 0) for name in sorted(scales)]
-        readers = _readers(wiring, state, position, len(group))
-        for name, look in parts_of(group).items():
+        readers = _consumer_kernels(wiring, state, position, len(group))
+        for name, look in taps_of(group).items():
             channel = torch.from_numpy(look.channel)
             found[name] = Kernels(
                 incoming=tuple(each for each in incoming if len(each[1])),
                 channel=channel,
-                readers=tuple(
-                    Reader(
+                consumers=tuple(
+                    ConsumerKernel(
                         window,
                         weights if _counts_up(channel, len(group)) else weights[:, :, channel],
                     )
@@ -134,8 +142,8 @@ def kernels_of(wiring: DependencyGraph, state: State) -> dict[str, Kernels]:
     return found
 
 
-def _readers(
-    wiring: DependencyGraph, state: State, position: npt.NDArray[np.int64], channels: int
+def _consumer_kernels(
+    wiring: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
 ) -> list[tuple[Window, Tensor]]:
     """How each layer that reads some of a group's channels moves, and `[output, tap, channel]`."""
     found: list[tuple[Window, Tensor]] = []
@@ -178,7 +186,7 @@ class _Pass:
     """The way of a batch through the network, with the concept source served on it."""
 
     wiring: DependencyGraph
-    state: State
+    state: Tensors
     source: ConceptSource | None
     settings: ScoreSection
 
@@ -211,7 +219,9 @@ class _Pass:
             if operation_name(node) == "linear"
         }
 
-    def forward(self, batch: Batch, taps: Mapping[Node, Tap], *, with_gradients: bool) -> Scene:
+    def forward(
+        self, batch: Batch, taps: Mapping[Node, NodeHook], *, with_gradients: bool
+    ) -> ConceptInput:
         """Runs the network, with `taps` on the way; what the source must see of it."""
         node = None if self.source is None else self.source.node
         wants_leaf = self.source is not None and self.source.needs_gradient
@@ -229,16 +239,16 @@ class _Pass:
         if with_gradients:
             images = images.detach().clone().requires_grad_()
             instead = {**instead, **self._row_by_row}
-        walk = Walk(self.wiring.graph, self.state, images)
+        walk = GraphInterpreter(self.wiring.graph, self.state, images)
         with autocast(self.settings.precision):
             with torch.set_grad_enabled(with_gradients):
-                walk.advance(node, after=taps, instead=instead)
+                walk.advance(node, after=taps, overrides=instead)
             after = taps if node is None else {**taps, node: capture}
             with torch.set_grad_enabled(with_gradients or wants_leaf):
-                walk.advance(after=after, instead=instead)
-        return Scene(
+                walk.advance(after=after, overrides=instead)
+        return ConceptInput(
             images=batch.images,
-            numbers=batch.numbers,
+            indices=batch.indices,
             labels=batch.labels if self.settings.use_labels else None,
             annotations=batch.annotations,
             value=captured[0] if captured else None,
@@ -260,32 +270,35 @@ def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
     return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
-def _first_look(
+def _activation_statistics(
     way: _Pass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
-) -> dict[str, Usual]:
+) -> dict[str, ActivationStatistics]:
     """What is usual for each filter, from a sample of the images; the source learns from it too.
 
     From all of them where no image of the sample comes, as where none of it can be read.
     """
-    tallies: dict[str, UsualTally] = {}
+    tallies: dict[str, ActivationStatisticsTally] = {}
     counts: list[int] = []
     settings, source = way.settings, way.source
 
-    def see(part: str, look: Look, value: Tensor) -> None:
+    def see(part: str, look: Tap, value: Tensor) -> None:
         tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
 
-    for part, look in _looks(way.wiring).items():
-        tallies[part] = UsualTally(
+    for part, look in _taps_in_order(way.wiring).items():
+        tallies[part] = ActivationStatisticsTally(
             len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
     for every in (settings.sample_every, 1):
-        sample = (taken(batch, (batch.numbers % every == 0).nonzero()[:, 0]) for batch in batches())
-        for batch, count in packed(sample):
+        sample = (
+            select_images(batch, (batch.indices % every == 0).nonzero()[:, 0])
+            for batch in batches()
+        )
+        for batch, count in rebatch(sample):
             counts.append(count)
-            scene = way.forward(batch, _taps(way.wiring, see), with_gradients=False)
+            scene = way.forward(batch, _hooks(way.wiring, see), with_gradients=False)
             if source is not None and source.needs_learning:
                 source.learn(scene)
-        if distributed.any_of(sum(counts) > 0):
+        if distributed.any_process(sum(counts) > 0):
             break
     if source is not None and source.needs_learning:
         source.finish_learning()
@@ -294,20 +307,18 @@ def _first_look(
     return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
 
 
-def _looks(wiring: DependencyGraph) -> dict[str, Look]:
-    return {
-        part: look for group in wiring.groups.values() for part, look in parts_of(group).items()
-    }
+def _taps_in_order(wiring: DependencyGraph) -> dict[str, Tap]:
+    return {part: look for group in wiring.groups.values() for part, look in taps_of(group).items()}
 
 
-class _Showing:
+class _FeatureHook:
     """Hands the feature maps of the images on to the observers."""
 
     def __init__(
         self,
         way: _Pass,
         parts: Mapping[str, Kernels],
-        usual: Mapping[str, Usual],
+        usual: Mapping[str, ActivationStatistics],
         observers: Sequence[Observer],
     ) -> None:
         self._way = way
@@ -324,10 +335,10 @@ class _Showing:
 
     def show(self, batch: Batch, count: int) -> None:
         """Shows the first `count` images of a batch."""
-        self._count, self._numbers = count, batch.numbers[:count]
+        self._count, self._numbers = count, batch.indices[:count]
         self._votes, self._is_loss = [], False
         way, source = self._way, self._way.source
-        taps = _taps(way.wiring, self._see)
+        taps = _hooks(way.wiring, self._see)
         scene = way.forward(batch, taps, with_gradients=bool(self._later))
         if not bool(scene.logits.isfinite().all()):
             raise DataError("the network answers with values that are not finite")
@@ -343,14 +354,14 @@ class _Showing:
             self._is_loss = True
             F.cross_entropy(logits, labels, reduction="sum").backward()
 
-    def _see(self, part: str, look: Look, value: Tensor) -> None:
+    def _see(self, part: str, look: Tap, value: Tensor) -> None:
         maps = maps_of(look, value.detach())[: self._count]
         self._tell(self._now, part, maps, None)
 
         if self._later:
             value.register_hook(functools.partial(self._see_gradient, part, look, maps))
 
-    def _see_gradient(self, part: str, look: Look, maps: Tensor, gradient: Tensor) -> None:
+    def _see_gradient(self, part: str, look: Tap, maps: Tensor, gradient: Tensor) -> None:
         if self._is_loss:
             self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
 
@@ -358,17 +369,17 @@ class _Showing:
         self, observers: Sequence[Observer], part: str, maps: Tensor, gradients: Tensor | None
     ) -> None:
         size = maps.shape[2:]
-        sight = Sight(
-            part=part,
+        sight = FeatureBatch(
+            tap=part,
             maps=maps,
-            numbers=self._numbers,
+            indices=self._numbers,
             kernels=self._parts[part],
-            usual=self._usual.get(part),
+            statistics=self._usual.get(part),
             grid=(min(size[0], self._grid[0]), min(size[1], self._grid[1])),
             gradients=gradients,
         )
         for observer in observers:
-            vote = observer.observe(sight)
+            vote = observer.update(sight)
             if vote is not None:
                 self._votes.append(vote)
 
@@ -386,7 +397,7 @@ def _first(found: ConceptMasks, count: int) -> ConceptMasks:
     return ConceptMasks(found.masks[:count], found.concepts[:count])
 
 
-def maps_of(look: Look, value: Tensor) -> Tensor:
+def maps_of(look: Tap, value: Tensor) -> Tensor:
     """`[image, filter, h, w]` of a part of a group, whichever dimension the channels lie along."""
     maps = value.movedim(look.dim, 1)
     places = maps.shape[2:]
@@ -397,10 +408,12 @@ def maps_of(look: Look, value: Tensor) -> Tensor:
     return maps[:, torch.from_numpy(look.index)]
 
 
-def _taps(wiring: DependencyGraph, show: Callable[[str, Look, Tensor], None]) -> dict[Node, Tap]:
+def _hooks(
+    wiring: DependencyGraph, show: Callable[[str, Tap, Tensor], None]
+) -> dict[Node, NodeHook]:
     """What to do at each node that is looked at, for all groups that are seen there."""
-    parts_at: dict[Node, list[tuple[str, Look]]] = {}
-    for part, look in _looks(wiring).items():
+    parts_at: dict[Node, list[tuple[str, Tap]]] = {}
+    for part, look in _taps_in_order(wiring).items():
         parts_at.setdefault(look.node, []).append((part, look))
 
     def see(node: Node, value: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from secateur.data.concept_masks import ABSENT
+from secateur.data.concept_masks import UNLABELLED
 
 VALUES_AT_A_TIME = 2**19
 """So many positions are counted at once: they stay in the processor's cache."""
@@ -65,7 +65,7 @@ def overlap(
     return Overlap(intersection, sizes - intersection)
 
 
-class AlignmentTally:
+class IoUTally:
     """Dataset-wide IoU of each filter with each concept (Bau et al., CVPR 2017, eq. 1).
 
     A filter's activations count towards a concept's union only in images that show the concept,
@@ -78,7 +78,7 @@ class AlignmentTally:
 
     def add(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
         """Takes in a batch; `concepts` numbers what each region shows, or is `ABSENT`."""
-        is_there = concepts.flatten() != ABSENT
+        is_there = concepts.flatten() != UNLABELLED
         numbers = concepts.flatten()[is_there]
         for total, part in (
             (self.intersection, seen.intersection),

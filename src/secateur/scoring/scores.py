@@ -1,4 +1,4 @@
-"""Filter scores: every asked-for criterion from one pass over the probe set."""
+"""Filter scores: every asked-for criterion from one pass over the calibration set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.graph.channel_ids import Ids
 from secateur.graph.dependency import DependencyGraph
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer
-from secateur.scoring.feature_pass import observe, parts_of
+from secateur.scoring.feature_pass import observe, taps_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def scores_of(criterion: Criterion, wiring: DependencyGraph) -> dict[str, Float[
     return {
         group.name: _by_channel(
             len(group),
-            [(look.channel, criterion.score(part)) for part, look in parts_of(group).items()],
+            [(look.channel, criterion.compute(part)) for part, look in taps_of(group).items()],
         )
         for group in wiring.groups.values()
     }

@@ -33,7 +33,7 @@ _ONE_OCTAVE = 1 << MANTISSA_BITS
 
 
 @dataclass(frozen=True, eq=False)
-class Usual:
+class ActivationStatistics:
     """Each filter's mean, threshold and largest size."""
 
     mean: Float[Tensor, "filter"]
@@ -43,7 +43,7 @@ class Usual:
     """No value that was looked at is larger in size; at most twice the largest one."""
 
 
-class UsualTally:
+class ActivationStatisticsTally:
     """Counts each filter's activations, batch by batch."""
 
     def __init__(self, filters: int, positions: int, *, with_thresholds: bool = True) -> None:
@@ -99,11 +99,11 @@ class UsualTally:
     def merge(self) -> None:
         """Adds up what all processes have counted."""
         octave = self._octave.clone()
-        distributed.largest([octave, self._largest])
+        distributed.all_reduce_max([octave, self._largest])
         self._widen(octave)
-        distributed.add_up([self._images, self._mean.limbs, self._counts])
+        distributed.all_reduce_sum([self._images, self._mean.limbs, self._counts])
 
-    def finish(self, quantile: float) -> Usual:
+    def finish(self, quantile: float) -> ActivationStatistics:
         """Means, and thresholds if asked for: exceeded by a share `quantile` of what was looked at.
 
         A threshold is never below the exact quantile of what was looked at, and above it by at
@@ -115,7 +115,7 @@ class UsualTally:
         mean = (self._mean.value() / int(self._images)).float()
         bound = ((self._octave + 1) << 23).int().view(torch.float32)
         if not self._with_thresholds:
-            return Usual(mean, torch.full_like(mean, torch.inf), bound)
+            return ActivationStatistics(mean, torch.full_like(mean, torch.inf), bound)
         total = int(self._counts[0].sum())
         rank = max(1, round(quantile * total))
         reached = self._counts.flip(1).cumsum(1, dtype=torch.int64) >= rank
@@ -127,4 +127,4 @@ class UsualTally:
         edge = torch.where(place > 0, above, below).clamp_min(0).int().view(torch.float32)
         smallest = (floor.clamp_min(0) << _SHIFT).int().view(torch.float32)
         threshold = torch.where(place > 0, edge, torch.where(place < 0, -edge, smallest))
-        return Usual(mean, torch.minimum(threshold, self._largest), bound)
+        return ActivationStatistics(mean, torch.minimum(threshold, self._largest), bound)

@@ -1,4 +1,5 @@
-"""Trains a pruned network on its probe images to answer as the original does, without labels."""
+"""Trains a pruned network on its calibration images to answer as the original does, without
+labels."""
 
 from __future__ import annotations
 
@@ -7,46 +8,48 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from secateur.config import PolishSection, TrainingSection
+from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch, Images, Unreadable
 from secateur.data.preprocessing import Preprocessing
-from secateur.evaluation.divergence import Agreement, agreement_of, answers_of
-from secateur.runtime.progress import Track, silent
+from secateur.evaluation.divergence import OutputDivergence, divergence_from, logits_of
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.trainer import Epoch, train
 
 
 @dataclass(frozen=True)
-class PolishEpoch:
-    """One pass over the probe images that are not held out; answers are softened as in training."""
+class DistillEpoch:
+    """One pass over the calibration images that are not held out; answers are softened as in
+    training."""
 
     epoch: Epoch
-    held_out: Agreement
-    """With the original network, on the held-out probe images, after the pass."""
+    held_out: OutputDivergence
+    """With the original network, on the held-out calibration images, after the pass."""
 
 
 @dataclass(frozen=True)
-class Polish:
-    """What polishing did, on held-out probe images, whose answers are softened as in training."""
+class Distillation:
+    """What polishing did, on held-out calibration images, whose answers are softened as in
+    training."""
 
-    before: Agreement
+    before: OutputDivergence
     """With the original network, before the first epoch."""
-    epochs: tuple[PolishEpoch, ...]
+    epochs: tuple[DistillEpoch, ...]
     chosen: int
     """The epoch whose weights stayed; 0 where none diverged less than the network as it came."""
 
 
-def polish(
+def distill(
     model: nn.Module,
     smaller: nn.Module,
     fit: Images,
     held_out: Callable[[], Iterable[Batch]],
     preprocessing: Preprocessing,
-    settings: PolishSection,
+    settings: DistillSection,
     *,
     seed: int,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     unreadable: Unreadable | None = None,
-) -> Polish:
+) -> Distillation:
     """Trains `smaller` in place on the images of `fit`; how near it came to `model`.
 
     The weights of the epoch that diverges least from the original on `held_out` stay, or those
@@ -54,11 +57,11 @@ def polish(
     training: what is trained is what is chosen by. Norms and all else are as in evaluation mode
     while it trains. Raises `SecateurError` where the loss stops being a number.
     """
-    expected = answers_of(model, held_out())
-    found: list[Agreement] = []
+    expected = logits_of(model, held_out())
+    found: list[OutputDivergence] = []
 
     def validate(network: nn.Module) -> float:
-        found.append(agreement_of(expected, network, held_out(), settings.temperature))
+        found.append(divergence_from(expected, network, held_out(), settings.temperature))
         return -found[-1].divergence
 
     training = train(
@@ -73,10 +76,12 @@ def polish(
         unreadable=unreadable,
     )
     epochs = zip(training.epochs, found[1:], strict=True)
-    return Polish(found[0], tuple(PolishEpoch(*pair) for pair in epochs), training.best_epoch)
+    return Distillation(
+        found[0], tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch
+    )
 
 
-def as_training(settings: PolishSection) -> TrainingSection:
+def as_training(settings: DistillSection) -> TrainingSection:
     """Polishing as training: by AdamW, with no weight on labels and norms as they are."""
     return TrainingSection(
         epochs=settings.epochs,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.dependency import Removed, DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.trace import operation_name
 
 SPATIAL = 4
@@ -32,7 +32,7 @@ def residual_sums(wiring: DependencyGraph, removed: Removed) -> tuple[ResidualSu
     Sums that the network adds in its own forward, outside of any module, have no name to find
     them by and are left out.
     """
-    stays = wiring.stays(removed)
+    stays = wiring.is_kept(removed)
     found: dict[str, ResidualSum] = {}
     for node in wiring.graph.nodes:
         if operation_name(node) != "add" or node not in wiring.axes:

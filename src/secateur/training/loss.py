@@ -17,7 +17,7 @@ from secateur.runtime.module_state import evaluating
 from secateur.training.feature_distillation import ResidualSum, difference, observed
 
 
-class Lesson:
+class DistillationLoss:
     """The loss of a network, and of a teacher's answers, on accelerate's devices and processes."""
 
     def __init__(

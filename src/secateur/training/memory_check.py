@@ -21,7 +21,7 @@ def check_training(
     another precision, count once.
     """
     half = max(1, len(images) // 2)
-    few, more = (_held_bytes(model, some) for some in (images[:half], images))
+    few, more = (_model_bytes(model, some) for some in (images[:half], images))
     growing = (more - few) / max(1, len(images) - half) if len(images) > half else float(more)
     needed = more + growing * (at_once - len(images))
     free = free_bytes(device_of(model))
@@ -33,7 +33,7 @@ def check_training(
         )
 
 
-def _held_bytes(model: nn.Module, images: Tensor) -> int:
+def _model_bytes(model: nn.Module, images: Tensor) -> int:
     """What a step on these images holds for its gradients, beside the network itself."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     held: dict[int, torch.UntypedStorage] = {}

@@ -22,7 +22,7 @@ from secateur.runtime import distributed
 
 
 @contextlib.contextmanager
-def sharing_norms(model: nn.Module) -> Iterator[None]:
+def sync_batchnorm(model: nn.Module) -> Iterator[None]:
     """Within the block the batch norms of `model` normalise by the batch of all processes.
 
     Only where they would normalise by their own batch, that is, in training mode. What else a norm
@@ -30,7 +30,7 @@ def sharing_norms(model: nn.Module) -> Iterator[None]:
     changed.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if distributed.share()[1] == 1:
+    if distributed.rank_and_world_size()[1] == 1:
         yield
         return
     for norm in norms:
@@ -46,11 +46,11 @@ def _forward(norm: _BatchNorm, values: Tensor) -> Tensor:
     own = type(norm).forward
     if not norm.training:  # processes may validate on different numbers of batches
         return own(norm, values)
-    with _Shared():
+    with _SyncBatchNormMode():
         return own(norm, values)
 
 
-class _Shared(TorchFunctionMode):
+class _SyncBatchNormMode(TorchFunctionMode):
     """Within the block `batch_norm` in training takes the statistics of all processes."""
 
     def __torch_function__(

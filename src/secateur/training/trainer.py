@@ -24,28 +24,28 @@ from secateur.config import TrainingSection
 from secateur.data import Batch, Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.preprocessing import Preprocessing
-from secateur.data.training_stream import SMALLEST_SHARE, TrainingStream
+from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
 from secateur.errors import SecateurError, UsageError
 from secateur.runtime import distributed
 from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.precision import accelerator_for
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.seeding import seed_of
-from secateur.runtime.signals import held
+from secateur.runtime.signals import defer_signals
 from secateur.training.checkpoint import Checkpoint, Checkpoints
 from secateur.training.feature_distillation import ResidualSum
-from secateur.training.loss import Lesson
+from secateur.training.loss import DistillationLoss
 from secateur.training.lr_schedule import Schedule
 from secateur.training.memory_check import check_training
-from secateur.training.sync_batchnorm import sharing_norms
+from secateur.training.sync_batchnorm import sync_batchnorm
 
 WORKERS_FOR_FILES = 4
 """Reading processes, no more than processors, where images are files and nothing else is said."""
 CHECKED_EVERY = 50
 """Steps after which an accelerator is asked whether the loss is still a number."""
-IDLE = frozenset({"checkpoint_minutes", "workers"})
+KEYS_WITHOUT_EFFECT = frozenset({"checkpoint_minutes", "workers"})
 """Settings that change no result."""
-FREE = IDLE | {"max_minutes", "keep", "patience"}
+KEYS_FREE_ON_RESUME = KEYS_WITHOUT_EFFECT | {"max_minutes", "keep", "patience"}
 """Settings that may differ where training is resumed: they don't change what is learnt."""
 
 
@@ -93,7 +93,7 @@ def train(
     *,
     seed: int,
     sums: tuple[ResidualSum, ...] = (),
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     validate: Callable[[nn.Module], float] | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -122,26 +122,26 @@ def train(
             stack.enter_context(evaluating(teacher))
             stack.enter_context(_placed(teacher, accelerator.device))
         stack.enter_context(torch.random.fork_rng())
-        if settings.share_norms:
-            stack.enter_context(sharing_norms(model))
+        if settings.sync_batchnorm:
+            stack.enter_context(sync_batchnorm(model))
         stream = TrainingStream(
             images,
             preprocessing,
             augmentation(settings, preprocessing, images),
             settings.batch_size,
             seed,
-            shard=distributed.share(),
+            shard=distributed.rank_and_world_size(),
             workers=_workers(settings, images),
             unreadable=unreadable,
         )
-        lesson = Lesson(model, teacher, settings, accelerator, sums)
+        lesson = DistillationLoss(model, teacher, settings, accelerator, sums)
         run = _Run(model, lesson, stream, settings, accelerator)
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             run.restore(found)
         try:
-            run.go(track, validate, after_epoch, checkpoints)
+            run.run(track, validate, after_epoch, checkpoints)
         except KeyboardInterrupt:
-            with held():
+            with defer_signals():
                 run.save(checkpoints)
             raise
         finally:
@@ -160,7 +160,7 @@ def augmentation(
     """
     is_small = preprocessing.image_size <= LARGEST_SHIFTED
     is_shifted = is_small or isinstance(images, NormalisedImages)
-    crop = settings.crop or ("shift" if is_shifted else "resized")
+    crop = settings.crop or ("random_crop" if is_shifted else "random_resized_crop")
     return Augmentation(crop, settings.flip, settings.randaugment)
 
 
@@ -210,7 +210,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        lesson: Lesson,
+        lesson: DistillationLoss,
         stream: TrainingStream,
         settings: TrainingSection,
         accelerator: Any,
@@ -218,8 +218,8 @@ class _Run:
         self._model, self._stream, self._settings = model, stream, settings
         self._lesson, self._accelerator = lesson, accelerator
         self._average: AveragedModel | None = None
-        if settings.average:
-            average = get_ema_multi_avg_fn(settings.average)
+        if settings.ema_decay:
+            average = get_ema_multi_avg_fn(settings.ema_decay)
             self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self._optimiser = accelerator.prepare_optimizer(_optimiser(model, settings))
         self._schedule = Schedule(
@@ -238,9 +238,9 @@ class _Run:
 
     # --- the loop ------------------------------------------------------------------------------
 
-    def go(
+    def run(
         self,
-        track: Track,
+        track: ProgressCallback,
         validate: Callable[[nn.Module], float] | None,
         after_epoch: Callable[[Epoch], None] | None,
         checkpoints: Checkpoints | None,
@@ -250,7 +250,7 @@ class _Run:
         if validate is not None and at.before is None:
             at.before = at.best = validate(self._network)
         while at.epoch <= settings.epochs and not self._is_patience_over():
-            is_late = self._done() > 0 and distributed.any_of(self._is_time_over())
+            is_late = self._done() > 0 and distributed.any_process(self._is_time_over())
             at.ended = "time" if is_late else "whole"
             if not is_late:
                 self._go_through_epoch(track, checkpoints)
@@ -259,21 +259,21 @@ class _Run:
             if at.ended == "time":
                 return
 
-    def _go_through_epoch(self, track: Track, checkpoints: Checkpoints | None) -> None:
+    def _go_through_epoch(self, track: ProgressCallback, checkpoints: Checkpoints | None) -> None:
         """Does the steps of an epoch that are left, or as many as there is time for."""
         at = self._at
         title = f"epoch {at.epoch}/{self._settings.epochs}"
         self._model.train(self._settings.mode == "training")
         with contextlib.closing(self._stream.epoch(at.epoch, at.step)) as batches:
             for batch in track(batches, title, self._stream.steps - at.step):
-                with held() as interrupts:
+                with defer_signals() as interrupts:
                     self._step(batch)
                     if self._is_due():
                         self.save(checkpoints)
-                    asked = distributed.any_of(interrupts.is_pending)
+                    asked = distributed.any_process(interrupts.is_pending)
                 if asked or interrupts.is_pending:
                     raise KeyboardInterrupt
-                if distributed.any_of(self._is_time_over()):
+                if distributed.any_process(self._is_time_over()):
                     at.ended = "time"
                     return
 
@@ -284,15 +284,15 @@ class _Run:
         checkpoints: Checkpoints | None,
     ) -> None:
         at = self._at
-        distributed.from_first(self._model.buffers())
+        distributed.broadcast(self._model.buffers())
         if self._average is not None:
-            distributed.from_first(self._average.module.buffers())
+            distributed.broadcast(self._average.module.buffers())
         self._count_losses()
-        loss = distributed.added_up([at.loss_sum, float(at.images)])
+        loss = distributed.sum_over_processes([at.loss_sum, float(at.images)])
         worth = None if validate is None else validate(self._network)
         rate = self._settings.learning_rate * self._schedule.factor(self._done())
         epoch = Epoch(at.epoch, loss[0] / loss[1], rate, worth)
-        with held() as interrupts:
+        with defer_signals() as interrupts:
             at.epochs.append(epoch)
             if worth is None or at.best is None or worth > at.best:
                 at.best, at.best_epoch, self._best_state = worth, at.epoch, self._state()
@@ -339,10 +339,10 @@ class _Run:
 
         Norms need as many images of each part as of a share.
         """
-        most = self._settings.accumulate
+        most = self._settings.gradient_accumulation_steps
         if most == 1:
             return 1
-        return max(1, min(most, distributed.fewest(count) // SMALLEST_SHARE))
+        return max(1, min(most, distributed.all_reduce_min(count) // SMALLEST_SHARD))
 
     def _check_room(self, images: Tensor, at_once: int) -> None:
         """Before the first step: raises `SecateurError` where it would take too much memory."""
@@ -409,11 +409,11 @@ class _Run:
         """Leaves a checkpoint; the first process alone writes."""
         self._saved = time.monotonic()
         self._count_losses()
-        if checkpoints is None or not distributed.is_first():
+        if checkpoints is None or not distributed.is_main_process():
             return
         parts = {"model": self._model.state_dict(), "best": self._best_state}
         if self._average is not None:
-            parts["average"] = self._average.state_dict()
+            parts["ema_decay"] = self._average.state_dict()
         optimiser = self._optimiser.state_dict()["state"]
         parts["optimiser"] = {
             f"{number}.{key}": value
@@ -449,7 +449,7 @@ class _Run:
             for name, tensor in checkpoint.part("best").items()
         }
         if self._average is not None:
-            self._average.load_state_dict(checkpoint.part("average"))
+            self._average.load_state_dict(checkpoint.part("ema_decay"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.part("optimiser").items():
             number, key = name.split(".", 1)
@@ -459,12 +459,15 @@ class _Run:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
         self._at = _Position.from_facts(checkpoint.facts["position"])
-        if not distributed.is_first():  # whose losses they are
+        if not distributed.is_main_process():  # whose losses they are
             self._at.loss_sum, self._at.images = 0.0, 0
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a training to go on."""
-        stream, settings = self._stream, self._settings.model_dump(mode="json", exclude=set(FREE))
+        stream, settings = (
+            self._stream,
+            self._settings.model_dump(mode="json", exclude=set(KEYS_FREE_ON_RESUME)),
+        )
         return {
             **settings,
             "seed": stream.seed,

@@ -10,17 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from secateur.errors import RunFolderError
-from secateur.experiments.compare.runner import CellRecord, CellResult
-from secateur.experiments.compare.spec import way_of
+from secateur.experiments.compare.runner import JobRecord, JobResult
+from secateur.experiments.compare.spec import method_name
 from secateur.pipeline.result import Stage
 from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.schema import words_of
+from secateur.runtime.schema import describe_error
 
-STAGES: tuple[Stage, ...] = ("before", "cut", "refit", "polished", "tuned")
+STAGES: tuple[Stage, ...] = ("before", "cut", "refit", "distilled", "finetuned")
 
 
-class Row(CellRecord):
+class Row(JobRecord):
     """A cell. Accuracies are fractions of the scored images; None is what it has not come to."""
 
     images: int | None = None
@@ -28,8 +28,8 @@ class Row(CellRecord):
     before_top1_fraction: float | None = None
     cut_top1_fraction: float | None = None
     refit_top1_fraction: float | None = None
-    polished_top1_fraction: float | None = None
-    tuned_top1_fraction: float | None = None
+    distilled_top1_fraction: float | None = None
+    finetuned_top1_fraction: float | None = None
     top1_fraction: float | None = None
     """At the end, whatever the last step was."""
     macs_left: float | None = None
@@ -40,7 +40,7 @@ class Row(CellRecord):
     best_epoch: int | None = None
     """The epoch that was best on the validation images."""
     best_epoch_top1_fraction: float | None = None
-    law_error: float | None = None
+    equivalence_error: float | None = None
     seconds: float | None = None
     """What all steps took, the pass that the criteria of a network share included."""
     plan_hash: str | None = None
@@ -52,9 +52,9 @@ class Row(CellRecord):
     accelerator: str | None = None
 
     @property
-    def way(self) -> str:
+    def method(self) -> str:
         """The criterion with its variant."""
-        return way_of(self.criterion, self.variant)
+        return method_name(self.criterion, self.variant)
 
     def percent(self, stage: Stage | None = None) -> float | None:
         """Top-1 in % after a stage, or at the end."""
@@ -63,13 +63,13 @@ class Row(CellRecord):
         return None if fraction is None else 100 * fraction
 
 
-def row_of(cell: CellResult) -> Row:
+def row_of(cell: JobResult) -> Row:
     """The row of a cell."""
-    facts = cell.model_dump(include=set(CellRecord.model_fields))
+    facts = cell.model_dump(include=set(JobRecord.model_fields))
     result = cell.result
     if result is None:
         return Row(**facts)
-    before, last, tuning = result.stages[0].score, result.stages[-1].score, result.tuning
+    before, last, tuning = result.stages[0].score, result.stages[-1].score, result.finetuning
     for stage in STAGES:
         score = result.score(stage)
         facts[f"{stage}_top1_fraction"] = None if score is None else score.top1_fraction
@@ -84,7 +84,7 @@ def row_of(cell: CellResult) -> Row:
         macs_left=last.macs / before.macs,
         parameters_left=last.parameters / before.parameters,
         latency_left=last.latency_ms / before.latency_ms,
-        law_error=result.law_error,
+        equivalence_error=result.equivalence_error,
         seconds=round(sum(stage.seconds for stage in result.stages), 1),
         plan_hash=result.plan_hash,
     )
@@ -113,7 +113,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
-            message = words_of(error.errors()[0])
+            message = describe_error(error.errors()[0])
             raise RunFolderError(
                 f"{path}, line {number}, is no row of a cell: {message}"
             ) from error

@@ -24,28 +24,28 @@ from typing import IO, Literal
 
 import tomli_w
 
-from secateur.config import from_dict, parse_target, read_tables
+from secateur.config import from_dict, parse_budget, read_tables
 from secateur.errors import RunFolderError, SecateurError
-from secateur.experiments.compare.spec import Cell, Comparison, cells_of, units_of
+from secateur.experiments.compare.spec import BenchmarkSpec, Job, group_jobs, jobs_of
 from secateur.pipeline.prune import (
-    Start,
+    Baseline,
     check_names,
     check_weights,
     load_inputs,
-    make_start,
+    make_baseline,
     prune,
 )
 from secateur.pipeline.result import RunResult
 from secateur.runtime.atomic_io import UNFINISHED, make_folder, make_inner_folder, replace_file
 from secateur.runtime.error_messages import explain
-from secateur.runtime.file_lock import locked
+from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.progress import Track, silent
-from secateur.runtime.schema import Record, parsed
-from secateur.runtime.signals import held
+from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.schema import Record, parse_record
+from secateur.runtime.signals import defer_signals
 
 SCHEMA_VERSION = 1
-COMPARISON, CELLS, CHECKPOINTS = "comparison.toml", "cells", "checkpoints"
+COMPARISON, CELLS, CHECKPOINTS = "benchmark.toml", "cells", "checkpoints"
 PATIENCE = 3.0
 """Seconds that processes get to end by themselves when the sweep is interrupted."""
 KEPT_MEMORY = {
@@ -57,7 +57,7 @@ KEPT_MEMORY = {
 feature map cleared anew. Halves the time of EfficientNet-Lite0."""
 
 
-class CellRecord(Record):
+class JobRecord(Record):
     """Which cell it is, and whether it came to an end."""
 
     id: str
@@ -74,62 +74,62 @@ class CellRecord(Record):
     """The images that accuracies are about."""
 
 
-class CellResult(CellRecord):
+class JobResult(JobRecord):
     """What became of a cell."""
 
     schema_version: int = SCHEMA_VERSION
     result: RunResult | None = None
 
 
-def read_comparison(path: Path) -> Comparison:
+def read_spec(path: Path) -> BenchmarkSpec:
     """The comparison in a TOML file; raises `UsageError` that names a wrong key."""
-    return from_dict(read_tables(path), Comparison)
+    return from_dict(read_tables(path), BenchmarkSpec)
 
 
-def compare(
-    comparison: Comparison,
+def run_benchmark(
+    comparison: BenchmarkSpec,
     folder: Path,
     *,
-    jobs: int = 1,
+    workers: int = 1,
     retry: bool = False,
-    skip: Callable[[Cell], bool] = lambda cell: False,
-    track: Track = silent,
-) -> tuple[CellResult, ...]:
+    skip: Callable[[Job], bool] = lambda cell: False,
+    track: ProgressCallback = no_progress,
+) -> tuple[JobResult, ...]:
     """Works off what is missing in a folder, `jobs` processes at a time; all results, in order.
 
     `retry` tries failed cells again; those to `skip` are not looked at. Raises `RunFolderError`
     where the folder holds something else.
     """
-    cells = [cell for cell in cells_of(comparison) if not skip(cell)]
+    cells = [cell for cell in jobs_of(comparison) if not skip(cell)]
     for cell in cells:
         check_names(cell.config)
         check_weights(cell.config, allow_untrained=False)
-    with locked(folder) as lock:
+    with lock_folder(folder) as lock:
         _prepare(folder, comparison)
-        known = {cell.id: read_cell(folder, cell) for cell in cells}
+        known = {cell.id: read_job(folder, cell) for cell in cells}
         missing = [
             cell
             for cell in cells
             if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
         ]
         for done in track(
-            _worked_off(folder, comparison, missing, jobs, lock), "cells", len(missing)
+            _run_jobs(folder, comparison, missing, workers, lock), "cells", len(missing)
         ):
             known[done.id] = done
         _tidy(folder, [id for id, found in known.items() if found and found.outcome == "done"])
     return tuple(result for cell in cells if (result := known[cell.id]) is not None)
 
 
-def read_cell(folder: Path, cell: Cell) -> CellResult | None:
+def read_job(folder: Path, cell: Job) -> JobResult | None:
     """The result of a cell, or None where there is none yet."""
     path = _path(folder, cell)
     if not path.exists():
         return None
     content = read_bounded(path, TEXT, RunFolderError)
-    return parsed(CellResult, content, SCHEMA_VERSION, str(path))
+    return parse_record(JobResult, content, SCHEMA_VERSION, str(path))
 
 
-def _prepare(folder: Path, comparison: Comparison) -> None:
+def _prepare(folder: Path, comparison: BenchmarkSpec) -> None:
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if COMPARISON not in there and any(not name.endswith(UNFINISHED) for name in there):
         raise RunFolderError(f"{folder} holds something other than a comparison: choose another")
@@ -147,7 +147,7 @@ def _tidy(folder: Path, ended: Iterable[str]) -> None:
         (folder / CHECKPOINTS).rmdir()  # where others are at work it is not empty
 
 
-def _path(folder: Path, cell: Cell) -> Path:
+def _path(folder: Path, cell: Job) -> Path:
     return folder / CELLS / f"{cell.id}.json"
 
 
@@ -159,7 +159,7 @@ class _Process:
     """A process at work on cells of one unit."""
 
     popen: subprocess.Popen[str]
-    left: list[Cell]
+    left: list[Job]
     """Cells that it has not ended."""
     errors: IO[str]
     started: str | None = None
@@ -167,7 +167,7 @@ class _Process:
     has_begun_any: bool = False
     """Whether it came to a cell; if not, what was done for all criteria at once ended it."""
 
-    def again(self) -> list[list[Cell]]:
+    def again(self) -> list[list[Job]]:
         """Lists of the cells that are left: a criterion each, where any may have ended it."""
         if self.has_begun_any:
             return [self.left] if self.left else []
@@ -181,15 +181,15 @@ class _Process:
                 file.close()
 
 
-def _worked_off(
-    folder: Path, comparison: Comparison, missing: Sequence[Cell], jobs: int, lock: int | None
-) -> Iterator[CellResult]:
+def _run_jobs(
+    folder: Path, comparison: BenchmarkSpec, missing: Sequence[Job], jobs: int, lock: int | None
+) -> Iterator[JobResult]:
     """The results of the missing cells as they come.
 
     The processes inherit the lock: where this one is killed, none takes the folder before the last
     of them has noticed it.
     """
-    waiting = units_of(missing, jobs)
+    waiting = group_jobs(missing, jobs)
     told: queue.SimpleQueue[tuple[_Process, str | None]] = queue.SimpleQueue()
     running: list[_Process] = []
     try:
@@ -211,8 +211,8 @@ def _worked_off(
 
 def _start(
     folder: Path,
-    comparison: Comparison,
-    cells: list[Cell],
+    comparison: BenchmarkSpec,
+    cells: list[Job],
     told: queue.SimpleQueue[tuple[_Process, str | None]],
     lock: int | None,
 ) -> _Process:
@@ -250,7 +250,7 @@ def _start(
     return process
 
 
-def _note(folder: Path, process: _Process, line: str) -> CellResult | None:
+def _note(folder: Path, process: _Process, line: str) -> JobResult | None:
     """Takes in that a cell has begun, or the result of one that has ended."""
     event, _, number = line.strip().partition(" ")
     process.has_begun_any = True
@@ -260,11 +260,11 @@ def _note(folder: Path, process: _Process, line: str) -> CellResult | None:
         process.started = None
         cell = next(cell for cell in process.left if cell.id == number)
         process.left.remove(cell)
-        return read_cell(folder, cell)
+        return read_job(folder, cell)
     return None
 
 
-def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[CellResult]:
+def _bury(folder: Path, comparison: BenchmarkSpec, process: _Process) -> Iterator[JobResult]:
     """Notes what a process that has ended has left undone."""
     process.errors.seek(0)
     words = [line.strip() for line in process.errors if line.strip()]
@@ -278,13 +278,13 @@ def _bury(folder: Path, comparison: Comparison, process: _Process) -> Iterator[C
     lost = [cell for cell in process.left if is_to_blame or cell.id == process.started]
     for cell in lost:
         process.left.remove(cell)
-        yield write_cell(folder, cell, comparison, failed=reason)
+        yield write_job(folder, cell, comparison, failed=reason)
 
 
 def _end(running: Sequence[_Process]) -> None:
     """Asks processes to end, and makes those end that have not after a while."""
     until = time.monotonic() + PATIENCE
-    with held():
+    with defer_signals():
         for process in running:
             process.popen.terminate()
         for process in running:
@@ -299,18 +299,18 @@ def _end(running: Sequence[_Process]) -> None:
 # --- a cell ------------------------------------------------------------------------------------
 
 
-def write_cell(
+def write_job(
     folder: Path,
-    cell: Cell,
-    comparison: Comparison,
+    cell: Job,
+    comparison: BenchmarkSpec,
     *,
     result: RunResult | None = None,
     failed: str = "",
-) -> CellResult:
+) -> JobResult:
     """Leaves the result of a cell, or why there is none."""
     facts = dataclasses.asdict(cell)
     del facts["config"]
-    found = CellResult(
+    found = JobResult(
         **facts,
         outcome="done" if result is not None else "failed",
         reason=" ".join(failed.split()),
@@ -325,29 +325,29 @@ def write_cell(
 
 def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
     """Works off cells of one unit, as a process of a sweep; says which one begins and ends."""
-    comparison = read_comparison(folder / COMPARISON)
-    cells = [cell for cell in cells_of(comparison) if cell.id in ids]
+    comparison = read_spec(folder / COMPARISON)
+    cells = [cell for cell in jobs_of(comparison) if cell.id in ids]
     # Times of layers are measured where the target of the start is one of latency.
-    first = min(cells, key=lambda cell: parse_target(cell.target).quantity != "latency").config
+    first = min(cells, key=lambda cell: parse_budget(cell.target).quantity != "latency").config
     try:
         dataset, model = load_inputs(first)
     except SecateurError as error:
         for cell in cells:
-            write_cell(folder, cell, comparison, failed=str(error))
+            write_job(folder, cell, comparison, failed=str(error))
             print(f"ended {cell.id}", file=say, flush=True)
         return
     if comparison.score_on == "validation":
         dataset = dataclasses.replace(dataset, test=dataset.validation)
     names = tuple(dict.fromkeys(cell.criterion for cell in cells))
-    start: Start | None = None
+    start: Baseline | None = None
     with contextlib.suppress(Exception):  # then each cell by itself shows whose fault it is
-        start = make_start(model, dataset, first, names)
+        start = make_baseline(model, dataset, first, names)
     for cell in cells:
         print(f"begun {cell.id}", file=say, flush=True)
         result, failed = None, ""
         try:
             # Layers timed anew may make another plan, for which no checkpoint is of use.
-            is_timed = parse_target(cell.target).quantity == "latency"
+            is_timed = parse_budget(cell.target).quantity == "latency"
             checkpoints = None if is_timed else folder / CHECKPOINTS / cell.id
             pruned = prune(model, dataset, cell.config, start=start, checkpoints=checkpoints)
             result = pruned.result
@@ -355,5 +355,5 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
             failed = str(error)
         except Exception as error:  # whatever it is, the other cells go on
             failed = explain(error) or f"{type(error).__name__}: {error}"
-        write_cell(folder, cell, comparison, result=result, failed=failed)
+        write_job(folder, cell, comparison, result=result, failed=failed)
         print(f"ended {cell.id}", file=say, flush=True)

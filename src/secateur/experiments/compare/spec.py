@@ -16,16 +16,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from secateur.config import (
     DataSection,
+    DistillSection,
     ModelSection,
     PlanSection,
-    PolishSection,
     RefitSection,
     RunConfig,
     ScoreSection,
     Section,
     TrainingSection,
     from_dict,
-    parse_target,
+    parse_budget,
 )
 from secateur.errors import UsageError, WeightsError
 from secateur.models import user_code
@@ -39,8 +39,8 @@ def _as_seeds(value: object) -> object:
     return tuple(range(value)) if isinstance(value, int) and value > 0 else value
 
 
-def _as_target(text: object) -> str:
-    return str(parse_target(str(text)))
+def _as_budget(text: object) -> str:
+    return str(parse_budget(str(text)))
 
 
 def _flattened(value: object) -> object:
@@ -59,7 +59,7 @@ def _flattened(value: object) -> object:
     return flat
 
 
-TargetText = Annotated[str, BeforeValidator(_as_target)]
+TargetText = Annotated[str, BeforeValidator(_as_budget)]
 ChangesTable = Annotated[Changes, BeforeValidator(_flattened)]
 
 
@@ -79,7 +79,7 @@ class NetworkSection(ModelSection):
         return self.label or self.name
 
 
-class Comparison(Section):
+class BenchmarkSpec(Section):
     """Every criterion on every network, to every target, in every variant, for every seed."""
 
     networks: tuple[NetworkSection, ...] = Field(min_length=1)
@@ -91,8 +91,8 @@ class Comparison(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_seeds)] = Field(
         default=(0,), min_length=1
     )
-    """What random choices depend on: the images that are held out, the probe images, the order of
-    training. A number N stands for 0 to N - 1."""
+    """What random choices depend on: the images that are held out, the calibration images, the
+    order of training. A number N stands for 0 to N - 1."""
     variants: dict[str, ChangesTable] = Field(default={})
     """Keys of the other sections that differ, by the name of each variant; without any there is
     one, which is called nothing."""
@@ -107,11 +107,11 @@ class Comparison(Section):
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
     refit: RefitSection = RefitSection()
-    polish: PolishSection = PolishSection()
+    distill: DistillSection = DistillSection()
     finetune: TrainingSection = TrainingSection()
 
     @model_validator(mode="after")
-    def _check(self) -> Comparison:
+    def _check(self) -> BenchmarkSpec:
         for section, key, axis in (
             (self.plan, "target", "targets"),
             (self.score, "criterion", "criteria"),
@@ -128,12 +128,12 @@ class Comparison(Section):
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} has the same value twice; networks can have labels")
-        known = [way_of(*pair) for pair in itertools.product(self.criteria, self.all_variants)]
+        known = [method_name(*pair) for pair in itertools.product(self.criteria, self.all_variants)]
         if self.baseline is not None and self.baseline not in known:
             raise ValueError(f"baseline must be one of {', '.join(known)}")
         return self
 
-    def with_weights_in(self, folder: Path | None) -> Comparison:
+    def with_weights_in(self, folder: Path | None) -> BenchmarkSpec:
         """The same, with weights whose paths are relative in a folder."""
         if folder is None:
             return self
@@ -153,16 +153,16 @@ class Comparison(Section):
     @property
     def compared_with(self) -> str:
         """See `baseline`."""
-        return self.baseline or way_of(self.criteria[0], self.all_variants[0])
+        return self.baseline or method_name(self.criteria[0], self.all_variants[0])
 
 
-def way_of(criterion: str, variant: str) -> str:
+def method_name(criterion: str, variant: str) -> str:
     """What a row of a table is called."""
     return f"{criterion}, {variant}" if variant else criterion
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One run of a comparison."""
 
     network: str
@@ -175,18 +175,18 @@ class Cell:
     """Differs where anything differs that the result may depend on."""
 
     @property
-    def unit(self) -> tuple[str, str, int]:
-        """Cells that agree in this share the pass over the probe images."""
+    def scoring_pass(self) -> tuple[str, str, int]:
+        """Cells that agree in this share the pass over the calibration images."""
         return self.network, self.variant, self.seed
 
 
-def cells_of(comparison: Comparison) -> tuple[Cell, ...]:
+def jobs_of(comparison: BenchmarkSpec) -> tuple[Job, ...]:
     """All cells, those of a unit one after another; raises `UsageError` that names a wrong key.
 
     Reads the weight files, of which each cell's `id` depends.
     """
     common = comparison.model_dump(
-        mode="json", include={"data", "score", "plan", "refit", "polish", "finetune"}
+        mode="json", include={"data", "score", "plan", "refit", "distill", "finetune"}
     )
     digests: dict[str | None, str] = {None: ""}
     found = []
@@ -211,7 +211,7 @@ def cells_of(comparison: Comparison) -> tuple[Cell, ...]:
             labels = [network.title, variant]
             identity = [labels, values, comparison.score_on, comparison.threads]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            found.append(Cell(network.title, variant, criterion, target, seed, config, digest[:16]))
+            found.append(Job(network.title, variant, criterion, target, seed, config, digest[:16]))
     return tuple(found)
 
 
@@ -226,7 +226,7 @@ def _digest(path: Path) -> str:
 def _code_of(name: str) -> str:
     """The digest of the file of code that a name names; empty without one."""
     file = Path(name.rpartition(":")[0])
-    return _digest(file) if user_code.is_own_code(name) and file.is_file() else ""
+    return _digest(file) if user_code.is_user_code(name) and file.is_file() else ""
 
 
 def _change(content: dict[str, Any], changes: Changes) -> None:
@@ -239,7 +239,7 @@ def _change(content: dict[str, Any], changes: Changes) -> None:
         content[section][key] = value
 
 
-def units_of(cells: Sequence[Cell], processes: int = 1) -> list[list[Cell]]:
+def group_jobs(cells: Sequence[Job], processes: int = 1) -> list[list[Job]]:
     """What processes are to work off, one list each at a time.
 
     The cells of a unit stay together, unless that leaves processes idle, as the last units do that
@@ -247,7 +247,9 @@ def units_of(cells: Sequence[Cell], processes: int = 1) -> list[list[Cell]]:
     interruption can be compared.
     """
     in_order = sorted(cells, key=lambda cell: cell.seed)
-    units = [list(group) for _, group in itertools.groupby(in_order, key=lambda cell: cell.unit)]
+    units = [
+        list(group) for _, group in itertools.groupby(in_order, key=lambda cell: cell.scoring_pass)
+    ]
     whole = len(units) - len(units) % processes
     last = units[whole:]
     if not last:
@@ -257,7 +259,7 @@ def units_of(cells: Sequence[Cell], processes: int = 1) -> list[list[Cell]]:
     return [*units[:whole], *pieces]
 
 
-def _divided(cells: list[Cell], parts: int) -> list[list[Cell]]:
+def _divided(cells: list[Job], parts: int) -> list[list[Job]]:
     """In parts that follow each other and differ by one cell at most."""
     bounds = [part * len(cells) // parts for part in range(parts + 1)]
     return [cells[start:stop] for start, stop in itertools.pairwise(bounds)]

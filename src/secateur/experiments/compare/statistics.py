@@ -40,11 +40,11 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
-class Standings:
+class BenchmarkStatistics:
     """Rows by what they are compared by."""
 
     settings: tuple[Setting, ...]
-    ways: tuple[str, ...]
+    methods: tuple[str, ...]
     """Criteria, with their variants."""
     baseline: str
     rows: Mapping[tuple[str, Setting], Mapping[int, Row]]
@@ -90,15 +90,15 @@ class Standings:
         return {seed: statistics.mean(values[seed] for values in by_setting) for seed in whole}
 
 
-def standings(rows: Sequence[Row], baseline: str) -> Standings:
+def compute_statistics(rows: Sequence[Row], baseline: str) -> BenchmarkStatistics:
     """Sorts rows, in the order that they come in."""
     done: dict[tuple[str, Setting], dict[int, Row]] = {}
     for row in rows:
         if row.outcome == "done":
-            done.setdefault((row.way, (row.network, row.target)), {})[row.seed] = row
-    return Standings(
+            done.setdefault((row.method, (row.network, row.target)), {})[row.seed] = row
+    return BenchmarkStatistics(
         settings=tuple(dict.fromkeys((row.network, row.target) for row in rows)),
-        ways=tuple(dict.fromkeys(row.way for row in rows)),
+        methods=tuple(dict.fromkeys(row.method for row in rows)),
         baseline=baseline,
         rows=done,
         failures=tuple(row for row in rows if row.outcome == "failed"),

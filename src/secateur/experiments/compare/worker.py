@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from secateur.experiments.compare.runner import work
-from secateur.runtime.signals import INTERRUPTED, insisting
+from secateur.runtime.signals import INTERRUPTED, repeat_signals
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     say, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of ours
     try:
-        with insisting():
+        with repeat_signals():
             work(Path(order["folder"]), order["cells"], say)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.experiments.compare.statistics import Standings
+from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report.gallery import Gallery, LayerGallery, to_json
 from secateur.pipeline.result import GroupResult, RunResult
-from secateur.pruning.refit.batchnorm import NormChange
+from secateur.pruning.refit.batchnorm import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
 MOST_CONCEPTS = 30
@@ -62,7 +62,7 @@ def write_report(
     result: RunResult,
     path: Path,
     gallery: Gallery | None = None,
-    beside: Standings | None = None,
+    beside: BenchmarkStatistics | None = None,
 ) -> None:
     """Writes the report of a run, with what its filters see and a comparison where there are any.
 
@@ -80,7 +80,9 @@ def write_report(
         layers=layers,
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
-        norms=None if result.norms is None else _norms_text(result.norms),
+        norms=None
+        if result.batchnorm_recalibration is None
+        else _norms_text(result.batchnorm_recalibration),
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
         data=to_json(result, gallery),
@@ -165,7 +167,7 @@ def _cards(result: RunResult) -> list[Card]:
     ]
 
 
-def _norms_text(change: NormChange) -> str:
+def _norms_text(change: BatchNormRecalibration) -> str:
     if not change.share:
         return "left as they were"
     which = "means" if change.statistics == "means" else "means and variances"

@@ -12,9 +12,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from secateur.experiments.compare.results import STAGES
-from secateur.experiments.compare.runner import CellResult
-from secateur.experiments.compare.spec import way_of
-from secateur.experiments.compare.statistics import Setting, Standings
+from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.spec import method_name
+from secateur.experiments.compare.statistics import BenchmarkStatistics, Setting
 from secateur.experiments.report.drawing import (
     STYLE,
     Chart,
@@ -34,7 +34,7 @@ SIZES = {"macs_left": "MACs", "parameters_left": "parameters", "latency_left": "
 
 
 @rc_context(STYLE)
-def charts(found: Standings, cells: Sequence[CellResult] = ()) -> tuple[Chart, ...]:
+def charts(found: BenchmarkStatistics, cells: Sequence[JobResult] = ()) -> tuple[Chart, ...]:
     """All that there is something to draw of; a chart is about one network.
 
     Those about layers are of the whole results in `cells`.
@@ -42,18 +42,20 @@ def charts(found: Standings, cells: Sequence[CellResult] = ()) -> tuple[Chart, .
     results: Results = {}
     for cell in cells:
         if cell.result is not None:
-            key = (way_of(cell.criterion, cell.variant), (cell.network, cell.target))
+            key = (method_name(cell.criterion, cell.variant), (cell.network, cell.target))
             results.setdefault(key, {})[cell.seed] = cell.result
     drawn = []
     for network in dict.fromkeys(network for network, _ in found.settings):
         settings = [setting for setting in found.settings if setting[0] == network]
-        if not any((way, setting) in found.rows for way in found.ways for setting in settings):
+        if not any((way, setting) in found.rows for way in found.methods for setting in settings):
             continue
         for size, words in SIZES.items():
             drawn.append(_tradeoff(found, network, settings, size, words))
         drawn.append(_steps(found, network, settings))
         with_layers = [
-            setting for setting in settings if any((way, setting) in results for way in found.ways)
+            setting
+            for setting in settings
+            if any((way, setting) in results for way in found.methods)
         ]
         if with_layers:
             drawn.append(_spared(found, results, network, with_layers))
@@ -62,14 +64,14 @@ def charts(found: Standings, cells: Sequence[CellResult] = ()) -> tuple[Chart, .
 
 
 def _tradeoff(
-    found: Standings, network: str, settings: Sequence[Setting], size: str, words: str
+    found: BenchmarkStatistics, network: str, settings: Sequence[Setting], size: str, words: str
 ) -> Chart:
     """Accuracy against what is left, a line a way, with a band of one standard deviation."""
     figure, (axes,) = make_figure(1)
-    draw_ways(axes, found, settings, size)
+    draw_methods(axes, found, settings, size)
     before = [
         value
-        for way in found.ways
+        for way in found.methods
         for setting in settings
         for value in found.values(way, setting, "before").values()
     ]
@@ -82,9 +84,11 @@ def _tradeoff(
     return Chart(file_name(network, "against", words), title, figure)
 
 
-def draw_ways(axes: Axes, found: Standings, settings: Sequence[Setting], size: str) -> None:
+def draw_methods(
+    axes: Axes, found: BenchmarkStatistics, settings: Sequence[Setting], size: str
+) -> None:
     """A line a way through its settings: top-1 in % against the field `size` of their rows."""
-    for number, way in enumerate(found.ways):
+    for number, way in enumerate(found.methods):
         points = []
         for setting in settings:
             rows = found.rows.get((way, setting), {}).values()
@@ -100,16 +104,16 @@ def draw_ways(axes: Axes, found: Standings, settings: Sequence[Setting], size: s
         axes.fill_between(left_, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
 
 
-def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart:
+def _steps(found: BenchmarkStatistics, network: str, settings: Sequence[Setting]) -> Chart:
     """Accuracy after every step, a panel a target."""
     steps = [
         step
         for step in STAGES
-        if any(found.values(way, setting, step) for way in found.ways for setting in settings)
+        if any(found.values(way, setting, step) for way in found.methods for setting in settings)
     ]
     figure, panels = make_figure(len(settings))
     for axes, setting in zip(panels, settings, strict=True):
-        for number, way in enumerate(found.ways):
+        for number, way in enumerate(found.methods):
             pairs = [
                 (place, *_mean_and_deviation(list(values.values())))
                 for place, step in enumerate(steps)
@@ -138,7 +142,9 @@ def _steps(found: Standings, network: str, settings: Sequence[Setting]) -> Chart
     return Chart(file_name(network, "steps"), title, figure)
 
 
-def _spared(found: Standings, results: Results, network: str, settings: Sequence[Setting]) -> Chart:
+def _spared(
+    found: BenchmarkStatistics, results: Results, network: str, settings: Sequence[Setting]
+) -> Chart:
     """The share of each layer's filters that stays, a panel a target."""
 
     def kept(result: RunResult) -> dict[str, float]:
@@ -146,7 +152,7 @@ def _spared(found: Standings, results: Results, network: str, settings: Sequence
 
     figure, panels = make_figure(len(settings), rows=_layers(results, settings))
     for axes, setting in zip(panels, settings, strict=True):
-        draw_heat(axes, *_by_layer(found.ways, results, setting, kept), low=0.0)
+        draw_heat(axes, *_by_layer(found.methods, results, setting, kept), low=0.0)
         axes.set_title(setting[1])
     title = f"{network}: share of filters kept by layer"
     figure.suptitle(title)
@@ -154,11 +160,11 @@ def _spared(found: Standings, results: Results, network: str, settings: Sequence
 
 
 def _agreement(
-    found: Standings, results: Results, network: str, settings: Sequence[Setting]
+    found: BenchmarkStatistics, results: Results, network: str, settings: Sequence[Setting]
 ) -> list[Chart]:
     """Spearman's rank correlation of each criterion's scores with the baseline's, by layer."""
     setting = next((each for each in settings if (found.baseline, each) in results), None)
-    if setting is None or len(found.ways) < 2:
+    if setting is None or len(found.methods) < 2:
         return []
     base = results[found.baseline, setting]
 
@@ -174,7 +180,7 @@ def _agreement(
         }
 
     figure, (axes,) = make_figure(1, rows=_layers(results, [setting]))
-    draw_heat(axes, *_by_layer(found.ways, results, setting, agreement), low=-1.0)
+    draw_heat(axes, *_by_layer(found.methods, results, setting, agreement), low=-1.0)
     title = f"{network}: rank correlation of filter scores with {found.baseline}'s by layer"
     figure.suptitle(title, fontsize="medium")
     return [Chart(file_name(network, "agreement"), title, figure)]

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from secateur.experiments.compare.results import STAGES, Row, row_of, to_lines
-from secateur.experiments.compare.runner import CellResult
-from secateur.experiments.compare.spec import Comparison
+from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.compare.statistics import (
     CONFIDENCE,
+    BenchmarkStatistics,
     Difference,
     Setting,
-    Standings,
-    standings,
+    compute_statistics,
 )
 from secateur.experiments.report import read_script, render
 from secateur.pipeline.result import Stage
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 
-ROWS, CSV, MARKDOWN, PAGE = "cells.jsonl", "cells.csv", "comparison.md", "comparison.html"
+ROWS, CSV, MARKDOWN, PAGE = "jobs.jsonl", "jobs.csv", "benchmark.md", "benchmark.html"
 CHARTS = "charts"
 SIZES = ("macs", "parameters", "latency")
 
@@ -48,7 +48,7 @@ class TextTable:
 
 
 def write_comparison(
-    folder: Path, comparison: Comparison, cells: Sequence[CellResult], command: str | None = None
+    folder: Path, comparison: BenchmarkSpec, cells: Sequence[JobResult], command: str | None = None
 ) -> None:
     """Writes the rows, the tables and the charts into the folder of a comparison."""
     rows = [row_of(cell) for cell in cells]
@@ -58,7 +58,7 @@ def write_comparison(
     writer.writeheader()
     writer.writerows(row.model_dump() for row in rows)
     replace_file(folder / CSV, text.getvalue())
-    found = standings(rows, comparison.compared_with)
+    found = compute_statistics(rows, comparison.compared_with)
     shown = tables(found)
     parts = [f"## {table.title}\n\n{table.markdown()}\n" for table in shown]
     replace_file(folder / MARKDOWN, "\n".join(parts))
@@ -70,7 +70,7 @@ def write_comparison(
     for chart in drawn:
         chart.write_png(folder / CHARTS)
     page = render(
-        "comparison.html.j2",
+        "benchmark.html.j2",
         tables=shown,
         charts=drawn,
         config=comparison.model_dump(mode="json", exclude_unset=True),
@@ -81,7 +81,7 @@ def write_comparison(
     replace_file(folder / PAGE, page)
 
 
-def tables(found: Standings) -> tuple[TextTable, ...]:
+def tables(found: BenchmarkStatistics) -> tuple[TextTable, ...]:
     """Accuracy at the end, differences to the baseline, accuracy by stage, sizes, and failures."""
     some = [accuracy_table(found), difference_table(found)]
     stages = [
@@ -97,10 +97,10 @@ def tables(found: Standings) -> tuple[TextTable, ...]:
     return tuple(some)
 
 
-def accuracy_table(found: Standings) -> TextTable:
+def accuracy_table(found: BenchmarkStatistics) -> TextTable:
     """Mean ± standard deviation over seeds, the best mean first."""
     lines = []
-    for way in found.ways:
+    for way in found.methods:
         values = [list(found.values(way, setting).values()) for setting in found.settings]
         means = [statistics.mean(each) for each in values if each]
         # A mean over fewer settings is another mean; such rows come last.
@@ -110,7 +110,7 @@ def accuracy_table(found: Standings) -> TextTable:
     lines.sort(key=lambda line: -math.inf if line[0] is None else line[0], reverse=True)
     bases: dict[str, float] = {}
     for network, target in found.settings:
-        for way in (*found.ways, found.baseline):  # the baseline's where there are any
+        for way in (*found.methods, found.baseline):  # the baseline's where there are any
             if by_seed := found.values(way, (network, target), "before"):
                 bases[network] = statistics.mean(by_seed.values())
     before = ", ".join(f"{network} {base:.2f}" for network, base in bases.items())
@@ -131,10 +131,10 @@ def accuracy_table(found: Standings) -> TextTable:
     )
 
 
-def difference_table(found: Standings) -> TextTable:
+def difference_table(found: BenchmarkStatistics) -> TextTable:
     """Each way less the baseline, with the interval and what it supports."""
     lines = []
-    for way in found.ways:
+    for way in found.methods:
         if way == found.baseline:
             continue
         single = [_difference(found.difference(way, setting)) for setting in found.settings]
@@ -144,7 +144,7 @@ def difference_table(found: Standings) -> TextTable:
     note = (
         f"Points of top-1, by seed paired with the baseline's, with {CONFIDENCE:.0%} intervals "
         "(Student's t over the seeds; not corrected for how many there are). An interval tells of "
-        "other probe images and other training, not of other test images."
+        "other calibration images and other training, not of other test images."
     )
     return TextTable(
         f"Difference to {found.baseline}",
@@ -154,10 +154,10 @@ def difference_table(found: Standings) -> TextTable:
     )
 
 
-def stage_table(found: Standings, stages: Sequence[Stage]) -> TextTable:
+def stage_table(found: BenchmarkStatistics, stages: Sequence[Stage]) -> TextTable:
     """Mean accuracy after each step."""
     lines = []
-    for way in found.ways:
+    for way in found.methods:
         texts = []
         for setting in found.settings:
             means = [list(found.values(way, setting, stage).values()) for stage in stages]
@@ -167,10 +167,10 @@ def stage_table(found: Standings, stages: Sequence[Stage]) -> TextTable:
     return TextTable(f"Step by step: {' → '.join(stages)}", heads, tuple(lines))
 
 
-def size_table(found: Standings) -> TextTable:
+def size_table(found: BenchmarkStatistics) -> TextTable:
     """What is left of MACs, parameters and latency."""
     lines = []
-    for way in found.ways:
+    for way in found.methods:
         texts = []
         for setting in found.settings:
             rows = found.rows.get((way, setting), {}).values()
@@ -195,12 +195,12 @@ def failure_table(failures: Iterable[Row]) -> TextTable:
     for reason, rows in by_reason.items():
         first = rows[0]
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-        name = f"{first.network}, {first.way}, {first.target}, seed {first.seed}{more}"
+        name = f"{first.network}, {first.method}, {first.target}, seed {first.seed}{more}"
         lines.append((name, reason))
     return TextTable("Failed", ("cells", "reason"), tuple(lines))
 
 
-def _environments(cells: Sequence[CellResult]) -> list[Mapping[str, Any]]:
+def _environments(cells: Sequence[JobResult]) -> list[Mapping[str, Any]]:
     """The places where cells were worked on, each once."""
     found = {
         json.dumps(cell.result.environment.model_dump(), sort_keys=True)

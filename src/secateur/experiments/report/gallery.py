@@ -19,10 +19,10 @@ from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
-from secateur.pipeline.dissect import VOTES, see
-from secateur.pipeline.prune import make_unreadable, prepare_ground, preprocessing
+from secateur.pipeline.dissect import VOTES, dissect_network
+from secateur.pipeline.prune import make_scoring_context, make_unreadable, preprocessing
 from secateur.pipeline.result import RunResult
-from secateur.runtime.progress import Track, silent
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
 
 SIDE = 112
@@ -58,7 +58,7 @@ class LayerGallery:
 class Gallery:
     """What the filters of a network see, before the cut and after it."""
 
-    probe_images: int
+    calibration_images: int
     """How many images they were looked at with."""
     quantile: float
     """Share of positions at which each filter is active."""
@@ -74,7 +74,7 @@ def make_gallery(
     smaller: nn.Module,
     dataset: DataSet,
     result: RunResult,
-    track: Track = silent,
+    track: ProgressCallback = no_progress,
     *,
     wiring: DependencyGraph | None = None,
 ) -> Gallery | None:
@@ -88,26 +88,28 @@ def make_gallery(
     config = result.config
     if not config.report.images:
         return None
-    few = min(config.report.images, config.data.probe_images)
+    few = min(config.report.images, config.data.calibration_images)
     config = config.model_copy(
-        update={"data": config.data.model_copy(update={"probe_images": few})}
+        update={"data": config.data.model_copy(update={"calibration_images": few})}
     )
     unreadable = make_unreadable(config)
-    ground = prepare_ground(model, dataset, config, unreadable, wiring)
+    ground = make_scoring_context(model, dataset, config, unreadable, wiring)
     count = config.report.top_images
-    sights = see(model, ground, config, (VOTES,), images=count, track=track)
-    later = prepare_ground(smaller, dataset, config, unreadable)
-    after = see(smaller, later, config, images=1, title="looking at what is left", track=track)
-    tops = {name: sights.top(group) for name, group in ground.wiring.groups.items()}
-    numbers = [top.numbers for top in tops.values()]
+    sights = dissect_network(model, ground, config, (VOTES,), images=count, track=track)
+    later = make_scoring_context(smaller, dataset, config, unreadable)
+    after = dissect_network(
+        smaller, later, config, images=1, title="looking at what is left", track=track
+    )
+    tops = {name: sights.top(group) for name, group in ground.dependencies.groups.items()}
+    numbers = [top.indices for top in tops.values()]
     wanted = torch.cat([torch.zeros(0).long(), *(each.flatten() for each in numbers)]).unique()
     place = {number: place for place, number in enumerate(wanted.tolist())}
     removed = {group.name: group.removed for group in result.groups}
     layers = []
-    for name, group in ground.wiring.groups.items():
+    for name, group in ground.dependencies.groups.items():
         iou = sights.dissection.iou_by_channel(group)
         best: list[FilterConcept | None] = [None] * len(group)
-        group_after = later.wiring.groups.get(name)
+        group_after = later.dependencies.groups.get(name)
         if group_after is not None:
             kept = [number for number in range(len(group)) if number not in set(removed[name])]
             for number, seen in zip(kept, after.concepts(group_after), strict=True):
@@ -120,16 +122,16 @@ def make_gallery(
                 concepts=_most_overlapped(iou, [each.name for each in ground.source.concepts]),
                 after=tuple(best),
                 votes=tuple(sights.scores[VOTES].scores[name].tolist()),
-                images=tuple(tuple(place[n] for n in row) for row in top.numbers.tolist()),
+                images=tuple(tuple(place[n] for n in row) for row in top.indices.tolist()),
                 grid=grid,
                 regions=regions,
             )
         )
     return Gallery(
-        probe_images=len(ground.probe.labels),
+        calibration_images=len(ground.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(ground.probe, wanted, config),
-        image_classes=_class_names(ground.probe, wanted, dataset),
+        images=_thumbnails(ground.calibration, wanted, config),
+        image_classes=_class_names(ground.calibration, wanted, dataset),
         layers=tuple(layers),
     )
 

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from secateur.experiments.compare.statistics import Standings
+from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report import concept_map, strip
-from secateur.experiments.report.charts import draw_ways
+from secateur.experiments.report.charts import draw_methods
 from secateur.experiments.report.drawing import (
     COLOURS,
     STYLE,
@@ -30,7 +30,7 @@ MOST_LAYERS = 80
 
 
 def run_charts(
-    result: RunResult, gallery: Gallery | None = None, beside: Standings | None = None
+    result: RunResult, gallery: Gallery | None = None, beside: BenchmarkStatistics | None = None
 ) -> tuple[Chart, ...]:
     """All that there is something to draw of."""
     drawn = [tradeoff(result, beside), kept_filters(result), votes(result, gallery)]
@@ -40,14 +40,14 @@ def run_charts(
 
 
 @rc_context(STYLE)
-def tradeoff(result: RunResult, beside: Standings | None = None) -> Chart:
+def tradeoff(result: RunResult, beside: BenchmarkStatistics | None = None) -> Chart:
     """Top-1 against MACs: the steps of the run, sizes that were tried, ways of a comparison."""
     name = result.config.model.name
     figure, (axes,) = make_figure(1)
     before = result.stages[0].score
     if beside is not None:
         settings = [setting for setting in beside.settings if setting[0] == name]
-        draw_ways(axes, beside, settings, "macs_left")
+        draw_methods(axes, beside, settings, "macs_left")
     _trials(axes, result)
     left = [stage.score.macs / before.macs for stage in result.stages]
     accuracy = [100 * stage.score.top1_fraction for stage in result.stages]
@@ -77,8 +77,10 @@ def _name_steps(
 
 def _trials(axes: Axes, result: RunResult) -> None:
     """Sizes that were tried for `max_drop`, where those are fractions of MACs."""
-    if result.trials and result.config.plan.target.startswith("macs"):
-        points = sorted((t.fraction_left, 100 * t.validation_top1_fraction) for t in result.trials)
+    if result.size_trials and result.config.plan.target.startswith("macs"):
+        points = sorted(
+            (t.fraction_left, 100 * t.validation_top1_fraction) for t in result.size_trials
+        )
         label = "sizes tried (validation images)"
         axes.plot(*zip(*points, strict=True), color="#888888", marker=".", label=label)
 

@@ -11,7 +11,7 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import (
     Axes,
-    ChannelSpread,
+    ChannelPropagation,
     Ids,
     argument,
     first_input,
@@ -20,17 +20,17 @@ from secateur.graph.channel_ids import (
 )
 
 
-def keep(spread: ChannelSpread, node: Node) -> Axes:
+def keep(spread: ChannelPropagation, node: Node) -> Axes:
     """One value in, one value out."""
     return spread.axes[first_input(node)]
 
 
-def combine(spread: ChannelSpread, node: Node) -> Axes:
+def combine(spread: ChannelPropagation, node: Node) -> Axes:
     """Ties the operands along every dimension that is not broadcast."""
     return _combined(spread, node, lambda one, other: spread.tie(one, other, ""))
 
 
-def _combined(spread: ChannelSpread, node: Node, tie: Callable[[Ids, Ids], None]) -> Axes:
+def _combined(spread: ChannelPropagation, node: Node, tie: Callable[[Ids, Ids], None]) -> Axes:
     shape = shape_of(node)
     sources = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
     result: list[Ids | None] = [None] * len(shape)
@@ -56,7 +56,7 @@ def _combined(spread: ChannelSpread, node: Node, tie: Callable[[Ids, Ids], None]
     return tuple(result)
 
 
-def add(spread: ChannelSpread, node: Node) -> Axes:
+def add(spread: ChannelPropagation, node: Node) -> Axes:
     """As `combine`; a sum with what one summand was computed from makes a residual stream."""
     sources = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
     if len(sources) == 2:
@@ -66,7 +66,7 @@ def add(spread: ChannelSpread, node: Node) -> Axes:
     return combine(spread, node)
 
 
-def _is_shortcut(spread: ChannelSpread, value: Node, other: Node) -> bool:
+def _is_shortcut(spread: ChannelPropagation, value: Node, other: Node) -> bool:
     """Whether a value, before operations that keep its channels, is what the other came from."""
     ids = _all_ids(spread.axes[value])
     if not len(ids) or not spread.depends_on(value, spread.graph.image):
@@ -90,17 +90,17 @@ def _all_ids(axes: Axes) -> Ids:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(i for i in axes if i is not None)])
 
 
-def pool(spread: ChannelSpread, node: Node) -> Axes | list[Axes]:
+def pool(spread: ChannelPropagation, node: Node) -> Axes | list[Axes]:
     """Windows of positions: channels must lie along dimension 1."""
     return _over_positions(spread, node, "pooled over as if they were positions")
 
 
-def upsample(spread: ChannelSpread, node: Node) -> Axes | list[Axes]:
+def upsample(spread: ChannelPropagation, node: Node) -> Axes | list[Axes]:
     """More, or fewer, positions."""
     return _over_positions(spread, node, "resized as if they were positions")
 
 
-def _over_positions(spread: ChannelSpread, node: Node, reason: str) -> Axes | list[Axes]:
+def _over_positions(spread: ChannelPropagation, node: Node, reason: str) -> Axes | list[Axes]:
     axes = spread.axes[first_input(node)]
     value = node.meta["val"]
     several = not isinstance(value, Tensor)
@@ -110,14 +110,14 @@ def _over_positions(spread: ChannelSpread, node: Node, reason: str) -> Axes | li
     return [result] * len(value) if several else result
 
 
-def item(spread: ChannelSpread, node: Node) -> Axes:
+def item(spread: ChannelPropagation, node: Node) -> Axes:
     """One of several values of an operation."""
     source, index = first_input(node), node.args[1]
     assert isinstance(index, int)
     return spread.several[source][index]
 
 
-def reduce(spread: ChannelSpread, node: Node) -> Axes | list[Axes]:
+def reduce(spread: ChannelPropagation, node: Node) -> Axes | list[Axes]:
     """Means, sums, norms: a dimension goes, and with it the channels along it."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return combine(spread, node)  # the larger of two values
@@ -139,7 +139,7 @@ def reduce(spread: ChannelSpread, node: Node) -> Axes | list[Axes]:
     return result if isinstance(value, Tensor) else [result] * len(value)
 
 
-def normalise(spread: ChannelSpread, node: Node) -> Axes:
+def normalise(spread: ChannelPropagation, node: Node) -> Axes:
     """Softmax: every value by all along one dimension, which keeps its channels."""
     axes = spread.axes[first_input(node)]
     if axes[argument(node, "dim")] is not None:
@@ -147,7 +147,7 @@ def normalise(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def product(spread: ChannelSpread, node: Node) -> Any:
+def product(spread: ChannelPropagation, node: Node) -> Any:
     """Products of computed values, as in attention, are not followed, but counted."""
     spread.count_product(node)
     return spread.refuse(node, "multiplied by other feature maps, as in attention")

@@ -9,10 +9,10 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import (
     Axes,
-    ChannelSpread,
+    ChannelPropagation,
+    Consumer,
     Ids,
     Layer,
-    Reader,
     argument,
     first_input,
     position_of,
@@ -27,7 +27,7 @@ COMPUTED = "a kernel that is computed from feature maps"
 
 
 def _add_layer(
-    spread: ChannelSpread,
+    spread: ChannelPropagation,
     node: Node,
     weight: Node,
     places: int,
@@ -44,7 +44,7 @@ def _add_layer(
         name=parameter.rpartition(".")[0] or parameter or node.name,
         weight=parameter,
         is_computed=weight is not source,
-        written=written,
+        produced=written,
         filter_dim=filter_dim,
         positions=places // math.prod(map(len, over)),
         over=over,
@@ -56,17 +56,17 @@ def _add_layer(
     return layer
 
 
-def _add_reader(spread: ChannelSpread, layer: Layer, dim: int) -> None:
+def _add_consumer(spread: ChannelPropagation, layer: Layer, dim: int) -> None:
     ids = spread.axes[first_input(layer.node)][dim]
     if ids is not None:
-        spread.readers.append(Reader(layer.name, layer.node, dim, ids))
+        spread.readers.append(Consumer(layer.name, layer.node, dim, ids))
 
 
-def _is_computed(spread: ChannelSpread, weight: Node) -> bool:
+def _is_computed(spread: ChannelPropagation, weight: Node) -> bool:
     return spread.depends_on(weight, spread.graph.image)
 
 
-def convolution(spread: ChannelSpread, node: Node) -> Axes:
+def convolution(spread: ChannelPropagation, node: Node) -> Axes:
     """Sums over input channels, or over those of each group; writes its filters."""
     images, weight = first_input(node), first_input(node, 1)
     if _is_computed(spread, weight):
@@ -91,14 +91,14 @@ def convolution(spread: ChannelSpread, node: Node) -> Axes:
     before = spread.axes[images][:channel_dim]
     layer = _add_layer(spread, node, weight, places, before, written, filter_dim)
     if not by_group:
-        _add_reader(spread, layer, channel_dim)
+        _add_consumer(spread, layer, channel_dim)
     if isinstance(bias, Node):
         spread.tie(written, spread.axes[bias][0], "added to a bias of fixed size")
     return (*before, written, *(None for _ in shape[channel_dim + 1 :]))
 
 
 def _by_group(
-    spread: ChannelSpread,
+    spread: ChannelPropagation,
     node: Node,
     kernel: Axes,
     read: Ids | None,
@@ -127,7 +127,7 @@ def _by_group(
 
 
 def _within_groups(
-    spread: ChannelSpread, kernel: Axes, read: Ids | None, groups: int, *, is_transposed: bool
+    spread: ChannelPropagation, kernel: Axes, read: Ids | None, groups: int, *, is_transposed: bool
 ) -> Ids | None:
     """Channels written where every group, of one or more, keeps the same of its channels."""
     if is_transposed:
@@ -140,12 +140,12 @@ def _within_groups(
     return kernel[0]
 
 
-def _same_in_groups(spread: ChannelSpread, ids: Ids | None, groups: int) -> Ids | None:
+def _same_in_groups(spread: ChannelPropagation, ids: Ids | None, groups: int) -> Ids | None:
     """States that all groups hold the same channels by their number in the group; of one group."""
     return None if ids is None else spread.tie_rows(ids.reshape(groups, -1).T)
 
 
-def linear(spread: ChannelSpread, node: Node) -> Axes:
+def linear(spread: ChannelPropagation, node: Node) -> Axes:
     """Sums over the last dimension; writes its filters there."""
     inputs, weight = first_input(node), first_input(node, 1)
     bias = argument(node, "bias")
@@ -157,20 +157,20 @@ def linear(spread: ChannelSpread, node: Node) -> Axes:
     places = positions(spread, shape_of(node)[:-1])
     layer = _add_layer(spread, node, weight, places, before, filters)
     spread.tie(spread.axes[inputs][-1], read, FIXED_KERNEL)
-    _add_reader(spread, layer, len(shape_of(inputs)) - 1)
+    _add_consumer(spread, layer, len(shape_of(inputs)) - 1)
     if isinstance(bias, Node):
         spread.tie(filters, spread.axes[bias][0], "added to a bias of fixed size")
     return (*before, filters)
 
 
-def embedding(spread: ChannelSpread, node: Node) -> Axes:
+def embedding(spread: ChannelPropagation, node: Node) -> Axes:
     """Rows of a table, which hold channels."""
     table, index = first_input(node), first_input(node, 1)
     spread.freeze((spread.axes[table][0], *spread.axes[index]), "looked up by number")
     return (*(None for _ in spread.axes[index]), spread.axes[table][1])
 
 
-def prelu(spread: ChannelSpread, node: Node) -> Axes:
+def prelu(spread: ChannelPropagation, node: Node) -> Axes:
     """A slope for each channel along dimension 1, or one for all."""
     axes, slopes = spread.axes[first_input(node)], first_input(node, 1)
     if int(shape_of(slopes)[0]) > 1:
@@ -178,7 +178,7 @@ def prelu(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def channel_norm(spread: ChannelSpread, node: Node) -> Axes:
+def channel_norm(spread: ChannelPropagation, node: Node) -> Axes:
     """Batch and instance norm: each channel by itself, unless other dimensions hold channels."""
     axes = spread.axes[first_input(node)]
     for source in node.args[1:5]:
@@ -190,7 +190,7 @@ def channel_norm(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def layer_norm(spread: ChannelSpread, node: Node) -> Axes:
+def layer_norm(spread: ChannelPropagation, node: Node) -> Axes:
     """Layer and RMS norm: statistics over the last dimensions."""
     axes = spread.axes[first_input(node)]
     shape = list(argument(node, "normalized_shape"))
@@ -209,7 +209,7 @@ def layer_norm(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def group_norm(spread: ChannelSpread, node: Node) -> Axes:
+def group_norm(spread: ChannelPropagation, node: Node) -> Axes:
     """Statistics over the channels of each group: whole groups go, or the same of each."""
     axes = spread.axes[first_input(node)]
     ids = axes[1]

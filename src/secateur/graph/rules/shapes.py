@@ -12,7 +12,7 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import (
     Axes,
-    ChannelSpread,
+    ChannelPropagation,
     Count,
     Ids,
     argument,
@@ -23,7 +23,7 @@ from secateur.graph.channel_ids import (
 )
 
 
-def concatenate(spread: ChannelSpread, node: Node) -> Axes:
+def concatenate(spread: ChannelPropagation, node: Node) -> Axes:
     """Channels of several values behind one another."""
     sources = [source for source in node.args[0] if isinstance(source, Node)]  # type: ignore[union-attr]
     parts = [(spread.axes[s], shape_of(s)) for s in sources if len(shape_of(s)) == _rank(node)]
@@ -57,7 +57,7 @@ def _rank(node: Node) -> int:
     return len(shape_of(node))
 
 
-def stack(spread: ChannelSpread, node: Node) -> Axes:
+def stack(spread: ChannelPropagation, node: Node) -> Axes:
     """Several values along a new dimension."""
     sources = [source for source in node.args[0] if isinstance(source, Node)]  # type: ignore[union-attr]
     first, *rest = (spread.axes[source] for source in sources)
@@ -68,13 +68,13 @@ def stack(spread: ChannelSpread, node: Node) -> Axes:
     return (*first[:dim], None, *first[dim:])
 
 
-def permute(spread: ChannelSpread, node: Node) -> Axes:
+def permute(spread: ChannelPropagation, node: Node) -> Axes:
     """Another order of the dimensions."""
     axes = spread.axes[first_input(node)]
     return tuple(axes[dim] for dim in argument(node, "dims"))
 
 
-def transpose(spread: ChannelSpread, node: Node) -> Axes:
+def transpose(spread: ChannelPropagation, node: Node) -> Axes:
     """Two dimensions change places."""
     axes = list(spread.axes[first_input(node)])
     one, other = int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
@@ -82,12 +82,12 @@ def transpose(spread: ChannelSpread, node: Node) -> Axes:
     return tuple(axes)
 
 
-def reverse(spread: ChannelSpread, node: Node) -> Axes:
+def reverse(spread: ChannelPropagation, node: Node) -> Axes:
     """The dimensions in reverse order, as for a matrix that is transposed."""
     return spread.axes[first_input(node)][::-1]
 
 
-def squeeze(spread: ChannelSpread, node: Node) -> Axes:
+def squeeze(spread: ChannelPropagation, node: Node) -> Axes:
     """Dimensions of size 1 go."""
     source = first_input(node)
     axes, shape = spread.axes[source], shape_of(source)
@@ -102,14 +102,14 @@ def squeeze(spread: ChannelSpread, node: Node) -> Axes:
     return tuple(ids for dim, ids in enumerate(axes) if dim not in gone)
 
 
-def unsqueeze(spread: ChannelSpread, node: Node) -> Axes:
+def unsqueeze(spread: ChannelPropagation, node: Node) -> Axes:
     """A new dimension of size 1."""
     axes = spread.axes[first_input(node)]
     dim = argument(node, "dim") % _rank(node)
     return (*axes[:dim], None, *axes[dim:])
 
 
-def select(spread: ChannelSpread, node: Node) -> Axes:
+def select(spread: ChannelPropagation, node: Node) -> Axes:
     """One index of a dimension, which goes."""
     axes = spread.axes[first_input(node)]
     dim = argument(node, "dim") % len(axes)
@@ -117,7 +117,7 @@ def select(spread: ChannelSpread, node: Node) -> Axes:
     return (*axes[:dim], *axes[dim + 1 :])
 
 
-def unbind(spread: ChannelSpread, node: Node) -> list[Axes]:
+def unbind(spread: ChannelPropagation, node: Node) -> list[Axes]:
     """Every index of a dimension, which goes, by itself."""
     axes = spread.axes[first_input(node)]
     dim = argument(node, "dim", 0) % len(axes)
@@ -125,7 +125,7 @@ def unbind(spread: ChannelSpread, node: Node) -> list[Axes]:
     return [(*axes[:dim], *axes[dim + 1 :]) for _ in node.meta["val"]]
 
 
-def split(spread: ChannelSpread, node: Node) -> list[Axes]:
+def split(spread: ChannelPropagation, node: Node) -> list[Axes]:
     """Pieces of a dimension: as many of one size, or of given sizes."""
     axes = spread.axes[first_input(node)]
     dim = argument(node, "dim", 0) % len(axes)
@@ -153,7 +153,7 @@ def split(spread: ChannelSpread, node: Node) -> list[Axes]:
 _SIZES = ("split_size", "split_sizes")
 
 
-def slice_(spread: ChannelSpread, node: Node) -> Axes:
+def slice_(spread: ChannelPropagation, node: Node) -> Axes:
     """A range of a dimension."""
     source = first_input(node)
     axes = spread.axes[source]
@@ -182,7 +182,7 @@ def slice_(spread: ChannelSpread, node: Node) -> Axes:
     return (*axes[:dim], chosen, *axes[dim + 1 :])
 
 
-def pad(spread: ChannelSpread, node: Node) -> Axes:
+def pad(spread: ChannelPropagation, node: Node) -> Axes:
     """Constant values before and behind; padded channels are there to stay."""
     axes = list(spread.axes[first_input(node)])
     amounts = list(argument(node, "pad"))
@@ -201,12 +201,12 @@ def pad(spread: ChannelSpread, node: Node) -> Axes:
     return tuple(axes)
 
 
-def flatten(spread: ChannelSpread, node: Node) -> Axes:
+def flatten(spread: ChannelPropagation, node: Node) -> Axes:
     """Several dimensions become one."""
     return _regrouped(spread, node)
 
 
-def unflatten(spread: ChannelSpread, node: Node) -> Axes:
+def unflatten(spread: ChannelPropagation, node: Node) -> Axes:
     """One dimension becomes several."""
     axes = _regrouped(spread, node)
     index = position_of(node, "sizes")
@@ -215,7 +215,7 @@ def unflatten(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def reshape(spread: ChannelSpread, node: Node) -> Axes:
+def reshape(spread: ChannelPropagation, node: Node) -> Axes:
     """Another shape for the same values, in the same order."""
     axes = _regrouped(spread, node)
     index = position_of(node, "size" if position_of(node, "size") >= 0 else "shape")
@@ -224,7 +224,7 @@ def reshape(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def _note_sizes(spread: ChannelSpread, node: Node, index: int, axes: Axes) -> None:
+def _note_sizes(spread: ChannelPropagation, node: Node, index: int, axes: Axes) -> None:
     """Notes which of the sizes in an argument are numbers of channels."""
     given = node.args[index]
     assert isinstance(given, list | tuple)
@@ -244,7 +244,7 @@ def _note_sizes(spread: ChannelSpread, node: Node, index: int, axes: Axes) -> No
         spread.resizes[node] = resize
 
 
-def _regrouped(spread: ChannelSpread, node: Node) -> Axes:
+def _regrouped(spread: ChannelPropagation, node: Node) -> Axes:
     """Axes after a reshape: dimensions are matched from the left, by the product of their sizes."""
     source = first_input(node)
     axes, before, after = spread.axes[source], shape_of(source), shape_of(node)
@@ -290,7 +290,7 @@ def _segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[in
 
 
 def _regroup(
-    spread: ChannelSpread,
+    spread: ChannelPropagation,
     before: list[tuple[Ids | None, int]],
     after: list[int],
 ) -> list[Ids | None] | None:
@@ -334,7 +334,7 @@ def _regroup(
     return result
 
 
-def expand(spread: ChannelSpread, node: Node) -> Axes:
+def expand(spread: ChannelPropagation, node: Node) -> Axes:
     """Dimensions of size 1 are repeated."""
     source = first_input(node)
     axes, before, after = spread.axes[source], shape_of(source), shape_of(node)
@@ -351,7 +351,7 @@ def expand(spread: ChannelSpread, node: Node) -> Axes:
     return tuple(result)
 
 
-def repeat(spread: ChannelSpread, node: Node) -> Axes:
+def repeat(spread: ChannelPropagation, node: Node) -> Axes:
     """Each dimension several times behind itself."""
     axes = spread.axes[first_input(node)]
     counts = list(argument(node, "repeats", argument(node, "dims")))
@@ -365,7 +365,7 @@ def repeat(spread: ChannelSpread, node: Node) -> Axes:
     )
 
 
-def pixel_shuffle(spread: ChannelSpread, node: Node) -> Axes:
+def pixel_shuffle(spread: ChannelPropagation, node: Node) -> Axes:
     """Groups of channels become positions."""
     axes = spread.axes[first_input(node)]
     ids = axes[-3]
@@ -375,7 +375,7 @@ def pixel_shuffle(spread: ChannelSpread, node: Node) -> Axes:
     return (*axes[:-3], kept, None, None)
 
 
-def pixel_unshuffle(spread: ChannelSpread, node: Node) -> Axes:
+def pixel_unshuffle(spread: ChannelPropagation, node: Node) -> Axes:
     """Positions become channels."""
     axes = spread.axes[first_input(node)]
     ids = axes[-3]
@@ -384,7 +384,7 @@ def pixel_unshuffle(spread: ChannelSpread, node: Node) -> Axes:
     return (*axes[:-3], None if ids is None else np.repeat(ids, factor), None, None)
 
 
-def channel_shuffle(spread: ChannelSpread, node: Node) -> Axes:
+def channel_shuffle(spread: ChannelPropagation, node: Node) -> Axes:
     """Channels of several groups take turns; those that change places are tied over the groups."""
     axes = spread.axes[first_input(node)]
     ids = axes[1]
@@ -395,7 +395,7 @@ def channel_shuffle(spread: ChannelSpread, node: Node) -> Axes:
     return (axes[0], np.repeat(rows, groups), *axes[2:])
 
 
-def flip(spread: ChannelSpread, node: Node) -> Axes:
+def flip(spread: ChannelPropagation, node: Node) -> Axes:
     """Dimensions backwards, or rolled around."""
     axes = spread.axes[first_input(node)]
     for dim in argument(node, "dims") or range(len(axes)):
@@ -403,14 +403,14 @@ def flip(spread: ChannelSpread, node: Node) -> Axes:
     return axes
 
 
-def windows(spread: ChannelSpread, node: Node) -> Axes:
+def windows(spread: ChannelPropagation, node: Node) -> Axes:
     """Sliding windows over positions, as a new last dimension."""
     axes = spread.axes[first_input(node)]
     spread.freeze((axes[argument(node, "dimension")],), "taken apart as if they were positions")
     return (*axes, None)
 
 
-def patches(spread: ChannelSpread, node: Node) -> Axes:
+def patches(spread: ChannelPropagation, node: Node) -> Axes:
     """Every channel with its whole window of positions, along one dimension."""
     axes = spread.axes[first_input(node)]
     ids = axes[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.graph.dependency import DependencyGraph
-from secateur.pruning.cost.memory import all_bytes, peak_bytes
+from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime.memory import SHARE
 
 LEAST_BATCH = 2
@@ -14,6 +14,6 @@ def batch_that_fits(wiring: DependencyGraph, asked: int, free: int, *, with_grad
 
     `free` is in bytes. A pass with gradients holds all values, one without those still needed.
     """
-    each = all_bytes(wiring) if with_gradients else peak_bytes(wiring)({})
+    each = total_bytes(wiring) if with_gradients else peak_bytes(wiring)({})
     fits = int(SHARE * free / max(each, 1.0))
     return max(LEAST_BATCH, min(asked, fits))

@@ -1,4 +1,4 @@
-"""How long a cut network takes, foretold from times of its layers at some widths.
+"""How long a cut network takes, predicted from times of its layers at some widths.
 
 The time of a network is that of its convolutions and linear layers, interpolated between the widths
 they were timed at (`timing`), times a factor for what a whole network is slower or faster by, and a
@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from secateur.errors import UsageError
 from secateur.graph.channel_ids import Layer
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.pruning.cost.memory import storages
-from secateur.pruning.cost.tensor_sizes import Dimension, Volumes
-from secateur.runtime.schema import Document, parsed
+from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes
+from secateur.runtime.schema import VersionedRecord, parse_record
 
 SCHEMA_VERSION = 1
 SMALL = 16
@@ -28,7 +28,7 @@ Widths = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
 
 
-class Hardware(Document):
+class Hardware(VersionedRecord):
     """What the times hold for."""
 
     processor: str
@@ -38,19 +38,19 @@ class Hardware(Document):
     torch: str
 
 
-class LayerTimes(Document):
+class LayerTimes(VersionedRecord):
     """Times of one layer, alone."""
 
     layer: str
     read: tuple[int, ...]
     """Channels that it reads, rising."""
-    written: tuple[int, ...]
+    produced: tuple[int, ...]
     """Channels that it writes, rising."""
     ms: tuple[tuple[float, ...], ...]
     """`[read][written]`."""
 
 
-class LatencyTable(Document):
+class LatencyTable(VersionedRecord):
     """Times of a network's layers on one machine; all times are in milliseconds a batch."""
 
     schema_version: int = SCHEMA_VERSION
@@ -74,7 +74,7 @@ class LatencyTable(Document):
     @staticmethod
     def from_json(text: str) -> LatencyTable:
         """The table that `to_json` wrote; raises `RunFolderError` where the text is none."""
-        return parsed(LatencyTable, text, SCHEMA_VERSION, "the latency table")
+        return parse_record(LatencyTable, text, SCHEMA_VERSION, "the latency table")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +83,17 @@ class LayerWidths:
 
     read: Dimension
     """Channels that it sums over; 1 where they are not told apart from those `written`."""
-    written: Dimension
+    produced: Dimension
     over: tuple[Dimension, ...]
     """Channels that are positions to it: time is in proportion to them."""
 
 
 def widths_of(wiring: DependencyGraph) -> list[LayerWidths]:
     """The widths of each layer, in the order of `Wiring.layers`."""
-    read = {reader.node: wiring.channel_of[reader.channels] for reader in wiring.readers}
+    read = {reader.node: wiring.channel_of[reader.channels] for reader in wiring.consumers}
 
     def widths(layer: Layer) -> LayerWidths:
-        written = 1 if layer.written is None else wiring.channel_of[layer.written]
+        written = 1 if layer.produced is None else wiring.channel_of[layer.produced]
         before = read.get(layer.node, 1)
         if is_prunable(before) and is_prunable(written):
             together = np.intersect1d(before, written)
@@ -130,9 +130,9 @@ def layers_ms(
     if [times.layer for times in layers] != [layer.name for layer in wiring.layers]:
         raise UsageError("the latency table is of another network: its layers have other names")
     each = widths_of(wiring)
-    read = Volumes(wiring, [(widths.read,) for widths in each])
-    written = Volumes(wiring, [(widths.written,) for widths in each])
-    over = Volumes(wiring, [widths.over for widths in each])
+    read = TensorSizes(wiring, [(widths.read,) for widths in each])
+    written = TensorSizes(wiring, [(widths.produced,) for widths in each])
+    over = TensorSizes(wiring, [widths.over for widths in each])
     whole = over({})
     interpolate = Interpolation(layers, block)
     return lambda removed: interpolate(read(removed), written(removed)) * (over(removed) / whole)
@@ -145,10 +145,10 @@ class Interpolation:
         self._block = block
         self._layer = np.arange(len(layers))
         self._read = self._grid([times.read for times in layers])
-        self._written = self._grid([times.written for times in layers])
+        self._written = self._grid([times.produced for times in layers])
         self._ms = np.zeros((len(layers), self._read.shape[1], self._written.shape[1]))
         for number, times in enumerate(layers):
-            self._ms[number, : len(times.read), : len(times.written)] = times.ms
+            self._ms[number, : len(times.read), : len(times.produced)] = times.ms
 
     def _grid(self, timed: Sequence[Sequence[int]]) -> Numbers:
         """`[layer, point]`: timed widths as the machine computes them; infinite after the last."""
@@ -184,6 +184,6 @@ def other_values(wiring: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: values that all but layers write for an image."""
     layers = {layer.node for layer in wiring.layers} | {wiring.graph.image}
     each = [storage for storage in storages(wiring) if storage.node not in layers]
-    volumes = Volumes(wiring, [storage.dimensions for storage in each])
+    volumes = TensorSizes(wiring, [storage.dimensions for storage in each])
     images = np.array([storage.images for storage in each], dtype=np.int64)
     return lambda removed: float((volumes(removed) // images).sum())

@@ -1,4 +1,4 @@
-"""Times a network's layers on this machine, so that the latency of cut ones can be foretold."""
+"""Times a network's layers on this machine, so that the latency of cut ones can be predicted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
 
-from secateur.config import Target
+from secateur.config import Budget
 from secateur.errors import TargetError
-from secateur.evaluation.timing import LATENCY_BATCH, batch_of, seconds
+from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch, seconds
 from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.pruning.cost.latency_model import (
     SMALL,
@@ -49,9 +49,9 @@ FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 BUDGET_SECONDS = 12.0
 """After so long no further round is begun, once the least number is done."""
-TURNS = (11, 51)
+ROUNDS = (11, 51)
 """Forward passes of each of two networks that are compared: at least, and at most…"""
-TURNS_SECONDS = 5.0
+ROUNDS_SECONDS = 5.0
 """…between which no further one is begun after so long."""
 PLANS = 6
 """Plans that are made and timed to reach a target of latency…"""
@@ -76,7 +76,7 @@ def measure_latency(model: nn.Module, wiring: DependencyGraph, images: Tensor) -
         _sample(wiring, layer, widths)
         for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True)
     ]
-    batch = batch_of(images, LATENCY_BATCH)
+    batch = repeat_to_batch(images, LATENCY_BATCH)
     removed = _uniform_cuts(wiring)
     networks: Jobs = {
         number: _forward(cut(model, wiring, each).eval(), batch)
@@ -113,17 +113,17 @@ def plan_in_time(
 ) -> tuple[PruningPlan, float]:
     """A plan whose network takes a fraction of the time of `model`, and the fraction as measured.
 
-    `plan(fraction)` gives the plan that is foretold to take a fraction, `least` or more. What is
-    foretold is some per cent off, so the network is cut and timed beside the whole one, in turns,
+    `plan(fraction)` gives the plan that is predicted to take a fraction, `least` or more. What is
+    predicted is some per cent off, so the network is cut and timed beside the whole one, in turns,
     and the plan made anew for a smaller or larger fraction. Taken is the plan that takes the most
     time of those within the fraction. Raises `TargetError` where none is within it.
     """
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
-    points = [(1.0, 1.0)]  # what was foretold, and what was measured
+    points = [(1.0, 1.0)]  # what was predicted, and what was measured
     for _ in range(PLANS):
         made = plan(aim)
-        found = time_left(model, cut(model, wiring, made.removed), images)
+        found = measure_fraction_left(model, cut(model, wiring, made.removed), images)
         points.append((aim, found))
         if found <= fraction_left and (best is None or found > best[1]):
             best = made, found
@@ -140,7 +140,7 @@ def plan_in_time(
 
 
 def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> float:
-    """What to foretell so that a fraction is measured: on the line between the nearest points.
+    """What to predicts so that a fraction is measured: on the line between the nearest points.
 
     Where all that was measured is above the fraction, as much below the lowest as that is above.
     """
@@ -152,18 +152,18 @@ def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> fl
     return below[0] + share * (aim - below[0])
 
 
-def time_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
+def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
     """The time of a forward pass of `smaller` over that of `model`, by the medians of turns.
 
     `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`.
     """
-    batch = batch_of(images, LATENCY_BATCH)
+    batch = repeat_to_batch(images, LATENCY_BATCH)
     times: dict[str, list[float]] = {"before": [], "after": []}
-    fewest, most = TURNS
+    fewest, most = ROUNDS
     begun = time.perf_counter()
     with evaluating(model), evaluating(smaller), torch.inference_mode():
         for turn in range(most + 1):
-            if turn > fewest and time.perf_counter() - begun > TURNS_SECONDS:
+            if turn > fewest and time.perf_counter() - begun > ROUNDS_SECONDS:
                 break
             for name, network in (("before", model), ("after", smaller)):
                 taken = seconds(functools.partial(network, batch))
@@ -190,7 +190,7 @@ def _uniform_cuts(wiring: DependencyGraph) -> list[Removed]:
     scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
     for fraction in FRACTIONS:
         with contextlib.suppress(TargetError):  # the network can't be cut so far
-            plan = make_plan(scores, wiring, Target("filters", fraction), "uniform")
+            plan = make_plan(scores, wiring, Budget("filters", fraction), "uniform")
             if plan.removed not in result:
                 result.append(plan.removed)
     return result
@@ -254,13 +254,13 @@ class _Sample:
         return LayerTimes(
             layer=self.layer,
             read=self.read,
-            written=self.written,
+            produced=self.written,
             ms=tuple(tuple(times[call.key] for call in row) for row in self.grid),
         )
 
 
 def _sample(wiring: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Sample:
-    read, written = _narrowed(widths.read, _grid), _narrowed(widths.written, _grid)
+    read, written = _narrowed(widths.read, _grid), _narrowed(widths.produced, _grid)
     whole_read, whole_written = max(read), max(written)
 
     def call(*gone: Ids) -> _Call:
@@ -268,7 +268,7 @@ def _sample(wiring: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Samp
 
     checks = [
         *((w, whole_written, call(gone)) for w, gone in _narrowed(widths.read, _checks).items()),
-        *((whole_read, w, call(gone)) for w, gone in _narrowed(widths.written, _checks).items()),
+        *((whole_read, w, call(gone)) for w, gone in _narrowed(widths.produced, _checks).items()),
     ]
     return _Sample(
         layer.name,

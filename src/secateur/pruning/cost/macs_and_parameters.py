@@ -8,16 +8,18 @@ import numpy as np
 
 from secateur.config import Quantity
 from secateur.errors import UsageError
-from secateur.graph.dependency import Removed, DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.cost.latency_model import LatencyTable, milliseconds
 from secateur.pruning.cost.memory import crowding, peak_bytes
-from secateur.pruning.cost.tensor_sizes import Dimension, Volumes, dimensions_of
+from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 Measure = Callable[[Removed], float]
 """How much is left when some channels of each group go."""
 
 
-def measure_of(wiring: DependencyGraph, quantity: Quantity, latency: LatencyTable | None = None) -> Measure:
+def count_quantity(
+    wiring: DependencyGraph, quantity: Quantity, latency: LatencyTable | None = None
+) -> Measure:
     """The function that gives a quantity of any network cut from `wiring`, fast.
 
     `macs` and `memory` (bytes of activations alive at once) are for one image, `latency` is in
@@ -41,14 +43,14 @@ def measure_of(wiring: DependencyGraph, quantity: Quantity, latency: LatencyTabl
     return milliseconds(latency, wiring)
 
 
-def pressure_of(wiring: DependencyGraph, quantity: Quantity) -> Measure | None:
+def crowding_of(wiring: DependencyGraph, quantity: Quantity) -> Measure | None:
     """What to bring down step by step where the quantity itself need not move with each step."""
     return crowding(wiring) if quantity == "memory" else None
 
 
 def _macs(wiring: DependencyGraph) -> Measure:
     """`Wiring.macs` as a measure."""
-    volumes = Volumes(
+    volumes = TensorSizes(
         wiring,
         [
             (
@@ -70,5 +72,5 @@ def _params(wiring: DependencyGraph) -> Measure:
     for slots in wiring.slots:
         if slots.tensor in values:
             values[slots.tensor][slots.dim] = slots.channels
-    volumes = Volumes(wiring, values.values())
+    volumes = TensorSizes(wiring, values.values())
     return lambda removed: int(volumes(removed).sum())

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
-from secateur.graph.dependency import Removed, DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.trace import gives_its_input, is_view
-from secateur.pruning.cost.tensor_sizes import Dimension, Volumes, dimensions_of
+from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 NEAR_MAXIMUM = 16
 
@@ -89,10 +89,10 @@ def peak_bytes(wiring: DependencyGraph) -> Callable[[Removed], float]:
     return lambda removed: float(alive(removed).max())
 
 
-def all_bytes(wiring: DependencyGraph) -> int:
+def total_bytes(wiring: DependencyGraph) -> int:
     """Bytes of all values together, for one image: what is held where gradients are to flow."""
     each = storages(wiring)
-    elements = Volumes(wiring, [storage.dimensions for storage in each])({}).tolist()
+    elements = TensorSizes(wiring, [storage.dimensions for storage in each])({}).tolist()
     return sum(
         count * storage.element_bytes // storage.images
         for count, storage in zip(elements, each, strict=True)
@@ -116,7 +116,7 @@ def _alive_bytes(wiring: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.
     that an operation takes for itself meanwhile is not counted.
     """
     each = storages(wiring)
-    volumes = Volumes(wiring, [storage.dimensions for storage in each])
+    volumes = TensorSizes(wiring, [storage.dimensions for storage in each])
     element_bytes = np.array([storage.element_bytes for storage in each])
     images = np.array([storage.images for storage in each])
     first = np.array([storage.first for storage in each])

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graph.channel_ids import Axes, Ids
-from secateur.graph.dependency import NOT_PRUNABLE, Removed, DependencyGraph
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 
 Dimension = Ids | int
 """Prunable channel of each index, -1 where the index must stay; or a size that never changes."""
 
 
-class Volumes:
+class TensorSizes:
     """Numbers of elements, `[value]`, in any network that is cut from a wiring."""
 
     def __init__(self, wiring: DependencyGraph, values: Iterable[Sequence[Dimension]]) -> None:
@@ -71,7 +71,9 @@ class Volumes:
         return result
 
 
-def dimensions_of(wiring: DependencyGraph, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:
+def dimensions_of(
+    wiring: DependencyGraph, axes: Axes, shape: Iterable[int]
+) -> tuple[Dimension, ...]:
     """The dimensions of a value with these ids along them, and these sizes where there are none."""
     return tuple(
         int(size) if ids is None else wiring.channel_of[ids]

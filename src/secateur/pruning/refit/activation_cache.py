@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import WriteError
-from secateur.graph.interpreter import Walk
+from secateur.graph.interpreter import GraphInterpreter
 
 
 @dataclass(eq=False)
-class Passage:
+class CachedBatch:
     """A batch on its way through the original network and through the cut one."""
 
-    full: Walk
-    cut: Walk
-    numbers: Int[Tensor, "image"]
+    full: GraphInterpreter
+    cut: GraphInterpreter
+    indices: Int[Tensor, "image"]
     """Of the images to count, which are the first ones of the batch."""
     notes: list[tuple[Tensor, ...]] = field(default_factory=list)
     """What was kept of it for another look."""
@@ -33,7 +33,7 @@ class Passage:
         return [self.full.values(), self.cut.values(), self.notes]
 
 
-class Parking:
+class ActivationCache:
     """Passages, of which those beyond a bound wait in files until it is their turn.
 
     A context manager: the files go in the end.
@@ -41,11 +41,11 @@ class Parking:
 
     def __init__(self, bound_bytes: int) -> None:
         self._bound = bound_bytes
-        self._passages: list[Passage] = []
+        self._passages: list[CachedBatch] = []
         self._sizes: list[int] = []
         self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
 
-    def __enter__(self) -> Parking:
+    def __enter__(self) -> ActivationCache:
         return self
 
     def __exit__(
@@ -56,7 +56,7 @@ class Parking:
     ) -> None:
         self._folder.cleanup()
 
-    def put(self, passage: Passage) -> None:
+    def append(self, passage: CachedBatch) -> None:
         """Takes one more in."""
         self._passages.append(passage)
         self._sizes.append(0)
@@ -65,7 +65,7 @@ class Parking:
     def __len__(self) -> int:
         return len(self._passages)
 
-    def __iter__(self) -> Iterator[Passage]:
+    def __iter__(self) -> Iterator[CachedBatch]:
         for number, passage in enumerate(self._passages):
             self._fetch(number)
             yield passage

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
-from secateur.evaluation.divergence import Answers, answers_of, divergences_of, has_fallen
+from secateur.evaluation.divergence import Logits, divergence_by_image, is_smaller, logits_of
 from secateur.runtime import distributed
 from secateur.runtime.module_state import evaluating
 
@@ -23,7 +23,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class NormChange:
+class BatchNormRecalibration:
     """Which statistics of the batch norms were re-estimated, and what held-out images say of it.
 
     Divergences are mean KL divergences from the original network's answers, in nats.
@@ -37,12 +37,12 @@ class NormChange:
     divergence_after: float
 
 
-def reestimate_norms(
-    expected: Sequence[Answers],
+def recalibrate_batchnorm(
+    expected: Sequence[Logits],
     smaller: nn.Module,
     fit: Callable[[], Iterable[Batch]],
     held_out: Callable[[], Iterable[Batch]],
-) -> NormChange | None:
+) -> BatchNormRecalibration | None:
     """Moves the statistics of the batch norms of `smaller` in place; what was chosen.
 
     They are re-estimated on the images of `fit`. All norms go the same part of the way, the one
@@ -55,18 +55,18 @@ def reestimate_norms(
     norms = _norms(smaller)
     if not norms:
         return None
-    before = divergences_of(expected, answers_of(smaller, held_out()))
+    before = divergence_by_image(expected, logits_of(smaller, held_out()))
     old = _statistics(norms)
     new = _reestimated(smaller, norms, fit())
     unchanged = float(before.mean())
-    best = NormChange("both", 0.0, unchanged, unchanged)
+    best = BatchNormRecalibration("both", 0.0, unchanged, unchanged)
     for statistics in ("means", "both"):
         for share in SHARES:
             _move(norms, old, new, statistics, share)
-            found = divergences_of(expected, answers_of(smaller, held_out()))
+            found = divergence_by_image(expected, logits_of(smaller, held_out()))
             divergence = float(found.mean())
-            if divergence < best.divergence_after and has_fallen(before, found):
-                best = NormChange(statistics, share, unchanged, divergence)
+            if divergence < best.divergence_after and is_smaller(before, found):
+                best = BatchNormRecalibration(statistics, share, unchanged, divergence)
     _move(norms, old, new, best.statistics, best.share)
     return best
 
@@ -111,7 +111,7 @@ def _reestimated(
             if len(batch.images) > 1:
                 network(batch.images)
             own.append((len(batch.images), _statistics(norms)))
-    counted = [each for each in distributed.undealt(own) if each[0] > 1]
+    counted = [each for each in distributed.gather_shards(own) if each[0] > 1]
     if not counted:
         return _statistics(norms)
     total = sum(count for count, _ in counted)

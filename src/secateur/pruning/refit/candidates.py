@@ -15,24 +15,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.graph.patches import Spread
-from secateur.pruning.refit.regression_targets import Answer, OffsetPlace, State
+from secateur.graph.patches import PositionSampling
+from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge strengths to choose from, as multiples of the inputs' mean variance."""
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class LayerBatch:
     """What a layer meets, at one of its places, in some images."""
 
     inputs: Float[Tensor, "row ..."]
     """What it reads in the cut network."""
     originals: Float[Tensor, "row ..."] | None
     """What it reads in the original one; None where nobody needs it again."""
-    answer: Answer
+    target: RegressionTargets
     """What it should answer."""
-    spread: Spread
+    spread: PositionSampling
     """Which positions are looked at."""
     held_out: Bool[Tensor, "row"]
 
@@ -49,11 +49,11 @@ class Choice:
     """The chosen ridge; None where no kernel did better than that as cut."""
 
 
-Pass = tuple[Callable[[int, Look], None], Callable[[], None]]
+Pass = tuple[Callable[[int, LayerBatch], None], Callable[[], None]]
 """What to do with what the layer meets at each of its places, and what to do in the end."""
 
 
-class Form(Protocol):
+class Regression(Protocol):
     """A way to estimate a kernel."""
 
     @property

@@ -17,8 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.graph.channel_ids import argument
-from secateur.pruning.refit.candidates import RIDGES, Candidate, Choice, Look, Pass, best_of, write
-from secateur.pruning.refit.layers import Consumer, at, by_group
+from secateur.pruning.refit.candidates import (
+    RIDGES,
+    Candidate,
+    Choice,
+    LayerBatch,
+    Pass,
+    best_of,
+    write,
+)
+from secateur.pruning.refit.layers import RefitLayer, at, by_group
 from secateur.pruning.refit.least_squares import Gram
 from secateur.pruning.refit.regression_targets import OffsetPlace, State, bias_of
 from secateur.runtime import distributed
@@ -31,7 +39,7 @@ class Channels:
     Where a map was flattened before a linear layer, each channel is several of its inputs.
     """
 
-    consumer: Consumer
+    consumer: RefitLayer
     whole: Int[Tensor, "group channel copy"]
     """Places in the original network's dimension, of groups that stay."""
     left: Int[Tensor, "group stays copy"]
@@ -46,7 +54,7 @@ class Channels:
         shape = (len(maps), places.shape[0] * places.shape[1], places.shape[2], maps.shape[2])
         return taken.reshape(shape).flatten(2)
 
-    def stand_in(self, device: torch.device) -> Float[Tensor, "group channel stays"]:
+    def reconstruction(self, device: torch.device) -> Float[Tensor, "group channel stays"]:
         """The map that leaves the kernel as cut: each channel that stays stands for itself."""
         groups, channels, _ = self.whole.shape
         result = torch.zeros(groups, channels, self.stays.shape[1], dtype=torch.float64)
@@ -81,7 +89,7 @@ class Channels:
         return rows.reshape(shape)
 
 
-def channels_of(consumer: Consumer) -> Channels:
+def channels_of(consumer: RefitLayer) -> Channels:
     """The channels that a layer reads."""
     wiring, source, dim = consumer.remains.wiring, consumer.source, consumer.channel_dim
     stays = consumer.remains.mask(source, dim)
@@ -107,12 +115,12 @@ def channels_of(consumer: Consumer) -> Channels:
     )
 
 
-class ChannelForm:
+class ChannelRegression:
     """See `estimates.Form`."""
 
     def __init__(
         self,
-        consumers: Sequence[Consumer],
+        consumers: Sequence[RefitLayer],
         full_state: State,
         state: State,
         place: OffsetPlace | None,
@@ -123,7 +131,7 @@ class ChannelForm:
         self._weight = consumers[0].layer.weight
         device = state[self._weight].device
         self._original = self._channels[0].original_kernel(full_state[self._weight])
-        self._old = self._channels[0].stand_in(device)
+        self._old = self._channels[0].reconstruction(device)
         groups, outputs, inputs = self._old.shape
         self._fit = Gram(groups, inputs, outputs, device)
         self._held_out = torch.zeros((), dtype=torch.int64, device=device)
@@ -146,7 +154,7 @@ class ChannelForm:
         write(self._state, self._weight, best, self._place)
         return choice
 
-    def _add(self, number: int, look: Look) -> None:
+    def _add(self, number: int, look: LayerBatch) -> None:
         channels, fitting = self._channels[number], ~look.held_out
         self._held_out += look.held_out.sum()
         assert look.originals is not None
@@ -157,7 +165,7 @@ class ChannelForm:
         self._fit.add(by_group(at(read, chosen), groups), by_group(at(wanted, chosen), groups))
 
     def _solve(self) -> None:
-        distributed.add_up([*self._fit.tallies(), self._held_out])
+        distributed.all_reduce_sum([*self._fit.state(), self._held_out])
         nothing = torch.zeros_like(self._fit.y)
         weight = self._state[self._weight]
         self._candidates = [Candidate(None, weight, torch.zeros_like(self._y))]
@@ -170,16 +178,16 @@ class ChannelForm:
             kernel = self._channels[0].as_kernel(rows, weight.shape).to(weight.dtype)
             self._candidates.append(Candidate(ridge, kernel, offset))
 
-    def _compare(self, number: int, look: Look) -> None:
+    def _compare(self, number: int, look: LayerBatch) -> None:
         consumer = self._channels[number].consumer
         images = look.held_out if self._held_out else ~look.held_out
-        wanted = look.answer.wanted[images].double()
+        wanted = look.target.wanted[images].double()
         chosen = look.spread.over(consumer.positions)[images.cpu()]
         self._count += wanted.shape[0] * wanted.shape[1]
         self._y += wanted.sum((0, 1))
         self._yy += wanted.square().sum((0, 1))
         for place, candidate in enumerate(self._candidates):
-            answer = consumer.answer(look.inputs[images], candidate.kernel, self._state)
+            answer = consumer.output(look.inputs[images], candidate.kernel, self._state)
             found = at(answer, chosen).double() + candidate.offset
             bias = bias_of(consumer)
             if bias is not None:
@@ -187,4 +195,4 @@ class ChannelForm:
             self._errors[place] += (wanted - found).square().sum()
 
     def _merge(self) -> None:
-        distributed.add_up([self._count, self._y, self._yy, self._errors])
+        distributed.all_reduce_sum([self._count, self._y, self._yy, self._errors])

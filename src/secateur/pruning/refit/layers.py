@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Ids, Layer, argument, position_of
-from secateur.graph.dependency import Removed, DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import apply
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
 from secateur.graph.trace import Sizes, operation_name
 
 
-class Remains:
+class KeptChannels:
     """What a plan leaves of the values in the original network."""
 
     def __init__(self, wiring: DependencyGraph, removed: Removed) -> None:
         self.wiring: DependencyGraph = wiring
         self.sizes: Sizes = wiring.sizes_after(removed)
-        self._stays = wiring.stays(removed)
+        self._stays = wiring.is_kept(removed)
 
     def mask(self, node: Node, dim: int) -> Ids:
         """`[index]`: 1 where it stays, along a dimension of a node's value."""
@@ -46,11 +46,11 @@ class Remains:
 
 
 @dataclass(frozen=True, eq=False)
-class Consumer:
+class RefitLayer:
     """A layer at a place where it is used."""
 
     layer: Layer
-    remains: Remains
+    remains: KeptChannels
     groups: int
     """Groups of the layer in the cut network."""
     window: Window | None
@@ -109,7 +109,7 @@ class Consumer:
         if self.window is None:
             rows = at(self.maps(inputs), chosen)
         else:
-            rows = self.window.take(inputs, chosen)
+            rows = self.window.patches(inputs, chosen)
         taps = 1 if self.window is None else self.window.taps
         return (
             rows.reshape(-1, taps, self.groups, rows.shape[-1] // taps // self.groups)
@@ -117,7 +117,7 @@ class Consumer:
             .flatten(2)
         )
 
-    def answer(
+    def output(
         self, inputs: Tensor, kernel: Tensor, state: Mapping[str, Tensor]
     ) -> Float[Tensor, "image channel position"]:
         """What the cut network's layer answers with another kernel."""
@@ -133,13 +133,13 @@ class Consumer:
         return self.maps(value)
 
 
-def consumer_of(layer: Layer, remains: Remains) -> Consumer:
+def refit_layer(layer: Layer, remains: KeptChannels) -> RefitLayer:
     """The layer at the place where its node is."""
     index = position_of(layer.node, "groups")
     groups = remains.sizes.get(layer.node, {}).get(index, argument(layer.node, "groups", 1))
     has_patches = operation_name(layer.node) in CONVOLUTIONS
     window = window_of(layer.node, layer.shape[2:]) if has_patches else None
-    return Consumer(layer, remains, groups, window)
+    return RefitLayer(layer, remains, groups, window)
 
 
 def at(

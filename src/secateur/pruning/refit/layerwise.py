@@ -36,25 +36,31 @@ from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
 from secateur.graph.channel_ids import Layer, argument
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.interpreter import Walk
-from secateur.graph.patches import Spread
+from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.patches import PositionSampling
 from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.refit.activation_cache import Parking, Passage
-from secateur.pruning.refit.candidates import Form, Look
-from secateur.pruning.refit.channel_regression import ChannelForm
-from secateur.pruning.refit.layers import Remains, consumer_of
-from secateur.pruning.refit.patch_regression import PatchForm, patch_bytes
-from secateur.pruning.refit.regression_targets import Answer, State, Target, offset_place, target_of
+from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
+from secateur.pruning.refit.candidates import LayerBatch, Regression
+from secateur.pruning.refit.channel_regression import ChannelRegression
+from secateur.pruning.refit.layers import KeptChannels, refit_layer
+from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
+from secateur.pruning.refit.regression_targets import (
+    RegressionTargets,
+    State,
+    TargetLayer,
+    offset_place,
+    target_layer,
+)
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import Track, silent
-from secateur.scoring.batching import packed
+from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.scoring.batching import rebatch
 
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """What the refit of one kernel achieved, on probe images held out of the fit.
+    """What the refit of one kernel achieved, on calibration images held out of the fit.
 
     Every fifth image is (`data.is_held_out`); of fewer than five none, and errors are those of the
     fit.
@@ -85,14 +91,14 @@ def refit(
     settings: RefitSection,
     *,
     seed: int,
-    answers: list[dict[Node, Tensor]] | None = None,
-    track: Track = silent,
+    network_targets: list[dict[Node, Tensor]] | None = None,
+    track: ProgressCallback = no_progress,
 ) -> tuple[LayerRefit, ...]:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
 
-    `batches` are the probe images or this process's share of them; how they are cut into batches
-    and spread over processes makes no difference but for rounding. Which positions are looked at
-    depends on `seed` and on each image's number, which images are held out on that alone.
+    `batches` are the calibration images or this process's share of them; how they are cut into
+    batches and spread over processes makes no difference but for rounding. Which positions are
+    looked at depends on `seed` and on each image's number, which images are held out on that alone.
 
     `answers`, an empty list at first, spares later calls with the same model and batches the way
     through the original network, at the price of holding what its layers give for all of them.
@@ -104,22 +110,22 @@ def refit(
     tensors = tensors_of(smaller)
     state = {name: tensors[name].clone() for name in names}
     full_state = tensors_of(model)
-    remains = Remains(wiring, plan.removed)
+    remains = KeptChannels(wiring, plan.removed)
     bound = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
     results: list[LayerRefit] = []
-    with torch.inference_mode(), Parking(bound) as parking:
+    with torch.inference_mode(), ActivationCache(bound) as parking:
         images = 0
-        for batch, count in packed(batches):
-            if answers is not None and len(answers) == len(parking):
-                answers.append({})
-            known = None if answers is None else answers[len(parking)]
-            full = Walk(wiring.graph, full_state, batch.images, answers=known)
-            cut = Walk(wiring.graph, state, batch.images, remains.sizes)
-            parking.put(Passage(full, cut, batch.numbers[:count]))
+        for batch, count in rebatch(batches):
+            if network_targets is not None and len(network_targets) == len(parking):
+                network_targets.append({})
+            known = None if network_targets is None else network_targets[len(parking)]
+            full = GraphInterpreter(wiring.graph, full_state, batch.images, answers=known)
+            cut = GraphInterpreter(wiring.graph, state, batch.images, remains.sizes)
+            parking.append(CachedBatch(full, cut, batch.indices[:count]))
             images += count
-        images = sum(distributed.gathered(images))
+        images = sum(distributed.all_gather(images))
         if not images:
-            raise DataError("no probe images to re-estimate kernels from")
+            raise DataError("no calibration images to re-estimate kernels from")
         uses: dict[str, list[Layer]] = {}
         for layer in wiring.layers:
             uses.setdefault(layer.weight, []).append(layer)
@@ -134,10 +140,10 @@ def refit(
             if reason:
                 results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
                 continue
-            targets = [target_of(consumer_of(layer, remains)) for layer in layers]
+            targets = [target_layer(refit_layer(layer, remains)) for layer in layers]
             place = offset_place(targets)
             consumers = [target.consumer for target in targets]
-            estimate: Form
+            estimate: Regression
             form: RefitForm
             if (
                 settings.form == "patch"
@@ -145,9 +151,12 @@ def refit(
                 and patch_bytes(consumers[0], state[layer.weight]) <= bound
             ):
                 rectified = settings.rectified and all(target.rectified for target in targets)
-                estimate, form = PatchForm(consumers, state, place, rectified=rectified), "patch"
+                estimate, form = (
+                    PatchRegression(consumers, state, place, rectified=rectified),
+                    "patch",
+                )
             else:
-                estimate, form = ChannelForm(consumers, full_state, state, place), "channel"
+                estimate, form = ChannelRegression(consumers, full_state, state, place), "channel"
             visit = _Visit(
                 targets,
                 state,
@@ -158,7 +167,7 @@ def refit(
             passes = estimate.passes
             for turn, (take_in, conclude) in enumerate(passes):
                 for passage in parking:
-                    looks = visit.looks(passage, is_first=turn == 0)
+                    looks = visit.layer_batches(passage, is_first=turn == 0)
                     for number, look in enumerate(looks):
                         take_in(number, look)
                     if turn == len(passes) - 1:
@@ -208,7 +217,7 @@ class _Visit:
 
     def __init__(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[TargetLayer],
         state: State,
         positions: int,
         *,
@@ -221,31 +230,31 @@ class _Visit:
         self._holds_out = holds_out
         self._starts = torch.rand(len(targets), generator=generator).tolist()
 
-    def looks(self, passage: Passage, *, is_first: bool) -> Iterator[Look]:
+    def layer_batches(self, passage: CachedBatch, *, is_first: bool) -> Iterator[LayerBatch]:
         """What each use meets in the images of a batch."""
         for number, (target, start) in enumerate(zip(self._targets, self._starts, strict=True)):
             consumer = target.consumer
-            cut = passage.cut if number == 0 else passage.cut.fork()
+            cut = passage.cut if number == 0 else passage.cut.copy()
             cut.advance(consumer.node)
             inputs = cut.value(consumer.source)
             # Of one image there may be several in a row, such as the frames of a film.
             each = consumer.source.meta["val"].shape[0] // consumer.remains.wiring.graph.images
-            images = passage.numbers
+            images = passage.indices
             rows = (images[:, None] * each + torch.arange(each)).flatten()
-            spread = Spread(rows, self._positions, start)
+            spread = PositionSampling(rows, self._positions, start)
             chosen = spread.over(consumer.positions)
             originals = None
             if is_first:
-                full = passage.full if number == 0 else passage.full.fork()
+                full = passage.full if number == 0 else passage.full.copy()
                 full.advance(consumer.node)
                 original = full.value(consumer.source)[: len(rows)]
                 originals = consumer.remains.of(consumer.source, original, consumer.channel_dim)
                 answer = target.at(full, cut, self._state, chosen)
                 passage.notes.append((answer.wanted, answer.level, answer.scale))
-            yield Look(
+            yield LayerBatch(
                 inputs=inputs[: len(rows)],
                 originals=originals,
-                answer=Answer(*passage.notes[number]),
+                target=RegressionTargets(*passage.notes[number]),
                 spread=spread,
                 held_out=(is_held_out(images) & self._holds_out)
                 .repeat_interleave(each)

@@ -57,13 +57,13 @@ class Gram:
         twin.xy, twin.y, twin.yy = map(torch.zeros_like, (self.xy, self.y, self.yy))
         return twin
 
-    def target_tallies(self) -> tuple[Tensor, ...]:
+    def target_state(self) -> tuple[Tensor, ...]:
         """The sums that targets are in."""
         return self.xy, self.y, self.yy
 
-    def tallies(self) -> tuple[Tensor, ...]:
+    def state(self) -> tuple[Tensor, ...]:
         """All the sums, to be added up over processes."""
-        return self.count, self.xx, self.x, *self.target_tallies()
+        return self.count, self.xx, self.x, *self.target_state()
 
     def variance(self) -> Float[Tensor, ""]:
         """That of the targets, added up over outputs; never quite zero."""

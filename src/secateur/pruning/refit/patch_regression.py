@@ -16,22 +16,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.graph.patches import from_patch_order, in_patch_order
-from secateur.pruning.refit.candidates import RIDGES, Candidate, Choice, Look, Pass, best_of, write
-from secateur.pruning.refit.layers import Consumer
+from secateur.pruning.refit.candidates import (
+    RIDGES,
+    Candidate,
+    Choice,
+    LayerBatch,
+    Pass,
+    best_of,
+    write,
+)
+from secateur.pruning.refit.layers import RefitLayer
 from secateur.pruning.refit.least_squares import Gram
-from secateur.pruning.refit.regression_targets import Answer, OffsetPlace, State
+from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
 from secateur.runtime import distributed
 
 MAX_ROW_VALUES = 2**22
 """Values of patches held at a time (32 MiB in float64)."""
 
 
-class PatchForm:
+class PatchRegression:
     """See `estimates.Form`."""
 
     def __init__(
         self,
-        consumers: Sequence[Consumer],
+        consumers: Sequence[RefitLayer],
         state: State,
         place: OffsetPlace | None,
         *,
@@ -66,7 +74,9 @@ class PatchForm:
         assert self._choice is not None
         return self._choice
 
-    def _rows(self, number: int, look: Look, images: Tensor) -> Iterator[tuple[Tensor, Answer]]:
+    def _rows(
+        self, number: int, look: LayerBatch, images: Tensor
+    ) -> Iterator[tuple[Tensor, RegressionTargets]]:
         """What the kernel meets in some of the images, and what it should answer; by group."""
         consumer = self._consumers[number]
         chosen = look.spread.over(consumer.positions)
@@ -75,15 +85,15 @@ class PatchForm:
         for some in images.nonzero()[:, 0].split(most):
             if len(some):
                 rows = consumer.patches(look.inputs[some], chosen[some.cpu()]).double()
-                yield rows, look.answer.parted(some, groups)
+                yield rows, look.target.parted(some, groups)
 
-    def _add(self, number: int, look: Look) -> None:
+    def _add(self, number: int, look: LayerBatch) -> None:
         for gram, images in ((self._fit, ~look.held_out), (self._held_out, look.held_out)):
             for rows, answer in self._rows(number, look, images):
                 gram.add(rows, answer.wanted)
 
     def _solve(self) -> None:
-        distributed.add_up([*self._fit.tallies(), *self._held_out.tallies()])
+        distributed.all_reduce_sum([*self._fit.state(), *self._held_out.state()])
         check = self._held_out if self._held_out.count else self._fit
         candidates = [self._as_cut, *(self._solution(self._fit, ridge) for ridge in RIDGES)]
         errors = [
@@ -105,17 +115,17 @@ class PatchForm:
             offset = self._place.rounded(self._state, offset)
         return Candidate(ridge, kernel.to(self._state[self._weight].dtype).double(), offset)
 
-    def _renew(self, number: int, look: Look) -> None:
+    def _renew(self, number: int, look: LayerBatch) -> None:
         for rows, answer in self._rows(number, look, ~look.held_out):
             found = _answered(self._candidates[-1], rows)
             self._renewed.add_targets(rows, answer.renewed(found))
 
     def _solve_again(self) -> None:
-        distributed.add_up(self._renewed.target_tallies())
+        distributed.all_reduce_sum(self._renewed.target_state())
         ridge = self._candidates[-1].ridge or RIDGES[-1]
         self._candidates.append(self._solution(self._renewed, ridge))
 
-    def _compare(self, number: int, look: Look) -> None:
+    def _compare(self, number: int, look: LayerBatch) -> None:
         images = look.held_out if self._held_out.count else ~look.held_out
         for rows, answer in self._rows(number, look, images):
             wanted = answer.let_through(answer.wanted)
@@ -125,7 +135,7 @@ class PatchForm:
                 self._errors[place] += (found - wanted).square().sum()
 
     def _choose(self) -> None:
-        distributed.add_up([self._errors, *self._behind.tallies()])
+        distributed.all_reduce_sum([self._errors, *self._behind.state()])
         errors = self._errors / self._behind.count / self._behind.variance()
         best, self._choice = best_of(self._candidates, errors.tolist())
         self._write(best)
@@ -141,7 +151,7 @@ def _answered(candidate: Candidate, rows: Tensor) -> Float[Tensor, "group row ou
     return rows @ candidate.kernel.mT + candidate.offset[:, None]
 
 
-def patch_bytes(consumer: Consumer, kernel: Tensor) -> int:
+def patch_bytes(consumer: RefitLayer, kernel: Tensor) -> int:
     """What the sums of the patch form take in memory, with all that is made of them at a time."""
     groups, outputs, inputs = in_patch_order(kernel, consumer.groups).shape
     return 8 * groups * inputs * (5 * inputs + 6 * outputs)

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.interpreter import Walk
+from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.trace import NetworkGraph, operation_name
-from secateur.pruning.refit.layers import Consumer, at, by_group
+from secateur.pruning.refit.layers import RefitLayer, at, by_group
 
 SMALLEST_SCALE = 1e-3
 """A norm that scales a channel by less passes no correction back to the layer before it."""
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class RegressionTargets:
     """What a layer should answer at some positions of some images, without its bias."""
 
     wanted: Float[Tensor, "*row output"]
@@ -29,10 +29,10 @@ class Answer:
     scale: Float[Tensor, "*#row output"]
     """By how much that grows with the answer: the scale of a norm behind the layer, or 1."""
 
-    def parted(self, images: Int[Tensor, "image"], groups: int) -> Answer:
+    def parted(self, images: Int[Tensor, "image"], groups: int) -> RegressionTargets:
         """In float64, of some images, as `[group, row, output]`."""
         wanted, level = (by_group(v[images].double(), groups) for v in (self.wanted, self.level))
-        return Answer(wanted, level, self.scale.double().reshape(groups, 1, -1))
+        return RegressionTargets(wanted, level, self.scale.double().reshape(groups, 1, -1))
 
     def let_through(self, found: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
         """What the rectifier makes of an answer that was found."""
@@ -50,14 +50,14 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class TargetLayer:
     """What a layer should answer: what the original network's layer does, or better.
 
     Where the answer goes into a sum, right away or through a norm, it is what makes the sum right
     although its other summand went astray.
     """
 
-    consumer: Consumer
+    consumer: RefitLayer
     norm: Node | None
     sum: Node | None
     other: Node | None
@@ -70,11 +70,11 @@ class Target:
 
     def at(
         self,
-        full: Walk,
-        cut: Walk,
+        full: GraphInterpreter,
+        cut: GraphInterpreter,
         state: Mapping[str, Tensor],
         chosen: Int[Tensor, "image chosen"],
-    ) -> Answer:
+    ) -> RegressionTargets:
         """What the layer should answer at some positions of each image, without its bias.
 
         Both walks have come to the layer; `full` is behind it afterwards.
@@ -93,10 +93,10 @@ class Target:
             scale = scale.where(strong, 1.0)
         result = wanted * scale + offset
         if self.sum is not None and self.other is not None:
-            result = sampled(self.sum, full.fork().step(self.sum))
+            result = sampled(self.sum, full.copy().step(self.sum))
             ahead = cut
             if not cut.has(self.other):
-                ahead = cut.fork()
+                ahead = cut.copy()
                 ahead.advance(self.sum)
             other = at(consumer.maps(ahead.value(self.other)[:count]), chosen)
             summand = (result - other - offset) / scale
@@ -104,15 +104,15 @@ class Target:
         bias = bias_of(consumer)
         if bias is not None:
             wanted = wanted - state[bias]
-        return Answer(wanted, wanted - result / scale, scale.expand(wanted.shape[-1]))
+        return RegressionTargets(wanted, wanted - result / scale, scale.expand(wanted.shape[-1]))
 
 
-def target_of(consumer: Consumer) -> Target:
+def target_layer(consumer: RefitLayer) -> TargetLayer:
     """What a layer should answer."""
     node, norm = consumer.node, _norm_behind(consumer)
     last = norm or node
     following = list(last.users)
-    nothing = Target(consumer, norm, None, None)
+    nothing = TargetLayer(consumer, norm, None, None)
     if len(following) != 1 or operation_name(following[0]) != "add" or following[0].kwargs:
         return nothing
     summands = [source for source in following[0].args if isinstance(source, Node)]
@@ -122,10 +122,10 @@ def target_of(consumer: Consumer) -> Target:
     other = summands[0] if summands[1] is last else summands[1]
     if other.op != "call_function":
         return nothing
-    return Target(consumer, norm, following[0], other)
+    return TargetLayer(consumer, norm, following[0], other)
 
 
-def _norm_behind(consumer: Consumer) -> Node | None:
+def _norm_behind(consumer: RefitLayer) -> Node | None:
     """The batch norm that alone reads a layer's answer, where it uses running statistics."""
     graph = consumer.remains.wiring.graph
     following = list(consumer.node.users)
@@ -154,7 +154,7 @@ def affine(graph: NetworkGraph, state: Mapping[str, Tensor], norm: Node) -> tupl
     return scale, offset if bias is None else offset + bias
 
 
-def bias_of(consumer: Consumer) -> str | None:
+def bias_of(consumer: RefitLayer) -> str | None:
     """The name of the layer's bias, if it has one."""
     source = consumer.node.args[2] if len(consumer.node.args) > 2 else None
     names = consumer.remains.wiring.graph.tensor_names
@@ -183,7 +183,7 @@ class OffsetPlace:
         return (old.double() + self.sign * offset.flatten()).to(old.dtype)
 
 
-def offset_place(targets: Sequence[Target]) -> OffsetPlace | None:
+def offset_place(targets: Sequence[TargetLayer]) -> OffsetPlace | None:
     """Where an offset can go that all places share where a layer is used.
 
     The bias, or the running mean of the norm that reads the layer alone.
@@ -198,7 +198,7 @@ def offset_place(targets: Sequence[Target]) -> OffsetPlace | None:
     return place if set(holder.users) <= readers else None
 
 
-def _own_place(target: Target) -> OffsetPlace | None:
+def _own_place(target: TargetLayer) -> OffsetPlace | None:
     bias = bias_of(target.consumer)
     if bias is not None:
         return OffsetPlace(bias, 1)

@@ -19,17 +19,17 @@ from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, joined
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.graph.trace import NetworkGraph, State
+from secateur.graph.trace import NetworkGraph, Tensors
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class ConceptInput:
     """A batch of images and what the network made of them."""
 
     images: Float[Tensor, "image rgb height width"]
     """Normalised, as the network got them."""
-    numbers: Int[Tensor, "image"]
-    """Number of each image in the probe set."""
+    indices: Int[Tensor, "image"]
+    """Number of each image in the calibration set."""
     labels: Int[Tensor, "image"] | None
     """The true classes, where they may be used."""
     annotations: ConceptMasks | None
@@ -67,7 +67,7 @@ class ConceptSource(Protocol):
         """Whether `learn` wants to be shown a sample of the images before the first `find`."""
         return False
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         """Takes in a part of the sample; called in no fixed order of images."""
         return
 
@@ -75,7 +75,7 @@ class ConceptSource(Protocol):
         """Called once, after the last `learn`."""
         return
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """The concept masks of a batch, each image's independent of the others'."""
 
 
@@ -84,7 +84,7 @@ class SourceContext:
     """What a concept source is made for."""
 
     graph: NetworkGraph
-    state: State
+    state: Tensors
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     argument: str
@@ -152,7 +152,7 @@ def parse(text: str) -> list[tuple[str, str]]:
 def make(
     text: str,
     graph: NetworkGraph,
-    state: State,
+    state: Tensors,
     class_names: tuple[str, ...],
     preprocessing: Preprocessing,
 ) -> ConceptSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.errors import DataError
-from secateur.scoring.concepts import ConceptSource, Scene
+from secateur.scoring.concepts import ConceptInput, ConceptSource
 
 
 class Annotations(ConceptSource):
@@ -18,11 +18,11 @@ class Annotations(ConceptSource):
         """What the annotations can show."""
         return self._concepts
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """The scene's own regions; raises `DataError` where it has none."""
         if scene.annotations is None:
             raise DataError(
                 "the images come without annotated regions: take those that the concept source "
-                "brings (concepts.annotated_images) as the probe set"
+                "brings (concepts.annotated_images) as the calibration set"
             )
         return scene.annotations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_pixels
-from secateur.data.concept_masks import ABSENT, Concept
+from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.errors import DataError
 from secateur.runtime.input_limits import inside
 
@@ -39,7 +39,7 @@ def read_broden(directory: Path) -> AnnotatedFiles:
     """
     labels = _rows(directory / "label.csv", ("number", "name", "category"))
     table = np.full(max(_number(row["number"]) for row in labels) + 1, UNKNOWN, dtype=np.int64)
-    table[0] = ABSENT
+    table[0] = UNLABELLED
     concepts = []
     for place, row in enumerate(labels):
         table[_number(row["number"])] = place

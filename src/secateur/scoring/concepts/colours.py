@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks
-from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
+from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 LARGEST_GRID = 56
 """Images are averaged to at most so many rows and columns of cells, as 8-bit values are."""
@@ -62,13 +62,13 @@ class Colours(ConceptSource):
         """The eleven basic colours."""
         return tuple(Concept(name, "colour") for name in PROTOTYPES)
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """A region for each colour that an image shows, on a grid of at most 56×56 cells."""
         names = self.names(scene.images)[:, None]
         numbers = torch.arange(len(PROTOTYPES))
         masks = names == numbers[:, None, None]  # [image, colour, h, w]
         numbers = numbers.expand(masks.shape[:2])
-        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, ABSENT))
+        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, UNLABELLED))
 
     def names(self, images: Float[Tensor, "image rgb height width"]) -> Int[Tensor, "image h w"]:
         """The number of the colour of each cell."""

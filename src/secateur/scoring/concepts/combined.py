@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx.node import Node
 
-from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks, at_resolution
-from secateur.scoring.concepts import ConceptSource, Scene
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
+from secateur.scoring.concepts import ConceptInput, ConceptSource
 
 
 class Combined:
@@ -41,7 +41,7 @@ class Combined:
         """Whether some source does."""
         return any(source.needs_learning for source in self._sources)
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         """Shows the scene to those who learn."""
         for source in self._sources:
             if source.needs_learning:
@@ -53,7 +53,7 @@ class Combined:
             if source.needs_learning:
                 source.finish_learning()
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """Every source's regions, all at the resolution of the finest, at most the images'."""
         found = [source.find(scene) for source in self._sources]
         height, width = (
@@ -62,8 +62,8 @@ class Combined:
         )
         numbers, start = [], 0
         for source, part in zip(self._sources, found, strict=True):
-            is_absent = part.concepts == ABSENT
-            numbers.append(torch.where(is_absent, ABSENT, part.concepts + start))
+            is_absent = part.concepts == UNLABELLED
+            numbers.append(torch.where(is_absent, UNLABELLED, part.concepts + start))
             start += len(source.concepts)
         masks = [at_resolution(part.masks, (height, width)) for part in found]
         return ConceptMasks(torch.cat(masks, dim=1), torch.cat(numbers, dim=1))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.data.annotated import AnnotatedFiles, Annotation
-from secateur.data.concept_masks import ABSENT, Concept
+from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.cub import Birds, image_files, read_birds
 
 RADIUS_FRACTION = 0.1
@@ -54,11 +54,11 @@ class BirdParts:
     def planes(self, height: int, width: int) -> Tensor:
         """See `Annotation.planes`: a layer for each part that is visible."""
         rows, columns = torch.arange(height)[:, None], torch.arange(width)
-        layers = [torch.full((height, width), ABSENT)]
+        layers = [torch.full((height, width), UNLABELLED)]
         for number in self.is_visible.nonzero()[:, 0].tolist():
             column, row = self.points[number].tolist()
             inside = (rows - row) ** 2 + (columns - column) ** 2 <= self.radius**2
-            layers.append(torch.where(inside, number, ABSENT))
+            layers.append(torch.where(inside, number, UNLABELLED))
         return torch.stack(layers)
 
 
@@ -74,7 +74,7 @@ class BirdBox:
         rows, columns = torch.arange(height)[:, None], torch.arange(width)
         inside = (rows >= top) & (rows < top + down)
         inside = inside & (columns >= left) & (columns < left + across)
-        return torch.where(inside, 0, ABSENT)[None]
+        return torch.where(inside, 0, UNLABELLED)[None]
 
 
 def _training_images(

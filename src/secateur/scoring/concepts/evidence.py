@@ -18,7 +18,7 @@ from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.errors import TraceError
 from secateur.graph.trace import NetworkGraph, operation_name
-from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
+from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 REGION_FRACTION = 0.25
 """Share of an image's positions that counts as evidence (design note: the top quarter)."""
@@ -56,7 +56,7 @@ class Evidence(ConceptSource):
         """Not where the classifier's rows are the weights."""
         return self._rows is None
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """One region an image, on the grid of the last feature map; see `ConceptSource.find`.
 
         A quarter of the cells, rounded to the next number and at least one; cells that tie with
@@ -67,7 +67,7 @@ class Evidence(ConceptSource):
         threshold = heat.flatten(1).topk(count, dim=1).values[:, -1]
         return ConceptMasks((heat >= threshold[:, None, None])[:, None], classes[:, None])
 
-    def heat(self, scene: Scene) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
+    def heat(self, scene: ConceptInput) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
         """Evidence for the class at each position of the last feature map, and the class.
 
         Raises `DataError` where a label is no class of the network's.

@@ -1,6 +1,6 @@
 """Factors: parts that the last feature maps fall into by themselves, without a label.
 
-The maps of a sample of the probe set, positions in rows, are factorised into few non-negative
+The maps of a sample of the calibration set, positions in rows, are factorised into few non-negative
 directions (Lee & Seung, Nature 1999), as Deep Feature Factorization does (Collins, Achanta &
 Süsstrunk, ECCV 2018); a cell belongs to the factor that is strongest there.
 """
@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.data.concept_masks import ABSENT, Concept, ConceptMasks
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.errors import DataError, UsageError
 from secateur.runtime import distributed
-from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
+from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 from secateur.scoring.concepts.evidence import last_map
 
 DEFAULT_COUNT = 8
@@ -59,12 +59,12 @@ class Factors(ConceptSource):
 
     @property
     def needs_learning(self) -> bool:
-        """Yes: the factors are those of the probe set."""
+        """Yes: the factors are those of the calibration set."""
         return True
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         """Keeps some positions of each image; which ones depends on the image's number alone."""
-        for number, features in zip(scene.numbers.tolist(), _features(scene), strict=True):
+        for number, features in zip(scene.indices.tolist(), _features(scene), strict=True):
             rows = features.flatten(1).T  # [position, channel]
             generator = torch.Generator().manual_seed(number)
             drawn = torch.randperm(len(rows), generator=generator)[:POSITIONS]
@@ -78,21 +78,21 @@ class Factors(ConceptSource):
         where the maps hold nothing to factorise, `UsageError` without scikit-learn.
         """
         found: dict[int, Tensor] = {}
-        for rows in distributed.gathered(self._rows):
+        for rows in distributed.all_gather(self._rows):
             found |= rows
         chosen = _lowest(found)
         dictionary = _factorise(torch.cat([chosen[n] for n in sorted(chosen)]), self._count)
         # The first process's, since another machine may round differently.
-        self._dictionary = distributed.gathered(dictionary)[0]
+        self._dictionary = distributed.all_gather(dictionary)[0]
         self._rows = {}
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """A region for each factor that is strongest somewhere, on the grid of the last map."""
         masks = strongest(self.strengths(scene))
         numbers = torch.arange(self._count).expand(masks.shape[:2])
-        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, ABSENT))
+        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, UNLABELLED))
 
-    def strengths(self, scene: Scene) -> Float[Tensor, "image factor h w"]:
+    def strengths(self, scene: ConceptInput) -> Float[Tensor, "image factor h w"]:
         """How much of each factor is at each position, for pictures too.
 
         The non-negative A with the least squared error of A · dictionary, approached by
@@ -132,7 +132,7 @@ def strongest(strengths: Float[Tensor, "image factor h w"]) -> Bool[Tensor, "ima
     return reaches & (reaches.cumsum(1) == 1)
 
 
-def _features(scene: Scene) -> Tensor:
+def _features(scene: ConceptInput) -> Tensor:
     """`[image, channel, h, w]`; what is below zero, before or without a rectifier, is no part."""
     assert scene.value is not None
     return scene.value.detach().float().clamp(min=0)
@@ -152,7 +152,9 @@ def _factorise(rows: Tensor, count: int) -> Tensor:
     if not bool(torch.isfinite(rows).all()) or not bool(rows.any()):
         raise DataError("the last feature map has no positive, finite values to find factors in")
     if len(rows) < count:
-        raise UsageError(f"factors:{count} needs more probe images: {len(rows)} rows are too few")
+        raise UsageError(
+            f"factors:{count} needs more calibration images: {len(rows)} rows are too few"
+        )
     model = NMF(n_components=count, init="nndsvda", random_state=0)
     with warnings.catch_warnings():
         # A dictionary near the optimum serves as well.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
-from secateur.data.concept_masks import ABSENT, Concept
+from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.folder import SUFFIXES
 from secateur.errors import DataError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
@@ -46,7 +46,7 @@ def read_masks(directory: Path) -> AnnotatedFiles:
     if not concepts:
         raise DataError(f"the masks in {directory} show nothing but background")
     table = np.full(max(len(names), VOID + 1), UNKNOWN, dtype=np.int64)
-    table[[*range(len(names)), VOID]] = ABSENT
+    table[[*range(len(names)), VOID]] = UNLABELLED
     table[concepts] = np.arange(len(concepts))
     return AnnotatedFiles(
         tuple(image for image, _ in pairs),

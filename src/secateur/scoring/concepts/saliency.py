@@ -6,7 +6,7 @@ import torch
 from torch.fx.node import Node
 
 from secateur.data.concept_masks import Concept, ConceptMasks
-from secateur.scoring.concepts import ConceptSource, Scene, SourceContext
+from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 from secateur.scoring.concepts.evidence import last_map
 
 
@@ -30,7 +30,7 @@ class Saliency(ConceptSource):
         """The last feature map."""
         return self._map
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         """One region an image, on the grid of the last feature map; no label is looked at."""
         assert scene.value is not None
         total = scene.value.detach().float().sum(1, keepdim=True)  # [image, 1, h, w]

@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from secateur.config import ScoreSection
-from secateur.data.concept_masks import ConceptMasks, at_resolution, shares_at
+from secateur.data.concept_masks import ConceptMasks, at_resolution, coverage_at
 from secateur.errors import UnknownName, UsageError
 from secateur.graph.patches import Window
 from secateur.models import user_code
-from secateur.scoring.thresholds import Usual
+from secateur.scoring.thresholds import ActivationStatistics
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -36,7 +36,7 @@ takes a sampled pass of its own, and with it its threshold; concept masks; gradi
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class ConsumerKernel:
     """A layer that reads the filters of a group."""
 
     window: Window
@@ -53,7 +53,7 @@ class Kernels:
     """Of each layer that writes: its kernels, and the channel of the group that each writes."""
     channel: Int[Tensor, "filter"]
     """Channel of the group that each filter belongs to: mostly its number."""
-    readers: tuple[Reader, ...]
+    consumers: tuple[ConsumerKernel, ...]
     """The layers that read the filters."""
     norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
     """Of each batch norm on the way: its scales, and the channel of the group that each belongs
@@ -68,7 +68,7 @@ class Kernels:
     def outgoing_norm(self) -> Float[Tensor, "filter"]:
         """Euclidean norm of all that reads each filter, in float64."""
         squares = torch.zeros(self.filters, dtype=torch.float64)
-        for reader in self.readers:
+        for reader in self.consumers:
             norm = torch.linalg.vector_norm(reader.weights, dim=(0, 1), dtype=torch.float64)
             squares += norm.square().cpu()
         return squares.sqrt()
@@ -91,23 +91,23 @@ class Regions:
         )
         """The masks at a resolution, see `regions.at_resolution`."""
         self.shares_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
-            lambda size: shares_at(masks, size)
+            lambda size: coverage_at(masks, size)
         )
         """How much of each cell is inside, see `regions.shares_at`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class FeatureBatch:
     """What an observer is shown of one part of a group in one batch."""
 
-    part: str
+    tap: str
     maps: Float[Tensor, "image filter h w"]
     """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers. Not to be
     changed, nor kept: what is needed later is reduced at once."""
-    numbers: Int[Tensor, "image"]
-    """Number of each image in the probe set; a sample of images is chosen by it."""
+    indices: Int[Tensor, "image"]
+    """Number of each image in the calibration set; a sample of images is chosen by it."""
     kernels: Kernels
-    usual: Usual | None
+    statistics: ActivationStatistics | None
     """There for observers that need it."""
     grid: tuple[int, int]
     """Cells that responses are brought to: at most the size of the maps."""
@@ -127,13 +127,13 @@ class Observer(Protocol):
     def needs(self) -> frozenset[Need]:
         """What it wants to be shown; with nothing it is never called."""
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Called once before the first image: the parts there are, with the weights around them."""
 
-    def observe(self, sight: Sight) -> Vote | None:
+    def update(self, sight: FeatureBatch) -> Vote | None:
         """Takes in one part in one batch; what must wait for the concepts is given back."""
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """The sums over images, always in the same order: added up in place over processes."""
 
 
@@ -141,13 +141,13 @@ class Observer(Protocol):
 class Criterion(Observer, Protocol):
     """Evidence about a part of a group in, one score a filter out."""
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The scores of a part's filters, in float64; higher stays."""
 
 
 def check_name(name: str) -> None:
     """Raises `UnknownName` or `UsageError` where there is no such criterion."""
-    if user_code.is_own_code(name):
+    if user_code.is_user_code(name):
         user_code.check_file(name, "criterion")
     elif name not in CRITERIA:
         raise UnknownName("criterion", name, CRITERIA)
@@ -172,13 +172,13 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         Apoz,
         MapRank,
     )
-    from secateur.scoring.criteria.votes import OverlapVotes, ResponseVotes, Rule
+    from secateur.scoring.criteria.votes import OverlapVotes, ResponseVotes, VoteSettings
 
-    rule = Rule(settings.ballot, settings.voters, settings.top_fraction, weights)
+    rule = VoteSettings(settings.vote_mode, settings.voting_unit, settings.top_fraction, weights)
     table: dict[str, Callable[[], Criterion]] = {
         "vote": lambda: Reconstruction(rule),
         "vote-response": lambda: ResponseVotes(rule),
-        "vote-iou": lambda: OverlapVotes(replace(rule, ballot="top", voters="regions")),
+        "vote-iou": lambda: OverlapVotes(replace(rule, vote_mode="top", voting_unit="regions")),
         "random": lambda: kernels.Random(seed),
         "l1": lambda: kernels.OfKernels(kernels.l1),
         "l2": lambda: kernels.OfKernels(kernels.l2),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.graph.patches import even_step
 from secateur.scoring.covariance import SecondMoments, in_units, unit_of
-from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 
 POSITIONS = 64
 """Positions that are taken from each map, evenly spaced."""
@@ -26,7 +26,7 @@ class ChannelIndependence:
 
     (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make
     up the matrix and the norms are meant over images; here the matrix has all sampled positions of
-    the probe set, so that its second moments are all that is kept.)
+    the calibration set, so that its second moments are all that is kept.)
     """
 
     needs: frozenset[Need] = frozenset({"maps", "usual"})
@@ -35,24 +35,24 @@ class ChannelIndependence:
         self._moments: dict[str, SecondMoments] = {}
         self._units: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the moments."""
         self._moments = {part: SecondMoments(kernels.filters) for part, kernels in parts.items()}
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Adds up products."""
-        assert sight.usual is not None
-        if sight.part not in self._units:
-            self._units[sight.part] = unit_of(sight.usual)
+        assert sight.statistics is not None
+        if sight.tap not in self._units:
+            self._units[sight.tap] = unit_of(sight.statistics)
         step = even_step(sight.maps.shape[2], sight.maps.shape[3], POSITIONS)
         rows = sight.maps.flatten(2)[:, :, ::step].movedim(1, -1).flatten(0, 1)
-        self._moments[sight.part].add(in_units(rows, self._units[sight.part], sight.part))
+        self._moments[sight.tap].update(in_units(rows, self._units[sight.tap], sight.tap))
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return (tally for moments in self._moments.values() for tally in moments.tallies())
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
+        return (tally for moments in self._moments.values() for tally in moments.state())
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The differences of the norms, divided by the root of the number of positions."""
         return nuclear_norm_losses(self._moments[part].raw(self._units[part]))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 from secateur.scoring.exact_sum import ExactSum
 
 
@@ -23,20 +23,20 @@ class Taylor:
     def __init__(self) -> None:
         self._sums: dict[str, ExactSum] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for a sum a filter."""
         self._sums = {part: ExactSum((kernels.filters,)) for part, kernels in parts.items()}
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Adds up the squares of a batch."""
         assert sight.gradients is not None
         change = (sight.maps.float() * sight.gradients.float()).sum(dim=(2, 3))  # [image, filter]
-        self._sums[sight.part].add(change.double().square())
+        self._sums[sight.tap].add(change.double().square())
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return (total.limbs for total in self._sums.values())
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The summed squares."""
         return self._sums[part].value()

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 
 OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
 
 
-class _Unseeing:
+class _WithoutImages:
     """What criteria without images have in common: they keep the kernels alone."""
 
     needs: frozenset[Need] = frozenset()
@@ -23,40 +23,40 @@ class _Unseeing:
     def __init__(self) -> None:
         self._parts: Mapping[str, Kernels] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Takes the kernels down."""
         self._parts = parts
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Not called."""
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """There are none."""
         return ()
 
 
-class Random(_Unseeing):
+class Random(_WithoutImages):
     """A random order, the same for the same seed and group."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._seed = seed
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """Uniform random numbers."""
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(part.encode()))
         filters = self._parts[part].filters
         return torch.rand(filters, generator=generator, dtype=torch.float64)
 
 
-class OfKernels(_Unseeing):
+class OfKernels(_WithoutImages):
     """A function of each kernel that writes a channel, meant over the kernels that do."""
 
     def __init__(self, function: OfRows) -> None:
         super().__init__()
         self._function = function
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The function's means."""
         return of_writing_kernels(self._function, part, self._parts[part])
 
@@ -70,13 +70,13 @@ def of_writing_kernels(function: OfRows, part: str, kernels: Kernels) -> Float[T
     return _by_filter(part, kernels, rows, "kernel that writes")
 
 
-class NormScale(_Unseeing):
+class NormScale(_WithoutImages):
     """Size of the scale that batch norm gives the filter (Liu et al., ICCV 2017, section 3).
 
     The paper trains with an L1 penalty on the scales first; here they are taken as they are.
     """
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The sizes, meant over the norms on the way; raises `UsageError` where there is none."""
         kernels = self._parts[part]
         rows = [(scale.double().abs().cpu(), rows) for scale, rows in kernels.norm_scales]

@@ -15,9 +15,9 @@ from torch import Tensor
 from secateur.errors import UsageError
 from secateur.graph.patches import Window
 from secateur.scoring.covariance import SecondMoments, in_units, unit_of
-from secateur.scoring.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
 from secateur.scoring.criteria.kernels import l1, of_writing_kernels
-from secateur.scoring.criteria.votes import Rule
+from secateur.scoring.criteria.votes import VoteSettings
 
 POSITIONS = 16
 """Positions of each image that are looked at, spread evenly and differently in every image."""
@@ -27,7 +27,7 @@ WEIGHT_UNITS = 16
 """Weights of positions are rounded to multiples of 1 / 16."""
 RIDGE = 1e-3
 """Added to the diagonal of a covariance, as a multiple of its mean."""
-STANDING = 3
+NORM_WEIGHT = 3
 """Behind a batch norm the votes for a filter are multiplied by this power of the L1 norm of the
 kernel that writes it.
 
@@ -52,7 +52,7 @@ class Reconstruction:
     with the fewest votes goes, and its votes pass on to those that stand in for it.
     """
 
-    def __init__(self, rule: Rule | None = None) -> None:
+    def __init__(self, rule: VoteSettings | None = None) -> None:
         self._rule = rule
         baseline: frozenset[Need] = frozenset({"maps", "usual"})
         election: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
@@ -62,7 +62,7 @@ class Reconstruction:
         self._units: dict[str, Tensor] = {}
         self._moments: dict[str, SecondMoments] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the products of each part."""
         self._parts = parts
         self._windows = {part: _window(kernels) for part, kernels in parts.items()}
@@ -71,39 +71,39 @@ class Reconstruction:
             for part, kernels in parts.items()
         }
 
-    def observe(self, sight: Sight) -> Vote | None:
+    def update(self, sight: FeatureBatch) -> Vote | None:
         """Takes patches at some positions; their weights wait for the concepts."""
-        assert sight.usual is not None
-        window = self._windows[sight.part]
-        if sight.part not in self._units:
-            self._units[sight.part] = unit_of(sight.usual).repeat(window.taps)
+        assert sight.statistics is not None
+        window = self._windows[sight.tap]
+        if sight.tap not in self._units:
+            self._units[sight.tap] = unit_of(sight.statistics).repeat(window.taps)
         rows, columns = window.positions(*sight.maps.shape[2:])
-        positions = _spread(sight.numbers, rows, columns)
-        taken = window.take(sight.maps, positions)  # [image, position, value]
-        patches = in_units(taken, self._units[sight.part], sight.part).flatten(0, 1)
-        moments, rule = self._moments[sight.part], self._rule
+        positions = _spread(sight.indices, rows, columns)
+        taken = window.patches(sight.maps, positions)  # [image, position, value]
+        patches = in_units(taken, self._units[sight.tap], sight.tap).flatten(0, 1)
+        moments, rule = self._moments[sight.tap], self._rule
         if rule is None:
-            moments.add(patches)
+            moments.update(patches)
             return None
 
         def vote(regions: Regions) -> None:
             inside = regions.at((rows, columns)).flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, rule.weigh(regions.concepts).float())
             weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
-            moments.add(patches, weights.flatten())
+            moments.update(patches, weights.flatten())
 
         return vote
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return (tally for moments in self._moments.values() for tally in moments.tallies())
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
+        return (tally for moments in self._moments.values() for tally in moments.state())
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The places: the filter that goes first has 0."""
         kernels, window = self._parts[part], self._windows[part]
         covariance = self._moments[part].covariance(self._units[part])
-        standing = None if self._rule is None else _standing(part, kernels)
-        order = eliminate(covariance, _readers(kernels, window), kernels.filters, standing)
+        standing = None if self._rule is None else _norm_weights(part, kernels)
+        order = eliminate(covariance, _consumers(kernels, window), kernels.filters, standing)
         places = torch.zeros(kernels.filters, dtype=torch.float64)
         places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
@@ -116,14 +116,14 @@ class Reconstruction:
         """
         kernels, window = self._parts[part], self._windows[part]
         covariance = self._moments[part].covariance(self._units[part])
-        return error_curve(covariance, _readers(kernels, window), ranking)
+        return error_curve(covariance, _consumers(kernels, window), ranking)
 
     def mean(self, part: str) -> Float[Tensor, "filter"]:
         """Mean activations of a part's filters."""
         moments = self._moments[part].mean(self._units[part])
         return moments[self._centre(part)]
 
-    def stand_in(
+    def reconstruction(
         self, part: str, kept: Sequence[int]
     ) -> tuple[Float[Tensor, "filter filter"], Float[Tensor, "filter"]]:
         """Matrix and offset that give every filter of a part from those that are kept.
@@ -148,9 +148,9 @@ class Reconstruction:
 
 def eliminate(
     covariance: Float[Tensor, "value value"],
-    readers: Float[Tensor, "output value"],
+    consumers: Float[Tensor, "output value"],
     filters: int,
-    standing: Float[Tensor, "filter"] | None = None,
+    norm_weights: Float[Tensor, "filter"] | None = None,
 ) -> list[int]:
     """The order in which filters go if each time those that are missed least go.
 
@@ -162,7 +162,7 @@ def eliminate(
     """
     values = len(covariance)
     inverse = torch.linalg.inv(covariance + _floor(covariance) * _identity(values))
-    weights = readers.double().clone()
+    weights = consumers.double().clone()
     own = torch.arange(values).reshape(-1, filters).T  # [filter, tap]
     left = list(range(filters))
     order: list[int] = []
@@ -172,7 +172,7 @@ def eliminate(
         blocks = inverse[places[:, :, None], places[:, None, :]]  # [filter, tap, tap]
         carried = weights.T[places]  # [filter, tap, output]
         costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
-        votes = (costs if standing is None else costs * standing[left]).tolist()
+        votes = (costs if norm_weights is None else costs * norm_weights[left]).tolist()
         ranked = sorted(range(len(left)), key=lambda n: (votes[n], -left[n]))
         going = [left[n] for n in ranked[:at_a_time]]
         order += going
@@ -186,7 +186,7 @@ def eliminate(
 
 def error_curve(
     covariance: Float[Tensor, "value value"],
-    readers: Float[Tensor, "output value"],
+    consumers: Float[Tensor, "output value"],
     ranking: Sequence[int],
 ) -> Float[Tensor, "count"]:
     """The summed squared error of what readers get when 0, 1, … up to all filters go.
@@ -201,7 +201,7 @@ def error_curve(
     own = torch.arange(values).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
     system = covariance[own][:, own] + _floor(covariance) * _identity(values)
     factor = torch.linalg.cholesky(system)
-    columns = (readers.double()[:, own] @ factor).square().sum(0)
+    columns = (consumers.double()[:, own] @ factor).square().sum(0)
     by_filter = columns.reshape(filters, -1).sum(1)
     return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
 
@@ -215,7 +215,7 @@ def _floor(covariance: Tensor) -> Tensor:
     return RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _standing(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
+def _norm_weights(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     """What the votes for each filter are multiplied by; None where that is 1.
 
     That is so without a norm on the way, since then activations are as large as the kernels make
@@ -227,19 +227,19 @@ def _standing(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
         norms = of_writing_kernels(l1, part, kernels)
     except UsageError:
         return None
-    return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** STANDING
+    return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
 
 
 def _window(kernels: Kernels) -> Window:
     """The patches that filters are compared in: those of the first reader, if not too large."""
-    window = kernels.readers[0].window if kernels.readers else Window((1, 1))
+    window = kernels.consumers[0].window if kernels.consumers else Window((1, 1))
     return window if window.taps * kernels.filters <= MOST_VALUES else Window((1, 1))
 
 
-def _readers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
+def _consumers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
     """The weights of all readers on one window; taps of another one count as outputs."""
     rows = [torch.zeros(0, window.taps, kernels.filters)]
-    for reader in kernels.readers:
+    for reader in kernels.consumers:
         weights = reader.weights
         if reader.window != window:
             centre = torch.zeros(weights.shape[0] * weights.shape[1], *rows[0].shape[1:])

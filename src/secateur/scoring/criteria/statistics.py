@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.scoring.criteria import Kernels, Need, Sight
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 from secateur.scoring.exact_sum import ExactSum
 
 BINS_PER_DOUBLING = 4
@@ -32,19 +32,19 @@ class ActivationMean:
     def __init__(self) -> None:
         self._means: dict[str, _ImageMeans] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for a sum a filter."""
         self._means = {part: _ImageMeans(1, kernels.filters) for part, kernels in parts.items()}
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Adds up each image's mean."""
-        self._means[sight.part].add(sight.maps.float().abs().mean(dim=(2, 3)))
+        self._means[sight.tap].add(sight.maps.float().abs().mean(dim=(2, 3)))
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return (tally for means in self._means.values() for tally in means.tallies())
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
+        return (tally for means in self._means.values() for tally in means.state())
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The means."""
         return self._means[part].value()[0]
 
@@ -60,11 +60,11 @@ class ActivationStd:
     def __init__(self) -> None:
         self._means: dict[str, _ImageMeans] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for three sums a filter."""
         self._means = {part: _ImageMeans(3, kernels.filters) for part, kernels in parts.items()}
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Adds up each image's mean, its square, and the variance within the image."""
         maps = sight.maps.float()
         near = maps.mean(dim=(2, 3), keepdim=True)
@@ -73,13 +73,13 @@ class ActivationStd:
         shift = away.mean(dim=(2, 3)).double()  # [image, filter]
         variance = away.square_().mean(dim=(2, 3)).double() - shift.square()
         mean = near[:, :, 0, 0].double() + shift
-        self._means[sight.part].add(mean, mean.square(), variance.clamp_min(0))
+        self._means[sight.tap].add(mean, mean.square(), variance.clamp_min(0))
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
-        return (tally for means in self._means.values() for tally in means.tallies())
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
+        return (tally for means in self._means.values() for tally in means.state())
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The standard deviations."""
         mean, square, within = self._means[part].value().unbind()
         return (within + (square - mean.square()).clamp_min(0)).sqrt()
@@ -97,7 +97,7 @@ class _ImageMeans:
         self._images += len(values[0])
         self._total.add(torch.stack([each.double() for each in values], 1))
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """The sums."""
         return (self._images, self._total.limbs)
 
@@ -118,27 +118,27 @@ class Apoz:
     def __init__(self) -> None:
         self._tallies: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for two counts a filter."""
         self._tallies = {
             part: torch.zeros(2, kernels.filters, dtype=torch.int64)
             for part, kernels in parts.items()
         }
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Counts positions."""
         maps = sight.maps
         # As floats, which are summed several times as fast as booleans; exact up to 2^24 positions.
         is_positive = torch.gt(maps, 0, out=torch.empty_like(maps, dtype=torch.float32))
         positive = is_positive.sum(dim=(2, 3))  # [image, filter]
-        self._tallies[sight.part][0] += positive.long().sum(0)
-        self._tallies[sight.part][1] += len(positive) * maps.shape[2:].numel()
+        self._tallies[sight.tap][0] += positive.long().sum(0)
+        self._tallies[sight.tap][1] += len(positive) * maps.shape[2:].numel()
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return self._tallies.values()
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The shares."""
         positive, count = self._tallies[part].double().unbind()
         return positive / count
@@ -158,26 +158,26 @@ class ActivationEntropy:
     def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the bins."""
         self._counts = {
             part: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
             for part, kernels in parts.items()
         }
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Puts each image's pooled activation into its bin."""
-        assert sight.usual is not None
+        assert sight.statistics is not None
         pooled = sight.maps.float().mean(dim=(2, 3))  # [image, filter]
-        bins = _bins(pooled, sight.usual.mean)
-        counts = self._counts[sight.part]
+        bins = _bins(pooled, sight.statistics.mean)
+        counts = self._counts[sight.tap]
         counts.scatter_add_(1, bins.T.contiguous(), torch.ones_like(bins.T.contiguous()))
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return self._counts.values()
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The entropies, in nats."""
         counts = self._counts[part].double()
         entropy: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
@@ -208,24 +208,24 @@ class MapRank:
     def __init__(self) -> None:
         self._ranks: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for a sum a filter."""
         self._ranks = {
             part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
         }
 
-    def observe(self, sight: Sight) -> None:
-        """Adds up the ranks in the first `RANK_IMAGES` images of the probe set."""
-        for image in (sight.numbers < RANK_IMAGES).nonzero()[:, 0].tolist():
+    def update(self, sight: FeatureBatch) -> None:
+        """Adds up the ranks in the first `RANK_IMAGES` images of the calibration set."""
+        for image in (sight.indices < RANK_IMAGES).nonzero()[:, 0].tolist():
             maps = sight.maps[image].float()
             if not bool(maps.isfinite().all()):
-                raise DataError(f"a feature map of {sight.part!r} holds values that are not finite")
-            self._ranks[sight.part] += torch.linalg.matrix_rank(maps)
+                raise DataError(f"a feature map of {sight.tap!r} holds values that are not finite")
+            self._ranks[sight.tap] += torch.linalg.matrix_rank(maps)
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return self._ranks.values()
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The summed ranks."""
         return self._ranks[part].double()

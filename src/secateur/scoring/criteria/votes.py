@@ -19,26 +19,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.data.concept_masks import ABSENT
-from secateur.scoring.criteria import Kernels, Need, Regions, Sight, Vote
+from secateur.data.concept_masks import UNLABELLED
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
 from secateur.scoring.iou import binarise, overlap
 
 VOTE = 2**20
 """What one whole vote counts."""
 VALUES_AT_A_TIME = 2**19
 """So many activations are squared at once: they stay in the processor's cache."""
-Ballot = Literal["share", "top", "plurality"]
-Voters = Literal["cells", "regions"]
+VoteMode = Literal["share", "top", "plurality"]
+VotingUnit = Literal["cells", "regions"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class VoteSettings:
     """How an election is held."""
 
-    ballot: Ballot
+    vote_mode: VoteMode
     """`share`: a vote is divided among the filters in proportion to their strength; `top`: each of
     the strongest filters gets a vote; `plurality`: the strongest one does."""
-    voters: Voters
+    voting_unit: VotingUnit
     """`cells`: filters compete at each cell of a region; `regions`: over the whole of it."""
     top_fraction: float
     """Share of the filters that `top` gives a vote."""
@@ -47,15 +47,15 @@ class Rule:
 
     def cast(self, strength: Float[Tensor, "*voter filter"]) -> Float[Tensor, "*voter filter"]:
         """The votes of each voter; one that sees no strength anywhere casts none."""
-        if self.ballot == "share":
+        if self.vote_mode == "share":
             return shares(strength)
         filters = strength.shape[-1]
-        top = 1 if self.ballot == "plurality" else max(1, math.ceil(self.top_fraction * filters))
+        top = 1 if self.vote_mode == "plurality" else max(1, math.ceil(self.top_fraction * filters))
         return winners(strength, top)
 
     def weigh(self, concepts: Int[Tensor, "image region"]) -> Float[Tensor, "image region"]:
         """What the vote of each region counts; nothing where it only fills up the tensor."""
-        weights = (concepts != ABSENT).double()
+        weights = (concepts != UNLABELLED).double()
         for concept, weight in self.weights.items():
             weights[concepts == concept] = weight
         return weights
@@ -77,29 +77,29 @@ def winners(strength: Float[Tensor, "*voter filter"], top: int) -> Float[Tensor,
     return chosen * (strength > 0)
 
 
-class CountedVotes:
+class VoteCounts:
     """What ways to vote have in common: ballots by a rule, counted in whole units."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: VoteSettings) -> None:
         self._rule = rule
         self._votes: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the votes."""
         self._votes = {
             part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
         }
 
-    def tallies(self) -> Iterable[Tensor]:
-        """See `Observer.tallies`."""
+    def state(self) -> Iterable[Tensor]:
+        """See `Observer.state`."""
         return self._votes.values()
 
-    def score(self, part: str) -> Float[Tensor, "filter"]:
+    def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The number of votes."""
         return self._votes[part].double() / VOTE
 
 
-class ResponseVotes(CountedVotes):
+class ResponseVotes(VoteCounts):
     """Votes for the filters that respond most inside the regions of concepts.
 
     The strength of a filter at a position is how far it moves what comes after: the square of
@@ -112,25 +112,25 @@ class ResponseVotes(CountedVotes):
 
     needs: frozenset[Need] = frozenset({"maps", "usual", "concepts"})
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: VoteSettings) -> None:
         super().__init__(rule)
         self._norms: dict[str, Tensor] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the votes."""
-        super().begin(parts)
+        super().reset(parts)
         self._norms = {part: kernels.outgoing_norm.float() for part, kernels in parts.items()}
 
-    def observe(self, sight: Sight) -> Vote:
+    def update(self, sight: FeatureBatch) -> Vote:
         """Brings the responses to cells; the vote waits for the concepts."""
-        assert sight.usual is not None
-        cells = responses(sight.maps, sight.usual.mean, self._norms[sight.part], sight.grid)
-        rule, votes = self._rule, self._votes[sight.part]
+        assert sight.statistics is not None
+        cells = responses(sight.maps, sight.statistics.mean, self._norms[sight.tap], sight.grid)
+        rule, votes = self._rule, self._votes[sight.tap]
 
         def vote(regions: Regions) -> None:
             inside = regions.at(sight.grid).flatten(2).float()  # [image, region, cell]
             weights = rule.weigh(regions.concepts)[..., None]
-            if rule.voters == "regions":
+            if rule.voting_unit == "regions":
                 cast = rule.cast(inside @ cells).double() * weights  # [image, region, filter]
             else:
                 # A cell casts one ballot for each region that it lies in.
@@ -140,7 +140,7 @@ class ResponseVotes(CountedVotes):
         return vote
 
 
-class OverlapVotes(CountedVotes):
+class OverlapVotes(VoteCounts):
     """Votes for the filters whose binarised map overlaps a region best: the literal reading.
 
     The strength of a filter for a region is the intersection over union with it, each filter
@@ -149,11 +149,11 @@ class OverlapVotes(CountedVotes):
 
     needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 
-    def observe(self, sight: Sight) -> Vote:
+    def update(self, sight: FeatureBatch) -> Vote:
         """Binarises the maps; the vote waits for the concepts."""
-        assert sight.usual is not None
-        active = binarise(sight.maps, sight.usual.threshold)
-        rule, votes = self._rule, self._votes[sight.part]
+        assert sight.statistics is not None
+        active = binarise(sight.maps, sight.statistics.threshold)
+        rule, votes = self._rule, self._votes[sight.tap]
 
         def vote(regions: Regions) -> None:
             iou = overlap(active, regions.at((active.shape[2], active.shape[3]))).iou
