@@ -2,12 +2,12 @@
 
     python bench/report.py --data imagenette:DIR [--model torchvision:resnet50]
 
-prunes half of the MACs of a network by uniform shares, without training, and then in turns writes
-the report with its gallery and makes the scoring passes of two criteria, all on the same `IMAGES`
-calibration images. Writes `results/report.json` with the seconds of each and their ratios, the size
-of the page and the most memory that the process has used until the first report was written, and
-the table in docs/how_to/read_the_report.md. Weights are random where none are given: what filters
-see is of no sense then, and costs as much.
+prunes half of the MACs of a network by uniform shares, without training, and then interleaved
+writes the report with its gallery and makes the scoring passes of two criteria, all on the same
+`IMAGES` calibration images. Writes `results/report.json` with the seconds of each and their ratios,
+the size of the page and the most memory that the process has used until the first report was
+written, and the table in docs/how_to/read_the_report.md. Weights are random where none are given:
+what filters see is of no sense then, and costs as much.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(source: str, model_name: str, weights: str | None) -> Row:
-    """Both in turns, the report first."""
+    """Both interleaved, the report first."""
     config = configured(source, model_name, weights)
     dataset, model = load_inputs(config)
     # What is timed is neither the scores before and after nor the cut.
@@ -91,13 +91,13 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
             write_report(pruned.result, page, gallery)
 
         def score(criterion: str) -> None:
-            ground = make_scoring_context(model, few, config)
+            context = make_scoring_context(model, few, config)
             score_filters(
                 model,
-                ground.dependencies,
-                lambda: calibration_batches(ground, config, no_progress, ""),
-                {criterion: make_criterion(criterion, ground.source, config)},
-                ground.source,
+                context.dependencies,
+                lambda: calibration_batches(context, config, no_progress, ""),
+                {criterion: make_criterion(criterion, context.source, config)},
+                context.source,
                 config.score,
             )
 
@@ -159,7 +159,8 @@ def table() -> str:
     values = [f"{medians[name]:.1f}" for name in timed_names]
     values += [f"{found['ratios'][name]:.2f}" for name in SCORING]
     lines = [
-        f"| network | filters | calibration images | {' | '.join(heads)} | page, MB | memory, MiB |",
+        f"| network | filters | calibration images | {' | '.join(heads)} "
+        "| page, MB | memory, MiB |",
         f"|{'---|' * (len(heads) + 5)}",
         f"| {found['model']} | {found['filters']} | {found['images']} | {' | '.join(values)} | "
         f"{found['page_mb']:.1f} | {found['peak_memory_mib']} |",

@@ -4,8 +4,8 @@
 
 measures every network in a process of its own and after each writes `results/speed.json`; rows that
 are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md;
-`--tables` does only that. Whatever is compared is timed in turns, so that a busy machine slows all
-alike.
+`--tables` does only that. Whatever is compared is timed interleaved, so that a busy machine slows
+all alike.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ SURGERY_REPEATS = 5
 
 
 def measure_surgery(name: str, note: Note) -> None:
-    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning in turns.
+    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning
+    interleaved.
 
     Torch-Pruning cuts by the ratio that leaves about half of the MACs, which is searched for first;
     what the search took is noted apart.
@@ -101,16 +102,20 @@ def measure_surgery(name: str, note: Note) -> None:
         if repeat == 1:
             steps.clear()
         note(stage=f"turn {repeat}")
-        wiring = timed("wiring", lambda: build_dependency_graph(model, images, prune_residual=True))
-        scores = timed("scores", partial(l2_scores, model, wiring))
-        plan = timed("plan", partial(make_plan, scores, wiring, TARGET, "l2"))
-        timed("surgery", partial(apply_plan, model, wiring, plan))
+        dependencies = timed(
+            "dependency graph", lambda: build_dependency_graph(model, images, prune_residual=True)
+        )
+        scores = timed("scores", partial(l2_scores, model, dependencies))
+        plan = timed("plan", partial(make_plan, scores, dependencies, TARGET, "l2"))
+        timed("surgery", partial(apply_plan, model, dependencies, plan))
         twin = copy.deepcopy(model)
         timed("peer_graph", partial(peer.build_graph, twin, images[:1]))
         cut = peer.cut(model, images[:1], ratio)
         steps.setdefault("peer_pruner", []).append(cut.graph_seconds)
         steps.setdefault("peer_cut", []).append(cut.cut_seconds)
-    note(macs_left=wiring.macs(plan.removed) / wiring.macs(), seconds=steps, stage="done")
+    note(
+        macs_left=dependencies.macs(plan.removed) / dependencies.macs(), seconds=steps, stage="done"
+    )
 
 
 def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
@@ -127,13 +132,14 @@ def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
 
 
 def measure_latency(name: str, note: Note) -> None:
-    """Times the forward pass of a network and of its half, by each engine and batch, in turns."""
+    """Times the forward pass of a network and of its half, by each engine and batch,
+    interleaved."""
     note(stage="cut")
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
-    wiring = build_dependency_graph(model, example, prune_residual=True)
-    plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2", round_to=WIDTHS)
-    networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
+    dependencies = build_dependency_graph(model, example, prune_residual=True)
+    plan = make_plan(l2_scores(model, dependencies), dependencies, TARGET, "l2", round_to=WIDTHS)
+    networks = {"original": model, "cut": apply_plan(model, dependencies, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
     cells: list[Row] = []
     note(macs=macs, cells=cells)
@@ -218,8 +224,8 @@ def child(arguments: argparse.Namespace) -> None:
 def surgery_table(found: list[Row]) -> str:
     """Median seconds of cutting, and how many times as long the peer takes."""
     lines = [
-        "| network | secateur: wiring | scores + plan | surgery "
-        "| Torch-Pruning: graph | pruner | cut | graph + cut over wiring + surgery |",
+        "| network | secateur: dependency graph | scores + plan | surgery "
+        "| Torch-Pruning: graph | pruner | cut | graph + cut over dependency graph + surgery |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
@@ -229,11 +235,11 @@ def surgery_table(found: list[Row]) -> str:
             lines.append(f"| {row['network']} | {row['outcome']}: {row['reason']} |||||||")
             continue
         median = {step: statistics.median(values) for step, values in row["seconds"].items()}
-        ours = median["wiring"] + median["surgery"]
+        ours = median["dependency graph"] + median["surgery"]
         theirs = median["peer_graph"] + median["peer_cut"]
         cells = [
             row["network"],
-            f"{median['wiring']:.2f}",
+            f"{median['dependencies']:.2f}",
             f"{median['scores'] + median['plan']:.2f}",
             f"{median['surgery']:.2f}",
             f"{median['peer_graph']:.2f}",
@@ -286,13 +292,13 @@ weights (seed {SEED}), cut to 50 % of their MACs with `prune_residual`.
 Median seconds of {SURGERY_REPEATS} turns. *Graph* is Torch-Pruning's `DependencyGraph` alone,
 *pruner* the whole constructor of its `MagnitudePruner`, which builds one too; *cut* one `step()`
 with the ratio known, importance included. Finding the ratio takes it several rounds of all that;
-secateur's plan meets the target from one wiring.
+secateur's plan meets the target from one dependency graph.
 
 {surgery_table(found)}
 
 ## Forward passes
 
-Median of {REPEATS[0]} to {REPEATS[1]} passes, original and cut in turns. Widths are
+Median of {REPEATS[0]} to {REPEATS[1]} passes, original and cut interleaved. Widths are
 multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole.
 *Compiled* is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs
 alone would give.
