@@ -6,7 +6,7 @@ as `secateur train` does by `configs/vgg16_cifar10_base_1.toml` and then, from t
 `configs/vgg16_cifar10_base_2.toml`; a training that was interrupted goes on from its checkpoints in
 `runs/base_network`. The weights are left in the folder of weights, under the name by which
 `configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
-`results/base_network.json`, and to the table in docs/how_to/train.md; without arguments only the table
+`results/base_network.json`, and to the table in docs/research/training.md; without arguments only the table
 is written.
 """
 
@@ -25,7 +25,7 @@ from secateur.sweep import read_comparison
 from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 CONFIGS = [ROOT / "configs" / f"vgg16_cifar10_base_{number}.toml" for number in (1, 2)]
 PRUNED = ROOT / "configs" / "paper" / "vgg16_cifar10.toml"
 WORK = ROOT / "runs" / "base_network"

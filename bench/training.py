@@ -6,7 +6,7 @@ trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop
 are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
 so that a busy machine slows both alike. In the same turns the trainer trains that network cut to
 `TARGET`, as it is and by `torch.compile`. Writes `results/training.json` with the images a second
-of each and the ratios, by the medians, and the tables in docs/how_to/train.md.
+of each and the ratios, by the medians, and the tables in docs/research/training.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tables import with_table
 from turns import in_turns
 
 RESULTS = ROOT / "results" / "training.json"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 NETWORK = "resnet20"
 STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)

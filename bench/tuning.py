@@ -5,7 +5,7 @@
 runs the default criterion's cells of `configs/paper/*_cifar10.toml`. A line a cell goes to
 `results/tuning.jsonl`; cells that are there are not measured again, and a cell that was interrupted
 goes on from its run folder in `runs/tuning`; networks without weights in the folder are left out.
-Then the tables in docs/how_to/train.md and README are written; without weights only those. The base
+Then the tables in docs/research/training.md and README are written; without weights only those. The base
 weights of the residual networks are those of `../shared/data/weights`, VGG-16's are
 `bench/base_network.py`'s. The former have seen the images that are held out here, so the accuracy
 on those says which epoch is best, and no more. `--compile` can be faster on a CPU
@@ -29,7 +29,7 @@ from secateur.sweep import read_comparison
 from tables import with_table
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 FRONT = ROOT / "README.md"
 CONFIGS = ROOT / "configs" / "paper"
 KEY = ("network", "target", "seed", "settings.epochs")
