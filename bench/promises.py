@@ -99,7 +99,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
 def table(found: list[Cell]) -> str:
     """What was promised and what is."""
     lines = [
-        "| network | promise | validation top-1 | test top-1 | MACs left | time left: foretold | "
+        "| network | options | validation top-1 | test top-1 | MACs left | time left: predicted | "
         "measured | ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
