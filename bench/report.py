@@ -153,7 +153,7 @@ def table() -> str:
     values = [f"{medians[name]:.1f}" for name in timed_names]
     values += [f"{found['ratios'][name]:.2f}" for name in SCORING]
     lines = [
-        f"| network | filters | probe images | {' | '.join(heads)} | page, MB | memory, MiB |",
+        f"| network | filters | calibration images | {' | '.join(heads)} | page, MB | memory, MiB |",
         f"|{'---|' * (len(heads) + 5)}",
         f"| {found['model']} | {found['filters']} | {found['images']} | {' | '.join(values)} | "
         f"{found['page_mb']:.1f} | {found['peak_memory_mib']} |",
