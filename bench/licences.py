@@ -1,8 +1,9 @@
-"""The page of licences: those that the packages of pyproject.toml state for themselves.
+"""Write the page of licences: those that the packages of pyproject.toml state themselves.
 
     python bench/licences.py
 
-writes the table of docs/reference/licences.md from the metadata of what is installed (`make setup`).
+The table in docs/reference/licences.md is written from the metadata of the installed packages
+(`make setup`).
 """
 
 from __future__ import annotations
