@@ -5,8 +5,8 @@
 This runs `secateur train` with `configs/vgg16_cifar10_base_1.toml` and then, from those weights,
 with `configs/vgg16_cifar10_base_2.toml`. An interrupted training resumes from its checkpoints in
 `runs/base_network`. The weights are saved in the folder `--weights`, under the name that
-`configs/paper/vgg16_cifar10.toml` expects. Their accuracy goes to `results/base_network.json` and to
-the table in docs/research/training.md; without arguments only the table is written.
+`configs/paper/vgg16_cifar10.toml` expects. Their accuracy goes to `results/base_network.json` and
+to the table in docs/research/training.md; without arguments only the table is written.
 """
 
 from __future__ import annotations

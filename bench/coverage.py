@@ -2,9 +2,9 @@
 
     python bench/coverage.py [--only PATTERN] [--tool both]
 
-Each network of `zoo.py` is pruned in its own process and then added to `results/coverage.json`. Rows
-that are already there are kept, so the bench can be interrupted. Finally docs/reference/coverage.md
-is written; `--tables` does only that.
+Each network of `zoo.py` is pruned in its own process and then added to `results/coverage.json`.
+Rows that are already there are kept, so the bench can be interrupted. Finally
+docs/reference/coverage.md is written; `--tables` does only that.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python bench/training.py --data cifar10:DIR
 
-A ResNet-20 is trained for `STEPS` steps by secateur's trainer, and by a loop over normalised tensors
-in memory with the same augmentation, precision, loss and optimiser. The two are interleaved, so that
-a busy machine slows both alike. In the same rounds the trainer trains that network pruned to
-`TARGET`, with and without `torch.compile`. `results/training.json` gets the images per second of
-each and the ratios, by the medians; the tables in docs/research/training.md are written from it.
+A ResNet-20 is trained for `STEPS` steps by secateur's trainer, and by a loop over normalised
+tensors in memory with the same augmentation, precision, loss and optimiser. The two are
+interleaved, so that a busy machine slows both alike. In the same rounds the trainer trains that
+network pruned to `TARGET`, with and without `torch.compile`. `results/training.json` gets the
+images per second of each and the ratios, by the medians; the tables in docs/research/training.md
+are written from it.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N] [--compile]
 
-This runs the jobs of `configs/paper/*_cifar10.toml` that use the default criterion. Each job adds a
-line to `results/tuning.jsonl`. Jobs that are already there are not run again, an interrupted job
-resumes from its run folder in `runs/tuning`, and networks without weights in the folder are skipped.
-Then the tables in docs/research/training.md and README are written; without weights only those. The
-base weights of the residual networks are published ones (docs/reference/data.md), VGG-16's come from
-`bench/base_network.py`. The former were trained on the images that are held out here, so accuracy on
-those only says which epoch is best. `--compile` can be faster on a CPU (bench/training.py); each
-line records its settings.
+This runs the jobs of `configs/paper/*_cifar10.toml` that use the default criterion. Each job adds
+a line to `results/tuning.jsonl`. Jobs that are already there are not run again, an interrupted job
+resumes from its run folder in `runs/tuning`, and networks without weights in the folder are
+skipped. Then the tables in docs/research/training.md and README are written; without weights only
+those. The base weights of the residual networks are published ones (docs/reference/data.md),
+VGG-16's come from `bench/base_network.py`. The former were trained on the images that are held out
+here, so accuracy on those only says which epoch is best. `--compile` can be faster on a CPU
+(bench/training.py); each line records its settings.
 """
 
 from __future__ import annotations
