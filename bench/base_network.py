@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur.base import BaseConfig, train_base
 from secateur.config import from_dict, read_tables
-from secateur.manifest import WEIGHTS
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_spec
+from secateur.experiments.manifest import WEIGHTS
+from secateur.experiments.train_base import BaseConfig, train_base
 from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
@@ -49,7 +49,7 @@ def measure(data: str, weights: Path) -> Row:
         folder = WORK / file.stem
         found.append(train_base(config(file, data, last), folder, resume=True))
         last = folder / WEIGHTS
-    (network,) = read_comparison(PRUNED).networks
+    (network,) = read_spec(PRUNED).networks
     shutil.copyfile(str(last), weights / str(network.weights))
     trainings = [
         {
