@@ -47,7 +47,7 @@ CONCEPT_SOURCES = (
     "boxes",
 )
 """Names of the concept sources; the last four bring images of their own."""
-DATA_READERS = ("cifar10", "cifar100", "fashion-mnist", "imagenet", "imagenette", "cub", "folder")
+DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
 """Kinds of data sets that are read from a folder."""
 DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
 """How data sets are named."""
