@@ -21,6 +21,7 @@ import argparse
 import copy
 import fnmatch
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -157,7 +158,7 @@ def start_side(request: Request, source: Path, folder: Path) -> None:
 
 
 def is_complete(folder: Path, request: Request) -> bool:
-    """Return whether a folder holds what is requested, computed with the same libraries."""
+    """Return whether a folder holds what is requested, computed by the same script and libraries."""
     file = folder / "complete.json"
     if not file.is_file():
         return False
@@ -167,7 +168,8 @@ def is_complete(folder: Path, request: Request) -> bool:
 
 
 def _identity(request: Request) -> dict[str, Any]:
-    return {**asdict(request), "torch": torch.__version__, "variants": sorted(VARIANTS)}
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {**asdict(request), "torch": torch.__version__, "script": script}
 
 
 # --- one revision ----------------------------------------------------------------------------
