@@ -158,7 +158,7 @@ def start_side(request: Request, source: Path, folder: Path) -> None:
 
 
 def is_complete(folder: Path, request: Request) -> bool:
-    """Return whether a folder holds what is requested, computed by the same script and libraries."""
+    """Return whether a folder holds what is requested, by the same script and libraries."""
     file = folder / "complete.json"
     if not file.is_file():
         return False
