@@ -445,12 +445,21 @@ def compare(before: Path, after: Path, only: str) -> bool:
             if quantity in TENSORS:
                 difference = tensor_difference(earlier[quantity], later[quantity])
             else:
-                is_equal = earlier[quantity] == later[quantity]
-                difference = "" if is_equal else f"{earlier[quantity]} → {later[quantity]}"
+                difference = value_difference(earlier[quantity], later[quantity])
             print(f"{name}: {quantity}: {f'differs: {difference}' if difference else 'equal'}")
             is_same = is_same and not difference
     print(f"{len(names)} runs: {'all equal' if is_same else 'NOT equal'}")
     return is_same and bool(names)
+
+
+def value_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return the first value that differs between two tables, "" where none does."""
+    keys = sorted(before.keys() | after.keys())
+    different = [key for key in keys if before.get(key) != after.get(key)]
+    if not different:
+        return ""
+    key = different[0]
+    return f"{len(different)} of {len(keys)}, first {key}: {before.get(key)} → {after.get(key)}"
 
 
 def tensor_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
