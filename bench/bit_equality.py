@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -135,13 +136,18 @@ def main() -> None:
         before, after = folder / "before", folder / "after"
         if not is_complete(before, request):
             start_side(request, arguments.before, before)
+            if not is_complete(before, request):
+                sys.exit("the earlier revision failed")
         start_side(request, arguments.after, after)
         if not compare(before, after, request.only):
             sys.exit(1)
 
 
 def start_side(request: Request, source: Path, folder: Path) -> None:
-    """Run one revision in a process of its own that leaves its results in `folder`."""
+    """Run one revision in a process of its own that leaves its results in `folder`.
+
+    Networks that fail there have none.
+    """
     for file in folder.glob("*") if folder.is_dir() else ():
         file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +159,9 @@ def start_side(request: Request, source: Path, folder: Path) -> None:
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         "PYTHONPATH": str(source.resolve()),
     }
-    subprocess.run([*command, "--only", request.only], env=environment, check=True)
-    (folder / "complete.json").write_text(json.dumps(_identity(request)))
+    process = subprocess.run([*command, "--only", request.only], env=environment)
+    if process.returncode == 0:
+        (folder / "complete.json").write_text(json.dumps(_identity(request)))
 
 
 def is_complete(folder: Path, request: Request) -> bool:
@@ -183,10 +190,16 @@ def run_side(request: Request, folder: Path) -> None:
     if expected not in found.parents:
         raise SystemExit(f"secateur is imported from {found}, not from {expected}")
     torch.set_num_threads(1)
+    status = 0
     for name, run in cases(request):
         if fnmatch.fnmatch(name, request.only):
             print(f"{folder.name}: {name}", flush=True)
-            write(folder, name, run())
+            try:
+                write(folder, name, run())
+            except Exception:  # the other networks are compared all the same
+                traceback.print_exc()
+                status = 1
+    sys.exit(status)
 
 
 def cases(request: Request) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -440,6 +453,10 @@ def compare(before: Path, after: Path, only: str) -> bool:
     names = [file.name.removesuffix(OUTPUTS) for file in sorted(before.glob(f"*{OUTPUTS}"))]
     names = fnmatch.filter(names, only)
     for name in names:
+        if not (after / f"{name}.json").is_file():
+            print(f"{name}: failed")
+            is_same = False
+            continue
         earlier, later = read(before, name), read(after, name)
         for quantity in QUANTITIES:
             if quantity in TENSORS:
