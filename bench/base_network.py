@@ -6,8 +6,8 @@ as `secateur train` does by `configs/vgg16_cifar10_base_1.toml` and then, from t
 `configs/vgg16_cifar10_base_2.toml`; a training that was interrupted goes on from its checkpoints in
 `runs/base_network`. The weights are left in the folder of weights, under the name by which
 `configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
-`results/base_network.json`, and to the table in docs/how_to/train.md; without arguments only the table
-is written.
+`results/base_network.json`, and to the table in docs/how_to/train.md; without arguments only the
+table is written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import shutil
 from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur.base import BaseConfig, train_base
 from secateur.config import from_dict, read_tables
-from secateur.manifest import WEIGHTS
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_spec
+from secateur.experiments.manifest import WEIGHTS
+from secateur.experiments.train_base import BaseConfig, train_base
 from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
@@ -50,7 +50,7 @@ def measure(data: str, weights: Path) -> Row:
         folder = WORK / file.stem
         found.append(train_base(config(file, data, last), folder, resume=True))
         last = folder / WEIGHTS
-    (network,) = read_comparison(PRUNED).networks
+    (network,) = read_spec(PRUNED).networks
     shutil.copyfile(str(last), weights / str(network.weights))
     trainings = [
         {

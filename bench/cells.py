@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import ROOT
-from secateur.sweep import KEPT_MEMORY
+from secateur.experiments.compare.runner import KEPT_MEMORY
 
 Cell = dict[str, Any]
 

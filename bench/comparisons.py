@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rows import ROOT
-from secateur import sweep
-from secateur.comparison import Cell, Comparison
-from secateur.progress import T
-from secateur.report.comparison import accuracy_table, difference_table
-from secateur.rows import Row, read_rows, row_of, to_lines
-from secateur.standings import standings
+from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
+from secateur.experiments.compare.runner import JobResult, read_spec, run_benchmark
+from secateur.experiments.compare.spec import BenchmarkSpec, Job
+from secateur.experiments.compare.statistics import compute_statistics
+from secateur.experiments.report.comparison import accuracy_table, difference_table
+from secateur.runtime.progress import T
 
 Key = tuple[str, str, str, str, int]
 
 
-def key_of(of: Row | Cell) -> Key:
+def key_of(of: Row | Job) -> Key:
     """What tells a cell from others."""
     return of.network, of.variant, of.criterion, of.target, of.seed
 
@@ -34,22 +34,22 @@ def put(results: Path, row: Row) -> None:
         file.write(to_lines([row]))
 
 
-def asked_for(config: Path, arguments: argparse.Namespace) -> Comparison:
+def asked_for(config: Path, arguments: argparse.Namespace) -> BenchmarkSpec:
     """The comparison in a file, with the data and the weights that are given."""
-    comparison = sweep.read_comparison(config).with_weights_in(arguments.weights)
+    comparison = read_spec(config).with_weights_in(arguments.weights)
     kind = comparison.data.source.partition(":")[0]
     data = comparison.data.model_copy(update={"source": f"{kind}:{arguments.data}"})
     return comparison.model_copy(update={"data": data})
 
 
-def measure(comparison: Comparison, results: Path, jobs: int) -> None:
+def measure(comparison: BenchmarkSpec, results: Path, jobs: int) -> None:
     """Works off the cells that a result file lacks, in `runs/`, and appends each as it ends.
 
     So are those that are done there but had not come to the file.
     """
     known = {key_of(row) for row in rows_in(results)}
 
-    def note(cell: sweep.CellResult) -> None:
+    def note(cell: JobResult) -> None:
         row = row_of(cell)
         if cell.outcome == "done" and key_of(row) not in known:
             known.add(key_of(row))
@@ -57,15 +57,15 @@ def measure(comparison: Comparison, results: Path, jobs: int) -> None:
 
     def noted(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         for number, cell in enumerate(items, 1):
-            assert isinstance(cell, sweep.CellResult)
+            assert isinstance(cell, JobResult)
             print(f"{title} {number}/{total}: {cell.outcome} {cell.reason}", flush=True)
             note(cell)
             yield cell
 
-    found = sweep.compare(
+    found = run_benchmark(
         comparison,
         ROOT / "runs" / results.stem,
-        jobs=jobs,
+        workers=jobs,
         retry=True,
         skip=lambda cell: key_of(cell) in known,
         track=noted,
@@ -79,7 +79,7 @@ def table(config: Path, results: Path) -> str:
     rows = rows_in(results)
     if not rows:
         return "Not measured yet."
-    found = standings(rows, sweep.read_comparison(config).compared_with)
+    found = compute_statistics(rows, read_spec(config).compared_with)
     return "\n\n".join(each.markdown() for each in (accuracy_table(found), difference_table(found)))
 
 

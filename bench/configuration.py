@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic_core import PydanticUndefined
 
 from rows import ROOT
-from secateur.base import BaseConfig
 from secateur.config import RunConfig, Section
+from secateur.experiments.train_base import BaseConfig
 from tables import with_table
 
 PAGE = ROOT / "docs" / "reference" / "configuration.md"

@@ -39,14 +39,16 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur import criteria
-from secateur.config import ScoreSection
+from secateur.config import Budget, ScoreSection
 from secateur.errors import TargetError
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.reading import make_wiring
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.scoring import criteria
+from secateur.scoring.scores import score_filters
 from zoo import Member, build, members, outputs_of, random_images
 
 RESULTS = ROOT / "results" / "coverage.json"
@@ -76,7 +78,7 @@ def measure_secateur(member: Member, note: Note) -> None:
     model, images = _built(member, note)
     note(stage="wiring")
     start = time.perf_counter()
-    wiring = make_wiring(model, images, cut_stream=True)
+    wiring = build_dependency_graph(model, images, prune_residual=True)
     note(wiring_seconds=_since(start), **_groups(wiring), stage="scoring")
     start = time.perf_counter()
     scores = l2_scores(model, wiring)
@@ -93,15 +95,15 @@ def measure_secateur(member: Member, note: Note) -> None:
         found = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
         note(stage="law")
-        expected = silence(model, wiring, plan)(images)
+        expected = masked_overrides(model, wiring, plan)(images)
         before = outputs_of(model, images)
         if _error(found, expected) > AMPLIFIED:
             exact = copy.deepcopy(model).double()
-            reference = silence(exact, wiring, plan)(images.double())
+            reference = masked_overrides(exact, wiring, plan)(images.double())
             found_exactly = outputs_of(apply_plan(exact, wiring, plan), images.double())
             note(law_error_float64=_error(found_exactly, reference))
     note(
-        law_error=_error(found, expected),
+        equivalence_error=_error(found, expected),
         change=_error(found, before),
         is_finite=all(bool(value.isfinite().all()) for value in found),
         stage="backward",
@@ -154,7 +156,7 @@ def measure_peer(member: Member, note: Note) -> None:
     note(parameters_without_gradient=sorted(missing)[:5], stage="done")
 
 
-def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+def l2_scores(model: nn.Module, wiring: DependencyGraph) -> dict[str, Tensor]:
     """The norm of every filter's kernel, by group."""
     settings = ScoreSection(criterion="l2")
     criterion = criteria.make("l2", settings, SEED, {})
@@ -162,12 +164,12 @@ def l2_scores(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     return scored["l2"].scores
 
 
-def _first_plan(scores: dict[str, Tensor], wiring: Wiring) -> tuple[PruningPlan, float]:
+def _first_plan(scores: dict[str, Tensor], wiring: DependencyGraph) -> tuple[PruningPlan, float]:
     """The plan for the first target within reach; raises `TargetError` where none is."""
     errors = []
     for fraction in TARGETS:
         try:
-            return make_plan(scores, wiring, Target("macs", fraction), "l2"), fraction
+            return make_plan(scores, wiring, Budget("macs", fraction), "l2"), fraction
         except TargetError as error:
             errors.append(error)
     raise errors[0]
@@ -196,7 +198,7 @@ def _error(found: tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> 
     return relative_error(found, (expected,) if isinstance(expected, Tensor) else expected)
 
 
-def _groups(wiring: Wiring) -> Row:
+def _groups(wiring: DependencyGraph) -> Row:
     """How many channels can be cut, and how many can't by each reason."""
     frozen: Counter[str] = Counter()
     for group in wiring.frozen:
@@ -273,7 +275,7 @@ def holds_law(row: Row | None) -> bool:
     limit = min(LAW_LIMIT, CHANGE_LIMIT * row["change"])
     if "law_error_float64" in row:  # rounding that a deep random network amplifies is no difference
         return bool(row["law_error_float64"] <= EXACT_SHARE * limit)
-    return bool(row["law_error"] <= limit)
+    return bool(row["equivalence_error"] <= limit)
 
 
 def summary_table(found: list[Row]) -> str:
@@ -348,7 +350,7 @@ def _our_cells(row: Row | None) -> list[str]:
         left += " (does not train)" if row["parameters_without_gradient"] else " (broken)"
     seconds = row["wiring_seconds"] + row["surgery_seconds"]
     channels = f"{row['channels_cut']:,} of {total:,}"
-    error = f"{row['law_error']:.0e}"
+    error = f"{row['equivalence_error']:.0e}"
     if "law_error_float64" in row:
         error += f" ({row['law_error_float64']:.0e} in float64)"
     return [channels, left, error, f"{seconds:.2f}", reasons or "–"]
@@ -414,7 +416,7 @@ versions and hardware.
 
 Each network has random weights (seed {SEED}), and random scales, shifts and norm statistics too
 (`bench/zoo.py`). It is cut to 50 % of its MACs by the L2 norm of its filters, with the channels
-of residual streams (`cut_stream`). *Error* is the largest difference between the cut network's
+of residual streams (`prune_residual`). *Error* is the largest difference between the cut network's
 output and the original's with the removed channels silenced, over the largest output, float32; it
 *equals* that original where this is below {LAW_LIMIT:g}, and below {CHANGE_LIMIT:g} of what the
 cut changed; above {AMPLIFIED:g} it is computed in float64 too, where rounding that a deep random

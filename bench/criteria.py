@@ -2,12 +2,13 @@
 
     python bench/criteria.py cifar10 --data DIR --weights DIR --jobs 2
 
-ranks the filters of each network by each criterion, all from one pass over the probe images, cuts
-to each target with equal shares in every layer, refits the kernels on the same images and scores
-the result on validation images, which are held out of the training images and are neither probe nor
-test images. No label is used before that score. A line a cell goes to `results/criteria.jsonl`;
-cells that are there are not measured again, so a run can be interrupted, and `--jobs` processes
-work side by side. `--tables` only writes the tables into docs/explanation/criteria.md.
+ranks the filters of each network by each criterion, all from one pass over the calibration images,
+cuts to each target with equal shares in every layer, refits the kernels on the same images and
+scores the result on validation images, which are held out of the training images and are neither
+probe nor test images. No label is used before that score. A line a cell goes to
+`results/criteria.jsonl`; cells that are there are not measured again, so a run can be interrupted,
+and `--jobs` processes work side by side. `--tables` only writes the tables into
+docs/explanation/criteria.md.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from torch.fx.node import Node
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import criteria, pipeline
-from secateur.activations import kernels_of
-from secateur.config import RunConfig
+from secateur.config import RunConfig, parse_budget
 from secateur.errors import UsageError
-from secateur.graph import tensors_of
-from secateur.plan import make_plan, parse_target
-from secateur.progress import silent
-from secateur.refit import refit
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan
+from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
+from secateur.pruning.refit.layerwise import refit
+from secateur.runtime.module_state import tensors_of
+from secateur.runtime.progress import no_progress
+from secateur.scoring import criteria
+from secateur.scoring.feature_pass import kernels_of
+from secateur.scoring.scores import score_filters
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
@@ -49,7 +51,7 @@ def cells() -> list[Cell]:
 
 
 def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Appends every cell of a network and a probe set that is missing."""
+    """Appends every cell of a network and a calibration set that is missing."""
     wanted = [
         (target, name)
         for target, name in itertools.product(TARGETS[study], criteria.CRITERIA)
@@ -58,25 +60,25 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     if not wanted:
         return
     config, dataset, model = load_inputs(study, network, arguments)
-    # The validation images are the same for every seed; the probe set is what differs.
+    # The validation images are the same for every seed; the calibration set is what differs.
     config = config.model_copy(update={"seed": seed})
-    ground = pipeline.prepare_ground(model, dataset, config)
+    ground = make_scoring_context(model, dataset, config)
     names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
     ruled_out = inapplicable(names, model, ground, config)
     names = [name for name in names if name not in ruled_out]
     start = time.perf_counter()
     scores = score_filters(
         model,
-        ground.wiring,
-        lambda: pipeline.stream(ground.probe, config, silent, ""),
-        {name: pipeline.make_criterion(name, ground.source, config) for name in names},
+        ground.dependencies,
+        lambda: stream(ground.calibration, config, no_progress, ""),
+        {name: make_criterion(name, ground.source, config) for name in names},
         ground.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = channels_last(pipeline.stream(scored, config, silent, ""))
-    probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    shown = channels_last(stream(scored, config, no_progress, ""))
+    probe = channels_last(stream(ground.calibration, config, no_progress, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -91,17 +93,26 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             put_cell(RESULTS, cell | {"outcome": "not applicable", "reason": ruled_out[name]})
             continue
         start = time.perf_counter()
-        plan = make_plan(scores[name].scores, ground.wiring, parse_target(target), name)
-        smaller = apply_plan(model, ground.wiring, plan)
-        refit(model, smaller, ground.wiring, plan, probe, config.refit, seed=seed, answers=answers)
+        plan = make_plan(scores[name].scores, ground.dependencies, parse_budget(target), name)
+        smaller = apply_plan(model, ground.dependencies, plan)
+        refit(
+            model,
+            smaller,
+            ground.dependencies,
+            plan,
+            probe,
+            config.refit,
+            seed=seed,
+            network_targets=answers,
+        )
         cell |= {
             "base_fraction": base,
             "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),
-            "macs_left": ground.wiring.macs(plan.removed) / ground.wiring.macs(),
+            "macs_left": ground.dependencies.macs(plan.removed) / ground.dependencies.macs(),
             "seconds": round(time.perf_counter() - start, 1),
             "scoring_seconds": round(scoring_seconds, 1),
-            "probe_images": len(ground.probe.labels),
+            "calibration_images": len(ground.calibration.labels),
             "concepts": config.score.concepts,
             "command": f"python bench/criteria.py {study} --data DIR --weights DIR",
             "revision": revision(),
@@ -111,19 +122,19 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
 
 
 def inapplicable(
-    names: Sequence[str], model: nn.Module, ground: pipeline.Ground, config: RunConfig
+    names: Sequence[str], model: nn.Module, ground: ScoringContext, config: RunConfig
 ) -> dict[str, str]:
     """Why a criterion that looks at weights alone has nothing to go by in a network."""
-    parts = kernels_of(ground.wiring, tensors_of(model))
+    parts = kernels_of(ground.dependencies, tensors_of(model))
     found = {}
     for name in names:
-        criterion = pipeline.make_criterion(name, ground.source, config)
+        criterion = make_criterion(name, ground.source, config)
         if criterion.needs:
             continue
-        criterion.begin(parts)
+        criterion.reset(parts)
         try:
             for part in parts:
-                criterion.score(part)
+                criterion.compute(part)
         except UsageError as error:
             found[name] = str(error)
     return found

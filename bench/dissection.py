@@ -22,13 +22,13 @@ from torch import Tensor
 
 from imagenet_networks import NETWORKS, load_network
 from rows import ROOT, Row, put_row, read_rows, revision, surroundings
-from secateur import pipeline
-from secateur.activations import observe
 from secateur.config import RunConfig
-from secateur.criteria import Kernels, Need, Regions, Sight, Vote
 from secateur.data import DataSet, FileImages
-from secateur.dissection import DETECTOR_IOU, Dissection
-from secateur.progress import silent
+from secateur.pipeline.prune import make_scoring_context, stream
+from secateur.runtime.progress import no_progress
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
+from secateur.scoring.dissection import DETECTOR_IOU, Dissection
+from secateur.scoring.feature_pass import observe
 from tables import with_table
 
 sys.path.append(str(ROOT / "tests"))
@@ -53,17 +53,17 @@ class Thresholds:
         self._quantile = quantile
         self.parts: dict[str, ExactThresholds] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Nothing to prepare: how many positions there are is not known yet."""
 
-    def observe(self, sight: Sight) -> None:
+    def update(self, sight: FeatureBatch) -> None:
         """Keeps the largest activations."""
         positions = self._images * sight.maps.shape[2] * sight.maps.shape[3]
-        if sight.part not in self.parts:
-            self.parts[sight.part] = ExactThresholds(positions, self._quantile)
-        self.parts[sight.part].add(sight.maps)
+        if sight.tap not in self.parts:
+            self.parts[sight.tap] = ExactThresholds(positions, self._quantile)
+        self.parts[sight.tap].add(sight.maps)
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """None: this runs in one process."""
         return ()
 
@@ -79,21 +79,21 @@ class Literal:
         }
         self.sizes: dict[str, tuple[int, int]] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         """All is prepared."""
 
-    def observe(self, sight: Sight) -> Vote:
+    def update(self, sight: FeatureBatch) -> Vote:
         """The tally waits for the masks, which it takes as they are."""
         maps = sight.maps
-        self.sizes[sight.part] = (maps.shape[2], maps.shape[3])
+        self.sizes[sight.tap] = (maps.shape[2], maps.shape[3])
 
         def count(regions: Regions) -> None:
             masks = regions.at((IMAGE_SIZE, IMAGE_SIZE))
-            self.parts[sight.part].add(maps, masks, regions.concepts)
+            self.parts[sight.tap].add(maps, masks, regions.concepts)
 
         return count
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         """None: this runs in one process."""
         return ()
 
@@ -106,7 +106,7 @@ def configuration(network: str, source: str, arguments: argparse.Namespace) -> R
             "model": {"name": f"{Path(__file__).with_name('imagenet_networks.py')}:{network}"},
             "data": {
                 "source": "none",
-                "probe_images": arguments.images or 10**6,
+                "calibration_images": arguments.images or 10**6,
                 "image_size": IMAGE_SIZE,
                 "mean": expected.mean,
                 "std": expected.std,
@@ -118,7 +118,7 @@ def configuration(network: str, source: str, arguments: argparse.Namespace) -> R
                 "sample_every": 1,
                 "threshold_positions": IMAGE_SIZE**2,
             },
-            "plan": {"cut_stream": True},
+            "plan": {"prune_residual": True},
         }
     )
 
@@ -128,19 +128,19 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     config = configuration(network, source, arguments)
     model = load_network(network, Path(arguments.weights))
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
-    ground = pipeline.prepare_ground(model, DataSet("none", (), nothing, nothing, nothing), config)
+    ground = make_scoring_context(model, DataSet("none", (), nothing, nothing, nothing), config)
     names = tuple(concept.name for concept in ground.source.concepts)
-    batches = list(pipeline.stream(ground.probe, config, silent, ""))
+    batches = list(stream(ground.calibration, config, no_progress, ""))
 
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""
         start = time.process_time()
-        observe(model, ground.wiring, lambda: batches, observers, ground.source, config.score)
+        observe(model, ground.dependencies, lambda: batches, observers, ground.source, config.score)
         return time.process_time() - start
 
     ours = Dissection(names)
     our_seconds = look(ours)
-    thresholds = Thresholds(len(ground.probe.labels), arguments.quantile)
+    thresholds = Thresholds(len(ground.calibration.labels), arguments.quantile)
     literal_seconds = look(thresholds)
     literal = Literal(thresholds, len(names))
     literal_seconds += look(literal)
@@ -166,7 +166,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     return {
         "network": network,
         "data": source,
-        "images": len(ground.probe.labels),
+        "images": len(ground.calibration.labels),
         "concepts": len(names),
         "quantile": arguments.quantile,
         "seed": config.seed,

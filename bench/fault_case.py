@@ -16,11 +16,12 @@ import numpy as np
 import tomli_w
 from PIL import Image
 
-from secateur import runs, sweep
-from secateur.comparison import Comparison
 from secateur.config import RunConfig, from_dict, to_toml
-from secateur.report.comparison import ROWS, write_comparison
-from secateur.result import read_result
+from secateur.experiments import run as runs
+from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.spec import BenchmarkSpec
+from secateur.experiments.report.comparison import ROWS, write_comparison
+from secateur.pipeline.result import read_result
 
 MODEL = '''
 import torch.nn as nn
@@ -61,7 +62,7 @@ class Case:
     checkpoint_minutes: float = 1e-4
     """Between two checkpoints of the training, but for those at the end of an epoch."""
     report_images: int = 12
-    """Probe images that the report looks at filters with."""
+    """Calibration images that the report looks at filters with."""
 
     @property
     def _training(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Case:
                 "data": {
                     "source": self.source,
                     "image_size": SIDE,
-                    "probe_images": 24,
+                    "calibration_images": 24,
                     "batch_size": 12,
                 },
                 "plan": {"target": "macs=0.6"},
@@ -112,17 +113,17 @@ class Case:
             RunConfig,
         )
 
-    def comparison(self) -> Comparison:
+    def comparison(self) -> BenchmarkSpec:
         """Four cells in two processes."""
         return from_dict(
             {
                 "criteria": ["vote", "l1"],
                 "targets": ["macs=0.8", "macs=0.6"],
                 "networks": [{"name": self.model_name, "label": "small"}],
-                "data": {"source": self.source, "image_size": SIDE, "probe_images": 24},
+                "data": {"source": self.source, "image_size": SIDE, "calibration_images": 24},
                 "finetune": {"epochs": 1, **self._training},
             },
-            Comparison,
+            BenchmarkSpec,
         )
 
     def command(self, job: str, out: Path) -> list[str]:
@@ -130,8 +131,8 @@ class Case:
         folder = self.folder
         if job == "compare":
             content = self.comparison().model_dump(mode="json", exclude_unset=True)
-            (folder / "comparison.toml").write_text(tomli_w.dumps(content))
-            return ["compare", str(folder / "comparison.toml"), "-o", str(out), "-j", "2"]
+            (folder / "benchmark.toml").write_text(tomli_w.dumps(content))
+            return ["compare", str(folder / "benchmark.toml"), "-o", str(out), "-j", "2"]
         if job == "finetune":
             options = ["--epochs", "3", "--learning-rate", "0.01", "--resume"]
             return ["finetune", str(out), "--model", self.model_name, *options]
@@ -150,7 +151,7 @@ class Case:
     def compare(self, out: Path) -> None:
         """Works off what is missing of a comparison, and writes its tables."""
         comparison = self.comparison()
-        write_comparison(out, comparison, sweep.compare(comparison, out, jobs=2))
+        write_comparison(out, comparison, sweep.run_benchmark(comparison, out, workers=2))
 
 
 def _picture(name: str, generator: np.random.Generator) -> np.ndarray:

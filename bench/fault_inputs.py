@@ -19,24 +19,29 @@ import torch
 from PIL import Image
 
 from fault_case import CLASSES, SIDE, Case
-from secateur import bundle, data, models, runs, sweep, tensor_files
-from secateur.bounds import TEXT, read_bounded
-from secateur.checkpoint import Checkpoint, Checkpoints
-from secateur.comparison import Comparison, cells_of
-from secateur.concepts.broden import read_broden
-from secateur.concepts.cub import read_parts
-from secateur.concepts.masks import read_masks
+from secateur import data
 from secateur.config import RunConfig, from_dict, read_tables
 from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.imagenet import read_imagenette
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import RunFolderError
-from secateur.fingerprints import weights_hash
-from secateur.latency import Hardware, LatencyTable, LayerTimes
-from secateur.manifest import MANIFEST
-from secateur.models import Preprocessing
-from secateur.report.comparison import write_comparison
-from secateur.result import read_result
-from secateur.rows import read_rows
+from secateur.experiments import run as runs
+from secateur.experiments import run_folder
+from secateur.experiments.compare.results import read_rows
+from secateur.experiments.compare.runner import CELLS, read_job, write_job
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
+from secateur.experiments.manifest import MANIFEST
+from secateur.experiments.report.comparison import write_comparison
+from secateur.models import weights, zoo
+from secateur.pipeline.result import Origin, read_result
+from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
+from secateur.runtime import safetensors_io
+from secateur.runtime.hashing import weights_hash
+from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.scoring.concepts.broden import read_broden
+from secateur.scoring.concepts.cub import read_parts
+from secateur.scoring.concepts.masks import read_masks
+from secateur.training.checkpoint import Checkpoint, Checkpoints
 
 Files = dict[str, bytes]
 SIGHT = Preprocessing(SIDE, SIDE)
@@ -118,13 +123,13 @@ def readers(folder: Path) -> list[Reader]:
     run, sweep_folder = folder / "run", folder / "comparison"
     result = runs.run(case.config(epochs=1), run)
     comparison = case.comparison()
-    cell, *others = cells_of(comparison)
-    (sweep_folder / sweep.CELLS).mkdir(parents=True)
-    cells = [sweep.write_cell(sweep_folder, cell, comparison, result=result)]
-    cells += [sweep.write_cell(sweep_folder, each, comparison, failed="why") for each in others]
+    cell, *others = jobs_of(comparison)
+    (sweep_folder / CELLS).mkdir(parents=True)
+    cells = [write_job(sweep_folder, cell, comparison, result=result)]
+    cells += [write_job(sweep_folder, each, comparison, failed="why") for each in others]
     write_comparison(sweep_folder, comparison, cells)
-    model = models.load(case.model_name, num_classes=len(CLASSES))
-    wiring = bundle.Origin(None, (3, SIDE, SIDE)).make_wiring(model)
+    model = zoo.load(case.model_name, num_classes=len(CLASSES))
+    wiring = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
     of_run = {
         path.name: path.read_bytes()
         for path in run.iterdir()
@@ -132,14 +137,14 @@ def readers(folder: Path) -> list[Reader]:
     }
 
     def whole(folder: Path) -> object:
-        return _network(bundle.load(folder, architecture=model, wiring=wiring))
+        return _network(run_folder.load(folder, architecture=model, dependencies=wiring))
 
     def program(folder: Path) -> object:
-        return _network(bundle.load_program(folder))
+        return _network(run_folder.load_program(folder))
 
     first_cell = (sweep_folder / "cells" / f"{cell.id}.json").read_bytes()
-    tables = {"comparison.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
-    rows = {"cells.jsonl": (sweep_folder / "cells.jsonl").read_bytes()}
+    tables = {"benchmark.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
+    rows = {"jobs.jsonl": (sweep_folder / "jobs.jsonl").read_bytes()}
     found = [
         Reader("run folder", of_run, whole, whole(run)),
         Reader("run folder as a program", of_run, program, program(run)),
@@ -148,8 +153,8 @@ def readers(folder: Path) -> list[Reader]:
         Reader("result", {"result.json": of_run["result.json"]}, read_result),
         Reader("configuration", {"config.toml": of_run["config.toml"]}, _read_config),
         Reader("comparison", tables, _read_comparison),
-        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: sweep.read_cell(at, cell)),
-        Reader("rows of cells", rows, lambda at: read_rows(at / "cells.jsonl")),
+        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: read_job(at, cell)),
+        Reader("rows of cells", rows, lambda at: read_rows(at / "jobs.jsonl")),
         Reader("latency table", {"latency.json": _latency().encode()}, _read_latency),
         *_weight_readers(folder, model),
         *_image_readers(),
@@ -198,11 +203,11 @@ def _read_config(folder: Path) -> object:
 
 
 def _read_comparison(folder: Path) -> object:
-    return from_dict(read_tables(folder / "comparison.toml"), Comparison)
+    return from_dict(read_tables(folder / "benchmark.toml"), BenchmarkSpec)
 
 
 def _latency() -> str:
-    times = LayerTimes(layer="conv1", read=(1, 3), written=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
+    times = LayerTimes(layer="conv1", read=(1, 3), produced=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
     place = Hardware(processor="any", threads=1, device="cpu", dtype="float32", torch="2")
     return LatencyTable(
         hardware=place,
@@ -234,9 +239,9 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
         return expected if found is None else weights_hash(found.tensors)
 
     def read_from(name: str) -> Callable[[Path], object]:
-        return lambda at: weights_hash(models.read_weights(at / name))
+        return lambda at: weights_hash(weights.read_weights(at / name))
 
-    ours = {"w.safetensors": tensor_files.to_bytes(tensors)}
+    ours = {"w.safetensors": safetensors_io.to_bytes(tensors)}
     return [
         Reader("weights, safetensors", ours, read_from("w.safetensors"), expected),
         Reader("weights, .pth", {"w.pth": buffer.getvalue()}, read_from("w.pth"), expected),

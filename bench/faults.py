@@ -46,11 +46,12 @@ import secateur
 from fault_case import CLASSES, Case, FailingDisk, differences, outcome, renewed
 from fault_inputs import Reader, mutate, readers, write_files
 from rows import ROOT, revision, surroundings, write_json
-from secateur import bundle, cli
+from secateur.cli import app
 from secateur.errors import SecateurError
-from secateur.interrupts import INTERRUPTED
-from secateur.manifest import read_contents
-from secateur.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
+from secateur.experiments import run_folder
+from secateur.experiments.manifest import read_contents
+from secateur.experiments.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
+from secateur.runtime.signals import INTERRUPTED
 from tables import with_table
 
 RESULTS = ROOT / "results" / "faults.json"
@@ -205,7 +206,7 @@ def _prune_only(case: Case, out: Path) -> None:
 
 def _is_sound(folder: Path) -> bool:
     """Whether what is there can be read as what was written; nothing is sound, too."""
-    if not bundle.is_run(folder):
+    if not run_folder.is_run(folder):
         return True
     try:
         read_contents(folder)
@@ -284,7 +285,7 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
     def work(out: Path) -> None:
         sys.argv = ["secateur", *case.command(job, out)]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        cli.main()
+        app.main()
 
     left_alone = renewed(case.folder / "alone", start)
     began = time.monotonic()
@@ -377,7 +378,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     case = Case(folder)
     dataset = secateur.load_data(case.source)
     model = secateur.load_model(case.model_name, num_classes=len(CLASSES))
-    pixels = dataset.train.read(torch.arange(60), secateur.models.Preprocessing(16, 16))
+    pixels = dataset.train.read(torch.arange(60), secateur.data.preprocessing.Preprocessing(16, 16))
     images = [(pixels.float() / 255, dataset.train.labels[:60])]
     before, found = state_of(model), []
     threads = torch.get_num_threads()

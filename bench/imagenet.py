@@ -17,7 +17,7 @@ from torch import nn
 from imagenet_networks import NETWORKS, load_network
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages, TensorImages
-from secateur.models import Preprocessing
+from secateur.data.preprocessing import Preprocessing
 
 __all__ = ["NETWORKS", "load_study"]
 
@@ -40,7 +40,7 @@ def load_study(network: str, arguments: argparse.Namespace) -> tuple[RunConfig, 
             "model": {"name": f"{Path(__file__).with_name('imagenet_networks.py')}:{network}"},
             "data": {
                 "source": "imagenet samples",
-                "probe_images": PROBE_IMAGES,
+                "calibration_images": PROBE_IMAGES,
                 "stratified": False,
                 "image_size": IMAGE_SIZE,
                 "mean": expected.mean,

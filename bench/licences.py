@@ -2,7 +2,8 @@
 
     python bench/licences.py
 
-writes the table of docs/reference/licences.md from the metadata of what is installed (`make setup`).
+writes the table of docs/reference/licences.md from the metadata of what is installed (`make
+setup`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from rows import ROOT
-from secateur import runs
 from secateur.config import RunConfig, from_dict
+from secateur.experiments.run import report, run
 
 IMAGES = ROOT / "docs" / "images"
 DESK = {"width": 1100, "height": 820}
@@ -34,10 +34,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "pictures")
     arguments = parser.parse_args()
     if not arguments.run.is_dir():
-        runs.run(configured(arguments.data, arguments.weights), arguments.run)
-    runs.report(arguments.run)
+        run(configured(arguments.data, arguments.weights), arguments.run)
+    report(arguments.run)
     IMAGES.mkdir(exist_ok=True)
-    for path in runs.report(arguments.run, pictures=arguments.run / "charts"):
+    for path in report(arguments.run, pictures=arguments.run / "charts"):
         name = path.stem.partition("-")[2]
         Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
             IMAGES / f"{name}.png", optimize=True

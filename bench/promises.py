@@ -6,8 +6,8 @@ prunes ResNet-56 and VGG-16 to the smallest network that loses at most a point o
 and to 0.6 of the time of a forward pass, and then measures: accuracy on validation images, and both
 networks' forward passes in turns. A line a cell goes to `results/promises.jsonl`; cells that are
 there are not measured again. VGG-16's weights are those that `secateur train` leaves. Then the
-table in docs/reference/targets.md is written; without weights only that. Times are of all of the machine's
-threads: leave it idle.
+table in docs/reference/targets.md is written; without weights only that. Times are of all of the
+machine's threads: leave it idle.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import statistics
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import pipeline
 from secateur.config import PlanSection, RefitSection
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH, batch_of, evaluate
-from secateur.latency import milliseconds
-from secateur.progress import silent
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
+from secateur.pipeline.prune import load_inputs, make_scoring_context, prune, stream
+from secateur.pruning.cost.latency_model import milliseconds
+from secateur.runtime.progress import no_progress
 from studies import cifar10
 from tables import with_table
 from turns import in_turns
@@ -35,7 +36,7 @@ NETWORKS = {"resnet56": "resnet56", "vgg16": "vgg16_bn"}
 PROMISES = {
     "max-drop=1": PlanSection(target="macs=0.5", max_drop=1.0),
     "latency=0.6": PlanSection(target="latency=0.6"),
-    "latency=0.6 cut-stream": PlanSection(target="latency=0.6", cut_stream=True),
+    "latency=0.6 cut-stream": PlanSection(target="latency=0.6", prune_residual=True),
 }
 NO_STREAM = ("vgg16_bn", "latency=0.6 cut-stream")
 """It has no residual sums: the same as without."""
@@ -65,25 +66,25 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "revision": revision(),
         "environment": surroundings(),
     }
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     try:
-        pruned = pipeline.prune(model, dataset, config)
+        pruned = prune(model, dataset, config)
     except TargetError as error:
         return {**found, "refused": str(error)}
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
-    shown = list(pipeline.stream(dataset.validation, config, silent, ""))
+    shown = list(stream(dataset.validation, config, no_progress, ""))
     validation = {name: evaluate(each, shown).top1_fraction for name, each in networks.items()}
     test = {
         "before": pruned.result.stages[0].score,
         "after": pruned.result.stages[-1].score,
     }
-    seconds = in_turns(networks, batch_of(shown[0].images, LATENCY_BATCH))
-    foretold = None
+    seconds = in_turns(networks, repeat_to_batch(shown[0].images, LATENCY_BATCH))
+    predicted = None
     if pruned.latency is not None:
-        wiring = pipeline.prepare_ground(model, dataset, config).wiring
+        wiring = make_scoring_context(model, dataset, config).dependencies
         time_of = milliseconds(pruned.latency, wiring)
-        foretold = time_of(pruned.plan.removed) / time_of({})
+        predicted = time_of(pruned.plan.removed) / time_of({})
     return {
         **found,
         "validation_fraction": validation,
@@ -91,15 +92,17 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "macs_left": test["after"].macs / test["before"].macs,
         "parameters_left": test["after"].parameters / test["before"].parameters,
         "seconds": seconds,
-        "latency_left_foretold": foretold,
-        "trials": [[t.fraction_left, t.validation_top1_fraction] for t in pruned.result.trials],
+        "latency_left_foretold": predicted,
+        "trials": [
+            [t.fraction_left, t.validation_top1_fraction] for t in pruned.result.size_trials
+        ],
     }
 
 
 def table(found: list[Cell]) -> str:
     """What was promised and what is."""
     lines = [
-        "| network | promise | validation top-1 | test top-1 | MACs left | time left: foretold | "
+        "| network | promise | validation top-1 | test top-1 | MACs left | time left: predicted | "
         "measured | ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -111,13 +114,13 @@ def table(found: list[Cell]) -> str:
             )
             continue
         times = {n: 1e3 * statistics.median(each) for n, each in cell["seconds"].items()}
-        foretold = cell["latency_left_foretold"]
+        predicted = cell["latency_left_foretold"]
         texts = [
             cell["network"],
             f"`{cell['promise']}`",
             *(_percents(cell[f"{images}_fraction"]) for images in ("validation", "test")),
             f"{cell['macs_left']:.3f}",
-            "–" if foretold is None else f"{foretold:.3f}",
+            "–" if predicted is None else f"{predicted:.3f}",
             f"{times['after'] / times['before']:.3f}",
             f"{times['before']:.1f} → {times['after']:.1f}",
         ]

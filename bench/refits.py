@@ -3,8 +3,8 @@
     python bench/refits.py resnet20 macs=0.5 --data DIR --weights DIR positions=16,rectified=false
 
 cuts a CIFAR-10 network by the norms of its filters, as `bench/criteria.py` does, refits it on the
-same probe images once with each of the settings (`seed` is one of them, by default 0) and scores it
-on validation images. The figures in docs/research/refit.md are of one thread.
+same calibration images once with each of the settings (`seed` is one of them, by default 0) and
+scores it on validation images. The figures in docs/research/refit.md are of one thread.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import argparse
 import time
 
 import studies
-from secateur import pipeline
-from secateur.config import RefitSection
-from secateur.plan import make_plan, parse_target
-from secateur.progress import silent
-from secateur.refit import refit
-from secateur.scoring import score_filters
-from secateur.surgery import apply_plan
+from secateur.config import RefitSection, parse_budget
+from secateur.pipeline.prune import (
+    load_inputs,
+    make_criterion,
+    make_scoring_context,
+    resolved,
+    stream,
+)
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
+from secateur.pruning.refit.layerwise import refit
+from secateur.runtime.progress import no_progress
+from secateur.scoring.scores import score_filters
 
 CRITERION = "l2"
 
@@ -46,25 +52,25 @@ def measure(
 ) -> tuple[float, float]:
     """Accuracy on validation images, and the CPU seconds that the refit took."""
     config = studies.cifar10(arguments.network, arguments)
-    dataset, model = pipeline.load_inputs(config)
-    # The validation images are the same for every seed; the probe set is what differs.
-    config = pipeline.resolved(config, dataset).model_copy(update={"seed": seed})
-    ground = pipeline.prepare_ground(model, dataset, config)
+    dataset, model = load_inputs(config)
+    # The validation images are the same for every seed; the calibration set is what differs.
+    config = resolved(config, dataset).model_copy(update={"seed": seed})
+    ground = make_scoring_context(model, dataset, config)
     scores = score_filters(
         model,
-        ground.wiring,
-        lambda: pipeline.stream(ground.probe, config, silent, ""),
-        {CRITERION: pipeline.make_criterion(CRITERION, ground.source, config)},
+        ground.dependencies,
+        lambda: stream(ground.calibration, config, no_progress, ""),
+        {CRITERION: make_criterion(CRITERION, ground.source, config)},
         ground.source,
         config.score,
     )[CRITERION].scores
-    plan = make_plan(scores, ground.wiring, parse_target(arguments.target), CRITERION)
-    smaller = apply_plan(model, ground.wiring, plan)
-    probe = studies.channels_last(pipeline.stream(ground.probe, config, silent, ""))
+    plan = make_plan(scores, ground.dependencies, parse_budget(arguments.target), CRITERION)
+    smaller = apply_plan(model, ground.dependencies, plan)
+    probe = studies.channels_last(stream(ground.calibration, config, no_progress, ""))
     start = time.process_time()
-    refit(model, smaller, ground.wiring, plan, probe, settings, seed=seed)
+    refit(model, smaller, ground.dependencies, plan, probe, settings, seed=seed)
     seconds = time.process_time() - start
-    shown = studies.channels_last(pipeline.stream(dataset.validation, config, silent, ""))
+    shown = studies.channels_last(stream(dataset.validation, config, no_progress, ""))
     return studies.accuracy(smaller, shown), seconds
 
 

@@ -4,10 +4,10 @@
 
 prunes half of the MACs of a network by uniform shares, without training, and then in turns writes
 the report with its gallery and makes the scoring passes of two criteria, all on the same `IMAGES`
-probe images. Writes `results/report.json` with the seconds of each and their ratios, the
-size of the page and the most memory that the process has used until the first report was written,
-and the table in docs/how_to/read_the_report.md. Weights are random where none are given: what filters see is of no
-sense then, and costs as much.
+calibration images. Writes `results/report.json` with the seconds of each and their ratios, the size
+of the page and the most memory that the process has used until the first report was written, and
+the table in docs/how_to/read_the_report.md. Weights are random where none are given: what filters
+see is of no sense then, and costs as much.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ import torch
 
 from cells import run_all
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur import pipeline
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet
-from secateur.progress import silent
-from secateur.report import write_report
-from secateur.report.gallery import make_gallery
-from secateur.scoring import score_filters
+from secateur.experiments.report import write_report
+from secateur.experiments.report.gallery import make_gallery
+from secateur.pipeline.prune import (
+    calibration_batches,
+    load_inputs,
+    make_criterion,
+    make_scoring_context,
+    prune,
+)
+from secateur.runtime.progress import no_progress
+from secateur.scoring.scores import score_filters
 from tables import with_table
 
 RESULTS = ROOT / "results" / "report.json"
@@ -66,7 +72,7 @@ def main() -> None:
 def measure(source: str, model_name: str, weights: str | None) -> Row:
     """Both in turns, the report first."""
     config = configured(source, model_name, weights)
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     # What is timed is neither the scores before and after nor the cut.
     few = DataSet(
         dataset.name,
@@ -75,7 +81,7 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
         dataset.validation,
         dataset.test.take(torch.arange(TEST_IMAGES)),
     )
-    pruned = pipeline.prune(model, few, config)
+    pruned = prune(model, few, config)
     config = pruned.result.config
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
@@ -85,12 +91,12 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
             write_report(pruned.result, page, gallery)
 
         def score(criterion: str) -> None:
-            ground = pipeline.prepare_ground(model, few, config)
+            ground = make_scoring_context(model, few, config)
             score_filters(
                 model,
-                ground.wiring,
-                lambda: pipeline.probe_stream(ground, config, silent, ""),
-                {criterion: pipeline.make_criterion(criterion, ground.source, config)},
+                ground.dependencies,
+                lambda: calibration_batches(ground, config, no_progress, ""),
+                {criterion: make_criterion(criterion, ground.source, config)},
                 ground.source,
                 config.score,
             )
@@ -125,10 +131,10 @@ def configured(source: str, model_name: str, weights: str | None) -> RunConfig:
     return from_dict(
         {
             "model": {"name": model_name, "weights": weights, "num_classes": 1000},
-            "data": {"source": source, "probe_images": IMAGES, "batch_size": 64},
+            "data": {"source": source, "calibration_images": IMAGES, "batch_size": 64},
             "score": {"criterion": "l1"},
             "plan": {"allocation": "uniform"},
-            "refit": {"layers": "none", "norms": False},
+            "refit": {"layers": "none", "recalibrate_batchnorm": False},
             "finetune": {"epochs": 0},
             "report": {"images": IMAGES},
             "seed": SEED,
@@ -153,7 +159,7 @@ def table() -> str:
     values = [f"{medians[name]:.1f}" for name in timed_names]
     values += [f"{found['ratios'][name]:.2f}" for name in SCORING]
     lines = [
-        f"| network | filters | probe images | {' | '.join(heads)} | page, MB | memory, MiB |",
+        f"| network | filters | calibration images | {' | '.join(heads)} | page, MB | memory, MiB |",
         f"|{'---|' * (len(heads) + 5)}",
         f"| {found['model']} | {found['filters']} | {found['images']} | {' | '.join(values)} | "
         f"{found['page_mb']:.1f} | {found['peak_memory_mib']} |",

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from secateur.result import environment
+from secateur.runtime.environment import environment
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]

@@ -3,8 +3,8 @@
     python bench/scoring.py [--only PATTERN] [--threads 2] [--mode both]
 
 measures every network in a process of its own and after each writes `results/scoring.json`; then it
-writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios to
-`model(images)` under `inference_mode` on the same images in the same batches, in turns in one
+writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios
+to `model(images)` under `inference_mode` on the same images in the same batches, in turns in one
 process, of processor seconds, which a busy machine distorts least; the file has the clock's, too.
 """
 
@@ -44,16 +44,18 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur import concepts, criteria, graph, models
-from secateur.activations import maps_of, observe, parts_of
 from secateur.config import ScoreSection
 from secateur.data import Batch, batches
-from secateur.graph import tensors_of
-from secateur.grouping import Look
-from secateur.models import Preprocessing
-from secateur.packing import images_at_a_time
-from secateur.reading import make_wiring
-from secateur.wiring import Wiring
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph import interpreter
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.groups import Tap
+from secateur.models import zoo
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import concepts, criteria
+from secateur.scoring.batching import images_at_a_time
+from secateur.scoring.feature_pass import maps_of, observe, taps_of
 from tables import with_table
 from zoo import CLASSES
 
@@ -131,7 +133,7 @@ class Ground:
 
     model: nn.Module
     preprocessing: Preprocessing
-    wiring: Wiring
+    wiring: DependencyGraph
     settings: ScoreSection
 
     def batches(self, count: int) -> Iterator[Batch]:
@@ -161,11 +163,11 @@ class Ground:
 
 def make_ground(name: str) -> Ground:
     """The named network, untrained; every layer that can be cut is scored."""
-    model = models.load(name, num_classes=CLASSES, seed=SEED)
-    preprocessing = models.preprocessing(name)
+    model = zoo.load(name, num_classes=CLASSES, seed=SEED)
+    preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
-    wiring = make_wiring(model, example, cut_stream=True)
+    wiring = build_dependency_graph(model, example, prune_residual=True)
     return Ground(model, preprocessing, wiring, ScoreSection())
 
 
@@ -180,9 +182,9 @@ def dissect(ground: Ground, count: int) -> None:
     mask[: side // 2, : side // 2] = True
     state = tensors_of(ground.model)
 
-    looks: dict[Node, list[Look]] = {}
+    looks: dict[Node, list[Tap]] = {}
     for group in ground.wiring.groups.values():
-        for look in parts_of(group).values():
+        for look in taps_of(group).values():
             looks.setdefault(look.node, []).append(look)
 
     def see(node: Node, value: Tensor) -> None:
@@ -198,7 +200,7 @@ def dissect(ground: Ground, count: int) -> None:
     taps = {node: partial(see, node) for node in looks}
     with torch.inference_mode():
         for batch in ground.batches(count):
-            graph.run(ground.wiring.graph, state, batch.images, after=taps)
+            interpreter.run(ground.wiring.graph, state, batch.images, after=taps)
 
 
 class Peer:
@@ -309,7 +311,7 @@ def measure(name: str, mode: str, count: int, arguments: argparse.Namespace) -> 
         "command": shlex.join(["python", "bench/scoring.py", "--only", name, *options]),
         "revision": revision(),
         "seed": SEED,
-        "side": models.preprocessing(name).image_size,
+        "side": zoo.preprocessing(name).image_size,
         "limit_seconds": arguments.limit,
         **found,
     }

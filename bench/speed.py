@@ -2,9 +2,10 @@
 
     python bench/speed.py [--only PATTERN] [--mode both]
 
-measures every network in a process of its own and after each writes `results/speed.json`; rows
-that are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md; `--tables`
-does only that. Whatever is compared is timed in turns, so that a busy machine slows all alike.
+measures every network in a process of its own and after each writes `results/speed.json`; rows that
+are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md;
+`--tables` does only that. Whatever is compared is timed in turns, so that a busy machine slows all
+alike.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.evaluate import count_macs
-from secateur.export import export_onnx, onnx_runner
-from secateur.plan import Target, make_plan
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error
+from secateur.config import Budget
+from secateur.evaluation.divergence import relative_error
+from secateur.evaluation.evaluate import count_macs
+from secateur.graph.build import build_dependency_graph
+from secateur.integrations.onnx import export_onnx, onnx_runner
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
 from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 
@@ -65,7 +68,7 @@ NETWORKS = {
 PACKAGES = {"surgery": ("torch-pruning",), "latency": ("onnx", "onnxruntime", "onnxscript")}
 SIDE = 224
 SEED = 0
-TARGET = Target("macs", 0.5)
+TARGET = Budget("macs", 0.5)
 BATCHES = (1, 16)
 WIDTHS = 16
 """What the widths of the networks that are timed are multiples of: odd ones run slowly."""
@@ -98,7 +101,7 @@ def measure_surgery(name: str, note: Note) -> None:
         if repeat == 1:
             steps.clear()
         note(stage=f"turn {repeat}")
-        wiring = timed("wiring", lambda: make_wiring(model, images, cut_stream=True))
+        wiring = timed("wiring", lambda: build_dependency_graph(model, images, prune_residual=True))
         scores = timed("scores", partial(l2_scores, model, wiring))
         plan = timed("plan", partial(make_plan, scores, wiring, TARGET, "l2"))
         timed("surgery", partial(apply_plan, model, wiring, plan))
@@ -128,7 +131,7 @@ def measure_latency(name: str, note: Note) -> None:
     note(stage="cut")
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
-    wiring = make_wiring(model, example, cut_stream=True)
+    wiring = build_dependency_graph(model, example, prune_residual=True)
     plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2", round_to=WIDTHS)
     networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
@@ -276,7 +279,7 @@ def page(found: list[Row]) -> str:
 
 Written by `python bench/speed.py`; `results/speed.json` has each row's command, seed, versions,
 hardware and every single time. torchvision's networks, {SIDE}×{SIDE} pixels, float32, random
-weights (seed {SEED}), cut to 50 % of their MACs with `cut_stream`.
+weights (seed {SEED}), cut to 50 % of their MACs with `prune_residual`.
 
 ## Cutting
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from secateur import pipeline
 from secateur.config import RunConfig
 from secateur.data import Batch, DataSet
-from secateur.graph import evaluating
+from secateur.pipeline import prune as pipeline
+from secateur.runtime.module_state import evaluating
 
 CIFAR10 = ("resnet20", "resnet32", "resnet56")
 TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}
@@ -58,7 +58,7 @@ def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:
             },
             "data": {
                 "source": f"cifar10:{arguments.data}",
-                "probe_images": PROBE_IMAGES,
+                "calibration_images": PROBE_IMAGES,
                 "stratified": False,
             },
             "refit": {"positions": REFIT_POSITIONS},

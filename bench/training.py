@@ -2,11 +2,11 @@
 
     python bench/training.py --data cifar10:DIR
 
-trains a ResNet-20 for `STEPS` steps by `secateur.training.train`, and by a loop over tensors that
-are in memory, normalised, with the same augmentation, precision, loss and optimiser; both in turns,
-so that a busy machine slows both alike. In the same turns the trainer trains that network cut to
-`TARGET`, as it is and by `torch.compile`. Writes `results/training.json` with the images a second
-of each and the ratios, by the medians, and the tables in docs/how_to/train.md.
+trains a ResNet-20 for `STEPS` steps by `secateur.training.trainer.train`, and by a loop over
+tensors that are in memory, normalised, with the same augmentation, precision, loss and optimiser;
+both in turns, so that a busy machine slows both alike. In the same turns the trainer trains that
+network cut to `TARGET`, as it is and by `torch.compile`. Writes `results/training.json` with the
+images a second of each and the ratios, by the medians, and the tables in docs/how_to/train.md.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from cells import run_all
 from coverage import l2_scores
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur import data, models
-from secateur.config import TrainingSection
+from secateur import data
+from secateur.config import Budget, TrainingSection
 from secateur.data import Images
 from secateur.data.augmentation import Augmentation
-from secateur.models import Preprocessing
-from secateur.plan import Target, make_plan
-from secateur.precision import autocast
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan
-from secateur.training import train
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph.build import build_dependency_graph
+from secateur.models import zoo
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import make_plan
+from secateur.runtime.precision import autocast
+from secateur.training.trainer import train
 from tables import with_table
 from turns import in_turns
 
@@ -41,7 +42,7 @@ NETWORK = "resnet20"
 STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)
 COMPILED = SETTINGS.model_copy(update={"compile": True})
-TARGET = Target("macs", 0.7)
+TARGET = Budget("macs", 0.7)
 SEED = 0
 
 
@@ -55,11 +56,11 @@ def main() -> None:
         run_all("training.py", [["--data", arguments.data, "--child"]], 1)
         return
     dataset = data.load(arguments.data, seed=SEED)
-    images = data.draw_probe(dataset.train, STEPS * SETTINGS.batch_size, seed=SEED)
-    expected = models.preprocessing(NETWORK)
+    images = data.draw_calibration_images(dataset.train, STEPS * SETTINGS.batch_size, seed=SEED)
+    expected = zoo.preprocessing(NETWORK)
     pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
-    network = models.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
-    wiring = make_wiring(network, pixels[:1])
+    network = zoo.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
+    wiring = build_dependency_graph(network, pixels[:1])
     plan = make_plan(l2_scores(network, wiring), wiring, TARGET, "l2")
     cut = apply_plan(network, wiring, plan)
     ways = {

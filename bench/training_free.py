@@ -5,10 +5,10 @@
     python bench/training_free.py cost --data DIR --weights DIR
 
 cuts each network to each target by secateur and by every criterion of Torch-Pruning, from the same
-unlabelled probe images, and scores the test images, on which nothing is chosen. After Torch-
-Pruning's cut the statistics of the batch norms are estimated anew on the probe images. `cost` takes
-the time and the memory of secateur's way, each network in a process of its own; its `--data` is the
-folder of `cifar10`, `imagenet_sample` and `imagenette_subset`. A line a cell goes to
+unlabelled calibration images, and scores the test images, on which nothing is chosen. After Torch-
+Pruning's cut the statistics of the batch norms are estimated anew on the calibration images. `cost`
+takes the time and the memory of secateur's way, each network in a process of its own; its `--data`
+is the folder of `cifar10`, `imagenet_sample` and `imagenette_subset`. A line a cell goes to
 `results/training_free.jsonl`; cells that are there are not measured again, so a run can be
 interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
 writes the tables into docs/explanation/training_free.md and the README.
@@ -38,14 +38,20 @@ import peer
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
-from secateur import models, pipeline
-from secateur.config import PlanSection, RefitSection, RunConfig
+from secateur.config import PlanSection, RefitSection, RunConfig, parse_budget
 from secateur.data import Batch, DataSet
-from secateur.pipeline import Ground
-from secateur.plan import parse_target
-from secateur.progress import silent
-from secateur.surgery import apply_plan
-from secateur.wiring import STREAM, Wiring
+from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.models import zoo
+from secateur.pipeline.prune import (
+    ScoringContext,
+    collect_plan_inputs,
+    make_scoring_context,
+    refit_in_place,
+    resolved,
+    stream,
+)
+from secateur.pruning.apply import apply_plan
+from secateur.runtime.progress import no_progress
 from studies import (
     TARGETS,
     answers,
@@ -67,7 +73,7 @@ PEER = "torch-pruning "
 """What the methods of Torch-Pruning start with."""
 ALL_IMAGES = "all images"
 """The option of secateur's to look at every unlabelled image that there is."""
-STAGES = ("cut", "norms", "refit", "polished")
+STAGES = ("cut", "norms", "refit", "distilled")
 CUT_IMAGES = 1000
 """How many of the scored images a plain cut is scored on, which only shows that it is far off."""
 EQUAL = 0.01
@@ -130,7 +136,7 @@ class Pruned:
 
 def ours(
     model: nn.Module,
-    ground: Ground,
+    ground: ScoringContext,
     config: RunConfig,
     target: str,
 ) -> Pruned:
@@ -138,15 +144,17 @@ def ours(
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
     with _timed(seconds, "survey"):
-        survey = pipeline.survey_filters(model, ground, config)[config.score.criterion]
+        survey = collect_plan_inputs(model, ground, config)[config.score.criterion]
     with _timed(seconds, "plan"):
-        plan = survey.plan(parse_target(target))
+        plan = survey.plan(parse_budget(target))
     with _timed(seconds, "cut"):
-        smaller = apply_plan(model, ground.wiring, plan)
+        smaller = apply_plan(model, ground.dependencies, plan)
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
-        pipeline.repair_in_place(model, smaller, ground, plan, config)
-    return Pruned(stages, ground.wiring.macs(plan.removed) / ground.wiring.macs(), seconds)
+        refit_in_place(model, smaller, ground, plan, config)
+    return Pruned(
+        stages, ground.dependencies.macs(plan.removed) / ground.dependencies.macs(), seconds
+    )
 
 
 @contextmanager
@@ -162,10 +170,12 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 class Peers:
     """Torch-Pruning's cuts of one network; those that look at weights alone are made once."""
 
-    def __init__(self, model: nn.Module, wiring: Wiring, image: Tensor, check: Check) -> None:
+    def __init__(
+        self, model: nn.Module, wiring: DependencyGraph, image: Tensor, check: Check
+    ) -> None:
         self._model, self._image, self._check = model, image, check
         self._whole = {"inner": all_but_inner(model, wiring)}
-        if any(group.reason == STREAM for group in wiring.frozen):
+        if any(group.reason == RESIDUAL for group in wiring.frozen):
             classes = answers_count(model, image)
             self._whole["all"] = frozenset(peer.heads(model, classes))
         self._made: dict[tuple[Way, str], tuple[Found, Cell]] = {}
@@ -179,7 +189,7 @@ class Peers:
         if channels not in self._whole:
             return _none("no channels are tied by residual sums: the same as inner")
         settings = peer.Settings(criterion, ranking == "global", self._whole[channels])
-        fraction = parse_target(target).fraction_left
+        fraction = parse_budget(target).fraction_left
         seconds: dict[str, float] = {}
         with _timed(seconds, "gradients"):
             given = found().of(criterion) if criterion in BY_GRADIENT else None
@@ -206,8 +216,8 @@ class Peers:
         }
 
 
-def all_but_inner(model: nn.Module, wiring: Wiring) -> frozenset[str]:
-    """Names of the layers whose filters secateur leaves whole without `cut_stream`."""
+def all_but_inner(model: nn.Module, wiring: DependencyGraph) -> frozenset[str]:
+    """Names of the layers whose filters secateur leaves whole without `prune_residual`."""
     inner = {layer.name for group in wiring.groups.values() for layer in group.layers}
     return frozenset(
         name
@@ -249,7 +259,7 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         return
     config, dataset, model = load_inputs(study, network, arguments)
     config = config.model_copy(update={"refit": RefitSection()})
-    batches = channels_last(pipeline.stream(dataset.test, config, silent, ""))
+    batches = channels_last(stream(dataset.test, config, no_progress, ""))
     check = Check(batches, answers(model, batches))
     base = {
         "base_fraction": share(check.before, labels(batches)),
@@ -258,25 +268,25 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
     origin = _origin(study)
     peers: Peers | None = None
     for seed, group in itertools.groupby(wanted, key=lambda each: each[0]):
-        # The held-out images are the same for every seed; the probe set is what differs.
+        # The held-out images are the same for every seed; the calibration set is what differs.
         config = config.model_copy(update={"seed": seed})
-        ground = pipeline.prepare_ground(model, dataset, config)
-        probe = channels_last(pipeline.stream(ground.probe, config, silent, ""))
-        peers = peers or Peers(model, ground.wiring, ground.example[:1], check)
+        ground = make_scoring_context(model, dataset, config)
+        probe = channels_last(stream(ground.calibration, config, no_progress, ""))
+        peers = peers or Peers(model, ground.dependencies, ground.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
         for _, target, way in group:
             looked_at = ground
             if way.options == ALL_IMAGES:
-                every = {"probe_images": len(dataset.train.labels)}
+                every = {"calibration_images": len(dataset.train.labels)}
                 whole = {"data": config.data.model_copy(update=every)}
-                looked_at = pipeline.prepare_ground(model, dataset, config.model_copy(update=whole))
+                looked_at = make_scoring_context(model, dataset, config.model_copy(update=whole))
             if way.method == OURS:
                 cell = _ours_cell(ours(model, looked_at, config, target), check)
             else:
                 cell = peers.measure(way, target, probe, found)
             head = {"study": study, "network": network, "seed": seed, "target": target}
             method = {"method": way.method, "options": way.options}
-            count = {"probe_images": len(looked_at.probe.labels)}
+            count = {"calibration_images": len(looked_at.calibration.labels)}
             put_cell(RESULTS, head | method | base | count | cell | origin)
 
 
@@ -307,9 +317,9 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     config, dataset, model = _cost_inputs(network, Path(arguments.data), arguments.weights)
     seconds: dict[str, float] = {}
     with _timed(seconds, "ground"):
-        ground = pipeline.prepare_ground(model, dataset, config)
+        ground = make_scoring_context(model, dataset, config)
     with _timed(seconds, "forward"), torch.inference_mode():
-        for batch in pipeline.stream(ground.probe, config, silent, ""):
+        for batch in stream(ground.calibration, config, no_progress, ""):
             model(batch.images)
     pruned = ours(model, ground, config, COST_TARGET)
     seconds |= pruned.seconds
@@ -320,7 +330,7 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
         "total_seconds": round(total, 1),
         "forward_passes": round(total / seconds["forward"], 1),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "probe_images": len(ground.probe.labels),
+        "calibration_images": len(ground.calibration.labels),
     }
     put_cell(RESULTS, head | found | _origin("cost"))
 
@@ -337,22 +347,23 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
             "model": {"name": network},
             "data": {
                 "source": "imagenet samples",
-                "probe_images": COST[network],
+                "calibration_images": COST[network],
                 "stratified": False,
                 "batch_size": BATCH_SIZE,
             },
         }
     )
     dataset = read_images(data)
-    model = models.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
-    return pipeline.resolved(config, dataset), dataset, model
+    model = zoo.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
+    return resolved(config, dataset), dataset, model
 
 
 # --- tables ------------------------------------------------------------------------------------
 
 
 def table(study: str, found: list[Cell]) -> str:
-    """Every method in every setting, and how the losses compare; see `docs/explanation/training_free.md`."""
+    """Every method in every setting, and how the losses compare; see
+    `docs/explanation/training_free.md`."""
     mine = [cell for cell in found if cell["study"] == study and "cut_fraction" in cell]
     settings = [
         (network, target)
@@ -372,7 +383,7 @@ def table(study: str, found: list[Cell]) -> str:
             ranked.append((way.method != OURS, -mean, f"| {name} | {' | '.join(texts)} |"))
     lines += [line for *_, line in sorted(ranked)]
     lines += ["", *_comparison(columns, heads, study), ""]
-    images, probes = mine[0]["images"], min(cell["probe_images"] for cell in mine)
+    images, probes = mine[0]["images"], min(cell["calibration_images"] for cell in mine)
     seeds = sorted({len({cell["seed"] for cell in column}) for column in columns})
     off = max(abs(cell["macs_left"] - _fraction(cell)) for cell in mine)
     lines.append(
@@ -389,7 +400,7 @@ def _way(cell: Cell) -> Way:
 
 
 def _fraction(cell: Cell) -> float:
-    return parse_target(str(cell["target"])).fraction_left
+    return parse_budget(str(cell["target"])).fraction_left
 
 
 def _stage(cell: Cell) -> str:
@@ -455,7 +466,7 @@ def cost_table(found: list[Cell]) -> str:
             texts = [f"{cell['seconds'][step]:.1f}" for step in steps]
             texts += [f"{cell['total_seconds']:.1f}", f"{cell['forward_passes']:.1f}"]
             texts.append(f"{cell['peak_memory_mib'] / 1024:.1f}")
-            images = f"{cell['network']}, {cell['probe_images']}"
+            images = f"{cell['network']}, {cell['calibration_images']}"
             lines.append(f"| {images} | {' | '.join(texts)} |")
     return "\n".join(lines)
 

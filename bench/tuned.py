@@ -26,47 +26,53 @@ import peer
 from cells import run_all
 from peer_search import cut_to
 from rows import ROOT
-from secateur import pipeline
-from secateur.checkpoint import Checkpoints
-from secateur.comparison import Cell, cells_of
-from secateur.evaluate import Score, evaluate
-from secateur.plan import parse_target
-from secateur.progress import silent
-from secateur.result import environment
-from secateur.rows import Row, place_of
-from secateur.timing import time_left
-from secateur.training import train
+from secateur.config import parse_budget
+from secateur.evaluation.evaluate import Score, evaluate
+from secateur.experiments.compare.results import Row, place_of
+from secateur.experiments.compare.spec import Job, jobs_of
+from secateur.pipeline.prune import (
+    load_inputs,
+    make_scoring_context,
+    preprocessing,
+    resolved,
+    stream,
+)
+from secateur.pruning.cost.latency_profiler import measure_fraction_left
+from secateur.runtime.environment import environment
+from secateur.runtime.progress import no_progress
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.trainer import train
 from training_free import all_but_inner
 
 RESULTS = ROOT / "results" / "tuned.jsonl"
 CONFIG = ROOT / "configs" / "tuned_cifar10.toml"
-WORK = ROOT / "runs" / "tuned"
+WORK = ROOT / "runs" / "finetuned"
 PEER = peer.Settings("fpgm", is_global=True)
 PEER_NAME = "torch-pruning fpgm, global"
 
 
-def measure_peer(cell: Cell) -> Row:
+def measure_peer(cell: Job) -> Row:
     """Torch-Pruning in the place of the cell's criterion."""
     config = cell.config
-    dataset, model = pipeline.load_inputs(config)
-    config = pipeline.resolved(config, dataset)
-    ground = pipeline.prepare_ground(model, dataset, config)
+    dataset, model = load_inputs(config)
+    config = resolved(config, dataset)
+    ground = make_scoring_context(model, dataset, config)
     image = ground.example[:1]
-    settings = replace(PEER, whole=all_but_inner(model, ground.wiring))
+    settings = replace(PEER, whole=all_but_inner(model, ground.dependencies))
     start = time.perf_counter()
-    smaller = cut_to(model, image, settings, parse_target(cell.target).fraction_left).model
+    smaller = cut_to(model, image, settings, parse_budget(cell.target).fraction_left).model
     cut_seconds = time.perf_counter() - start
-    latency_left = time_left(model, smaller, ground.example)
+    latency_left = measure_fraction_left(model, smaller, ground.example)
 
     def score(network: nn.Module) -> Score:
-        return evaluate(network, pipeline.stream(dataset.test, config, silent, ""))
+        return evaluate(network, stream(dataset.test, config, no_progress, ""))
 
     before, cut = score(model), score(smaller)
     training = train(
         smaller,
         model,
         dataset.train,
-        pipeline.preprocessing(config),
+        preprocessing(config),
         config.finetune,
         seed=config.seed,
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),
@@ -85,7 +91,7 @@ def measure_peer(cell: Cell) -> Row:
         images=tuned.images,
         before_top1_fraction=before.top1_fraction,
         cut_top1_fraction=cut.top1_fraction,
-        tuned_top1_fraction=tuned.top1_fraction,
+        finetuned_top1_fraction=tuned.top1_fraction,
         top1_fraction=tuned.top1_fraction,
         macs_left=tuned.macs / before.macs,
         parameters_left=tuned.parameters / before.parameters,
@@ -105,7 +111,7 @@ def main() -> None:
     finetune = comparison.finetune.model_copy(update={"compile": arguments.compile})
     comparison = comparison.model_copy(update={"finetune": finetune})
     if arguments.peer is not None:
-        (cell,) = (cell for cell in cells_of(comparison) if cell.id == arguments.peer)
+        (cell,) = (cell for cell in jobs_of(comparison) if cell.id == arguments.peer)
         torch.set_num_threads(comparison.threads)
         comparisons.put(RESULTS, measure_peer(cell))
         return
@@ -115,7 +121,7 @@ def main() -> None:
     options += ["--compile"] * arguments.compile
     calls = [
         [*options, "--peer", cell.id]
-        for cell in cells_of(comparison)
+        for cell in jobs_of(comparison)
         if cell.criterion == comparison.criteria[0]  # once for each network, target and seed
         and comparisons.key_of(replace(cell, criterion=PEER_NAME)) not in known
     ]

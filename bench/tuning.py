@@ -22,10 +22,10 @@ from pathlib import Path
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur import runs
-from secateur.comparison import cells_of
 from secateur.config import RunConfig, ScoreSection
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_spec
+from secateur.experiments.compare.spec import jobs_of
+from secateur.experiments.run import run
 from tables import with_table
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
@@ -58,10 +58,10 @@ CASES = {
 
 def configured(case: Case, data: str, weights: Path, seed: int, *, compiled: bool) -> RunConfig:
     """The run of a cell, with the default criterion."""
-    comparison = read_comparison(CONFIGS / case.file).with_weights_in(weights)
+    comparison = read_spec(CONFIGS / case.file).with_weights_in(weights)
     (config,) = (
         cell.config
-        for cell in cells_of(comparison)
+        for cell in jobs_of(comparison)
         if (cell.criterion, cell.seed) == (ScoreSection().criterion, seed)
     )
     images = config.data.model_copy(update={"source": f"cifar10:{data}"})
@@ -76,8 +76,8 @@ def measure(
     """One network cut, re-estimated and trained."""
     config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
     folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}-{config.finetune.epochs}"
-    result = runs.run(config, folder, resume=True)
-    tuning, before = result.tuning, result.score("before")
+    result = run(config, folder, resume=True)
+    tuning, before = result.finetuning, result.score("before")
     assert tuning is not None
     assert before is not None
     stages = {stage.stage: stage.score.top1_fraction for stage in result.stages}
@@ -183,7 +183,7 @@ def main() -> None:
     known = {key_of(cell, KEY) for cell in read_cells(RESULTS, KEY)}
     calls = []
     for (network, target), case in CASES.items():
-        comparison = read_comparison(CONFIGS / case.file)
+        comparison = read_spec(CONFIGS / case.file)
         (section,) = comparison.networks
         if arguments.weights is None or not fnmatch.fnmatch(network, arguments.only):
             continue

@@ -18,8 +18,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur import models
-from secateur.detectors import forward_of
+from secateur.graph.torchvision_detectors import forward_of
+from secateur.models import zoo
 
 CLASSES = 1000
 Part = Literal["torchvision", "timm", "dense", "bonus"]
@@ -253,7 +253,7 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
                 name, weights=None, weights_backbone=None
             ).eval()
     else:
-        model = models.load(member.name, num_classes=CLASSES, seed=seed)
+        model = zoo.load(member.name, num_classes=CLASSES, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     randomise_constants(model.parameters(), generator)
     with torch.random.fork_rng(devices=[]):  # some networks draw noise

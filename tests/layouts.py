@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from secateur import runs
 from secateur.config import RunConfig, from_dict
-from secateur.result import RunResult
+from secateur.experiments.run import run
+from secateur.pipeline.result import RunResult
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,11 +35,11 @@ def write_classes(directory: Path, names: list[str], count: int, *, seed: int = 
 
 def prune_briefly(model_file: Path, source: str, folder: Path, **data: object) -> RunResult:
     """The whole method without fine-tuning, on images of 16×16, by a small network."""
-    return runs.run(
+    return run(
         from_dict(
             {
                 "model": {"name": f"{model_file}:small"},
-                "data": {"source": source, "image_size": 16, "probe_images": 60, **data},
+                "data": {"source": source, "image_size": 16, "calibration_images": 60, **data},
                 "plan": {"target": "macs=0.7"},
                 "finetune": {"epochs": 0},
             },

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.config import Budget
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.plan import PruningPlan
 
 SIDE = 8
 CLASSES = 5
@@ -281,13 +284,13 @@ def make_network(name: str, seed: int = 0) -> nn.Module:
 
 
 @cache
-def wired(name: str, cut_stream: bool = False) -> tuple[nn.Module, Wiring]:
+def wired(name: str, prune_residual: bool = False) -> tuple[nn.Module, DependencyGraph]:
     """The named network and its wiring; made once, so that no test may change it."""
     model = make_network(name)
-    return model, make_wiring(model, random_images(2), cut_stream=cut_stream)
+    return model, build_dependency_graph(model, random_images(2), prune_residual=prune_residual)
 
 
-def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
+def random_plan(wiring: DependencyGraph, generator: torch.Generator) -> PruningPlan:
     """A plan that removes at least one and leaves at least one random filter of each group."""
     removed: dict[str, tuple[int, ...]] = {}
     for name, group in wiring.groups.items():
@@ -295,16 +298,21 @@ def random_plan(wiring: Wiring, generator: torch.Generator) -> PruningPlan:
             count = int(torch.randint(1, len(group), (), generator=generator))
             chosen = torch.randperm(len(group), generator=generator)[:count]
             removed[name] = tuple(sorted(chosen.tolist()))
-    return PruningPlan(removed, Target("macs", 0.5), "random")
+    return PruningPlan(removed, Budget("macs", 0.5), "random")
 
 
 def assert_law(
-    model: nn.Module, wiring: Wiring, plan: PruningPlan, images: Tensor, *, limit: float = 1e-4
+    model: nn.Module,
+    wiring: DependencyGraph,
+    plan: PruningPlan,
+    images: Tensor,
+    *,
+    limit: float = 1e-4,
 ) -> nn.Module:
     """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
     cut = apply_plan(model, wiring, plan)
     with torch.no_grad():
-        found, silenced = cut(images), silence(model, wiring, plan)(images)
+        found, silenced = cut(images), masked_overrides(model, wiring, plan)(images)
     for one, other in zip(several(found), several(silenced), strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()
@@ -312,8 +320,8 @@ def assert_law(
     assert wiring.macs(plan.removed) == counted_macs(cut, images)
     assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
-    foretold = wiring.shapes_after(plan.removed)
-    assert all(shapes[name] == foretold[name] for name in shapes)
+    predicted = wiring.shapes_after(plan.removed)
+    assert all(shapes[name] == predicted[name] for name in shapes)
     return cut
 
 

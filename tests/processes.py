@@ -21,7 +21,12 @@ def context() -> BaseContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(
         [
-            *("secateur.cli", "secateur.report.run_charts", "accelerate", "sklearn.datasets"),
+            *(
+                "secateur.cli.app",
+                "secateur.experiments.report.run_charts",
+                "accelerate",
+                "sklearn.datasets",
+            ),
             *("torch.utils.flop_counter", "hypothesis", "pytest"),
         ]
     )

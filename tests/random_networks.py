@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.config import Budget, Quantity
 from secateur.errors import RunFolderError, TargetError
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.quantities import Quantity
-from secateur.surgery import check_plan
-from secateur.wiring import Wiring
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.apply import check_plan
+from secateur.pruning.plan import PruningPlan, make_plan
 
 CLASSES = 5
 SIDE = 8
@@ -314,14 +314,16 @@ class Gate(Block):
 
     def __init__(self, width: int, side: int, out: int, choice: Choice) -> None:
         super().__init__()
-        self.how = choice.pick("conv", "linear", "position", "scale", "scale1", "shift", "eca")
+        self.how = choice.pick(
+            "conv", "linear", "position", "scale", "scale1", "random_crop", "eca"
+        )
         kind = nn.Linear if self.how == "linear" else lambda i, o: nn.Conv2d(i, o, 1)
         if self.how in ("conv", "linear"):
             self.squeeze, self.excite = kind(width, out), kind(out, width)
         if self.how == "position":
             self.is_summarised = choice.pick(True, False)
             self.attend = nn.Conv2d(2 if self.is_summarised else width, 1, 3, padding=1)
-        if self.how in ("scale", "scale1", "shift"):
+        if self.how in ("scale", "scale1", "random_crop"):
             shape = (1, width, 1, 1) if self.how == "scale1" else (width, 1, 1)
             self.scale = nn.Parameter(torch.rand(shape) + 0.5)
         self.act = choice.pick(nn.Sigmoid(), nn.Hardsigmoid(), nn.Softmax(1))
@@ -342,7 +344,7 @@ class Gate(Block):
             return x * torch.sigmoid(self.attend(seen)) * 2
         if self.how == "eca":
             return x * self.act(x.mean((2, 3), keepdim=True)) + (1 - torch.sigmoid(x))
-        return x + self.scale if self.how == "shift" else x * self.scale
+        return x + self.scale if self.how == "random_crop" else x * self.scale
 
 
 class StandardisedConv(nn.Conv2d):
@@ -570,7 +572,7 @@ def build(spec: Spec, seed: int = 0) -> RandomNetwork:
     return model.eval()
 
 
-def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
+def random_plan(wiring: DependencyGraph, seed: int) -> PruningPlan:
     """A valid plan: any subset of the filters, or one made from random scores."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -580,7 +582,7 @@ def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
     if number(3) == 0:
         scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
         quantities: list[Quantity] = ["macs", "params", "filters"]
-        target = Target(quantities[number(3)], 0.4 + number(50) / 100)
+        target = Budget(quantities[number(3)], 0.4 + number(50) / 100)
         round_to, min_filters = [1, 1, 2, 4][number(4)], 1 + number(3)
         try:
             return make_plan(
@@ -595,10 +597,10 @@ def random_plan(wiring: Wiring, seed: int) -> PruningPlan:
         while order:
             attempt = {**removed, name: tuple(sorted(order))}
             try:
-                check_plan(wiring, PruningPlan(attempt, Target("macs", 0.5), "random"))
+                check_plan(wiring, PruningPlan(attempt, Budget("macs", 0.5), "random"))
             except RunFolderError:  # it empties a part: a filter less
                 order.pop()
             else:
                 removed = attempt
                 break
-    return PruningPlan(removed, Target("macs", 0.5), "random")
+    return PruningPlan(removed, Budget("macs", 0.5), "random")

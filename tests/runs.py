@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from secateur import data, models, runs
+from secateur import data
 from secateur.config import RunConfig, TrainingSection, from_dict
-from secateur.result import RunResult
-from secateur.training import train
+from secateur.experiments.run import run
+from secateur.models import zoo
+from secateur.pipeline.result import RunResult
+from secateur.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def small_config(model_file: Path, **sections: Mapping[str, object]) -> RunConfi
     """A run of the small network on digits that takes a second or two."""
     tables: dict[str, dict[str, object]] = {
         "model": {"name": f"{model_file}:small"},
-        "data": {"source": "digits", "image_size": 32, "probe_images": 100, "batch_size": 50},
+        "data": {"source": "digits", "image_size": 32, "calibration_images": 100, "batch_size": 50},
         "finetune": {"epochs": 0, "batch_size": 64, "warmup_steps": 0, "flip": False},
     }
     for name, values in sections.items():
@@ -40,24 +42,24 @@ def make_digits_run(directory: Path) -> DigitsRun:
     """Trains a ResNet-20 on the digits for three epochs and prunes it to half its MACs."""
     weights = directory / "base.safetensors"
     dataset = data.load("digits")
-    model = models.load("resnet20")
+    model = zoo.load("resnet20")
     settings = TrainingSection(
         epochs=3, batch_size=32, learning_rate=0.1, warmup_steps=10, flip=False
     )
-    prepare = models.preprocessing("resnet20")
+    prepare = zoo.preprocessing("resnet20")
     train(model, None, dataset.train, prepare, settings, seed=0)
     save_file(model.state_dict(), weights)
     config = from_dict(
         {
             "model": {"name": "resnet20", "weights": str(weights)},
-            "data": {"source": "digits", "probe_images": 200},
+            "data": {"source": "digits", "calibration_images": 200},
             "plan": {"target": "macs=0.5"},
             "finetune": {"epochs": 1, "batch_size": 64, "warmup_steps": 5, "flip": False},
         },
         RunConfig,
     )
     folder = directory / "run"
-    result = runs.run(config, folder, command="secateur prune <script>alert(1)</script>")
+    result = run(config, folder, command="secateur prune <script>alert(1)</script>")
     return DigitsRun(folder, config, result)
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from networks import random_images
-from secateur.concepts import ConceptSource, Scene, SourceContext
-from secateur.graph import run, tensors_of, trace
-from secateur.models import Preprocessing
-from secateur.regions import ConceptMasks
+from secateur.data.concept_masks import ConceptMasks
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph.interpreter import run
+from secateur.graph.trace import trace
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")
 PREPROCESSING = Preprocessing(8, 8)
@@ -26,7 +28,7 @@ def scene_of(
     images: Tensor,
     labels: Tensor | None = None,
     annotations: ConceptMasks | None = None,
-) -> Scene:
+) -> ConceptInput:
     """The images, numbered from 0 on, with what the source's node gives for them."""
     seen: list[Tensor] = []
 
@@ -38,15 +40,15 @@ def scene_of(
     with torch.set_grad_enabled(source.needs_gradient):
         logits = run(context.graph, context.state, images, after=after)
     numbers = torch.arange(len(images))
-    return Scene(images, numbers, labels, annotations, seen[0] if seen else None, logits)
+    return ConceptInput(images, numbers, labels, annotations, seen[0] if seen else None, logits)
 
 
-def part_of(scene: Scene, images: slice) -> Scene:
+def part_of(scene: ConceptInput, images: slice) -> ConceptInput:
     """Some images of a scene whose value needs no gradient."""
     found = scene.annotations
-    return Scene(
+    return ConceptInput(
         scene.images[images],
-        scene.numbers[images],
+        scene.indices[images],
         None if scene.labels is None else scene.labels[images],
         None if found is None else ConceptMasks(found.masks[images], found.concepts[images]),
         None if scene.value is None else scene.value[images].clone(),

@@ -13,20 +13,22 @@ from torch.fx.node import Node
 
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
 from processes import side_by_side
-from secateur import concepts, criteria, data, distributed, packing
-from secateur.activations import kernels_of, observe
-from secateur.concepts import Scene
+from secateur import data
 from secateur.config import Precision, ScoreSection
-from secateur.criteria import Kernels, Need, Observer, Regions, Sight, Vote
 from secateur.data import Batch, TensorImages
-from secateur.dissection import Dissection, TopImages
+from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.regions import Concept, ConceptMasks, at_resolution
-from secateur.thresholds import UsualTally
-from secateur.wiring import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import batching, concepts, criteria
+from secateur.scoring.concepts import ConceptInput
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Observer, Regions, Vote
+from secateur.scoring.dissection import Dissection, TopImages
+from secateur.scoring.feature_pass import kernels_of, observe
+from secateur.scoring.thresholds import ActivationStatisticsTally
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])
 
@@ -44,14 +46,14 @@ class Bright:
         self.steps: list[str] = []
         self.learnt: list[int] = []
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         self.steps.append("learn")
-        self.learnt += scene.numbers.tolist()
+        self.learnt += scene.indices.tolist()
 
     def finish_learning(self) -> None:
         self.steps.append("finish")
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         self.steps.append("find")
         shown = torch.full((len(scene.images),), CLASSES) if scene.labels is None else scene.labels
         return ConceptMasks(scene.images[:, :1] > 0, shown[:, None])
@@ -85,27 +87,27 @@ class Recorder:
     def __init__(self, needs: frozenset[Need] = EVERYTHING) -> None:
         self.needs = needs
         self.parts: Mapping[str, Kernels] = {}
-        self.sights: dict[str, list[Sight]] = {}
+        self.sights: dict[str, list[FeatureBatch]] = {}
         self.regions: dict[str, list[Regions]] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         assert not self.sights
         self.parts = parts
 
-    def observe(self, sight: Sight) -> Vote | None:
-        self.sights.setdefault(sight.part, []).append(sight)
+    def update(self, sight: FeatureBatch) -> Vote | None:
+        self.sights.setdefault(sight.tap, []).append(sight)
         if "concepts" not in self.needs:
             return None
-        return self.regions.setdefault(sight.part, []).append
+        return self.regions.setdefault(sight.tap, []).append
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         return ()
 
     def maps(self, part: str) -> Tensor:
         return torch.cat([sight.maps for sight in self.sights[part]])
 
     def numbers(self, part: str) -> list[int]:
-        return torch.cat([sight.numbers for sight in self.sights[part]]).tolist()
+        return torch.cat([sight.indices for sight in self.sights[part]]).tolist()
 
     def gradients(self, part: str) -> Tensor:
         gradients = [sight.gradients for sight in self.sights[part]]
@@ -113,7 +115,7 @@ class Recorder:
 
 
 class Probe:
-    """A probe set that counts how often it is read."""
+    """A calibration set that counts how often it is read."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int = 3) -> None:
         numbers = torch.arange(len(images)).split(size)
@@ -125,14 +127,14 @@ class Probe:
         return (Batch(images, labels, own) for images, labels, own in self._parts)
 
 
-def network(name: str) -> tuple[nn.Module, Wiring]:
+def network(name: str) -> tuple[nn.Module, DependencyGraph]:
     model = Units().eval() if name == "units" else make_network(name)
-    return model, make_wiring(model, random_images(2))
+    return model, build_dependency_graph(model, random_images(2))
 
 
 def look(
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     probe: Probe,
     observers: Iterable[Recorder],
     *,
@@ -148,7 +150,7 @@ def look(
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images at a time, so that seven take four batches and the last is filled up."""
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 2)
 
 
 def maps_by_hand(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -268,7 +270,7 @@ def test_nothing_is_looked_at_beforehand_unless_someone_asks(needs: set[Need]) -
     probe, recorder = Probe(random_images(7), LABELS), Recorder(frozenset(needs))
     look(model, wiring, probe, [recorder])
     assert probe.reads == 1
-    assert all(sight.usual is None for sight in recorder.sights["conv1"])
+    assert all(sight.statistics is None for sight in recorder.sights["conv1"])
 
 
 def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
@@ -325,14 +327,16 @@ def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sig
     with torch.no_grad():
         expected = maps_by_hand(model, images[::sample_every])
     for group, sights in recorder.sights.items():
-        tally = UsualTally(expected[group].shape[1], ScoreSection().threshold_positions)
+        tally = ActivationStatisticsTally(
+            expected[group].shape[1], ScoreSection().threshold_positions
+        )
         tally.add(expected[group])
         usual = tally.finish(0.1)
         for sight in sights:
-            assert sight.usual is not None
-            torch.testing.assert_close(sight.usual.mean, usual.mean)
-            torch.testing.assert_close(sight.usual.threshold, usual.threshold)
-            torch.testing.assert_close(sight.usual.largest, usual.largest)
+            assert sight.statistics is not None
+            torch.testing.assert_close(sight.statistics.mean, usual.mean)
+            torch.testing.assert_close(sight.statistics.threshold, usual.threshold)
+            torch.testing.assert_close(sight.statistics.largest, usual.largest)
 
 
 def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:
@@ -388,7 +392,7 @@ def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
 
 def test_incoming_kernels_are_those_that_write_the_filters() -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     state = tensors_of(model)
     incoming = kernels_of(wiring, state)["stem.0"].incoming
     expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
@@ -452,7 +456,7 @@ def pixels() -> TensorImages:
 def everything(name: str, precision: Precision, size: int) -> dict[str, list[Tensor]]:
     """What this process's share of the images adds up to, with that of all other processes."""
     model = make_network(name)
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     settings = ScoreSection(
         quantile=0.1, sample_every=2, use_labels=True, threshold_positions=9, precision=precision
     )
@@ -467,19 +471,19 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
     observers: list[Observer] = [*watching.values(), dissection, top]
 
     def share() -> Iterator[Batch]:
-        return data.batches(pixels(), size, PREPROCESSING, shard=distributed.share())
+        return data.batches(pixels(), size, PREPROCESSING, shard=distributed.rank_and_world_size())
 
     observe(model, wiring, share, observers, source, settings)
     top.merge()
     parts = list(kernels_of(wiring, tensors_of(model)))
-    found = {f"{criterion} tallies": list(each.tallies()) for criterion, each in watching.items()}
+    found = {f"{criterion} tallies": list(each.state()) for criterion, each in watching.items()}
     found |= {
-        f"{criterion} scores": [each.score(part) for part in parts]
+        f"{criterion} scores": [each.compute(part) for part in parts]
         for criterion, each in watching.items()
     }
-    found["dissection"] = [*dissection.tallies(), *(dissection.thresholds[part] for part in parts)]
-    found["top images"] = [top.sights(part).numbers for part in parts]
-    found["top regions"] = [top.sights(part).regions for part in parts]
+    found["dissection"] = [*dissection.state(), *(dissection.thresholds[part] for part in parts)]
+    found["top images"] = [top.top(part).indices for part in parts]
+    found["top regions"] = [top.top(part).regions for part in parts]
     return found
 
 
@@ -499,7 +503,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
     name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     expected = everything(name, precision, size=100)
     assert all(any(bool(each.any()) for each in found) for found in expected.values() if found)
     for size in (1, 7):
@@ -509,7 +513,7 @@ def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
 def work(rank: int, folder: Path) -> None:
     """One of four processes; two of them go on as two."""
     torch.set_num_threads(1)
-    packing.MOST_IMAGES_AT_A_TIME = AT_A_TIME
+    batching.MOST_IMAGES_AT_A_TIME = AT_A_TIME
     for processes in (4, 2):
         if rank >= processes:
             return
@@ -529,7 +533,7 @@ def work(rank: int, folder: Path) -> None:
 def test_tallies_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     side_by_side(work, 4, tmp_path)
     for precision in PRECISIONS:
         expected = everything("residual", precision, size=10)

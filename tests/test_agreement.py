@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from networks import Chain, random_images, randomise_norms
-from secateur.agreement import agreement_of, answers_of
 from secateur.data import Batch
 from secateur.errors import DataError
+from secateur.evaluation.divergence import divergence_from, logits_of
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -47,7 +47,7 @@ def test_divergence_and_predictions_are_those_of_each_image(
     one, other = two_networks(generator)
     images = random_images(11)
     batches = in_batches(images, size)
-    found = agreement_of(answers_of(one, batches), other, batches)
+    found = divergence_from(logits_of(one, batches), other, batches)
     with torch.inference_mode():
         divergence, top1 = by_hand(one(images), other(images))
     assert found.divergence == pytest.approx(divergence, rel=1e-5)
@@ -57,7 +57,7 @@ def test_divergence_and_predictions_are_those_of_each_image(
 def test_softening_divides_the_logits(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    found = agreement_of(answers_of(one, batches), other, batches, temperature=3.0)
+    found = divergence_from(logits_of(one, batches), other, batches, temperature=3.0)
     with torch.inference_mode():
         images = torch.cat([batch.images for batch in batches])
         divergence, top1 = by_hand(one(images) / 3, other(images) / 3)
@@ -68,7 +68,7 @@ def test_softening_divides_the_logits(generator: torch.Generator) -> None:
 def test_a_network_agrees_with_itself(generator: torch.Generator) -> None:
     one, _ = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    found = agreement_of(answers_of(one, batches), copy.deepcopy(one), batches)
+    found = divergence_from(logits_of(one, batches), copy.deepcopy(one), batches)
     assert found.divergence == pytest.approx(0, abs=1e-9)
     assert found.top1_fraction == 1.0
 
@@ -77,8 +77,8 @@ def test_no_label_is_looked_at(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
     strange = [replace(batch, labels=batch.labels - 9) for batch in batches]
-    found = agreement_of(answers_of(one, batches), other, batches)
-    assert agreement_of(answers_of(one, strange), other, strange) == found
+    found = divergence_from(logits_of(one, batches), other, batches)
+    assert divergence_from(logits_of(one, strange), other, strange) == found
 
 
 def test_networks_are_compared_in_evaluation_mode_and_left_as_they_were(
@@ -86,15 +86,15 @@ def test_networks_are_compared_in_evaluation_mode_and_left_as_they_were(
 ) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(8), 4)
-    expected = agreement_of(answers_of(one, batches), other, batches)
+    expected = divergence_from(logits_of(one, batches), other, batches)
     before = copy.deepcopy(other.state_dict())
     one.train()
     other.train()
-    assert agreement_of(answers_of(one, batches), other, batches) == expected
+    assert divergence_from(logits_of(one, batches), other, batches) == expected
     assert other.training
     assert all(torch.equal(before[name], t) for name, t in other.state_dict().items())
 
 
 def test_no_images_is_an_error() -> None:
     with pytest.raises(DataError, match="no images to compare"):
-        agreement_of((), Chain(), [])
+        divergence_from((), Chain(), [])

@@ -7,31 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocation import (
-    Counts,
-    Space,
-    equal_shares,
-    given_shares,
-    least_damage,
-    lowest_scores,
-)
 from secateur.errors import TargetError
+from secateur.pruning.allocation import (
+    Counts,
+    SearchSpace,
+    equal_shares,
+    keep_fractions,
+    lowest_scores,
+    lowest_sensitivity,
+)
 
 
-def additive(sizes: dict[str, int], prices: dict[str, float], limit: float) -> Space:
+def additive(sizes: dict[str, int], prices: dict[str, float], limit: float) -> SearchSpace:
     """Every channel of a group costs its price."""
     steps = {name: list(range(1, size + 1)) for name, size in sizes.items()}
-    return Space(steps, lambda counts: sum(prices[n] * c for n, c in counts.items()), limit)
+    return SearchSpace(steps, lambda counts: sum(prices[n] * c for n, c in counts.items()), limit)
 
 
-def all_counts(space: Space) -> list[Counts]:
+def all_counts(space: SearchSpace) -> list[Counts]:
     return [
         dict(zip(space.steps, each, strict=True))
         for each in itertools.product(*space.steps.values())
     ]
 
 
-def total(damage: dict[str, list[float]], space: Space, counts: Counts) -> float:
+def total(damage: dict[str, list[float]], space: SearchSpace, counts: Counts) -> float:
     return sum(damage[name][space.whole[name] - count] for name, count in counts.items())
 
 
@@ -49,7 +49,7 @@ def test_little_is_lost_and_the_target_is_met(data: st.DataObject) -> None:
     least = sum(prices.values())
     limit = least + data.draw(st.floats(0, 1)) * (whole - least)
     space = additive(sizes, prices, limit)
-    counts = least_damage(space, damage)
+    counts = lowest_sensitivity(space, damage)
     assert space.fits(counts)
     best = min(total(damage, space, each) for each in all_counts(space) if space.fits(each))
     largest_step = max(
@@ -63,19 +63,19 @@ def test_little_is_lost_and_the_target_is_met(data: st.DataObject) -> None:
 def test_with_equal_prices_the_cheapest_channels_go() -> None:
     space = additive({"a": 3, "b": 3}, {"a": 1.0, "b": 1.0}, 4.0)
     damage = {"a": [0.0, 5.0, 11.0, 99.0], "b": [0.0, 1.0, 3.0, 99.0]}
-    assert least_damage(space, damage) == {"a": 3, "b": 1}
+    assert lowest_sensitivity(space, damage) == {"a": 3, "b": 1}
 
 
 def test_what_brings_more_goes_first() -> None:
     space = additive({"a": 3, "b": 3}, {"a": 4.0, "b": 1.0}, 11.0)
     damage = {"a": [0.0, 2.0, 4.0, 6.0], "b": [0.0, 1.0, 2.0, 3.0]}
-    assert least_damage(space, damage) == {"a": 2, "b": 3}
+    assert lowest_sensitivity(space, damage) == {"a": 2, "b": 3}
 
 
 def test_a_dear_step_does_not_hide_cheap_ones_behind_it() -> None:
     space = additive({"a": 5, "b": 5}, {"a": 1.0, "b": 1.0}, 7.0)
     damage = {"a": [0.0, 3.0, 3.1, 3.2, 9.0, 9.0], "b": [0.0, 1.5, 3.0, 4.5, 6.0, 6.0]}
-    assert least_damage(space, damage) == {"a": 2, "b": 5}
+    assert lowest_sensitivity(space, damage) == {"a": 2, "b": 5}
 
 
 def test_a_maximum_comes_down_by_its_pressure() -> None:
@@ -89,14 +89,14 @@ def test_a_maximum_comes_down_by_its_pressure() -> None:
         return math.hypot(*(float(count) ** 8 for count in counts.values()))
 
     damage = {name: [float(gone) for gone in range(9)] for name in "abc"}
-    counts = least_damage(Space(steps, peak, 5.0, pressure), damage)
+    counts = lowest_sensitivity(SearchSpace(steps, peak, 5.0, pressure), damage)
     assert counts == {"a": 5, "b": 5, "c": 5}
 
 
 def test_only_allowed_numbers_stay() -> None:
-    space = Space({"a": [4, 8], "b": [4, 8, 12]}, lambda c: sum(c.values()), 13.0)
+    space = SearchSpace({"a": [4, 8], "b": [4, 8, 12]}, lambda c: sum(c.values()), 13.0)
     damage = {"a": [float(n) for n in range(9)], "b": [0.1 * n for n in range(13)]}
-    assert least_damage(space, damage) == {"a": 8, "b": 4}
+    assert lowest_sensitivity(space, damage) == {"a": 8, "b": 4}
     assert equal_shares(space) == {"a": 4, "b": 8}
 
 
@@ -109,10 +109,10 @@ def test_the_lowest_scores_go_in_any_group() -> None:
 
 def test_given_shares_are_kept_to() -> None:
     space = additive({"layer1.a": 8, "layer1.b": 5, "head": 4}, {}, math.inf)
-    found = given_shares(space, {"layer1.b": 0.2, "layer1.*": 0.5})
+    found = keep_fractions(space, {"layer1.b": 0.2, "layer1.*": 0.5})
     assert found == {"layer1.a": 4, "layer1.b": 1, "head": 4}
     with pytest.raises(TargetError, match=r"no prunable group is called 'layer9\.\*'"):
-        given_shares(space, {"layer9.*": 0.5})
+        keep_fractions(space, {"layer9.*": 0.5})
 
 
 def test_where_only_whole_blocks_bring_anything_whole_blocks_go() -> None:
@@ -123,5 +123,5 @@ def test_where_only_whole_blocks_bring_anything_whole_blocks_go() -> None:
         return float(sum(math.ceil(count / 8) for count in counts.values()))
 
     damage = {"a": [0.1 * gone for gone in range(33)], "b": [0.3 * gone for gone in range(33)]}
-    counts = least_damage(Space(steps, milliseconds, 5.0), damage)
+    counts = lowest_sensitivity(SearchSpace(steps, milliseconds, 5.0), damage)
     assert counts == {"a": 8, "b": 32}

@@ -19,18 +19,18 @@ from torchvision.transforms import v2
 
 from networks import make_network
 from scenes import PREPROCESSING, context_of
-from secateur import concepts
-from secateur.concepts.annotations import Annotations
-from secateur.concepts.broden import read_broden
-from secateur.concepts.combined import Combined
-from secateur.concepts.cub import RADIUS_FRACTION, read_boxes, read_parts
-from secateur.concepts.masks import read_masks
-from secateur.data import TensorImages, batches, draw_probe
+from secateur.data import TensorImages, batches, draw_calibration_images
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.data.cub import read_birds
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
-from secateur.regions import ABSENT, Concept, ConceptMasks
+from secateur.scoring import concepts
+from secateur.scoring.concepts.annotations import Annotations
+from secateur.scoring.concepts.broden import read_broden
+from secateur.scoring.concepts.combined import Combined
+from secateur.scoring.concepts.cub import RADIUS_FRACTION, read_boxes, read_parts
+from secateur.scoring.concepts.masks import read_masks
 
 NATIVE = Preprocessing(16, 16)
 CROPPED = Preprocessing(12, 14)
@@ -77,7 +77,7 @@ def planes_of(found: ConceptMasks, concepts: int) -> Tensor:
     planes = torch.zeros(count, concepts, height, width, dtype=torch.bool)
     for image in range(count):
         for region, number in enumerate(found.concepts[image].tolist()):
-            if number == ABSENT:
+            if number == UNLABELLED:
                 assert not found.masks[image, region].any()
             else:
                 planes[image, number] = found.masks[image, region]
@@ -147,13 +147,13 @@ def test_only_what_an_image_shows_is_a_region(tmp_path: Path) -> None:
         save(tmp_path / "masks" / f"{number}.png", masks[number])
     name_values(tmp_path, ["void", "a", "b", "c"])
     found = everything(read_masks(tmp_path))
-    assert found.concepts.tolist() == [[0, 1, 2], [1, ABSENT, ABSENT], 3 * [ABSENT]]
+    assert found.concepts.tolist() == [[0, 1, 2], [1, UNLABELLED, UNLABELLED], 3 * [UNLABELLED]]
     assert torch.equal(
         planes_of(found, 3),
         torch.stack([torch.from_numpy(np.stack(masks)) == n for n in (1, 2, 3)], 1),
     )
     alone = read_masks(tmp_path).regions(torch.tensor([2]), NATIVE)
-    assert alone.concepts.tolist() == [[ABSENT]]
+    assert alone.concepts.tolist() == [[UNLABELLED]]
     assert not alone.masks.any()
 
 
@@ -239,10 +239,10 @@ def test_numbers_say_where_an_image_is_in_the_list(count: int, size: int, shards
     for rank in range(shards):
         found = list(batches(images, size, PREPROCESSING, shard=(rank, shards)))
         for batch in found:
-            assert torch.equal(batch.numbers, batch.labels)
-            assert 0 < len(batch.numbers) <= size
+            assert torch.equal(batch.indices, batch.labels)
+            assert 0 < len(batch.indices) <= size
             assert batch.annotations is None
-        numbers = [number for batch in found for number in batch.numbers.tolist()]
+        numbers = [number for batch in found for number in batch.indices.tolist()]
         assert numbers == list(range(count))[rank::shards]
         seen += numbers
     assert sorted(seen) == list(range(count))
@@ -255,8 +255,8 @@ def test_regions_come_with_their_images(tmp_path: Path) -> None:
     whole = planes_of(everything(images, CROPPED), 3)
     for batch in batches(images, 3, CROPPED):
         assert batch.annotations is not None
-        assert torch.equal(planes_of(batch.annotations, 3), whole[batch.numbers])
-        pixels = images.read(batch.numbers, CROPPED)
+        assert torch.equal(planes_of(batch.annotations, 3), whole[batch.indices])
+        pixels = images.read(batch.indices, CROPPED)
         assert torch.equal(batch.images, CROPPED.normalise(pixels))
 
 
@@ -428,7 +428,7 @@ def shares_of(images: AnnotatedFiles, preprocessing: Preprocessing) -> tuple[Ten
     total = 0
     for indices in torch.arange(len(images.labels)).split(16):
         found = images.regions(indices, preprocessing)
-        is_there = found.concepts != ABSENT
+        is_there = found.concepts != UNLABELLED
         counts = found.masks.sum((2, 3))
         pixels.index_add_(0, found.concepts[is_there], counts[is_there])
         shown += torch.bincount(found.concepts[is_there], minlength=len(shown))
@@ -454,7 +454,7 @@ def test_camvid_is_read_as_it_is_described(shared_data: Path) -> None:
     counts = torch.zeros(len(images.concepts) + 1, dtype=torch.int64)
     shown = torch.zeros_like(counts)
     for annotation in images.annotations:
-        here = (annotation.planes(256, 341) - ABSENT).flatten().bincount(minlength=len(counts))
+        here = (annotation.planes(256, 341) - UNLABELLED).flatten().bincount(minlength=len(counts))
         counts += here
         shown += here > 0
     shares = counts / counts.sum()
@@ -497,7 +497,7 @@ def test_clothes_are_read_as_they_are_described(shared_data: Path) -> None:
         with Image.open(path) as image:
             width, height = image.size
         planes = annotation.planes(height, width)
-        for number in (planes.flatten() - ABSENT).bincount()[1:].nonzero()[:, 0].tolist():
+        for number in (planes.flatten() - UNLABELLED).bincount()[1:].nonzero()[:, 0].tolist():
             shown[names[number]] += 1
     with_class = described["images_with_class"]
     assert shown == {name: with_class.get(name, 0) for name in names}
@@ -570,7 +570,7 @@ def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
     assert images.labels.tolist() == [NO_CLASS, NO_CLASS]
 
     first = images.annotations[0].planes(16, 20)
-    numbers = {0: ABSENT, 1: 0, 2: 1, 300: 4}
+    numbers = {0: UNLABELLED, 1: 0, 2: 1, 300: 4}
     for layer, name in enumerate(["color", "object", "part_1", "part_2"]):
         large = labels[f"ade/0_{name}"].repeat(2, 0).repeat(2, 1)
         expected = np.vectorize(numbers.__getitem__)(large)
@@ -712,7 +712,7 @@ def test_a_disc_lies_around_every_visible_part(tmp_path: Path) -> None:
         (images.annotations[1], (20, 40), {0: (10, 7), 1: (12, 8)}, 30),
     ):
         planes = annotation.planes(height, width)
-        assert set(planes.unique().tolist()) == {ABSENT, *points}
+        assert set(planes.unique().tolist()) == {UNLABELLED, *points}
         for number, (x, y) in points.items():
             region = (planes == number).any(0)
             for row in range(height):
@@ -751,7 +751,7 @@ def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
 
 def test_probe_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
     write_birds(tmp_path)
-    probe = draw_probe(read_boxes(tmp_path), 2)
+    probe = draw_calibration_images(read_boxes(tmp_path), 2)
     assert isinstance(probe, AnnotatedImages)
     (batch,) = batches(probe, 2, NATIVE)
     assert batch.annotations is not None

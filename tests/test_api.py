@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import secateur
-from secateur import PruneResult, data, models
+from secateur import PruneResult, data
 from secateur.errors import DataError, RunFolderError, UnknownName, UsageError
+from secateur.models import zoo
 
 
 class Tall(nn.Module):
@@ -101,11 +102,13 @@ def test_nothing_of_the_users_is_changed(model: nn.Module, images: Tensor) -> No
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not result.model.training
-    assert list(result.scores) == ["before", "cut", "refit", "tuned"]
+    assert list(result.scores) == ["before", "cut", "refit", "finetuned"]
 
 
 def test_the_network_gets_smaller_and_works(model: nn.Module, images: Tensor) -> None:
-    result = secateur.prune(model, [images], target="params=0.6", settings={"refit.norms": False})
+    result = secateur.prune(
+        model, [images], target="params=0.6", settings={"refit.recalibrate_batchnorm": False}
+    )
     before, after = result.scores["before"], result.scores["refit"]
     assert after.parameters <= 0.6 * before.parameters
     assert after.parameters == sum(p.numel() for p in result.model.parameters())
@@ -164,8 +167,8 @@ def test_its_report_has_pictures(model: nn.Module, images: Tensor, tmp_path: Pat
 
 def test_a_network_of_this_package_does_as_well() -> None:
     dataset = data.load("digits")
-    model = models.load("resnet20")
-    prepare = models.preprocessing("resnet20")
+    model = zoo.load("resnet20")
+    prepare = zoo.preprocessing("resnet20")
     pixels = dataset.train.read(torch.arange(60), prepare)
     batch = (prepare.normalise(pixels), dataset.train.labels[:60])
     result = secateur.prune(model, [batch], criterion="l1", target="macs=0.7")
@@ -213,7 +216,7 @@ def test_its_run_folder_says_that_the_network_has_no_name(
     with pytest.raises(UsageError, match="pass the unpruned network"):
         secateur.load(folder)
     with pytest.raises(UsageError, match="passed from Python"):
-        models.load("memory:Tall")
+        zoo.load("memory:Tall")
 
 
 def test_progress_is_shown_where_it_is_asked_for(

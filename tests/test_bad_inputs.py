@@ -28,15 +28,22 @@ from torch import Tensor, nn
 import secateur
 from fault_case import Case, FailingDisk
 from layouts import Pixels, random_pixels, write_classes, write_image
-from secateur import bundle, cli, data, models, room, runs, tensor_files
-from secateur.base import BaseConfig, train_base
-from secateur.concepts import annotated_images
+from secateur import data
+from secateur.cli import app
 from secateur.config import read_config
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import SecateurError
-from secateur.locks import locked
-from secateur.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
-from secateur.models import Preprocessing
-from secateur.writing import make_inner_folder, replace_file
+from secateur.experiments import run as runs
+from secateur.experiments import run_folder
+from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
+from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.models import weights, zoo
+from secateur.runtime import memory as room
+from secateur.runtime import safetensors_io
+from secateur.runtime.atomic_io import make_inner_folder, replace_file
+from secateur.runtime.file_lock import lock_folder
+from secateur.scoring.concepts import annotated_images
+from secateur.training import memory_check
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "errors.md"
 COLUMNS = ("what is wrong", "message", "what to do")
@@ -113,7 +120,7 @@ class Desk:
 def secateur_command(*arguments: object) -> None:
     """Runs the command line in this process."""
     with mock.patch.object(sys, "argv", ["secateur", *map(str, arguments)]):
-        cli.main()
+        app.main()
 
 
 def message_of(case: Callable[[Desk], object], desk: Desk) -> str:
@@ -138,7 +145,7 @@ def message_of(case: Callable[[Desk], object], desk: Desk) -> str:
 
 def missing_extra(desk: Desk) -> None:
     with mock.patch.dict(sys.modules, {"timm": None}):
-        models.load("timm:resnet18")
+        zoo.load("timm:resnet18")
 
 
 def network() -> nn.Module:
@@ -195,18 +202,18 @@ class Payload:
 def pickled(desk: Desk) -> None:
     path = desk.folder / "weights.pth"
     torch.save({"weight": Payload()}, path)
-    models.read_weights(path)
+    weights.read_weights(path)
 
 
 def large_header(desk: Desk) -> None:
     path = desk.write("weights.safetensors", struct.pack("<Q", 10**9))
-    models.read_weights(path)
+    weights.read_weights(path)
 
 
 def flipped_value(desk: Desk) -> None:
-    content = bytearray(tensor_files.to_bytes({"weight": torch.ones(100)}))
+    content = bytearray(safetensors_io.to_bytes({"weight": torch.ones(100)}))
     content[-50] ^= 1
-    models.read_weights(desk.write("weights.safetensors", bytes(content)))
+    weights.read_weights(desk.write("weights.safetensors", bytes(content)))
 
 
 def flipped_in_zip(desk: Desk) -> None:
@@ -215,19 +222,19 @@ def flipped_in_zip(desk: Desk) -> None:
     content = bytearray(path.read_bytes())
     content[content.find(struct.pack("<ff", 1.0, 1.0)) + 50] ^= 1
     path.write_bytes(content)
-    models.read_weights(path)
+    weights.read_weights(path)
 
 
 def other_weights(desk: Desk) -> None:
     path = desk.folder / "weights.safetensors"
     save_file({"stem.weight": torch.zeros(1)}, path)
-    models.load(desk.files.model_name, path, num_classes=3)
+    zoo.load(desk.files.model_name, path, num_classes=3)
 
 
 def other_classes(desk: Desk) -> None:
     path = desk.folder / "weights.safetensors"
-    save_file(models.load(desk.files.model_name, num_classes=10).state_dict(), path)
-    models.load(desk.files.model_name, path, num_classes=3)
+    save_file(zoo.load(desk.files.model_name, num_classes=10).state_dict(), path)
+    zoo.load(desk.files.model_name, path, num_classes=3)
 
 
 def not_finite(desk: Desk) -> None:
@@ -256,7 +263,7 @@ def agreeing(run: Path) -> Path:
 
 
 def load_run(run: Path, desk: Desk, classes: int = 3) -> None:
-    bundle.load(run, architecture=models.load(desk.files.model_name, num_classes=classes))
+    run_folder.load(run, architecture=zoo.load(desk.files.model_name, num_classes=classes))
 
 
 def not_empty(desk: Desk) -> None:
@@ -274,24 +281,24 @@ def listed_outside(desk: Desk) -> None:
     manifest = json.loads((run / MANIFEST).read_text())
     manifest["files"]["../../x"] = "0" * 64
     (run / MANIFEST).write_text(json.dumps(manifest))
-    bundle.load_program(run)
+    run_folder.load_program(run)
 
 
 def missing_member(desk: Desk) -> None:
     run = desk.run()
     (run / WEIGHTS).unlink()
-    bundle.load_program(run)
+    run_folder.load_program(run)
 
 
 def unknown_call(desk: Desk) -> None:
     run = changed(desk, PROGRAM, lambda text: text.replace("aten.relu", "os.system"))
-    bundle.load_program(agreeing(run))
+    run_folder.load_program(agreeing(run))
 
 
 def weights_of_another(desk: Desk) -> None:
     run = desk.run()
-    state = models.load(desk.files.model_name, num_classes=3).state_dict()
-    (run / WEIGHTS).write_bytes(tensor_files.to_bytes(state))
+    state = zoo.load(desk.files.model_name, num_classes=3).state_dict()
+    (run / WEIGHTS).write_bytes(safetensors_io.to_bytes(state))
     load_run(agreeing(run), desk)
 
 
@@ -303,7 +310,7 @@ def made_from_other_weights(desk: Desk) -> None:
 
 
 def two_at_once(desk: Desk) -> None:
-    with locked(desk.folder / "run"):
+    with lock_folder(desk.folder / "run"):
         desk.prune()
 
 
@@ -454,7 +461,7 @@ def linked_folder(desk: Desk) -> None:
 
 def too_large_a_step(desk: Desk) -> None:
     with mock.patch.object(room, "free_bytes", return_value=1000):
-        room.check_training(network(), images(2), 128)
+        memory_check.check_training(network(), images(2), 128)
 
 
 def failing_run(desk: Desk, error: Exception) -> None:
@@ -496,25 +503,23 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the configuration is too large": large_config,
     "an extra is not installed": missing_extra,
     # a network of one's own
-    "its file is not there": lambda desk: models.load(f"{desk.folder / 'net.py'}:small"),
-    "its file has no such function": lambda desk: models.load(
-        desk.files.model_name.removesuffix("l")
-    ),
-    "its file fails": lambda desk: models.load(desk.own_code("import not_there")),
-    "its function fails": lambda desk: models.load(
+    "its file is not there": lambda desk: zoo.load(f"{desk.folder / 'net.py'}:small"),
+    "its file has no such function": lambda desk: zoo.load(desk.files.model_name.removesuffix("l")),
+    "its file fails": lambda desk: zoo.load(desk.own_code("import not_there")),
+    "its function fails": lambda desk: zoo.load(
         desk.own_code("import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n")
     ),
     "its code decides by what it computes": lambda desk: labelled(Branching()),
     # weights
-    "the file is not there": lambda desk: models.read_weights(desk.folder / "weights.pth"),
-    "the file is of another format": lambda desk: models.read_weights(
+    "the file is not there": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
+    "the file is of another format": lambda desk: weights.read_weights(
         desk.write("weights.onnx", b"")
     ),
     "the file holds more than tensors": pickled,
-    "a `.pth` file is empty": lambda desk: models.read_weights(desk.write("weights.pth", b"")),
+    "a `.pth` file is empty": lambda desk: weights.read_weights(desk.write("weights.pth", b"")),
     "a `.pth` file was damaged": flipped_in_zip,
-    "a safetensors file was cut off": lambda desk: models.read_weights(
-        desk.write("weights.safetensors", tensor_files.to_bytes({"weight": torch.zeros(9)})[:-4])
+    "a safetensors file was cut off": lambda desk: weights.read_weights(
+        desk.write("weights.safetensors", safetensors_io.to_bytes({"weight": torch.zeros(9)})[:-4])
     ),
     "a safetensors file claims too much": large_header,
     "a safetensors file of ours was damaged": flipped_value,
@@ -531,10 +536,10 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "a base network is trained in a run's folder": base_in_run,
     "the folder holds no run": lambda desk: secateur_command("export", desk.folder),
     "a file of the run is gone": missing_member,
-    "a file of the run was changed": lambda desk: bundle.load_program(
+    "a file of the run was changed": lambda desk: run_folder.load_program(
         changed(desk, PLAN, lambda text: text.replace("0.6", "0.7"))
     ),
-    "the run was written by a later secateur": lambda desk: bundle.load_program(
+    "the run was written by a later secateur": lambda desk: run_folder.load_program(
         changed(desk, MANIFEST, lambda text: text.replace('version": 1', 'version": 2'))
     ),
     "the manifest lists a file that is no run's": listed_outside,
@@ -545,7 +550,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the run is of a network from a file of code": lambda desk: secateur_command(
         "finetune", desk.run()
     ),
-    "the network is in code that loading won't run": lambda desk: bundle.load(desk.whole),
+    "the network is in code that loading won't run": lambda desk: run_folder.load(desk.whole),
     # data sets
     "the folder is not there": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
     "the folder has no classes": lambda desk: data.load(folder_of(desk)),

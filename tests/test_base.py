@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import pytest
 
-from secateur.base import BaseConfig, train_base
 from secateur.config import from_dict
 from secateur.errors import RunFolderError, UsageError
+from secateur.experiments.train_base import BaseConfig, train_base
 
 T = TypeVar("T")
 

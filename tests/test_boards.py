@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from layouts import write_classes
-from secateur import runs
-from secateur.base import BaseConfig, train_base
 from secateur.config import RunConfig, from_dict
 from secateur.errors import UsageError
+from secateur.experiments.run import run
+from secateur.experiments.train_base import BaseConfig, train_base
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -50,11 +50,11 @@ def logged(path: Path) -> list[dict[str, float]]:
 def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_path: Path) -> None:
     content = {
         "model": {"name": f"{model_file}:small"},
-        "data": {"source": source, "image_size": 16, "probe_images": 24},
+        "data": {"source": source, "image_size": 16, "calibration_images": 24},
         "plan": {"target": "macs=0.6", "rounds": 2},
         "finetune": BRIEF,
     }
-    runs.run(from_dict(content, RunConfig), tmp_path / "run", board=tmp_path / "board")
+    run(from_dict(content, RunConfig), tmp_path / "run", board=tmp_path / "board")
     epochs = logged(tmp_path / "run")
     assert [(epoch["round"], epoch["number"]) for epoch in epochs] == [
         (1, 1),

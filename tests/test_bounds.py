@@ -19,13 +19,15 @@ import pytest
 import torch
 
 from runs import DigitsRun
-from secateur import bounds, bundle, models
 from secateur.config import read_tables
 from secateur.data import FileImages
 from secateur.data.annotated import read_pixels
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, RunFolderError, SecateurError, UsageError, WeightsError
-from secateur.manifest import MANIFEST, PLAN, WEIGHTS
-from secateur.models import Preprocessing
+from secateur.experiments import run_folder
+from secateur.experiments.manifest import MANIFEST, PLAN, WEIGHTS
+from secateur.models import weights
+from secateur.runtime import input_limits
 
 SECONDS, MIB = 2, 200
 
@@ -68,7 +70,7 @@ def claimed_header(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> None:
-    models.read_weights(path)
+    weights.read_weights(path)
 
 
 def large_png(folder: Path) -> Path:
@@ -132,7 +134,7 @@ def gzip_bomb(folder: Path) -> Path:
 
 
 def read_gzip(path: Path) -> None:
-    bounds.read_unzipped(path, bounds.TEXT, DataError)
+    input_limits.read_unzipped(path, input_limits.TEXT, DataError)
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def many_indices(run: Path) -> Path:
 
 def indices_that_fit(run: Path) -> Path:
     """As many indices as a plan may have, with a manifest that agrees."""
-    numbers = ",".join(["7"] * (bounds.PLAN_TEXT // 2 - 1000))
+    numbers = ",".join(["7"] * (input_limits.PLAN_TEXT // 2 - 1000))
     (run / PLAN).write_text(
         '{"schema_version": 1, "removed": {"layer1.0.conv1": [' + numbers + "]}}"
     )
@@ -190,7 +192,7 @@ def agree(run: Path) -> None:
 
 
 def load_run(path: Path) -> None:
-    bundle.load(path)
+    run_folder.load(path)
 
 
 Make = Callable[[Path], Path]
@@ -295,8 +297,8 @@ def test_what_is_usual_is_read(tmp_path: Path) -> None:
 def test_a_file_that_grows_is_not_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(b"x" * 11)
-    assert bounds.read_bounded(path, 11, DataError) == b"x" * 11
+    assert input_limits.read_bounded(path, 11, DataError) == b"x" * 11
     with pytest.raises(DataError, match="11 bytes, and at most 10"):
-        bounds.read_bounded(path, 10, DataError)
+        input_limits.read_bounded(path, 10, DataError)
     with pytest.raises(DataError, match="can't be read"):
-        bounds.read_bounded(tmp_path / "none", 10, DataError)
+        input_limits.read_bounded(tmp_path / "none", 10, DataError)

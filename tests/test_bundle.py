@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from networks import SIDE, make_network, random_images, random_plan, randomise_norms, wired
 from runs import DigitsRun, outputs, small_config
-from secateur import bundle, models, runs
+from secateur.config import Budget
 from secateur.errors import RunFolderError, UsageError
-from secateur.manifest import read_manifest
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan
+from secateur.experiments import run_folder
+from secateur.experiments.manifest import read_manifest
+from secateur.experiments.run import run
+from secateur.graph.build import build_dependency_graph
+from secateur.models import zoo
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 
 
 class Erfinv(nn.Module):
@@ -55,20 +58,20 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
     model_file: Path, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
     config = small_config(model_file)
-    runs.run(config, tmp_path / "own")
-    own = bundle.load(tmp_path / "own", architecture=models.load(config.model.name))
+    run(config, tmp_path / "own")
+    own = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
     model_file.unlink()  # the program needs no code
     answers = tmp_path / "answers.pt"
     arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", answers)]
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], check=True)
     found = torch.load(answers, weights_only=True)
-    assert torch.equal(found[0], outputs(bundle.load(digits_run.folder)))
+    assert torch.equal(found[0], outputs(run_folder.load(digits_run.folder)))
     assert torch.equal(found[1], outputs(own))
 
 
 def test_program_of_a_run_is_bit_equal(digits_run: DigitsRun) -> None:
-    program = bundle.load_program(digits_run.folder)
-    loaded = bundle.load(digits_run.folder)
+    program = run_folder.load_program(digits_run.folder)
+    loaded = run_folder.load(digits_run.folder)
     assert torch.equal(outputs(program), outputs(loaded))
     assert not program.training
     final = digits_run.result.stages[-1].score.parameters
@@ -94,32 +97,32 @@ def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) 
     model, wiring = wired("gated")
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan)
-    bundle.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
-    loaded = bundle.load(tmp_path / "run", architecture=make_network("gated", seed=5))
+    run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
+    loaded = run_folder.load(tmp_path / "run", architecture=make_network("gated", seed=5))
     images = random_images(4)
     with torch.inference_mode():
         expected = smaller(images)
         assert torch.equal(loaded(images), expected)
-        assert torch.equal(bundle.load_program(tmp_path / "run")(images), expected)
+        assert torch.equal(run_folder.load_program(tmp_path / "run")(images), expected)
     assert not loaded.training
     with pytest.raises(UsageError, match="pass the unpruned network, or use load_program"):
-        bundle.load(tmp_path / "run")
+        run_folder.load(tmp_path / "run")
 
 
 def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generator) -> None:
-    model = models.load("resnet20", num_classes=7)
+    model = zoo.load("resnet20", num_classes=7)
     randomise_norms(model, generator)
-    wiring = make_wiring(model, random_images(2, side=32), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2, side=32), prune_residual=True)
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan)
     folder = tmp_path / "run"
-    bundle.save(
+    run_folder.save(
         *(folder, smaller, plan),
         architecture="resnet20",
         image_shape=(3, 32, 32),
-        cut_stream=True,
+        prune_residual=True,
     )
-    assert torch.equal(outputs(bundle.load(folder)), outputs(smaller))
+    assert torch.equal(outputs(run_folder.load(folder)), outputs(smaller))
 
 
 def test_save_keeps_what_is_in_the_way(tmp_path: Path, generator: torch.Generator) -> None:
@@ -128,7 +131,7 @@ def test_save_keeps_what_is_in_the_way(tmp_path: Path, generator: torch.Generato
     smaller = apply_plan(model, wiring, plan)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not empty"):
-        bundle.save(tmp_path, smaller, plan, image_shape=(3, SIDE, SIDE))
+        run_folder.save(tmp_path, smaller, plan, image_shape=(3, SIDE, SIDE))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -136,7 +139,7 @@ def test_save_leaves_the_mode_as_it_is(tmp_path: Path, generator: torch.Generato
     model, wiring = wired("chain")
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan).train()
-    bundle.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
+    run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
     assert all(module.training for module in smaller.modules())
 
 
@@ -145,18 +148,18 @@ def test_weights_in_double_are_refused(tmp_path: Path, generator: torch.Generato
     plan = random_plan(wiring, generator)
     smaller = apply_plan(model, wiring, plan).double()
     with pytest.raises(UsageError, match=r"conv1\.weight is torch\.float64"):
-        bundle.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
+        run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Erfinv(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
-    wiring = make_wiring(model, random_images(2))
-    plan = PruningPlan({}, Target("macs", 1.0), "none")
-    bundle.save(tmp_path / "run", model, plan, image_shape=(3, SIDE, SIDE))
+    wiring = build_dependency_graph(model, random_images(2))
+    plan = PruningPlan({}, Budget("macs", 1.0), "none")
+    run_folder.save(tmp_path / "run", model, plan, image_shape=(3, SIDE, SIDE))
     with pytest.raises(RunFolderError, match=r"no program: the operation aten\.erfinv can't be"):
-        bundle.load_program(tmp_path / "run")
-    loaded = bundle.load(tmp_path / "run", architecture=model)
+        run_folder.load_program(tmp_path / "run")
+    loaded = run_folder.load(tmp_path / "run", architecture=model)
     images = random_images(2)
     assert torch.equal(loaded(images), model(images))
     assert wiring.frozen
@@ -164,13 +167,13 @@ def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None
 
 def test_a_folder_is_not_trusted_to_run_code(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    runs.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     with pytest.raises(UsageError, match=r"code of your own.*load_program"):
-        bundle.load(tmp_path / "run")
+        run_folder.load(tmp_path / "run")
 
 
 LOADED = ("config.toml", "plan.json", "model.safetensors", "program.json")
-LOADERS = (bundle.load, bundle.load_program)
+LOADERS = (run_folder.load, run_folder.load_program)
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -190,14 +193,14 @@ def test_a_truncated_file_is_refused(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(RunFolderError, match=f"{name} is not the file that was written"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", *LOADED])
 def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(RunFolderError, match=f"no {name} in .* not a complete run folder"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors", "program.json"])
@@ -207,10 +210,10 @@ def test_a_file_of_another_run_is_refused(
     model, wiring = wired("chain")
     plan = random_plan(wiring, generator)
     other = tmp_path / "other"
-    bundle.save(other, apply_plan(model, wiring, plan), plan, image_shape=(3, SIDE, SIDE))
+    run_folder.save(other, apply_plan(model, wiring, plan), plan, image_shape=(3, SIDE, SIDE))
     shutil.copy(other / name, folder / name)
     with pytest.raises(RunFolderError, match=rf"{name} .* taken from another run"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 def rewrite(folder: Path, **changes: object) -> None:
@@ -230,7 +233,7 @@ def test_a_manifest_that_names_other_files_is_refused(folder: Path, name: str) -
     files = read_manifest(folder).files
     rewrite(folder, files={**files, name: sha256(b"mine")})
     with pytest.raises(RunFolderError, match=f"lists '{name}', which is no file of a run"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
@@ -239,7 +242,7 @@ def test_a_manifest_that_leaves_a_file_out_is_refused(folder: Path, name: str) -
     del files[name]
     rewrite(folder, files=files)
     with pytest.raises(RunFolderError, match=f"does not list {name}"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -259,14 +262,14 @@ def test_a_manifest_that_makes_no_sense_is_refused(
 ) -> None:
     rewrite(folder, **changes)
     with pytest.raises(RunFolderError, match=f"(?s){words}"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "\x00", "[" * 100_000])
 def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"manifest\.json can't be read"):
-        bundle.load(folder)
+        run_folder.load(folder)
 
 
 class Bait:
@@ -288,7 +291,7 @@ def test_a_planted_pickle_is_not_run(
     for content in (pickled(Bait(trace)), archived(Bait(trace))):
         (folder / name).write_bytes(content)
         rewrite(folder)
-        if name in ("config.toml", "program.json" if load is bundle.load else "plan.json"):
+        if name in ("config.toml", "program.json" if load is run_folder.load else "plan.json"):
             load(folder)  # does not read that file
         else:
             with pytest.raises(RunFolderError, match=rf"{name}|can't be read"):
@@ -316,21 +319,21 @@ def test_missing_tensor_is_refused(folder: Path) -> None:
     save_file(tensors, weights)
     rewrite(folder)
     with pytest.raises(RunFolderError, match=r"don't fit the plan.*linear\.bias"):
-        bundle.load(folder)
+        run_folder.load(folder)
     with pytest.raises(RunFolderError, match=r"needs the tensor 'linear\.bias'"):
-        bundle.load_program(folder)
+        run_folder.load_program(folder)
 
 
 def test_folder_that_is_not_empty_is_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with (
         pytest.raises(RunFolderError, match="not empty"),
-        bundle.new_run_folder(tmp_path, overwrite=False),
+        run_folder.new_run_folder(tmp_path, overwrite=False),
     ):
         pass
     with (
         pytest.raises(RunFolderError, match="something other than a run"),
-        bundle.new_run_folder(tmp_path, overwrite=True),
+        run_folder.new_run_folder(tmp_path, overwrite=True),
     ):
         pass
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -338,7 +341,7 @@ def test_folder_that_is_not_empty_is_kept(tmp_path: Path) -> None:
 
 def test_older_run_is_replaced_only_at_the_end(folder: Path) -> None:
     old = (folder / "plan.json").read_text()
-    with bundle.new_run_folder(folder, overwrite=True) as temporary:
+    with run_folder.new_run_folder(folder, overwrite=True) as temporary:
         (temporary / "plan.json").write_text("new")
         assert (folder / "plan.json").read_text() == old
     assert (folder / "plan.json").read_text() == "new"
@@ -349,7 +352,7 @@ def test_older_run_survives_an_error(folder: Path) -> None:
     old = (folder / "plan.json").read_text()
 
     def interrupted() -> None:
-        with bundle.new_run_folder(folder, overwrite=True) as temporary:
+        with run_folder.new_run_folder(folder, overwrite=True) as temporary:
             (temporary / "plan.json").write_text("new")
             raise KeyboardInterrupt
 
@@ -362,4 +365,4 @@ def test_older_run_survives_an_error(folder: Path) -> None:
 def test_a_file_is_not_taken_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
-        bundle.check_free(tmp_path / "a", overwrite=True)
+        run_folder.check_free(tmp_path / "a", overwrite=True)

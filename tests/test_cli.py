@@ -24,8 +24,13 @@ from typer.main import get_command
 
 import secateur
 from runs import DigitsRun, small_config
-from secateur import cli, concepts, data, export, models, runs
-from secateur.inspection import filters_needed
+from secateur import data
+from secateur.cli import app
+from secateur.experiments import run as runs
+from secateur.experiments.inspect import filters_needed
+from secateur.integrations import onnx as export
+from secateur.models import zoo
+from secateur.scoring import concepts
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Call:
         self._monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         captured = self._capsys.readouterr()
@@ -137,7 +142,7 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
 def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*arguments, "--probe-images", 60, "--no-finetune", "--json", "-o", run)
+    outcome = call(*arguments, "--calibration-images", 60, "--no-finetune", "--json", "-o", run)
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
@@ -146,17 +151,17 @@ def test_prune_polishes_and_leaves_norms_alone_if_asked(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    options = ["--probe-images", 60, "--no-finetune", "--no-norms", "--polish", 2]
+    options = ["--calibration-images", 60, "--no-finetune", "--no-norms", "--distill", 2]
     outcome = call(*arguments, *options, "-o", tmp_path / "run")
     assert outcome.code == 0
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["before", "cut", "refit", "polished"]
+    assert [line.split()[0] for line in lines[1:5]] == ["before", "cut", "refit", "distilled"]
     assert max(len(line) for line in lines[:5]) <= 80
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["norms"] is None
-    assert len(result["polish"]["epochs"]) == 2
+    assert len(result["distill"]["epochs"]) == 2
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["event"] == "polish" for line in log) == 2
+    assert sum(json.loads(line)["event"] == "distill" for line in log) == 2
 
 
 def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
@@ -184,7 +189,17 @@ def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
 
 def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None:
     weights = digits_run.config.model.weights
-    common = ["inspect", "-m", "resnet20", "-w", weights, "-d", "digits", "--probe-images", 100]
+    common = [
+        "inspect",
+        "-m",
+        "resnet20",
+        "-w",
+        weights,
+        "-d",
+        "digits",
+        "--calibration-images",
+        100,
+    ]
     outcome = call(*common)
     assert outcome.code == 0
     assert "written to the network's output" in " ".join(outcome.out.split())
@@ -203,13 +218,13 @@ def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None
         assert len(group["top_images"]) == group["filters"]
         for numbers in group["top_images"]:
             assert len(set(numbers)) == len(numbers) == 5
-            assert all(0 <= number < found["probe_images"] for number in numbers)
+            assert all(0 <= number < found["calibration_images"] for number in numbers)
 
 
 def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--pictures", folder, "--json")
+    outcome = call(*common, "--calibration-images", 60, "--pictures", folder, "--json")
     assert outcome.code == 0
     layers = {group["layer"] for group in json.loads(outcome.out)["groups"]}
     assert {path.name for path in folder.iterdir()} == {f"{layer}.png" for layer in layers}
@@ -244,7 +259,7 @@ def test_inspect_with_annotated_concepts_needs_no_data(
     outcome = call(*common, *source, "--num-classes", 4, "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
-    assert found["probe_images"] == 6
+    assert found["calibration_images"] == 6
     assert found["concept_source"] == f"masks:{masks}"
     seen = {each["concept"] for group in found["groups"] for each in group["concepts"]}
     assert seen <= {"left", "right"}
@@ -255,17 +270,17 @@ def test_inspect_with_annotated_concepts_needs_no_data(
 
 def test_inspect_one_layer(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--layer", "conv1")
+    outcome = call(*common, "--calibration-images", 60, "--layer", "conv1")
     assert outcome.code == 0
     assert len(outcome.out.splitlines()) == 1 + 12
-    outcome = call(*common, "--probe-images", 60, "--layer", "conv11")
+    outcome = call(*common, "--calibration-images", 60, "--layer", "conv11")
     assert (outcome.code, outcome.out) == (2, "")
     assert "did you mean conv1" in outcome.err
 
 
 def test_inspect_one_filter(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    common += ["--probe-images", 60]
+    common += ["--calibration-images", 60]
     found = json.loads(call(*common, "--json").out)
     (group,) = (group for group in found["groups"] if group["layer"] == "conv1")
     outcome = call(*common, "--layer", "conv1", "--filter", 3)
@@ -292,7 +307,7 @@ def test_inspect_one_filter(call: Call, model_file: Path) -> None:
 
 def test_the_picture_of_a_network_fits_a_terminal(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60)
+    outcome = call(*common, "--calibration-images", 60)
     lines = outcome.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in outcome.out  # no colours where nobody sees them
@@ -313,7 +328,7 @@ def test_filters_that_hold_most_of_the_votes(votes: list[float], needed: int) ->
 
 def test_inspect_names_the_pattern_that_excludes_a_layer(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*common, "--probe-images", 60, "--exclude", "conv1", "--json")
+    outcome = call(*common, "--calibration-images", 60, "--exclude", "conv1", "--json")
     assert outcome.code == 0
     frozen = {group["layer"]: group["reason"] for group in json.loads(outcome.out)["frozen"]}
     assert frozen["conv1"] == "excluded by 'conv1'"
@@ -328,7 +343,7 @@ def test_prune_excludes_rounds_and_keeps_a_minimum(
     folder = tmp_path / "run"
     common = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
     options = ["--exclude", "conv1", "--round-to", 4, "--min-filters", 8, "--no-finetune"]
-    target = ["--target", "filters=0.5", "--probe-images", 60, "--refit", "none"]
+    target = ["--target", "filters=0.5", "--calibration-images", 60, "--refit", "none"]
     outcome = call(*common, *options, *target, "-o", folder, "--json")
     assert outcome.code == 0
     result = json.loads(outcome.out)
@@ -368,7 +383,7 @@ def test_shells_complete_names(
 
 
 def test_every_command_can_print_json() -> None:
-    group = get_command(cli.app)
+    group = get_command(app.app)
     assert isinstance(group, TyperGroup)
     for name, command in group.commands.items():
         assert any("--json" in option.opts for option in command.params), name
@@ -485,7 +500,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     call: Call, images: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet20").state_dict(), weights)
+    save_file(zoo.load("resnet20").state_dict(), weights)
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
     words = "tell 10 classes apart, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
@@ -512,7 +527,7 @@ def test_missing_weights_file(call: Call, tmp_path: Path) -> None:
 
 def test_weights_of_another_architecture(call: Call, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet32").state_dict(), weights)
+    save_file(zoo.load("resnet32").state_dict(), weights)
     common = ["-m", "resnet20", "-d", "digits", "-w", weights]
     fails(call, tmp_path / "run", 1, "unexpected: layer1.3.", *common)
 
@@ -576,10 +591,10 @@ def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file(models.load("resnet20").state_dict(), weights)
+    save_file(zoo.load("resnet20").state_dict(), weights)
     out = tmp_path / "runs" / "run"
     arguments = ["prune", "-m", "resnet20", "-w", str(weights), "-d", "digits", "-o", str(out)]
-    code = "from secateur.cli import main; main()"
+    code = "from secateur.cli.app import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--epochs", "50"])
     deadline = time.monotonic() + 60
     while not out.parent.is_dir() and time.monotonic() < deadline:
@@ -600,13 +615,22 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     def arguments(out: Path) -> list[str]:
-        options = ["-d", "digits", "--image-size", "32", "--probe-images", "100", "--epochs", "6"]
+        options = [
+            "-d",
+            "digits",
+            "--image-size",
+            "32",
+            "--calibration-images",
+            "100",
+            "--epochs",
+            "6",
+        ]
         keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
         return ["prune", "-m", f"{model_file}:small", *options, *keys, "-o", str(out)]
 
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     assert call(*arguments(alone)).code == 0
-    code = "from secateur.cli import main; main()"
+    code = "from secateur.cli.app import main; main()"
     command = [sys.executable, "-c", code, *arguments(stopped)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on how many there are
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
@@ -634,8 +658,8 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
 
 
 def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path) -> None:
-    run, tuned = tmp_path / "run", tmp_path / "tuned"
-    options = ["-d", "digits", "--image-size", 32, "--probe-images", 100]
+    run, tuned = tmp_path / "run", tmp_path / "finetuned"
+    options = ["-d", "digits", "--image-size", 32, "--calibration-images", 100]
     at_once = ["--epochs", 2, "--set", "finetune.flip=false", "-o", tmp_path / "at once"]
     assert call("prune", "-m", f"{model_file}:small", *options, *at_once).code == 0
     assert (
@@ -649,7 +673,7 @@ def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path)
     outcome = call("finetune", run, "--model", f"{model_file}:small", *arguments)
     assert outcome.code == 0
     assert [line.split()[0] for line in outcome.out.splitlines()[1:5]] == [
-        *("before", "cut", "refit", "tuned")
+        *("before", "cut", "refit", "finetuned")
     ]
     left = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert {name: left[name] for name in before} == before
@@ -715,7 +739,7 @@ def test_threads_are_left_as_they_are(call: Call) -> None:
 def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict[str, Any]:
     """The result of a run of the small network on digits that trains nothing."""
     common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    few = ["--probe-images", 60, "--no-finetune", "-o", out]
+    few = ["--calibration-images", 60, "--no-finetune", "-o", out]
     assert call("prune", *common, *few, *options).code == 0
     found: dict[str, Any] = json.loads((out / "result.json").read_text())
     return found
@@ -758,12 +782,12 @@ def test_the_smallest_network_within_a_drop(call: Call, model_file: Path, tmp_pa
         assert cut <= smallest * before
 
 
-@pytest.mark.parametrize("allocation", ["curves", "uniform", "global"])
+@pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "global"])
 @pytest.mark.parametrize("target", ["macs=0.6", "params=0.6", "memory=0.9"])
 def test_every_allocation_meets_every_target(
     call: Call, model_file: Path, tmp_path: Path, allocation: str, target: str
 ) -> None:
-    options = ["--allocation", allocation, "-t", target, "--criterion", "l2", "--cut-stream"]
+    options = ["--allocation", allocation, "-t", target, "--criterion", "l2", "--prune-residual"]
     result = small_run(call, model_file, tmp_path / "run", *options)
     before, cut = (stage["score"] for stage in result["stages"][:2])
     assert cut["macs"] < before["macs"]
@@ -775,13 +799,13 @@ def test_every_allocation_meets_every_target(
 def test_comparing_prints_tables_and_says_where_the_page_is(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
-    file, out = tmp_path / "comparison.toml", tmp_path / "comparison"
+    file, out = tmp_path / "benchmark.toml", tmp_path / "comparison"
     file.write_text(
         f"""
         criteria = ["l1", "random"]
         targets = ["macs=0.6"]
         networks = [{{ name = "{model_file}:small", label = "own" }}]
-        data = {{ source = "cifar10:elsewhere", image_size = 16, probe_images = 6 }}
+        data = {{ source = "cifar10:elsewhere", image_size = 16, calibration_images = 6 }}
         """
     )
     options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path]
@@ -791,7 +815,7 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
     lines = [line.split() for line in outcome.out.splitlines()]
     assert ["way", "own", "macs=0.6", "mean"] in lines
     assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
-    assert outcome.out.splitlines()[-1] == f"page: {out / 'comparison.html'}"
+    assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]
 

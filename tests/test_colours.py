@@ -9,10 +9,10 @@ from torch import Tensor
 
 from networks import CLASSES, make_network
 from scenes import context_of
-from secateur.concepts import Scene
-from secateur.concepts.colours import LARGEST_GRID, PROTOTYPES, STEPS, Colours, lab
-from secateur.models import Preprocessing
-from secateur.regions import ABSENT
+from secateur.data.concept_masks import UNLABELLED
+from secateur.data.preprocessing import Preprocessing
+from secateur.scoring.concepts import ConceptInput
+from secateur.scoring.concepts.colours import LARGEST_GRID, PROTOTYPES, STEPS, Colours, lab
 
 NAMES = list(PROTOTYPES)
 PREPROCESSING = Preprocessing(8, 8, (0.3, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -22,11 +22,11 @@ def colours() -> Colours:
     return Colours(replace(context_of(make_network("chain")), preprocessing=PREPROCESSING))
 
 
-def scene(pixels: Tensor) -> Scene:
+def scene(pixels: Tensor) -> ConceptInput:
     """Of 8-bit pixels `[image, rgb, height, width]`."""
     images = PREPROCESSING.normalise(pixels)
     count = len(images)
-    return Scene(images, torch.arange(count), None, None, None, torch.zeros(count, CLASSES))
+    return ConceptInput(images, torch.arange(count), None, None, None, torch.zeros(count, CLASSES))
 
 
 def flat(*values: tuple[int, int, int], side: int = 8) -> Tensor:
@@ -132,7 +132,7 @@ def test_colours_that_an_image_does_not_show_are_absent() -> None:
     pixels = pixels.clone()
     pixels[1, :, :4] = torch.tensor([20, 20, 200], dtype=torch.uint8)[:, None, None]
     found = colours().find(scene(pixels))
-    shown = [{NAMES[n] for n in row if n != ABSENT} for row in found.concepts.tolist()]
+    shown = [{NAMES[n] for n in row if n != UNLABELLED} for row in found.concepts.tolist()]
     assert shown == [{"white"}, {"red", "blue"}]
     assert found.masks[1, NAMES.index("blue"), :4].all()
     assert found.masks[1, NAMES.index("red"), 4:].all()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.comparison import Comparison, cells_of, units_of, way_of
 from secateur.config import RunConfig, from_dict
 from secateur.errors import UsageError, WeightsError
-from secateur.result import comparable
-from secateur.sweep import read_comparison
+from secateur.experiments.compare.runner import read_spec
+from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of, method_name
+from secateur.pipeline.result import comparable
 
 FILE = """
 criteria = ["vote", "l1"]
@@ -52,12 +52,12 @@ def content() -> dict[str, Any]:
 
 
 def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
-    path = tmp_path / "comparison.toml"
+    path = tmp_path / "benchmark.toml"
     path.write_text(FILE)
-    comparison = read_comparison(path)
+    comparison = read_spec(path)
     assert comparison.seeds == (0, 1)
     assert comparison.compared_with == "l1, coarse"
-    cells = cells_of(comparison)
+    cells = jobs_of(comparison)
     assert len(cells) == 2 * 2 * 2 * (2 + 1)
     assert len({cell.id for cell in cells}) == len(cells)
     for cell in cells:
@@ -68,16 +68,16 @@ def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
         assert config.finetune.epochs == (7 if cell.network == "resnet20" else 3)
         assert config.refit.form == ("channel" if cell.variant == "coarse" else "patch")
     assert {cell.target for cell in cells if cell.network == "again"} == {"macs=0.5"}
-    units = units_of(cells)
+    units = group_jobs(cells)
     assert len(units) == 2 * 2 * 2
     assert [cell for unit in units for cell in unit] == sorted(cells, key=lambda cell: cell.seed)
-    assert units_of([]) == []
+    assert group_jobs([]) == []
     for unit in units:
         assert len({(cell.network, cell.variant, cell.seed) for cell in unit}) == 1
 
 
 def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]) -> None:
-    cells = cells_of(from_dict(content | {"seeds": 3}, Comparison))
+    cells = jobs_of(from_dict(content | {"seeds": 3}, BenchmarkSpec))
     assert len(cells) == 18
     for processes, sizes in (
         (1, [6, 6, 6]),
@@ -88,21 +88,21 @@ def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]
         (10, 6 * [1, 2]),
         (99, 18 * [1]),
     ):
-        pieces = units_of(cells, processes)
+        pieces = group_jobs(cells, processes)
         assert [len(piece) for piece in pieces] == sizes, processes
         in_order = [cell for seed in range(3) for cell in cells if cell.seed == seed]
         assert [cell for piece in pieces for cell in piece] == in_order
 
 
 def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str, Any]) -> None:
-    comparison = from_dict(content, Comparison)
-    assert [(c.criterion, c.target) for c in cells_of(comparison)] == [
+    comparison = from_dict(content, BenchmarkSpec)
+    assert [(c.criterion, c.target) for c in jobs_of(comparison)] == [
         (criterion, target)
         for criterion in ("vote", "l1", "random")
         for target in ("macs=0.7", "macs=0.5")
     ]
     assert comparison.compared_with == "vote"
-    only = cells_of(comparison)[0].config
+    only = jobs_of(comparison)[0].config
     expected = {
         "model": {"name": "resnet20"},
         "data": {"source": "digits"},
@@ -123,10 +123,12 @@ def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str
 def test_what_may_differ_where_a_run_goes_on_makes_another_cell(
     content: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, content | changes))
+    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, content | changes))
     assert not {cell.id for cell in one} & {cell.id for cell in other}
     same = content | {"finetune": {"workers": 1, "checkpoint_minutes": 1.0}}
-    assert {cell.id for cell in cells_of(from_dict(same, Comparison))} == {cell.id for cell in one}
+    assert {cell.id for cell in jobs_of(from_dict(same, BenchmarkSpec))} == {
+        cell.id for cell in one
+    }
 
 
 def test_a_changed_file_of_code_makes_another_cell(content: dict[str, Any], tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_changed_file_of_code_makes_another_cell(content: dict[str, Any], tmp_
     found = []
     for code in ("", "# changed"):
         file.write_text(code)
-        cells = cells_of(from_dict(content | {"criteria": ["l1", f"{file}:own"]}, Comparison))
+        cells = jobs_of(from_dict(content | {"criteria": ["l1", f"{file}:own"]}, BenchmarkSpec))
         found.append({cell.id for cell in cells})
     assert found[0] & found[1] == {cell.id for cell in cells if cell.criterion == "l1"}
     assert len(found[0] - found[1]) == 2
@@ -158,7 +160,7 @@ def test_a_cell_is_another_where_anything_that_matters_differs(
 ) -> None:
     changed = copy.deepcopy(content)
     edit(changed)
-    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, changed))
+    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, changed))
     assert not {cell.id for cell in one} & {cell.id for cell in other}
 
 
@@ -175,7 +177,7 @@ def test_a_cell_is_the_same_where_nothing_that_matters_differs(
 ) -> None:
     changed = copy.deepcopy(content)
     edit(changed)
-    one, other = (cells_of(from_dict(each, Comparison)) for each in (content, changed))
+    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, changed))
     assert {cell.id for cell in one} == {cell.id for cell in other}
 
 
@@ -186,13 +188,13 @@ def test_cells_follow_the_content_of_the_weights_not_their_place(
         path = tmp_path / name
         save_file({"weight": torch.full((2,), value)}, path)
         content["networks"][0]["weights"] = str(path)
-        return [cell.id for cell in cells_of(from_dict(content, Comparison))]
+        return [cell.id for cell in jobs_of(from_dict(content, BenchmarkSpec))]
 
     assert ids("one.safetensors", 1.0) == ids("other.safetensors", 1.0)
     assert ids("one.safetensors", 1.0) != ids("one.safetensors", 2.0)
     content["networks"][0]["weights"] = str(tmp_path / "none.safetensors")
     with pytest.raises(WeightsError, match=r"none\.safetensors can't be read"):
-        cells_of(from_dict(content, Comparison))
+        jobs_of(from_dict(content, BenchmarkSpec))
 
 
 def test_relative_weights_are_looked_for_in_a_folder(
@@ -203,7 +205,7 @@ def test_relative_weights_are_looked_for_in_a_folder(
         {"name": "resnet32", "weights": "/elsewhere/b.safetensors"},
         {"name": "resnet56"},
     ]
-    comparison = from_dict(content, Comparison)
+    comparison = from_dict(content, BenchmarkSpec)
     found = [network.weights for network in comparison.with_weights_in(tmp_path).networks]
     assert found == [str(tmp_path / "a.safetensors"), "/elsewhere/b.safetensors", None]
     assert comparison.with_weights_in(None) is comparison
@@ -232,7 +234,7 @@ def test_relative_weights_are_looked_for_in_a_folder(
 def test_a_wrong_key_is_named(content: dict[str, Any], edit: Edit, message: str) -> None:
     edit(content)
     with pytest.raises(UsageError, match=message):
-        from_dict(content, Comparison)
+        from_dict(content, BenchmarkSpec)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +252,9 @@ def test_a_change_that_can_not_be_is_named(
 ) -> None:
     content["variants"] = {"other": changes}
     with pytest.raises(UsageError, match=message):
-        cells_of(from_dict(content, Comparison))
+        jobs_of(from_dict(content, BenchmarkSpec))
 
 
 def test_ways_are_called_by_their_variant() -> None:
-    assert way_of("vote", "") == "vote"
-    assert way_of("vote", "no refit") == "vote, no refit"
+    assert method_name("vote", "") == "vote"
+    assert method_name("vote", "no refit") == "vote, no refit"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from networks import CLASSES, Chain, Flattened, make_network, random_images
 from scenes import CLASS_NAMES, PREPROCESSING, context_of, part_of, scene_of
-from secateur.concepts import ConceptSource, Scene, make, parse, readers, sources
-from secateur.concepts.annotations import Annotations
-from secateur.concepts.combined import Combined
-from secateur.concepts.evidence import Evidence
 from secateur.data.annotated import NO_CLASS
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, TraceError, UnknownName, UsageError
-from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
+from secateur.scoring.concepts import ConceptInput, ConceptSource, make, parse, readers, sources
+from secateur.scoring.concepts.annotations import Annotations
+from secateur.scoring.concepts.combined import Combined
+from secateur.scoring.concepts.evidence import Evidence
 
 NETWORKS = ["chain", "residual", "concat", "flattened", "gated", "in_place"]
 
@@ -279,7 +279,7 @@ def test_an_average_over_channels_is_not_taken_for_one_over_positions() -> None:
 # --- what every source must keep to ---------------------------------------------------------------
 
 
-def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource, Scene]:
+def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource, ConceptInput]:
     context = context_of(make_network(network))
     source = make(text, context.graph, context.state, CLASS_NAMES, PREPROCESSING)
     scene = scene_of(source, context, random_images(count))
@@ -324,7 +324,7 @@ def test_evidence_of_an_image_is_the_same_to_the_last_bit_in_any_batch(
     evidence = Evidence(context_of(Head().eval()))
     value = torch.randn(9, channels, height, width, generator=generator)
     for layout in (torch.contiguous_format, torch.channels_last):
-        scene = Scene(
+        scene = ConceptInput(
             random_images(9),
             torch.arange(9),
             torch.arange(9) % CLASSES,
@@ -344,7 +344,7 @@ def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
         pytest.importorskip("sklearn")
     source, scene = source_and_scene(text, "chain", 6)
     found = source.find(scene)
-    assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != ABSENT)
+    assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != UNLABELLED)
     assert int(found.concepts.max()) < len(source.concepts)
 
 
@@ -403,20 +403,20 @@ class Marked:
         self.concepts = tuple(Concept(name, "letter") for name in names)
         self._found = ConceptMasks(masks, numbers)
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         raise AssertionError("it does not learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("it does not learn")
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         return self._found
 
 
-def empty_scene(images: Tensor, annotations: ConceptMasks | None = None) -> Scene:
+def empty_scene(images: Tensor, annotations: ConceptMasks | None = None) -> ConceptInput:
     count = len(images)
     logits = torch.zeros(count, CLASSES)
-    return Scene(images, torch.arange(count), None, annotations, None, logits)
+    return ConceptInput(images, torch.arange(count), None, annotations, None, logits)
 
 
 def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
@@ -424,12 +424,12 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
 ) -> None:
     coarse = torch.rand(2, 1, 2, 2, generator=generator) < 0.5
     fine = torch.rand(2, 2, 4, 4, generator=generator) < 0.5
-    one = Marked("ab", coarse, torch.tensor([[1], [ABSENT]]))
-    other = Marked("cde", fine, torch.tensor([[0, 2], [ABSENT, 1]]))
+    one = Marked("ab", coarse, torch.tensor([[1], [UNLABELLED]]))
+    other = Marked("cde", fine, torch.tensor([[0, 2], [UNLABELLED, 1]]))
     both = Combined((one, other))
     assert [concept.name for concept in both.concepts] == list("abcde")
     found = both.find(empty_scene(random_images(2)))
-    assert found.concepts.tolist() == [[1, 2, 4], [ABSENT, ABSENT, 3]]
+    assert found.concepts.tolist() == [[1, 2, 4], [UNLABELLED, UNLABELLED, 3]]
     assert torch.equal(found.masks[:, 1:], fine)
     assert torch.equal(found.masks[:, :1], at_resolution(coarse, (4, 4)))
     assert torch.equal(at_resolution(found.masks[:, :1], (2, 2)), coarse)
@@ -458,8 +458,8 @@ def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> N
     assert torch.equal(found.concepts[:, :1], expected[0].concepts)
     assert torch.equal(found.concepts[:, 1:2], expected[1].concepts + CLASSES)
     numbers = expected[2].concepts
-    shown = numbers != ABSENT
-    assert torch.equal(found.concepts[:, 2:] != ABSENT, shown)
+    shown = numbers != UNLABELLED
+    assert torch.equal(found.concepts[:, 2:] != UNLABELLED, shown)
     assert torch.equal(found.concepts[:, 2:][shown], numbers[shown] + CLASSES + 1)
 
 

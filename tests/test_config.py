@@ -38,13 +38,13 @@ def _is_section(annotation: object) -> bool:
     ("change", "key"),
     [
         ({"model": {"nam": "resnet20"}}, "model.name"),
-        ({"data": {"source": "digits", "probe_images": 0}}, "data.probe_images"),
+        ({"data": {"source": "digits", "calibration_images": 0}}, "data.calibration_images"),
         ({"finetune": {"label_weight": 1.5}}, "finetune.label_weight"),
         ({"finetune": {"precision": "float8"}}, "finetune.precision"),
         ({"refit": {"layers": "all"}}, "refit.layers"),
         ({"refit": {"form": "both"}}, "refit.form"),
         ({"refit": {"memory_mib": 0}}, "refit.memory_mib"),
-        ({"polish": {"batch_size": 1}}, "polish.batch_size"),
+        ({"distill": {"batch_size": 1}}, "distill.batch_size"),
         ({"seed": -1}, "seed"),
     ],
 )

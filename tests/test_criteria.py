@@ -14,22 +14,28 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from networks import Chain, make_network, random_images
-from secateur.concepts import Scene
 from secateur.config import ScoreSection
-from secateur.criteria import (
+from secateur.data import Batch
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
+from secateur.errors import DataError, UnknownName, UsageError
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.patches import Window
+from secateur.scoring.concepts import ConceptInput
+from secateur.scoring.criteria import (
     CRITERIA,
+    ConsumerKernel,
     Criterion,
+    FeatureBatch,
     Kernels,
     Need,
-    Reader,
     Regions,
-    Sight,
     dependence,
     make,
 )
-from secateur.criteria.dependence import ChannelIndependence, nuclear_norm_losses
-from secateur.criteria.kernels import OfKernels, l2
-from secateur.criteria.reconstruction import (
+from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
+from secateur.scoring.criteria.kernels import OfKernels, l2
+from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
     WEIGHT_UNITS,
@@ -38,16 +44,10 @@ from secateur.criteria.reconstruction import (
     eliminate,
     error_curve,
 )
-from secateur.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
-from secateur.criteria.votes import Rule, shares, winners
-from secateur.data import Batch
-from secateur.errors import DataError, UnknownName, UsageError
-from secateur.patches import Window
-from secateur.reading import make_wiring
-from secateur.regions import ABSENT, Concept, ConceptMasks, at_resolution
-from secateur.scoring import score_filters
-from secateur.thresholds import Usual, UsualTally
-from secateur.wiring import Wiring
+from secateur.scoring.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
+from secateur.scoring.criteria.votes import VoteSettings, shares, winners
+from secateur.scoring.scores import score_filters
+from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
@@ -63,13 +63,13 @@ class TwoRegions:
     needs_gradient = False
     needs_learning = False
 
-    def learn(self, scene: Scene) -> None:
+    def learn(self, scene: ConceptInput) -> None:
         raise AssertionError("there is nothing to learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("there is nothing to learn")
 
-    def find(self, scene: Scene) -> ConceptMasks:
+    def find(self, scene: ConceptInput) -> ConceptMasks:
         return two_regions(scene.images)
 
 
@@ -93,14 +93,14 @@ def chain() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def wiring(chain: Chain) -> Wiring:
-    return make_wiring(chain, random_images(2))
+def wiring(chain: Chain) -> DependencyGraph:
+    return build_dependency_graph(chain, random_images(2))
 
 
 def scores_of(
     name: str,
     model: nn.Module,
-    wiring: Wiring,
+    wiring: DependencyGraph,
     settings: ScoreSection = SETTINGS,
     weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def outgoing_norms(model: Chain) -> dict[str, list[float]]:
 
 def thresholds_by_hand(maps: Tensor) -> tuple[list[float], list[float]]:
     """Means and thresholds, by the tally that has tests of its own."""
-    tally = UsualTally(maps.shape[1], 10_000)
+    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
     tally.add(maps)
     usual = tally.finish(SETTINGS.quantile)
     return usual.mean.tolist(), usual.threshold.tolist()
@@ -169,7 +169,9 @@ def response_ballots(model: Chain, group: str) -> Iterator[tuple[int, list[float
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_shares_divide_a_vote_of_every_position(
+    chain: Chain, wiring: DependencyGraph, group: str
+) -> None:
     scores = scores_of("vote-response", chain, wiring)[group]
     expected = torch.zeros_like(scores)
     for _, strength in response_ballots(chain, group):
@@ -179,12 +181,12 @@ def test_shares_divide_a_vote_of_every_position(chain: Chain, wiring: Wiring, gr
     assert float(scores.sum()) == pytest.approx(int(regions_by_hand(size).sum()), abs=1e-2)
 
 
-@pytest.mark.parametrize("ballot", ["top", "plurality"])
+@pytest.mark.parametrize("vote_mode", ["top", "plurality"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_winners_get_a_vote_of_every_position(
-    chain: Chain, wiring: Wiring, group: str, ballot: str
+    chain: Chain, wiring: DependencyGraph, group: str, ballot: str
 ) -> None:
-    settings = SETTINGS.model_copy(update={"ballot": ballot})
+    settings = SETTINGS.model_copy(update={"vote_mode": ballot})
     scores = scores_of("vote-response", chain, wiring, settings)[group]
     votes = [0] * len(scores)
     top = math.ceil(SETTINGS.top_fraction * len(scores)) if ballot == "top" else 1
@@ -195,9 +197,9 @@ def test_winners_get_a_vote_of_every_position(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_weights_count_votes_by_concept(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_weights_count_votes_by_concept(chain: Chain, wiring: DependencyGraph, group: str) -> None:
     weights = [0.25, 3.0]
-    settings = SETTINGS.model_copy(update={"ballot": "plurality"})
+    settings = SETTINGS.model_copy(update={"vote_mode": "plurality"})
     found = scores_of("vote-response", chain, wiring, settings, dict(enumerate(weights)))[group]
     votes = [0.0] * len(found)
     for concept, strength in response_ballots(chain, group):
@@ -206,8 +208,8 @@ def test_weights_count_votes_by_concept(chain: Chain, wiring: Wiring, group: str
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_regions_vote_once_each(chain: Chain, wiring: Wiring, group: str) -> None:
-    settings = SETTINGS.model_copy(update={"voters": "regions", "ballot": "plurality"})
+def test_regions_vote_once_each(chain: Chain, wiring: DependencyGraph, group: str) -> None:
+    settings = SETTINGS.model_copy(update={"voting_unit": "regions", "vote_mode": "plurality"})
     scores = scores_of("vote-response", chain, wiring, settings)[group]
     assert int(scores.sum()) == 2 * len(IMAGES)
     maps = maps_by_hand(chain)[group]
@@ -224,7 +226,9 @@ def test_regions_vote_once_each(chain: Chain, wiring: Wiring, group: str) -> Non
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_iou_votes_are_those_of_every_region(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_iou_votes_are_those_of_every_region(
+    chain: Chain, wiring: DependencyGraph, group: str
+) -> None:
     scores = scores_of("vote-iou", chain, wiring)[group]
     maps = maps_by_hand(chain)[group]
     _, thresholds = thresholds_by_hand(maps)
@@ -267,8 +271,8 @@ def test_shares_make_up_one_vote(strengths: list[list[float]]) -> None:
 
 
 def test_an_absent_region_has_no_vote() -> None:
-    rule = Rule("share", "cells", 0.1, {1: 2.5, 2: 0.0})
-    assert rule.weigh(torch.tensor([[0, 1, 2, ABSENT]])).tolist() == [[1.0, 2.5, 0.0, 0.0]]
+    rule = VoteSettings("share", "cells", 0.1, {1: 2.5, 2: 0.0})
+    assert rule.weigh(torch.tensor([[0, 1, 2, UNLABELLED]])).tolist() == [[1.0, 2.5, 0.0, 0.0]]
 
 
 # --- reconstruction ----------------------------------------------------------------------------
@@ -341,11 +345,11 @@ def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
     assert error_curve(nothing, readers, order).isfinite().all()
 
 
-def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> Sight:
-    tally = UsualTally(maps.shape[1], 10_000)
+def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> FeatureBatch:
+    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
     tally.add(maps)
     size = (maps.shape[2], maps.shape[3])
-    return Sight(part, maps, numbers, kernels, tally.finish(0.1), size, None)
+    return FeatureBatch(part, maps, numbers, kernels, tally.finish(0.1), size, None)
 
 
 def test_products_are_those_of_patches_inside_the_regions() -> None:
@@ -353,18 +357,18 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     generator = torch.Generator().manual_seed(1)
     maps = torch.rand(3, 2, 5, 5, generator=generator)
     window = Window((3, 3), border=(1, 1, 1, 1))
-    kernels = Kernels((), torch.arange(2), (Reader(window, torch.ones(4, 9, 2)),), ())
-    criterion = Reconstruction(Rule("share", "cells", 0.1, {}))
-    criterion.begin({"layer": kernels})
+    kernels = Kernels((), torch.arange(2), (ConsumerKernel(window, torch.ones(4, 9, 2)),), ())
+    criterion = Reconstruction(VoteSettings("share", "cells", 0.1, {}))
+    criterion.reset({"layer": kernels})
     numbers = torch.tensor([4, 0, 9])
     masks = torch.rand(3, 2, 5, 5, generator=generator) < 0.5
-    vote = criterion.observe(sight_of("layer", maps, numbers, kernels))
+    vote = criterion.update(sight_of("layer", maps, numbers, kernels))
     assert vote is not None
 
-    concepts = torch.tensor([[0, 1], [0, ABSENT], [1, 1]])
+    concepts = torch.tensor([[0, 1], [0, UNLABELLED], [1, 1]])
 
     vote(Regions(ConceptMasks(masks, concepts)))
-    (tally,) = criterion.tallies()
+    (tally,) = criterion.state()
     expected = torch.zeros(19, 19, dtype=torch.float64)
     unit = criterion._units["layer"].double()[:2]  # the same at every tap
     padded = F.pad((maps.double() / unit[:, None, None]).round(), (1, 1, 1, 1))
@@ -372,7 +376,8 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
         for position in _spread(numbers, 5, 5)[i].tolist():
             row, column = position // 5, position % 5
             weight = sum(
-                bool(masks[i, r, row, column]) and int(concepts[i, r]) != ABSENT for r in range(2)
+                bool(masks[i, r, row, column]) and int(concepts[i, r]) != UNLABELLED
+                for r in range(2)
             )
             patch = padded[i, :, row : row + 3, column : column + 3].flatten(1).T.flatten()
             values = torch.cat([patch, torch.ones(1, dtype=torch.float64)])
@@ -394,16 +399,16 @@ def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_standing
     kernels = Kernels(
         ((writing, torch.arange(2)),) if is_written else (),
         torch.arange(2),
-        (Reader(Window((1, 1)), torch.ones(1, 1, 2)),),
+        (ConsumerKernel(Window((1, 1)), torch.ones(1, 1, 2)),),
         ((torch.ones(2), torch.arange(2)),) if is_normed else (),
     )
-    criterion = Reconstruction(Rule("share", "cells", 0.1, {}))
-    criterion.begin({"layer": kernels})
-    vote = criterion.observe(sight_of("layer", maps, torch.arange(8), kernels))
+    criterion = Reconstruction(VoteSettings("share", "cells", 0.1, {}))
+    criterion.reset({"layer": kernels})
+    vote = criterion.update(sight_of("layer", maps, torch.arange(8), kernels))
     assert vote is not None
     everywhere = ConceptMasks(torch.ones(8, 1, 5, 5).bool(), torch.zeros(8, 1).long())
     vote(Regions(everywhere))
-    assert int(criterion.score("layer").argmin()) == goes_first
+    assert int(criterion.compute("layer").argmin()) == goes_first
 
 
 @given(number=st.integers(0, 10**6), rows=st.integers(1, 60), columns=st.integers(1, 60))
@@ -420,7 +425,9 @@ def test_positions_lie_on_the_map_and_depend_on_the_image_alone(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_activation_std_is_that_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_activation_std_is_that_of_every_position(
+    chain: Chain, wiring: DependencyGraph, group: str
+) -> None:
     scores = scores_of("activation_std", chain, wiring)[group]
     for c, score in enumerate(scores.tolist()):
         values = maps_by_hand(chain)[group][:, c].flatten().tolist()
@@ -435,7 +442,7 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
     assert isinstance(model, Chain)
     with torch.no_grad():
         model.bn1.bias[0] = 1000.0
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     maps = maps_by_hand(model)["conv1"][:, 0].double()
     score = scores_of("activation_std", model, wiring)["conv1"][0]
     assert float(score) == pytest.approx(float(maps.std(correction=0)), rel=1e-4)
@@ -443,7 +450,7 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
 
 @pytest.mark.parametrize("use_labels", [True, False])
 def test_taylor_is_the_squared_change_of_each_image_by_autograd(
-    chain: Chain, wiring: Wiring, use_labels: bool
+    chain: Chain, wiring: DependencyGraph, use_labels: bool
 ) -> None:
     scores = scores_of(
         "taylor", chain, wiring, SETTINGS.model_copy(update={"use_labels": use_labels})
@@ -467,7 +474,7 @@ def test_taylor_is_the_squared_change_of_each_image_by_autograd(
 
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_are_those_of_each_kernel(
-    chain: Chain, wiring: Wiring, name: str, power: int
+    chain: Chain, wiring: DependencyGraph, name: str, power: int
 ) -> None:
     scores = scores_of(name, chain, wiring)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
@@ -479,7 +486,7 @@ def test_norms_are_those_of_each_kernel(
 @pytest.mark.parametrize("name", ["l1", "l2"])
 def test_norms_of_tied_layers_add_up(name: str) -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     scores = scores_of(name, model, wiring)["stem.0"]
     total = torch.zeros(6, dtype=torch.float64)
     for layer in ("stem", "conv2", "conv4"):
@@ -489,7 +496,9 @@ def test_norms_of_tied_layers_add_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, group: str) -> None:
+def test_statistics_are_those_of_every_position(
+    chain: Chain, wiring: DependencyGraph, group: str
+) -> None:
     maps = maps_by_hand(chain)[group]
     mean = scores_of("activation_mean", chain, wiring)[group]
     share = scores_of("apoz", chain, wiring)[group]
@@ -513,7 +522,7 @@ def test_statistics_are_those_of_every_position(chain: Chain, wiring: Wiring, gr
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_independence_is_what_the_nuclear_norm_loses(
-    chain: Chain, wiring: Wiring, group: str
+    chain: Chain, wiring: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group].double()
     rows = maps.movedim(1, 0).flatten(1)  # at most 64 positions a map: all are taken
@@ -531,8 +540,8 @@ def independence_of(maps: Tensor) -> ChannelIndependence:
     filters = maps.shape[1]
     kernels = Kernels((), torch.arange(filters), (), ())
     criterion = ChannelIndependence()
-    criterion.begin({"layer": kernels})
-    criterion.observe(sight_of("layer", maps, torch.arange(len(maps)), kernels))
+    criterion.reset({"layer": kernels})
+    criterion.update(sight_of("layer", maps, torch.arange(len(maps)), kernels))
     return criterion
 
 
@@ -589,7 +598,7 @@ def test_nuclear_norms_of_a_wide_layer_take_no_time() -> None:
         assert float(losses[row]) == pytest.approx(lost, rel=1e-9)
 
 
-def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring) -> None:
+def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: DependencyGraph) -> None:
     scores = scores_of("fpgm", chain, wiring)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
         rows = weight.detach().double().flatten(1)
@@ -598,7 +607,7 @@ def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Wiring)
             assert float(scores[group][c]) == pytest.approx(total, rel=1e-9)
 
 
-def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: Wiring) -> None:
+def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: DependencyGraph) -> None:
     scores = scores_of("bn_scale", chain, wiring)
     assert torch.equal(scores["conv1"], chain.bn1.weight.detach().double().abs())
     assert torch.equal(scores["conv2"], chain.bn2.weight.detach().double().abs())
@@ -608,7 +617,7 @@ def test_without_a_batch_norm_there_is_no_scale() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 5)
     ).eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     with pytest.raises(UsageError, match="'0' has no batch norm"):
         scores_of("bn_scale", model, wiring)
 
@@ -620,24 +629,26 @@ def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
         (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
         (OfKernels(l2), "kernel that writes"),
     ):
-        criterion.begin({"a": Kernels((some,), torch.arange(4), (), (scales,))})
+        criterion.reset({"a": Kernels((some,), torch.arange(4), (), (scales,))})
         with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):
-            criterion.score("a")
-        criterion.begin({"a": Kernels((), torch.arange(5), (), ())})
+            criterion.compute("a")
+        criterion.reset({"a": Kernels((), torch.arange(5), (), ())})
         with pytest.raises(UsageError, match=f"'a' has no {what} 5 of its 5 filters"):
-            criterion.score("a")
+            criterion.compute("a")
 
 
-def shown(maps: Tensor, usual: Usual | None = None) -> Sight:
+def shown(maps: Tensor, usual: ActivationStatistics | None = None) -> FeatureBatch:
     kernels = Kernels((), torch.arange(maps.shape[1]), (), ())
-    return Sight("a", maps, torch.arange(len(maps)), kernels, usual, (1, 1), None)
+    return FeatureBatch("a", maps, torch.arange(len(maps)), kernels, usual, (1, 1), None)
 
 
-def score_of(criterion: Criterion, maps: Tensor, usual: Usual | None = None) -> Tensor:
-    criterion.begin({"a": Kernels((), torch.arange(maps.shape[1]), (), ())})
+def score_of(
+    criterion: Criterion, maps: Tensor, usual: ActivationStatistics | None = None
+) -> Tensor:
+    criterion.reset({"a": Kernels((), torch.arange(maps.shape[1]), (), ())})
     for part in maps.split(3):
-        criterion.observe(shown(part, usual))
-    return criterion.score("a")
+        criterion.update(shown(part, usual))
+    return criterion.compute("a")
 
 
 @settings(deadline=None, max_examples=30)
@@ -672,7 +683,9 @@ def test_entropy_ranks_filters_of_either_sign_by_how_much_they_vary() -> None:
     noise = torch.randn(500, generator=generator)
     pooled = torch.stack([noise, noise + 0.5, 1 + 0.1 * noise, 1 + 0.001 * noise, 0 * noise], 1)
     mean = pooled.mean(0)
-    scores = score_of(ActivationEntropy(), pooled[:, :, None, None], Usual(mean, mean, mean))
+    scores = score_of(
+        ActivationEntropy(), pooled[:, :, None, None], ActivationStatistics(mean, mean, mean)
+    )
     assert scores[0] > 2.5
     assert scores[1] > 2.5
     assert scores[2] < scores[1]
@@ -682,8 +695,8 @@ def test_entropy_ranks_filters_of_either_sign_by_how_much_they_vary() -> None:
 
 def random_scores(seed: int, part: str, filters: int = 50) -> Tensor:
     criterion = make("random", SETTINGS, seed, {})
-    criterion.begin({part: Kernels((), torch.arange(filters), (), ())})
-    return criterion.score(part)
+    criterion.reset({part: Kernels((), torch.arange(filters), (), ())})
+    return criterion.compute(part)
 
 
 def test_random_scores_depend_on_seed_and_group_alone() -> None:
@@ -719,7 +732,7 @@ def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: 
     model = make_network("chain").train()
     model.get_submodule("bn2").eval()
     model.get_parameter("conv2.bias").requires_grad_(False)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     modes = [module.training for module in model.modules()]
     requires = [parameter.requires_grad for parameter in model.parameters()]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -788,7 +801,7 @@ def test_a_filter_that_does_nothing_scores_nothing(
     model = make_network("chain")
     assert isinstance(model, Chain)
     harm(model)
-    scores = scores_of(name, model, make_wiring(model, random_images(2)))["conv1"]
+    scores = scores_of(name, model, build_dependency_graph(model, random_images(2)))["conv1"]
     assert float(scores[2]) == pytest.approx(0, abs=1e-9)
     assert scores.max() > 0
 
@@ -800,4 +813,4 @@ def test_what_is_no_number_is_an_error(name: str) -> None:
     with torch.no_grad():
         model.conv1.weight[2, 0, 0, 0] = float("nan")
     with pytest.raises(DataError, match="not finite"):
-        scores_of(name, model, make_wiring(model, random_images(2)))
+        scores_of(name, model, build_dependency_graph(model, random_images(2)))

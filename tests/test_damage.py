@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from networks import wired
-from secateur import criteria
 from secateur.config import ScoreSection
-from secateur.criteria.reconstruction import Reconstruction
-from secateur.damage import (
+from secateur.data import Batch
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.ranking import Ranking, rank
+from secateur.pruning.sensitivity import (
     TEMPERATURE,
-    StandIn,
-    _Edit,
+    ChannelReconstruction,
+    _InputEdit,
     divergence,
     error_curve,
-    measure_damage,
-    measure_slopes,
-    stand_in,
+    measure_output_sensitivity,
+    measure_sensitivity,
+    reconstruct_channels,
 )
-from secateur.data import Batch
-from secateur.graph import tensors_of
-from secateur.ranking import Ranking, rank
-from secateur.scoring import score_filters
-from secateur.wiring import Wiring
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import criteria
+from secateur.scoring.criteria.reconstruction import Reconstruction
+from secateur.scoring.scores import score_filters
 
 SETTINGS = ScoreSection()
 IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -39,7 +39,7 @@ def batches(size: int = 32) -> Iterable[Batch]:
         yield Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers)
 
 
-def surveyed(name: str) -> tuple[nn.Module, Wiring, Reconstruction, Ranking]:
+def surveyed(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
     model, wiring = wired(name, True)
     moments = Reconstruction()
     criterion = criteria.make("l2", SETTINGS, 0, {})
@@ -55,7 +55,7 @@ NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grou
 @pytest.mark.parametrize("name", NAMES)
 def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
     model, wiring, moments, ranking = surveyed(name)
-    damage = measure_damage(tensors_of(model), wiring, moments, ranking, batches())
+    damage = measure_sensitivity(tensors_of(model), wiring, moments, ranking, batches())
     assert damage.keys() == wiring.groups.keys()
     for group, curve in damage.items():
         assert len(curve) == len(wiring.groups[group]) + 1
@@ -67,8 +67,8 @@ def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
 def test_batches_do_not_change_the_slopes() -> None:
     model, wiring, moments, ranking = surveyed("residual")
     state = tensors_of(model)
-    one = measure_slopes(state, wiring, moments, ranking, batches(96))
-    other = measure_slopes(state, wiring, moments, ranking, batches(11))
+    one = measure_output_sensitivity(state, wiring, moments, ranking, batches(96))
+    other = measure_output_sensitivity(state, wiring, moments, ranking, batches(11))
     for name, slope in one.items():
         assert slope > 0
         assert other[name] == pytest.approx(slope, rel=1e-3)
@@ -99,7 +99,7 @@ def test_a_copy_of_a_channel_stands_in_for_it() -> None:
     settings = SETTINGS
     score_filters(model, wiring, batches, {"reconstruction": moments}, None, settings)
     kept = [0, 1, 2, 3, 5]
-    found = stand_in(wiring.groups["conv1"], moments, kept)
+    found = reconstruct_channels(wiring.groups["conv1"], moments, kept)
     assert float((found.matrix[4] - found.matrix[2]).abs().max()) < 0.05
     assert torch.equal(found.matrix[kept], torch.eye(6)[kept])
     assert float(found.offset[kept].abs().max()) < 1e-6
@@ -118,14 +118,18 @@ def test_divergence_of_scores_and_of_maps() -> None:
 
 def test_uneven_copies_of_a_channel_are_stood_in_for() -> None:
     """A reader may meet one channel once and another twice."""
-    edit = _Edit.__new__(_Edit)
+    edit = _InputEdit.__new__(_InputEdit)
     edit._dim, edit._copies = 1, 0
     edit._channels = np.arange(2)
     edit._counts = torch.tensor([1, 2])
     edit._number = torch.tensor([0, 1, 1])
     edit._table = torch.tensor([0, 1, 3])  # the third place belongs to another group
     value = torch.tensor([[1.0, 2.0, 9.0, 4.0]])
-    first_stays = StandIn(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.0, 0.5]))
+    first_stays = ChannelReconstruction(
+        torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.0, 0.5])
+    )
     assert edit._replaced(value, first_stays).tolist() == [[1.0, 2.5, 9.0, 2.5]]
-    other_stays = StandIn(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0]))
+    other_stays = ChannelReconstruction(
+        torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0])
+    )
     assert edit._replaced(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]

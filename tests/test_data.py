@@ -19,12 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur import data, models
+from secateur import data
 from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
-from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, set_apart
+from secateur.data.preprocessing import Preprocessing
+from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, split_calibration
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.models import Preprocessing
+from secateur.models import zoo
 
 SMALL = Preprocessing(8, 8)
 Pixels = npt.NDArray[np.uint8]
@@ -334,7 +335,7 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
 def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
     pixels = random_pixels(1, 300, 280)
-    prepare = models.preprocessing(f"torchvision:{name}")
+    prepare = zoo.preprocessing(f"torchvision:{name}")
     images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
     found = prepare.normalise(images.read(torch.tensor([0]), prepare))
     published = next(iter(torchvision.models.get_model_weights(name))).transforms()
@@ -490,7 +491,7 @@ def test_what_is_held_out_is_a_share_of_each_class(
 
 @pytest.mark.parametrize("count", [5, 9, 10, 31])
 def test_every_fifth_probe_image_is_set_apart(count: int) -> None:
-    fit, held_out = set_apart(numbered([0] * count))
+    fit, held_out = split_calibration(numbered([0] * count))
     expected = [number for number in range(count) if number % HELD_OUT_EVERY == 4]
     assert numbers_of(held_out) == expected
     assert sorted([*numbers_of(fit), *expected]) == list(range(count))
@@ -498,7 +499,7 @@ def test_every_fifth_probe_image_is_set_apart(count: int) -> None:
 
 
 def test_of_very_few_probe_images_none_is_set_apart() -> None:
-    fit, held_out = set_apart(numbered([0] * 4))
+    fit, held_out = split_calibration(numbered([0] * 4))
     assert numbers_of(fit) == numbers_of(held_out) == [0, 1, 2, 3]
 
 
@@ -525,7 +526,7 @@ def probe_from(labels: list[int]) -> data.DataSet:
 @pytest.mark.parametrize("count", [3, 4, 11, 12])
 def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
     dataset = probe_from(10 * [0] + 30 * [1] + 5 * [2])
-    probe = data.draw_probe(dataset.train, count)
+    probe = data.draw_calibration_images(dataset.train, count)
     sizes = torch.bincount(probe.labels, minlength=3)
     assert int(sizes.sum()) == count
     assert int(sizes.max() - sizes.min()) <= 1
@@ -533,28 +534,35 @@ def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
 
 
 def test_a_small_class_is_used_up_and_the_others_fill_in() -> None:
-    probe = data.draw_probe(probe_from(10 * [0] + 30 * [1] + 2 * [2]).train, 20)
+    probe = data.draw_calibration_images(probe_from(10 * [0] + 30 * [1] + 2 * [2]).train, 20)
     assert probe.labels.bincount().tolist() == [9, 9, 2]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
     images = probe_from(20 * [0, 1, 2]).train
-    drawn = [numbers_of(data.draw_probe(images, 9, stratified=stratified, seed=s)) for s in (0, 1)]
+    drawn = [
+        numbers_of(data.draw_calibration_images(images, 9, stratified=stratified, seed=s))
+        for s in (0, 1)
+    ]
     torch.manual_seed(99)
-    assert numbers_of(data.draw_probe(images, 9, stratified=stratified)) == drawn[0]
+    assert numbers_of(data.draw_calibration_images(images, 9, stratified=stratified)) == drawn[0]
     assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_larger_than_the_data_is_all_of_it(stratified: bool) -> None:
-    probe = data.draw_probe(probe_from([0, 0, 1, 2, 2]).train, 100, stratified=stratified)
+    probe = data.draw_calibration_images(
+        probe_from([0, 0, 1, 2, 2]).train, 100, stratified=stratified
+    )
     assert sorted(numbers_of(probe)) == [0, 1, 2, 3, 4]
 
 
 def test_without_stratifying_no_label_is_looked_at() -> None:
     one, other = probe_from(20 * [0, 1, 2]), probe_from(60 * [0])
-    found = [numbers_of(data.draw_probe(d.train, 7, stratified=False)) for d in (one, other)]
+    found = [
+        numbers_of(data.draw_calibration_images(d.train, 7, stratified=False)) for d in (one, other)
+    ]
     assert found[0] == found[1]
 
 

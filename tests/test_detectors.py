@@ -9,9 +9,11 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, segmentation
 
 from networks import random_images, random_plan, randomise_norms
-from secateur.detectors import forward_of
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error, silence
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.torchvision_detectors import forward_of
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_overrides
 
 OUTPUT = "written to the network's output"
 
@@ -71,7 +73,7 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     model = make().eval()
     randomise_norms(model, torch.Generator().manual_seed(0))
     images = random_images(2, 64)
-    wiring = make_wiring(model, images)
+    wiring = build_dependency_graph(model, images)
     written = {name.removeprefix("backbone.") for name in wiring.groups}
     assert cut_layers <= written
     assert {group.name.rpartition(".")[2] for group in wiring.frozen} == outputs
@@ -82,7 +84,7 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     assert forward is not None
     with torch.no_grad():
         found = tuple(tree_leaves(forward(smaller, images)))
-        assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-4
+        assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-4
         boxes = smaller(list(images))
     assert [set(each) for each in boxes] == 2 * [{"boxes", "scores", "labels"}]
 
@@ -91,11 +93,11 @@ def test_a_network_that_segments_is_cut_like_any_other() -> None:
     model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
     assert forward_of(model) is None
     images = random_images(1, 64)
-    wiring = make_wiring(model, images)
+    wiring = build_dependency_graph(model, images)
     (frozen,) = [group for group in wiring.frozen if group.reason == OUTPUT]
     assert frozen.name == "classifier.low_classifier"
     plan = random_plan(wiring, torch.Generator().manual_seed(1))
     with torch.no_grad():
         answer: dict[str, Tensor] = apply_plan(model, wiring, plan)(images)
-        expected = silence(model, wiring, plan)(images)
+        expected = masked_overrides(model, wiring, plan)(images)
     assert relative_error(answer["out"], expected) < 1e-4

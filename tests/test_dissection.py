@@ -11,29 +11,29 @@ import torch
 from torch import Tensor
 
 from networks import make_network, random_images
-from secateur import distributed
-from secateur.activations import kernels_of
-from secateur.criteria import Kernels, Regions, Sight
-from secateur.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
-from secateur.graph import tensors_of
-from secateur.reading import make_wiring
-from secateur.regions import ConceptMasks, at_resolution
-from secateur.thresholds import Usual
+from secateur.data.concept_masks import ConceptMasks, at_resolution
+from secateur.graph.build import build_dependency_graph
+from secateur.runtime import distributed
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
+from secateur.scoring.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
+from secateur.scoring.feature_pass import kernels_of
+from secateur.scoring.thresholds import ActivationStatistics
 
 
 def kernels(filters: int) -> Kernels:
     return Kernels((), torch.arange(filters), (), ())
 
 
-def sight(maps: Tensor, numbers: Tensor | None = None) -> Sight:
+def sight(maps: Tensor, numbers: Tensor | None = None) -> FeatureBatch:
     filters = maps.shape[1]
     zeros = torch.zeros(filters)
-    return Sight(
-        part="layer",
+    return FeatureBatch(
+        tap="layer",
         maps=maps,
-        numbers=torch.arange(len(maps)) if numbers is None else numbers,
+        indices=torch.arange(len(maps)) if numbers is None else numbers,
         kernels=kernels(filters),
-        usual=Usual(zeros, zeros + 0.5, zeros + 1),
+        statistics=ActivationStatistics(zeros, zeros + 0.5, zeros + 1),
         grid=(maps.shape[2], maps.shape[3]),
         gradients=None,
     )
@@ -46,9 +46,9 @@ def regions(masks: Tensor, concepts: Tensor) -> Regions:
 def dissected(names: tuple[str, ...], *scenes: tuple[Tensor, Tensor, Tensor]) -> Dissection:
     """What is found in batches of maps, masks and concepts."""
     dissection = Dissection(names)
-    dissection.begin({"layer": kernels(scenes[0][0].shape[1])})
+    dissection.reset({"layer": kernels(scenes[0][0].shape[1])})
     for maps, masks, concepts in scenes:
-        dissection.observe(sight(maps))(regions(masks, concepts))
+        dissection.update(sight(maps))(regions(masks, concepts))
     return dissection
 
 
@@ -87,7 +87,7 @@ def test_batches_add_up(generator: torch.Generator) -> None:
     some = (slice(4, 6), slice(0, 1), slice(1, 4))
     parts = dissected(names, *((maps[part], masks[part], concepts[part]) for part in some))
     assert whole.best(whole.iou("layer")) == parts.best(parts.iou("layer"))
-    for one, other in zip(whole.tallies(), parts.tallies(), strict=True):
+    for one, other in zip(whole.state(), parts.state(), strict=True):
         assert one.dtype == torch.int64
         assert torch.equal(one, other)
 
@@ -103,19 +103,19 @@ def test_masks_are_brought_to_the_maps() -> None:
 
 def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
     model = make_network("grouped")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     group = wiring.groups["stem.0"]
     parts = kernels_of(wiring, tensors_of(model))
     assert parts["stem.0"].channel.tolist() == [0, 1, 2, 0, 1, 2]
     dissection = Dissection(("sky", "road"))
-    dissection.begin(parts)
+    dissection.reset(parts)
     masks = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
     masks[:, 0, 0], masks[:, 1, 1] = True, True
     maps = torch.zeros(1, 6, 2, 2)
     maps[:, :2, 0, 0] = 1.0  # half of the first concept
     maps[:, 4, 1] = 1.0  # the second concept, whole; filters 2 and 5 see nothing
-    seen = replace(sight(maps), part="stem.0", kernels=parts["stem.0"])
-    dissection.observe(seen)(regions(masks, torch.tensor([[0, 1]])))
+    seen = replace(sight(maps), tap="stem.0", kernels=parts["stem.0"])
+    dissection.update(seen)(regions(masks, torch.tensor([[0, 1]])))
     assert dissection.best(dissection.iou_by_channel(group)) == [
         FilterConcept("sky", 0.5),
         FilterConcept("road", 1.0),
@@ -135,9 +135,9 @@ def maps_with(largest: Tensor) -> Tensor:
 def top_of(count: int, *batches: tuple[Tensor, Tensor]) -> TopImages:
     """What is found in batches of largest activations and numbers."""
     top = TopImages(count)
-    top.begin({"layer": kernels(batches[0][0].shape[1])})
+    top.reset({"layer": kernels(batches[0][0].shape[1])})
     for largest, numbers in batches:
-        top.observe(sight(maps_with(largest), numbers))
+        top.update(sight(maps_with(largest), numbers))
     return top
 
 
@@ -153,17 +153,17 @@ def best_by_sorting(largest: Tensor, numbers: Tensor, count: int) -> list[list[i
 def test_top_images_are_those_of_a_sort(count: int, generator: torch.Generator) -> None:
     largest = torch.randint(-3, 4, (12, 5), generator=generator).float()  # with many ties
     numbers = torch.randperm(40, generator=generator)[:12]
-    found = top_of(count, (largest, numbers)).sights("layer").numbers
+    found = top_of(count, (largest, numbers)).top("layer").indices
     assert found.tolist() == best_by_sorting(largest, numbers, count)
     assert found.shape == (5, min(count, 12))
 
 
 def test_between_equal_activations_the_smaller_number_is_kept() -> None:
     ones = torch.ones(4, 1)
-    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).sights("layer").numbers
+    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).top("layer").indices
     assert found.tolist() == [[3, 5]]
     later = top_of(2, (ones[:2], torch.tensor([7, 9])), (ones[:2], torch.tensor([3, 5])))
-    assert later.sights("layer").numbers.tolist() == [[3, 5]]
+    assert later.top("layer").indices.tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 7), (2, 9, 1)])
@@ -172,10 +172,10 @@ def test_top_images_do_not_depend_on_batches_or_their_order(
 ) -> None:
     largest = torch.randint(0, 4, (12, 5), generator=generator).float()
     numbers = torch.arange(12)
-    expected = top_of(4, (largest, numbers)).sights("layer").numbers
+    expected = top_of(4, (largest, numbers)).top("layer").indices
     order = torch.randperm(12, generator=generator)
     parts = [(largest[some], numbers[some]) for some in order.split(list(sizes))]
-    assert torch.equal(top_of(4, *parts).sights("layer").numbers, expected)
+    assert torch.equal(top_of(4, *parts).top("layer").indices, expected)
 
 
 def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
@@ -188,12 +188,12 @@ def test_merging_keeps_the_best_of_all_processes(
 ) -> None:
     largest = torch.randint(0, 4, (12, 5), generator=generator).float()
     numbers = torch.arange(12)
-    expected = top_of(4, (largest, numbers)).sights("layer").numbers
+    expected = top_of(4, (largest, numbers)).top("layer").indices
     for order in itertools.permutations(range(3)):
         own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
         monkeypatch.setattr(distributed, "gathered", gathers(others))
         own.merge()
-        assert torch.equal(own.sights("layer").numbers, expected)
+        assert torch.equal(own.top("layer").indices, expected)
 
 
 def test_where_a_filter_is_active_comes_along(generator: torch.Generator) -> None:
@@ -201,15 +201,15 @@ def test_where_a_filter_is_active_comes_along(generator: torch.Generator) -> Non
     maps = maps_with(largest)
     for parts in ([12], [5, 7]):
         some = zip(largest.split(parts), numbers.split(parts), strict=True)
-        top = top_of(3, *some).sights("layer")
-        for filter_, images in enumerate(top.numbers.tolist()):
+        top = top_of(3, *some).top("layer")
+        for filter_, images in enumerate(top.indices.tolist()):
             assert torch.equal(top.regions[filter_], maps[images, filter_] > 0.5)
             assert top.values[filter_].tolist() == largest[images, filter_].tolist()
 
 
 def test_merging_alone_changes_nothing(generator: torch.Generator) -> None:
     top = top_of(4, (torch.rand(6, 3, generator=generator), torch.arange(6)))
-    before = top.sights("layer").numbers
+    before = top.top("layer").indices
     top.merge()
-    assert torch.equal(top.sights("layer").numbers, before)
-    assert list(top.tallies()) == []
+    assert torch.equal(top.top("layer").indices, before)
+    assert list(top.state()) == []

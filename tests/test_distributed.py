@@ -19,20 +19,23 @@ from torch import Tensor
 from networks import Chain
 from processes import in_group
 from runs import small_config
-from secateur import distributed, runs
 from secateur.config import RunConfig
 from secateur.data import TensorImages, batches
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
-from secateur.evaluate import evaluate
-from secateur.models import Preprocessing
-from secateur.result import read_result
+from secateur.evaluation.evaluate import evaluate
+from secateur.experiments.run import run
+from secateur.pipeline.result import read_result
+from secateur.runtime import distributed
 
 SMALL = Preprocessing(8, 8)
 
 
 def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
-    torch.manual_seed(distributed.share()[0])  # processes must not depend on what they draw
-    result = runs.run(RunConfig.model_validate(config), folder)
+    torch.manual_seed(
+        distributed.rank_and_world_size()[0]
+    )  # processes must not depend on what they draw
+    result = run(RunConfig.model_validate(config), folder)
     return torch.tensor([stage.score.loss for stage in result.stages], dtype=torch.float64)
 
 
@@ -40,7 +43,7 @@ def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
 def test_scores_and_plan_are_those_of_one_process(
     model_file: Path, tmp_path: Path, size: int
 ) -> None:
-    sections = {"polish": {"epochs": 1}} if size == 2 else {}
+    sections = {"distill": {"epochs": 1}} if size == 2 else {}
     config = small_config(model_file, **sections).model_dump(mode="json", exclude_none=True)
     alone, together = tmp_path / "alone", tmp_path / "together"
     run_in_folder(config, alone)
@@ -76,7 +79,7 @@ def score_of(count: int, size: int) -> Tensor:
     model, generator = Chain(), torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 8, 8), generator=generator).to(torch.uint8)
     images = TensorImages(pixels, torch.arange(count) % 5)
-    chunks = distributed.dealt(torch.arange(count).split(size))
+    chunks = distributed.shard(torch.arange(count).split(size))
     try:
         score = evaluate(
             model, (batch for own in chunks for batch in batches(images.take(own), size, SMALL))
@@ -96,16 +99,16 @@ def test_every_image_is_scored_once(count: int, size: int) -> None:
 
 
 def shares() -> Tensor:
-    rank, size = distributed.share()
-    dealt = distributed.dealt(list(range(7)))
-    assert distributed.undealt(dealt) == list(range(7))
-    assert distributed.by_first(lambda: rank) == 0
-    assert distributed.any_of(rank == size - 1)
-    assert distributed.added_up([float(rank), 1.0]) == [sum(range(size)), size]
+    rank, size = distributed.rank_and_world_size()
+    dealt = distributed.shard(list(range(7)))
+    assert distributed.gather_shards(dealt) == list(range(7))
+    assert distributed.on_main_process(lambda: rank) == 0
+    assert distributed.any_process(rank == size - 1)
+    assert distributed.sum_over_processes([float(rank), 1.0]) == [sum(range(size)), size]
     tensor = torch.tensor([rank])
-    distributed.from_first([tensor])
+    distributed.broadcast([tensor])
     assert int(tensor) == 0
-    assert distributed.is_first() == (rank == 0)
+    assert distributed.is_main_process() == (rank == 0)
     return torch.tensor(dealt)
 
 
@@ -153,7 +156,7 @@ def test_a_process_that_is_done_before_the_first_one_is_not_taken_for_failed() -
 @pytest.mark.slow
 def test_the_command_line_runs_under_torchrun(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    runs.run(config, tmp_path / "alone")
+    run(config, tmp_path / "alone")
     (tmp_path / "run.toml").write_text((tmp_path / "alone" / "config.toml").read_text())
     out = tmp_path / "together"
     done = torchrun("prune", "--config", tmp_path / "run.toml", "-o", out)

@@ -15,11 +15,15 @@ from PIL import Image
 from typer.main import get_command
 
 from layouts import random_pixels
-from secateur import cli, data, export, models
+from secateur import data
+from secateur.cli import app
+from secateur.data import preprocessing
+from secateur.integrations import onnx as export
+from secateur.models import zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SMALL = models.Preprocessing(64, 73)
+SMALL = preprocessing.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
 
 
@@ -75,7 +79,7 @@ def test_commands_name_options_that_exist(command: str) -> None:
     assert arguments
     if arguments == ["secateur"]:  # pip install secateur
         return
-    group = get_command(cli.app)
+    group = get_command(app.app)
     name, found, rest = group.resolve_command(  # type: ignore[attr-defined]
         group.make_context("secateur", list(arguments), resilient_parsing=True), arguments
     )
@@ -99,13 +103,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: photos in three classes, and weights for other ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)  # times are not looked at
-    monkeypatch.setattr(models, "preprocessing", lambda _: SMALL)  # a tenth of the pixels
+    monkeypatch.setattr(zoo, "preprocessing", lambda _: SMALL)  # a tenth of the pixels
     for part, count in (("train", 12), ("test", 3)):
         for number, name in enumerate(CLASSES):
             (tmp_path / "photos" / part / name).mkdir(parents=True)
             for place, pixels in enumerate(random_pixels(count, 40, 48, 3, seed=number)):
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{place}.jpg")
-    published = models.load("torchvision:mobilenet_v3_small", num_classes=1000)
+    published = zoo.load("torchvision:mobilenet_v3_small", num_classes=1000)
     torch.save(published.state_dict(), tmp_path / "mobilenet_v3_small-047dcff4.pth")
     return tmp_path
 
@@ -119,12 +123,14 @@ def run_all(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert arguments, command
         monkeypatch.setattr("sys.argv", ["secateur", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         assert not ended.value.code, command
 
 
 def test_the_commands_of_the_readme_are_those_of_the_tutorial() -> None:
-    tutorial = [" ".join(each.split()) for each in commands(ROOT / "docs" / "tutorial" / "first_prune.md")]
+    tutorial = [
+        " ".join(each.split()) for each in commands(ROOT / "docs" / "tutorial" / "first_prune.md")
+    ]
     readme = [" ".join(each.split()) for each in commands(ROOT / "README.md")]
     assert len(readme) > 4
     assert [command for command in tutorial if command in readme] == readme
@@ -134,15 +140,17 @@ def test_the_commands_of_the_readme_are_those_of_the_tutorial() -> None:
 def test_the_commands_of_the_tutorial(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_all(ROOT / "docs" / "tutorial" / "first_prune.md", monkeypatch)
     (example,) = (
-        block.text for block in blocks(ROOT / "docs" / "tutorial" / "first_prune.md") if block.language == "python"
+        block.text
+        for block in blocks(ROOT / "docs" / "tutorial" / "first_prune.md")
+        if block.language == "python"
     )
     names: dict[str, torch.nn.Module] = {}
     exec(compile(example, "tutorial.md", "exec"), names)
     images = data.load(f"folder:{workplace / 'photos'}").test
-    prepare = models.preprocessing("torchvision:mobilenet_v3_small")
+    prepare = zoo.preprocessing("torchvision:mobilenet_v3_small")
     pixels = prepare.normalise(images.read(torch.arange(3), prepare))
     assert len(list((workplace / "charts").glob("*.png"))) == 4
-    assert (workplace / "runs" / "tuned" / "model.onnx").is_file()
+    assert (workplace / "runs" / "finetuned" / "model.onnx").is_file()
     assert names["network"](pixels).shape == (3, len(CLASSES))
 
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from secateur.data import Batch
+from secateur.data.batches import check_labels
 from secateur.errors import DataError, UsageError
-from secateur.evaluate import LATENCY_BATCH, check_labels, count_macs, evaluate, latency_ms
+from secateur.evaluation.evaluate import count_macs, evaluate
+from secateur.evaluation.timing import LATENCY_BATCH, latency_ms
 
 
 class Table(nn.Module):

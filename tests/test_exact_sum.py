@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import DataError
-from secateur.exact_sum import FINE, ExactSum
+from secateur.scoring.exact_sum import FINE, ExactSum
 
 NUMBERS = st.lists(
     st.floats(-1e9, 1e9, allow_nan=False, allow_subnormal=False), min_size=1, max_size=20

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from networks import make_network, random_images, random_plan, wired
-from secateur import export
 from secateur.errors import ExportError, UsageError, WriteError
-from secateur.export import compare_latency, export_onnx
-from secateur.surgery import apply_plan, relative_error
+from secateur.evaluation.divergence import relative_error
+from secateur.integrations import onnx as export
+from secateur.integrations.onnx import compare_latency, export_onnx
+from secateur.pruning.apply import apply_plan
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

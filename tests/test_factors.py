@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
 from scenes import context_of, part_of, scene_of
-from secateur import distributed
-from secateur.concepts import Scene
-from secateur.concepts import factors as module
-from secateur.concepts.factors import Factors, strongest
+from secateur.data.concept_masks import UNLABELLED
 from secateur.errors import DataError, UsageError
-from secateur.regions import ABSENT
+from secateur.runtime import distributed
+from secateur.scoring.concepts import ConceptInput
+from secateur.scoring.concepts import factors as module
+from secateur.scoring.concepts.factors import Factors, strongest
 
 pytest.importorskip("sklearn")
 
@@ -37,10 +37,12 @@ def factors_of(channels: int, argument: str = "3") -> Factors:
     return Factors(context_of(Wide(channels).eval(), argument))
 
 
-def scene(value: Tensor, numbers: Tensor | None = None) -> Scene:
+def scene(value: Tensor, numbers: Tensor | None = None) -> ConceptInput:
     count = len(value)
     numbers = torch.arange(count) if numbers is None else numbers
-    return Scene(random_images(count), numbers, None, None, value, torch.zeros(count, CLASSES))
+    return ConceptInput(
+        random_images(count), numbers, None, None, value, torch.zeros(count, CLASSES)
+    )
 
 
 def mixture(
@@ -153,7 +155,7 @@ def test_a_factor_that_is_nowhere_strongest_is_absent() -> None:
     value = torch.zeros(2, 4, 2, 2)
     value[0, 1] = 1.0
     found = factors.find(scene(value))
-    assert found.concepts.tolist() == [[ABSENT, 1, ABSENT], 3 * [ABSENT]]
+    assert found.concepts.tolist() == [[UNLABELLED, 1, UNLABELLED], 3 * [UNLABELLED]]
     assert found.masks[0, 1].all()
     assert int(found.masks.sum()) == 4
 
@@ -246,7 +248,7 @@ def _few(value: Tensor) -> Tensor:
     [
         (_nothing, DataError, "no positive, finite values to find factors in"),
         (_infinite, DataError, "no positive, finite values to find factors in"),
-        (_few, UsageError, "factors:3 needs more probe images: 2 rows are too few"),
+        (_few, UsageError, "factors:3 needs more calibration images: 2 rows are too few"),
     ],
 )
 def test_maps_without_parts_are_an_error(

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from secateur import models
-from secateur.config import TrainingSection
+from secateur.config import Budget, TrainingSection
 from secateur.data import TensorImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UsageError
-from secateur.features import difference, observed, residual_sums
-from secateur.models import Preprocessing
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan
-from secateur.training import train
+from secateur.graph.build import build_dependency_graph
+from secateur.models import zoo
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
+from secateur.training.feature_distillation import difference, observed, residual_sums
+from secateur.training.trainer import train
 
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
 EXAMPLE = torch.zeros(2, 3, 32, 32)
@@ -25,17 +25,17 @@ EXAMPLE = torch.zeros(2, 3, 32, 32)
 
 @pytest.fixture
 def network() -> nn.Module:
-    return models.load("resnet20", num_classes=10).eval()
+    return zoo.load("resnet20", num_classes=10).eval()
 
 
 def test_every_block_of_a_residual_network_has_one(network: nn.Module) -> None:
-    sums = residual_sums(make_wiring(network, EXAMPLE), {})
+    sums = residual_sums(build_dependency_graph(network, EXAMPLE), {})
     assert [each.module for each in sums] == BLOCKS
     assert [len(each.kept) for each in sums] == 3 * [16] + 3 * [32] + 3 * [64]
 
 
 def test_channels_that_go_do_not_count(network: nn.Module) -> None:
-    wiring = make_wiring(network, EXAMPLE, cut_stream=True)
+    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
     sums = residual_sums(wiring, dict.fromkeys(wiring.groups, (0, 5)))
     # The stream of the first stage goes on in the middle of the next ones, which pad it with zeros.
     for each in sums:
@@ -48,9 +48,9 @@ def test_channels_that_go_do_not_count(network: nn.Module) -> None:
 def test_the_difference_is_that_of_the_channels_that_stay(
     network: nn.Module, generator: torch.Generator
 ) -> None:
-    wiring = make_wiring(network, EXAMPLE, cut_stream=True)
+    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
     removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0, 1))
-    plan = PruningPlan(removed, Target("filters", 0.9), "l1")
+    plan = PruningPlan(removed, Budget("filters", 0.9), "l1")
     smaller = apply_plan(network, wiring, plan).eval()
     sums = residual_sums(wiring, removed)
     images = torch.rand(4, 3, 32, 32, generator=generator)
@@ -72,7 +72,7 @@ def test_a_network_is_held_to_the_feature_maps_of_its_teacher(
 ) -> None:
     pixels = torch.randint(256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
     images = TensorImages(pixels, torch.zeros(64, dtype=torch.int64))
-    sums = residual_sums(make_wiring(network, EXAMPLE), {})
+    sums = residual_sums(build_dependency_graph(network, EXAMPLE), {})
     settings = TrainingSection(
         epochs=3,
         batch_size=16,

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
 from secateur.errors import TraceError
-from secateur.graph import Walk, evaluating, operation_name, run, tensors_of, trace
-from secateur.surgery import relative_error
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.interpreter import GraphInterpreter, run
+from secateur.graph.trace import operation_name, trace
+from secateur.runtime.module_state import evaluating, tensors_of
 
 
 class Forward(nn.Module):
@@ -241,8 +243,8 @@ def test_taps_see_and_replace_values() -> None:
     assert seen[0].shape == (3, 6, 8, 8)
     assert float(seen[0].min()) == 0
     assert torch.equal(run(graph, state, images, after={relu: lambda value: value + 0}), plain)
-    walk = Walk(graph, state, images)
-    walk.advance(instead={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
+    walk = GraphInterpreter(graph, state, images)
+    walk.advance(overrides={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
     assert walk.value(graph.output).shape == (3, 7)
     assert not walk.value(graph.output).any()
     again = run(graph, state, images, after={relu: torch.zeros_like})
@@ -252,7 +254,7 @@ def test_taps_see_and_replace_values() -> None:
 def test_a_walk_step_by_step_arrives_where_a_run_does() -> None:
     model, wiring = wired("residual")
     graph, state, images = wiring.graph, tensors_of(model), random_images()
-    walk = Walk(graph, state, images)
+    walk = GraphInterpreter(graph, state, images)
     for node in graph.nodes:
         if node.op == "call_function":
             value = walk.step(node)
@@ -264,9 +266,9 @@ def test_a_fork_does_not_disturb_the_walk_it_left() -> None:
     model, wiring = wired("residual")
     graph, state, images = wiring.graph, tensors_of(model), random_images()
     relus = [node for node in graph.nodes if operation_name(node) == "relu"]
-    walk = Walk(graph, state, images)
+    walk = GraphInterpreter(graph, state, images)
     walk.advance(relus[1])
-    fork = walk.fork()
+    fork = walk.copy()
     fork.advance(after={relus[1]: torch.zeros_like})
     walk.advance()
     assert torch.equal(walk.value(graph.output), run(graph, state, images))
@@ -277,7 +279,7 @@ def test_parameters_are_looked_up_when_they_are_used() -> None:
     model, wiring = wired("chain")
     graph, images = wiring.graph, random_images()
     state = dict(tensors_of(model))
-    walk = Walk(graph, state, images)
+    walk = GraphInterpreter(graph, state, images)
     walk.advance(next(node for node in graph.nodes if operation_name(node) == "linear"))
     state["linear.weight"] = torch.zeros_like(state["linear.weight"])
     walk.advance()
@@ -287,7 +289,7 @@ def test_parameters_are_looked_up_when_they_are_used() -> None:
 def test_values_that_nobody_needs_any_more_are_dropped() -> None:
     model, wiring = wired("shared")
     relu = next(node for node in wiring.graph.nodes if operation_name(node) == "relu")
-    walk = Walk(wiring.graph, tensors_of(model), random_images())
+    walk = GraphInterpreter(wiring.graph, tensors_of(model), random_images())
     walk.step(relu)
     assert walk.value(relu).shape == (3, 5, 8, 8)
     walk.advance()

@@ -16,16 +16,21 @@ from torch import nn
 
 from fault_case import Case
 from networks import Chain, random_images
-from secateur import apply_plan, bundle, make_wiring, models, pipeline, repair, runs
-from secateur.config import RefitSection
+from secateur import apply_plan, build_dependency_graph
+from secateur.config import Budget, RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
-from secateur.evaluate import Score
-from secateur.fingerprints import architecture_hash, weights_hash
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.result import RESULT, has_collapsed, read_result
-from secateur.training import Epoch
-from secateur.wiring import Wiring
+from secateur.evaluation.evaluate import Score
+from secateur.experiments import run as runs
+from secateur.experiments import run_folder
+from secateur.graph.dependency import DependencyGraph
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.result import RESULT, has_collapsed, read_result
+from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.pruning.refit import refit_and_check
+from secateur.runtime.hashing import architecture_hash, weights_hash
+from secateur.training.trainer import Epoch
 
 
 @pytest.fixture
@@ -38,12 +43,12 @@ def case(tmp_path: Path) -> Case:
 # --- the better one stays ----------------------------------------------------------------------
 
 
-def chain_and_cut() -> tuple[nn.Module, nn.Module, Wiring, PruningPlan, list[Batch]]:
+def chain_and_cut() -> tuple[nn.Module, nn.Module, DependencyGraph, PruningPlan, list[Batch]]:
     model = Chain().eval()
     images = random_images(48)
-    wiring = make_wiring(model, images[:4])
+    wiring = build_dependency_graph(model, images[:4])
     scores = {name: torch.arange(float(len(group))) for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Target("macs", 0.6), "test")
+    plan = make_plan(scores, wiring, Budget("macs", 0.6), "test")
     parts = torch.arange(48).split(12)
     batches = [Batch(images[part], torch.zeros(len(part)).long(), part) for part in parts]
     return model, apply_plan(model, wiring, plan), wiring, plan, batches
@@ -59,17 +64,19 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
                 parameter.mul_(-3.0)
         return ()
 
-    settings = RefitSection(norms=False)
+    settings = RefitSection(recalibrate_batchnorm=False)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
     with monkeypatch.context() as patch:
-        patch.setattr(repair, "refit", spoil)
-        found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+        patch.setattr(refit_and_check, "refit", spoil)
+        found = refit_and_check.refit_and_check(
+            model, smaller, wiring, plan, settings, *parts, seed=0
+        )
     assert found.check is not None
     assert not found.check.is_kept
     assert found.check.divergence_refit > found.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert found.check.is_kept
     assert found.check.divergence_refit < found.check.divergence_cut
@@ -84,10 +91,10 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
             next(smaller.parameters()).fill_(float("nan"))
         return ()
 
-    monkeypatch.setattr(repair, "refit", spoil)
+    monkeypatch.setattr(refit_and_check, "refit", spoil)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
-    settings = RefitSection(norms=False)
-    found = repair.repair(model, smaller, wiring, plan, settings, *parts, seed=0)
+    settings = RefitSection(recalibrate_batchnorm=False)
+    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
@@ -134,8 +141,8 @@ def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
     after = load_file(run / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert result.tuning is not None
-    assert result.tuning.kept == "start"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "start"
     assert result.stages[-1].score == result.stages[-2].score
     (notice,) = result.notices
     assert "has broken the network (the validation images fell from 90.00 to 40.00 %" in notice
@@ -155,8 +162,8 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
     (run / RESULT).write_text(changed.model_dump_json())
     monkeypatch.setattr(pipeline, "has_collapsed", lambda before, epochs: True)
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
-    assert result.tuning is not None
-    assert result.tuning.kept == "start"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "start"
     assert result.stages[-1].score == came
 
 
@@ -169,7 +176,7 @@ def test_a_finished_run_is_not_gone_on_with_by_other_rules(case: Case) -> None:
         runs.run(changed.model_copy(update={"finetune": other}), run, resume=True)
     same = changed.finetune.model_copy(update={"workers": 0, "checkpoint_minutes": 1.0})
     again = runs.run(changed.model_copy(update={"finetune": same}), run, resume=True)
-    assert again.tuning is not None
+    assert again.finetuning is not None
 
 
 def test_a_small_fall_is_said_and_the_last_epoch_stays(
@@ -179,8 +186,8 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
     runs.run(case.config(epochs=0), run)
     monkeypatch.setattr(pipeline, "evaluate", first_grades(0.9, 0.85))
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
-    assert result.tuning is not None
-    assert result.tuning.kept == "last"
+    assert result.finetuning is not None
+    assert result.finetuning.kept == "last"
     (notice,) = result.notices
     assert "fell from 90.00 to 85.00 %" in notice
     assert "--keep best" in notice
@@ -206,16 +213,16 @@ def test_a_plan_does_not_cut_another_architecture() -> None:
     assert plan.architecture is not None
     other = nn.Sequential(model, nn.Identity())  # the same layers under other names
     with pytest.raises(RunFolderError, match="made for another network"):
-        apply_plan(other, make_wiring(other, random_images(4)), plan)
-    by_hand = PruningPlan(plan.removed, plan.target, plan.criterion)
+        apply_plan(other, build_dependency_graph(other, random_images(4)), plan)
+    by_hand = PruningPlan(plan.removed, plan.budget, plan.criterion)
     with pytest.raises(RunFolderError, match="can't lose filters of"):
-        apply_plan(other, make_wiring(other, random_images(4)), by_hand)
+        apply_plan(other, build_dependency_graph(other, random_images(4)), by_hand)
 
 
 def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:
     plan = replace(chain_and_cut()[3], weights="abc")
     assert PruningPlan.from_json(plan.to_json()) == plan
-    older = PruningPlan(plan.removed, plan.target, plan.criterion)
+    older = PruningPlan(plan.removed, plan.budget, plan.criterion)
     assert "architecture" not in older.to_json()
     assert PruningPlan.from_json(older.to_json()) == older
 
@@ -223,7 +230,7 @@ def test_a_plan_keeps_its_hashes_in_json_and_older_ones_are_read() -> None:
 def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case) -> None:
     torch.manual_seed(3)
     weights = case.folder / "base.safetensors"
-    save_file(models.load(case.model_name, num_classes=3).state_dict(), weights)
+    save_file(zoo.load(case.model_name, num_classes=3).state_dict(), weights)
     config = case.config(epochs=0)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"weights": str(weights)})}
@@ -235,7 +242,7 @@ def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case
         runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
     with pytest.raises(RunFolderError, match="made from other weights"):
         runs.report(run, model_name=case.model_name, images=8)
-    bundle.load(run, architecture=models.load(case.model_name, num_classes=3))  # any will do
+    run_folder.load(run, architecture=zoo.load(case.model_name, num_classes=3))  # any will do
 
 
 def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
@@ -259,7 +266,7 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     (run / "result.json").write_text(changed)
     runs.report(run, model_name=moved, images=8)
     assert not (run / "ran").exists()
-    runs.finetune(run, case.folder / "tuned", {"epochs": 1}, model_name=moved)
+    runs.finetune(run, case.folder / "finetuned", {"epochs": 1}, model_name=moved)
     assert not (run / "ran").exists()
 
 

@@ -11,11 +11,12 @@ import torch
 import torchvision
 
 from layouts import prune_briefly, random_pixels, write_classes, write_image
-from secateur import data, models
+from secateur import data
 from secateur.data import FileImages
 from secateur.data.imagenet import class_names
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
-from secateur.models import Preprocessing
+from secateur.models import zoo
 
 WNIDS = list(class_names())
 SOME = ["n01440764", "n02102040", "n03888257"]
@@ -110,7 +111,7 @@ def test_labels_are_numbers_among_the_thousand(tmp_path: Path) -> None:
     for part, count in ((dataset.train, 5), (dataset.validation, 1), (dataset.test, 2)):
         assert part.labels.unique().tolist() == THEIR_NUMBERS
         assert part.labels.unique(return_counts=True)[1].tolist() == 3 * [count]
-    probe = data.draw_probe(dataset.train, 7)
+    probe = data.draw_calibration_images(dataset.train, 7)
     assert sorted(probe.labels.unique(return_counts=True)[1].tolist()) == [2, 2, 3]
 
 
@@ -203,7 +204,7 @@ def test_the_staged_part_of_imagenette(shared_data: Path, tmp_path: Path) -> Non
         assert isinstance(part, FileImages)
         for path, label in zip(part.paths, part.labels.tolist(), strict=True):
             assert listed[path.name] == (label, dataset.class_names[label])
-    preprocessing = models.preprocessing("torchvision:resnet18")
+    preprocessing = zoo.preprocessing("torchvision:resnet18")
     assert dataset.test.read(torch.tensor([0, 499]), preprocessing).shape == (2, 3, 224, 224)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from processes import context
-from secateur.interrupts import INTERRUPTED, held, insisting
+from secateur.runtime.signals import INTERRUPTED, defer_signals, repeat_signals
 
 
 def swallowed_once() -> None:
@@ -43,7 +43,7 @@ def made_another_error() -> None:
 
 
 def held_for_a_while(place: Path) -> None:
-    with held() as interrupts:
+    with defer_signals() as interrupts:
         for _ in range(60):
             time.sleep(0.05)
         (place / "done").write_text(str(interrupts.is_pending))
@@ -59,7 +59,7 @@ def work(job: str, place: Path) -> None:
         "held": lambda: held_for_a_while(place),
     }
     try:
-        with insisting():
+        with repeat_signals():
             (place / "there").touch()
             jobs[job]()
     except KeyboardInterrupt:
@@ -91,6 +91,6 @@ def test_the_process_ends_in_time(
 
 def test_handlers_are_those_of_before() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with insisting(), held():
+    with repeat_signals(), defer_signals():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,4 +1,4 @@
-"""The latency that is foretold from given times; none is measured here, see `test_timing`."""
+"""The latency that is predicted from given times; none is measured here, see `test_timing`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from networks import wired
+from secateur.config import Budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.latency import (
+from secateur.graph.dependency import DependencyGraph, Removed
+from secateur.pruning.cost.latency_model import (
     Hardware,
     Interpolation,
     LatencyTable,
@@ -19,8 +21,7 @@ from secateur.latency import (
     other_values,
     widths_of,
 )
-from secateur.plan import Target, make_plan
-from secateur.wiring import Removed, Wiring
+from secateur.pruning.plan import make_plan
 
 HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
 
@@ -33,18 +34,18 @@ def bilinear_times(
     layer: str = "conv", read: tuple[int, ...] = (1, 8, 64), written: tuple[int, ...] = (2, 24, 48)
 ) -> LayerTimes:
     ms = tuple(tuple(bilinear(r, w) for w in written) for r in read)
-    return LayerTimes(layer=layer, read=read, written=written, ms=ms)
+    return LayerTimes(layer=layer, read=read, produced=written, ms=ms)
 
 
-def table_of(wiring: Wiring) -> LatencyTable:
+def table_of(wiring: DependencyGraph) -> LatencyTable:
     """Times that are in proportion to the multiply-accumulates of a position."""
     layers = []
     for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True):
         read = 1 if isinstance(widths.read, int) else len(widths.read)
-        written = 1 if isinstance(widths.written, int) else len(widths.written)
+        written = 1 if isinstance(widths.produced, int) else len(widths.produced)
         reads, writes = tuple(sorted({1, read})), tuple(sorted({1, written}))
         ms = tuple(tuple(0.001 * r * w for w in writes) for r in reads)
-        layers.append(LayerTimes(layer=layer.name, read=reads, written=writes, ms=ms))
+        layers.append(LayerTimes(layer=layer.name, read=reads, produced=writes, ms=ms))
     return LatencyTable(
         hardware=HARDWARE,
         batch=16,
@@ -105,7 +106,7 @@ def test_a_plan_meets_a_target_of_latency(fraction: float, generator: torch.Gene
     wiring = wired("residual", True)[1]
     table = table_of(wiring)
     scores = {n: torch.randn(len(g), generator=generator) for n, g in wiring.groups.items()}
-    target = Target("latency", fraction)
+    target = Budget("latency", fraction)
     plan = make_plan(scores, wiring, target, "random", latency=table)
     predict = milliseconds(table, wiring)
     assert 0.5 * fraction < predict(plan.removed) / predict({}) <= fraction
@@ -115,9 +116,9 @@ def test_a_target_of_latency_needs_times_and_can_be_out_of_reach() -> None:
     wiring = wired("chain")[1]
     scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
     with pytest.raises(UsageError, match="needs times of the network's layers"):
-        make_plan(scores, wiring, Target("latency", 0.5), "random")
+        make_plan(scores, wiring, Budget("latency", 0.5), "random")
     with pytest.raises(TargetError, match=r"latency=1e-05 is out of reach"):
-        make_plan(scores, wiring, Target("latency", 1e-5), "random", latency=table_of(wiring))
+        make_plan(scores, wiring, Budget("latency", 1e-5), "random", latency=table_of(wiring))
 
 
 def test_a_table_of_another_network_is_refused() -> None:

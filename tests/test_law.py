@@ -13,34 +13,38 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from runs import small_config
-from secateur import law, pipeline, runs
+from secateur.config import Budget
 from secateur.errors import CutError, NotFiniteError
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, relative_error
-from secateur.wiring import Wiring
+from secateur.evaluation.divergence import relative_error
+from secateur.experiments.run import run
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.pipeline.prune import load_inputs
+from secateur.pruning import equivalence as law
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 
 
-def plan_of(wiring: Wiring) -> PruningPlan:
+def plan_of(wiring: DependencyGraph) -> PruningPlan:
     """One filter of every group."""
     removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0,))
-    return PruningPlan(removed, Target("filters", 0.9), "none")
+    return PruningPlan(removed, Budget("filters", 0.9), "none")
 
 
 @pytest.fixture
-def wired() -> tuple[nn.Module, Wiring, PruningPlan]:
+def wired() -> tuple[nn.Module, DependencyGraph, PruningPlan]:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     return model, wiring, plan_of(wiring)
 
 
-Wired = tuple[nn.Module, Wiring, PruningPlan]
+Wired = tuple[nn.Module, DependencyGraph, PruningPlan]
 
 
 def test_a_right_cut_passes(wired: Wired) -> None:
     model, wiring, plan = wired
     smaller = apply_plan(model, wiring, plan)
-    assert law.check_law(model, wiring, plan, smaller, random_images(3)) < law.LAW
+    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) < law.TOLERANCE
 
 
 def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,14 +52,14 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
     model, wiring, plan = wired
     wrong = list(plan.removed)[1]
 
-    def cut(model: nn.Module, wiring: Wiring, plan: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, wiring: DependencyGraph, plan: PruningPlan) -> nn.Module:
         removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
-        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
     smaller = cut(model, wiring, plan)
     with pytest.raises(CutError, match=f"without filters of {wrong} the network answers otherwise"):
-        law.check_law(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
 
 
 def test_a_cut_that_only_all_layers_spoil_names_none(
@@ -63,15 +67,15 @@ def test_a_cut_that_only_all_layers_spoil_names_none(
 ) -> None:
     model, wiring, plan = wired
 
-    def cut(model: nn.Module, wiring: Wiring, some: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, wiring: DependencyGraph, some: PruningPlan) -> nn.Module:
         removed = some.removed
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
-        return apply_plan(model, wiring, PruningPlan(removed, plan.target, plan.criterion))
+        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
     with pytest.raises(CutError, match="of all layers together"):
-        law.check_law(model, wiring, plan, cut(model, wiring, plan), random_images(3))
+        law.check_equivalence(model, wiring, plan, cut(model, wiring, plan), random_images(3))
 
 
 def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +89,7 @@ def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.Mon
         return 0.01 if expected.dtype == torch.float32 else error
 
     monkeypatch.setattr(law, "relative_error", in_float32)
-    assert law.check_law(model, wiring, plan, smaller, random_images(3)) == 0.01
+    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) == 0.01
 
 
 def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
@@ -95,7 +99,7 @@ def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
         next(smaller.parameters()).fill_(torch.nan)
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(CutError):
-        law.check_law(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -126,7 +130,7 @@ class Overflows(nn.Module):
 
 def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
     model = Overflows()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     law.check_finite(model, wiring, random_images(2))
     with torch.no_grad():
         model.first.weight.fill_(1e30)
@@ -137,7 +141,7 @@ def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
 
 def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
-    _, model = pipeline.load_inputs(config)
+    _, model = load_inputs(config)
     state: Mapping[str, Tensor] = model.state_dict()
     save_file(
         {**state, "conv1.weight": state["conv1.weight"] * torch.nan}, tmp_path / "nan.safetensors"
@@ -148,5 +152,5 @@ def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:
         }
     )
     with pytest.raises(NotFiniteError, match=r"conv1\.weight"):
-        runs.run(broken, tmp_path / "run")
+        run(broken, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import dissection as bench
 from literal_dissection import ABSENT, ExactThresholds, LiteralTally
-from secateur.criteria import Kernels, Regions, Sight
-from secateur.dissection import Dissection
-from secateur.regions import ConceptMasks
-from secateur.thresholds import Usual, UsualTally
+from secateur.data.concept_masks import ConceptMasks
+from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
+from secateur.scoring.dissection import Dissection
+from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
 from tables import with_table
 
 SEEDS = st.integers(0, 2**31)
@@ -38,22 +38,22 @@ def kernels_of(filters: int) -> Kernels:
 
 
 def dissected(
-    maps: Tensor, masks: Tensor, concepts: Tensor, usual: Usual, batches: list[slice]
+    maps: Tensor, masks: Tensor, concepts: Tensor, usual: ActivationStatistics, batches: list[slice]
 ) -> Dissection:
     filters = maps.shape[1]
     found = Dissection(NAMES)
-    found.begin({"layer": kernels_of(filters)})
+    found.reset({"layer": kernels_of(filters)})
     for batch in batches:
-        seen = Sight(
-            part="layer",
+        seen = FeatureBatch(
+            tap="layer",
             maps=maps[batch],
-            numbers=torch.arange(len(maps))[batch],
+            indices=torch.arange(len(maps))[batch],
             kernels=kernels_of(filters),
-            usual=usual,
+            statistics=usual,
             grid=(1, 1),
             gradients=None,
         )
-        vote = found.observe(seen)
+        vote = found.update(seen)
         vote(Regions(ConceptMasks(masks[batch], concepts[batch])))
     return found
 
@@ -82,7 +82,7 @@ def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
 ) -> None:
     maps, masks, concepts = scene(seed, images, 3, (height, width), (height, width))
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
-    usual = UsualTally(3, height * width)
+    usual = ActivationStatisticsTally(3, height * width)
     usual.add(maps)
     found = dissected(
         maps, masks, concepts, usual.finish(quantile), [slice(0, 1), slice(1, images)]
@@ -104,7 +104,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     size = (height * factor, width * factor)
     maps, masks, concepts = scene(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
-    usual = Usual(thresholds, thresholds, thresholds)
+    usual = ActivationStatistics(thresholds, thresholds, thresholds)
     found = dissected(maps, masks, concepts, usual, [slice(0, 3)])
     assert torch.equal(found.iou("layer"), tally.iou)
 
@@ -112,7 +112,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
     maps, masks, concepts = scene(3, 2, 3, (8, 8), (2, 2))
     thresholds = torch.full((3,), 5.0)
-    usual = Usual(thresholds, thresholds, thresholds)
+    usual = ActivationStatistics(thresholds, thresholds, thresholds)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
     found = dissected(maps, masks, concepts, usual, [slice(0, 2)])
     expected = dissected(maps, fine, concepts, usual, [slice(0, 2)])

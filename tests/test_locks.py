@@ -16,16 +16,17 @@ import pytest
 from fault_case import FailingDisk
 from processes import started
 from runs import DigitsRun, small_config
-from secateur import runs, sweep
-from secateur.base import BaseConfig, train_base
-from secateur.comparison import Comparison
 from secateur.config import from_dict
 from secateur.errors import RunFolderError
-from secateur.locks import locked
+from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.spec import BenchmarkSpec
+from secateur.experiments.run import finetune, run
+from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.runtime.file_lock import lock_folder
 
 
 def hold(folder: Path, noted: Path) -> None:
-    with locked(folder):
+    with lock_folder(folder):
         noted.touch()
         time.sleep(60)
 
@@ -42,7 +43,7 @@ def holder(tmp_path: Path) -> Iterator[BaseProcess]:
 
 
 def prune(folder: Path, model_file: Path) -> None:
-    runs.run(small_config(model_file), folder)
+    run(small_config(model_file), folder)
 
 
 def train(folder: Path, model_file: Path) -> None:
@@ -52,7 +53,7 @@ def train(folder: Path, model_file: Path) -> None:
 
 def compare(folder: Path, model_file: Path) -> None:
     content = {"networks": [{"name": f"{model_file}:small"}], "data": {"source": "digits"}}
-    sweep.compare(from_dict(content, Comparison), folder)
+    sweep.run_benchmark(from_dict(content, BenchmarkSpec), folder)
 
 
 @pytest.mark.parametrize("work", [prune, train, compare])
@@ -68,15 +69,15 @@ def test_the_second_is_refused(
     assert sorted(tmp_path.iterdir()) == before
     holder.kill()
     holder.join()
-    with locked(tmp_path / "run"):  # what was killed holds nothing
+    with lock_folder(tmp_path / "run"):  # what was killed holds nothing
         pass
     assert not (tmp_path / ".run.lock").exists()
 
 
 def test_fine_tuning_holds_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
-    for held in (digits_run.folder, tmp_path / "tuned"):
-        with locked(held), pytest.raises(RunFolderError, match="another run is at work"):
-            runs.finetune(digits_run.folder, tmp_path / "tuned", {"epochs": 1})
+    for held in (digits_run.folder, tmp_path / "finetuned"):
+        with lock_folder(held), pytest.raises(RunFolderError, match="another run is at work"):
+            finetune(digits_run.folder, tmp_path / "finetuned", {"epochs": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,16 +85,20 @@ def test_a_folder_has_one_lock_by_whatever_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with locked(Path("run")), pytest.raises(RunFolderError), locked(tmp_path / "x" / ".." / "run"):
+    with (
+        lock_folder(Path("run")),
+        pytest.raises(RunFolderError),
+        lock_folder(tmp_path / "x" / ".." / "run"),
+    ):
         pass
-    with locked(tmp_path / "one"), locked(tmp_path / "two"):
+    with lock_folder(tmp_path / "one"), lock_folder(tmp_path / "two"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".one.lock", ".two.lock"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_file_elsewhere_is_made_through_a_link(tmp_path: Path) -> None:
     (tmp_path / ".run.lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunFolderError, match="can't write beside"), locked(tmp_path / "run"):
+    with pytest.raises(RunFolderError, match="can't write beside"), lock_folder(tmp_path / "run"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
@@ -102,7 +107,7 @@ def come_and_go(folder: Path, noted: Path) -> None:
     ends = time.monotonic() + 2
     with noted.open("w") as file:
         while time.monotonic() < ends:
-            with contextlib.suppress(RunFolderError), locked(folder):
+            with contextlib.suppress(RunFolderError), lock_folder(folder):
                 begin = time.monotonic()
                 time.sleep(0.002)
                 print(begin, time.monotonic(), file=file)
@@ -131,10 +136,10 @@ def test_a_lock_that_can_not_be_signed_is_let_go_of(tmp_path: Path) -> None:
     with (
         FailingDisk(tmp_path, writes).mounted(),
         pytest.raises(RunFolderError, match="No space left"),
-        locked(tmp_path / "run"),
+        lock_folder(tmp_path / "run"),
     ):
         pass
-    with locked(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         pass
 
 
@@ -152,7 +157,7 @@ def test_a_file_system_without_locks_is_worked_on_without(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.flock", refusing(number))
-    with locked(tmp_path / "run") as descriptor:
+    with lock_folder(tmp_path / "run") as descriptor:
         assert descriptor is None
         assert list(tmp_path.iterdir()) == []
 
@@ -161,5 +166,5 @@ def test_a_lock_that_fails_is_not_taken_for_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.flock", refusing(errno.EIO))
-    with pytest.raises(RunFolderError, match="Input/output error"), locked(tmp_path / "run"):
+    with pytest.raises(RunFolderError, match="Input/output error"), lock_folder(tmp_path / "run"):
         pass

@@ -16,7 +16,7 @@ import torch
 
 from fault_case import SIDE, Case
 from processes import context
-from secateur import heartbeat
+from secateur.runtime import watchdog
 
 SIZE = 3
 SHORT_SILENCE = 6.0
@@ -45,7 +45,10 @@ def dying(function: Callable[..., Any], rank: int) -> Callable[..., Any]:
 
 def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     """The command line, as one of several processes that torchrun might have started."""
-    from secateur import cli, pipeline, repair, training
+    from secateur.cli import app
+    from secateur.pipeline import prune as pipeline
+    from secateur.pruning.refit import refit_and_check
+    from secateur.training.trainer import _Run
 
     patch = pytest.MonkeyPatch()
     torch.set_num_threads(1)
@@ -53,31 +56,31 @@ def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(SIZE)}
     os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     if stage == "scoring":
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.survey_filters, rank))
+        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
     elif stage == "refit":
-        patch.setattr(repair, "refit", dying(vars(repair)["refit"], rank))
+        patch.setattr(refit_and_check, "refit", dying(vars(refit_and_check)["refit"], rank))
     elif stage == "training":
-        patch.setattr(training._Run, "_step", dying(training._Run._step, rank))
+        patch.setattr(_Run, "_step", dying(_Run._step, rank))
     elif rank < SIZE - 1:  # the others are busy and don't hear of it
-        patch.setattr(heartbeat, "SILENCE", SHORT_SILENCE)
+        patch.setattr(watchdog, "SILENCE", SHORT_SILENCE)
         patch.setattr(pipeline, "survey_filters", lambda *_, **__: time.sleep(300))
     else:
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.survey_filters, rank))
+        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
     case = Case(folder)
-    data = ["--data", case.source, "--image-size", str(SIDE), "--probe-images", "24"]
+    data = ["--data", case.source, "--image-size", str(SIDE), "--calibration-images", "24"]
     training_options = ["--epochs", "1", "--set", "finetune.batch_size=18"]
     model = ["--model", case.model_name, "--out", str(folder / "run")]
     sys.argv = ["secateur", "prune", *model, *data, *training_options]
-    cli.main()
+    app.main()
 
 
 def test_processes_that_are_started_again_say_it_under_other_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store of `torchrun` still has what those before them said last."""
-    before = heartbeat._key(1)
+    before = watchdog._key(1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert heartbeat._key(1) != before
+    assert watchdog._key(1) != before
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from secateur import models
+from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from secateur.errors import UnknownName, UsageError, WeightsError
-from secateur.models import IMAGENET_MEAN, IMAGENET_STD, load, preprocessing, read_weights
+from secateur.models import cifar, weights, zoo
+from secateur.models.weights import read_weights
+from secateur.models.zoo import load, preprocessing
 
 
 def residual_parameters(depth: int, classes: int) -> int:
@@ -63,7 +65,7 @@ def test_the_number_of_classes_is_the_one_asked_for(name: str) -> None:
 
 
 def test_the_shortcut_pads_with_zeros_on_both_sides() -> None:
-    block = models.BasicBlock(4, 8, stride=2).eval()
+    block = cifar.BasicBlock(4, 8, stride=2).eval()
     assert sum(one.numel() for one in block.parameters()) == 4 * 8 * 9 + 8 * 8 * 9 + 4 * 8
     with torch.no_grad():
         block.bn2.weight.zero_()
@@ -103,7 +105,7 @@ def test_state_dicts_are_read_with_and_without_a_wrapper(
     state, model = tiny().state_dict(), tiny()
     content = state if wrapper is None else {wrapper: state, "epoch": 3, "best": 0.9}
     torch.save(content, tmp_path / f"w{suffix}")
-    models.load_weights(model, tmp_path / f"w{suffix}")
+    weights.load_weights(model, tmp_path / f"w{suffix}")
     assert_same(model, state)
 
 
@@ -115,7 +117,7 @@ def test_the_prefixes_of_parallel_and_compiled_networks_are_taken_off(
 ) -> None:
     state, model = tiny().state_dict(), tiny()
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "w.pth")
-    models.load_weights(model, str(tmp_path / "w.pth"))
+    weights.load_weights(model, str(tmp_path / "w.pth"))
     assert_same(model, state)
 
 
@@ -129,14 +131,14 @@ def test_safetensors_and_the_old_format_are_read(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "old.th", _use_new_zipfile_serialization=False)
     for file in ("w.safetensors", "old.th"):
-        models.load_weights(model, tmp_path / file)
+        weights.load_weights(model, tmp_path / file)
         assert_same(model, state)
 
 
 def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
     state, model = tiny().half().state_dict(), tiny()
     save_file(state, tmp_path / "w.safetensors")
-    models.load_weights(model, tmp_path / "w.safetensors")
+    weights.load_weights(model, tmp_path / "w.safetensors")
     assert model.state_dict()["0.weight"].dtype == torch.float32
     assert torch.equal(model.state_dict()["0.weight"], state["0.weight"].float())
 
@@ -145,7 +147,7 @@ def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
     state = {k: v for k, v in tiny().state_dict().items() if not k.endswith("batches_tracked")}
     save_file(state, tmp_path / "w.safetensors")
     model = tiny()
-    models.load_weights(model, tmp_path / "w.safetensors")
+    weights.load_weights(model, tmp_path / "w.safetensors")
     assert torch.equal(model.state_dict()["1.running_var"], state["1.running_var"])
 
 
@@ -158,7 +160,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
-        models.load_weights(model, tmp_path / "w.safetensors")
+        weights.load_weights(model, tmp_path / "w.safetensors")
     message = str(caught.value)
     assert "don't fit the network" in message
     assert "1 missing: 2.bias" in message
@@ -169,36 +171,36 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_a_head_for_another_number_of_classes_is_said_to_be_that(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    state = models.load("resnet20", num_classes=100).state_dict()
+    state = zoo.load("resnet20", num_classes=100).state_dict()
     save_file(state, path)
     message = r"w\.safetensors tell 100 classes apart, but the data or --num-classes asks for 7$"
     with pytest.raises(WeightsError, match=message):
-        models.load("resnet20", path, num_classes=7)
+        zoo.load("resnet20", path, num_classes=7)
     state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
     save_file(state, path)
     with pytest.raises(WeightsError, match="don't fit the network: 3 misshapen"):
-        models.load("resnet20", path, num_classes=7)
+        zoo.load("resnet20", path, num_classes=7)
     del state["conv1.weight"]
     save_file(state, path)
     with pytest.raises(WeightsError, match=r"don't fit the network: 1 missing: conv1\.weight"):
-        models.load("resnet20", path, num_classes=7)
+        zoo.load("resnet20", path, num_classes=7)
 
 
 def test_a_new_head_is_left_as_it_is_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    state = models.load("resnet20", num_classes=100, seed=3).state_dict()
+    state = zoo.load("resnet20", num_classes=100, seed=3).state_dict()
     save_file(state, path)
-    found = models.load("resnet20", path, num_classes=7, new_head=True).state_dict()
-    untrained = models.load("resnet20", num_classes=7).state_dict()
+    found = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
+    untrained = zoo.load("resnet20", num_classes=7).state_dict()
     for name, tensor in found.items():
         expected = untrained if name.startswith("linear.") else state
         assert torch.equal(tensor, expected[name]), name
-    same = models.load("resnet20", path, num_classes=100, new_head=True).state_dict()
+    same = zoo.load("resnet20", path, num_classes=100, new_head=True).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in same.items())
     state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
     save_file(state, path)
     with pytest.raises(WeightsError, match="3 misshapen"):
-        models.load("resnet20", path, num_classes=7, new_head=True)
+        zoo.load("resnet20", path, num_classes=7, new_head=True)
 
 
 def test_many_wrong_keys_are_cut_short(tmp_path: Path) -> None:
@@ -298,9 +300,9 @@ def test_unknown_names_are_answered_with_near_ones(name: str, message: str) -> N
 
 
 def test_the_names_listed_are_the_names_taken() -> None:
-    listed = models.names()
+    listed = zoo.names()
     assert len(set(listed)) == len(listed)
-    assert set(models.BUILT_IN) < set(listed)
+    assert set(zoo.BUILT_IN) < set(listed)
     assert "torchvision:resnet50" in listed
     assert not any("quantized" in name or "segmentation" in name for name in listed)
 
@@ -469,8 +471,8 @@ def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) ->
 
 
 def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
-    assert preprocessing(f"{network_file}:without") == models.Preprocessing(224, 256)
-    assert preprocessing("nowhere.py:without") == models.Preprocessing(224, 256)
+    assert preprocessing(f"{network_file}:without") == Preprocessing(224, 256)
+    assert preprocessing("nowhere.py:without") == Preprocessing(224, 256)
 
 
 def test_preprocessing_of_an_unknown_network_names_near_ones() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
-from secateur.agreement import agreement_of, answers_of, has_fallen
 from secateur.data import Batch
-from secateur.norms import SHARES, _norms, _reestimated, reestimate_norms
+from secateur.evaluation.divergence import divergence_from, is_smaller, logits_of
+from secateur.pruning.refit.batchnorm import SHARES, _norms, _reestimated, recalibrate_batchnorm
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -58,7 +58,7 @@ def astray(model: Chain, generator: torch.Generator) -> Chain:
 
 
 def distance(model: nn.Module, smaller: nn.Module, batches: list[Batch]) -> float:
-    return agreement_of(answers_of(model, batches), smaller, batches).divergence
+    return divergence_from(logits_of(model, batches), smaller, batches).divergence
 
 
 def test_statistics_are_the_mean_of_those_of_batches_weighed_by_their_images(
@@ -82,7 +82,7 @@ def test_statistics_that_went_astray_come_back(
     model = estimated(Chain().eval(), fit)
     smaller = astray(model, generator)
     before = distance(model, smaller, held_out)
-    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert (change.statistics, change.share) == ("both", 1.0)
     assert change.divergence_before == pytest.approx(before)
@@ -99,7 +99,7 @@ def test_the_held_out_divergence_never_grows(
     randomise_norms(model, generator)
     smaller = astray(model, generator)
     before = distance(model, smaller, held_out)
-    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert change.share in (0.0, *SHARES)
     assert distance(model, smaller, held_out) == pytest.approx(change.divergence_after)
@@ -112,7 +112,7 @@ def test_statistics_that_are_right_stay(
     model = Chain().eval()
     randomise_norms(model, generator)
     smaller = copy.deepcopy(model)
-    change = reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
     assert change.share == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
@@ -122,11 +122,11 @@ def test_a_gain_that_one_image_makes_is_no_gain(generator: torch.Generator) -> N
     before = torch.ones(100).double() + 0.01 * torch.randn(100, generator=generator)
     one_better = before.clone()
     one_better[7] -= 0.9
-    assert not has_fallen(before, one_better)
+    assert not is_smaller(before, one_better)
     all_better = before - 0.009 + 0.01 * torch.randn(100, generator=generator)
-    assert has_fallen(before, all_better)
-    assert not has_fallen(all_better, before)
-    assert not has_fallen(before[:1], before[:1] - 1)
+    assert is_smaller(before, all_better)
+    assert not is_smaller(all_better, before)
+    assert not is_smaller(before[:1], before[:1] - 1)
 
 
 def test_nothing_but_means_and_variances_changes(
@@ -138,7 +138,7 @@ def test_nothing_but_means_and_variances_changes(
     smaller.train()
     smaller.bn2.eval()
     before = copy.deepcopy(smaller.state_dict())
-    reestimate_norms(answers_of(model, held_out), smaller, again(fit), again(held_out))
+    recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert (smaller.bn1.momentum, smaller.bn2.momentum) == (0.3, None)
     assert (smaller.training, smaller.bn1.training, smaller.bn2.training) == (True, True, False)
     changed = {n for n, t in smaller.state_dict().items() if not torch.equal(before[n], t)}
@@ -168,4 +168,4 @@ def test_a_batch_of_one_image_is_left_out() -> None:
 def test_a_network_without_running_statistics_is_left_alone(fit: list[Batch]) -> None:
     norm = nn.BatchNorm2d(3, track_running_stats=False)
     for model in (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nn.Sequential(norm)):
-        assert reestimate_norms((), copy.deepcopy(model), again(fit), again(fit)) is None
+        assert recalibrate_batchnorm((), copy.deepcopy(model), again(fit), again(fit)) is None

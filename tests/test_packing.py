@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from secateur.packing import images_at_a_time
+from secateur.scoring.batching import images_at_a_time
 
 
 def test_images_at_a_time_depend_on_their_size_alone() -> None:

@@ -14,18 +14,22 @@ import torch
 from torch import nn
 
 from runs import DigitsRun, outputs, small_config
-from secateur import bundle, data, models, pipeline, runs
+from secateur import data
 from secateur.config import DataSection, ModelSection, RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
-from secateur.evaluate import Score
-from secateur.latency import LatencyTable
-from secateur.pipeline import Pruned
-from secateur.result import RunResult
+from secateur.evaluation.evaluate import Score
+from secateur.experiments import run_folder
+from secateur.experiments.run import run
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.prune import Pruned
+from secateur.pipeline.result import RunResult
+from secateur.pruning.cost.latency_model import LatencyTable
 
 
 def prune_small(config: RunConfig, dataset: DataSet) -> Pruned:
-    model = models.load(config.model.name, num_classes=10)
+    model = zoo.load(config.model.name, num_classes=10)
     return pipeline.prune(model, dataset, config)
 
 
@@ -35,10 +39,10 @@ def without_latency(score: Score) -> Score:
 
 def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None:
     result = digits_run.result
-    assert [stage.stage for stage in result.stages] == ["before", "cut", "refit", "tuned"]
+    assert [stage.stage for stage in result.stages] == ["before", "cut", "refit", "finetuned"]
     test_images = len(data.load("digits").test.labels)
     assert {stage.score.images for stage in result.stages} == {test_images}
-    before, tuned = result.score("before"), result.score("tuned")
+    before, tuned = result.score("before"), result.score("finetuned")
     assert before is not None
     assert tuned is not None
     assert before.top1_fraction > 0.8
@@ -56,7 +60,7 @@ def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None
 
 
 def test_run_checks_the_law_of_the_cut(digits_run: DigitsRun) -> None:
-    assert digits_run.result.law_error < 1e-4
+    assert digits_run.result.equivalence_error < 1e-4
 
 
 def test_run_folder_holds_its_files(digits_run: DigitsRun) -> None:
@@ -79,8 +83,8 @@ def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> Non
     assert result.config.model.num_classes == 10
     assert result.environment.torch == torch.__version__
     assert result.environment.threads == torch.get_num_threads()
-    assert result.tuning is not None
-    assert len(result.tuning.epochs) == 1
+    assert result.finetuning is not None
+    assert len(result.finetuning.epochs) == 1
 
 
 def test_same_seed_gives_the_same_plan_and_scores(model_file: Path) -> None:
@@ -99,7 +103,7 @@ def test_a_cut_network_is_timed_beside_the_first_one(
 ) -> None:
     plan = {"target": "macs=0.5", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune={"epochs": 1})
-    model, left = models.load(config.model.name, num_classes=10), iter((0.5, 0.25))
+    model, left = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
 
     def time_left(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
         assert whole is model
@@ -122,7 +126,7 @@ def test_another_seed_draws_other_probe_images(model_file: Path) -> None:
 
 def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
     config = small_config(model_file, finetune={"epochs": 1})
-    model = models.load(config.model.name, num_classes=10).train()
+    model = zoo.load(config.model.name, num_classes=10).train()
     before = copy.deepcopy(model.state_dict())
     pipeline.prune(model, data.load("digits"), config)
     assert model.training
@@ -154,7 +158,7 @@ def test_every_criterion_and_concept_source_runs(
     score = {"criterion": criterion, "concepts": concepts}
     pruned = prune_small(small_config(model_file, score=score), data.load("digits"))
     assert pruned.plan.criterion == criterion
-    assert pruned.result.law_error < 1e-4
+    assert pruned.result.equivalence_error < 1e-4
 
 
 @pytest.mark.parametrize("target", ["macs=0.8", "params=0.5", "filters=0.6"])
@@ -175,16 +179,18 @@ def test_targets_are_met(model_file: Path, target: str) -> None:
 def test_a_run_with_a_target_of_latency_keeps_the_times(model_file: Path, tmp_path: Path) -> None:
     # All of it: how much faster the small network gets is not for a test to rely on.
     config = small_config(model_file, plan={"target": "latency=1"})
-    runs.run(config, tmp_path / "run")
-    table = LatencyTable.from_json((tmp_path / "run" / bundle.LATENCY).read_text())
+    run(config, tmp_path / "run")
+    table = LatencyTable.from_json((tmp_path / "run" / run_folder.LATENCY).read_text())
     assert [layer.layer for layer in table.layers] == ["stem.0", "conv1", "conv2", "conv3", "head"]
-    log = [json.loads(line) for line in (tmp_path / "run" / bundle.LOG).read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / run_folder.LOG).read_text().splitlines()
+    ]
     (event,) = (entry for entry in log if entry["event"] == "latency")
     assert event["hardware"] == table.hardware.model_dump()
 
 
 def test_steps_can_be_left_out(model_file: Path) -> None:
-    config = small_config(model_file, refit={"layers": "none", "norms": False})
+    config = small_config(model_file, refit={"layers": "none", "recalibrate_batchnorm": False})
     pruned = prune_small(config, data.load("digits"))
     assert [stage.stage for stage in pruned.result.stages] == ["before", "cut"]
     assert pruned.result.refit == ()
@@ -192,16 +198,21 @@ def test_steps_can_be_left_out(model_file: Path) -> None:
 
 def test_norms_are_a_part_of_the_refit(model_file: Path) -> None:
     dataset = data.load("digits")
-    change = prune_small(small_config(model_file), dataset).result.norms
+    change = prune_small(small_config(model_file), dataset).result.batchnorm_recalibration
     assert change is not None
     assert change.divergence_after <= change.divergence_before
-    without = prune_small(small_config(model_file, refit={"norms": False}), dataset).result
-    assert without.norms is None
+    without = prune_small(
+        small_config(model_file, refit={"recalibrate_batchnorm": False}), dataset
+    ).result
+    assert without.batchnorm_recalibration is None
     alone = prune_small(small_config(model_file, refit={"layers": "none"}), dataset).result
     assert [stage.stage for stage in alone.stages] == ["before", "cut", "refit"]
     assert alone.refit == ()
-    assert alone.norms is not None
-    assert alone.norms.divergence_after <= alone.norms.divergence_before
+    assert alone.batchnorm_recalibration is not None
+    assert (
+        alone.batchnorm_recalibration.divergence_after
+        <= alone.batchnorm_recalibration.divergence_before
+    )
 
 
 def test_images_are_resized_as_the_configuration_says_or_the_network_wants() -> None:
@@ -218,13 +229,13 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
     )
     result = prune_small(config, data.load("digits")).result
     stages = [stage.stage for stage in result.stages]
-    assert stages == ["before", "cut", "refit", "polished", "tuned"]
-    assert result.polish is not None
-    assert len(result.polish.epochs) == 3
-    assert result.tuning is not None
-    assert len(result.tuning.epochs) == 1
-    kept = [result.polish.before, *(epoch.held_out for epoch in result.polish.epochs)]
-    best = kept[result.polish.chosen]
+    assert stages == ["before", "cut", "refit", "distilled", "finetuned"]
+    assert result.distillation is not None
+    assert len(result.distillation.epochs) == 3
+    assert result.finetuning is not None
+    assert len(result.finetuning.epochs) == 1
+    kept = [result.distillation.before, *(epoch.held_out for epoch in result.distillation.epochs)]
+    best = kept[result.distillation.chosen]
     assert best.divergence == min(each.divergence for each in kept)
 
 
@@ -243,7 +254,7 @@ def test_probe_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
-    probe = data.draw_probe(dataset.train, 300)
+    probe = data.draw_calibration_images(dataset.train, 300)
     assert isinstance(probe, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:
@@ -274,14 +285,14 @@ def test_a_run_that_fails_leaves_nothing(
     parent = tmp_path / "runs"
     parent.mkdir()
     with pytest.raises(error, match=message):
-        runs.run(small_config(model_file, **section), parent / "a")
+        run(small_config(model_file, **section), parent / "a")
     assert list(parent.iterdir()) == []
 
 
 def test_log_says_why_a_run_has_no_program(model_file: Path, tmp_path: Path) -> None:
     text = model_file.read_text().replace("x = self.stem(x).relu()", "x = self.stem(x).erfc()")
     model_file.write_text(text)
-    runs.run(small_config(model_file), tmp_path / "run")
+    run(small_config(model_file), tmp_path / "run")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     (reason,) = [event["reason"] for event in events if event["event"] == "no_program"]
@@ -294,21 +305,21 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     plan = {"target": "macs=0.4", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune=training)
     folder = tmp_path / "run"
-    result = runs.run(config, folder)
+    result = run(config, folder)
     stages = [(stage.stage, stage.round) for stage in result.stages]
     assert stages == [
-        *(("before", 1), ("cut", 1), ("refit", 1), ("tuned", 1)),
-        *(("cut", 2), ("refit", 2), ("tuned", 2)),
+        *(("before", 1), ("cut", 1), ("refit", 1), ("finetuned", 1)),
+        *(("cut", 2), ("refit", 2), ("finetuned", 2)),
     ]
     macs = [stage.score.macs / result.stages[0].score.macs for stage in result.stages]
     assert 0.5 < macs[1] <= 0.4**0.5
     assert 0.3 < macs[-1] <= 0.4
-    model = models.load(config.model.name, num_classes=10)
-    assert result.plan_hash == bundle.read_plan(folder).hash
-    network = bundle.load(folder, architecture=model)
-    assert torch.equal(outputs(network), outputs(bundle.load_program(folder)))
+    model = zoo.load(config.model.name, num_classes=10)
+    assert result.plan_hash == run_folder.read_plan(folder).hash
+    network = run_folder.load(folder, architecture=model)
+    assert torch.equal(outputs(network), outputs(run_folder.load_program(folder)))
     pruned = pipeline.prune(model, data.load("digits"), config)
-    assert pruned.plan == bundle.read_plan(folder)
+    assert pruned.plan == run_folder.read_plan(folder)
     assert torch.equal(outputs(network), outputs(pruned.model))
     for group in result.groups:
         assert len(group.scores) == group.filters
@@ -322,7 +333,7 @@ def test_rounds_go_on_where_they_were_interrupted(
     plan = {"target": "macs=0.4", "rounds": 3}
     config = small_config(model_file, plan=plan, finetune=training)
     alone, parts = tmp_path / "alone", tmp_path / "parts"
-    runs.run(config, alone)
+    run(config, alone)
     interrupted = 0
     for name in ("cut", "tune", "cut"):
         step, calls = getattr(pipeline, name), 0
@@ -336,10 +347,10 @@ def test_rounds_go_on_where_they_were_interrupted(
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(pipeline, name, once)
-            runs.run(config, parts, resume=True)
+            run(config, parts, resume=True)
             interrupted -= 1
         interrupted += 1
     assert interrupted > 0
-    runs.run(config, parts, resume=True)
+    run(config, parts, resume=True)
     for name in ("plan.json", "model.safetensors"):
         assert (parts / name).read_bytes() == (alone / name).read_bytes()

@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from networks import wired
+from secateur.config import Budget, Quantity, parse_budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.plan import PruningPlan, Target, make_plan, parse_target
-from secateur.quantities import Quantity
-from secateur.wiring import Wiring
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
 """Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
 
 
-def random_scores(wiring: Wiring, generator: torch.Generator) -> dict[str, Tensor]:
+def random_scores(wiring: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
     return {
         name: torch.randn(len(group), generator=generator) for name, group in wiring.groups.items()
     }
 
 
-def amount(wiring: Wiring, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
+def amount(wiring: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
     if quantity == "macs":
         return wiring.macs(removed)
     if quantity == "params":
@@ -33,7 +33,7 @@ def amount(wiring: Wiring, quantity: Quantity, removed: dict[str, tuple[int, ...
     return sum(len(g) - len(removed.get(name, ())) for name, g in wiring.groups.items())
 
 
-def kept_counts(wiring: Wiring, plan: PruningPlan) -> dict[str, int]:
+def kept_counts(wiring: DependencyGraph, plan: PruningPlan) -> dict[str, int]:
     return {name: len(g) - len(plan.removed.get(name, ())) for name, g in wiring.groups.items()}
 
 
@@ -44,7 +44,7 @@ def test_the_target_is_met_and_one_filter_more_would_miss_it(
     name: str, quantity: Quantity, fraction: float, generator: torch.Generator
 ) -> None:
     wiring = wired(name, True)[1]
-    plan = make_plan(random_scores(wiring, generator), wiring, Target(quantity, fraction), "random")
+    plan = make_plan(random_scores(wiring, generator), wiring, Budget(quantity, fraction), "random")
     limit = fraction * amount(wiring, quantity, {})
     assert amount(wiring, quantity, plan.removed) <= limit
     with_one_more = [
@@ -58,7 +58,7 @@ def test_the_target_is_met_and_one_filter_more_would_miss_it(
 @given(st.data())
 def test_every_group_keeps_the_same_share_but_for_one_filter(data: st.DataObject) -> None:
     wiring = wired(data.draw(st.sampled_from(NAMES)), True)[1]
-    target = Target(data.draw(st.sampled_from(QUANTITIES)), data.draw(st.floats(0.3, 1.0)))
+    target = Budget(data.draw(st.sampled_from(QUANTITIES)), data.draw(st.floats(0.3, 1.0)))
     scores = random_scores(wiring, torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
     try:
         plan = make_plan(scores, wiring, target, "random")
@@ -82,7 +82,7 @@ def test_every_group_keeps_the_same_share_but_for_one_filter(data: st.DataObject
 def test_the_lowest_scored_filters_go(name: str, generator: torch.Generator) -> None:
     wiring = wired(name, True)[1]
     scores = random_scores(wiring, generator)
-    plan = make_plan(scores, wiring, Target("macs", 0.5), "random")
+    plan = make_plan(scores, wiring, Budget("macs", 0.5), "random")
     assert plan.removed
     for group, filters in plan.removed.items():
         kept = [i for i in range(len(wiring.groups[group])) if i not in filters]
@@ -93,7 +93,7 @@ def test_the_lowest_scored_filters_go(name: str, generator: torch.Generator) -> 
 def test_between_equal_scores_the_smaller_number_stays() -> None:
     wiring = wired("chain")[1]
     equal = {name: torch.full((len(group),), 0.5) for name, group in wiring.groups.items()}
-    plan = make_plan(equal, wiring, Target("filters", 0.5), "equal")
+    plan = make_plan(equal, wiring, Budget("filters", 0.5), "equal")
     for name, filters in plan.removed.items():
         size = len(wiring.groups[name])
         assert filters == tuple(range(size - len(filters), size))
@@ -105,7 +105,7 @@ def test_scores_closer_than_float32_can_tell_still_count() -> None:
         name: 1 - 1e-12 * torch.arange(len(group), dtype=torch.float64).flip(0)
         for name, group in wiring.groups.items()
     }
-    plan = make_plan(scores, wiring, Target("filters", 0.5), "close")
+    plan = make_plan(scores, wiring, Budget("filters", 0.5), "close")
     assert all(filters == tuple(range(len(filters))) for filters in plan.removed.values())
 
 
@@ -113,7 +113,7 @@ def test_only_the_order_of_scores_matters(generator: torch.Generator) -> None:
     wiring = wired("concat")[1]
     scores = random_scores(wiring, generator)
     stretched = {name: 5 * score.exp() for name, score in scores.items()}
-    target = Target("params", 0.6)
+    target = Budget("params", 0.6)
     assert make_plan(scores, wiring, target, "x") == make_plan(stretched, wiring, target, "x")
 
 
@@ -121,7 +121,7 @@ def test_only_the_order_of_scores_matters(generator: torch.Generator) -> None:
 def test_all_may_stay(quantity: Quantity, generator: torch.Generator) -> None:
     wiring = wired("chain")[1]
     scores = random_scores(wiring, generator)
-    assert make_plan(scores, wiring, Target(quantity, 1.0), "random").removed == {}
+    assert make_plan(scores, wiring, Budget(quantity, 1.0), "random").removed == {}
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
@@ -131,7 +131,7 @@ def test_a_smaller_target_removes_no_fewer_of_any_group(
     wiring = wired("concat")[1]
     scores = random_scores(wiring, generator)
     amounts = [
-        amount(wiring, quantity, make_plan(scores, wiring, Target(quantity, f), "x").removed)
+        amount(wiring, quantity, make_plan(scores, wiring, Budget(quantity, f), "x").removed)
         for f in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     ]
     assert amounts == sorted(amounts)
@@ -144,45 +144,45 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     reached = wiring.macs(least) / wiring.macs()
     expected = (
         rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with the least "
-        r"in each of 2 prunable groups \(11 filters are frozen; cut_stream would free 6 of them; "
+        r"in each of 2 prunable groups \(11 filters are frozen; prune_residual would free 6 of them; "
     )
     with pytest.raises(TargetError, match=expected):
-        make_plan(scores, wiring, Target("macs", 0.01), "random")
-    plan = make_plan(scores, wiring, Target("macs", reached + 1e-9), "random")
+        make_plan(scores, wiring, Budget("macs", 0.01), "random")
+    plan = make_plan(scores, wiring, Budget("macs", reached + 1e-9), "random")
     assert set(kept_counts(wiring, plan).values()) == {1}
 
 
-def without_groups() -> Wiring:
+def without_groups() -> DependencyGraph:
     from networks import CLASSES, random_images
-    from secateur.reading import make_wiring
+    from secateur.graph.build import build_dependency_graph
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
-    return make_wiring(model, random_images(2))
+    return build_dependency_graph(model, random_images(2))
 
 
 def test_a_network_without_prunable_groups_reaches_no_target() -> None:
     with pytest.raises(TargetError, match=r"1.000 of the macs stay .* 0 prunable groups"):
-        make_plan({}, without_groups(), Target("macs", 0.5), "random")
+        make_plan({}, without_groups(), Budget("macs", 0.5), "random")
 
 
 @pytest.mark.parametrize("quantity", ["macs", "filters"])
 def test_a_network_without_prunable_groups_may_stay_whole(quantity: Quantity) -> None:
-    plan = make_plan({}, without_groups(), Target(quantity, 1.0), "random")
+    plan = make_plan({}, without_groups(), Budget(quantity, 1.0), "random")
     assert plan.removed == {}
 
 
 @pytest.mark.parametrize(
     ("text", "target"),
     [
-        ("macs=0.7", Target("macs", 0.7)),
-        ("params=1", Target("params", 1.0)),
-        ("filters=5e-1", Target("filters", 0.5)),
-        ("memory=0.5", Target("memory", 0.5)),
-        ("latency=0.8", Target("latency", 0.8)),
+        ("macs=0.7", Budget("macs", 0.7)),
+        ("params=1", Budget("params", 1.0)),
+        ("filters=5e-1", Budget("filters", 0.5)),
+        ("memory=0.5", Budget("memory", 0.5)),
+        ("latency=0.8", Budget("latency", 0.8)),
     ],
 )
-def test_targets_are_parsed(text: str, target: Target) -> None:
-    assert parse_target(text) == target
+def test_targets_are_parsed(text: str, target: Budget) -> None:
+    assert parse_budget(text) == target
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_targets_are_parsed(text: str, target: Target) -> None:
 def test_a_wrong_target_is_refused_with_what_was_expected(text: str, message: str) -> None:
     expected = "give macs=F, params=F, filters=F, memory=F or latency=F with the fraction"
     with pytest.raises(TargetError, match=f"target '{text}' {message}: {expected}"):
-        parse_target(text)
+        parse_budget(text)
 
 
 @given(st.sampled_from(QUANTITIES), st.floats(1e-6, 1.0))
 @settings(max_examples=50, derandomize=True, database=None)
 def test_a_target_written_and_parsed_is_the_same(quantity: Quantity, fraction: float) -> None:
-    target = Target(quantity, fraction)
-    assert parse_target(str(target)) == target
+    target = Budget(quantity, fraction)
+    assert parse_budget(str(target)) == target
 
 
 REMOVED = st.dictionaries(
@@ -229,7 +229,7 @@ REMOVED = st.dictionaries(
 def test_a_plan_comes_back_from_json(
     removed: dict[str, tuple[int, ...]], quantity: Quantity, thousandths: int, criterion: str
 ) -> None:
-    plan = PruningPlan(removed, Target(quantity, thousandths / 1000), criterion)
+    plan = PruningPlan(removed, Budget(quantity, thousandths / 1000), criterion)
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan
     assert again.hash == plan.hash
@@ -237,13 +237,13 @@ def test_a_plan_comes_back_from_json(
 
 
 def test_the_hash_depends_on_all_that_is_decided_and_not_on_the_order_of_groups() -> None:
-    plan = PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.5), "l1")
-    assert plan.hash == PruningPlan({"b": (2,), "a": (1,)}, Target("macs", 0.5), "l1").hash
+    plan = PruningPlan({"a": (1,), "b": (2,)}, Budget("macs", 0.5), "l1")
+    assert plan.hash == PruningPlan({"b": (2,), "a": (1,)}, Budget("macs", 0.5), "l1").hash
     others = [
-        PruningPlan({"a": (1,), "b": (3,)}, Target("macs", 0.5), "l1"),
-        PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.6), "l1"),
-        PruningPlan({"a": (1,), "b": (2,)}, Target("params", 0.5), "l1"),
-        PruningPlan({"a": (1,), "b": (2,)}, Target("macs", 0.5), "l2"),
+        PruningPlan({"a": (1,), "b": (3,)}, Budget("macs", 0.5), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Budget("macs", 0.6), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Budget("params", 0.5), "l1"),
+        PruningPlan({"a": (1,), "b": (2,)}, Budget("macs", 0.5), "l2"),
     ]
     assert len({plan.hash, *(other.hash for other in others)}) == 5
 
@@ -266,7 +266,7 @@ def test_the_hash_depends_on_all_that_is_decided_and_not_on_the_order_of_groups(
     ],
 )
 def test_a_changed_plan_is_refused(key: str, value: object, message: str) -> None:
-    text = PruningPlan({"conv1": (0, 1)}, Target("macs", 0.5), "l1").to_json()
+    text = PruningPlan({"conv1": (0, 1)}, Budget("macs", 0.5), "l1").to_json()
     content = {**json.loads(text), key: value}
     with pytest.raises(RunFolderError, match=message):
         PruningPlan.from_json(json.dumps(content))
@@ -284,7 +284,7 @@ def test_scores_that_are_missing_or_no_numbers_are_refused() -> None:
     wiring = wired("chain", False)[1]
     scores = random_scores(wiring, torch.Generator().manual_seed(0))
     name = next(iter(wiring.groups))
-    target = Target("macs", 0.7)
+    target = Budget("macs", 0.7)
     with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
         make_plan({**scores, name: scores[name][:-1]}, wiring, target, "own")
     with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
@@ -299,7 +299,7 @@ def test_widths_are_rounded_to_multiples_or_left_whole(
 ) -> None:
     wiring = wired("concat", True)[1]
     plan = make_plan(
-        random_scores(wiring, generator), wiring, Target("macs", 0.8), "random", round_to=round_to
+        random_scores(wiring, generator), wiring, Budget("macs", 0.8), "random", round_to=round_to
     )
     assert plan.removed
     assert wiring.macs(plan.removed) <= 0.8 * wiring.macs()
@@ -311,7 +311,7 @@ def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Gener
     """A channel of the first group is two filters, one of each group of the convolution."""
     wiring = wired("grouped", True)[1]
     plan = make_plan(
-        random_scores(wiring, generator), wiring, Target("macs", 0.5), "random", round_to=4
+        random_scores(wiring, generator), wiring, Budget("macs", 0.5), "random", round_to=4
     )
     shape = wiring.shapes_after(plan.removed)["stem.0.weight"]
     assert shape[0] in (4, 6)
@@ -321,7 +321,7 @@ def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Gener
 def test_every_group_keeps_the_least_that_is_asked_for(generator: torch.Generator) -> None:
     wiring = wired("chain")[1]
     scores = random_scores(wiring, generator)
-    plan = make_plan(scores, wiring, Target("filters", 0.7), "random", min_filters=4)
+    plan = make_plan(scores, wiring, Budget("filters", 0.7), "random", min_filters=4)
     assert min(kept_counts(wiring, plan).values()) >= 4
     with pytest.raises(TargetError, match="out of reach"):
-        make_plan(scores, wiring, Target("filters", 0.2), "random", min_filters=4)
+        make_plan(scores, wiring, Budget("filters", 0.2), "random", min_filters=4)

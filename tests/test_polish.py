@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from networks import Chain, randomise_norms
-from secateur.agreement import agreement_of, answers_of
-from secateur.config import PolishSection
-from secateur.data import Batch, NormalisedImages, TensorImages, batches, set_apart
-from secateur.models import Preprocessing
-from secateur.polish import Polish, polish
+from secateur.config import DistillSection
+from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_calibration
+from secateur.data.preprocessing import Preprocessing
+from secateur.evaluation.divergence import divergence_from, logits_of
+from secateur.training.distill import Distillation, distill
 
 PREPARE = Preprocessing(8, 8)
 
@@ -39,20 +39,20 @@ def disturbed(model: Chain, generator: torch.Generator) -> Chain:
     return copied
 
 
-def polished(model: Chain, smaller: Chain, probe: TensorImages, **changes: object) -> Polish:
+def polished(model: Chain, smaller: Chain, probe: TensorImages, **changes: object) -> Distillation:
     base = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "precision": "float32"}
-    settings = PolishSection.model_validate({**base, "warmup_steps": 2, "flip": False, **changes})
-    fit, _ = set_apart(probe)
-    return polish(model, smaller, fit, lambda: held_out(probe), PREPARE, settings, seed=0)
+    settings = DistillSection.model_validate({**base, "warmup_steps": 2, "flip": False, **changes})
+    fit, _ = split_calibration(probe)
+    return distill(model, smaller, fit, lambda: held_out(probe), PREPARE, settings, seed=0)
 
 
 def held_out(probe: TensorImages) -> Iterator[Batch]:
-    return batches(set_apart(probe)[1], 5, PREPARE)
+    return batches(split_calibration(probe)[1], 5, PREPARE)
 
 
 def distance(model: Chain, smaller: Chain, probe: TensorImages) -> float:
-    answers = answers_of(model, held_out(probe))
-    return agreement_of(answers, smaller, held_out(probe), temperature=3.0).divergence
+    answers = logits_of(model, held_out(probe))
+    return divergence_from(answers, smaller, held_out(probe), temperature=3.0).divergence
 
 
 def test_it_comes_nearer_to_the_original(
@@ -88,8 +88,8 @@ def test_tensors_keep_their_sides(model: Chain, generator: torch.Generator) -> N
     smaller, shapes = copy.deepcopy(model), []
     smaller.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
     prepare = Preprocessing(80, 80)
-    settings = PolishSection(epochs=1, batch_size=8, precision="float32")
-    polish(model, smaller, images, lambda: batches(images, 8, prepare), prepare, settings, seed=0)
+    settings = DistillSection(epochs=1, batch_size=8, precision="float32")
+    distill(model, smaller, images, lambda: batches(images, 8, prepare), prepare, settings, seed=0)
     assert set(shapes) == {(3, 80, 120)}
 
 

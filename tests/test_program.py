@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from secateur.errors import RunFolderError
-from secateur.program import (
-    OPERATIONS,
-    Operation,
-    Program,
-    ProgramNetwork,
-)
+from secateur.experiments.program import OPERATIONS, Operation, Program, ProgramNetwork
 
 
 def test_every_operation_in_the_table_exists() -> None:

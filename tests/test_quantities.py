@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, random_images, random_plan, wired
 from secateur.errors import UsageError
-from secateur.graph import NetworkGraph, apply, tensors_of, trace
-from secateur.quantities import measure_of
-from secateur.reading import make_wiring
-from secateur.surgery import cut
-from secateur.volumes import Volumes
-from secateur.wiring import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.cut import cut
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.interpreter import apply
+from secateur.graph.trace import NetworkGraph, trace
+from secateur.pruning.cost.macs_and_parameters import count_quantity
+from secateur.pruning.cost.tensor_sizes import TensorSizes
+from secateur.runtime.module_state import tensors_of
 
 
 def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> int:
@@ -63,11 +65,11 @@ class Views(nn.Module):
         return logits
 
 
-def some_wiring(name: str) -> tuple[nn.Module, Wiring]:
+def some_wiring(name: str) -> tuple[nn.Module, DependencyGraph]:
     if name != "views":
         return wired(name, True)
     model = Views().eval()
-    return model, make_wiring(model, random_images(2))
+    return model, build_dependency_graph(model, random_images(2))
 
 
 ALL = [*NETWORKS, "views"]
@@ -78,7 +80,7 @@ def test_macs_and_parameters_are_those_that_the_wiring_counts(
     name: str, generator: torch.Generator
 ) -> None:
     wiring = some_wiring(name)[1]
-    macs, params = measure_of(wiring, "macs"), measure_of(wiring, "params")
+    macs, params = count_quantity(wiring, "macs"), count_quantity(wiring, "params")
     for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(5))):
         assert macs(removed) == wiring.macs(removed)
         assert params(removed) == wiring.params(removed)
@@ -89,7 +91,7 @@ def test_memory_is_what_is_alive_as_the_cut_network_runs(
     name: str, generator: torch.Generator
 ) -> None:
     model, wiring = some_wiring(name)
-    memory, image = measure_of(wiring, "memory"), random_images(1)
+    memory, image = count_quantity(wiring, "memory"), random_images(1)
     for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(3))):
         smaller = cut(model, wiring, removed).eval()
         graph = trace(smaller, random_images(2))
@@ -98,7 +100,7 @@ def test_memory_is_what_is_alive_as_the_cut_network_runs(
 
 def test_memory_of_a_chain() -> None:
     wiring = wired("chain")[1]
-    memory = measure_of(wiring, "memory")
+    memory = count_quantity(wiring, "memory")
     assert memory({}) == 4 * (6 + 6) * 8 * 8  # what the first norm reads and writes
     assert memory({"conv1": (0, 3, 5)}) == 4 * (3 + 3) * 8 * 8
     assert memory({"conv1": (0, 1, 2, 3, 4)}) == 4 * (3 + 1) * 8 * 8  # the image, and one filter
@@ -106,8 +108,8 @@ def test_memory_of_a_chain() -> None:
 
 def test_filters_are_counted_where_they_can_go() -> None:
     wiring = wired("chain")[1]
-    assert measure_of(wiring, "filters")({}) == 13
-    assert measure_of(wiring, "filters")({"conv1": (1, 2)}) == 11
+    assert count_quantity(wiring, "filters")({}) == 13
+    assert count_quantity(wiring, "filters")({"conv1": (1, 2)}) == 11
 
 
 def test_volumes_count_repeated_and_fixed_channels() -> None:
@@ -115,12 +117,12 @@ def test_volumes_count_repeated_and_fixed_channels() -> None:
     first = wiring.groups["conv1"].channels[:2]
     fixed = first * 0 - 1
     rows = [(), (5,), (first, 3), (first.repeat(3), first), (fixed,), (first[:1], fixed, first)]
-    volumes = Volumes(wiring, rows)
+    volumes = TensorSizes(wiring, rows)
     assert volumes({}).tolist() == [1, 5, 6, 12, 2, 4]
     assert volumes({"conv1": (1,)}).tolist() == [1, 5, 3, 3, 2, 2]
-    assert Volumes(wiring, [])({}).tolist() == []
+    assert TensorSizes(wiring, [])({}).tolist() == []
 
 
 def test_latency_needs_a_table() -> None:
     with pytest.raises(UsageError, match="needs times of the network's layers: pass latency="):
-        measure_of(wired("chain")[1], "latency")
+        count_quantity(wired("chain")[1], "latency")

@@ -5,7 +5,7 @@ import torch
 
 from networks import wired
 from secateur.errors import UsageError
-from secateur.ranking import rank
+from secateur.pruning.ranking import rank
 
 
 def test_the_highest_score_comes_first_and_ties_are_broken() -> None:

@@ -8,19 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import Chain, assert_law, make_network, random_images, random_plan
+from secateur.config import Budget
 from secateur.errors import RunFolderError, UnknownName
-from secateur.plan import PruningPlan, Target, make_plan
-from secateur.reading import make_wiring
-from secateur.surgery import check_plan
-from secateur.wiring import Wiring
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.apply import check_plan
+from secateur.pruning.plan import PruningPlan, make_plan
 
 
-def any_plan(wiring: Wiring) -> PruningPlan:
+def any_plan(wiring: DependencyGraph) -> PruningPlan:
     return random_plan(wiring, torch.Generator().manual_seed(0))
 
 
 def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
-    wiring = make_wiring(make_network("concat"), random_images(1), exclude=("left.*", "join.0"))
+    wiring = build_dependency_graph(
+        make_network("concat"), random_images(1), exclude=("left.*", "join.0")
+    )
     assert list(wiring.groups) == ["stem.0", "right.0"]
     reasons = {group.name: group.reason for group in wiring.frozen}
     assert reasons["left.0"] == "excluded by 'left.*'"
@@ -29,7 +32,7 @@ def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
 
 def test_a_pattern_that_fits_no_layer_is_an_error_that_names_near_ones() -> None:
     with pytest.raises(UnknownName, match="layer to exclude 'con1': did you mean conv1"):
-        make_wiring(Chain().eval(), random_images(1), exclude=("con1",))
+        build_dependency_graph(Chain().eval(), random_images(1), exclude=("con1",))
 
 
 class Split(nn.Module):
@@ -51,9 +54,9 @@ class Split(nn.Module):
 
 def test_attributes_that_hold_a_size_follow_the_cut() -> None:
     model = Split().eval()
-    wiring = make_wiring(model, random_images(1))
+    wiring = build_dependency_graph(model, random_images(1))
     assert list(wiring.groups) == ["stem", "inner", "outer"]
-    plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Target("macs", 0.5), "by hand")
+    plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Budget("macs", 0.5), "by hand")
     cut = assert_law(model, wiring, plan, random_images())
     assert isinstance(cut, Split)
     assert cut.sizes == [2, 3]
@@ -61,16 +64,16 @@ def test_attributes_that_hold_a_size_follow_the_cut() -> None:
 
 
 def test_a_piece_of_a_split_is_never_emptied() -> None:
-    wiring = make_wiring(Split().eval(), random_images(1))
+    wiring = build_dependency_graph(Split().eval(), random_images(1))
     stem = wiring.groups["stem"].channels
     covered = [set(cover.tolist()) for cover in wiring.covers]
     assert set(stem[:3].tolist()) in covered
     assert set(stem[3:].tolist()) in covered
     scores = {name: torch.arange(len(group)).float() for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Target("macs", 0.35), "by hand")
+    plan = make_plan(scores, wiring, Budget("macs", 0.35), "by hand")
     assert 0 < sum(number < 3 for number in plan.removed["stem"]) < 3
     with pytest.raises(RunFolderError, match="leaves nothing of a part of 'stem'"):
-        check_plan(wiring, PruningPlan({"stem": (0, 1, 2)}, Target("macs", 0.5), "by hand"))
+        check_plan(wiring, PruningPlan({"stem": (0, 1, 2)}, Budget("macs", 0.5), "by hand"))
 
 
 class Cached(nn.Module):
@@ -91,7 +94,7 @@ class Cached(nn.Module):
 
 def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it() -> None:
     model = Cached().eval()
-    wiring = make_wiring(model, random_images(1))
+    wiring = build_dependency_graph(model, random_images(1))
     assert model.cache == {}
     assert list(wiring.groups) == ["conv"]
     assert_law(model, wiring, any_plan(wiring), random_images())
@@ -115,7 +118,7 @@ class Aside(nn.Module):
 
 def test_only_sums_around_layers_make_a_stream() -> None:
     model = Aside().eval()
-    assert list(make_wiring(model, random_images(1)).groups) == ["left"]
-    wiring = make_wiring(model, random_images(1), cut_stream=True)
+    assert list(build_dependency_graph(model, random_images(1)).groups) == ["left"]
+    wiring = build_dependency_graph(model, random_images(1), prune_residual=True)
     assert list(wiring.groups) == ["stem", "left"]
     assert_law(model, wiring, any_plan(wiring), random_images())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
 from secateur.errors import TraceError, UsageError
-from secateur.program import Program, ProgramNetwork
-from secateur.recording import make_program
-from secateur.surgery import apply_plan
+from secateur.experiments.program import Program, ProgramNetwork
+from secateur.experiments.program_export import make_program
+from secateur.pruning.apply import apply_plan
 
 
 def rebuilt(model: nn.Module) -> ProgramNetwork:

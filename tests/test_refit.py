@@ -21,20 +21,23 @@ from networks import (
     randomise_norms,
 )
 from processes import side_by_side
-from secateur import packing, patch_form
-from secateur import refit as refit_module
-from secateur.config import RefitForm, RefitSection
-from secateur.consumers import Remains, consumer_of
+from secateur.config import Budget, RefitForm, RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError
-from secateur.graph import Walk, tensors_of
-from secateur.patches import in_patch_order, window_of
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.refit import LayerRefit, refit
-from secateur.surgery import apply_plan, relative_error
-from secateur.targets import Answer, target_of
-from secateur.wiring import Wiring
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.patches import in_patch_order, window_of
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.refit import layerwise as refit_module
+from secateur.pruning.refit import patch_regression
+from secateur.pruning.refit.layers import KeptChannels, refit_layer
+from secateur.pruning.refit.layerwise import LayerRefit, refit
+from secateur.pruning.refit.regression_targets import RegressionTargets, target_layer
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import batching
 
 ALL_POSITIONS = RefitSection(positions=10_000)
 ALL_ERRORS = RefitSection(positions=10_000, rectified=False)
@@ -54,10 +57,10 @@ PROBE = in_batches(random_images(96, seed=3))
 def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
     """A plan; the double underscore stands for a dot."""
     names = {name.replace("__", "."): filters for name, filters in removed.items()}
-    return PruningPlan(names, Target("macs", 0.5), "test")
+    return PruningPlan(names, Budget("macs", 0.5), "test")
 
 
-def half_of(wiring: Wiring, seed: int = 0) -> PruningPlan:
+def half_of(wiring: DependencyGraph, seed: int = 0) -> PruningPlan:
     """A plan that removes a random half of every group."""
     generator = torch.Generator().manual_seed(seed)
     removed = {
@@ -66,19 +69,19 @@ def half_of(wiring: Wiring, seed: int = 0) -> PruningPlan:
     }
     return PruningPlan(
         {name: tuple(int(f) for f in filters) for name, filters in removed.items()},
-        Target("filters", 0.5),
+        Budget("filters", 0.5),
         "random",
     )
 
 
-_wirings: dict[str, Wiring] = {}
+_wirings: dict[str, DependencyGraph] = {}
 
 
-def wiring_of(model: nn.Module) -> Wiring:
+def wiring_of(model: nn.Module) -> DependencyGraph:
     """The wiring, traced once for all networks that are built alike."""
     built = repr(model)
     if built not in _wirings:
-        _wirings[built] = make_wiring(model, random_images(2))
+        _wirings[built] = build_dependency_graph(model, random_images(2))
     return _wirings[built]
 
 
@@ -235,7 +238,7 @@ def test_cutting_a_copy_of_a_kept_filter_is_repaired_elsewhere(name: str) -> Non
         with torch.no_grad():
             for tensor in tensors_of(model.get_submodule("excite")).values():
                 tensor[2] = tensor[0]
-    plan = PruningPlan({f"{layer}.0": (2,)}, Target("macs", 0.9), "test")
+    plan = PruningPlan({f"{layer}.0": (2,)}, Budget("macs", 0.9), "test")
     # Where all of the map is flattened an image is one row, for 80 unknowns an output.
     batches = in_batches(random_images(400, seed=3), size=50)
     smaller, _ = cut_and_refit(model, plan, batches)
@@ -339,7 +342,7 @@ def rows_of(model: nn.Module, kept: list[int], batches: list[Batch]) -> tuple[Te
 
 
 def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_form, "RIDGES", (1e-12,))
+    monkeypatch.setattr(patch_regression, "RIDGES", (1e-12,))
     model, kept = chain(), [0, 2, 3, 5]
     smaller, results = cut_and_refit(model, plan_of(conv1=(1, 4)), settings=ALL_ERRORS)
     assert results[0].ridge == 1e-12
@@ -352,7 +355,7 @@ def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.Monkey
 
 
 def of_images(wanted: Callable[[Tensor], Tensor]) -> list[Batch]:
-    """One batch of those probe images whose number is wanted."""
+    """One batch of those calibration images whose number is wanted."""
     images = torch.cat([batch.images for batch in PROBE])
     chosen = wanted(torch.arange(len(images)))
     return in_batches(images[chosen], size=len(images))
@@ -428,7 +431,7 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        found = window.take(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
+        found = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
     torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
 
 
@@ -443,7 +446,7 @@ def test_a_copy_is_repaired_whatever_the_geometry(geometry: str) -> None:
 
 def test_many_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
-    monkeypatch.setattr(patch_form, "MAX_ROW_VALUES", 1)
+    monkeypatch.setattr(patch_regression, "MAX_ROW_VALUES", 1)
     parts, _ = cut_and_refit(make_network("chain"), plan_of(conv1=(0,)))
     for name, tensor in parts.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -605,7 +608,7 @@ def with_combination(name: str) -> tuple[nn.Module, PruningPlan]:
     wiring = wiring_of(model)
     (group,) = [name for name in wiring.groups if name.startswith("stem")]
     size = len(wiring.groups[group])
-    return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Target("macs", 0.5), "test")
+    return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Budget("macs", 0.5), "test")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -645,7 +648,7 @@ def test_groups_that_went_are_not_read() -> None:
     wiring = wiring_of(model)
     (group,) = [name for name in wiring.groups if name.startswith("stem")]
     assert len(wiring.groups[group]) == 4
-    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
     for form in FORMS:
         settings = RefitSection(positions=16, form=form)
         smaller, results = cut_and_refit(model, plan, settings=settings)
@@ -700,7 +703,7 @@ def test_a_kernel_used_twice_is_estimated_once_from_both_uses(
     (group,) = [group for group in wiring_of(model).groups if group.startswith(("stem", "twice"))][
         :1
     ]
-    plan = PruningPlan({group: (1,)}, Target("macs", 0.5), "test")
+    plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
     smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=64, form=form))
     (mine,) = [result for result in results if result.layer == layer]
     assert mine.ridge is not None
@@ -772,7 +775,7 @@ def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
 def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generator) -> None:
     wanted, level, found = torch.randn(3, 40, 6, generator=generator)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
-    renewed = Answer(wanted, level, sign).renewed(found)
+    renewed = RegressionTargets(wanted, level, sign).renewed(found)
     for row in range(40):
         for output in range(6):
             t, n, z = (float(each[row, output]) for each in (wanted, level, found))
@@ -792,20 +795,20 @@ def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
                 module.weight[1] *= -1.0
     wiring, images = wiring_of(model), random_images(4)
     state = tensors_of(model)
-    remains = Remains(wiring, {})
+    remains = KeptChannels(wiring, {})
     seen = 0
     for layer in wiring.layers:
-        target = target_of(consumer_of(layer, remains))
+        target = target_layer(refit_layer(layer, remains))
         if not target.rectified:
             continue
-        full, cut = (Walk(wiring.graph, state, images) for _ in range(2))
+        full, cut = (GraphInterpreter(wiring.graph, state, images) for _ in range(2))
         full.advance(layer.node)
         cut.advance(layer.node)
         positions = torch.arange(target.consumer.positions).expand(4, -1)
         answer = target.at(full, cut, state, positions)
         last = target.sum or target.norm
         assert last is not None
-        value = Walk(wiring.graph, state, images).step(last)
+        value = GraphInterpreter(wiring.graph, state, images).step(last)
         rectified = answer.let_through(answer.wanted) > 0
         expected = value.flatten(2).movedim(1, -1)
         assert torch.equal(rectified[expected.abs() > 1e-4], (expected > 0)[expected.abs() > 1e-4])
@@ -850,7 +853,7 @@ def assert_almost_equal(one: nn.Module, other: nn.Module) -> None:
 def test_the_size_of_batches_makes_no_difference(
     name: str, form: RefitForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     model = make_network(name)
     plan, settings = half_of(wiring_of(model)), RefitSection(positions=5, form=form)
     images = random_images(75, seed=3)
@@ -865,13 +868,13 @@ def test_the_size_of_batches_makes_no_difference(
 
 def share_of(images: Tensor, rank: int, size: int) -> list[Batch]:
     (batch,) = in_batches(images, len(images))
-    return [Batch(batch.images[rank::size], batch.labels[rank::size], batch.numbers[rank::size])]
+    return [Batch(batch.images[rank::size], batch.labels[rank::size], batch.indices[rank::size])]
 
 
 def work(rank: int, folder: Path) -> None:
     """One of two processes, each with every other image."""
     torch.set_num_threads(1)
-    packing.MOST_IMAGES_AT_A_TIME = 16
+    batching.MOST_IMAGES_AT_A_TIME = 16
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
     )
@@ -888,7 +891,7 @@ def work(rank: int, folder: Path) -> None:
 def test_the_number_of_processes_makes_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     side_by_side(work, 2, tmp_path)
     model = make_network("residual")
     for form in FORMS:
@@ -902,7 +905,7 @@ def test_the_number_of_processes_makes_no_difference(
 
 
 def test_no_image_is_an_error() -> None:
-    with pytest.raises(DataError, match="no probe images"):
+    with pytest.raises(DataError, match="no calibration images"):
         cut_and_refit(make_network("chain"), plan_of(conv1=(0,)), [])
 
 
@@ -935,7 +938,7 @@ class Wide(nn.Module):
 def test_activations_beyond_the_bound_come_back_from_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_IMAGES_AT_A_TIME", 16)
+    monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     monkeypatch.setattr(refit_module, "patch_bytes", lambda *_: 0)
     saved: list[Path] = []
     save = torch.save

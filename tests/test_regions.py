@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.regions import (
-    ABSENT,
+from secateur.data.concept_masks import (
     CELL,
+    UNLABELLED,
     ConceptMasks,
     at_resolution,
+    coverage_at,
     joined_masks,
-    shares_at,
 )
 
 SIDES = st.integers(1, 9)
@@ -57,7 +57,7 @@ def test_a_cell_is_inside_where_half_of_it_is(h: int, w: int, cell: int, seed: i
 def test_shares_of_cells_are_areas(h: int, w: int, cell: int, seed: int) -> None:
     masks = random_masks(2, 2, h * cell, w * cell, seed)
     areas = masks.reshape(2, 2, h, cell, w, cell).sum((3, 5))
-    assert torch.equal(shares_at(masks, (h, w)).long(), areas * CELL // cell**2)
+    assert torch.equal(coverage_at(masks, (h, w)).long(), areas * CELL // cell**2)
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,4 +103,4 @@ def test_batches_with_fewer_regions_are_filled_up_with_absent_ones() -> None:
     assert torch.equal(found.concepts[2:], numbers)
     assert torch.equal(found.masks[:2, :1], few)
     assert not found.masks[:2, 1:].any()
-    assert found.concepts[:2].tolist() == [[7, *3 * [ABSENT]], [8, *3 * [ABSENT]]]
+    assert found.concepts[:2].tolist() == [[7, *3 * [UNLABELLED]], [8, *3 * [UNLABELLED]]]

@@ -15,10 +15,10 @@ import torch
 import secateur
 from fault_case import CLASSES, SIDE, Case
 from faults import state_of
-from secateur import runs
 from secateur.data import FileImages
-from secateur.failures import explain
-from secateur.models import Preprocessing
+from secateur.data.preprocessing import Preprocessing
+from secateur.experiments.run import run
+from secateur.runtime.error_messages import explain
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_a_reading_process_that_is_killed_is_one_line(
 
     monkeypatch.setattr(FileImages, "read", killed)
     with pytest.raises(RuntimeError) as caught:
-        runs.run(config.model_copy(update={"finetune": settings}), tmp_path / "run")
+        run(config.model_copy(update={"finetune": settings}), tmp_path / "run")
     words = explain(caught.value)
     assert words is not None
     assert words.startswith("a process that reads images has ended")
     assert "\n" not in words
     monkeypatch.undo()
-    runs.run(config, tmp_path / "run", resume=True)  # with the readers of before, it goes on
+    run(config, tmp_path / "run", resume=True)  # with the readers of before, it goes on

@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from runs import DigitsRun
-from secateur import runs
-from secateur.agreement import Agreement
 from secateur.errors import DataError, RunFolderError, WriteError
-from secateur.norms import NormChange
-from secateur.polish import Polish, PolishEpoch
-from secateur.report import count_text, score_rows, write_report
-from secateur.report.comparison import ROWS
-from secateur.report.run_charts import tradeoff
-from secateur.rows import Row, to_lines
-from secateur.search import Trial
-from secateur.training import Epoch
+from secateur.evaluation.divergence import OutputDivergence
+from secateur.experiments.compare.results import Row, to_lines
+from secateur.experiments.report import count_text, score_rows, write_report
+from secateur.experiments.report.comparison import ROWS
+from secateur.experiments.report.run_charts import tradeoff
+from secateur.experiments.run import report
+from secateur.pruning.refit.batchnorm import BatchNormRecalibration
+from secateur.pruning.size_search import SizeTrial
+from secateur.training.distill import Distillation, DistillEpoch
+from secateur.training.trainer import Epoch
 
 
 class Page(HTMLParser):
@@ -74,10 +74,10 @@ def test_every_stage_layer_and_reason_is_there(page: Page, digits_run: DigitsRun
 
 
 def test_norms_and_polish_are_told_of(digits_run: DigitsRun, tmp_path: Path) -> None:
-    norms = NormChange("means", 0.25, 0.5125, 0.4875)
-    before, after = Agreement(0.4875, 0.8125), Agreement(0.3125, 0.9375)
-    polish = Polish(before, (PolishEpoch(Epoch(1, 0.1234, 0.0), after),), 1)
-    result = digits_run.result.model_copy(update={"norms": norms, "polish": polish})
+    norms = BatchNormRecalibration("means", 0.25, 0.5125, 0.4875)
+    before, after = OutputDivergence(0.4875, 0.8125), OutputDivergence(0.3125, 0.9375)
+    polish = Distillation(before, (DistillEpoch(Epoch(1, 0.1234, 0.0), after),), 1)
+    result = digits_run.result.model_copy(update={"norms": norms, "distill": polish})
     write_report(result, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(page.texts)
@@ -107,15 +107,15 @@ def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(digits_run.folder, folder)
     before = (folder / "report.html").read_text()
-    assert runs.report(folder) == (folder / "report.html",)
+    assert report(folder) == (folder / "report.html",)
     assert (folder / "report.html").read_text() == before  # the same to the last letter
-    runs.report(folder, images=20)
-    assert "of 20 probe images" in (folder / "report.html").read_text()
-    runs.report(folder, images=0, source="folder:nowhere")  # no data is read
+    report(folder, images=20)
+    assert "of 20 calibration images" in (folder / "report.html").read_text()
+    report(folder, images=0, source="folder:nowhere")  # no data is read
     page = Page((folder / "report.html").read_text())
-    assert "probe images; the" not in " ".join(page.texts)
+    assert "calibration images; the" not in " ".join(page.texts)
     with pytest.raises(DataError, match="no folder nowhere"):
-        runs.report(folder, source="folder:nowhere")
+        report(folder, source="folder:nowhere")
     assert Page((folder / "report.html").read_text()).texts == page.texts
 
 
@@ -140,9 +140,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
     comparison = tmp_path / "comparison"
     comparison.mkdir()
     (comparison / ROWS).write_text(to_lines([row]))
-    written = runs.report(
-        digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts"
-    )
+    written = report(digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts")
     assert [path.name for path in written] == [
         f"resnet20-{name}.png" for name in ("tradeoff", "filters", "votes", "concepts")
     ]
@@ -152,13 +150,13 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
             assert min(picture.size) > 300
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file can't be written"):
-        runs.report(digits_run.folder, images=0, pictures=tmp_path / "file")
+        report(digits_run.folder, images=0, pictures=tmp_path / "file")
     with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
-        runs.report(digits_run.folder, images=0, beside=tmp_path)
+        report(digits_run.folder, images=0, beside=tmp_path)
 
 
 def test_a_trade_off_shows_a_comparison_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:
-    trials = (Trial(1.0, 0.99, kept=True), Trial(0.6, 0.9, kept=False))
+    trials = (SizeTrial(1.0, 0.99, kept=True), SizeTrial(0.6, 0.9, kept=False))
     drawing = tradeoff(digits_run.result.model_copy(update={"trials": trials})).svg()
     for text in ("this run", "sizes tried (validation images)", ">cut<", ">tuned<"):
         assert text in drawing

@@ -16,14 +16,16 @@ from safetensors.torch import save_file
 from browser import DESK, PHONE, Watched, open_browser, opened
 from imagenet_networks import converted
 from runs import DigitsRun
-from secateur import data, load, pipeline, runs
-from secateur.comparison import Comparison
+from secateur import data, load
 from secateur.config import RunConfig, from_dict
-from secateur.report import write_report
-from secateur.report.comparison import PAGE, write_comparison
-from secateur.report.gallery import make_gallery
-from secateur.result import RunResult, read_result
-from secateur.sweep import CellResult
+from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.spec import BenchmarkSpec
+from secateur.experiments.report import write_report
+from secateur.experiments.report.comparison import PAGE, write_comparison
+from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.run import run
+from secateur.pipeline.prune import load_inputs, prune
+from secateur.pipeline.result import RunResult, read_result
 
 EVIL = "<img src=x onerror=alert(1)>"
 IN_A_COLUMN = 500
@@ -175,7 +177,7 @@ def test_a_comparison_is_in_the_same_style(
     browser: Browser, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
     cells = [
-        CellResult(
+        JobResult(
             id=f"{criterion}-{seed}",
             network="resnet20",
             variant="",
@@ -197,7 +199,7 @@ def test_a_comparison_is_in_the_same_style(
         "seeds": 2,
         "data": {"source": "digits"},
     }
-    write_comparison(tmp_path, from_dict(content, Comparison), cells, "secateur compare")
+    write_comparison(tmp_path, from_dict(content, BenchmarkSpec), cells, "secateur compare")
     for size in (DESK, PHONE):
         with opened(browser, tmp_path / PAGE, size) as found:
             expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
@@ -279,7 +281,7 @@ def test_names_from_data_are_shown_as_text(
     browser: Browser, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
     config = digits_run.config
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     smaller = load(digits_run.folder)
     evil = data.DataSet("digits", (EVIL,) * 10, dataset.train, dataset.validation, dataset.test)
     groups = list(digits_run.result.groups)
@@ -309,7 +311,7 @@ def test_the_report_of_resnet20_on_cifar10(
             },
             "data": {
                 "source": f"cifar10:{few_columns(shared_data / 'cifar10', tmp_path / 'few')}",
-                "probe_images": 200,
+                "calibration_images": 200,
             },
             "plan": {"target": "macs=0.7"},
             "refit": {"layers": "readers", "positions": 8},
@@ -318,7 +320,7 @@ def test_the_report_of_resnet20_on_cifar10(
         },
         RunConfig,
     )
-    dataset, model = pipeline.load_inputs(config)
+    dataset, model = load_inputs(config)
     some = data.DataSet(
         dataset.name,
         dataset.class_names,
@@ -326,7 +328,7 @@ def test_the_report_of_resnet20_on_cifar10(
         dataset.validation,
         dataset.test.take(torch.arange(200)),
     )
-    pruned = pipeline.prune(model, some, config)
+    pruned = prune(model, some, config)
     gallery = make_gallery(model, pruned.model, some, pruned.result)
     write_report(pruned.result, tmp_path / "report.html", gallery)
     look_through(browser, tmp_path / "report.html", pruned.result, "frog")
@@ -350,7 +352,7 @@ def test_the_report_of_efficientnet_lite0_on_imagenet_images(
             },
             "data": {
                 "source": f"imagenette:{few_images(source, tmp_path / 'few')}",
-                "probe_images": 40,
+                "calibration_images": 40,
                 "batch_size": 20,
                 "image_size": 128,
                 "mean": [127 / 255] * 3,
@@ -358,12 +360,12 @@ def test_the_report_of_efficientnet_lite0_on_imagenet_images(
             },
             "score": {"criterion": "l1"},
             "plan": {"target": "macs=0.8", "allocation": "uniform"},
-            "refit": {"layers": "none", "norms": False},
+            "refit": {"layers": "none", "recalibrate_batchnorm": False},
             "finetune": {"epochs": 0},
         },
         RunConfig,
     )
-    runs.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     page = tmp_path / "run" / "report.html"
     look_through(browser, page, read_result(tmp_path / "run"), "tench")
     assert page.stat().st_size < 8e6

@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from fault_case import Case
 from networks import Chain, Residual, random_images
-from secateur import make_wiring, pipeline, room, runs, training
+from secateur import build_dependency_graph
 from secateur.errors import SecateurError
-from secateur.failures import explain
-from secateur.memory import all_bytes, peak_bytes
-from secateur.room import LEAST_BATCH, SHARE, batch_that_fits, check_training, free_bytes
+from secateur.experiments.run import run
+from secateur.pipeline import prune as pipeline
+from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
+from secateur.pruning.cost.memory import peak_bytes, total_bytes
+from secateur.runtime import memory as room
+from secateur.runtime.error_messages import explain
+from secateur.runtime.memory import SHARE, free_bytes
+from secateur.training import trainer as training
+from secateur.training.memory_check import check_training
 
 
 def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,9 +40,9 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_batches_fit_into_what_is_free() -> None:
-    wiring = make_wiring(Residual(), random_images(2))
+    wiring = build_dependency_graph(Residual(), random_images(2))
     each = peak_bytes(wiring)({})
-    assert 0 < each < all_bytes(wiring)
+    assert 0 < each < total_bytes(wiring)
     assert batch_that_fits(wiring, 100, 2**40, with_gradients=False) == 100
     tight = int(10 * each / SHARE)
     assert batch_that_fits(wiring, 100, tight, with_gradients=False) == 10
@@ -49,10 +55,10 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
 ) -> None:
     case = Case(tmp_path, report_images=0)
     case.write()
-    plenty = runs.run(case.config(epochs=0), tmp_path / "plenty")
+    plenty = run(case.config(epochs=0), tmp_path / "plenty")
     assert plenty.notices == ()
     monkeypatch.setattr(pipeline, "batch_that_fits", lambda *_, **__: 5)
-    found = runs.run(case.config(epochs=0), tmp_path / "little")
+    found = run(case.config(epochs=0), tmp_path / "little")
     assert found.config.data.batch_size == 5
     assert "Batches of 12 images take more memory than there was: 5 at a time" in found.notices[0]
     assert found.plan_hash == plenty.plan_hash
@@ -61,7 +67,7 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     assert {"event": "batch_size", "asked": 12, "taken": 5} in events
     monkeypatch.undo()
     # It goes on with the configuration that it was begun with.
-    resumed = runs.run(case.config(epochs=0), tmp_path / "little", resume=True)
+    resumed = run(case.config(epochs=0), tmp_path / "little", resume=True)
     assert resumed.config.data.batch_size == 5
 
 
@@ -121,9 +127,9 @@ def test_what_a_step_takes_grows_with_what_is_computed_at_once(
     )
     settings = case.config(epochs=1).finetune
     for accumulate in (1, 4):
-        changed = settings.model_copy(update={"accumulate": accumulate})
+        changed = settings.model_copy(update={"gradient_accumulation_steps": accumulate})
         config = case.config(epochs=1).model_copy(update={"finetune": changed})
-        runs.run(config, tmp_path / str(accumulate))
+        run(config, tmp_path / str(accumulate))
     assert asked == [16, 4]
 
 

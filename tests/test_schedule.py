@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from secateur.schedule import Schedule
+from secateur.training.lr_schedule import Schedule
 
 
 def test_cosine_rises_then_falls_to_zero() -> None:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur import concepts, criteria
 from secateur.config import ScoreSection
-from secateur.criteria import Kernels, Need, Sight
 from secateur.data import Batch
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.scoring import FilterScores, score_filters
-from secateur.wiring import Wiring
+from secateur.data.preprocessing import Preprocessing
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import concepts, criteria
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.scoring.scores import FilterScores, score_filters
 
 IMAGES = random_images(10)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1, 3, 3])
@@ -26,9 +26,9 @@ SETTINGS = ScoreSection(top_fraction=0.3, quantile=0.1, sample_every=2, use_labe
 
 
 @pytest.fixture(scope="module", params=["chain", "concat"])
-def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Wiring]:
+def network(request: pytest.FixtureRequest) -> tuple[nn.Module, DependencyGraph]:
     model = make_network(request.param)
-    return model, make_wiring(model, random_images(2))
+    return model, build_dependency_graph(model, random_images(2))
 
 
 def probe(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
@@ -38,14 +38,14 @@ def probe(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
     return lambda: iter(parts)
 
 
-def source_of(network: tuple[nn.Module, Wiring], text: str) -> concepts.ConceptSource:
+def source_of(network: tuple[nn.Module, DependencyGraph], text: str) -> concepts.ConceptSource:
     model, wiring = network
     return concepts.make(text, wiring.graph, tensors_of(model), CLASS_NAMES, Preprocessing(8, 8))
 
 
 def scores_by(
     names: Iterable[str],
-    network: tuple[nn.Module, Wiring],
+    network: tuple[nn.Module, DependencyGraph],
     *,
     size: int = 4,
     labels: Tensor = LABELS,
@@ -73,7 +73,7 @@ def assert_same(one: dict[str, FilterScores], other: dict[str, FilterScores]) ->
 
 
 def test_one_pass_for_all_gives_what_each_one_gives_alone(
-    network: tuple[nn.Module, Wiring],
+    network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     together = scores_by(EVERY_CRITERION, network)
     for name in EVERY_CRITERION:
@@ -82,13 +82,15 @@ def test_one_pass_for_all_gives_what_each_one_gives_alone(
         assert alone[name].criterion == name
 
 
-def test_scoring_twice_gives_the_same(network: tuple[nn.Module, Wiring]) -> None:
+def test_scoring_twice_gives_the_same(network: tuple[nn.Module, DependencyGraph]) -> None:
     first, second = (scores_by(EVERY_CRITERION, network) for _ in range(2))
     assert_same(first, second)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
-def test_batch_size_does_not_change_scores(network: tuple[nn.Module, Wiring], size: int) -> None:
+def test_batch_size_does_not_change_scores(
+    network: tuple[nn.Module, DependencyGraph], size: int
+) -> None:
     expected = scores_by(EVERY_CRITERION, network, size=5)
     found = scores_by(EVERY_CRITERION, network, size=size)
     for name in EVERY_CRITERION:
@@ -98,7 +100,7 @@ def test_batch_size_does_not_change_scores(network: tuple[nn.Module, Wiring], si
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_labels_are_not_looked_at_unless_they_may_be_used(
-    network: tuple[nn.Module, Wiring], source: str
+    network: tuple[nn.Module, DependencyGraph], source: str
 ) -> None:
     true, false = (
         scores_by(EVERY_CRITERION, network, labels=labels, settings=WITHOUT_LABELS, source=source)
@@ -107,7 +109,7 @@ def test_labels_are_not_looked_at_unless_they_may_be_used(
     assert_same(true, false)
 
 
-def test_labels_count_where_they_may_be_used(network: tuple[nn.Module, Wiring]) -> None:
+def test_labels_count_where_they_may_be_used(network: tuple[nn.Module, DependencyGraph]) -> None:
     true, other = (
         scores_by(["vote-response", "taylor"], network, labels=labels)
         for labels in (LABELS, (LABELS + 1) % CLASSES)
@@ -120,7 +122,7 @@ def test_labels_count_where_they_may_be_used(network: tuple[nn.Module, Wiring]) 
 
 
 def test_predictions_taken_as_labels_give_the_scores_without_labels(
-    network: tuple[nn.Module, Wiring],
+    network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     with torch.no_grad():
         predicted = network[0](IMAGES).argmax(1)
@@ -130,7 +132,7 @@ def test_predictions_taken_as_labels_give_the_scores_without_labels(
 
 
 def test_the_order_of_the_filters_is_that_of_the_layer(
-    network: tuple[nn.Module, Wiring],
+    network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     """Silencing the last filter of a group takes all of its votes, and only its."""
     model, wiring = network
@@ -158,19 +160,19 @@ class Counting:
     def __init__(self) -> None:
         self.images: dict[str, int] = {}
 
-    def begin(self, parts: Mapping[str, Kernels]) -> None:
+    def reset(self, parts: Mapping[str, Kernels]) -> None:
         self.images = dict.fromkeys(parts, 0)
 
-    def observe(self, sight: Sight) -> None:
-        self.images[sight.part] += len(sight.maps)
+    def update(self, sight: FeatureBatch) -> None:
+        self.images[sight.tap] += len(sight.maps)
 
-    def tallies(self) -> Iterable[Tensor]:
+    def state(self) -> Iterable[Tensor]:
         return ()
 
 
 @pytest.mark.parametrize("names", [["random"], ["vote-iou", "taylor"]])
 def test_onlookers_see_every_image_in_the_same_pass(
-    network: tuple[nn.Module, Wiring], names: list[str]
+    network: tuple[nn.Module, DependencyGraph], names: list[str]
 ) -> None:
     wiring = network[1]
     counting = Counting()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from secateur.search import TRIALS, Trial, bisect, smallest_kept
+from secateur.pruning.size_search import TRIALS, SizeTrial, bisect, smallest_kept
 
 
 def test_the_smallest_network_that_keeps_to_the_limit_is_found() -> None:
@@ -18,5 +18,5 @@ def test_the_smallest_network_that_keeps_to_the_limit_is_found() -> None:
 
 
 def test_where_every_network_is_too_bad_the_whole_one_is_left() -> None:
-    trials = (Trial(1.0, 0.9, kept=True), *bisect(lambda _: 0.1, 0.89, 0.1))
+    trials = (SizeTrial(1.0, 0.9, kept=True), *bisect(lambda _: 0.1, 0.89, 0.1))
     assert smallest_kept(trials) == 1.0

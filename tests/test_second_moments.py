@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from secateur.errors import DataError
-from secateur.second_moments import LEVELS, SecondMoments, in_units, unit_of
-from secateur.thresholds import Usual
+from secateur.scoring.covariance import LEVELS, SecondMoments, in_units, unit_of
+from secateur.scoring.thresholds import ActivationStatistics
 
 
 def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:
     rows = torch.randn(40, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
     zero = torch.zeros(3)
-    unit = unit_of(Usual(zero, zero, rows.abs().amax(0)))
+    unit = unit_of(ActivationStatistics(zero, zero, rows.abs().amax(0)))
     moments = SecondMoments(3)
     for some in rows.split(7):
-        moments.add(in_units(some, unit, "conv"))
+        moments.update(in_units(some, unit, "conv"))
     exact = rows.double()
     torch.testing.assert_close(moments.raw(unit), exact.T @ exact / 40, rtol=1e-3, atol=1e-3)
     expected = torch.cov(exact.T, correction=0)
@@ -25,27 +25,27 @@ def test_a_weight_counts_a_row_several_times(generator: torch.Generator) -> None
     rows = torch.randint(-LEVELS, LEVELS, (20, 4), generator=generator).float()
     weights = torch.randint(0, 4, (20,), generator=generator)
     weighted, repeated = SecondMoments(4), SecondMoments(4)
-    weighted.add(rows, weights.float())
-    repeated.add(rows.repeat_interleave(weights, 0))
-    assert [each.tolist() for each in weighted.tallies()] == [
-        each.tolist() for each in repeated.tallies()
+    weighted.update(rows, weights.float())
+    repeated.update(rows.repeat_interleave(weights, 0))
+    assert [each.tolist() for each in weighted.state()] == [
+        each.tolist() for each in repeated.state()
     ]
 
 
 def test_the_order_of_rows_does_not_matter(generator: torch.Generator) -> None:
     rows = torch.randint(-LEVELS, LEVELS, (1000, 4), generator=generator).float()
     one, other = SecondMoments(4), SecondMoments(4)
-    one.add(rows)
+    one.update(rows)
     for some in rows.flip(0).split(13):
-        other.add(some)
-    for own, its in zip(one.tallies(), other.tallies(), strict=True):
+        other.update(some)
+    for own, its in zip(one.state(), other.state(), strict=True):
         assert torch.equal(own, its)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
 def test_values_keep_their_size_whatever_it_is(size: float) -> None:
     zero = torch.zeros(1)
-    unit = unit_of(Usual(zero, zero, torch.tensor([size])))
+    unit = unit_of(ActivationStatistics(zero, zero, torch.tensor([size])))
     values = torch.tensor([[1.0], [-0.5], [0.25]]) * size
     whole = in_units(values, unit, "conv")
     torch.testing.assert_close(whole * unit, values, rtol=1e-3, atol=0)

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import DigitsRun
-from secateur.comparison import Comparison
 from secateur.config import from_dict
 from secateur.errors import RunFolderError
-from secateur.report.charts import charts
-from secateur.report.comparison import CHARTS, PAGE, tables, write_comparison
-from secateur.result import RunResult
-from secateur.rows import Row, read_rows, row_of, to_lines
-from secateur.standings import Difference, paired, standings
-from secateur.sweep import CellResult
+from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
+from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.spec import BenchmarkSpec
+from secateur.experiments.compare.statistics import Difference, compute_statistics, paired
+from secateur.experiments.report.charts import charts
+from secateur.experiments.report.comparison import CHARTS, PAGE, tables, write_comparison
+from secateur.pipeline.result import RunResult
 
 HOSTILE = "<img src=x onerror=alert(1)>|"
 
@@ -37,12 +37,12 @@ def with_accuracy(result: RunResult, percent: float) -> RunResult:
     )
 
 
-def rows(cells: list[CellResult]) -> list[Row]:
+def rows(cells: list[JobResult]) -> list[Row]:
     return [row_of(cell) for cell in cells]
 
 
-def cell(criterion: str, target: str, seed: int, result: RunResult | None) -> CellResult:
-    return CellResult(
+def cell(criterion: str, target: str, seed: int, result: RunResult | None) -> JobResult:
+    return JobResult(
         id=f"{criterion}-{target}-{seed}",
         network="net",
         variant="",
@@ -67,7 +67,7 @@ ACCURACIES = {
 
 
 @pytest.fixture
-def comparison() -> Comparison:
+def comparison() -> BenchmarkSpec:
     content = {
         "networks": [{"name": "resnet20", "label": "net"}],
         "criteria": ["vote", "l1", "random"],
@@ -75,11 +75,11 @@ def comparison() -> Comparison:
         "baseline": "l1",
         "data": {"source": "digits"},
     }
-    return from_dict(content, Comparison)
+    return from_dict(content, BenchmarkSpec)
 
 
 @pytest.fixture
-def cells(digits_run: DigitsRun) -> list[CellResult]:
+def cells(digits_run: DigitsRun) -> list[JobResult]:
     return [
         cell(
             criterion,
@@ -153,18 +153,18 @@ def test_a_mean_over_settings_is_no_surer_than_the_images_of_all_of_them() -> No
         for number in range(1, 5)
         for seed in range(2)
     ]
-    overall = standings(many, "l1").overall("l2")
+    overall = compute_statistics(many, "l1").overall("l2")
     assert overall is not None
     assert overall.mean == pytest.approx(-0.2)
     expected = 12.706 * math.sqrt(0.2**2 / 6 / 4 / 2)
     assert overall.high - overall.mean == pytest.approx(expected, rel=1e-3)
 
 
-def test_standings_by_hand(cells: list[CellResult]) -> None:
-    found = standings(rows(cells), "l1")
+def test_standings_by_hand(cells: list[JobResult]) -> None:
+    found = compute_statistics(rows(cells), "l1")
     images = cells[0].result.stages[-1].score.images if cells[0].result else 0
     assert found.step == 100 / images
-    assert found.ways == ("vote", "l1", "random")
+    assert found.methods == ("vote", "l1", "random")
     assert found.settings == (("net", "macs=0.7"), ("net", "macs=0.5"))
     one = found.difference("vote", ("net", "macs=0.7"))
     assert one is not None
@@ -184,8 +184,12 @@ def test_standings_by_hand(cells: list[CellResult]) -> None:
     assert [each.seed for each in found.failures] == [2]
 
 
-def test_tables_say_what_the_standings_are(comparison: Comparison, cells: list[CellResult]) -> None:
-    accuracy, difference, *_, failed = tables(standings(rows(cells), comparison.compared_with))
+def test_tables_say_what_the_standings_are(
+    comparison: BenchmarkSpec, cells: list[JobResult]
+) -> None:
+    accuracy, difference, *_, failed = tables(
+        compute_statistics(rows(cells), comparison.compared_with)
+    )
     assert accuracy.rows == (
         ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00"),
         ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50"),
@@ -202,7 +206,7 @@ def test_tables_say_what_the_standings_are(comparison: Comparison, cells: list[C
 
 
 def test_the_page_shows_text_from_outside_as_text(
-    comparison: Comparison, cells: list[CellResult], tmp_path: Path
+    comparison: BenchmarkSpec, cells: list[JobResult], tmp_path: Path
 ) -> None:
     write_comparison(tmp_path, comparison, cells, "secateur compare <x>")
     page = (tmp_path / PAGE).read_text()
@@ -217,8 +221,8 @@ def test_the_page_shows_text_from_outside_as_text(
     )
 
 
-def test_charts_draw_the_numbers(cells: list[CellResult]) -> None:
-    found = standings(rows(cells), "l1")
+def test_charts_draw_the_numbers(cells: list[JobResult]) -> None:
+    found = compute_statistics(rows(cells), "l1")
     drawn = {chart.name: chart for chart in charts(found, cells)}
     (axes,) = drawn["net-against-MACs"].figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
@@ -237,8 +241,8 @@ def test_charts_draw_the_numbers(cells: list[CellResult]) -> None:
     assert drawn["net-steps"].svg().count("<svg") == 1
 
 
-def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[CellResult]) -> None:
-    def reversed_scores(cell: CellResult) -> CellResult:
+def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[JobResult]) -> None:
+    def reversed_scores(cell: JobResult) -> JobResult:
         result = cell.result
         if result is None or cell.criterion != "vote":
             return cell
@@ -248,7 +252,7 @@ def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[Cell
         )
         return cell.model_copy(update={"result": result.model_copy(update={"groups": groups})})
 
-    def of_seed(cell: CellResult) -> CellResult:
+    def of_seed(cell: JobResult) -> JobResult:
         result = cell.result
         if result is None:
             return cell
@@ -256,32 +260,32 @@ def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[Cell
         return cell.model_copy(update={"result": result.model_copy(update={"config": config})})
 
     cells = [reversed_scores(of_seed(cell)) for cell in cells]
-    found = standings(rows(cells), "l1")
+    found = compute_statistics(rows(cells), "l1")
     (chart,) = [chart for chart in charts(found, cells) if chart.name == "net-agreement"]
     texts = [text.get_text() for text in chart.figure.axes[0].texts]
     assert texts[0::3] == ["-1.00"] * (len(texts) // 3)
     assert texts[1::3] == texts[2::3] == ["1.00"] * (len(texts) // 3)
 
 
-def test_ways_can_be_told_apart_in_a_chart(cells: list[CellResult]) -> None:
+def test_ways_can_be_told_apart_in_a_chart(cells: list[JobResult]) -> None:
     many = [
         cell.model_copy(update={"variant": f"variant {number}"})
         for number in range(20)
         for cell in cells[:1]
     ]
-    (chart, *_) = charts(standings(rows(many), "vote, variant 0"))
+    (chart, *_) = charts(compute_statistics(rows(many), "vote, variant 0"))
     lines = chart.figure.axes[0].get_lines()[:-1]
     looks = {(line.get_color(), line.get_marker()) for line in lines}
     assert len(looks) == len(lines) == 20
 
 
-def test_names_are_no_formulas(cells: list[CellResult]) -> None:
+def test_names_are_no_formulas(cells: list[JobResult]) -> None:
     odd = [each.model_copy(update={"variant": "$x^2$ & <b>"}) for each in cells]
-    for chart in charts(standings(rows(odd), "l1, $x^2$ & <b>"), odd):
+    for chart in charts(compute_statistics(rows(odd), "l1, $x^2$ & <b>"), odd):
         assert "<b>" not in chart.svg()
 
 
-def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun, tmp_path: Path) -> None:
+def test_a_row_is_flat(cells: list[JobResult], digits_run: DigitsRun, tmp_path: Path) -> None:
     done, lost = row_of(cells[0]), row_of(cells[-4])
     result = digits_run.result
     before = result.score("before")
@@ -302,18 +306,18 @@ def test_a_row_is_flat(cells: list[CellResult], digits_run: DigitsRun, tmp_path:
         read_rows(path)
 
 
-def test_a_comparison_without_any_result_is_shown_too(comparison: Comparison) -> None:
+def test_a_comparison_without_any_result_is_shown_too(comparison: BenchmarkSpec) -> None:
     lost = [cell(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
-    found = tables(standings(rows(lost), comparison.compared_with))
+    found = tables(compute_statistics(rows(lost), comparison.compared_with))
     assert found[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
     assert found[-1].title == "Failed"
 
 
 def test_a_target_out_of_reach_leaves_the_verdicts_of_the_others(
-    comparison: Comparison, cells: list[CellResult]
+    comparison: BenchmarkSpec, cells: list[JobResult]
 ) -> None:
     lost = [cell(criterion, "macs=0.1", 0, None) for criterion in ("vote", "l1", "random")]
-    without, found = (standings(rows(each), "l1") for each in (cells, [*lost, *cells]))
+    without, found = (compute_statistics(rows(each), "l1") for each in (cells, [*lost, *cells]))
     assert found.settings == (("net", "macs=0.1"), *without.settings)
     assert found.overall("vote") == without.overall("vote")
     for table, other in zip(tables(found)[:2], tables(without)[:2], strict=True):

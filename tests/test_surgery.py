@@ -20,26 +20,29 @@ from networks import (
     randomise_norms,
     wired,
 )
+from secateur.config import Budget
 from secateur.errors import RunFolderError
-from secateur.models import load
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.surgery import apply_plan, check_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.models.zoo import load
+from secateur.pruning.apply import apply_plan, check_plan
+from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.plan import PruningPlan
 
-TARGET = Target("macs", 0.5)
+TARGET = Budget("macs", 0.5)
 
 
 def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
     return PruningPlan(removed, TARGET, "by hand")
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_cut_network_equals_the_silenced_one(
-    name: str, cut_stream: bool, generator: torch.Generator
+    name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, cut_stream)
+    model, wiring = wired(name, prune_residual)
     plan, images = random_plan(wiring, generator), random_images()
     assert_law(model, wiring, plan, images)
     with torch.no_grad():
@@ -69,15 +72,17 @@ def test_one_filter_may_be_left_in_every_group(name: str) -> None:
 
 
 @cache
-def wired_large(name: str, side: int, cut_stream: bool) -> tuple[nn.Module, Wiring]:
+def wired_large(name: str, side: int, prune_residual: bool) -> tuple[nn.Module, DependencyGraph]:
     torch.manual_seed(3)
     model = load(name)
     randomise_norms(model, torch.Generator().manual_seed(3))
-    return model, make_wiring(model, random_images(2, side), cut_stream=cut_stream)
+    return model, build_dependency_graph(
+        model, random_images(2, side), prune_residual=prune_residual
+    )
 
 
-def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Generator) -> None:
-    model, wiring = wired_large(name, side, cut_stream)
+def assert_large(name: str, side: int, prune_residual: bool, generator: torch.Generator) -> None:
+    model, wiring = wired_large(name, side, prune_residual)
     images, plan = random_images(2, side), random_plan(wiring, generator)
     assert_law(model, wiring, plan, images)
     assert wiring.macs() == counted_macs(model, images)
@@ -89,7 +94,7 @@ def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Genera
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "cut_stream"),
+    ("name", "side", "prune_residual"),
     [
         ("resnet20", 32, False),
         ("resnet20", 32, True),
@@ -99,14 +104,14 @@ def assert_large(name: str, side: int, cut_stream: bool, generator: torch.Genera
     ],
 )
 def test_the_law_holds_for_well_known_networks(
-    name: str, side: int, cut_stream: bool, generator: torch.Generator
+    name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    assert_large(name, side, cut_stream, generator)
+    assert_large(name, side, prune_residual, generator)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "side", "cut_stream"),
+    ("name", "side", "prune_residual"),
     [
         ("resnet56", 32, True),
         ("torchvision:resnet50", 64, True),
@@ -114,9 +119,9 @@ def test_the_law_holds_for_well_known_networks(
     ],
 )
 def test_the_law_holds_for_large_networks(
-    name: str, side: int, cut_stream: bool, generator: torch.Generator
+    name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    assert_large(name, side, cut_stream, generator)
+    assert_large(name, side, prune_residual, generator)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     same, images = apply_plan(model, wiring, plan_of({})), random_images()
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
-        silenced = silence(model, wiring, plan_of({}))(images)
+        silenced = masked_overrides(model, wiring, plan_of({}))(images)
         assert relative_error(silenced, model(images)) < 1e-6
 
 
@@ -153,7 +158,7 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
     images = random_images()
     at_once = apply_plan(model, wiring, plan_of({"conv1": (1, 4), "conv2": (0, 2)}))
     first = apply_plan(model, wiring, plan_of({"conv1": (1,), "conv2": (2,)}))
-    again = make_wiring(first, images)
+    again = build_dependency_graph(first, images)
     second = apply_plan(first, again, plan_of({"conv1": (3,), "conv2": (0,)}))
     with torch.no_grad():
         assert torch.equal(second(images), at_once(images))
@@ -161,7 +166,7 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
 
 def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
     model = make_network("residual")
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     before = copy.deepcopy(model.state_dict())
     shapes = {name: str(module) for name, module in model.named_modules()}
     cut = apply_plan(model, wiring, random_plan(wiring, generator))
@@ -177,7 +182,7 @@ def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
 def test_modes_are_kept() -> None:
     model = Chain().train()
     model.bn1.eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,)}))
     modes = {name: module.training for name, module in model.named_modules()}
     assert {name: module.training for name, module in cut.named_modules()} == modes
@@ -186,7 +191,7 @@ def test_modes_are_kept() -> None:
 
 def test_hooks_are_kept() -> None:
     model = make_network("chain")
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     seen: list[torch.Size] = []
     model.get_submodule("conv1").register_forward_hook(
         lambda module, inputs, output: seen.append(output.shape)
@@ -199,7 +204,7 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
     model = make_network("chain")
     for name in ("conv1.weight", "bn2.bias"):
         model.get_parameter(name).requires_grad_(False)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1,)}))
     expected = {name: one.requires_grad for name, one in model.named_parameters()}
     assert {name: one.requires_grad for name, one in cut.named_parameters()} == expected
@@ -210,7 +215,7 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
     model = make_network("chain").to(dtype)
-    wiring = make_wiring(model, random_images(2).to(dtype))
+    wiring = build_dependency_graph(model, random_images(2).to(dtype))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     expected = {name: one.dtype for name, one in model.state_dict().items()}
     assert {name: one.dtype for name, one in cut.state_dict().items()} == expected
@@ -218,7 +223,7 @@ def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
 
 def test_the_memory_format_is_kept() -> None:
     model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     for name in ("conv1.weight", "conv2.weight"):
         kernel = cut.get_parameter(name)
@@ -259,7 +264,7 @@ def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
             return logits
 
     model = OneChannel().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     plan = plan_of({"widen": (0, 2)})
     widen = apply_plan(model, wiring, plan).get_submodule("widen")
     assert isinstance(widen, nn.Conv2d)
@@ -313,7 +318,7 @@ def test_silence_is_zero_where_the_channel_is_read() -> None:
     with torch.no_grad():
         by_hand.get_parameter("bn1.weight")[2] = 0
         by_hand.get_parameter("bn1.bias")[2] = 0
-        silenced = silence(model, wiring, plan_of({"conv1": (2,)}))(images)
+        silenced = masked_overrides(model, wiring, plan_of({"conv1": (2,)}))(images)
         assert relative_error(silenced, by_hand(images)) < 1e-6
 
 

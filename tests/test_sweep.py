@@ -23,12 +23,26 @@ import tomli_w
 from fault_case import FailingDisk
 from layouts import write_classes
 from processes import started
-from secateur import cli, pipeline, sweep
-from secateur.comparison import Comparison, cells_of
+from secateur.cli import app
 from secateur.config import from_dict
-from secateur.criteria import CRITERIA
 from secateur.errors import RunFolderError, UnknownName, WriteError
-from secateur.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
+from secateur.experiments.compare.runner import (
+    CELLS,
+    CHECKPOINTS,
+    COMPARISON,
+    _bury,
+    _prepare,
+    _Process,
+    read_job,
+    read_spec,
+    run_benchmark,
+    work,
+    write_job,
+)
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
+from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
+from secateur.pipeline import prune as pipeline
+from secateur.scoring.criteria import CRITERIA
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -44,7 +58,11 @@ def content(tmp_path: Path, model_file: Path) -> dict[str, Any]:
         "targets": ["macs=0.8", "macs=0.7", "macs=0.5"],
         "seeds": 2,
         "networks": [{"name": f"{model_file}:small", "label": "small"}],
-        "data": {"source": f"folder:{tmp_path / 'images'}", "image_size": 16, "probe_images": 20},
+        "data": {
+            "source": f"folder:{tmp_path / 'images'}",
+            "image_size": 16,
+            "calibration_images": 20,
+        },
         "finetune": {"epochs": 1, "batch_size": 8, "workers": 0, "warmup_steps": 0},
     }
 
@@ -55,8 +73,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in VARYING} for row in found]
 
 
-def swept(comparison: Comparison, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    cells = sweep.compare(comparison, folder, **options)
+def swept(comparison: BenchmarkSpec, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    cells = run_benchmark(comparison, folder, **options)
     write_comparison(folder, comparison, cells)
     return rows_of(folder)
 
@@ -68,7 +86,7 @@ def first_table(folder: Path) -> str:
 def call_compare(file: Path, folder: Path) -> None:
     sys.argv = ["secateur", "compare", str(file), "-o", str(folder), "--json"]
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        cli.main()
+        app.main()
 
 
 def wait_for(folder: Path, count: int, process: BaseProcess) -> None:
@@ -86,9 +104,9 @@ def end_of(process: BaseProcess) -> int | None:
 def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    file, killed = tmp_path / "comparison.toml", tmp_path / "killed"
+    file, killed = tmp_path / "benchmark.toml", tmp_path / "killed"
     file.write_text(tomli_w.dumps(content))
-    expected = swept(sweep.read_comparison(file), tmp_path / "whole", jobs=2)
+    expected = swept(read_spec(file), tmp_path / "whole", jobs=2)
     assert len(expected) == 12
     assert all(row["outcome"] == "done" for row in expected)
     assert {row["macs_left"] < 1 for row in expected} == {True}
@@ -112,7 +130,7 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     assert first_table(killed) == first_table(tmp_path / "whole")
     for path, written in after.items():
         assert path.stat().st_mtime_ns == written, "a cell was done again"
-    assert not (killed / sweep.CHECKPOINTS).exists()
+    assert not (killed / CHECKPOINTS).exists()
 
 
 def test_a_cell_is_what_a_run_of_its_own_finds(
@@ -121,9 +139,9 @@ def test_a_cell_is_what_a_run_of_its_own_finds(
     (tmp_path / "queue.py").write_text("raise SystemExit('not what processes import')")
     monkeypatch.chdir(tmp_path)
     content |= {"criteria": ["vote", "l1"], "targets": ["macs=0.6"], "seeds": [1]}
-    comparison = from_dict(content, Comparison)
-    found = sweep.compare(comparison, tmp_path / "out")
-    for cell, result in zip(cells_of(comparison), found, strict=True):
+    comparison = from_dict(content, BenchmarkSpec)
+    found = run_benchmark(comparison, tmp_path / "out")
+    for cell, result in zip(jobs_of(comparison), found, strict=True):
         dataset, model = pipeline.load_inputs(cell.config)
         alone = pipeline.prune(model, dataset, cell.config).result
         assert result.result is not None
@@ -145,7 +163,7 @@ class wrong_shape(OfKernels):
     def __init__(self):
         super().__init__(torch.numel)
 
-    def score(self, part):
+    def compute(self, part):
         if (Path(__file__).parent / "mended").exists():
             return torch.arange(self._parts[part].filters)
         return torch.zeros(3, 2)
@@ -179,7 +197,7 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
     content |= {"criteria": [*names, "l1"], "targets": ["macs=0.7"], "seeds": 1}
     content["finetune"] = {"epochs": 0}
     out = tmp_path / "out"
-    rows = swept(from_dict(content, Comparison), out)
+    rows = swept(from_dict(content, BenchmarkSpec), out)
     by_name = {row["criterion"].rpartition(":")[2]: row for row in rows}
     outcomes = {name: row["outcome"] for name, row in by_name.items()}
     assert outcomes == {
@@ -197,13 +215,13 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
     assert "last words" in (out / PAGE).read_text()
 
     (tmp_path / "mended").touch()
-    kept = swept(from_dict(content, Comparison), out)
+    kept = swept(from_dict(content, BenchmarkSpec), out)
     assert kept == rows
-    again = swept(from_dict(content, Comparison), out, retry=True)
+    again = swept(from_dict(content, BenchmarkSpec), out, retry=True)
     done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
     assert done == {"wrong_shape", "largest", "l1"}
     own.write_text(f"{BROKEN}# changed")
-    others = swept(from_dict(content, Comparison), out)
+    others = swept(from_dict(content, BenchmarkSpec), out)
     same = {row["criterion"] for row in others if row["id"] in {each["id"] for each in again}}
     assert same == {"l1"}
 
@@ -211,13 +229,13 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
 def test_a_cell_that_fails_leaves_its_checkpoints_for_another_try(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    comparison = from_dict(content, Comparison)
+    comparison = from_dict(content, BenchmarkSpec)
     out = tmp_path / "out"
-    cell = cells_of(comparison)[0]
-    checkpoints = out / sweep.CHECKPOINTS / cell.id
+    cell = jobs_of(comparison)[0]
+    checkpoints = out / CHECKPOINTS / cell.id
     checkpoints.mkdir(parents=True)
-    (out / sweep.CELLS).mkdir()
-    found = sweep.write_cell(out, cell, comparison, failed="no room")
+    (out / CELLS).mkdir()
+    found = write_job(out, cell, comparison, failed="no room")
     assert (found.outcome, found.reason) == ("failed", "no room")
     assert checkpoints.is_dir()
 
@@ -240,14 +258,14 @@ def test_a_process_that_dies_between_cells_takes_as_few_with_it_as_can_be(
     given_up: int,
     again: list[int],
 ) -> None:
-    comparison = from_dict(content | {"seeds": 1}, Comparison)
-    cells = list(cells_of(comparison)[:count])
-    (tmp_path / sweep.CELLS).mkdir()
+    comparison = from_dict(content | {"seeds": 1}, BenchmarkSpec)
+    cells = list(jobs_of(comparison)[:count])
+    (tmp_path / CELLS).mkdir()
     with tempfile.TemporaryFile("w+") as errors:
         popen = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
         popen.wait()
-        process = sweep._Process(popen, cells, errors, has_begun_any=has_begun_any)
-        lost = list(sweep._bury(tmp_path, comparison, process))
+        process = _Process(popen, cells, errors, has_begun_any=has_begun_any)
+        lost = list(_bury(tmp_path, comparison, process))
     assert [cell.reason for cell in lost] == ["its process ended with code 3"] * given_up
     lists = process.again()
     assert [len(each) for each in lists] == again
@@ -263,7 +281,7 @@ class broken(OfKernels):
     def __init__(self):
         super().__init__(len)
 
-    def score(self, part):
+    def compute(self, part):
         raise ValueError("a bug of its author's")
 """
 
@@ -273,12 +291,12 @@ def test_an_error_of_one_criterion_is_none_of_the_others(
 ) -> None:
     (tmp_path / "criteria.py").write_text(BROKEN_WHILE_SEEING)
     content |= {"criteria": [f"{tmp_path / 'criteria.py'}:broken", "l1"], "targets": ["macs=0.7"]}
-    comparison = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, Comparison)
-    sweep._prepare(tmp_path / "out", comparison)
-    cells = cells_of(comparison)
+    comparison = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, BenchmarkSpec)
+    _prepare(tmp_path / "out", comparison)
+    cells = jobs_of(comparison)
     with (tmp_path / "said").open("w") as say:
-        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
-    found = [sweep.read_cell(tmp_path / "out", cell) for cell in cells]
+        work(tmp_path / "out", [cell.id for cell in cells], say)
+    found = [read_job(tmp_path / "out", cell) for cell in cells]
     assert [each and each.outcome for each in found] == ["failed", "done"]
     assert found[0] is not None
     assert found[0].reason == "ValueError: a bug of its author's"
@@ -291,7 +309,7 @@ def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
 ) -> None:
     targets = ["macs=0.7", "latency=0.7"]
     content |= {"criteria": ["l1"], "targets": targets, "seeds": 1}
-    comparison = from_dict(content, Comparison)
+    comparison = from_dict(content, BenchmarkSpec)
     kept: dict[str, Path | None] = {}
 
     def prune(*_: object, checkpoints: Path | None, **__: object) -> None:
@@ -300,12 +318,12 @@ def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
 
     monkeypatch.setattr(pipeline, "prune", prune)
     monkeypatch.setattr(pipeline, "make_start", lambda *_: None)
-    sweep._prepare(tmp_path / "out", comparison)
-    cells = cells_of(comparison)
+    _prepare(tmp_path / "out", comparison)
+    cells = jobs_of(comparison)
     with (tmp_path / "said").open("w") as say:
-        sweep.work(tmp_path / "out", [cell.id for cell in cells], say)
+        work(tmp_path / "out", [cell.id for cell in cells], say)
     assert kept == {
-        "macs=0.7": tmp_path / "out" / sweep.CHECKPOINTS / cells[0].id,
+        "macs=0.7": tmp_path / "out" / CHECKPOINTS / cells[0].id,
         "latency=0.7": None,
     }
 
@@ -321,10 +339,10 @@ def test_cells_are_the_same_to_the_processes_that_work_them_off(
         "none": {"score.concept_weights": {}},
     }
     content["score"] = {"concept_weights": {"colours": 2.0}}
-    comparison = from_dict(content, Comparison)
-    sweep._prepare(tmp_path / "out", comparison)
-    cells = cells_of(sweep.read_comparison(tmp_path / "out" / sweep.COMPARISON))
-    assert cells == cells_of(comparison)
+    comparison = from_dict(content, BenchmarkSpec)
+    _prepare(tmp_path / "out", comparison)
+    cells = jobs_of(read_spec(tmp_path / "out" / COMPARISON))
+    assert cells == jobs_of(comparison)
     by_variant = {cell.variant: cell.config for cell in cells}
     assert by_variant["dotted"].plan == by_variant["nested"].plan
     assert by_variant["dotted"].plan.shares == {"layer1.*": 0.5}
@@ -336,19 +354,19 @@ def test_data_that_is_not_there_fails_its_cells_in_one_line(
 ) -> None:
     content["data"]["source"] = f"folder:{tmp_path / 'nowhere'}"
     content |= {"seeds": 1, "targets": ["macs=0.7"]}
-    rows = swept(from_dict(content, Comparison), tmp_path / "out")
+    rows = swept(from_dict(content, BenchmarkSpec), tmp_path / "out")
     assert [row["outcome"] for row in rows] == ["failed", "failed"]
     assert all("nowhere" in row["reason"] for row in rows)
 
 
 def test_what_is_wrong_from_the_start_stops_all(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean vote"):
-        sweep.compare(from_dict(content | {"criteria": ["votes"]}, Comparison), tmp_path / "out")
+        run_benchmark(from_dict(content | {"criteria": ["votes"]}, BenchmarkSpec), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(RunFolderError, match="holds something other"):
-        sweep.compare(from_dict(content, Comparison), tmp_path / "other")
+        run_benchmark(from_dict(content, BenchmarkSpec), tmp_path / "other")
 
 
 def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
@@ -367,7 +385,7 @@ def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
     content |= {"criteria": criteria, "targets": ["macs=0.7"], "seeds": 1}
     content["finetune"] = {"epochs": 0}
     out = tmp_path / "out"
-    rows = swept(from_dict(content, Comparison), out)
+    rows = swept(from_dict(content, BenchmarkSpec), out)
     assert [row["outcome"] for row in rows] == ["done"] * 3
     assert len({row["plan_hash"] for row in rows}) == 3
     for criterion in criteria:
@@ -376,12 +394,12 @@ def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
 
 def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
     content |= {"targets": ["macs=0.7"], "seeds": 1, "score_on": "validation"}
-    rows = swept(from_dict(content, Comparison), tmp_path / "out")
+    rows = swept(from_dict(content, BenchmarkSpec), tmp_path / "out")
     read = list(csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text())))
     assert len(read) == len(rows) == 2
     for one, other in zip(read, rows, strict=True):
         assert float(one["top1_fraction"]) == other["top1_fraction"]
-        assert one["polished_top1_fraction"] == ""
+        assert one["distilled_top1_fraction"] == ""
         assert one["criterion"] in CRITERIA
         assert one["score_on"] == "validation"
         assert int(one["images"]) == 4  # a tenth of 48, of each class alike
@@ -391,13 +409,13 @@ def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
 def test_a_folder_that_a_full_disk_has_left_empty_is_gone_on_with(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    comparison = from_dict({**content, "criteria": ["l1"], "targets": ["macs=0.8"]}, Comparison)
+    comparison = from_dict({**content, "criteria": ["l1"], "targets": ["macs=0.8"]}, BenchmarkSpec)
     out, link = tmp_path / "out", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)
-    for place in (5, 6):  # after the lock: opening and writing comparison.toml
+    for place in (5, 6):  # after the lock: opening and writing benchmark.toml
         with FailingDisk(tmp_path, place).mounted(), pytest.raises(WriteError):
-            sweep.compare(comparison, link, skip=lambda cell: True)
-    (out / "comparison.toml.unfinished").touch()  # of one that was killed
-    assert sweep.compare(comparison, link, skip=lambda cell: True) == ()
-    assert (out / "comparison.toml").is_file()
+            run_benchmark(comparison, link, skip=lambda cell: True)
+    (out / "benchmark.toml.unfinished").touch()  # of one that was killed
+    assert run_benchmark(comparison, link, skip=lambda cell: True) == ()
+    assert (out / "benchmark.toml").is_file()

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur import models, tensor_files
 from secateur.errors import WeightsError
+from secateur.models import weights
+from secateur.runtime import safetensors_io
 
 TENSORS = {
     "größe": torch.arange(6.0).reshape(2, 3),
@@ -30,11 +31,11 @@ def same(found: dict[str, Tensor]) -> bool:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    content = tensor_files.to_bytes(TENSORS, {"facts": '{"epoch": 1}'})
-    assert same(tensor_files.from_bytes(content))
+    content = safetensors_io.to_bytes(TENSORS, {"facts": '{"epoch": 1}'})
+    assert same(safetensors_io.from_bytes(content))
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    found, facts = tensor_files.read(path)
+    found, facts = safetensors_io.read(path)
     assert same(found)
     assert facts["facts"] == '{"epoch": 1}'
 
@@ -42,33 +43,33 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_same_tensors_are_the_same_bytes() -> None:
     shared = torch.rand(4, 4)
     tensors = {"a": shared, "b": shared.T}  # safetensors refuses memory that two share
-    assert len({tensor_files.to_bytes(tensors, {"facts": "x"}) for _ in range(8)}) == 1
+    assert len({safetensors_io.to_bytes(tensors, {"facts": "x"}) for _ in range(8)}) == 1
 
 
 def test_a_bit_that_has_flipped_is_noticed_wherever_it_is(tmp_path: Path) -> None:
-    content = tensor_files.to_bytes(TENSORS)
+    content = safetensors_io.to_bytes(TENSORS)
     (length,) = struct.unpack("<Q", content[:8])
     path = tmp_path / "w.safetensors"
     for place in range(8 + length, len(content)):
         damaged = bytearray(content)
         damaged[place] ^= 4
         with pytest.raises(ValueError, match="damaged"):
-            tensor_files.from_bytes(bytes(damaged))
+            safetensors_io.from_bytes(bytes(damaged))
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match="damaged"):
-            models.read_weights(path)
+            weights.read_weights(path)
 
 
 def test_a_hash_that_is_gone_is_missed(tmp_path: Path) -> None:
-    content = tensor_files.to_bytes(TENSORS)
+    content = safetensors_io.to_bytes(TENSORS)
     with pytest.raises(ValueError, match="damaged"):
-        tensor_files.from_bytes(content.replace(b".sha256", b".sha255"))
+        safetensors_io.from_bytes(content.replace(b".sha256", b".sha255"))
 
 
 def test_files_of_others_have_no_hash_and_are_read() -> None:
-    assert same(tensor_files.from_bytes(save(TENSORS)))
+    assert same(safetensors_io.from_bytes(save(TENSORS)))
     assert same(
-        tensor_files.from_bytes(save(TENSORS, {"format": "pt", "sha256": "of something else"}))
+        safetensors_io.from_bytes(save(TENSORS, {"format": "pt", "sha256": "of something else"}))
     )
 
 
@@ -84,15 +85,15 @@ def test_files_of_others_have_no_hash_and_are_read() -> None:
 )
 def test_what_is_no_such_file_is_a_value_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        tensor_files.from_bytes(content)
+        safetensors_io.from_bytes(content)
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r".+"):
-        tensor_files.read(path)
+        safetensors_io.read(path)
 
 
 def test_metadata_is_what_safetensors_itself_reads(tmp_path: Path) -> None:
-    content = tensor_files.to_bytes(TENSORS)
+    content = safetensors_io.to_bytes(TENSORS)
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     assert header["__metadata__"]["format"] == "pt"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.thresholds import Usual, UsualTally
+from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 QUANTILES = st.floats(0.0, 1.0)
@@ -26,8 +26,8 @@ def maps_of(size: tuple[int, ...], seed: int, scale: float = 1.0, spread: float 
     return (signs * octaves.exp2() * scale).clamp(-1e9, 1e9)
 
 
-def tally_of(*batches: Tensor, positions: int = ALL_POSITIONS) -> UsualTally:
-    tally = UsualTally(batches[0].shape[1], positions)
+def tally_of(*batches: Tensor, positions: int = ALL_POSITIONS) -> ActivationStatisticsTally:
+    tally = ActivationStatisticsTally(batches[0].shape[1], positions)
     for maps in batches:
         tally.add(maps)
     return tally
@@ -47,13 +47,13 @@ def exact_thresholds(maps: Tensor, quantile: float) -> list[float]:
     return found
 
 
-def assert_same(one: Usual, other: Usual) -> None:
+def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
     assert torch.equal(one.mean, other.mean)
     assert torch.equal(one.threshold, other.threshold)
     assert torch.equal(one.largest, other.largest)
 
 
-def assert_close_to_exact(usual: Usual, maps: Tensor, quantile: float) -> None:
+def assert_close_to_exact(usual: ActivationStatistics, maps: Tensor, quantile: float) -> None:
     """Never below the exact quantile; above it by as much as the docstring says."""
     for channel, exact in enumerate(exact_thresholds(maps, quantile)):
         found = usual.threshold[channel].item()
@@ -234,14 +234,14 @@ def test_values_that_are_not_finite_are_an_error(value: float, place: int) -> No
     """Also where the position is not among those that thresholds are taken from."""
     maps = torch.zeros(2, 3, 4, 4)
     maps[1, 2].flatten()[place] = value
-    tally = UsualTally(3, 1)
+    tally = ActivationStatisticsTally(3, 1)
     with pytest.raises(DataError, match="values that are not finite"):
         tally.add(maps)
 
 
 def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> None:
     maps = torch.randn(6, 3, 5, 5, generator=generator)
-    tally = UsualTally(3, ALL_POSITIONS, with_thresholds=False)
+    tally = ActivationStatisticsTally(3, ALL_POSITIONS, with_thresholds=False)
     for some in maps.split(2):
         tally.add(some)
     usual, whole = tally.finish(0.1), tally_of(maps).finish(0.1)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from networks import NETWORKS, Chain, random_images, random_plan, wired
-from secateur import timing
+from secateur.config import Budget
 from secateur.errors import TargetError
-from secateur.evaluate import LATENCY_BATCH
-from secateur.latency import LatencyTable, milliseconds, widths_of
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
+from secateur.evaluation.timing import LATENCY_BATCH
+from secateur.graph.build import build_dependency_graph
+from secateur.pruning.cost import latency_profiler as timing
+from secateur.pruning.cost.latency_model import LatencyTable, milliseconds, widths_of
+from secateur.pruning.plan import PruningPlan
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_every_layer_is_timed_at_its_own_width_and_narrower(
     table = timing.measure_latency(model, wiring, random_images(2))
     assert [layer.layer for layer in table.layers] == [layer.name for layer in wiring.layers]
     for times, widths in zip(table.layers, widths_of(wiring), strict=True):
-        for timed, width in ((times.read, widths.read), (times.written, widths.written)):
+        for timed, width in ((times.read, widths.read), (times.produced, widths.produced)):
             assert list(timed) == sorted(set(timed))
             assert timed[-1] == (width if isinstance(width, int) else len(width))
         assert all(ms > 0 for row in times.ms for ms in row)
@@ -84,7 +85,7 @@ def test_two_networks_take_turns_so_that_a_slower_machine_slows_both(
     monkeypatch.setattr(timing, "TURNS", (9, 9))
     model, smaller = Chain(), Chain().train()
     # Each pass takes twice the time of the one before it: so does the second network, and no more.
-    assert timing.time_left(model.eval(), smaller, random_images(2)) == 2
+    assert timing.measure_fraction_left(model.eval(), smaller, random_images(2)) == 2
     assert smaller.training
     assert not model.training
 
@@ -93,7 +94,7 @@ LEAST = 0.3
 
 
 class Timed:
-    """Plans by number, and times that are not what was foretold."""
+    """Plans by number, and times that are not what was predicted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, taken: Callable[[float], float]) -> None:
         self.asked: list[float] = []
@@ -103,12 +104,12 @@ class Timed:
     def plan(self, fraction: float) -> PruningPlan:
         assert fraction >= LEAST
         self.asked.append(fraction)
-        return PruningPlan({}, Target("latency", fraction), "l1")
+        return PruningPlan({}, Budget("latency", fraction), "l1")
 
 
 def planned(timed: Timed, fraction: float) -> tuple[PruningPlan, float]:
     model = Chain()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     return timing.plan_in_time(model, wiring, timed.plan, fraction, LEAST, random_images(2))
 
 
@@ -120,7 +121,7 @@ def test_a_plan_that_takes_longer_or_shorter_is_made_anew(
 ) -> None:
     timed = Timed(monkeypatch, taken)
     plan, left = planned(timed, 0.6)
-    assert left == pytest.approx(taken(plan.target.fraction_left))
+    assert left == pytest.approx(taken(plan.budget.fraction_left))
     assert (1 - 2 * timing.NEAR) * 0.6 <= left <= 0.6
     assert len(timed.asked) <= timing.PLANS
 
@@ -137,5 +138,5 @@ def test_a_time_that_no_plan_keeps_to_is_an_error(monkeypatch: pytest.MonkeyPatc
 def test_what_is_foretold_to_be_out_of_reach_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(monkeypatch, lambda f: 0.6 * f)
     plan, left = planned(timed, 0.2)
-    assert plan.target.fraction_left == pytest.approx(left / 0.6)
+    assert plan.budget.fraction_left == pytest.approx(left / 0.6)
     assert (1 - 2 * timing.NEAR) * 0.2 <= left <= 0.2

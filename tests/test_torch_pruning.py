@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur import concepts, criteria
 from secateur.config import ScoreSection
 from secateur.data import Batch
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import UnknownName, UsageError
-from secateur.graph import tensors_of
-from secateur.models import Preprocessing
-from secateur.reading import make_wiring
-from secateur.scoring import score_filters
-from secateur.torch_pruning import CriterionImportance
+from secateur.graph.build import build_dependency_graph
+from secateur.integrations.torch_pruning import CriterionImportance
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import concepts, criteria
+from secateur.scoring.scores import score_filters
 
 torch_pruning = pytest.importorskip("torch_pruning")
 IMAGES = random_images(6)
@@ -34,7 +34,7 @@ def pruner_of(model: nn.Module, importance: CriterionImportance, **more: Any) ->
 
 
 def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
-    wiring = make_wiring(model, IMAGES[:2], cut_stream=True)
+    wiring = build_dependency_graph(model, IMAGES[:2], prune_residual=True)
     settings = ScoreSection(criterion=name)
     state, size = tensors_of(model), Preprocessing(8, 8)
     source = concepts.make(settings.concepts, wiring.graph, state, tuple("abcde"), size)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from networks import Chain, randomise_norms
-from secateur.checkpoint import Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, RunFolderError, SecateurError, UsageError
-from secateur.lesson import Lesson
-from secateur.models import Preprocessing
-from secateur.precision import accelerator_for, autocast, has_fast_bfloat16
-from secateur.training import Epoch, Training, train
+from secateur.runtime.precision import accelerator_for, autocast, has_fast_bfloat16
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.loss import DistillationLoss
+from secateur.training.trainer import Epoch, Training, train
 
 PREPARE = Preprocessing(8, 8)
 
@@ -114,7 +114,7 @@ def loss_of(
     model: Chain, teacher: Chain | None, images: Tensor, labels: Tensor, **changes: object
 ) -> float:
     section = settings(**changes)
-    lesson = Lesson(model, teacher, section, accelerator_for(section.precision))
+    lesson = DistillationLoss(model, teacher, section, accelerator_for(section.precision))
     return float(lesson.loss(images, labels).detach())
 
 
@@ -240,7 +240,7 @@ def test_mixing_without_labels_needs_none(images: TensorImages) -> None:
 def test_the_average_of_the_weights_is_what_stays(images: TensorImages) -> None:
     decay = 0.5
     section = settings(epochs=1, batch_size=30, mode="evaluation", momentum=0, learning_rate=0.1)
-    averaged, _ = trained(chain(), None, images, section.model_copy(update={"average": decay}))
+    averaged, _ = trained(chain(), None, images, section.model_copy(update={"ema_decay": decay}))
     # Two steps: the average starts at the first step's weights and then takes in the second's.
     states = Steps(images, section)
     expected = decay * states.weights[0] + (1 - decay) * states.weights[1]
@@ -346,7 +346,7 @@ def test_each_network_is_compiled_however_many_there_were(
 
 LONG = {
     "epochs": 4,
-    "average": 0.9,
+    "ema_decay": 0.9,
     "cutmix": 1.0,
     "checkpoint_minutes": 0,
     "optimiser": "adamw",

@@ -11,8 +11,8 @@ import training_free
 from cells import Cell
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
-from secateur.evaluate import count_macs
-from secateur.reading import make_wiring
+from secateur.evaluation.evaluate import count_macs
+from secateur.graph.build import build_dependency_graph
 from training_free import all_but_inner, cells, page, readme, table
 
 
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_every_image_by_itself() -> None:
 def test_the_peer_cuts_inner_channels_to_the_target(criterion: str) -> None:
     pytest.importorskip("torch_pruning")
     model, images = make_network("residual"), random_images(5)
-    whole = all_but_inner(model, make_wiring(model, images))
+    whole = all_but_inner(model, build_dependency_graph(model, images))
     assert whole == {"stem.0", "conv2.0", "conv4.0", "linear"}
     settings = peer.Settings(criterion, is_global=True, whole=whole)
     given = gradients(model, [images]).of(criterion)
@@ -60,7 +60,7 @@ def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cel
         f"{last}_agreement_fraction": 0.5,
         "macs_left": 0.699,
         "images": 10000,
-        "probe_images": 2000,
+        "calibration_images": 2000,
     }
 
 

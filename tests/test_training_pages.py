@@ -54,7 +54,7 @@ def test_the_table_of_tuning_tells_what_was_lost() -> None:
             "before": 0.9173,
             "cut": 0.5,
             "refit": 0.9,
-            "tuned": 0.916,
+            "finetuned": 0.916,
             "last": 0.916,
         },
         "best_epoch_test_fraction": 0.9155,

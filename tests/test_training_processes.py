@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from networks import Chain
 from processes import context, in_group
-from secateur.checkpoint import Checkpoints
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
-from secateur.distributed import add_up, is_first, share, wait
-from secateur.models import Preprocessing
-from secateur.shared_norms import sharing_norms
-from secateur.training import train
+from secateur.data.preprocessing import Preprocessing
+from secateur.runtime.distributed import (
+    all_reduce_sum,
+    barrier,
+    is_main_process,
+    rank_and_world_size,
+)
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.sync_batchnorm import sync_batchnorm
+from secateur.training.trainer import train
 
 STEPS = 2
 KILLS = 20
@@ -58,7 +63,7 @@ def weights_after(
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_batch_may_be_shared_by_processes(size: int) -> None:
     """Two steps with the same batches, norms and all, of which the second is not whole."""
-    for changes in ({}, {"accumulate": 2, "mode": "evaluation"}):
+    for changes in ({}, {"gradient_accumulation_steps": 2, "mode": "evaluation"}):
         alone = weights_after(51, {**changes})
         for found in in_group(weights_after, size, 51, {**changes}):
             for name, expected in alone.items():
@@ -67,7 +72,7 @@ def test_a_batch_may_be_shared_by_processes(size: int) -> None:
 
 
 def test_processes_agree_without_shared_norms() -> None:
-    changes = {"share_norms": False}
+    changes = {"sync_batchnorm": False}
     one, other = in_group(weights_after, 2, 60, changes)
     alone = weights_after(60, changes)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -85,13 +90,13 @@ def normalised(momentum: float | None) -> dict[str, Tensor]:
     """What a norm in training mode makes of the images of all processes, and has noted of them."""
     torch.manual_seed(0)
     images = torch.randn(10, 3, 4, 4)
-    rank, processes = share()
+    rank, processes = rank_and_world_size()
     norm = NormThenRectifier(3, momentum=momentum)
-    with sharing_norms(norm):
+    with sync_batchnorm(norm):
         answers = norm(images[rank::processes])
     whole = torch.zeros(10, 3, 4, 4)
     whole[rank::processes] = answers.detach()
-    add_up([whole])
+    all_reduce_sum([whole])
     return {**norm.state_dict(), "answers": whole}
 
 
@@ -108,10 +113,10 @@ def loss_when_resumed(folder: Path) -> Tensor:
     """The loss of an epoch that is gone on with from its middle."""
     changes = {"checkpoint_minutes": 0}
     weights_after(60, changes, folder)
-    if is_first():
+    if is_main_process():
         newest = max(folder.iterdir(), key=lambda path: path.name)
         newest.unlink()
-    wait()
+    barrier()
     return weights_after(60, changes, folder)["loss"]
 
 
@@ -122,7 +127,7 @@ def test_the_loss_of_an_epoch_that_is_gone_on_with_is_a_mean(tmp_path: Path) -> 
         assert found == pytest.approx(float(expected), rel=0.1), number
 
 
-LONG = {"epochs": 40, "batch_size": 8, "checkpoint_minutes": 0, "average": 0.9, "cutmix": 1.0}
+LONG = {"epochs": 40, "batch_size": 8, "checkpoint_minutes": 0, "ema_decay": 0.9, "cutmix": 1.0}
 
 
 def train_and_store(folder: Path) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, ChangedImages
-from secateur.data.training import TrainingStream
+from secateur.data.preprocessing import Preprocessing
+from secateur.data.training_stream import TrainingStream
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
-from secateur.writing import replace_file
+from secateur.runtime.atomic_io import replace_file
 
 NATIVE = Preprocessing(16, 16)
 STILL = Augmentation("none", flip=False)
@@ -136,7 +136,11 @@ def test_global_random_numbers_are_left_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(stream(numbered(20), augmentation=Augmentation("resized", randaugment=True)).epoch(1))
+    list(
+        stream(
+            numbered(20), augmentation=Augmentation("random_resized_crop", randaugment=True)
+        ).epoch(1)
+    )
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -156,7 +160,7 @@ def test_unreadable_images_are_left_out_where_asked_for(workers: int, tmp_path: 
     whole = list(stream(images, 4, workers=workers).epoch(1))
     paths[5].write_bytes(b"")
     unreadable = Unreadable()
-    for augmentation in (Augmentation(), Augmentation("resized")):
+    for augmentation in (Augmentation(), Augmentation("random_resized_crop")):
         given = stream(images, 4, workers=workers, unreadable=unreadable, augmentation=augmentation)
         found = list(given.epoch(1))
         assert sorted(labels_of(found)) == [number for number in range(12) if number != 5]
@@ -227,7 +231,7 @@ def test_an_image_of_a_few_pixels_is_left_in_place(generator: torch.Generator) -
 def test_without_changes_an_epoch_has_the_images_as_they_are() -> None:
     images = numbered(20)
     for batch in stream(images, augmentation=STILL).epoch(1):
-        assert torch.equal(batch.images, NATIVE.normalise(images.read(batch.numbers, NATIVE)))
+        assert torch.equal(batch.images, NATIVE.normalise(images.read(batch.indices, NATIVE)))
 
 
 def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
@@ -235,7 +239,9 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
     path = tmp_path / "ramp.png"
     Image.fromarray(torch.stack([ramp, ramp, ramp], dim=2).numpy()).save(path)
     images = FileImages((path,) * 30, torch.zeros(30, dtype=torch.int64))
-    changed = ChangedImages(images, Augmentation("resized"), (0, 1)).read(torch.arange(30), NATIVE)
+    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
+        torch.arange(30), NATIVE
+    )
     assert changed.shape == (30, 3, 16, 16)
     widths = changed[:, 0, 8, -1].int() - changed[:, 0, 8, 0].int()
     assert (widths >= 0).all()
@@ -246,7 +252,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
 def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     pixels = torch.randint(256, (4, 3, 12, 12), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
-    changed = ChangedImages(images, Augmentation("resized"), (0, 1))
+    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
     found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
     assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts

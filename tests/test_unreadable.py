@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from layouts import prune_briefly, random_pixels, write_image
-from secateur import data, runs
-from secateur.base import BaseConfig, BaseResult, train_base
+from secateur import data
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnreadableImage
-from secateur.evaluate import evaluate
-from secateur.inspection import inspect_network
-from secateur.models import Preprocessing
+from secateur.evaluation.evaluate import evaluate
+from secateur.experiments.inspect import inspect_network
+from secateur.experiments.run import run
+from secateur.experiments.train_base import BaseConfig, BaseResult, train_base
 
 SMALL = Preprocessing(8, 8)
 FORMATS = ("jpg", "png", "webp", "bmp", "ppm", "tif")
@@ -173,7 +174,7 @@ def test_batches_come_without_what_can_not_be_read(size: int, tmp_path: Path) ->
     assert all(len(batch.labels) for batch in found)
     labels = torch.cat([batch.labels for batch in found])
     assert labels.tolist() == [0, 1, 4, 5, 6, 7]
-    assert torch.equal(labels, torch.cat([batch.numbers for batch in found]))
+    assert torch.equal(labels, torch.cat([batch.indices for batch in found]))
     expected = SMALL.normalise(whole.read(labels, SMALL))
     assert torch.equal(torch.cat([batch.images for batch in found]), expected)
     assert [Path(name).stem for name in unreadable.names] == ["02", "03", "08"]
@@ -233,7 +234,7 @@ def test_it_is_as_if_the_files_were_not_there(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     lost = damaged(folder)
-    options = {"probe_images": 20, "stratified": False, "batch_size": 50}
+    options = {"calibration_images": 20, "stratified": False, "batch_size": 50}
     skipped = prune_briefly(
         model_file, f"folder:{folder}", tmp_path / "one", skip_unreadable=True, **options
     )
@@ -253,7 +254,7 @@ def test_a_probe_set_of_damaged_files_is_an_error(
 ) -> None:
     for file in folder.glob("train/*/*"):
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="none of 14 probe images can be read"):
+    with pytest.raises(DataError, match="none of 14 calibration images can be read"):
         prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", skip_unreadable=True)
 
 
@@ -261,7 +262,7 @@ def test_where_the_sample_is_damaged_all_images_are_looked_at(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     source = f"folder:{folder}"
-    probe = data.draw_probe(data.load(source).train, 4)
+    probe = data.draw_calibration_images(data.load(source).train, 4)
     assert isinstance(probe, FileImages)
     probe.paths[0].write_bytes(b"")
 
@@ -272,7 +273,7 @@ def test_where_the_sample_is_damaged_all_images_are_looked_at(
                 "data": {
                     "source": source,
                     "image_size": 16,
-                    "probe_images": 4,
+                    "calibration_images": 4,
                     "skip_unreadable": True,
                 },
                 "score": {"criterion": "vote-iou", "sample_every": every},
@@ -280,7 +281,7 @@ def test_where_the_sample_is_damaged_all_images_are_looked_at(
             },
             RunConfig,
         )
-        result = runs.run(config, tmp_path / str(every))
+        result = run(config, tmp_path / str(every))
         assert result.unreadable == (str(probe.paths[0]),)
         return [group.scores for group in result.groups]
 

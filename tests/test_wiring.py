@@ -20,14 +20,18 @@ from networks import (
     randomise_norms,
     wired,
 )
-from secateur.graph import operation_name, run, tensors_of
-from secateur.reading import make_wiring
-from secateur.rules import RULES
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import NOT_PRUNABLE, Wiring, aliases_of
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, aliases_of
+from secateur.graph.interpreter import run
+from secateur.graph.rules import RULES
+from secateur.graph.trace import operation_name
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_overrides
+from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
-STREAM = "tied over a whole stage by residual sums (cut_stream is off)"
+STREAM = "tied over a whole stage by residual sums (prune_residual is off)"
 
 WITHOUT_STREAM = {
     "chain": {"conv1": 6, "conv2": 7},
@@ -78,7 +82,7 @@ class Between(nn.Module):
         self.wider = nn.Linear(8, 10)
         self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
         self.linear = nn.Linear(4, 5)
-        self.register_buffer("shift", torch.rand(1, 6, 1, 1))
+        self.register_buffer("random_crop", torch.rand(1, 6, 1, 1))
         self.then = then
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,35 +91,38 @@ class Between(nn.Module):
         return logits
 
 
-def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Wiring]:
+def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, DependencyGraph]:
     model = Between(then).eval()
-    return model, make_wiring(model, random_images(2), cut_stream=True)
+    return model, build_dependency_graph(model, random_images(2), prune_residual=True)
 
 
-def assert_any_cut(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> None:
+def assert_any_cut(model: nn.Module, wiring: DependencyGraph, generator: torch.Generator) -> None:
     assert_law(model, wiring, random_plan(wiring, generator), random_images())
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_groups_are_the_known_ones(name: str, cut_stream: bool) -> None:
-    wiring = wired(name, cut_stream)[1]
-    expected = {**WITHOUT_STREAM[name], **(ONLY_WITH_STREAM.get(name, {}) if cut_stream else {})}
+def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
+    wiring = wired(name, prune_residual)[1]
+    expected = {
+        **WITHOUT_STREAM[name],
+        **(ONLY_WITH_STREAM.get(name, {}) if prune_residual else {}),
+    }
     assert {group.name: len(group) for group in wiring.groups.values()} == expected
     assert list(wiring.groups) == [group.name for group in wiring.groups.values()]
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_says_why(name: str, cut_stream: bool) -> None:
-    wiring = wired(name, cut_stream)[1]
+def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
+    wiring = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
-    if cut_stream:
+    if prune_residual:
         reasons = {layer: why for layer, why in reasons.items() if why != STREAM}
     found: dict[str, str] = {}
     for group in wiring.frozen:
         found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
-    if cut_stream and name == "channel_pad":
+    if prune_residual and name == "channel_pad":
         reasons = {"stem.0": PADDED, "linear": OUTPUT}
     assert found == reasons
 
@@ -150,7 +157,7 @@ def test_who_writes_and_who_reads_a_group(
 ) -> None:
     found = wired(name, True)[1].groups[group]
     assert {layer.name for layer in found.layers} == writers
-    assert {reader.layer for reader in found.readers} == readers
+    assert {reader.layer for reader in found.consumers} == readers
 
 
 def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
@@ -158,7 +165,7 @@ def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
         for group in wired(name, True)[1].groups.values():
             if group.name == "hidden":
                 continue
-            (look,) = group.looks
+            (look,) = group.taps
             shape = look.node.meta["val"].shape
             assert len(shape) == 4, (name, group.name)
             assert operation_name(look.node) not in {"flatten", "view", "mean"}
@@ -171,14 +178,14 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
     for group in wiring.groups.values():
         seen: list[Tensor] = []
         weight = group.layers[0].weight
-        (look,) = group.looks
+        (look,) = group.taps
         if len(look.index) > len(group):
             continue
         for changed in (None, *range(len(group))):
             state = dict(tensors_of(model))
             if changed is not None:
                 kernel = state[weight].clone()
-                kernel[wiring.channel_of[group.layers[0].written] == group.channels[changed]] += 1
+                kernel[wiring.channel_of[group.layers[0].produced] == group.channels[changed]] += 1
                 state[weight] = kernel
             run(wiring.graph, state, random_images(), after={look.node: seen.append})
         plain, *others = (value.transpose(0, look.dim).flatten(1)[look.index] for value in seen)
@@ -190,9 +197,9 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
 def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
     wiring = wired("concat")[1]
     left, right = wiring.groups["left.0"], wiring.groups["right.0"]
-    assert left.looks[0].node is right.looks[0].node
-    assert left.looks[0].index.tolist() == [0, 1, 2, 3, 4]
-    assert right.looks[0].index.tolist() == [5, 6, 7]
+    assert left.taps[0].node is right.taps[0].node
+    assert left.taps[0].index.tolist() == [0, 1, 2, 3, 4]
+    assert right.taps[0].index.tolist() == [5, 6, 7]
 
 
 def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
@@ -223,12 +230,12 @@ def test_slots_mark_what_must_stay() -> None:
     assert ("linear.weight", 1) not in by_place
 
 
-@pytest.mark.parametrize("cut_stream", [False, True])
+@pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_macs_are_those_that_pytorch_counts(
-    name: str, cut_stream: bool, generator: torch.Generator
+    name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, cut_stream)
+    model, wiring = wired(name, prune_residual)
     plan, images = random_plan(wiring, generator), random_images()
     assert wiring.macs() == counted_macs(model, images)
     cut = apply_plan(model, wiring, plan)
@@ -304,7 +311,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
     assert "second" in plan.removed
     with torch.no_grad():
         cut = apply_plan(model, wiring, plan)
-        assert relative_error(cut(images), silence(model, wiring, plan)(images)) < 1e-4
+        assert relative_error(cut(images), masked_overrides(model, wiring, plan)(images)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -351,7 +358,7 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
             return self.next(torch.cat([self.conv(x), x], 1)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Joined().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     assert list(wiring.groups) == ["conv"]
     assert wiring.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
     assert_any_cut(model, wiring, generator)
@@ -397,7 +404,7 @@ def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
             return self.last(x).mean(2)  # type: ignore[no-any-return]
 
     model = Mixer().eval()
-    assert_any_cut(model, make_wiring(model, random_images(2)), generator)
+    assert_any_cut(model, build_dependency_graph(model, random_images(2)), generator)
 
 
 def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
@@ -416,7 +423,7 @@ def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
             return self.last(x).mean((2, 3)) + self.last(self.narrower(x)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Width().eval()
-    wiring = make_wiring(model, random_images(2))
+    wiring = build_dependency_graph(model, random_images(2))
     assert "wider" not in wiring.groups
     assert_any_cut(model, wiring, generator)
 
@@ -440,7 +447,7 @@ def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generat
             return self.linear((aside + self.after(both)).mean((2, 3)))  # type: ignore[no-any-return]
 
     model = Parts().eval()
-    wiring = make_wiring(model, random_images(2), cut_stream=True)
+    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
     assert_any_cut(model, wiring, generator)
 
 
@@ -453,7 +460,7 @@ def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None
     model = Flattened()
     randomise_norms(model, generator)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    make_wiring(model, random_images(2))
+    build_dependency_graph(model, random_images(2))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -461,7 +468,7 @@ def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None
 def test_the_images_size_decides_the_macs_and_not_the_batch() -> None:
     model = Chain().eval()
     small, large = random_images(2), random_images(5, side=16)
-    wiring = make_wiring(model, large)
+    wiring = build_dependency_graph(model, large)
     assert wiring.macs() == counted_macs(model, large)
-    convolutions = make_wiring(model, small).macs() - 7 * 5
+    convolutions = build_dependency_graph(model, small).macs() - 7 * 5
     assert wiring.macs() - 7 * 5 == 4 * convolutions

@@ -17,12 +17,15 @@ from torch.nn.utils import parametrizations
 
 from networks import assert_law, random_images
 from random_networks import random_plan
+from secateur.config import Budget
 from secateur.errors import TraceError, UsageError
-from secateur.plan import PruningPlan, Target
-from secateur.reading import make_wiring
-from secateur.rules import elementwise
-from secateur.surgery import apply_plan, relative_error, silence
-from secateur.wiring import Wiring
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.rules import elementwise
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.plan import PruningPlan
 
 Step = Callable[[Any, Tensor], Tensor]
 
@@ -69,9 +72,9 @@ def maps(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], -1, 8, 8)
 
 
-def check(model: nn.Module, *, cut_stream: bool = True) -> Wiring:
+def check(model: nn.Module, *, prune_residual: bool = True) -> DependencyGraph:
     images = random_images(3).double()
-    wiring = make_wiring(model, images[:2], cut_stream=cut_stream)
+    wiring = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
     for seed in range(3):
         assert_law(model, wiring, random_plan(wiring, seed), images, limit=1e-6)
     return wiring
@@ -355,24 +358,24 @@ def test_attention_of_torch_is_frozen() -> None:
         attend=nn.MultiheadAttention(8, 2, batch_first=True),
     )
     images = random_images(3).double()
-    wiring = make_wiring(model, images[:2])
+    wiring = build_dependency_graph(model, images[:2])
     assert set(wiring.groups) == {"stem", "attend.out_proj"}
     plan = random_plan(wiring, 1)
     with torch.no_grad():
         found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     model = network(lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze()[:, :, None, None])
     images = random_images(3).double()
-    wiring = make_wiring(model, images[:2])
+    wiring = build_dependency_graph(model, images[:2])
     group = wiring.groups["second"]
     assert len(group) == 7
-    plan = PruningPlan({"second": tuple(range(6))}, Target("macs", 0.5), "by hand")
+    plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
     with torch.no_grad():
         found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_two_channels_counted_alike_are_told_apart() -> None:
@@ -447,7 +450,7 @@ def test_signals_and_volumes_are_cut_like_images(rank: int) -> None:
     )
     model = model.double().eval()
     images = torch.randn(3, 3, *[4] * rank, dtype=torch.float64)
-    wiring = make_wiring(model, images[:2])
+    wiring = build_dependency_graph(model, images[:2])
     assert {name: len(group) for name, group in wiring.groups.items()} == {"0": 8, "3": 6}
     assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
 
@@ -461,22 +464,22 @@ def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
     if how == "inner":
         model.inner.compile()
     images = random_images(3).double()
-    wiring = make_wiring(model, images[:2])
+    wiring = build_dependency_graph(model, images[:2])
     plan = random_plan(wiring, 1)
     cut = apply_plan(model, wiring, plan)
     assert type(cut) is Network
-    assert relative_error(cut.forward(images), silence(model, wiring, plan)(images)) < 1e-6
+    assert relative_error(cut.forward(images), masked_overrides(model, wiring, plan)(images)) < 1e-6
 
 
 def test_a_network_of_half_precision_with_channels_last() -> None:
     model = CUT["padded by reflection"][1]().bfloat16().to(memory_format=torch.channels_last)
     images = random_images(3).bfloat16().contiguous(memory_format=torch.channels_last)
-    wiring = make_wiring(model, images[:2])
+    wiring = build_dependency_graph(model, images[:2])
     plan = random_plan(wiring, 1)
     with torch.no_grad():
         found, expected = (
             apply_plan(model, wiring, plan)(images),
-            silence(model, wiring, plan)(images),
+            masked_overrides(model, wiring, plan)(images),
         )
     assert found.dtype is torch.bfloat16
     assert isinstance(expected, Tensor)
@@ -485,7 +488,7 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
 
 def test_an_example_of_another_type_is_refused() -> None:
     with pytest.raises(TraceError, match=r"Input type .* should be the same"):
-        make_wiring(CUT["one minus"][1]().bfloat16(), random_images(2))
+        build_dependency_graph(CUT["one minus"][1]().bfloat16(), random_images(2))
 
 
 def test_a_network_that_can_not_be_copied_is_refused() -> None:
@@ -499,7 +502,7 @@ def test_a_network_that_can_not_be_copied_is_refused() -> None:
             return self.head(self.conv(x)).mean((2, 3))
 
     with pytest.raises(TraceError, match="can't be copied: Only Tensors created explicitly"):
-        make_wiring(Uncopied(), random_images(2))
+        build_dependency_graph(Uncopied(), random_images(2))
 
 
 @pytest.fixture(scope="module")
@@ -516,10 +519,12 @@ def doubling() -> Callable[[Tensor], Tensor]:
 
 def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tensor]) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(3).double()
-    reasons = [each.reason for each in make_wiring(model, images[:2]).frozen]
+    reasons = [each.reason for each in build_dependency_graph(model, images[:2]).frozen]
     assert "no rule for the operation 'secateur_test::double'" in reasons
 
-    wiring = make_wiring(model, images[:2], rules={"secateur_test::double": elementwise.keep})
+    wiring = build_dependency_graph(
+        model, images[:2], rules={"secateur_test::double": elementwise.keep}
+    )
     assert len(wiring.groups["second"]) == 8
     assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
 
@@ -529,4 +534,6 @@ def test_a_rule_that_does_not_fit_its_operation_is_refused(
 ) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(2).double()
     with pytest.raises(UsageError, match=r"'secateur_test::double' gives \[\] channels along"):
-        make_wiring(model, images, rules={"secateur_test::double": lambda spread, node: ()})
+        build_dependency_graph(
+            model, images, rules={"secateur_test::double": lambda spread, node: ()}
+        )

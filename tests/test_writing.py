@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from fault_case import Case, FailingDisk, outcome
-from secateur import runs, writing
-from secateur.bundle import EventLog
-from secateur.checkpoint import Checkpoint, Checkpoints
 from secateur.errors import SecateurError, WriteError
-from secateur.manifest import read_contents
-from secateur.writing import (
+from secateur.experiments import run as runs
+from secateur.experiments.manifest import read_contents
+from secateur.runtime import atomic_io
+from secateur.runtime.atomic_io import (
     UNFINISHED,
     append_line,
     make_folder,
@@ -24,6 +23,8 @@ from secateur.writing import (
     replace_file,
     replacing_folder,
 )
+from secateur.runtime.event_log import EventLog
+from secateur.training.checkpoint import Checkpoint, Checkpoints
 
 
 def names_in(folder: Path) -> list[str]:
@@ -110,7 +111,7 @@ def test_a_folder_takes_the_place_of_another(
     tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_io, "_exchange", lambda one, other: False)
     elif sys.platform != "linux":
         pytest.skip("names are exchanged on Linux alone")
     folder = tmp_path / "run"

@@ -91,7 +91,7 @@ def row_of(network: str, tool: str, **more: object) -> Row:
         "environment": {"torch": "2"},
         "macs_left": 0.5,
         "change": 0.7,
-        "law_error": 1e-7,
+        "equivalence_error": 1e-7,
         "parameters_without_gradient": [],
         "channels": 90,
         "channels_cut": 40,
@@ -127,7 +127,7 @@ def test_what_counts_as_cut() -> None:
     assert is_within({**good, "macs_left": 0.54}, 5)
     assert not is_within({**good, "macs_left": 0.54}, 3)
     assert holds_law(good)
-    assert not holds_law({**good, "law_error": 1e-4, "change": 0.01})
+    assert not holds_law({**good, "equivalence_error": 1e-4, "change": 0.01})
 
 
 def test_the_page_tells_of_what_failed() -> None:

@@ -15,18 +15,20 @@ from markupsafe import Markup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from secateur import criteria, models, pipeline, runs
-from secateur.bundle import Origin
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluate import Score, answers_to, device_of
-from secateur.graph import evaluating
-from secateur.plan import PruningPlan
-from secateur.progress import bars, silent
-from secateur.report import score_rows, write_report
-from secateur.report.gallery import make_gallery
-from secateur.result import RunResult
+from secateur.evaluation.evaluate import Score, compute_logits
+from secateur.experiments import run as runs
+from secateur.experiments.report import score_rows, write_report
+from secateur.experiments.report.gallery import make_gallery
+from secateur.models import zoo
+from secateur.pipeline import prune as pipeline
+from secateur.pipeline.result import Origin, RunResult
+from secateur.pruning.plan import PruningPlan
+from secateur.runtime.module_state import device_of, evaluating
+from secateur.runtime.progress import no_progress, progress_bars
+from secateur.scoring import criteria
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """What goes through the network: tensors `[image, channel, height, width]` or
@@ -66,15 +68,15 @@ class PruneResult:
         `RunFolderError` where the folder is in the way, and `WriteError`.
         """
         config = self.result.config
-        origin = Origin(None, self._shape, config.plan.cut_stream, config.plan.exclude)
+        origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
     def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
         """Writes one HTML file with what went and what the filters see; returns its path.
 
-        `images` is how many probe images the filters are looked at with; 0 shows no images. Raises
-        `WriteError` where it can't be written.
+        `images` is how many calibration images the filters are looked at with; 0 shows no images.
+        Raises `WriteError` where it can't be written.
         """
         config = self.result.config
         config = config.model_copy(
@@ -82,7 +84,7 @@ class PruneResult:
         )
         result = self.result.model_copy(update={"config": config})
         smaller = self._pruned.model
-        wiring = self._pruned.wiring
+        wiring = self._pruned.dependencies
         gallery = make_gallery(self._original, smaller, self._dataset, result, wiring=wiring)
         write_report(result, Path(path), gallery)
         return Path(path)
@@ -174,7 +176,9 @@ def prune(
         validation=everything.take(is_validation.nonzero()[:, 0]),
         test=NormalisedImages(scored, scored_labels),
     )
-    pruned = pipeline.prune(original, dataset, config, track=bars if progress else silent)
+    pruned = pipeline.prune(
+        original, dataset, config, track=progress_bars if progress else no_progress
+    )
     return PruneResult(
         model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),
         plan=pruned.plan,
@@ -201,12 +205,12 @@ def _config(
     """The configuration of a run on a network and images that have no name."""
     criteria.check_name(criterion)
     tables: dict[str, Any] = {
-        "model": {"name": f"{models.IN_MEMORY}:{type(model).__name__}"},
+        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
         "data": {
             "source": SOURCE,
             "stratified": False,
             "image_size": min(probe.shape[2:]),
-            "probe_images": len(probe),
+            "calibration_images": len(probe),
         },
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": target},
@@ -219,7 +223,7 @@ def _config(
             raise UsageError(f"settings: {key!r} must be SECTION.KEY, as plan.round_to")
         tables[section] = {**tables.get(section, {}), name: value}
     config = from_dict(tables, RunConfig)
-    if config.finetune.randaugment or config.finetune.crop == "resized":
+    if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError("randaugment and crop = 'resized' change images in files, not tensors")
     return config
 
@@ -285,7 +289,7 @@ def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "
     found: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for some in images.split(batch_size):
-            found.append(answers_to(model, some).argmax(1))
+            found.append(compute_logits(model, some).argmax(1))
     return torch.cat(found)
 
 

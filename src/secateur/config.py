@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.bounds import SMALL_TEXT, check_dots, read_bounded
-from secateur.data.augmentation import Crop
-from secateur.documents import words_of
-from secateur.errors import UnknownName, UsageError
-from secateur.models import Resizing
-from secateur.plan import AllocationRule, parse_target
-from secateur.schedule import ScheduleName
+from secateur.errors import TargetError, UnknownName, UsageError
+from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
+from secateur.runtime.schema import describe_error
 
 RefitLayers = Literal["downstream", "readers", "none"]
 RefitForm = Literal["patch", "channel"]
@@ -50,10 +47,11 @@ class DataSection(Section):
     """`cifar10:DIR`, `imagenet:DIR`, `folder:DIR`, …; `secateur models` lists the kinds."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training images that is held out of everything, to choose by."""
-    probe_images: int = Field(default=2000, ge=1)
+    calibration_images: int = Field(default=2000, ge=1)
     """Training images that filters are scored with and kernels re-estimated from."""
     stratified: bool = True
-    """Whether the probe images are drawn equally from every class, or without a look at labels."""
+    """Whether the calibration images are drawn equally from every class, or without a look at
+    labels."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the square images in pixels; by default what the network was made for."""
     mean: tuple[float, float, float] | None = None
@@ -77,10 +75,10 @@ class ScoreSection(Section):
     """Where the semantic parts of an image come from, several after commas: `evidence`,
     `saliency`, `factors:K`, `colours`, or with images of their own `masks:DIR`, `broden:DIR`,
     `parts:DIR`, `boxes:DIR`."""
-    ballot: Literal["share", "top", "plurality"] = "share"
+    vote_mode: Literal["share", "top", "plurality"] = "share"
     """Of `vote-response`: whether a vote is divided among the filters in proportion to their
     strength, or goes to each of the strongest, or to the strongest one."""
-    voters: Literal["cells", "regions"] = "cells"
+    voting_unit: Literal["cells", "regions"] = "cells"
     """Of `vote-response`: whether filters compete at each cell of a region, or over the whole."""
     concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """What a vote counts, by the name or the category of its concept; 1 for all others."""
@@ -90,7 +88,7 @@ class ScoreSection(Section):
     quantile: float = Field(default=0.01, gt=0, lt=1)
     """Share of positions at which a filter exceeds its threshold."""
     sample_every: int = Field(default=8, ge=1)
-    """Every so manieth probe image is looked at beforehand, for means and thresholds."""
+    """Every so manieth calibration image is looked at beforehand, for means and thresholds."""
     threshold_positions: int = Field(default=256, ge=1)
     """Positions of each of its feature maps that thresholds are taken from."""
     use_labels: bool = False
@@ -102,13 +100,14 @@ class ScoreSection(Section):
 class PlanSection(Section):
     """What should be left."""
 
-    target: Annotated[str, BeforeValidator(lambda text: str(parse_target(str(text))))] = "macs=0.5"
+    target: Annotated[str, BeforeValidator(lambda text: str(parse_budget(str(text))))] = "macs=0.5"
     """`macs=F`, `params=F`, `filters=F`, `memory=F` (peak bytes of activations) or `latency=F` (on
-    this machine, foretold from times of the layers): the fraction of the original that may stay."""
-    allocation: AllocationRule = "curves"
+    this machine, predicted from times of the layers): the fraction of the original that may
+    stay."""
+    allocation: AllocationRule = "sensitivity"
     """How the cut is spread over the layers: `curves`, so that little is lost at the network's
-    output, as measured on probe images; `uniform`, the same share everywhere; `global`, the lowest
-    scores wherever they are; `shares`, as given."""
+    output, as measured on calibration images; `uniform`, the same share everywhere; `global`, the
+    lowest scores wherever they are; `shares`, as given."""
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """With `allocation = "shares"`: what stays of the filters, by name pattern (`layer1.*`). The
     target's fraction is not looked at then."""
@@ -118,7 +117,7 @@ class PlanSection(Section):
     max_drop: float | None = Field(default=None, ge=0, le=100)
     """Points of top-1 that may be lost on the validation images after the refit. The smallest
     network that keeps to it is looked for; the target then only says which quantity is small."""
-    cut_stream: bool = False
+    prune_residual: bool = False
     """Whether channels that residual sums tie over a whole stage may go, too."""
     exclude: tuple[str, ...] = ()
     """Name patterns (`layer1.*`) of layers whose filters must all stay."""
@@ -145,7 +144,7 @@ class RefitSection(Section):
     """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
     literal reading of the paper; `none`: kernels stay as they are."""
     positions: int = Field(default=32, ge=1)
-    """Output positions of a layer that are looked at in each probe image."""
+    """Output positions of a layer that are looked at in each calibration image."""
     form: RefitForm = "patch"
     """`patch`: a layer's answer is regressed on what its kernel meets; `channel`: the channels that
     it read are regressed on those that are left. Where `patch` can't be, `channel` serves."""
@@ -154,21 +153,22 @@ class RefitSection(Section):
     memory_mib: int = Field(default=4096, ge=1)
     """Memory for activations and sums of products. Activations beyond one half wait in temporary
     files; a layer whose sums would take more than the other half is estimated by channels."""
-    norms: bool = True
+    recalibrate_batchnorm: bool = True
     """Whether to re-estimate the statistics of batch norms where held-out images say that it
     helps."""
 
     @property
     def is_any(self) -> bool:
         """Whether anything is re-estimated."""
-        return self.layers != "none" or self.norms
+        return self.layers != "none" or self.recalibrate_batchnorm
 
 
-class PolishSection(Section):
-    """Training on the probe images alone, by the original network's answers, without labels."""
+class DistillSection(Section):
+    """Training on the calibration images alone, by the original network's answers, without
+    labels."""
 
     epochs: int = Field(default=0, ge=0)
-    """Passes over the probe images that are not held out; 0 leaves the step out."""
+    """Passes over the calibration images that are not held out; 0 leaves the step out."""
     batch_size: int = Field(default=100, ge=2)
     """Images a step."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -192,7 +192,7 @@ class TrainingSection(Section):
     """Passes over the training images; 0 leaves the network as it is."""
     batch_size: int = Field(default=128, ge=2)
     """Images a step, of all processes together."""
-    accumulate: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Parts that each process's share of a step is worked through in, for less memory."""
     optimiser: Optimiser = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
@@ -235,9 +235,9 @@ class TrainingSection(Section):
     channels that stay, against the original network's."""
     mode: Literal["training", "evaluation"] = "training"
     """Whether batch norms take each batch's statistics and dropout drops, or all is as in use."""
-    share_norms: bool = True
+    sync_batchnorm: bool = True
     """Whether batch norms take the statistics of a batch over all processes."""
-    average: float = Field(default=0.0, ge=0, lt=1)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Weight of the past, a step, in the running average of the weights that the training ends with
     (EMA); 0: the weights themselves."""
     keep: Literal["last", "best"] = "last"
@@ -270,7 +270,7 @@ class ReportSection(Section):
     """What the report shows of the filters."""
 
     images: int = Field(default=512, ge=0)
-    """Probe images that the filters are looked at with, before and after; 0: no gallery."""
+    """Calibration images that the filters are looked at with, before and after; 0: no gallery."""
     top_images: int = Field(default=5, ge=1, le=16)
     """Images that are shown of each filter, those that it responds to most."""
 
@@ -283,7 +283,7 @@ class RunConfig(Section):
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
     refit: RefitSection = RefitSection()
-    polish: PolishSection = PolishSection()
+    distill: DistillSection = DistillSection()
     finetune: TrainingSection = TrainingSection()
     report: ReportSection = ReportSection()
     seed: int = Field(default=0, ge=0)
@@ -310,7 +310,7 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
         place = f"configuration, {key}" if key else "configuration"
-        raise UsageError(f"{place}: {words_of(first)}{tail}") from error
+        raise UsageError(f"{place}: {describe_error(first)}{tail}") from error
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:
@@ -342,3 +342,46 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
         raise UsageError(f"{path} is not TOML of ours: it nests too deeply") from error
     except ValueError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
+
+
+Crop = Literal["random_crop", "random_resized_crop", "none"]
+
+
+Resizing = Literal["bilinear", "bicubic"]
+"""How the pixels of a resized image are made from those around them, antialiased."""
+
+
+ScheduleName = Literal["cosine", "one_cycle", "step"]
+
+
+AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
+
+    quantity: Quantity
+    fraction_left: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.fraction_left}"
+
+
+def parse_budget(text: str) -> Budget:
+    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
+    quantity, equals, number = text.partition("=")
+    *names, last = (f"{name}=F" for name in get_args(Quantity))
+    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
+    if quantity not in get_args(Quantity) or not equals:
+        raise TargetError(f"target {text!r} is not understood: {expected}")
+    try:
+        fraction = float(number)
+    except ValueError:
+        raise TargetError(f"target {text!r} has no number: {expected}") from None
+    if not 0 < fraction <= 1:
+        raise TargetError(f"target {text!r} is out of range: {expected}")
+    return Budget(cast(Quantity, quantity), fraction)
+
+
+Quantity = Literal["macs", "params", "filters", "memory", "latency"]

@@ -1,7 +1,7 @@
 """Data sets by name, and the parts that they are split into.
 
-`train` is what probe images are drawn from and what fine-tuning reads; `validation` is held out of
-it and may be used to choose; `test` is for final scores only.
+`train` is what calibration images are drawn from and what fine-tuning reads; `validation` is held
+out of it and may be used to choose; `test` is for final scores only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
 from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
@@ -19,15 +20,8 @@ from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
-from secateur.data.images import (
-    Batch,
-    FileImages,
-    Images,
-    NormalisedImages,
-    TensorImages,
-    batches,
-)
-from secateur.data.splits import Splits, draw, hold_out, is_held_out, set_apart
+from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages
+from secateur.data.splits import Splits, draw, hold_out, is_held_out, split_calibration
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.errors import DataError, UnknownName, UsageError
 
@@ -40,11 +34,11 @@ __all__ = [
     "TensorImages",
     "Unreadable",
     "batches",
-    "draw_probe",
+    "draw_calibration_images",
     "is_held_out",
     "load",
     "read_batch",
-    "set_apart",
+    "split_calibration",
 ]
 
 
@@ -82,9 +76,9 @@ FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", D
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
-    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like. `digits`
-    needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on `seed` alone.
-    Raises `UnknownName`, `UsageError` or `DataError`.
+    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like.
+    `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
+    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
     if name == NONE:
@@ -109,7 +103,9 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     return DataSet(name, splits.class_names, train, validation, splits.test)
 
 
-def draw_probe(images: Images, count: int, *, stratified: bool = True, seed: int = 0) -> Images:
+def draw_calibration_images(
+    images: Images, count: int, *, stratified: bool = True, seed: int = 0
+) -> Images:
     """A random choice of `count` images; all of them where there are fewer.
 
     `stratified` draws equally from every class, as far as `count` divides; without it no label is

@@ -19,11 +19,11 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, joined_masks
 from secateur.data.images import FileImages, Images, Indices, to_size
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import DAMAGE, opened_image
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
-from secateur.regions import ABSENT, Concept, ConceptMasks, joined_masks
 
 NO_CLASS = -1
 """Label of an image of a list that has no classes."""
@@ -173,24 +173,24 @@ class _Joined:
         found = []
         for start, part in self.parts:
             planes = part.planes(height, width)
-            found.append(torch.where(planes == ABSENT, ABSENT, planes + start))
+            found.append(torch.where(planes == UNLABELLED, UNLABELLED, planes + start))
         return torch.cat(found)
 
 
 def _to_size(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
     """What `to_size` does to the image, done to its planes; nothing is over the image's edge."""
-    shifted = (planes - ABSENT).float()  # the crop fills up with zeros
+    shifted = (planes - UNLABELLED).float()  # the crop fills up with zeros
     nearest = v2.InterpolationMode.NEAREST_EXACT
-    return to_size(shifted, preprocessing, nearest).long() + ABSENT
+    return to_size(shifted, preprocessing, nearest).long() + UNLABELLED
 
 
 def _regions(planes: Tensor) -> ConceptMasks:
     """The regions of one image; an absent one where it shows nothing."""
     # Sorting them all, as `unique` does, takes longer than decoding the image.
-    numbers = (planes.flatten() - ABSENT).bincount()[1:].nonzero()[:, 0]
+    numbers = (planes.flatten() - UNLABELLED).bincount()[1:].nonzero()[:, 0]
     if not len(numbers):
         empty = torch.zeros(1, 1, *planes.shape[1:], dtype=torch.bool)
-        return ConceptMasks(empty, torch.tensor([[ABSENT]]))
+        return ConceptMasks(empty, torch.tensor([[UNLABELLED]]))
     masks = (planes == numbers[:, None, None, None]).any(1)  # [region, height, width]
     return ConceptMasks(masks[None], numbers[None])
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.config import Crop
 from secateur.data.images import Images, Indices, to_size
-from secateur.models import Preprocessing
-from secateur.seeds import seed_of
+from secateur.data.preprocessing import Preprocessing
+from secateur.runtime.seeding import seed_of
 
-Crop = Literal["shift", "resized", "none"]
 LARGEST_SHIFTED = 64
 """Side in pixels up to which images are by default shifted rather than cropped and resized."""
 
@@ -23,7 +22,7 @@ LARGEST_SHIFTED = 64
 class Augmentation:
     """How each image is changed; every image by its own draw."""
 
-    crop: Crop = "shift"
+    crop: Crop = "random_crop"
     """`shift`: by up to an eighth of the side over a border of zeros, as He et al. (2016, section
     4.2) train on CIFAR. `resized`: a random part of the image as stored, of 8 % to 100 % of its
     area, stretched to the size, as Szegedy et al. (2015) train on ImageNet."""
@@ -35,13 +34,13 @@ class Augmentation:
     @property
     def is_imagewise(self) -> bool:
         """Whether images are changed one by one, before they are normalised and batched."""
-        return self.crop == "resized" or self.randaugment
+        return self.crop == "random_resized_crop" or self.randaugment
 
     def change(
         self, pixels: Num[Tensor, "rgb _ _"], preprocessing: Preprocessing
     ) -> Num[Tensor, "rgb height width"]:
         """What is done to a stored image one by one; draws from torch's global generator."""
-        if self.crop == "resized":
+        if self.crop == "random_resized_crop":
             interpolation = v2.InterpolationMode(preprocessing.interpolation)
             crop = v2.RandomResizedCrop(preprocessing.image_size, interpolation=interpolation)
             pixels = crop(pixels)
@@ -53,7 +52,7 @@ class Augmentation:
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Moves:
         """The shifts and mirrored ones of so many images."""
-        border = side // 8 if self.crop == "shift" else 0
+        border = side // 8 if self.crop == "random_crop" else 0
         top = torch.randint(2 * border + 1, (count, 1), generator=generator)
         left = torch.randint(2 * border + 1, (count, 1), generator=generator)
         flipped = torch.rand(count, 1, generator=generator) < 0.5

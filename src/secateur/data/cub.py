@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secateur.bounds import TEXT, inside, read_unzipped
 from secateur.data.images import FileImages
 from secateur.data.splits import Splits
 from secateur.errors import DataError
+from secateur.runtime.input_limits import TEXT, inside, read_unzipped
 
 
 @dataclass(frozen=True, eq=False)

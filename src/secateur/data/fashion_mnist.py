@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from secateur.bounds import TEXT, read_unzipped
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
 from secateur.errors import DataError
+from secateur.runtime.input_limits import TEXT, read_unzipped
 
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

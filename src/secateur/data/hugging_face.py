@@ -13,10 +13,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from secateur.data.images import Indices, to_size
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.splits import Splits, check_labelling
 from secateur.data.unreadable import decode_all
 from secateur.errors import DataError, UsageError
-from secateur.models import Preprocessing
 
 TEST = ("test", "validation", "valid", "val")
 """Splits that can be the test part, the first that is there and has labels."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,9 +12,8 @@ from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.data.unreadable import Unreadable, decode_all, read_batch
-from secateur.models import Preprocessing
-from secateur.regions import ConceptMasks
+from secateur.data.preprocessing import Preprocessing
+from secateur.data.unreadable import decode_all
 
 Indices = Int[Tensor, "image"]
 
@@ -135,65 +132,3 @@ def to_size(
     )
     cropped: Tensor = v2.functional.center_crop(resized, [preprocessing.image_size])
     return cropped
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Normalised images and what is known of them."""
-
-    images: Float[Tensor, "image rgb height width"]
-    labels: Int[Tensor, "image"]
-    numbers: Int[Tensor, "image"]
-    """Where each image is in the list that the batches are made of."""
-    annotations: ConceptMasks | None = None
-    """Regions that came with the images."""
-
-
-def batches(
-    images: Images,
-    size: int,
-    preprocessing: Preprocessing,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    unreadable: Unreadable | None = None,
-) -> Iterator[Batch]:
-    """Every image once, in the order of the list, in batches of `size`; the last may be smaller.
-
-    Annotations come along where there are any. `shard` is a number and how many there are: only
-    every so manieth image of the list from that one on, for several processes that go through one
-    list. The next batch is read while the last one is in use. `data.training` has the batches to
-    train on.
-
-    An image that can't be read is an error that names it, unless there is `unreadable` to note it
-    in: then its batch comes without it, or not at all where there is no other image in it.
-    """
-    from secateur.data.annotated import AnnotatedImages  # which itself is made of images
-
-    rank, shards = shard
-    own = torch.arange(len(images.labels))[rank::shards]
-    chunks = [chunk for chunk in own.split(size) if len(chunk)]
-    annotated = images if isinstance(images, AnnotatedImages) else None
-
-    def read(chunk: Tensor) -> Batch | None:
-        found = read_batch(lambda some: images.read(some, preprocessing), chunk, unreadable)
-        if found is None:
-            return None
-        indices, pixels = found
-        return Batch(
-            preprocessing.normalise(pixels),
-            images.labels[indices],
-            indices,
-            annotated.regions(indices, preprocessing) if annotated else None,
-        )
-
-    if not chunks:
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, chunks[0])
-        for number in range(len(chunks)):
-            batch = coming.result()
-            if number + 1 < len(chunks):
-                coming = pool.submit(read, chunks[number + 1])
-            if batch is None:
-                continue
-            yield batch

@@ -13,7 +13,7 @@ from secateur.data.images import Images
 from secateur.errors import DataError
 
 HELD_OUT_EVERY = 5
-"""Every so manieth probe image is held out of what the others are fitted to."""
+"""Every so manieth calibration image is held out of what the others are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ def draw(images: Images, count: int, generator: torch.Generator, *, stratified: 
 
 
 def is_held_out(numbers: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:
-    """Whether probe images, by their number in the probe set, are held out to choose by."""
+    """Whether calibration images, by their number in the calibration set, are held out to choose
+    by."""
     return numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def set_apart(probe: Images) -> tuple[Images, Images]:
-    """The probe images to fit to, and those that are held out; see `is_held_out`.
+def split_calibration(probe: Images) -> tuple[Images, Images]:
+    """The calibration images to fit to, and those that are held out; see `is_held_out`.
 
     Of fewer than `HELD_OUT_EVERY` images none is held out: both are all of them.
     """

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.bounds import check_pixels
 from secateur.errors import UnreadableImage
+from secateur.runtime.input_limits import check_pixels
 
 T = TypeVar("T")
 

@@ -1,0 +1,227 @@
+"""What the command line prints: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from secateur.errors import UsageError
+from secateur.evaluation.evaluate import Score
+from secateur.experiments import run_folder
+from secateur.experiments.inspect import NEEDED
+from secateur.experiments.report import count_text, score_rows
+from secateur.experiments.report.comparison import TextTable
+from secateur.integrations.onnx import ExportResult, Latency
+from secateur.pipeline.result import RunResult
+from secateur.runtime import distributed
+from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
+
+BAR = 8
+"""Characters of the longest bar."""
+
+
+def show_error(text: str) -> None:
+    """One line on stderr."""
+    err().print(f"[bold red]error:[/] {_escaped(text)}")
+
+
+def out() -> Console:
+    """What tables for people are printed on."""
+    return Console()
+
+
+def err() -> Console:
+    """What is not the result is printed on: stderr, one line however long."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def track() -> ProgressCallback:
+    """Progress bars on stderr where it is a terminal, else nothing."""
+    return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
+
+
+def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
+    """What a run came to, stage by stage."""
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    rows = score_rows(result)
+    table = Table(box=None, pad_edge=False)
+    for number, key in enumerate(rows[0]):
+        table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    out().print(table)
+    for trial in result.size_trials:
+        out().print(
+            f"{trial.fraction_left:7.3f} left: {100 * trial.validation_top1_fraction:.2f} % of the "
+            f"validation images{'' if trial.kept else ', too little'}",
+            highlight=False,
+        )
+    removed = sum(len(group.removed) for group in result.groups)
+    filters = sum(group.filters for group in result.groups)
+    out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
+    show_unreadable(result.unreadable)
+    for notice in result.notices:
+        out().print(f"[yellow]note:[/] {_escaped(notice)}", soft_wrap=True, highlight=False)
+    out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
+
+
+def show_benchmark(found: Sequence[TextTable]) -> None:
+    """The tables of a comparison."""
+    for table in found:
+        shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
+        for number, head in enumerate(table.heads):
+            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
+        for line in table.rows:
+            shown.add_row(*map(_escaped, line))
+        out().print(shown)
+        out().print(_escaped(table.note), highlight=False)
+
+
+def show_unreadable(names: Sequence[str]) -> None:
+    """How many images were left out, and some of their names."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        out().print(
+            f"{len(names)} images can't be read and were left out: "
+            f"{', '.join(map(_escaped, names[:3]))}{more}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool) -> None:
+    """With the images that were left out, where that was asked for."""
+    if as_json:
+        skipped = {} if unreadable is None else {"unreadable": unreadable}
+        print(json.dumps({**asdict(score), **skipped}, indent=1))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for title, text in (
+        ("images", str(score.images)),
+        ("top-1", f"{100 * score.top1_fraction:.2f} %"),
+        ("top-5", f"{100 * score.top5_fraction:.2f} %"),
+        ("loss", f"{score.loss:.4f}"),
+        ("MACs", count_text(score.macs)),
+        ("parameters", count_text(score.parameters)),
+        ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),
+    ):
+        table.add_row(title, text)
+    out().print(table)
+    show_unreadable(unreadable or ())
+
+
+def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:
+    """What was written, and how fast the networks are."""
+    if as_json:
+        facts = {**asdict(result), "path": str(result.path)}
+        print(json.dumps({**facts, "latency": [asdict(one) for one in times]}, indent=1))
+        return
+    batches = ", ".join(str(batch) for batch in result.batches)
+    out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
+    out().print(
+        f"{result.bytes / 1e6:.2f} MB, opset {result.opset}; relative error {result.error:.1e} in "
+        f"batches of {batches}",
+        highlight=False,
+    )
+    if not times:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("engine")
+    for title in ("batch", "original ms", "pruned ms", "ratio"):
+        table.add_column(title, justify="right")
+    for one in times:
+        original = one.original_ms
+        table.add_row(
+            one.engine,
+            str(one.batch),
+            "" if original is None else f"{original:.2f}",
+            f"{one.pruned_ms:.2f}",
+            "" if original is None else f"{original / one.pruned_ms:.2f}",
+        )
+    out().print(table)
+
+
+def show_groups(found: dict[str, Any]) -> None:
+    """A line a layer that can be cut, then those that can't, and why."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for title in ("filters", "needed", "MACs %"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("detectors", justify="right", no_wrap=True)
+    largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
+    for group in found["groups"]:
+        detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
+        table.add_row(
+            _escaped(group["layer"]),
+            str(group["filters"]),
+            str(group["needed"]),
+            f"{100 * group['macs_share']:.1f}",
+            "█" * round(BAR * group["macs_share"] / largest),
+            f"{len(detected)} ({len(set(detected))})",
+        )
+    out().print(table)
+    out().print(
+        f"needed: filters that hold {NEEDED:.0%} of the layer's votes; detectors: filters that "
+        "overlap a concept, and of how many concepts",
+        highlight=False,
+    )
+    if not found["frozen"]:
+        return
+    frozen = Table(box=None, pad_edge=False)
+    frozen.add_column("frozen", overflow="fold")
+    frozen.add_column("filters", justify="right", no_wrap=True)
+    frozen.add_column("because")
+    for group in found["frozen"]:
+        reason = _escaped(group["reason"])
+        frozen.add_row(_escaped(group["layer"]), str(group["filters"]), reason)
+    out().print(frozen)
+
+
+def show_filters(group: dict[str, Any]) -> None:
+    """A line a filter of a layer."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("filter", justify="right")
+    for name in group["scores"]:
+        table.add_column(name, justify="right")
+    table.add_column("best concept")
+    table.add_column("IoU", justify="right")
+    for number, seen in enumerate(group["concepts"]):
+        scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
+        table.add_row(str(number), *scores, _escaped(seen["concept"]), f"{seen['iou']:.3f}")
+    out().print(table)
+
+
+def show_filter(group: dict[str, Any], number: int) -> None:
+    """What one filter sees, and where in the image that it responds to most."""
+    if number >= group["filters"]:
+        raise UsageError(f"{group['layer']} has filters 0 to {group['filters'] - 1}, not {number}")
+    lines = [f"{group['layer']}, filter {number} of {group['filters']}"]
+    for name, scores in group["scores"].items():
+        rank = 1 + sum(other > scores[number] for other in scores)
+        lines.append(f"{name}: {scores[number]:.4g}, rank {rank} of {group['filters']}")
+    seen = group["concepts"][number]
+    kind = "detector of" if seen["is_detector"] else "overlaps most"
+    lines.append(f"{kind} {seen['concept']}, IoU {seen['iou']:.3f}")
+    tops = group["top_images"][number]
+    lines.append(
+        f"top calibration images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:"
+    )
+    lines += [
+        "  " + row.replace("#", "██").replace(".", "··") for row in group["top_regions"][number]
+    ]
+    out().print(_escaped("\n".join(lines)), highlight=False)
+
+
+def _escaped(text: str) -> str:
+    """Text from outside, so that rich does not read brackets in it as style."""
+    return text.replace("[", r"\[")

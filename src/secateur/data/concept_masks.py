@@ -1,0 +1,75 @@
+"""Regions of images: which pixels show which concept, at the images' and at coarser resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+UNLABELLED = -1
+"""Concept number of a region that only fills up the tensor: its mask is empty and nobody votes."""
+CELL = 64
+"""What a cell that is inside as a whole counts, where shares of cells are counted."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something that an image can show."""
+
+    name: str
+    category: str
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptMasks:
+    """Regions of the images of a batch and what they show."""
+
+    masks: Bool[Tensor, "image region height width"]
+    """In the image plane, or on the coarser grid that a source works on."""
+    concepts: Int[Tensor, "image region"]
+    """Number of the concept that each region shows, or `ABSENT`."""
+
+
+def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
+    """The regions of several batches as one; where one has fewer an image, absent ones fill up."""
+    most = max(part.masks.shape[1] for part in parts)
+
+    def filled(part: ConceptMasks) -> tuple[Tensor, Tensor]:
+        missing = most - part.masks.shape[1]
+        masks = F.pad(part.masks, (0, 0, 0, 0, 0, missing))
+        return masks, F.pad(part.concepts, (0, missing), value=UNLABELLED)
+
+    masks, concepts = zip(*map(filled, parts), strict=True)
+    return ConceptMasks(torch.cat(masks), torch.cat(concepts))
+
+
+def coverage_at(
+    masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
+) -> UInt8[Tensor, "image region h w"]:
+    """How much of each cell of a coarser or finer grid is inside, in 1 / `CELL`."""
+    return (_covered(masks, size) * CELL).round().to(torch.uint8)
+
+
+def at_resolution(
+    masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
+) -> Bool[Tensor, "image region h w"]:
+    """The masks on a coarser or finer grid: a cell is inside where at least half of it is.
+
+    Areas are averaged, so that nothing need be brought to the image's resolution. A region too
+    small to fill half of any cell keeps the cells that it fills most; so no region is lost.
+    """
+    if tuple(masks.shape[2:]) == size:
+        return masks
+    covered = _covered(masks, size)
+    most = covered.amax(dim=(2, 3), keepdim=True)
+    inside: Tensor = (covered >= most.clamp(max=0.5)) & (covered > 0)
+    return inside
+
+
+def _covered(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    covered: Tensor = F.adaptive_avg_pool2d(masks.float(), size)
+    return covered

@@ -1,0 +1,1 @@
+"""Accuracy, divergence from the original network, and latency."""

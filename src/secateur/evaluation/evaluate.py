@@ -1,0 +1,109 @@
+"""How good and how large a network is: accuracy, loss, MACs, parameters, latency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.data import Batch
+from secateur.data.batches import check_labels
+from secateur.errors import DataError, UsageError
+from secateur.evaluation.timing import latency_ms
+from secateur.runtime import distributed
+from secateur.runtime.error_messages import explain
+from secateur.runtime.module_state import device_of, evaluating
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network achieves and what it costs."""
+
+    top1_fraction: float
+    top5_fraction: float
+    loss: float
+    """Mean cross-entropy in nats."""
+    images: int
+    """How many images were scored."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    parameters: int
+    latency_ms: float
+    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. Of a
+    cut network the part that `timing.time_left` finds of the whole one's: the two take turns then,
+    so that what else the machine does slows both alike."""
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
+    """The score of `model`, where it is, on every image of the batches, in evaluation mode.
+
+    The network is timed unless `known_ms` says what a forward pass takes. Of several processes
+    each brings its share of the batches (`distributed.dealt`), and all get the score on all of
+    them, with the time that the first one takes. With fewer than five classes top-5 counts what is
+    there. Raises `DataError` where a label lies outside the network's classes.
+    """
+    correct = torch.zeros(2, dtype=torch.int64)
+    losses: list[float] = []
+    count = 0
+    example: Tensor | None = None
+    device = device_of(model)
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            example = images if example is None else example
+            logits = compute_logits(model, images)
+            check_labels(batch.labels, logits.shape[1])
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = ranked == labels[:, None]
+            correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            losses.append(float(F.cross_entropy(logits, labels, reduction="sum")))
+            count += len(batch.labels)
+    distributed.all_reduce_sum([correct])
+    total: int = sum(distributed.all_gather(count))
+    loss = math.fsum(distributed.gather_shards(losses))
+    if not total:
+        raise DataError("there are no images to score")
+
+    def measure() -> tuple[int, float]:
+        assert example is not None
+        time_ms = latency_ms(model, example) if known_ms is None else known_ms
+        return count_macs(model, example[:1]), time_ms
+
+    macs, time_ms = distributed.on_main_process(measure)
+    return Score(
+        top1_fraction=int(correct[0]) / total,
+        top5_fraction=int(correct[1]) / total,
+        loss=loss / total,
+        images=total,
+        macs=macs,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        latency_ms=time_ms,
+    )
+
+
+def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
+    """The network's answers; raises `UsageError` where it gives something else, or none."""
+    try:
+        found: object = model(images)
+    except Exception as error:
+        if explain(error) is not None:  # the machine's fault
+            raise
+        shape, words = list(images.shape), " ".join(str(error).split())
+        raise UsageError(f"the network can't be run on images {shape}: {words}") from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(f"the network gives {what} where logits [image, class] are needed")
+    return found
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates for one image `[1, rgb, height, width]`, counted by torch as it runs."""
+    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return int(counter.get_total_flops()) // 2

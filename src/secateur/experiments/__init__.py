@@ -1,0 +1,1 @@
+"""Runs on disk: run folders, exported programs, benchmarks, reports."""

@@ -1,0 +1,1 @@
+"""Benchmarks: many runs from one TOML file, with statistics."""

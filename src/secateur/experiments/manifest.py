@@ -1,0 +1,136 @@
+"""What a run folder says of itself: versions, origin, and the SHA-256 of each file that is loaded.
+
+The hashes tell damage and mix-ups; they are no signature, since whoever can change a file can
+change the manifest, too. That loading a stranger's folder runs nothing of it rests on the formats:
+JSON, TOML and safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from pydantic import PositiveInt
+
+from secateur.errors import RunFolderError
+from secateur.runtime.atomic_io import replace_file
+from secateur.runtime.input_limits import (
+    PLAN_TEXT,
+    SMALL_TEXT,
+    TEXT,
+    check_safetensors,
+    read_bounded,
+)
+from secateur.runtime.schema import VersionedRecord, parse_record
+from secateur.version import __version__
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG, PLAN, WEIGHTS = "config.toml", "plan.json", "model.safetensors"
+PROGRAM, CONSTANTS = "program.json", "program.safetensors"
+NEEDED = frozenset({PLAN, WEIGHTS})
+HASHED = frozenset({CONFIG, PLAN, WEIGHTS, PROGRAM, CONSTANTS})
+TEXTS = {CONFIG: SMALL_TEXT, PLAN: PLAN_TEXT, PROGRAM: TEXT}
+"""Bytes that each may have; the others are safetensors."""
+
+
+class Manifest(VersionedRecord):
+    """The content of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    versions: dict[str, str]
+    """Of secateur, torch and torchvision when the folder was written."""
+    architecture: str | None
+    """What `models.load` builds the unpruned network from; None where it must be passed."""
+    num_classes: PositiveInt | None
+    """Outputs of the network's head; None where it gives something other than one tensor."""
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    """`(rgb, height, width)` of the images that the wiring was made for."""
+    prune_residual: bool
+    exclude: tuple[str, ...] = ()
+    """Both: how the wiring was made; see `make_wiring`."""
+    plan_hash: str
+    no_program: str | None
+    """Why the folder has no program; None where it has one."""
+    files: dict[str, str]
+    """File -> SHA-256 of its content, for every file that loading depends on."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A run folder whose files are all there and unchanged."""
+
+    folder: Path
+    manifest: Manifest
+    files: dict[str, bytes]
+
+
+def versions() -> dict[str, str]:
+    """The versions at work, as a manifest states them."""
+    return {
+        "secateur": __version__,
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in the folder that loading may depend on."""
+    present = [name for name in sorted(HASHED) if (folder / name).is_file()]
+    return {name: _hash((folder / name).read_bytes()) for name in present}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`; after all other files."""
+    text = manifest.model_dump_json(indent=1)
+    replace_file(folder / MANIFEST, text + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run folder; raises `RunFolderError` where it is missing or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
+    text = read_bounded(path, SMALL_TEXT, RunFolderError)
+    return parse_record(Manifest, text, SCHEMA_VERSION, str(path))
+
+
+def read_contents(folder: Path) -> Contents:
+    """Every file that the folder's manifest lists, read once and compared with its hash.
+
+    Raises `RunFolderError` that names the file which is missing, changed, or not a run's.
+    """
+    manifest = read_manifest(folder)
+    for name in sorted(manifest.files.keys() - HASHED):
+        raise RunFolderError(f"{folder / MANIFEST} lists {name!r}, which is no file of a run")
+    for name in sorted(NEEDED - manifest.files.keys()):
+        raise RunFolderError(f"{folder / MANIFEST} does not list {name}")
+    files: dict[str, bytes] = {}
+    for name, expected in manifest.files.items():
+        files[name] = _read(folder, name)
+        if _hash(files[name]) != expected:
+            raise RunFolderError(
+                f"{folder / name} is not the file that was written with this run: it has been "
+                "damaged, changed or taken from another run"
+            )
+    return Contents(folder, manifest, files)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    if not (folder / name).is_file():
+        raise RunFolderError(f"no {name} in {folder}: it is not a complete run folder")
+    path = folder / name
+    if name in TEXTS:
+        return read_bounded(path, TEXTS[name], RunFolderError)
+    try:
+        check_safetensors(path)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} can't be read: {error}") from error

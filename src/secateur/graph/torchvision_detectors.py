@@ -1,0 +1,51 @@
+"""What can be traced of torchvision's detectors: all but the boxes.
+
+How many boxes there are depends on the data. Backbone, feature pyramid and heads are traced
+as they are. In two-stage detectors, features are pooled from each box by RoIAlign, which keeps
+channels; in its place stands the sum of all pyramid levels, pooled to the same size, so that
+channels are followed into the heads of the second stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import detection
+
+from secateur.graph.trace import Forward
+
+_ONE_STAGE = (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
+_SECOND_STAGE = ("box", "mask", "keypoint")
+
+
+def forward_of(model: nn.Module) -> Forward | None:
+    """The part of a torchvision detector that can be traced; None for other networks."""
+    if isinstance(model, _ONE_STAGE):
+        return _one_stage
+    return _two_stages if isinstance(model, detection.FasterRCNN) else None
+
+
+def _one_stage(model: Any, images: Tensor) -> Any:
+    return model.head(_levels(model.backbone(images)))
+
+
+def _two_stages(model: Any, images: Tensor) -> Any:
+    features = model.backbone(images)
+    answers = [model.rpn.head(_levels(features))]
+    for name in _SECOND_STAGE:
+        pool = getattr(model.roi_heads, f"{name}_roi_pool", None)
+        if pool is None:
+            continue
+        levels = features if isinstance(features, dict) else {"0": features}
+        pooled = [
+            F.adaptive_avg_pool2d(levels[level], pool.output_size) for level in pool.featmap_names
+        ]
+        regions = getattr(model.roi_heads, f"{name}_head")(sum(pooled[1:], pooled[0]))
+        answers.append(getattr(model.roi_heads, f"{name}_predictor")(regions))
+    return answers
+
+
+def _levels(features: Any) -> list[Tensor]:
+    return list(features.values()) if isinstance(features, dict) else [features]

@@ -1,0 +1,356 @@
+"""The network as a graph of ATen operations that runs with any set of parameters.
+
+`trace` reads the graph; `Walk` runs it, node by node, with parameters that are passed in by name.
+So one graph serves the original network, the same network with smaller kernels, and the network
+with some of its channels silenced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import Graph
+from torch.fx.node import Node
+from torch.utils._pytree import tree_leaves
+
+from secateur.errors import TraceError
+from secateur.runtime.module_state import copy_of, evaluating, tensors_of
+
+NodeHook = Callable[[Tensor], Tensor | None]
+Tensors = Mapping[str, Tensor]
+Forward = Callable[[Any, Tensor], Any]
+"""What is traced of a network: `forward(model, images)` gives a tensor or several."""
+Sizes = Mapping[Node, Mapping[int, Any]]
+"""Arguments of operations, by position, that differ from those in the graph."""
+Compute = Callable[[Callable[[Node], Any]], Any]
+"""An operation's value, from a function that gives the values of what it reads."""
+
+BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
+"""Numbers of images to trace with: primes, of which hardly any other size is a multiple."""
+
+
+@dataclass(frozen=True)
+class NetworkGraph:
+    """ATen operations in the order of execution, with parameters and buffers by dotted name.
+
+    No operation changes a value that another one wrote.
+    """
+
+    nodes: tuple[Node, ...]
+    tensor_names: dict[Node, str]
+    """Placeholder node -> dotted name of the parameter or buffer that it stands for."""
+    constants: dict[Node, Tensor]
+    image: Node
+    """The placeholder of the network's input."""
+    outputs: tuple[Node, ...]
+    """The nodes whose values the network returns, in the order of its flattened answer."""
+    last_use: dict[Node, Node]
+    """Value -> the last node that reads it."""
+    images: int
+    """Images in the batch that was traced; sizes in the graph that depend on it are multiples."""
+
+    @property
+    def output(self) -> Node:
+        """The node whose value the network returns; raises `TraceError` where there are several."""
+        if len(self.outputs) != 1:
+            raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
+        return self.outputs[0]
+
+
+def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
+    """The graph of `model` in evaluation mode; the batch dimension stays open.
+
+    `example` is a batch `[image, rgb, height, width]`, of which only the shape of an image matters.
+    With `forward` it is `forward(model, images)` that is traced, for networks whose whole answer
+    can't be, such as detectors. Raises `TraceError` where the network can't be followed.
+
+    The operations are those that `torch.export` gives; this is its tracer without the rest of an
+    export, which takes longer than the tracing. Instead of a symbol the batch has a size that
+    divides no other one (`NetworkGraph.images`): sizes that depend on it are its multiples.
+    """
+    # Of a copy, since a network may keep what it computed, and that is not real here.
+    model = copy_of(model, share_tensors=True)
+    images = _batch_size(model, example)
+    names, fakes, batch = _fake_inputs(model, example, images)
+    traced = model if forward is None else _Part(model, forward)
+    prefix = "" if forward is None else "model."
+
+    def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        state = {
+            prefix + place: tensor
+            for places, tensor in zip(names.values(), tensors, strict=True)
+            for place in places
+        }
+        answer = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        return tuple(tree_leaves(answer))
+
+    try:
+        with evaluating(model), torch.no_grad(), _recording_modules(model), _undisturbed():
+            module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+    except Exception as error:  # the network is the user's: it may raise anything
+        raise _not_traced(error) from error
+    graph = module.graph
+    _drop_settings(graph)
+    _replace_in_place_operations(graph)
+    *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
+    _open_batch(graph, image, images)
+    nodes = tuple(graph.nodes)
+    constants: dict[Node, Tensor] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            constants[node] = getattr(module, str(node.target))
+            if isinstance(constants[node], FakeTensor):
+                raise TraceError("the network makes a tensor of values that the graph can't hold")
+        elif node.op == "call_function":
+            _name_arguments_by_position(node)
+    answers = nodes[-1].args[0]
+    assert isinstance(answers, list | tuple)
+    outputs = tuple(node for node in answers if isinstance(node, Node))
+    if not outputs:
+        raise TraceError("the network must return tensors")
+    last_use: dict[Node, Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last_use[source] = node
+    tensor_names = dict(zip(placeholders, names, strict=True))
+    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+
+
+def _batch_size(model: nn.Module, example: Tensor) -> int:
+    """A prime that no size of the network or of its images is a multiple of."""
+    shapes = [example.shape[1:], *(tensor.shape for tensor in tensors_of(model).values())]
+    sizes = {size for shape in shapes for size in shape}
+    for prime in BATCH_SIZES:
+        if not any(size and size % prime == 0 for size in sizes):
+            return prime
+    raise TraceError(f"every batch size of {BATCH_SIZES} divides some size of the network")
+
+
+def _fake_inputs(
+    model: nn.Module, example: Tensor, images: int
+) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
+    """Parameters and buffers by name, with all the places where each is; stand-ins; a batch."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    places: dict[int, list[str]] = {}
+    slots: set[tuple[int, str]] = set()
+    for name, tensor in named.items():
+        path, _, attribute = name.rpartition(".")
+        slot = (id(model.get_submodule(path)), attribute)
+        if slot not in slots:  # a module under two names is one place
+            slots.add(slot)
+            places.setdefault(id(tensor), []).append(name)
+    names = {each[0]: tuple(each) for each in places.values()}
+    fakes: list[Tensor] = []
+    with mode:
+        for tensor in (named[name] for name in names):
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
+        batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
+    return names, fakes, batch
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Compiled parts run as they were written; errors that are raised are not logged as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+@contextmanager
+def _recording_modules(model: nn.Module) -> Iterator[None]:
+    """Every operation that is traced inside the block is noted with the modules it is called in.
+
+    `node.meta["nn_module_stack"]` is `{call: dotted name}`, from the outermost module on.
+    """
+    stack: dict[str, str] = {}
+    calls = itertools.count()
+    hooks = []
+
+    def enter(name: str, *_: object) -> None:
+        stack[f"{name}@{next(calls)}"] = name
+        traceback.current_meta["nn_module_stack"] = dict(stack)
+
+    def leave(*_: object) -> None:
+        stack.popitem()
+        traceback.current_meta["nn_module_stack"] = dict(stack)
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with traceback.preserve_node_meta():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_settings(graph: Graph) -> None:
+    """Takes out what switches gradients, which the graph runs without, and mixed precision off.
+
+    Raises `TraceError` where the network switches mixed precision on by itself.
+    """
+    for node in reversed(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast" and node.args[2]:
+            raise TraceError("the network switches automatic mixed precision on by itself")
+        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
+            graph.erase_node(node)
+
+
+def _open_batch(graph: Graph, image: Node, images: int) -> None:
+    """Puts the size of the batch at hand wherever a number is a multiple of the traced one."""
+    with graph.inserting_after(image):
+        size = graph.call_function(torch.ops.aten.sym_size.int, (image, 0))
+    size.meta["val"] = images
+
+    def opened(value: Any, before: Node) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(opened(each, before) for each in value)
+        if type(value) is not int or value == 0 or value % images:
+            return value
+        if value == images:
+            return size
+        with graph.inserting_before(before):
+            multiple = graph.call_function(operator.mul, (size, value // images))
+        multiple.meta["val"] = value
+        return multiple
+
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node is size:
+            continue
+        node.args = tuple(opened(argument, node) for argument in node.args)
+        node.kwargs = {name: opened(argument, node) for name, argument in node.kwargs.items()}
+    if not size.users:
+        graph.erase_node(size)
+
+
+def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """What `torch.export` reads of `model` in evaluation mode, with an open batch dimension.
+
+    Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
+    """
+    images = example[:1].expand(2, *example.shape[1:])
+    try:
+        with evaluating(model):
+            return torch.export.export(
+                model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
+    except Exception as error:  # the network is the user's: it may raise anything
+        raise _not_traced(error) from error
+
+
+def _not_traced(error: Exception) -> TraceError:
+    cause = str(error).strip().splitlines() or [type(error).__name__]
+    return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
+
+
+class _Part(nn.Module):
+    """What a function does with a network, as a network of its own."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, images: Tensor) -> object:
+        """The function's answer."""
+        return self._forward(self.model, images)
+
+
+def _name_arguments_by_position(node: Node) -> None:
+    """Moves arguments that were given by name to their position in the operation's schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for argument in node.target._schema.arguments[len(args) :]:
+        if argument.kwarg_only or not kwargs:
+            break
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _replace_in_place_operations(graph: Graph) -> None:
+    """Turns `x.relu_()` into `y = x.relu()`, with `y` in place of `x` in all that follows.
+
+    Raises `TraceError` where the change would have to show through another view of `x`, or where
+    an operation has no twin that leaves its input alone.
+    """
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        name = target._schema.name.split("::")[1]
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        twin = getattr(packet, target._overloadname, None)
+        changed = node.args[0]
+        if not name.endswith("_") or twin is None or not isinstance(changed, Node):
+            raise TraceError(f"the operation {name!r} writes in place and has no other form")
+        others = _sharing_memory(changed) - {changed}
+        if any(position[user] > position[node] for value in others for user in value.users):
+            raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
+        node.target = twin
+        for user in list(changed.users):
+            if position[user] > position[node]:
+                user.replace_input_with(changed, node)
+
+
+def _sharing_memory(node: Node) -> set[Node]:
+    """The values that share memory with a node: what it is a view of, and all views of that."""
+    while is_view(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    sharing, coming = {node}, [node]
+    while coming:
+        views = [user for user in coming.pop().users if is_view(user)]
+        coming += views
+        sharing.update(views)
+    return sharing
+
+
+def is_view(node: Node) -> bool:
+    """Whether an operation gives what it reads, or a view of it; `reshape` and others may copy.
+
+    Its schema says so, but for dropout.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    returns = node.target._schema.returns
+    return gives_its_input(node) or (bool(returns) and returns[0].alias_info is not None)
+
+
+def gives_its_input(node: Node) -> bool:
+    """Whether an operation gives the very value that it reads, as dropout outside of training."""
+    return operation_name(node).endswith("dropout")
+
+
+def operation_name(node: Node) -> str:
+    """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", str(node.target))
+    return node.target._schema.name.removeprefix("aten::")

@@ -1,0 +1,167 @@
+"""secateur's criteria as the importance that a pruner of Torch-Pruning asks for.
+
+::
+
+    importance = CriterionImportance(model, example, "vote-response", loader)
+    pruner = torch_pruning.pruner.MagnitudePruner(model, example, importance=importance, …)
+
+The pruner calls it with one of its groups and cuts what scores lowest. Nothing else of secateur
+takes part: the plan and the surgery are Torch-Pruning's, and so is what comes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.config import ScoreSection
+from secateur.data import Batch
+from secateur.data.preprocessing import Preprocessing
+from secateur.errors import UsageError
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.runtime.module_state import evaluating, tensors_of
+from secateur.scoring import concepts, criteria
+from secateur.scoring.concepts import ConceptSource
+from secateur.scoring.criteria import Criterion
+from secateur.scoring.scores import score_filters
+
+Labelled = tuple[Tensor, Tensor]
+"""Images `[image, rgb, height, width]` and their classes `[image]`."""
+
+
+class CriterionImportance:
+    """Scores of Torch-Pruning's groups by one of secateur's criteria; see `__call__`.
+
+    `skipped` names the layers whose groups got no score, with the reason; it fills as the pruner
+    asks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Float[Tensor, "example rgb height width"],
+        criterion: str | ScoreSection,
+        batches: Iterable[Labelled] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """`model` is the very network that the pruner gets; `example` at least two images for it.
+
+        `criterion` is a name (`secateur models` lists them) or the whole `score` section of a
+        configuration. `batches`, such as a `DataLoader` or a list, is what criteria that look at
+        images are shown; it is gone through more than once. Raises `UnknownName`, and `UsageError`
+        where Torch-Pruning or the batches are missing.
+        """
+        try:
+            import torch_pruning
+        except ImportError as error:
+            raise UsageError(
+                "this importance is for Torch-Pruning: pip install torch-pruning"
+            ) from error
+        self._writes = (
+            torch_pruning.prune_conv_out_channels,
+            torch_pruning.prune_depthwise_conv_out_channels,
+            torch_pruning.prune_linear_out_channels,
+        )
+        self._settings = (
+            ScoreSection(criterion=criterion) if isinstance(criterion, str) else criterion
+        )
+        if self._make_criterion(seed).needs and batches is None:
+            raise UsageError(f"{self._settings.criterion!r} looks at images: give it batches")
+        self._model = model
+        self._example = example
+        self._batches = batches
+        self._seed = seed
+        self._shapes: tuple[torch.Size, ...] = ()
+        self._scores: dict[str, Tensor] = {}
+        self._reasons: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+
+    def __call__(self, group: Any) -> Float[Tensor, "filter"] | None:
+        """One score for each filter of the group's first layer; higher stays.
+
+        Where several layers that write the group have scores, their mean. The network is scored at
+        the first call and again whenever it has been cut since, so pruning in steps works. None,
+        which makes the pruner leave a group whole, where secateur has no scores for it: what it
+        can't cut itself it has not looked at, and does not guess about.
+        """
+        self._score()
+        names = {module: name for name, module in self._model.named_modules()}
+        layers = [
+            (names[dep.target.module], item_indices, group[number].root_idxs)
+            for number, (dep, item_indices) in enumerate(group)
+            if dep.handler in self._writes and dep.target.module in names
+        ]
+        total = torch.zeros(len(group[0].idxs), dtype=torch.float64)
+        count = torch.zeros_like(total)
+        for name, indices, root_indices in layers:
+            scores = self._scores.get(name)
+            if scores is not None and None not in root_indices:
+                root = torch.tensor(root_indices)
+                total.index_add_(0, root, scores[torch.tensor(indices)])
+                count.index_add_(0, root, torch.ones(len(root), dtype=torch.float64))
+        if bool((count == 0).any()):
+            for name, _, _ in layers:
+                self.skipped[name] = self._reasons.get(name, "tied to channels that can't be cut")
+            return None
+        return total / count
+
+    def _score(self) -> None:
+        """Scores every filter, unless that has been done since the network was last cut."""
+        shapes = tuple(parameter.shape for parameter in self._model.parameters())
+        if shapes == self._shapes:
+            return
+        self._shapes = shapes
+        wiring = build_dependency_graph(self._model, self._example, prune_residual=True)
+        criterion = self._make_criterion(self._seed)
+        name, settings = self._settings.criterion, self._settings
+        with torch.enable_grad():  # the pruner switches it off, and some criteria need it
+            scored = score_filters(
+                self._model,
+                wiring,
+                self._shown,
+                {name: criterion},
+                self._source(wiring) if "concepts" in criterion.needs else None,
+                settings,
+            )[name].scores
+        self._scores, self._reasons = {}, {}
+        for group in wiring.groups.values():
+            number = np.full(len(wiring.channel_of), -1, dtype=np.int64)
+            number[group.channels] = np.arange(len(group))
+            for layer in group.layers:
+                assert layer.produced is not None
+                own = number[layer.produced]  # [filter]
+                if (own >= 0).all():
+                    self._scores[layer.name] = scored[group.name].double().cpu()[own]
+                else:
+                    self._reasons[layer.name] = "only a part of its filters can be cut"
+        self._reasons |= {frozen.name: frozen.reason for frozen in wiring.frozen}
+
+    def _make_criterion(self, seed: int) -> Criterion:
+        settings = self._settings
+        return criteria.make(settings.criterion, settings, seed, {})
+
+    def _source(self, wiring: DependencyGraph) -> ConceptSource:
+        with evaluating(self._model), torch.inference_mode():
+            classes = self._model(self._example).shape[1]
+        class_names = tuple(map(str, range(classes)))
+        size = int(self._example.shape[-1])
+        return concepts.make(
+            self._settings.concepts,
+            wiring.graph,
+            tensors_of(self._model),
+            class_names,
+            Preprocessing(size, size),
+        )
+
+    def _shown(self) -> Iterator[Batch]:
+        seen = 0
+        for images, labels in self._batches or ():
+            yield Batch(images, labels, torch.arange(seen, seen + len(images)))
+            seen += len(images)

@@ -1,0 +1,176 @@
+"""Networks by name, and weights from files that can't run code.
+
+`resnet20` … `resnet110` are the CIFAR networks of He et al. (2016, arXiv 1512.03385, section 4.2)
+with the parameter-free shortcut (option A); `vgg16_bn` is VGG-16 (Simonyan & Zisserman 2015) with
+batch norm for 32×32 images and one linear layer. Parameter names are those that published
+checkpoints use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from secateur.config import Resizing
+from secateur.data.preprocessing import Preprocessing
+from secateur.errors import UnknownName, UsageError
+from secateur.models import user_code
+from secateur.models.cifar import CifarResNet, CifarVGG
+from secateur.models.weights import load_weights
+
+IN_MEMORY = "memory"
+"""`memory:NAME`: a network that was passed from Python, and can't be built by its name."""
+BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": lambda num_classes: CifarResNet(20, num_classes),
+    "resnet32": lambda num_classes: CifarResNet(32, num_classes),
+    "resnet44": lambda num_classes: CifarResNet(44, num_classes),
+    "resnet56": lambda num_classes: CifarResNet(56, num_classes),
+    "resnet110": lambda num_classes: CifarResNet(110, num_classes),
+    "vgg16_bn": CifarVGG,
+}
+"""Networks for 32×32 images by name."""
+
+
+def load(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    num_classes: int = 10,
+    allow_code: bool = True,
+    new_head: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """The named network in evaluation mode, with the weights of a file or, without one, untrained.
+
+    `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
+    `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
+    With `allow_code=False` the last form is refused: a run folder must not choose code to run.
+    Untrained weights depend on `seed` alone. For `new_head` see `load_weights`.
+    Raises `UnknownName`, `UsageError` or `WeightsError`.
+    """
+    check_name(name)
+    kind, _, rest = name.rpartition(":")
+    if user_code.is_user_code(name) and not allow_code:
+        raise UsageError(
+            f"{name!r} is code of your own: build the network and pass it, or use load_program"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if user_code.is_user_code(name):
+            model = _from_file(name, num_classes)
+        elif kind == "torchvision":
+            model = _from_torchvision(rest, num_classes)
+        elif kind == "timm":
+            model = _timm().create_model(rest, pretrained=False, num_classes=num_classes)
+        else:
+            model = BUILT_IN[name](num_classes)
+    if weights is not None:
+        load_weights(model, weights, num_classes, new_head=new_head)
+    return model.eval()
+
+
+def check_name(name: str) -> None:
+    """Raises `UnknownName` or `UsageError` where `load` knows no network of this name."""
+    kind, colon, rest = name.rpartition(":")
+    if user_code.is_user_code(name):
+        user_code.check_file(name, "network")
+    elif kind == IN_MEMORY:
+        raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
+    elif kind == "torchvision":
+        known = _torchvision_names()
+        if rest not in known:
+            raise UnknownName("torchvision model", rest, known)
+    elif kind == "timm":
+        if not _timm().is_model(rest):
+            raise UnknownName("timm model", rest, _timm().list_models())
+    elif colon or name not in BUILT_IN:
+        raise UnknownName("model", name, names())
+
+
+def names() -> list[str]:
+    """Every built-in and torchvision classification network, as `load` takes them."""
+    return [*BUILT_IN, *(f"torchvision:{name}" for name in _torchvision_names())]
+
+
+def _torchvision_names() -> list[str]:
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """What the named network expects of its images, where its origin says so.
+
+    Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
+    were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's and
+    images are resized bilinearly wherever nothing else is stated. Raises as `check_name` does, but
+    not where a file of one's own is missing, for the file is not read.
+    """
+    if user_code.is_user_code(name) or name.startswith(f"{IN_MEMORY}:"):
+        return Preprocessing(224, 256)
+    check_name(name)
+    kind, _, rest = name.rpartition(":")
+    if name in BUILT_IN:
+        return Preprocessing(32, 32)
+    if kind == "torchvision":
+        published = torchvision.models.get_model_weights(rest)
+        preset = next(iter(published)).transforms()
+        return Preprocessing(
+            preset.crop_size[0],
+            preset.resize_size[0],
+            tuple(preset.mean),
+            tuple(preset.std),
+            _interpolation(preset.interpolation.value),
+        )
+    if kind == "timm":
+        settings = _timm().get_pretrained_cfg(rest)
+        if settings is not None:
+            size = int(settings.input_size[-1])
+            resize = round(size / float(settings.crop_pct))
+            return Preprocessing(
+                size,
+                resize,
+                tuple(settings.mean),
+                tuple(settings.std),
+                _interpolation(settings.interpolation),
+            )
+    return Preprocessing(224, 256)
+
+
+def _interpolation(published: str) -> Resizing:
+    """The one that is published; bilinear for others, such as one at random."""
+    return "bicubic" if published == "bicubic" else "bilinear"
+
+
+def _from_torchvision(name: str, num_classes: int) -> nn.Module:
+    if name in ("inception_v3", "googlenet"):
+        model = torchvision.models.get_model(
+            name, num_classes=num_classes, init_weights=True, aux_logits=False
+        )
+    else:
+        model = torchvision.models.get_model(name, num_classes=num_classes)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError("timm: networks need the extra: pip install 'secateur[timm]'") from error
+    return timm
+
+
+def _from_file(name: str, num_classes: int) -> nn.Module:
+    build = user_code.find(name, "network")
+    parameters = inspect.signature(build).parameters.values()
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    options = {"num_classes": num_classes} if takes_classes else {}
+    model = user_code.call(name, build, **options)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} returned {type(model).__name__}, not an nn.Module")
+    return model

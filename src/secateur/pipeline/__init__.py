@@ -1,0 +1,1 @@
+"""The method from a network and images to a pruned network."""

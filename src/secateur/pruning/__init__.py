@@ -1,0 +1,1 @@
+"""From scores to a smaller network: plan, cost models, equivalence check, refit."""

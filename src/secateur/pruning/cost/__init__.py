@@ -1,0 +1,1 @@
+"""What a network of given widths costs: MACs, parameters, memory, latency."""

@@ -1,0 +1,1 @@
+"""Least-squares estimates of the remaining weights."""

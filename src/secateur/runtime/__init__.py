@@ -1,0 +1,1 @@
+"""What every part of secateur needs from the machine: processes, files, memory, progress."""

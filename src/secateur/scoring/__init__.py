@@ -1,0 +1,1 @@
+"""Scores for filters: one pass over the calibration images, concepts, criteria."""

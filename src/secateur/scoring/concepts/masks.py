@@ -1,0 +1,134 @@
+"""Pixel masks that lie beside the images: one index image each, a value a concept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
+from secateur.data.concept_masks import UNLABELLED, Concept
+from secateur.data.folder import SUFFIXES
+from secateur.errors import DataError
+from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
+
+NOT_CONCEPTS = frozenset({"background", "ignore", "null", "unlabeled", "unlabelled", "void"})
+"""Names of values that say that nothing is known of a pixel."""
+VOID = 255
+"""Value that says the same, unless it has a name of its own (PASCAL VOC, Cityscapes, ADE20K)."""
+NAME_FILES = ("classes.json", "labels.json", "classes.txt", "labels.txt")
+
+
+def read_masks(directory: Path) -> AnnotatedFiles:
+    """The images of a folder and their masks, from any of three layouts.
+
+    `DIR/images/` with `DIR/masks/`; parts `DIR/train/` with `DIR/train_masks/`, all of them; or
+    one such part as DIR. Masks are PNGs with the names of their images. What the values mean is in
+    `classes.json` or `labels.json` (a list, or an object with the list as `classes` or `labels`)
+    or `.txt` (a name a line), in DIR or above a part; the first name is that of value 0. Without
+    such a file 0 is the background and the concepts are the values that the masks hold, all of
+    which are read for it. Raises `DataError`.
+    """
+    parts = _parts(directory.resolve())
+    pairs = [pair for part in parts for pair in _pairs(*part)]
+    names = _names([directory, parts[0][1].parent])
+    if names is None:
+        values = {int(value) for _, mask in pairs for value in np.unique(_values(mask))} | {0}
+        is_named = values - {0, VOID}
+        names = [
+            f"value {value}" if value in is_named else "void" for value in range(max(values) + 1)
+        ]
+    concepts = [value for value, name in enumerate(names) if name.lower() not in NOT_CONCEPTS]
+    if not concepts:
+        raise DataError(f"the masks in {directory} show nothing but background")
+    table = np.full(max(len(names), VOID + 1), UNKNOWN, dtype=np.int64)
+    table[[*range(len(names)), VOID]] = UNLABELLED
+    table[concepts] = np.arange(len(concepts))
+    return AnnotatedFiles(
+        tuple(image for image, _ in pairs),
+        torch.full((len(pairs),), NO_CLASS),
+        tuple(Concept(names[value], "mask") for value in concepts),
+        tuple(MaskFile(mask, table) for _, mask in pairs),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MaskFile:
+    """One index image."""
+
+    path: Path
+    table: np.ndarray
+    """Number of the concept that each value stands for; see `look_up`."""
+
+    def planes(self, height: int, width: int) -> Tensor:
+        """See `Annotation.planes`."""
+        values = _values(self.path)
+        if values.shape != (height, width):
+            found = f"{values.shape[1]}×{values.shape[0]}"
+            raise DataError(f"the mask {self.path} is {found}, its image {width}×{height}")
+        return look_up(values, self.table, self.path)[None]
+
+
+def _values(path: Path) -> np.ndarray:
+    values = read_index_image(path)
+    if values.min() < 0:
+        raise DataError(f"the mask {path} holds the value {int(values.min())}: expected 0 or more")
+    return values
+
+
+def _parts(directory: Path) -> list[tuple[Path, Path]]:
+    """Folders of images, each with its folder of masks."""
+    if (directory / "images").is_dir() and (directory / "masks").is_dir():
+        return [(directory / "images", directory / "masks")]
+    own = directory.with_name(f"{directory.name}_masks")
+    if own.is_dir():
+        return [(directory, own)]
+    found = sorted(each for each in directory.glob("*_masks") if each.is_dir())
+    parts = [(each.with_name(each.name.removesuffix("_masks")), each) for each in found]
+    for images, masks in parts:
+        if not images.is_dir():
+            raise DataError(f"{masks} has no folder {images.name} of images beside it")
+    if not parts:
+        raise DataError(
+            f"no masks in {directory}: expected images/ and masks/, or train/ and train_masks/"
+        )
+    return parts
+
+
+def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    found = sorted(file for file in images.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DataError(f"no images in {images} ({', '.join(sorted(SUFFIXES))})")
+    pairs = [(file, (masks / file.relative_to(images)).with_suffix(".png")) for file in found]
+    for file, mask in pairs:
+        if not mask.is_file():
+            raise DataError(f"the image {file} has no mask {mask}")
+    return pairs
+
+
+def _names(places: list[Path]) -> list[str] | None:
+    """What the values mean, from 0 on."""
+    for file in (place / name for place in places for name in NAME_FILES):
+        if file.is_file():
+            return _read_names(file)
+    return None
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        text = read_bounded(file, SMALL_TEXT, DataError).decode("utf-8")
+        content = json.loads(text) if file.suffix == ".json" else text.split("\n")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the names in {file} can't be read: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("classes", content.get("labels"))
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise DataError(f"{file} holds no list of names: expected it as 'classes' or 'labels'")
+    names = [name.strip() for name in content]
+    while names and not names[-1]:
+        names.pop()
+    return names

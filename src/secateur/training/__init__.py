@@ -1,0 +1,1 @@
+"""Training on: fine-tuning and distillation."""
