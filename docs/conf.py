@@ -23,7 +23,6 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"  # the notebook runs without a download, once for each change of it
 nb_execution_timeout = 600  # seconds for each cell
 nb_execution_in_temp = True
-nb_execution_raise_on_error = True
 nb_output_stderr = "remove"  # warnings of the machine that builds the pages
 copybutton_prompt_text = "$ "
 copybutton_line_continuation_character = "\\"
