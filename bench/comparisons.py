@@ -68,7 +68,7 @@ def measure(comparison: BenchmarkSpec, results: Path, jobs: int) -> None:
         workers=jobs,
         retry=True,
         skip=lambda cell: key_of(cell) in known,
-        track=noted,
+        progress=noted,
     )
     for cell in found:
         note(cell)

@@ -76,31 +76,31 @@ SEED = 0
 def measure_secateur(member: Member, note: Note) -> None:
     """Cuts a network with secateur; `note` takes down what is found, step by step."""
     model, images = _built(member, note)
-    note(stage="wiring")
+    note(stage="dependency graph")
     start = time.perf_counter()
-    wiring = build_dependency_graph(model, images, prune_residual=True)
-    note(wiring_seconds=_since(start), **_groups(wiring), stage="scoring")
+    dependencies = build_dependency_graph(model, images, prune_residual=True)
+    note(wiring_seconds=_since(start), **_groups(dependencies), stage="scoring")
     start = time.perf_counter()
-    scores = l2_scores(model, wiring)
+    scores = l2_scores(model, dependencies)
     note(scoring_seconds=_since(start), stage="plan")
     start = time.perf_counter()
-    plan, target = _first_plan(scores, wiring)
+    plan, target = _first_plan(scores, dependencies)
     cut_channels = sum(len(filters) for filters in plan.removed.values())
     note(plan_seconds=_since(start), macs_target=target, channels_cut=cut_channels)
-    note(macs_left=wiring.macs(plan.removed) / wiring.macs(), stage="surgery")
+    note(macs_left=dependencies.macs(plan.removed) / dependencies.macs(), stage="surgery")
     start = time.perf_counter()
-    smaller = apply_plan(model, wiring, plan)
+    smaller = apply_plan(model, dependencies, plan)
     note(surgery_seconds=_since(start), stage="forward")
     with torch.no_grad():
         found = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
         note(stage="law")
-        expected = masked_overrides(model, wiring, plan)(images)
+        expected = masked_overrides(model, dependencies, plan)(images)
         before = outputs_of(model, images)
         if _error(found, expected) > AMPLIFIED:
             exact = copy.deepcopy(model).double()
-            reference = masked_overrides(exact, wiring, plan)(images.double())
-            found_exactly = outputs_of(apply_plan(exact, wiring, plan), images.double())
+            reference = masked_overrides(exact, dependencies, plan)(images.double())
+            found_exactly = outputs_of(apply_plan(exact, dependencies, plan), images.double())
             note(law_error_float64=_error(found_exactly, reference))
     note(
         equivalence_error=_error(found, expected),
@@ -156,20 +156,22 @@ def measure_peer(member: Member, note: Note) -> None:
     note(parameters_without_gradient=sorted(missing)[:5], stage="done")
 
 
-def l2_scores(model: nn.Module, wiring: DependencyGraph) -> dict[str, Tensor]:
+def l2_scores(model: nn.Module, dependencies: DependencyGraph) -> dict[str, Tensor]:
     """The norm of every filter's kernel, by group."""
     settings = ScoreSection(criterion="l2")
     criterion = criteria.make("l2", settings, SEED, {})
-    scored = score_filters(model, wiring, lambda: (), {"l2": criterion}, None, settings)
+    scored = score_filters(model, dependencies, lambda: (), {"l2": criterion}, None, settings)
     return scored["l2"].scores
 
 
-def _first_plan(scores: dict[str, Tensor], wiring: DependencyGraph) -> tuple[PruningPlan, float]:
+def _first_plan(
+    scores: dict[str, Tensor], dependencies: DependencyGraph
+) -> tuple[PruningPlan, float]:
     """The plan for the first target within reach; raises `TargetError` where none is."""
     errors = []
     for fraction in TARGETS:
         try:
-            return make_plan(scores, wiring, Budget("macs", fraction), "l2"), fraction
+            return make_plan(scores, dependencies, Budget("macs", fraction), "l2"), fraction
         except TargetError as error:
             errors.append(error)
     raise errors[0]
@@ -198,16 +200,16 @@ def _error(found: tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> 
     return relative_error(found, (expected,) if isinstance(expected, Tensor) else expected)
 
 
-def _groups(wiring: DependencyGraph) -> Row:
+def _groups(dependencies: DependencyGraph) -> Row:
     """How many channels can be cut, and how many can't by each reason."""
     frozen: Counter[str] = Counter()
-    for group in wiring.frozen:
+    for group in dependencies.frozen:
         frozen[group.reason] += group.size
     return {
-        "channels": sum(len(group) for group in wiring.groups.values()),
+        "channels": sum(len(group) for group in dependencies.groups.values()),
         "frozen_channels": dict(frozen.most_common()),
-        "frozen_groups": len(wiring.frozen),
-        "groups": len(wiring.groups),
+        "frozen_groups": len(dependencies.frozen),
+        "groups": len(dependencies.groups),
     }
 
 

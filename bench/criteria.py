@@ -62,23 +62,23 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     config, dataset, model = load_inputs(study, network, arguments)
     # The validation images are the same for every seed; the calibration set is what differs.
     config = config.model_copy(update={"seed": seed})
-    ground = make_scoring_context(model, dataset, config)
+    context = make_scoring_context(model, dataset, config)
     names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
-    ruled_out = inapplicable(names, model, ground, config)
+    ruled_out = inapplicable(names, model, context, config)
     names = [name for name in names if name not in ruled_out]
     start = time.perf_counter()
     scores = score_filters(
         model,
-        ground.dependencies,
-        lambda: stream(ground.calibration, config, no_progress, ""),
-        {name: make_criterion(name, ground.source, config) for name in names},
-        ground.source,
+        context.dependencies,
+        lambda: stream(context.calibration, config, no_progress, ""),
+        {name: make_criterion(name, context.source, config) for name in names},
+        context.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
     shown = channels_last(stream(scored, config, no_progress, ""))
-    probe = channels_last(stream(ground.calibration, config, no_progress, ""))
+    probe = channels_last(stream(context.calibration, config, no_progress, ""))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:
@@ -93,12 +93,12 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             put_cell(RESULTS, cell | {"outcome": "not applicable", "reason": ruled_out[name]})
             continue
         start = time.perf_counter()
-        plan = make_plan(scores[name].scores, ground.dependencies, parse_budget(target), name)
-        smaller = apply_plan(model, ground.dependencies, plan)
+        plan = make_plan(scores[name].scores, context.dependencies, parse_budget(target), name)
+        smaller = apply_plan(model, context.dependencies, plan)
         refit(
             model,
             smaller,
-            ground.dependencies,
+            context.dependencies,
             plan,
             probe,
             config.refit,
@@ -109,10 +109,10 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "base_fraction": base,
             "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),
-            "macs_left": ground.dependencies.macs(plan.removed) / ground.dependencies.macs(),
+            "macs_left": context.dependencies.macs(plan.removed) / context.dependencies.macs(),
             "seconds": round(time.perf_counter() - start, 1),
             "scoring_seconds": round(scoring_seconds, 1),
-            "calibration_images": len(ground.calibration.labels),
+            "calibration_images": len(context.calibration.labels),
             "concepts": config.score.concepts,
             "command": f"python bench/criteria.py {study} --data DIR --weights DIR",
             "revision": revision(),
@@ -122,13 +122,13 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
 
 
 def inapplicable(
-    names: Sequence[str], model: nn.Module, ground: ScoringContext, config: RunConfig
+    names: Sequence[str], model: nn.Module, context: ScoringContext, config: RunConfig
 ) -> dict[str, str]:
     """Why a criterion that looks at weights alone has nothing to go by in a network."""
-    parts = kernels_of(ground.dependencies, tensors_of(model))
+    parts = kernels_of(context.dependencies, tensors_of(model))
     found = {}
     for name in names:
-        criterion = make_criterion(name, ground.source, config)
+        criterion = make_criterion(name, context.source, config)
         if criterion.needs:
             continue
         criterion.reset(parts)
@@ -144,7 +144,8 @@ def inapplicable(
 
 
 def table(study: str, found: list[Cell]) -> str:
-    """Mean ± standard deviation over the probe sets, for each criterion and setting."""
+    """Mean ± standard deviation over the calibration images sets, for each criterion and
+    setting."""
     mine = [cell for cell in found if cell["study"] == study and "refit_fraction" in cell]
     networks = list(dict.fromkeys(cell["network"] for cell in mine))
     settings = list(itertools.product(sorted(networks), TARGETS[study]))

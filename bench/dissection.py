@@ -128,19 +128,21 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     config = configuration(network, source, arguments)
     model = load_network(network, Path(arguments.weights))
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
-    ground = make_scoring_context(model, DataSet("none", (), nothing, nothing, nothing), config)
-    names = tuple(concept.name for concept in ground.source.concepts)
-    batches = list(stream(ground.calibration, config, no_progress, ""))
+    context = make_scoring_context(model, DataSet("none", (), nothing, nothing, nothing), config)
+    names = tuple(concept.name for concept in context.source.concepts)
+    batches = list(stream(context.calibration, config, no_progress, ""))
 
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""
         start = time.process_time()
-        observe(model, ground.dependencies, lambda: batches, observers, ground.source, config.score)
+        observe(
+            model, context.dependencies, lambda: batches, observers, context.source, config.score
+        )
         return time.process_time() - start
 
     ours = Dissection(names)
     our_seconds = look(ours)
-    thresholds = Thresholds(len(ground.calibration.labels), arguments.quantile)
+    thresholds = Thresholds(len(context.calibration.labels), arguments.quantile)
     literal_seconds = look(thresholds)
     literal = Literal(thresholds, len(names))
     literal_seconds += look(literal)
@@ -166,7 +168,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     return {
         "network": network,
         "data": source,
-        "images": len(ground.calibration.labels),
+        "images": len(context.calibration.labels),
         "concepts": len(names),
         "quantile": arguments.quantile,
         "seed": config.seed,

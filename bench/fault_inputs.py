@@ -129,7 +129,7 @@ def readers(folder: Path) -> list[Reader]:
     cells += [write_job(sweep_folder, each, comparison, failed="why") for each in others]
     write_comparison(sweep_folder, comparison, cells)
     model = zoo.load(case.model_name, num_classes=len(CLASSES))
-    wiring = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
+    dependencies = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
     of_run = {
         path.name: path.read_bytes()
         for path in run.iterdir()
@@ -137,7 +137,7 @@ def readers(folder: Path) -> list[Reader]:
     }
 
     def whole(folder: Path) -> object:
-        return _network(run_folder.load(folder, architecture=model, dependencies=wiring))
+        return _network(run_folder.load(folder, architecture=model, dependencies=dependencies))
 
     def program(folder: Path) -> object:
         return _network(run_folder.load_program(folder))

@@ -75,11 +75,11 @@ def training_free(network: str) -> dict[str, list[float]]:
 
 
 def criteria() -> dict[tuple[str, str, str], float]:
-    """Return top-1 in % of ResNet-20 by criterion, target and stage (`refit` or `tuned`)."""
+    """Return top-1 in % of ResNet-20 by criterion, target and stage (`refit` or `finetuned`)."""
     lines = [
         {**line, "stage": stage, "top1": line[f"{stage}_top1_fraction"]}
         for line in rows("tuned.jsonl")
-        for stage in ("refit", "tuned")
+        for stage in ("refit", "finetuned")
         if line["criterion"] in CRITERIA
     ]
     return means(
@@ -152,7 +152,7 @@ def table() -> str:
     for criterion, shown in CRITERIA.items():
         cells = [
             f"{top1[criterion, target, stage]:.2f}"
-            for stage in ("refit", "tuned")
+            for stage in ("refit", "finetuned")
             for target in TARGETS.values()
         ]
         lines.append(f"| {shown} | {' | '.join(cells)} |")

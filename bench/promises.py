@@ -82,8 +82,8 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     seconds = in_turns(networks, repeat_to_batch(shown[0].images, LATENCY_BATCH))
     predicted = None
     if pruned.latency is not None:
-        wiring = make_scoring_context(model, dataset, config).dependencies
-        time_of = milliseconds(pruned.latency, wiring)
+        dependencies = make_scoring_context(model, dataset, config).dependencies
+        time_of = milliseconds(pruned.latency, dependencies)
         predicted = time_of(pruned.plan.removed) / time_of({})
     return {
         **found,
@@ -92,7 +92,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "macs_left": test["after"].macs / test["before"].macs,
         "parameters_left": test["after"].parameters / test["before"].parameters,
         "seconds": seconds,
-        "latency_left_foretold": predicted,
+        "latency_left_predicted": predicted,
         "trials": [
             [t.fraction_left, t.validation_top1_fraction] for t in pruned.result.size_trials
         ],
@@ -114,7 +114,7 @@ def table(found: list[Cell]) -> str:
             )
             continue
         times = {n: 1e3 * statistics.median(each) for n, each in cell["seconds"].items()}
-        predicted = cell["latency_left_foretold"]
+        predicted = cell["latency_left_predicted"]
         texts = [
             cell["network"],
             f"`{cell['promise']}`",

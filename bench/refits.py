@@ -55,20 +55,20 @@ def measure(
     dataset, model = load_inputs(config)
     # The validation images are the same for every seed; the calibration set is what differs.
     config = resolved(config, dataset).model_copy(update={"seed": seed})
-    ground = make_scoring_context(model, dataset, config)
+    context = make_scoring_context(model, dataset, config)
     scores = score_filters(
         model,
-        ground.dependencies,
-        lambda: stream(ground.calibration, config, no_progress, ""),
-        {CRITERION: make_criterion(CRITERION, ground.source, config)},
-        ground.source,
+        context.dependencies,
+        lambda: stream(context.calibration, config, no_progress, ""),
+        {CRITERION: make_criterion(CRITERION, context.source, config)},
+        context.source,
         config.score,
     )[CRITERION].scores
-    plan = make_plan(scores, ground.dependencies, parse_budget(arguments.target), CRITERION)
-    smaller = apply_plan(model, ground.dependencies, plan)
-    probe = studies.channels_last(stream(ground.calibration, config, no_progress, ""))
+    plan = make_plan(scores, context.dependencies, parse_budget(arguments.target), CRITERION)
+    smaller = apply_plan(model, context.dependencies, plan)
+    probe = studies.channels_last(stream(context.calibration, config, no_progress, ""))
     start = time.process_time()
-    refit(model, smaller, ground.dependencies, plan, probe, settings, seed=seed)
+    refit(model, smaller, context.dependencies, plan, probe, settings, seed=seed)
     seconds = time.process_time() - start
     shown = studies.channels_last(stream(dataset.validation, config, no_progress, ""))
     return studies.accuracy(smaller, shown), seconds

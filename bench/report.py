@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(source: str, model_name: str, weights: str | None) -> Row:
-    """Both in turns, the report first."""
+    """Both interleaved, the report first."""
     config = configured(source, model_name, weights)
     dataset, model = load_inputs(config)
     # What is timed is neither the scores before and after nor the cut.
@@ -91,13 +91,13 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
             write_report(pruned.result, page, gallery)
 
         def score(criterion: str) -> None:
-            ground = make_scoring_context(model, few, config)
+            context = make_scoring_context(model, few, config)
             score_filters(
                 model,
-                ground.dependencies,
-                lambda: calibration_batches(ground, config, no_progress, ""),
-                {criterion: make_criterion(criterion, ground.source, config)},
-                ground.source,
+                context.dependencies,
+                lambda: calibration_batches(context, config, no_progress, ""),
+                {criterion: make_criterion(criterion, context.source, config)},
+                context.source,
                 config.score,
             )
 

@@ -4,7 +4,7 @@
 
 measures every network in a process of its own and after each writes `results/scoring.json`; then it
 writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios
-to `model(images)` under `inference_mode` on the same images in the same batches, in turns in one
+to `model(images)` under `inference_mode` on the same images in the same batches, interleaved in one
 process, of processor seconds, which a busy machine distorts least; the file has the clock's, too.
 """
 
@@ -133,7 +133,7 @@ class Ground:
 
     model: nn.Module
     preprocessing: Preprocessing
-    wiring: DependencyGraph
+    dependencies: DependencyGraph
     settings: ScoreSection
 
     def batches(self, count: int) -> Iterator[Batch]:
@@ -153,11 +153,11 @@ class Ground:
         state = tensors_of(self.model)
         classes = tuple(map(str, range(CLASSES)))
         source = concepts.make(
-            self.settings.concepts, self.wiring.graph, state, classes, self.preprocessing
+            self.settings.concepts, self.dependencies.graph, state, classes, self.preprocessing
         )
         made = [criteria.make(name, self.settings, SEED, {}) for name in names]
         shown = partial(self.batches, count)
-        observe(self.model, self.wiring, shown, made, source, self.settings)
+        observe(self.model, self.dependencies, shown, made, source, self.settings)
         return made
 
 
@@ -167,23 +167,23 @@ def make_ground(name: str) -> Ground:
     preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
-    wiring = build_dependency_graph(model, example, prune_residual=True)
-    return Ground(model, preprocessing, wiring, ScoreSection())
+    dependencies = build_dependency_graph(model, example, prune_residual=True)
+    return Ground(model, preprocessing, dependencies, ScoreSection())
 
 
-def dissect(ground: Ground, count: int) -> None:
+def dissect(context: Ground, count: int) -> None:
     """Each map at the images' size, binarised and intersected with one mask: eq. 1 as it stands.
 
     (Bau et al., Network Dissection, CVPR 2017.) That it must find the thresholds first, that there
     are many concepts, and that masks must be read is not counted.
     """
-    side = ground.preprocessing.image_size
+    side = context.preprocessing.image_size
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[: side // 2, : side // 2] = True
-    state = tensors_of(ground.model)
+    state = tensors_of(context.model)
 
     looks: dict[Node, list[Tap]] = {}
-    for group in ground.wiring.groups.values():
+    for group in context.dependencies.groups.values():
         for look in taps_of(group).values():
             looks.setdefault(look.node, []).append(look)
 
@@ -199,22 +199,22 @@ def dissect(ground: Ground, count: int) -> None:
 
     taps = {node: partial(see, node) for node in looks}
     with torch.inference_mode():
-        for batch in ground.batches(count):
-            interpreter.run(ground.wiring.graph, state, batch.images, after=taps)
+        for batch in context.batches(count):
+            interpreter.run(context.dependencies.graph, state, batch.images, after=taps)
 
 
 class Peer:
     """Torch-Pruning's importance by gradients, accumulated and computed as its examples do."""
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, context: Ground) -> None:
         import torch_pruning as tp
 
-        self._ground = ground
+        self._ground = context
         self._tp = tp
-        self._example = next(iter(ground.batches(1))).images
+        self._example = next(iter(context.batches(1))).images
         with warnings.catch_warnings(action="ignore"):
             self._dependencies = tp.DependencyGraph().build_dependency(
-                ground.model, example_inputs=self._example
+                context.model, example_inputs=self._example
             )
 
     def taylor(self, count: int) -> None:
@@ -249,30 +249,30 @@ class Peer:
 def measure_time(name: str, count: int, seconds: float, note: Note) -> None:
     """Times every way of scoring, with a plain forward pass on the same images before each."""
     note(stage="build")
-    ground = make_ground(name)
-    theirs = Peer(ground)
+    context = make_ground(name)
+    theirs = Peer(context)
     ways: dict[str, Callable[[int], object]] = {
-        **{cell: partial(ground.score, names) for cell, names in CRITERIA.items()},
+        **{cell: partial(context.score, names) for cell, names in CRITERIA.items()},
         "Torch-Pruning Taylor": theirs.taylor,
         "Torch-Pruning Hessian": theirs.hessian,
-        "literal dissection": partial(dissect, ground),
+        "literal dissection": partial(dissect, context),
     }
     images_of = {cell: min(count, FEW_IMAGES.get(cell, count)) for cell in ways}
-    if ground.preprocessing.image_size < SMALL:
+    if context.preprocessing.image_size < SMALL:
         images_of |= dict.fromkeys((*CRITERIA, "Torch-Pruning Taylor"), count)
     cells: dict[str, Row] = {
         cell: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}
         for cell, images in images_of.items()
     }
-    ground.forward(1)  # warms up
-    ground.score(("vote-response",), 1)
+    context.forward(1)  # warms up
+    context.score(("vote-response",), 1)
     for cell, run in ways.items():
         begin = time.perf_counter()
         for turn in range(TURNS[1]):
             if turn >= TURNS[0] and time.perf_counter() - begin > seconds / len(ways):
                 break
             note(stage=f"{cell}, turn {turn}", cells=cells)
-            for kind, action in (("plain", ground.forward), ("seconds", run)):
+            for kind, action in (("plain", context.forward), ("seconds", run)):
                 start, start_cpu = time.perf_counter(), time.process_time()
                 action(images_of[cell])
                 cells[cell][kind].append(round(time.perf_counter() - start, 4))
@@ -283,9 +283,9 @@ def measure_time(name: str, count: int, seconds: float, note: Note) -> None:
 def measure_memory(name: str, count: int, note: Note) -> None:
     """Scores images once; the process's peak memory is noted with whatever is."""
     note(stage="build")
-    ground = make_ground(name)
+    context = make_ground(name)
     note(stage="score", before_mib=_peak_mib())
-    ground.score(("vote-response",), count)
+    context.score(("vote-response",), count)
     note(stage="done", peak_mib=_peak_mib())
 
 

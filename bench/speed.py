@@ -77,7 +77,8 @@ SURGERY_REPEATS = 5
 
 
 def measure_surgery(name: str, note: Note) -> None:
-    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning in turns.
+    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning
+    interleaved.
 
     Torch-Pruning cuts by the ratio that leaves about half of the MACs, which is searched for first;
     what the search took is noted apart.
@@ -101,16 +102,20 @@ def measure_surgery(name: str, note: Note) -> None:
         if repeat == 1:
             steps.clear()
         note(stage=f"turn {repeat}")
-        wiring = timed("wiring", lambda: build_dependency_graph(model, images, prune_residual=True))
-        scores = timed("scores", partial(l2_scores, model, wiring))
-        plan = timed("plan", partial(make_plan, scores, wiring, TARGET, "l2"))
-        timed("surgery", partial(apply_plan, model, wiring, plan))
+        dependencies = timed(
+            "dependency graph", lambda: build_dependency_graph(model, images, prune_residual=True)
+        )
+        scores = timed("scores", partial(l2_scores, model, dependencies))
+        plan = timed("plan", partial(make_plan, scores, dependencies, TARGET, "l2"))
+        timed("surgery", partial(apply_plan, model, dependencies, plan))
         twin = copy.deepcopy(model)
         timed("peer_graph", partial(peer.build_graph, twin, images[:1]))
         cut = peer.cut(model, images[:1], ratio)
         steps.setdefault("peer_pruner", []).append(cut.graph_seconds)
         steps.setdefault("peer_cut", []).append(cut.cut_seconds)
-    note(macs_left=wiring.macs(plan.removed) / wiring.macs(), seconds=steps, stage="done")
+    note(
+        macs_left=dependencies.macs(plan.removed) / dependencies.macs(), seconds=steps, stage="done"
+    )
 
 
 def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
@@ -127,13 +132,14 @@ def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
 
 
 def measure_latency(name: str, note: Note) -> None:
-    """Times the forward pass of a network and of its half, by each engine and batch, in turns."""
+    """Times the forward pass of a network and of its half, by each engine and batch,
+    interleaved."""
     note(stage="cut")
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
-    wiring = build_dependency_graph(model, example, prune_residual=True)
-    plan = make_plan(l2_scores(model, wiring), wiring, TARGET, "l2", round_to=WIDTHS)
-    networks = {"original": model, "cut": apply_plan(model, wiring, plan).eval()}
+    dependencies = build_dependency_graph(model, example, prune_residual=True)
+    plan = make_plan(l2_scores(model, dependencies), dependencies, TARGET, "l2", round_to=WIDTHS)
+    networks = {"original": model, "cut": apply_plan(model, dependencies, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
     cells: list[Row] = []
     note(macs=macs, cells=cells)
@@ -229,11 +235,11 @@ def surgery_table(found: list[Row]) -> str:
             lines.append(f"| {row['network']} | {row['outcome']}: {row['reason']} |||||||")
             continue
         median = {step: statistics.median(values) for step, values in row["seconds"].items()}
-        ours = median["wiring"] + median["surgery"]
+        ours = median["dependency graph"] + median["surgery"]
         theirs = median["peer_graph"] + median["peer_cut"]
         cells = [
             row["network"],
-            f"{median['wiring']:.2f}",
+            f"{median['dependencies']:.2f}",
             f"{median['scores'] + median['plan']:.2f}",
             f"{median['surgery']:.2f}",
             f"{median['peer_graph']:.2f}",

@@ -61,9 +61,9 @@ def main() -> None:
     expected = zoo.preprocessing(NETWORK)
     pixels = expected.normalise(images.read(torch.arange(len(images.labels)), expected))
     network = zoo.load(NETWORK, num_classes=len(dataset.class_names), seed=SEED)
-    wiring = build_dependency_graph(network, pixels[:1])
-    plan = make_plan(l2_scores(network, wiring), wiring, TARGET, "l2")
-    cut = apply_plan(network, wiring, plan)
+    dependencies = build_dependency_graph(network, pixels[:1])
+    plan = make_plan(l2_scores(network, dependencies), dependencies, TARGET, "l2")
+    cut = apply_plan(network, dependencies, plan)
     ways = {
         "secateur": partial(by_secateur, network, images, expected, SETTINGS),
         "bare": partial(by_bare_loop, network, pixels, images.labels),
@@ -80,7 +80,7 @@ def main() -> None:
         "turns": len(seconds["bare"]),
         "images_per_second": {way: round(len(pixels) / each, 1) for way, each in medians.items()},
         "ratio": round(medians["bare"] / medians["secateur"], 3),
-        "cut_macs_left": round(wiring.macs(plan.removed) / wiring.macs(), 3),
+        "cut_macs_left": round(dependencies.macs(plan.removed) / dependencies.macs(), 3),
         "compiled_ratio": round(medians["cut"] / medians["cut, compiled"], 2),
         "seed": SEED,
         "revision": revision(),

@@ -136,7 +136,7 @@ class Pruned:
 
 def ours(
     model: nn.Module,
-    ground: ScoringContext,
+    context: ScoringContext,
     config: RunConfig,
     target: str,
 ) -> Pruned:
@@ -144,16 +144,16 @@ def ours(
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
     with _timed(seconds, "survey"):
-        survey = collect_plan_inputs(model, ground, config)[config.score.criterion]
+        survey = collect_plan_inputs(model, context, config)[config.score.criterion]
     with _timed(seconds, "plan"):
         plan = survey.plan(parse_budget(target))
     with _timed(seconds, "cut"):
-        smaller = apply_plan(model, ground.dependencies, plan)
+        smaller = apply_plan(model, context.dependencies, plan)
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
-        refit_in_place(model, smaller, ground, plan, config)
+        refit_in_place(model, smaller, context, plan, config)
     return Pruned(
-        stages, ground.dependencies.macs(plan.removed) / ground.dependencies.macs(), seconds
+        stages, context.dependencies.macs(plan.removed) / context.dependencies.macs(), seconds
     )
 
 
@@ -171,11 +171,11 @@ class Peers:
     """Torch-Pruning's cuts of one network; those that look at weights alone are made once."""
 
     def __init__(
-        self, model: nn.Module, wiring: DependencyGraph, image: Tensor, check: Check
+        self, model: nn.Module, dependencies: DependencyGraph, image: Tensor, check: Check
     ) -> None:
         self._model, self._image, self._check = model, image, check
-        self._whole = {"inner": all_but_inner(model, wiring)}
-        if any(group.reason == RESIDUAL for group in wiring.frozen):
+        self._whole = {"inner": all_but_inner(model, dependencies)}
+        if any(group.reason == RESIDUAL for group in dependencies.frozen):
             classes = answers_count(model, image)
             self._whole["all"] = frozenset(peer.heads(model, classes))
         self._made: dict[tuple[Way, str], tuple[Found, Cell]] = {}
@@ -216,9 +216,9 @@ class Peers:
         }
 
 
-def all_but_inner(model: nn.Module, wiring: DependencyGraph) -> frozenset[str]:
+def all_but_inner(model: nn.Module, dependencies: DependencyGraph) -> frozenset[str]:
     """Names of the layers whose filters secateur leaves whole without `prune_residual`."""
-    inner = {layer.name for group in wiring.groups.values() for layer in group.layers}
+    inner = {layer.name for group in dependencies.groups.values() for layer in group.layers}
     return frozenset(
         name
         for name, module in model.named_modules()
@@ -270,12 +270,12 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
     for seed, group in itertools.groupby(wanted, key=lambda each: each[0]):
         # The held-out images are the same for every seed; the calibration set is what differs.
         config = config.model_copy(update={"seed": seed})
-        ground = make_scoring_context(model, dataset, config)
-        probe = channels_last(stream(ground.calibration, config, no_progress, ""))
-        peers = peers or Peers(model, ground.dependencies, ground.example[:1], check)
+        context = make_scoring_context(model, dataset, config)
+        probe = channels_last(stream(context.calibration, config, no_progress, ""))
+        peers = peers or Peers(model, context.dependencies, context.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
         for _, target, way in group:
-            looked_at = ground
+            looked_at = context
             if way.options == ALL_IMAGES:
                 every = {"calibration_images": len(dataset.train.labels)}
                 whole = {"data": config.data.model_copy(update=every)}
@@ -317,11 +317,11 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     config, dataset, model = _cost_inputs(network, Path(arguments.data), arguments.weights)
     seconds: dict[str, float] = {}
     with _timed(seconds, "ground"):
-        ground = make_scoring_context(model, dataset, config)
+        context = make_scoring_context(model, dataset, config)
     with _timed(seconds, "forward"), torch.inference_mode():
-        for batch in stream(ground.calibration, config, no_progress, ""):
+        for batch in stream(context.calibration, config, no_progress, ""):
             model(batch.images)
-    pruned = ours(model, ground, config, COST_TARGET)
+    pruned = ours(model, context, config, COST_TARGET)
     seconds |= pruned.seconds
     total = sum(seconds.values()) - seconds["forward"]
     found = {
@@ -330,7 +330,7 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
         "total_seconds": round(total, 1),
         "forward_passes": round(total / seconds["forward"], 1),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "calibration_images": len(ground.calibration.labels),
+        "calibration_images": len(context.calibration.labels),
     }
     put_cell(RESULTS, head | found | _origin("cost"))
 

@@ -56,13 +56,13 @@ def measure_peer(cell: Job) -> Row:
     config = cell.config
     dataset, model = load_inputs(config)
     config = resolved(config, dataset)
-    ground = make_scoring_context(model, dataset, config)
-    image = ground.example[:1]
-    settings = replace(PEER, whole=all_but_inner(model, ground.dependencies))
+    context = make_scoring_context(model, dataset, config)
+    image = context.example[:1]
+    settings = replace(PEER, whole=all_but_inner(model, context.dependencies))
     start = time.perf_counter()
     smaller = cut_to(model, image, settings, parse_budget(cell.target).fraction_left).model
     cut_seconds = time.perf_counter() - start
-    latency_left = measure_fraction_left(model, smaller, ground.example)
+    latency_left = measure_fraction_left(model, smaller, context.example)
 
     def score(network: nn.Module) -> Score:
         return evaluate(network, stream(dataset.test, config, no_progress, ""))

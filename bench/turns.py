@@ -1,4 +1,4 @@
-"""Times networks in turns, so that a busy machine slows all of them alike."""
+"""Times networks interleaved, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 

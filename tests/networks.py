@@ -1,4 +1,4 @@
-"""Tiny networks with known wiring, for every test that cuts one.
+"""Tiny networks with known dependency graph, for every test that cuts one.
 
 Each takes images `[image, 3, 8, 8]` and returns `[image, 5]`. Widths of layers that are not tied
 differ, so that a mix-up of two axes can't go unseen.
@@ -285,15 +285,15 @@ def make_network(name: str, seed: int = 0) -> nn.Module:
 
 @cache
 def wired(name: str, prune_residual: bool = False) -> tuple[nn.Module, DependencyGraph]:
-    """The named network and its wiring; made once, so that no test may change it."""
+    """The named network and its dependency graph; made once, so that no test may change it."""
     model = make_network(name)
     return model, build_dependency_graph(model, random_images(2), prune_residual=prune_residual)
 
 
-def random_plan(wiring: DependencyGraph, generator: torch.Generator) -> PruningPlan:
+def random_plan(dependencies: DependencyGraph, generator: torch.Generator) -> PruningPlan:
     """A plan that removes at least one and leaves at least one random filter of each group."""
     removed: dict[str, tuple[int, ...]] = {}
-    for name, group in wiring.groups.items():
+    for name, group in dependencies.groups.items():
         if len(group) > 1:
             count = int(torch.randint(1, len(group), (), generator=generator))
             chosen = torch.randperm(len(group), generator=generator)[:count]
@@ -303,24 +303,24 @@ def random_plan(wiring: DependencyGraph, generator: torch.Generator) -> PruningP
 
 def assert_law(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     plan: PruningPlan,
     images: Tensor,
     *,
     limit: float = 1e-4,
 ) -> nn.Module:
     """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
-    cut = apply_plan(model, wiring, plan)
+    cut = apply_plan(model, dependencies, plan)
     with torch.no_grad():
-        found, silenced = cut(images), masked_overrides(model, wiring, plan)(images)
+        found, silenced = cut(images), masked_overrides(model, dependencies, plan)(images)
     for one, other in zip(several(found), several(silenced), strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()
         assert relative_error(one, other) < limit
-    assert wiring.macs(plan.removed) == counted_macs(cut, images)
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    assert dependencies.macs(plan.removed) == counted_macs(cut, images)
+    assert dependencies.params(plan.removed) == sum(one.numel() for one in cut.parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
-    predicted = wiring.shapes_after(plan.removed)
+    predicted = dependencies.shapes_after(plan.removed)
     assert all(shapes[name] == predicted[name] for name in shapes)
     return cut
 

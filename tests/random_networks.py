@@ -572,7 +572,7 @@ def build(spec: Spec, seed: int = 0) -> RandomNetwork:
     return model.eval()
 
 
-def random_plan(wiring: DependencyGraph, seed: int) -> PruningPlan:
+def random_plan(dependencies: DependencyGraph, seed: int) -> PruningPlan:
     """A valid plan: any subset of the filters, or one made from random scores."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -580,24 +580,26 @@ def random_plan(wiring: DependencyGraph, seed: int) -> PruningPlan:
         return int(torch.randint(high, (), generator=generator))
 
     if number(3) == 0:
-        scores = {n: torch.rand(len(g), generator=generator) for n, g in wiring.groups.items()}
+        scores = {
+            n: torch.rand(len(g), generator=generator) for n, g in dependencies.groups.items()
+        }
         quantities: list[Quantity] = ["macs", "params", "filters"]
         target = Budget(quantities[number(3)], 0.4 + number(50) / 100)
         round_to, min_filters = [1, 1, 2, 4][number(4)], 1 + number(3)
         try:
             return make_plan(
-                scores, wiring, target, "random", round_to=round_to, min_filters=min_filters
+                scores, dependencies, target, "random", round_to=round_to, min_filters=min_filters
             )
         except TargetError:
             pass
     removed: dict[str, tuple[int, ...]] = {}
-    for name, group in wiring.groups.items():
+    for name, group in dependencies.groups.items():
         size = len(group)
         order = torch.randperm(size, generator=generator)[: number(size)].tolist()
         while order:
             attempt = {**removed, name: tuple(sorted(order))}
             try:
-                check_plan(wiring, PruningPlan(attempt, Budget("macs", 0.5), "random"))
+                check_plan(dependencies, PruningPlan(attempt, Budget("macs", 0.5), "random"))
             except RunFolderError:  # it empties a part: a filter less
                 order.pop()
             else:

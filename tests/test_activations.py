@@ -134,7 +134,7 @@ def network(name: str) -> tuple[nn.Module, DependencyGraph]:
 
 def look(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     probe: Probe,
     observers: Iterable[Recorder],
     *,
@@ -144,7 +144,7 @@ def look(
     source: Bright | None = None,
 ) -> None:
     settings = ScoreSection(quantile=quantile, use_labels=use_labels, sample_every=sample_every)
-    observe(model, wiring, probe, list(observers), source or Bright(), settings)
+    observe(model, dependencies, probe, list(observers), source or Bright(), settings)
 
 
 @pytest.fixture
@@ -187,13 +187,13 @@ TRACED = ["chain", "units", "concat"]
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("name", TRACED)
 def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> None:
-    model, wiring = network(name)
+    model, dependencies = network(name)
     images, recorder = random_images(7), Recorder()
-    look(model, wiring, Probe(images, LABELS), [recorder])
+    look(model, dependencies, Probe(images, LABELS), [recorder])
     with torch.no_grad():
         expected = maps_by_hand(model, images)
-    assert recorder.sights.keys() == expected.keys() == wiring.groups.keys()
-    assert recorder.parts.keys() == wiring.groups.keys()
+    assert recorder.sights.keys() == expected.keys() == dependencies.groups.keys()
+    assert recorder.parts.keys() == dependencies.groups.keys()
     for group, maps in expected.items():
         assert len(recorder.sights[group]) == 4  # once a batch
         assert recorder.numbers(group) == list(range(7))
@@ -202,10 +202,10 @@ def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> 
 
 
 def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
-    model, wiring = network("units")
+    model, dependencies = network("units")
     with_gradients, recorder = Recorder(GRADIENTS), Recorder()
     probe = Probe(random_images(7), LABELS, size=7)
-    look(model, wiring, probe, [with_gradients, recorder])
+    look(model, dependencies, probe, [with_gradients, recorder])
     (sight,) = with_gradients.sights["hidden"]
     assert sight.maps.shape == (7, 7, 1, 1)
     assert sight.gradients is not None
@@ -219,9 +219,9 @@ def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
 @pytest.mark.parametrize("use_labels", [True, False])
 @pytest.mark.parametrize("name", TRACED)
 def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> None:
-    model, wiring = network(name)
+    model, dependencies = network(name)
     images, recorder = random_images(7), Recorder(GRADIENTS)
-    look(model, wiring, Probe(images, LABELS), [recorder], use_labels=use_labels)
+    look(model, dependencies, Probe(images, LABELS), [recorder], use_labels=use_labels)
 
     maps = maps_by_hand(model, images)
     logits = logits_by_hand(model, maps)
@@ -235,60 +235,60 @@ def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> 
 
 
 def test_only_those_who_ask_for_gradients_get_them() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     with_gradients, without = Recorder(GRADIENTS), Recorder()
-    look(model, wiring, Probe(random_images(7), LABELS), [without, with_gradients])
-    for group in wiring.groups:
+    look(model, dependencies, Probe(random_images(7), LABELS), [without, with_gradients])
+    for group in dependencies.groups:
         assert all(sight.gradients is None for sight in without.sights[group])
         assert all(sight.gradients is not None for sight in with_gradients.sights[group])
         assert torch.equal(without.maps(group), with_gradients.maps(group))
 
 
 def test_the_probe_set_is_not_read_for_those_who_need_no_images() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     probe, blind = Probe(random_images(7), LABELS), Recorder(NOTHING)
-    look(model, wiring, probe, [blind])
+    look(model, dependencies, probe, [blind])
     assert probe.reads == 0
-    look(model, wiring, probe, [blind, Recorder()])
+    look(model, dependencies, probe, [blind, Recorder()])
     assert blind.sights == {}
-    assert blind.parts.keys() == wiring.groups.keys()
+    assert blind.parts.keys() == dependencies.groups.keys()
 
 
 def test_more_observers_take_no_more_passes() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     reads = []
     for count in (1, 3):
         probe = Probe(random_images(7), LABELS)
-        look(model, wiring, probe, [Recorder() for _ in range(count)])
+        look(model, dependencies, probe, [Recorder() for _ in range(count)])
         reads.append(probe.reads)
     assert reads == [2, 2]  # one for means and thresholds, one for the rest
 
 
 @pytest.mark.parametrize("needs", [{"maps"}, {"maps", "gradients"}, {"maps", "concepts"}])
 def test_nothing_is_looked_at_beforehand_unless_someone_asks(needs: set[Need]) -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     probe, recorder = Probe(random_images(7), LABELS), Recorder(frozenset(needs))
-    look(model, wiring, probe, [recorder])
+    look(model, dependencies, probe, [recorder])
     assert probe.reads == 1
     assert all(sight.statistics is None for sight in recorder.sights["conv1"])
 
 
 def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     recorder, source = Recorder(GRADIENTS), Bright(needs_learning=True)
-    look(model, wiring, Probe(random_images(7), LABELS), [recorder], source=source)
+    look(model, dependencies, Probe(random_images(7), LABELS), [recorder], source=source)
     assert source.steps == []
     alone = Recorder(GRADIENTS)
-    observe(model, wiring, Probe(random_images(7), LABELS), [alone], None, ScoreSection())
+    observe(model, dependencies, Probe(random_images(7), LABELS), [alone], None, ScoreSection())
     assert torch.equal(alone.maps("conv1"), recorder.maps("conv1"))
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_source_learns_from_the_sample_before_it_finds() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     source, needs = Bright(needs_learning=True), frozenset[Need]({"maps", "concepts"})
     probe = Probe(random_images(7), LABELS)
-    look(model, wiring, probe, [Recorder(needs)], source=source, sample_every=3)
+    look(model, dependencies, probe, [Recorder(needs)], source=source, sample_every=3)
     assert probe.reads == 2
     assert set(source.learnt) == {0, 3, 6}
     assert source.steps == ["learn", "learn", "finish", "find", "find", "find", "find"]
@@ -296,9 +296,9 @@ def test_a_source_learns_from_the_sample_before_it_finds() -> None:
 
 @pytest.mark.usefixtures("small_batches")
 def test_masks_come_at_the_resolution_of_each_map() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     images, recorder = random_images(7), Recorder()
-    look(model, wiring, Probe(images, LABELS, size=7), [recorder])
+    look(model, dependencies, Probe(images, LABELS, size=7), [recorder])
     for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
         assert all(sight.grid == size for sight in recorder.sights[group])
         masks = torch.cat([regions.at(size) for regions in recorder.regions[group]])
@@ -307,9 +307,9 @@ def test_masks_come_at_the_resolution_of_each_map() -> None:
 
 @pytest.mark.parametrize("use_labels", [True, False])
 def test_the_source_sees_labels_only_where_they_may_be_used(use_labels: bool) -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     recorder = Recorder()
-    look(model, wiring, Probe(random_images(7), LABELS), [recorder], use_labels=use_labels)
+    look(model, dependencies, Probe(random_images(7), LABELS), [recorder], use_labels=use_labels)
     shown = torch.cat([regions.concepts for regions in recorder.regions["conv1"]]).flatten()
     assert torch.equal(shown, LABELS if use_labels else torch.full((7,), CLASSES))
 
@@ -319,11 +319,11 @@ def test_the_source_sees_labels_only_where_they_may_be_used(use_labels: bool) ->
 def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sight(
     sample_every: int,
 ) -> None:
-    """Every so manieth image, by its number, however the batches lie."""
-    model, wiring = network("chain")
+    """Every n-th image, by its number, however the batches lie."""
+    model, dependencies = network("chain")
     images, recorder = random_images(7), Recorder()
     probe = Probe(images, LABELS)
-    look(model, wiring, probe, [recorder], quantile=0.1, sample_every=sample_every)
+    look(model, dependencies, probe, [recorder], quantile=0.1, sample_every=sample_every)
     with torch.no_grad():
         expected = maps_by_hand(model, images[::sample_every])
     for group, sights in recorder.sights.items():
@@ -340,10 +340,10 @@ def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sig
 
 
 def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     probe = Probe(random_images(2), torch.tensor([0, CLASSES]))
     with pytest.raises(DataError, match="class number 5, but the network tells 5 classes apart"):
-        look(model, wiring, probe, [Recorder(GRADIENTS)])
+        look(model, dependencies, probe, [Recorder(GRADIENTS)])
 
 
 def norms_by_hand(*weights: Tensor) -> Tensor:
@@ -357,7 +357,7 @@ def norms_by_hand(*weights: Tensor) -> Tensor:
 
 
 def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
-    model, wiring = network("concat")
+    model, dependencies = network("concat")
     assert isinstance(model, Concat)
     left, right, join, linear = (
         model.get_parameter(name)
@@ -370,31 +370,33 @@ def test_outgoing_norms_are_those_of_all_that_reads_a_filter() -> None:
         "join.0": norms_by_hand(linear[:, :6]),
     }
     state = tensors_of(model)
-    for name in wiring.groups:
-        torch.testing.assert_close(kernels_of(wiring, state)[name].outgoing_norm, expected[name])
+    for name in dependencies.groups:
+        torch.testing.assert_close(
+            kernels_of(dependencies, state)[name].outgoing_norm, expected[name]
+        )
 
 
 def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
-    model, wiring = network("units")
+    model, dependencies = network("units")
     assert isinstance(model, Units)
     state = tensors_of(model)
-    norms = {name: found.outgoing_norm for name, found in kernels_of(wiring, state).items()}
+    norms = {name: found.outgoing_norm for name, found in kernels_of(dependencies, state).items()}
     hidden = model.hidden.weight.reshape(7, 6, 8)  # [unit, channel, position]
     torch.testing.assert_close(norms["conv"], norms_by_hand(hidden))
     torch.testing.assert_close(norms["hidden"], norms_by_hand(model.linear.weight))
 
-    viewed, wiring = network("view_rest")
+    viewed, dependencies = network("view_rest")
     assert isinstance(viewed, ViewRest)
-    norm = kernels_of(wiring, tensors_of(viewed))["conv.0"].outgoing_norm
+    norm = kernels_of(dependencies, tensors_of(viewed))["conv.0"].outgoing_norm
     linear = viewed.linear.weight.reshape(CLASSES, 6, 16)
     torch.testing.assert_close(norm, norms_by_hand(linear))
 
 
 def test_incoming_kernels_are_those_that_write_the_filters() -> None:
     model = make_network("residual")
-    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
+    dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
     state = tensors_of(model)
-    incoming = kernels_of(wiring, state)["stem.0"].incoming
+    incoming = kernels_of(dependencies, state)["stem.0"].incoming
     expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
     assert len(incoming) == 3
     for kernel in expected:
@@ -404,7 +406,7 @@ def test_incoming_kernels_are_those_that_write_the_filters() -> None:
 
 
 def test_nothing_stays_on_the_network() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     model.train()
     model.get_submodule("bn2").eval()
     model.get_parameter("conv1.weight").requires_grad_(False)
@@ -414,7 +416,7 @@ def test_nothing_stays_on_the_network() -> None:
     images = random_images(7)
     pixels = images.clone()
 
-    look(model, wiring, Probe(images, LABELS), [Recorder(GRADIENTS), Recorder()])
+    look(model, dependencies, Probe(images, LABELS), [Recorder(GRADIENTS), Recorder()])
 
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == grads
@@ -431,10 +433,10 @@ def test_nothing_stays_on_the_network() -> None:
 
 
 def test_a_frozen_network_still_has_gradients() -> None:
-    model, wiring = network("chain")
+    model, dependencies = network("chain")
     model.requires_grad_(False)
     recorder = Recorder(GRADIENTS)
-    look(model, wiring, Probe(random_images(7), LABELS), [recorder])
+    look(model, dependencies, Probe(random_images(7), LABELS), [recorder])
     assert recorder.gradients("conv1").abs().sum() > 0
 
 
@@ -456,12 +458,12 @@ def pixels() -> TensorImages:
 def everything(name: str, precision: Precision, size: int) -> dict[str, list[Tensor]]:
     """What this process's share of the images adds up to, with that of all other processes."""
     model = make_network(name)
-    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
+    dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
     settings = ScoreSection(
         quantile=0.1, sample_every=2, use_labels=True, threshold_positions=9, precision=precision
     )
     names = tuple("abcde")
-    source = concepts.make(SOURCE, wiring.graph, tensors_of(model), names, PREPROCESSING)
+    source = concepts.make(SOURCE, dependencies.graph, tensors_of(model), names, PREPROCESSING)
     watching: dict[str, criteria.Criterion] = {
         criterion: criteria.make(criterion, settings, 0, {})
         for criterion in criteria.CRITERIA
@@ -473,9 +475,9 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
     def share() -> Iterator[Batch]:
         return data.batches(pixels(), size, PREPROCESSING, shard=distributed.rank_and_world_size())
 
-    observe(model, wiring, share, observers, source, settings)
+    observe(model, dependencies, share, observers, source, settings)
     top.merge()
-    parts = list(kernels_of(wiring, tensors_of(model)))
+    parts = list(kernels_of(dependencies, tensors_of(model)))
     found = {f"{criterion} tallies": list(each.state()) for criterion, each in watching.items()}
     found |= {
         f"{criterion} scores": [each.compute(part) for part in parts]

@@ -94,9 +94,9 @@ def test_every_file_can_be_read_by_those_who_can_read_the_folder(digits_run: Dig
 
 
 def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) -> None:
-    model, wiring = wired("gated")
-    plan = random_plan(wiring, generator)
-    smaller = apply_plan(model, wiring, plan)
+    model, dependencies = wired("gated")
+    plan = random_plan(dependencies, generator)
+    smaller = apply_plan(model, dependencies, plan)
     run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
     loaded = run_folder.load(tmp_path / "run", architecture=make_network("gated", seed=5))
     images = random_images(4)
@@ -112,9 +112,9 @@ def test_save_then_load_is_identity(tmp_path: Path, generator: torch.Generator) 
 def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generator) -> None:
     model = zoo.load("resnet20", num_classes=7)
     randomise_norms(model, generator)
-    wiring = build_dependency_graph(model, random_images(2, side=32), prune_residual=True)
-    plan = random_plan(wiring, generator)
-    smaller = apply_plan(model, wiring, plan)
+    dependencies = build_dependency_graph(model, random_images(2, side=32), prune_residual=True)
+    plan = random_plan(dependencies, generator)
+    smaller = apply_plan(model, dependencies, plan)
     folder = tmp_path / "run"
     run_folder.save(
         *(folder, smaller, plan),
@@ -126,9 +126,9 @@ def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generat
 
 
 def test_save_keeps_what_is_in_the_way(tmp_path: Path, generator: torch.Generator) -> None:
-    model, wiring = wired("chain")
-    plan = random_plan(wiring, generator)
-    smaller = apply_plan(model, wiring, plan)
+    model, dependencies = wired("chain")
+    plan = random_plan(dependencies, generator)
+    smaller = apply_plan(model, dependencies, plan)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not empty"):
         run_folder.save(tmp_path, smaller, plan, image_shape=(3, SIDE, SIDE))
@@ -136,17 +136,17 @@ def test_save_keeps_what_is_in_the_way(tmp_path: Path, generator: torch.Generato
 
 
 def test_save_leaves_the_mode_as_it_is(tmp_path: Path, generator: torch.Generator) -> None:
-    model, wiring = wired("chain")
-    plan = random_plan(wiring, generator)
-    smaller = apply_plan(model, wiring, plan).train()
+    model, dependencies = wired("chain")
+    plan = random_plan(dependencies, generator)
+    smaller = apply_plan(model, dependencies, plan).train()
     run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
     assert all(module.training for module in smaller.modules())
 
 
 def test_weights_in_double_are_refused(tmp_path: Path, generator: torch.Generator) -> None:
-    model, wiring = wired("chain")
-    plan = random_plan(wiring, generator)
-    smaller = apply_plan(model, wiring, plan).double()
+    model, dependencies = wired("chain")
+    plan = random_plan(dependencies, generator)
+    smaller = apply_plan(model, dependencies, plan).double()
     with pytest.raises(UsageError, match=r"conv1\.weight is torch\.float64"):
         run_folder.save(tmp_path / "run", smaller, plan, image_shape=(3, SIDE, SIDE))
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +154,7 @@ def test_weights_in_double_are_refused(tmp_path: Path, generator: torch.Generato
 
 def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Erfinv(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     plan = PruningPlan({}, Budget("macs", 1.0), "none")
     run_folder.save(tmp_path / "run", model, plan, image_shape=(3, SIDE, SIDE))
     with pytest.raises(RunFolderError, match=r"no program: the operation aten\.erfinv can't be"):
@@ -162,7 +162,7 @@ def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None
     loaded = run_folder.load(tmp_path / "run", architecture=model)
     images = random_images(2)
     assert torch.equal(loaded(images), model(images))
-    assert wiring.frozen
+    assert dependencies.frozen
 
 
 def test_a_folder_is_not_trusted_to_run_code(model_file: Path, tmp_path: Path) -> None:
@@ -207,10 +207,10 @@ def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
 def test_a_file_of_another_run_is_refused(
     folder: Path, name: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
-    model, wiring = wired("chain")
-    plan = random_plan(wiring, generator)
+    model, dependencies = wired("chain")
+    plan = random_plan(dependencies, generator)
     other = tmp_path / "other"
-    run_folder.save(other, apply_plan(model, wiring, plan), plan, image_shape=(3, SIDE, SIDE))
+    run_folder.save(other, apply_plan(model, dependencies, plan), plan, image_shape=(3, SIDE, SIDE))
     shutil.copy(other / name, folder / name)
     with pytest.raises(RunFolderError, match=rf"{name} .* taken from another run"):
         run_folder.load(folder)

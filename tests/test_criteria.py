@@ -93,19 +93,19 @@ def chain() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def wiring(chain: Chain) -> DependencyGraph:
+def dependencies(chain: Chain) -> DependencyGraph:
     return build_dependency_graph(chain, random_images(2))
 
 
 def scores_of(
     name: str,
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     settings: ScoreSection = SETTINGS,
     weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
     criterion = make(name, settings, 0, weights or {})
-    found = score_filters(model, wiring, probe, {name: criterion}, TwoRegions(), settings)
+    found = score_filters(model, dependencies, probe, {name: criterion}, TwoRegions(), settings)
     assert found[name].criterion == name
     return found[name].scores
 
@@ -170,9 +170,9 @@ def response_ballots(model: Chain, group: str) -> Iterator[tuple[int, list[float
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_shares_divide_a_vote_of_every_position(
-    chain: Chain, wiring: DependencyGraph, group: str
+    chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
-    scores = scores_of("vote-response", chain, wiring)[group]
+    scores = scores_of("vote-response", chain, dependencies)[group]
     expected = torch.zeros_like(scores)
     for _, strength in response_ballots(chain, group):
         expected += torch.tensor(strength, dtype=torch.float64) / sum(strength)
@@ -184,10 +184,10 @@ def test_shares_divide_a_vote_of_every_position(
 @pytest.mark.parametrize("vote_mode", ["top", "plurality"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_winners_get_a_vote_of_every_position(
-    chain: Chain, wiring: DependencyGraph, group: str, ballot: str
+    chain: Chain, dependencies: DependencyGraph, group: str, ballot: str
 ) -> None:
     settings = SETTINGS.model_copy(update={"vote_mode": ballot})
-    scores = scores_of("vote-response", chain, wiring, settings)[group]
+    scores = scores_of("vote-response", chain, dependencies, settings)[group]
     votes = [0] * len(scores)
     top = math.ceil(SETTINGS.top_fraction * len(scores)) if ballot == "top" else 1
     for _, strength in response_ballots(chain, group):
@@ -197,10 +197,14 @@ def test_winners_get_a_vote_of_every_position(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_weights_count_votes_by_concept(chain: Chain, wiring: DependencyGraph, group: str) -> None:
+def test_weights_count_votes_by_concept(
+    chain: Chain, dependencies: DependencyGraph, group: str
+) -> None:
     weights = [0.25, 3.0]
     settings = SETTINGS.model_copy(update={"vote_mode": "plurality"})
-    found = scores_of("vote-response", chain, wiring, settings, dict(enumerate(weights)))[group]
+    found = scores_of("vote-response", chain, dependencies, settings, dict(enumerate(weights)))[
+        group
+    ]
     votes = [0.0] * len(found)
     for concept, strength in response_ballots(chain, group):
         votes[max(range(len(found)), key=lambda c: strength[c])] += weights[concept]
@@ -208,9 +212,9 @@ def test_weights_count_votes_by_concept(chain: Chain, wiring: DependencyGraph, g
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_regions_vote_once_each(chain: Chain, wiring: DependencyGraph, group: str) -> None:
+def test_regions_vote_once_each(chain: Chain, dependencies: DependencyGraph, group: str) -> None:
     settings = SETTINGS.model_copy(update={"voting_unit": "regions", "vote_mode": "plurality"})
-    scores = scores_of("vote-response", chain, wiring, settings)[group]
+    scores = scores_of("vote-response", chain, dependencies, settings)[group]
     assert int(scores.sum()) == 2 * len(IMAGES)
     maps = maps_by_hand(chain)[group]
     mean = maps.double().mean((0, 2, 3), keepdim=True)
@@ -227,9 +231,9 @@ def test_regions_vote_once_each(chain: Chain, wiring: DependencyGraph, group: st
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_iou_votes_are_those_of_every_region(
-    chain: Chain, wiring: DependencyGraph, group: str
+    chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
-    scores = scores_of("vote-iou", chain, wiring)[group]
+    scores = scores_of("vote-iou", chain, dependencies)[group]
     maps = maps_by_hand(chain)[group]
     _, thresholds = thresholds_by_hand(maps)
     masks = regions_by_hand((maps.shape[2], maps.shape[3]))
@@ -426,9 +430,9 @@ def test_positions_lie_on_the_map_and_depend_on_the_image_alone(
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_activation_std_is_that_of_every_position(
-    chain: Chain, wiring: DependencyGraph, group: str
+    chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
-    scores = scores_of("activation_std", chain, wiring)[group]
+    scores = scores_of("activation_std", chain, dependencies)[group]
     for c, score in enumerate(scores.tolist()):
         values = maps_by_hand(chain)[group][:, c].flatten().tolist()
         mean = sum(values) / len(values)
@@ -442,18 +446,18 @@ def test_activation_std_keeps_its_digits_far_from_zero() -> None:
     assert isinstance(model, Chain)
     with torch.no_grad():
         model.bn1.bias[0] = 1000.0
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     maps = maps_by_hand(model)["conv1"][:, 0].double()
-    score = scores_of("activation_std", model, wiring)["conv1"][0]
+    score = scores_of("activation_std", model, dependencies)["conv1"][0]
     assert float(score) == pytest.approx(float(maps.std(correction=0)), rel=1e-4)
 
 
 @pytest.mark.parametrize("use_labels", [True, False])
 def test_taylor_is_the_squared_change_of_each_image_by_autograd(
-    chain: Chain, wiring: DependencyGraph, use_labels: bool
+    chain: Chain, dependencies: DependencyGraph, use_labels: bool
 ) -> None:
     scores = scores_of(
-        "taylor", chain, wiring, SETTINGS.model_copy(update={"use_labels": use_labels})
+        "taylor", chain, dependencies, SETTINGS.model_copy(update={"use_labels": use_labels})
     )
     expected = {group: torch.zeros(len(scores[group]), dtype=torch.float64) for group in GROUPS}
     for i in range(len(IMAGES)):
@@ -474,9 +478,9 @@ def test_taylor_is_the_squared_change_of_each_image_by_autograd(
 
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_are_those_of_each_kernel(
-    chain: Chain, wiring: DependencyGraph, name: str, power: int
+    chain: Chain, dependencies: DependencyGraph, name: str, power: int
 ) -> None:
-    scores = scores_of(name, chain, wiring)
+    scores = scores_of(name, chain, dependencies)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
         for c, score in enumerate(scores[group].tolist()):
             values = [abs(value) for value in weight[c].flatten().tolist()]
@@ -486,8 +490,8 @@ def test_norms_are_those_of_each_kernel(
 @pytest.mark.parametrize("name", ["l1", "l2"])
 def test_norms_of_tied_layers_add_up(name: str) -> None:
     model = make_network("residual")
-    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
-    scores = scores_of(name, model, wiring)["stem.0"]
+    dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
+    scores = scores_of(name, model, dependencies)["stem.0"]
     total = torch.zeros(6, dtype=torch.float64)
     for layer in ("stem", "conv2", "conv4"):
         kernel = model.get_parameter(f"{layer}.0.weight").detach().double().flatten(1)
@@ -497,13 +501,13 @@ def test_norms_of_tied_layers_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_statistics_are_those_of_every_position(
-    chain: Chain, wiring: DependencyGraph, group: str
+    chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group]
-    mean = scores_of("activation_mean", chain, wiring)[group]
-    share = scores_of("apoz", chain, wiring)[group]
-    rank = scores_of("hrank", chain, wiring)[group]
-    entropy = scores_of("activation_entropy", chain, wiring)[group]
+    mean = scores_of("activation_mean", chain, dependencies)[group]
+    share = scores_of("apoz", chain, dependencies)[group]
+    rank = scores_of("hrank", chain, dependencies)[group]
+    entropy = scores_of("activation_entropy", chain, dependencies)[group]
     means, _ = thresholds_by_hand(maps)
     for c in range(maps.shape[1]):
         values = maps[:, c].flatten().tolist()
@@ -522,11 +526,11 @@ def test_statistics_are_those_of_every_position(
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_independence_is_what_the_nuclear_norm_loses(
-    chain: Chain, wiring: DependencyGraph, group: str
+    chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group].double()
     rows = maps.movedim(1, 0).flatten(1)  # at most 64 positions a map: all are taken
-    scores = scores_of("chip", chain, wiring)[group]
+    scores = scores_of("chip", chain, dependencies)[group]
     whole = torch.linalg.svdvals(rows).sum()
     for c in range(len(rows)):
         without = rows.clone()
@@ -598,8 +602,10 @@ def test_nuclear_norms_of_a_wide_layer_take_no_time() -> None:
         assert float(losses[row]) == pytest.approx(lost, rel=1e-9)
 
 
-def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: DependencyGraph) -> None:
-    scores = scores_of("fpgm", chain, wiring)
+def test_distances_are_those_to_every_other_kernel(
+    chain: Chain, dependencies: DependencyGraph
+) -> None:
+    scores = scores_of("fpgm", chain, dependencies)
     for group, weight in (("conv1", chain.conv1.weight), ("conv2", chain.conv2.weight)):
         rows = weight.detach().double().flatten(1)
         for c in range(len(rows)):
@@ -607,8 +613,8 @@ def test_distances_are_those_to_every_other_kernel(chain: Chain, wiring: Depende
             assert float(scores[group][c]) == pytest.approx(total, rel=1e-9)
 
 
-def test_scales_are_those_of_the_batch_norm(chain: Chain, wiring: DependencyGraph) -> None:
-    scores = scores_of("bn_scale", chain, wiring)
+def test_scales_are_those_of_the_batch_norm(chain: Chain, dependencies: DependencyGraph) -> None:
+    scores = scores_of("bn_scale", chain, dependencies)
     assert torch.equal(scores["conv1"], chain.bn1.weight.detach().double().abs())
     assert torch.equal(scores["conv2"], chain.bn2.weight.detach().double().abs())
 
@@ -617,9 +623,9 @@ def test_without_a_batch_norm_there_is_no_scale() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 5)
     ).eval()
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     with pytest.raises(UsageError, match="'0' has no batch norm"):
-        scores_of("bn_scale", model, wiring)
+        scores_of("bn_scale", model, dependencies)
 
 
 def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
@@ -732,17 +738,17 @@ def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: 
     model = make_network("chain").train()
     model.get_submodule("bn2").eval()
     model.get_parameter("conv2.bias").requires_grad_(False)
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     modes = [module.training for module in model.modules()]
     requires = [parameter.requires_grad for parameter in model.parameters()]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
-    scores = scores_of(name, model, wiring)
+    scores = scores_of(name, model, dependencies)
 
-    assert scores.keys() == wiring.groups.keys()
+    assert scores.keys() == dependencies.groups.keys()
     for group, score in scores.items():
         assert score.dtype == torch.float64
-        assert score.shape == (len(wiring.groups[group]),)
+        assert score.shape == (len(dependencies.groups[group]),)
         assert torch.isfinite(score).all()
         assert not score.requires_grad
     assert [module.training for module in model.modules()] == modes

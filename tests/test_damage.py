@@ -40,13 +40,13 @@ def batches(size: int = 32) -> Iterable[Batch]:
 
 
 def surveyed(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
-    model, wiring = wired(name, True)
+    model, dependencies = wired(name, True)
     moments = Reconstruction()
     criterion = criteria.make("l2", SETTINGS, 0, {})
     scored = score_filters(
-        model, wiring, batches, {"l2": criterion}, None, SETTINGS, observers=(moments,)
+        model, dependencies, batches, {"l2": criterion}, None, SETTINGS, observers=(moments,)
     )["l2"]
-    return model, wiring, moments, rank(scored.scores, wiring, "l2")
+    return model, dependencies, moments, rank(scored.scores, dependencies, "l2")
 
 
 NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grouped"]
@@ -54,21 +54,21 @@ NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grou
 
 @pytest.mark.parametrize("name", NAMES)
 def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
-    model, wiring, moments, ranking = surveyed(name)
-    damage = measure_sensitivity(tensors_of(model), wiring, moments, ranking, batches())
-    assert damage.keys() == wiring.groups.keys()
+    model, dependencies, moments, ranking = surveyed(name)
+    damage = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
+    assert damage.keys() == dependencies.groups.keys()
     for group, curve in damage.items():
-        assert len(curve) == len(wiring.groups[group]) + 1
+        assert len(curve) == len(dependencies.groups[group]) + 1
         assert curve[0] == 0
         assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
     assert any(curve[-1] > 0 for curve in damage.values())
 
 
 def test_batches_do_not_change_the_slopes() -> None:
-    model, wiring, moments, ranking = surveyed("residual")
+    model, dependencies, moments, ranking = surveyed("residual")
     state = tensors_of(model)
-    one = measure_output_sensitivity(state, wiring, moments, ranking, batches(96))
-    other = measure_output_sensitivity(state, wiring, moments, ranking, batches(11))
+    one = measure_output_sensitivity(state, dependencies, moments, ranking, batches(96))
+    other = measure_output_sensitivity(state, dependencies, moments, ranking, batches(11))
     for name, slope in one.items():
         assert slope > 0
         assert other[name] == pytest.approx(slope, rel=1e-3)
@@ -76,8 +76,8 @@ def test_batches_do_not_change_the_slopes() -> None:
 
 def test_the_curve_is_what_readers_miss(generator: torch.Generator) -> None:
     """Against least squares from scratch, on the positions that the moments were taken at."""
-    model, wiring, moments, ranking = surveyed("chain")
-    group = wiring.groups["conv2"]  # read by the linear layer: maps are pooled before
+    model, dependencies, moments, ranking = surveyed("chain")
+    group = dependencies.groups["conv2"]  # read by the linear layer: maps are pooled before
     curve = error_curve(group, moments, ranking.order["conv2"])
     assert isinstance(model, nn.Module)
     kernel = tensors_of(model)["linear.weight"].double()
@@ -91,15 +91,15 @@ def test_the_curve_is_what_readers_miss(generator: torch.Generator) -> None:
 
 
 def test_a_copy_of_a_channel_stands_in_for_it() -> None:
-    model, wiring = wired("chain", True)
+    model, dependencies = wired("chain", True)
     state = tensors_of(model)
     for name in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
         state[name][4] = state[name][2]
     moments = Reconstruction()
     settings = SETTINGS
-    score_filters(model, wiring, batches, {"reconstruction": moments}, None, settings)
+    score_filters(model, dependencies, batches, {"reconstruction": moments}, None, settings)
     kept = [0, 1, 2, 3, 5]
-    found = reconstruct_channels(wiring.groups["conv1"], moments, kept)
+    found = reconstruct_channels(dependencies.groups["conv1"], moments, kept)
     assert float((found.matrix[4] - found.matrix[2]).abs().max()) < 0.05
     assert torch.equal(found.matrix[kept], torch.eye(6)[kept])
     assert float(found.offset[kept].abs().max()) < 1e-6

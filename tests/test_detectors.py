@@ -73,18 +73,18 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     model = make().eval()
     randomise_norms(model, torch.Generator().manual_seed(0))
     images = random_images(2, 64)
-    wiring = build_dependency_graph(model, images)
-    written = {name.removeprefix("backbone.") for name in wiring.groups}
+    dependencies = build_dependency_graph(model, images)
+    written = {name.removeprefix("backbone.") for name in dependencies.groups}
     assert cut_layers <= written
-    assert {group.name.rpartition(".")[2] for group in wiring.frozen} == outputs
-    assert {group.reason for group in wiring.frozen} == {OUTPUT}
-    plan = random_plan(wiring, torch.Generator().manual_seed(1))
-    smaller = apply_plan(model, wiring, plan)
+    assert {group.name.rpartition(".")[2] for group in dependencies.frozen} == outputs
+    assert {group.reason for group in dependencies.frozen} == {OUTPUT}
+    plan = random_plan(dependencies, torch.Generator().manual_seed(1))
+    smaller = apply_plan(model, dependencies, plan)
     forward = forward_of(model)
     assert forward is not None
     with torch.no_grad():
         found = tuple(tree_leaves(forward(smaller, images)))
-        assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-4
+        assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-4
         boxes = smaller(list(images))
     assert [set(each) for each in boxes] == 2 * [{"boxes", "scores", "labels"}]
 
@@ -93,11 +93,11 @@ def test_a_network_that_segments_is_cut_like_any_other() -> None:
     model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
     assert forward_of(model) is None
     images = random_images(1, 64)
-    wiring = build_dependency_graph(model, images)
-    (frozen,) = [group for group in wiring.frozen if group.reason == OUTPUT]
+    dependencies = build_dependency_graph(model, images)
+    (frozen,) = [group for group in dependencies.frozen if group.reason == OUTPUT]
     assert frozen.name == "classifier.low_classifier"
-    plan = random_plan(wiring, torch.Generator().manual_seed(1))
+    plan = random_plan(dependencies, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        answer: dict[str, Tensor] = apply_plan(model, wiring, plan)(images)
-        expected = masked_overrides(model, wiring, plan)(images)
+        answer: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
+        expected = masked_overrides(model, dependencies, plan)(images)
     assert relative_error(answer["out"], expected) < 1e-4

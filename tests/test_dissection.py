@@ -103,9 +103,9 @@ def test_masks_are_brought_to_the_maps() -> None:
 
 def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
     model = make_network("grouped")
-    wiring = build_dependency_graph(model, random_images(2))
-    group = wiring.groups["stem.0"]
-    parts = kernels_of(wiring, tensors_of(model))
+    dependencies = build_dependency_graph(model, random_images(2))
+    group = dependencies.groups["stem.0"]
+    parts = kernels_of(dependencies, tensors_of(model))
     assert parts["stem.0"].channel.tolist() == [0, 1, 2, 0, 1, 2]
     dissection = Dissection(("sky", "road"))
     dissection.reset(parts)

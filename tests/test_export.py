@@ -28,8 +28,8 @@ pytest.importorskip("onnxscript")
 def test_file_of_a_cut_network_answers_alike(
     name: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name)
-    smaller = apply_plan(model, wiring, random_plan(wiring, generator))
+    model, dependencies = wired(name)
+    smaller = apply_plan(model, dependencies, random_plan(dependencies, generator))
     path = tmp_path / "new" / "model.onnx"
     result = export_onnx(smaller, random_images(2), path)
     assert result.path == path
@@ -161,8 +161,8 @@ def test_latency_of_both_networks_in_both_engines(
     tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "LATENCY_ROUNDS", 3)
-    model, wiring = wired("chain")
-    smaller = apply_plan(model, wiring, random_plan(wiring, generator)).train()
+    model, dependencies = wired("chain")
+    smaller = apply_plan(model, dependencies, random_plan(dependencies, generator)).train()
     path = tmp_path / "model.onnx"
     export_onnx(smaller, random_images(2), path)
     times = compare_latency(smaller, path, model, random_images(2))

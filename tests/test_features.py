@@ -35,8 +35,8 @@ def test_every_block_of_a_residual_network_has_one(network: nn.Module) -> None:
 
 
 def test_channels_that_go_do_not_count(network: nn.Module) -> None:
-    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
-    sums = residual_sums(wiring, dict.fromkeys(wiring.groups, (0, 5)))
+    dependencies = build_dependency_graph(network, EXAMPLE, prune_residual=True)
+    sums = residual_sums(dependencies, dict.fromkeys(dependencies.groups, (0, 5)))
     # The stream of the first stage goes on in the middle of the next ones, which pad it with zeros.
     for each in sums:
         stage = int(each.module[len("layer")])
@@ -48,11 +48,11 @@ def test_channels_that_go_do_not_count(network: nn.Module) -> None:
 def test_the_difference_is_that_of_the_channels_that_stay(
     network: nn.Module, generator: torch.Generator
 ) -> None:
-    wiring = build_dependency_graph(network, EXAMPLE, prune_residual=True)
-    removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0, 1))
+    dependencies = build_dependency_graph(network, EXAMPLE, prune_residual=True)
+    removed: dict[str, tuple[int, ...]] = dict.fromkeys(dependencies.groups, (0, 1))
     plan = PruningPlan(removed, Budget("filters", 0.9), "l1")
-    smaller = apply_plan(network, wiring, plan).eval()
-    sums = residual_sums(wiring, removed)
+    smaller = apply_plan(network, dependencies, plan).eval()
+    sums = residual_sums(dependencies, removed)
     images = torch.rand(4, 3, 32, 32, generator=generator)
     with torch.inference_mode(), observed(smaller, sums) as own, observed(network, sums) as wanted:
         smaller(images)
@@ -80,7 +80,7 @@ def test_a_network_is_held_to_the_feature_maps_of_its_teacher(
         label_weight=0.0,
         feature_weight=1.0,
         learning_rate=0.002,
-        mode="evaluation",
+        freeze_batchnorm=True,
         precision="float32",
     )
     student = copy.deepcopy(network)

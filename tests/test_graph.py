@@ -32,10 +32,10 @@ class Forward(nn.Module):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_graph_computes_what_the_network_computes(name: str, count: int) -> None:
-    model, wiring = wired(name)
+    model, dependencies = wired(name)
     images = random_images(count)
     with torch.no_grad():
-        found = run(wiring.graph, tensors_of(model), images)
+        found = run(dependencies.graph, tensors_of(model), images)
         assert relative_error(found, model(images)) < 1e-6
 
 
@@ -234,8 +234,8 @@ def test_tensors_are_listed_by_each_of_their_names() -> None:
 
 
 def test_taps_see_and_replace_values() -> None:
-    model, wiring = wired("chain")
-    graph, state, images = wiring.graph, tensors_of(model), random_images()
+    model, dependencies = wired("chain")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
     relu = next(node for node in graph.nodes if operation_name(node) == "relu")
     linear = next(node for node in graph.nodes if operation_name(node) == "linear")
     seen: list[Tensor] = []
@@ -252,8 +252,8 @@ def test_taps_see_and_replace_values() -> None:
 
 
 def test_a_walk_step_by_step_arrives_where_a_run_does() -> None:
-    model, wiring = wired("residual")
-    graph, state, images = wiring.graph, tensors_of(model), random_images()
+    model, dependencies = wired("residual")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
     walk = GraphInterpreter(graph, state, images)
     for node in graph.nodes:
         if node.op == "call_function":
@@ -263,8 +263,8 @@ def test_a_walk_step_by_step_arrives_where_a_run_does() -> None:
 
 
 def test_a_fork_does_not_disturb_the_walk_it_left() -> None:
-    model, wiring = wired("residual")
-    graph, state, images = wiring.graph, tensors_of(model), random_images()
+    model, dependencies = wired("residual")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
     relus = [node for node in graph.nodes if operation_name(node) == "relu"]
     walk = GraphInterpreter(graph, state, images)
     walk.advance(relus[1])
@@ -276,8 +276,8 @@ def test_a_fork_does_not_disturb_the_walk_it_left() -> None:
 
 
 def test_parameters_are_looked_up_when_they_are_used() -> None:
-    model, wiring = wired("chain")
-    graph, images = wiring.graph, random_images()
+    model, dependencies = wired("chain")
+    graph, images = dependencies.graph, random_images()
     state = dict(tensors_of(model))
     walk = GraphInterpreter(graph, state, images)
     walk.advance(next(node for node in graph.nodes if operation_name(node) == "linear"))
@@ -287,9 +287,9 @@ def test_parameters_are_looked_up_when_they_are_used() -> None:
 
 
 def test_values_that_nobody_needs_any_more_are_dropped() -> None:
-    model, wiring = wired("shared")
-    relu = next(node for node in wiring.graph.nodes if operation_name(node) == "relu")
-    walk = GraphInterpreter(wiring.graph, tensors_of(model), random_images())
+    model, dependencies = wired("shared")
+    relu = next(node for node in dependencies.graph.nodes if operation_name(node) == "relu")
+    walk = GraphInterpreter(dependencies.graph, tensors_of(model), random_images())
     walk.step(relu)
     assert walk.value(relu).shape == (3, 5, 8, 8)
     walk.advance()

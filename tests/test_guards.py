@@ -46,16 +46,16 @@ def case(tmp_path: Path) -> Case:
 def chain_and_cut() -> tuple[nn.Module, nn.Module, DependencyGraph, PruningPlan, list[Batch]]:
     model = Chain().eval()
     images = random_images(48)
-    wiring = build_dependency_graph(model, images[:4])
-    scores = {name: torch.arange(float(len(group))) for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Budget("macs", 0.6), "test")
+    dependencies = build_dependency_graph(model, images[:4])
+    scores = {name: torch.arange(float(len(group))) for name, group in dependencies.groups.items()}
+    plan = make_plan(scores, dependencies, Budget("macs", 0.6), "test")
     parts = torch.arange(48).split(12)
     batches = [Batch(images[part], torch.zeros(len(part)).long(), part) for part in parts]
-    return model, apply_plan(model, wiring, plan), wiring, plan, batches
+    return model, apply_plan(model, dependencies, plan), dependencies, plan, batches
 
 
 def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, smaller, wiring, plan, batches = chain_and_cut()
+    model, smaller, dependencies, plan, batches = chain_and_cut()
     before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
 
     def spoil(*_: object, **__: object) -> tuple[()]:
@@ -69,14 +69,16 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(refit_and_check, "refit", spoil)
         found = refit_and_check.refit_and_check(
-            model, smaller, wiring, plan, settings, *parts, seed=0
+            model, smaller, dependencies, plan, settings, *parts, seed=0
         )
     assert found.check is not None
     assert not found.check.is_kept
     assert found.check.divergence_refit > found.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.refit_and_check(
+        model, smaller, dependencies, plan, settings, *parts, seed=0
+    )
     assert found.check is not None
     assert found.check.is_kept
     assert found.check.divergence_refit < found.check.divergence_cut
@@ -84,7 +86,7 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, smaller, wiring, plan, batches = chain_and_cut()
+    model, smaller, dependencies, plan, batches = chain_and_cut()
 
     def spoil(*_: object, **__: object) -> tuple[()]:
         with torch.no_grad():
@@ -94,7 +96,9 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(refit_and_check, "refit", spoil)
     parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
     settings = RefitSection(recalibrate_batchnorm=False)
-    found = refit_and_check.refit_and_check(model, smaller, wiring, plan, settings, *parts, seed=0)
+    found = refit_and_check.refit_and_check(
+        model, smaller, dependencies, plan, settings, *parts, seed=0
+    )
     assert found.check is not None
     assert not found.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())

@@ -37,10 +37,10 @@ def bilinear_times(
     return LayerTimes(layer=layer, read=read, produced=written, ms=ms)
 
 
-def table_of(wiring: DependencyGraph) -> LatencyTable:
+def table_of(dependencies: DependencyGraph) -> LatencyTable:
     """Times that are in proportion to the multiply-accumulates of a position."""
     layers = []
-    for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True):
+    for layer, widths in zip(dependencies.layers, widths_of(dependencies), strict=True):
         read = 1 if isinstance(widths.read, int) else len(widths.read)
         written = 1 if isinstance(widths.produced, int) else len(widths.produced)
         reads, writes = tuple(sorted({1, read})), tuple(sorted({1, written}))
@@ -84,10 +84,10 @@ def test_a_width_takes_as_long_as_the_next_whole_block() -> None:
 
 @pytest.mark.parametrize("name", ["chain", "depthwise", "grouped", "concat", "flattened"])
 def test_latency_is_layers_and_a_line_in_all_other_values(name: str) -> None:
-    wiring = wired(name)[1]
-    table, values = table_of(wiring), other_values(wiring)
-    predict = milliseconds(table, wiring)
-    group, channels = next(iter(wiring.groups.items()))
+    dependencies = wired(name)[1]
+    table, values = table_of(dependencies), other_values(dependencies)
+    predict = milliseconds(table, dependencies)
+    group, channels = next(iter(dependencies.groups.items()))
     everything_but_one: Removed = {group: tuple(range(1, len(channels)))}
     layers = sum(layer.ms[-1][-1] for layer in table.layers)
     assert predict({}) == pytest.approx(2 * layers + 0.01 + 1e-6 * values({}))
@@ -95,30 +95,32 @@ def test_latency_is_layers_and_a_line_in_all_other_values(name: str) -> None:
 
 
 def test_values_that_are_no_layers() -> None:
-    wiring = wired("chain")[1]
+    dependencies = wired("chain")[1]
     whole = 2 * 6 * 64 + 2 * 7 * 16 + 7  # norms, relus and the pooling; its flattening is a view
-    assert other_values(wiring)({}) == whole
-    assert other_values(wiring)({"conv1": (0,)}) == whole - 2 * 64
+    assert other_values(dependencies)({}) == whole
+    assert other_values(dependencies)({"conv1": (0,)}) == whole - 2 * 64
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.8])
 def test_a_plan_meets_a_target_of_latency(fraction: float, generator: torch.Generator) -> None:
-    wiring = wired("residual", True)[1]
-    table = table_of(wiring)
-    scores = {n: torch.randn(len(g), generator=generator) for n, g in wiring.groups.items()}
+    dependencies = wired("residual", True)[1]
+    table = table_of(dependencies)
+    scores = {n: torch.randn(len(g), generator=generator) for n, g in dependencies.groups.items()}
     target = Budget("latency", fraction)
-    plan = make_plan(scores, wiring, target, "random", latency=table)
-    predict = milliseconds(table, wiring)
+    plan = make_plan(scores, dependencies, target, "random", latency=table)
+    predict = milliseconds(table, dependencies)
     assert 0.5 * fraction < predict(plan.removed) / predict({}) <= fraction
 
 
 def test_a_target_of_latency_needs_times_and_can_be_out_of_reach() -> None:
-    wiring = wired("chain")[1]
-    scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
+    dependencies = wired("chain")[1]
+    scores = {name: torch.zeros(len(group)) for name, group in dependencies.groups.items()}
     with pytest.raises(UsageError, match="needs times of the network's layers"):
-        make_plan(scores, wiring, Budget("latency", 0.5), "random")
+        make_plan(scores, dependencies, Budget("latency", 0.5), "random")
     with pytest.raises(TargetError, match=r"latency=1e-05 is out of reach"):
-        make_plan(scores, wiring, Budget("latency", 1e-5), "random", latency=table_of(wiring))
+        make_plan(
+            scores, dependencies, Budget("latency", 1e-5), "random", latency=table_of(dependencies)
+        )
 
 
 def test_a_table_of_another_network_is_refused() -> None:

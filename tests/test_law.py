@@ -25,63 +25,67 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 
 
-def plan_of(wiring: DependencyGraph) -> PruningPlan:
+def plan_of(dependencies: DependencyGraph) -> PruningPlan:
     """One filter of every group."""
-    removed: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.groups, (0,))
+    removed: dict[str, tuple[int, ...]] = dict.fromkeys(dependencies.groups, (0,))
     return PruningPlan(removed, Budget("filters", 0.9), "none")
 
 
 @pytest.fixture
 def wired() -> tuple[nn.Module, DependencyGraph, PruningPlan]:
     model = make_network("residual")
-    wiring = build_dependency_graph(model, random_images(2))
-    return model, wiring, plan_of(wiring)
+    dependencies = build_dependency_graph(model, random_images(2))
+    return model, dependencies, plan_of(dependencies)
 
 
 Wired = tuple[nn.Module, DependencyGraph, PruningPlan]
 
 
 def test_a_right_cut_passes(wired: Wired) -> None:
-    model, wiring, plan = wired
-    smaller = apply_plan(model, wiring, plan)
-    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) < law.TOLERANCE
+    model, dependencies, plan = wired
+    smaller = apply_plan(model, dependencies, plan)
+    assert (
+        law.check_equivalence(model, dependencies, plan, smaller, random_images(3)) < law.TOLERANCE
+    )
 
 
 def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second group's cut takes other filters than the plan says."""
-    model, wiring, plan = wired
+    model, dependencies, plan = wired
     wrong = list(plan.removed)[1]
 
-    def cut(model: nn.Module, wiring: DependencyGraph, plan: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
         removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
-        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
+        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
-    smaller = cut(model, wiring, plan)
+    smaller = cut(model, dependencies, plan)
     with pytest.raises(CutError, match=f"without filters of {wrong} the network answers otherwise"):
-        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
 
 def test_a_cut_that_only_all_layers_spoil_names_none(
     wired: Wired, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, wiring, plan = wired
+    model, dependencies, plan = wired
 
-    def cut(model: nn.Module, wiring: DependencyGraph, some: PruningPlan) -> nn.Module:
+    def cut(model: nn.Module, dependencies: DependencyGraph, some: PruningPlan) -> nn.Module:
         removed = some.removed
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
-        return apply_plan(model, wiring, PruningPlan(removed, plan.budget, plan.criterion))
+        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
 
     monkeypatch.setattr(law, "apply_plan", cut)
     with pytest.raises(CutError, match="of all layers together"):
-        law.check_equivalence(model, wiring, plan, cut(model, wiring, plan), random_images(3))
+        law.check_equivalence(
+            model, dependencies, plan, cut(model, dependencies, plan), random_images(3)
+        )
 
 
 def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that magnifies what float32 rounds passes by float64."""
-    model, wiring, plan = wired
-    smaller = apply_plan(model, wiring, plan)
+    model, dependencies, plan = wired
+    smaller = apply_plan(model, dependencies, plan)
     honest = relative_error
 
     def in_float32(found: Any, expected: Any) -> float:
@@ -89,28 +93,28 @@ def test_rounding_is_told_from_a_wrong_cut(wired: Wired, monkeypatch: pytest.Mon
         return 0.01 if expected.dtype == torch.float32 else error
 
     monkeypatch.setattr(law, "relative_error", in_float32)
-    assert law.check_equivalence(model, wiring, plan, smaller, random_images(3)) == 0.01
+    assert law.check_equivalence(model, dependencies, plan, smaller, random_images(3)) == 0.01
 
 
 def test_answers_that_are_no_numbers_do_not_pass(wired: Wired) -> None:
-    model, wiring, plan = wired
-    smaller = apply_plan(model, wiring, plan)
+    model, dependencies, plan = wired
+    smaller = apply_plan(model, dependencies, plan)
     with torch.no_grad():
         next(smaller.parameters()).fill_(torch.nan)
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(CutError):
-        law.check_equivalence(model, wiring, plan, smaller, random_images(3))
+        law.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_named(wired: Wired, number: float) -> None:
-    model, wiring, _ = wired
-    law.check_finite(model, wiring, random_images(2))
+    model, dependencies, _ = wired
+    law.check_finite(model, dependencies, random_images(2))
     name, tensor = list(model.named_parameters())[3]
     with torch.no_grad():
         tensor.view(-1)[0] = number
     with pytest.raises(NotFiniteError, match=f"not finite: {name}$"):
-        law.check_finite(model, wiring, random_images(2))
+        law.check_finite(model, dependencies, random_images(2))
 
 
 class Overflows(nn.Module):
@@ -130,13 +134,13 @@ class Overflows(nn.Module):
 
 def test_the_layer_that_first_gives_no_numbers_is_named() -> None:
     model = Overflows()
-    wiring = build_dependency_graph(model, random_images(2))
-    law.check_finite(model, wiring, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
+    law.check_finite(model, dependencies, random_images(2))
     with torch.no_grad():
         model.first.weight.fill_(1e30)
         model.second.weight.fill_(1e30)
     with pytest.raises(NotFiniteError, match=r"^second gives numbers that are not finite"):
-        law.check_finite(model, wiring, random_images(2))
+        law.check_finite(model, dependencies, random_images(2))
 
 
 def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:

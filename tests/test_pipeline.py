@@ -242,7 +242,7 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
 def test_readers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
     everywhere = {"allocation": "uniform"}  # so that both groups lose something
-    config = small_config(model_file, plan=everywhere, refit={"layers": "readers"})
+    config = small_config(model_file, plan=everywhere, refit={"layers": "consumers"})
     some = [layer.layer for layer in prune_small(config, dataset).result.refit]
     config = small_config(model_file, plan=everywhere)
     every = [layer.layer for layer in prune_small(config, dataset).result.refit]

@@ -19,22 +19,27 @@ QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
 """Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
 
 
-def random_scores(wiring: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
+def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
     return {
-        name: torch.randn(len(group), generator=generator) for name, group in wiring.groups.items()
+        name: torch.randn(len(group), generator=generator)
+        for name, group in dependencies.groups.items()
     }
 
 
-def amount(wiring: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]) -> int:
+def amount(
+    dependencies: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]
+) -> int:
     if quantity == "macs":
-        return wiring.macs(removed)
+        return dependencies.macs(removed)
     if quantity == "params":
-        return wiring.params(removed)
-    return sum(len(g) - len(removed.get(name, ())) for name, g in wiring.groups.items())
+        return dependencies.params(removed)
+    return sum(len(g) - len(removed.get(name, ())) for name, g in dependencies.groups.items())
 
 
-def kept_counts(wiring: DependencyGraph, plan: PruningPlan) -> dict[str, int]:
-    return {name: len(g) - len(plan.removed.get(name, ())) for name, g in wiring.groups.items()}
+def kept_counts(dependencies: DependencyGraph, plan: PruningPlan) -> dict[str, int]:
+    return {
+        name: len(g) - len(plan.removed.get(name, ())) for name, g in dependencies.groups.items()
+    }
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.77, 0.95])
@@ -43,12 +48,14 @@ def kept_counts(wiring: DependencyGraph, plan: PruningPlan) -> dict[str, int]:
 def test_the_target_is_met_and_one_filter_more_would_miss_it(
     name: str, quantity: Quantity, fraction: float, generator: torch.Generator
 ) -> None:
-    wiring = wired(name, True)[1]
-    plan = make_plan(random_scores(wiring, generator), wiring, Budget(quantity, fraction), "random")
-    limit = fraction * amount(wiring, quantity, {})
-    assert amount(wiring, quantity, plan.removed) <= limit
+    dependencies = wired(name, True)[1]
+    plan = make_plan(
+        random_scores(dependencies, generator), dependencies, Budget(quantity, fraction), "random"
+    )
+    limit = fraction * amount(dependencies, quantity, {})
+    assert amount(dependencies, quantity, plan.removed) <= limit
     with_one_more = [
-        amount(wiring, quantity, {**plan.removed, group: filters[1:]})
+        amount(dependencies, quantity, {**plan.removed, group: filters[1:]})
         for group, filters in plan.removed.items()
     ]
     assert any(value > limit for value in with_one_more)
@@ -57,99 +64,108 @@ def test_the_target_is_met_and_one_filter_more_would_miss_it(
 @settings(deadline=None, max_examples=80, derandomize=True, database=None)
 @given(st.data())
 def test_every_group_keeps_the_same_share_but_for_one_filter(data: st.DataObject) -> None:
-    wiring = wired(data.draw(st.sampled_from(NAMES)), True)[1]
+    dependencies = wired(data.draw(st.sampled_from(NAMES)), True)[1]
     target = Budget(data.draw(st.sampled_from(QUANTITIES)), data.draw(st.floats(0.3, 1.0)))
-    scores = random_scores(wiring, torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    scores = random_scores(
+        dependencies, torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
     try:
-        plan = make_plan(scores, wiring, target, "random")
+        plan = make_plan(scores, dependencies, target, "random")
     except TargetError as error:
         assert "out of reach" in str(error)  # noqa: PT017 - both outcomes are right
         return
-    kept = kept_counts(wiring, plan)
-    assert all(1 <= count <= len(wiring.groups[name]) for name, count in kept.items())
+    kept = kept_counts(dependencies, plan)
+    assert all(1 <= count <= len(dependencies.groups[name]) for name, count in kept.items())
 
     def fits(share: float) -> bool:
-        least = {n: max(1, int(share * len(g) + 1e-9)) for n, g in wiring.groups.items()}
+        least = {n: max(1, int(share * len(g) + 1e-9)) for n, g in dependencies.groups.items()}
         return all(count in (least[name], least[name] + 1) for name, count in kept.items())
 
-    shares = {n / len(g) for g in wiring.groups.values() for n in range(len(g) + 1)}
+    shares = {n / len(g) for g in dependencies.groups.values() for n in range(len(g) + 1)}
     assert any(fits(share) for share in shares)
-    total = amount(wiring, target.quantity, {})
-    assert amount(wiring, target.quantity, plan.removed) <= target.fraction_left * total
+    total = amount(dependencies, target.quantity, {})
+    assert amount(dependencies, target.quantity, plan.removed) <= target.fraction_left * total
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lowest_scored_filters_go(name: str, generator: torch.Generator) -> None:
-    wiring = wired(name, True)[1]
-    scores = random_scores(wiring, generator)
-    plan = make_plan(scores, wiring, Budget("macs", 0.5), "random")
+    dependencies = wired(name, True)[1]
+    scores = random_scores(dependencies, generator)
+    plan = make_plan(scores, dependencies, Budget("macs", 0.5), "random")
     assert plan.removed
     for group, filters in plan.removed.items():
-        kept = [i for i in range(len(wiring.groups[group])) if i not in filters]
+        kept = [i for i in range(len(dependencies.groups[group])) if i not in filters]
         assert scores[group][list(filters)].max() < scores[group][kept].min()
         assert list(filters) == sorted(set(filters))
 
 
 def test_between_equal_scores_the_smaller_number_stays() -> None:
-    wiring = wired("chain")[1]
-    equal = {name: torch.full((len(group),), 0.5) for name, group in wiring.groups.items()}
-    plan = make_plan(equal, wiring, Budget("filters", 0.5), "equal")
+    dependencies = wired("chain")[1]
+    equal = {name: torch.full((len(group),), 0.5) for name, group in dependencies.groups.items()}
+    plan = make_plan(equal, dependencies, Budget("filters", 0.5), "equal")
     for name, filters in plan.removed.items():
-        size = len(wiring.groups[name])
+        size = len(dependencies.groups[name])
         assert filters == tuple(range(size - len(filters), size))
 
 
 def test_scores_closer_than_float32_can_tell_still_count() -> None:
-    wiring = wired("chain")[1]
+    dependencies = wired("chain")[1]
     scores = {
         name: 1 - 1e-12 * torch.arange(len(group), dtype=torch.float64).flip(0)
-        for name, group in wiring.groups.items()
+        for name, group in dependencies.groups.items()
     }
-    plan = make_plan(scores, wiring, Budget("filters", 0.5), "close")
+    plan = make_plan(scores, dependencies, Budget("filters", 0.5), "close")
     assert all(filters == tuple(range(len(filters))) for filters in plan.removed.values())
 
 
 def test_only_the_order_of_scores_matters(generator: torch.Generator) -> None:
-    wiring = wired("concat")[1]
-    scores = random_scores(wiring, generator)
+    dependencies = wired("concat")[1]
+    scores = random_scores(dependencies, generator)
     stretched = {name: 5 * score.exp() for name, score in scores.items()}
     target = Budget("params", 0.6)
-    assert make_plan(scores, wiring, target, "x") == make_plan(stretched, wiring, target, "x")
+    assert make_plan(scores, dependencies, target, "x") == make_plan(
+        stretched, dependencies, target, "x"
+    )
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_all_may_stay(quantity: Quantity, generator: torch.Generator) -> None:
-    wiring = wired("chain")[1]
-    scores = random_scores(wiring, generator)
-    assert make_plan(scores, wiring, Budget(quantity, 1.0), "random").removed == {}
+    dependencies = wired("chain")[1]
+    scores = random_scores(dependencies, generator)
+    assert make_plan(scores, dependencies, Budget(quantity, 1.0), "random").removed == {}
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_a_smaller_target_removes_no_fewer_of_any_group(
     quantity: Quantity, generator: torch.Generator
 ) -> None:
-    wiring = wired("concat")[1]
-    scores = random_scores(wiring, generator)
+    dependencies = wired("concat")[1]
+    scores = random_scores(dependencies, generator)
     amounts = [
-        amount(wiring, quantity, make_plan(scores, wiring, Budget(quantity, f), "x").removed)
+        amount(
+            dependencies,
+            quantity,
+            make_plan(scores, dependencies, Budget(quantity, f), "x").removed,
+        )
         for f in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     ]
     assert amounts == sorted(amounts)
 
 
 def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generator) -> None:
-    wiring = wired("residual")[1]
-    scores = random_scores(wiring, generator)
-    least = {name: tuple(range(1, len(group))) for name, group in wiring.groups.items()}
-    reached = wiring.macs(least) / wiring.macs()
+    dependencies = wired("residual")[1]
+    scores = random_scores(dependencies, generator)
+    least = {name: tuple(range(1, len(group))) for name, group in dependencies.groups.items()}
+    reached = dependencies.macs(least) / dependencies.macs()
     expected = (
         rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with the least "
-        r"in each of 2 prunable groups \(11 filters are frozen; prune_residual would free 6 of them; "
+        r"in each of 2 prunable groups \(11 filters are frozen; "
+        r"prune_residual would free 6 of them; "
     )
     with pytest.raises(TargetError, match=expected):
-        make_plan(scores, wiring, Budget("macs", 0.01), "random")
-    plan = make_plan(scores, wiring, Budget("macs", reached + 1e-9), "random")
-    assert set(kept_counts(wiring, plan).values()) == {1}
+        make_plan(scores, dependencies, Budget("macs", 0.01), "random")
+    plan = make_plan(scores, dependencies, Budget("macs", reached + 1e-9), "random")
+    assert set(kept_counts(dependencies, plan).values()) == {1}
 
 
 def without_groups() -> DependencyGraph:
@@ -281,47 +297,55 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 
 
 def test_scores_that_are_missing_or_no_numbers_are_refused() -> None:
-    wiring = wired("chain", False)[1]
-    scores = random_scores(wiring, torch.Generator().manual_seed(0))
-    name = next(iter(wiring.groups))
+    dependencies = wired("chain", False)[1]
+    scores = random_scores(dependencies, torch.Generator().manual_seed(0))
+    name = next(iter(dependencies.groups))
     target = Budget("macs", 0.7)
     with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
-        make_plan({**scores, name: scores[name][:-1]}, wiring, target, "own")
+        make_plan({**scores, name: scores[name][:-1]}, dependencies, target, "own")
     with pytest.raises(UsageError, match=f"'{name}' needs one score for each of"):
-        make_plan({n: s for n, s in scores.items() if n != name}, wiring, target, "own")
+        make_plan({n: s for n, s in scores.items() if n != name}, dependencies, target, "own")
     with pytest.raises(UsageError, match="not a finite number"):
-        make_plan({**scores, name: scores[name] * float("nan")}, wiring, target, "own")
+        make_plan({**scores, name: scores[name] * float("nan")}, dependencies, target, "own")
 
 
 @pytest.mark.parametrize("round_to", [2, 4])
 def test_widths_are_rounded_to_multiples_or_left_whole(
     round_to: int, generator: torch.Generator
 ) -> None:
-    wiring = wired("concat", True)[1]
+    dependencies = wired("concat", True)[1]
     plan = make_plan(
-        random_scores(wiring, generator), wiring, Budget("macs", 0.8), "random", round_to=round_to
+        random_scores(dependencies, generator),
+        dependencies,
+        Budget("macs", 0.8),
+        "random",
+        round_to=round_to,
     )
     assert plan.removed
-    assert wiring.macs(plan.removed) <= 0.8 * wiring.macs()
-    for name, count in kept_counts(wiring, plan).items():
-        assert count % round_to == 0 or count == len(wiring.groups[name])
+    assert dependencies.macs(plan.removed) <= 0.8 * dependencies.macs()
+    for name, count in kept_counts(dependencies, plan).items():
+        assert count % round_to == 0 or count == len(dependencies.groups[name])
 
 
 def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Generator) -> None:
     """A channel of the first group is two filters, one of each group of the convolution."""
-    wiring = wired("grouped", True)[1]
+    dependencies = wired("grouped", True)[1]
     plan = make_plan(
-        random_scores(wiring, generator), wiring, Budget("macs", 0.5), "random", round_to=4
+        random_scores(dependencies, generator),
+        dependencies,
+        Budget("macs", 0.5),
+        "random",
+        round_to=4,
     )
-    shape = wiring.shapes_after(plan.removed)["stem.0.weight"]
+    shape = dependencies.shapes_after(plan.removed)["stem.0.weight"]
     assert shape[0] in (4, 6)
-    assert wiring.shapes_after(plan.removed)["grouped.0.weight"][0] in (4, 8)
+    assert dependencies.shapes_after(plan.removed)["grouped.0.weight"][0] in (4, 8)
 
 
 def test_every_group_keeps_the_least_that_is_asked_for(generator: torch.Generator) -> None:
-    wiring = wired("chain")[1]
-    scores = random_scores(wiring, generator)
-    plan = make_plan(scores, wiring, Budget("filters", 0.7), "random", min_filters=4)
-    assert min(kept_counts(wiring, plan).values()) >= 4
+    dependencies = wired("chain")[1]
+    scores = random_scores(dependencies, generator)
+    plan = make_plan(scores, dependencies, Budget("filters", 0.7), "random", min_filters=4)
+    assert min(kept_counts(dependencies, plan).values()) >= 4
     with pytest.raises(TargetError, match="out of reach"):
-        make_plan(scores, wiring, Budget("filters", 0.2), "random", min_filters=4)
+        make_plan(scores, dependencies, Budget("filters", 0.2), "random", min_filters=4)

@@ -14,14 +14,14 @@ def test_the_table_tells_what_was_measured() -> None:
         "macs_left": 0.25,
         "parameters_left": 0.2,
         "seconds": {"before": [0.02, 0.01, 0.09], "after": [0.012]},
-        "latency_left_foretold": 0.58,
+        "latency_left_predicted": 0.58,
         "trials": [],
     }
     assert table([cell]).splitlines()[-1] == (
         "| resnet56 | `latency=0.6` | 99.00 → 50.00 | 90.00 → 45.67 | 0.250 | 0.580 | 0.600 "
         "| 20.0 → 12.0 |"
     )
-    assert "| – | 0.600 |" in table([cell | {"latency_left_foretold": None}])
+    assert "| – | 0.600 |" in table([cell | {"latency_left_predicted": None}])
 
 
 def test_the_page_is_that_of_the_result_file() -> None:

@@ -11,7 +11,7 @@ def test_public_names() -> None:
         *(
             "SecateurError",
             "Target",
-            "Wiring",
+            "DependencyGraph",
             "apply_plan",
             "evaluate",
             "load",

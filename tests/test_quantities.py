@@ -79,48 +79,48 @@ ALL = [*NETWORKS, "views"]
 def test_macs_and_parameters_are_those_that_the_wiring_counts(
     name: str, generator: torch.Generator
 ) -> None:
-    wiring = some_wiring(name)[1]
-    macs, params = count_quantity(wiring, "macs"), count_quantity(wiring, "params")
-    for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(5))):
-        assert macs(removed) == wiring.macs(removed)
-        assert params(removed) == wiring.params(removed)
+    dependencies = some_wiring(name)[1]
+    macs, params = count_quantity(dependencies, "macs"), count_quantity(dependencies, "params")
+    for removed in ({}, *(random_plan(dependencies, generator).removed for _ in range(5))):
+        assert macs(removed) == dependencies.macs(removed)
+        assert params(removed) == dependencies.params(removed)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_memory_is_what_is_alive_as_the_cut_network_runs(
     name: str, generator: torch.Generator
 ) -> None:
-    model, wiring = some_wiring(name)
-    memory, image = count_quantity(wiring, "memory"), random_images(1)
-    for removed in ({}, *(random_plan(wiring, generator).removed for _ in range(3))):
-        smaller = cut(model, wiring, removed).eval()
+    model, dependencies = some_wiring(name)
+    memory, image = count_quantity(dependencies, "memory"), random_images(1)
+    for removed in ({}, *(random_plan(dependencies, generator).removed for _ in range(3))):
+        smaller = cut(model, dependencies, removed).eval()
         graph = trace(smaller, random_images(2))
         assert memory(removed) == live_bytes(graph, tensors_of(smaller), image)
 
 
 def test_memory_of_a_chain() -> None:
-    wiring = wired("chain")[1]
-    memory = count_quantity(wiring, "memory")
+    dependencies = wired("chain")[1]
+    memory = count_quantity(dependencies, "memory")
     assert memory({}) == 4 * (6 + 6) * 8 * 8  # what the first norm reads and writes
     assert memory({"conv1": (0, 3, 5)}) == 4 * (3 + 3) * 8 * 8
     assert memory({"conv1": (0, 1, 2, 3, 4)}) == 4 * (3 + 1) * 8 * 8  # the image, and one filter
 
 
 def test_filters_are_counted_where_they_can_go() -> None:
-    wiring = wired("chain")[1]
-    assert count_quantity(wiring, "filters")({}) == 13
-    assert count_quantity(wiring, "filters")({"conv1": (1, 2)}) == 11
+    dependencies = wired("chain")[1]
+    assert count_quantity(dependencies, "filters")({}) == 13
+    assert count_quantity(dependencies, "filters")({"conv1": (1, 2)}) == 11
 
 
 def test_volumes_count_repeated_and_fixed_channels() -> None:
-    wiring = wired("chain")[1]
-    first = wiring.groups["conv1"].channels[:2]
+    dependencies = wired("chain")[1]
+    first = dependencies.groups["conv1"].channels[:2]
     fixed = first * 0 - 1
     rows = [(), (5,), (first, 3), (first.repeat(3), first), (fixed,), (first[:1], fixed, first)]
-    volumes = TensorSizes(wiring, rows)
+    volumes = TensorSizes(dependencies, rows)
     assert volumes({}).tolist() == [1, 5, 6, 12, 2, 4]
     assert volumes({"conv1": (1,)}).tolist() == [1, 5, 3, 3, 2, 2]
-    assert TensorSizes(wiring, [])({}).tolist() == []
+    assert TensorSizes(dependencies, [])({}).tolist() == []
 
 
 def test_latency_needs_a_table() -> None:

@@ -65,14 +65,16 @@ def state_of(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
 def assert_all_holds(spec: Spec, prune_residual: bool, seed: int) -> None:
     model, images = build(spec), random_images(3).double()
     names, state = state_of(model)
-    wiring = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
+    dependencies = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
     with torch.no_grad():
         expected = model(images)
         nothing = PruningPlan({}, Budget("macs", 0.5), "none")
-        assert relative_error(masked_overrides(model, wiring, nothing)(images), expected) < 1e-9
-    assert wiring.macs() == counted_macs(model, images)
-    plan = random_plan(wiring, seed)
-    cut = assert_law(model, wiring, plan, images, limit=1e-6)
+        assert (
+            relative_error(masked_overrides(model, dependencies, nothing)(images), expected) < 1e-9
+        )
+    assert dependencies.macs() == counted_macs(model, images)
+    plan = random_plan(dependencies, seed)
+    cut = assert_law(model, dependencies, plan, images, limit=1e-6)
     torch.stack([one.sum() for one in several(cut.train()(images))]).sum().backward()
     after_names, after_state = state_of(model)
     assert after_names == names

@@ -1,4 +1,5 @@
-"""Reading a network's wiring: what is excluded, what is tried, and what is left behind."""
+"""Reading a network's dependency graph: what is excluded, what is tried, and what is left
+behind."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ from secateur.pruning.apply import check_plan
 from secateur.pruning.plan import PruningPlan, make_plan
 
 
-def any_plan(wiring: DependencyGraph) -> PruningPlan:
-    return random_plan(wiring, torch.Generator().manual_seed(0))
+def any_plan(dependencies: DependencyGraph) -> PruningPlan:
+    return random_plan(dependencies, torch.Generator().manual_seed(0))
 
 
 def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
-    wiring = build_dependency_graph(
+    dependencies = build_dependency_graph(
         make_network("concat"), random_images(1), exclude=("left.*", "join.0")
     )
-    assert list(wiring.groups) == ["stem.0", "right.0"]
-    reasons = {group.name: group.reason for group in wiring.frozen}
+    assert list(dependencies.groups) == ["stem.0", "right.0"]
+    reasons = {group.name: group.reason for group in dependencies.frozen}
     assert reasons["left.0"] == "excluded by 'left.*'"
     assert reasons["join.0"] == "excluded by 'join.0'"
 
@@ -54,26 +55,26 @@ class Split(nn.Module):
 
 def test_attributes_that_hold_a_size_follow_the_cut() -> None:
     model = Split().eval()
-    wiring = build_dependency_graph(model, random_images(1))
-    assert list(wiring.groups) == ["stem", "inner", "outer"]
+    dependencies = build_dependency_graph(model, random_images(1))
+    assert list(dependencies.groups) == ["stem", "inner", "outer"]
     plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Budget("macs", 0.5), "by hand")
-    cut = assert_law(model, wiring, plan, random_images())
+    cut = assert_law(model, dependencies, plan, random_images())
     assert isinstance(cut, Split)
     assert cut.sizes == [2, 3]
     assert model.sizes == [3, 5]
 
 
 def test_a_piece_of_a_split_is_never_emptied() -> None:
-    wiring = build_dependency_graph(Split().eval(), random_images(1))
-    stem = wiring.groups["stem"].channels
-    covered = [set(cover.tolist()) for cover in wiring.covers]
+    dependencies = build_dependency_graph(Split().eval(), random_images(1))
+    stem = dependencies.groups["stem"].channels
+    covered = [set(cover.tolist()) for cover in dependencies.covers]
     assert set(stem[:3].tolist()) in covered
     assert set(stem[3:].tolist()) in covered
-    scores = {name: torch.arange(len(group)).float() for name, group in wiring.groups.items()}
-    plan = make_plan(scores, wiring, Budget("macs", 0.35), "by hand")
+    scores = {name: torch.arange(len(group)).float() for name, group in dependencies.groups.items()}
+    plan = make_plan(scores, dependencies, Budget("macs", 0.35), "by hand")
     assert 0 < sum(number < 3 for number in plan.removed["stem"]) < 3
     with pytest.raises(RunFolderError, match="leaves nothing of a part of 'stem'"):
-        check_plan(wiring, PruningPlan({"stem": (0, 1, 2)}, Budget("macs", 0.5), "by hand"))
+        check_plan(dependencies, PruningPlan({"stem": (0, 1, 2)}, Budget("macs", 0.5), "by hand"))
 
 
 class Cached(nn.Module):
@@ -94,10 +95,10 @@ class Cached(nn.Module):
 
 def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it() -> None:
     model = Cached().eval()
-    wiring = build_dependency_graph(model, random_images(1))
+    dependencies = build_dependency_graph(model, random_images(1))
     assert model.cache == {}
-    assert list(wiring.groups) == ["conv"]
-    assert_law(model, wiring, any_plan(wiring), random_images())
+    assert list(dependencies.groups) == ["conv"]
+    assert_law(model, dependencies, any_plan(dependencies), random_images())
 
 
 class Aside(nn.Module):
@@ -119,6 +120,6 @@ class Aside(nn.Module):
 def test_only_sums_around_layers_make_a_stream() -> None:
     model = Aside().eval()
     assert list(build_dependency_graph(model, random_images(1)).groups) == ["left"]
-    wiring = build_dependency_graph(model, random_images(1), prune_residual=True)
-    assert list(wiring.groups) == ["stem", "left"]
-    assert_law(model, wiring, any_plan(wiring), random_images())
+    dependencies = build_dependency_graph(model, random_images(1), prune_residual=True)
+    assert list(dependencies.groups) == ["stem", "left"]
+    assert_law(model, dependencies, any_plan(dependencies), random_images())

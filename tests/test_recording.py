@@ -26,8 +26,8 @@ def rebuilt(model: nn.Module) -> ProgramNetwork:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_program_of_a_cut_network_is_bit_equal(name: str, generator: torch.Generator) -> None:
-    model, wiring = wired(name)
-    smaller = apply_plan(model, wiring, random_plan(wiring, generator))
+    model, dependencies = wired(name)
+    smaller = apply_plan(model, dependencies, random_plan(dependencies, generator))
     network = rebuilt(smaller)
     with torch.inference_mode():
         for count in (1, 2, 5):

@@ -60,12 +60,12 @@ def plan_of(**removed: tuple[int, ...]) -> PruningPlan:
     return PruningPlan(names, Budget("macs", 0.5), "test")
 
 
-def half_of(wiring: DependencyGraph, seed: int = 0) -> PruningPlan:
+def half_of(dependencies: DependencyGraph, seed: int = 0) -> PruningPlan:
     """A plan that removes a random half of every group."""
     generator = torch.Generator().manual_seed(seed)
     removed = {
         name: tuple(sorted(torch.randperm(len(group), generator=generator)[: len(group) // 2]))
-        for name, group in wiring.groups.items()
+        for name, group in dependencies.groups.items()
     }
     return PruningPlan(
         {name: tuple(int(f) for f in filters) for name, filters in removed.items()},
@@ -78,7 +78,7 @@ _wirings: dict[str, DependencyGraph] = {}
 
 
 def wiring_of(model: nn.Module) -> DependencyGraph:
-    """The wiring, traced once for all networks that are built alike."""
+    """The dependency graph, traced once for all networks that are built alike."""
     built = repr(model)
     if built not in _wirings:
         _wirings[built] = build_dependency_graph(model, random_images(2))
@@ -93,9 +93,9 @@ def cut_and_refit(
     *,
     seed: int = 0,
 ) -> tuple[nn.Module, tuple[LayerRefit, ...]]:
-    wiring = wiring_of(model)
-    smaller = apply_plan(model, wiring, plan)
-    results = refit(model, smaller, wiring, plan, batches, settings, seed=seed)
+    dependencies = wiring_of(model)
+    smaller = apply_plan(model, dependencies, plan)
+    results = refit(model, smaller, dependencies, plan, batches, settings, seed=seed)
     return smaller, results
 
 
@@ -188,7 +188,7 @@ def test_the_same_seed_draws_the_same_positions() -> None:
 def test_only_readers_are_refitted_where_that_is_asked_for() -> None:
     model = make_network("residual")
     plan = plan_of(conv1__0=(0,))
-    _, readers = cut_and_refit(model, plan, settings=RefitSection(layers="readers"))
+    _, readers = cut_and_refit(model, plan, settings=RefitSection(layers="consumers"))
     _, downstream = cut_and_refit(model, plan, settings=RefitSection(layers="downstream"))
     assert [result.layer for result in readers] == ["conv2.0"]
     assert [result.layer for result in downstream] == ["conv2.0", "conv3.0", "conv4.0", "linear"]
@@ -423,8 +423,8 @@ GEOMETRIES: dict[str, Callable[[], nn.Conv2d]] = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
     model = OneConvolution(GEOMETRIES[geometry]).eval()
-    wiring = wiring_of(model)
-    (layer,) = [layer for layer in wiring.layers if layer.name == "conv"]
+    dependencies = wiring_of(model)
+    (layer,) = [layer for layer in dependencies.layers if layer.name == "conv"]
     window = window_of(layer.node, model.conv.kernel_size)
     inputs = torch.randn(3, 4, 8, 8)
     with torch.no_grad():
@@ -605,9 +605,9 @@ def with_combination(name: str) -> tuple[nn.Module, PruningPlan]:
                 combine = [(one, 0.5), (other, -2.0)]
             for tensor in tensors_of(model.get_submodule("stem")).values():
                 tensor[lost] = sum(weight * tensor[channel] for channel, weight in combine)
-    wiring = wiring_of(model)
-    (group,) = [name for name in wiring.groups if name.startswith("stem")]
-    size = len(wiring.groups[group])
+    dependencies = wiring_of(model)
+    (group,) = [name for name in dependencies.groups if name.startswith("stem")]
+    size = len(dependencies.groups[group])
     return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Budget("macs", 0.5), "test")
 
 
@@ -632,8 +632,8 @@ def test_combinations_of_kept_channels_are_repaired(name: str, form: RefitForm) 
 def test_no_consumer_gets_worse(name: str, form: RefitForm) -> None:
     torch.manual_seed(11)
     model = make_network(name) if name in NETWORKS else Consumer(CONSUMERS[name]).eval()
-    wiring = wiring_of(model)
-    plan = random_plan(wiring, torch.Generator().manual_seed(5))
+    dependencies = wiring_of(model)
+    plan = random_plan(dependencies, torch.Generator().manual_seed(5))
     smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=5, form=form))
     assert bool(results) == bool(plan.removed)
     assert_finite(smaller, results)
@@ -645,9 +645,9 @@ def test_groups_that_went_are_not_read() -> None:
     """Of a convolution in four groups of two whole groups go; its answers can be met exactly."""
     torch.manual_seed(11)
     model = Consumer(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4)).eval()
-    wiring = wiring_of(model)
-    (group,) = [name for name in wiring.groups if name.startswith("stem")]
-    assert len(wiring.groups[group]) == 4
+    dependencies = wiring_of(model)
+    (group,) = [name for name in dependencies.groups if name.startswith("stem")]
+    assert len(dependencies.groups[group]) == 4
     plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
     for form in FORMS:
         settings = RefitSection(positions=16, form=form)
@@ -793,22 +793,22 @@ def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[1] *= -1.0
-    wiring, images = wiring_of(model), random_images(4)
+    dependencies, images = wiring_of(model), random_images(4)
     state = tensors_of(model)
-    remains = KeptChannels(wiring, {})
+    remains = KeptChannels(dependencies, {})
     seen = 0
-    for layer in wiring.layers:
+    for layer in dependencies.layers:
         target = target_layer(refit_layer(layer, remains))
         if not target.rectified:
             continue
-        full, cut = (GraphInterpreter(wiring.graph, state, images) for _ in range(2))
+        full, cut = (GraphInterpreter(dependencies.graph, state, images) for _ in range(2))
         full.advance(layer.node)
         cut.advance(layer.node)
         positions = torch.arange(target.consumer.positions).expand(4, -1)
         answer = target.at(full, cut, state, positions)
         last = target.sum or target.norm
         assert last is not None
-        value = GraphInterpreter(wiring.graph, state, images).step(last)
+        value = GraphInterpreter(dependencies.graph, state, images).step(last)
         rectified = answer.let_through(answer.wanted) > 0
         expected = value.flatten(2).movedim(1, -1)
         assert torch.equal(rectified[expected.abs() > 1e-4], (expected > 0)[expected.abs() > 1e-4])

@@ -314,7 +314,7 @@ def test_the_report_of_resnet20_on_cifar10(
                 "calibration_images": 200,
             },
             "plan": {"target": "macs=0.7"},
-            "refit": {"layers": "readers", "positions": 8},
+            "refit": {"layers": "consumers", "positions": 8},
             "finetune": {"epochs": 0},
             "report": {"images": 100},
         },

@@ -40,14 +40,14 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_batches_fit_into_what_is_free() -> None:
-    wiring = build_dependency_graph(Residual(), random_images(2))
-    each = peak_bytes(wiring)({})
-    assert 0 < each < total_bytes(wiring)
-    assert batch_that_fits(wiring, 100, 2**40, with_gradients=False) == 100
+    dependencies = build_dependency_graph(Residual(), random_images(2))
+    each = peak_bytes(dependencies)({})
+    assert 0 < each < total_bytes(dependencies)
+    assert batch_that_fits(dependencies, 100, 2**40, with_gradients=False) == 100
     tight = int(10 * each / SHARE)
-    assert batch_that_fits(wiring, 100, tight, with_gradients=False) == 10
-    assert LEAST_BATCH <= batch_that_fits(wiring, 100, tight, with_gradients=True) < 10
-    assert batch_that_fits(wiring, 100, 0, with_gradients=False) == LEAST_BATCH
+    assert batch_that_fits(dependencies, 100, tight, with_gradients=False) == 10
+    assert LEAST_BATCH <= batch_that_fits(dependencies, 100, tight, with_gradients=True) < 10
+    assert batch_that_fits(dependencies, 100, 0, with_gradients=False) == LEAST_BATCH
 
 
 def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(

@@ -39,8 +39,10 @@ def probe(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
 
 
 def source_of(network: tuple[nn.Module, DependencyGraph], text: str) -> concepts.ConceptSource:
-    model, wiring = network
-    return concepts.make(text, wiring.graph, tensors_of(model), CLASS_NAMES, Preprocessing(8, 8))
+    model, dependencies = network
+    return concepts.make(
+        text, dependencies.graph, tensors_of(model), CLASS_NAMES, Preprocessing(8, 8)
+    )
 
 
 def scores_by(
@@ -135,17 +137,17 @@ def test_the_order_of_the_filters_is_that_of_the_layer(
     network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     """Silencing the last filter of a group takes all of its votes, and only its."""
-    model, wiring = network
-    name, group = next(iter(wiring.groups.items()))
+    model, dependencies = network
+    name, group = next(iter(dependencies.groups.items()))
     last = len(group) - 1
     twin = make_network("chain" if name == "conv1" else "concat")
     with torch.no_grad():
-        for slots in wiring.slots:
+        for slots in dependencies.slots:
             if slots.dim == 0 and slots.tensor.endswith(("weight", "bias")):
                 at = [i for i, c in enumerate(slots.channels) if c == group.channels[last]]
                 twin.get_parameter(slots.tensor)[at] = 0.0
-    before = scores_by(["vote-response", "l1"], (model, wiring))
-    after = scores_by(["vote-response", "l1"], (twin, wiring))
+    before = scores_by(["vote-response", "l1"], (model, dependencies))
+    after = scores_by(["vote-response", "l1"], (twin, dependencies))
     assert after["vote-response"].scores[name][last] == 0
     assert after["l1"].scores[name][last] == 0
     assert torch.equal(after["l1"].scores[name][:last], before["l1"].scores[name][:last])
@@ -174,7 +176,7 @@ class Counting:
 def test_onlookers_see_every_image_in_the_same_pass(
     network: tuple[nn.Module, DependencyGraph], names: list[str]
 ) -> None:
-    wiring = network[1]
+    dependencies = network[1]
     counting = Counting()
     found = score_filters(
         *network,
@@ -184,5 +186,5 @@ def test_onlookers_see_every_image_in_the_same_pass(
         SETTINGS,
         observers=(counting,),
     )
-    assert counting.images == dict.fromkeys(wiring.groups, len(IMAGES))
+    assert counting.images == dict.fromkeys(dependencies.groups, len(IMAGES))
     assert_same(found, scores_by(names, network))

@@ -15,7 +15,15 @@ def row_of(mode: str, **more: object) -> Row:
 
 
 def test_the_table_of_cutting_compares_medians() -> None:
-    steps = ("wiring", "scores", "plan", "surgery", "peer_graph", "peer_pruner", "peer_cut")
+    steps = (
+        "dependency graph",
+        "scores",
+        "plan",
+        "surgery",
+        "peer_graph",
+        "peer_pruner",
+        "peer_cut",
+    )
     seconds = {step: [1.0, 2.0, 90.0] for step in steps}
     seconds["peer_cut"] = [6.0]
     failed = row_of("surgery", outcome="failed", reason="It broke")

@@ -113,7 +113,7 @@ def test_seeds_that_happen_to_agree_are_not_sure() -> None:
     assert found is not None
     # Two values, each rounded to a step: variance step² / 12 each; t of one degree: 12.706.
     assert found.high - found.mean == pytest.approx(12.706 * math.sqrt(step**2 / 6 / 2), rel=1e-3)
-    assert found.verdict == "not told apart"
+    assert found.verdict == "not significantly different"
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:
@@ -128,7 +128,7 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.1, 2.0, "better"), (-0.1, 2.0, "not told apart"), (-2.0, -0.1, "worse")],
+    [(0.1, 2.0, "better"), (-0.1, 2.0, "not significantly different"), (-2.0, -0.1, "worse")],
 )
 def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, verdict: str) -> None:
     assert Difference((low + high) / 2, low, high, 5).verdict == verdict
@@ -176,7 +176,7 @@ def test_standings_by_hand(cells: list[JobResult]) -> None:
     assert overall is not None
     # Means over settings by seed: 1.0, 0.05, 0.45.
     assert overall.mean == pytest.approx(0.5)
-    assert overall.verdict == "not told apart"
+    assert overall.verdict == "not significantly different"
     lacking = found.overall("random")
     assert lacking is not None
     assert lacking.seeds == 2
@@ -198,7 +198,7 @@ def test_tables_say_what_the_standings_are(
     assert "2 to 3 seeds" in accuracy.note
     assert difference.title == "Difference to l1"
     assert difference.rows[0][:2] == ("vote", "+1.00 [+0.75, +1.25]")
-    assert difference.rows[0][-1] == "not told apart"
+    assert difference.rows[0][-1] == "not significantly different"
     assert difference.rows[1][-1] == "worse"
     assert failed.rows == (("net, random, macs=0.7, seed 2", HOSTILE),)
     assert "&lt;img" in failed.markdown()

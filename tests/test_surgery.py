@@ -42,33 +42,33 @@ def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
 def test_a_cut_network_equals_the_silenced_one(
     name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, prune_residual)
-    plan, images = random_plan(wiring, generator), random_images()
-    assert_law(model, wiring, plan, images)
+    model, dependencies = wired(name, prune_residual)
+    plan, images = random_plan(dependencies, generator), random_images()
+    assert_law(model, dependencies, plan, images)
     with torch.no_grad():
-        assert relative_error(apply_plan(model, wiring, plan)(images), model(images)) > 5e-4
+        assert relative_error(apply_plan(model, dependencies, plan)(images), model(images)) > 5e-4
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
 @given(st.data())
 def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(NETWORKS)))
-    model, wiring = wired(name, data.draw(st.booleans()))
+    model, dependencies = wired(name, data.draw(st.booleans()))
     removed = {
         group: tuple(
             sorted(data.draw(st.sets(st.integers(0, len(each) - 1), max_size=len(each) - 1)))
         )
-        for group, each in wiring.groups.items()
+        for group, each in dependencies.groups.items()
     }
     plan = plan_of(removed)
-    assert_law(model, wiring, plan, random_images(2))
+    assert_law(model, dependencies, plan, random_images(2))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_filter_may_be_left_in_every_group(name: str) -> None:
-    model, wiring = wired(name, True)
-    removed = {group: tuple(range(1, len(each))) for group, each in wiring.groups.items()}
-    assert_law(model, wiring, plan_of(removed), random_images())
+    model, dependencies = wired(name, True)
+    removed = {group: tuple(range(1, len(each))) for group, each in dependencies.groups.items()}
+    assert_law(model, dependencies, plan_of(removed), random_images())
 
 
 @cache
@@ -82,13 +82,13 @@ def wired_large(name: str, side: int, prune_residual: bool) -> tuple[nn.Module, 
 
 
 def assert_large(name: str, side: int, prune_residual: bool, generator: torch.Generator) -> None:
-    model, wiring = wired_large(name, side, prune_residual)
-    images, plan = random_images(2, side), random_plan(wiring, generator)
-    assert_law(model, wiring, plan, images)
-    assert wiring.macs() == counted_macs(model, images)
-    cut = apply_plan(model, wiring, plan)
-    assert wiring.macs(plan.removed) == counted_macs(cut, images) < wiring.macs()
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    model, dependencies = wired_large(name, side, prune_residual)
+    images, plan = random_images(2, side), random_plan(dependencies, generator)
+    assert_law(model, dependencies, plan, images)
+    assert dependencies.macs() == counted_macs(model, images)
+    cut = apply_plan(model, dependencies, plan)
+    assert dependencies.macs(plan.removed) == counted_macs(cut, images) < dependencies.macs()
+    assert dependencies.params(plan.removed) == sum(one.numel() for one in cut.parameters())
     with torch.no_grad():
         assert relative_error(cut(images), model(images)) > 1e-3
 
@@ -131,33 +131,33 @@ def test_inner_layers_of_blocks_are_prunable_and_the_streams_frozen(
     name: str, groups: int, frozen: int
 ) -> None:
     """One group for each of the nine or eight blocks; stages and classes are frozen."""
-    wiring = wired_large(name, 32 if name == "resnet20" else 64, False)[1]
-    assert len(wiring.groups) == groups
-    assert all(group.name.endswith("conv1") for group in wiring.groups.values())
-    assert len(wiring.frozen) == frozen
+    dependencies = wired_large(name, 32 if name == "resnet20" else 64, False)[1]
+    assert len(dependencies.groups) == groups
+    assert all(group.name.endswith("conv1") for group in dependencies.groups.values())
+    assert len(dependencies.frozen) == frozen
 
 
 def test_every_convolution_of_vgg_is_a_group() -> None:
-    wiring = wired_large("vgg16_bn", 32, False)[1]
-    assert len(wiring.groups) == 13
-    assert [group.name for group in wiring.frozen] == ["classifier"]
+    dependencies = wired_large("vgg16_bn", 32, False)[1]
+    assert len(dependencies.groups) == 13
+    assert [group.name for group in dependencies.frozen] == ["classifier"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_removing_nothing_changes_nothing(name: str) -> None:
-    model, wiring = wired(name, True)
-    same, images = apply_plan(model, wiring, plan_of({})), random_images()
+    model, dependencies = wired(name, True)
+    same, images = apply_plan(model, dependencies, plan_of({})), random_images()
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
-        silenced = masked_overrides(model, wiring, plan_of({}))(images)
+        silenced = masked_overrides(model, dependencies, plan_of({}))(images)
         assert relative_error(silenced, model(images)) < 1e-6
 
 
 def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
-    model, wiring = wired("chain")
+    model, dependencies = wired("chain")
     images = random_images()
-    at_once = apply_plan(model, wiring, plan_of({"conv1": (1, 4), "conv2": (0, 2)}))
-    first = apply_plan(model, wiring, plan_of({"conv1": (1,), "conv2": (2,)}))
+    at_once = apply_plan(model, dependencies, plan_of({"conv1": (1, 4), "conv2": (0, 2)}))
+    first = apply_plan(model, dependencies, plan_of({"conv1": (1,), "conv2": (2,)}))
     again = build_dependency_graph(first, images)
     second = apply_plan(first, again, plan_of({"conv1": (3,), "conv2": (0,)}))
     with torch.no_grad():
@@ -166,10 +166,10 @@ def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
 
 def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
     model = make_network("residual")
-    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
+    dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
     before = copy.deepcopy(model.state_dict())
     shapes = {name: str(module) for name, module in model.named_modules()}
-    cut = apply_plan(model, wiring, random_plan(wiring, generator))
+    cut = apply_plan(model, dependencies, random_plan(dependencies, generator))
     with torch.no_grad():
         for parameter in cut.parameters():
             parameter.fill_(7)
@@ -182,8 +182,8 @@ def test_the_network_itself_is_not_touched(generator: torch.Generator) -> None:
 def test_modes_are_kept() -> None:
     model = Chain().train()
     model.bn1.eval()
-    wiring = build_dependency_graph(model, random_images(2))
-    cut = apply_plan(model, wiring, plan_of({"conv1": (0,)}))
+    dependencies = build_dependency_graph(model, random_images(2))
+    cut = apply_plan(model, dependencies, plan_of({"conv1": (0,)}))
     modes = {name: module.training for name, module in model.named_modules()}
     assert {name: module.training for name, module in cut.named_modules()} == modes
     assert not cut.get_submodule("bn1").training
@@ -191,12 +191,12 @@ def test_modes_are_kept() -> None:
 
 def test_hooks_are_kept() -> None:
     model = make_network("chain")
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     seen: list[torch.Size] = []
     model.get_submodule("conv1").register_forward_hook(
         lambda module, inputs, output: seen.append(output.shape)
     )
-    apply_plan(model, wiring, plan_of({"conv1": (0, 3)}))(random_images())
+    apply_plan(model, dependencies, plan_of({"conv1": (0, 3)}))(random_images())
     assert seen == [(3, 4, 8, 8)]
 
 
@@ -204,8 +204,8 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
     model = make_network("chain")
     for name in ("conv1.weight", "bn2.bias"):
         model.get_parameter(name).requires_grad_(False)
-    wiring = build_dependency_graph(model, random_images(2))
-    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1,)}))
+    dependencies = build_dependency_graph(model, random_images(2))
+    cut = apply_plan(model, dependencies, plan_of({"conv1": (0,), "conv2": (1,)}))
     expected = {name: one.requires_grad for name, one in model.named_parameters()}
     assert {name: one.requires_grad for name, one in cut.named_parameters()} == expected
     cut(random_images()).sum().backward()
@@ -215,27 +215,27 @@ def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_type_of_numbers_is_kept(dtype: torch.dtype) -> None:
     model = make_network("chain").to(dtype)
-    wiring = build_dependency_graph(model, random_images(2).to(dtype))
-    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
+    dependencies = build_dependency_graph(model, random_images(2).to(dtype))
+    cut = apply_plan(model, dependencies, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     expected = {name: one.dtype for name, one in model.state_dict().items()}
     assert {name: one.dtype for name, one in cut.state_dict().items()} == expected
 
 
 def test_the_memory_format_is_kept() -> None:
     model: nn.Module = make_network("chain").to(memory_format=torch.channels_last)
-    wiring = build_dependency_graph(model, random_images(2))
-    cut = apply_plan(model, wiring, plan_of({"conv1": (0,), "conv2": (1, 2)}))
+    dependencies = build_dependency_graph(model, random_images(2))
+    cut = apply_plan(model, dependencies, plan_of({"conv1": (0,), "conv2": (1, 2)}))
     for name in ("conv1.weight", "conv2.weight"):
         kernel = cut.get_parameter(name)
         assert kernel.is_contiguous(memory_format=torch.channels_last)
         assert not kernel.is_contiguous()
-    plain = apply_plan(make_network("chain"), wiring, plan_of({"conv1": (0,)}))
+    plain = apply_plan(make_network("chain"), dependencies, plan_of({"conv1": (0,)}))
     assert all(one.is_contiguous() for one in plain.parameters())
 
 
 def test_modules_state_their_new_sizes() -> None:
-    model, wiring = wired("depthwise")
-    cut = apply_plan(model, wiring, plan_of({"expand.0": (0, 1), "project": (3,)}))
+    model, dependencies = wired("depthwise")
+    cut = apply_plan(model, dependencies, plan_of({"expand.0": (0, 1), "project": (3,)}))
     expand, depthwise = cut.get_submodule("expand.0"), cut.get_submodule("depthwise.0")
     project, norm = cut.get_submodule("project"), cut.get_submodule("depthwise.1")
     linear = cut.get_submodule("linear")
@@ -264,30 +264,30 @@ def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
             return logits
 
     model = OneChannel().eval()
-    wiring = build_dependency_graph(model, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
     plan = plan_of({"widen": (0, 2)})
-    widen = apply_plan(model, wiring, plan).get_submodule("widen")
+    widen = apply_plan(model, dependencies, plan).get_submodule("widen")
     assert isinstance(widen, nn.Conv2d)
     assert (widen.in_channels, widen.out_channels, widen.groups) == (1, 4, 1)
-    assert_law(model, wiring, plan, random_images())
+    assert_law(model, dependencies, plan, random_images())
 
 
 def test_tied_kernels_stay_tied() -> None:
-    model, wiring = wired("tied_weights")
-    cut = apply_plan(model, wiring, plan_of({"one": (2, 5), "stem.0": (1,)}))
+    model, dependencies = wired("tied_weights")
+    cut = apply_plan(model, dependencies, plan_of({"one": (2, 5), "stem.0": (1,)}))
     assert cut.get_parameter("one.weight") is cut.get_parameter("other.weight")
     assert cut.get_parameter("one.weight").shape == (4, 3, 3, 3)
 
 
 def test_a_state_dict_of_the_cut_network_fits_a_second_cut() -> None:
-    model, wiring = wired("concat")
+    model, dependencies = wired("concat")
     plan = plan_of({"left.0": (0, 4), "join.0": (1,)})
-    saved = apply_plan(model, wiring, plan).state_dict()
-    other = apply_plan(make_network("concat", seed=5), wiring, plan)
+    saved = apply_plan(model, dependencies, plan).state_dict()
+    other = apply_plan(make_network("concat", seed=5), dependencies, plan)
     other.load_state_dict(saved, strict=True)
     images = random_images()
     with torch.no_grad():
-        assert torch.equal(other(images), apply_plan(model, wiring, plan)(images))
+        assert torch.equal(other(images), apply_plan(model, dependencies, plan)(images))
 
 
 @pytest.mark.parametrize(
@@ -304,21 +304,21 @@ def test_a_state_dict_of_the_cut_network_fits_a_second_cut() -> None:
 def test_a_plan_that_does_not_fit_is_refused(
     removed: dict[str, tuple[int, ...]], message: str
 ) -> None:
-    model, wiring = wired("chain")
+    model, dependencies = wired("chain")
     with pytest.raises(RunFolderError, match=message):
-        check_plan(wiring, plan_of(removed))
+        check_plan(dependencies, plan_of(removed))
     with pytest.raises(RunFolderError, match=message):
-        apply_plan(model, wiring, plan_of(removed))
+        apply_plan(model, dependencies, plan_of(removed))
 
 
 def test_silence_is_zero_where_the_channel_is_read() -> None:
     """By hand: the removed filter's scale and shift at 0 do the same in a chain without bias."""
-    model, wiring = wired("chain")
+    model, dependencies = wired("chain")
     by_hand, images = copy.deepcopy(model), random_images()
     with torch.no_grad():
         by_hand.get_parameter("bn1.weight")[2] = 0
         by_hand.get_parameter("bn1.bias")[2] = 0
-        silenced = masked_overrides(model, wiring, plan_of({"conv1": (2,)}))(images)
+        silenced = masked_overrides(model, dependencies, plan_of({"conv1": (2,)}))(images)
         assert relative_error(silenced, by_hand(images)) < 1e-6
 
 

@@ -28,10 +28,10 @@ def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_layer_is_timed_at_its_own_width_and_narrower(
     name: str, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, True)
-    table = timing.measure_latency(model, wiring, random_images(2))
-    assert [layer.layer for layer in table.layers] == [layer.name for layer in wiring.layers]
-    for times, widths in zip(table.layers, widths_of(wiring), strict=True):
+    model, dependencies = wired(name, True)
+    table = timing.measure_latency(model, dependencies, random_images(2))
+    assert [layer.layer for layer in table.layers] == [layer.name for layer in dependencies.layers]
+    for times, widths in zip(table.layers, widths_of(dependencies), strict=True):
         for timed, width in ((times.read, widths.read), (times.produced, widths.produced)):
             assert list(timed) == sorted(set(timed))
             assert timed[-1] == (width if isinstance(width, int) else len(width))
@@ -41,17 +41,17 @@ def test_every_layer_is_timed_at_its_own_width_and_narrower(
     assert table.fixed_ms >= 0
     assert table.ms_per_value >= 0
     assert LatencyTable.from_json(table.to_json()) == table
-    predict = milliseconds(table, wiring)
+    predict = milliseconds(table, dependencies)
     assert predict({}) > 0
-    assert predict(random_plan(wiring, generator).removed) > 0
+    assert predict(random_plan(dependencies, generator).removed) > 0
 
 
 def test_the_network_is_left_as_it_was() -> None:
-    model, wiring = wired("chain")
+    model, dependencies = wired("chain")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     try:
-        timing.measure_latency(model, wiring, random_images(2))
+        timing.measure_latency(model, dependencies, random_images(2))
         assert model.training
     finally:
         model.eval()
@@ -98,7 +98,7 @@ class Timed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, taken: Callable[[float], float]) -> None:
         self.asked: list[float] = []
-        monkeypatch.setattr(timing, "cut", lambda model, wiring, removed: model)
+        monkeypatch.setattr(timing, "cut", lambda model, dependencies, removed: model)
         monkeypatch.setattr(timing, "time_left", lambda *_: taken(self.asked[-1]))
 
     def plan(self, fraction: float) -> PruningPlan:
@@ -109,8 +109,8 @@ class Timed:
 
 def planned(timed: Timed, fraction: float) -> tuple[PruningPlan, float]:
     model = Chain()
-    wiring = build_dependency_graph(model, random_images(2))
-    return timing.plan_in_time(model, wiring, timed.plan, fraction, LEAST, random_images(2))
+    dependencies = build_dependency_graph(model, random_images(2))
+    return timing.plan_in_time(model, dependencies, timed.plan, fraction, LEAST, random_images(2))
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,16 @@ def pruner_of(model: nn.Module, importance: CriterionImportance, **more: Any) ->
 
 
 def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
-    wiring = build_dependency_graph(model, IMAGES[:2], prune_residual=True)
+    dependencies = build_dependency_graph(model, IMAGES[:2], prune_residual=True)
     settings = ScoreSection(criterion=name)
     state, size = tensors_of(model), Preprocessing(8, 8)
-    source = concepts.make(settings.concepts, wiring.graph, state, tuple("abcde"), size)
+    source = concepts.make(settings.concepts, dependencies.graph, state, tuple("abcde"), size)
     criterion = criteria.make(name, settings, 0, {})
     numbers = torch.arange(len(IMAGES)).split(4)
     batches = [Batch(*some, own) for some, own in zip(BATCHES, numbers, strict=True)]
-    scored = score_filters(model, wiring, lambda: batches, {name: criterion}, source, settings)
+    scored = score_filters(
+        model, dependencies, lambda: batches, {name: criterion}, source, settings
+    )
     return scored[name].scores
 
 

@@ -96,31 +96,33 @@ def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Depende
     return model, build_dependency_graph(model, random_images(2), prune_residual=True)
 
 
-def assert_any_cut(model: nn.Module, wiring: DependencyGraph, generator: torch.Generator) -> None:
-    assert_law(model, wiring, random_plan(wiring, generator), random_images())
+def assert_any_cut(
+    model: nn.Module, dependencies: DependencyGraph, generator: torch.Generator
+) -> None:
+    assert_law(model, dependencies, random_plan(dependencies, generator), random_images())
 
 
 @pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
-    wiring = wired(name, prune_residual)[1]
+    dependencies = wired(name, prune_residual)[1]
     expected = {
         **WITHOUT_STREAM[name],
         **(ONLY_WITH_STREAM.get(name, {}) if prune_residual else {}),
     }
-    assert {group.name: len(group) for group in wiring.groups.values()} == expected
-    assert list(wiring.groups) == [group.name for group in wiring.groups.values()]
+    assert {group.name: len(group) for group in dependencies.groups.values()} == expected
+    assert list(dependencies.groups) == [group.name for group in dependencies.groups.values()]
 
 
 @pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
-    wiring = wired(name, prune_residual)[1]
+    dependencies = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
     if prune_residual:
         reasons = {layer: why for layer, why in reasons.items() if why != STREAM}
     found: dict[str, str] = {}
-    for group in wiring.frozen:
+    for group in dependencies.frozen:
         found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
     if prune_residual and name == "channel_pad":
         reasons = {"stem.0": PADDED, "linear": OUTPUT}
@@ -129,15 +131,15 @@ def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
-    wiring = wired(name)[1]
-    channels = np.concatenate([group.channels for group in wiring.groups.values()])
+    dependencies = wired(name)[1]
+    channels = np.concatenate([group.channels for group in dependencies.groups.values()])
     assert len(np.unique(channels)) == len(channels)
-    written = {layer.weight for layer in wiring.layers}
-    cut = {layer.weight for group in wiring.groups.values() for layer in group.layers}
-    frozen = {layer.weight for layer in wiring.layers if layer.weight not in cut}
+    written = {layer.weight for layer in dependencies.layers}
+    cut = {layer.weight for group in dependencies.groups.values() for layer in group.layers}
+    frozen = {layer.weight for layer in dependencies.layers if layer.weight not in cut}
     assert cut | frozen == written
     for weight in frozen:
-        assert not any(slots.tensor == weight and slots.dim == 0 for slots in wiring.slots)
+        assert not any(slots.tensor == weight and slots.dim == 0 for slots in dependencies.slots)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +176,8 @@ def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
     """Another kernel for filter i shows at place `index[i]`, and at no other channel's."""
-    model, wiring = wired(name, True)
-    for group in wiring.groups.values():
+    model, dependencies = wired(name, True)
+    for group in dependencies.groups.values():
         seen: list[Tensor] = []
         weight = group.layers[0].weight
         (look,) = group.taps
@@ -185,9 +187,11 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
             state = dict(tensors_of(model))
             if changed is not None:
                 kernel = state[weight].clone()
-                kernel[wiring.channel_of[group.layers[0].produced] == group.channels[changed]] += 1
+                kernel[
+                    dependencies.channel_of[group.layers[0].produced] == group.channels[changed]
+                ] += 1
                 state[weight] = kernel
-            run(wiring.graph, state, random_images(), after={look.node: seen.append})
+            run(dependencies.graph, state, random_images(), after={look.node: seen.append})
         plain, *others = (value.transpose(0, look.dim).flatten(1)[look.index] for value in seen)
         for changed, other in enumerate(others):
             differs = (plain != other).any(1).nonzero()[:, 0]
@@ -195,16 +199,16 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
 
 
 def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
-    wiring = wired("concat")[1]
-    left, right = wiring.groups["left.0"], wiring.groups["right.0"]
+    dependencies = wired("concat")[1]
+    left, right = dependencies.groups["left.0"], dependencies.groups["right.0"]
     assert left.taps[0].node is right.taps[0].node
     assert left.taps[0].index.tolist() == [0, 1, 2, 3, 4]
     assert right.taps[0].index.tolist() == [5, 6, 7]
 
 
 def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
-    wiring = wired("flattened")[1]
-    indices = wiring.kept_indices({"features.0.0": (1, 4)})
+    dependencies = wired("flattened")[1]
+    indices = dependencies.kept_indices({"features.0.0": (1, 4)})
     kept = [channel * 8 + position for channel in (0, 2, 3, 5) for position in range(8)]
     assert indices["hidden.weight"][1].tolist() == kept
     assert indices["features.0.0.weight"][0].tolist() == [0, 2, 3, 5]
@@ -213,18 +217,18 @@ def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
 
 
 def test_kept_channels_are_all_but_the_removed_ones() -> None:
-    wiring = wired("chain")[1]
-    kept = wiring.channels_kept({"conv1": (0, 5)})
-    group = wiring.groups["conv1"]
+    dependencies = wired("chain")[1]
+    kept = dependencies.channels_kept({"conv1": (0, 5)})
+    group = dependencies.groups["conv1"]
     assert (~kept).sum() == 2
     assert kept[group.channels].tolist() == [False, True, True, True, True, False]
-    assert wiring.channels_kept({}).all()
-    assert wiring.kept_indices({}) == {}
+    assert dependencies.channels_kept({}).all()
+    assert dependencies.kept_indices({}) == {}
 
 
 def test_slots_mark_what_must_stay() -> None:
-    wiring = wired("view_fixed")[1]
-    by_place = {(slots.tensor, slots.dim): slots.channels for slots in wiring.slots}
+    dependencies = wired("view_fixed")[1]
+    by_place = {(slots.tensor, slots.dim): slots.channels for slots in dependencies.slots}
     assert (by_place["stem.0.weight", 0] != NOT_PRUNABLE).all()
     assert ("stem.0.weight", 1) not in by_place
     assert ("linear.weight", 1) not in by_place
@@ -235,45 +239,46 @@ def test_slots_mark_what_must_stay() -> None:
 def test_macs_are_those_that_pytorch_counts(
     name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, prune_residual)
-    plan, images = random_plan(wiring, generator), random_images()
-    assert wiring.macs() == counted_macs(model, images)
-    cut = apply_plan(model, wiring, plan)
-    assert wiring.macs(plan.removed) == counted_macs(cut, images) < wiring.macs()
+    model, dependencies = wired(name, prune_residual)
+    plan, images = random_plan(dependencies, generator), random_images()
+    assert dependencies.macs() == counted_macs(model, images)
+    cut = apply_plan(model, dependencies, plan)
+    assert dependencies.macs(plan.removed) == counted_macs(cut, images) < dependencies.macs()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_params_are_those_of_the_network(name: str, generator: torch.Generator) -> None:
-    model, wiring = wired(name, True)
-    plan = random_plan(wiring, generator)
-    assert wiring.params() == sum(one.numel() for one in model.parameters())
-    cut = apply_plan(model, wiring, plan)
-    assert wiring.params(plan.removed) == sum(one.numel() for one in cut.parameters())
+    model, dependencies = wired(name, True)
+    plan = random_plan(dependencies, generator)
+    assert dependencies.params() == sum(one.numel() for one in model.parameters())
+    cut = apply_plan(model, dependencies, plan)
+    assert dependencies.params(plan.removed) == sum(one.numel() for one in cut.parameters())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_shapes_after_a_cut_are_those_of_the_cut_network(
     name: str, generator: torch.Generator
 ) -> None:
-    model, wiring = wired(name, True)
-    plan = random_plan(wiring, generator)
+    model, dependencies = wired(name, True)
+    plan = random_plan(dependencies, generator)
     found = {
-        name: tuple(one.shape) for name, one in apply_plan(model, wiring, plan).state_dict().items()
+        name: tuple(one.shape)
+        for name, one in apply_plan(model, dependencies, plan).state_dict().items()
     }
-    shapes = wiring.shapes_after(plan.removed)
+    shapes = dependencies.shapes_after(plan.removed)
     assert {name: shapes[name] for name in found} == found
-    assert wiring.shapes_after({}) == wiring.shapes
+    assert dependencies.shapes_after({}) == dependencies.shapes
 
 
 def test_one_kernel_under_two_names_is_counted_once_and_cut_once() -> None:
-    model, wiring = wired("tied_weights")
+    model, dependencies = wired("tied_weights")
     assert isinstance(model, TiedWeights)
     aliases = aliases_of(model)
     assert aliases["one.weight"] == aliases["other.weight"] == ("one.weight", "other.weight")
-    (layer,) = wiring.groups["one"].layers
+    (layer,) = dependencies.groups["one"].layers
     assert layer.weight in aliases["one.weight"]
     expected = 4 * 3 * 9 + 2 * 4 + 6 * 4 * 9 + 12 * 5 + 5
-    assert wiring.params() == expected
+    assert dependencies.params() == expected
 
 
 def _chunked(self: Between, x: Tensor) -> Tensor:
@@ -301,17 +306,19 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
 def test_what_is_not_understood_is_frozen_and_says_why(
     then: Callable[[Between, Tensor], Tensor], reason: str, generator: torch.Generator
 ) -> None:
-    model, wiring = between(then)
-    assert "first" not in wiring.groups
-    (frozen,) = [group for group in wiring.frozen if group.name == "first"]
+    model, dependencies = between(then)
+    assert "first" not in dependencies.groups
+    (frozen,) = [group for group in dependencies.frozen if group.name == "first"]
     assert frozen.size == 6
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(frozen.reason)
-    images, plan = random_images(), random_plan(wiring, generator)
+    images, plan = random_images(), random_plan(dependencies, generator)
     assert "second" in plan.removed
     with torch.no_grad():
-        cut = apply_plan(model, wiring, plan)
-        assert relative_error(cut(images), masked_overrides(model, wiring, plan)(images)) < 1e-4
+        cut = apply_plan(model, dependencies, plan)
+        assert (
+            relative_error(cut(images), masked_overrides(model, dependencies, plan)(images)) < 1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -342,9 +349,9 @@ def test_what_is_not_understood_is_frozen_and_says_why(
 def test_what_is_understood_is_cut_by_the_law(
     then: Callable[[Between, Tensor], Tensor], generator: torch.Generator
 ) -> None:
-    model, wiring = between(then)
-    assert {"first", "second"} <= set(wiring.groups)
-    assert_any_cut(model, wiring, generator)
+    model, dependencies = between(then)
+    assert {"first", "second"} <= set(dependencies.groups)
+    assert_any_cut(model, dependencies, generator)
 
 
 def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.Generator) -> None:
@@ -358,23 +365,23 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
             return self.next(torch.cat([self.conv(x), x], 1)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Joined().eval()
-    wiring = build_dependency_graph(model, random_images(2))
-    assert list(wiring.groups) == ["conv"]
-    assert wiring.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
-    assert_any_cut(model, wiring, generator)
+    dependencies = build_dependency_graph(model, random_images(2))
+    assert list(dependencies.groups) == ["conv"]
+    assert dependencies.kept_indices({"conv": (0,)})["next.weight"][1].tolist() == list(range(1, 9))
+    assert_any_cut(model, dependencies, generator)
 
 
 def test_a_layer_whose_output_goes_nowhere_is_frozen() -> None:
-    _, wiring = between(lambda self, x: x * self.to_one(x))
+    _, dependencies = between(lambda self, x: x * self.to_one(x))
     assert {"to_one": "one channel that is spread over others"}.items() <= {
-        group.name: group.reason for group in wiring.frozen
+        group.name: group.reason for group in dependencies.frozen
     }.items()
 
 
 def test_adaptive_max_pooling_is_followed_as_the_table_of_rules_says() -> None:
     assert "adaptive_max_pool2d" in RULES
-    _, wiring = between(lambda self, x: F.adaptive_max_pool2d(x, 4))
-    assert "first" in wiring.groups
+    _, dependencies = between(lambda self, x: F.adaptive_max_pool2d(x, 4))
+    assert "first" in dependencies.groups
 
 
 def test_a_view_that_merges_batch_and_channels_is_frozen(generator: torch.Generator) -> None:
@@ -384,9 +391,9 @@ def test_a_view_that_merges_batch_and_channels_is_frozen(generator: torch.Genera
         y: Tensor = self.more_positions(x.view(x.size(0) * x.size(1), -1))
         return y.view(-1, 6, 8, 8)
 
-    model, wiring = between(then)
-    assert "first" not in wiring.groups
-    assert_any_cut(model, wiring, generator)
+    model, dependencies = between(then)
+    assert "first" not in dependencies.groups
+    assert_any_cut(model, dependencies, generator)
 
 
 def test_a_linear_layer_over_positions_costs_less_with_fewer_channels(
@@ -423,9 +430,9 @@ def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
             return self.last(x).mean((2, 3)) + self.last(self.narrower(x)).mean((2, 3))  # type: ignore[no-any-return]
 
     model = Width().eval()
-    wiring = build_dependency_graph(model, random_images(2))
-    assert "wider" not in wiring.groups
-    assert_any_cut(model, wiring, generator)
+    dependencies = build_dependency_graph(model, random_images(2))
+    assert "wider" not in dependencies.groups
+    assert_any_cut(model, dependencies, generator)
 
 
 def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generator) -> None:
@@ -447,13 +454,13 @@ def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generat
             return self.linear((aside + self.after(both)).mean((2, 3)))  # type: ignore[no-any-return]
 
     model = Parts().eval()
-    wiring = build_dependency_graph(model, random_images(2), prune_residual=True)
-    assert_any_cut(model, wiring, generator)
+    dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
+    assert_any_cut(model, dependencies, generator)
 
 
 def test_a_transposed_convolution_is_a_convolution_and_counted() -> None:
-    model, wiring = between(lambda self, x: self.up(x))
-    assert wiring.macs() == counted_macs(model, random_images())
+    model, dependencies = between(lambda self, x: self.up(x))
+    assert dependencies.macs() == counted_macs(model, random_images())
 
 
 def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None:
@@ -468,7 +475,7 @@ def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None
 def test_the_images_size_decides_the_macs_and_not_the_batch() -> None:
     model = Chain().eval()
     small, large = random_images(2), random_images(5, side=16)
-    wiring = build_dependency_graph(model, large)
-    assert wiring.macs() == counted_macs(model, large)
+    dependencies = build_dependency_graph(model, large)
+    assert dependencies.macs() == counted_macs(model, large)
     convolutions = build_dependency_graph(model, small).macs() - 7 * 5
-    assert wiring.macs() - 7 * 5 == 4 * convolutions
+    assert dependencies.macs() - 7 * 5 == 4 * convolutions

@@ -74,10 +74,10 @@ def maps(x: Tensor) -> Tensor:
 
 def check(model: nn.Module, *, prune_residual: bool = True) -> DependencyGraph:
     images = random_images(3).double()
-    wiring = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
+    dependencies = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
     for seed in range(3):
-        assert_law(model, wiring, random_plan(wiring, seed), images, limit=1e-6)
-    return wiring
+        assert_law(model, dependencies, random_plan(dependencies, seed), images, limit=1e-6)
+    return dependencies
 
 
 class Joined(nn.ModuleDict):
@@ -340,15 +340,16 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         ),
     ),
 }
-"""What is not followed, with the reason that the wiring gives for channels of `second`."""
+"""What is not followed, with the reason that the dependency graph gives for channels of
+`second`."""
 
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_what_is_not_followed_is_frozen_and_says_why(name: str) -> None:
     reason, make = FROZEN[name]
-    wiring = check(make())
-    assert any(reason in each.reason for each in wiring.frozen if each.name == "second")
-    assert "stem" in wiring.groups
+    dependencies = check(make())
+    assert any(reason in each.reason for each in dependencies.frozen if each.name == "second")
+    assert "stem" in dependencies.groups
 
 
 def test_attention_of_torch_is_frozen() -> None:
@@ -358,24 +359,24 @@ def test_attention_of_torch_is_frozen() -> None:
         attend=nn.MultiheadAttention(8, 2, batch_first=True),
     )
     images = random_images(3).double()
-    wiring = build_dependency_graph(model, images[:2])
-    assert set(wiring.groups) == {"stem", "attend.out_proj"}
-    plan = random_plan(wiring, 1)
+    dependencies = build_dependency_graph(model, images[:2])
+    assert set(dependencies.groups) == {"stem", "attend.out_proj"}
+    plan = random_plan(dependencies, 1)
     with torch.no_grad():
-        found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
+        found = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     model = network(lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze()[:, :, None, None])
     images = random_images(3).double()
-    wiring = build_dependency_graph(model, images[:2])
-    group = wiring.groups["second"]
+    dependencies = build_dependency_graph(model, images[:2])
+    group = dependencies.groups["second"]
     assert len(group) == 7
     plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
     with torch.no_grad():
-        found = apply_plan(model, wiring, plan)(images)
-    assert relative_error(found, masked_overrides(model, wiring, plan)(images)) < 1e-6
+        found = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_two_channels_counted_alike_are_told_apart() -> None:
@@ -392,8 +393,8 @@ def test_two_channels_counted_alike_are_told_apart() -> None:
             logits: Tensor = self.head(one.reshape(other.shape).mean((2, 3)))
             return logits + self.second_head(other.mean((2, 3)))
 
-    wiring = check(Two().double().eval())
-    assert not wiring.groups
+    dependencies = check(Two().double().eval())
+    assert not dependencies.groups
 
 
 def test_one_attribute_with_two_numbers_is_not_changed() -> None:
@@ -417,8 +418,8 @@ def test_one_attribute_with_two_numbers_is_not_changed() -> None:
             )
             return logits
 
-    wiring = check(Halves().double().eval())
-    assert any(NUMBER in each.reason for each in wiring.frozen)
+    dependencies = check(Halves().double().eval())
+    assert any(NUMBER in each.reason for each in dependencies.frozen)
 
 
 def test_one_parameter_under_three_names() -> None:
@@ -434,8 +435,8 @@ def test_one_parameter_under_three_names() -> None:
             return self.head(self.again(self.conv(x).relu()).relu().mean((2, 3)))
 
     model = Names().double().eval()
-    wiring = check(model)
-    cut = apply_plan(model, wiring, random_plan(wiring, 1))
+    dependencies = check(model)
+    cut = apply_plan(model, dependencies, random_plan(dependencies, 1))
     assert cut.kernel is cut.get_parameter("conv.weight")
     assert cut.again is cut.get_submodule("layers.0")
 
@@ -450,9 +451,9 @@ def test_signals_and_volumes_are_cut_like_images(rank: int) -> None:
     )
     model = model.double().eval()
     images = torch.randn(3, 3, *[4] * rank, dtype=torch.float64)
-    wiring = build_dependency_graph(model, images[:2])
-    assert {name: len(group) for name, group in wiring.groups.items()} == {"0": 8, "3": 6}
-    assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
+    dependencies = build_dependency_graph(model, images[:2])
+    assert {name: len(group) for name, group in dependencies.groups.items()} == {"0": 8, "3": 6}
+    assert_law(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
 
 
 @pytest.mark.parametrize("how", ["function", "method", "inner"])
@@ -464,22 +465,25 @@ def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
     if how == "inner":
         model.inner.compile()
     images = random_images(3).double()
-    wiring = build_dependency_graph(model, images[:2])
-    plan = random_plan(wiring, 1)
-    cut = apply_plan(model, wiring, plan)
+    dependencies = build_dependency_graph(model, images[:2])
+    plan = random_plan(dependencies, 1)
+    cut = apply_plan(model, dependencies, plan)
     assert type(cut) is Network
-    assert relative_error(cut.forward(images), masked_overrides(model, wiring, plan)(images)) < 1e-6
+    assert (
+        relative_error(cut.forward(images), masked_overrides(model, dependencies, plan)(images))
+        < 1e-6
+    )
 
 
 def test_a_network_of_half_precision_with_channels_last() -> None:
     model = CUT["padded by reflection"][1]().bfloat16().to(memory_format=torch.channels_last)
     images = random_images(3).bfloat16().contiguous(memory_format=torch.channels_last)
-    wiring = build_dependency_graph(model, images[:2])
-    plan = random_plan(wiring, 1)
+    dependencies = build_dependency_graph(model, images[:2])
+    plan = random_plan(dependencies, 1)
     with torch.no_grad():
         found, expected = (
-            apply_plan(model, wiring, plan)(images),
-            masked_overrides(model, wiring, plan)(images),
+            apply_plan(model, dependencies, plan)(images),
+            masked_overrides(model, dependencies, plan)(images),
         )
     assert found.dtype is torch.bfloat16
     assert isinstance(expected, Tensor)
@@ -522,11 +526,11 @@ def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tens
     reasons = [each.reason for each in build_dependency_graph(model, images[:2]).frozen]
     assert "no rule for the operation 'secateur_test::double'" in reasons
 
-    wiring = build_dependency_graph(
+    dependencies = build_dependency_graph(
         model, images[:2], rules={"secateur_test::double": elementwise.keep}
     )
-    assert len(wiring.groups["second"]) == 8
-    assert_law(model, wiring, random_plan(wiring, 1), images, limit=1e-6)
+    assert len(dependencies.groups["second"]) == 8
+    assert_law(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
 
 
 def test_a_rule_that_does_not_fit_its_operation_is_refused(

@@ -35,7 +35,7 @@ ImageBatches = Iterable[Any] | Dataset[Any]
 `[channel, height, width]`, or pairs `(images, labels)` of such a tensor and class numbers, as a
 `DataLoader`, a `Dataset` or a list gives them."""
 HELD_OUT, FOR_CHOICE = 5, 10
-"""Without `test` images every so manieth image is kept for the score, and every so manieth of the
+"""Without `test` images every n-th image is kept for the score, and every n-th of the
 others for choices by validation images."""
 SOURCE = "images in memory"
 
@@ -84,8 +84,10 @@ class PruneResult:
         )
         result = self.result.model_copy(update={"config": config})
         smaller = self._pruned.model
-        wiring = self._pruned.dependencies
-        gallery = make_gallery(self._original, smaller, self._dataset, result, wiring=wiring)
+        dependencies = self._pruned.dependencies
+        gallery = make_gallery(
+            self._original, smaller, self._dataset, result, dependencies=dependencies
+        )
         write_report(result, Path(path), gallery)
         return Path(path)
 
@@ -142,7 +144,7 @@ def prune(
 
     `target` is what may stay: `macs=F`, `params=F`, `filters=F`, `memory=F` or `latency=F`;
     `criterion` and `concepts` are named as in `secateur models`. `settings` are any keys of a
-    configuration: `{"plan.round_to": 8, "refit.layers": "readers"}`.
+    configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
 
     Raises `DataError` where the images are no such tensors, `UsageError` or `UnknownName` for
     settings that don't exist, and `SecateurError` where the network can't be followed.
@@ -177,7 +179,7 @@ def prune(
         test=NormalisedImages(scored, scored_labels),
     )
     pruned = pipeline.prune(
-        original, dataset, config, track=progress_bars if progress else no_progress
+        original, dataset, config, progress=progress_bars if progress else no_progress
     )
     return PruneResult(
         model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),

@@ -14,11 +14,44 @@ from secateur.errors import TargetError, UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
 
-RefitLayers = Literal["downstream", "readers", "none"]
+RefitLayers = Literal["downstream", "consumers", "none"]
 RefitForm = Literal["patch", "channel"]
 Precision = Literal["auto", "float32", "bfloat16"]
 TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimiser = Literal["sgd", "adamw"]
+Crop = Literal["random_crop", "random_resized_crop", "none"]
+Resizing = Literal["bilinear", "bicubic"]
+"""How the pixels of a resized image are made from those around them, antialiased."""
+ScheduleName = Literal["cosine", "one_cycle", "step"]
+AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
+Quantity = Literal["macs", "params", "filters", "memory", "latency"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
+
+    quantity: Quantity
+    fraction_left: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.fraction_left}"
+
+
+def parse_budget(text: str) -> Budget:
+    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
+    quantity, equals, number = text.partition("=")
+    *names, last = (f"{name}=F" for name in get_args(Quantity))
+    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
+    if quantity not in get_args(Quantity) or not equals:
+        raise TargetError(f"target {text!r} is not understood: {expected}")
+    try:
+        fraction = float(number)
+    except ValueError:
+        raise TargetError(f"target {text!r} has no number: {expected}") from None
+    if not 0 < fraction <= 1:
+        raise TargetError(f"target {text!r} is out of range: {expected}")
+    return Budget(cast(Quantity, quantity), fraction)
 
 
 class Section(BaseModel):
@@ -88,7 +121,7 @@ class ScoreSection(Section):
     quantile: float = Field(default=0.01, gt=0, lt=1)
     """Share of positions at which a filter exceeds its threshold."""
     sample_every: int = Field(default=8, ge=1)
-    """Every so manieth calibration image is looked at beforehand, for means and thresholds."""
+    """Every n-th calibration image is looked at beforehand, for means and thresholds."""
     threshold_positions: int = Field(default=256, ge=1)
     """Positions of each of its feature maps that thresholds are taken from."""
     use_labels: bool = False
@@ -141,8 +174,8 @@ class RefitSection(Section):
     """Closed-form re-estimation of the remaining kernels."""
 
     layers: RefitLayers = "downstream"
-    """`downstream`: every layer from the first cut on; `readers`: only those that lost inputs, the
-    literal reading of the paper; `none`: kernels stay as they are."""
+    """`downstream`: every layer from the first cut on; `consumers`: only those that lost inputs,
+    the literal reading of the paper; `none`: kernels stay as they are."""
     positions: int = Field(default=32, ge=1)
     """Output positions of a layer that are looked at in each calibration image."""
     form: RefitForm = "patch"
@@ -233,8 +266,8 @@ class TrainingSection(Section):
     feature_weight: float = Field(default=0.0, ge=0)
     """Weight in the loss of the relative squared error of the feature maps at residual sums, in the
     channels that stay, against the original network's."""
-    mode: Literal["training", "evaluation"] = "training"
-    """Whether batch norms take each batch's statistics and dropout drops, or all is as in use."""
+    freeze_batchnorm: bool = False
+    """Train in evaluation mode: batch norms keep their statistics, and dropout drops nothing."""
     sync_batchnorm: bool = True
     """Whether batch norms take the statistics of a batch over all processes."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
@@ -342,46 +375,3 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
         raise UsageError(f"{path} is not TOML of ours: it nests too deeply") from error
     except ValueError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-
-
-Crop = Literal["random_crop", "random_resized_crop", "none"]
-
-
-Resizing = Literal["bilinear", "bicubic"]
-"""How the pixels of a resized image are made from those around them, antialiased."""
-
-
-ScheduleName = Literal["cosine", "one_cycle", "step"]
-
-
-AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
-
-    quantity: Quantity
-    fraction_left: float
-
-    def __str__(self) -> str:
-        return f"{self.quantity}={self.fraction_left}"
-
-
-def parse_budget(text: str) -> Budget:
-    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
-    quantity, equals, number = text.partition("=")
-    *names, last = (f"{name}=F" for name in get_args(Quantity))
-    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
-    if quantity not in get_args(Quantity) or not equals:
-        raise TargetError(f"target {text!r} is not understood: {expected}")
-    try:
-        fraction = float(number)
-    except ValueError:
-        raise TargetError(f"target {text!r} has no number: {expected}") from None
-    if not 0 < fraction <= 1:
-        raise TargetError(f"target {text!r} is out of range: {expected}")
-    return Budget(cast(Quantity, quantity), fraction)
-
-
-Quantity = Literal["macs", "params", "filters", "memory", "latency"]

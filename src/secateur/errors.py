@@ -9,7 +9,7 @@
     ├── DataError            a data set that is missing, empty or unreadable
     │   └── UnreadableImage  image files that are damaged or gone; may be left out on request
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
-    ├── TraceError           a network whose wiring can't be read
+    ├── TraceError           a network whose dependency graph can't be read
     ├── CutError             a cut network that answers otherwise than it must
     ├── NotFiniteError       weights or activations that are NaN or Inf
     ├── ExportError          a network that can't be written as ONNX, or answers otherwise there

@@ -235,8 +235,8 @@ def prune(
         int | None,
         typer.Option(
             "--distill",
-            help="Epochs of training on the calibration images by the original's answers, without labels "
-            "(default: 0).",
+            help="Epochs of distillation from the original network on the calibration images, "
+            "without labels (default: 0).",
         ),
     ] = None,
     refit_form: Annotated[
@@ -327,7 +327,7 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
-            track=display.track(),
+            progress=display.progress(),
             board=board,
             command=_command(),
         )
@@ -384,7 +384,7 @@ def finetune(
             source=data_source,
             resume=resume,
             overwrite=overwrite,
-            track=display.track(),
+            progress=display.progress(),
             board=board,
             command=_command(),
         )
@@ -446,7 +446,12 @@ def train_network(
     )
     with _resumable(out):
         result = train_base(
-            resolved, out, resume=resume, track=display.track(), board=board, command=_command()
+            resolved,
+            out,
+            resume=resume,
+            progress=display.progress(),
+            board=board,
+            command=_command(),
         )
     if as_json:
         print(result.model_dump_json(indent=1))
@@ -489,7 +494,7 @@ def evaluate(
         check_weights(settings, allow_untrained=allow_untrained)
         dataset, network = load_inputs(settings)
     unreadable = make_unreadable(settings)
-    images = stream(dataset.test, settings, display.track(), "scoring", unreadable)
+    images = stream(dataset.test, settings, display.progress(), "scoring", unreadable)
     score = evaluate_network(network, images)
     names = None if unreadable is None else names_of(unreadable)
     display.show_score(score, names, as_json=as_json)
@@ -567,7 +572,7 @@ def inspect(
     check_weights(settings, allow_untrained=allow_untrained)
     if pictures is not None and not pictures.parent.is_dir():
         raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
-    found = inspect_network(settings, names, pictures=pictures, track=display.track())
+    found = inspect_network(settings, names, pictures=pictures, progress=display.progress())
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -665,7 +670,7 @@ def report(
         images=images,
         beside=beside,
         pictures=pictures,
-        track=display.track(),
+        progress=display.progress(),
     )
     if as_json:
         print(json.dumps([str(path) for path in written], indent=1))
@@ -719,7 +724,7 @@ def compare(
     """
     given = put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
     content = from_dict(given, BenchmarkSpec).with_weights_in(weights)
-    cells = run_benchmark(content, out, workers=jobs, retry=retry, track=display.track())
+    cells = run_benchmark(content, out, workers=jobs, retry=retry, progress=display.progress())
     write_comparison(out, content, cells, _command())
     rows = [row_of(cell) for cell in cells]
     if as_json:
@@ -751,7 +756,7 @@ def run_demo(
     run_folder.check_free(out, overwrite=True)
     if weights is None:
         weights = out.parent / f"{out.name}-base.safetensors"
-        train_digits(weights, display.track())
+        train_digits(weights, display.progress())
         settings = digits_config(weights)
     else:
         settings = config_of(
@@ -762,7 +767,9 @@ def run_demo(
             },
             RunConfig,
         )
-    result = runs.run(settings, out, overwrite=True, track=display.track(), command=_command())
+    result = runs.run(
+        settings, out, overwrite=True, progress=display.progress(), command=_command()
+    )
     display.show_run(result, out, as_json=as_json)
 
 

@@ -42,7 +42,7 @@ def err() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
-def track() -> ProgressCallback:
+def progress() -> ProgressCallback:
     """Progress bars on stderr where it is a terminal, else nothing."""
     return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
 

@@ -40,7 +40,7 @@ def batches(
     """Every image once, in the order of the list, in batches of `size`; the last may be smaller.
 
     Annotations come along where there are any. `shard` is a number and how many there are: only
-    every so manieth image of the list from that one on, for several processes that go through one
+    every n-th image of the list from that one on, for several processes that go through one
     list. The next batch is read while the last one is in use. `data.training` has the batches to
     train on.
 

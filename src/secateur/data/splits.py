@@ -13,7 +13,7 @@ from secateur.data.images import Images
 from secateur.errors import DataError
 
 HELD_OUT_EVERY = 5
-"""Every so manieth calibration image is held out of what the others are fitted to."""
+"""Every n-th calibration image is held out of what the others are fitted to."""
 
 
 @dataclass(frozen=True)

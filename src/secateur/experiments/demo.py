@@ -31,13 +31,19 @@ def digits_config(weights: Path) -> RunConfig:
     )
 
 
-def train_digits(weights: Path, track: ProgressCallback = no_progress) -> None:
+def train_digits(weights: Path, progress: ProgressCallback = no_progress) -> None:
     """Trains a ResNet-20 on the digits and writes its weights as safetensors."""
     config = digits_config(weights)
     dataset = data.load("digits", seed=config.seed)
     model = zoo.load(MODEL, num_classes=len(dataset.class_names), seed=config.seed)
     train(
-        model, None, dataset.train, preprocessing(config), TRAINING, seed=config.seed, track=track
+        model,
+        None,
+        dataset.train,
+        preprocessing(config),
+        TRAINING,
+        seed=config.seed,
+        progress=progress,
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

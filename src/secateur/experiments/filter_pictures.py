@@ -23,7 +23,7 @@ LABEL_WIDTH = 150
 
 
 def draw_layer(
-    path: Path, ground: ScoringContext, config: RunConfig, top: TopFeatures, labels: list[str]
+    path: Path, context: ScoringContext, config: RunConfig, top: TopFeatures, labels: list[str]
 ) -> None:
     """Writes a PNG with a row a filter: its number and label, and its top images.
 
@@ -34,7 +34,7 @@ def draw_layer(
     sheet = Image.new("RGB", (width, filters * (SIDE + 2)), "white")
     text = ImageDraw.Draw(sheet)
     wanted, place = top.indices[:filters].unique(return_inverse=True)
-    pixels = ground.calibration.read(wanted, preprocessing(config))
+    pixels = context.calibration.read(wanted, preprocessing(config))
     for number in range(filters):
         upper = number * (SIDE + 2)
         text.text((4, upper + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")

@@ -53,7 +53,7 @@ def inspect_network(
     criterion_names: tuple[str, ...],
     *,
     pictures: Path | None = None,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """What `secateur inspect --json` prints: facts of each layer and of each of its filters.
 
@@ -71,20 +71,20 @@ def inspect_network(
     )
     dataset, network = load_inputs(config)
     unreadable = make_unreadable(config)
-    ground = make_scoring_context(network, dataset, config, unreadable)
-    wiring = ground.dependencies
+    context = make_scoring_context(network, dataset, config, unreadable)
+    dependencies = context.dependencies
     names = tuple(dict.fromkeys((*criterion_names, VOTES)))
-    sights = dissect_network(network, ground, config, names, images=TOP_IMAGES, track=track)
-    whole = wiring.count_after({})
-    macs = {layer.name: layer.macs(whole) for layer in wiring.layers}
+    sights = dissect_network(network, context, config, names, images=TOP_IMAGES, progress=progress)
+    whole = dependencies.count_after({})
+    macs = {layer.name: layer.macs(whole) for layer in dependencies.layers}
     groups = []
-    for name, group in wiring.groups.items():
+    for name, group in dependencies.groups.items():
         seen, top, detectors = sights.concepts(group), sights.top(group), sights.detectors(group)
         groups.append(
             {
                 "layer": name,
                 "filters": len(group),
-                "macs_share": macs[group.layers[0].name] / wiring.macs(),
+                "macs_share": macs[group.layers[0].name] / dependencies.macs(),
                 "read_by": [reader.layer for reader in group.consumers],
                 "scores": {
                     key: sights.scores[key].scores[name].tolist() for key in criterion_names
@@ -103,16 +103,16 @@ def inspect_network(
         if pictures is not None and distributed.is_main_process():
             make_folder(pictures)
             labels = [f"{each.concept} {each.iou:.2f}" for each in seen]
-            draw_layer(pictures / f"{name}.png", ground, config, top, labels)
+            draw_layer(pictures / f"{name}.png", context, config, top, labels)
     frozen = [
         {"layer": group.name, "filters": group.size, "reason": group.reason}
-        for group in wiring.frozen
+        for group in dependencies.frozen
     ]
     return {
         "model": config.model.name,
-        "macs": wiring.macs(),
-        "parameters": wiring.params(),
-        "calibration_images": len(ground.calibration.labels),
+        "macs": dependencies.macs(),
+        "parameters": dependencies.params(),
+        "calibration_images": len(context.calibration.labels),
         "unreadable": list(names_of(unreadable)),
         "concept_source": config.score.concepts,
         "groups": groups,

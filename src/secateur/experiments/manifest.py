@@ -27,7 +27,7 @@ from secateur.runtime.input_limits import (
 from secateur.runtime.schema import VersionedRecord, parse_record
 from secateur.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CONFIG, PLAN, WEIGHTS = "config.toml", "plan.json", "model.safetensors"
 PROGRAM, CONSTANTS = "program.json", "program.safetensors"
@@ -48,10 +48,10 @@ class Manifest(VersionedRecord):
     num_classes: PositiveInt | None
     """Outputs of the network's head; None where it gives something other than one tensor."""
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """`(rgb, height, width)` of the images that the wiring was made for."""
+    """`(rgb, height, width)` of the images that the dependency graph was made for."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
-    """Both: how the wiring was made; see `make_wiring`."""
+    """Both: how the dependency graph was made; see `make_wiring`."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None where it has one."""

@@ -57,7 +57,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     allow_untrained: bool = False,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
@@ -79,14 +79,16 @@ def run(
             with _new_run_folder(folder, overwrite=overwrite) as new:
                 log = _log(new, board)
                 log.write("start", command=command, config=config.model_dump(mode="json"))
-                pruned = pipeline.cut(model, dataset, config, track=track, log=log, command=command)
+                pruned = pipeline.cut(
+                    model, dataset, config, progress=progress, log=log, command=command
+                )
                 _write(new, pruned, log)
         else:
             dataset, model = pipeline.load_inputs(config)
             pruned = _read(folder, model, pipeline.resolved(config, dataset))
         while not pruned.is_finished:
             if not pruned.is_finetuned:
-                pruned = _finetune_folder(folder, folder, pruned, model, dataset, track, board)
+                pruned = _finetune_folder(folder, folder, pruned, model, dataset, progress, board)
                 continue
             log = _log(folder)
             pruned = pipeline.cut(
@@ -94,12 +96,12 @@ def run(
                 dataset,
                 pruned.result.config,
                 earlier=pruned,
-                track=track,
+                progress=progress,
                 log=log,
                 command=command,
             )
             _renew(folder, folder, pruned, overwrite=True)
-        _report(folder, pruned, model, dataset, track)
+        _report(folder, pruned, model, dataset, progress)
         return pruned.result
 
 
@@ -112,7 +114,7 @@ def finetune(
     source: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> RunResult:
@@ -139,7 +141,7 @@ def finetune(
         dataset, model = pipeline.load_inputs(config)
         if resume and out == folder and _is_finetuned(folder, result, config):
             tuned = _load(folder, model, result)
-            _report(folder, tuned, model, dataset, track)
+            _report(folder, tuned, model, dataset, progress)
             return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
         _log(folder, board).write("finetune", command=command, changes=dict(changes))
@@ -147,9 +149,9 @@ def finetune(
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
         distributed.barrier()
         tuned = _finetune_folder(
-            folder, out, pruned, model, dataset, track, board, overwrite=overwrite
+            folder, out, pruned, model, dataset, progress, board, overwrite=overwrite
         )
-        _report(out, tuned, model, dataset, track)
+        _report(out, tuned, model, dataset, progress)
         return tuned.result
 
 
@@ -161,7 +163,7 @@ def report(
     images: int | None = None,
     beside: Path | None = None,
     pictures: Path | None = None,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> tuple[Path, ...]:
     """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
 
@@ -185,7 +187,7 @@ def report(
         dataset, model = pipeline.load_inputs(config)
         pruned = _load(folder, model, result)
         gallery = make_gallery(
-            model, pruned.model, dataset, result, track, wiring=pruned.dependencies
+            model, pruned.model, dataset, result, progress, dependencies=pruned.dependencies
         )
     if not distributed.is_main_process():
         return ()
@@ -231,11 +233,13 @@ def _sections(
 
 
 def _report(
-    folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, track: ProgressCallback
+    folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, progress: ProgressCallback
 ) -> None:
     """Writes the report of a run that has ended, with what its filters see."""
-    wiring = pruned.dependencies
-    gallery = make_gallery(model, pruned.model, dataset, pruned.result, track, wiring=wiring)
+    dependencies = pruned.dependencies
+    gallery = make_gallery(
+        model, pruned.model, dataset, pruned.result, progress, dependencies=dependencies
+    )
     if distributed.is_main_process():
         write_report(pruned.result, folder / run_folder.REPORT, gallery)
 
@@ -246,7 +250,7 @@ def _finetune_folder(
     pruned: Pruned,
     model: nn.Module,
     dataset: DataSet,
-    track: ProgressCallback,
+    progress: ProgressCallback,
     board: Path | None,
     *,
     overwrite: bool = False,
@@ -254,7 +258,9 @@ def _finetune_folder(
     """Fine-tunes the network of one run folder into another, which may be the same."""
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     log = _log(folder, board)
-    tuned = pipeline.finetune(pruned, model, dataset, track=track, log=log, checkpoints=checkpoints)
+    tuned = pipeline.finetune(
+        pruned, model, dataset, progress=progress, log=log, checkpoints=checkpoints
+    )
     _renew(folder, out, tuned, overwrite=overwrite or out == folder)
     if out != folder and distributed.is_main_process():
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
@@ -338,12 +344,12 @@ def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
         latency = LatencyTable.from_json(
             read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
         )
-    wiring = run_folder.read_origin(folder).build_dependency_graph(model)
-    smaller = run_folder.load(folder, architecture=model, dependencies=wiring)
+    dependencies = run_folder.read_origin(folder).build_dependency_graph(model)
+    smaller = run_folder.load(folder, architecture=model, dependencies=dependencies)
     plan = run_folder.read_plan(folder)
     if plan.weights not in (None, weights_hash(tensors_of(model))):
         raise RunFolderError(
             f"the run in {folder} was made from other weights than those that "
             f"{result.config.model.weights or result.config.model.name} gives now"
         )
-    return Pruned(smaller, plan, result, latency, wiring)
+    return Pruned(smaller, plan, result, latency, dependencies)

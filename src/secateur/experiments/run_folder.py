@@ -94,10 +94,11 @@ def save(
     """Writes a folder from which `load` and `load_program` give `model` back, whole or not at all.
 
     `model` is what `apply_plan` returned, with any weights since; `image_shape` is `(rgb, height,
-    width)` of the images that its wiring was made with, `prune_residual` and `exclude` how.
-    `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
-    without one `load` must be given the network. Raises `RunFolderError` where the folder is in the
-    way (see `new_run_folder`) and `UsageError` where weights are not float32.
+    width)` of the images that its dependency graph was made with, `prune_residual` and `exclude`
+    how. `architecture` names the unpruned network as `load_model` takes it
+    (`torchvision:resnet50`); without one `load` must be given the network. Raises `RunFolderError`
+    where the folder is in the way (see `new_run_folder`) and `UsageError` where weights are not
+    float32.
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     folder = Path(folder)
@@ -164,8 +165,8 @@ def load(
 
     `architecture` is the unpruned network, with any weights: needed where the run was made from
     code of your own (`file.py:factory`), which a folder is not trusted to run; `load_program` does
-    without. `wiring` is that network's, needed where it was made with rules or a forward of your
-    own. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
+    without. `dependencies` is that network's, needed where it was made with rules or a forward of
+    your own. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
     others, and `UsageError` where the network must be passed.
     """
     contents = read_contents(Path(folder))

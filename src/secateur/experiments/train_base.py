@@ -47,7 +47,7 @@ from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch, train
 
 RECIPE = "training.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
@@ -109,7 +109,7 @@ def train_base(
     folder: Path,
     *,
     resume: bool = False,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     board: Path | None = None,
     command: str | None = None,
 ) -> BaseResult:
@@ -123,14 +123,14 @@ def train_base(
     """
     check_names(config.as_run())
     with lock_folder(folder):
-        return _trained(config, folder, resume, track, board, command)
+        return _trained(config, folder, resume, progress, board, command)
 
 
 def _trained(
     config: BaseConfig,
     folder: Path,
     resume: bool,
-    track: ProgressCallback,
+    progress: ProgressCallback,
     board: Path | None,
     command: str | None,
 ) -> BaseResult:
@@ -162,7 +162,7 @@ def _trained(
     unreadable = make_unreadable(run)
 
     def validate(network: nn.Module) -> float:
-        images = stream(dataset.validation, run, track, "validating", unreadable)
+        images = stream(dataset.validation, run, progress, "validating", unreadable)
         return evaluate(network, images).top1_fraction
 
     training = train(
@@ -172,13 +172,13 @@ def _trained(
         preprocessing(run),
         config.train,
         seed=config.seed,
-        track=track,
+        progress=progress,
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
         unreadable=unreadable,
     )
-    test = stream(dataset.test, run, track, "scoring", unreadable)
+    test = stream(dataset.test, run, progress, "scoring", unreadable)
     score = evaluate(model, test)
     result = BaseResult(
         command=command,

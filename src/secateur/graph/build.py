@@ -1,4 +1,4 @@
-"""Reads the wiring of a network: traces it, follows its channels, and tries a cut."""
+"""Reads the dependency graph of a network: traces it, follows its channels, and tries a cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_dependency_graph(
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
 ) -> DependencyGraph:
-    """The wiring of `model` for images like `example` `[image, rgb, height, width]`.
+    """The dependency graph of `model` for images like `example` `[image, rgb, height, width]`.
 
     Channels that residual sums tie over a whole stage are frozen unless `prune_residual`. `exclude`
     are name patterns, such as `layer1.*`, of layers whose filters must stay. `rules` are added to

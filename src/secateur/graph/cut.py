@@ -15,14 +15,14 @@ from secateur.runtime.module_state import copy_of, tensors_of
 Images = Float[Tensor, "image channel *position"]
 
 
-def cut(model: nn.Module, wiring: DependencyGraph, removed: Removed) -> nn.Module:
+def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
     """A copy of `model` without the channels that are named by group and number."""
-    kept = wiring.kept_indices(removed)
+    kept = dependencies.kept_indices(removed)
     original = getattr(model, "_orig_mod", model)
     whole = tensors_of(original)
     smaller = copy_of(original, share_tensors=False)
     aliases = aliases_of(smaller)
-    for module, name, index, value in attribute_values(wiring, removed):
+    for module, name, index, value in attribute_values(dependencies, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
     done: set[str] = set()
     for name, dims in kept.items():
@@ -48,12 +48,12 @@ class SizeConflict(Exception):
 
 
 def attribute_values(
-    wiring: DependencyGraph, removed: Removed
+    dependencies: DependencyGraph, removed: Removed
 ) -> list[tuple[str, str, int | None, int]]:
     """Module, name, place and new value of each attribute that holds a number of channels."""
-    count = wiring.count_after(removed)
+    count = dependencies.count_after(removed)
     found: dict[tuple[str, str, int | None], int] = {}
-    for attribute in wiring.attributes:
+    for attribute in dependencies.attributes:
         key, value = (attribute.module, attribute.name, attribute.index), attribute.size(count)
         if found.setdefault(key, value) != value:
             raise SizeConflict(".".join(str(part) for part in key))

@@ -148,7 +148,7 @@ def assemble(
     frozen_ids: Iterable[tuple[Ids, str]] = (),
     attributes: tuple[SizedAttribute, ...] = (),
 ) -> DependencyGraph:
-    """The wiring that follows from ids that have been through the whole graph.
+    """The dependency graph that follows from ids that have been through the whole graph.
 
     `frozen_ids` are channels that must stay, with the reason.
     """

@@ -17,8 +17,8 @@ class GraphInterpreter:
     """One batch on its way through the graph; only values that are still needed are kept.
 
     `sizes` are the arguments that differ where `state` belongs to a cut network
-    (`Wiring.sizes_after`). `answers` are what layers have given for the same batch and state
-    before; those that are missing are added.
+    (`DependencyGraph.sizes_after`). `answers` are what layers have given for the same batch and
+    state before; those that are missing are added.
     """
 
     def __init__(

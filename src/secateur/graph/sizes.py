@@ -39,22 +39,22 @@ class _SizeUse:
 def resolve_sizes(
     model: nn.Module, example: Tensor, forward: Forward | None, spread: ChannelPropagation
 ) -> DependencyGraph:
-    """The wiring with every channel frozen whose sizes don't follow a cut."""
+    """The dependency graph with every channel frozen whose sizes don't follow a cut."""
     known, places = _size_uses(model, spread)
 
     def works(candidate: DependencyGraph) -> bool:
         return is_predicted(model, example, forward, candidate, thorough=bool(places))
 
-    wiring = assemble(model, spread, attributes=known)
-    if works(wiring):
-        return wiring
-    active = _active(wiring, places)
-    guesses = {place.kind: _candidate_attributes(model, wiring, place) for place in active}
+    dependencies = assemble(model, spread, attributes=known)
+    if works(dependencies):
+        return dependencies
+    active = _active(dependencies, places)
+    guesses = {place.kind: _candidate_attributes(model, dependencies, place) for place in active}
     together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
     if together:
-        wiring = assemble(model, spread, attributes=(*known, *together))
-        if works(wiring):
-            return wiring
+        dependencies = assemble(model, spread, attributes=(*known, *together))
+        if works(dependencies):
+            return dependencies
     everywhere = [pair for place in active for pair in _channels_at(spread, place)]
     steered = _resolve_attributes(model, spread, everywhere, known, works)
     accepted = known
@@ -185,10 +185,12 @@ def _call_number(node: Node) -> str:
     return ",".join(node.meta.get("nn_module_stack", {}))
 
 
-def _active(wiring: DependencyGraph, places: list[_SizeUse]) -> list[_SizeUse]:
+def _active(dependencies: DependencyGraph, places: list[_SizeUse]) -> list[_SizeUse]:
     """The places whose sizes a trial cut changes."""
-    whole = wiring.sizes_after({})
-    after = [wiring.sizes_after(removed) for removed in test_cuts(wiring, thorough=True)]
+    whole = dependencies.sizes_after({})
+    after = [
+        dependencies.sizes_after(removed) for removed in test_cuts(dependencies, thorough=True)
+    ]
     return [
         place
         for place in places
@@ -197,17 +199,17 @@ def _active(wiring: DependencyGraph, places: list[_SizeUse]) -> list[_SizeUse]:
 
 
 def _candidate_attributes(
-    model: nn.Module, wiring: DependencyGraph, place: _SizeUse
+    model: nn.Module, dependencies: DependencyGraph, place: _SizeUse
 ) -> list[tuple[SizedAttribute, ...]]:
     """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
     found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
     for node in place.nodes:
-        sizes = wiring.resizes[node](wiring.count_after({}))
+        sizes = dependencies.resizes[node](dependencies.count_after({}))
         for position, value in sizes.items():
             wanted = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for element, size in wanted:
                 if isinstance(size, int):
-                    for attribute in _freezing(model, wiring, node, position, element, size):
+                    for attribute in _freezing(model, dependencies, node, position, element, size):
                         key = (attribute.name, attribute.index)
                         found.setdefault(key, []).append(attribute)
     if not found:
@@ -219,7 +221,7 @@ def _candidate_attributes(
 
 def _freezing(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     node: Node,
     position: int,
     element: int | None,
@@ -227,7 +229,7 @@ def _freezing(
 ) -> list[SizedAttribute]:
     """Attributes of the operation's module, or of those around it, that hold a number."""
     path, _ = _owner(model, node)
-    resize = wiring.resizes[node]
+    resize = dependencies.resizes[node]
     while True:
         module = model.get_submodule(path)
         found = [

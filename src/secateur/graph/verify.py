@@ -1,4 +1,4 @@
-"""Trial cuts: whether a network that has been cut is what its wiring says.
+"""Trial cuts: whether a network that has been cut is what its dependency graph says.
 
 Channels are cut, the smaller network is traced, and its graph is compared with the one that was
 predicted, operation by operation. So nothing that a network's code does with a number of channels
@@ -28,7 +28,7 @@ def is_predicted(
     model: nn.Module,
     example: Tensor,
     forward: Forward | None,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     *,
     thorough: bool,
 ) -> bool:
@@ -36,39 +36,39 @@ def is_predicted(
 
     `thorough`: see `trials`.
     """
-    if not _is_consistent(wiring):
+    if not _is_consistent(dependencies):
         return False
-    for removed in test_cuts(wiring, thorough=thorough):
+    for removed in test_cuts(dependencies, thorough=thorough):
         try:
-            smaller = cut(model, wiring, removed)
+            smaller = cut(model, dependencies, removed)
         except SizeConflict:
             return False
         try:
             graph = trace(smaller, example, forward)
         except TraceError:
             return False
-        if not _is_graph_predicted(wiring, removed, graph):
+        if not _is_graph_predicted(dependencies, removed, graph):
             return False
     return True
 
 
-def test_cuts(wiring: DependencyGraph, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
+def test_cuts(dependencies: DependencyGraph, *, thorough: bool) -> list[dict[str, tuple[int, ...]]]:
     """One cut of some channels of each group, always the same.
 
     Where it leaves a group as it is, and if `thorough`, a second one, of the others, and a third of
     one channel a group, which leaves no two halves the same: for operations whose sizes may come
     from anywhere.
     """
-    first = _test_cut(wiring, None, least=0 if thorough else 1)
-    if not thorough and all(name in first or len(g) < 2 for name, g in wiring.groups.items()):
+    first = _test_cut(dependencies, None, least=0 if thorough else 1)
+    if not thorough and all(name in first or len(g) < 2 for name, g in dependencies.groups.items()):
         return [first] if first else []
-    second = _test_cut(wiring, first, least=0)
+    second = _test_cut(dependencies, first, least=0)
     single = {name: numbers[-1:] for name, numbers in second.items()}
     return [removed for removed in (first, second, single) if removed]
 
 
 def _test_cut(
-    wiring: DependencyGraph, before: Removed | None, least: int
+    dependencies: DependencyGraph, before: Removed | None, least: int
 ) -> dict[str, tuple[int, ...]]:
     """About a third of the channels of each group; with `before` all others, as far as they can go.
 
@@ -79,12 +79,12 @@ def _test_cut(
     generator = np.random.default_rng(0)
     amounts: dict[int, Iterator[int]] = {}
     removed: dict[str, tuple[int, ...]] = {}
-    left = [len(cover) for cover in wiring.covers]
+    left = [len(cover) for cover in dependencies.covers]
     covers: dict[int, list[int]] = {}
-    for number, cover in enumerate(wiring.covers):
+    for number, cover in enumerate(dependencies.covers):
         for channel in cover.tolist():
             covers.setdefault(channel, []).append(number)
-    for name, group in wiring.groups.items():
+    for name, group in dependencies.groups.items():
         size, done = len(group), (before or {}).get(name, ())
         if size not in amounts:
             possible = range(min(least, size - 1), size)
@@ -106,35 +106,39 @@ def _test_cut(
     return removed
 
 
-def _is_consistent(wiring: DependencyGraph) -> bool:
+def _is_consistent(dependencies: DependencyGraph) -> bool:
     """Whether no attribute has to be two numbers, for cuts of any size."""
     generator = np.random.default_rng(0)
     for _ in range(32):
         removed = {
             name: tuple(np.flatnonzero(generator.random(len(group)) < generator.random()).tolist())
-            for name, group in wiring.groups.items()
+            for name, group in dependencies.groups.items()
         }
         try:
-            attribute_values(wiring, removed)
+            attribute_values(dependencies, removed)
         except SizeConflict:
             return False
     return True
 
 
-def _is_graph_predicted(wiring: DependencyGraph, removed: Removed, graph: NetworkGraph) -> bool:
-    count, sizes = wiring.count_after(removed), wiring.sizes_after(removed)
-    if len(wiring.graph.nodes) != len(graph.nodes):
+def _is_graph_predicted(
+    dependencies: DependencyGraph, removed: Removed, graph: NetworkGraph
+) -> bool:
+    count, sizes = dependencies.count_after(removed), dependencies.sizes_after(removed)
+    if len(dependencies.graph.nodes) != len(graph.nodes):
         return False
-    twins = dict(zip(graph.nodes, wiring.graph.nodes, strict=True))
+    twins = dict(zip(graph.nodes, dependencies.graph.nodes, strict=True))
     return all(
         node.op == found.op
         and node.target == found.target
-        and wiring.graph.tensor_names.get(node) == graph.tensor_names.get(found)
-        and _is_same_constant(graph.constants.get(found), wiring.graph.constants.get(node))
+        and dependencies.graph.tensor_names.get(node) == graph.tensor_names.get(found)
+        and _is_same_constant(graph.constants.get(found), dependencies.graph.constants.get(node))
         and all(
             list(shape) == expected
             for shape, expected in zip(
-                _shapes(found), _predicted_shapes(wiring, node, count, graph.images), strict=True
+                _shapes(found),
+                _predicted_shapes(dependencies, node, count, graph.images),
+                strict=True,
             )
         )
         and _are_arguments_predicted(node, found, sizes.get(node, {}), twins)
@@ -156,11 +160,11 @@ def _shapes(node: Node) -> list[Sequence[int]]:
 
 
 def _predicted_shapes(
-    wiring: DependencyGraph, node: Node, count: Count, images: int
+    dependencies: DependencyGraph, node: Node, count: Count, images: int
 ) -> Iterator[list[int]]:
     """Shapes of an operation's values after a cut, for a batch of so many images."""
-    before = wiring.graph.images
-    several = wiring.several.get(node, [wiring.axes.get(node, ())])
+    before = dependencies.graph.images
+    several = dependencies.several.get(node, [dependencies.axes.get(node, ())])
     several = [axes for axes in several if axes] if len(several) > 1 else several
     for shape, axes in zip(_shapes(node), several, strict=False):
         known = axes or (None,) * len(shape)

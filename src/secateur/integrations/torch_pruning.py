@@ -118,21 +118,21 @@ class CriterionImportance:
         if shapes == self._shapes:
             return
         self._shapes = shapes
-        wiring = build_dependency_graph(self._model, self._example, prune_residual=True)
+        dependencies = build_dependency_graph(self._model, self._example, prune_residual=True)
         criterion = self._make_criterion(self._seed)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
             scored = score_filters(
                 self._model,
-                wiring,
+                dependencies,
                 self._shown,
                 {name: criterion},
-                self._source(wiring) if "concepts" in criterion.needs else None,
+                self._source(dependencies) if "concepts" in criterion.needs else None,
                 settings,
             )[name].scores
         self._scores, self._reasons = {}, {}
-        for group in wiring.groups.values():
-            number = np.full(len(wiring.channel_of), -1, dtype=np.int64)
+        for group in dependencies.groups.values():
+            number = np.full(len(dependencies.channel_of), -1, dtype=np.int64)
             number[group.channels] = np.arange(len(group))
             for layer in group.layers:
                 assert layer.produced is not None
@@ -141,20 +141,20 @@ class CriterionImportance:
                     self._scores[layer.name] = scored[group.name].double().cpu()[own]
                 else:
                     self._reasons[layer.name] = "only a part of its filters can be cut"
-        self._reasons |= {frozen.name: frozen.reason for frozen in wiring.frozen}
+        self._reasons |= {frozen.name: frozen.reason for frozen in dependencies.frozen}
 
     def _make_criterion(self, seed: int) -> Criterion:
         settings = self._settings
         return criteria.make(settings.criterion, settings, seed, {})
 
-    def _source(self, wiring: DependencyGraph) -> ConceptSource:
+    def _source(self, dependencies: DependencyGraph) -> ConceptSource:
         with evaluating(self._model), torch.inference_mode():
             classes = self._model(self._example).shape[1]
         class_names = tuple(map(str, range(classes)))
         size = int(self._example.shape[-1])
         return concepts.make(
             self._settings.concepts,
-            wiring.graph,
+            dependencies.graph,
             tensors_of(self._model),
             class_names,
             Preprocessing(size, size),

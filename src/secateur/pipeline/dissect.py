@@ -51,9 +51,9 @@ def dissect_network(
     *,
     images: int,
     title: str = "looking at filters",
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> NetworkDissection:
-    """Looks at every filter of `model` on the calibration set of `ground`, which was made for it.
+    """Looks at every filter of `model` on the calibration set of `context`, which was made for it.
 
     `images` is how many top images are kept of each filter; the criteria that are named come from
     the same pass. Raises `SecateurError`.
@@ -63,7 +63,7 @@ def dissect_network(
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: calibration_batches(context, config, track, title),
+        lambda: calibration_batches(context, config, progress, title),
         {name: make_criterion(name, context.source, config) for name in criterion_names},
         context.source,
         config.score,

@@ -141,7 +141,8 @@ def preprocessing(config: RunConfig) -> Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class ScoringContext:
-    """What filters are scored on: the calibration set, the wiring, and where concepts are found."""
+    """What filters are scored on: the calibration set, the dependency graph, and where concepts are
+    found."""
 
     calibration: Images
     example: Tensor
@@ -170,11 +171,11 @@ def make_scoring_context(
     dataset: DataSet,
     config: RunConfig,
     unreadable: Unreadable | None = None,
-    wiring: DependencyGraph | None = None,
+    dependencies: DependencyGraph | None = None,
     names: Sequence[str] = (),
 ) -> ScoringContext:
-    """Draws the calibration set and reads the network's wiring, as `config` says, if it is not
-    known.
+    """Draws the calibration set and reads the network's dependency graph, as `config` says, if it
+    is not known.
 
     `names` are the criteria that filters will be scored by: some take more memory.
 
@@ -195,18 +196,20 @@ def make_scoring_context(
     if first is None:
         raise DataError(f"none of {len(probe.labels)} calibration images can be read")
     example = first.images
-    if wiring is None:
-        wiring = build_dependency_graph(
+    if dependencies is None:
+        dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
         )
-    check_finite(model, wiring, example)
-    source = concepts.make(text, wiring.graph, tensors_of(model), dataset.class_names, expected)
+    check_finite(model, dependencies, example)
+    source = concepts.make(
+        text, dependencies.graph, tensors_of(model), dataset.class_names, expected
+    )
     needs = {need for name in names for need in make_criterion(name, source, config).needs}
     free = min(distributed.all_gather(free_bytes(device_of(model))))
     fits = batch_that_fits(
-        wiring, config.data.batch_size, free, with_gradients="gradients" in needs
+        dependencies, config.data.batch_size, free, with_gradients="gradients" in needs
     )
-    return ScoringContext(probe, example, wiring, source, fits, unreadable)
+    return ScoringContext(probe, example, dependencies, source, fits, unreadable)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -230,7 +233,7 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
 def stream(
     images: Images,
     config: RunConfig,
-    track: ProgressCallback,
+    progress: ProgressCallback,
     title: str,
     unreadable: Unreadable | None = None,
 ) -> Iterable[Batch]:
@@ -241,16 +244,16 @@ def stream(
     """
     chunks = torch.arange(len(images.labels)).split(config.data.batch_size)
     own = images.take(torch.cat([*distributed.shard(chunks), chunks[0][:0]]))
-    return _batches(own, config, track, title, unreadable)
+    return _batches(own, config, progress, title, unreadable)
 
 
 def calibration_batches(
-    ground: ScoringContext, config: RunConfig, track: ProgressCallback, title: str
+    context: ScoringContext, config: RunConfig, progress: ProgressCallback, title: str
 ) -> Iterable[Batch]:
     """This process's share of the calibration images, with their numbers in the calibration set."""
     share = distributed.rank_and_world_size()
-    config = with_batches(config, ground.batch_size)
-    return _batches(ground.calibration, config, track, title, ground.unreadable, share)
+    config = with_batches(config, context.batch_size)
+    return _batches(context.calibration, config, progress, title, context.unreadable, share)
 
 
 def with_batches(config: RunConfig, size: int) -> RunConfig:
@@ -262,7 +265,7 @@ def with_batches(config: RunConfig, size: int) -> RunConfig:
 def _batches(
     images: Images,
     config: RunConfig,
-    track: ProgressCallback,
+    progress: ProgressCallback,
     title: str,
     unreadable: Unreadable | None,
     shard: tuple[int, int] = (0, 1),
@@ -270,14 +273,14 @@ def _batches(
     size = config.data.batch_size
     expected = preprocessing(config)
     found = data.batches(images, size, expected, shard=shard, unreadable=unreadable)
-    return track(found, title, math.ceil(len(images.labels) / (size * shard[1])))
+    return progress(found, title, math.ceil(len(images.labels) / (size * shard[1])))
 
 
 def collect_plan_inputs(
     model: nn.Module,
-    ground: ScoringContext,
+    context: ScoringContext,
     config: RunConfig,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     names: Sequence[str] = (),
 ) -> dict[str, PlanInputs]:
     """By criterion: scores and all else that plans for `model` follow from, as `config` says.
@@ -286,24 +289,24 @@ def collect_plan_inputs(
     """
     return make_plan_inputs(
         model,
-        ground.dependencies,
-        lambda: calibration_batches(ground, config, track, "scoring filters"),
+        context.dependencies,
+        lambda: calibration_batches(context, config, progress, "scoring filters"),
         {
-            name: make_criterion(name, ground.source, config)
+            name: make_criterion(name, context.source, config)
             for name in names or (config.score.criterion,)
         },
-        ground.source,
+        context.source,
         config.score,
         config.plan,
         sample=lambda: _batches(
-            ground.calibration,
-            with_batches(config, ground.batch_size),
+            context.calibration,
+            with_batches(config, context.batch_size),
             no_progress,
             "",
-            ground.unreadable,
+            context.unreadable,
         ),
-        example=ground.example,
-        track=track,
+        example=context.example,
+        progress=progress,
     )
 
 
@@ -326,53 +329,53 @@ def make_baseline(
     dataset: DataSet,
     config: RunConfig,
     names: Sequence[str] = (),
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Baseline:
     """Scores `model` and its filters, by the named criteria or by that of `config`."""
     config = resolved(config, dataset)
     unreadable = make_unreadable(config)
     since = time.perf_counter()
     names = names or (config.score.criterion,)
-    ground = make_scoring_context(model, dataset, config, unreadable, names=names)
-    surveys = collect_plan_inputs(model, ground, config, track, names)
+    context = make_scoring_context(model, dataset, config, unreadable, names=names)
+    surveys = collect_plan_inputs(model, context, config, progress, names)
     seconds = time.perf_counter() - since
-    config = with_batches(config, ground.batch_size)
-    images = stream(dataset.test, config, track, "scoring (before)", unreadable)
-    return Baseline(evaluate(model, images), ground, surveys, seconds)
+    config = with_batches(config, context.batch_size)
+    images = stream(dataset.test, config, progress, "scoring (before)", unreadable)
+    return Baseline(evaluate(model, images), context, surveys, seconds)
 
 
 def refit_in_place(
     model: nn.Module,
     smaller: nn.Module,
-    ground: ScoringContext,
+    context: ScoringContext,
     plan: PruningPlan,
     config: RunConfig,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> RefitOutcome:
     """Repairs the cut network in place on the calibration images, as `config` says; see
     `repair`."""
-    fit, held_out = split_calibration(ground.calibration)
+    fit, held_out = split_calibration(context.calibration)
     return refit_and_check(
         model,
         smaller,
-        ground.dependencies,
+        context.dependencies,
         plan,
         config.refit,
-        lambda: calibration_batches(ground, config, no_progress, ""),
-        lambda: stream(fit, config, track, "re-estimating norms", ground.unreadable),
-        lambda: stream(held_out, config, no_progress, "", ground.unreadable),
+        lambda: calibration_batches(context, config, no_progress, ""),
+        lambda: stream(fit, config, progress, "re-estimating norms", context.unreadable),
+        lambda: stream(held_out, config, no_progress, "", context.unreadable),
         seed=config.seed,
-        track=track,
+        progress=progress,
     )
 
 
 def _search(
     model: nn.Module,
     dataset: DataSet,
-    ground: ScoringContext,
+    context: ScoringContext,
     survey: PlanInputs,
     config: RunConfig,
-    track: ProgressCallback,
+    progress: ProgressCallback,
     log: EventLog,
 ) -> tuple[SizeTrial, ...]:
     """Networks of several sizes, cut and refitted, on the validation images."""
@@ -380,14 +383,14 @@ def _search(
     target = parse_budget(config.plan.target)
 
     def accuracy(network: nn.Module) -> float:
-        images = stream(dataset.validation, config, no_progress, "", ground.unreadable)
+        images = stream(dataset.validation, config, no_progress, "", context.unreadable)
         return evaluate(network, images).top1_fraction
 
     def attempt(fraction_left: float) -> float:
         plan = survey.plan(replace(target, fraction_left=fraction_left))
-        smaller = apply_plan(model, ground.dependencies, plan)
+        smaller = apply_plan(model, context.dependencies, plan)
         if config.refit.is_any:
-            refit_in_place(model, smaller, ground, plan, config, track)
+            refit_in_place(model, smaller, context, plan, config, progress)
         found = accuracy(smaller)
         log.write("trial", fraction_left=fraction_left, validation_top1_fraction=found)
         return found
@@ -433,7 +436,7 @@ def prune(
     config: RunConfig,
     *,
     start: Baseline | None = None,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     log: EventLog | None = None,
     checkpoints: Path | None = None,
     command: str | None = None,
@@ -447,12 +450,12 @@ def prune(
     be what is known of it. Test images are scored and nothing else. Fine-tuning goes on from what
     is in the folder `checkpoints`, if one is given. Raises `SecateurError`: see `errors`.
     """
-    pruned = cut(model, dataset, config, start=start, track=track, log=log, command=command)
+    pruned = cut(model, dataset, config, start=start, progress=progress, log=log, command=command)
     while not pruned.is_finished:
         if pruned.is_finetuned:
             config, command = pruned.result.config, pruned.result.command
             pruned = cut(
-                model, dataset, config, earlier=pruned, track=track, log=log, command=command
+                model, dataset, config, earlier=pruned, progress=progress, log=log, command=command
             )
         else:
             kept = checkpoints and checkpoints / f"round-{pruned.round}"
@@ -460,7 +463,7 @@ def prune(
                 pruned,
                 model,
                 dataset,
-                track=track,
+                progress=progress,
                 log=log,
                 checkpoints=None if kept is None else Checkpoints(kept),
             )
@@ -472,7 +475,7 @@ def finetune(
     model: nn.Module,
     dataset: DataSet,
     *,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     log: EventLog | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Pruned:
@@ -488,7 +491,7 @@ def finetune(
     unreadable = make_unreadable(config)
 
     def validate(network: nn.Module) -> float:
-        images = stream(dataset.validation, config, track, "validating", unreadable)
+        images = stream(dataset.validation, config, progress, "validating", unreadable)
         return evaluate(network, images).top1_fraction
 
     training = train(
@@ -499,7 +502,7 @@ def finetune(
         config.finetune,
         seed=config.seed,
         sums=_sums(pruned) if config.finetune.feature_weight else (),
-        track=track,
+        progress=progress,
         validate=validate,
         after_epoch=lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
         checkpoints=checkpoints,
@@ -511,7 +514,7 @@ def finetune(
     def score(state: dict[str, Tensor]) -> Score:
         network = copy.deepcopy(smaller)
         network.load_state_dict(state)
-        images = stream(dataset.test, config, track, "scoring (tuned)", unreadable)
+        images = stream(dataset.test, config, progress, "scoring (tuned)", unreadable)
         return evaluate(network, images, known_ms=came.latency_ms)
 
     earlier = tuple(
@@ -558,7 +561,7 @@ def cut(
     *,
     earlier: Pruned | None = None,
     start: Baseline | None = None,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     log: EventLog | None = None,
     command: str | None = None,
 ) -> Pruned:
@@ -572,26 +575,26 @@ def cut(
     current, number = (model, 1) if earlier is None else (earlier.model, earlier.round + 1)
     stages = [] if earlier is None else [*earlier.result.stages]
     if earlier is None:
-        start = start or make_baseline(model, dataset, config, track=track)
-        ground, surveys, prepared = start.context, start.plan_inputs, start.seconds
+        start = start or make_baseline(model, dataset, config, progress=progress)
+        context, surveys, prepared = start.context, start.plan_inputs, start.seconds
     else:
         since = time.perf_counter()
         names = (config.score.criterion,)
-        ground = make_scoring_context(
+        context = make_scoring_context(
             current, dataset, config, make_unreadable(config), names=names
         )
-        surveys = collect_plan_inputs(current, ground, config, track)
+        surveys = collect_plan_inputs(current, context, config, progress)
         prepared = time.perf_counter() - since
-    wiring, survey, unreadable = (
-        ground.dependencies,
+    dependencies, survey, unreadable = (
+        context.dependencies,
         surveys[config.score.criterion],
-        ground.unreadable,
+        context.unreadable,
     )
     asked = None if earlier is None else earlier.result.requested_batch_size
-    if ground.batch_size < config.data.batch_size:
+    if context.batch_size < config.data.batch_size:
         asked = config.data.batch_size
-        log.write("batch_size", asked=config.data.batch_size, taken=ground.batch_size)
-        config = with_batches(config, ground.batch_size)
+        log.write("batch_size", asked=config.data.batch_size, taken=context.batch_size)
+        config = with_batches(config, context.batch_size)
 
     def note(stage: Stage, found: Score, seconds: float) -> None:
         stages.append(StageResult(stage=stage, round=number, score=found, seconds=seconds))
@@ -607,34 +610,34 @@ def cut(
     target = replace(target, fraction_left=target.fraction_left ** (1 / config.plan.rounds))
     trials: tuple[SizeTrial, ...] = ()
     if config.plan.max_drop is not None:
-        trials = _search(model, dataset, ground, survey, config, track, log)
+        trials = _search(model, dataset, context, survey, config, progress, log)
         target = replace(target, fraction_left=smallest_kept(trials))
     if target.quantity == "latency" and config.plan.max_drop is None and target.fraction_left < 1:
         found = distributed.on_main_process(
             lambda: plan_in_time(
                 current,
-                wiring,
+                dependencies,
                 lambda fraction: survey.plan(replace(target, fraction_left=fraction)),
                 target.fraction_left,
                 survey.least(target),
-                ground.example,
+                context.example,
             )
         )
         plan = replace(found[0], budget=target)
         log.write("latency_left", fraction=found[1])
     else:
         plan = survey.plan(target)
-    smaller = apply_plan(current, wiring, plan)
-    equivalence_error = check_equivalence(current, wiring, plan, smaller, ground.example)
+    smaller = apply_plan(current, dependencies, plan)
+    equivalence_error = check_equivalence(current, dependencies, plan, smaller, context.example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither repairs nor training change what a pass computes.
     left = distributed.on_main_process(
-        lambda: measure_fraction_left(model, smaller, ground.example)
+        lambda: measure_fraction_left(model, smaller, context.example)
     )
     known_ms = left * stages[0].score.latency_ms
 
     def score(stage: Stage, seconds: float) -> None:
-        images = stream(dataset.test, config, track, f"scoring ({stage})", unreadable)
+        images = stream(dataset.test, config, progress, f"scoring ({stage})", unreadable)
         note(stage, evaluate(smaller, images, known_ms=known_ms), seconds)
 
     score("cut", seconds)
@@ -642,11 +645,11 @@ def cut(
     repaired = RefitOutcome()
     if config.refit.is_any:
         since = time.perf_counter()
-        repaired = refit_in_place(current, smaller, ground, plan, config, track)
+        repaired = refit_in_place(current, smaller, context, plan, config, progress)
         score("refit", time.perf_counter() - since)
 
     polished: Distillation | None = None
-    fit, held_out = split_calibration(ground.calibration)
+    fit, held_out = split_calibration(context.calibration)
     if config.distill.epochs:
         since = time.perf_counter()
         polished = distill(
@@ -657,7 +660,7 @@ def cut(
             preprocessing(config),
             config.distill,
             seed=config.seed,
-            track=track,
+            progress=progress,
             unreadable=unreadable,
         )
         for each in polished.epochs:
@@ -671,11 +674,11 @@ def cut(
             removed=plan.removed.get(name, ()),
             scores=tuple(survey.scores.scores[name].tolist()),
         )
-        for name, group in wiring.groups.items()
+        for name, group in dependencies.groups.items()
     )
     frozen = tuple(
         FrozenResult(name=group.name, filters=group.size, reason=group.reason)
-        for group in wiring.frozen
+        for group in dependencies.frozen
     )
     if earlier is not None:
         groups = merge_rounds(earlier.result.groups, groups)
@@ -708,4 +711,4 @@ def cut(
         log.write("unreadable", files=result.unreadable)
     if earlier is not None:
         return Pruned(smaller, plan, result, earlier.latency, earlier.dependencies)
-    return Pruned(smaller, plan, result, survey.latency, wiring)
+    return Pruned(smaller, plan, result, survey.latency, dependencies)

@@ -25,7 +25,7 @@ from secateur.runtime.schema import Record, parse_record
 from secateur.training.distill import Distillation
 from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
@@ -152,7 +152,8 @@ class RunResult(Record):
             found.append(
                 "Re-estimated kernels made held-out calibration images worse (divergence "
                 f"{check.divergence_refit:.3f} after {check.divergence_cut:.3f} nats): the network "
-                "stayed as it was cut. More calibration images, or refit.form = 'channel', may help."
+                "stayed as it was cut. More calibration images, or refit.form = 'channel', may "
+                "help."
             )
         last = tuning.epochs[-1].validation if tuning is not None and tuning.epochs else None
         if tuning is not None and last is not None and last < tuning.before_top1_fraction:
@@ -240,7 +241,7 @@ class Origin:
     exclude: tuple[str, ...] = ()
 
     def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
-        """The wiring of the unpruned network, made as it was made for the plan."""
+        """The dependency graph of the unpruned network, made as it was made for the plan."""
         example = torch.zeros(2, *self.image_shape)
         return build_dependency_graph(
             model, example, prune_residual=self.prune_residual, exclude=self.exclude

@@ -36,23 +36,30 @@ Images = Float[Tensor, "image channel *position"]
 
 
 def check_equivalence(
-    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    plan: PruningPlan,
+    smaller: nn.Module,
+    images: Images,
 ) -> float:
     """The largest relative difference between `smaller` and the original, silenced, on `images`.
 
     Where it is more than rounding makes in float32, both are computed in float64. Raises `CutError`
     where it is too large there, too: it names the layer whose filters alone are enough for that.
     """
-    error = _error(model, wiring, plan, smaller, images)
+    error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
     twice = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
-    if _error(twice, wiring, plan, apply_plan(twice, wiring, plan), images.double()) <= TOLERANCE:
+    if (
+        _error(twice, dependencies, plan, apply_plan(twice, dependencies, plan), images.double())
+        <= TOLERANCE
+    ):
         return error
     for name, removed in plan.removed.items():
         alone = PruningPlan({name: removed}, plan.budget, plan.criterion)
-        cut = apply_plan(twice, wiring, alone)
-        if not _error(twice, wiring, alone, cut, images.double()) <= TOLERANCE:
+        cut = apply_plan(twice, dependencies, alone)
+        if not _error(twice, dependencies, alone, cut, images.double()) <= TOLERANCE:
             raise CutError(
                 f"without filters of {name} the network answers otherwise than with them silenced "
                 f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} "
@@ -65,14 +72,18 @@ def check_equivalence(
 
 
 def _error(
-    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan, smaller: nn.Module, images: Images
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    plan: PruningPlan,
+    smaller: nn.Module,
+    images: Images,
 ) -> float:
     with torch.inference_mode():
-        expected = masked_overrides(model, wiring, plan)(images)
+        expected = masked_overrides(model, dependencies, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
-def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> None:
+def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images) -> None:
     """Raises `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
 
     Of the parameters and buffers of `model`, then of what it computes from `images`.
@@ -91,8 +102,8 @@ def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> N
             found.append(node)
 
     with torch.inference_mode():
-        walk = GraphInterpreter(wiring.graph, state, images)
-        walk.advance(after={node: partial(look, node) for node in wiring.graph.nodes})
+        walk = GraphInterpreter(dependencies.graph, state, images)
+        walk.advance(after={node: partial(look, node) for node in dependencies.graph.nodes})
     if found:
         stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
         place = stack[-1] if stack else found[0].name
@@ -100,7 +111,7 @@ def check_finite(model: nn.Module, wiring: DependencyGraph, images: Images) -> N
 
 
 def masked_overrides(
-    model: nn.Module, wiring: DependencyGraph, plan: PruningPlan
+    model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """The original network, in evaluation mode, with the removed channels zeroed where read.
 
@@ -108,20 +119,20 @@ def masked_overrides(
     operation over all channels, such as layer norm, is computed over those that stay: there the
     reference is a masked normalisation. Gives a tuple where the network returns several tensors.
     """
-    sizes, stays = wiring.sizes_after(plan.removed), wiring.is_kept(plan.removed)
+    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.is_kept(plan.removed)
     edits: dict[Node, Compute] = {}
-    for reader in wiring.consumers:
+    for reader in dependencies.consumers:
         kept = stays[reader.channels]
         if not kept.all():
             edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
-    for node in wiring.mixing:
-        edits[node] = _weighted_over_kept(node, wiring, stays, sizes.get(node, {}))
+    for node in dependencies.mixing:
+        edits[node] = _weighted_over_kept(node, dependencies, stays, sizes.get(node, {}))
     state = tensors_of(getattr(model, "_orig_mod", model))
 
     def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
-        walk = GraphInterpreter(wiring.graph, state, images)
+        walk = GraphInterpreter(dependencies.graph, state, images)
         walk.advance(overrides=edits)
-        outputs = tuple(walk.value(node) for node in wiring.graph.outputs)
+        outputs = tuple(walk.value(node) for node in dependencies.graph.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
     return silenced
@@ -145,7 +156,10 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
 
 
 def _weighted_over_kept(
-    node: Node, wiring: DependencyGraph, stays: npt.NDArray[np.bool_], sizes: Mapping[int, Any]
+    node: Node,
+    dependencies: DependencyGraph,
+    stays: npt.NDArray[np.bool_],
+    sizes: Mapping[int, Any],
 ) -> Compute:
     """The operation over the channels that stay, with zeros for the others in its answer."""
 
@@ -161,7 +175,7 @@ def _weighted_over_kept(
     def compute(lookup: Callable[[Node], Any]) -> Any:
         def gathered(source: Node) -> Any:
             value = lookup(source)
-            for dim, ids in enumerate(wiring.axes.get(source, ())):
+            for dim, ids in enumerate(dependencies.axes.get(source, ())):
                 if ids is not None and not stays[ids].all():
                     index = torch.from_numpy(np.flatnonzero(stays[ids])).to(value.device)
                     value = value.index_select(dim, index)
@@ -169,7 +183,7 @@ def _weighted_over_kept(
 
         result = apply(node, gathered, sizes)
         if isinstance(result, Tensor):
-            return scattered(result, wiring.axes[node])
-        return tuple(map(scattered, result, wiring.several[node]))
+            return scattered(result, dependencies.axes[node])
+        return tuple(map(scattered, result, dependencies.several[node]))
 
     return compute

@@ -33,7 +33,7 @@ from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.hashing import architecture_hash
 
 Removed = dict[str, tuple[int, ...]]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Allocation:
 
 def make_plan(
     scores: Mapping[str, Tensor],
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     target: Budget,
     criterion: str,
     *,
@@ -134,10 +134,10 @@ def make_plan(
     finite, or what the allocation or the target needs is missing.
     """
     allocation = allocation or Allocation()
-    architecture = architecture_hash(wiring.shapes)
-    ranking = rank(scores, wiring, criterion, ties=ties)
+    architecture = architecture_hash(dependencies.shapes)
+    ranking = rank(scores, dependencies, criterion, ties=ties)
     space = make_space(
-        ranking, wiring, target, round_to=round_to, min_filters=min_filters, latency=latency
+        ranking, dependencies, target, round_to=round_to, min_filters=min_filters, latency=latency
     )
     if allocation.rule == "shares":
         if allocation.shares is None:
@@ -147,11 +147,11 @@ def make_plan(
         # Rounded up: the plan keeps what it says.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
         return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
-    _check_reach(space, wiring, target)
+    _check_reach(space, dependencies, target)
     if allocation.rule == "uniform":
         counts = equal_shares(space)
     elif allocation.rule == "global":
-        ordered = {n: scores[n][ranking.order[n]].tolist() for n in wiring.groups}
+        ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
         counts = lowest_scores(space, ordered)
     else:
         if allocation.sensitivity is None:
@@ -162,7 +162,7 @@ def make_plan(
 
 def make_space(
     ranking: Ranking,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     target: Budget,
     *,
     round_to: int = 1,
@@ -170,11 +170,11 @@ def make_space(
     latency: LatencyTable | None = None,
 ) -> SearchSpace:
     """The numbers of channels that the groups may keep, and what a target says of them."""
-    measure = count_quantity(wiring, target.quantity, latency)
-    pressure = crowding_of(wiring, target.quantity)
+    measure = count_quantity(dependencies, target.quantity, latency)
+    pressure = crowding_of(dependencies, target.quantity)
     order = ranking.order
     steps = {
-        name: _steps(wiring, name, channels, round_to, max(min_filters, ranking.least[name]))
+        name: _steps(dependencies, name, channels, round_to, max(min_filters, ranking.least[name]))
         for name, channels in order.items()
     }
     return SearchSpace(
@@ -193,13 +193,13 @@ def _removed(ranking: Ranking, counts: Mapping[str, int]) -> Removed:
     }
 
 
-def _check_reach(space: SearchSpace, wiring: DependencyGraph, target: Budget) -> None:
+def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budget) -> None:
     """Raises `TargetError` where even the least that may stay is too much."""
     if space.fits(space.least):
         return
     least = space.measure(space.least) / space.measure(space.whole)
-    frozen = sum(group.size for group in wiring.frozen)
-    stream = sum(group.size for group in wiring.frozen if group.reason == RESIDUAL)
+    frozen = sum(group.size for group in dependencies.frozen)
+    stream = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
     hint = f"; prune_residual would free {stream} of them" if stream else ""
     raise TargetError(
         f"target {target} is out of reach: {least:.3f} of the "
@@ -209,12 +209,14 @@ def _check_reach(space: SearchSpace, wiring: DependencyGraph, target: Budget) ->
 
 
 def _steps(
-    wiring: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int
+    dependencies: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int
 ) -> list[int]:
     """How many channels of a group may stay, in rising order."""
-    group = wiring.groups[name]
-    written = wiring.channel_of[group.layers[0].produced]
-    filters = np.bincount(written[written >= 0], minlength=len(wiring.channel_of))[group.channels]
+    group = dependencies.groups[name]
+    written = dependencies.channel_of[group.layers[0].produced]
+    filters = np.bincount(written[written >= 0], minlength=len(dependencies.channel_of))[
+        group.channels
+    ]
     widths = itertools.accumulate(int(filters[number]) for number in order)
     allowed = [
         count

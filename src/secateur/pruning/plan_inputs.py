@@ -31,7 +31,7 @@ from secateur.scoring.scores import FilterScores, score_filters, scores_of
 class PlanInputs:
     """All that is known of a network before a plan is made."""
 
-    wiring: DependencyGraph
+    dependencies: DependencyGraph
     scores: FilterScores
     settings: PlanSection
     allocation: Allocation
@@ -43,7 +43,7 @@ class PlanInputs:
         """The plan for a target; the errors are those of `make_plan`."""
         return make_plan(
             self.scores.scores,
-            self.wiring,
+            self.dependencies,
             budget,
             self.scores.criterion,
             allocation=self.allocation,
@@ -56,8 +56,8 @@ class PlanInputs:
     def least(self, target: Budget) -> float:
         """The smallest fraction of the target's quantity that a plan can leave."""
         space = make_space(
-            rank(self.scores.scores, self.wiring, self.scores.criterion),
-            self.wiring,
+            rank(self.scores.scores, self.dependencies, self.scores.criterion),
+            self.dependencies,
             target,
             round_to=self.settings.round_to,
             min_filters=self.settings.min_filters,
@@ -68,7 +68,7 @@ class PlanInputs:
 
 def make_plan_inputs(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
     source: ConceptSource,
@@ -77,7 +77,7 @@ def make_plan_inputs(
     *,
     sample: Callable[[], Iterable[Batch]],
     example: Tensor,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, PlanInputs]:
     """By the name of each criterion: the scores of the filters, and what else a plan needs.
 
@@ -91,10 +91,12 @@ def make_plan_inputs(
     ):
         plain = Reconstruction()
     observers = () if plain is None else (plain,)
-    scores = score_filters(model, wiring, batches, criteria, source, score, observers=observers)
+    scores = score_filters(
+        model, dependencies, batches, criteria, source, score, observers=observers
+    )
     latency = None
     if parse_budget(settings.target).quantity == "latency":
-        latency = distributed.on_main_process(lambda: measure_latency(model, wiring, example))
+        latency = distributed.on_main_process(lambda: measure_latency(model, dependencies, example))
     surveys = {}
     for name, criterion in criteria.items():
         scored, ties = scores[name], None
@@ -102,12 +104,14 @@ def make_plan_inputs(
         moments = criterion if isinstance(criterion, Reconstruction) else plain
         if settings.allocation == "sensitivity" and moments is not None:
             if moments is plain and _has_ties(scored):
-                ties = scores_of(moments, wiring)
-            ranking = rank(scored.scores, wiring, name, ties=ties)
+                ties = scores_of(moments, dependencies)
+            ranking = rank(scored.scores, dependencies, name, ties=ties)
             tensors = tensors_of(model)
-            damage = measure_sensitivity(tensors, wiring, moments, ranking, sample(), track=track)
+            damage = measure_sensitivity(
+                tensors, dependencies, moments, ranking, sample(), progress=progress
+            )
             allocation = replace(allocation, sensitivity=damage)
-        surveys[name] = PlanInputs(wiring, scored, settings, allocation, ties, latency)
+        surveys[name] = PlanInputs(dependencies, scored, settings, allocation, ties, latency)
     return surveys
 
 

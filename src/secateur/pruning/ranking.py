@@ -22,7 +22,7 @@ class Ranking:
 
 def rank(
     scores: Mapping[str, Tensor],
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     criterion: str,
     *,
     ties: Mapping[str, Tensor] | None = None,
@@ -33,7 +33,7 @@ def rank(
     smaller number. Of channels that make up a whole dimension of some value the best one must stay:
     those come first in any case. Raises `UsageError` where a score is missing or not finite.
     """
-    for name, group in wiring.groups.items():
+    for name, group in dependencies.groups.items():
         if name not in scores or scores[name].shape != (len(group),):
             raise UsageError(
                 f"{criterion}: {name!r} needs one score for each of {len(group)} filters"
@@ -42,16 +42,16 @@ def rank(
             raise UsageError(f"{criterion}: a score of {name!r} is not a finite number")
     place = {
         channel: (name, number)
-        for name, group in wiring.groups.items()
+        for name, group in dependencies.groups.items()
         for number, channel in enumerate(group.channels.tolist())
     }
     ranked = {
         name: _sorted(scores[name], None if ties is None else ties.get(name))
-        for name in wiring.groups
+        for name in dependencies.groups
     }
     position = {name: {n: r for r, n in enumerate(numbers)} for name, numbers in ranked.items()}
     needed: dict[str, set[int]] = {name: set() for name in ranked}
-    for cover in wiring.covers:
+    for cover in dependencies.covers:
         name = place[int(cover[0])][0]
         mine = [place[c][1] for c in cover.tolist() if place[c][0] == name]
         needed[name].add(min(mine, key=position[name].__getitem__))

@@ -65,20 +65,22 @@ class ChannelReconstruction:
 
 def measure_sensitivity(
     state: Tensors,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Sensitivity:
     """The damage curve of every group, from moments of the scoring pass and some calibration
     images."""
     curves = {
         name: error_curve(group, moments, ranking.order[name])
-        for name, group in wiring.groups.items()
+        for name, group in dependencies.groups.items()
     }
-    slopes = measure_output_sensitivity(state, wiring, moments, ranking, batches, track=track)
+    slopes = measure_output_sensitivity(
+        state, dependencies, moments, ranking, batches, progress=progress
+    )
     return {name: (slopes[name] * curve).tolist() for name, curve in curves.items()}
 
 
@@ -100,21 +102,22 @@ def error_curve(
 
 def measure_output_sensitivity(
     state: Tensors,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     moments: Reconstruction,
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, float]:
     """By group: the output's error for each unit of its readers' error, a geometric mean.
 
     Over the `SNAPSHOTS`; 0 where nothing that goes makes a difference. All processes bring the same
     batches; each measures its share of the groups.
     """
-    position = {node: number for number, node in enumerate(wiring.graph.nodes)}
+    position = {node: number for number, node in enumerate(dependencies.graph.nodes)}
     ordered = sorted(
-        wiring.groups.values(), key=lambda group: min(position[r.node] for r in group.consumers)
+        dependencies.groups.values(),
+        key=lambda group: min(position[r.node] for r in group.consumers),
     )
     snapshots = {
         group.name: [
@@ -130,17 +133,17 @@ def measure_output_sensitivity(
     steps = [(images, group) for images in several for group in own]
     walk, expected = None, []
     with torch.inference_mode():
-        for images, group in track(steps, "measuring damage", len(steps)):
+        for images, group in progress(steps, "measuring damage", len(steps)):
             if group is own[0]:
-                walk = GraphInterpreter(wiring.graph, state, images)
-                expected = _outputs(wiring, walk.copy())
+                walk = GraphInterpreter(dependencies.graph, state, images)
+                expected = _outputs(dependencies, walk.copy())
             assert walk is not None
             readers = sorted(group.consumers, key=lambda reader: position[reader.node])
             walk.advance(readers[0].node)
-            edits = [_InputEdit(wiring, reader, group, walk) for reader in readers]
+            edits = [_InputEdit(dependencies, reader, group, walk) for reader in readers]
             for snapshot, sums in zip(snapshots[group.name], growth[group.name], strict=True):
                 instead = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
-                found = _outputs(wiring, walk.copy(), instead)
+                found = _outputs(dependencies, walk.copy(), instead)
                 missed = sum(edit.missed for edit in edits)
                 sums += len(images) * torch.tensor([divergence(expected, found), missed])
     slopes = distributed.gather_shards([_slope(growth[group.name]) for group in own])
@@ -174,15 +177,17 @@ class _InputEdit:
     """One reader of a group, fed with what stands in for some of its channels."""
 
     def __init__(
-        self, wiring: DependencyGraph, reader: Consumer, group: Group, walk: GraphInterpreter
+        self, dependencies: DependencyGraph, reader: Consumer, group: Group, walk: GraphInterpreter
     ) -> None:
         self.node = reader.node
         self.missed = 0.0
         """Squared error of what the reader gave last, summed over its outputs; mean over others."""
         self._dim = reader.dim
-        number = np.full(len(wiring.channel_of) + 1, -1, dtype=np.int64)  # the last stands for -1
+        number = np.full(
+            len(dependencies.channel_of) + 1, -1, dtype=np.int64
+        )  # the last stands for -1
         number[group.channels] = np.arange(len(group))
-        own = number[wiring.channel_of[reader.channels]]
+        own = number[dependencies.channel_of[reader.channels]]
         places = np.flatnonzero(own >= 0)
         # Of a channel that is read at several places, as after flattening, each is a copy.
         order = places[np.argsort(own[places], kind="stable")]
@@ -247,10 +252,12 @@ def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def _outputs(
-    wiring: DependencyGraph, walk: GraphInterpreter, instead: Mapping[Node, Compute] | None = None
+    dependencies: DependencyGraph,
+    walk: GraphInterpreter,
+    instead: Mapping[Node, Compute] | None = None,
 ) -> list[Tensor]:
     walk.advance(overrides=instead)
-    return [walk.value(node) for node in wiring.graph.outputs]
+    return [walk.value(node) for node in dependencies.graph.outputs]
 
 
 def _slope(growth: Float[Tensor, "snapshot 2"]) -> float:

@@ -49,7 +49,7 @@ def process_group() -> Iterator[None]:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number and how many there are: it takes every so manieth image."""
+    """This process's number and how many there are: it takes every n-th image."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -94,7 +94,7 @@ def on_main_process(measure: Callable[[], T]) -> T:
 
 
 def shard(batches: Sequence[T]) -> Sequence[T]:
-    """This process's share of a list: every so manieth; see `undealt`."""
+    """This process's share of a list: every n-th; see `undealt`."""
     rank, size = rank_and_world_size()
     return batches[rank::size]
 

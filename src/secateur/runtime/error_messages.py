@@ -19,8 +19,8 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, OUT_OF_MEMORY):
         return (
-            "there is not enough memory: --set data.batch_size=N, or finetune.gradient_accumulation_steps=N in "
-            f"training, takes less{f' ({text})' if text else ''}"
+            "there is not enough memory: --set data.batch_size=N, or in training "
+            f"finetune.gradient_accumulation_steps=N, takes less{f' ({text})' if text else ''}"
         )
     if _says(error, LOST_READER):
         return (

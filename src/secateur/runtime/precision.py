@@ -42,8 +42,8 @@ def accelerator_for(precision: str) -> Accelerator:
         raise UsageError(f"training in {precision} is not possible here: {error}") from error
     if accelerator.num_processes != rank_and_world_size()[1]:
         raise UsageError(
-            f"the process group has {rank_and_world_size()[1]} processes, but the environment tells of "
-            f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
+            f"the process group has {rank_and_world_size()[1]} processes, but the environment "
+            f"tells of {accelerator.num_processes}: launch with torchrun or accelerate launch"
         )
     return accelerator
 

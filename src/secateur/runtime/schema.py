@@ -39,8 +39,11 @@ def parse_record(
     try:
         found = json.loads(text)["schema_version"]
         if found != version:
+            advice = ""
+            if isinstance(found, int) and found < version:
+                advice = ": an older release wrote it; write it again with this one"
             raise RunFolderError(
-                f"{name} has schema version {found}, and this secateur reads {version}"
+                f"{name} has schema version {found}, and this secateur reads {version}{advice}"
             )
         return kind.model_validate_json(text)
     except ValidationError as error:

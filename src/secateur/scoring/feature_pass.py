@@ -53,7 +53,7 @@ LARGEST_GRID = 14
 
 def observe(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     observers: Sequence[Observer],
     source: ConceptSource | None,
@@ -68,7 +68,7 @@ def observe(
     without it those of the predicted class. `source` may be None where nobody asks for concepts.
     """
     state = tensors_of(model)
-    parts = kernels_of(wiring, state)
+    parts = kernels_of(dependencies, state)
     for observer in observers:
         observer.reset(parts)
     needs: set[Need] = {need for observer in observers for need in observer.needs}
@@ -77,7 +77,7 @@ def observe(
     if "concepts" not in needs:
         source = None
     assert source is not None or "concepts" not in needs
-    way = _Pass(wiring, state, source, settings)
+    way = _Pass(dependencies, state, source, settings)
     usual: dict[str, ActivationStatistics] = {}
     if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
         usual = _activation_statistics(way, batches, with_thresholds="thresholds" in needs)
@@ -100,17 +100,19 @@ def taps_of(group: Group) -> dict[str, Tap]:
     }
 
 
-def kernels_of(wiring: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
+def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
     """The weights that write and read the filters of each part of each group."""
-    slots = {(each.tensor, each.dim): each.channels for each in wiring.slots}
+    slots = {(each.tensor, each.dim): each.channels for each in dependencies.slots}
     scales = {
-        wiring.graph.tensor_names[node.args[1]]
-        for node in wiring.graph.nodes
+        dependencies.graph.tensor_names[node.args[1]]
+        for node in dependencies.graph.nodes
         if operation_name(node) == "batch_norm" and isinstance(node.args[1], Node)
     }
     found: dict[str, Kernels] = {}
-    for group in wiring.groups.values():
-        position = np.full(len(wiring.channel_of) + 1, -1, dtype=np.int64)  # the last stands for -1
+    for group in dependencies.groups.values():
+        position = np.full(
+            len(dependencies.channel_of) + 1, -1, dtype=np.int64
+        )  # the last stands for -1
         position[group.channels] = np.arange(len(group))
 
         def rows_of(
@@ -124,7 +126,7 @@ def kernels_of(wiring: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
 
         incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
         norms = [rows_of(name, 0) for name in sorted(scales)]
-        readers = _consumer_kernels(wiring, state, position, len(group))
+        readers = _consumer_kernels(dependencies, state, position, len(group))
         for name, look in taps_of(group).items():
             channel = torch.from_numpy(look.channel)
             found[name] = Kernels(
@@ -143,15 +145,15 @@ def kernels_of(wiring: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
 
 
 def _consumer_kernels(
-    wiring: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
+    dependencies: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
 ) -> list[tuple[Window, Tensor]]:
     """How each layer that reads some of a group's channels moves, and `[output, tap, channel]`."""
     found: list[tuple[Window, Tensor]] = []
-    for layer in wiring.layers:
+    for layer in dependencies.layers:
         read = layer.kernel[1 - layer.filter_dim]
         if layer.is_computed or read is None or len(read) == 1:
             continue
-        own = position[wiring.channel_of[read]]
+        own = position[dependencies.channel_of[read]]
         inputs = torch.from_numpy(np.flatnonzero(own >= 0))
         if not len(inputs):
             continue
@@ -185,7 +187,7 @@ def _counts_up(index: Tensor, length: int) -> bool:
 class _Pass:
     """The way of a batch through the network, with the concept source served on it."""
 
-    wiring: DependencyGraph
+    dependencies: DependencyGraph
     state: Tensors
     source: ConceptSource | None
     settings: ScoreSection
@@ -196,9 +198,9 @@ class _Pass:
 
         Nobody else reads it, and observers have reduced it by then.
         """
-        kept = {*self.wiring.graph.outputs, None if self.source is None else self.source.node}
+        kept = {*self.dependencies.graph.outputs, None if self.source is None else self.source.node}
         found: dict[Node, Compute] = {}
-        for node in self.wiring.graph.nodes:
+        for node in self.dependencies.graph.nodes:
             read = node.args[0] if node.args else None
             if operation_name(node) != "relu" or not isinstance(read, Node) or read in kept:
                 continue
@@ -215,7 +217,7 @@ class _Pass:
         """
         return {
             node: functools.partial(_rows, node)
-            for node in self.wiring.graph.nodes
+            for node in self.dependencies.graph.nodes
             if operation_name(node) == "linear"
         }
 
@@ -239,7 +241,7 @@ class _Pass:
         if with_gradients:
             images = images.detach().clone().requires_grad_()
             instead = {**instead, **self._row_by_row}
-        walk = GraphInterpreter(self.wiring.graph, self.state, images)
+        walk = GraphInterpreter(self.dependencies.graph, self.state, images)
         with autocast(self.settings.precision):
             with torch.set_grad_enabled(with_gradients):
                 walk.advance(node, after=taps, overrides=instead)
@@ -252,7 +254,7 @@ class _Pass:
             labels=batch.labels if self.settings.use_labels else None,
             annotations=batch.annotations,
             value=captured[0] if captured else None,
-            logits=walk.value(self.wiring.graph.output),
+            logits=walk.value(self.dependencies.graph.output),
         )
 
 
@@ -284,7 +286,7 @@ def _activation_statistics(
     def see(part: str, look: Tap, value: Tensor) -> None:
         tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
 
-    for part, look in _taps_in_order(way.wiring).items():
+    for part, look in _taps_in_order(way.dependencies).items():
         tallies[part] = ActivationStatisticsTally(
             len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
@@ -295,7 +297,7 @@ def _activation_statistics(
         )
         for batch, count in rebatch(sample):
             counts.append(count)
-            scene = way.forward(batch, _hooks(way.wiring, see), with_gradients=False)
+            scene = way.forward(batch, _hooks(way.dependencies, see), with_gradients=False)
             if source is not None and source.needs_learning:
                 source.learn(scene)
         if distributed.any_process(sum(counts) > 0):
@@ -307,8 +309,12 @@ def _activation_statistics(
     return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
 
 
-def _taps_in_order(wiring: DependencyGraph) -> dict[str, Tap]:
-    return {part: look for group in wiring.groups.values() for part, look in taps_of(group).items()}
+def _taps_in_order(dependencies: DependencyGraph) -> dict[str, Tap]:
+    return {
+        part: look
+        for group in dependencies.groups.values()
+        for part, look in taps_of(group).items()
+    }
 
 
 class _FeatureHook:
@@ -338,7 +344,7 @@ class _FeatureHook:
         self._count, self._numbers = count, batch.indices[:count]
         self._votes, self._is_loss = [], False
         way, source = self._way, self._way.source
-        taps = _hooks(way.wiring, self._see)
+        taps = _hooks(way.dependencies, self._see)
         scene = way.forward(batch, taps, with_gradients=bool(self._later))
         if not bool(scene.logits.isfinite().all()):
             raise DataError("the network answers with values that are not finite")
@@ -409,11 +415,11 @@ def maps_of(look: Tap, value: Tensor) -> Tensor:
 
 
 def _hooks(
-    wiring: DependencyGraph, show: Callable[[str, Tap, Tensor], None]
+    dependencies: DependencyGraph, show: Callable[[str, Tap, Tensor], None]
 ) -> dict[Node, NodeHook]:
     """What to do at each node that is looked at, for all groups that are seen there."""
     parts_at: dict[Node, list[tuple[str, Tap]]] = {}
-    for part, look in _taps_in_order(wiring).items():
+    for part, look in _taps_in_order(dependencies).items():
         parts_at.setdefault(look.node, []).append((part, look))
 
     def see(node: Node, value: Tensor) -> None:

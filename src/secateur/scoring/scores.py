@@ -29,7 +29,7 @@ class FilterScores:
 
 def score_filters(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],
     criteria: Mapping[str, Criterion],
     source: ConceptSource | None,
@@ -42,18 +42,22 @@ def score_filters(
     `observers` look on in the same pass. `source` may be None where no criterion looks at images.
     """
     watching = [*criteria.values(), *observers]
-    observe(model, wiring, batches, watching, source, settings)
-    return {name: FilterScores(name, scores_of(each, wiring)) for name, each in criteria.items()}
+    observe(model, dependencies, batches, watching, source, settings)
+    return {
+        name: FilterScores(name, scores_of(each, dependencies)) for name, each in criteria.items()
+    }
 
 
-def scores_of(criterion: Criterion, wiring: DependencyGraph) -> dict[str, Float[Tensor, "channel"]]:
+def scores_of(
+    criterion: Criterion, dependencies: DependencyGraph
+) -> dict[str, Float[Tensor, "channel"]]:
     """`{group: the scores of its channels}` by a criterion that has seen all images."""
     return {
         group.name: _by_channel(
             len(group),
             [(look.channel, criterion.compute(part)) for part, look in taps_of(group).items()],
         )
-        for group in wiring.groups.values()
+        for group in dependencies.groups.values()
     }
 
 

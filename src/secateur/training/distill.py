@@ -47,7 +47,7 @@ def distill(
     settings: DistillSection,
     *,
     seed: int,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     unreadable: Unreadable | None = None,
 ) -> Distillation:
     """Trains `smaller` in place on the images of `fit`; how near it came to `model`.
@@ -71,7 +71,7 @@ def distill(
         preprocessing,
         as_training(settings),
         seed=seed,
-        track=track,
+        progress=progress,
         validate=validate,
         unreadable=unreadable,
     )
@@ -94,6 +94,6 @@ def as_training(settings: DistillSection) -> TrainingSection:
         precision=settings.precision,
         label_weight=0.0,
         optimiser="adamw",
-        mode="evaluation",
+        freeze_batchnorm=True,
         keep="best",
     )

@@ -26,20 +26,20 @@ class ResidualSum:
     """Channels of the original sum that stay."""
 
 
-def residual_sums(wiring: DependencyGraph, removed: Removed) -> tuple[ResidualSum, ...]:
+def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[ResidualSum, ...]:
     """The modules that add two feature maps, with the channels that stay; the last sum of each.
 
     Sums that the network adds in its own forward, outside of any module, have no name to find
     them by and are left out.
     """
-    stays = wiring.is_kept(removed)
+    stays = dependencies.is_kept(removed)
     found: dict[str, ResidualSum] = {}
-    for node in wiring.graph.nodes:
-        if operation_name(node) != "add" or node not in wiring.axes:
+    for node in dependencies.graph.nodes:
+        if operation_name(node) != "add" or node not in dependencies.axes:
             continue
-        summands = [each for each in node.args[:2] if each in wiring.axes]
+        summands = [each for each in node.args[:2] if each in dependencies.axes]
         shapes = {tuple(each.meta["val"].shape) for each in (node, *summands)}  # type: ignore[union-attr]
-        ids = wiring.axes[node][1] if len(wiring.axes[node]) == SPATIAL else None
+        ids = dependencies.axes[node][1] if len(dependencies.axes[node]) == SPATIAL else None
         stack = list(node.meta.get("nn_module_stack", {}).values())
         if len(summands) == 2 and len(shapes) == 1 and ids is not None and stack and stack[-1]:
             kept = np.flatnonzero(stays[ids]).tolist()

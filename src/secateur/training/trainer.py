@@ -93,7 +93,7 @@ def train(
     *,
     seed: int,
     sums: tuple[ResidualSum, ...] = (),
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     validate: Callable[[nn.Module], float] | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -139,7 +139,7 @@ def train(
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             run.restore(found)
         try:
-            run.run(track, validate, after_epoch, checkpoints)
+            run.run(progress, validate, after_epoch, checkpoints)
         except KeyboardInterrupt:
             with defer_signals():
                 run.save(checkpoints)
@@ -240,7 +240,7 @@ class _Run:
 
     def run(
         self,
-        track: ProgressCallback,
+        progress: ProgressCallback,
         validate: Callable[[nn.Module], float] | None,
         after_epoch: Callable[[Epoch], None] | None,
         checkpoints: Checkpoints | None,
@@ -253,19 +253,21 @@ class _Run:
             is_late = self._done() > 0 and distributed.any_process(self._is_time_over())
             at.ended = "time" if is_late else "whole"
             if not is_late:
-                self._go_through_epoch(track, checkpoints)
+                self._go_through_epoch(progress, checkpoints)
             if at.step:
                 self._end_epoch(validate, after_epoch, checkpoints)
             if at.ended == "time":
                 return
 
-    def _go_through_epoch(self, track: ProgressCallback, checkpoints: Checkpoints | None) -> None:
+    def _go_through_epoch(
+        self, progress: ProgressCallback, checkpoints: Checkpoints | None
+    ) -> None:
         """Does the steps of an epoch that are left, or as many as there is time for."""
         at = self._at
         title = f"epoch {at.epoch}/{self._settings.epochs}"
-        self._model.train(self._settings.mode == "training")
+        self._model.train(not self._settings.freeze_batchnorm)
         with contextlib.closing(self._stream.epoch(at.epoch, at.step)) as batches:
-            for batch in track(batches, title, self._stream.steps - at.step):
+            for batch in progress(batches, title, self._stream.steps - at.step):
                 with defer_signals() as interrupts:
                     self._step(batch)
                     if self._is_due():

@@ -44,7 +44,7 @@ from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.schema import Record, parse_record
 from secateur.runtime.signals import defer_signals
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COMPARISON, CELLS, CHECKPOINTS = "benchmark.toml", "cells", "checkpoints"
 PATIENCE = 3.0
 """Seconds that processes get to end by themselves when the sweep is interrupted."""
@@ -93,7 +93,7 @@ def run_benchmark(
     workers: int = 1,
     retry: bool = False,
     skip: Callable[[Job], bool] = lambda cell: False,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> tuple[JobResult, ...]:
     """Works off what is missing in a folder, `jobs` processes at a time; all results, in order.
 
@@ -112,7 +112,7 @@ def run_benchmark(
             for cell in cells
             if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
         ]
-        for done in track(
+        for done in progress(
             _run_jobs(folder, comparison, missing, workers, lock), "cells", len(missing)
         ):
             known[done.id] = done

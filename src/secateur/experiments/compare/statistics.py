@@ -16,7 +16,7 @@ from secateur.pipeline.result import Stage
 CONFIDENCE = 0.95
 Setting = tuple[str, str]
 """A network and a target."""
-Verdict = Literal["better", "worse", "not told apart", "one seed"]
+Verdict = Literal["better", "worse", "not significantly different", "one seed"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
             return "one seed"
         if self.low > 0:
             return "better"
-        return "worse" if self.high < 0 else "not told apart"
+        return "worse" if self.high < 0 else "not significantly different"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,8 @@ class BenchmarkStatistics:
         return paired(one, other, self.step)
 
     def overall(self, way: str) -> Difference | None:
-        """To the baseline, meant over what is measured; seeds that lack a setting don't count."""
+        """To the baseline, averaged over what is measured; seeds that lack a setting don't
+        count."""
         one, other = (self._means(each) for each in (way, self.baseline))
         return paired(one, other, self.step / math.sqrt(len(self.measured) or 1))
 

@@ -74,13 +74,13 @@ def make_gallery(
     smaller: nn.Module,
     dataset: DataSet,
     result: RunResult,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     *,
-    wiring: DependencyGraph | None = None,
+    dependencies: DependencyGraph | None = None,
 ) -> Gallery | None:
     """Looks at the network before and after a run, as the run's configuration says.
 
-    `wiring` is that of the network before, where it is known.
+    `dependencies` is that of the network before, where it is known.
 
     None where that asks for no images. Of several processes each gets the same. Raises
     `SecateurError`.
@@ -93,20 +93,20 @@ def make_gallery(
         update={"data": config.data.model_copy(update={"calibration_images": few})}
     )
     unreadable = make_unreadable(config)
-    ground = make_scoring_context(model, dataset, config, unreadable, wiring)
+    context = make_scoring_context(model, dataset, config, unreadable, dependencies)
     count = config.report.top_images
-    sights = dissect_network(model, ground, config, (VOTES,), images=count, track=track)
+    sights = dissect_network(model, context, config, (VOTES,), images=count, progress=progress)
     later = make_scoring_context(smaller, dataset, config, unreadable)
     after = dissect_network(
-        smaller, later, config, images=1, title="looking at what is left", track=track
+        smaller, later, config, images=1, title="looking at what is left", progress=progress
     )
-    tops = {name: sights.top(group) for name, group in ground.dependencies.groups.items()}
+    tops = {name: sights.top(group) for name, group in context.dependencies.groups.items()}
     numbers = [top.indices for top in tops.values()]
     wanted = torch.cat([torch.zeros(0).long(), *(each.flatten() for each in numbers)]).unique()
     place = {number: place for place, number in enumerate(wanted.tolist())}
     removed = {group.name: group.removed for group in result.groups}
     layers = []
-    for name, group in ground.dependencies.groups.items():
+    for name, group in context.dependencies.groups.items():
         iou = sights.dissection.iou_by_channel(group)
         best: list[FilterConcept | None] = [None] * len(group)
         group_after = later.dependencies.groups.get(name)
@@ -119,7 +119,7 @@ def make_gallery(
         layers.append(
             LayerGallery(
                 name=name,
-                concepts=_most_overlapped(iou, [each.name for each in ground.source.concepts]),
+                concepts=_most_overlapped(iou, [each.name for each in context.source.concepts]),
                 after=tuple(best),
                 votes=tuple(sights.scores[VOTES].scores[name].tolist()),
                 images=tuple(tuple(place[n] for n in row) for row in top.indices.tolist()),
@@ -128,10 +128,10 @@ def make_gallery(
             )
         )
     return Gallery(
-        calibration_images=len(ground.calibration.labels),
+        calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(ground.calibration, wanted, config),
-        image_classes=_class_names(ground.calibration, wanted, dataset),
+        images=_thumbnails(context.calibration, wanted, config),
+        image_classes=_class_names(context.calibration, wanted, dataset),
         layers=tuple(layers),
     )
 

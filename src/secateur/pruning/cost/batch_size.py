@@ -9,11 +9,13 @@ from secateur.runtime.memory import SHARE
 LEAST_BATCH = 2
 
 
-def batch_that_fits(wiring: DependencyGraph, asked: int, free: int, *, with_gradients: bool) -> int:
+def batch_that_fits(
+    dependencies: DependencyGraph, asked: int, free: int, *, with_gradients: bool
+) -> int:
     """The largest number of images at a time, at most `asked`, that a pass has memory for.
 
     `free` is in bytes. A pass with gradients holds all values, one without those still needed.
     """
-    each = total_bytes(wiring) if with_gradients else peak_bytes(wiring)({})
+    each = total_bytes(dependencies) if with_gradients else peak_bytes(dependencies)({})
     fits = int(SHARE * free / max(each, 1.0))
     return max(LEAST_BATCH, min(asked, fits))

@@ -20,7 +20,7 @@ from secateur.pruning.cost.memory import storages
 from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes
 from secateur.runtime.schema import VersionedRecord, parse_record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SMALL = 16
 """Up to so many channels time is a straight line between timed widths, whatever the block."""
 
@@ -60,7 +60,7 @@ class LatencyTable(VersionedRecord):
     block: int
     """Channels that the machine computes at once: a width takes as long as the next multiple."""
     layers: tuple[LayerTimes, ...]
-    """In the order of `Wiring.layers`."""
+    """In the order of `DependencyGraph.layers`."""
     layers_factor: float
     """What the sum of the layers' times is multiplied by in the whole network; 1 or more."""
     fixed_ms: float
@@ -82,26 +82,31 @@ class LayerWidths:
     """The two numbers of channels that the time of a layer depends on."""
 
     read: Dimension
-    """Channels that it sums over; 1 where they are not told apart from those `written`."""
+    """Channels that it sums over; 1 where they are not significantly different from those
+    `written`."""
     produced: Dimension
     over: tuple[Dimension, ...]
     """Channels that are positions to it: time is in proportion to them."""
 
 
-def widths_of(wiring: DependencyGraph) -> list[LayerWidths]:
-    """The widths of each layer, in the order of `Wiring.layers`."""
-    read = {reader.node: wiring.channel_of[reader.channels] for reader in wiring.consumers}
+def widths_of(dependencies: DependencyGraph) -> list[LayerWidths]:
+    """The widths of each layer, in the order of `DependencyGraph.layers`."""
+    read = {
+        reader.node: dependencies.channel_of[reader.channels] for reader in dependencies.consumers
+    }
 
     def widths(layer: Layer) -> LayerWidths:
-        written = 1 if layer.produced is None else wiring.channel_of[layer.produced]
+        written = 1 if layer.produced is None else dependencies.channel_of[layer.produced]
         before = read.get(layer.node, 1)
         if is_prunable(before) and is_prunable(written):
             together = np.intersect1d(before, written)
             if (together != NOT_PRUNABLE).any():
                 before = 1
-        return LayerWidths(before, written, tuple(wiring.channel_of[ids] for ids in layer.over))
+        return LayerWidths(
+            before, written, tuple(dependencies.channel_of[ids] for ids in layer.over)
+        )
 
-    return [widths(layer) for layer in wiring.layers]
+    return [widths(layer) for layer in dependencies.layers]
 
 
 def is_prunable(dimension: Dimension) -> bool:
@@ -109,13 +114,13 @@ def is_prunable(dimension: Dimension) -> bool:
     return not isinstance(dimension, int) and bool((dimension != NOT_PRUNABLE).any())
 
 
-def milliseconds(table: LatencyTable, wiring: DependencyGraph) -> Callable[[Removed], float]:
+def milliseconds(table: LatencyTable, dependencies: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: how long the network that is left takes.
 
     Raises `UsageError` where the table is another network's.
     """
-    layers = layers_ms(wiring, table.layers, table.block)
-    values = other_values(wiring)
+    layers = layers_ms(dependencies, table.layers, table.block)
+    values = other_values(dependencies)
     return lambda removed: (
         table.layers_factor * float(layers(removed).sum())
         + table.fixed_ms
@@ -124,15 +129,15 @@ def milliseconds(table: LatencyTable, wiring: DependencyGraph) -> Callable[[Remo
 
 
 def layers_ms(
-    wiring: DependencyGraph, layers: Sequence[LayerTimes], block: int
+    dependencies: DependencyGraph, layers: Sequence[LayerTimes], block: int
 ) -> Callable[[Removed], Numbers]:
     """A function of what goes: the time of each layer; raises `UsageError` as `milliseconds`."""
-    if [times.layer for times in layers] != [layer.name for layer in wiring.layers]:
+    if [times.layer for times in layers] != [layer.name for layer in dependencies.layers]:
         raise UsageError("the latency table is of another network: its layers have other names")
-    each = widths_of(wiring)
-    read = TensorSizes(wiring, [(widths.read,) for widths in each])
-    written = TensorSizes(wiring, [(widths.produced,) for widths in each])
-    over = TensorSizes(wiring, [widths.over for widths in each])
+    each = widths_of(dependencies)
+    read = TensorSizes(dependencies, [(widths.read,) for widths in each])
+    written = TensorSizes(dependencies, [(widths.produced,) for widths in each])
+    over = TensorSizes(dependencies, [widths.over for widths in each])
     whole = over({})
     interpolate = Interpolation(layers, block)
     return lambda removed: interpolate(read(removed), written(removed)) * (over(removed) / whole)
@@ -180,10 +185,10 @@ def padded(width: Widths, block: int) -> Numbers:
     return np.where(width <= SMALL, width, np.ceil(width / block) * block)
 
 
-def other_values(wiring: DependencyGraph) -> Callable[[Removed], float]:
+def other_values(dependencies: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: values that all but layers write for an image."""
-    layers = {layer.node for layer in wiring.layers} | {wiring.graph.image}
-    each = [storage for storage in storages(wiring) if storage.node not in layers]
-    volumes = TensorSizes(wiring, [storage.dimensions for storage in each])
+    layers = {layer.node for layer in dependencies.layers} | {dependencies.graph.image}
+    each = [storage for storage in storages(dependencies) if storage.node not in layers]
+    volumes = TensorSizes(dependencies, [storage.dimensions for storage in each])
     images = np.array([storage.images for storage in each], dtype=np.int64)
     return lambda removed: float((volumes(removed) // images).sum())

@@ -65,7 +65,9 @@ Jobs = dict[Key, Job]
 Times = Mapping[Key, float]
 
 
-def measure_latency(model: nn.Module, wiring: DependencyGraph, images: Tensor) -> LatencyTable:
+def measure_latency(
+    model: nn.Module, dependencies: DependencyGraph, images: Tensor
+) -> LatencyTable:
     """The times of `model` and of its layers on this machine, in evaluation mode.
 
     `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. Everything is
@@ -73,20 +75,20 @@ def measure_latency(model: nn.Module, wiring: DependencyGraph, images: Tensor) -
     least time counts. What several layers have in common is timed once.
     """
     samples = [
-        _sample(wiring, layer, widths)
-        for layer, widths in zip(wiring.layers, widths_of(wiring), strict=True)
+        _sample(dependencies, layer, widths)
+        for layer, widths in zip(dependencies.layers, widths_of(dependencies), strict=True)
     ]
     batch = repeat_to_batch(images, LATENCY_BATCH)
-    removed = _uniform_cuts(wiring)
+    removed = _uniform_cuts(dependencies)
     networks: Jobs = {
-        number: _forward(cut(model, wiring, each).eval(), batch)
+        number: _forward(cut(model, dependencies, each).eval(), batch)
         for number, each in enumerate(removed)
     }
     calls = {call.key: call for each in samples for call in each.calls}
     times = _time(networks, _jobs(calls))
     layers = tuple(each.times(times) for each in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
-    alone, values = layers_ms(wiring, layers, block), other_values(wiring)
+    alone, values = layers_ms(dependencies, layers, block), other_values(dependencies)
     whole = np.array([times[number] for number in range(len(removed))])
     terms = np.array([[float(alone(each).sum()), values(each), 1.0] for each in removed])
     # Layers take at least as long in the network as alone: else a few noisy times could say that
@@ -105,7 +107,7 @@ def measure_latency(model: nn.Module, wiring: DependencyGraph, images: Tensor) -
 
 def plan_in_time(
     model: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     plan: Callable[[float], PruningPlan],
     fraction_left: float,
     least: float,
@@ -114,16 +116,16 @@ def plan_in_time(
     """A plan whose network takes a fraction of the time of `model`, and the fraction as measured.
 
     `plan(fraction)` gives the plan that is predicted to take a fraction, `least` or more. What is
-    predicted is some per cent off, so the network is cut and timed beside the whole one, in turns,
-    and the plan made anew for a smaller or larger fraction. Taken is the plan that takes the most
-    time of those within the fraction. Raises `TargetError` where none is within it.
+    predicted is some per cent off, so the network is cut and timed beside the whole one,
+    interleaved, and the plan made anew for a smaller or larger fraction. Taken is the plan that
+    takes the most time of those within the fraction. Raises `TargetError` where none is within it.
     """
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
     points = [(1.0, 1.0)]  # what was predicted, and what was measured
     for _ in range(PLANS):
         made = plan(aim)
-        found = measure_fraction_left(model, cut(model, wiring, made.removed), images)
+        found = measure_fraction_left(model, cut(model, dependencies, made.removed), images)
         points.append((aim, found))
         if found <= fraction_left and (best is None or found > best[1]):
             best = made, found
@@ -184,13 +186,13 @@ def _hardware(batch: Tensor) -> Hardware:
     )
 
 
-def _uniform_cuts(wiring: DependencyGraph) -> list[Removed]:
+def _uniform_cuts(dependencies: DependencyGraph) -> list[Removed]:
     """What goes where every group keeps the same share of its filters; first nothing."""
     result: list[Removed] = [{}]
-    scores = {name: torch.zeros(len(group)) for name, group in wiring.groups.items()}
+    scores = {name: torch.zeros(len(group)) for name, group in dependencies.groups.items()}
     for fraction in FRACTIONS:
         with contextlib.suppress(TargetError):  # the network can't be cut so far
-            plan = make_plan(scores, wiring, Budget("filters", fraction), "uniform")
+            plan = make_plan(scores, dependencies, Budget("filters", fraction), "uniform")
             if plan.removed not in result:
                 result.append(plan.removed)
     return result
@@ -259,12 +261,12 @@ class _Sample:
         )
 
 
-def _sample(wiring: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Sample:
+def _sample(dependencies: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Sample:
     read, written = _narrowed(widths.read, _grid), _narrowed(widths.produced, _grid)
     whole_read, whole_written = max(read), max(written)
 
     def call(*gone: Ids) -> _Call:
-        return _call(wiring, layer, np.concatenate(gone))
+        return _call(dependencies, layer, np.concatenate(gone))
 
     checks = [
         *((w, whole_written, call(gone)) for w, gone in _narrowed(widths.read, _checks).items()),
@@ -314,25 +316,25 @@ def _checks(size: int) -> set[int]:
     return {min(size, int(share * size) // SMALL * SMALL + 3) for share in (0.35, 0.6, 0.85)}
 
 
-def _call(wiring: DependencyGraph, layer: Layer, gone: Ids) -> _Call:
+def _call(dependencies: DependencyGraph, layer: Layer, gone: Ids) -> _Call:
     """A layer's operation in a network without some channels."""
-    kept = np.ones(len(wiring.channel_of), dtype=bool)
+    kept = np.ones(len(dependencies.channel_of), dtype=bool)
     kept[gone] = False
 
     def count(ids: Ids | None, size: int) -> int:
         if ids is None:
             return size
-        channels = wiring.channel_of[ids]
+        channels = dependencies.channel_of[ids]
         return int(np.count_nonzero((channels == NOT_PRUNABLE) | kept[channels]))
 
-    images = wiring.graph.images
+    images = dependencies.graph.images
 
     def shape(node: Node) -> tuple[int, ...]:
-        axes: Axes = wiring.axes[node]
+        axes: Axes = dependencies.axes[node]
         sizes = (count(ids, int(n)) for ids, n in zip(axes, node.meta["val"].shape, strict=True))
         return tuple(n // images * LATENCY_BATCH if n and n % images == 0 else n for n in sizes)
 
-    resize = wiring.resizes.get(layer.node)
+    resize = dependencies.resizes.get(layer.node)
     shapes = tuple(shape(node) for node in layer.node.all_input_nodes)
     return _Call(layer.node, shapes, {} if resize is None else resize(count))
 

@@ -1,4 +1,4 @@
-"""What a target is about: a number for any network that is cut from a wiring."""
+"""What a target is about: a number for any network that is cut from a dependency graph."""
 
 from __future__ import annotations
 
@@ -18,59 +18,59 @@ Measure = Callable[[Removed], float]
 
 
 def count_quantity(
-    wiring: DependencyGraph, quantity: Quantity, latency: LatencyTable | None = None
+    dependencies: DependencyGraph, quantity: Quantity, latency: LatencyTable | None = None
 ) -> Measure:
-    """The function that gives a quantity of any network cut from `wiring`, fast.
+    """The function that gives a quantity of any network cut from `dependencies`, fast.
 
     `macs` and `memory` (bytes of activations alive at once) are for one image, `latency` is in
     milliseconds for the batch that `latency` was measured with. Raises `UsageError` where the
     latency is asked for without a table, or with one of another network.
     """
     if quantity == "macs":
-        return _macs(wiring)
+        return _macs(dependencies)
     if quantity == "params":
-        return _params(wiring)
+        return _params(dependencies)
     if quantity == "filters":
-        prunable = sum(len(group) for group in wiring.groups.values())
+        prunable = sum(len(group) for group in dependencies.groups.values())
         return lambda removed: prunable - sum(len(filters) for filters in removed.values())
     if quantity == "memory":
-        return peak_bytes(wiring)
+        return peak_bytes(dependencies)
     if latency is None:
         raise UsageError(
             "a target of latency needs times of the network's layers: pass "
-            "latency=measure_latency(model, wiring, images)"
+            "latency=measure_latency(model, dependency graph, images)"
         )
-    return milliseconds(latency, wiring)
+    return milliseconds(latency, dependencies)
 
 
-def crowding_of(wiring: DependencyGraph, quantity: Quantity) -> Measure | None:
+def crowding_of(dependencies: DependencyGraph, quantity: Quantity) -> Measure | None:
     """What to bring down step by step where the quantity itself need not move with each step."""
-    return crowding(wiring) if quantity == "memory" else None
+    return crowding(dependencies) if quantity == "memory" else None
 
 
-def _macs(wiring: DependencyGraph) -> Measure:
-    """`Wiring.macs` as a measure."""
+def _macs(dependencies: DependencyGraph) -> Measure:
+    """`DependencyGraph.macs` as a measure."""
     volumes = TensorSizes(
-        wiring,
+        dependencies,
         [
             (
-                *dimensions_of(wiring, layer.kernel, layer.shape),
-                *(wiring.channel_of[ids] for ids in layer.over),
+                *dimensions_of(dependencies, layer.kernel, layer.shape),
+                *(dependencies.channel_of[ids] for ids in layer.over),
             )
-            for layer in wiring.layers
+            for layer in dependencies.layers
         ],
     )
-    positions = np.array([layer.positions for layer in wiring.layers], dtype=np.int64)
-    return lambda removed: wiring.product_macs + int((positions * volumes(removed)).sum())
+    positions = np.array([layer.positions for layer in dependencies.layers], dtype=np.int64)
+    return lambda removed: dependencies.product_macs + int((positions * volumes(removed)).sum())
 
 
-def _params(wiring: DependencyGraph) -> Measure:
-    """`Wiring.params` as a measure."""
+def _params(dependencies: DependencyGraph) -> Measure:
+    """`DependencyGraph.params` as a measure."""
     values: dict[str, list[Dimension]] = {
-        name: list(wiring.shapes[name]) for name in sorted(wiring.parameters)
+        name: list(dependencies.shapes[name]) for name in sorted(dependencies.parameters)
     }
-    for slots in wiring.slots:
+    for slots in dependencies.slots:
         if slots.tensor in values:
             values[slots.tensor][slots.dim] = slots.channels
-    volumes = TensorSizes(wiring, values.values())
+    volumes = TensorSizes(dependencies, values.values())
     return lambda removed: int(volumes(removed).sum())

@@ -36,12 +36,12 @@ class Storage:
     """Position of the last operation that reads it; of the graph's end, where it is an answer."""
 
 
-def storages(wiring: DependencyGraph) -> list[Storage]:
+def storages(dependencies: DependencyGraph) -> list[Storage]:
     """All that operations write, and the images; not parameters, buffers and constants.
 
     An operation in place writes a storage of its own here, as it does in the graph.
     """
-    graph = wiring.graph
+    graph = dependencies.graph
     position = {node: number for number, node in enumerate(graph.nodes)}
     found: list[Storage] = []
     at: dict[Node, list[int | None]] = {}
@@ -52,7 +52,7 @@ def storages(wiring: DependencyGraph) -> list[Storage]:
             return None
         shape = tuple(int(size) for size in value.shape)
         images = graph.images if any(s and s % graph.images == 0 for s in shape) else 1
-        dimensions = dimensions_of(wiring, axes, shape)
+        dimensions = dimensions_of(dependencies, axes, shape)
         place = position[node]
         found.append(Storage(node, dimensions, images, value.dtype.itemsize, place, place))
         return len(found) - 1
@@ -71,10 +71,10 @@ def storages(wiring: DependencyGraph) -> list[Storage]:
             assert isinstance(source, Node)
             at[node] = at[source] * (len(value) if isinstance(value, list | tuple) else 1)
         elif isinstance(value, list | tuple):
-            several = wiring.several.get(node, [])
+            several = dependencies.several.get(node, [])
             at[node] = [add(node, v, axes) for v, axes in zip(value, several, strict=True)]
         else:
-            at[node] = [add(node, value, wiring.axes.get(node, ()))]
+            at[node] = [add(node, value, dependencies.axes.get(node, ()))]
         used = graph.last_use.get(node, node)
         last = len(graph.nodes) if node in graph.outputs else position[used]
         for place in at[node]:
@@ -83,45 +83,45 @@ def storages(wiring: DependencyGraph) -> list[Storage]:
     return found
 
 
-def peak_bytes(wiring: DependencyGraph) -> Callable[[Removed], float]:
+def peak_bytes(dependencies: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes: most bytes of values alive at once, for one image."""
-    alive = _alive_bytes(wiring)
+    alive = _alive_bytes(dependencies)
     return lambda removed: float(alive(removed).max())
 
 
-def total_bytes(wiring: DependencyGraph) -> int:
+def total_bytes(dependencies: DependencyGraph) -> int:
     """Bytes of all values together, for one image: what is held where gradients are to flow."""
-    each = storages(wiring)
-    elements = TensorSizes(wiring, [storage.dimensions for storage in each])({}).tolist()
+    each = storages(dependencies)
+    elements = TensorSizes(dependencies, [storage.dimensions for storage in each])({}).tolist()
     return sum(
         count * storage.element_bytes // storage.images
         for count, storage in zip(elements, each, strict=True)
     )
 
 
-def crowding(wiring: DependencyGraph) -> Callable[[Removed], float]:
+def crowding(dependencies: DependencyGraph) -> Callable[[Removed], float]:
     """A function of what goes that comes down with every moment at which much is alive.
 
     The `NEAR_MAXIMUM`-norm of the bytes alive over the moments: where the peak is reached in
     several layers it tells that one of them has become smaller, which the peak itself does not.
     """
-    alive = _alive_bytes(wiring)
+    alive = _alive_bytes(dependencies)
     return lambda removed: float(np.linalg.norm(alive(removed), NEAR_MAXIMUM))
 
 
-def _alive_bytes(wiring: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.float64]]:
+def _alive_bytes(dependencies: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.float64]]:
     """A function of what goes: bytes of values alive at each moment, for one image.
 
     A value is alive from the operation that writes it to the last one that reads it; the memory
     that an operation takes for itself meanwhile is not counted.
     """
-    each = storages(wiring)
-    volumes = TensorSizes(wiring, [storage.dimensions for storage in each])
+    each = storages(dependencies)
+    volumes = TensorSizes(dependencies, [storage.dimensions for storage in each])
     element_bytes = np.array([storage.element_bytes for storage in each])
     images = np.array([storage.images for storage in each])
     first = np.array([storage.first for storage in each])
     after = np.array([storage.last + 1 for storage in each])
-    moments = len(wiring.graph.nodes) + 2
+    moments = len(dependencies.graph.nodes) + 2
 
     def alive(removed: Removed) -> npt.NDArray[np.float64]:
         sizes: npt.NDArray[np.int64] = volumes(removed) * element_bytes // images

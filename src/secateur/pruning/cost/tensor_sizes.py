@@ -20,16 +20,20 @@ Dimension = Ids | int
 
 
 class TensorSizes:
-    """Numbers of elements, `[value]`, in any network that is cut from a wiring."""
+    """Numbers of elements, `[value]`, in any network that is cut from a dependency graph."""
 
-    def __init__(self, wiring: DependencyGraph, values: Iterable[Sequence[Dimension]]) -> None:
+    def __init__(
+        self, dependencies: DependencyGraph, values: Iterable[Sequence[Dimension]]
+    ) -> None:
         """Of each value its dimensions."""
-        sizes = [len(group) for group in wiring.groups.values()]
+        sizes = [len(group) for group in dependencies.groups.values()]
         starts = itertools.accumulate(sizes, initial=0)
-        self._start = dict(zip(wiring.groups, starts, strict=False))
+        self._start = dict(zip(dependencies.groups, starts, strict=False))
         self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # the last is what can't be cut
-        place = np.full(len(wiring.channel_of) + 1, sum(sizes))  # [channel, or -1 for the last]
-        for name, group in wiring.groups.items():
+        place = np.full(
+            len(dependencies.channel_of) + 1, sum(sizes)
+        )  # [channel, or -1 for the last]
+        for name, group in dependencies.groups.items():
             place[group.channels] = self._start[name] + np.arange(len(group))
         number: dict[bytes, int] = {}
         counted: list[Ids] = []
@@ -72,10 +76,10 @@ class TensorSizes:
 
 
 def dimensions_of(
-    wiring: DependencyGraph, axes: Axes, shape: Iterable[int]
+    dependencies: DependencyGraph, axes: Axes, shape: Iterable[int]
 ) -> tuple[Dimension, ...]:
     """The dimensions of a value with these ids along them, and these sizes where there are none."""
     return tuple(
-        int(size) if ids is None else wiring.channel_of[ids]
+        int(size) if ids is None else dependencies.channel_of[ids]
         for ids, size in zip(axes, shape, strict=True)
     )

@@ -91,9 +91,9 @@ class Channels:
 
 def channels_of(consumer: RefitLayer) -> Channels:
     """The channels that a layer reads."""
-    wiring, source, dim = consumer.remains.wiring, consumer.source, consumer.channel_dim
+    dependencies, source, dim = consumer.remains.dependencies, consumer.source, consumer.channel_dim
     stays = consumer.remains.mask(source, dim)
-    ids = wiring.axes[source][dim]
+    ids = dependencies.axes[source][dim]
     copies = np.arange(len(stays))[:, None]  # [channel, copy]
     if consumer.is_linear and ids is not None:
         _, times = np.unique(ids, return_counts=True)

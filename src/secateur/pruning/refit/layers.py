@@ -22,14 +22,14 @@ from secateur.graph.trace import Sizes, operation_name
 class KeptChannels:
     """What a plan leaves of the values in the original network."""
 
-    def __init__(self, wiring: DependencyGraph, removed: Removed) -> None:
-        self.wiring: DependencyGraph = wiring
-        self.sizes: Sizes = wiring.sizes_after(removed)
-        self._stays = wiring.is_kept(removed)
+    def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
+        self.dependencies: DependencyGraph = dependencies
+        self.sizes: Sizes = dependencies.sizes_after(removed)
+        self._stays = dependencies.is_kept(removed)
 
     def mask(self, node: Node, dim: int) -> Ids:
         """`[index]`: 1 where it stays, along a dimension of a node's value."""
-        ids = self.wiring.axes[node][dim]
+        ids = self.dependencies.axes[node][dim]
         size = int(node.meta["val"].shape[dim])
         return np.ones(size, np.int64) if ids is None else self._stays[ids].astype(np.int64)
 
@@ -38,7 +38,7 @@ class KeptChannels:
 
         Along the dimension `but` it is left whole.
         """
-        for dim, ids in enumerate(self.wiring.axes[node]):
+        for dim, ids in enumerate(self.dependencies.axes[node]):
             if ids is not None and dim != but and not self._stays[ids].all():
                 index = torch.from_numpy(np.flatnonzero(self._stays[ids]))
                 value = value.index_select(dim, index.to(value.device))
@@ -127,7 +127,7 @@ class RefitLayer:
                 return inputs
             if node is self.node.args[1]:
                 return kernel
-            return state[self.remains.wiring.graph.tensor_names[node]]
+            return state[self.remains.dependencies.graph.tensor_names[node]]
 
         value: Tensor = apply(self.node, lookup, self.remains.sizes.get(self.node, {}))
         return self.maps(value)

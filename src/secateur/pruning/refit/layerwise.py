@@ -85,14 +85,14 @@ class LayerRefit:
 def refit(
     model: nn.Module,
     smaller: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     plan: PruningPlan,
     batches: Iterable[Batch],
     settings: RefitSection,
     *,
     seed: int,
     network_targets: list[dict[Node, Tensor]] | None = None,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> tuple[LayerRefit, ...]:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
 
@@ -106,11 +106,11 @@ def refit(
     Raises `DataError` where there is no image.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = wiring.graph.tensor_names.values()
+    names = dependencies.graph.tensor_names.values()
     tensors = tensors_of(smaller)
     state = {name: tensors[name].clone() for name in names}
     full_state = tensors_of(model)
-    remains = KeptChannels(wiring, plan.removed)
+    remains = KeptChannels(dependencies, plan.removed)
     bound = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
     results: list[LayerRefit] = []
     with torch.inference_mode(), ActivationCache(bound) as parking:
@@ -119,24 +119,24 @@ def refit(
             if network_targets is not None and len(network_targets) == len(parking):
                 network_targets.append({})
             known = None if network_targets is None else network_targets[len(parking)]
-            full = GraphInterpreter(wiring.graph, full_state, batch.images, answers=known)
-            cut = GraphInterpreter(wiring.graph, state, batch.images, remains.sizes)
+            full = GraphInterpreter(dependencies.graph, full_state, batch.images, answers=known)
+            cut = GraphInterpreter(dependencies.graph, state, batch.images, remains.sizes)
             parking.append(CachedBatch(full, cut, batch.indices[:count]))
             images += count
         images = sum(distributed.all_gather(images))
         if not images:
             raise DataError("no calibration images to re-estimate kernels from")
         uses: dict[str, list[Layer]] = {}
-        for layer in wiring.layers:
+        for layer in dependencies.layers:
             uses.setdefault(layer.weight, []).append(layer)
-        kept = wiring.kept_indices(plan.removed)
-        for layers in track(uses.values(), "refitting layers", len(uses)):
+        kept = dependencies.kept_indices(plan.removed)
+        for layers in progress(uses.values(), "refitting layers", len(uses)):
             layer = layers[0]
             lost_inputs = 1 - layer.filter_dim in kept.get(layer.weight, {})
             upstream_changed = settings.layers == "downstream" and bool(results)
             if not lost_inputs and not upstream_changed:
                 continue
-            reason = _why_not(wiring.graph, layers)
+            reason = _why_not(dependencies.graph, layers)
             if reason:
                 results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
                 continue
@@ -238,7 +238,9 @@ class _Visit:
             cut.advance(consumer.node)
             inputs = cut.value(consumer.source)
             # Of one image there may be several in a row, such as the frames of a film.
-            each = consumer.source.meta["val"].shape[0] // consumer.remains.wiring.graph.images
+            each = (
+                consumer.source.meta["val"].shape[0] // consumer.remains.dependencies.graph.images
+            )
             images = passage.indices
             rows = (images[:, None] * each + torch.arange(each)).flatten()
             spread = PositionSampling(rows, self._positions, start)

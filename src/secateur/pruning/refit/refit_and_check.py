@@ -46,7 +46,7 @@ class RefitOutcome:
 def refit_and_check(
     model: nn.Module,
     smaller: nn.Module,
-    wiring: DependencyGraph,
+    dependencies: DependencyGraph,
     plan: PruningPlan,
     settings: RefitSection,
     calibration: Batches,
@@ -54,7 +54,7 @@ def refit_and_check(
     held_out: Batches,
     *,
     seed: int,
-    track: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> RefitOutcome:
     """Re-estimates the kernels of `smaller`, the cut `model`, in place, then norm statistics.
 
@@ -69,7 +69,14 @@ def refit_and_check(
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
         cut = divergence_by_image(expected, logits_of(smaller, held_out()))
         layers = refit(
-            model, smaller, wiring, plan, calibration(), settings, seed=seed, track=track
+            model,
+            smaller,
+            dependencies,
+            plan,
+            calibration(),
+            settings,
+            seed=seed,
+            progress=progress,
         )
         found = divergence_by_image(expected, logits_of(smaller, held_out()))
         is_kept = bool(torch.isfinite(found).all()) and not is_smaller(found, cut)

@@ -88,7 +88,7 @@ class TargetLayer:
         wanted = sampled(consumer.node, full.step(consumer.node))
         scale, offset = wanted.new_ones(()), wanted.new_zeros(())
         if self.norm is not None:
-            scale, offset = affine(remains.wiring.graph, state, self.norm)
+            scale, offset = affine(remains.dependencies.graph, state, self.norm)
             strong = scale.abs() > SMALLEST_SCALE
             scale = scale.where(strong, 1.0)
         result = wanted * scale + offset
@@ -127,7 +127,7 @@ def target_layer(consumer: RefitLayer) -> TargetLayer:
 
 def _norm_behind(consumer: RefitLayer) -> Node | None:
     """The batch norm that alone reads a layer's answer, where it uses running statistics."""
-    graph = consumer.remains.wiring.graph
+    graph = consumer.remains.dependencies.graph
     following = list(consumer.node.users)
     if len(following) != 1 or operation_name(following[0]) != "batch_norm":
         return None
@@ -157,7 +157,7 @@ def affine(graph: NetworkGraph, state: Mapping[str, Tensor], norm: Node) -> tupl
 def bias_of(consumer: RefitLayer) -> str | None:
     """The name of the layer's bias, if it has one."""
     source = consumer.node.args[2] if len(consumer.node.args) > 2 else None
-    names = consumer.remains.wiring.graph.tensor_names
+    names = consumer.remains.dependencies.graph.tensor_names
     return names[source] if isinstance(source, Node) else None
 
 
@@ -192,7 +192,7 @@ def offset_place(targets: Sequence[TargetLayer]) -> OffsetPlace | None:
     place = places.pop()
     if place is None or places:
         return None
-    names = targets[0].consumer.remains.wiring.graph.tensor_names
+    names = targets[0].consumer.remains.dependencies.graph.tensor_names
     (holder,) = (node for node, name in names.items() if name == place.name)
     readers = {target.consumer.node for target in targets} | {target.norm for target in targets}
     return place if set(holder.users) <= readers else None
@@ -206,4 +206,4 @@ def _own_place(target: TargetLayer) -> OffsetPlace | None:
         return None
     mean = target.norm.args[3]
     assert isinstance(mean, Node)
-    return OffsetPlace(target.consumer.remains.wiring.graph.tensor_names[mean], -1)
+    return OffsetPlace(target.consumer.remains.dependencies.graph.tensor_names[mean], -1)

@@ -25,8 +25,8 @@ class ChannelIndependence:
     """How much the nuclear norm of all feature maps shrinks without the filter.
 
     (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make
-    up the matrix and the norms are meant over images; here the matrix has all sampled positions of
-    the calibration set, so that its second moments are all that is kept.)
+    up the matrix and the norms are averaged over images; here the matrix has all sampled positions
+    of the calibration set, so that its second moments are all that is kept.)
     """
 
     needs: frozenset[Need] = frozenset({"maps", "usual"})

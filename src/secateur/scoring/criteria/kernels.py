@@ -50,7 +50,7 @@ class Random(_WithoutImages):
 
 
 class OfKernels(_WithoutImages):
-    """A function of each kernel that writes a channel, meant over the kernels that do."""
+    """A function of each kernel that writes a channel, averaged over the kernels that do."""
 
     def __init__(self, function: OfRows) -> None:
         super().__init__()
@@ -77,7 +77,8 @@ class NormScale(_WithoutImages):
     """
 
     def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The sizes, meant over the norms on the way; raises `UsageError` where there is none."""
+        """The sizes, averaged over the norms on the way; raises `UsageError` where there is
+        none."""
         kernels = self._parts[part]
         rows = [(scale.double().abs().cpu(), rows) for scale, rows in kernels.norm_scales]
         return _by_filter(part, kernels, rows, "batch norm whose scale could rank")
