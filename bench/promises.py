@@ -36,9 +36,9 @@ NETWORKS = {"resnet56": "resnet56", "vgg16": "vgg16_bn"}
 PROMISES = {
     "max-drop=1": PlanSection(target="macs=0.5", max_drop=1.0),
     "latency=0.6": PlanSection(target="latency=0.6"),
-    "latency=0.6 cut-stream": PlanSection(target="latency=0.6", prune_residual=True),
+    "latency=0.6 prune-residual": PlanSection(target="latency=0.6", prune_residual=True),
 }
-NO_STREAM = ("vgg16_bn", "latency=0.6 cut-stream")
+NO_STREAM = ("vgg16_bn", "latency=0.6 prune-residual")
 """It has no residual sums: the same as without."""
 
 

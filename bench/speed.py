@@ -103,7 +103,7 @@ def measure_surgery(name: str, note: Note) -> None:
             steps.clear()
         note(stage=f"turn {repeat}")
         dependencies = timed(
-            "dependency graph", lambda: build_dependency_graph(model, images, prune_residual=True)
+            "dependency_graph", lambda: build_dependency_graph(model, images, prune_residual=True)
         )
         scores = timed("scores", partial(l2_scores, model, dependencies))
         plan = timed("plan", partial(make_plan, scores, dependencies, TARGET, "l2"))
@@ -235,11 +235,11 @@ def surgery_table(found: list[Row]) -> str:
             lines.append(f"| {row['network']} | {row['outcome']}: {row['reason']} |||||||")
             continue
         median = {step: statistics.median(values) for step, values in row["seconds"].items()}
-        ours = median["dependency graph"] + median["surgery"]
+        ours = median["dependency_graph"] + median["surgery"]
         theirs = median["peer_graph"] + median["peer_cut"]
         cells = [
             row["network"],
-            f"{median['dependencies']:.2f}",
+            f"{median['dependency_graph']:.2f}",
             f"{median['scores'] + median['plan']:.2f}",
             f"{median['surgery']:.2f}",
             f"{median['peer_graph']:.2f}",
