@@ -458,8 +458,15 @@ def _left_out(found: list[Cell]) -> Iterator[str]:
 
 def cost_table(found: list[Cell]) -> str:
     """Seconds of each step, the whole in forward passes, and memory."""
+    shown = {"ground": "prepare", "survey": "score"}
     steps = ("forward", "ground", "survey", "plan", "cut", "refit")
-    names = "network, images", *steps, "all but forward", "in forward passes", "peak memory, GiB"
+    names = (
+        "network, images",
+        *(shown.get(step, step) for step in steps),
+        "all but forward",
+        "in forward passes",
+        "peak memory, GiB",
+    )
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for cell in found:
         if cell["study"] == "cost":
