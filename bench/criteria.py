@@ -180,7 +180,10 @@ def table(study: str, found: list[Cell]) -> str:
     counts = sorted({len(each) for each in seeds.values()})
     probes = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     images = mine[0]["images"]
-    lines += ["", f"Top-1 in % of {images} images, {probes} probe sets each; before: {before}."]
+    lines += [
+        "",
+        f"Top-1 in % of {images} images, {probes} calibration sets each; before: {before}.",
+    ]
     return "\n".join(lines)
 
 
