@@ -11,7 +11,8 @@ from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_image
 from secateur.errors import TraceError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.interpreter import GraphInterpreter, run
-from secateur.graph.trace import operation_name, trace
+from secateur.graph.network_graph import operation_name
+from secateur.graph.trace import trace
 from secateur.runtime.module_state import evaluating, tensors_of
 
 

@@ -24,8 +24,8 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, aliases_of
 from secateur.graph.interpreter import run
+from secateur.graph.network_graph import operation_name
 from secateur.graph.rules import RULES
-from secateur.graph.trace import operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_overrides
 from secateur.runtime.module_state import tensors_of

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from secateur.errors import UnknownName
-from secateur.graph.channel_ids import ChannelPropagation, Rule
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.network_graph import Forward
+from secateur.graph.propagation import ChannelPropagation, Rule
 from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import forward_of
-from secateur.graph.trace import Forward, trace
+from secateur.graph.trace import trace
 
 
 def build_dependency_graph(

@@ -10,7 +10,7 @@ input or output is frozen, and says why; it is never guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,9 @@ import numpy.typing as npt
 from torch import nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Axes, ChannelPropagation, Consumer, Count, Ids, Layer, Resize
-from secateur.graph.groups import FrozenGroup, Group, group_channels
-from secateur.graph.trace import NetworkGraph, Sizes
-from secateur.runtime.module_state import tensors_of
+from secateur.graph.channel_ids import Axes, Consumer, Count, Ids, Layer, Resize
+from secateur.graph.groups import FrozenGroup, Group
+from secateur.graph.network_graph import NetworkGraph, Sizes
 
 NOT_PRUNABLE = -1
 RESIDUAL = "tied over a whole stage by residual sums (prune_residual is off)"
@@ -140,73 +139,3 @@ def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, tensor in [*named, *buffers]:
         by_identity.setdefault(id(tensor), []).append(name)
     return {name: tuple(names) for names in by_identity.values() for name in names}
-
-
-def assemble(
-    model: nn.Module,
-    spread: ChannelPropagation,
-    frozen_ids: Iterable[tuple[Ids, str]] = (),
-    attributes: tuple[SizedAttribute, ...] = (),
-) -> DependencyGraph:
-    """The dependency graph that follows from ids that have been through the whole graph.
-
-    `frozen_ids` are channels that must stay, with the reason.
-    """
-    aliases = aliases_of(model)
-    placeholders: dict[str, Node] = {}
-    for node, name in spread.graph.tensor_names.items():
-        for alias in aliases[name]:
-            twin = placeholders.setdefault(alias, node)
-            if twin is not node:
-                for one, other in zip(spread.axes[twin], spread.axes[node], strict=True):
-                    spread.tie(one, other, "one parameter in two roles")
-    root = spread.roots()
-    groups, frozen = group_channels(spread, root, spread.reasons(root, frozen_ids))
-    prunable = np.zeros(spread.size, dtype=bool)
-    for group in groups.values():
-        prunable[group.channels] = True
-    channel_of = np.where(prunable[root], root, NOT_PRUNABLE)
-    slots = tuple(
-        Slots(alias, dim, channel_of[ids])
-        for alias, node in placeholders.items()
-        for dim, ids in enumerate(spread.axes[node])
-        if ids is not None and (channel_of[ids] != NOT_PRUNABLE).any()
-    )
-    tensors = tensors_of(model)
-    return DependencyGraph(
-        graph=spread.graph,
-        groups=groups,
-        frozen=frozen,
-        slots=slots,
-        layers=tuple(spread.layers),
-        consumers=tuple(spread.readers),
-        covers=_covers(
-            [slots.channels for slots in slots], [channel_of[i] for i in spread.written]
-        ),
-        attributes=attributes,
-        axes=spread.axes,
-        several=spread.several,
-        mixing=frozenset(spread.mixing),
-        channel_of=channel_of,
-        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        parameters=frozenset(name for name, _ in model.named_parameters()),
-        product_macs=spread.product_macs,
-        resizes=spread.resizes,
-    )
-
-
-def _covers(*dimensions: list[Ids]) -> tuple[Ids, ...]:
-    """The distinct sets of channels that make up whole dimensions, none of which holds another."""
-    found = {}
-    for channels in (each for part in dimensions for each in part):
-        if (channels != NOT_PRUNABLE).all():
-            unique = np.unique(channels)
-            found[unique.tobytes()] = unique
-    smallest: list[Ids] = []
-    holding: dict[int, list[frozenset[int]]] = {}
-    for cover in sorted(found.values(), key=len):
-        members = frozenset(cover.tolist())
-        if not any(known <= members for c in members for known in holding.get(c, ())):
-            smallest.append(cover)
-            holding.setdefault(min(members), []).append(members)
-    return tuple(smallest)

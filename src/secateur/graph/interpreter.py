@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node, map_arg
 
-from secateur.graph.trace import Compute, NetworkGraph, NodeHook, Sizes, Tensors, operation_name
+from secateur.graph.network_graph import (
+    Compute,
+    NetworkGraph,
+    NodeHook,
+    Sizes,
+    Tensors,
+    operation_name,
+)
 
 
 class GraphInterpreter:

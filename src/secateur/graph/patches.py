@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.trace import operation_name
+from secateur.graph.network_graph import operation_name
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 """Operations with patches to take."""

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import ChannelPropagation, Count, Ids, Resize, position_of
-from secateur.graph.dependency import DependencyGraph, SizedAttribute, assemble
-from secateur.graph.trace import Forward, operation_name
+from secateur.graph.assemble import assemble
+from secateur.graph.channel_ids import Count, Ids, Resize
+from secateur.graph.dependency import DependencyGraph, SizedAttribute
+from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.propagation import ChannelPropagation
 from secateur.graph.verify import is_predicted, test_cuts
 
 CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"

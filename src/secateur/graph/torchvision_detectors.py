@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
 
-from secateur.graph.trace import Forward
+from secateur.graph.network_graph import Forward
 
 _ONE_STAGE = (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
 _SECOND_STAGE = ("box", "mask", "keypoint")

@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,47 +26,11 @@ from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
+from secateur.graph.network_graph import Forward, NetworkGraph, is_view
 from secateur.runtime.module_state import copy_of, evaluating, tensors_of
-
-NodeHook = Callable[[Tensor], Tensor | None]
-Tensors = Mapping[str, Tensor]
-Forward = Callable[[Any, Tensor], Any]
-"""What is traced of a network: `forward(model, images)` gives a tensor or several."""
-Sizes = Mapping[Node, Mapping[int, Any]]
-"""Arguments of operations, by position, that differ from those in the graph."""
-Compute = Callable[[Callable[[Node], Any]], Any]
-"""An operation's value, from a function that gives the values of what it reads."""
 
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Numbers of images to trace with: primes, of which hardly any other size is a multiple."""
-
-
-@dataclass(frozen=True)
-class NetworkGraph:
-    """ATen operations in the order of execution, with parameters and buffers by dotted name.
-
-    No operation changes a value that another one wrote.
-    """
-
-    nodes: tuple[Node, ...]
-    tensor_names: dict[Node, str]
-    """Placeholder node -> dotted name of the parameter or buffer that it stands for."""
-    constants: dict[Node, Tensor]
-    image: Node
-    """The placeholder of the network's input."""
-    outputs: tuple[Node, ...]
-    """The nodes whose values the network returns, in the order of its flattened answer."""
-    last_use: dict[Node, Node]
-    """Value -> the last node that reads it."""
-    images: int
-    """Images in the batch that was traced; sizes in the graph that depend on it are multiples."""
-
-    @property
-    def output(self) -> Node:
-        """The node whose value the network returns; raises `TraceError` where there are several."""
-        if len(self.outputs) != 1:
-            raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
-        return self.outputs[0]
 
 
 def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
@@ -331,26 +294,3 @@ def _sharing_memory(node: Node) -> set[Node]:
         coming += views
         sharing.update(views)
     return sharing
-
-
-def is_view(node: Node) -> bool:
-    """Whether an operation gives what it reads, or a view of it; `reshape` and others may copy.
-
-    Its schema says so, but for dropout.
-    """
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return False
-    returns = node.target._schema.returns
-    return gives_its_input(node) or (bool(returns) and returns[0].alias_info is not None)
-
-
-def gives_its_input(node: Node) -> bool:
-    """Whether an operation gives the very value that it reads, as dropout outside of training."""
-    return operation_name(node).endswith("dropout")
-
-
-def operation_name(node: Node) -> str:
-    """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.removeprefix("aten::")

@@ -17,11 +17,20 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.errors import TraceError
-from secateur.graph.channel_ids import Count, argument, first_input, position_of, shape_of
+from secateur.graph.channel_ids import Count
 from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
-from secateur.graph.trace import Forward, NetworkGraph, operation_name, trace
+from secateur.graph.network_graph import (
+    Forward,
+    NetworkGraph,
+    argument,
+    first_input,
+    operation_name,
+    position_of,
+    shape_of,
+)
+from secateur.graph.trace import trace
 
 
 def is_predicted(

@@ -22,7 +22,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.trace import Compute, operation_name
+from secateur.graph.network_graph import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.module_state import tensors_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.graph.trace import operation_name
+from secateur.graph.network_graph import operation_name
 
 SPATIAL = 4
 """Dimensions of a batch of feature maps."""

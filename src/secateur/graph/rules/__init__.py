@@ -10,7 +10,7 @@ Rules for operations of one's own go to `make_wiring(…, rules={"namespace::nam
 
 from __future__ import annotations
 
-from secateur.graph.channel_ids import Rule
+from secateur.graph.propagation import Rule
 from secateur.graph.rules import elementwise, layers, shapes
 
 _EACH_VALUE = (

@@ -9,15 +9,9 @@ import numpy as np
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import (
-    Axes,
-    ChannelPropagation,
-    Ids,
-    argument,
-    first_input,
-    fixed_axes,
-    shape_of,
-)
+from secateur.graph.channel_ids import Axes, Ids
+from secateur.graph.network_graph import argument, first_input, shape_of
+from secateur.graph.propagation import ChannelPropagation, fixed_axes
 
 
 def keep(spread: ChannelPropagation, node: Node) -> Axes:

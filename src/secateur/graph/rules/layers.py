@@ -7,18 +7,9 @@ import math
 import numpy as np
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import (
-    Axes,
-    ChannelPropagation,
-    Consumer,
-    Ids,
-    Layer,
-    argument,
-    first_input,
-    position_of,
-    positions,
-    shape_of,
-)
+from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer
+from secateur.graph.network_graph import argument, first_input, position_of, shape_of
+from secateur.graph.propagation import ChannelPropagation, positions
 
 MIXED_POSITIONS = "convolved over as if they were positions"
 FIXED_KERNEL = "read by a kernel of fixed size"

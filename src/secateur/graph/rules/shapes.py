@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import (
-    Axes,
-    ChannelPropagation,
-    Count,
-    Ids,
-    argument,
-    first_input,
-    fixed_axes,
-    position_of,
-    shape_of,
-)
+from secateur.graph.channel_ids import Axes, Count, Ids
+from secateur.graph.network_graph import argument, first_input, position_of, shape_of
+from secateur.graph.propagation import ChannelPropagation, fixed_axes
 
 
 def concatenate(spread: ChannelPropagation, node: Node) -> Axes:

@@ -14,7 +14,7 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.graph.trace import gives_its_input, is_view
+from secateur.graph.network_graph import gives_its_input, is_view
 from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 NEAR_MAXIMUM = 16

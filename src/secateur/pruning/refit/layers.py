@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Ids, Layer, argument, position_of
+from secateur.graph.channel_ids import Ids, Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import apply
+from secateur.graph.network_graph import Sizes, argument, operation_name, position_of
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
-from secateur.graph.trace import Sizes, operation_name
 
 
 class KeptChannels:

@@ -34,11 +34,11 @@ from secateur.config import RefitForm, RefitSection
 from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
-from secateur.graph.channel_ids import Layer, argument
+from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
-from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.trace import NetworkGraph, operation_name
+from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.pruning.refit.layers import RefitLayer, at, by_group
 
 SMALLEST_SCALE = 1e-3
