@@ -218,11 +218,11 @@ def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
 
 def test_kept_channels_are_all_but_the_removed_ones() -> None:
     dependencies = wired("chain")[1]
-    kept = dependencies.channels_kept({"conv1": (0, 5)})
+    kept = dependencies.kept_channels({"conv1": (0, 5)})
     group = dependencies.groups["conv1"]
     assert (~kept).sum() == 2
     assert kept[group.channels].tolist() == [False, True, True, True, True, False]
-    assert dependencies.channels_kept({}).all()
+    assert dependencies.kept_channels({}).all()
     assert dependencies.kept_indices({}) == {}
 
 

@@ -1,8 +1,7 @@
-"""Channel ids on their way through the graph.
+"""Channel ids: numbers that follow each channel through the network, and the layers that use them.
 
-Every dimension of every parameter gets ids of its own; each operation has a rule (`rules`) that
-says how the ids of what it reads become those of what it writes, which ids it ties and which it
-freezes.
+Every dimension of every parameter gets ids of its own (`propagation`). Ids that turn out to be
+coupled are one channel (`coupling`).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch.fx.node import Node
 
 Ids = npt.NDArray[np.int64]
 Axes = tuple[Ids | None, ...]
-"""Channel ids along each dimension of a tensor; None where the size never changes."""
+"""Channel ids along each dimension of a tensor; None for a dimension whose size never changes."""
 Count = Callable[[Ids | None, int], int]
-"""How many of some channels stay in a cut network; without ids the given size."""
+"""Returns how many of these ids stay in a cut network; if ids are None, the given size."""
 Resize = Callable[[Count], Mapping[int, Any]]
-"""The arguments of an operation that change when channels go, by position."""
+"""Returns the arguments of an operation that change with a cut, by position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,27 +37,38 @@ class Consumer:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution or linear layer as it is counted."""
+    """One call of a convolution or linear layer: the channels it produces, and its cost."""
 
     name: str
     weight: str
     """Parameter that the kernel is, or is computed from."""
     is_computed: bool
-    """Whether the forward makes the kernel from the parameter, as in weight standardisation."""
+    """Whether `forward` computes the kernel from the parameter, as in weight standardisation."""
     produced: Ids | None
-    """Channels of its answer."""
+    """Ids of its output channels."""
     filter_dim: int
-    """Dimension of the kernel that its filters, which write the channels, lie along."""
+    """Dimension of the kernel that the filters lie along."""
     positions: int
-    """Positions an image at which the kernel is applied, to each of the channels `over`."""
-    over: tuple[Ids, ...]
-    """Channels along dimensions that are positions to this layer, as in token mixing."""
+    """Positions per image at which the kernel is applied, for each of `position_channels`."""
+    position_channels: tuple[Ids, ...]
+    """Ids along dimensions that this layer treats as positions, as in token mixing."""
     node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
     shape: tuple[int, ...]
 
     def macs(self, count: Count) -> int:
-        """Multiply-accumulates for one image."""
+        """Return the multiply-accumulates for one image."""
         sizes = (count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True))
-        return self.positions * math.prod(count(ids, 0) for ids in self.over) * math.prod(sizes)
+        positions = self.positions * math.prod(count(ids, 0) for ids in self.position_channels)
+        return positions * math.prod(sizes)
+
+
+def index_table(channels: Ids, id_count: int) -> Ids:
+    """Return `[id]`: the index of each id in `channels`, -1 for others; one more entry is -1.
+
+    The entry at the end is what the index -1 (not prunable) finds.
+    """
+    table = np.full(id_count + 1, -1, dtype=np.int64)
+    table[channels] = np.arange(len(channels))
+    return table

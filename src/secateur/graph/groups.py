@@ -1,4 +1,4 @@
-"""From channel ids to groups: channels of one width that are chosen together."""
+"""Groups: channels that can only be cut together, and those that are frozen, with the reason."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from secateur.graph.channel_ids import Consumer, Ids, Layer
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """Where feature maps of a group are looked at: what a reader reads, before any flattening."""
+    """Where a group's feature maps are observed: the input of a consumer, before any flattening."""
 
     node: Node
     dim: int
     """Dimension of the node's value that channels lie along."""
     index: Ids
-    """`[filter]`: the places along that dimension that belong to the group."""
+    """`[filter]`: indices along that dimension that belong to the group."""
     channel: Ids
     """`[filter]`: number of each one's channel in the group."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Channels of one width that are chosen together.
+    """Channels of the same width that are ranked and cut together.
 
-    A channel is what must be cut at once: mostly filter `i` of `name`, or several filters where
-    grouped convolutions, shuffles or reshapes tie them.
+    A channel is the smallest unit that can be cut: mostly filter `i` of the layer `name`, or
+    several filters if grouped convolutions, shuffles or reshapes couple them.
     """
 
     name: str
-    """The layer that writes the channels, the first one where several are tied."""
+    """The layer that produces the channels, the first one if several do."""
     channels: Ids
     layers: tuple[Layer, ...]
-    """Layers that write the channels."""
+    """Layers that produce the channels."""
     consumers: tuple[Consumer, ...]
     taps: tuple[Tap, ...]
 
@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(frozen=True)
 class FrozenGroup:
-    """Filters of a layer, and of those tied to it, that can't be cut, and the reason."""
+    """Filters of a layer, and of layers coupled to it, that can't be cut, and the reason."""
 
     name: str
     size: int

@@ -1,4 +1,4 @@
-"""A traced network as a value: its operations, and how to read one of them."""
+"""A traced network as a value: its operations in order, and functions that read one operation."""
 
 from __future__ import annotations
 
@@ -14,28 +14,22 @@ from torch.fx.node import Node
 from secateur.errors import TraceError
 
 NodeHook = Callable[[Tensor], Tensor | None]
-
-
+"""Sees the value of an operation, and replaces it unless it returns None."""
 Tensors = Mapping[str, Tensor]
-
-
+"""Parameters and buffers by dotted name."""
 Forward = Callable[[Any, Tensor], Any]
-"""What is traced of a network: `forward(model, images)` gives a tensor or several."""
-
-
+"""What to trace of a network: `forward(model, images)` returns a tensor or several."""
 Sizes = Mapping[Node, Mapping[int, Any]]
 """Arguments of operations, by position, that differ from those in the graph."""
-
-
 Compute = Callable[[Callable[[Node], Any]], Any]
-"""An operation's value, from a function that gives the values of what it reads."""
+"""Computes an operation's value, from a function that looks up the values of its inputs."""
 
 
 @dataclass(frozen=True)
 class NetworkGraph:
     """ATen operations in the order of execution, with parameters and buffers by dotted name.
 
-    No operation changes a value that another one wrote.
+    No operation writes in place.
     """
 
     nodes: tuple[Node, ...]
@@ -43,26 +37,33 @@ class NetworkGraph:
     """Placeholder node -> dotted name of the parameter or buffer that it stands for."""
     constants: dict[Node, Tensor]
     image: Node
-    """The placeholder of the network's input."""
+    """Placeholder of the network's input."""
     outputs: tuple[Node, ...]
-    """The nodes whose values the network returns, in the order of its flattened answer."""
+    """Nodes whose values the network returns, in the order of its flattened output."""
     last_use: dict[Node, Node]
-    """Value -> the last node that reads it."""
+    """Node -> the last node that reads its value."""
     images: int
-    """Images in the batch that was traced; sizes in the graph that depend on it are multiples."""
+    """Images in the traced batch; sizes in the graph that depend on the batch are multiples."""
 
     @property
     def output(self) -> Node:
-        """The node whose value the network returns; raises `TraceError` where there are several."""
+        """The node whose value the network returns; raises `TraceError` if there are several."""
         if len(self.outputs) != 1:
             raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
         return self.outputs[0]
 
 
-def is_view(node: Node) -> bool:
-    """Whether an operation gives what it reads, or a view of it; `reshape` and others may copy.
+def operation_name(node: Node) -> str:
+    """Return the name without overload: `add` for `aten.add.Tensor`; `own::op` outside of ATen."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", str(node.target))
+    return node.target._schema.name.removeprefix("aten::")
 
-    Its schema says so, but for dropout.
+
+def is_view(node: Node) -> bool:
+    """Return whether the value is the operation's input or a view of it, never a copy.
+
+    `reshape` and others that may copy are not views. The schema decides, except for dropout.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
@@ -71,19 +72,12 @@ def is_view(node: Node) -> bool:
 
 
 def gives_its_input(node: Node) -> bool:
-    """Whether an operation gives the very value that it reads, as dropout outside of training."""
+    """Return whether an operation returns its input itself, as dropout does in evaluation mode."""
     return operation_name(node).endswith("dropout")
 
 
-def operation_name(node: Node) -> str:
-    """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.removeprefix("aten::")
-
-
 def first_input(node: Node, index: int = 0) -> Node:
-    """The node at a position among a node's arguments, by default the first."""
+    """Return the node at a position among a node's arguments, by default the first."""
     source = node.args[index]
     assert isinstance(source, Node)
     return source
@@ -95,13 +89,13 @@ def _argument_names(target: Any) -> tuple[str, ...]:
 
 
 def position_of(node: Node, name: str) -> int:
-    """Position of an argument in the operation's schema; -1 where it has none of that name."""
+    """Return the position of an argument in the operation's schema, -1 if it has no such one."""
     names = _argument_names(node.target)
     return names.index(name) if name in names else -1
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
-    """An operation's argument by the name that its schema gives it."""
+    """Return an operation's argument by the name that its schema gives it."""
     index = position_of(node, name)
     if 0 <= index < len(node.args):
         return node.args[index]
@@ -109,6 +103,6 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 
 def shape_of(node: Node) -> Sequence[int]:
-    """Shape of a node's value in the traced batch."""
+    """Return the shape of a node's value in the traced batch."""
     shape: Sequence[int] = node.meta["val"].shape
     return shape

@@ -119,7 +119,7 @@ def masked_overrides(
     operation over all channels, such as layer norm, is computed over those that stay: there the
     reference is a masked normalisation. Gives a tuple where the network returns several tensors.
     """
-    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.is_kept(plan.removed)
+    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.kept_ids(plan.removed)
     edits: dict[Node, Compute] = {}
     for reader in dependencies.consumers:
         kept = stays[reader.channels]
@@ -184,6 +184,6 @@ def _weighted_over_kept(
         result = apply(node, gathered, sizes)
         if isinstance(result, Tensor):
             return scattered(result, dependencies.axes[node])
-        return tuple(map(scattered, result, dependencies.several[node]))
+        return tuple(map(scattered, result, dependencies.multi_output_axes[node]))
 
     return compute

@@ -103,7 +103,7 @@ def widths_of(dependencies: DependencyGraph) -> list[LayerWidths]:
             if (together != NOT_PRUNABLE).any():
                 before = 1
         return LayerWidths(
-            before, written, tuple(dependencies.channel_of[ids] for ids in layer.over)
+            before, written, tuple(dependencies.channel_of[ids] for ids in layer.position_channels)
         )
 
     return [widths(layer) for layer in dependencies.layers]

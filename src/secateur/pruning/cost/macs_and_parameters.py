@@ -55,7 +55,7 @@ def _macs(dependencies: DependencyGraph) -> Measure:
         [
             (
                 *dimensions_of(dependencies, layer.kernel, layer.shape),
-                *(dependencies.channel_of[ids] for ids in layer.over),
+                *(dependencies.channel_of[ids] for ids in layer.position_channels),
             )
             for layer in dependencies.layers
         ],

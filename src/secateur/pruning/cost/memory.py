@@ -71,7 +71,7 @@ def storages(dependencies: DependencyGraph) -> list[Storage]:
             assert isinstance(source, Node)
             at[node] = at[source] * (len(value) if isinstance(value, list | tuple) else 1)
         elif isinstance(value, list | tuple):
-            several = dependencies.several.get(node, [])
+            several = dependencies.multi_output_axes.get(node, [])
             at[node] = [add(node, v, axes) for v, axes in zip(value, several, strict=True)]
         else:
             at[node] = [add(node, value, dependencies.axes.get(node, ()))]

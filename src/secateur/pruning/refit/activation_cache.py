@@ -90,8 +90,8 @@ class ActivationCache:
                 f"{self._folder.name} can't hold what waits for its turn there: {reason}. TMPDIR "
                 "names another disk"
             ) from error
-        passage.full.hold([])
-        passage.cut.hold([])
+        passage.full.set_values([])
+        passage.cut.set_values([])
         passage.notes = []
 
     def _fetch(self, number: int) -> None:
@@ -99,8 +99,8 @@ class ActivationCache:
         self._sizes[number] = 0
         if self._file(number).exists():
             full, cut, passage.notes = torch.load(self._file(number), weights_only=True)
-            passage.full.hold(full)
-            passage.cut.hold(cut)
+            passage.full.set_values(full)
+            passage.cut.set_values(cut)
             self._file(number).unlink()
 
 

@@ -25,7 +25,7 @@ class KeptChannels:
     def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
         self.dependencies: DependencyGraph = dependencies
         self.sizes: Sizes = dependencies.sizes_after(removed)
-        self._stays = dependencies.is_kept(removed)
+        self._stays = dependencies.kept_ids(removed)
 
     def mask(self, node: Node, dim: int) -> Ids:
         """`[index]`: 1 where it stays, along a dimension of a node's value."""
