@@ -1,4 +1,4 @@
-"""Detectors: all but their boxes is wired, and the whole detector runs after the cut."""
+"""Detectors: all but their boxes is in the dependency graph, and the whole runs after the cut."""
 
 from __future__ import annotations
 
