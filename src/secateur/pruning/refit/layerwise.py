@@ -119,7 +119,9 @@ def refit(
             if network_targets is not None and len(network_targets) == len(parking):
                 network_targets.append({})
             known = None if network_targets is None else network_targets[len(parking)]
-            full = GraphInterpreter(dependencies.graph, full_state, batch.images, cached_outputs=known)
+            full = GraphInterpreter(
+                dependencies.graph, full_state, batch.images, cached_outputs=known
+            )
             cut = GraphInterpreter(dependencies.graph, state, batch.images, remains.sizes)
             parking.append(CachedBatch(full, cut, batch.indices[:count]))
             images += count
