@@ -58,7 +58,9 @@ def equal_fractions(space: SearchSpace) -> Counts:
     steps, whole = space.steps, space.whole
 
     def counts_at(fraction: float) -> Counts:
-        places = {n: bisect.bisect_right(counts, fraction * whole[n]) for n, counts in steps.items()}
+        places = {
+            n: bisect.bisect_right(counts, fraction * whole[n]) for n, counts in steps.items()
+        }
         return {name: steps[name][max(0, place - 1)] for name, place in places.items()}
 
     fractions = sorted({0.0, *(n / whole[name] for name, counts in steps.items() for n in counts)})
@@ -133,9 +135,9 @@ def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> 
     the group's mean absolute score, since most criteria have a scale of their own in each layer.
     """
     steps: list[tuple[float, str, int]] = []
-    for name, counts in space.steps.items():
+    for name, allowed in space.steps.items():
         scale = sum(map(abs, scores[name])) / len(scores[name]) or 1.0
-        for lower, upper in itertools.pairwise(counts):
+        for lower, upper in itertools.pairwise(allowed):
             highest = max(scores[name][lower:upper]) / scale
             steps.append((highest, name, lower))
     counts = space.whole
@@ -182,7 +184,7 @@ def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Coun
 
 
 def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int], float]:
-    """Return the lower convex hull of the sensitivity at some counts, as a function of the count."""
+    """Return the lower convex hull of the sensitivity at some counts: a function of the count."""
     whole = steps[-1]
     corners: list[tuple[int, float]] = []
     for count in steps:
@@ -202,9 +204,7 @@ def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int],
     return value
 
 
-def _is_above(
-    left: tuple[int, float], middle: tuple[int, float], right: tuple[int, float]
-) -> bool:
+def _is_above(left: tuple[int, float], middle: tuple[int, float], right: tuple[int, float]) -> bool:
     """Return whether the middle point lies on or above the line between the two others."""
     (x0, y0), (x1, y1), (x2, y2) = left, middle, right
     return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)

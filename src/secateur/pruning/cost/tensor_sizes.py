@@ -23,9 +23,7 @@ changes."""
 class TensorSizes:
     """Numbers of elements, `[tensor]`, for any channels that are removed from the groups."""
 
-    def __init__(
-        self, groups: Mapping[str, Group], tensors: Iterable[Sequence[Dimension]]
-    ) -> None:
+    def __init__(self, groups: Mapping[str, Group], tensors: Iterable[Sequence[Dimension]]) -> None:
         """Take the dimensions of each tensor."""
         sizes = [len(group) for group in groups.values()]
         starts = itertools.accumulate(sizes, initial=0)
