@@ -15,7 +15,8 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import apply
-from secateur.graph.trace import NetworkGraph, trace
+from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.trace import trace
 from secateur.pruning.cost.macs_and_parameters import count_quantity
 from secateur.pruning.cost.tensor_sizes import TensorSizes
 from secateur.runtime.module_state import tensors_of

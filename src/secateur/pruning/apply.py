@@ -39,7 +39,7 @@ def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
             )
         if len(set(filters)) != len(filters) or len(filters) >= size:
             raise RunFolderError(f"the plan cuts all {size} filters of {name!r}, or some twice")
-    kept = dependencies.channels_kept(plan.removed)
+    kept = dependencies.kept_channels(plan.removed)
     emptied = next((cover for cover in dependencies.covers if not kept[cover].any()), None)
     if emptied is not None:
         name = next(n for n, group in dependencies.groups.items() if emptied[0] in group.channels)

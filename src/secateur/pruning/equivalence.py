@@ -22,7 +22,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.trace import Compute, operation_name
+from secateur.graph.network_graph import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.module_state import tensors_of
@@ -121,7 +121,7 @@ def masked_overrides(
     over all channels, such as layer norm, are computed over the channels that stay. The function
     returns a tuple if the network returns several tensors.
     """
-    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.is_kept(plan.removed)
+    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.kept_ids(plan.removed)
     overrides: dict[Node, Compute] = {}
     for consumer in dependencies.consumers:
         kept = stays[consumer.channels]
@@ -187,6 +187,6 @@ def _over_kept(
         result = apply(node, gathered, sizes)
         if isinstance(result, Tensor):
             return scattered(result, dependencies.axes[node])
-        return tuple(map(scattered, result, dependencies.several[node]))
+        return tuple(map(scattered, result, dependencies.multi_output_axes[node]))
 
     return compute

@@ -36,7 +36,7 @@ from secateur.graph.channel_ids import Consumer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.trace import Compute, Tensors
+from secateur.graph.network_graph import Compute, Tensors
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress

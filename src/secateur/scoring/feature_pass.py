@@ -23,12 +23,11 @@ from secateur.data import Batch
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
 from secateur.errors import DataError
-from secateur.graph.channel_ids import argument
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group, Tap
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.network_graph import Compute, NodeHook, Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
-from secateur.graph.trace import Compute, NodeHook, Tensors, operation_name
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast

@@ -86,7 +86,7 @@ class LayerWidths:
     in a depthwise convolution."""
     produced: Dimension
     """Output channels."""
-    over: tuple[Dimension, ...]
+    position_channels: tuple[Dimension, ...]
     """Channels that are positions to the layer: its time is proportional to them."""
 
 
@@ -102,7 +102,9 @@ def widths_of(dependencies: DependencyGraph) -> list[LayerWidths]:
             shared = np.intersect1d(inputs, outputs)
             if (shared != NOT_PRUNABLE).any():
                 inputs = 1
-        return LayerWidths(inputs, outputs, tuple(channel_of[ids] for ids in layer.over))
+        return LayerWidths(
+            inputs, outputs, tuple(channel_of[ids] for ids in layer.position_channels)
+        )
 
     return [widths(layer) for layer in dependencies.layers]
 
@@ -142,7 +144,7 @@ def layers_ms(
     groups, widths = dependencies.groups, widths_of(dependencies)
     read = TensorSizes(groups, [(layer.read,) for layer in widths])
     produced = TensorSizes(groups, [(layer.produced,) for layer in widths])
-    over = TensorSizes(groups, [layer.over for layer in widths])
+    over = TensorSizes(groups, [layer.position_channels for layer in widths])
     whole = over({})
     interpolate = Interpolation(layers, block)
     return lambda removed: interpolate(read(removed), produced(removed)) * (over(removed) / whole)

@@ -17,7 +17,7 @@ def count_macs(dependencies: DependencyGraph) -> Callable[[Removed], int]:
         [
             (
                 *dimensions_of(dependencies.channel_of, layer.kernel, layer.shape),
-                *(dependencies.channel_of[ids] for ids in layer.over),
+                *(dependencies.channel_of[ids] for ids in layer.position_channels),
             )
             for layer in dependencies.layers
         ],

@@ -17,7 +17,7 @@ from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.graph.trace import gives_its_input, is_view
+from secateur.graph.network_graph import gives_its_input, is_view
 from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 CROWDING_NORM = 16
@@ -76,7 +76,7 @@ def storages(dependencies: DependencyGraph) -> list[Storage]:
             assert isinstance(source, Node)
             at[node] = at[source] * (len(value) if isinstance(value, list | tuple) else 1)
         elif isinstance(value, list | tuple):
-            several = dependencies.several.get(node, [])
+            several = dependencies.multi_output_axes.get(node, [])
             at[node] = [add(node, v, axes) for v, axes in zip(value, several, strict=True)]
         else:
             at[node] = [add(node, value, dependencies.axes.get(node, ()))]

@@ -90,8 +90,8 @@ class ActivationCache:
                 f"activations can't be written to {self._folder.name}: {reason}; set TMPDIR to a "
                 "folder on another disk"
             ) from error
-        batch.full.hold([])
-        batch.cut.hold([])
+        batch.full.set_values([])
+        batch.cut.set_values([])
         batch.targets = []
 
     def _load(self, number: int) -> None:
@@ -99,8 +99,8 @@ class ActivationCache:
         self._sizes[number] = 0
         if self._file(number).exists():
             full, cut, batch.targets = torch.load(self._file(number), weights_only=True)
-            batch.full.hold(full)
-            batch.cut.hold(cut)
+            batch.full.set_values(full)
+            batch.cut.set_values(cut)
             self._file(number).unlink()
 
 

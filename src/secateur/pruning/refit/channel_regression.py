@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.graph.channel_ids import argument
+from secateur.graph.network_graph import argument
 from secateur.pruning.refit.candidates import (
     RIDGES,
     Candidate,

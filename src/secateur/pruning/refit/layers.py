@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Ids, Layer, argument, position_of
+from secateur.graph.channel_ids import Ids, Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import apply
+from secateur.graph.network_graph import Sizes, argument, operation_name, position_of
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
-from secateur.graph.trace import Sizes, operation_name
 from secateur.pruning.refit.rows import at_positions
 
 
@@ -26,7 +26,7 @@ class KeptChannels:
     def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
         self.dependencies: DependencyGraph = dependencies
         self.sizes: Sizes = dependencies.sizes_after(removed)
-        self._stays = dependencies.is_kept(removed)
+        self._stays = dependencies.kept_ids(removed)
 
     def mask(self, node: Node, dim: int) -> Ids:
         """Return `[index]`: 1 for indices that stay along a dimension of a node's value."""

@@ -35,11 +35,11 @@ from secateur.config import RefitForm, RefitSection
 from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
-from secateur.graph.channel_ids import Layer, argument
+from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
-from secateur.graph.trace import NetworkGraph, operation_name
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
@@ -103,7 +103,9 @@ def refit(
             if layer_outputs is not None and len(layer_outputs) == len(cache):
                 layer_outputs.append({})
             outputs = None if layer_outputs is None else layer_outputs[len(cache)]
-            full = GraphInterpreter(dependencies.graph, full_state, batch.images, answers=outputs)
+            full = GraphInterpreter(
+                dependencies.graph, full_state, batch.images, cached_outputs=outputs
+            )
             cut = GraphInterpreter(dependencies.graph, state, batch.images, kept.sizes)
             cache.append(CachedBatch(full, cut, batch.indices[:images]))
             count += images

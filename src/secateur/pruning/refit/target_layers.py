@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.trace import NetworkGraph, operation_name
+from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.pruning.refit.layers import RefitLayer
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets
 from secateur.pruning.refit.rows import at_positions
