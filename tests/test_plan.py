@@ -16,7 +16,7 @@ from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
-"""Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
+"""Those that every filter adds to; `test_quantities` and `test_latency_model` test the others."""
 
 
 def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ smallest error on the images that are held out of the fit.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,13 +53,15 @@ Pass = tuple[Callable[[int, LayerBatch], None], Callable[[], None]]
 `conclude()`, called once after that."""
 
 
-class Regression(Protocol):
-    """A form of regression that estimates a kernel."""
+class Regression(abc.ABC):
+    """A form of regression that estimates a kernel from all uses of its layer."""
 
     @property
+    @abc.abstractmethod
     def passes(self) -> Sequence[Pass]:
         """Passes over all batches, in order."""
 
+    @abc.abstractmethod
     def choice(self) -> Choice:
         """Write the best kernel and offset, and return their errors."""
 

@@ -23,6 +23,7 @@ from secateur.pruning.refit.candidates import (
     Choice,
     LayerBatch,
     Pass,
+    Regression,
     best_of,
     write,
 )
@@ -116,8 +117,8 @@ def channels_of(layer: RefitLayer) -> Channels:
     )
 
 
-class ChannelRegression:
-    """Estimates a kernel from all uses of its layer; see `candidates.Regression`."""
+class ChannelRegression(Regression):
+    """Estimates a kernel from a map of channels."""
 
     def __init__(
         self,

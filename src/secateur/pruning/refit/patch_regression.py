@@ -22,6 +22,7 @@ from secateur.pruning.refit.candidates import (
     Choice,
     LayerBatch,
     Pass,
+    Regression,
     best_of,
     write,
 )
@@ -34,8 +35,8 @@ MAX_ROW_VALUES = 2**22
 """Values of patches held at once (32 MiB in float64)."""
 
 
-class PatchRegression:
-    """Estimates a kernel from all uses of its layer; see `candidates.Regression`."""
+class PatchRegression(Regression):
+    """Estimates a kernel from patches."""
 
     def __init__(
         self,
