@@ -2,8 +2,9 @@
 
 - `refit_and_check`: refits, then keeps the result only if held-out images don't get worse.
 - `layerwise`: goes through the layers in order of execution and refits each one.
-- `layers`: a layer in the original and in the cut network.
-- `regression_targets`: what a layer should output, and where an offset can be stored.
+- `layers`: a layer in the original and in the cut network; `rows` picks positions of its maps.
+- `target_layers`: what a layer should output, given the norm and the sum behind it;
+  `regression_targets` holds these targets and the place of the offset.
 - `patch_regression`, `channel_regression`: the two forms of the regression; `candidates` holds
   what they share.
 - `least_squares`: ridge regression from streamed sums of products (Gram matrices).
