@@ -293,8 +293,8 @@ def test_a_state_dict_of_the_cut_network_fits_a_second_cut() -> None:
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ({"nowhere": (0,)}, "cuts 'nowhere', which the network can't lose filters of"),
-        ({"linear": (0,)}, "cuts 'linear', which the network can't lose filters of"),
+        ({"nowhere": (0,)}, "cuts 'nowhere'"),
+        ({"linear": (0,)}, "cuts 'linear'"),
         ({"conv1": (6,)}, "cuts filters that 'conv1' does not have"),
         ({"conv1": (-1,)}, "cuts filters that 'conv1' does not have"),
         ({"conv1": (0, 1, 2, 3, 4, 5)}, "cuts all 6 filters of 'conv1'"),
