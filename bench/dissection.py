@@ -26,7 +26,7 @@ from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
 from secateur.pipeline.prune import make_scoring_context, stream
 from secateur.runtime.progress import no_progress
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, DeferredUpdate
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import observe
 from tables import with_table
@@ -82,13 +82,13 @@ class Literal:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """All is prepared."""
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate:
         """The tally waits for the masks, which it takes as they are."""
         maps = sight.maps
         self.sizes[sight.tap] = (maps.shape[2], maps.shape[3])
 
         def count(regions: Regions) -> None:
-            masks = regions.at((IMAGE_SIZE, IMAGE_SIZE))
+            masks = regions.masks_at((IMAGE_SIZE, IMAGE_SIZE))
             self.parts[sight.tap].add(maps, masks, regions.concepts)
 
         return count

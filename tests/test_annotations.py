@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from networks import make_network
 from scenes import PREPROCESSING, context_of
 from secateur.data import TensorImages, batches, draw_calibration_images
-from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.data.cub import read_birds
 from secateur.data.preprocessing import Preprocessing
@@ -180,12 +180,12 @@ def test_annotations_of_the_same_images_are_joined(tmp_path: Path) -> None:
     one = read_masks(tmp_path)
     name_values(tmp_path, ["x", "void", "void", "y"])
     other = read_masks(tmp_path)
-    both = joined([one, other])
+    both = join_annotations([one, other])
     assert [concept.name for concept in both.concepts] == ["a", "b", "c", "x", "y"]
     planes = planes_of(everything(both), 5)
     assert torch.equal(planes[:, :3], planes_of(everything(one), 3))
     assert torch.equal(planes[:, 3:], planes_of(everything(other), 2))
-    assert joined([one]) is one
+    assert join_annotations([one]) is one
 
 
 def test_annotations_of_different_images_are_refused(tmp_path: Path) -> None:

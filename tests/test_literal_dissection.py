@@ -14,7 +14,7 @@ from literal_dissection import ABSENT, ExactThresholds, LiteralTally
 from secateur.data.concept_masks import ConceptMasks
 from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
 from secateur.scoring.dissection import Dissection
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 from tables import with_table
 
 SEEDS = st.integers(0, 2**31)
@@ -82,10 +82,10 @@ def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
 ) -> None:
     maps, masks, concepts = scene(seed, images, 3, (height, width), (height, width))
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
-    usual = ActivationStatisticsTally(3, height * width)
-    usual.add(maps)
+    usual = StatisticsAccumulator(3, height * width)
+    usual.update(maps)
     found = dissected(
-        maps, masks, concepts, usual.finish(quantile), [slice(0, 1), slice(1, images)]
+        maps, masks, concepts, usual.compute(quantile), [slice(0, 1), slice(1, images)]
     )
     assert torch.equal(found.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
 

@@ -19,10 +19,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, joined_masks
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, join_masks
 from secateur.data.images import FileImages, Images, Indices, to_size
 from secateur.data.preprocessing import Preprocessing
-from secateur.data.unreadable import DAMAGE, opened_image
+from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.errors import DataError, UsageError
 
 NO_CLASS = -1
@@ -98,10 +98,10 @@ class AnnotatedFiles:
             return _regions(_to_size(planes, preprocessing))
 
         with ThreadPoolExecutor() as pool:
-            return joined_masks(list(pool.map(draw, indices.tolist())))
+            return join_masks(list(pool.map(draw, indices.tolist())))
 
 
-def joined(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
+def join_annotations(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
     """One list with the annotations of several, whose concepts follow one another.
 
     Raises `UsageError` where they are not lists of the same images.
@@ -121,7 +121,7 @@ def joined(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
         first.labels,
         tuple(concept for part in parts for concept in part.concepts),
         tuple(
-            _Joined(tuple(zip(starts, each, strict=True)))
+            _JoinedAnnotation(tuple(zip(starts, each, strict=True)))
             for each in zip(*(part.annotations for part in parts), strict=True)
         ),
     )
@@ -158,12 +158,12 @@ def read_pixels(path: Path) -> np.ndarray:
     try:
         with opened_image(path) as image:
             return np.asarray(image)
-    except DAMAGE as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"the mask {path} can't be read: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
+class _JoinedAnnotation:
     """Several annotations of one image, each with the number that its concepts start at."""
 
     parts: tuple[tuple[int, Annotation], ...]
@@ -199,7 +199,7 @@ def _size_of(path: Path) -> tuple[int, int]:
     try:
         with opened_image(path) as image:
             return image.height, image.width
-    except DAMAGE as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"the image {path} can't be read: {error}") from error
 
 

@@ -36,7 +36,7 @@ class Augmentation:
         """Whether images are changed one by one, before they are normalised and batched."""
         return self.crop == "random_resized_crop" or self.randaugment
 
-    def change(
+    def augment(
         self, pixels: Num[Tensor, "rgb _ _"], preprocessing: Preprocessing
     ) -> Num[Tensor, "rgb height width"]:
         """What is done to a stored image one by one; draws from torch's global generator."""
@@ -50,17 +50,17 @@ class Augmentation:
             pixels = v2.RandAugment()(pixels)
         return pixels
 
-    def draw(self, count: int, side: int, generator: torch.Generator) -> Moves:
+    def draw(self, count: int, side: int, generator: torch.Generator) -> ShiftsAndFlips:
         """The shifts and mirrored ones of so many images."""
         border = side // 8 if self.crop == "random_crop" else 0
         top = torch.randint(2 * border + 1, (count, 1), generator=generator)
         left = torch.randint(2 * border + 1, (count, 1), generator=generator)
         flipped = torch.rand(count, 1, generator=generator) < 0.5
-        return Moves(border, top, left, flipped & self.flip)
+        return ShiftsAndFlips(border, top, left, flipped & self.flip)
 
 
 @dataclass(frozen=True, eq=False)
-class Moves:
+class ShiftsAndFlips:
     """Where each image of a batch is moved to."""
 
     border: int
@@ -70,9 +70,9 @@ class Moves:
     flipped: Tensor
     """bool `[image, 1]`."""
 
-    def of(self, chosen: slice | Tensor) -> Moves:
+    def select(self, chosen: slice | Tensor) -> ShiftsAndFlips:
         """Those of some of the images."""
-        return Moves(self.border, self.top[chosen], self.left[chosen], self.flipped[chosen])
+        return ShiftsAndFlips(self.border, self.top[chosen], self.left[chosen], self.flipped[chosen])
 
     def apply(
         self, images: Float[Tensor, "image rgb height width"]
@@ -89,7 +89,7 @@ class Moves:
 
 
 @dataclass(frozen=True, eq=False)
-class ChangedImages:
+class AugmentedImages:
     """Images that are changed one by one as they are read, each by its number and `seeds` alone."""
 
     images: Images
@@ -105,5 +105,5 @@ class ChangedImages:
             originals = self.images.originals(indices)
             for index, pixels in zip(indices.tolist(), originals, strict=True):
                 torch.manual_seed(seed_of(*self.seeds, index))
-                changed.append(self.augmentation.change(pixels, preprocessing))
+                changed.append(self.augmentation.augment(pixels, preprocessing))
         return torch.stack(changed)

@@ -15,7 +15,7 @@ import torchvision
 
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
-from secateur.data.unreadable import DAMAGE, opened_image
+from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.errors import DataError
 
 CLASS_NAMES = (
@@ -78,7 +78,7 @@ def _stacked(directory: Path, part: str) -> TensorImages:
         try:
             with opened_image(file) as image:
                 column = np.asarray(image.convert("RGB"))
-        except DAMAGE as error:
+        except DECODING_ERRORS as error:
             raise DataError(f"the image {file} can't be read: {error}") from error
         if column.shape[1] != SIDE or column.shape[0] % SIDE:
             raise DataError(f"{file} is {column.shape[1]}×{column.shape[0]}, not a column of 32×32")

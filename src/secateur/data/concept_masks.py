@@ -34,7 +34,7 @@ class ConceptMasks:
     """Number of the concept that each region shows, or `ABSENT`."""
 
 
-def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
+def join_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
     """The regions of several batches as one; where one has fewer an image, absent ones fill up."""
     most = max(part.masks.shape[1] for part in parts)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.batches import Batch
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
@@ -166,7 +166,7 @@ class _Epoch(Dataset["_Found"]):
         share = slice(stream.shard[0], None, stream.shard[1])
         own = whole[share]
         seeds = (stream.seed, self._number)
-        changed = ChangedImages(stream.images, augmentation, seeds)
+        changed = AugmentedImages(stream.images, augmentation, seeds)
         source = changed if augmentation.is_imagewise else stream.images
         found = read_batch(lambda some: source.read(some, preprocessing), own, missing)
         if found is None:
@@ -174,8 +174,8 @@ class _Epoch(Dataset["_Found"]):
         read, pixels = found
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
         moves = augmentation.draw(len(whole), preprocessing.image_size, generator)
-        moves = moves.of(share)
+        moves = moves.select(share)
         if len(read) < len(own):
-            moves = moves.of(torch.isin(own, read))
+            moves = moves.select(torch.isin(own, read))
         images = moves.apply(preprocessing.normalise(pixels))
         return Batch(images, stream.images.labels[read], read)

@@ -22,7 +22,7 @@ from secateur.runtime.input_limits import check_pixels
 
 T = TypeVar("T")
 
-DAMAGE = (
+DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where warnings are errors
@@ -108,7 +108,7 @@ def decode_all(
         try:
             with opened_image(source) as image:
                 pixels: Tensor = v2.functional.pil_to_tensor(_as_rgb(image))
-        except DAMAGE as error:
+        except DECODING_ERRORS as error:
             return error
         return prepare(pixels)
 

@@ -64,7 +64,7 @@ def divergence_from(
 
 
 def divergence_by_image(
-    expected: Sequence[Logits], given: Sequence[Logits], temperature: float = 1.0
+    expected: Sequence[Logits], logits: Sequence[Logits], temperature: float = 1.0
 ) -> Float[Tensor, "image"]:
     """KL(expected ‖ given) of each image, softened as `agreement_of` has it.
 
@@ -80,7 +80,7 @@ def divergence_by_image(
             reduction="none",
             log_target=True,
         )
-        for wanted, found in zip(expected, given, strict=True)
+        for wanted, found in zip(expected, logits, strict=True)
     )
     return temperature**2 * torch.cat([each.sum(1) for each in softened])
 
@@ -93,14 +93,14 @@ def is_smaller(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) ->
 
 
 def relative_error(
-    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
+    actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
 ) -> float:
     """Largest absolute difference over the largest absolute expected value.
 
     Of several tensors the worst.
     """
-    if not isinstance(found, Tensor):
-        return max(map(relative_error, found, expected))
+    if not isinstance(actual, Tensor):
+        return max(map(relative_error, actual, expected))
     assert isinstance(expected, Tensor)
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.data import Batch
-from secateur.data.concept_masks import ConceptMasks, joined_masks
+from secateur.data.concept_masks import ConceptMasks, join_masks
 
 PIXELS_AT_A_TIME = 2**20
 """Bounds the images that go through the network at once, and with them the memory."""
@@ -62,5 +62,5 @@ def _joined(batches: list[Batch]) -> Batch:
         torch.cat([each.images for each in batches]),
         torch.cat([each.labels for each in batches]),
         torch.cat([each.indices for each in batches]),
-        joined_masks(annotations) if annotations else None,
+        join_masks(annotations) if annotations else None,
     )

@@ -20,19 +20,19 @@ LEVELS = 2**14
 their products are exact up to 2^25 rows, each counted as often as its weight says."""
 
 
-def unit_of(usual: ActivationStatistics) -> Float[Tensor, "filter"]:
+def quantization_unit(usual: ActivationStatistics) -> Float[Tensor, "filter"]:
     """What each filter's activations are rounded to: `LEVELS` of it are twice its largest one."""
     largest = usual.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
     return (2 * largest / LEVELS).float()
 
 
-def in_units(
-    values: Float[Tensor, "*row value"], unit: Float[Tensor, "value"], part: str
+def quantize(
+    values: Float[Tensor, "*row value"], unit: Float[Tensor, "value"], tap: str
 ) -> Float[Tensor, "*row value"]:
     """Values of a part as whole multiples of units; raises `DataError` where one is no number."""
     whole = (values.float() / unit).round_().clamp_(-LEVELS, LEVELS)
     if not bool(whole.isfinite().all()):
-        raise DataError(f"a feature map of {part!r} holds values that are not finite")
+        raise DataError(f"a feature map of {tap!r} holds values that are not finite")
     return whole
 
 

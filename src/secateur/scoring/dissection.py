@@ -18,9 +18,9 @@ from torch import Tensor
 from secateur.data.concept_masks import CELL
 from secateur.graph.groups import Group
 from secateur.runtime import distributed
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Size, Vote
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Size, DeferredUpdate
 from secateur.scoring.feature_pass import taps_of
-from secateur.scoring.iou import IoUTally, Overlap, binarise, overlap
+from secateur.scoring.iou import IoUAccumulator, Overlap, binarise, overlap
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
@@ -49,17 +49,17 @@ class Dissection:
 
     def __init__(self, concept_names: tuple[str, ...]) -> None:
         self._names = concept_names
-        self._tallies: dict[str, IoUTally] = {}
+        self._tallies: dict[str, IoUAccumulator] = {}
         self.thresholds: dict[str, Float[Tensor, "filter"]] = {}
         """Above which each filter of a part counts as active."""
 
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Makes room for the tallies."""
         self._tallies = {
-            part: IoUTally(kernels.filters, len(self._names)) for part, kernels in parts.items()
+            part: IoUAccumulator(kernels.filters, len(self._names)) for part, kernels in parts.items()
         }
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate:
         """Keeps a copy of the maps that are active somewhere until the concepts are known."""
         assert sight.statistics is not None
         thresholds = sight.statistics.threshold
@@ -72,7 +72,7 @@ class Dissection:
         def count(regions: Regions) -> None:
             fine = _upsampled(size, regions.size)
             for some, here, shares, concepts in zip(
-                maps, is_active, regions.shares_at(fine), regions.concepts, strict=True
+                maps, is_active, regions.coverage_at(fine), regions.concepts, strict=True
             ):
                 tally.add(_overlap(some, thresholds, here, shares), concepts[None])
 

@@ -25,7 +25,7 @@ class ExactSum:
         self.limbs: Int[Tensor, "4 ..."] = torch.zeros(len(UNITS), *shape, dtype=torch.int64)
         """The tally: sums of sums are sums of limbs."""
 
-    def add(self, values: Float[Tensor, "image ..."]) -> None:
+    def update(self, values: Float[Tensor, "image ..."]) -> None:
         """Adds float64 values of several images; raises `DataError` where one is not finite."""
         if not bool((values.abs() < LARGEST).all()):
             raise DataError("a feature map holds values that are not finite or beyond 2^79")
@@ -34,7 +34,7 @@ class ExactSum:
             values = values - whole * unit
             limb += whole.long().sum(0)
 
-    def value(self) -> Float[Tensor, "..."]:
+    def compute(self) -> Float[Tensor, "..."]:
         """The sum, in float64, to within one rounding more than there must be.
 
         Equal sums have equal values, whatever limbs they are held in.

@@ -41,11 +41,11 @@ from secateur.scoring.criteria import (
     Need,
     Observer,
     Regions,
-    Vote,
+    DeferredUpdate,
 )
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
-_FRESH = {"conv2d", "batch_norm", "add", "linear"}
+_OWN_MEMORY = {"conv2d", "batch_norm", "add", "linear"}
 """Operations whose values share memory with no other."""
 LARGEST_GRID = 14
 """Responses are brought to at most so many rows and columns of cells."""
@@ -77,14 +77,14 @@ def observe(
     if "concepts" not in needs:
         source = None
     assert source is not None or "concepts" not in needs
-    way = _Pass(dependencies, state, source, settings)
+    way = _ForwardPass(dependencies, state, source, settings)
     usual: dict[str, ActivationStatistics] = {}
     if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
         usual = _activation_statistics(way, batches, with_thresholds="thresholds" in needs)
-    showing = _FeatureHook(way, parts, usual, observers)
+    showing = _Dispatcher(way, parts, usual, observers)
     shown = 0
     for batch, count in rebatch(batches()):
-        showing.show(batch, count)
+        showing.run(batch, count)
         shown += count
     if not all(distributed.all_gather(shown)):
         raise DataError("no calibration images, or fewer than there are processes")
@@ -135,7 +135,7 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
                 consumers=tuple(
                     ConsumerKernel(
                         window,
-                        weights if _counts_up(channel, len(group)) else weights[:, :, channel],
+                        weights if _is_identity(channel, len(group)) else weights[:, :, channel],
                     )
                     for window, weights in readers
                 ),
@@ -163,7 +163,7 @@ def _consumer_kernels(
         if operation_name(layer.node) == "conv2d" and argument(layer.node, "groups", 1) == 1:
             window = window_of(layer.node, tuple(state[layer.weight].shape[2:]))
             weights = kernel
-            if not (_counts_up(inputs, kernel.shape[2]) and _counts_up(channel, channels)):
+            if not (_is_identity(inputs, kernel.shape[2]) and _is_identity(channel, channels)):
                 weights = kernel.new_zeros(*kernel.shape[:2], channels)
                 weights[:, :, channel] = kernel[:, :, inputs]
         else:  # each position that a linear layer reads, and each tap, counts as an output
@@ -178,13 +178,13 @@ def _consumer_kernels(
     return found
 
 
-def _counts_up(index: Tensor, length: int) -> bool:
+def _is_identity(index: Tensor, length: int) -> bool:
     """Whether it takes all of so many, in their order: then nothing need be copied."""
     return torch.equal(index, torch.arange(length))
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _ForwardPass:
     """The way of a batch through the network, with the concept source served on it."""
 
     dependencies: DependencyGraph
@@ -204,8 +204,8 @@ class _Pass:
             read = node.args[0] if node.args else None
             if operation_name(node) != "relu" or not isinstance(read, Node) or read in kept:
                 continue
-            if len(read.users) == 1 and operation_name(read) in _FRESH:
-                found[node] = functools.partial(_rectified, read)
+            if len(read.users) == 1 and operation_name(read) in _OWN_MEMORY:
+                found[node] = functools.partial(_relu_in_place, read)
         return found
 
     @functools.cached_property
@@ -216,7 +216,7 @@ class _Pass:
         would then depend on which images a process gets.
         """
         return {
-            node: functools.partial(_rows, node)
+            node: functools.partial(_linear_row_by_row, node)
             for node in self.dependencies.graph.nodes
             if operation_name(node) == "linear"
         }
@@ -258,7 +258,7 @@ class _Pass:
         )
 
 
-def _rows(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
+def _linear_row_by_row(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
     """A linear layer's value, row by row of its first axis."""
     assert callable(node.target)
     read: Any = map_arg(tuple(node.args), lookup)
@@ -266,28 +266,28 @@ def _rows(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
     return torch.cat([node.target(row[None].clone(), *others) for row in value])
 
 
-def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
+def _relu_in_place(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
     """The rectified value of a node, which is lost unless gradients must flow."""
     value = lookup(read)
     return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
 def _activation_statistics(
-    way: _Pass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
+    way: _ForwardPass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
 ) -> dict[str, ActivationStatistics]:
     """What is usual for each filter, from a sample of the images; the source learns from it too.
 
     From all of them where no image of the sample comes, as where none of it can be read.
     """
-    tallies: dict[str, ActivationStatisticsTally] = {}
+    tallies: dict[str, StatisticsAccumulator] = {}
     counts: list[int] = []
     settings, source = way.settings, way.source
 
     def see(part: str, look: Tap, value: Tensor) -> None:
-        tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
+        tallies[part].update(maps_of(look, value.detach())[: counts[-1]])
 
-    for part, look in _taps_in_order(way.dependencies).items():
-        tallies[part] = ActivationStatisticsTally(
+    for part, look in _all_taps(way.dependencies).items():
+        tallies[part] = StatisticsAccumulator(
             len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
     for every in (settings.sample_every, 1):
@@ -297,7 +297,7 @@ def _activation_statistics(
         )
         for batch, count in rebatch(sample):
             counts.append(count)
-            scene = way.forward(batch, _hooks(way.dependencies, see), with_gradients=False)
+            scene = way.forward(batch, _tap_hooks(way.dependencies, see), with_gradients=False)
             if source is not None and source.needs_learning:
                 source.learn(scene)
         if distributed.any_process(sum(counts) > 0):
@@ -306,10 +306,10 @@ def _activation_statistics(
         source.finish_learning()
     for tally in tallies.values():
         tally.merge()
-    return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
+    return {part: tally.compute(settings.quantile) for part, tally in tallies.items()}
 
 
-def _taps_in_order(dependencies: DependencyGraph) -> dict[str, Tap]:
+def _all_taps(dependencies: DependencyGraph) -> dict[str, Tap]:
     return {
         part: look
         for group in dependencies.groups.values()
@@ -317,12 +317,12 @@ def _taps_in_order(dependencies: DependencyGraph) -> dict[str, Tap]:
     }
 
 
-class _FeatureHook:
+class _Dispatcher:
     """Hands the feature maps of the images on to the observers."""
 
     def __init__(
         self,
-        way: _Pass,
+        way: _ForwardPass,
         parts: Mapping[str, Kernels],
         usual: Mapping[str, ActivationStatistics],
         observers: Sequence[Observer],
@@ -335,16 +335,16 @@ class _FeatureHook:
         self._grid = _grid(way)
         self._count = 0
         self._numbers = torch.zeros(0, dtype=torch.int64)
-        self._votes: list[Vote] = []
+        self._votes: list[DeferredUpdate] = []
         self._is_loss = False
         """Whether what flows back is the gradient of the loss, not one that a source asked for."""
 
-    def show(self, batch: Batch, count: int) -> None:
+    def run(self, batch: Batch, count: int) -> None:
         """Shows the first `count` images of a batch."""
         self._count, self._numbers = count, batch.indices[:count]
         self._votes, self._is_loss = [], False
         way, source = self._way, self._way.source
-        taps = _hooks(way.dependencies, self._see)
+        taps = _tap_hooks(way.dependencies, self._on_value)
         scene = way.forward(batch, taps, with_gradients=bool(self._later))
         if not bool(scene.logits.isfinite().all()):
             raise DataError("the network answers with values that are not finite")
@@ -360,18 +360,18 @@ class _FeatureHook:
             self._is_loss = True
             F.cross_entropy(logits, labels, reduction="sum").backward()
 
-    def _see(self, part: str, look: Tap, value: Tensor) -> None:
+    def _on_value(self, part: str, look: Tap, value: Tensor) -> None:
         maps = maps_of(look, value.detach())[: self._count]
-        self._tell(self._now, part, maps, None)
+        self._update(self._now, part, maps, None)
 
         if self._later:
-            value.register_hook(functools.partial(self._see_gradient, part, look, maps))
+            value.register_hook(functools.partial(self._on_gradient, part, look, maps))
 
-    def _see_gradient(self, part: str, look: Tap, maps: Tensor, gradient: Tensor) -> None:
+    def _on_gradient(self, part: str, look: Tap, maps: Tensor, gradient: Tensor) -> None:
         if self._is_loss:
-            self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
+            self._update(self._later, part, maps, maps_of(look, gradient)[: self._count])
 
-    def _tell(
+    def _update(
         self, observers: Sequence[Observer], part: str, maps: Tensor, gradients: Tensor | None
     ) -> None:
         size = maps.shape[2:]
@@ -390,7 +390,7 @@ class _FeatureHook:
                 self._votes.append(vote)
 
 
-def _grid(way: _Pass) -> tuple[int, int]:
+def _grid(way: _ForwardPass) -> tuple[int, int]:
     """The cells that responses are brought to: those that the source works on, if not too many."""
     node = None if way.source is None else way.source.node
     if node is None:
@@ -403,23 +403,23 @@ def _first(found: ConceptMasks, count: int) -> ConceptMasks:
     return ConceptMasks(found.masks[:count], found.concepts[:count])
 
 
-def maps_of(look: Tap, value: Tensor) -> Tensor:
+def maps_of(tap: Tap, value: Tensor) -> Tensor:
     """`[image, filter, h, w]` of a part of a group, whichever dimension the channels lie along."""
-    maps = value.movedim(look.dim, 1)
+    maps = value.movedim(tap.dim, 1)
     places = maps.shape[2:]
     height = places[0] if len(places) else 1
     maps = maps.reshape(*maps.shape[:2], height, -1)
-    if len(look.index) == maps.shape[1]:
+    if len(tap.index) == maps.shape[1]:
         return maps
-    return maps[:, torch.from_numpy(look.index)]
+    return maps[:, torch.from_numpy(tap.index)]
 
 
-def _hooks(
+def _tap_hooks(
     dependencies: DependencyGraph, show: Callable[[str, Tap, Tensor], None]
 ) -> dict[Node, NodeHook]:
     """What to do at each node that is looked at, for all groups that are seen there."""
     parts_at: dict[Node, list[tuple[str, Tap]]] = {}
-    for part, look in _taps_in_order(dependencies).items():
+    for part, look in _all_taps(dependencies).items():
         parts_at.setdefault(look.node, []).append((part, look))
 
     def see(node: Node, value: Tensor) -> None:

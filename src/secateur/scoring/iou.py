@@ -65,7 +65,7 @@ def overlap(
     return Overlap(intersection, sizes - intersection)
 
 
-class IoUTally:
+class IoUAccumulator:
     """Dataset-wide IoU of each filter with each concept (Bau et al., CVPR 2017, eq. 1).
 
     A filter's activations count towards a concept's union only in images that show the concept,
@@ -76,7 +76,7 @@ class IoUTally:
         self.intersection: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
         self.union: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
 
-    def add(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
+    def update(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
         """Takes in a batch; `concepts` numbers what each region shows, or is `ABSENT`."""
         is_there = concepts.flatten() != UNLABELLED
         numbers = concepts.flatten()[is_there]

@@ -43,7 +43,7 @@ class ActivationStatistics:
     """No value that was looked at is larger in size; at most twice the largest one."""
 
 
-class ActivationStatisticsTally:
+class StatisticsAccumulator:
     """Counts each filter's activations, batch by batch."""
 
     def __init__(self, filters: int, positions: int, *, with_thresholds: bool = True) -> None:
@@ -58,10 +58,10 @@ class ActivationStatisticsTally:
         self._counts = torch.zeros(filters, 2 * _BINS + 1, dtype=torch.int32)
         """`[filter, bin]`: from the most negative to the largest; the middle one holds zero."""
 
-    def add(self, maps: Float[Tensor, "image filter h w"]) -> None:
+    def update(self, maps: Float[Tensor, "image filter h w"]) -> None:
         """Takes in the feature maps of a batch; raises `DataError` where one is not finite."""
         self._images += len(maps)
-        self._mean.add(maps.float().mean(dim=(2, 3)).double())
+        self._mean.update(maps.float().mean(dim=(2, 3)).double())
         values = maps.flatten(2)
         step = even_step(maps.shape[2], maps.shape[3], self._positions)
         values = values[:, :, ::step].movedim(1, 0).flatten(1).float()  # [filter, value]
@@ -103,7 +103,7 @@ class ActivationStatisticsTally:
         self._widen(octave)
         distributed.all_reduce_sum([self._images, self._mean.limbs, self._counts])
 
-    def finish(self, quantile: float) -> ActivationStatistics:
+    def compute(self, quantile: float) -> ActivationStatistics:
         """Means, and thresholds if asked for: exceeded by a share `quantile` of what was looked at.
 
         A threshold is never below the exact quantile of what was looked at, and above it by at
@@ -112,7 +112,7 @@ class ActivationStatisticsTally:
         value that at least the share q reach. A share q of n independent values is itself known to
         within about sqrt(q (1 - q) / n).
         """
-        mean = (self._mean.value() / int(self._images)).float()
+        mean = (self._mean.compute() / int(self._images)).float()
         bound = ((self._octave + 1) << 23).int().view(torch.float32)
         if not self._with_thresholds:
             return ActivationStatistics(mean, torch.full_like(mean, torch.inf), bound)

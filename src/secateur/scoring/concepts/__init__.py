@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
@@ -190,4 +190,4 @@ def annotated_images(text: str) -> AnnotatedImages | None:
         if not Path(argument).is_dir():
             raise DataError(f"no folder {argument} to read {name} from")
         found.append(readers()[name](Path(argument)))
-    return joined(found) if found else None
+    return join_annotations(found) if found else None

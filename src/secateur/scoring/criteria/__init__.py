@@ -86,11 +86,11 @@ class Regions:
         """Number of the concept that each region shows, or `regions.ABSENT`."""
         self.size: Size = (masks.shape[2], masks.shape[3])
         """Resolution of the masks as their source gives them: a finer one tells nothing more."""
-        self.at: Callable[[Size], Bool[Tensor, "image region h w"]] = functools.cache(
+        self.masks_at: Callable[[Size], Bool[Tensor, "image region h w"]] = functools.cache(
             lambda size: at_resolution(masks, size)
         )
         """The masks at a resolution, see `regions.at_resolution`."""
-        self.shares_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
+        self.coverage_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
             lambda size: coverage_at(masks, size)
         )
         """How much of each cell is inside, see `regions.shares_at`."""
@@ -115,7 +115,7 @@ class FeatureBatch:
     """Gradient of the images' summed loss, for observers that need it."""
 
 
-Vote = Callable[[Regions], None]
+DeferredUpdate = Callable[[Regions], None]
 """The rest of an observation, once it is known where the concepts are."""
 
 
@@ -130,7 +130,7 @@ class Observer(Protocol):
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Called once before the first image: the parts there are, with the weights around them."""
 
-    def update(self, sight: FeatureBatch) -> Vote | None:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate | None:
         """Takes in one part in one batch; what must wait for the concepts is given back."""
 
     def state(self) -> Iterable[Tensor]:
@@ -180,9 +180,9 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         "vote-response": lambda: ResponseVotes(rule),
         "vote-iou": lambda: OverlapVotes(replace(rule, vote_mode="top", voting_unit="regions")),
         "random": lambda: kernels.Random(seed),
-        "l1": lambda: kernels.OfKernels(kernels.l1),
-        "l2": lambda: kernels.OfKernels(kernels.l2),
-        "fpgm": lambda: kernels.OfKernels(kernels.distance_to_others),
+        "l1": lambda: kernels.KernelFunction(kernels.l1),
+        "l2": lambda: kernels.KernelFunction(kernels.l2),
+        "fpgm": lambda: kernels.KernelFunction(kernels.distance_to_others),
         "bn_scale": kernels.NormScale,
         "apoz": Apoz,
         "activation_mean": ActivationMean,

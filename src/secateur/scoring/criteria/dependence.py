@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.graph.patches import even_step
-from secateur.scoring.covariance import SecondMoments, in_units, unit_of
+from secateur.scoring.covariance import SecondMoments, quantize, quantization_unit
 from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 
 POSITIONS = 64
@@ -43,10 +43,10 @@ class ChannelIndependence:
         """Adds up products."""
         assert sight.statistics is not None
         if sight.tap not in self._units:
-            self._units[sight.tap] = unit_of(sight.statistics)
+            self._units[sight.tap] = quantization_unit(sight.statistics)
         step = even_step(sight.maps.shape[2], sight.maps.shape[3], POSITIONS)
         rows = sight.maps.flatten(2)[:, :, ::step].movedim(1, -1).flatten(0, 1)
-        self._moments[sight.tap].update(in_units(rows, self._units[sight.tap], sight.tap))
+        self._moments[sight.tap].update(quantize(rows, self._units[sight.tap], sight.tap))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""

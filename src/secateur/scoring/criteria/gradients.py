@@ -31,7 +31,7 @@ class Taylor:
         """Adds up the squares of a batch."""
         assert sight.gradients is not None
         change = (sight.maps.float() * sight.gradients.float()).sum(dim=(2, 3))  # [image, filter]
-        self._sums[sight.tap].add(change.double().square())
+        self._sums[sight.tap].update(change.double().square())
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
@@ -39,4 +39,4 @@ class Taylor:
 
     def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The summed squares."""
-        return self._sums[part].value()
+        return self._sums[part].compute()

@@ -49,7 +49,7 @@ class Random(_WithoutImages):
         return torch.rand(filters, generator=generator, dtype=torch.float64)
 
 
-class OfKernels(_WithoutImages):
+class KernelFunction(_WithoutImages):
     """A function of each kernel that writes a channel, averaged over the kernels that do."""
 
     def __init__(self, function: OfRows) -> None:
@@ -58,16 +58,16 @@ class OfKernels(_WithoutImages):
 
     def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The function's means."""
-        return of_writing_kernels(self._function, part, self._parts[part])
+        return mean_over_producers(self._function, part, self._parts[part])
 
 
-def of_writing_kernels(function: OfRows, part: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:
     """The mean of a function over the kernels that write each filter's channel.
 
     Raises `UsageError` where there is none.
     """
     rows = [(function(kernel.double().flatten(1).cpu()), rows) for kernel, rows in kernels.incoming]
-    return _by_filter(part, kernels, rows, "kernel that writes")
+    return _by_filter(tap, kernels, rows, "kernel that writes")
 
 
 class NormScale(_WithoutImages):

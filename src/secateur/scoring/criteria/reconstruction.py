@@ -14,9 +14,9 @@ from torch import Tensor
 
 from secateur.errors import UsageError
 from secateur.graph.patches import Window
-from secateur.scoring.covariance import SecondMoments, in_units, unit_of
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
-from secateur.scoring.criteria.kernels import l1, of_writing_kernels
+from secateur.scoring.covariance import SecondMoments, quantize, quantization_unit
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, DeferredUpdate
+from secateur.scoring.criteria.kernels import l1, mean_over_producers
 from secateur.scoring.criteria.votes import VoteSettings
 
 POSITIONS = 16
@@ -71,23 +71,23 @@ class Reconstruction:
             for part, kernels in parts.items()
         }
 
-    def update(self, sight: FeatureBatch) -> Vote | None:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate | None:
         """Takes patches at some positions; their weights wait for the concepts."""
         assert sight.statistics is not None
         window = self._windows[sight.tap]
         if sight.tap not in self._units:
-            self._units[sight.tap] = unit_of(sight.statistics).repeat(window.taps)
+            self._units[sight.tap] = quantization_unit(sight.statistics).repeat(window.taps)
         rows, columns = window.positions(*sight.maps.shape[2:])
         positions = _spread(sight.indices, rows, columns)
         taken = window.patches(sight.maps, positions)  # [image, position, value]
-        patches = in_units(taken, self._units[sight.tap], sight.tap).flatten(0, 1)
+        patches = quantize(taken, self._units[sight.tap], sight.tap).flatten(0, 1)
         moments, rule = self._moments[sight.tap], self._rule
         if rule is None:
             moments.update(patches)
             return None
 
         def vote(regions: Regions) -> None:
-            inside = regions.at((rows, columns)).flatten(2).float()  # [image, region, position]
+            inside = regions.masks_at((rows, columns)).flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, rule.weigh(regions.concepts).float())
             weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
             moments.update(patches, weights.flatten())
@@ -224,7 +224,7 @@ def _norm_weights(part: str, kernels: Kernels) -> Float[Tensor, "filter"] | None
     if not kernels.norm_scales:
         return None
     try:
-        norms = of_writing_kernels(l1, part, kernels)
+        norms = mean_over_producers(l1, part, kernels)
     except UsageError:
         return None
     return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT

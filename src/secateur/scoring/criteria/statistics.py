@@ -38,7 +38,7 @@ class ActivationMean:
 
     def update(self, sight: FeatureBatch) -> None:
         """Adds up each image's mean."""
-        self._means[sight.tap].add(sight.maps.float().abs().mean(dim=(2, 3)))
+        self._means[sight.tap].update(sight.maps.float().abs().mean(dim=(2, 3)))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
@@ -46,7 +46,7 @@ class ActivationMean:
 
     def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The means."""
-        return self._means[part].value()[0]
+        return self._means[part].compute()[0]
 
 
 class ActivationStd:
@@ -73,7 +73,7 @@ class ActivationStd:
         shift = away.mean(dim=(2, 3)).double()  # [image, filter]
         variance = away.square_().mean(dim=(2, 3)).double() - shift.square()
         mean = near[:, :, 0, 0].double() + shift
-        self._means[sight.tap].add(mean, mean.square(), variance.clamp_min(0))
+        self._means[sight.tap].update(mean, mean.square(), variance.clamp_min(0))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
@@ -81,7 +81,7 @@ class ActivationStd:
 
     def compute(self, part: str) -> Float[Tensor, "filter"]:
         """The standard deviations."""
-        mean, square, within = self._means[part].value().unbind()
+        mean, square, within = self._means[part].compute().unbind()
         return (within + (square - mean.square()).clamp_min(0)).sqrt()
 
 
@@ -92,18 +92,18 @@ class _ImageMeans:
         self._images = torch.zeros((), dtype=torch.int64)
         self._total = ExactSum((numbers, filters))
 
-    def add(self, *values: Float[Tensor, "image filter"]) -> None:
+    def update(self, *values: Float[Tensor, "image filter"]) -> None:
         """Takes in a batch."""
         self._images += len(values[0])
-        self._total.add(torch.stack([each.double() for each in values], 1))
+        self._total.update(torch.stack([each.double() for each in values], 1))
 
     def state(self) -> Iterable[Tensor]:
         """The sums."""
         return (self._images, self._total.limbs)
 
-    def value(self) -> Float[Tensor, "number filter"]:
+    def compute(self) -> Float[Tensor, "number filter"]:
         """The means, in float64."""
-        return self._total.value().div(int(self._images))
+        return self._total.compute().div(int(self._images))
 
 
 class Apoz:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.data.concept_masks import UNLABELLED
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, DeferredUpdate
 from secateur.scoring.iou import binarise, overlap
 
 VOTE = 2**20
@@ -121,14 +121,14 @@ class ResponseVotes(VoteCounts):
         super().reset(parts)
         self._norms = {part: kernels.outgoing_norm.float() for part, kernels in parts.items()}
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate:
         """Brings the responses to cells; the vote waits for the concepts."""
         assert sight.statistics is not None
         cells = responses(sight.maps, sight.statistics.mean, self._norms[sight.tap], sight.grid)
         rule, votes = self._rule, self._votes[sight.tap]
 
         def vote(regions: Regions) -> None:
-            inside = regions.at(sight.grid).flatten(2).float()  # [image, region, cell]
+            inside = regions.masks_at(sight.grid).flatten(2).float()  # [image, region, cell]
             weights = rule.weigh(regions.concepts)[..., None]
             if rule.voting_unit == "regions":
                 cast = rule.cast(inside @ cells).double() * weights  # [image, region, filter]
@@ -149,14 +149,14 @@ class OverlapVotes(VoteCounts):
 
     needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate:
         """Binarises the maps; the vote waits for the concepts."""
         assert sight.statistics is not None
         active = binarise(sight.maps, sight.statistics.threshold)
         rule, votes = self._rule, self._votes[sight.tap]
 
         def vote(regions: Regions) -> None:
-            iou = overlap(active, regions.at((active.shape[2], active.shape[3]))).iou
+            iou = overlap(active, regions.masks_at((active.shape[2], active.shape[3]))).iou
             cast = rule.cast(iou.transpose(1, 2)) * rule.weigh(regions.concepts)[..., None]
             votes.add_((cast * VOTE).round().long().sum((0, 1)))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.data.concept_masks import CELL, UNLABELLED, coverage_at
-from secateur.scoring.iou import IoUTally, Overlap, binarise, overlap
+from secateur.scoring.iou import IoUAccumulator, Overlap, binarise, overlap
 
 SIDES = st.integers(1, 5)
 COUNTS = st.integers(1, 4)
@@ -115,9 +115,9 @@ def test_tallies_do_not_depend_on_batches_or_their_order(
 ) -> None:
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
-    whole = IoUTally(filters, 5)
+    whole = IoUAccumulator(filters, 5)
     whole.add(overlap(binarise(maps, thresholds), masks), concepts)
-    parts = IoUTally(filters, 5)
+    parts = IoUAccumulator(filters, 5)
     for some in torch.randperm(images, generator=drawn(seed)).split(chunk):
         parts.add(overlap(binarise(maps[some], thresholds), masks[some]), concepts[some])
     assert parts.intersection.dtype == parts.union.dtype == torch.int64
@@ -133,7 +133,7 @@ def test_tally_counts_a_concept_only_in_images_that_show_it(
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
     seen = overlap(binarise(maps, thresholds), masks)
-    tally = IoUTally(filters, 5)
+    tally = IoUAccumulator(filters, 5)
     tally.add(seen, concepts)
     for concept in range(5):
         shown = [(i, r) for i in range(images) for r in range(regions) if concepts[i, r] == concept]
@@ -150,7 +150,7 @@ def test_an_image_without_the_concept_leaves_its_union_alone() -> None:
     masks = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
     masks[0, 0, 0] = True
     masks[1] = True
-    tally = IoUTally(1, 2)
+    tally = IoUAccumulator(1, 2)
     tally.add(overlap(binarise(maps, torch.zeros(1)), masks), torch.tensor([[0], [1]]))
     assert tally.union.tolist() == [[4, 4]]
     assert tally.iou.tolist() == [[0.5, 1.0]]
@@ -160,7 +160,7 @@ def test_tally_keeps_counting_beyond_what_float32_can_hold() -> None:
     large = 2**24
     seen = Overlap(torch.full((1, 1, 1), large), torch.full((1, 1, 1), 2 * large + 1))
     one = Overlap(torch.ones(1, 1, 1).long(), torch.ones(1, 1, 1).long())
-    tally = IoUTally(1, 1)
+    tally = IoUAccumulator(1, 1)
     for part in (seen, one):
         tally.add(part, torch.zeros(1, 1, dtype=torch.int64))
     assert tally.intersection.item() == large + 1
@@ -171,7 +171,7 @@ def test_a_region_that_only_fills_up_counts_for_nobody() -> None:
     maps = torch.ones(2, 1, 2, 2)
     masks = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
     masks[:, 0] = True
-    tally = IoUTally(1, 2)
+    tally = IoUAccumulator(1, 2)
     seen = overlap(binarise(maps, torch.zeros(1)), masks)
     tally.add(seen, torch.tensor([[0, UNLABELLED], [UNLABELLED, 1]]))
     assert tally.intersection.tolist() == [[4, 0]]

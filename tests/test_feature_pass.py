@@ -25,10 +25,10 @@ from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import ConceptInput
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Observer, Regions, Vote
+from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Observer, Regions, DeferredUpdate
 from secateur.scoring.dissection import Dissection, TopImages
 from secateur.scoring.feature_pass import kernels_of, observe
-from secateur.scoring.thresholds import ActivationStatisticsTally
+from secateur.scoring.thresholds import StatisticsAccumulator
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])
 
@@ -94,7 +94,7 @@ class Recorder:
         assert not self.sights
         self.parts = parts
 
-    def update(self, sight: FeatureBatch) -> Vote | None:
+    def update(self, sight: FeatureBatch) -> DeferredUpdate | None:
         self.sights.setdefault(sight.tap, []).append(sight)
         if "concepts" not in self.needs:
             return None
@@ -212,7 +212,7 @@ def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
     assert sight.gradients.shape == (7, 7, 1, 1)
     assert sight.grid == (1, 1)
     (regions,) = recorder.regions["hidden"]
-    assert regions.at(sight.grid).shape == (7, 1, 1, 1)
+    assert regions.masks_at(sight.grid).shape == (7, 1, 1, 1)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -301,7 +301,7 @@ def test_masks_come_at_the_resolution_of_each_map() -> None:
     look(model, dependencies, Probe(images, LABELS, size=7), [recorder])
     for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
         assert all(sight.grid == size for sight in recorder.sights[group])
-        masks = torch.cat([regions.at(size) for regions in recorder.regions[group]])
+        masks = torch.cat([regions.masks_at(size) for regions in recorder.regions[group]])
         assert torch.equal(masks, at_resolution(images[:, :1] > 0, size))
 
 
@@ -327,11 +327,11 @@ def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sig
     with torch.no_grad():
         expected = maps_by_hand(model, images[::sample_every])
     for group, sights in recorder.sights.items():
-        tally = ActivationStatisticsTally(
+        tally = StatisticsAccumulator(
             expected[group].shape[1], ScoreSection().threshold_positions
         )
-        tally.add(expected[group])
-        usual = tally.finish(0.1)
+        tally.update(expected[group])
+        usual = tally.compute(0.1)
         for sight in sights:
             assert sight.statistics is not None
             torch.testing.assert_close(sight.statistics.mean, usual.mean)
