@@ -34,8 +34,8 @@ from secateur.pruning.refit.layerwise import refit
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import no_progress
 from secateur.scoring import criteria
-from secateur.scoring.feature_pass import kernels_of
 from secateur.scoring.scores import score_filters
+from secateur.scoring.taps import kernels_of
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from secateur.errors import DataError
-from secateur.scoring.covariance import LEVELS, SecondMoments, quantize, quantization_unit
+from secateur.scoring.covariance import LEVELS, SecondMoments, quantization_unit, quantize
 from secateur.scoring.thresholds import ActivationStatistics
 
 

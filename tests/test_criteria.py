@@ -63,14 +63,14 @@ class TwoRegions:
     needs_gradient = False
     needs_learning = False
 
-    def learn(self, scene: ConceptInput) -> None:
+    def learn(self, concept_input: ConceptInput) -> None:
         raise AssertionError("there is nothing to learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("there is nothing to learn")
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        return two_regions(scene.images)
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        return two_regions(concept_input.images)
 
 
 def two_regions(images: Tensor) -> ConceptMasks:
@@ -764,8 +764,10 @@ def test_every_criterion_says_what_it_needs(name: str) -> None:
     criterion: Criterion = make(name, SETTINGS, 0, {})
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
     needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
-    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "chip", "reconstruction")}
-    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response")}
+    needs |= {
+        each: {"maps", "statistics"} for each in ("activation_entropy", "chip", "reconstruction")
+    }
+    needs |= {each: {"maps", "statistics", "concepts"} for each in ("vote", "vote-response")}
     needs["vote-iou"] = {"maps", "thresholds", "concepts"}
     assert criterion.needs == needs.get(name, {"maps"})
 

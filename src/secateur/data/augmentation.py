@@ -72,7 +72,9 @@ class ShiftsAndFlips:
 
     def select(self, chosen: slice | Tensor) -> ShiftsAndFlips:
         """Those of some of the images."""
-        return ShiftsAndFlips(self.border, self.top[chosen], self.left[chosen], self.flipped[chosen])
+        return ShiftsAndFlips(
+            self.border, self.top[chosen], self.left[chosen], self.flipped[chosen]
+        )
 
     def apply(
         self, images: Float[Tensor, "image rgb height width"]
