@@ -191,7 +191,7 @@ def test_merging_keeps_the_best_of_all_processes(
     expected = top_of(4, (largest, numbers)).top("layer").indices
     for order in itertools.permutations(range(3)):
         own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
-        monkeypatch.setattr(distributed, "gathered", gathers(others))
+        monkeypatch.setattr(distributed, "all_gather", gathers(others))
         own.merge()
         assert torch.equal(own.top("layer").indices, expected)
 

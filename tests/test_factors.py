@@ -176,7 +176,7 @@ def spread(value: Tensor, shares: list[list[int]], monkeypatch: pytest.MonkeyPat
     def gathered(own: Any) -> list[Any]:
         return rows if isinstance(own, dict) else [own]
 
-    monkeypatch.setattr(distributed, "gathered", gathered)
+    monkeypatch.setattr(distributed, "all_gather", gathered)
     for factors in several:
         factors.finish_learning()
     return [dictionary_of(factors) for factors in several]

@@ -42,7 +42,7 @@ class ActivationMean:
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return (tally for means in self._means.values() for tally in means.state())
+        return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the means."""
@@ -77,7 +77,7 @@ class ActivationStd:
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return (tally for means in self._means.values() for tally in means.state())
+        return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the standard deviations."""
