@@ -77,16 +77,13 @@ HUGGING_FACE = "hf"
 NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
 
-FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", DIGITS)
-"""The forms of a data set's name that `load` takes."""
-
 
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """Return the named data set, with a stratified part of its training images held out.
 
-    `name` is one of `FORMS`, or `none`; docs/reference/data.md shows each folder's layout. `digits`
-    needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on `seed` alone.
-    Raises `UnknownName`, `UsageError` or `DataError`.
+    `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
+    `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
+    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, colon, directory = name.partition(":")
     if name == NONE:
