@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.config import VoteMode, VotingUnit
 from secateur.data.concept_masks import UNLABELLED
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.iou import binarise, overlap
@@ -27,8 +27,6 @@ VOTE = 2**20
 """What one whole vote counts."""
 VALUES_AT_A_TIME = 2**19
 """Activations that are squared at once, few enough to stay in the processor's cache."""
-VoteMode = Literal["share", "top", "plurality"]
-VotingUnit = Literal["cells", "regions"]
 
 
 @dataclass(frozen=True)
