@@ -44,7 +44,7 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.config import ScoreSection
+from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch, batches
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph import interpreter
@@ -55,7 +55,8 @@ from secateur.models import zoo
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
-from secateur.scoring.feature_pass import maps_of, observe, taps_of
+from secateur.scoring.feature_pass import observe
+from secateur.scoring.taps import maps_of, taps_of
 from tables import with_table
 from zoo import CLASSES
 
@@ -72,8 +73,8 @@ NETWORKS = {
 at first, every eighth image, fills whole batches."""
 MEMORY = {"resnet20": (256, 2048), "torchvision:resnet50": (64, 512)}
 """Numbers of images between which the growth of a process's peak memory is measured."""
-OTHERS = tuple(name for name in criteria.CRITERIA if name not in ("taylor", "hrank"))
-CRITERIA = {
+OTHERS = tuple(name for name in CRITERIA if name not in ("taylor", "hrank"))
+COMBINATIONS = {
     "vote-response": ("vote-response",),
     "vote-iou": ("vote-iou",),
     "vote": ("vote",),
@@ -252,14 +253,14 @@ def measure_time(name: str, count: int, seconds: float, note: Note) -> None:
     context = make_ground(name)
     theirs = Peer(context)
     ways: dict[str, Callable[[int], object]] = {
-        **{cell: partial(context.score, names) for cell, names in CRITERIA.items()},
+        **{cell: partial(context.score, names) for cell, names in COMBINATIONS.items()},
         "Torch-Pruning Taylor": theirs.taylor,
         "Torch-Pruning Hessian": theirs.hessian,
         "literal dissection": partial(dissect, context),
     }
     images_of = {cell: min(count, FEW_IMAGES.get(cell, count)) for cell in ways}
     if context.preprocessing.image_size < SMALL:
-        images_of |= dict.fromkeys((*CRITERIA, "Torch-Pruning Taylor"), count)
+        images_of |= dict.fromkeys((*COMBINATIONS, "Torch-Pruning Taylor"), count)
     cells: dict[str, Row] = {
         cell: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}
         for cell, images in images_of.items()
@@ -340,7 +341,7 @@ def ratio(cell: Row) -> float:
 
 def table(found: list[Row]) -> str:
     """Costs by network, then the growth of memory."""
-    names = [*CRITERIA, "Torch-Pruning Taylor", "Torch-Pruning Hessian", "literal dissection"]
+    names = [*COMBINATIONS, "Torch-Pruning Taylor", "Torch-Pruning Hessian", "literal dissection"]
     lines = [
         f"| network | images | threads | turns | {' | '.join(names)} |",
         f"|---|---|---|---|{'---|' * len(names)}",

@@ -24,7 +24,7 @@ from fault_case import FailingDisk
 from layouts import write_classes
 from processes import started
 from secateur.cli import app
-from secateur.config import from_dict
+from secateur.config import CRITERIA, from_dict
 from secateur.errors import RunFolderError, UnknownName, WriteError
 from secateur.experiments.compare.runner import (
     CELLS,
@@ -42,7 +42,6 @@ from secateur.experiments.compare.runner import (
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
 from secateur.pipeline import prune as pipeline
-from secateur.scoring.criteria import CRITERIA
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -205,7 +204,7 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
         "largest": "done",
         "l1": "done",
     }
-    assert "one finite number a filter" in by_name["wrong_shape"]["reason"]
+    assert "one finite number" in by_name["wrong_shape"]["reason"]
     assert "returned int, no criterion" in by_name["nothing"]["reason"]
     assert "ended by signal 9: last words" in by_name["fatal"]["reason"]
     assert by_name["fatal"]["top1_fraction"] is None

@@ -42,7 +42,7 @@ from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import images_at_a_time
 from secateur.scoring.criteria.reconstruction import Reconstruction
-from secateur.scoring.feature_pass import taps_of
+from secateur.scoring.taps import taps_of
 
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Fractions of a group that are removed to measure its slope."""
