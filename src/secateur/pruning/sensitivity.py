@@ -188,9 +188,8 @@ class _InputEdit:
         self.error = 0.0
         """Squared error of the consumer's last output: a sum over channels, a mean over rest."""
         self._dim = consumer.dim
-        number = np.full(len(dependencies.channel_of) + 1, -1, dtype=np.int64)  # the last is for -1
-        number[group.channels] = np.arange(len(group))
-        numbers = number[dependencies.channel_of[consumer.channels]]
+        table = dependencies.index_table(group.channels)
+        numbers = table[dependencies.channel_of[consumer.channels]]
         places = np.flatnonzero(numbers >= 0)
         # A channel that is read at several places, as after flattening, has several copies.
         order = places[np.argsort(numbers[places], kind="stable")]

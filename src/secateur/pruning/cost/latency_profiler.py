@@ -269,13 +269,7 @@ def _call(dependencies: DependencyGraph, layer: Layer, removed: Ids) -> _Call:
     """Return a layer's operation in a network without some channels."""
     kept = np.ones(len(dependencies.channel_of), dtype=bool)
     kept[removed] = False
-
-    def count(ids: Ids | None, size: int) -> int:
-        if ids is None:
-            return size
-        channels = dependencies.channel_of[ids]
-        return int(np.count_nonzero((channels == NOT_PRUNABLE) | kept[channels]))
-
+    count = dependencies.count_kept(kept)
     images = dependencies.graph.images
 
     def shape(node: Node) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graph.channel_ids import Axes, Ids
+from secateur.graph.channel_ids import Axes, Ids, index_table
 from secateur.graph.groups import Group
 
 Dimension = Ids | int
@@ -28,12 +28,10 @@ class TensorSizes:
         sizes = [len(group) for group in groups.values()]
         starts = itertools.accumulate(sizes, initial=0)
         self._start = dict(zip(groups, starts, strict=False))
-        self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # the last entry is never removed
-        channels = [group.channels for group in groups.values()]
-        highest = max((int(ids.max()) for ids in channels), default=-1)
-        place = np.full(highest + 2, sum(sizes))  # [channel, or -1 for the last]
-        for name, group in groups.items():
-            place[group.channels] = self._start[name] + np.arange(len(group))
+        self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # -1, the last, is never removed
+        nothing = np.zeros(0, dtype=np.int64)
+        channels = np.concatenate([nothing, *(group.channels for group in groups.values())])
+        table = index_table(channels, int(channels.max(initial=-1)) + 1)
         number: dict[bytes, int] = {}
         counted: list[Ids] = []
         factors: list[list[int]] = []
@@ -50,10 +48,10 @@ class TensorSizes:
                     key = dimension.tobytes()
                     if key not in number:
                         number[key] = len(counted)
-                        counted.append(place[dimension])
+                        counted.append(table[dimension])
                     factors[-1].append(number[key])
         self._constants = np.array(constants, dtype=np.int64)
-        self._places = np.concatenate([*counted, np.zeros(0, dtype=np.int64)])
+        self._places = np.concatenate([nothing, *counted])
         self._bounds = np.array([0, *itertools.accumulate(map(len, counted))], dtype=np.int64)
         widest = max(map(len, factors), default=0)
         # Missing factors are the last one, which is 1.
