@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from concept_inputs import PREPROCESSING, context_of
 from networks import make_network
-from scenes import PREPROCESSING, context_of
 from secateur.data import TensorImages, batches, draw_calibration_images
-from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.data.cub import read_birds
 from secateur.data.preprocessing import Preprocessing
@@ -180,12 +180,12 @@ def test_annotations_of_the_same_images_are_joined(tmp_path: Path) -> None:
     one = read_masks(tmp_path)
     name_values(tmp_path, ["x", "void", "void", "y"])
     other = read_masks(tmp_path)
-    both = joined([one, other])
+    both = join_annotations([one, other])
     assert [concept.name for concept in both.concepts] == ["a", "b", "c", "x", "y"]
     planes = planes_of(everything(both), 5)
     assert torch.equal(planes[:, :3], planes_of(everything(one), 3))
     assert torch.equal(planes[:, 3:], planes_of(everything(other), 2))
-    assert joined([one]) is one
+    assert join_annotations([one]) is one
 
 
 def test_annotations_of_different_images_are_refused(tmp_path: Path) -> None:
@@ -520,11 +520,11 @@ def test_regions_of_real_images_are_in_proportion(shared_data: Path) -> None:
 LABELS = """number,name,category,frequency,coverage,syns
 1,red-c,color(2),2,0.5,
 2,wood,material(3);object(1),4,0.9,timber
-3,street-s,scene(1),1,1.0,
+3,street-s,concept_input(1),1,1.0,
 5,dotted,texture(1),1,1.0,
 300,leg,part(2),2,0.1,
 """
-INDEX = """image,split,ih,iw,sh,sw,color,object,part,material,scene,texture
+INDEX = """image,split,ih,iw,sh,sw,color,object,part,material,concept_input,texture
 ade/0.jpg,train,16,20,8,10,ade/0_color.png,ade/0_object.png,ade/0_part_1.png;ade/0_part_2.png,,3,
 dtd/1.jpg,val,16,16,16,16,dtd/1_color.png,,,,,5;2
 dtd/2.jpg,val,16,16,16,16,,,,,,
@@ -562,7 +562,7 @@ def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
     assert images.concepts == (
         Concept("red-c", "color"),
         Concept("wood", "material"),
-        Concept("street-s", "scene"),
+        Concept("street-s", "concept_input"),
         Concept("dotted", "texture"),
         Concept("leg", "part"),
     )
@@ -575,7 +575,7 @@ def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
         large = labels[f"ade/0_{name}"].repeat(2, 0).repeat(2, 1)
         expected = np.vectorize(numbers.__getitem__)(large)
         assert torch.equal(first[layer], torch.from_numpy(expected))
-    assert torch.equal(first[4:], torch.full((1, 16, 20), 2))  # the scene is everywhere
+    assert torch.equal(first[4:], torch.full((1, 16, 20), 2))  # the concept_input is everywhere
 
     planes = planes_of(everything(images), 5)
     assert planes[1, 3].all()

@@ -33,7 +33,7 @@ from secateur.scoring.criteria import (
     make,
 )
 from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
-from secateur.scoring.criteria.kernels import OfKernels, l2
+from secateur.scoring.criteria.kernels import KernelFunction, l2
 from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
@@ -46,7 +46,7 @@ from secateur.scoring.criteria.reconstruction import (
 from secateur.scoring.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.scoring.criteria.votes import VoteSettings, shares, winners
 from secateur.scoring.scores import score_filters
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
@@ -62,14 +62,14 @@ class TwoRegions:
     needs_gradient = False
     needs_learning = False
 
-    def learn(self, scene: ConceptInput) -> None:
+    def learn(self, concept_input: ConceptInput) -> None:
         raise AssertionError("there is nothing to learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("there is nothing to learn")
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        return two_regions(scene.images)
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        return two_regions(concept_input.images)
 
 
 def two_regions(images: Tensor) -> ConceptMasks:
@@ -140,9 +140,9 @@ def outgoing_norms(model: Chain) -> dict[str, list[float]]:
 
 def thresholds_by_hand(maps: Tensor) -> tuple[list[float], list[float]]:
     """Means and thresholds, by the tally that has tests of its own."""
-    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
-    tally.add(maps)
-    usual = tally.finish(SETTINGS.quantile)
+    tally = StatisticsAccumulator(maps.shape[1], 10_000)
+    tally.update(maps)
+    usual = tally.compute(SETTINGS.quantile)
     return usual.mean.tolist(), usual.threshold.tolist()
 
 
@@ -349,10 +349,10 @@ def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
 
 
 def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> FeatureBatch:
-    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
-    tally.add(maps)
+    tally = StatisticsAccumulator(maps.shape[1], 10_000)
+    tally.update(maps)
     size = (maps.shape[2], maps.shape[3])
-    return FeatureBatch(part, maps, numbers, kernels, tally.finish(0.1), size, None)
+    return FeatureBatch(part, maps, numbers, kernels, tally.compute(0.1), size, None)
 
 
 def test_products_are_those_of_patches_inside_the_regions() -> None:
@@ -632,7 +632,7 @@ def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
     scales = (torch.ones(2), torch.tensor([0, 3]))
     for criterion, what in (
         (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
-        (OfKernels(l2), "kernel that writes"),
+        (KernelFunction(l2), "kernel that writes"),
     ):
         criterion.reset({"a": Kernels((some,), torch.arange(4), (), (scales,))})
         with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):
@@ -763,8 +763,10 @@ def test_every_criterion_says_what_it_needs(name: str) -> None:
     criterion: Criterion = make(name, SETTINGS, 0, {})
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
     needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
-    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "chip", "reconstruction")}
-    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response")}
+    needs |= {
+        each: {"maps", "statistics"} for each in ("activation_entropy", "chip", "reconstruction")
+    }
+    needs |= {each: {"maps", "statistics", "concepts"} for each in ("vote", "vote-response")}
     needs["vote-iou"] = {"maps", "thresholds", "concepts"}
     assert criterion.needs == needs.get(name, {"maps"})
 

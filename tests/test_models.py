@@ -428,7 +428,7 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_code_is_refused_where_it_is_not_allowed_and_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
-    with pytest.raises(UsageError, match="is code of your own"):
+    with pytest.raises(UsageError, match="is user code"):
         load(f"{path}:f", allow_code=False)
     assert not (tmp_path / "ran").exists()
     assert isinstance(load("resnet20", allow_code=False), nn.Module)

@@ -11,12 +11,12 @@ from torch import Tensor
 from networks import wired
 from secateur.config import Budget, Quantity, parse_budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
-"""Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
+"""Those that every filter adds to; `test_quantities` and `test_latency_model` test the others."""
 
 
 def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
@@ -26,9 +26,7 @@ def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> 
     }
 
 
-def amount(
-    dependencies: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]
-) -> int:
+def amount(dependencies: DependencyGraph, quantity: Quantity, removed: Removed) -> int:
     if quantity == "macs":
         return dependencies.macs(removed)
     if quantity == "params":

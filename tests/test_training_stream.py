@@ -17,7 +17,7 @@ from torch import Tensor
 
 from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
-from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
 from secateur.errors import DataError, UsageError
@@ -239,7 +239,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
     path = tmp_path / "ramp.png"
     Image.fromarray(torch.stack([ramp, ramp, ramp], dim=2).numpy()).save(path)
     images = FileImages((path,) * 30, torch.zeros(30, dtype=torch.int64))
-    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
+    changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
         torch.arange(30), NATIVE
     )
     assert changed.shape == (30, 3, 16, 16)
@@ -252,7 +252,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
 def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     pixels = torch.randint(256, (4, 3, 12, 12), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
-    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1))
+    changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
     found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
     assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts
@@ -262,7 +262,7 @@ def test_randaugment_changes_pixels_and_nothing_else() -> None:
     pixels = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(12))
     augmentation = Augmentation("none", flip=False, randaugment=True)
-    changed = ChangedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
+    changed = AugmentedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
     assert changed.dtype == torch.uint8
     assert changed.shape == images.pixels.shape
     assert not torch.equal(changed, images.pixels)

@@ -13,8 +13,8 @@ from secateur.graph.groups import Group
 from secateur.pipeline.prune import ScoringContext, calibration_batches, make_criterion
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
-from secateur.scoring.feature_pass import taps_of
 from secateur.scoring.scores import FilterScores, score_filters
+from secateur.scoring.taps import taps_of
 
 VOTES = "vote-response"
 """How votes are counted where they are shown: the criterion whose scores are votes, not ranks."""

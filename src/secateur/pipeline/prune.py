@@ -36,12 +36,14 @@ from secateur.pipeline.result import (
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.latency_profiler import measure_fraction_left, plan_in_time
+from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence, check_finite
+from secateur.pruning.outcome import RefitOutcome, SizeTrial
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.plan_inputs import PlanInputs, make_plan_inputs
-from secateur.pruning.refit.refit_and_check import RefitOutcome, refit_and_check
-from secateur.pruning.size_search import SizeTrial, bisect, smallest_kept
+from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import RefitImages, refit_and_check
+from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment
 from secateur.runtime.event_log import EventLog
@@ -290,7 +292,17 @@ def collect_plan_inputs(
     return make_plan_inputs(
         model,
         context.dependencies,
-        lambda: calibration_batches(context, config, progress, "scoring filters"),
+        CalibrationImages(
+            lambda: calibration_batches(context, config, progress, "scoring filters"),
+            lambda: _batches(
+                context.calibration,
+                with_batches(config, context.batch_size),
+                no_progress,
+                "",
+                context.unreadable,
+            ),
+            context.example,
+        ),
         {
             name: make_criterion(name, context.source, config)
             for name in names or (config.score.criterion,)
@@ -298,14 +310,6 @@ def collect_plan_inputs(
         context.source,
         config.score,
         config.plan,
-        sample=lambda: _batches(
-            context.calibration,
-            with_batches(config, context.batch_size),
-            no_progress,
-            "",
-            context.unreadable,
-        ),
-        example=context.example,
         progress=progress,
     )
 
@@ -356,14 +360,13 @@ def refit_in_place(
     `repair`."""
     fit, held_out = split_calibration(context.calibration)
     return refit_and_check(
-        model,
-        smaller,
-        context.dependencies,
-        plan,
+        RefitInputs(model, smaller, context.dependencies, plan.removed),
+        RefitImages(
+            lambda: calibration_batches(context, config, no_progress, ""),
+            lambda: stream(fit, config, progress, "re-estimating norms", context.unreadable),
+            lambda: stream(held_out, config, no_progress, "", context.unreadable),
+        ),
         config.refit,
-        lambda: calibration_batches(context, config, no_progress, ""),
-        lambda: stream(fit, config, progress, "re-estimating norms", context.unreadable),
-        lambda: stream(held_out, config, no_progress, "", context.unreadable),
         seed=config.seed,
         progress=progress,
     )

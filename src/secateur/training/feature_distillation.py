@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.graph.trace import operation_name
+from secateur.graph.network_graph import operation_name
 
 SPATIAL = 4
 """Dimensions of a batch of feature maps."""
@@ -32,7 +32,7 @@ def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[Resi
     Sums that the network adds in its own forward, outside of any module, have no name to find
     them by and are left out.
     """
-    stays = dependencies.is_kept(removed)
+    stays = dependencies.kept_ids(removed)
     found: dict[str, ResidualSum] = {}
     for node in dependencies.graph.nodes:
         if operation_name(node) != "add" or node not in dependencies.axes:

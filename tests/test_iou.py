@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.data.concept_masks import CELL, UNLABELLED, coverage_at
-from secateur.scoring.iou import IoUTally, Overlap, binarise, overlap
+from secateur.scoring.iou import IoUAccumulator, Overlap, binarise, overlap
 
 SIDES = st.integers(1, 5)
 COUNTS = st.integers(1, 4)
@@ -115,11 +115,11 @@ def test_tallies_do_not_depend_on_batches_or_their_order(
 ) -> None:
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
-    whole = IoUTally(filters, 5)
-    whole.add(overlap(binarise(maps, thresholds), masks), concepts)
-    parts = IoUTally(filters, 5)
+    whole = IoUAccumulator(filters, 5)
+    whole.update(overlap(binarise(maps, thresholds), masks), concepts)
+    parts = IoUAccumulator(filters, 5)
     for some in torch.randperm(images, generator=drawn(seed)).split(chunk):
-        parts.add(overlap(binarise(maps[some], thresholds), masks[some]), concepts[some])
+        parts.update(overlap(binarise(maps[some], thresholds), masks[some]), concepts[some])
     assert parts.intersection.dtype == parts.union.dtype == torch.int64
     assert torch.equal(parts.intersection, whole.intersection)
     assert torch.equal(parts.union, whole.union)
@@ -133,16 +133,18 @@ def test_tally_counts_a_concept_only_in_images_that_show_it(
     maps, thresholds, masks = a_case(images, filters, regions, 4, 3, seed)
     concepts = concepts_of(images, regions, 5, seed)
     seen = overlap(binarise(maps, thresholds), masks)
-    tally = IoUTally(filters, 5)
-    tally.add(seen, concepts)
+    accumulator = IoUAccumulator(filters, 5)
+    accumulator.update(seen, concepts)
     for concept in range(5):
         shown = [(i, r) for i in range(images) for r in range(regions) if concepts[i, r] == concept]
         for c in range(filters):
             intersection = sum(int(seen.intersection[i, c, r]) for i, r in shown)
             union = sum(int(seen.union[i, c, r]) for i, r in shown)
-            assert tally.intersection[c, concept].item() == intersection
-            assert tally.union[c, concept].item() == union
-            assert tally.iou[c, concept].item() == pytest.approx(intersection / max(1, union))
+            assert accumulator.intersection[c, concept].item() == intersection
+            assert accumulator.union[c, concept].item() == union
+            assert accumulator.compute()[c, concept].item() == pytest.approx(
+                intersection / max(1, union)
+            )
 
 
 def test_an_image_without_the_concept_leaves_its_union_alone() -> None:
@@ -150,29 +152,29 @@ def test_an_image_without_the_concept_leaves_its_union_alone() -> None:
     masks = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
     masks[0, 0, 0] = True
     masks[1] = True
-    tally = IoUTally(1, 2)
-    tally.add(overlap(binarise(maps, torch.zeros(1)), masks), torch.tensor([[0], [1]]))
-    assert tally.union.tolist() == [[4, 4]]
-    assert tally.iou.tolist() == [[0.5, 1.0]]
+    accumulator = IoUAccumulator(1, 2)
+    accumulator.update(overlap(binarise(maps, torch.zeros(1)), masks), torch.tensor([[0], [1]]))
+    assert accumulator.union.tolist() == [[4, 4]]
+    assert accumulator.compute().tolist() == [[0.5, 1.0]]
 
 
 def test_tally_keeps_counting_beyond_what_float32_can_hold() -> None:
     large = 2**24
     seen = Overlap(torch.full((1, 1, 1), large), torch.full((1, 1, 1), 2 * large + 1))
     one = Overlap(torch.ones(1, 1, 1).long(), torch.ones(1, 1, 1).long())
-    tally = IoUTally(1, 1)
+    accumulator = IoUAccumulator(1, 1)
     for part in (seen, one):
-        tally.add(part, torch.zeros(1, 1, dtype=torch.int64))
-    assert tally.intersection.item() == large + 1
-    assert tally.union.item() == 2 * large + 2
+        accumulator.update(part, torch.zeros(1, 1, dtype=torch.int64))
+    assert accumulator.intersection.item() == large + 1
+    assert accumulator.union.item() == 2 * large + 2
 
 
 def test_a_region_that_only_fills_up_counts_for_nobody() -> None:
     maps = torch.ones(2, 1, 2, 2)
     masks = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
     masks[:, 0] = True
-    tally = IoUTally(1, 2)
+    accumulator = IoUAccumulator(1, 2)
     seen = overlap(binarise(maps, torch.zeros(1)), masks)
-    tally.add(seen, torch.tensor([[0, UNLABELLED], [UNLABELLED, 1]]))
-    assert tally.intersection.tolist() == [[4, 0]]
-    assert tally.union.tolist() == [[4, 4]]
+    accumulator.update(seen, torch.tensor([[0, UNLABELLED], [UNLABELLED, 1]]))
+    assert accumulator.intersection.tolist() == [[4, 0]]
+    assert accumulator.union.tolist() == [[4, 4]]

@@ -11,7 +11,8 @@ from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_image
 from secateur.errors import TraceError
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.interpreter import GraphInterpreter, run
-from secateur.graph.trace import operation_name, trace
+from secateur.graph.network_graph import operation_name
+from secateur.graph.trace import trace
 from secateur.runtime.module_state import evaluating, tensors_of
 
 
@@ -243,58 +244,58 @@ def test_taps_see_and_replace_values() -> None:
     assert seen[0].shape == (3, 6, 8, 8)
     assert float(seen[0].min()) == 0
     assert torch.equal(run(graph, state, images, after={relu: lambda value: value + 0}), plain)
-    walk = GraphInterpreter(graph, state, images)
-    walk.advance(overrides={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
-    assert walk.value(graph.output).shape == (3, 7)
-    assert not walk.value(graph.output).any()
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(overrides={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
+    assert interpreter.value(graph.output).shape == (3, 7)
+    assert not interpreter.value(graph.output).any()
     again = run(graph, state, images, after={relu: torch.zeros_like})
     assert not torch.allclose(again, plain)
 
 
-def test_a_walk_step_by_step_arrives_where_a_run_does() -> None:
+def test_running_step_by_step_arrives_where_a_run_does() -> None:
     model, dependencies = wired("residual")
     graph, state, images = dependencies.graph, tensors_of(model), random_images()
-    walk = GraphInterpreter(graph, state, images)
+    interpreter = GraphInterpreter(graph, state, images)
     for node in graph.nodes:
         if node.op == "call_function":
-            value = walk.step(node)
+            value = interpreter.step(node)
             assert value.shape[0] == 3
-    assert torch.equal(walk.value(graph.output), run(graph, state, images))
+    assert torch.equal(interpreter.value(graph.output), run(graph, state, images))
 
 
-def test_a_fork_does_not_disturb_the_walk_it_left() -> None:
+def test_a_copy_does_not_disturb_its_original() -> None:
     model, dependencies = wired("residual")
     graph, state, images = dependencies.graph, tensors_of(model), random_images()
     relus = [node for node in graph.nodes if operation_name(node) == "relu"]
-    walk = GraphInterpreter(graph, state, images)
-    walk.advance(relus[1])
-    fork = walk.copy()
-    fork.advance(after={relus[1]: torch.zeros_like})
-    walk.advance()
-    assert torch.equal(walk.value(graph.output), run(graph, state, images))
-    assert not torch.equal(fork.value(graph.output), walk.value(graph.output))
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(relus[1])
+    copied = interpreter.copy()
+    copied.advance(after={relus[1]: torch.zeros_like})
+    interpreter.advance()
+    assert torch.equal(interpreter.value(graph.output), run(graph, state, images))
+    assert not torch.equal(copied.value(graph.output), interpreter.value(graph.output))
 
 
 def test_parameters_are_looked_up_when_they_are_used() -> None:
     model, dependencies = wired("chain")
     graph, images = dependencies.graph, random_images()
     state = dict(tensors_of(model))
-    walk = GraphInterpreter(graph, state, images)
-    walk.advance(next(node for node in graph.nodes if operation_name(node) == "linear"))
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(next(node for node in graph.nodes if operation_name(node) == "linear"))
     state["linear.weight"] = torch.zeros_like(state["linear.weight"])
-    walk.advance()
-    assert torch.equal(walk.value(graph.output), state["linear.bias"].expand(3, -1))
+    interpreter.advance()
+    assert torch.equal(interpreter.value(graph.output), state["linear.bias"].expand(3, -1))
 
 
 def test_values_that_nobody_needs_any_more_are_dropped() -> None:
     model, dependencies = wired("shared")
     relu = next(node for node in dependencies.graph.nodes if operation_name(node) == "relu")
-    walk = GraphInterpreter(dependencies.graph, tensors_of(model), random_images())
-    walk.step(relu)
-    assert walk.value(relu).shape == (3, 5, 8, 8)
-    walk.advance()
+    interpreter = GraphInterpreter(dependencies.graph, tensors_of(model), random_images())
+    interpreter.step(relu)
+    assert interpreter.value(relu).shape == (3, 5, 8, 8)
+    interpreter.advance()
     with pytest.raises(KeyError):
-        walk.value(relu)
+        interpreter.value(relu)
 
 
 def test_a_module_used_twice_is_two_operations_with_one_kernel() -> None:

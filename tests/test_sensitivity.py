@@ -39,73 +39,72 @@ def batches(size: int = 32) -> Iterable[Batch]:
         yield Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers)
 
 
-def surveyed(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
+def moments_and_ranking(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
     model, dependencies = wired(name, True)
     moments = Reconstruction()
     criterion = criteria.make("l2", SETTINGS, 0, {})
-    scored = score_filters(
+    filter_scores = score_filters(
         model, dependencies, batches, {"l2": criterion}, None, SETTINGS, observers=(moments,)
     )["l2"]
-    return model, dependencies, moments, rank(scored.scores, dependencies, "l2")
+    return model, dependencies, moments, rank(filter_scores.scores, dependencies, "l2")
 
 
 NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grouped"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damage_grows_from_nothing_with_what_goes(name: str) -> None:
-    model, dependencies, moments, ranking = surveyed(name)
-    damage = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
-    assert damage.keys() == dependencies.groups.keys()
-    for group, curve in damage.items():
+def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> None:
+    model, dependencies, moments, ranking = moments_and_ranking(name)
+    sensitivity = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
+    assert sensitivity.keys() == dependencies.groups.keys()
+    for group, curve in sensitivity.items():
         assert len(curve) == len(dependencies.groups[group]) + 1
         assert curve[0] == 0
         assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
-    assert any(curve[-1] > 0 for curve in damage.values())
+    assert any(curve[-1] > 0 for curve in sensitivity.values())
 
 
 def test_batches_do_not_change_the_slopes() -> None:
-    model, dependencies, moments, ranking = surveyed("residual")
+    model, dependencies, moments, ranking = moments_and_ranking("residual")
     state = tensors_of(model)
-    one = measure_output_sensitivity(state, dependencies, moments, ranking, batches(96))
-    other = measure_output_sensitivity(state, dependencies, moments, ranking, batches(11))
-    for name, slope in one.items():
+    few_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(96))
+    many_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(11))
+    for name, slope in few_batches.items():
         assert slope > 0
-        assert other[name] == pytest.approx(slope, rel=1e-3)
+        assert many_batches[name] == pytest.approx(slope, rel=1e-3)
 
 
-def test_the_curve_is_what_readers_miss(generator: torch.Generator) -> None:
+def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generator) -> None:
     """Against least squares from scratch, on the positions that the moments were taken at."""
-    model, dependencies, moments, ranking = surveyed("chain")
-    group = dependencies.groups["conv2"]  # read by the linear layer: maps are pooled before
+    model, dependencies, moments, ranking = moments_and_ranking("chain")
+    group = dependencies.groups["conv2"]  # read by the linear layer, after pooling
     curve = error_curve(group, moments, ranking.order["conv2"])
     assert isinstance(model, nn.Module)
     kernel = tensors_of(model)["linear.weight"].double()
     covariance = moments._moments["conv2"].covariance(moments._units["conv2"])
-    for gone in (1, 3, 6):
-        kept = ranking.order["conv2"][:-gone]
+    for removed in (1, 3, 6):
+        kept = ranking.order["conv2"][:-removed]
         inner = covariance[kept][:, kept]
         explained = covariance[:, kept] @ torch.linalg.pinv(inner) @ covariance[kept]
-        missed = float((kernel @ (covariance - explained) * kernel).sum())
-        assert float(curve[gone]) == pytest.approx(missed, rel=0.05, abs=1e-3 * float(curve[-1]))
+        error = float((kernel @ (covariance - explained) * kernel).sum())
+        assert float(curve[removed]) == pytest.approx(error, rel=0.05, abs=1e-3 * float(curve[-1]))
 
 
-def test_a_copy_of_a_channel_stands_in_for_it() -> None:
+def test_a_copy_of_a_channel_reconstructs_it() -> None:
     model, dependencies = wired("chain", True)
     state = tensors_of(model)
     for name in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
         state[name][4] = state[name][2]
     moments = Reconstruction()
-    settings = SETTINGS
-    score_filters(model, dependencies, batches, {"reconstruction": moments}, None, settings)
+    score_filters(model, dependencies, batches, {"reconstruction": moments}, None, SETTINGS)
     kept = [0, 1, 2, 3, 5]
-    found = reconstruct_channels(dependencies.groups["conv1"], moments, kept)
-    assert float((found.matrix[4] - found.matrix[2]).abs().max()) < 0.05
-    assert torch.equal(found.matrix[kept], torch.eye(6)[kept])
-    assert float(found.offset[kept].abs().max()) < 1e-6
+    estimate = reconstruct_channels(dependencies.groups["conv1"], moments, kept)
+    assert float((estimate.matrix[4] - estimate.matrix[2]).abs().max()) < 0.05
+    assert torch.equal(estimate.matrix[kept], torch.eye(6)[kept])
+    assert float(estimate.offset[kept].abs().max()) < 1e-6
 
 
-def test_divergence_of_scores_and_of_maps() -> None:
+def test_divergence_of_logits_and_of_maps() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     assert divergence([logits], [logits]) == 0
     other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -116,8 +115,8 @@ def test_divergence_of_scores_and_of_maps() -> None:
     assert divergence([maps], [maps + 2]) == pytest.approx(4 / float(maps.double().var()))
 
 
-def test_uneven_copies_of_a_channel_are_stood_in_for() -> None:
-    """A reader may meet one channel once and another twice."""
+def test_channels_with_uneven_copies_are_reconstructed() -> None:
+    """A consumer may read one channel once and another twice."""
     edit = _InputEdit.__new__(_InputEdit)
     edit._dim, edit._copies = 1, 0
     edit._channels = np.arange(2)
@@ -128,8 +127,8 @@ def test_uneven_copies_of_a_channel_are_stood_in_for() -> None:
     first_stays = ChannelReconstruction(
         torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.0, 0.5])
     )
-    assert edit._replaced(value, first_stays).tolist() == [[1.0, 2.5, 9.0, 2.5]]
+    assert edit._reconstructed(value, first_stays).tolist() == [[1.0, 2.5, 9.0, 2.5]]
     other_stays = ChannelReconstruction(
         torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0])
     )
-    assert edit._replaced(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]
+    assert edit._reconstructed(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]

@@ -13,7 +13,7 @@ from networks import (
     Chain,
     Flattened,
     TiedWeights,
-    assert_law,
+    assert_cut_is_equivalent,
     counted_macs,
     random_images,
     random_plan,
@@ -22,18 +22,17 @@ from networks import (
 )
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
-from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, aliases_of
+from secateur.graph.dependency import NOT_PRUNABLE, RESIDUAL, DependencyGraph, aliases_of
 from secateur.graph.interpreter import run
+from secateur.graph.network_graph import operation_name
 from secateur.graph.rules import RULES
-from secateur.graph.trace import operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_overrides
 from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
-STREAM = "tied over a whole stage by residual sums (prune_residual is off)"
 
-WITHOUT_STREAM = {
+GROUPS = {
     "chain": {"conv1": 6, "conv2": 7},
     "residual": {"conv1.0": 4, "conv3.0": 5},
     "concat": {"stem.0": 4, "left.0": 5, "right.0": 3, "join.0": 6},
@@ -48,16 +47,16 @@ WITHOUT_STREAM = {
     "view_fixed": {"stem.0": 4},
     "gated": {"conv.0": 6, "squeeze": 3},
 }
-ONLY_WITH_STREAM = {
+RESIDUAL_GROUPS = {
     "residual": {"stem.0": 6},
     "in_place": {"stem.0": 6},
     "channel_pad": {"stem.0": 4},
 }
 PADDED = "padded with channels of zeros in the network's code"
 FROZEN = {
-    "residual": {"stem.0": STREAM},
-    "in_place": {"stem.0": STREAM},
-    "channel_pad": {"stem.0": STREAM, "stem.0 (2)": PADDED},
+    "residual": {"stem.0": RESIDUAL},
+    "in_place": {"stem.0": RESIDUAL},
+    "channel_pad": {"stem.0": RESIDUAL, "stem.0 (2)": PADDED},
     "view_fixed": {"conv.0": "sized by a number in the network's code (view in ViewFixed)"},
 }
 
@@ -82,7 +81,7 @@ class Between(nn.Module):
         self.wider = nn.Linear(8, 10)
         self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
         self.linear = nn.Linear(4, 5)
-        self.register_buffer("random_crop", torch.rand(1, 6, 1, 1))
+        self.register_buffer("shift", torch.rand(1, 6, 1, 1))
         self.then = then
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +98,9 @@ def between(then: Callable[[Between, Tensor], Tensor]) -> tuple[Between, Depende
 def assert_any_cut(
     model: nn.Module, dependencies: DependencyGraph, generator: torch.Generator
 ) -> None:
-    assert_law(model, dependencies, random_plan(dependencies, generator), random_images())
+    assert_cut_is_equivalent(
+        model, dependencies, random_plan(dependencies, generator), random_images()
+    )
 
 
 @pytest.mark.parametrize("prune_residual", [False, True])
@@ -107,8 +108,8 @@ def assert_any_cut(
 def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
     dependencies = wired(name, prune_residual)[1]
     expected = {
-        **WITHOUT_STREAM[name],
-        **(ONLY_WITH_STREAM.get(name, {}) if prune_residual else {}),
+        **GROUPS[name],
+        **(RESIDUAL_GROUPS.get(name, {}) if prune_residual else {}),
     }
     assert {group.name: len(group) for group in dependencies.groups.values()} == expected
     assert list(dependencies.groups) == [group.name for group in dependencies.groups.values()]
@@ -120,7 +121,7 @@ def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
     dependencies = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
     if prune_residual:
-        reasons = {layer: why for layer, why in reasons.items() if why != STREAM}
+        reasons = {layer: why for layer, why in reasons.items() if why != RESIDUAL}
     found: dict[str, str] = {}
     for group in dependencies.frozen:
         found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
@@ -143,7 +144,7 @@ def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "writers", "readers"),
+    ("name", "group", "producers", "consumers"),
     [
         ("residual", "stem.0", {"stem.0", "conv2.0", "conv4.0"}, {"conv1.0", "conv3.0", "linear"}),
         ("concat", "stem.0", {"stem.0"}, {"left.0", "right.0", "linear"}),
@@ -154,34 +155,34 @@ def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
         ("flattened", "features.0.0", {"features.0.0"}, {"hidden"}),
     ],
 )
-def test_who_writes_and_who_reads_a_group(
-    name: str, group: str, writers: set[str], readers: set[str]
+def test_a_group_knows_its_producers_and_consumers(
+    name: str, group: str, producers: set[str], consumers: set[str]
 ) -> None:
     found = wired(name, True)[1].groups[group]
-    assert {layer.name for layer in found.layers} == writers
-    assert {reader.layer for reader in found.consumers} == readers
+    assert {layer.name for layer in found.layers} == producers
+    assert {consumer.layer for consumer in found.consumers} == consumers
 
 
-def test_a_group_is_looked_at_where_it_still_has_positions() -> None:
+def test_a_tap_is_where_a_group_still_has_positions() -> None:
     for name in NETWORKS:
         for group in wired(name, True)[1].groups.values():
             if group.name == "hidden":
                 continue
-            (look,) = group.taps
-            shape = look.node.meta["val"].shape
+            (tap,) = group.taps
+            shape = tap.node.meta["val"].shape
             assert len(shape) == 4, (name, group.name)
-            assert operation_name(look.node) not in {"flatten", "view", "mean"}
+            assert operation_name(tap.node) not in {"flatten", "view", "mean"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
+def test_a_tap_holds_each_channel_where_its_index_says(name: str) -> None:
     """Another kernel for filter i shows at place `index[i]`, and at no other channel's."""
     model, dependencies = wired(name, True)
     for group in dependencies.groups.values():
         seen: list[Tensor] = []
         weight = group.layers[0].weight
-        (look,) = group.taps
-        if len(look.index) > len(group):
+        (tap,) = group.taps
+        if len(tap.index) > len(group):
             continue
         for changed in (None, *range(len(group))):
             state = dict(tensors_of(model))
@@ -191,8 +192,8 @@ def test_a_look_holds_each_channel_where_its_index_says(name: str) -> None:
                     dependencies.channel_of[group.layers[0].produced] == group.channels[changed]
                 ] += 1
                 state[weight] = kernel
-            run(dependencies.graph, state, random_images(), after={look.node: seen.append})
-        plain, *others = (value.transpose(0, look.dim).flatten(1)[look.index] for value in seen)
+            run(dependencies.graph, state, random_images(), after={tap.node: seen.append})
+        plain, *others = (value.transpose(0, tap.dim).flatten(1)[tap.index] for value in seen)
         for changed, other in enumerate(others):
             differs = (plain != other).any(1).nonzero()[:, 0]
             assert differs.tolist() == [changed]
@@ -218,11 +219,11 @@ def test_a_flattened_channel_takes_all_its_positions_with_it() -> None:
 
 def test_kept_channels_are_all_but_the_removed_ones() -> None:
     dependencies = wired("chain")[1]
-    kept = dependencies.channels_kept({"conv1": (0, 5)})
+    kept = dependencies.kept_channels({"conv1": (0, 5)})
     group = dependencies.groups["conv1"]
     assert (~kept).sum() == 2
     assert kept[group.channels].tolist() == [False, True, True, True, True, False]
-    assert dependencies.channels_kept({}).all()
+    assert dependencies.kept_channels({}).all()
     assert dependencies.kept_indices({}) == {}
 
 
@@ -291,7 +292,7 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
     [
         (lambda self, x: x.cumsum(1), "no rule for the operation 'cumsum'"),
         (lambda self, x: x[:, [1, 0, 2, 4, 3, 5]], "no rule for the operation 'index'"),
-        (lambda self, x: x - x.mean(), "taken together over every dimension"),
+        (lambda self, x: x - x.mean(), "reduced over every dimension"),
         (
             lambda self, x: torch.cat([x[:, 3:], x[:, :3]], 1),
             r"sized by a number in the network's code \(slice in Between\)",
@@ -346,7 +347,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
         _chunked,
     ],
 )
-def test_what_is_understood_is_cut_by_the_law(
+def test_what_is_understood_can_be_cut(
     then: Callable[[Between, Tensor], Tensor], generator: torch.Generator
 ) -> None:
     model, dependencies = between(then)
@@ -435,8 +436,8 @@ def test_channels_along_the_width_are_frozen_where_a_convolution_mixes_them(
     assert_any_cut(model, dependencies, generator)
 
 
-def test_a_group_of_which_the_first_reader_reads_a_part(generator: torch.Generator) -> None:
-    """Two branches tied into one group by a sum; the first reader sees only one of them."""
+def test_a_group_of_which_the_first_consumer_reads_a_part(generator: torch.Generator) -> None:
+    """Two branches coupled by a sum; the first consumer reads only one of them."""
 
     class Parts(nn.Module):
         def __init__(self) -> None:
@@ -463,7 +464,7 @@ def test_a_transposed_convolution_is_a_convolution_and_counted() -> None:
     assert dependencies.macs() == counted_macs(model, random_images())
 
 
-def test_wiring_leaves_the_network_as_it_was(generator: torch.Generator) -> None:
+def test_building_the_graph_leaves_the_network_as_it_was(generator: torch.Generator) -> None:
     model = Flattened()
     randomise_norms(model, generator)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

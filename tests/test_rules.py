@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-any-return"
 """What networks do with channels and their number outside of the usual layers.
 
-Either the law of surgery holds, or the channels are frozen and say why.
+Either the cut network equals the masked original, or the channels are frozen and say why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from networks import assert_law, random_images
+from networks import assert_cut_is_equivalent, random_images
 from random_networks import random_plan
 from secateur.config import Budget
 from secateur.errors import TraceError, UsageError
@@ -76,7 +76,9 @@ def check(model: nn.Module, *, prune_residual: bool = True) -> DependencyGraph:
     images = random_images(3).double()
     dependencies = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
     for seed in range(3):
-        assert_law(model, dependencies, random_plan(dependencies, seed), images, limit=1e-6)
+        assert_cut_is_equivalent(
+            model, dependencies, random_plan(dependencies, seed), images, limit=1e-6
+        )
     return dependencies
 
 
@@ -221,11 +223,11 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
         lambda: network(lambda m, x: F.relu_(m.drop(x - 1.0)) + x, drop=nn.Dropout()),
     ),
 }
-"""What the law holds for, with the number of `second`'s channels that may go one by one."""
+"""What can be cut, with the number of `second`'s channels that may go one by one."""
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_what_is_followed_is_cut_by_the_law(name: str) -> None:
+def test_what_is_followed_can_be_cut(name: str) -> None:
     size, make = CUT[name]
     assert len(check(make()).groups["second"]) == size
 
@@ -256,7 +258,7 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         FIXED,
         lambda: network(lambda m, x: x + m.w.repeat(x.shape[0], 1, 1, 1), w=parameter(1, 8, 1, 1)),
     ),
-    "every other channel": ("every so many channels", lambda: network(lambda m, x: x[:, ::2], 4)),
+    "every other channel": ("every n-th channel", lambda: network(lambda m, x: x[:, ::2], 4)),
     "picked by a list": (
         "no rule for the operation 'index'",
         lambda: network(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
@@ -298,7 +300,7 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: network(lambda m, x: x.cumsum(1)),
     ),
     "divided by the sum of all": (
-        "taken together over every dimension",
+        "reduced over every dimension",
         lambda: network(lambda m, x: x / x.sum()),
     ),
     "normalised by a function": (FIXED, lambda: network(lambda m, x: F.normalize(x))),
@@ -353,7 +355,7 @@ def test_what_is_not_followed_is_frozen_and_says_why(name: str) -> None:
 
 
 def test_attention_of_torch_is_frozen() -> None:
-    """The law alone: PyTorch's counter does not see into its fused attention."""
+    """Only the outputs: PyTorch's counter does not see into its fused attention."""
     model = network(
         lambda m, x: maps(m.attend(*[tokens(x)] * 3)[0]),
         attend=nn.MultiheadAttention(8, 2, batch_first=True),
@@ -453,7 +455,7 @@ def test_signals_and_volumes_are_cut_like_images(rank: int) -> None:
     images = torch.randn(3, 3, *[4] * rank, dtype=torch.float64)
     dependencies = build_dependency_graph(model, images[:2])
     assert {name: len(group) for name, group in dependencies.groups.items()} == {"0": 8, "3": 6}
-    assert_law(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
+    assert_cut_is_equivalent(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
 
 
 @pytest.mark.parametrize("how", ["function", "method", "inner"])
@@ -530,14 +532,14 @@ def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tens
         model, images[:2], rules={"secateur_test::double": elementwise.keep}
     )
     assert len(dependencies.groups["second"]) == 8
-    assert_law(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
+    assert_cut_is_equivalent(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
 
 
 def test_a_rule_that_does_not_fit_its_operation_is_refused(
     doubling: Callable[[Tensor], Tensor],
 ) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(2).double()
-    with pytest.raises(UsageError, match=r"'secateur_test::double' gives \[\] channels along"):
+    with pytest.raises(UsageError, match=r"'secateur_test::double' returns \[\] channels along"):
         build_dependency_graph(
-            model, images, rules={"secateur_test::double": lambda spread, node: ()}
+            model, images, rules={"secateur_test::double": lambda propagation, node: ()}
         )

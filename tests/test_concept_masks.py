@@ -11,7 +11,7 @@ from secateur.data.concept_masks import (
     ConceptMasks,
     at_resolution,
     coverage_at,
-    joined_masks,
+    join_masks,
 )
 
 SIDES = st.integers(1, 9)
@@ -98,7 +98,7 @@ def test_nothing_stays_nothing_and_everything_everything(
 def test_batches_with_fewer_regions_are_filled_up_with_absent_ones() -> None:
     few, many = random_masks(2, 1, 3, 4, 0), random_masks(3, 4, 3, 4, 1)
     numbers = torch.arange(12).reshape(3, 4)
-    found = joined_masks([ConceptMasks(few, torch.tensor([[7], [8]])), ConceptMasks(many, numbers)])
+    found = join_masks([ConceptMasks(few, torch.tensor([[7], [8]])), ConceptMasks(many, numbers)])
     assert torch.equal(found.masks[2:], many)
     assert torch.equal(found.concepts[2:], numbers)
     assert torch.equal(found.masks[:2, :1], few)

@@ -25,10 +25,11 @@ from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import ConceptInput
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Observer, Regions, Vote
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Observer, Regions
 from secateur.scoring.dissection import Dissection, TopImages
-from secateur.scoring.feature_pass import kernels_of, observe
-from secateur.scoring.thresholds import ActivationStatisticsTally
+from secateur.scoring.feature_pass import observe
+from secateur.scoring.taps import kernels_of
+from secateur.scoring.thresholds import StatisticsAccumulator
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])
 
@@ -46,17 +47,21 @@ class Bright:
         self.steps: list[str] = []
         self.learnt: list[int] = []
 
-    def learn(self, scene: ConceptInput) -> None:
+    def learn(self, concept_input: ConceptInput) -> None:
         self.steps.append("learn")
-        self.learnt += scene.indices.tolist()
+        self.learnt += concept_input.indices.tolist()
 
     def finish_learning(self) -> None:
         self.steps.append("finish")
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
         self.steps.append("find")
-        shown = torch.full((len(scene.images),), CLASSES) if scene.labels is None else scene.labels
-        return ConceptMasks(scene.images[:, :1] > 0, shown[:, None])
+        shown = (
+            torch.full((len(concept_input.images),), CLASSES)
+            if concept_input.labels is None
+            else concept_input.labels
+        )
+        return ConceptMasks(concept_input.images[:, :1] > 0, shown[:, None])
 
 
 class Units(nn.Module):
@@ -94,23 +99,23 @@ class Recorder:
         assert not self.sights
         self.parts = parts
 
-    def update(self, sight: FeatureBatch) -> Vote | None:
-        self.sights.setdefault(sight.tap, []).append(sight)
+    def update(self, features: FeatureBatch) -> DeferredUpdate | None:
+        self.sights.setdefault(features.tap, []).append(features)
         if "concepts" not in self.needs:
             return None
-        return self.regions.setdefault(sight.tap, []).append
+        return self.regions.setdefault(features.tap, []).append
 
     def state(self) -> Iterable[Tensor]:
         return ()
 
     def maps(self, part: str) -> Tensor:
-        return torch.cat([sight.maps for sight in self.sights[part]])
+        return torch.cat([features.maps for features in self.sights[part]])
 
     def numbers(self, part: str) -> list[int]:
-        return torch.cat([sight.indices for sight in self.sights[part]]).tolist()
+        return torch.cat([features.indices for features in self.sights[part]]).tolist()
 
     def gradients(self, part: str) -> Tensor:
-        gradients = [sight.gradients for sight in self.sights[part]]
+        gradients = [features.gradients for features in self.sights[part]]
         return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
@@ -197,7 +202,7 @@ def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> 
     for group, maps in expected.items():
         assert len(recorder.sights[group]) == 4  # once a batch
         assert recorder.numbers(group) == list(range(7))
-        assert all(sight.kernels is recorder.parts[group] for sight in recorder.sights[group])
+        assert all(features.kernels is recorder.parts[group] for features in recorder.sights[group])
         torch.testing.assert_close(recorder.maps(group), maps)
 
 
@@ -206,13 +211,13 @@ def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
     with_gradients, recorder = Recorder(GRADIENTS), Recorder()
     probe = Probe(random_images(7), LABELS, size=7)
     look(model, dependencies, probe, [with_gradients, recorder])
-    (sight,) = with_gradients.sights["hidden"]
-    assert sight.maps.shape == (7, 7, 1, 1)
-    assert sight.gradients is not None
-    assert sight.gradients.shape == (7, 7, 1, 1)
-    assert sight.grid == (1, 1)
+    (features,) = with_gradients.sights["hidden"]
+    assert features.maps.shape == (7, 7, 1, 1)
+    assert features.gradients is not None
+    assert features.gradients.shape == (7, 7, 1, 1)
+    assert features.grid == (1, 1)
     (regions,) = recorder.regions["hidden"]
-    assert regions.at(sight.grid).shape == (7, 1, 1, 1)
+    assert regions.masks_at(features.grid).shape == (7, 1, 1, 1)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -239,8 +244,8 @@ def test_only_those_who_ask_for_gradients_get_them() -> None:
     with_gradients, without = Recorder(GRADIENTS), Recorder()
     look(model, dependencies, Probe(random_images(7), LABELS), [without, with_gradients])
     for group in dependencies.groups:
-        assert all(sight.gradients is None for sight in without.sights[group])
-        assert all(sight.gradients is not None for sight in with_gradients.sights[group])
+        assert all(features.gradients is None for features in without.sights[group])
+        assert all(features.gradients is not None for features in with_gradients.sights[group])
         assert torch.equal(without.maps(group), with_gradients.maps(group))
 
 
@@ -270,7 +275,7 @@ def test_nothing_is_looked_at_beforehand_unless_someone_asks(needs: set[Need]) -
     probe, recorder = Probe(random_images(7), LABELS), Recorder(frozenset(needs))
     look(model, dependencies, probe, [recorder])
     assert probe.reads == 1
-    assert all(sight.statistics is None for sight in recorder.sights["conv1"])
+    assert all(features.statistics is None for features in recorder.sights["conv1"])
 
 
 def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
@@ -300,8 +305,8 @@ def test_masks_come_at_the_resolution_of_each_map() -> None:
     images, recorder = random_images(7), Recorder()
     look(model, dependencies, Probe(images, LABELS, size=7), [recorder])
     for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
-        assert all(sight.grid == size for sight in recorder.sights[group])
-        masks = torch.cat([regions.at(size) for regions in recorder.regions[group]])
+        assert all(features.grid == size for features in recorder.sights[group])
+        masks = torch.cat([regions.masks_at(size) for regions in recorder.regions[group]])
         assert torch.equal(masks, at_resolution(images[:, :1] > 0, size))
 
 
@@ -327,16 +332,14 @@ def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sig
     with torch.no_grad():
         expected = maps_by_hand(model, images[::sample_every])
     for group, sights in recorder.sights.items():
-        tally = ActivationStatisticsTally(
-            expected[group].shape[1], ScoreSection().threshold_positions
-        )
-        tally.add(expected[group])
-        usual = tally.finish(0.1)
-        for sight in sights:
-            assert sight.statistics is not None
-            torch.testing.assert_close(sight.statistics.mean, usual.mean)
-            torch.testing.assert_close(sight.statistics.threshold, usual.threshold)
-            torch.testing.assert_close(sight.statistics.largest, usual.largest)
+        tally = StatisticsAccumulator(expected[group].shape[1], ScoreSection().threshold_positions)
+        tally.update(expected[group])
+        usual = tally.compute(0.1)
+        for features in sights:
+            assert features.statistics is not None
+            torch.testing.assert_close(features.statistics.mean, usual.mean)
+            torch.testing.assert_close(features.statistics.threshold, usual.threshold)
+            torch.testing.assert_close(features.statistics.largest, usual.largest)
 
 
 def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:

@@ -1,4 +1,4 @@
-"""Detectors: all but their boxes is wired, and the whole detector runs after the cut."""
+"""Detectors: all but their boxes is in the dependency graph, and the whole runs after the cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.models import detection, segmentation
 from networks import random_images, random_plan, randomise_norms
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
-from secateur.graph.torchvision_detectors import forward_of
+from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_overrides
 
@@ -80,7 +80,7 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     assert {group.reason for group in dependencies.frozen} == {OUTPUT}
     plan = random_plan(dependencies, torch.Generator().manual_seed(1))
     smaller = apply_plan(model, dependencies, plan)
-    forward = forward_of(model)
+    forward = traceable_forward(model)
     assert forward is not None
     with torch.no_grad():
         found = tuple(tree_leaves(forward(smaller, images)))
@@ -91,7 +91,7 @@ def test_backbone_and_heads_of_a_detector_are_cut(
 
 def test_a_network_that_segments_is_cut_like_any_other() -> None:
     model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
-    assert forward_of(model) is None
+    assert traceable_forward(model) is None
     images = random_images(1, 64)
     dependencies = build_dependency_graph(model, images)
     (frozen,) = [group for group in dependencies.frozen if group.reason == OUTPUT]

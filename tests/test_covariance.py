@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from secateur.errors import DataError
-from secateur.scoring.covariance import LEVELS, SecondMoments, in_units, unit_of
+from secateur.scoring.covariance import LEVELS, SecondMoments, quantization_unit, quantize
 from secateur.scoring.thresholds import ActivationStatistics
 
 
 def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:
     rows = torch.randn(40, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
     zero = torch.zeros(3)
-    unit = unit_of(ActivationStatistics(zero, zero, rows.abs().amax(0)))
+    unit = quantization_unit(ActivationStatistics(zero, zero, rows.abs().amax(0)))
     moments = SecondMoments(3)
     for some in rows.split(7):
-        moments.update(in_units(some, unit, "conv"))
+        moments.update(quantize(some, unit, "conv"))
     exact = rows.double()
     torch.testing.assert_close(moments.raw(unit), exact.T @ exact / 40, rtol=1e-3, atol=1e-3)
     expected = torch.cov(exact.T, correction=0)
@@ -45,9 +45,9 @@ def test_the_order_of_rows_does_not_matter(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
 def test_values_keep_their_size_whatever_it_is(size: float) -> None:
     zero = torch.zeros(1)
-    unit = unit_of(ActivationStatistics(zero, zero, torch.tensor([size])))
+    unit = quantization_unit(ActivationStatistics(zero, zero, torch.tensor([size])))
     values = torch.tensor([[1.0], [-0.5], [0.25]]) * size
-    whole = in_units(values, unit, "conv")
+    whole = quantize(values, unit, "conv")
     torch.testing.assert_close(whole * unit, values, rtol=1e-3, atol=0)
     assert whole.abs().max() <= LEVELS
 
@@ -55,4 +55,4 @@ def test_values_keep_their_size_whatever_it_is(size: float) -> None:
 def test_what_is_no_number_is_refused() -> None:
     rows = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(DataError, match="'conv1' holds values that are not finite"):
-        in_units(rows, torch.ones(2), "conv1")
+        quantize(rows, torch.ones(2), "conv1")

@@ -165,8 +165,8 @@ class Counting:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         self.images = dict.fromkeys(parts, 0)
 
-    def update(self, sight: FeatureBatch) -> None:
-        self.images[sight.tap] += len(sight.maps)
+    def update(self, features: FeatureBatch) -> None:
+        self.images[features.tap] += len(features.maps)
 
     def state(self) -> Iterable[Tensor]:
         return ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from networks import (
     NETWORKS,
     Chain,
-    assert_law,
+    assert_cut_is_equivalent,
     counted_macs,
     make_network,
     random_images,
@@ -39,19 +39,19 @@ def plan_of(removed: dict[str, tuple[int, ...]]) -> PruningPlan:
 
 @pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_cut_network_equals_the_silenced_one(
+def test_a_cut_network_equals_the_masked_one(
     name: str, prune_residual: bool, generator: torch.Generator
 ) -> None:
     model, dependencies = wired(name, prune_residual)
     plan, images = random_plan(dependencies, generator), random_images()
-    assert_law(model, dependencies, plan, images)
+    assert_cut_is_equivalent(model, dependencies, plan, images)
     with torch.no_grad():
         assert relative_error(apply_plan(model, dependencies, plan)(images), model(images)) > 5e-4
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
 @given(st.data())
-def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
+def test_any_plan_gives_an_equivalent_network(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(NETWORKS)))
     model, dependencies = wired(name, data.draw(st.booleans()))
     removed = {
@@ -61,14 +61,14 @@ def test_the_law_holds_for_any_plan(data: st.DataObject) -> None:
         for group, each in dependencies.groups.items()
     }
     plan = plan_of(removed)
-    assert_law(model, dependencies, plan, random_images(2))
+    assert_cut_is_equivalent(model, dependencies, plan, random_images(2))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_filter_may_be_left_in_every_group(name: str) -> None:
     model, dependencies = wired(name, True)
     removed = {group: tuple(range(1, len(each))) for group, each in dependencies.groups.items()}
-    assert_law(model, dependencies, plan_of(removed), random_images())
+    assert_cut_is_equivalent(model, dependencies, plan_of(removed), random_images())
 
 
 @cache
@@ -84,7 +84,7 @@ def wired_large(name: str, side: int, prune_residual: bool) -> tuple[nn.Module, 
 def assert_large(name: str, side: int, prune_residual: bool, generator: torch.Generator) -> None:
     model, dependencies = wired_large(name, side, prune_residual)
     images, plan = random_images(2, side), random_plan(dependencies, generator)
-    assert_law(model, dependencies, plan, images)
+    assert_cut_is_equivalent(model, dependencies, plan, images)
     assert dependencies.macs() == counted_macs(model, images)
     cut = apply_plan(model, dependencies, plan)
     assert dependencies.macs(plan.removed) == counted_macs(cut, images) < dependencies.macs()
@@ -103,7 +103,7 @@ def assert_large(name: str, side: int, prune_residual: bool, generator: torch.Ge
         ("torchvision:resnet18", 64, True),
     ],
 )
-def test_the_law_holds_for_well_known_networks(
+def test_the_cut_is_equivalent_for_well_known_networks(
     name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
     assert_large(name, side, prune_residual, generator)
@@ -118,7 +118,7 @@ def test_the_law_holds_for_well_known_networks(
         ("torchvision:vgg16_bn", 64, False),
     ],
 )
-def test_the_law_holds_for_large_networks(
+def test_the_cut_is_equivalent_for_large_networks(
     name: str, side: int, prune_residual: bool, generator: torch.Generator
 ) -> None:
     assert_large(name, side, prune_residual, generator)
@@ -127,7 +127,7 @@ def test_the_law_holds_for_large_networks(
 @pytest.mark.parametrize(
     ("name", "groups", "frozen"), [("resnet20", 9, 3), ("torchvision:resnet18", 8, 5)]
 )
-def test_inner_layers_of_blocks_are_prunable_and_the_streams_frozen(
+def test_inner_layers_of_blocks_are_prunable_and_residual_channels_frozen(
     name: str, groups: int, frozen: int
 ) -> None:
     """One group for each of the nine or eight blocks; stages and classes are frozen."""
@@ -149,8 +149,8 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     same, images = apply_plan(model, dependencies, plan_of({})), random_images()
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
-        silenced = masked_overrides(model, dependencies, plan_of({}))(images)
-        assert relative_error(silenced, model(images)) < 1e-6
+        masked = masked_overrides(model, dependencies, plan_of({}))(images)
+        assert relative_error(masked, model(images)) < 1e-6
 
 
 def test_cutting_in_two_rounds_is_cutting_at_once() -> None:
@@ -269,7 +269,7 @@ def test_a_convolution_of_one_channel_does_not_turn_depthwise() -> None:
     widen = apply_plan(model, dependencies, plan).get_submodule("widen")
     assert isinstance(widen, nn.Conv2d)
     assert (widen.in_channels, widen.out_channels, widen.groups) == (1, 4, 1)
-    assert_law(model, dependencies, plan, random_images())
+    assert_cut_is_equivalent(model, dependencies, plan, random_images())
 
 
 def test_tied_kernels_stay_tied() -> None:
@@ -293,8 +293,8 @@ def test_a_state_dict_of_the_cut_network_fits_a_second_cut() -> None:
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ({"nowhere": (0,)}, "cuts 'nowhere', which the network can't lose filters of"),
-        ({"linear": (0,)}, "cuts 'linear', which the network can't lose filters of"),
+        ({"nowhere": (0,)}, "cuts 'nowhere'"),
+        ({"linear": (0,)}, "cuts 'linear'"),
         ({"conv1": (6,)}, "cuts filters that 'conv1' does not have"),
         ({"conv1": (-1,)}, "cuts filters that 'conv1' does not have"),
         ({"conv1": (0, 1, 2, 3, 4, 5)}, "cuts all 6 filters of 'conv1'"),
@@ -311,15 +311,15 @@ def test_a_plan_that_does_not_fit_is_refused(
         apply_plan(model, dependencies, plan_of(removed))
 
 
-def test_silence_is_zero_where_the_channel_is_read() -> None:
+def test_a_masked_channel_is_zero_where_it_is_consumed() -> None:
     """By hand: the removed filter's scale and shift at 0 do the same in a chain without bias."""
     model, dependencies = wired("chain")
     by_hand, images = copy.deepcopy(model), random_images()
     with torch.no_grad():
         by_hand.get_parameter("bn1.weight")[2] = 0
         by_hand.get_parameter("bn1.bias")[2] = 0
-        silenced = masked_overrides(model, dependencies, plan_of({"conv1": (2,)}))(images)
-        assert relative_error(silenced, by_hand(images)) < 1e-6
+        masked = masked_overrides(model, dependencies, plan_of({"conv1": (2,)}))(images)
+        assert relative_error(masked, by_hand(images)) < 1e-6
 
 
 def test_relative_error_is_the_largest_difference_over_the_largest_value() -> None:

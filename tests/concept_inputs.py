@@ -22,7 +22,7 @@ def context_of(model: nn.Module, argument: str = "") -> SourceContext:
     return SourceContext(graph, tensors_of(model), CLASS_NAMES, PREPROCESSING, argument)
 
 
-def scene_of(
+def concept_input_of(
     source: ConceptSource,
     context: SourceContext,
     images: Tensor,
@@ -43,14 +43,14 @@ def scene_of(
     return ConceptInput(images, numbers, labels, annotations, seen[0] if seen else None, logits)
 
 
-def part_of(scene: ConceptInput, images: slice) -> ConceptInput:
-    """Some images of a scene whose value needs no gradient."""
-    found = scene.annotations
+def select_inputs(concept_input: ConceptInput, images: slice) -> ConceptInput:
+    """Some images of a concept_input whose value needs no gradient."""
+    found = concept_input.annotations
     return ConceptInput(
-        scene.images[images],
-        scene.indices[images],
-        None if scene.labels is None else scene.labels[images],
+        concept_input.images[images],
+        concept_input.indices[images],
+        None if concept_input.labels is None else concept_input.labels[images],
         None if found is None else ConceptMasks(found.masks[images], found.concepts[images]),
-        None if scene.value is None else scene.value[images].clone(),
-        scene.logits[images],
+        None if concept_input.value is None else concept_input.value[images].clone(),
+        concept_input.logits[images],
     )

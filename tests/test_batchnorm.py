@@ -1,4 +1,4 @@
-"""Norm statistics: what they are re-estimated to, when they move, and what is left alone."""
+"""Batch-norm statistics: their new values, when they move, and what stays as it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
 from secateur.evaluation.divergence import divergence_from, is_smaller, logits_of
-from secateur.pruning.refit.batchnorm import SHARES, _norms, _reestimated, recalibrate_batchnorm
+from secateur.pruning.refit.batchnorm import FRACTIONS, _norms, _reestimated, recalibrate_batchnorm
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -46,7 +46,7 @@ def estimated(model: Chain, batches: list[Batch]) -> Chain:
     return copied
 
 
-def astray(model: Chain, generator: torch.Generator) -> Chain:
+def perturbed(model: Chain, generator: torch.Generator) -> Chain:
     """A copy whose statistics are far from what its norms read."""
     copied = copy.deepcopy(model)
     for norm in (copied.bn1, copied.bn2):
@@ -76,15 +76,15 @@ def test_statistics_are_the_mean_of_those_of_batches_weighed_by_their_images(
     assert torch.allclose(variance.double(), variances, atol=1e-6)
 
 
-def test_statistics_that_went_astray_come_back(
+def test_perturbed_statistics_are_recovered(
     fit: list[Batch], held_out: list[Batch], generator: torch.Generator
 ) -> None:
     model = estimated(Chain().eval(), fit)
-    smaller = astray(model, generator)
+    smaller = perturbed(model, generator)
     before = distance(model, smaller, held_out)
     change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
-    assert (change.statistics, change.share) == ("both", 1.0)
+    assert (change.statistics, change.fraction) == ("both", 1.0)
     assert change.divergence_before == pytest.approx(before)
     assert change.divergence_after == pytest.approx(distance(model, smaller, held_out))
     assert change.divergence_after < 1e-6 < before
@@ -97,16 +97,16 @@ def test_the_held_out_divergence_never_grows(
     generator = torch.Generator().manual_seed(seed)
     model = Chain().eval()
     randomise_norms(model, generator)
-    smaller = astray(model, generator)
+    smaller = perturbed(model, generator)
     before = distance(model, smaller, held_out)
     change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
-    assert change.share in (0.0, *SHARES)
+    assert change.fraction in (0.0, *FRACTIONS)
     assert distance(model, smaller, held_out) == pytest.approx(change.divergence_after)
     assert change.divergence_after <= change.divergence_before == pytest.approx(before)
 
 
-def test_statistics_that_are_right_stay(
+def test_correct_statistics_stay(
     fit: list[Batch], held_out: list[Batch], generator: torch.Generator
 ) -> None:
     model = Chain().eval()
@@ -114,7 +114,7 @@ def test_statistics_that_are_right_stay(
     smaller = copy.deepcopy(model)
     change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
     assert change is not None
-    assert change.share == 0
+    assert change.fraction == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
 
 
@@ -133,7 +133,7 @@ def test_nothing_but_means_and_variances_changes(
     fit: list[Batch], held_out: list[Batch], generator: torch.Generator
 ) -> None:
     model = estimated(Chain().eval(), fit)
-    smaller = astray(model, generator)
+    smaller = perturbed(model, generator)
     smaller.bn1.momentum, smaller.bn2.momentum = 0.3, None
     smaller.train()
     smaller.bn2.eval()

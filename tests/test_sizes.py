@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import Chain, assert_law, make_network, random_images, random_plan
+from networks import Chain, assert_cut_is_equivalent, make_network, random_images, random_plan
 from secateur.config import Budget
 from secateur.errors import RunFolderError, UnknownName
 from secateur.graph.build import build_dependency_graph
@@ -58,7 +58,7 @@ def test_attributes_that_hold_a_size_follow_the_cut() -> None:
     dependencies = build_dependency_graph(model, random_images(1))
     assert list(dependencies.groups) == ["stem", "inner", "outer"]
     plan = PruningPlan({"stem": (0, 4, 7), "inner": (1,)}, Budget("macs", 0.5), "by hand")
-    cut = assert_law(model, dependencies, plan, random_images())
+    cut = assert_cut_is_equivalent(model, dependencies, plan, random_images())
     assert isinstance(cut, Split)
     assert cut.sizes == [2, 3]
     assert model.sizes == [3, 5]
@@ -98,7 +98,7 @@ def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it() -> None:
     dependencies = build_dependency_graph(model, random_images(1))
     assert model.cache == {}
     assert list(dependencies.groups) == ["conv"]
-    assert_law(model, dependencies, any_plan(dependencies), random_images())
+    assert_cut_is_equivalent(model, dependencies, any_plan(dependencies), random_images())
 
 
 class Aside(nn.Module):
@@ -117,9 +117,9 @@ class Aside(nn.Module):
         return self.linear(F.relu(self.left(x) + self.right(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def test_only_sums_around_layers_make_a_stream() -> None:
+def test_only_sums_around_layers_are_skip_connections() -> None:
     model = Aside().eval()
     assert list(build_dependency_graph(model, random_images(1)).groups) == ["left"]
     dependencies = build_dependency_graph(model, random_images(1), prune_residual=True)
     assert list(dependencies.groups) == ["stem", "left"]
-    assert_law(model, dependencies, any_plan(dependencies), random_images())
+    assert_cut_is_equivalent(model, dependencies, any_plan(dependencies), random_images())
