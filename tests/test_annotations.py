@@ -402,7 +402,7 @@ def _broken_image(directory: Path) -> None:
         (_cut_mask, r"the mask .*masks/1.png can't be read"),
         (_damaged_mask, r"the mask .*masks/1.png can't be read"),
         (_no_png, r"the mask .*masks/1.png can't be read"),
-        (_coloured, r"1.png is in colours: expected one number a pixel"),
+        (_coloured, r"1.png is in colours: expected one number for each pixel"),
         (_no_image, r"no images in .*images"),
         (_no_folder, r"no masks in .*: expected images/ and masks/, or train/ and train_masks/"),
         (_no_images_beside, r"test_masks has no folder test of images beside it"),
@@ -423,7 +423,7 @@ def test_damaged_masks_are_refused(
 
 
 def shares_of(images: AnnotatedFiles, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """Share of all pixels, and number of images, of each concept."""
+    """Fraction of all pixels, and number of images, of each concept."""
     pixels, shown = (torch.zeros(len(images.concepts), dtype=torch.int64) for _ in range(2))
     total = 0
     for indices in torch.arange(len(images.labels)).split(16):
@@ -532,7 +532,7 @@ dtd/2.jpg,val,16,16,16,16,,,,,,
 
 
 def encoded(labels: np.ndarray, instances: int = 7) -> np.ndarray:
-    """Red and green make the label; what is blue tells objects of one label apart."""
+    """Red and green make the label; what is blue separates objects of one label."""
     parts = [labels % 256, labels // 256, np.full_like(labels, instances)]
     return np.stack(parts, axis=2).astype(np.uint8)
 
@@ -631,7 +631,7 @@ def _large_label(directory: Path) -> None:
     save(directory / "images" / "ade" / "0_part_2.png", encoded(np.full((8, 10), 301)))
 
 
-def _unlisted_scene(directory: Path) -> None:
+def _unlisted_whole_label(directory: Path) -> None:
     (directory / "index.csv").write_text(INDEX.replace(",5;2", ",5;999"))
 
 
@@ -649,7 +649,7 @@ def _unlisted_scene(directory: Path) -> None:
         (_grey_label_image, r"0_part_2.png is not in colours: expected red \+ 256 · green"),
         (_unlisted_label, r"0_part_2.png holds the value 4, which has no name"),
         (_large_label, r"0_part_2.png holds the value 301, which has no name"),
-        (_unlisted_scene, r"index.csv holds the value 999, which has no name"),
+        (_unlisted_whole_label, r"index.csv holds the value 999, which has no name"),
     ],
 )
 def test_damaged_broden_is_refused(
@@ -751,9 +751,9 @@ def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
 
 def test_probe_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
     write_birds(tmp_path)
-    probe = draw_calibration_images(read_boxes(tmp_path), 2)
-    assert isinstance(probe, AnnotatedImages)
-    (batch,) = batches(probe, 2, NATIVE)
+    calibration = draw_calibration_images(read_boxes(tmp_path), 2)
+    assert isinstance(calibration, AnnotatedImages)
+    (batch,) = batches(calibration, 2, NATIVE)
     assert batch.annotations is not None
     assert sorted(batch.labels.tolist()) == [0, 1]
 
@@ -799,12 +799,12 @@ def _damaged_gzip(directory: Path) -> None:
     ("damage", "message"),
     [
         (_no_boxes, r"no bounding_boxes.txt or bounding_boxes.txt.gz of CUB-200-2011 in"),
-        (_lost_box, r"bounding_boxes has 2 lines that do not go through the 3 expected ones"),
-        (_lost_point, r"part_locs has 5 lines that do not go through the 6 expected ones"),
-        (_words, r"train_test_split is no table of numbers"),
+        (_lost_box, r"2 lines of bounding_boxes are not the 3 expected"),
+        (_lost_point, r"5 lines of part_locs are not the 6 expected"),
+        (_words, r"train_test_split is not a table of numbers"),
         (_wide_table, r"train_test_split has 3 columns, not 2"),
         (_unnumbered, r"the lines of classes are not numbered from 1 on"),
-        (_other_class, r"a class number lies outside 1 to 2"),
+        (_other_class, r"a class number outside 1 to 2"),
         (_no_bird, r"1 of 2 training images of CUB-200-2011 are missing, .*c.jpg among them"),
         (_damaged_gzip, r"classes.txt.gz can't be read"),
     ],

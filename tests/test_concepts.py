@@ -146,7 +146,7 @@ def test_class_is_the_label_or_else_the_prediction() -> None:
 
 def test_labels_of_images_without_classes_are_refused() -> None:
     labels = torch.tensor([0, NO_CLASS])
-    with pytest.raises(DataError, match="a class number -1, but the network tells 5 classes apart"):
+    with pytest.raises(DataError, match="label -1, but the network has 5 classes"):
         found_by("evidence", chain(), random_images(2), labels)
 
 
@@ -182,7 +182,7 @@ def test_saliency_is_what_lies_above_the_mean_of_the_summed_map() -> None:
         assert 0 < int(found.masks[i].sum()) < 16
 
 
-def test_saliency_does_not_look_at_labels() -> None:
+def test_saliency_ignores_labels() -> None:
     model, images = chain(), random_images(3)
     without, labelled = (
         found_by("saliency", model, images, labels) for labels in (None, torch.tensor([4, 0, 2]))
@@ -279,7 +279,7 @@ def test_an_average_over_channels_is_not_taken_for_one_over_positions() -> None:
 # --- what every source must keep to ---------------------------------------------------------------
 
 
-def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource, ConceptInput]:
+def source_and_input(text: str, network: str, count: int) -> tuple[ConceptSource, ConceptInput]:
     context = context_of(make_network(network))
     source = make(text, context.graph, context.state, CLASS_NAMES, PREPROCESSING)
     concept_input = concept_input_of(source, context, random_images(count))
@@ -294,7 +294,7 @@ def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource
 def test_an_image_is_found_alike_in_any_batch(text: str, network: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, concept_input = source_and_scene(text, network, 11)
+    source, concept_input = source_and_input(text, network, 11)
     whole = source.find(concept_input)
     for size in (1, 2, 5):
         for start in range(0, 11, size):
@@ -344,7 +344,7 @@ def test_evidence_of_an_image_is_the_same_to_the_last_bit_in_any_batch(
 def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, concept_input = source_and_scene(text, "chain", 6)
+    source, concept_input = source_and_input(text, "chain", 6)
     found = source.find(concept_input)
     assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != UNLABELLED)
     assert int(found.concepts.max()) < len(source.concepts)
@@ -354,7 +354,7 @@ def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
 def test_maps_in_half_precision_will_do(text: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, concept_input = source_and_scene(text, "chain", 4)
+    source, concept_input = source_and_input(text, "chain", 4)
     assert concept_input.value is not None
     found = source.find(replace(concept_input, value=concept_input.value.bfloat16()))
     assert found.masks.shape == source.find(concept_input).masks.shape
@@ -415,7 +415,7 @@ class Marked:
         return self._found
 
 
-def empty_scene(images: Tensor, annotations: ConceptMasks | None = None) -> ConceptInput:
+def empty_input(images: Tensor, annotations: ConceptMasks | None = None) -> ConceptInput:
     count = len(images)
     logits = torch.zeros(count, CLASSES)
     return ConceptInput(images, torch.arange(count), None, annotations, None, logits)
@@ -430,7 +430,7 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
     other = Marked("cde", fine, torch.tensor([[0, 2], [UNLABELLED, 1]]))
     both = Combined((one, other))
     assert [concept.name for concept in both.concepts] == list("abcde")
-    found = both.find(empty_scene(random_images(2)))
+    found = both.find(empty_input(random_images(2)))
     assert found.concepts.tolist() == [[1, 2, 4], [UNLABELLED, UNLABELLED, 3]]
     assert torch.equal(found.masks[:, 1:], fine)
     assert torch.equal(found.masks[:, :1], at_resolution(coarse, (4, 4)))
@@ -439,7 +439,7 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
 
 def test_no_resolution_is_finer_than_the_image() -> None:
     too_fine = Marked("a", torch.ones(2, 1, 32, 32).bool(), torch.zeros(2, 1).long())
-    found = Combined((too_fine, too_fine)).find(empty_scene(random_images(2)))
+    found = Combined((too_fine, too_fine)).find(empty_input(random_images(2)))
     assert found.masks.shape == (2, 2, 8, 8)
 
 
@@ -467,7 +467,7 @@ def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> N
 
 def test_only_those_who_learn_are_taught() -> None:
     pytest.importorskip("sklearn")
-    source, concept_input = source_and_scene("colours,factors:2", "chain", 4)
+    source, concept_input = source_and_input("colours,factors:2", "chain", 4)
     assert source.needs_learning
     still = Marked("a", torch.ones(4, 1, 2, 2).bool(), torch.zeros(4, 1).long())
     both = Combined((still, source))
@@ -476,7 +476,7 @@ def test_only_those_who_learn_are_taught() -> None:
     assert not Combined((still, still)).needs_learning
 
 
-def test_sources_that_look_at_different_values_can_not_be_combined() -> None:
+def test_sources_that_need_different_nodes_can_not_be_combined() -> None:
     one, other = (Evidence(context_of(chain())) for _ in range(2))
     with pytest.raises(AssertionError, match="different nodes"):
         Combined((one, other))
@@ -485,17 +485,17 @@ def test_sources_that_look_at_different_values_can_not_be_combined() -> None:
 # --- annotated regions ----------------------------------------------------------------------------
 
 
-def test_annotations_are_those_of_the_scene() -> None:
+def test_annotations_are_those_of_the_batch() -> None:
     source = Annotations((Concept("a", "letter"),))
     regions = ConceptMasks(torch.ones(2, 1, 8, 8).bool(), torch.zeros(2, 1).long())
-    assert source.find(empty_scene(random_images(2), regions)) is regions
+    assert source.find(empty_input(random_images(2), regions)) is regions
     assert source.concepts == (Concept("a", "letter"),)
 
 
 def test_images_without_annotations_are_an_error_that_says_what_to_do() -> None:
     source = Annotations((Concept("a", "letter"),))
     with pytest.raises(DataError, match="without annotated regions: take those that the concept"):
-        source.find(empty_scene(random_images(2)))
+        source.find(empty_input(random_images(2)))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_network_agrees_with_itself(generator: torch.Generator) -> None:
     assert found.top1_fraction == 1.0
 
 
-def test_no_label_is_looked_at(generator: torch.Generator) -> None:
+def test_labels_are_ignored(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
     strange = [replace(batch, labels=batch.labels - 9) for batch in batches]

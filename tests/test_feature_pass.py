@@ -91,16 +91,16 @@ class Recorder:
 
     def __init__(self, needs: frozenset[Need] = EVERYTHING) -> None:
         self.needs = needs
-        self.parts: Mapping[str, Kernels] = {}
-        self.sights: dict[str, list[FeatureBatch]] = {}
+        self.kernels: Mapping[str, Kernels] = {}
+        self.batches_of: dict[str, list[FeatureBatch]] = {}
         self.regions: dict[str, list[Regions]] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        assert not self.sights
-        self.parts = parts
+    def reset(self, kernels: Mapping[str, Kernels]) -> None:
+        assert not self.batches_of
+        self.kernels = kernels
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
-        self.sights.setdefault(features.tap, []).append(features)
+        self.batches_of.setdefault(features.tap, []).append(features)
         if "concepts" not in self.needs:
             return None
         return self.regions.setdefault(features.tap, []).append
@@ -108,18 +108,18 @@ class Recorder:
     def state(self) -> Iterable[Tensor]:
         return ()
 
-    def maps(self, part: str) -> Tensor:
-        return torch.cat([features.maps for features in self.sights[part]])
+    def maps(self, tap: str) -> Tensor:
+        return torch.cat([features.maps for features in self.batches_of[tap]])
 
-    def numbers(self, part: str) -> list[int]:
-        return torch.cat([features.indices for features in self.sights[part]]).tolist()
+    def numbers(self, tap: str) -> list[int]:
+        return torch.cat([features.indices for features in self.batches_of[tap]]).tolist()
 
-    def gradients(self, part: str) -> Tensor:
-        gradients = [features.gradients for features in self.sights[part]]
+    def gradients(self, tap: str) -> Tensor:
+        gradients = [features.gradients for features in self.batches_of[tap]]
         return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
-class Probe:
+class CalibrationSet:
     """A calibration set that counts how often it is read."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int = 3) -> None:
@@ -137,10 +137,10 @@ def network(name: str) -> tuple[nn.Module, DependencyGraph]:
     return model, build_dependency_graph(model, random_images(2))
 
 
-def look(
+def run(
     model: nn.Module,
     dependencies: DependencyGraph,
-    probe: Probe,
+    calibration: CalibrationSet,
     observers: Iterable[Recorder],
     *,
     quantile: float = 0.2,
@@ -149,7 +149,7 @@ def look(
     source: Bright | None = None,
 ) -> None:
     settings = ScoreSection(quantile=quantile, use_labels=use_labels, sample_every=sample_every)
-    observe(model, dependencies, probe, list(observers), source or Bright(), settings)
+    observe(model, dependencies, calibration, list(observers), source or Bright(), settings)
 
 
 @pytest.fixture
@@ -194,24 +194,26 @@ TRACED = ["chain", "units", "concat"]
 def test_observers_are_shown_every_map_as_the_next_layer_reads_it(name: str) -> None:
     model, dependencies = network(name)
     images, recorder = random_images(7), Recorder()
-    look(model, dependencies, Probe(images, LABELS), [recorder])
+    run(model, dependencies, CalibrationSet(images, LABELS), [recorder])
     with torch.no_grad():
         expected = maps_by_hand(model, images)
-    assert recorder.sights.keys() == expected.keys() == dependencies.groups.keys()
-    assert recorder.parts.keys() == dependencies.groups.keys()
+    assert recorder.batches_of.keys() == expected.keys() == dependencies.groups.keys()
+    assert recorder.kernels.keys() == dependencies.groups.keys()
     for group, maps in expected.items():
-        assert len(recorder.sights[group]) == 4  # once a batch
+        assert len(recorder.batches_of[group]) == 4  # once a batch
         assert recorder.numbers(group) == list(range(7))
-        assert all(features.kernels is recorder.parts[group] for features in recorder.sights[group])
+        assert all(
+            features.kernels is recorder.kernels[group] for features in recorder.batches_of[group]
+        )
         torch.testing.assert_close(recorder.maps(group), maps)
 
 
 def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
     model, dependencies = network("units")
     with_gradients, recorder = Recorder(GRADIENTS), Recorder()
-    probe = Probe(random_images(7), LABELS, size=7)
-    look(model, dependencies, probe, [with_gradients, recorder])
-    (features,) = with_gradients.sights["hidden"]
+    calibration = CalibrationSet(random_images(7), LABELS, size=7)
+    run(model, dependencies, calibration, [with_gradients, recorder])
+    (features,) = with_gradients.batches_of["hidden"]
     assert features.maps.shape == (7, 7, 1, 1)
     assert features.gradients is not None
     assert features.gradients.shape == (7, 7, 1, 1)
@@ -226,7 +228,7 @@ def test_hidden_units_are_shown_as_maps_of_one_position() -> None:
 def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> None:
     model, dependencies = network(name)
     images, recorder = random_images(7), Recorder(GRADIENTS)
-    look(model, dependencies, Probe(images, LABELS), [recorder], use_labels=use_labels)
+    run(model, dependencies, CalibrationSet(images, LABELS), [recorder], use_labels=use_labels)
 
     maps = maps_by_hand(model, images)
     logits = logits_by_hand(model, maps)
@@ -242,49 +244,51 @@ def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> 
 def test_only_those_who_ask_for_gradients_get_them() -> None:
     model, dependencies = network("chain")
     with_gradients, without = Recorder(GRADIENTS), Recorder()
-    look(model, dependencies, Probe(random_images(7), LABELS), [without, with_gradients])
+    run(model, dependencies, CalibrationSet(random_images(7), LABELS), [without, with_gradients])
     for group in dependencies.groups:
-        assert all(features.gradients is None for features in without.sights[group])
-        assert all(features.gradients is not None for features in with_gradients.sights[group])
+        assert all(features.gradients is None for features in without.batches_of[group])
+        assert all(features.gradients is not None for features in with_gradients.batches_of[group])
         assert torch.equal(without.maps(group), with_gradients.maps(group))
 
 
 def test_the_probe_set_is_not_read_for_those_who_need_no_images() -> None:
     model, dependencies = network("chain")
-    probe, blind = Probe(random_images(7), LABELS), Recorder(NOTHING)
-    look(model, dependencies, probe, [blind])
-    assert probe.reads == 0
-    look(model, dependencies, probe, [blind, Recorder()])
-    assert blind.sights == {}
-    assert blind.parts.keys() == dependencies.groups.keys()
+    calibration, blind = CalibrationSet(random_images(7), LABELS), Recorder(NOTHING)
+    run(model, dependencies, calibration, [blind])
+    assert calibration.reads == 0
+    run(model, dependencies, calibration, [blind, Recorder()])
+    assert blind.batches_of == {}
+    assert blind.kernels.keys() == dependencies.groups.keys()
 
 
 def test_more_observers_take_no_more_passes() -> None:
     model, dependencies = network("chain")
     reads = []
     for count in (1, 3):
-        probe = Probe(random_images(7), LABELS)
-        look(model, dependencies, probe, [Recorder() for _ in range(count)])
-        reads.append(probe.reads)
+        calibration = CalibrationSet(random_images(7), LABELS)
+        run(model, dependencies, calibration, [Recorder() for _ in range(count)])
+        reads.append(calibration.reads)
     assert reads == [2, 2]  # one for means and thresholds, one for the rest
 
 
 @pytest.mark.parametrize("needs", [{"maps"}, {"maps", "gradients"}, {"maps", "concepts"}])
-def test_nothing_is_looked_at_beforehand_unless_someone_asks(needs: set[Need]) -> None:
+def test_no_sampled_pass_comes_first_unless_needed(needs: set[Need]) -> None:
     model, dependencies = network("chain")
-    probe, recorder = Probe(random_images(7), LABELS), Recorder(frozenset(needs))
-    look(model, dependencies, probe, [recorder])
-    assert probe.reads == 1
-    assert all(features.statistics is None for features in recorder.sights["conv1"])
+    calibration, recorder = CalibrationSet(random_images(7), LABELS), Recorder(frozenset(needs))
+    run(model, dependencies, calibration, [recorder])
+    assert calibration.reads == 1
+    assert all(features.statistics is None for features in recorder.batches_of["conv1"])
 
 
 def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
     model, dependencies = network("chain")
     recorder, source = Recorder(GRADIENTS), Bright(needs_learning=True)
-    look(model, dependencies, Probe(random_images(7), LABELS), [recorder], source=source)
+    run(model, dependencies, CalibrationSet(random_images(7), LABELS), [recorder], source=source)
     assert source.steps == []
     alone = Recorder(GRADIENTS)
-    observe(model, dependencies, Probe(random_images(7), LABELS), [alone], None, ScoreSection())
+    observe(
+        model, dependencies, CalibrationSet(random_images(7), LABELS), [alone], None, ScoreSection()
+    )
     assert torch.equal(alone.maps("conv1"), recorder.maps("conv1"))
 
 
@@ -292,9 +296,9 @@ def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
 def test_a_source_learns_from_the_sample_before_it_finds() -> None:
     model, dependencies = network("chain")
     source, needs = Bright(needs_learning=True), frozenset[Need]({"maps", "concepts"})
-    probe = Probe(random_images(7), LABELS)
-    look(model, dependencies, probe, [Recorder(needs)], source=source, sample_every=3)
-    assert probe.reads == 2
+    calibration = CalibrationSet(random_images(7), LABELS)
+    run(model, dependencies, calibration, [Recorder(needs)], source=source, sample_every=3)
+    assert calibration.reads == 2
     assert set(source.learnt) == {0, 3, 6}
     assert source.steps == ["learn", "learn", "finish", "find", "find", "find", "find"]
 
@@ -303,9 +307,9 @@ def test_a_source_learns_from_the_sample_before_it_finds() -> None:
 def test_masks_come_at_the_resolution_of_each_map() -> None:
     model, dependencies = network("chain")
     images, recorder = random_images(7), Recorder()
-    look(model, dependencies, Probe(images, LABELS, size=7), [recorder])
+    run(model, dependencies, CalibrationSet(images, LABELS, size=7), [recorder])
     for group, size in (("conv1", (8, 8)), ("conv2", (4, 4))):
-        assert all(features.grid == size for features in recorder.sights[group])
+        assert all(features.grid == size for features in recorder.batches_of[group])
         masks = torch.cat([regions.masks_at(size) for regions in recorder.regions[group]])
         assert torch.equal(masks, at_resolution(images[:, :1] > 0, size))
 
@@ -314,39 +318,47 @@ def test_masks_come_at_the_resolution_of_each_map() -> None:
 def test_the_source_sees_labels_only_where_they_may_be_used(use_labels: bool) -> None:
     model, dependencies = network("chain")
     recorder = Recorder()
-    look(model, dependencies, Probe(random_images(7), LABELS), [recorder], use_labels=use_labels)
+    run(
+        model,
+        dependencies,
+        CalibrationSet(random_images(7), LABELS),
+        [recorder],
+        use_labels=use_labels,
+    )
     shown = torch.cat([regions.concepts for regions in recorder.regions["conv1"]]).flatten()
     assert torch.equal(shown, LABELS if use_labels else torch.full((7,), CLASSES))
 
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("sample_every", [1, 3, 8])
-def test_what_is_usual_comes_from_a_sample_of_the_probe_set_before_the_first_sight(
+def test_activation_statistics_come_from_a_sample_of_the_calibration_set_before_the_pass(
     sample_every: int,
 ) -> None:
     """Every n-th image, by its number, however the batches lie."""
     model, dependencies = network("chain")
     images, recorder = random_images(7), Recorder()
-    probe = Probe(images, LABELS)
-    look(model, dependencies, probe, [recorder], quantile=0.1, sample_every=sample_every)
+    calibration = CalibrationSet(images, LABELS)
+    run(model, dependencies, calibration, [recorder], quantile=0.1, sample_every=sample_every)
     with torch.no_grad():
         expected = maps_by_hand(model, images[::sample_every])
-    for group, sights in recorder.sights.items():
-        tally = StatisticsAccumulator(expected[group].shape[1], ScoreSection().threshold_positions)
-        tally.update(expected[group])
-        usual = tally.compute(0.1)
-        for features in sights:
+    for group, batches_of in recorder.batches_of.items():
+        accumulator = StatisticsAccumulator(
+            expected[group].shape[1], ScoreSection().threshold_positions
+        )
+        accumulator.update(expected[group])
+        statistics = accumulator.compute(0.1)
+        for features in batches_of:
             assert features.statistics is not None
-            torch.testing.assert_close(features.statistics.mean, usual.mean)
-            torch.testing.assert_close(features.statistics.threshold, usual.threshold)
-            torch.testing.assert_close(features.statistics.largest, usual.largest)
+            torch.testing.assert_close(features.statistics.mean, statistics.mean)
+            torch.testing.assert_close(features.statistics.threshold, statistics.threshold)
+            torch.testing.assert_close(features.statistics.largest, statistics.largest)
 
 
 def test_a_label_beyond_the_classes_is_an_error_before_it_is_learnt_from() -> None:
     model, dependencies = network("chain")
-    probe = Probe(random_images(2), torch.tensor([0, CLASSES]))
-    with pytest.raises(DataError, match="class number 5, but the network tells 5 classes apart"):
-        look(model, dependencies, probe, [Recorder(GRADIENTS)])
+    calibration = CalibrationSet(random_images(2), torch.tensor([0, CLASSES]))
+    with pytest.raises(DataError, match="label 5, but the network has 5 classes"):
+        run(model, dependencies, calibration, [Recorder(GRADIENTS)])
 
 
 def norms_by_hand(*weights: Tensor) -> Tensor:
@@ -419,7 +431,7 @@ def test_nothing_stays_on_the_network() -> None:
     images = random_images(7)
     pixels = images.clone()
 
-    look(model, dependencies, Probe(images, LABELS), [Recorder(GRADIENTS), Recorder()])
+    run(model, dependencies, CalibrationSet(images, LABELS), [Recorder(GRADIENTS), Recorder()])
 
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == grads
@@ -439,7 +451,7 @@ def test_a_frozen_network_still_has_gradients() -> None:
     model, dependencies = network("chain")
     model.requires_grad_(False)
     recorder = Recorder(GRADIENTS)
-    look(model, dependencies, Probe(random_images(7), LABELS), [recorder])
+    run(model, dependencies, CalibrationSet(random_images(7), LABELS), [recorder])
     assert recorder.gradients("conv1").abs().sum() > 0
 
 
@@ -480,15 +492,15 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
 
     observe(model, dependencies, share, observers, source, settings)
     top.merge()
-    parts = list(kernels_of(dependencies, tensors_of(model)))
-    found = {f"{criterion} tallies": list(each.state()) for criterion, each in watching.items()}
+    taps = list(kernels_of(dependencies, tensors_of(model)))
+    found = {f"{criterion} state": list(each.state()) for criterion, each in watching.items()}
     found |= {
-        f"{criterion} scores": [each.compute(part) for part in parts]
+        f"{criterion} scores": [each.compute(tap) for tap in taps]
         for criterion, each in watching.items()
     }
-    found["dissection"] = [*dissection.state(), *(dissection.thresholds[part] for part in parts)]
-    found["top images"] = [top.top(part).indices for part in parts]
-    found["top regions"] = [top.top(part).regions for part in parts]
+    found["dissection"] = [*dissection.state(), *(dissection.thresholds[tap] for tap in taps)]
+    found["top images"] = [top.top(tap).indices for tap in taps]
+    found["top regions"] = [top.top(tap).regions for tap in taps]
     return found
 
 

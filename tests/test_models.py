@@ -173,7 +173,7 @@ def test_a_head_for_another_number_of_classes_is_said_to_be_that(tmp_path: Path)
     path = tmp_path / "w.safetensors"
     state = zoo.load("resnet20", num_classes=100).state_dict()
     save_file(state, path)
-    message = r"w\.safetensors tell 100 classes apart, but the data or --num-classes asks for 7$"
+    message = r"w\.safetensors are for 100 classes, but the data or --num-classes asks for 7$"
     with pytest.raises(WeightsError, match=message):
         zoo.load("resnet20", path, num_classes=7)
     state["conv1.weight"] = torch.zeros(8, 3, 3, 3)

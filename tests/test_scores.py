@@ -31,7 +31,7 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, DependencyGraph]
     return model, build_dependency_graph(model, random_images(2))
 
 
-def probe(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
+def calibration_batches(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
     numbers = torch.arange(len(IMAGES))
     split = zip(IMAGES.split(size), labels.split(size), numbers.split(size), strict=True)
     parts = [Batch(*some) for some in split]
@@ -56,7 +56,7 @@ def scores_by(
 ) -> dict[str, FilterScores]:
     return score_filters(
         *network,
-        probe(size, labels),
+        calibration_batches(size, labels),
         {name: criteria.make(name, settings, 1, {}) for name in names},
         source_of(network, source),
         settings,
@@ -101,7 +101,7 @@ def test_batch_size_does_not_change_scores(
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_labels_are_not_looked_at_unless_they_may_be_used(
+def test_labels_are_ignored_unless_they_may_be_used(
     network: tuple[nn.Module, DependencyGraph], source: str
 ) -> None:
     true, false = (
@@ -180,7 +180,7 @@ def test_onlookers_see_every_image_in_the_same_pass(
     counting = Counting()
     found = score_filters(
         *network,
-        probe(4, LABELS),
+        calibration_batches(4, LABELS),
         {name: criteria.make(name, SETTINGS, 1, {}) for name in names},
         source_of(network, "evidence"),
         SETTINGS,

@@ -181,7 +181,7 @@ def test_loss_that_explodes_is_an_error(images: TensorImages) -> None:
 
 def test_label_outside_the_head_is_an_error(images: TensorImages) -> None:
     wrong = TensorImages(images.pixels, images.labels + 3)
-    with pytest.raises(DataError, match="tells 5 classes apart"):
+    with pytest.raises(DataError, match="has 5 classes"):
         train(chain(), None, wrong, PREPARE, settings(), seed=0)
 
 

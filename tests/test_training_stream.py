@@ -54,33 +54,33 @@ def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
     expected = list(stream(numbered(60)).epoch(1))
     batches = stream(numbered(60), workers=2).epoch(1)
     found = [next(batches)]
-    readers = psutil.Process().children()
-    assert len(readers) >= 2
-    for reader in readers:
-        reader.terminate()
+    workers = psutil.Process().children()
+    assert len(workers) >= 2
+    for worker in workers:
+        worker.terminate()
     assert is_equal([*found, *batches], expected)
 
 
 def _read_and_wait(note: Path) -> None:
     batches = stream(numbered(60), workers=1).epoch(1)
     next(batches)
-    readers = psutil.Process().children(recursive=True)
-    replace_file(note, " ".join(str(reader.pid) for reader in readers))
+    workers = psutil.Process().children(recursive=True)
+    replace_file(note, " ".join(str(worker.pid) for worker in workers))
     time.sleep(1000)
 
 
 def test_readers_end_with_the_process_they_read_for(tmp_path: Path) -> None:
     """However it ended, and where a server of processes started them and is still there."""
-    note = tmp_path / "readers"
+    note = tmp_path / "workers"
     process = started(_read_and_wait, note)
     while not note.exists():
         assert process.is_alive()
         time.sleep(0.05)
-    readers = [psutil.Process(int(number)) for number in note.read_text().split()]
-    assert readers
+    workers = [psutil.Process(int(number)) for number in note.read_text().split()]
+    assert workers
     process.kill()
     process.join()
-    assert psutil.wait_procs(readers, timeout=60)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -92,15 +92,15 @@ def test_every_process_gets_its_share_and_together_they_see_the_epoch(
     count: int, size: int, processes: int
 ) -> None:
     images = numbered(count)
-    shares = [stream(images, size, shard=(rank, processes)) for rank in range(processes)]
-    epochs = [list(share.epoch(1)) for share in shares]
+    shards = [stream(images, size, shard=(rank, processes)) for rank in range(processes)]
+    epochs = [list(local_shard.epoch(1)) for local_shard in shards]
     (whole,) = [list(stream(images, size).epoch(1))]
-    steps = shares[0].steps
+    steps = shards[0].steps
     assert {len(epoch) for epoch in epochs} == {steps}
     for step in range(steps):
         joined = [label for epoch in epochs for label in epoch[step].labels.tolist()]
         assert sorted(joined) == sorted(whole[step].labels.tolist())
-        assert len(joined) == shares[0].size(step)
+        assert len(joined) == shards[0].size(step)
     seen = sorted(label for epoch in epochs for label in labels_of(epoch))
     assert len(seen) == len(set(seen))
     left_out = count - len(seen)
@@ -127,8 +127,8 @@ def test_changes_do_not_depend_on_processes_or_workers(augmentation: Augmentatio
     whole = list(stream(images, augmentation=augmentation).epoch(1))
     assert is_equal(whole, list(stream(images, augmentation=augmentation, workers=2).epoch(1)))
     for rank in range(2):
-        share = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
-        for all_images, own in zip(whole, share, strict=True):
+        local_shard = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
+        for all_images, own in zip(whole, local_shard, strict=True):
             assert torch.equal(all_images.images[rank::2], own.images)
 
 
