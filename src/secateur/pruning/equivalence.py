@@ -93,7 +93,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
     state = tensors_of(getattr(model, "_orig_mod", model))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NotFiniteError(f"a weight is NaN or infinite: {name}")
+            raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
     not_finite: list[Node] = []
 
     def check(node: Node, value: object) -> None:
