@@ -61,7 +61,7 @@ class GraphInterpreter:
         return node in self._values
 
     def copy(self) -> GraphInterpreter:
-        """Return an interpreter at the same place, which goes on independently of this one."""
+        """Return an independent interpreter at the same position in the graph."""
         copied = copy.copy(self)
         copied._values = dict(self._values)
         return copied

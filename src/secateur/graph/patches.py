@@ -125,7 +125,7 @@ def window_of(node: Node, kernel: tuple[int, ...]) -> Window:
 def in_patch_order(
     kernel: Float[Tensor, "filter input *tap"], groups: int = 1
 ) -> Float[Tensor, "group output value"]:
-    """Return a kernel's values by group, position by position, and of each input by input."""
+    """Return a kernel's values by group: all inputs of one kernel position, then of the next."""
     return kernel.movedim(1, -1).reshape(groups, kernel.shape[0] // groups, -1)
 
 

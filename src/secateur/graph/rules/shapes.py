@@ -88,15 +88,15 @@ def squeeze(propagation: ChannelPropagation, node: Node) -> Axes:
     axes, shape = propagation.axes[source], shape_of(source)
     dims = argument(node, "dim")
     chosen = range(len(axes)) if dims is None else dims if isinstance(dims, list) else [dims]
-    gone = {dim % len(axes) for dim in chosen if shape[dim] == 1}
-    propagation.freeze((axes[dim] for dim in gone), "a single channel")
+    dropped = {dim % len(axes) for dim in chosen if shape[dim] == 1}
+    propagation.freeze((axes[dim] for dim in dropped), "a single channel")
     for ids in axes if dims is None else ():
         if ids is not None and len(ids) > 1:  # the frozen one, and one of its group
             propagation.freeze(
                 (ids[:1],), "two channels must stay where a squeeze() drops a single one"
             )
             propagation.covers.append(ids[1:])
-    return tuple(ids for dim, ids in enumerate(axes) if dim not in gone)
+    return tuple(ids for dim, ids in enumerate(axes) if dim not in dropped)
 
 
 def unsqueeze(propagation: ChannelPropagation, node: Node) -> Axes:
