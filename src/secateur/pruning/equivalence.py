@@ -81,7 +81,7 @@ def _error(
     images: Images,
 ) -> float:
     with torch.inference_mode():
-        expected = masked_overrides(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
@@ -112,7 +112,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
         raise NotFiniteError(f"{place} outputs NaN or infinite values for finite images")
 
 
-def masked_overrides(
+def masked_network(
     model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """Return the masked original as a function of images: what the cut network must equal.
