@@ -19,7 +19,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 SIDE = 8
@@ -312,7 +312,7 @@ def assert_cut_is_equivalent(
     """Return the cut network, checked against the masked one, `macs`, `params`, `shapes_after`."""
     cut = apply_plan(model, dependencies, plan)
     with torch.no_grad():
-        found, masked = cut(images), masked_overrides(model, dependencies, plan)(images)
+        found, masked = cut(images), masked_network(model, dependencies, plan)(images)
     for one, other in zip(several(found), several(masked), strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()

@@ -27,7 +27,7 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.models.zoo import load
 from secateur.pruning.apply import apply_plan, check_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 TARGET = Budget("macs", 0.5)
@@ -149,7 +149,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     same, images = apply_plan(model, dependencies, plan_of({})), random_images()
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
-        masked = masked_overrides(model, dependencies, plan_of({}))(images)
+        masked = masked_network(model, dependencies, plan_of({}))(images)
         assert relative_error(masked, model(images)) < 1e-6
 
 
@@ -318,7 +318,7 @@ def test_a_masked_channel_is_zero_where_it_is_consumed() -> None:
     with torch.no_grad():
         by_hand.get_parameter("bn1.weight")[2] = 0
         by_hand.get_parameter("bn1.bias")[2] = 0
-        masked = masked_overrides(model, dependencies, plan_of({"conv1": (2,)}))(images)
+        masked = masked_network(model, dependencies, plan_of({"conv1": (2,)}))(images)
         assert relative_error(masked, by_hand(images)) < 1e-6
 
 

@@ -27,7 +27,7 @@ from secateur.graph.interpreter import run
 from secateur.graph.network_graph import operation_name
 from secateur.graph.rules import RULES
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
@@ -317,9 +317,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
     assert "second" in plan.removed
     with torch.no_grad():
         cut = apply_plan(model, dependencies, plan)
-        assert (
-            relative_error(cut(images), masked_overrides(model, dependencies, plan)(images)) < 1e-4
-        )
+        assert relative_error(cut(images), masked_network(model, dependencies, plan)(images)) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from random_networks import BLOCKS, Spec, build, random_plan
 from secateur.config import Budget
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 SPECS = st.tuples(
@@ -69,9 +69,7 @@ def assert_all_holds(spec: Spec, prune_residual: bool, seed: int) -> None:
     with torch.no_grad():
         expected = model(images)
         nothing = PruningPlan({}, Budget("macs", 0.5), "none")
-        assert (
-            relative_error(masked_overrides(model, dependencies, nothing)(images), expected) < 1e-9
-        )
+        assert relative_error(masked_network(model, dependencies, nothing)(images), expected) < 1e-9
     assert dependencies.macs() == counted_macs(model, images)
     plan = random_plan(dependencies, seed)
     cut = assert_cut_is_equivalent(model, dependencies, plan, images, limit=1e-6)

@@ -24,7 +24,7 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.rules import elementwise
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 Step = Callable[[Any, Tensor], Tensor]
@@ -366,7 +366,7 @@ def test_attention_of_torch_is_frozen() -> None:
     plan = random_plan(dependencies, 1)
     with torch.no_grad():
         found = apply_plan(model, dependencies, plan)(images)
-    assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-6
+    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
@@ -378,7 +378,7 @@ def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
     with torch.no_grad():
         found = apply_plan(model, dependencies, plan)(images)
-    assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-6
+    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_two_channels_counted_alike_are_told_apart() -> None:
@@ -472,7 +472,7 @@ def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
     cut = apply_plan(model, dependencies, plan)
     assert type(cut) is Network
     assert (
-        relative_error(cut.forward(images), masked_overrides(model, dependencies, plan)(images))
+        relative_error(cut.forward(images), masked_network(model, dependencies, plan)(images))
         < 1e-6
     )
 
@@ -485,7 +485,7 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
     with torch.no_grad():
         found, expected = (
             apply_plan(model, dependencies, plan)(images),
-            masked_overrides(model, dependencies, plan)(images),
+            masked_network(model, dependencies, plan)(images),
         )
     assert found.dtype is torch.bfloat16
     assert isinstance(expected, Tensor)

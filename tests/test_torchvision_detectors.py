@@ -13,7 +13,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 
 OUTPUT = "written to the network's output"
 
@@ -84,7 +84,7 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     assert forward is not None
     with torch.no_grad():
         found = tuple(tree_leaves(forward(smaller, images)))
-        assert relative_error(found, masked_overrides(model, dependencies, plan)(images)) < 1e-4
+        assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-4
         boxes = smaller(list(images))
     assert [set(each) for each in boxes] == 2 * [{"boxes", "scores", "labels"}]
 
@@ -99,5 +99,5 @@ def test_a_network_that_segments_is_cut_like_any_other() -> None:
     plan = random_plan(dependencies, torch.Generator().manual_seed(1))
     with torch.no_grad():
         answer: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
-        expected = masked_overrides(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(images)
     assert relative_error(answer["out"], expected) < 1e-4

@@ -81,7 +81,7 @@ def _error(
     images: Images,
 ) -> float:
     with torch.inference_mode():
-        expected = masked_overrides(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
@@ -93,7 +93,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
     state = tensors_of(getattr(model, "_orig_mod", model))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NotFiniteError(f"a weight is NaN or infinite: {name}")
+            raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
     not_finite: list[Node] = []
 
     def check(node: Node, value: object) -> None:
@@ -112,7 +112,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
         raise NotFiniteError(f"{place} outputs NaN or infinite values for finite images")
 
 
-def masked_overrides(
+def masked_network(
     model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """Return the masked original as a function of images: what the cut network must equal.
