@@ -28,6 +28,7 @@ PURPOSES = {
     "scipy": "statistics of comparisons",
     "pillow": "reads and writes images",
     "safetensors": "weights in files",
+    "filelock": "one run at a time in a folder",
     "pydantic": "configuration and documents, checked",
     "jaxtyping": "named axes in signatures",
     "typer": "the command line",

@@ -67,7 +67,6 @@ from secateur.pipeline.prune import check_weights, load_inputs, make_unreadable,
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
-from secateur.runtime.watchdog import lost_process
 from secateur.scoring import concepts, criteria
 from secateur.version import __version__
 
@@ -97,16 +96,12 @@ def main() -> None:
         display.show_error(str(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, SystemExit) as error:  # typer makes the latter of the former
-        code = error.code if isinstance(error, SystemExit) else INTERRUPTED
-        if code != INTERRUPTED or (reason := lost_process()) is None:
-            sys.exit(code)
-        display.show_error(reason)
-        sys.exit(1)
+        sys.exit(error.code if isinstance(error, SystemExit) else INTERRUPTED)
     except BrokenPipeError:  # whoever read what was printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        reason = lost_process() or explain(error)
+        reason = explain(error)
         if reason is None or "--debug" in sys.argv:
             raise
         display.show_error(reason)

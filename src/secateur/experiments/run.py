@@ -24,7 +24,7 @@ from secateur.experiments.manifest import CONFIG
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import ROWS
 from secateur.experiments.report.gallery import make_gallery
-from secateur.integrations.tensorboard import open_log
+from secateur.integrations.trackers import open_log
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.prune import Pruned
@@ -294,7 +294,7 @@ def _log(folder: Path | None, board: Path | None = None) -> EventLog:
     """The log in a folder, written to by the first process alone."""
     if folder is None or not distributed.is_main_process():
         return EventLog(None)
-    return open_log(folder / run_folder.LOG, board)
+    return open_log(folder / run_folder.LOG, None if board is None else "tensorboard", board)
 
 
 def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:

@@ -24,7 +24,7 @@ from secateur.errors import RunFolderError
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
-from secateur.integrations.tensorboard import open_log
+from secateur.integrations.trackers import open_log
 from secateur.pipeline.prune import (
     check_names,
     load_inputs,
@@ -44,7 +44,14 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch, train
+from secateur.training.trainer import (
+    KEYS_FREE_ON_RESUME,
+    KEYS_WITHOUT_EFFECT,
+    Epoch,
+    TrainingCallbacks,
+    train,
+)
+from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 2
@@ -153,7 +160,7 @@ def _trained(
     distributed.barrier()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_main_process()
-    log = open_log(folder / LOG, board) if is_first else EventLog(None)
+    log = open_log(folder / LOG, None if board is None else "tensorboard", board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -168,15 +175,13 @@ def _trained(
     training = train(
         model,
         None,
-        dataset.train,
-        preprocessing(run),
+        TrainingData(dataset.train, preprocessing(run), unreadable),
         config.train,
         seed=config.seed,
-        progress=progress,
-        validate=validate,
-        after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+        callbacks=TrainingCallbacks(
+            progress, validate, lambda epoch: log.write("epoch", **asdict(epoch))
+        ),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
-        unreadable=unreadable,
     )
     test = stream(dataset.test, run, progress, "scoring", unreadable)
     score = evaluate(model, test)

@@ -14,6 +14,7 @@ from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import forward_of
 from secateur.graph.trace import Forward, trace
+from secateur.runtime.module_state import unwrapped
 
 
 def build_dependency_graph(
@@ -35,7 +36,7 @@ def build_dependency_graph(
     Raises `TraceError` where the network can't be traced, `UnknownName` where a pattern fits no
     layer and `UsageError` where a rule of one's own does not give ids for its operation's value.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     forward = forward or forward_of(model)
     spread = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
     spread.visit_all()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
-from secateur.runtime.module_state import copy_of, tensors_of
+from secateur.runtime.module_state import copy_of, tensors_of, unwrapped
 
 Images = Float[Tensor, "image channel *position"]
 
@@ -18,7 +18,7 @@ Images = Float[Tensor, "image channel *position"]
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
     """A copy of `model` without the channels that are named by group and number."""
     kept = dependencies.kept_indices(removed)
-    original = getattr(model, "_orig_mod", model)
+    original = unwrapped(model)
     whole = tensors_of(original)
     smaller = copy_of(original, share_tensors=False)
     aliases = aliases_of(smaller)

@@ -25,7 +25,7 @@ from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.trace import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
-from secateur.runtime.module_state import tensors_of
+from secateur.runtime.module_state import tensors_of, unwrapped
 
 TOLERANCE = 1e-4
 """Largest relative difference that rounding may make."""
@@ -50,7 +50,7 @@ def check_equivalence(
     error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
-    twice = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
+    twice = copy.deepcopy(unwrapped(model)).double()
     if (
         _error(twice, dependencies, plan, apply_plan(twice, dependencies, plan), images.double())
         <= TOLERANCE
@@ -88,7 +88,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
 
     Of the parameters and buffers of `model`, then of what it computes from `images`.
     """
-    state = tensors_of(getattr(model, "_orig_mod", model))
+    state = tensors_of(unwrapped(model))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
@@ -127,7 +127,7 @@ def masked_overrides(
             edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
     for node in dependencies.mixing:
         edits[node] = _weighted_over_kept(node, dependencies, stays, sizes.get(node, {}))
-    state = tensors_of(getattr(model, "_orig_mod", model))
+    state = tensors_of(unwrapped(model))
 
     def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
         walk = GraphInterpreter(dependencies.graph, state, images)

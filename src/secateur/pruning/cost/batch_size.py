@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.memory import peak_bytes, total_bytes
-from secateur.runtime.memory import SHARE
+from secateur.runtime.memory import USABLE_FRACTION
 
 LEAST_BATCH = 2
 
@@ -17,5 +17,5 @@ def batch_that_fits(
     `free` is in bytes. A pass with gradients holds all values, one without those still needed.
     """
     each = total_bytes(dependencies) if with_gradients else peak_bytes(dependencies)({})
-    fits = int(SHARE * free / max(each, 1.0))
+    fits = int(USABLE_FRACTION * free / max(each, 1.0))
     return max(LEAST_BATCH, min(asked, fits))

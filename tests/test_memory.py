@@ -22,7 +22,7 @@ from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
 from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime import memory as room
 from secateur.runtime.error_messages import explain
-from secateur.runtime.memory import SHARE, free_bytes
+from secateur.runtime.memory import USABLE_FRACTION, free_bytes
 from secateur.training import trainer as training
 from secateur.training.memory_check import check_training
 
@@ -44,7 +44,7 @@ def test_batches_fit_into_what_is_free() -> None:
     each = peak_bytes(dependencies)({})
     assert 0 < each < total_bytes(dependencies)
     assert batch_that_fits(dependencies, 100, 2**40, with_gradients=False) == 100
-    tight = int(10 * each / SHARE)
+    tight = int(10 * each / USABLE_FRACTION)
     assert batch_that_fits(dependencies, 100, tight, with_gradients=False) == 10
     assert LEAST_BATCH <= batch_that_fits(dependencies, 100, tight, with_gradients=True) < 10
     assert batch_that_fits(dependencies, 100, 0, with_gradients=False) == LEAST_BATCH
