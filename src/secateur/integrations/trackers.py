@@ -49,7 +49,9 @@ class TrackerLog(EventLog):
         if tracker not in TRACKERS:
             raise UnknownName("tracker", tracker, TRACKERS)
         if importlib.util.find_spec(tracker) is None:
-            raise UsageError(f"--tracker {tracker} needs a package: pip install {TRACKERS[tracker]}")
+            raise UsageError(
+                f"--tracker {tracker} needs a package: pip install {TRACKERS[tracker]}"
+            )
         if tracker == "tensorboard" and tracker_dir is None:
             raise UsageError("--tracker tensorboard needs a folder: add --tracker-dir DIR")
         self._folder, self._name, self._tracker_dir = path.parent.name, tracker, tracker_dir
@@ -78,6 +80,7 @@ class TrackerLog(EventLog):
         self._tracker = self._make("" if pruning_round is None else f"round-{pruning_round}")
         self._tracker.start()
         self._finish = weakref.finalize(self, self._tracker.finish)
+        self._finish.atexit = False  # then trackers end their runs themselves
 
     def _make(self, part: str) -> Any:
         from accelerate import tracking

@@ -104,7 +104,9 @@ class Checkpoints:
             for unfinished in self.folder.glob(f"*{UNFINISHED}"):
                 unfinished.unlink()
         except OSError as error:
-            raise WriteError(f"{self.folder} can't be cleared of older checkpoints: {error}") from error
+            raise WriteError(
+                f"{self.folder} can't be cleared of older checkpoints: {error}"
+            ) from error
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that can be read, or None if there is no checkpoint.

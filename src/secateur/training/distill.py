@@ -1,5 +1,6 @@
 """Train a pruned network, without labels, towards the original network's outputs on calibration
-images."""
+images.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class DistillEpoch:
 @dataclass(frozen=True)
 class Distillation:
     """The result of distillation: divergences from the original network on held-out calibration
-    images, of outputs softened as in training."""
+    images, of outputs softened as in training.
+    """
 
     before: OutputDivergence
     """Before the first epoch."""

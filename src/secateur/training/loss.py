@@ -85,9 +85,7 @@ class DistillationLoss:
             ):
                 teacher_logits = self._teacher(images).float()
             if self._sums:
-                error = relative_feature_error(
-                    self._sums, maps.by_module, teacher_maps.by_module
-                )
+                error = relative_feature_error(self._sums, maps.by_module, teacher_maps.by_module)
                 loss = loss + settings.feature_weight * error
             temperature = settings.temperature
             divergence = F.kl_div(

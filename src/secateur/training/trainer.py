@@ -99,7 +99,7 @@ def train(
     *,
     seed: int,
     sums: tuple[ResidualSum, ...] = (),
-    callbacks: TrainingCallbacks = TrainingCallbacks(),  # noqa: B008  # frozen
+    callbacks: TrainingCallbacks = TrainingCallbacks(),
     checkpoints: Checkpoints | None = None,
 ) -> Training:
     """Train `model` in place, and return how that went.
@@ -120,6 +120,7 @@ def train(
 
     Source:
         Hinton et al., 2015, arXiv 1503.02531; as there, the divergence has a factor T².
+
     """
     accelerator = accelerator_for(settings.precision)
     with contextlib.ExitStack() as stack:
