@@ -1,8 +1,9 @@
-"""The course of a training as TensorBoard reads it."""
+"""Curves of a training, as TensorBoard reads them, and errors of trackers."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 from layouts import write_classes
 from secateur.config import RunConfig, from_dict
-from secateur.errors import UsageError
+from secateur.errors import UnknownName, UsageError
 from secateur.experiments.run import run
 from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.integrations.trackers import open_log
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,10 +32,10 @@ def source(tmp_path: Path) -> str:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every curve's points as TensorBoard shows them."""
-    shown = EventAccumulator(str(folder)).Reload()
+    accumulator = EventAccumulator(str(folder)).Reload()
     return {
-        tag: [(point.step, point.value) for point in shown.Scalars(tag)]
-        for tag in shown.Tags()["scalars"]
+        tag: [(point.step, point.value) for point in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
     }
 
 
@@ -63,14 +65,17 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
         (2, 2),
     ]
     for number in (1, 2):
-        found = curves(tmp_path / "board" / f"round-{number}")
+        drawn = curves(tmp_path / "board" / f"round-{number}")
         for fact, curve in (
             ("loss", "training/loss"),
             ("learning_rate", "training/learning_rate"),
             ("validation", "validation/top1_fraction"),
         ):
-            own = [epoch for epoch in epochs if epoch["round"] == number]
-            assert found[curve] == [(epoch["number"], single(epoch[fact])) for epoch in own]
+            assert drawn[curve] == [
+                (epoch["number"], single(epoch[fact]))
+                for epoch in epochs
+                if epoch["round"] == number
+            ]
 
 
 def test_training_a_base_network_is_drawn_too(source: str, tmp_path: Path) -> None:
@@ -85,10 +90,63 @@ def test_training_a_base_network_is_drawn_too(source: str, tmp_path: Path) -> No
     ]
 
 
-def test_without_tensorboard_it_is_said_before_anything_is_done(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tracker", "package"),
+    [("tensorboard", "'secateur[tensorboard]'"), ("wandb", "wandb"), ("trackio", "trackio")],
+)
+def test_a_missing_package_is_named(
+    tracker: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = from_dict({"model": {"name": "resnet20"}, "data": {"source": source}}, BaseConfig)
-    with pytest.raises(UsageError, match=r"pip install 'secateur\[tensorboard\]'"):
-        train_base(config, tmp_path / "base", board=tmp_path / "board")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=re.escape(f"pip install {package}")):
+        open_log(tmp_path / "log.jsonl", tracker, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_trackers_and_missing_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="did you mean tensorboard"):
+        open_log(tmp_path / "log.jsonl", "tensorbord", tmp_path)
+    with pytest.raises(UsageError, match="--tracker-dir"):
+        open_log(tmp_path / "log.jsonl", "tensorboard", None)
+
+
+class Recorder:
+    """A package such as wandb or Trackio, as far as accelerate calls it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def init(self, **options: object) -> Recorder:
+        self.calls.append(("init", options["project"], options["name"]))
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append(("log", step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_get_the_same_curves(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, tracker, recorder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: recorder)
+    (tmp_path / "first").mkdir()
+    log = open_log(tmp_path / "first" / "log.jsonl", tracker, None)
+    log.write("start")
+    assert recorder.calls == []
+    for number in (1, 2):
+        log.write("epoch", round=number, number=1, loss=2.0, learning_rate=0.1, validation=None)
+    del log
+    curves = {"training/loss": 2.0, "training/learning_rate": 0.1}
+    assert recorder.calls == [
+        ("init", "secateur", "first-round-1"),
+        ("log", 1, curves),
+        ("finish",),
+        ("init", "secateur", "first-round-2"),
+        ("log", 1, curves),
+        ("finish",),
+    ]

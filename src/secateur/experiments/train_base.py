@@ -160,7 +160,8 @@ def _trained(
     distributed.barrier()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_main_process()
-    log = open_log(folder / LOG, None if board is None else "tensorboard", board) if is_first else EventLog(None)
+    tracker = None if board is None else "tensorboard"
+    log = open_log(folder / LOG, tracker, board) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -75,7 +75,7 @@ def check_dots(text: str) -> None:
 
 
 def _longest_chain(line: str) -> int:
-    """Return the largest number of dots in one key of a line of TOML; dots in quotes don't count."""
+    """Return the most dots in one key of a line of TOML; dots in quotes don't count."""
     longest = chain = 0
     quote, is_escaped = "", False
     for letter in line:

@@ -91,7 +91,7 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, step: int, checkpoint: Checkpoint) -> None:
-        """Write the checkpoint of a step, and remove all but the last `KEPT`; raises `WriteError`."""
+        """Write a step's checkpoint, and remove all but the last `KEPT`; raises `WriteError`."""
         content = safetensors_io.to_bytes(
             checkpoint.tensors, {"facts": json.dumps(checkpoint.facts)}
         )

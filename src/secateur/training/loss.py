@@ -60,7 +60,7 @@ class DistillationLoss:
         return context
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss in nats of images `[image, rgb, height, width]` and labels `[image]`.
+        """Return the mean loss in nats; images are `[image, rgb, height, width]`, labels `[image]`.
 
         Raises `DataError` if a label is outside the network's classes.
         """

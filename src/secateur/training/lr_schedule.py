@@ -40,7 +40,7 @@ def _cosine(schedule: Schedule, step: int, warmup: int) -> float:
 
 
 def _one_cycle(schedule: Schedule, step: int, warmup: int) -> float:
-    """Return a cosine up, then a longer one down (Smith & Topin, 2018), without momentum cycling."""
+    """Return a cosine up, then a longer one down (Smith & Topin, 2018); momentum is constant."""
     del warmup
     top = ONE_CYCLE_RISE * schedule.steps
     if step < top:

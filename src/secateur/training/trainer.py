@@ -342,12 +342,10 @@ class _Run:
         return (self._position.epoch - 1) * self._stream.steps + self._position.step
 
     def _is_patience_over(self) -> bool:
-        position, patience = self._position, self._settings.patience
-        if patience is None or position.best is None:
+        at, patience = self._position, self._settings.patience
+        if patience is None or at.best is None or at.epoch - 1 - at.best_epoch < patience:
             return False
-        if position.epoch - 1 - position.best_epoch < patience:
-            return False
-        position.ended = "patience"
+        at.ended = "patience"
         return True
 
     def _is_time_over(self) -> bool:
