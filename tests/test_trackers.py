@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from layouts import write_classes
-from secateur.config import RunConfig, from_dict
+from secateur.config import BaseConfig, RunConfig, from_dict
 from secateur.errors import UnknownName, UsageError
 from secateur.experiments.run import run
-from secateur.experiments.train_base import BaseConfig, train_base
-from secateur.integrations.trackers import open_log
+from secateur.experiments.train_base import train_base
+from secateur.integrations.trackers import Tracker, make_tracker, open_log
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -56,7 +56,11 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
         "plan": {"target": "macs=0.6", "rounds": 2},
         "finetune": BRIEF,
     }
-    run(from_dict(content, RunConfig), tmp_path / "run", board=tmp_path / "board")
+    run(
+        from_dict(content, RunConfig),
+        tmp_path / "run",
+        tracker=Tracker("tensorboard", tmp_path / "logs"),
+    )
     epochs = logged(tmp_path / "run")
     assert [(epoch["round"], epoch["number"]) for epoch in epochs] == [
         (1, 1),
@@ -65,7 +69,7 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
         (2, 2),
     ]
     for number in (1, 2):
-        drawn = curves(tmp_path / "board" / f"round-{number}")
+        drawn = curves(tmp_path / "logs" / f"round-{number}")
         for fact, curve in (
             ("loss", "training/loss"),
             ("learning_rate", "training/learning_rate"),
@@ -84,8 +88,12 @@ def test_training_a_base_network_is_drawn_too(source: str, tmp_path: Path) -> No
         "data": {"source": source, "image_size": 16},
         "train": BRIEF,
     }
-    result = train_base(from_dict(content, BaseConfig), tmp_path / "base", board=tmp_path / "board")
-    assert curves(tmp_path / "board")["training/loss"] == [
+    result = train_base(
+        from_dict(content, BaseConfig),
+        tmp_path / "base",
+        tracker=Tracker("tensorboard", tmp_path / "logs"),
+    )
+    assert curves(tmp_path / "logs")["training/loss"] == [
         (epoch.number, single(epoch.loss)) for epoch in result.epochs
     ]
 
@@ -99,15 +107,15 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape(f"pip install {package}")):
-        open_log(tmp_path / "log.jsonl", tracker, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        make_tracker(tracker, tmp_path)
 
 
-def test_unknown_trackers_and_missing_folders_are_errors(tmp_path: Path) -> None:
+def test_unknown_and_missing_trackers_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean tensorboard"):
-        open_log(tmp_path / "log.jsonl", "tensorbord", tmp_path)
-    with pytest.raises(UsageError, match="--tracker-dir"):
-        open_log(tmp_path / "log.jsonl", "tensorboard", None)
+        make_tracker("tensorbord", tmp_path)
+    with pytest.raises(UsageError, match="--tracker tensorboard"):
+        make_tracker(None, tmp_path)
+    assert make_tracker(None, None) is None
 
 
 class Recorder:
@@ -135,7 +143,7 @@ def test_other_trackers_get_the_same_curves(
     monkeypatch.setitem(sys.modules, tracker, recorder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: recorder)
     (tmp_path / "first").mkdir()
-    log = open_log(tmp_path / "first" / "log.jsonl", tracker, None)
+    log = open_log(tmp_path / "first" / "log.jsonl", make_tracker(tracker, None))
     log.write("start")
     assert recorder.calls == []
     for number in (1, 2):

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from pydantic import Field
 from torch import nn
 
 from secateur.config import (
-    DataSection,
-    ModelSection,
-    RunConfig,
-    Section,
-    TrainingSection,
+    BaseConfig,
     from_dict,
     read_tables,
 )
@@ -24,7 +19,7 @@ from secateur.errors import RunFolderError
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
-from secateur.integrations.trackers import open_log
+from secateur.integrations.trackers import Tracker, open_log
 from secateur.pipeline.prune import (
     check_names,
     load_inputs,
@@ -61,36 +56,6 @@ FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_F
 """Those that may differ where a training is resumed that has not come to its end."""
 
 
-class BaseTrainingSection(TrainingSection):
-    """Training from random weights, which takes longer and has no teacher."""
-
-    epochs: int = Field(default=100, ge=1)
-    """Passes over the training images."""
-    learning_rate: float = Field(default=0.1, gt=0)
-    """Largest learning rate of the schedule."""
-    label_weight: Literal[1] = 1
-    """All weight is on the labels."""
-
-
-class BaseConfig(Section):
-    """How a base network is trained."""
-
-    model: ModelSection
-    """The network; its weights are where the training starts."""
-    new_head: bool = False
-    """Whether weights may be for another number of classes: the head then starts at random."""
-    data: DataSection
-    """The images."""
-    train: BaseTrainingSection = BaseTrainingSection()
-    """The training."""
-    seed: int = Field(default=0, ge=0)
-    """What every random choice depends on."""
-
-    def as_run(self) -> RunConfig:
-        """The same network and data for what takes the configuration of a run."""
-        return RunConfig(model=self.model, data=self.data, seed=self.seed)
-
-
 class BaseResult(Record):
     """What the weights of a base network come from, and what they are worth."""
 
@@ -117,20 +82,20 @@ def train_base(
     *,
     resume: bool = False,
     progress: ProgressCallback = no_progress,
-    board: Path | None = None,
+    tracker: Tracker | None = None,
     command: str | None = None,
 ) -> BaseResult:
     """Trains the network that `config` names and leaves its weights in a folder, with their recipe.
 
     It starts from the weights that `config` names, or from random ones. While it trains the folder
     holds the configuration, the log and the checkpoints that `resume` goes on from; where it has
-    come to its end `resume` gives what it came to. `board` is a folder for TensorBoard. Raises
+    come to its end `resume` gives what it came to. `tracker` gets the curves. Raises
     `RunFolderError` where the folder is not empty and is not to be resumed, or holds a run, or
     another training is at work there, and `UsageError` where another configuration was begun there.
     """
     check_names(config.as_run())
     with lock_folder(folder):
-        return _trained(config, folder, resume, progress, board, command)
+        return _trained(config, folder, resume, progress, tracker, command)
 
 
 def _trained(
@@ -138,7 +103,7 @@ def _trained(
     folder: Path,
     resume: bool,
     progress: ProgressCallback,
-    board: Path | None,
+    tracker: Tracker | None,
     command: str | None,
 ) -> BaseResult:
     """See `train_base`; the folder is held."""
@@ -160,8 +125,7 @@ def _trained(
     distributed.barrier()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_main_process()
-    tracker = None if board is None else "tensorboard"
-    log = open_log(folder / LOG, tracker, board) if is_first else EventLog(None)
+    log = open_log(folder / LOG, tracker) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
