@@ -16,6 +16,7 @@ from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
+from secateur.runtime.module_state import unwrapped
 
 
 def build_dependency_graph(
@@ -39,7 +40,7 @@ def build_dependency_graph(
     Raises `TraceError` if the network can't be traced, `UnknownName` if a pattern matches no layer,
     and `UsageError` if one of `rules` does not return ids for its operation's value.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     forward = forward or traceable_forward(model)
     propagation = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
     propagation.visit_all()

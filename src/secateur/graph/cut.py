@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
-from secateur.runtime.module_state import copy_of, tensors_of
+from secateur.runtime.module_state import copy_of, tensors_of, unwrapped
 
 
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
     """Return a copy of `model` without the channels `removed`."""
     kept = dependencies.kept_indices(removed)
-    original = getattr(model, "_orig_mod", model)
+    original = unwrapped(model)
     tensors = tensors_of(original)
     smaller = copy_of(original, share_tensors=False)
     aliases = aliases_of(smaller)

@@ -49,7 +49,7 @@ from secateur.runtime.environment import environment
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.memory import free_bytes
-from secateur.runtime.module_state import device_of, tensors_of
+from secateur.runtime.module_state import device_of, tensors_of, unwrapped
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -57,7 +57,8 @@ from secateur.scoring.criteria import Criterion
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.distill import Distillation, distill
 from secateur.training.feature_distillation import ResidualSum, residual_sums
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 
 def origin(config: RunConfig) -> Origin:
@@ -500,16 +501,16 @@ def finetune(
     training = train(
         smaller,
         model,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing(config), unreadable),
         config.finetune,
         seed=config.seed,
         sums=_sums(pruned) if config.finetune.feature_weight else (),
-        progress=progress,
-        validate=validate,
-        after_epoch=lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
+        callbacks=TrainingCallbacks(
+            progress,
+            validate,
+            lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
+        ),
         checkpoints=checkpoints,
-        unreadable=unreadable,
     )
     assert training.before is not None
     came = pruned.result.stages[-1].score  # of the weights that were trained
@@ -658,13 +659,11 @@ def cut(
         polished = distill(
             model,
             smaller,
-            fit,
+            TrainingData(fit, preprocessing(config), unreadable),
             lambda: stream(held_out, config, no_progress, "", unreadable),
-            preprocessing(config),
             config.distill,
             seed=config.seed,
             progress=progress,
-            unreadable=unreadable,
         )
         for each in polished.epochs:
             log.write("distill", **asdict(each))
@@ -690,7 +689,7 @@ def cut(
         removed = {group.name: group.removed for group in groups if group.removed}
         plan = replace(earlier.plan, removed=removed, budget=parse_budget(config.plan.target))
     else:
-        plan = replace(plan, weights=weights_hash(tensors_of(getattr(model, "_orig_mod", model))))
+        plan = replace(plan, weights=weights_hash(tensors_of(unwrapped(model))))
     result = RunResult(
         command=command,
         config=config,

@@ -25,7 +25,7 @@ from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.network_graph import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
-from secateur.runtime.module_state import tensors_of
+from secateur.runtime.module_state import tensors_of, unwrapped
 
 TOLERANCE = 1e-4
 """Largest relative error that counts as rounding."""
@@ -51,7 +51,7 @@ def check_equivalence(
     error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
-    double = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
+    double = copy.deepcopy(unwrapped(model)).double()
 
     def error_in_float64(plan: PruningPlan) -> float:
         cut = apply_plan(double, dependencies, plan)
@@ -90,7 +90,7 @@ def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images
 
     Parameters and buffers of `model` are checked first, then what it computes from `images`.
     """
-    state = tensors_of(getattr(model, "_orig_mod", model))
+    state = tensors_of(unwrapped(model))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
@@ -130,7 +130,7 @@ def masked_network(
             overrides[consumer.node] = _masking(consumer.node, mask, consumer.dim)
     for node in dependencies.mixing:
         overrides[node] = _over_kept(node, dependencies, stays, sizes.get(node, {}))
-    state = tensors_of(getattr(model, "_orig_mod", model))
+    state = tensors_of(unwrapped(model))
 
     def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
         interpreter = GraphInterpreter(dependencies.graph, state, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.memory import peak_bytes, total_bytes
-from secateur.runtime.memory import SHARE
+from secateur.runtime.memory import USABLE_FRACTION
 
 LEAST_BATCH = 2
 
@@ -18,5 +18,5 @@ def batch_that_fits(
     pass without holds only those that are still needed.
     """
     image_bytes = total_bytes(dependencies) if with_gradients else peak_bytes(dependencies)({})
-    fits = int(SHARE * free / max(image_bytes, 1.0))
+    fits = int(USABLE_FRACTION * free / max(image_bytes, 1.0))
     return max(LEAST_BATCH, min(asked, fits))

@@ -25,7 +25,8 @@ from secateur.errors import DataError, RunFolderError, SecateurError, UsageError
 from secateur.runtime.precision import accelerator_for, autocast, has_fast_bfloat16
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.loss import DistillationLoss
-from secateur.training.trainer import Epoch, Training, train
+from secateur.training.trainer import Epoch, Training, TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 PREPARE = Preprocessing(8, 8)
 
@@ -53,7 +54,9 @@ def trained(
 ) -> tuple[Chain, list[Epoch]]:
     epochs: list[Epoch] = []
     copied = copy.deepcopy(model)
-    train(copied, teacher, images, PREPARE, section, seed=seed, after_epoch=epochs.append)
+    callbacks = TrainingCallbacks(after_epoch=epochs.append)
+    data = TrainingData(images, PREPARE)
+    train(copied, teacher, data, section, seed=seed, callbacks=callbacks)
     return copied, epochs
 
 
@@ -159,8 +162,8 @@ def test_every_optimiser_learns(images: TensorImages, optimiser: str) -> None:
 
 def test_statistics_of_norms_move_in_training_mode_only(images: TensorImages) -> None:
     model = chain()
-    for mode, is_fixed in (("training", False), ("evaluation", True)):
-        moved, _ = trained(model, None, images, settings(mode=mode))
+    for is_fixed in (False, True):
+        moved, _ = trained(model, None, images, settings(freeze_batchnorm=is_fixed))
         name = "bn1.running_mean"
         assert torch.equal(moved.state_dict()[name], model.state_dict()[name]) == is_fixed
         assert not torch.equal(moved.conv1.weight, model.conv1.weight)
@@ -170,19 +173,19 @@ def test_statistics_of_norms_move_in_training_mode_only(images: TensorImages) ->
 def test_mode_comes_back(images: TensorImages) -> None:
     model = chain().eval()
     model.bn1.train()
-    train(model, None, images, PREPARE, settings(epochs=1), seed=0)
+    train(model, None, TrainingData(images, PREPARE), settings(epochs=1), seed=0)
     assert (model.training, model.bn1.training, model.bn2.training) == (False, True, False)
 
 
 def test_loss_that_explodes_is_an_error(images: TensorImages) -> None:
     with pytest.raises(SecateurError, match="smaller learning rate"):
-        train(chain(), None, images, PREPARE, settings(learning_rate=1e20), seed=0)
+        train(chain(), None, TrainingData(images, PREPARE), settings(learning_rate=1e20), seed=0)
 
 
 def test_label_outside_the_head_is_an_error(images: TensorImages) -> None:
     wrong = TensorImages(images.pixels, images.labels + 3)
     with pytest.raises(DataError, match="has 5 classes"):
-        train(chain(), None, wrong, PREPARE, settings(), seed=0)
+        train(chain(), None, TrainingData(wrong, PREPARE), settings(), seed=0)
 
 
 def test_precision_is_what_was_asked_for() -> None:
@@ -211,8 +214,10 @@ def test_precision_of_half_needs_an_accelerator(images: TensorImages) -> None:
 
 
 def test_parts_of_a_step_add_up_to_the_step(images: TensorImages) -> None:
-    whole, _ = trained(chain(), None, images, settings(mode="evaluation"))
-    parts, _ = trained(chain(), None, images, settings(mode="evaluation", accumulate=3))
+    whole, _ = trained(chain(), None, images, settings(freeze_batchnorm=True))
+    parts, _ = trained(
+        chain(), None, images, settings(freeze_batchnorm=True, gradient_accumulation_steps=3)
+    )
     for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -239,7 +244,9 @@ def test_mixing_without_labels_needs_none(images: TensorImages) -> None:
 
 def test_the_average_of_the_weights_is_what_stays(images: TensorImages) -> None:
     decay = 0.5
-    section = settings(epochs=1, batch_size=30, mode="evaluation", momentum=0, learning_rate=0.1)
+    section = settings(
+        epochs=1, batch_size=30, freeze_batchnorm=True, momentum=0, learning_rate=0.1
+    )
     averaged, _ = trained(chain(), None, images, section.model_copy(update={"ema_decay": decay}))
     # Two steps: the average starts at the first step's weights and then takes in the second's.
     states = Steps(images, section)
@@ -259,21 +266,28 @@ class Steps:
 
         hook = register_optimizer_step_post_hook(note)
         try:
-            train(model, None, images, PREPARE, section, seed=0)
+            train(model, None, TrainingData(images, PREPARE), section, seed=0)
         finally:
             hook.remove()
 
 
-def worths(*values: float) -> Callable[[nn.Module], float]:
-    """A measure that gives one value after another."""
-    coming = iter(values)
-    return lambda network: next(coming)
+def validations(*values: float) -> Callable[[nn.Module], float]:
+    """A validation that returns one value after another."""
+    remaining = iter(values)
+    return lambda network: next(remaining)
 
 
 def measured(images: TensorImages, *values: float, **changes: object) -> tuple[Chain, Training]:
     model = chain()
     section = settings(epochs=len(values) - 1, **changes)
-    training = train(model, None, images, PREPARE, section, seed=0, validate=worths(*values))
+    training = train(
+        model,
+        None,
+        TrainingData(images, PREPARE),
+        section,
+        seed=0,
+        callbacks=TrainingCallbacks(validate=validations(*values)),
+    )
     return model, training
 
 
@@ -305,8 +319,8 @@ def test_every_part_of_a_step_has_images_enough_for_a_norm(images: TensorImages)
         nn.Linear(4, 5),
     )
     few = images.take(torch.arange(10))
-    section = settings(epochs=1, batch_size=8, accumulate=8)
-    training = train(model, None, few, PREPARE, section, seed=0)
+    section = settings(epochs=1, batch_size=8, gradient_accumulation_steps=8)
+    training = train(model, None, TrainingData(few, PREPARE), section, seed=0)
     assert math.isfinite(training.epochs[0].loss)
 
 
@@ -381,21 +395,22 @@ def resumed(folder: Path, images: TensorImages, section: TrainingSection) -> tup
     training = train(
         model,
         None,
-        images,
-        PREPARE,
+        TrainingData(images, PREPARE),
         section,
         seed=0,
-        validate=lambda network: float(network.state_dict()["bn1.running_mean"].sum()),
+        callbacks=TrainingCallbacks(
+            validate=lambda network: float(network.state_dict()["bn1.running_mean"].sum())
+        ),
         checkpoints=Checkpoints(folder),
     )
     return model, training
 
 
-@pytest.mark.parametrize("mode", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_resumed_training_ends_where_an_undisturbed_one_does(
-    images: TensorImages, tmp_path: Path, mode: str
+    images: TensorImages, tmp_path: Path, optimiser: str
 ) -> None:
-    section = settings(**{**LONG, "optimiser": mode})
+    section = settings(**{**LONG, "optimiser": optimiser})
     expected, whole = resumed(tmp_path / "whole", images, section)
     for steps in (1, 3, 2, 4):
         stopped_after(steps, tmp_path / "parts", images, section)
@@ -502,15 +517,22 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_stepped_over(
 def test_weights_come_back_to_where_they_were(images: TensorImages) -> None:
     model = chain()
     layout = model.conv1.weight.is_contiguous()
-    train(model, None, images, PREPARE, settings(epochs=1), seed=0)
+    train(model, None, TrainingData(images, PREPARE), settings(epochs=1), seed=0)
     assert model.conv1.weight.is_contiguous() == layout
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "forward" not in vars(model)
 
 
-def test_epochs_are_told_of_once(images: TensorImages, tmp_path: Path) -> None:
-    told: list[Epoch] = []
+def test_epochs_are_reported_once(images: TensorImages, tmp_path: Path) -> None:
+    reported: list[Epoch] = []
     model = chain()
-    training = train(model, None, images, PREPARE, settings(), seed=0, after_epoch=told.append)
-    assert tuple(told) == training.epochs
-    assert dataclasses.asdict(told[0])["validation"] is None
+    training = train(
+        model,
+        None,
+        TrainingData(images, PREPARE),
+        settings(),
+        seed=0,
+        callbacks=TrainingCallbacks(after_epoch=reported.append),
+    )
+    assert tuple(reported) == training.epochs
+    assert dataclasses.asdict(reported[0])["validation"] is None

@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused, and nothing is left of the lock."""
+"""Of two runs in one folder the second is refused, and no lock file stays behind."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from secateur.experiments.train_base import train_base
 from secateur.runtime.file_lock import lock_folder
 
 
-def hold(folder: Path, noted: Path) -> None:
+def hold(folder: Path, started_file: Path) -> None:
     with lock_folder(folder):
-        noted.touch()
+        started_file.touch()
         time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[BaseProcess]:
-    """Another process that is at work in `tmp_path / "run"`."""
-    process = started(hold, tmp_path / "run", tmp_path / "noted")
-    while not (tmp_path / "noted").exists():
+    """Another process that has locked `tmp_path / "run"`."""
+    process = started(hold, tmp_path / "run", tmp_path / "started")
+    while not (tmp_path / "started").exists():
         assert process.exitcode is None
         time.sleep(0.01)
     yield process
@@ -69,19 +69,19 @@ def test_the_second_is_refused(
     assert sorted(tmp_path.iterdir()) == before
     holder.kill()
     holder.join()
-    with lock_folder(tmp_path / "run"):  # what was killed holds nothing
+    with lock_folder(tmp_path / "run"):  # a killed process holds no lock
         pass
     assert not (tmp_path / ".run.lock").exists()
 
 
-def test_fine_tuning_holds_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
-    for held in (digits_run.folder, tmp_path / "finetuned"):
-        with lock_folder(held), pytest.raises(RunFolderError, match="another run is at work"):
+def test_fine_tuning_locks_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
+    for folder in (digits_run.folder, tmp_path / "finetuned"):
+        with lock_folder(folder), pytest.raises(RunFolderError, match="another run is at work"):
             finetune(digits_run.folder, tmp_path / "finetuned", {"epochs": 1})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_has_one_lock_by_whatever_name(
+def test_all_paths_of_a_folder_share_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -96,16 +96,16 @@ def test_a_folder_has_one_lock_by_whatever_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_file_elsewhere_is_made_through_a_link(tmp_path: Path) -> None:
+def test_a_symbolic_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".run.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunFolderError, match="can't write beside"), lock_folder(tmp_path / "run"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
 
-def come_and_go(folder: Path, noted: Path) -> None:
+def lock_repeatedly(folder: Path, log: Path) -> None:
     ends = time.monotonic() + 2
-    with noted.open("w") as file:
+    with log.open("w") as file:
         while time.monotonic() < ends:
             with contextlib.suppress(RunFolderError), lock_folder(folder):
                 begin = time.monotonic()
@@ -113,13 +113,13 @@ def come_and_go(folder: Path, noted: Path) -> None:
                 print(begin, time.monotonic(), file=file)
 
 
-def test_many_that_come_and_go_never_hold_it_together(tmp_path: Path) -> None:
-    """Each notes when it holds the lock; the file goes with each, and others wait for none."""
-    place = tmp_path / "place"
-    place.mkdir()
+def test_no_two_processes_hold_the_lock_at_once(tmp_path: Path) -> None:
+    """Each logs when it holds the lock, whose file is removed and created again all the time."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
     files = [tmp_path / str(number) for number in range(3)]
     times = []
-    for process in [started(come_and_go, place / "run", file) for file in files]:
+    for process in [started(lock_repeatedly, folder / "run", file) for file in files]:
         process.join()
         assert process.exitcode == 0
     for file in files:
@@ -128,13 +128,33 @@ def test_many_that_come_and_go_never_hold_it_together(tmp_path: Path) -> None:
     assert len(times) > 10
     for (_, end), (begin, _) in itertools.pairwise(times):
         assert end <= begin
-    assert os.listdir(place) == []
+    assert os.listdir(folder) == []
 
 
-def test_a_lock_that_can_not_be_signed_is_let_go_of(tmp_path: Path) -> None:
-    writes = 3  # the folder above, the file, the number in it
+def fork_and_hold(folder: Path, started_file: Path) -> None:
+    """As a run that is training with processes that read its images."""
+    with lock_folder(folder):
+        if os.fork() == 0:
+            time.sleep(10)
+            os._exit(0)
+        started_file.touch()
+        time.sleep(60)
+
+
+def test_a_killed_process_leaves_no_lock_in_the_processes_that_it_forked(tmp_path: Path) -> None:
+    process = started(fork_and_hold, tmp_path / "run", tmp_path / "started")
+    while not (tmp_path / "started").exists():
+        assert process.exitcode is None
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    with lock_folder(tmp_path / "run"):
+        pass
+
+
+def test_a_disk_that_is_full_is_reported(tmp_path: Path) -> None:
     with (
-        FailingDisk(tmp_path, writes).mounted(),
+        FailingDisk(tmp_path, 1).mounted(),
         pytest.raises(RunFolderError, match="No space left"),
         lock_folder(tmp_path / "run"),
     ):
@@ -153,16 +173,15 @@ def refusing(number: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_file_system_without_locks_is_worked_on_without(
+def test_a_file_system_without_locks_is_used_without(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.flock", refusing(number))
-    with lock_folder(tmp_path / "run") as descriptor:
-        assert descriptor is None
+    with lock_folder(tmp_path / "run"):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_fails_is_not_taken_for_another_run(
+def test_an_error_of_the_disk_is_not_mistaken_for_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.flock", refusing(errno.EIO))

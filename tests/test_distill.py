@@ -1,4 +1,4 @@
-"""Polish: it comes nearer to the original or changes nothing, and looks at no label."""
+"""Distillation approaches the original network or changes nothing, and uses no labels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_
 from secateur.data.preprocessing import Preprocessing
 from secateur.evaluation.divergence import divergence_from, logits_of
 from secateur.training.distill import Distillation, distill
+from secateur.training.training_data import TrainingData
 
 PREPARE = Preprocessing(8, 8)
 
 
 @pytest.fixture
-def probe(generator: torch.Generator) -> TensorImages:
+def calibration(generator: torch.Generator) -> TensorImages:
     pixels = torch.randint(0, 256, (60, 3, 8, 8), generator=generator).to(torch.uint8)
     return TensorImages(pixels, torch.arange(60) % 5)
 
@@ -39,46 +40,50 @@ def disturbed(model: Chain, generator: torch.Generator) -> Chain:
     return copied
 
 
-def polished(model: Chain, smaller: Chain, probe: TensorImages, **changes: object) -> Distillation:
+def distilled(
+    model: Chain, smaller: Chain, calibration: TensorImages, **changes: object
+) -> Distillation:
     base = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "precision": "float32"}
     settings = DistillSection.model_validate({**base, "warmup_steps": 2, "flip": False, **changes})
-    fit, _ = split_calibration(probe)
-    return distill(model, smaller, fit, lambda: held_out(probe), PREPARE, settings, seed=0)
+    fit, _ = split_calibration(calibration)
+    return distill(
+        model, smaller, TrainingData(fit, PREPARE), lambda: held_out(calibration), settings, seed=0
+    )
 
 
-def held_out(probe: TensorImages) -> Iterator[Batch]:
-    return batches(split_calibration(probe)[1], 5, PREPARE)
+def held_out(calibration: TensorImages) -> Iterator[Batch]:
+    return batches(split_calibration(calibration)[1], 5, PREPARE)
 
 
-def distance(model: Chain, smaller: Chain, probe: TensorImages) -> float:
-    answers = logits_of(model, held_out(probe))
-    return divergence_from(answers, smaller, held_out(probe), temperature=3.0).divergence
+def distance(model: Chain, smaller: Chain, calibration: TensorImages) -> float:
+    expected = logits_of(model, held_out(calibration))
+    return divergence_from(expected, smaller, held_out(calibration), temperature=3.0).divergence
 
 
-def test_it_comes_nearer_to_the_original(
-    model: Chain, probe: TensorImages, generator: torch.Generator
+def test_outputs_approach_the_original(
+    model: Chain, calibration: TensorImages, generator: torch.Generator
 ) -> None:
     smaller = disturbed(model, generator)
-    before = distance(model, smaller, probe)
-    result = polished(model, smaller, probe, epochs=8)
+    before = distance(model, smaller, calibration)
+    result = distilled(model, smaller, calibration, epochs=8)
     assert result.before.divergence == pytest.approx(before)
-    assert [each.epoch.number for each in result.epochs] == list(range(1, 9))
-    assert distance(model, smaller, probe) < 0.7 * before
+    assert [one.epoch.number for one in result.epochs] == list(range(1, 9))
+    assert distance(model, smaller, calibration) < 0.7 * before
 
 
-def test_the_epoch_with_the_smallest_held_out_divergence_stays(
-    model: Chain, probe: TensorImages, generator: torch.Generator
+def test_the_epoch_with_the_smallest_held_out_divergence_is_kept(
+    model: Chain, calibration: TensorImages, generator: torch.Generator
 ) -> None:
     smaller = disturbed(model, generator)
-    result = polished(model, smaller, probe, learning_rate=0.05)
+    result = distilled(model, smaller, calibration, learning_rate=0.05)
     divergences = [result.before.divergence, *(e.held_out.divergence for e in result.epochs)]
     assert result.chosen == divergences.index(min(divergences))
-    assert distance(model, smaller, probe) == pytest.approx(min(divergences))
+    assert distance(model, smaller, calibration) == pytest.approx(min(divergences))
 
 
-def test_what_can_not_get_nearer_stays_as_it_was(model: Chain, probe: TensorImages) -> None:
+def test_weights_stay_if_no_epoch_is_better(model: Chain, calibration: TensorImages) -> None:
     smaller = copy.deepcopy(model)
-    result = polished(model, smaller, probe, learning_rate=1.0)
+    result = distilled(model, smaller, calibration, learning_rate=1.0)
     assert result.chosen == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
 
@@ -86,29 +91,30 @@ def test_what_can_not_get_nearer_stays_as_it_was(model: Chain, probe: TensorImag
 def test_tensors_keep_their_sides(model: Chain, generator: torch.Generator) -> None:
     images = NormalisedImages(torch.rand(8, 3, 80, 120, generator=generator), torch.zeros(8).long())
     smaller, shapes = copy.deepcopy(model), []
-    smaller.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
+    smaller.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[1:])))
     prepare = Preprocessing(80, 80)
     settings = DistillSection(epochs=1, batch_size=8, precision="float32")
-    distill(model, smaller, images, lambda: batches(images, 8, prepare), prepare, settings, seed=0)
+    data = TrainingData(images, prepare)
+    distill(model, smaller, data, lambda: batches(images, 8, prepare), settings, seed=0)
     assert set(shapes) == {(3, 80, 120)}
 
 
 def test_labels_do_not_matter(
-    model: Chain, probe: TensorImages, generator: torch.Generator
+    model: Chain, calibration: TensorImages, generator: torch.Generator
 ) -> None:
     one = disturbed(model, generator)
     other = copy.deepcopy(one)
-    strange = TensorImages(probe.pixels, probe.labels + 100)
-    assert polished(model, one, probe) == polished(model, other, strange)
+    strange = TensorImages(calibration.pixels, calibration.labels + 100)
+    assert distilled(model, one, calibration) == distilled(model, other, strange)
     assert all(torch.equal(one.state_dict()[n], t) for n, t in other.state_dict().items())
 
 
-def test_norm_statistics_and_the_original_stay(
-    model: Chain, probe: TensorImages, generator: torch.Generator
+def test_batchnorm_statistics_and_the_original_stay(
+    model: Chain, calibration: TensorImages, generator: torch.Generator
 ) -> None:
     smaller = disturbed(model, generator).train()
     before, original = copy.deepcopy(smaller.state_dict()), copy.deepcopy(model.state_dict())
-    result = polished(model, smaller, probe)
+    result = distilled(model, smaller, calibration)
     assert result.chosen > 0
     assert smaller.training
     for name, tensor in smaller.state_dict().items():

@@ -1,4 +1,4 @@
-"""Requests to stop are heard, whoever drops them."""
+"""Requests to stop end the process, whatever drops them, and wait while they are deferred."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from processes import context
 from secateur.runtime.signals import INTERRUPTED, defer_signals, repeat_signals
 
 
-def swallowed_once() -> None:
-    """As Python does with what is raised in the callbacks of its garbage collector."""
+def dropped_once() -> None:
+    """As Python drops what is raised in callbacks of its garbage collector."""
     with contextlib.suppress(BaseException):
         time.sleep(60)
     time.sleep(60)
 
 
-def swallowed_always() -> None:
+def dropped_always() -> None:
     while True:
         try:
             time.sleep(60)
@@ -31,36 +31,36 @@ def swallowed_always() -> None:
             continue
 
 
-def let_through() -> None:
+def raised() -> None:
     time.sleep(60)
 
 
-def made_another_error() -> None:
+def raised_as_another_error() -> None:
     try:
         time.sleep(60)
     except KeyboardInterrupt as error:
-        raise ImportError("as of a module whose import was cut off") from error
+        raise ImportError("as from an interrupted import") from error
 
 
-def held_for_a_while(place: Path) -> None:
-    with defer_signals() as interrupts:
+def deferred(folder: Path) -> None:
+    with defer_signals() as signals:
         for _ in range(60):
             time.sleep(0.05)
-        (place / "done").write_text(str(interrupts.is_pending))
+        (folder / "done").write_text(str(signals.is_pending))
     raise KeyboardInterrupt
 
 
-def work(job: str, place: Path) -> None:
+def work(job: str, folder: Path) -> None:
     jobs: dict[str, Callable[[], None]] = {
-        "through": let_through,
-        "once": swallowed_once,
-        "other": made_another_error,
-        "always": swallowed_always,
-        "held": lambda: held_for_a_while(place),
+        "raised": raised,
+        "dropped once": dropped_once,
+        "another error": raised_as_another_error,
+        "dropped always": dropped_always,
+        "deferred": lambda: deferred(folder),
     }
     try:
         with repeat_signals():
-            (place / "there").touch()
+            (folder / "started").touch()
             jobs[job]()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -69,27 +69,33 @@ def work(job: str, place: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("job", "least", "most"),
-    [("through", 0, 2), ("once", 0.5, 4), ("other", 0, 2), ("always", 3, 5.5), ("held", 1, 5)],
+    [
+        ("raised", 0, 2),
+        ("dropped once", 0.5, 4),
+        ("another error", 0, 2),
+        ("dropped always", 3, 5.5),
+        ("deferred", 1, 5),
+    ],
 )
 def test_the_process_ends_in_time(
     job: str, least: float, most: float, sent: signal.Signals, tmp_path: Path
 ) -> None:
     process = context().Process(target=work, args=(job, tmp_path))  # type: ignore[attr-defined]
     process.start()
-    while not (tmp_path / "there").exists():
+    while not (tmp_path / "started").exists():
         assert process.is_alive()
         time.sleep(0.01)
     time.sleep(0.1)
-    since = time.monotonic()
+    start = time.monotonic()
     os.kill(process.pid, sent)
     process.join(30)
     assert process.exitcode == INTERRUPTED
-    assert least <= time.monotonic() - since < most
-    if job == "held":
+    assert least <= time.monotonic() - start < most
+    if job == "deferred":
         assert (tmp_path / "done").read_text() == "True"
 
 
-def test_handlers_are_those_of_before() -> None:
+def test_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with repeat_signals(), defer_signals():
         pass

@@ -1,4 +1,4 @@
-"""Files and folders are whole or as they were, whatever happens while they are written."""
+"""Files and folders are replaced as a whole or not at all, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_checkpoints_are_not_written_to_a_folder_behind_a_link(tmp_path: Path) -
     assert len(names_in(elsewhere)) == 4
 
 
-def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+def test_an_unfinished_line_does_not_spoil_the_next_one(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     events = EventLog(log)
     events.write("start")
@@ -107,13 +107,13 @@ def test_lines_of_an_empty_log_start_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_folder_takes_the_place_of_another(
+def test_a_folder_replaces_another(
     tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(atomic_io, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_io, "_exchange", lambda first, second: False)
     elif sys.platform != "linux":
-        pytest.skip("names are exchanged on Linux alone")
+        pytest.skip("names can be exchanged on Linux only")
     folder = tmp_path / "run"
     for content in ("old", "new"):
         with replacing_folder(folder) as new:
@@ -127,7 +127,7 @@ def test_a_folder_takes_the_place_of_another(
     assert names_in(tmp_path) == ["run"]
 
 
-def test_what_a_killed_process_has_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for name in (f".run{UNFINISHED}", ".run.older"):
         (tmp_path / name).mkdir()
@@ -173,7 +173,7 @@ def test_a_folder_on_which_a_disk_is_mounted_is_refused_at_once(
     assert names_in(tmp_path / "disk") == ["inside"]
 
 
-def test_an_error_of_what_fills_a_folder_is_not_one_of_writing(tmp_path: Path) -> None:
+def test_an_error_of_the_caller_is_not_a_write_error(tmp_path: Path) -> None:
     with pytest.raises(ConnectionResetError), replacing_folder(tmp_path / "run"):
         raise_reset()
     assert names_in(tmp_path) == []
@@ -183,7 +183,7 @@ def raise_reset() -> None:
     raise ConnectionResetError
 
 
-def test_a_run_on_a_disk_that_fails_loses_nothing_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_on_a_disk_that_fails_loses_nothing_and_resumes(tmp_path: Path) -> None:
     """At one of its writes; `bench/faults.py disk` does all of them."""
     case = Case(tmp_path, checkpoint_minutes=60.0, report_images=0)
     case.write()
@@ -201,7 +201,7 @@ def test_a_run_on_a_disk_that_fails_loses_nothing_and_goes_on(tmp_path: Path) ->
     assert not [name for name in names_in(tmp_path) if name.startswith(".full")]
 
 
-def test_an_older_run_stays_where_the_new_one_finds_no_room(tmp_path: Path) -> None:
+def test_an_older_run_stays_if_the_disk_is_full(tmp_path: Path) -> None:
     case = Case(tmp_path, report_images=0)
     case.write()
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Memory is looked at before it is short, and what the machine does not grant is one line."""
+"""Memory is checked before it runs out, and errors of the system are explained in one line."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from secateur.experiments.run import run
 from secateur.pipeline import prune as pipeline
 from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
 from secateur.pruning.cost.memory import peak_bytes, total_bytes
-from secateur.runtime import memory as room
+from secateur.runtime import memory
 from secateur.runtime.error_messages import explain
-from secateur.runtime.memory import SHARE, free_bytes
-from secateur.training import trainer as training
+from secateur.runtime.memory import USABLE_FRACTION, free_bytes
+from secateur.training import memory_check, trainer
 from secateur.training.memory_check import check_training
 
 
 def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes(torch.device("cpu"))
     assert 2**20 < free < 2**50
-    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 400000\n")
@@ -44,7 +44,7 @@ def test_batches_fit_into_what_is_free() -> None:
     each = peak_bytes(dependencies)({})
     assert 0 < each < total_bytes(dependencies)
     assert batch_that_fits(dependencies, 100, 2**40, with_gradients=False) == 100
-    tight = int(10 * each / SHARE)
+    tight = int(10 * each / USABLE_FRACTION)
     assert batch_that_fits(dependencies, 100, tight, with_gradients=False) == 10
     assert LEAST_BATCH <= batch_that_fits(dependencies, 100, tight, with_gradients=True) < 10
     assert batch_that_fits(dependencies, 100, 0, with_gradients=False) == LEAST_BATCH
@@ -78,7 +78,7 @@ def test_a_step_that_is_too_large_is_refused_before_it_is_made(
     modes = [module.training for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check_training(model, random_images(2), 1000)
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1_000_000)
     check_training(model, random_images(2), 2)
     with pytest.raises(SecateurError, match=r"a training step on 1000 images takes about .* GiB"):
         check_training(model, random_images(2), 1000)
@@ -90,7 +90,7 @@ def test_a_step_that_is_too_large_is_refused_before_it_is_made(
 def test_kernels_in_another_precision_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of 2 MB, whatever the number of images, whose activations are of 2 kB each."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1000), nn.Linear(1000, 1000), nn.ReLU())
-    monkeypatch.setattr(room, "free_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 4_000_000)
     with torch.autocast("cpu", torch.bfloat16):
         check_training(model, torch.rand(4, 3, 2, 2), 200)
         check_training(model, torch.rand(2, 3, 2, 2), 200)
@@ -98,7 +98,7 @@ def test_kernels_in_another_precision_count_once(monkeypatch: pytest.MonkeyPatch
             check_training(model, torch.rand(4, 3, 2, 2), 2000)
 
 
-def test_nothing_of_the_measured_step_is_left() -> None:
+def test_nothing_of_the_measured_step_stays_in_memory() -> None:
     class Remembering(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -121,16 +121,16 @@ def test_what_a_step_takes_grows_with_what_is_computed_at_once(
 ) -> None:
     case = Case(tmp_path, report_images=0)
     case.write()
-    asked: list[int] = []
+    batch_sizes: list[int] = []
     monkeypatch.setattr(
-        training, "check_training", lambda model, few, at_once: asked.append(at_once)
+        trainer, "check_training", lambda model, few, batch_size: batch_sizes.append(batch_size)
     )
     settings = case.config(epochs=1).finetune
-    for accumulate in (1, 4):
-        changed = settings.model_copy(update={"gradient_accumulation_steps": accumulate})
+    for steps in (1, 4):
+        changed = settings.model_copy(update={"gradient_accumulation_steps": steps})
         config = case.config(epochs=1).model_copy(update={"finetune": changed})
-        run(config, tmp_path / str(accumulate))
-    assert asked == [16, 4]
+        run(config, tmp_path / str(steps))
+    assert batch_sizes == [16, 4]
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_what_a_step_takes_grows_with_what_is_computed_at_once(
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "No space left on device: '/x'"),
     ],
 )
-def test_what_the_machine_does_not_grant_is_one_line(error: Exception, words: str) -> None:
-    found = explain(error)
-    assert found is not None
-    assert words in found
-    assert "\n" not in found
+def test_errors_of_the_system_are_explained_in_one_line(error: Exception, words: str) -> None:
+    line = explain(error)
+    assert line is not None
+    assert words in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("mat1 and mat2 shapes"), ValueError("x"), KeyError(1)]
 )
-def test_a_fault_of_the_code_is_not_explained_away(error: Exception) -> None:
+def test_bugs_are_not_explained(error: Exception) -> None:
     assert explain(error) is None
