@@ -17,7 +17,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Both share their modules and tensors; the wrapper's names have a prefix.
     """
-    network: nn.Module = unwrapped(model)
+    network: nn.Module = getattr(model, "_orig_mod", model)
     return network
 
 
