@@ -51,7 +51,7 @@ class TrainedTensors:
         """Return a checkpoint of this state, of the best network's so far, and of `facts`."""
         parts = {"model": self.model.state_dict(), "best": best}
         if self.ema is not None:
-            parts["ema_decay"] = self.ema.state_dict()
+            parts["ema"] = self.ema.state_dict()
         parts["optimiser"] = {
             f"{number}.{key}": value
             for number, values in self.optimiser.state_dict()["state"].items()
@@ -70,7 +70,7 @@ class TrainedTensors:
         """Load the state that `to_checkpoint` has saved, in place."""
         self.model.load_state_dict(checkpoint.part("model"))
         if self.ema is not None:
-            self.ema.load_state_dict(checkpoint.part("ema_decay"))
+            self.ema.load_state_dict(checkpoint.part("ema"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.part("optimiser").items():
             number, key = name.split(".", 1)
