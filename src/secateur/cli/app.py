@@ -63,7 +63,8 @@ from secateur.experiments.report.comparison import CHARTS, PAGE, tables, write_c
 from secateur.experiments.train_base import BaseConfig, train_base
 from secateur.integrations.onnx import Latency, check_free, compare_latency, export_onnx
 from secateur.models import user_code, zoo
-from secateur.pipeline.prune import check_weights, load_inputs, make_unreadable, names_of, stream
+from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
+from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
@@ -324,12 +325,10 @@ def prune(
         result = runs.run(
             resolved,
             out,
+            RunContext(display.progress(), _command(), board),
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
-            progress=display.progress(),
-            board=board,
-            command=_command(),
         )
     display.show_run(result, out, as_json=as_json)
 
@@ -380,13 +379,11 @@ def finetune(
             run,
             out or run,
             given,
+            RunContext(display.progress(), _command(), board),
             model_name=model,
             source=data_source,
             resume=resume,
             overwrite=overwrite,
-            progress=display.progress(),
-            board=board,
-            command=_command(),
         )
     display.show_run(result, out or run, as_json=as_json)
 
@@ -445,14 +442,8 @@ def train_network(
         settings,
     )
     with _resumable(out):
-        result = train_base(
-            resolved,
-            out,
-            resume=resume,
-            progress=display.progress(),
-            board=board,
-            command=_command(),
-        )
+        context = RunContext(display.progress(), _command(), board)
+        result = train_base(resolved, out, context, resume=resume)
     if as_json:
         print(result.model_dump_json(indent=1))
         return
@@ -493,10 +484,10 @@ def evaluate(
     else:
         check_weights(settings, allow_untrained=allow_untrained)
         dataset, network = load_inputs(settings)
-    unreadable = make_unreadable(settings)
-    images = stream(dataset.test, settings, display.progress(), "scoring", unreadable)
-    score = evaluate_network(network, images)
-    names = None if unreadable is None else names_of(unreadable)
+    context = RunContext(display.progress()).collecting_unreadable(settings)
+    reader = make_reader(settings, context)
+    score = evaluate_network(network, reader.read_shard(dataset.test, "scoring"))
+    names = None if context.unreadable is None else context.unreadable_files
     display.show_score(score, names, as_json=as_json)
 
 
@@ -572,7 +563,7 @@ def inspect(
     check_weights(settings, allow_untrained=allow_untrained)
     if pictures is not None and not pictures.parent.is_dir():
         raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
-    found = inspect_network(settings, names, pictures=pictures, progress=display.progress())
+    found = inspect_network(settings, names, RunContext(display.progress()), pictures=pictures)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -665,12 +656,12 @@ def report(
         pictures = run / CHARTS if out is None else out.resolve()
     written = runs.report(
         run,
+        RunContext(display.progress()),
         model_name=model,
         source=data_source,
         images=images,
         beside=beside,
         pictures=pictures,
-        progress=display.progress(),
     )
     if as_json:
         print(json.dumps([str(path) for path in written], indent=1))
@@ -756,7 +747,7 @@ def run_demo(
     run_folder.check_free(out, overwrite=True)
     if weights is None:
         weights = out.parent / f"{out.name}-base.safetensors"
-        train_digits(weights, display.progress())
+        train_digits(weights, RunContext(display.progress()))
         settings = digits_config(weights)
     else:
         settings = config_of(
@@ -767,9 +758,8 @@ def run_demo(
             },
             RunConfig,
         )
-    result = runs.run(
-        settings, out, overwrite=True, progress=display.progress(), command=_command()
-    )
+    context = RunContext(display.progress(), _command())
+    result = runs.run(settings, out, context, overwrite=True)
     display.show_run(result, out, as_json=as_json)
 
 
