@@ -27,12 +27,16 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import RunConfig, parse_budget
 from secateur.errors import UsageError
-from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.scoring_context import (
+    ScoringContext,
+    make_criterion,
+    make_scoring_context,
+)
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import refit
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import no_progress
 from secateur.scoring import criteria
 from secateur.scoring.feature_pass import kernels_of
 from secateur.scoring.scores import score_filters
@@ -70,15 +74,15 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: stream(context.calibration, config, no_progress, ""),
+        lambda: context.reader.read_shard(context.calibration),
         {name: make_criterion(name, context.source, config) for name in names},
         context.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = channels_last(stream(scored, config, no_progress, ""))
-    probe = channels_last(stream(context.calibration, config, no_progress, ""))
+    shown = channels_last(make_reader(config).read_shard(scored))
+    probe = channels_last(context.reader.read_shard(context.calibration))
     base = accuracy(model, shown)
     answers: list[dict[Node, Tensor]] = []
     for target, name in wanted:

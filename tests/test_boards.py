@@ -14,6 +14,7 @@ from secateur.config import RunConfig, from_dict
 from secateur.errors import UsageError
 from secateur.experiments.run import run
 from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.pipeline.run_context import RunContext
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,7 +55,7 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
         "plan": {"target": "macs=0.6", "rounds": 2},
         "finetune": BRIEF,
     }
-    run(from_dict(content, RunConfig), tmp_path / "run", board=tmp_path / "board")
+    run(from_dict(content, RunConfig), tmp_path / "run", RunContext(tracker=tmp_path / "board"))
     epochs = logged(tmp_path / "run")
     assert [(epoch["round"], epoch["number"]) for epoch in epochs] == [
         (1, 1),
@@ -79,7 +80,9 @@ def test_training_a_base_network_is_drawn_too(source: str, tmp_path: Path) -> No
         "data": {"source": source, "image_size": 16},
         "train": BRIEF,
     }
-    result = train_base(from_dict(content, BaseConfig), tmp_path / "base", board=tmp_path / "board")
+    result = train_base(
+        from_dict(content, BaseConfig), tmp_path / "base", RunContext(tracker=tmp_path / "board")
+    )
     assert curves(tmp_path / "board")["training/loss"] == [
         (epoch.number, single(epoch.loss)) for epoch in result.epochs
     ]
@@ -91,4 +94,4 @@ def test_without_tensorboard_it_is_said_before_anything_is_done(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = from_dict({"model": {"name": "resnet20"}, "data": {"source": source}}, BaseConfig)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[tensorboard\]'"):
-        train_base(config, tmp_path / "base", board=tmp_path / "board")
+        train_base(config, tmp_path / "base", RunContext(tracker=tmp_path / "board"))

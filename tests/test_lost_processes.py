@@ -46,7 +46,7 @@ def dying(function: Callable[..., Any], rank: int) -> Callable[..., Any]:
 def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     """The command line, as one of several processes that torchrun might have started."""
     from secateur.cli import app
-    from secateur.pipeline import prune as pipeline
+    from secateur.pipeline import scoring_context
     from secateur.pruning.refit import refit_and_check
     from secateur.training.trainer import _Run
 
@@ -56,16 +56,20 @@ def prune_as(rank: int, port: int, stage: str, folder: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(SIZE)}
     os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     if stage == "scoring":
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
+        patch.setattr(
+            scoring_context, "collect_plan_inputs", dying(scoring_context.collect_plan_inputs, rank)
+        )
     elif stage == "refit":
         patch.setattr(refit_and_check, "refit", dying(vars(refit_and_check)["refit"], rank))
     elif stage == "training":
         patch.setattr(_Run, "_step", dying(_Run._step, rank))
     elif rank < SIZE - 1:  # the others are busy and don't hear of it
         patch.setattr(watchdog, "SILENCE", SHORT_SILENCE)
-        patch.setattr(pipeline, "survey_filters", lambda *_, **__: time.sleep(300))
+        patch.setattr(scoring_context, "collect_plan_inputs", lambda *_, **__: time.sleep(300))
     else:
-        patch.setattr(pipeline, "survey_filters", dying(pipeline.collect_plan_inputs, rank))
+        patch.setattr(
+            scoring_context, "collect_plan_inputs", dying(scoring_context.collect_plan_inputs, rank)
+        )
     case = Case(folder)
     data = ["--data", case.source, "--image-size", str(SIDE), "--calibration-images", "24"]
     training_options = ["--epochs", "1", "--set", "finetune.batch_size=18"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from secateur.data.batches import Batch, batches
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable
+from secateur.errors import DataError
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress
 
@@ -29,6 +31,17 @@ class BatchReader:
     progress: ProgressCallback = no_progress
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
+
+    def read_first(self, images: Images, count: int) -> Tensor:
+        """Return at most `count` of the first images `[image, channel, height, width]`.
+
+        Raises `DataError` where none of `images` can be read.
+        """
+        few = replace(self, batch_size=min(count, self.batch_size))
+        batch = next(iter(few.read(images)), None)
+        if batch is None:
+            raise DataError(f"none of {len(images.labels)} calibration images can be read")
+        return batch.images
 
     def read(self, images: Images, title: str = "") -> Iterable[Batch]:
         """Return all images, in every process."""

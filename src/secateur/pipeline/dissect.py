@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -61,7 +62,7 @@ def dissect_network(
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: context.calibration_shard(title),
+        partial(context.reader.read_image_shard, context.calibration, title),
         {name: make_criterion(name, context.source, config) for name in criterion_names},
         context.source,
         config.score,

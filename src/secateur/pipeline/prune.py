@@ -14,7 +14,7 @@ from secateur.pipeline import stages
 from secateur.pipeline.inputs import resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FrozenResult, GroupResult, RunResult, merge_rounds
-from secateur.pipeline.rounds import Round, first_round, next_round
+from secateur.pipeline.rounds import Round, begin_round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline
 from secateur.pipeline.stages import CutOutcome, DistillStage, RefitStage
@@ -76,12 +76,9 @@ def prune_round(
     The round cuts `original`, for which there may be a `baseline`, or else the network of the round
     before, `earlier`.
     """
-    config = resolve_config(config, dataset)
     run_context = run_context.collecting_unreadable(config)
-    if earlier is None:
-        this = first_round(original, dataset, config, run_context, baseline)
-    else:
-        this = next_round(original, dataset, config, run_context, earlier)
+    config = resolve_config(config, dataset)
+    this = begin_round(original, dataset, config, run_context, baseline=baseline, earlier=earlier)
     cut = stages.cut(this)
     refit = stages.refit(this, cut) if config.refit.is_any else None
     distilled = stages.distill(this, cut) if config.distill.epochs else None

@@ -1,9 +1,8 @@
-"""What the stages of a round work on: the first round's network, or what the last one has left."""
+"""A round: scored filters, a plan, and the stages that carry it out."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -13,13 +12,7 @@ from secateur.pipeline.inputs import limit_batch_size
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import (
-    Baseline,
-    ScoringContext,
-    collect_plan_inputs,
-    make_baseline,
-    make_scoring_context,
-)
+from secateur.pipeline.scoring_context import Baseline, ScoringContext, make_baseline
 from secateur.pruning.plan_inputs import PlanInputs
 
 
@@ -50,74 +43,48 @@ class Round:
     run_context: RunContext
 
 
-def first_round(
+def begin_round(
     original: nn.Module,
     dataset: DataSet,
     config: RunConfig,
     run_context: RunContext,
-    baseline: Baseline | None,
+    *,
+    baseline: Baseline | None = None,
+    earlier: Pruned | None = None,
 ) -> Round:
-    """Return the round that cuts the original network, of which a baseline may be known."""
-    baseline = baseline or make_baseline(original, dataset, config, run_context=run_context)
-    context = baseline.context.reporting_to(run_context)
-    before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
-    is_limited = context.reader.batch_size < config.data.batch_size
-    if is_limited:
-        _log_batch_size(run_context, config, context)
-    run_context.log.write("stage", **before.model_dump())
-    return Round(
-        number=1,
-        original=original,
-        network=original,
-        dataset=dataset,
-        config=limit_batch_size(config, context.reader.batch_size),
-        requested_batch_size=config.data.batch_size if is_limited else None,
-        context=context,
-        plan_inputs=baseline.plan_inputs[config.score.criterion],
-        seconds=baseline.seconds,
-        stages=(before,),
-        unreadable=baseline.unreadable,
-        run_context=run_context,
-    )
-
-
-def next_round(
-    original: nn.Module,
-    dataset: DataSet,
-    config: RunConfig,
-    run_context: RunContext,
-    earlier: Pruned,
-) -> Round:
-    """Return the round that cuts what the earlier ones have left."""
-    since = time.perf_counter()
-    criterion = config.score.criterion
-    context = make_scoring_context(
-        earlier.model, dataset, config, run_context, criterion_names=(criterion,)
-    )
-    plan_inputs = collect_plan_inputs(earlier.model, context, config)[criterion]
-    seconds = time.perf_counter() - since
-    is_limited = context.reader.batch_size < config.data.batch_size
-    requested = earlier.result.requested_batch_size
-    if is_limited:
-        _log_batch_size(run_context, config, context)
+    """Prepare to cut `original`, or what the earlier rounds have left of it."""
+    network = original if earlier is None else earlier.model
+    if baseline is None:
+        score = None if earlier is None else earlier.result.stages[-1].score
+        baseline = make_baseline(network, dataset, config, (), run_context, score=score)
+    reader, log = baseline.context.reader, run_context.log
+    requested = None if earlier is None else earlier.result.requested_batch_size
+    if reader.batch_size < config.data.batch_size:
         requested = config.data.batch_size
+        log.write("batch_size", requested=requested, used=reader.batch_size)
+        config = limit_batch_size(config, reader.batch_size)
+    if earlier is None:
+        before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
+        log.write("stage", **before.model_dump())
+        number, stages, unreadable = 1, (before,), baseline.unreadable
+    else:
+        number, stages = earlier.round + 1, earlier.result.stages
+        unreadable = (*earlier.result.unreadable, *baseline.unreadable)
+    plan_inputs = baseline.plan_inputs[config.score.criterion]
+    if plan_inputs.latency is not None:
+        log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
+    reader = replace(reader, progress=run_context.progress, unreadable=run_context.unreadable)
     return Round(
-        number=earlier.round + 1,
+        number=number,
         original=original,
-        network=earlier.model,
+        network=network,
         dataset=dataset,
-        config=limit_batch_size(config, context.reader.batch_size),
+        config=config,
         requested_batch_size=requested,
-        context=context,
+        context=replace(baseline.context, reader=reader),
         plan_inputs=plan_inputs,
-        seconds=seconds,
-        stages=earlier.result.stages,
-        unreadable=earlier.result.unreadable,
+        seconds=baseline.seconds,
+        stages=stages,
+        unreadable=unreadable,
         run_context=run_context,
-    )
-
-
-def _log_batch_size(run_context: RunContext, config: RunConfig, context: ScoringContext) -> None:
-    run_context.log.write(
-        "batch_size", requested=config.data.batch_size, used=context.reader.batch_size
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from secateur import data
 from secateur.config import RunConfig
-from secateur.data import Batch, DataSet, Images
+from secateur.data import DataSet, Images
 from secateur.data.batch_reader import BatchReader
-from secateur.errors import DataError, UnknownName
+from secateur.errors import UnknownName
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
@@ -42,17 +43,8 @@ class ScoringContext:
     source: ConceptSource
     reader: BatchReader
     """Reads images in batches that fit into memory, at most those of the configuration."""
-
-    def calibration_shard(self, title: str = "") -> Iterable[Batch]:
-        """Return this process's calibration images, numbered as in the calibration set."""
-        return self.reader.read_image_shard(self.calibration, title)
-
-    def reporting_to(self, run_context: RunContext) -> ScoringContext:
-        """Return the context with the progress and the collector of unreadable images of a run."""
-        reader = replace(
-            self.reader, progress=run_context.progress, unreadable=run_context.unreadable
-        )
-        return replace(self, reader=reader)
+    criteria: Mapping[str, Criterion]
+    """By name: what the filters are to be scored by."""
 
 
 def make_scoring_context(
@@ -66,9 +58,9 @@ def make_scoring_context(
 ) -> ScoringContext:
     """Draw the calibration images, build the dependency graph and make the concept source.
 
-    Criteria that need gradients take more memory, so smaller batches: `criterion_names` are those
-    that filters will be scored by. `dependencies` saves building the graph again. Annotated
-    concepts bring their own images, which are then the calibration set. Raises `SecateurError`.
+    Criteria that need gradients take more memory, so smaller batches. `dependencies` saves building
+    the graph again. Annotated concepts bring their own images, which are then the calibration set.
+    Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
     annotated = concepts.annotated_images(config.score.concepts)
@@ -78,7 +70,7 @@ def make_scoring_context(
         stratified=config.data.stratified and annotated is None,
         seed=config.seed,
     )
-    example = _first_images(calibration, reader)
+    example = reader.read_first(calibration, EXAMPLE_IMAGES)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
@@ -91,27 +83,15 @@ def make_scoring_context(
         dataset.class_names,
         reader.preprocessing,
     )
-    needs = {
-        need for name in criterion_names for need in make_criterion(name, source, config).needs
-    }
+    scored_by = {name: make_criterion(name, source, config) for name in criterion_names}
     batch_size = batch_that_fits(
         dependencies,
         config.data.batch_size,
         min(distributed.all_gather(free_bytes(device_of(model)))),
-        with_gradients="gradients" in needs,
+        with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
     )
-    return ScoringContext(
-        calibration, example, dependencies, source, replace(reader, batch_size=batch_size)
-    )
-
-
-def _first_images(calibration: Images, reader: BatchReader) -> Tensor:
-    """Return the first batch of images, at most `EXAMPLE_IMAGES`."""
-    few = replace(reader, batch_size=min(EXAMPLE_IMAGES, reader.batch_size))
-    batch = next(iter(few.read(calibration)), None)
-    if batch is None:
-        raise DataError(f"none of {len(calibration.labels)} calibration images can be read")
-    return batch.images
+    reader = replace(reader, batch_size=batch_size)
+    return ScoringContext(calibration, example, dependencies, source, reader, scored_by)
 
 
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
@@ -133,35 +113,27 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
 
 
 def collect_plan_inputs(
-    model: nn.Module,
-    context: ScoringContext,
-    config: RunConfig,
-    criterion_names: Sequence[str] = (),
+    model: nn.Module, context: ScoringContext, config: RunConfig
 ) -> dict[str, PlanInputs]:
-    """Score the filters in one pass; return what plans are made from, by criterion.
-
-    Without `criterion_names` the criterion is that of `config`.
-    """
+    """Score the filters in one pass; return what plans are made from, by criterion."""
+    reader = context.reader
     return make_plan_inputs(
         model,
         context.dependencies,
-        lambda: context.calibration_shard("scoring filters"),
-        {
-            name: make_criterion(name, context.source, config)
-            for name in criterion_names or (config.score.criterion,)
-        },
+        partial(reader.read_image_shard, context.calibration, "scoring filters"),
+        context.criteria,
         context.source,
         config.score,
         config.plan,
-        sample=lambda: context.reader.read(context.calibration),
+        sample=partial(reader.read, context.calibration),
         example=context.example,
-        progress=context.reader.progress,
+        progress=reader.progress,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """A network before its first cut: runs with other criteria and budgets share it."""
+    """A network before a cut: runs with other criteria and budgets share it."""
 
     score: Score
     """On the test images."""
@@ -180,14 +152,20 @@ def make_baseline(
     config: RunConfig,
     criterion_names: Sequence[str] = (),
     run_context: RunContext | None = None,
+    *,
+    score: Score | None = None,
 ) -> Baseline:
-    """Score `model` and its filters, by the named criteria or else by that of `config`."""
-    config = resolve_config(config, dataset)
+    """Score the filters of `model`, by the named criteria or else by that of `config`.
+
+    `model` is scored on the test images, too, where its `score` is not known.
+    """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
+    config = resolve_config(config, dataset)
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
     context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
-    plan_inputs = collect_plan_inputs(model, context, config, names)
+    plan_inputs = collect_plan_inputs(model, context, config)
     seconds = time.perf_counter() - since
-    score = evaluate(model, context.reader.read_shard(dataset.test, "scoring (before)"))
+    if score is None:
+        score = evaluate(model, context.reader.read_shard(dataset.test, "scoring (before)"))
     return Baseline(score, context, plan_inputs, seconds, run_context.unreadable_files)

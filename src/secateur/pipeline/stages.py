@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
     FinetuneResult,
     KeptWeights,
-    Stage,
     StageResult,
     has_collapsed,
 )
@@ -79,20 +79,19 @@ def cut(this: Round) -> CutOutcome:
     """Remove the filters of a plan from a copy of the round's network, and check the result."""
     since = time.perf_counter() - this.seconds
     dependencies, example = this.context.dependencies, this.context.example
-    if this.plan_inputs.latency is not None:
-        facts = this.plan_inputs.latency.model_dump(exclude={"layers"})
-        this.run_context.log.write("latency", **facts)
-    size_trials = () if this.config.plan.max_drop is None else _search_size(this)
-    plan = _make_plan(this, size_trials)
+    plan, size_trials = _make_plan(this)
     smaller = apply_plan(this.network, dependencies, plan)
     error = check_equivalence(this.network, dependencies, plan, smaller, example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither refit nor training change what a forward pass computes.
     fraction_left = distributed.on_main_process(
-        lambda: measure_fraction_left(this.network, smaller, example)
+        lambda: measure_fraction_left(this.original, smaller, example)
     )
     latency_ms = fraction_left * this.stages[0].score.latency_ms
-    result = _score_stage("cut", this, smaller, latency_ms, seconds)
+    batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
+    score = evaluate(smaller, batches, known_ms=latency_ms)
+    result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
     return CutOutcome(smaller, plan, size_trials, error, result)
 
 
@@ -103,8 +102,11 @@ def refit(this: Round, cut_outcome: CutOutcome) -> RefitStage:
         this.network, cut_outcome.network, this.context, cut_outcome.plan, this.config
     )
     seconds = time.perf_counter() - since
+    batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
     latency_ms = cut_outcome.result.score.latency_ms
-    result = _score_stage("refit", this, cut_outcome.network, latency_ms, seconds)
+    score = evaluate(cut_outcome.network, batches, known_ms=latency_ms)
+    result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
     return RefitStage(outcome, result)
 
 
@@ -117,7 +119,7 @@ def distill(this: Round, cut_outcome: CutOutcome) -> DistillStage:
         this.original,
         smaller,
         fit,
-        lambda: reader.read_shard(held_out),
+        partial(reader.read_shard, held_out),
         reader.preprocessing,
         this.config.distill,
         seed=this.config.seed,
@@ -127,8 +129,10 @@ def distill(this: Round, cut_outcome: CutOutcome) -> DistillStage:
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))
     seconds = time.perf_counter() - since
-    latency_ms = cut_outcome.result.score.latency_ms
-    result = _score_stage("distilled", this, smaller, latency_ms, seconds)
+    batches = reader.read_shard(this.dataset.test, "scoring (distilled)")
+    score = evaluate(smaller, batches, known_ms=cut_outcome.result.score.latency_ms)
+    result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
     return DistillStage(outcome, result)
 
 
@@ -218,24 +222,27 @@ def refit_in_place(
         context.dependencies,
         plan,
         config.refit,
-        context.calibration_shard,
-        lambda: reader.read_shard(fit, "recalibrating batch norm"),
-        lambda: reader.read_shard(held_out),
+        partial(reader.read_image_shard, context.calibration),
+        partial(reader.read_shard, fit, "recalibrating batch norm"),
+        partial(reader.read_shard, held_out),
         seed=config.seed,
         progress=reader.progress,
     )
 
 
-def _make_plan(this: Round, size_trials: tuple[SizeTrial, ...]) -> PruningPlan:
+def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     """Return the plan for this round's part of the budget, or for the size that was found."""
     plan_inputs, max_drop = this.plan_inputs, this.config.plan.max_drop
     budget = parse_budget(this.config.plan.target)
-    fraction_left = budget.fraction_left ** (1 / this.config.plan.rounds)  # the same every round
     if max_drop is not None:
-        fraction_left = smallest_kept(size_trials)
+        size_trials = _search_size(this, budget, max_drop)
+        return plan_inputs.plan(
+            replace(budget, fraction_left=smallest_kept(size_trials))
+        ), size_trials
+    fraction_left = budget.fraction_left ** (1 / this.config.plan.rounds)  # the same every round
     budget = replace(budget, fraction_left=fraction_left)
-    if budget.quantity != "latency" or max_drop is not None or fraction_left == 1:
-        return plan_inputs.plan(budget)
+    if budget.quantity != "latency" or fraction_left == 1:
+        return plan_inputs.plan(budget), ()
     plan, measured_fraction = distributed.on_main_process(
         lambda: plan_in_time(
             this.network,
@@ -247,13 +254,14 @@ def _make_plan(this: Round, size_trials: tuple[SizeTrial, ...]) -> PruningPlan:
         )
     )
     this.run_context.log.write("latency_left", fraction=measured_fraction)
-    return replace(plan, budget=budget)
+    return replace(plan, budget=budget), ()
 
 
-def _search_size(this: Round) -> tuple[SizeTrial, ...]:
-    """Cut and refit networks of several sizes, and measure them on the validation images."""
-    assert this.config.plan.max_drop is not None
-    budget = parse_budget(this.config.plan.target)
+def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTrial, ...]:
+    """Cut and refit networks of several sizes, and measure them on the validation images.
+
+    `max_drop` is how many points of top-1 may be lost.
+    """
 
     def top1_fraction(network: nn.Module) -> float:
         return evaluate(
@@ -272,17 +280,6 @@ def _search_size(this: Round) -> tuple[SizeTrial, ...]:
         return after
 
     before = top1_fraction(this.network)
-    limit = before - this.config.plan.max_drop / 100
+    limit = before - max_drop / 100
     trials = bisect(attempt, limit, this.plan_inputs.least(budget))
     return (SizeTrial(1.0, before, kept=True), *trials)
-
-
-def _score_stage(
-    stage: Stage, this: Round, network: nn.Module, latency_ms: float, seconds: float
-) -> StageResult:
-    """Score a stage's network on the test images, and log it."""
-    batches = this.context.reader.read_shard(this.dataset.test, f"scoring ({stage})")
-    score = evaluate(network, batches, known_ms=latency_ms)
-    result = StageResult(stage=stage, round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
-    return result
