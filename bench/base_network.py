@@ -1,13 +1,12 @@
-"""Trains the VGG-16 that is to be pruned, on CIFAR-10.
+"""Train the VGG-16 that is to be pruned, on CIFAR-10.
 
     python bench/base_network.py --data DIR --weights DIR
 
-as `secateur train` does by `configs/vgg16_cifar10_base_1.toml` and then, from those weights, by
-`configs/vgg16_cifar10_base_2.toml`; a training that was interrupted goes on from its checkpoints in
-`runs/base_network`. The weights are left in the folder of weights, under the name by which
-`configs/paper/vgg16_cifar10.toml` calls them. What they are worth goes to
-`results/base_network.json`, and to the table in docs/how_to/train.md; without arguments only the
-table is written.
+This runs `secateur train` with `configs/vgg16_cifar10_base_1.toml` and then, from those weights,
+with `configs/vgg16_cifar10_base_2.toml`. An interrupted training resumes from its checkpoints in
+`runs/base_network`. The weights are saved in the folder `--weights`, under the name that
+`configs/paper/vgg16_cifar10.toml` expects. Their accuracy goes to `results/base_network.json` and
+to the table in docs/research/training.md; without arguments only the table is written.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import shutil
 from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur.config import from_dict, read_tables
+from secateur.config import BaseConfig, from_dict, read_tables
 from secateur.experiments.compare.runner import read_spec
 from secateur.experiments.manifest import WEIGHTS
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 CONFIGS = [ROOT / "configs" / f"vgg16_cifar10_base_{number}.toml" for number in (1, 2)]
 PRUNED = ROOT / "configs" / "paper" / "vgg16_cifar10.toml"
 WORK = ROOT / "runs" / "base_network"

@@ -1,10 +1,10 @@
-"""Which networks can be cut to half of their MACs, by secateur and by Torch-Pruning.
+"""Test which networks can be pruned to half of their MACs, by secateur and by Torch-Pruning.
 
     python bench/coverage.py [--only PATTERN] [--tool both]
 
-cuts every network of `zoo.py` in a process of its own and after each writes
-`results/coverage.json`; rows that are there already are kept, so it can be interrupted. Then it
-writes the tables of docs/reference/coverage.md; `--tables` does only that.
+Each network of `zoo.py` is pruned in its own process and then added to `results/coverage.json`.
+Rows that are already there are kept, so the bench can be interrupted. Finally
+docs/reference/coverage.md is written; `--tables` does only that.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def summary_table(found: list[Row]) -> str:
     """How many networks of each part of the zoo each tool cuts."""
     lines = [
         "| | networks | secateur: cut, runs | within 3 points | within 5 points "
-        "| equals the silenced original "
+        "| equals the masked original "
         "| Torch-Pruning: cut, runs | within 3 points | within 5 points |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -315,7 +315,7 @@ def reasons_table(found: list[Row]) -> str:
             for reason, size in row.get("frozen_channels", {}).items():
                 channels[reason] += size
                 networks[reason] += 1
-    lines = ["| why channels stay | channels | networks |", "|---|---|---|"]
+    lines = ["| reason | channels | networks |", "|---|---|---|"]
     lines += [
         f"| {_cell(reason)} | {size:,} | {networks[reason]} |"
         for reason, size in channels.most_common()
@@ -326,7 +326,7 @@ def reasons_table(found: list[Row]) -> str:
 def network_table(found: list[Row], part: str) -> str:
     """One line a network."""
     lines = [
-        "| network, pixels | channels cut of all | MACs left | error | graph + cut, s "
+        "| network, pixels | channels removed of all | MACs left | error | graph + removal, s "
         "| frozen | Torch-Pruning: MACs left | graph + cut, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -401,41 +401,53 @@ def page(found: list[Row]) -> str:
     ]
     median = f"{statistics.median(times):.2f} s" if times else "–"
     parts = {
-        "torchvision": "torchvision's classification CNNs",
-        "timm": "timm's convolutional and hybrid families",
-        "dense": "torchvision's networks that segment and detect",
-        "bonus": "Transformers, for which no promise is made",
+        "torchvision": "Classification networks of torchvision",
+        "timm": "Convolutional and hybrid networks of timm",
+        "dense": "Segmentation and detection networks of torchvision",
+        "bonus": "Transformers (not officially supported)",
     }
     tables = "\n\n".join(
         f"## {title}\n\n{network_table(found, part)}"
         for part, title in parts.items()
         if _is_measured(found, part)
     )
-    return f"""# Coverage: which networks can be cut
+    return f"""# Coverage: which networks can be pruned
 
-Written by `python bench/coverage.py`; `results/coverage.json` has each row's command, seed,
-versions and hardware.
-
-Each network has random weights (seed {SEED}), and random scales, shifts and norm statistics too
-(`bench/zoo.py`). It is cut to 50 % of its MACs by the L2 norm of its filters, with the channels
-of residual streams (`prune_residual`). *Error* is the largest difference between the cut network's
-output and the original's with the removed channels silenced, over the largest output, float32; it
-*equals* that original where this is below {LAW_LIMIT:g}, and below {CHANGE_LIMIT:g} of what the
-cut changed; above {AMPLIFIED:g} it is computed in float64 too, where rounding that a deep random
-network amplifies is gone, and must be {1 / EXACT_SHARE:g} times smaller. *Cut, runs*: channels are
-gone, the forward pass runs, and every parameter that had a gradient has a finite one.
-Torch-Pruning: `MagnitudePruner`, L2 group importance, the classifier kept, up to {peer.TRIALS}
-trials of the ratio, a limit of time that each row states. *MACs left* is each tool's own count.
-Median of graph and cut: {median}; the machine had other work to do meanwhile, so seconds here
-are rough, and docs/reference/speed.md has the comparison.
+This page lists the networks that we pruned to half of their MACs, and checks that each result is
+correct. It was written by `python bench/coverage.py`. `results/coverage.json` has the command,
+seed, versions and hardware of each row.
 
 {summary_table(found)}
+
+- *Cut, runs*: channels are removed, the forward pass runs, and every parameter that had a
+  gradient still has a finite one.
+- *Within 3 (5) points*: the remaining MACs are that close to 50 %, by each tool's own count.
+- *Equals the masked original*: the output equals that of the original network with the removed
+  channels set to zero.
+
+## Method
+
+Each network has random weights (seed {SEED}) and random scales, shifts and norm statistics
+(`bench/zoo.py`). It is pruned to 50 % of its MACs by the L2 norm of its filters, including
+channels coupled by skip connections (`prune_residual`).
+
+*Error* is the largest difference between the pruned network's output and the masked original's,
+divided by the largest output, in float32. The two are *equal* if the error is below {LAW_LIMIT:g}
+and below {CHANGE_LIMIT:g} of what pruning changed. If it is above {AMPLIFIED:g}, it is computed
+in float64 as well, where the rounding that a deep random network amplifies disappears; it must
+then be {1 / EXACT_SHARE:g} times smaller.
+
+Torch-Pruning runs `MagnitudePruner` with L2 group importance. The classifier is kept, up to
+{peer.TRIALS} ratios are tried, and each row states its time limit.
+
+The median of *graph + removal* is {median}. Other programs were running, so times are rough;
+[speed](speed.md) compares times properly.
 
 Last row measured with: {listed}.
 
 {tables}
 
-## Why channels stay
+## Why channels are frozen
 
 {reasons_table(found)}
 """

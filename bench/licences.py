@@ -1,9 +1,9 @@
-"""The page of licences: those that the packages of pyproject.toml state for themselves.
+"""Write the page of licences: those that the packages of pyproject.toml state themselves.
 
     python bench/licences.py
 
-writes the table of docs/reference/licences.md from the metadata of what is installed (`make
-setup`).
+The table in docs/reference/licences.md is written from the metadata of the installed packages
+(`make setup`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PURPOSES = {
     "accelerate": "training on several devices and processes",
     "psutil": "free memory",
     "numpy": "arrays",
-    "scipy": "statistics of comparisons",
+    "scipy": "statistics of benchmarks",
     "pillow": "reads and writes images",
     "safetensors": "weights in files",
-    "pydantic": "configuration and documents, checked",
+    "pydantic": "validates configurations and files",
     "jaxtyping": "named axes in signatures",
     "typer": "the command line",
     "rich": "the terminal",
@@ -37,15 +37,16 @@ PURPOSES = {
     "tomli-w": "writes `config.toml`",
     "timm": "networks by name",
     "onnx": "ONNX files",
-    "onnxruntime": "compares and times ONNX files",
+    "onnxruntime": "checks and times ONNX files",
     "onnxscript": "torch's ONNX exporter",
     "datasets": "Hugging Face data sets",
-    "tensorboard": "curves of a training",
+    "tensorboard": "training curves",
     "scikit-learn": "NMF for concepts, handwritten digits",
-    "torch-pruning": "what is compared with",
+    "torch-pruning": "compared with in benches",
     "furo": "the documentation's theme",
     "myst-nb": "Markdown and notebooks in the documentation",
     "sphinx": "builds the documentation",
+    "sphinx-copybutton": "copies examples from the documentation",
     "axe-playwright-python": "tests: accessibility of pages",
     "beartype": "tests: types and shapes",
     "hatchling": "builds wheel and sdist",
@@ -57,7 +58,7 @@ PURPOSES = {
     "playwright": "tests: pages in a browser",
     "pyright": "checks the types of public names",
     "pytest": "tests",
-    "pytest-xdist": "tests, a process a core",
+    "pytest-xdist": "tests, one process per core",
     "ruff": "format and lint",
 }
 NAMES = {

@@ -1,13 +1,13 @@
-"""Whether `--max-drop` and targets of latency keep what they promise, without training.
+"""Compare `--max-drop` and latency targets with measurements, without training.
 
     python bench/promises.py --data DIR --resnet56 FILE --vgg16 FILE
 
-prunes ResNet-56 and VGG-16 to the smallest network that loses at most a point on validation images,
-and to 0.6 of the time of a forward pass, and then measures: accuracy on validation images, and both
-networks' forward passes interleaved. A line a cell goes to `results/promises.jsonl`; cells that are
-there are not measured again. VGG-16's weights are those that `secateur train` leaves. Then the
-table in docs/reference/targets.md is written; without weights only that. Times are of all of the
-machine's threads: leave it idle.
+ResNet-56 and VGG-16 are pruned to the smallest network that loses at most one point on validation
+images, and to 0.6 of the time of a forward pass. Then accuracy on validation images and both
+networks' forward passes (interleaved) are measured. Each combination adds a line to
+`results/promises.jsonl`; lines that are already there are not measured again. VGG-16's weights are
+those that `secateur train` writes. Finally the table in docs/reference/targets.md is written;
+without weights only that. Times use all threads of the machine: leave it idle.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ NETWORKS = {"resnet56": "resnet56", "vgg16": "vgg16_bn"}
 PROMISES = {
     "max-drop=1": PlanSection(target="macs=0.5", max_drop=1.0),
     "latency=0.6": PlanSection(target="latency=0.6"),
-    "latency=0.6 cut-stream": PlanSection(target="latency=0.6", prune_residual=True),
+    "latency=0.6 prune-residual": PlanSection(target="latency=0.6", prune_residual=True),
 }
-NO_STREAM = ("vgg16_bn", "latency=0.6 cut-stream")
+NO_STREAM = ("vgg16_bn", "latency=0.6 prune-residual")
 """It has no residual sums: the same as without."""
 
 
@@ -101,9 +101,9 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
 
 
 def table(found: list[Cell]) -> str:
-    """What was promised and what is."""
+    """Return the table of targets and what was measured for them."""
     lines = [
-        "| network | promise | validation top-1 | test top-1 | MACs left | time left: predicted | "
+        "| network | options | validation top-1 | test top-1 | MACs left | time left: predicted | "
         "measured | ms |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -1,13 +1,13 @@
-"""What a report costs, beside the scoring pass, for a large network.
+"""Measure what a report costs, beside the scoring pass, for a large network.
 
     python bench/report.py --data imagenette:DIR [--model torchvision:resnet50]
 
-prunes half of the MACs of a network by uniform shares, without training, and then interleaved
-writes the report with its gallery and makes the scoring passes of two criteria, all on the same
-`IMAGES` calibration images. Writes `results/report.json` with the seconds of each and their ratios,
-the size of the page and the most memory that the process has used until the first report was
-written, and the table in docs/how_to/read_the_report.md. Weights are random where none are given:
-what filters see is of no sense then, and costs as much.
+Half of the MACs of a network are removed in uniform fractions, without training. Then the report
+with its gallery and the scoring passes of two criteria run interleaved, all on the same `IMAGES`
+calibration images. `results/report.json` gets the seconds of each and their ratios, the size of the
+page and the most memory that the process had used until the first report was written; the table in
+docs/how_to/read_the_report.md is written from it. Without `--weights` the weights are random: the
+gallery then means nothing, but costs as much.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def table() -> str:
-    """What was measured."""
+    """Return the table of measured times and sizes."""
     found = json.loads(RESULTS.read_text())
     medians = {name: statistics.median(each) for name, each in found["seconds"].items()}
     timed_names = ("report", *SCORING)
@@ -154,8 +154,8 @@ def table() -> str:
     values = [f"{medians[name]:.1f}" for name in timed_names]
     values += [f"{found['ratios'][name]:.2f}" for name in SCORING]
     lines = [
-        f"| network | filters | calibration images | {' | '.join(heads)} "
-        "| page, MB | memory, MiB |",
+        f"| network | filters | calibration images | {' | '.join(heads)} | page, MB "
+        "| memory, MiB |",
         f"|{'---|' * (len(heads) + 5)}",
         f"| {found['model']} | {found['filters']} | {found['images']} | {' | '.join(values)} | "
         f"{found['page_mb']:.1f} | {found['peak_memory_mib']} |",

@@ -1,11 +1,11 @@
-"""How long cutting takes, and how much faster the cut network is.
+"""Measure how long pruning takes, and how much faster the pruned network is.
 
     python bench/speed.py [--only PATTERN] [--mode both]
 
-measures every network in a process of its own and after each writes `results/speed.json`; rows that
-are there already are kept, so it can be interrupted. Then it writes docs/reference/speed.md;
-`--tables` does only that. Whatever is compared is timed interleaved, so that a busy machine slows
-all alike.
+Each network is measured in its own process and then added to `results/speed.json`. Rows that are
+already there are kept, so the bench can be interrupted. Finally docs/reference/speed.md is written;
+`--tables` does only that. Everything that is compared is timed interleaved, so that a busy machine
+slows all of it alike.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def measure_surgery(name: str, note: Note) -> None:
             steps.clear()
         note(stage=f"turn {repeat}")
         dependencies = timed(
-            "dependency graph", lambda: build_dependency_graph(model, images, prune_residual=True)
+            "dependency_graph", lambda: build_dependency_graph(model, images, prune_residual=True)
         )
         scores = timed("scores", partial(l2_scores, model, dependencies))
         plan = timed("plan", partial(make_plan, scores, dependencies, TARGET, "l2"))
@@ -224,8 +224,8 @@ def child(arguments: argparse.Namespace) -> None:
 def surgery_table(found: list[Row]) -> str:
     """Median seconds of cutting, and how many times as long the peer takes."""
     lines = [
-        "| network | secateur: dependency graph | scores + plan | surgery "
-        "| Torch-Pruning: graph | pruner | cut | graph + cut over dependency graph + surgery |",
+        "| network | secateur: graph | scores + plan | removal "
+        "| Torch-Pruning: graph | pruner | cut | graph + cut / graph + removal |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
@@ -235,11 +235,11 @@ def surgery_table(found: list[Row]) -> str:
             lines.append(f"| {row['network']} | {row['outcome']}: {row['reason']} |||||||")
             continue
         median = {step: statistics.median(values) for step, values in row["seconds"].items()}
-        ours = median["dependency graph"] + median["surgery"]
+        ours = median["dependency_graph"] + median["surgery"]
         theirs = median["peer_graph"] + median["peer_cut"]
         cells = [
             row["network"],
-            f"{median['dependencies']:.2f}",
+            f"{median['dependency_graph']:.2f}",
             f"{median['scores'] + median['plan']:.2f}",
             f"{median['surgery']:.2f}",
             f"{median['peer_graph']:.2f}",
@@ -254,7 +254,7 @@ def surgery_table(found: list[Row]) -> str:
 def latency_table(found: list[Row]) -> str:
     """Milliseconds before and after, by engine and batch."""
     lines = [
-        "| network | engine | batch | original, ms | cut, ms | speed-up | of the ideal |",
+        "| network | engine | batch | original, ms | pruned, ms | speed-up | of the ideal |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in found:
@@ -281,29 +281,36 @@ def page(found: list[Row]) -> str:
     """The whole of docs/reference/speed.md."""
     environment = found[-1]["environment"] if found else {}
     listed = ", ".join(f"{name} {value}" for name, value in environment.items())
-    return f"""# Speed: of cutting, and of what is cut
+    return f"""# Speed of pruning, and of pruned networks
 
-Written by `python bench/speed.py`; `results/speed.json` has each row's command, seed, versions,
-hardware and every single time. torchvision's networks, {SIDE}×{SIDE} pixels, float32, random
-weights (seed {SEED}), cut to 50 % of their MACs with `prune_residual`.
+This page shows how long pruning takes, and how much faster the pruned networks run. It was
+written by `python bench/speed.py`. `results/speed.json` has the command, seed, versions, hardware
+and every single time of each row.
 
-## Cutting
-
-Median seconds of {SURGERY_REPEATS} turns. *Graph* is Torch-Pruning's `DependencyGraph` alone,
-*pruner* the whole constructor of its `MagnitudePruner`, which builds one too; *cut* one `step()`
-with the ratio known, importance included. Finding the ratio takes it several rounds of all that;
-secateur's plan meets the target from one dependency graph.
-
-{surgery_table(found)}
+The networks are torchvision's, {SIDE}×{SIDE} pixels, float32, with random weights (seed {SEED}).
+They are pruned to 50 % of their MACs, including channels coupled by skip connections
+(`prune_residual`).
 
 ## Forward passes
 
-Median of {REPEATS[0]} to {REPEATS[1]} passes, original and cut interleaved. Widths are
-multiples of {WIDTHS} (`round_to`): kernels for odd widths can be slower than for the whole.
-*Compiled* is `torch.compile` on the CPU. *Of the ideal* is the speed-up over the one that MACs
-alone would give.
+Channel counts are multiples of {WIDTHS} (`round_to`), because other channel counts can be slower
+than the unpruned network. Times are medians of {REPEATS[0]} to {REPEATS[1]} passes; original and
+pruned network are interleaved. *Compiled* is `torch.compile` on the CPU. *Of the ideal* compares
+the speed-up with the one that the MACs alone would give.
 
 {latency_table(found)}
+
+## Pruning
+
+Median seconds of {SURGERY_REPEATS} interleaved runs. For secateur, *graph* builds the dependency
+graph and *removal* removes the filters. For Torch-Pruning, *graph* is its `DependencyGraph`
+alone, *pruner* the whole constructor of its `MagnitudePruner`, which builds one too, and *cut*
+one `step()` with a known ratio, including the importance. Torch-Pruning needs several rounds of
+all this to find the ratio; secateur plans for the target from one dependency graph.
+
+{surgery_table(found)}
+
+In the last column, a value below 1 means that Torch-Pruning takes less time.
 
 Last row measured with: {listed}.
 """

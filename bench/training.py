@@ -1,12 +1,13 @@
-"""How fast the trainer is, beside a bare loop that does the same.
+"""Measure the speed of the trainer beside a bare loop that does the same work.
 
     python bench/training.py --data cifar10:DIR
 
-trains a ResNet-20 for `STEPS` steps by `secateur.training.trainer.train`, and by a loop over
-tensors that are in memory, normalised, with the same augmentation, precision, loss and optimiser;
-both interleaved, so that a busy machine slows both alike. In the same turns the trainer trains that
-network cut to `TARGET`, as it is and by `torch.compile`. Writes `results/training.json` with the
-images a second of each and the ratios, by the medians, and the tables in docs/how_to/train.md.
+A ResNet-20 is trained for `STEPS` steps by secateur's trainer, and by a loop over normalised
+tensors in memory with the same augmentation, precision, loss and optimiser. The two are
+interleaved, so that a busy machine slows both alike. In the same rounds the trainer trains that
+network pruned to `TARGET`, with and without `torch.compile`. `results/training.json` gets the
+images per second of each and the ratios, by the medians; the tables in docs/research/training.md
+are written from it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tables import with_table
 from turns import in_turns
 
 RESULTS = ROOT / "results" / "training.json"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 NETWORK = "resnet20"
 STEPS = 120
 SETTINGS = TrainingSection(epochs=1, batch_size=128, learning_rate=0.05, warmup_steps=0)

@@ -1,15 +1,15 @@
-"""What fine-tuning wins back after the cut, on CIFAR-10, beside the paper's figures.
+"""Measure the accuracy that fine-tuning recovers on CIFAR-10, beside the paper's figures.
 
     python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N] [--compile]
 
-runs the default criterion's cells of `configs/paper/*_cifar10.toml`. A line a cell goes to
-`results/tuning.jsonl`; cells that are there are not measured again, and a cell that was interrupted
-goes on from its run folder in `runs/tuning`; networks without weights in the folder are left out.
-Then the tables in docs/how_to/train.md and README are written; without weights only those. The base
-weights of the residual networks are those of `../shared/data/weights`, VGG-16's are
-`bench/base_network.py`'s. The former have seen the images that are held out here, so the accuracy
-on those says which epoch is best, and no more. `--compile` can be faster on a CPU
-(bench/training.py); the line's settings tell.
+This runs the jobs of `configs/paper/*_cifar10.toml` that use the default criterion. Each job adds
+a line to `results/tuning.jsonl`. Jobs that are already there are not run again, an interrupted job
+resumes from its run folder in `runs/tuning`, and networks without weights in the folder are
+skipped. Then the tables in docs/research/training.md and README are written; without weights only
+those. The base weights of the residual networks are published ones (docs/reference/data.md),
+VGG-16's come from `bench/base_network.py`. The former were trained on the images that are held out
+here, so accuracy on those only says which epoch is best. `--compile` can be faster on a CPU
+(bench/training.py); each line records its settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from secateur.experiments.run import run
 from tables import with_table
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
-PAGE = ROOT / "docs" / "how_to" / "train.md"
+PAGE = ROOT / "docs" / "research" / "training.md"
 FRONT = ROOT / "README.md"
 CONFIGS = ROOT / "configs" / "paper"
 KEY = ("network", "target", "seed", "settings.epochs")

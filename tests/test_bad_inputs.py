@@ -30,15 +30,14 @@ from fault_case import Case, FailingDisk
 from layouts import Pixels, random_pixels, write_classes, write_image
 from secateur import data
 from secateur.cli import app
-from secateur.config import read_config
+from secateur.config import BaseConfig, read_config
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import SecateurError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 from secateur.models import weights, zoo
-from secateur.runtime import memory as room
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 from secateur.runtime.file_lock import lock_folder
@@ -460,7 +459,7 @@ def linked_folder(desk: Desk) -> None:
 
 
 def too_large_a_step(desk: Desk) -> None:
-    with mock.patch.object(room, "free_bytes", return_value=1000):
+    with mock.patch.object(memory_check, "free_bytes", return_value=1000):
         memory_check.check_training(network(), images(2), 128)
 
 
@@ -540,7 +539,10 @@ CASES: dict[str, Callable[[Desk], object]] = {
         changed(desk, PLAN, lambda text: text.replace("0.6", "0.7"))
     ),
     "the run was written by a later secateur": lambda desk: run_folder.load_program(
-        changed(desk, MANIFEST, lambda text: text.replace('version": 1', 'version": 2'))
+        changed(desk, MANIFEST, lambda text: text.replace('version": 2', 'version": 3'))
+    ),
+    "the run was written by an earlier secateur": lambda desk: run_folder.load_program(
+        changed(desk, MANIFEST, lambda text: text.replace('version": 2', 'version": 1'))
     ),
     "the manifest lists a file that is no run's": listed_outside,
     "the program calls what it may not": unknown_call,

@@ -16,7 +16,7 @@ def row_of(mode: str, **more: object) -> Row:
 
 def test_the_table_of_cutting_compares_medians() -> None:
     steps = (
-        "dependency graph",
+        "dependency_graph",
         "scores",
         "plan",
         "surgery",

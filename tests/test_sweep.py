@@ -24,7 +24,7 @@ from fault_case import FailingDisk
 from layouts import write_classes
 from processes import started
 from secateur.cli import app
-from secateur.config import from_dict
+from secateur.config import CRITERIA, from_dict
 from secateur.errors import RunFolderError, UnknownName, WriteError
 from secateur.experiments.compare.runner import (
     CELLS,
@@ -43,7 +43,6 @@ from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.inputs import load_inputs
-from secateur.scoring.criteria import CRITERIA
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""

@@ -1,4 +1,4 @@
-"""The tables in docs/how_to/train.md, which benches write from result files."""
+"""The tables in docs/research/training.md, which benches write from result files."""
 
 from __future__ import annotations
 

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from pydantic import Field
 from torch import nn
 
 from secateur.config import (
-    DataSection,
-    ModelSection,
-    RunConfig,
-    Section,
-    TrainingSection,
+    BaseConfig,
     from_dict,
     read_tables,
 )
@@ -43,37 +38,6 @@ IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ where an unfinished training is resumed."""
-
-
-class BaseTrainingSection(TrainingSection):
-    """Training from random weights, which takes longer and has no teacher."""
-
-    epochs: int = Field(default=100, ge=1)
-    """Passes over the training images."""
-    learning_rate: float = Field(default=0.1, gt=0)
-    """Largest learning rate of the schedule."""
-    label_weight: Literal[1] = 1
-    """The labels have all the weight."""
-
-
-class BaseConfig(Section):
-    """How a base network is trained."""
-
-    model: ModelSection
-    """The network; training starts from its weights."""
-    new_head: bool = False
-    """Whether weights may be for another number of classes; the head then starts from random
-    values."""
-    data: DataSection
-    """The images."""
-    train: BaseTrainingSection = BaseTrainingSection()
-    """The training."""
-    seed: int = Field(default=0, ge=0)
-    """What every random choice depends on."""
-
-    def as_run(self) -> RunConfig:
-        """Return the configuration of a run with the same network and data."""
-        return RunConfig(model=self.model, data=self.data, seed=self.seed)
 
 
 class BaseResult(Record):
