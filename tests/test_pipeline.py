@@ -225,13 +225,13 @@ def test_images_are_resized_as_the_configuration_says_or_the_network_wants() -> 
     assert preprocessing_of(config).interpolation == "bilinear"
 
 
-def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
+def test_distillation_is_a_stage_of_its_own(model_file: Path) -> None:
     config = small_config(
-        model_file, polish={"epochs": 3, "flip": False}, finetune={"epochs": 1, "flip": False}
+        model_file, distill={"epochs": 3, "flip": False}, finetune={"epochs": 1, "flip": False}
     )
     result = prune_small(config, data.load("digits")).result
-    stages = [stage.stage for stage in result.stages]
-    assert stages == ["before", "cut", "refit", "distilled", "finetuned"]
+    names = [stage.stage for stage in result.stages]
+    assert names == ["before", "cut", "refit", "distilled", "finetuned"]
     assert result.distillation is not None
     assert len(result.distillation.epochs) == 3
     assert result.finetuning is not None
@@ -241,7 +241,7 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
     assert best.divergence == min(each.divergence for each in kept)
 
 
-def test_readers_alone_can_be_refitted(model_file: Path) -> None:
+def test_consumers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
     everywhere = {"allocation": "uniform"}  # so that both groups lose something
     config = small_config(model_file, plan=everywhere, refit={"layers": "consumers"})
@@ -252,7 +252,7 @@ def test_readers_alone_can_be_refitted(model_file: Path) -> None:
     assert every == ["conv2", "conv3", "head"]
 
 
-def test_probe_images_are_training_images_that_are_not_held_out() -> None:
+def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)

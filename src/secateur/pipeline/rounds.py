@@ -63,6 +63,7 @@ def begin_round(
         requested = config.data.batch_size
         log.write("batch_size", requested=requested, used=reader.batch_size)
         config = limit_batch_size(config, reader.batch_size)
+    stages: tuple[StageResult, ...]
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
         log.write("stage", **before.model_dump())
