@@ -20,8 +20,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.fx.node import Node
+from torch import nn
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
@@ -35,10 +34,10 @@ from secateur.pipeline.scoring_context import (
 )
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
+from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
 from secateur.runtime.module_state import tensors_of
-from secateur.scoring.feature_pass import kernels_of
 from secateur.scoring.scores import score_filters
+from secateur.scoring.taps import kernels_of
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
@@ -83,7 +82,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     shown = channels_last(make_reader(config).read_shard(scored))
     probe = channels_last(context.reader.read_shard(context.calibration))
     base = accuracy(model, shown)
-    answers: list[dict[Node, Tensor]] = []
+    layer_outputs: list[LayerOutputs] = []
     for target, name in wanted:
         cell: Cell = {
             "study": study,
@@ -99,14 +98,11 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
         plan = make_plan(scores[name].scores, context.dependencies, parse_budget(target), name)
         smaller = apply_plan(model, context.dependencies, plan)
         refit(
-            model,
-            smaller,
-            context.dependencies,
-            plan,
+            RefitInputs(model, smaller, context.dependencies, plan.removed),
             probe,
             config.refit,
             seed=seed,
-            network_targets=answers,
+            layer_outputs=layer_outputs,
         )
         cell |= {
             "base_fraction": base,

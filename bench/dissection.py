@@ -25,7 +25,7 @@ from rows import ROOT, Row, put_row, read_rows, revision, surroundings
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
 from secateur.pipeline.scoring_context import make_scoring_context
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import observe
 from tables import with_table
@@ -55,12 +55,12 @@ class Thresholds:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Nothing to prepare: how many positions there are is not known yet."""
 
-    def update(self, sight: FeatureBatch) -> None:
+    def update(self, features: FeatureBatch) -> None:
         """Keeps the largest activations."""
-        positions = self._images * sight.maps.shape[2] * sight.maps.shape[3]
-        if sight.tap not in self.parts:
-            self.parts[sight.tap] = ExactThresholds(positions, self._quantile)
-        self.parts[sight.tap].add(sight.maps)
+        positions = self._images * features.maps.shape[2] * features.maps.shape[3]
+        if features.tap not in self.parts:
+            self.parts[features.tap] = ExactThresholds(positions, self._quantile)
+        self.parts[features.tap].add(features.maps)
 
     def state(self) -> Iterable[Tensor]:
         """None: this runs in one process."""
@@ -81,14 +81,14 @@ class Literal:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """All is prepared."""
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, features: FeatureBatch) -> DeferredUpdate:
         """The tally waits for the masks, which it takes as they are."""
-        maps = sight.maps
-        self.sizes[sight.tap] = (maps.shape[2], maps.shape[3])
+        maps = features.maps
+        self.sizes[features.tap] = (maps.shape[2], maps.shape[3])
 
         def count(regions: Regions) -> None:
-            masks = regions.at((IMAGE_SIZE, IMAGE_SIZE))
-            self.parts[sight.tap].add(maps, masks, regions.concepts)
+            masks = regions.masks_at((IMAGE_SIZE, IMAGE_SIZE))
+            self.parts[features.tap].add(maps, masks, regions.concepts)
 
         return count
 

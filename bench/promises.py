@@ -24,7 +24,7 @@ from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
 from secateur.pipeline.inputs import load_inputs, make_reader
 from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import make_scoring_context
-from secateur.pruning.cost.latency_model import milliseconds
+from secateur.pruning.cost.quantities import count_quantity
 from studies import cifar10
 from tables import with_table
 from turns import in_turns
@@ -84,7 +84,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     predicted = None
     if pruned.latency is not None:
         dependencies = make_scoring_context(model, dataset, config).dependencies
-        time_of = milliseconds(pruned.latency, dependencies)
+        time_of = count_quantity(dependencies, "latency", pruned.latency)
         predicted = time_of(pruned.plan.removed) / time_of({})
     return {
         **found,

@@ -18,7 +18,7 @@ from secateur.pipeline.inputs import load_inputs, make_reader, resolve_config
 from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
+from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.scoring.scores import score_filters
 
 CRITERION = "l2"
@@ -62,7 +62,8 @@ def measure(
     smaller = apply_plan(model, context.dependencies, plan)
     probe = studies.channels_last(context.reader.read_shard(context.calibration))
     start = time.process_time()
-    refit(model, smaller, context.dependencies, plan, probe, settings, seed=seed)
+    inputs = RefitInputs(model, smaller, context.dependencies, plan.removed)
+    refit(inputs, probe, settings, seed=seed)
     seconds = time.process_time() - start
     shown = studies.channels_last(make_reader(config).read_shard(dataset.validation))
     return studies.accuracy(smaller, shown), seconds

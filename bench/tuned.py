@@ -41,6 +41,7 @@ from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.runtime.environment import environment
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 from training_free import all_but_inner
 
 RESULTS = ROOT / "results" / "tuned.jsonl"
@@ -70,8 +71,7 @@ def measure_peer(cell: Job) -> Row:
     training = train(
         smaller,
         model,
-        dataset.train,
-        preprocessing_of(config),
+        TrainingData(dataset.train, preprocessing_of(config)),
         config.finetune,
         seed=config.seed,
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),

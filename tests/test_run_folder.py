@@ -168,7 +168,7 @@ def test_network_without_a_program_is_saved_and_says_why(tmp_path: Path) -> None
 def test_a_folder_is_not_trusted_to_run_code(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
     run(config, tmp_path / "run")
-    with pytest.raises(UsageError, match=r"code of your own.*load_program"):
+    with pytest.raises(UsageError, match=r"user code.*load_program"):
         run_folder.load(tmp_path / "run")
 
 

@@ -21,6 +21,7 @@ from secateur.experiments.inspect import NEEDED
 from secateur.experiments.report import count_text, score_rows
 from secateur.experiments.report.comparison import TextTable
 from secateur.integrations.onnx import ExportResult, Latency
+from secateur.integrations.trackers import Tracker
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed
@@ -51,7 +52,7 @@ def progress() -> ProgressCallback:
     return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
 
 
-def run_context(tracker: Path | None = None) -> RunContext:
+def run_context(tracker: Tracker | None = None) -> RunContext:
     """Return where a run of this command reports to."""
     return RunContext(progress(), command_line(), tracker)
 

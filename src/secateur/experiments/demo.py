@@ -11,7 +11,8 @@ from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 MODEL = "resnet20"
 TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
@@ -40,11 +41,10 @@ def train_digits(weights: Path, run_context: RunContext | None = None) -> None:
     train(
         model,
         None,
-        dataset.train,
-        preprocessing_of(config),
+        TrainingData(dataset.train, preprocessing_of(config)),
         TRAINING,
         seed=config.seed,
-        progress=run_context.progress,
+        callbacks=TrainingCallbacks(run_context.progress),
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

@@ -30,7 +30,14 @@ from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch, train
+from secateur.training.trainer import (
+    KEYS_FREE_ON_RESUME,
+    KEYS_WITHOUT_EFFECT,
+    Epoch,
+    TrainingCallbacks,
+    train,
+)
+from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 2
@@ -133,15 +140,15 @@ def _train(
     training = train(
         model,
         None,
-        dataset.train,
-        reader.preprocessing,
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
         config.train,
         seed=config.seed,
-        progress=run_context.progress,
-        validate=validate,
-        after_epoch=lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
+        callbacks=TrainingCallbacks(
+            run_context.progress,
+            validate,
+            lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
+        ),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
-        unreadable=run_context.unreadable,
     )
     score = evaluate(model, reader.read_shard(dataset.test, "scoring"))
     return BaseResult(

@@ -13,8 +13,8 @@ from secateur.config import RunConfig
 from secateur.graph.groups import Group
 from secateur.pipeline.scoring_context import ScoringContext, make_criterion
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
-from secateur.scoring.feature_pass import taps_of
 from secateur.scoring.scores import FilterScores, score_filters
+from secateur.scoring.taps import taps_of
 
 VOTES = "vote-response"
 """The criterion whose scores are shown as votes: those of the other vote criteria are ranks."""

@@ -17,11 +17,11 @@ from secateur.pipeline.result import FrozenResult, GroupResult, RunResult, merge
 from secateur.pipeline.rounds import Round, begin_round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline
-from secateur.pipeline.stages import CutOutcome, DistillStage, RefitStage
-from secateur.pruning.refit.refit_and_check import RefitOutcome
+from secateur.pipeline.stages import CutStage, DistillStage, RefitStage
+from secateur.pruning.outcome import RefitOutcome
 from secateur.runtime.environment import environment
 from secateur.runtime.hashing import weights_hash
-from secateur.runtime.module_state import tensors_of
+from secateur.runtime.module_state import tensors_of, unwrapped
 from secateur.training.checkpoint import Checkpoints
 
 
@@ -113,14 +113,12 @@ def finetune(
 
 
 def _collect(
-    this: Round, cut: CutOutcome, refit: RefitStage | None, distilled: DistillStage | None
+    this: Round, cut: CutStage, refit: RefitStage | None, distilled: DistillStage | None
 ) -> Pruned:
     """Return what the stages of a round came to, with filters numbered as in its network."""
     plan, dependencies = cut.plan, this.context.dependencies
     if this.number == 1:
-        # A compiled network wraps the one whose weights a weight file holds.
-        tensors = tensors_of(getattr(this.original, "_orig_mod", this.original))
-        plan = replace(plan, weights=weights_hash(tensors))
+        plan = replace(plan, weights=weights_hash(tensors_of(unwrapped(this.original))))
     outcome = RefitOutcome() if refit is None else refit.outcome
     round_stages = (stage.result for stage in (cut, refit, distilled) if stage is not None)
     unreadable = _sorted_union(this.unreadable, this.run_context.unreadable_files)

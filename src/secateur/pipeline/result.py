@@ -9,10 +9,7 @@ from typing import Literal
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.errors import RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
-from secateur.pruning.refit.batchnorm import BatchNormRecalibration
-from secateur.pruning.refit.layerwise import LayerRefit
-from secateur.pruning.refit.refit_and_check import RefitCheck
-from secateur.pruning.size_search import SizeTrial
+from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
-from secateur.integrations.tensorboard import open_log
+from secateur.integrations.trackers import Tracker, open_log
 from secateur.runtime import distributed
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, no_progress
@@ -20,8 +20,8 @@ class RunContext:
     progress: ProgressCallback = no_progress
     command: str | None = None
     """The command line, for the record."""
-    tracker: Path | None = None
-    """Folder for the curves of TensorBoard."""
+    tracker: Tracker | None = None
+    """Gets the curves of training."""
     log: EventLog = field(default_factory=lambda: EventLog(None))
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""

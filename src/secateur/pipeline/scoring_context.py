@@ -21,7 +21,7 @@ from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.equivalence import check_finite
-from secateur.pruning.plan_inputs import PlanInputs, make_plan_inputs
+from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
 from secateur.runtime import distributed
 from secateur.runtime.memory import free_bytes
 from secateur.runtime.module_state import device_of, tensors_of
@@ -120,13 +120,15 @@ def collect_plan_inputs(
     return make_plan_inputs(
         model,
         context.dependencies,
-        partial(reader.read_image_shard, context.calibration, "scoring filters"),
+        CalibrationImages(
+            partial(reader.read_image_shard, context.calibration, "scoring filters"),
+            partial(reader.read, context.calibration),
+            context.example,
+        ),
         context.criteria,
         context.source,
         config.score,
         config.plan,
-        sample=partial(reader.read, context.calibration),
-        example=context.example,
         progress=reader.progress,
     )
 

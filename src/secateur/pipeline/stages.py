@@ -27,21 +27,24 @@ from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.cost.latency_profiler import measure_fraction_left, plan_in_time
+from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
+from secateur.pruning.outcome import RefitOutcome, SizeTrial
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.refit.refit_and_check import RefitOutcome, refit_and_check
-from secateur.pruning.size_search import SizeTrial, bisect, smallest_kept
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import RefitImages, refit_and_check
+from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
 from secateur.runtime import distributed
 from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.distill import Distillation
 from secateur.training.feature_distillation import residual_sums
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 
 @dataclass(frozen=True, eq=False)
-class CutOutcome:
+class CutStage:
     """The smaller network, and how its plan was found."""
 
     network: nn.Module
@@ -75,7 +78,7 @@ class FinetuneStage:
     result: StageResult
 
 
-def cut(this: Round) -> CutOutcome:
+def cut(this: Round) -> CutStage:
     """Remove the filters of a plan from a copy of the round's network, and check the result."""
     since = time.perf_counter() - this.seconds
     dependencies, example = this.context.dependencies, this.context.example
@@ -92,45 +95,43 @@ def cut(this: Round) -> CutOutcome:
     score = evaluate(smaller, batches, known_ms=latency_ms)
     result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
     this.run_context.log.write("stage", **result.model_dump())
-    return CutOutcome(smaller, plan, size_trials, error, result)
+    return CutStage(smaller, plan, size_trials, error, result)
 
 
-def refit(this: Round, cut_outcome: CutOutcome) -> RefitStage:
+def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     """Re-estimate kernels and batch-norm statistics of the cut network in place."""
     since = time.perf_counter()
     outcome = refit_in_place(
-        this.network, cut_outcome.network, this.context, cut_outcome.plan, this.config
+        this.network, cut_stage.network, this.context, cut_stage.plan, this.config
     )
     seconds = time.perf_counter() - since
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
-    latency_ms = cut_outcome.result.score.latency_ms
-    score = evaluate(cut_outcome.network, batches, known_ms=latency_ms)
+    latency_ms = cut_stage.result.score.latency_ms
+    score = evaluate(cut_stage.network, batches, known_ms=latency_ms)
     result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
     this.run_context.log.write("stage", **result.model_dump())
     return RefitStage(outcome, result)
 
 
-def distill(this: Round, cut_outcome: CutOutcome) -> DistillStage:
+def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     """Train the cut network in place to answer as the original does, without labels."""
     since = time.perf_counter()
-    smaller, reader = cut_outcome.network, this.context.reader
+    smaller, reader = cut_stage.network, this.context.reader
     fit, held_out = split_calibration(this.context.calibration)
     outcome = distillation.distill(
         this.original,
         smaller,
-        fit,
+        TrainingData(fit, reader.preprocessing, reader.unreadable),
         partial(reader.read_shard, held_out),
-        reader.preprocessing,
         this.config.distill,
         seed=this.config.seed,
         progress=reader.progress,
-        unreadable=reader.unreadable,
     )
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))
     seconds = time.perf_counter() - since
     batches = reader.read_shard(this.dataset.test, "scoring (distilled)")
-    score = evaluate(smaller, batches, known_ms=cut_outcome.result.score.latency_ms)
+    score = evaluate(smaller, batches, known_ms=cut_stage.result.score.latency_ms)
     result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
     this.run_context.log.write("stage", **result.model_dump())
     return DistillStage(outcome, result)
@@ -168,18 +169,16 @@ def finetune(
     training = train(
         smaller,
         original,
-        dataset.train,
-        reader.preprocessing,
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
         config.finetune,
         seed=config.seed,
         sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),
-        progress=run_context.progress,
-        validate=validate,
-        after_epoch=lambda epoch: run_context.log.write(
-            "epoch", round=pruned.round, **asdict(epoch)
+        callbacks=TrainingCallbacks(
+            run_context.progress,
+            validate,
+            lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
         ),
         checkpoints=checkpoints,
-        unreadable=run_context.unreadable,
     )
     assert training.before is not None
     last, best = score(training.last), score(training.best)
@@ -217,14 +216,13 @@ def refit_in_place(
     reader = context.reader
     fit, held_out = split_calibration(context.calibration)
     return refit_and_check(
-        model,
-        smaller,
-        context.dependencies,
-        plan,
+        RefitInputs(model, smaller, context.dependencies, plan.removed),
+        RefitImages(
+            partial(reader.read_image_shard, context.calibration),
+            partial(reader.read_shard, fit, "recalibrating batch norm"),
+            partial(reader.read_shard, held_out),
+        ),
         config.refit,
-        partial(reader.read_image_shard, context.calibration),
-        partial(reader.read_shard, fit, "recalibrating batch norm"),
-        partial(reader.read_shard, held_out),
         seed=config.seed,
         progress=reader.progress,
     )

@@ -55,13 +55,14 @@ def finetune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
+    from secateur.integrations.trackers import make_tracker
 
     with output.resumable(run):
         result = runs.finetune(
             run,
             out or run,
             changes,
-            output.run_context(tracker_dir),
+            output.run_context(make_tracker(tracker, tracker_dir)),
             model_name=model,
             source=source,
             resume=resume,

@@ -87,12 +87,13 @@ def prune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
+    from secateur.integrations.trackers import make_tracker
 
     with output.resumable(out):
         result = runs.run(
             config,
             out,
-            output.run_context(tracker_dir),
+            output.run_context(make_tracker(tracker, tracker_dir)),
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
