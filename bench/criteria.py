@@ -26,12 +26,16 @@ from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import CRITERIA, RunConfig, parse_budget
 from secateur.errors import UsageError
-from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.scoring_context import (
+    ScoringContext,
+    make_criterion,
+    make_scoring_context,
+)
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import no_progress
 from secateur.scoring.scores import score_filters
 from secateur.scoring.taps import kernels_of
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
@@ -68,15 +72,15 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: stream(context.calibration, config, no_progress, ""),
+        lambda: context.reader.read_shard(context.calibration),
         {name: make_criterion(name, context.source, config) for name in names},
         context.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = channels_last(stream(scored, config, no_progress, ""))
-    probe = channels_last(stream(context.calibration, config, no_progress, ""))
+    shown = channels_last(make_reader(config).read_shard(scored))
+    probe = channels_last(context.reader.read_shard(context.calibration))
     base = accuracy(model, shown)
     layer_outputs: list[LayerOutputs] = []
     for target, name in wanted:

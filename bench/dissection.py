@@ -24,8 +24,7 @@ from imagenet_networks import NETWORKS, load_network
 from rows import ROOT, Row, put_row, read_rows, revision, surroundings
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
-from secateur.pipeline.prune import make_scoring_context, stream
-from secateur.runtime.progress import no_progress
+from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import observe
@@ -130,7 +129,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
     context = make_scoring_context(model, DataSet("none", (), nothing, nothing, nothing), config)
     names = tuple(concept.name for concept in context.source.concepts)
-    batches = list(stream(context.calibration, config, no_progress, ""))
+    batches = list(context.reader.read_shard(context.calibration))
 
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""

@@ -14,6 +14,7 @@ from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.experiments.run import run
 from secateur.models import zoo
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
 from secateur.training.trainer import train
 from secateur.training.training_data import TrainingData
 
@@ -60,7 +61,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
         RunConfig,
     )
     folder = directory / "run"
-    result = run(config, folder, command="secateur prune <script>alert(1)</script>")
+    result = run(config, folder, RunContext(command="secateur prune <script>alert(1)</script>"))
     return DigitsRun(folder, config, result)
 
 

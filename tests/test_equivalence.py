@@ -19,7 +19,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.experiments.run import run
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.pipeline.prune import load_inputs
+from secateur.pipeline.inputs import load_inputs
 from secateur.pruning import equivalence
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan

@@ -17,7 +17,7 @@ from networks import Chain, Residual, random_images
 from secateur import build_dependency_graph
 from secateur.errors import SecateurError
 from secateur.experiments.run import run
-from secateur.pipeline import prune as pipeline
+from secateur.pipeline import scoring_context
 from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
 from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime import memory
@@ -57,14 +57,15 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     case.write()
     plenty = run(case.config(epochs=0), tmp_path / "plenty")
     assert plenty.notices == ()
-    monkeypatch.setattr(pipeline, "batch_that_fits", lambda *_, **__: 5)
+    monkeypatch.setattr(scoring_context, "batch_that_fits", lambda *_, **__: 5)
     found = run(case.config(epochs=0), tmp_path / "little")
     assert found.config.data.batch_size == 5
-    assert "Batches of 12 images take more memory than there was: 5 at a time" in found.notices[0]
+    assert found.requested_batch_size == 12
+    assert "12" in found.notices[0]
     assert found.plan_hash == plenty.plan_hash
     log = (tmp_path / "little" / "log.jsonl").read_text()
     events = [json.loads(line) for line in log.splitlines()]
-    assert {"event": "batch_size", "asked": 12, "taken": 5} in events
+    assert {"event": "batch_size", "requested": 12, "used": 5} in events
     monkeypatch.undo()
     # It goes on with the configuration that it was begun with.
     resumed = run(case.config(epochs=0), tmp_path / "little", resume=True)

@@ -16,6 +16,7 @@ from secateur.errors import UnknownName, UsageError
 from secateur.experiments.run import run
 from secateur.experiments.train_base import train_base
 from secateur.integrations.trackers import Tracker, make_tracker, open_log
+from secateur.pipeline.run_context import RunContext
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,7 +60,7 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
     run(
         from_dict(content, RunConfig),
         tmp_path / "run",
-        tracker=Tracker("tensorboard", tmp_path / "logs"),
+        RunContext(tracker=Tracker("tensorboard", tmp_path / "logs")),
     )
     epochs = logged(tmp_path / "run")
     assert [(epoch["round"], epoch["number"]) for epoch in epochs] == [
@@ -91,7 +92,7 @@ def test_training_a_base_network_is_drawn_too(source: str, tmp_path: Path) -> No
     result = train_base(
         from_dict(content, BaseConfig),
         tmp_path / "base",
-        tracker=Tracker("tensorboard", tmp_path / "logs"),
+        RunContext(tracker=Tracker("tensorboard", tmp_path / "logs")),
     )
     assert curves(tmp_path / "logs")["training/loss"] == [
         (epoch.number, single(epoch.loss)) for epoch in result.epochs

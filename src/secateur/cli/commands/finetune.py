@@ -62,12 +62,10 @@ def finetune(
             run,
             out or run,
             changes,
+            output.run_context(make_tracker(tracker, tracker_dir)),
             model_name=model,
             source=source,
             resume=resume,
             overwrite=overwrite,
-            progress=output.progress(),
-            tracker=make_tracker(tracker, tracker_dir),
-            command=output.command_line(),
         )
     output.show_run(result, out or run, as_json=as_json)

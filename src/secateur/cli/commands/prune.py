@@ -93,11 +93,9 @@ def prune(
         result = runs.run(
             config,
             out,
+            output.run_context(make_tracker(tracker, tracker_dir)),
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
-            progress=output.progress(),
-            tracker=make_tracker(tracker, tracker_dir),
-            command=output.command_line(),
         )
     output.show_run(result, out, as_json=as_json)

@@ -27,15 +27,10 @@ import tomli_w
 from secateur.config import from_dict, parse_budget, read_tables
 from secateur.errors import RunFolderError, SecateurError
 from secateur.experiments.compare.spec import BenchmarkSpec, Job, group_jobs, jobs_of
-from secateur.pipeline.prune import (
-    Baseline,
-    check_names,
-    check_weights,
-    load_inputs,
-    make_baseline,
-    prune,
-)
+from secateur.pipeline.inputs import check_names, check_weights, load_inputs
+from secateur.pipeline.prune import prune
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.atomic_io import UNFINISHED, make_folder, make_inner_folder, replace_file
 from secateur.runtime.error_messages import explain
 from secateur.runtime.file_lock import lock_folder
@@ -333,9 +328,9 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
     if comparison.score_on == "validation":
         dataset = dataclasses.replace(dataset, test=dataset.validation)
     names = tuple(dict.fromkeys(cell.criterion for cell in cells))
-    start: Baseline | None = None
+    baseline: Baseline | None = None
     with contextlib.suppress(Exception):  # then each cell by itself shows whose fault it is
-        start = make_baseline(model, dataset, first, names)
+        baseline = make_baseline(model, dataset, first, names)
     for cell in cells:
         print(f"begun {cell.id}", file=say, flush=True)
         result, failed = None, ""
@@ -343,7 +338,7 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
             # Layers timed anew may make another plan, for which no checkpoint is of use.
             is_timed = parse_budget(cell.target).quantity == "latency"
             checkpoints = None if is_timed else folder / CHECKPOINTS / cell.id
-            pruned = prune(model, dataset, cell.config, start=start, checkpoints=checkpoints)
+            pruned = prune(model, dataset, cell.config, baseline=baseline, checkpoints=checkpoints)
             result = pruned.result
         except SecateurError as error:
             failed = str(error)
