@@ -117,7 +117,8 @@ TrackerDir = Annotated[
     Path | None,
     typer.Option(
         "--tracker-dir",
-        help="Folder for the tracker's files (default for tensorboard: RUN-logs, beside the run folder RUN).",
+        help="Folder for the tracker's files (default of tensorboard: RUN-logs, beside the run "
+        "folder RUN).",
         rich_help_panel=OUTPUT,
     ),
 ]
