@@ -20,8 +20,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.fx.node import Node
+from torch import nn
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
@@ -30,7 +29,7 @@ from secateur.errors import UsageError
 from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
+from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import no_progress
 from secateur.scoring.scores import score_filters
@@ -79,7 +78,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     shown = channels_last(stream(scored, config, no_progress, ""))
     probe = channels_last(stream(context.calibration, config, no_progress, ""))
     base = accuracy(model, shown)
-    answers: list[dict[Node, Tensor]] = []
+    layer_outputs: list[LayerOutputs] = []
     for target, name in wanted:
         cell: Cell = {
             "study": study,
@@ -95,14 +94,11 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
         plan = make_plan(scores[name].scores, context.dependencies, parse_budget(target), name)
         smaller = apply_plan(model, context.dependencies, plan)
         refit(
-            model,
-            smaller,
-            context.dependencies,
-            plan,
+            RefitInputs(model, smaller, context.dependencies, plan.removed),
             probe,
             config.refit,
             seed=seed,
-            network_targets=answers,
+            layer_outputs=layer_outputs,
         )
         cell |= {
             "base_fraction": base,
@@ -180,7 +176,10 @@ def table(study: str, found: list[Cell]) -> str:
     counts = sorted({len(each) for each in seeds.values()})
     probes = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     images = mine[0]["images"]
-    lines += ["", f"Top-1 in % of {images} images, {probes} probe sets each; before: {before}."]
+    lines += [
+        "",
+        f"Top-1 in % of {images} images, {probes} calibration sets each; before: {before}.",
+    ]
     return "\n".join(lines)
 
 

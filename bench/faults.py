@@ -500,51 +500,51 @@ def total(part: dict[str, Any], *keys: str) -> int:
 def table() -> str:
     """What was found, a line a part."""
     found = json.loads(RESULTS.read_text())
-    lines = ["| what was done | what came of it |", "|---|---|"]
+    lines = ["| test | result |", "|---|---|"]
     if "inputs" in found:
         part = found["inputs"]
         lines.append(
             f"| {part['inputs']:,} changed inputs for {len(part['by_reader'])} readers | "
             f"{part['hangs']} hangs, {part['crashes']} crashes, {part['accepted_other']} accepted "
             f"networks other than the saved one; {part['refused']:,} refused, "
-            f"{part['accepted_same']:,} accepted as what they were, {part['not_compared']:,} read "
-            "that hold no network of ours to compare |"
+            f"{part['accepted_same']:,} accepted as the saved network, "
+            f"{part['not_compared']:,} accepted that hold no saved network to compare with |"
         )
     if "kills" in found:
         part = found["kills"]
         lines.append(
-            f"| {part['kills']} times SIGKILL at random moments of prune, finetune and compare | "
+            f"| SIGKILL, {part['kills']} times, at random moments of prune, finetune and compare | "
             f"{total(part, 'damaged_folders')} damaged folders, "
-            f"{total(part, 'errors')} that did not go on, "
-            f"{total(part, 'other_results')} of {total(part, 'runs')} "
-            "ended otherwise than undisturbed ones |"
+            f"{total(part, 'errors')} that could not be resumed, "
+            f"{total(part, 'other_results')} of {total(part, 'runs')} resumed runs "
+            "with another result than an undisturbed run |"
         )
     if "interrupts" in found:
         part = found["interrupts"]
         lines.append(
-            f"| {part['interrupts']} times Ctrl-C at random moments of the same | the end came "
+            f"| Ctrl-C, {part['interrupts']} times, at random moments of the same | all ended "
             f"within {max(part[job]['longest_s'] for job in JOBS):.1f} s, "
-            f"{total(part, 'other_codes')} times with another code than 130; "
+            f"{total(part, 'other_codes')} with another exit code than 130; "
             f"{total(part, 'damaged_folders')} damaged folders, "
-            f"{total(part, 'other_results')} of {total(part, 'runs')} "
-            "ended otherwise when gone on with |"
+            f"{total(part, 'other_results')} of {total(part, 'runs')} resumed runs "
+            "with another result |"
         )
     if "disk" in found:
         part = found["disk"]
         lines.append(
-            f"| a disk that fails ({', '.join(part['errors'])}) from each of "
-            f"{total(part, 'writes')} writes of the same on | "
+            f"| a disk that fails ({', '.join(part['errors'])}), starting at each of "
+            f"{total(part, 'writes')} writes of the same | "
             f"{total(part, 'crashes')} crashes, "
             f"{total(part, 'lost_files')} lost files, "
             f"{total(part, 'damaged_folders')} damaged folders, "
-            f"{total(part, 'errors_when_resumed', 'other_results')} that did "
-            "not end as undisturbed ones when there was room again |"
+            f"{total(part, 'errors_when_resumed', 'other_results')} runs "
+            "with another result once the disk worked again |"
         )
     if "repeats" in found:
         part = found["repeats"]
         state = "as before" if part["state_as_before"] else "changed"
         lines.append(
-            f"| {part['runs']} runs in one process | from the tenth on "
+            f"| {part['runs']} runs in one process | since the tenth run "
             f"{100 * part['memory_growth']:+.1f} % memory, {part['more_files']:+d} open files, "
             f"{part['more_threads']:+d} threads; hooks, modes and global state {state} |"
         )

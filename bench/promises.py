@@ -22,7 +22,7 @@ from secateur.errors import TargetError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
 from secateur.pipeline.prune import load_inputs, make_scoring_context, prune, stream
-from secateur.pruning.cost.latency_model import milliseconds
+from secateur.pruning.cost.quantities import count_quantity
 from secateur.runtime.progress import no_progress
 from studies import cifar10
 from tables import with_table
@@ -83,7 +83,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     predicted = None
     if pruned.latency is not None:
         dependencies = make_scoring_context(model, dataset, config).dependencies
-        time_of = milliseconds(pruned.latency, dependencies)
+        time_of = count_quantity(dependencies, "latency", pruned.latency)
         predicted = time_of(pruned.plan.removed) / time_of({})
     return {
         **found,

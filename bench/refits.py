@@ -4,7 +4,7 @@
 
 cuts a CIFAR-10 network by the norms of its filters, as `bench/criteria.py` does, refits it on the
 same calibration images once with each of the settings (`seed` is one of them, by default 0) and
-scores it on validation images. The figures in docs/explanation/method.md are of one thread.
+scores it on validation images. The figures in docs/research/refit.md are of one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from secateur.pipeline.prune import (
 )
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
+from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.runtime.progress import no_progress
 from secateur.scoring.scores import score_filters
 
@@ -68,7 +68,8 @@ def measure(
     smaller = apply_plan(model, context.dependencies, plan)
     probe = studies.channels_last(stream(context.calibration, config, no_progress, ""))
     start = time.process_time()
-    refit(model, smaller, context.dependencies, plan, probe, settings, seed=seed)
+    inputs = RefitInputs(model, smaller, context.dependencies, plan.removed)
+    refit(inputs, probe, settings, seed=seed)
     seconds = time.process_time() - start
     shown = studies.channels_last(stream(dataset.validation, config, no_progress, ""))
     return studies.accuracy(smaller, shown), seconds

@@ -387,8 +387,8 @@ def table(study: str, found: list[Cell]) -> str:
     seeds = sorted({len({cell["seed"] for cell in column}) for column in columns})
     off = max(abs(cell["macs_left"] - _fraction(cell)) for cell in mine)
     lines.append(
-        f"Top-1 in % of {images} images; {' to '.join(map(str, seeds))} probe sets of {probes} "
-        f"images; MACs left differ from the target by {off:.4f} at most."
+        f"Top-1 in % of {images} images; {' to '.join(map(str, seeds))} calibration sets of "
+        f"{probes} images; MACs left differ from the target by {off:.4f} at most."
     )
     left_out = [cell for cell in found if cell["study"] == study and "reason" in cell]
     lines += ["", *_left_out(left_out)] if left_out else []
@@ -444,7 +444,7 @@ def _comparison(columns: list[list[Cell]], heads: list[str], study: str) -> Iter
 
 def _left_out(found: list[Cell]) -> Iterator[str]:
     """Which methods could not be used, by network and reason."""
-    yield "Not in the table, as they could not be used:"
+    yield "Not in the table, because they could not be used:"
     yield ""
     names: dict[tuple[str, str], dict[str, None]] = {}
     for cell in found:
@@ -458,8 +458,15 @@ def _left_out(found: list[Cell]) -> Iterator[str]:
 
 def cost_table(found: list[Cell]) -> str:
     """Seconds of each step, the whole in forward passes, and memory."""
+    shown = {"ground": "prepare", "survey": "score"}
     steps = ("forward", "ground", "survey", "plan", "cut", "refit")
-    names = "network, images", *steps, "all but forward", "in forward passes", "peak memory, GiB"
+    names = (
+        "network, images",
+        *(shown.get(step, step) for step in steps),
+        "all but forward",
+        "in forward passes",
+        "peak memory, GiB",
+    )
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for cell in found:
         if cell["study"] == "cost":

@@ -42,6 +42,7 @@ from secateur.runtime.environment import environment
 from secateur.runtime.progress import no_progress
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 from training_free import all_but_inner
 
 RESULTS = ROOT / "results" / "tuned.jsonl"
@@ -71,8 +72,7 @@ def measure_peer(cell: Job) -> Row:
     training = train(
         smaller,
         model,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing(config)),
         config.finetune,
         seed=config.seed,
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),

@@ -29,6 +29,8 @@ from secateur.pipeline import prune as pipeline
 from secateur.pipeline.result import RESULT, has_collapsed, read_result
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.pruning.refit import refit_and_check
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import RefitImages
 from secateur.runtime.hashing import architecture_hash, weights_hash
 from secateur.training.trainer import Epoch
 
@@ -65,20 +67,17 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
         return ()
 
     settings = RefitSection(recalibrate_batchnorm=False)
-    parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
+    inputs = RefitInputs(model, smaller, dependencies, plan.removed)
+    parts = RefitImages(lambda: batches, lambda: batches[:3], lambda: batches[3:])
     with monkeypatch.context() as patch:
         patch.setattr(refit_and_check, "refit", spoil)
-        found = refit_and_check.refit_and_check(
-            model, smaller, dependencies, plan, settings, *parts, seed=0
-        )
+        found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert found.check.divergence_refit > found.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = refit_and_check.refit_and_check(
-        model, smaller, dependencies, plan, settings, *parts, seed=0
-    )
+    found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
     assert found.check is not None
     assert found.check.is_kept
     assert found.check.divergence_refit < found.check.divergence_cut
@@ -94,11 +93,10 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
         return ()
 
     monkeypatch.setattr(refit_and_check, "refit", spoil)
-    parts = (lambda: batches, lambda: batches[:3], lambda: batches[3:])
+    inputs = RefitInputs(model, smaller, dependencies, plan.removed)
+    parts = RefitImages(lambda: batches, lambda: batches[:3], lambda: batches[3:])
     settings = RefitSection(recalibrate_batchnorm=False)
-    found = refit_and_check.refit_and_check(
-        model, smaller, dependencies, plan, settings, *parts, seed=0
-    )
+    found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
     assert found.check is not None
     assert not found.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
@@ -219,7 +217,7 @@ def test_a_plan_does_not_cut_another_architecture() -> None:
     with pytest.raises(RunFolderError, match="made for another network"):
         apply_plan(other, build_dependency_graph(other, random_images(4)), plan)
     by_hand = PruningPlan(plan.removed, plan.budget, plan.criterion)
-    with pytest.raises(RunFolderError, match="can't lose filters of"):
+    with pytest.raises(RunFolderError, match="not a prunable group"):
         apply_plan(other, build_dependency_graph(other, random_images(4)), by_hand)
 
 

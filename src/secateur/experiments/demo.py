@@ -11,7 +11,8 @@ from secateur.pipeline.prune import preprocessing
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 MODEL = "resnet20"
 TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
@@ -39,11 +40,10 @@ def train_digits(weights: Path, progress: ProgressCallback = no_progress) -> Non
     train(
         model,
         None,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing(config)),
         TRAINING,
         seed=config.seed,
-        progress=progress,
+        callbacks=TrainingCallbacks(progress),
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

@@ -24,7 +24,7 @@ from secateur.experiments.manifest import CONFIG
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import ROWS
 from secateur.experiments.report.gallery import make_gallery
-from secateur.integrations.tensorboard import open_log
+from secateur.integrations.trackers import Tracker, open_log
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.prune import Pruned
@@ -58,15 +58,15 @@ def run(
     resume: bool = False,
     allow_untrained: bool = False,
     progress: ProgressCallback = no_progress,
-    board: Path | None = None,
+    tracker: Tracker | None = None,
     command: str | None = None,
 ) -> RunResult:
     """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
 
     The folder is there as soon as the network is cut and repaired, and again when it has been
     fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
-    interrupted run with the same configuration has left there, which may be nothing. `board` is a
-    folder for TensorBoard. Raises `SecateurError`, and then leaves what the folder held last; where
+    interrupted run with the same configuration has left there, which may be nothing. `tracker` gets
+    the training's curves. Raises `SecateurError`, and then leaves what the folder held last; where
     another run is at work there, too.
     """
     pipeline.check_names(config)
@@ -77,7 +77,7 @@ def run(
             run_folder.check_free(folder, overwrite=overwrite)
             dataset, model = pipeline.load_inputs(config)
             with _new_run_folder(folder, overwrite=overwrite) as new:
-                log = _log(new, board)
+                log = _log(new, tracker)
                 log.write("start", command=command, config=config.model_dump(mode="json"))
                 pruned = pipeline.cut(
                     model, dataset, config, progress=progress, log=log, command=command
@@ -88,7 +88,7 @@ def run(
             pruned = _read(folder, model, pipeline.resolved(config, dataset))
         while not pruned.is_finished:
             if not pruned.is_finetuned:
-                pruned = _finetune_folder(folder, folder, pruned, model, dataset, progress, board)
+                pruned = _finetune_folder(folder, folder, pruned, model, dataset, progress, tracker)
                 continue
             log = _log(folder)
             pruned = pipeline.cut(
@@ -115,7 +115,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
-    board: Path | None = None,
+    tracker: Tracker | None = None,
     command: str | None = None,
 ) -> RunResult:
     """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
@@ -123,8 +123,8 @@ def finetune(
     The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
     of the run's configuration, `source` is where its data is now, and `model_name` what its network
     is called now: needed where that is code of your own. With `resume` it goes on from
-    the checkpoints that an interrupted call with the same changes has left in `folder`. `board` is
-    a folder for TensorBoard. Raises `SecateurError`, and then leaves what was there.
+    the checkpoints that an interrupted call with the same changes has left in `folder`. `tracker`
+    gets the training's curves. Raises `SecateurError`, and then leaves what was there.
     """
     with contextlib.ExitStack() as held:
         for each in dict.fromkeys((folder, out)):
@@ -144,12 +144,12 @@ def finetune(
             _report(folder, tuned, model, dataset, progress)
             return tuned.result
         pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
-        _log(folder, board).write("finetune", command=command, changes=dict(changes))
+        _log(folder, tracker).write("finetune", command=command, changes=dict(changes))
         if not resume and distributed.is_main_process():
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
         distributed.barrier()
         tuned = _finetune_folder(
-            folder, out, pruned, model, dataset, progress, board, overwrite=overwrite
+            folder, out, pruned, model, dataset, progress, tracker, overwrite=overwrite
         )
         _report(out, tuned, model, dataset, progress)
         return tuned.result
@@ -251,13 +251,13 @@ def _finetune_folder(
     model: nn.Module,
     dataset: DataSet,
     progress: ProgressCallback,
-    board: Path | None,
+    tracker: Tracker | None,
     *,
     overwrite: bool = False,
 ) -> Pruned:
     """Fine-tunes the network of one run folder into another, which may be the same."""
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
-    log = _log(folder, board)
+    log = _log(folder, tracker)
     tuned = pipeline.finetune(
         pruned, model, dataset, progress=progress, log=log, checkpoints=checkpoints
     )
@@ -290,11 +290,11 @@ def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
     distributed.barrier()
 
 
-def _log(folder: Path | None, board: Path | None = None) -> EventLog:
+def _log(folder: Path | None, tracker: Tracker | None = None) -> EventLog:
     """The log in a folder, written to by the first process alone."""
     if folder is None or not distributed.is_main_process():
         return EventLog(None)
-    return open_log(folder / run_folder.LOG, board)
+    return open_log(folder / run_folder.LOG, tracker)
 
 
 def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:

@@ -19,7 +19,7 @@ from secateur.errors import RunFolderError
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
-from secateur.integrations.tensorboard import open_log
+from secateur.integrations.trackers import Tracker, open_log
 from secateur.pipeline.prune import (
     check_names,
     load_inputs,
@@ -39,7 +39,14 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch, train
+from secateur.training.trainer import (
+    KEYS_FREE_ON_RESUME,
+    KEYS_WITHOUT_EFFECT,
+    Epoch,
+    TrainingCallbacks,
+    train,
+)
+from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 2
@@ -75,20 +82,20 @@ def train_base(
     *,
     resume: bool = False,
     progress: ProgressCallback = no_progress,
-    board: Path | None = None,
+    tracker: Tracker | None = None,
     command: str | None = None,
 ) -> BaseResult:
     """Trains the network that `config` names and leaves its weights in a folder, with their recipe.
 
     It starts from the weights that `config` names, or from random ones. While it trains the folder
     holds the configuration, the log and the checkpoints that `resume` goes on from; where it has
-    come to its end `resume` gives what it came to. `board` is a folder for TensorBoard. Raises
+    come to its end `resume` gives what it came to. `tracker` gets the curves. Raises
     `RunFolderError` where the folder is not empty and is not to be resumed, or holds a run, or
     another training is at work there, and `UsageError` where another configuration was begun there.
     """
     check_names(config.as_run())
     with lock_folder(folder):
-        return _trained(config, folder, resume, progress, board, command)
+        return _trained(config, folder, resume, progress, tracker, command)
 
 
 def _trained(
@@ -96,7 +103,7 @@ def _trained(
     folder: Path,
     resume: bool,
     progress: ProgressCallback,
-    board: Path | None,
+    tracker: Tracker | None,
     command: str | None,
 ) -> BaseResult:
     """See `train_base`; the folder is held."""
@@ -118,7 +125,7 @@ def _trained(
     distributed.barrier()  # until all have looked at the folder
     make_folder(folder)
     is_first = distributed.is_main_process()
-    log = open_log(folder / LOG, board) if is_first else EventLog(None)
+    log = open_log(folder / LOG, tracker) if is_first else EventLog(None)
     log.write("start", command=command, config=config.model_dump(mode="json"))
     if is_first:
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -133,15 +140,13 @@ def _trained(
     training = train(
         model,
         None,
-        dataset.train,
-        preprocessing(run),
+        TrainingData(dataset.train, preprocessing(run), unreadable),
         config.train,
         seed=config.seed,
-        progress=progress,
-        validate=validate,
-        after_epoch=lambda epoch: log.write("epoch", **asdict(epoch)),
+        callbacks=TrainingCallbacks(
+            progress, validate, lambda epoch: log.write("epoch", **asdict(epoch))
+        ),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
-        unreadable=unreadable,
     )
     test = stream(dataset.test, run, progress, "scoring", unreadable)
     score = evaluate(model, test)

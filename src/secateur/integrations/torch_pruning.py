@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -132,8 +131,7 @@ class CriterionImportance:
             )[name].scores
         self._scores, self._reasons = {}, {}
         for group in dependencies.groups.values():
-            number = np.full(len(dependencies.channel_of), -1, dtype=np.int64)
-            number[group.channels] = np.arange(len(group))
+            number = dependencies.index_table(group.channels)
             for layer in group.layers:
                 assert layer.produced is not None
                 own = number[layer.produced]  # [filter]

@@ -36,18 +36,20 @@ from secateur.pipeline.result import (
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.latency_profiler import measure_fraction_left, plan_in_time
+from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence, check_finite
+from secateur.pruning.outcome import RefitOutcome, SizeTrial
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.plan_inputs import PlanInputs, make_plan_inputs
-from secateur.pruning.refit.refit_and_check import RefitOutcome, refit_and_check
-from secateur.pruning.size_search import SizeTrial, bisect, smallest_kept
+from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import RefitImages, refit_and_check
+from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.memory import free_bytes
-from secateur.runtime.module_state import device_of, tensors_of
+from secateur.runtime.module_state import device_of, tensors_of, unwrapped
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -55,7 +57,8 @@ from secateur.scoring.criteria import Criterion
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.distill import Distillation, distill
 from secateur.training.feature_distillation import ResidualSum, residual_sums
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 
 def origin(config: RunConfig) -> Origin:
@@ -290,7 +293,17 @@ def collect_plan_inputs(
     return make_plan_inputs(
         model,
         context.dependencies,
-        lambda: calibration_batches(context, config, progress, "scoring filters"),
+        CalibrationImages(
+            lambda: calibration_batches(context, config, progress, "scoring filters"),
+            lambda: _batches(
+                context.calibration,
+                with_batches(config, context.batch_size),
+                no_progress,
+                "",
+                context.unreadable,
+            ),
+            context.example,
+        ),
         {
             name: make_criterion(name, context.source, config)
             for name in names or (config.score.criterion,)
@@ -298,14 +311,6 @@ def collect_plan_inputs(
         context.source,
         config.score,
         config.plan,
-        sample=lambda: _batches(
-            context.calibration,
-            with_batches(config, context.batch_size),
-            no_progress,
-            "",
-            context.unreadable,
-        ),
-        example=context.example,
         progress=progress,
     )
 
@@ -356,14 +361,13 @@ def refit_in_place(
     `repair`."""
     fit, held_out = split_calibration(context.calibration)
     return refit_and_check(
-        model,
-        smaller,
-        context.dependencies,
-        plan,
+        RefitInputs(model, smaller, context.dependencies, plan.removed),
+        RefitImages(
+            lambda: calibration_batches(context, config, no_progress, ""),
+            lambda: stream(fit, config, progress, "re-estimating norms", context.unreadable),
+            lambda: stream(held_out, config, no_progress, "", context.unreadable),
+        ),
         config.refit,
-        lambda: calibration_batches(context, config, no_progress, ""),
-        lambda: stream(fit, config, progress, "re-estimating norms", context.unreadable),
-        lambda: stream(held_out, config, no_progress, "", context.unreadable),
         seed=config.seed,
         progress=progress,
     )
@@ -497,16 +501,16 @@ def finetune(
     training = train(
         smaller,
         model,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing(config), unreadable),
         config.finetune,
         seed=config.seed,
         sums=_sums(pruned) if config.finetune.feature_weight else (),
-        progress=progress,
-        validate=validate,
-        after_epoch=lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
+        callbacks=TrainingCallbacks(
+            progress,
+            validate,
+            lambda epoch: log.write("epoch", round=number, **asdict(epoch)),
+        ),
         checkpoints=checkpoints,
-        unreadable=unreadable,
     )
     assert training.before is not None
     came = pruned.result.stages[-1].score  # of the weights that were trained
@@ -655,13 +659,11 @@ def cut(
         polished = distill(
             model,
             smaller,
-            fit,
+            TrainingData(fit, preprocessing(config), unreadable),
             lambda: stream(held_out, config, no_progress, "", unreadable),
-            preprocessing(config),
             config.distill,
             seed=config.seed,
             progress=progress,
-            unreadable=unreadable,
         )
         for each in polished.epochs:
             log.write("distill", **asdict(each))
@@ -687,7 +689,7 @@ def cut(
         removed = {group.name: group.removed for group in groups if group.removed}
         plan = replace(earlier.plan, removed=removed, budget=parse_budget(config.plan.target))
     else:
-        plan = replace(plan, weights=weights_hash(tensors_of(getattr(model, "_orig_mod", model))))
+        plan = replace(plan, weights=weights_hash(tensors_of(unwrapped(model))))
     result = RunResult(
         command=command,
         config=config,

@@ -15,10 +15,7 @@ from secateur.errors import RunFolderError, UsageError
 from secateur.evaluation.evaluate import Score
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.pruning.refit.batchnorm import BatchNormRecalibration
-from secateur.pruning.refit.layerwise import LayerRefit
-from secateur.pruning.refit.refit_and_check import RefitCheck
-from secateur.pruning.size_search import SizeTrial
+from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record

@@ -25,7 +25,7 @@ from secateur.errors import DataError
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.trace import Compute, NodeHook, Tensors, operation_name
+from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast

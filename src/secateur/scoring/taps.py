@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Layer, argument
+from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group, Tap
+from secateur.graph.network_graph import Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
-from secateur.graph.trace import Tensors, operation_name
 from secateur.scoring.criteria import ConsumerKernel, Kernels
 
 
@@ -53,8 +53,7 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
     kernels: dict[str, Kernels] = {}
     for group in dependencies.groups.values():
         # The channel of the group at each channel of the network; the last entry stands for -1.
-        position = np.full(len(dependencies.channel_of) + 1, -1, dtype=np.int64)
-        position[group.channels] = np.arange(len(group))
+        position = dependencies.index_table(group.channels)
 
         def rows_of(
             name: str, dim: int, position: npt.NDArray[np.int64] = position

@@ -55,6 +55,7 @@ def finetune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
+    from secateur.integrations.trackers import make_tracker
 
     with output.resumable(run):
         result = runs.finetune(
@@ -66,7 +67,7 @@ def finetune(
             resume=resume,
             overwrite=overwrite,
             progress=output.progress(),
-            board=tracker_dir,
+            tracker=make_tracker(tracker, tracker_dir),
             command=output.command_line(),
         )
     output.show_run(result, out or run, as_json=as_json)

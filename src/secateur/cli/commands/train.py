@@ -44,13 +44,14 @@ def train(
     from secateur.cli import console, output
     from secateur.experiments.manifest import WEIGHTS
     from secateur.experiments.train_base import train_base
+    from secateur.integrations.trackers import make_tracker
 
     result = train_base(
         config,
         out,
         resume=resume,
         progress=output.progress(),
-        board=tracker_dir,
+        tracker=make_tracker(tracker, tracker_dir),
         command=output.command_line(),
     )
     if as_json:

@@ -104,7 +104,7 @@ def run_benchmark(
     for cell in cells:
         check_names(cell.config)
         check_weights(cell.config, allow_untrained=False)
-    with lock_folder(folder) as lock:
+    with lock_folder(folder):
         _prepare(folder, comparison)
         known = {cell.id: read_job(folder, cell) for cell in cells}
         missing = [
@@ -113,7 +113,7 @@ def run_benchmark(
             if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
         ]
         for done in progress(
-            _run_jobs(folder, comparison, missing, workers, lock), "cells", len(missing)
+            _run_jobs(folder, comparison, missing, workers), "cells", len(missing)
         ):
             known[done.id] = done
         _tidy(folder, [id for id, found in known.items() if found and found.outcome == "done"])
@@ -182,20 +182,16 @@ class _Process:
 
 
 def _run_jobs(
-    folder: Path, comparison: BenchmarkSpec, missing: Sequence[Job], jobs: int, lock: int | None
+    folder: Path, comparison: BenchmarkSpec, missing: Sequence[Job], jobs: int
 ) -> Iterator[JobResult]:
-    """The results of the missing cells as they come.
-
-    The processes inherit the lock: where this one is killed, none takes the folder before the last
-    of them has noticed it.
-    """
+    """The results of the missing cells as they come."""
     waiting = group_jobs(missing, jobs)
     told: queue.SimpleQueue[tuple[_Process, str | None]] = queue.SimpleQueue()
     running: list[_Process] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(folder, comparison, waiting.pop(0), told, lock))
+                running.append(_start(folder, comparison, waiting.pop(0), told))
             process, line = told.get()
             if line is not None:
                 done = _note(folder, process, line)
@@ -214,7 +210,6 @@ def _start(
     comparison: BenchmarkSpec,
     cells: list[Job],
     told: queue.SimpleQueue[tuple[_Process, str | None]],
-    lock: int | None,
 ) -> _Process:
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": str(comparison.threads)}
@@ -230,7 +225,6 @@ def _start(
         stderr=errors,
         encoding="utf-8",
         env=environment,
-        pass_fds=() if lock is None else (lock,),
         start_new_session=True,  # an interrupt is for this process, which ends the others
     )
     process = _Process(popen, list(cells), errors)

@@ -24,7 +24,7 @@ from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, join_annota
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.graph.trace import NetworkGraph, Tensors
+from secateur.graph.network_graph import NetworkGraph, Tensors
 
 
 @dataclass(frozen=True, eq=False)

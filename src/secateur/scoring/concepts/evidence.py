@@ -17,7 +17,7 @@ from torch.fx.node import Node
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.errors import TraceError
-from secateur.graph.trace import NetworkGraph, operation_name
+from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 REGION_FRACTION = 0.25
