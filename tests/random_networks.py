@@ -314,9 +314,7 @@ class Gate(Block):
 
     def __init__(self, width: int, side: int, out: int, choice: Choice) -> None:
         super().__init__()
-        self.how = choice.pick(
-            "conv", "linear", "position", "scale", "scale1", "shift", "eca"
-        )
+        self.how = choice.pick("conv", "linear", "position", "scale", "scale1", "shift", "eca")
         kind = nn.Linear if self.how == "linear" else lambda i, o: nn.Conv2d(i, o, 1)
         if self.how in ("conv", "linear"):
             self.squeeze, self.excite = kind(width, out), kind(out, width)

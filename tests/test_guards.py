@@ -20,7 +20,7 @@ from secateur import apply_plan, build_dependency_graph
 from secateur.config import Budget, RefitSection
 from secateur.data import Batch
 from secateur.errors import DataError, RunFolderError, UsageError
-from secateur.evaluation.evaluate import Score
+from secateur.evaluation.score import Score
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.graph.dependency import DependencyGraph
@@ -32,7 +32,7 @@ from secateur.pruning.refit import refit_and_check
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import RefitImages
 from secateur.runtime.hashing import architecture_hash, weights_hash
-from secateur.training.trainer import Epoch
+from secateur.training.outcome import Epoch
 
 
 @pytest.fixture

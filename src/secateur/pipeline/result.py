@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from secateur.config import ReportSection, RunConfig, Section
+from secateur.config import (
+    ReportSection,
+    RunConfig,
+    Section,
+)
 from secateur.errors import RunFolderError, UsageError
-from secateur.evaluation.evaluate import Score
+from secateur.evaluation.score import Score
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
-from secateur.training.distill import Distillation
-from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
 SCHEMA_VERSION = 3
 RESULT = "result.json"

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from secateur.config import Budget, RunConfig, parse_budget
 from secateur.data import DataSet, split_calibration
-from secateur.evaluation.evaluate import Score, evaluate
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.score import Score
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
-from secateur.pipeline.result import (
-    FinetuneResult,
-    KeptWeights,
-    StageResult,
-    has_collapsed,
-)
+from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult, has_collapsed
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext
@@ -37,8 +33,8 @@ from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
 from secateur.runtime import distributed
 from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.distill import Distillation
 from secateur.training.feature_distillation import residual_sums
+from secateur.training.outcome import Distillation
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
