@@ -59,7 +59,7 @@ _PLACES = {
     "PruningPlan": "pruning.plan",
     "RunConfig": "config",
     "RunResult": "pipeline.result",
-    "Score": "evaluation.evaluate",
+    "Score": "evaluation.score",
     "SecateurError": "errors",
     "apply_plan": "pruning.apply",
     "build_dependency_graph": "graph.build",
