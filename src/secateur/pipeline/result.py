@@ -65,16 +65,6 @@ class FrozenResult(Record):
 
 
 KeptWeights = Literal["last", "best", "start"]
-COLLAPSE = 0.1
-"""Loss of top-1 fraction on the validation images from which training counts as broken. Smaller
-losses are common where the original network was trained on these images: it forgets them while it
-improves on the test images."""
-
-
-def has_collapsed(before: float, epochs: Sequence[Epoch]) -> bool:
-    """Return whether training has left a network far worse than it was `before`."""
-    last = epochs[-1].validation if epochs else None
-    return last is not None and last < before - COLLAPSE
 
 
 class FinetuneResult(Record):

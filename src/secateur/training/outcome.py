@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur.evaluation.score import OutputDivergence
@@ -10,6 +11,11 @@ KEYS_WITHOUT_EFFECT = frozenset({"checkpoint_minutes", "workers"})
 """Keys of `TrainingSection` that change no result."""
 KEYS_FREE_ON_RESUME = KEYS_WITHOUT_EFFECT | {"max_minutes", "keep", "patience"}
 """Keys of `TrainingSection` that may change when a training is resumed: its steps stay the same."""
+
+COLLAPSE = 0.1
+"""Loss of top-1 fraction on the validation images from which training counts as broken. Smaller
+losses are common where the original network was trained on these images: it forgets them while it
+improves on the test images."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,12 @@ class Epoch:
     """At the end of the epoch."""
     validation: float | None = None
     """What `validate` returned after it: in a run, top-1 fraction on the validation images."""
+
+
+def has_collapsed(before: float, epochs: Sequence[Epoch]) -> bool:
+    """Return whether training has left a network far worse than it was `before`."""
+    last = epochs[-1].validation if epochs else None
+    return last is not None and last < before - COLLAPSE
 
 
 @dataclass(frozen=True)
