@@ -204,9 +204,9 @@ FILES: list[tuple[Make, Read, type[SecateurError], str]] = [
     (claimed_header, read_weights, WeightsError, "header claims"),
     (large_png, read_image, DataError, "large.png can't be read"),
     (large_png, read_mask, DataError, "large.png can't be read"),
-    (dotted_toml, read_toml, UsageError, "nests too deeply"),
-    (dotted_inline_toml, read_toml, UsageError, "nests too deeply"),
-    (nested_toml, read_toml, UsageError, "nests too deeply"),
+    (dotted_toml, read_toml, UsageError, "nested too deeply"),
+    (dotted_inline_toml, read_toml, UsageError, "nested too deeply"),
+    (nested_toml, read_toml, UsageError, "nested too deeply"),
     (large_toml, read_toml, UsageError, "1000000000 bytes"),
     (gzip_bomb, read_gzip, DataError, "unpacks to more than"),
 ]

@@ -117,7 +117,7 @@ TrackerDir = Annotated[
     Path | None,
     typer.Option(
         "--tracker-dir",
-        help="Folder for the tracker's files (for tensorboard by default RUN-logs, beside the run "
+        help="Folder for the tracker's files (default of tensorboard: RUN-logs, beside the run "
         "folder RUN).",
         rich_help_panel=OUTPUT,
     ),
