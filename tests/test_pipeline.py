@@ -18,7 +18,7 @@ from secateur import data
 from secateur.config import DataSection, ModelSection, RunConfig
 from secateur.data import DataSet, TensorImages
 from secateur.errors import DataError, SecateurError, UnknownName, UsageError
-from secateur.evaluation.evaluate import Score
+from secateur.evaluation.score import Score
 from secateur.experiments import run_folder
 from secateur.experiments.run import run
 from secateur.models import zoo

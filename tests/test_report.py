@@ -11,15 +11,14 @@ from PIL import Image
 
 from runs import DigitsRun
 from secateur.errors import DataError, RunFolderError, WriteError
-from secateur.evaluation.divergence import OutputDivergence
+from secateur.evaluation.score import OutputDivergence
 from secateur.experiments.compare.results import Row, to_lines
 from secateur.experiments.report import count_text, score_rows, write_report
 from secateur.experiments.report.comparison import ROWS
 from secateur.experiments.report.run_charts import tradeoff
 from secateur.experiments.run import report
 from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
-from secateur.training.distill import Distillation, DistillEpoch
-from secateur.training.trainer import Epoch
+from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 
 
 class Page(HTMLParser):

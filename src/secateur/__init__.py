@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from secateur.data import DataSet
     from secateur.data import load as load_data
     from secateur.errors import SecateurError
-    from secateur.evaluation.evaluate import Score, evaluate
+    from secateur.evaluation.evaluate import evaluate
+    from secateur.evaluation.score import Score
     from secateur.experiments.run import run
     from secateur.experiments.run_folder import load, load_program, save
     from secateur.graph.build import build_dependency_graph
@@ -58,7 +59,7 @@ _PLACES = {
     "PruningPlan": "pruning.plan",
     "RunConfig": "config",
     "RunResult": "pipeline.result",
-    "Score": "evaluation.evaluate",
+    "Score": "evaluation.score",
     "SecateurError": "errors",
     "apply_plan": "pruning.apply",
     "build_dependency_graph": "graph.build",

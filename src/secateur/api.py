@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
-from secateur.evaluation.evaluate import Score, compute_logits
+from secateur.evaluation.evaluate import compute_logits
+from secateur.evaluation.score import Score
 from secateur.experiments import run as runs
 from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery

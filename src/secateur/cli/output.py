@@ -15,7 +15,7 @@ from rich.table import Table
 
 from secateur.cli.console import err, escaped, out
 from secateur.errors import UsageError
-from secateur.evaluation.evaluate import Score
+from secateur.evaluation.score import Score
 from secateur.experiments import run_folder
 from secateur.experiments.inspect import NEEDED
 from secateur.experiments.report import count_text, score_rows

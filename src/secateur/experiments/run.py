@@ -53,7 +53,6 @@ from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.module_state import tensors_of
-from secateur.training.checkpoint import Checkpoints
 
 
 def run(
@@ -87,7 +86,7 @@ def run(
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
         while not pruned.is_finished:
-            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            checkpoints = folder / run_folder.CHECKPOINTS
             pruned = pipeline.take_next_step(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, folder, pruned, overwrite=True)
         _report(folder, pruned, model, dataset, run_context)
@@ -137,7 +136,7 @@ def finetune(
             if not resume:
                 _remove_checkpoints(folder)
             distributed.barrier()
-            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            checkpoints = folder / run_folder.CHECKPOINTS
             pruned = pipeline.finetune(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, out, pruned, overwrite=overwrite or out == folder)
             if out != folder:

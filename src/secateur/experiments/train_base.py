@@ -17,7 +17,8 @@ from secateur.config import (
 )
 from secateur.data import DataSet
 from secateur.errors import RunFolderError
-from secateur.evaluation.evaluate import Score, evaluate
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.score import Score
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.pipeline.inputs import check_names, load_inputs, make_reader, resolve_config
@@ -30,13 +31,8 @@ from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import (
-    KEYS_FREE_ON_RESUME,
-    KEYS_WITHOUT_EFFECT,
-    Epoch,
-    TrainingCallbacks,
-    train,
-)
+from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"

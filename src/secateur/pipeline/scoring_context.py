@@ -14,7 +14,8 @@ from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.batch_reader import BatchReader
 from secateur.errors import UnknownName
-from secateur.evaluation.evaluate import Score, evaluate
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.score import Score
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.pipeline.inputs import make_reader, resolve_config
