@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import ROOT
-from secateur.experiments.compare.runner import KEPT_MEMORY
+from secateur.experiments.compare.runner import MALLOC_SETTINGS
 
 Cell = dict[str, Any]
 
@@ -49,7 +49,7 @@ def run_all(script: str, calls: Iterable[Sequence[str]], jobs: int) -> None:
 
     def run(arguments: Sequence[str]) -> int:
         command = [sys.executable, str(ROOT / "bench" / script), *arguments]
-        return subprocess.run(command, env=os.environ | KEPT_MEMORY).returncode
+        return subprocess.run(command, env=os.environ | MALLOC_SETTINGS).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(run, calls))

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rows import ROOT
+from secateur.experiments.compare.job import Job, JobResult
 from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
-from secateur.experiments.compare.runner import JobResult, read_spec, run_benchmark
-from secateur.experiments.compare.spec import BenchmarkSpec, Job
+from secateur.experiments.compare.runner import run_benchmark
+from secateur.experiments.compare.spec import BenchmarkSpec, read_spec
 from secateur.experiments.compare.statistics import compute_statistics
-from secateur.experiments.report.comparison import accuracy_table, difference_table
+from secateur.experiments.report.benchmark import accuracy_table, difference_table
 from secateur.runtime.progress import T
 
 Key = tuple[str, str, str, str, int]

@@ -20,7 +20,7 @@ from secateur.config import RunConfig, from_dict, to_toml
 from secateur.experiments import run as runs
 from secateur.experiments.compare import runner as sweep
 from secateur.experiments.compare.spec import BenchmarkSpec
-from secateur.experiments.report.comparison import ROWS, write_comparison
+from secateur.experiments.report.benchmark import ROWS, write_benchmark
 from secateur.pipeline.result import read_result
 
 MODEL = '''
@@ -151,7 +151,7 @@ class Case:
     def compare(self, out: Path) -> None:
         """Works off what is missing of a comparison, and writes its tables."""
         comparison = self.comparison()
-        write_comparison(out, comparison, sweep.run_benchmark(comparison, out, workers=2))
+        write_benchmark(out, comparison, sweep.run_benchmark(comparison, out, workers=2))
 
 
 def _picture(name: str, generator: np.random.Generator) -> np.ndarray:

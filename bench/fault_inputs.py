@@ -27,11 +27,11 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.errors import RunFolderError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
+from secateur.experiments.compare.job_files import JOBS, read_job, write_job
 from secateur.experiments.compare.results import read_rows
-from secateur.experiments.compare.runner import CELLS, read_job, write_job
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.manifest import MANIFEST
-from secateur.experiments.report.comparison import write_comparison
+from secateur.experiments.report.benchmark import write_benchmark
 from secateur.models import weights, zoo
 from secateur.pipeline.result import Origin, read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
@@ -124,10 +124,10 @@ def readers(folder: Path) -> list[Reader]:
     result = runs.run(case.config(epochs=1), run)
     comparison = case.comparison()
     cell, *others = jobs_of(comparison)
-    (sweep_folder / CELLS).mkdir(parents=True)
+    (sweep_folder / JOBS).mkdir(parents=True)
     cells = [write_job(sweep_folder, cell, comparison, result=result)]
     cells += [write_job(sweep_folder, each, comparison, failed="why") for each in others]
-    write_comparison(sweep_folder, comparison, cells)
+    write_benchmark(sweep_folder, comparison, cells)
     model = zoo.load(case.model_name, num_classes=len(CLASSES))
     dependencies = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
     of_run = {

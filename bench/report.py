@@ -28,8 +28,8 @@ from cells import run_all
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet
-from secateur.experiments.report import write_report
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.report.page import write_report
 from secateur.pipeline.prune import (
     calibration_batches,
     load_inputs,

@@ -28,8 +28,9 @@ from peer_search import cut_to
 from rows import ROOT
 from secateur.config import parse_budget
 from secateur.evaluation.evaluate import Score, evaluate
-from secateur.experiments.compare.results import Row, place_of
-from secateur.experiments.compare.spec import Job, jobs_of
+from secateur.experiments.compare.job import Job
+from secateur.experiments.compare.results import Row, environment_fields
+from secateur.experiments.compare.spec import jobs_of
 from secateur.pipeline.prune import (
     load_inputs,
     make_scoring_context,
@@ -79,7 +80,7 @@ def measure_peer(cell: Job) -> Row:
     )
     tuned = score(smaller)
     return Row(
-        **place_of(environment()),
+        **environment_fields(environment()),
         network=cell.network,
         variant="",
         criterion=PEER_NAME,

@@ -23,8 +23,7 @@ from pathlib import Path
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import RunConfig, ScoreSection
-from secateur.experiments.compare.runner import read_spec
-from secateur.experiments.compare.spec import jobs_of
+from secateur.experiments.compare.spec import jobs_of, read_spec
 from secateur.experiments.run import run
 from tables import with_table
 

@@ -13,7 +13,7 @@ import comparisons
 import results
 import tuned
 from layouts import write_classes
-from secateur.experiments.compare.runner import CELLS
+from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.pipeline.prune import load_inputs, prune
 
@@ -51,7 +51,7 @@ def test_rows_that_are_there_are_not_measured_again(
     more = comparison.model_copy(update={"criteria": ("l1", "random")})
     comparisons.measure(more, file, 1)
     assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
-    assert len(list((tmp_path / "runs" / "rows" / CELLS).iterdir())) == 1
+    assert len(list((tmp_path / "runs" / "rows" / JOBS).iterdir())) == 1
     # A row that did not come to the file before an interruption comes to it now.
     whole = file.read_text()
     file.write_text(whole.splitlines(keepends=True)[0])

@@ -20,8 +20,8 @@ from secateur.data import DataSet, NormalisedImages
 from secateur.errors import DataError, UsageError
 from secateur.evaluation.evaluate import Score, compute_logits
 from secateur.experiments import run as runs
-from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.report.page import score_rows, write_report
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.result import Origin, RunResult

@@ -59,7 +59,7 @@ from secateur.experiments.compare.statistics import compute_statistics
 from secateur.experiments.demo import MODEL, digits_config, train_digits
 from secateur.experiments.inspect import group_of, inspect_network
 from secateur.experiments.manifest import CONFIG, WEIGHTS, read_manifest
-from secateur.experiments.report.comparison import CHARTS, PAGE, tables, write_comparison
+from secateur.experiments.report.benchmark import CHARTS, PAGE, tables, write_benchmark
 from secateur.experiments.train_base import BaseConfig, train_base
 from secateur.integrations.onnx import Latency, check_free, compare_latency, export_onnx
 from secateur.models import user_code, zoo
@@ -725,7 +725,7 @@ def compare(
     given = put_over(read_tables(comparison), {"data": {"source": data_source}}, settings)
     content = from_dict(given, BenchmarkSpec).with_weights_in(weights)
     cells = run_benchmark(content, out, workers=jobs, retry=retry, progress=display.progress())
-    write_comparison(out, content, cells, _command())
+    write_benchmark(out, content, cells, _command())
     rows = [row_of(cell) for cell in cells]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))

@@ -82,8 +82,7 @@ class LayerWidths:
     """The two numbers of channels that the time of a layer depends on."""
 
     read: Dimension
-    """Channels that it sums over; 1 where they are not significantly different from those
-    `written`."""
+    """Channels that it sums over; 1 where they can't be distinguished from those `produced`."""
     produced: Dimension
     over: tuple[Dimension, ...]
     """Channels that are positions to it: time is in proportion to them."""
