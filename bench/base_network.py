@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
-from secateur.config import from_dict, read_tables
+from secateur.config import BaseConfig, from_dict, read_tables
 from secateur.experiments.compare.spec import read_spec
 from secateur.experiments.manifest import WEIGHTS
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 from tables import with_table
 
 RESULTS = ROOT / "results" / "base_network.json"

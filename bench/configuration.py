@@ -5,8 +5,7 @@ from __future__ import annotations
 from pydantic_core import PydanticUndefined
 
 from rows import ROOT
-from secateur.config import RunConfig, Section
-from secateur.experiments.train_base import BaseConfig
+from secateur.config import BaseConfig, RunConfig, Section
 from tables import with_table
 
 PAGE = ROOT / "docs" / "reference" / "configuration.md"

@@ -25,7 +25,7 @@ from torch.fx.node import Node
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
-from secateur.config import RunConfig, parse_budget
+from secateur.config import CRITERIA, RunConfig, parse_budget
 from secateur.errors import UsageError
 from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
 from secateur.pruning.apply import apply_plan
@@ -33,7 +33,6 @@ from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import refit
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import no_progress
-from secateur.scoring import criteria
 from secateur.scoring.feature_pass import kernels_of
 from secateur.scoring.scores import score_filters
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
@@ -54,7 +53,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     """Appends every cell of a network and a calibration set that is missing."""
     wanted = [
         (target, name)
-        for target, name in itertools.product(TARGETS[study], criteria.CRITERIA)
+        for target, name in itertools.product(TARGETS[study], CRITERIA)
         if (network, seed, target, name) not in {key_of(cell, KEY) for cell in cells()}
     ]
     if not wanted:
@@ -63,7 +62,7 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     # The validation images are the same for every seed; the calibration set is what differs.
     config = config.model_copy(update={"seed": seed})
     context = make_scoring_context(model, dataset, config)
-    names = [name for name in criteria.CRITERIA if any(name == other for _, other in wanted)]
+    names = [name for name in CRITERIA if any(name == other for _, other in wanted)]
     ruled_out = inapplicable(names, model, context, config)
     names = [name for name in names if name not in ruled_out]
     start = time.perf_counter()
@@ -156,7 +155,7 @@ def table(study: str, found: list[Cell]) -> str:
     heads = [f"{network} {target.removeprefix('macs=')}" for network, target in settings]
     lines = [f"| criterion | {' | '.join(heads)} | mean |", f"|---|{'---|' * (len(heads) + 1)}"]
     ranked = []
-    for name in criteria.CRITERIA:
+    for name in CRITERIA:
         texts, means = [], []
         for network, target in settings:
             values = [

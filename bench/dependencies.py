@@ -20,6 +20,8 @@ from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 OURS = "secateur"
+LINT = "lint"
+"""The extra of what checks the source alone, and is not installed for the tests."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def direct() -> list[Dependency]:
     asked = [("", project["dependencies"]), *project["optional-dependencies"].items()]
     found: dict[str, Dependency] = {}
     for extra, lines in asked:
+        if extra == LINT:
+            continue
         for requirement in map(Requirement, lines):
             name = canonicalize_name(requirement.name)
             if name == OURS:

@@ -44,7 +44,7 @@ from rows import (
     surroundings,
     versions,
 )
-from secateur.config import ScoreSection
+from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch, batches
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph import interpreter
@@ -72,8 +72,8 @@ NETWORKS = {
 at first, every eighth image, fills whole batches."""
 MEMORY = {"resnet20": (256, 2048), "torchvision:resnet50": (64, 512)}
 """Numbers of images between which the growth of a process's peak memory is measured."""
-OTHERS = tuple(name for name in criteria.CRITERIA if name not in ("taylor", "hrank"))
-CRITERIA = {
+OTHERS = tuple(name for name in CRITERIA if name not in ("taylor", "hrank"))
+COMBINATIONS = {
     "vote-response": ("vote-response",),
     "vote-iou": ("vote-iou",),
     "vote": ("vote",),
@@ -252,14 +252,14 @@ def measure_time(name: str, count: int, seconds: float, note: Note) -> None:
     context = make_ground(name)
     theirs = Peer(context)
     ways: dict[str, Callable[[int], object]] = {
-        **{cell: partial(context.score, names) for cell, names in CRITERIA.items()},
+        **{cell: partial(context.score, names) for cell, names in COMBINATIONS.items()},
         "Torch-Pruning Taylor": theirs.taylor,
         "Torch-Pruning Hessian": theirs.hessian,
         "literal dissection": partial(dissect, context),
     }
     images_of = {cell: min(count, FEW_IMAGES.get(cell, count)) for cell in ways}
     if context.preprocessing.image_size < SMALL:
-        images_of |= dict.fromkeys((*CRITERIA, "Torch-Pruning Taylor"), count)
+        images_of |= dict.fromkeys((*COMBINATIONS, "Torch-Pruning Taylor"), count)
     cells: dict[str, Row] = {
         cell: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}
         for cell, images in images_of.items()
@@ -340,7 +340,7 @@ def ratio(cell: Row) -> float:
 
 def table(found: list[Row]) -> str:
     """Costs by network, then the growth of memory."""
-    names = [*CRITERIA, "Torch-Pruning Taylor", "Torch-Pruning Hessian", "literal dissection"]
+    names = [*COMBINATIONS, "Torch-Pruning Taylor", "Torch-Pruning Hessian", "literal dissection"]
     lines = [
         f"| network | images | threads | turns | {' | '.join(names)} |",
         f"|---|---|---|---|{'---|' * len(names)}",

@@ -22,7 +22,8 @@ def context() -> BaseContext:
     found.set_forkserver_preload(
         [
             *(
-                "secateur.cli.app",
+                "secateur.api",
+                "secateur.experiments.compare.runner",
                 "secateur.experiments.report.run_charts",
                 "accelerate",
                 "sklearn.datasets",

@@ -14,7 +14,7 @@ from torch.fx.node import Node
 from networks import CLASSES, Chain, Concat, ViewRest, make_network, random_images
 from processes import side_by_side
 from secateur import data
-from secateur.config import Precision, ScoreSection
+from secateur.config import CRITERIA, Precision, ScoreSection
 from secateur.data import Batch, TensorImages
 from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
 from secateur.data.preprocessing import Preprocessing
@@ -466,7 +466,7 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
     source = concepts.make(SOURCE, dependencies.graph, tensors_of(model), names, PREPROCESSING)
     watching: dict[str, criteria.Criterion] = {
         criterion: criteria.make(criterion, settings, 0, {})
-        for criterion in criteria.CRITERIA
+        for criterion in CRITERIA
         if criterion != "bn_scale" or name == "residual"  # where every layer has a batch norm
     }
     dissection, top = Dissection(tuple(each.name for each in source.concepts)), TopImages(3)

@@ -30,13 +30,13 @@ from fault_case import Case, FailingDisk
 from layouts import Pixels, random_pixels, write_classes, write_image
 from secateur import data
 from secateur.cli import app
-from secateur.config import read_config
+from secateur.config import BaseConfig, read_config
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import SecateurError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 from secateur.models import weights, zoo
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file

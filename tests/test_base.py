@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import pytest
 
-from secateur.config import from_dict
+from secateur.config import BaseConfig, from_dict
 from secateur.errors import RunFolderError, UsageError
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 
 T = TypeVar("T")
 

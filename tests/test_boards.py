@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from layouts import write_classes
-from secateur.config import RunConfig, from_dict
+from secateur.config import BaseConfig, RunConfig, from_dict
 from secateur.errors import UsageError
 from secateur.experiments.run import run
-from secateur.experiments.train_base import BaseConfig, train_base
+from secateur.experiments.train_base import train_base
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from networks import Chain, make_network, random_images
-from secateur.config import ScoreSection
+from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, UnknownName, UsageError
@@ -23,7 +23,6 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.patches import Window
 from secateur.scoring.concepts import ConceptInput
 from secateur.scoring.criteria import (
-    CRITERIA,
     ConsumerKernel,
     Criterion,
     FeatureBatch,

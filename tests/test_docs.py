@@ -11,7 +11,7 @@ import criteria
 import report
 import studies
 import tables
-from secateur import data
+from secateur.config import DATA_FORMS
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def test_every_source_file_is_on_the_map() -> None:
 
 def test_every_kind_of_data_is_told_of() -> None:
     page = (ROOT / "docs" / "reference" / "data.md").read_text()
-    kinds = [form.partition(":")[0] for form in data.FORMS]
+    kinds = [form.partition(":")[0] for form in DATA_FORMS]
     assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+
 import secateur
 
 
@@ -10,7 +15,7 @@ def test_public_names() -> None:
         *("DataSet", "PruneResult", "PruningPlan", "RunConfig", "RunResult", "Score"),
         *(
             "SecateurError",
-            "Target",
+            "Budget",
             "DependencyGraph",
             "apply_plan",
             "evaluate",
@@ -19,7 +24,40 @@ def test_public_names() -> None:
             "export_onnx",
             "ExportResult",
         ),
-        *("load_model", "load_program", "make_plan", "make_wiring", "prune", "run", "save"),
+        *(
+            "load_model",
+            "load_program",
+            "make_plan",
+            "build_dependency_graph",
+            "prune",
+            "run",
+            "save",
+        ),
     }
     assert all(hasattr(secateur, name) for name in secateur.__all__)
     assert secateur.__doc__
+
+
+def test_dir_shows_the_public_names_alone() -> None:
+    assert dir(secateur) == sorted(secateur.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="prun"):
+        secateur.prun  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import secateur",
+        "import secateur.cli",
+        "from secateur.cli.commands import prune, inspect, compare",
+        "from secateur.cli.completion import networks; networks('')",
+    ],
+)
+def test_the_front_door_imports_no_torch(line: str) -> None:
+    heavy = "{'torch', 'torchvision', 'matplotlib', 'accelerate', 'onnx', 'numpy'}"
+    code = f"{line}; import sys; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""

@@ -24,7 +24,7 @@ from fault_case import FailingDisk
 from layouts import write_classes
 from processes import started
 from secateur.cli import app
-from secateur.config import from_dict
+from secateur.config import CRITERIA, from_dict
 from secateur.errors import RunFolderError, UnknownName, WriteError
 from secateur.experiments.compare.job_files import (
     CHECKPOINTS,
@@ -39,7 +39,6 @@ from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
 from secateur.experiments.compare.worker import run_jobs
 from secateur.experiments.report.benchmark import CSV, MARKDOWN, PAGE, ROWS, write_benchmark
 from secateur.pipeline.prune import load_inputs, prune
-from secateur.scoring.criteria import CRITERIA
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""

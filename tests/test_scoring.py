@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images
-from secateur.config import ScoreSection
+from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
@@ -19,7 +19,7 @@ from secateur.scoring.scores import FilterScores, score_filters
 
 IMAGES = random_images(10)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0, 1, 3, 3])
-EVERY_CRITERION = criteria.CRITERIA
+EVERY_CRITERION = CRITERIA
 CLASS_NAMES = tuple("abcde")
 SOURCES = ("evidence", "saliency", "factors:3", "colours")
 SETTINGS = ScoreSection(top_fraction=0.3, quantile=0.1, sample_every=2, use_labels=True)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from layouts import prune_briefly, random_pixels, write_image
 from secateur import data
-from secateur.config import RunConfig, from_dict
+from secateur.config import BaseConfig, RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnreadableImage
 from secateur.evaluation.evaluate import evaluate
 from secateur.experiments.inspect import inspect_network
 from secateur.experiments.run import run
-from secateur.experiments.train_base import BaseConfig, BaseResult, train_base
+from secateur.experiments.train_base import BaseResult, train_base
 
 SMALL = Preprocessing(8, 8)
 FORMATS = ("jpg", "png", "webp", "bmp", "ppm", "tif")

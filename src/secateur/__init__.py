@@ -1,21 +1,28 @@
 """secateur makes a trained convolutional network smaller and faster by what its filters see."""
 
-from secateur.api import PruneResult, prune
-from secateur.config import Budget, RunConfig
-from secateur.data import DataSet
-from secateur.data import load as load_data
-from secateur.errors import SecateurError
-from secateur.evaluation.evaluate import Score, evaluate
-from secateur.experiments.run import run
-from secateur.experiments.run_folder import load, load_program, save
-from secateur.graph.build import build_dependency_graph
-from secateur.graph.dependency import DependencyGraph
-from secateur.integrations.onnx import ExportResult, export_onnx
-from secateur.models.zoo import load as load_model
-from secateur.pipeline.result import RunResult
-from secateur.pruning.apply import apply_plan
-from secateur.pruning.plan import PruningPlan, make_plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from secateur.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from secateur.api import PruneResult, prune
+    from secateur.config import Budget, RunConfig
+    from secateur.data import DataSet
+    from secateur.data import load as load_data
+    from secateur.errors import SecateurError
+    from secateur.evaluation.evaluate import Score, evaluate
+    from secateur.experiments.run import run
+    from secateur.experiments.run_folder import load, load_program, save
+    from secateur.graph.build import build_dependency_graph
+    from secateur.graph.dependency import DependencyGraph
+    from secateur.integrations.onnx import ExportResult, export_onnx
+    from secateur.models.zoo import load as load_model
+    from secateur.pipeline.result import RunResult
+    from secateur.pruning.apply import apply_plan
+    from secateur.pruning.plan import PruningPlan, make_plan
 
 __all__ = [
     "Budget",
@@ -41,3 +48,44 @@ __all__ = [
     "run",
     "save",
 ]
+
+_PLACES = {
+    "Budget": "config",
+    "DataSet": "data",
+    "DependencyGraph": "graph.dependency",
+    "ExportResult": "integrations.onnx",
+    "PruneResult": "api",
+    "PruningPlan": "pruning.plan",
+    "RunConfig": "config",
+    "RunResult": "pipeline.result",
+    "Score": "evaluation.evaluate",
+    "SecateurError": "errors",
+    "apply_plan": "pruning.apply",
+    "build_dependency_graph": "graph.build",
+    "evaluate": "evaluation.evaluate",
+    "export_onnx": "integrations.onnx",
+    "load": "experiments.run_folder",
+    "load_data": "data:load",
+    "load_model": "models.zoo:load",
+    "load_program": "experiments.run_folder",
+    "make_plan": "pruning.plan",
+    "prune": "api",
+    "run": "experiments.run",
+    "save": "experiments.run_folder",
+}
+"""Module of each public name, and what it is called there if that differs."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use: `import secateur` alone imports no torch."""
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    module, _, original = place.partition(":")
+    value = getattr(importlib.import_module(f"secateur.{module}"), original or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

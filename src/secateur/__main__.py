@@ -1,6 +1,6 @@
 """The command line as `python -m secateur`."""
 
-from secateur.cli.app import main
+from secateur.cli import main
 
 if __name__ == "__main__":
     main()

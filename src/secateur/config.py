@@ -1,4 +1,8 @@
-"""Everything that a run can be told, in one typed value that is saved with it."""
+"""The configuration of a run: one typed value, read from TOML or options, saved with the run.
+
+The command line generates its options, their choices and their help from these sections. This
+module imports no torch, so that help and shell completion are quick.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +25,39 @@ TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimiser = Literal["sgd", "adamw"]
 Crop = Literal["random_crop", "random_resized_crop", "none"]
 Resizing = Literal["bilinear", "bicubic"]
-"""How the pixels of a resized image are made from those around them, antialiased."""
+"""Antialiased interpolation of resized images."""
 ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Quantity = Literal["macs", "params", "filters", "memory", "latency"]
 
+CRITERIA = (
+    *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
+    *("activation_mean", "activation_std", "activation_entropy", "hrank", "chip"),
+    *("reconstruction", "taylor"),
+)
+"""Names of the built-in criteria."""
+CONCEPT_SOURCES = (
+    "evidence",
+    "saliency",
+    "factors",
+    "colours",
+    "masks",
+    "broden",
+    "parts",
+    "boxes",
+)
+"""Names of the concept sources; the last four bring images of their own."""
+DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
+"""Kinds of data sets that are read from a folder."""
+DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+"""How data sets are named."""
+BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
+"""Networks for 32×32 images that come with secateur."""
+
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a quantity may stay: `macs=0.7` leaves at most 70 % of the MACs."""
+    """How much of a quantity the pruned network may use: `macs=0.7` is at most 70 % of the MACs."""
 
     quantity: Quantity
     fraction_left: float
@@ -39,7 +67,11 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """The target that a text such as `macs=0.7` names; raises `TargetError`."""
+    """Return the budget that a text such as `macs=0.7` names.
+
+    Raises:
+        TargetError: the text names no quantity, or a fraction outside of 0 < F <= 1.
+    """
     quantity, equals, number = text.partition("=")
     *names, last = (f"{name}=F" for name in get_args(Quantity))
     expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
@@ -66,129 +98,130 @@ class ModelSection(Section):
     """The network to prune."""
 
     name: str
-    """`resnet20`, `vgg16_bn`, …, `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`."""
+    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
     weights: str | None = None
-    """A .safetensors, .pth, .pt or .th file; without one the network is as its maker left it."""
+    """Weight file: .safetensors, .pth, .pt or .th. If omitted, the network keeps its initial
+    weights."""
     num_classes: int | None = Field(default=None, ge=1)
-    """Outputs of the network's head; by default the number of classes of the data."""
+    """Number of outputs of the classifier; by default the number of classes of the data."""
 
 
 class DataSection(Section):
     """The images."""
 
     source: str
-    """`cifar10:DIR`, `imagenet:DIR`, `folder:DIR`, …; `secateur models` lists the kinds."""
+    """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), hf:NAME, digits, …;
+    `secateur models` lists all kinds."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training images that is held out of everything, to choose by."""
+    """Fraction of the training images held out for validation, such as choosing an epoch."""
     calibration_images: int = Field(default=2000, ge=1)
-    """Training images that filters are scored with and kernels re-estimated from."""
+    """Number of training images used to score filters and to refit the remaining weights."""
     stratified: bool = True
-    """Whether the calibration images are drawn equally from every class, or without a look at
-    labels."""
+    """Draw the same number of calibration images from every class; otherwise ignore the labels."""
     image_size: int | None = Field(default=None, ge=8)
-    """Side of the square images in pixels; by default what the network was made for."""
+    """Side of the square input images in pixels; by default the size the network was made for."""
     mean: tuple[float, float, float] | None = None
-    """Mean of x / 255 by colour; by default what the network was made for."""
+    """Mean per colour channel, of values from 0 to 1; by default the network's."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of x / 255 by colour; by default what the network was made for."""
+    """Standard deviation per colour channel, of values from 0 to 1; by default the network's."""
     interpolation: Resizing | None = None
-    """`bilinear` or `bicubic`: how images are resized; by default what the network was made for."""
+    """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)
-    """Images at a time, in scoring, refit and evaluation."""
+    """Images per batch in scoring, refit and evaluation."""
     skip_unreadable: bool = False
-    """Whether image files that can't be read are left out and counted, not an error."""
+    """Skip and count image files that cannot be read instead of stopping with an error."""
 
 
 class ScoreSection(Section):
     """How filters are ranked."""
 
     criterion: str = "vote"
-    """What gives a filter its score; `secateur models` lists the criteria."""
+    """Criterion that ranks the filters: vote, l1, taylor, …, or path/to/file.py:factory;
+    `secateur models` lists all."""
     concepts: str = "evidence"
-    """Where the semantic parts of an image come from, several after commas: `evidence`,
-    `saliency`, `factors:K`, `colours`, or with images of their own `masks:DIR`, `broden:DIR`,
-    `parts:DIR`, `boxes:DIR`."""
+    """Concept sources, separated by commas: evidence, saliency, factors:K, colours; or, with images
+    of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR."""
     vote_mode: Literal["share", "top", "plurality"] = "share"
-    """Of `vote-response`: whether a vote is divided among the filters in proportion to their
-    strength, or goes to each of the strongest, or to the strongest one."""
+    """For `vote-response`: divide each vote among all filters in proportion to their strength, give
+    one to each of the strongest, or give it to the strongest alone."""
     voting_unit: Literal["cells", "regions"] = "cells"
-    """Of `vote-response`: whether filters compete at each cell of a region, or over the whole."""
+    """For `vote-response`: hold one vote per cell of a region, or one per region."""
     concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """What a vote counts, by the name or the category of its concept; 1 for all others."""
+    """Weight of the votes for a concept, by its name or its category; 1 for all others."""
     top_fraction: float = Field(default=0.1, gt=0, le=1)
-    """Share of a layer's filters that get a vote at a time, with the ballot `top` and in
-    `vote-iou`."""
+    """Fraction of a layer's filters that get a vote, with `vote_mode = "top"` and in `vote-iou`."""
     quantile: float = Field(default=0.01, gt=0, lt=1)
-    """Share of positions at which a filter exceeds its threshold."""
+    """Fraction of positions above the filter's threshold."""
     sample_every: int = Field(default=8, ge=1)
-    """Every n-th calibration image is looked at beforehand, for means and thresholds."""
+    """Use every n-th calibration image to estimate means and thresholds."""
     threshold_positions: int = Field(default=256, ge=1)
-    """Positions of each of its feature maps that thresholds are taken from."""
+    """Number of positions per feature map used to estimate thresholds."""
     use_labels: bool = False
-    """Whether concepts and gradients are those of the true class, not of the predicted one."""
+    """Take concepts and gradients of the true class instead of the predicted class."""
     precision: Precision = "float32"
-    """What the network computes in while it is looked at; `bfloat16` is faster on some CPUs."""
+    """Precision of the scoring pass; `bfloat16` is faster on some CPUs."""
 
 
 class PlanSection(Section):
-    """What should be left."""
+    """How much is removed, and where."""
 
     target: Annotated[str, BeforeValidator(lambda text: str(parse_budget(str(text))))] = "macs=0.5"
-    """`macs=F`, `params=F`, `filters=F`, `memory=F` (peak bytes of activations) or `latency=F` (on
-    this machine, predicted from times of the layers): the fraction of the original that may
-    stay."""
+    """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
+    memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
     allocation: AllocationRule = "sensitivity"
-    """How the cut is spread over the layers: `curves`, so that little is lost at the network's
-    output, as measured on calibration images; `uniform`, the same share everywhere; `global`, the
-    lowest scores wherever they are; `shares`, as given."""
+    """How the budget is spread over the layers: `sensitivity` keeps the loss at the network's
+    output small, as measured on calibration images; `uniform` keeps the same fraction everywhere;
+    `global` removes the lowest scores anywhere; `shares` follows `plan.shares`."""
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
-    """With `allocation = "shares"`: what stays of the filters, by name pattern (`layer1.*`). The
-    target's fraction is not looked at then."""
+    """With `allocation = "shares"`: the fraction of filters to keep, by layer name pattern
+    (`"layer1.*" = 0.8`); the target's fraction is then ignored."""
     rounds: int = Field(default=1, ge=1)
-    """Rounds of scoring, cutting, re-estimating and fine-tuning, each by the same factor, in which
-    the target is reached; one is one-shot."""
+    """Number of rounds of score, cut, refit and fine-tune in which the target is reached, each by
+    the same factor; 1 prunes in one shot."""
     max_drop: float | None = Field(default=None, ge=0, le=100)
-    """Points of top-1 that may be lost on the validation images after the refit. The smallest
-    network that keeps to it is looked for; the target then only says which quantity is small."""
+    """Find the smallest network that loses at most this many points of top-1 accuracy on the
+    validation images after the refit; the target then only names the quantity to minimise."""
     prune_residual: bool = False
-    """Whether channels that residual sums tie over a whole stage may go, too."""
+    """Also prune channels that skip connections couple over a whole stage."""
     exclude: tuple[str, ...] = ()
-    """Name patterns (`layer1.*`) of layers whose filters must all stay."""
+    """Layers that keep all filters, by name pattern (`layer1.*`)."""
     round_to: int = Field(default=1, ge=1)
-    """A layer keeps a multiple of so many filters, or all; 8 suits most hardware."""
+    """Keep a multiple of this many filters per layer, or all of them; 8 or 16 suits most
+    hardware."""
     min_filters: int = Field(default=1, ge=1)
-    """Filters that every layer keeps at least."""
+    """Smallest number of filters to keep in a layer."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> PlanSection:
         if (self.allocation == "shares") != bool(self.shares):
             raise ValueError("allocation = 'shares' and a table of shares belong together")
         if self.shares and self.max_drop is not None:
-            raise ValueError("max_drop looks for a size, and shares give one: choose one of them")
+            raise ValueError("max_drop searches for a size, and shares set one: choose one of them")
         if self.rounds > 1 and (self.shares or self.max_drop is not None):
-            raise ValueError("rounds need a target's fraction: without shares and max_drop")
+            raise ValueError("rounds need the target's fraction: drop shares and max_drop")
         return self
 
 
 class RefitSection(Section):
-    """Closed-form re-estimation of the remaining kernels."""
+    """Least-squares estimates of the remaining weights, without training."""
 
     layers: RefitLayers = "downstream"
-    """`downstream`: every layer from the first cut on; `consumers`: only those that lost inputs,
-    the literal reading of the paper; `none`: kernels stay as they are."""
+    """Layers to refit: `downstream` is every layer from the first cut on; `consumers` is only those
+    that lost inputs, as in the paper; `none` leaves the weights as they are."""
     positions: int = Field(default=32, ge=1)
-    """Output positions of a layer that are looked at in each calibration image."""
+    """Number of output positions per layer and calibration image used for the regression."""
     form: RefitForm = "patch"
-    """`patch`: a layer's answer is regressed on what its kernel meets; `channel`: the channels that
-    it read are regressed on those that are left. Where `patch` can't be, `channel` serves."""
+    """Regression: `patch` fits a layer's output to its input patches; `channel` fits the removed
+    input channels to the remaining ones, which is coarser and takes less memory. Layers for which
+    `patch` does not fit use `channel`."""
     rectified: bool = True
-    """Whether errors count only where a rectifier behind the layer lets them through (`patch`)."""
+    """With `patch`: count errors only where the ReLU behind the layer lets them through."""
     memory_mib: int = Field(default=4096, ge=1)
-    """Memory for activations and sums of products. Activations beyond one half wait in temporary
-    files; a layer whose sums would take more than the other half is estimated by channels."""
+    """Memory for activations and sums of products, in MiB. Activations beyond one half are cached
+    in temporary files; a layer whose sums need more than the other half uses `channel`."""
     recalibrate_batchnorm: bool = True
-    """Whether to re-estimate the statistics of batch norms where held-out images say that it
-    helps."""
+    """Re-estimate batch-norm statistics after the refit if that helps on held-out calibration
+    images."""
 
     @property
     def is_any(self) -> bool:
@@ -197,100 +230,99 @@ class RefitSection(Section):
 
 
 class DistillSection(Section):
-    """Training on the calibration images alone, by the original network's answers, without
-    labels."""
+    """Distillation from the original network on the calibration images, without labels."""
 
     epochs: int = Field(default=0, ge=0)
-    """Passes over the calibration images that are not held out; 0 leaves the step out."""
+    """Epochs of distillation on the calibration images, without labels; 0 skips this stage."""
     batch_size: int = Field(default=100, ge=2)
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Largest learning rate of the cosine schedule, of AdamW."""
+    """Peak learning rate of the cosine schedule, with AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Pull of every parameter towards zero."""
+    """Weight decay of every parameter."""
     warmup_steps: int = Field(default=16, ge=0)
     """Steps over which the learning rate rises."""
     flip: bool = True
-    """Whether half of the images are mirrored; not for digits and letters."""
+    """Mirror half of the images at random; turn it off for digits and letters."""
     temperature: float = Field(default=3.0, gt=0)
-    """Softening of both networks' answers."""
+    """Temperature that softens the outputs of both networks."""
     precision: Precision = "auto"
-    """`auto` takes bfloat16 where the CPU has instructions for it."""
+    """Precision; `auto` uses bfloat16 if the CPU has instructions for it."""
 
 
 class TrainingSection(Section):
-    """Training: of a base network, or after the cut."""
+    """Training: of a base network, or fine-tuning after pruning."""
 
     epochs: int = Field(default=5, ge=0)
-    """Passes over the training images; 0 leaves the network as it is."""
+    """Epochs of training; 0 skips it."""
     batch_size: int = Field(default=128, ge=2)
-    """Images a step, of all processes together."""
+    """Images per step, over all processes together."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Parts that each process's share of a step is worked through in, for less memory."""
+    """Parts into which each process splits its batch to save memory."""
     optimiser: Optimiser = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
     learning_rate: float = Field(default=0.02, gt=0)
-    """Largest learning rate of the schedule."""
+    """Peak learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """L2 penalty on every parameter, decoupled from the gradient with AdamW."""
+    """L2 penalty on every parameter; decoupled from the gradient with AdamW."""
     schedule: ScheduleName = "cosine"
-    """`cosine` falls to zero; `one_cycle` rises for 30 % of the steps first; `step` falls at
-    `step_at`."""
+    """Learning-rate schedule: `cosine` falls to zero; `one_cycle` first rises for 30 % of the
+    steps; `step` falls at `step_at`."""
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps over which the learning rate rises; `one_cycle` has a rise of its own."""
+    """Steps over which the learning rate rises; `one_cycle` has its own rise."""
     step_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
-    """Shares of the training at which `step` multiplies the learning rate by `step_factor`."""
+    """Fractions of the training at which `step` multiplies the learning rate by `step_factor`."""
     step_factor: float = Field(default=0.1, gt=0, lt=1)
-    """See `step_at`."""
+    """Factor of the `step` schedule."""
     crop: Crop | None = None
-    """`shift` moves images by up to an eighth of their side, `resized` takes a random part of the
-    stored image and resizes it, `none` takes images as they are; by default `shift` for images of
-    up to 64 pixels a side and for tensors, `resized` for larger ones in files."""
+    """Crop augmentation: `random_crop` shifts images by up to an eighth of their side;
+    `random_resized_crop` takes a random part of the stored image and resizes it; `none` leaves
+    images as they are. By default `random_crop` for tensors and for images of up to 64 pixels a
+    side, `random_resized_crop` for larger image files."""
     flip: bool = True
-    """Whether half of the training images are mirrored; not for digits and letters."""
+    """Mirror half of the training images at random; turn it off for digits and letters."""
     randaugment: bool = False
-    """Whether RandAugment changes the images, too."""
+    """Apply RandAugment."""
     mixup: float = Field(default=0.0, ge=0)
-    """Images are mixed with others by a share drawn from Beta(mixup, mixup); 0 mixes none."""
+    """Parameter of mixup's Beta distribution; 0 turns mixup off."""
     cutmix: float = Field(default=0.0, ge=0)
-    """Boxes of others are put into images, by an area drawn from Beta(cutmix, cutmix). With both
-    every step takes one of the two."""
+    """Parameter of CutMix's Beta distribution; 0 turns CutMix off. With mixup too, each step uses
+    one of the two."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the labels that is spread over all classes."""
+    """Label smoothing: fraction of the label spread over all classes."""
     label_weight: float = Field(default=0.3, ge=0, le=1)
-    """Weight of the labels in the loss; the rest is the original network's. 0: no labels."""
+    """Weight of the labels in the loss; the rest is distillation from the original network. 0
+    trains without labels."""
     temperature: float = Field(default=3.0, gt=0)
-    """Softening of both networks' answers."""
+    """Temperature that softens the outputs of both networks."""
     feature_weight: float = Field(default=0.0, ge=0)
-    """Weight in the loss of the relative squared error of the feature maps at residual sums, in the
-    channels that stay, against the original network's."""
+    """Weight of feature distillation in the loss: relative squared error of the feature maps at
+    residual sums, in the remaining channels."""
     freeze_batchnorm: bool = False
-    """Train in evaluation mode: batch norms keep their statistics, and dropout drops nothing."""
+    """Train in evaluation mode: batch norms keep their statistics and dropout is off."""
     sync_batchnorm: bool = True
-    """Whether batch norms take the statistics of a batch over all processes."""
+    """Batch norms use the statistics of the batch over all processes."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Weight of the past, a step, in the running average of the weights that the training ends with
-    (EMA); 0: the weights themselves."""
+    """Decay per step of the exponential moving average (EMA) of the weights; 0 turns EMA off."""
     keep: Literal["last", "best"] = "last"
-    """Whether the weights of the last epoch stay or those that were best on the validation images;
-    then also those before the training where no epoch was better."""
+    """Weights to keep: those of the last epoch, or of the best epoch on the validation images (the
+    weights before training if no epoch was better)."""
     patience: int | None = Field(default=None, ge=1)
-    """Epochs without a better result on the validation images after which training ends early."""
+    """Stop after this many epochs without a better result on the validation images."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Time after which training ends early, over all its resumptions."""
+    """Stop after this many minutes of training, resumptions included."""
     precision: TrainingPrecision = "auto"
-    """`auto` takes bfloat16 where the hardware has instructions for it; `float16`, with a scaled
-    loss, is for accelerators."""
+    """Precision; `auto` uses bfloat16 if the hardware has instructions for it; `float16`, with loss
+    scaling, needs an accelerator."""
     compile: bool = False
-    """Whether the network is compiled for training (`torch.compile`); what else this process has
-    compiled is then compiled anew when it is used next."""
+    """Compile the network for training with `torch.compile`; everything else that this process has
+    compiled is recompiled on its next use."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that read images ahead; by default none for images in memory, and up to 4 for
-    files."""
+    """Data-loading processes; by default 0 for images in memory and up to 4 for image files."""
     checkpoint_minutes: float = Field(default=5.0, ge=0)
-    """Time between two checkpoints within an epoch; every epoch ends with one, too."""
+    """Minutes between two checkpoints within an epoch; every epoch ends with a checkpoint."""
 
     @model_validator(mode="after")
     def _check_compile(self) -> TrainingSection:
@@ -303,13 +335,14 @@ class ReportSection(Section):
     """What the report shows of the filters."""
 
     images: int = Field(default=512, ge=0)
-    """Calibration images that the filters are looked at with, before and after; 0: no gallery."""
+    """Calibration images used to show what the filters see, before and after; 0 leaves the gallery
+    out and reads no data."""
     top_images: int = Field(default=5, ge=1, le=16)
-    """Images that are shown of each filter, those that it responds to most."""
+    """Number of top images shown per filter."""
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     model: ModelSection
     data: DataSection
@@ -320,11 +353,41 @@ class RunConfig(Section):
     finetune: TrainingSection = TrainingSection()
     report: ReportSection = ReportSection()
     seed: int = Field(default=0, ge=0)
-    """What every random choice depends on."""
+    """Seed of every random choice."""
+
+
+class BaseTrainingSection(TrainingSection):
+    """Training of a base network, without a teacher."""
+
+    epochs: int = Field(default=100, ge=1)
+    """Epochs of training."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Peak learning rate."""
+    label_weight: Literal[1] = 1
+    """All weight is on the labels."""
+
+
+class BaseConfig(Section):
+    """The configuration of a base network's training (`secateur train`)."""
+
+    model: ModelSection
+    """The network; training starts from its weights."""
+    new_head: bool = False
+    """Accept weights for another number of classes; the classifier starts from random weights."""
+    data: DataSection
+    """The images."""
+    train: BaseTrainingSection = BaseTrainingSection()
+    """The training."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random choice."""
+
+    def as_run(self) -> RunConfig:
+        """Return the same network and data as the configuration of a run."""
+        return RunConfig(model=self.model, data=self.data, seed=self.seed)
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML; what is None is left out."""
+    """Return the configuration as TOML text, without keys that are None."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -332,7 +395,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
-    """The configuration that nested tables hold; raises `UsageError` that names the key."""
+    """Return the configuration in nested tables.
+
+    Raises:
+        UsageError: a key or a value is wrong; the message names the key.
+    """
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -347,24 +414,24 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:
-    """Every key that a configuration can have, with its section."""
-    found = []
+    """Return every key of a configuration, with its section."""
+    keys = []
     for name, field in kind.model_fields.items():
         section: Any = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            found += [f"{name}.{key}" for key in _keys(section)]
+            keys += [f"{name}.{key}" for key in _keys(section)]
         else:
-            found.append(name)
-    return found
+            keys.append(name)
+    return keys
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration in a TOML file; raises `UsageError`."""
+    """Return the configuration in a TOML file; raises `UsageError`."""
     return from_dict(read_tables(path), RunConfig)
 
 
 def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
-    """The tables in a TOML file, which holds some `content`; raises `UsageError`."""
+    """Return the tables of a TOML file; error messages call it `content`. Raises `UsageError`."""
     try:
         text = read_bounded(path, SMALL_TEXT, UsageError).decode("utf-8")
         check_dots(text)
@@ -372,6 +439,6 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"the {content} {path} can't be read: {error}") from error
     except RecursionError as error:
-        raise UsageError(f"{path} is not TOML of ours: it nests too deeply") from error
+        raise UsageError(f"{path}: nested too deeply for a secateur {content}") from error
     except ValueError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error

@@ -1,230 +1,341 @@
-"""The options of the command line, and the configuration that they and a file make."""
+"""The options of the command line, generated from the sections of the configuration.
+
+A command lists the keys it offers (`Key`); flag, type, choices, default and help come from the
+configuration's fields. `command` registers a function that gets the resulting configuration.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from secateur import data
-from secateur.config import AnyConfig, from_dict, read_tables
+from secateur.cli import completion
+from secateur.config import AnyConfig, Section, from_dict, read_tables
 from secateur.errors import UsageError
-from secateur.models import zoo
-from secateur.scoring import concepts, criteria
+
+DATA, BUDGET, METHOD, TRAINING, OUTPUT = (
+    "Network and data",
+    "Budget",
+    "Method",
+    "Training",
+    "Output",
+)
+"""Panels of the help."""
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
-def _beginning(names: Iterable[str], start: str) -> list[str]:
-    """The names that a shell may complete a word to."""
-    return [name for name in names if name.startswith(start)]
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration that a command offers as an option."""
+
+    path: str
+    """The dotted key, such as `plan.target`."""
+    panel: str
+    flags: tuple[str, ...] = ()
+    """Names of the option; by default the key's last part, with hyphens."""
+    complete: Callable[[str], list[str]] | None = None
+    """Completes a word in the shell."""
+
+    @property
+    def name(self) -> str:
+        """The option as a Python parameter."""
+        return self.path.replace(".", "_")
 
 
-def _complete_model(incomplete: str) -> list[str]:
-    return _beginning(zoo.names(), incomplete)
+MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
+WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
+NUM_CLASSES = Key("model.num_classes", DATA)
+SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)
+IMAGE_SIZE = Key("data.image_size", DATA)
+SKIP_UNREADABLE = Key("data.skip_unreadable", DATA)
+CALIBRATION_IMAGES = Key("data.calibration_images", DATA)
+CRITERION = Key("score.criterion", METHOD, complete=completion.criteria)
+CONCEPTS = Key("score.concepts", METHOD, complete=completion.concept_sources)
+PRUNE_RESIDUAL = Key("plan.prune_residual", BUDGET)
+EXCLUDE = Key("plan.exclude", BUDGET)
+SEED = Key("seed", OUTPUT)
 
-
-def complete_criterion(incomplete: str) -> list[str]:
-    """The criteria that a shell may complete a word to."""
-    return _beginning(criteria.CRITERIA, incomplete)
-
-
-def _complete_concepts(incomplete: str) -> list[str]:
-    return _beginning(concepts.sources(), incomplete)
-
-
-def _complete_data(incomplete: str) -> list[str]:
-    return _beginning([form.partition(":")[0] for form in data.FORMS], incomplete)
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        autocompletion=_complete_model,
-        help="resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
-    ),
-]
-WeightsOption = Annotated[
+Config = Annotated[
     Path | None,
-    typer.Option("--weights", "-w", help="Weights: .safetensors, .pth, .pt or .th."),
-]
-DataOption = Annotated[
-    str | None,
     typer.Option(
-        "--data",
-        "-d",
-        autocompletion=_complete_data,
-        help="cifar10:DIR, cifar100:DIR, fashion-mnist:DIR, imagenet:DIR, imagenette:DIR, cub:DIR, "
-        "folder:DIR (class folders), hf:NAME_OR_PATH or digits.",
+        "--config",
+        "-c",
+        help="TOML configuration file; command-line options override it.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-SkipOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--skip-unreadable/--no-skip-unreadable",
-        help="Leave image files out that can't be read, and count them (default: an error).",
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="A TOML file; options given here go before it."),
-]
-ClassesOption = Annotated[
-    int | None,
-    typer.Option("--num-classes", help="Outputs of the head (default: classes of the data)."),
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", help="Layers whose filters must stay, as layer1.*; may be given several times."
-    ),
-]
-ImageSizeOption = Annotated[
-    int | None,
-    typer.Option("--image-size", help="Side of the images in pixels (default: the network's)."),
-]
-ProbeOption = Annotated[
-    int | None,
-    typer.Option("--calibration-images", help="Images to score and refit with (default: 2000)."),
-]
-ConceptsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--concepts",
-        autocompletion=_complete_concepts,
-        help="Where concepts are, several after commas: evidence, saliency, factors:K, colours; or "
-        "with images of their own masks:DIR, broden:DIR, parts:DIR, boxes:DIR (default: evidence).",
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="What every random choice depends on (default: 0).")
-]
-EpochsOption = Annotated[
-    int | None, typer.Option("--epochs", help="Epochs of fine-tuning (default: 5).")
-]
-LearningRateOption = Annotated[
-    float | None,
-    typer.Option("--learning-rate", help="Largest learning rate (default: 0.02)."),
-]
-LabelWeightOption = Annotated[
-    float | None,
-    typer.Option(
-        "--label-weight",
-        help="Share of the labels in the loss, the rest is the original network's; 0 trains "
-        "without labels (default: 0.3).",
-    ),
-]
-KeepOption = Annotated[
-    str | None,
-    typer.Option(
-        "--keep",
-        help="Weights that stay: last (epoch) or best (on validation).",
-    ),
-]
-MaxMinutesOption = Annotated[
-    float | None, typer.Option("--max-minutes", help="End the training after so many minutes.")
-]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")
-]
-BoardOption = Annotated[
-    Path | None,
-    typer.Option("--tensorboard", help="Folder for TensorBoard's curves (extra: tensorboard)."),
-]
-SetOption = Annotated[
+Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Any key of the configuration, as --set data.batch_size=50; may be given again.",
+        help="Set any key of the configuration: --set data.batch_size=50. Repeatable.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-TuningSetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Any key of finetune, as --set finetune.mixup=0.2; may be given again."
-    ),
-]
-UntrainedOption = Annotated[
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
     bool,
-    typer.Option("--allow-untrained", help="Go on without weights, with random ones."),
+    typer.Option(
+        "--overwrite", help="Replace an older result at the same place.", rich_help_panel=OUTPUT
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Resume an interrupted run.", rich_help_panel=OUTPUT),
+]
+AllowUntrained = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untrained",
+        help="Run without weight file, on randomly initialised weights.",
+        rich_help_panel=DATA,
+    ),
+]
+Tracker = Annotated[
+    str | None,
+    typer.Option(
+        "--tracker",
+        help="Log training curves with this experiment tracker: tensorboard, wandb, mlflow, "
+        "trackio, … Its package must be installed.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+TrackerDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--tracker-dir",
+        help="Folder for the tracker's files (default: logs in the run folder).",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
-def config_of(
-    path: Path | None,
-    options: dict[str, Any],
+def command(
+    app: typer.Typer,
     kind: type[AnyConfig],
-    assignments: list[str] | None = None,
-) -> AnyConfig:
-    """The configuration of a file with the given options put over it, and assignments over those.
+    keys: Sequence[Key],
+    *,
+    name: str | None = None,
+    is_made: bool = True,
+    default: str | None = None,
+) -> Callable[[AnyFunction], AnyFunction]:
+    """Register a function as a command whose configuration is made from options.
 
-    A key of a section that a configuration of this kind has not is an error that names it.
+    The function's first parameter is the configuration (of type `kind`); the others stand on the
+    command line as they are annotated. The command gets an option for each of the `keys`, and
+    `--config` and `--set`. With `is_made=False` the first parameter is a `ConfigOptions`, for
+    commands that decide by themselves what the options go on top of. With `default` (such as "the
+    run's") the configuration comes from elsewhere: help shows that text instead of the fields'
+    defaults, and there is no `--config`.
     """
-    base = put_over(read_tables(path) if path else {}, options, assignments)
-    for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
-        if key not in _section(base, section):
-            raise UsageError(f"{option} is missing")
-    return from_dict(base, kind)
+
+    def register(function: AnyFunction) -> AnyFunction:
+        signature = inspect.signature(function, eval_str=True)
+        _, *own = signature.parameters.values()
+        generated = [_parameter(kind, key, default) for key in keys]
+        shared = [("settings", Set)] if default else [("config", Config), ("settings", Set)]
+        arguments = [parameter for parameter in own if _is_argument(parameter)]
+        others = [parameter for parameter in own if not _is_argument(parameter)]
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in (*arguments, *generated, *others)
+        ]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=type_)
+            for name, type_ in shared
+        ]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            options = ConfigOptions(
+                file=values.pop("config", None),
+                values=tuple((key.path, values.pop(key.name)) for key in keys),
+                assignments=tuple(values.pop("settings") or ()),
+            )
+            with processes():
+                function(options.make(kind) if is_made else options, **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name)(run)
+        return function
+
+    return register
 
 
-def put_over(
-    base: dict[str, Any], options: dict[str, Any], assignments: list[str] | None
-) -> dict[str, Any]:
-    """Tables with those options put over them that are not None, and assignments over those."""
-    for section, values in options.items():
-        if isinstance(values, dict):
-            given = {key: value for key, value in values.items() if value is not None}
-            base[section] = {**_section(base, section), **given}
-        elif values is not None:
-            base[section] = values
-    for key, value in assigned(assignments):
-        section, dot, name = key.partition(".")
-        if dot:
-            base[section] = {**_section(base, section), name: value}
-        else:
-            base[section] = value
-    return base
+def with_processes(function: AnyFunction) -> AnyFunction:
+    """Return the function such that it joins the processes that torchrun started."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with processes():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
-def _section(base: dict[str, Any], name: str) -> dict[str, Any]:
-    """A table of a configuration, empty where it is not given."""
-    found = base.get(name, {})
-    if not isinstance(found, dict):
-        raise UsageError(f"configuration, {name}: {found!r} found where a table is needed")
-    return found
+@dataclass(frozen=True)
+class ConfigOptions:
+    """What the command line says of the configuration, before it is put on top of anything."""
+
+    file: Path | None
+    values: tuple[tuple[str, Any], ...]
+    """Dotted keys with values; None for options that were not used."""
+    assignments: tuple[str, ...]
+    """Texts such as `data.batch_size=50`."""
+
+    def changes(self) -> dict[str, Any]:
+        """Return the dotted keys that were set, `--set` last."""
+        return {
+            **{key: _plain(value) for key, value in self.values if value not in (None, [])},
+            **dict(assigned(self.assignments)),
+        }
+
+    def make(
+        self,
+        kind: type[AnyConfig],
+        *,
+        base: Path | None = None,
+        changes: dict[str, Any] | None = None,
+    ) -> AnyConfig:
+        """Return the configuration: `base` or the file, then `changes`, then the options.
+
+        Raises:
+            UsageError: a key or a value is wrong, or the network or the data set is missing.
+        """
+        path = base or self.file
+        tables = read_tables(path) if path else {}
+        for key, value in {**(changes or {}), **self.changes()}.items():
+            put(tables, key, value)
+        for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
+            if key not in _section(tables, section):
+                raise UsageError(f"{option} is missing")
+        return from_dict(tables, kind)
 
 
-def assigned(texts: list[str] | None) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of texts such as `finetune.mixup=0.2`, with values as in TOML."""
-    for text in texts or ():
+def put(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested tables; raises `UsageError` where a table is needed."""
+    section, dot, name = key.partition(".")
+    if dot:
+        tables[section] = {**_section(tables, section), name: value}
+    else:
+        tables[section] = value
+
+
+def assigned(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of texts such as `finetune.mixup=0.2`, values as in TOML."""
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {text}: it must be KEY=VALUE, as finetune.mixup=0.2")
         try:
             yield key, tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            yield key, value  # a text without quotes
+            yield key, value  # text without quotes
 
 
-def training_keys(
-    learning_rate: float | None,
-    label_weight: float | None,
-    keep: str | None,
-    max_minutes: float | None,
-) -> dict[str, Any]:
-    """Keys of a training, of which those that are None are not given."""
-    return {
-        "learning_rate": learning_rate,
-        "label_weight": label_weight,
-        "keep": keep,
-        "max_minutes": max_minutes,
-    }
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if any; only the main one prints results."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    from secateur.runtime import distributed
+
+    with distributed.process_group(), contextlib.ExitStack() as stack:
+        if not distributed.is_main_process():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
 
 
-def text_of(path: Path | None) -> str | None:
-    """A path as a configuration has it."""
-    return None if path is None else str(path)
+def _section(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a table of the configuration, empty where it is missing."""
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"configuration, {name}: {table!r} found where a table is needed")
+    return table
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter stands on the command line by its place."""
+    extras = getattr(parameter.annotation, "__metadata__", ())
+    return any(isinstance(extra, typer.models.ArgumentInfo) for extra in extras)
+
+
+def _parameter(kind: type[Section], key: Key, default: str | None) -> inspect.Parameter:
+    """Return the parameter that typer makes an option of."""
+    field = _field(kind, key.path)
+    annotation = _option_type(field.annotation)
+    flags = key.flags or ("--" + key.path.rpartition(".")[2].replace("_", "-"),)
+    if annotation is bool:
+        flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
+    option = typer.Option(
+        *flags,
+        help=_help(field, default or _default(field)),
+        show_default=False,
+        autocompletion=key.complete,
+        rich_help_panel=key.panel,
+    )
+    return inspect.Parameter(
+        key.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation | None, option],
+    )
+
+
+def _field(kind: type[BaseModel], path: str) -> FieldInfo:
+    """Return the field of a dotted key."""
+    section, dot, name = path.partition(".")
+    field = kind.model_fields[section]
+    if not dot:
+        return field
+    inner = field.annotation
+    assert isinstance(inner, type)
+    assert issubclass(inner, BaseModel)
+    return _field(inner, name)
+
+
+def _option_type(annotation: Any) -> Any:
+    """Return what typer takes for a field's type: without None, and lists for tuples."""
+    if get_origin(annotation) in (Union, UnionType):
+        [annotation] = [part for part in get_args(annotation) if part is not NoneType]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is tuple:
+        return list[str]
+    return annotation
+
+
+def _help(field: FieldInfo, default: str | None) -> str:
+    """Return the field's docstring on one line, without Markdown, and the default."""
+    text = " ".join((field.description or "").split()).replace("`", "").replace("[", r"\[")
+    return text if default is None else rf"{text} [dim]\[default: {default}][/]"
+
+
+def _default(field: FieldInfo) -> str | None:
+    """Return the field's default as the help shows it, None if it is no value."""
+    default = field.default
+    if field.is_required() or default in (None, (), {}) or isinstance(default, BaseModel):
+        return None
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from secateur.cli.console import err, escaped, out
 from secateur.errors import UsageError
 from secateur.evaluation.evaluate import Score
 from secateur.experiments import run_folder
@@ -27,19 +29,20 @@ BAR = 8
 """Characters of the longest bar."""
 
 
-def show_error(text: str) -> None:
-    """One line on stderr."""
-    err().print(f"[bold red]error:[/] {_escaped(text)}")
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """If the block is interrupted, say how to resume from the checkpoints in a folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / run_folder.CHECKPOINTS).is_dir():
+            err().print(f"interrupted; the same command with --resume resumes from {folder}")
+        raise
 
 
-def out() -> Console:
-    """What tables for people are printed on."""
-    return Console()
-
-
-def err() -> Console:
-    """What is not the result is printed on: stderr, one line however long."""
-    return Console(stderr=True, soft_wrap=True)
+def command_line() -> str:
+    """Return the command line of this process."""
+    return shlex.join(["secateur", *sys.argv[1:]])
 
 
 def progress() -> ProgressCallback:
@@ -70,7 +73,7 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     show_unreadable(result.unreadable)
     for notice in result.notices:
-        out().print(f"[yellow]note:[/] {_escaped(notice)}", soft_wrap=True, highlight=False)
+        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
@@ -79,11 +82,11 @@ def show_benchmark(found: Sequence[TextTable]) -> None:
     for table in found:
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
         for number, head in enumerate(table.heads):
-            shown.add_column(_escaped(head), justify="left" if number == 0 else "right")
+            shown.add_column(escaped(head), justify="left" if number == 0 else "right")
         for line in table.rows:
-            shown.add_row(*map(_escaped, line))
+            shown.add_row(*map(escaped, line))
         out().print(shown)
-        out().print(_escaped(table.note), highlight=False)
+        out().print(escaped(table.note), highlight=False)
 
 
 def show_unreadable(names: Sequence[str]) -> None:
@@ -92,7 +95,7 @@ def show_unreadable(names: Sequence[str]) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         out().print(
             f"{len(names)} images can't be read and were left out: "
-            f"{', '.join(map(_escaped, names[:3]))}{more}",
+            f"{', '.join(map(escaped, names[:3]))}{more}",
             soft_wrap=True,
             highlight=False,
         )
@@ -162,7 +165,7 @@ def show_groups(found: dict[str, Any]) -> None:
     for group in found["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
         table.add_row(
-            _escaped(group["layer"]),
+            escaped(group["layer"]),
             str(group["filters"]),
             str(group["needed"]),
             f"{100 * group['macs_share']:.1f}",
@@ -182,8 +185,8 @@ def show_groups(found: dict[str, Any]) -> None:
     frozen.add_column("filters", justify="right", no_wrap=True)
     frozen.add_column("because")
     for group in found["frozen"]:
-        reason = _escaped(group["reason"])
-        frozen.add_row(_escaped(group["layer"]), str(group["filters"]), reason)
+        reason = escaped(group["reason"])
+        frozen.add_row(escaped(group["layer"]), str(group["filters"]), reason)
     out().print(frozen)
 
 
@@ -197,7 +200,7 @@ def show_filters(group: dict[str, Any]) -> None:
     table.add_column("IoU", justify="right")
     for number, seen in enumerate(group["concepts"]):
         scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
-        table.add_row(str(number), *scores, _escaped(seen["concept"]), f"{seen['iou']:.3f}")
+        table.add_row(str(number), *scores, escaped(seen["concept"]), f"{seen['iou']:.3f}")
     out().print(table)
 
 
@@ -219,9 +222,4 @@ def show_filter(group: dict[str, Any], number: int) -> None:
     lines += [
         "  " + row.replace("#", "██").replace(".", "··") for row in group["top_regions"][number]
     ]
-    out().print(_escaped("\n".join(lines)), highlight=False)
-
-
-def _escaped(text: str) -> str:
-    """Text from outside, so that rich does not read brackets in it as style."""
-    return text.replace("[", r"\[")
+    out().print(escaped("\n".join(lines)), highlight=False)

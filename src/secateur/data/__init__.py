@@ -69,14 +69,11 @@ HUGGING_FACE = "hf"
 NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
 
-FORMS = (*(f"{kind}:DIR" for kind in READERS), f"{HUGGING_FACE}:NAME_OR_PATH", DIGITS)
-"""What `load` takes, as it is written."""
-
 
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
     """The named data set, with a stratified share of its training images held out.
 
-    `name` is one of `FORMS`, or `none`; docs/reference/data.md says what each folder looks like.
+    `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
     `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
     `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """

@@ -34,7 +34,7 @@ from secateur.experiments.manifest import (
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.dependency import DependencyGraph
-from secateur.models import zoo
+from secateur.models import user_code, zoo
 from secateur.pipeline.result import Origin
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -230,3 +230,14 @@ def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
         return safetensors_io.from_bytes(contents.files[name])
     except ValueError as error:
         raise RunFolderError(f"{contents.folder / name} can't be read: {error}") from error
+
+
+def load_pruned(folder: Path) -> nn.Module:
+    """Return the pruned network of a run folder without running code of the user's.
+
+    That is its exported program where the network comes from a user's file or from memory.
+    """
+    architecture = read_manifest(folder).architecture
+    if architecture is None or user_code.is_user_code(architecture):
+        return load_program(folder)
+    return load(folder)

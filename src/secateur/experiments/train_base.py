@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from pydantic import Field
 from torch import nn
 
 from secateur.config import (
-    DataSection,
-    ModelSection,
-    RunConfig,
-    Section,
-    TrainingSection,
+    BaseConfig,
     from_dict,
     read_tables,
 )
@@ -52,36 +47,6 @@ IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Those that may differ where a training is resumed that has not come to its end."""
-
-
-class BaseTrainingSection(TrainingSection):
-    """Training from random weights, which takes longer and has no teacher."""
-
-    epochs: int = Field(default=100, ge=1)
-    """Passes over the training images."""
-    learning_rate: float = Field(default=0.1, gt=0)
-    """Largest learning rate of the schedule."""
-    label_weight: Literal[1] = 1
-    """All weight is on the labels."""
-
-
-class BaseConfig(Section):
-    """How a base network is trained."""
-
-    model: ModelSection
-    """The network; its weights are where the training starts."""
-    new_head: bool = False
-    """Whether weights may be for another number of classes: the head then starts at random."""
-    data: DataSection
-    """The images."""
-    train: BaseTrainingSection = BaseTrainingSection()
-    """The training."""
-    seed: int = Field(default=0, ge=0)
-    """What every random choice depends on."""
-
-    def as_run(self) -> RunConfig:
-        """The same network and data for what takes the configuration of a run."""
-        return RunConfig(model=self.model, data=self.data, seed=self.seed)
 
 
 class BaseResult(Record):

@@ -16,19 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from secateur.config import ScoreSection
+from secateur.config import CRITERIA, ScoreSection
 from secateur.data.concept_masks import ConceptMasks, at_resolution, coverage_at
 from secateur.errors import UnknownName, UsageError
 from secateur.graph.patches import Window
 from secateur.models import user_code
 from secateur.scoring.thresholds import ActivationStatistics
-
-CRITERIA = (
-    *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
-    *("activation_mean", "activation_std", "activation_entropy", "hrank", "chip"),
-    *("reconstruction", "taylor"),
-)
-"""Every criterion by name."""
 
 Need = Literal["maps", "usual", "thresholds", "concepts", "gradients"]
 """What an observer wants to be shown: feature maps at all; each filter's usual activation, which

@@ -1,0 +1,58 @@
+"""`secateur evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli import options
+from secateur.cli.options import ConfigOptions
+from secateur.config import RunConfig
+from secateur.errors import UsageError
+
+KEYS = (
+    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    options.SKIP_UNREADABLE,
+)
+
+
+def evaluate(
+    given: ConfigOptions,
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder; or name a network with --model.")
+    ] = None,
+    *,
+    allow_untrained: options.AllowUntrained = False,
+    as_json: options.Json = False,
+) -> None:
+    """Evaluate a network, or the pruned network of a run folder, on the test images."""
+    if (run is None) == ("model.name" not in given.changes() and given.file is None):
+        raise UsageError("name either a run folder or a network with --model")
+
+    from secateur import data
+    from secateur.cli import output
+    from secateur.evaluation.evaluate import evaluate as evaluate_network
+    from secateur.experiments.manifest import CONFIG
+    from secateur.experiments.run_folder import load_pruned
+    from secateur.pipeline.prune import (
+        check_weights,
+        load_inputs,
+        make_unreadable,
+        names_of,
+        stream,
+    )
+
+    config = given.make(RunConfig, base=None if run is None else run / CONFIG)
+    if run is not None:
+        network = load_pruned(run)
+        dataset = data.load(config.data.source)
+    else:
+        check_weights(config, allow_untrained=allow_untrained)
+        dataset, network = load_inputs(config)
+    unreadable = make_unreadable(config)
+    images = stream(dataset.test, config, output.progress(), "scoring", unreadable)
+    score = evaluate_network(network, images)
+    names = None if unreadable is None else names_of(unreadable)
+    output.show_score(score, names, as_json=as_json)

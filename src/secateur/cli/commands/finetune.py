@@ -1,0 +1,72 @@
+"""`secateur finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import options
+from secateur.cli.options import TRAINING, ConfigOptions, Key
+from secateur.errors import UsageError
+
+KEYS = (
+    options.MODEL,
+    options.SOURCE,
+    *(
+        Key(f"finetune.{name}", TRAINING)
+        for name in ("epochs", "learning_rate", "label_weight", "keep", "max_minutes")
+    ),
+)
+
+
+def finetune(
+    given: ConfigOptions,
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the result (default: the run folder).",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    *,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    tracker: options.Tracker = None,
+    tracker_dir: options.TrackerDir = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune the pruned network of a run folder, with labels and the original as its teacher.
+
+    Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
+    """
+    keys = given.changes()
+    model, source = keys.pop("model.name", None), keys.pop("data.source", None)
+    changes: dict[str, Any] = {}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        if section != "finetune":
+            raise UsageError(f"--set {key}: only keys of finetune can be set here")
+        changes[name] = value
+
+    from secateur.cli import output
+    from secateur.experiments import run as runs
+
+    with output.resumable(run):
+        result = runs.finetune(
+            run,
+            out or run,
+            changes,
+            model_name=model,
+            source=source,
+            resume=resume,
+            overwrite=overwrite,
+            progress=output.progress(),
+            board=tracker_dir,
+            command=output.command_line(),
+        )
+    output.show_run(result, out or run, as_json=as_json)

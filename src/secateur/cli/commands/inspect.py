@@ -1,0 +1,96 @@
+"""`secateur inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import completion, options
+from secateur.cli.options import ConfigOptions
+from secateur.config import RunConfig
+from secateur.errors import UsageError
+
+KEYS = (
+    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    *(options.CALIBRATION_IMAGES, options.SKIP_UNREADABLE, options.CONCEPTS),
+    *(options.PRUNE_RESIDUAL, options.EXCLUDE, options.SEED),
+)
+
+
+def inspect(
+    given: ConfigOptions,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--criterion",
+            autocompletion=completion.criteria,
+            help="Criterion to score filters by. Repeatable.",
+            show_default="vote",
+            rich_help_panel=options.METHOD,
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer", help="List every filter of this layer.", rich_help_panel=options.OUTPUT
+        ),
+    ] = None,
+    filter_number: Annotated[
+        int | None,
+        typer.Option(
+            "--filter",
+            min=0,
+            help="Show only this filter of the layer.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            help="Folder for one picture per layer: each filter's top images, bright where the "
+            "filter is above its threshold.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    *,
+    allow_untrained: options.AllowUntrained = False,
+    as_json: options.Json = False,
+) -> None:
+    """Score the filters of a network and show what they see. Changes nothing.
+
+    Example: secateur inspect -m resnet20 -w resnet20.safetensors -d cifar10:data
+    """
+    if filter_number is not None and layer is None:
+        raise UsageError("--filter needs the --layer that it is in")
+    if pictures is not None and not pictures.parent.is_dir():
+        raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
+
+    from secateur import data
+    from secateur.cli import output
+    from secateur.experiments.inspect import group_of, inspect_network
+    from secateur.pipeline.prune import check_weights
+    from secateur.scoring.concepts import annotated_images
+
+    names = tuple(criterion or ["vote"])
+    changes: dict[str, Any] = {"score.criterion": names[0]}
+    asked = given.changes()
+    has_source = given.file is not None or "data.source" in asked
+    if not has_source and annotated_images(asked.get("score.concepts", "evidence")):
+        changes["data.source"] = data.NONE
+    config = given.make(RunConfig, changes=changes)
+    check_weights(config, allow_untrained=allow_untrained)
+    inspection = inspect_network(config, names, pictures=pictures, progress=output.progress())
+    if as_json:
+        print(json.dumps(inspection, indent=1))
+        return
+    if layer is None:
+        output.show_groups(inspection)
+    elif filter_number is None:
+        output.show_filters(group_of(inspection, layer))
+    else:
+        output.show_filter(group_of(inspection, layer), filter_number)
+    output.show_unreadable(inspection["unreadable"])

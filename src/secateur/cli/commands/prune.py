@@ -1,0 +1,102 @@
+"""`secateur prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import options
+from secateur.cli.options import BUDGET, METHOD, TRAINING, ConfigOptions, Key
+from secateur.config import RunConfig, read_tables
+from secateur.errors import UsageError
+
+KEYS = (
+    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    options.CALIBRATION_IMAGES,
+    Key("data.stratified", options.DATA),
+    options.SKIP_UNREADABLE,
+    Key("plan.target", BUDGET, ("--target", "-t")),
+    *(Key(f"plan.{name}", BUDGET) for name in ("max_drop", "allocation")),
+    options.PRUNE_RESIDUAL,
+    options.EXCLUDE,
+    *(Key(f"plan.{name}", BUDGET) for name in ("round_to", "min_filters", "rounds")),
+    options.CRITERION,
+    options.CONCEPTS,
+    Key("score.use_labels", METHOD),
+    Key("refit.layers", METHOD, ("--refit",)),
+    Key("refit.form", METHOD, ("--refit-form",)),
+    Key("refit.recalibrate_batchnorm", METHOD),
+    Key("distill.epochs", METHOD, ("--distill",)),
+    *(
+        Key(f"finetune.{name}", TRAINING)
+        for name in ("epochs", "learning_rate", "label_weight", "keep", "max_minutes")
+    ),
+    options.SEED,
+)
+
+
+def prune(
+    given: ConfigOptions,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="New run folder.", rich_help_panel=options.OUTPUT),
+    ] = Path("secateur-run"),
+    shares: Annotated[
+        Path | None,
+        typer.Option(
+            "--shares",
+            help='TOML file with the fraction of filters to keep per layer: "layer1.*" = 0.8. The '
+            "target's fraction is then ignored.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    finetune: Annotated[
+        bool | None,
+        typer.Option(
+            "--finetune/--no-finetune",
+            help="Fine-tune after pruning.",
+            show_default="yes",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    *,
+    allow_untrained: options.AllowUntrained = False,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    tracker: options.Tracker = None,
+    tracker_dir: options.TrackerDir = None,
+    as_json: options.Json = False,
+) -> None:
+    """Prune a network: score, cut, refit, distill, fine-tune. Writes a run folder with a report.
+
+    Example: secateur prune -m resnet20 -w resnet20.safetensors -d cifar10:data -t macs=0.7
+    --no-finetune -o runs/a
+    """
+    changes: dict[str, Any] = {}
+    if finetune is False:
+        if given.changes().get("finetune.epochs"):
+            raise UsageError("--no-finetune and --epochs exclude each other")
+        changes["finetune.epochs"] = 0
+    if shares is not None:
+        if "plan.allocation" in given.changes():
+            raise UsageError("--shares and --allocation exclude each other")
+        changes |= {"plan.allocation": "shares", "plan.shares": read_tables(shares, "shares")}
+    config = given.make(RunConfig, changes=changes)
+
+    from secateur.cli import output
+    from secateur.experiments import run as runs
+
+    with output.resumable(out):
+        result = runs.run(
+            config,
+            out,
+            overwrite=overwrite,
+            resume=resume,
+            allow_untrained=allow_untrained,
+            progress=output.progress(),
+            board=tracker_dir,
+            command=output.command_line(),
+        )
+    output.show_run(result, out, as_json=as_json)

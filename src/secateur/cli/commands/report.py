@@ -1,0 +1,87 @@
+"""`secateur report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from secateur.cli import completion, options
+from secateur.errors import UsageError
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            autocompletion=completion.networks,
+            help="Network of your own code that the run pruned: path/to/file.py:factory.",
+        ),
+    ] = None,
+    data_source: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            autocompletion=completion.data_sets,
+            help="Data set (default: the run's).",
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            min=0,
+            help="Calibration images to show what the filters see; 0 reads no data (default: the "
+            "run's, 512).",
+        ),
+    ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option("--beside", help="Benchmark folder to draw the run's trade-off among."),
+    ] = None,
+    form: Annotated[
+        Literal["html", "png"],
+        typer.Option("--format", help="html: report.html; png: each chart as a picture."),
+    ] = "html",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for pictures (default: charts in the run folder)."
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write the report of a run folder again, or its charts as pictures for papers and slides.
+
+    Example: secateur report runs/a --beside benchmark
+    """
+    if out is not None and form == "html":
+        raise UsageError("--out is for --format png; the report lies in its run folder")
+
+    from secateur.cli import console, output
+    from secateur.experiments import run as runs
+    from secateur.experiments.report.benchmark import CHARTS
+
+    pictures = None
+    if form == "png":
+        pictures = run / CHARTS if out is None else out.resolve()
+    written = runs.report(
+        run,
+        model_name=model,
+        source=data_source,
+        images=images,
+        beside=beside,
+        pictures=pictures,
+        progress=output.progress(),
+    )
+    if as_json:
+        print(json.dumps([str(path) for path in written], indent=1))
+        return
+    for path in written:
+        console.say(f"written: {path}")
