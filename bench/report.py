@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from cells import run_all
+from measurements import run_all
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet

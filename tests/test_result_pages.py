@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import comparisons
+import benchmarks
 import results
-import tuned
+import finetuned
 from layouts import write_classes
 from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
@@ -38,7 +38,7 @@ def comparison(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     config = tmp_path / "benchmark.toml"
     config.write_text(tomli_w.dumps(content))
     arguments = argparse.Namespace(data=str(tmp_path / "images"), weights=None)
-    return comparisons.asked_for(config, arguments)
+    return benchmarks.asked_for(config, arguments)
 
 
 def test_rows_that_are_there_are_not_measured_again(
@@ -46,18 +46,18 @@ def test_rows_that_are_there_are_not_measured_again(
 ) -> None:
     monkeypatch.setattr(comparisons, "ROOT", tmp_path)
     file = tmp_path / "rows.jsonl"
-    comparisons.measure(comparison, file, 1)
+    benchmarks.measure(comparison, file, 1)
     shutil.rmtree(tmp_path / "runs")
     more = comparison.model_copy(update={"criteria": ("l1", "random")})
-    comparisons.measure(more, file, 1)
-    assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
+    benchmarks.measure(more, file, 1)
+    assert [row.criterion for row in benchmarks.rows_in(file)] == ["l1", "random"]
     assert len(list((tmp_path / "runs" / "rows" / JOBS).iterdir())) == 1
     # A row that did not come to the file before an interruption comes to it now.
     whole = file.read_text()
     file.write_text(whole.splitlines(keepends=True)[0])
-    comparisons.measure(more, file, 1)
+    benchmarks.measure(more, file, 1)
     assert file.read_text() == whole
-    text = comparisons.table(tmp_path / "benchmark.toml", file)
+    text = benchmarks.table(tmp_path / "benchmark.toml", file)
     assert "| random |" in text
     assert "all settings" in text
 
@@ -68,10 +68,10 @@ def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
     pytest.importorskip("torch_pruning", reason="Torch-Pruning is for the benches")
     monkeypatch.setattr(tuned, "WORK", tmp_path / "work")
     (cell,) = jobs_of(comparison)
-    peer = tuned.measure_peer(cell)
+    peer = finetuned.measure_peer(cell)
     dataset, model = load_inputs(cell.config)
     own = prune(model, dataset, cell.config).result
-    assert peer.criterion == tuned.PEER_NAME
+    assert peer.criterion == finetuned.PEER_NAME
     assert peer.before_top1_fraction == own.stages[0].score.top1_fraction
     assert peer.images == own.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps

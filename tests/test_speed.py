@@ -7,7 +7,7 @@ import speed
 from networks import make_network, random_images
 from rows import Row, read_rows
 from speed import latency_table, page, surgery_table
-from turns import REPEATS, in_turns
+from interleaved import REPEATS, time_interleaved
 
 
 def row_of(mode: str, **more: object) -> Row:
@@ -52,7 +52,7 @@ def test_engines_give_the_network_s_own_output(engine: str) -> None:
     forward = speed._forward(model, engine, images)
     with torch.no_grad():
         torch.testing.assert_close(forward(images), model(images))
-    seconds = in_turns({"original": forward, "cut": forward}, images)
+    seconds = time_interleaved({"original": forward, "cut": forward}, images)
     assert len(seconds["original"]) == len(seconds["cut"]) == REPEATS[1]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import peer
 import training_free
-from cells import Cell
+from measurements import Measurement
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
 from secateur.evaluation.evaluate import count_macs
@@ -46,7 +46,7 @@ def test_the_peer_cuts_inner_channels_to_the_target(criterion: str) -> None:
     assert found.model(images).shape == (5, 5)
 
 
-def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cell:
+def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Measurement:
     return {
         "study": "cifar10",
         "network": "resnet20",

@@ -7,7 +7,7 @@ import json
 import base_network
 import training
 import tuning
-from cells import Cell, read_cells
+from measurements import Measurement, read_measurements
 from rows import Row
 
 
@@ -45,7 +45,7 @@ def test_the_table_of_the_base_network_tells_what_it_is_worth() -> None:
 
 
 def test_the_table_of_tuning_tells_what_was_lost() -> None:
-    cell: Cell = {
+    cell: Measurement = {
         "network": "resnet20",
         "target": "macs=0.7",
         "seed": 1,
@@ -76,7 +76,7 @@ def test_the_page_is_that_of_the_result_files() -> None:
     text = training.PAGE.read_text()
     assert training.page(text, json.loads(training.RESULTS.read_text())) == text
     assert base_network.page(text, json.loads(base_network.RESULTS.read_text())) == text
-    found = read_cells(tuning.RESULTS, tuning.KEY)
+    found = read_measurements(tuning.RESULTS, tuning.KEY)
     assert tuning.page(text, found) == text
     readme = tuning.FRONT.read_text()
     assert tuning.front(readme, found) == readme

@@ -10,22 +10,22 @@ from torch import Tensor
 
 Forward = Callable[[Tensor], Tensor]
 REPEATS = (5, 15)
-"""Turns: at least, and at most; between them until `SECONDS` are over."""
+"""Least and most rounds; in between, rounds are repeated for `SECONDS`."""
 SECONDS = 15.0
 
 
-def in_turns(forwards: Mapping[str, Forward], images: Tensor) -> dict[str, list[float]]:
-    """Seconds of each forward pass, by kind of network."""
+def time_interleaved(forwards: Mapping[str, Forward], images: Tensor) -> dict[str, list[float]]:
+    """Return the seconds of each forward pass, by kind of network."""
     seconds: dict[str, list[float]] = {kind: [] for kind in forwards}
     least, most = REPEATS
     begin = time.perf_counter()
     with torch.no_grad():
-        for turn in range(most + 1):
-            if turn > least and time.perf_counter() - begin > SECONDS:
+        for round_ in range(most + 1):
+            if round_ > least and time.perf_counter() - begin > SECONDS:
                 break
             for kind, forward in forwards.items():
                 start = time.perf_counter()
                 forward(images)
-                if turn > 0:  # the first turn warms up
+                if round_ > 0:  # the first round warms up
                     seconds[kind].append(time.perf_counter() - start)
     return seconds

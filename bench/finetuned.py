@@ -1,13 +1,13 @@
-"""What ten epochs of training leave of the differences between criteria, on CIFAR-10.
+"""Compare criteria after ten epochs of fine-tuning, on CIFAR-10.
 
-    python bench/tuned.py --data DIR --weights DIR [--jobs 2] [--compile]
+    python bench/finetuned.py --data DIR --weights DIR [--workers 2] [--compile]
 
-runs the cells of `configs/tuned_cifar10.toml` as `secateur compare` does, and beside them what
-Torch-Pruning cuts to the same MACs by the criterion that is its best without training
-(results/training_free.jsonl): its own surgery, then the same training from the same teacher. A line
-a cell goes to `results/tuned.jsonl`; cells that are there are not measured again, and one that was
-interrupted goes on from its checkpoints in `runs/tuned`. `--compile` trains compiled networks: the
-same sums, rounded otherwise, faster where odd widths are slow; it takes a C++ compiler.
+This runs the jobs of `configs/finetuned_cifar10.toml` as `secateur compare` does, and beside them
+Torch-Pruning, cut to the same MACs by its best criterion without training
+(results/training_free.jsonl) and then trained in the same way from the same teacher. Each job adds
+a line to `results/finetuned.jsonl`; jobs that are there are not run again, and an interrupted one
+resumes from its checkpoints in `runs/finetuned`. `--compile` trains compiled networks: the same
+sums, rounded differently, and faster if odd widths are slow; it needs a C++ compiler.
 `bench/results.py` writes the tables.
 """
 
@@ -21,9 +21,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-import comparisons
+import benchmarks
 import peer
-from cells import run_all
+from measurements import run_all
 from peer_search import cut_to
 from rows import ROOT
 from secateur.config import parse_budget
@@ -45,23 +45,23 @@ from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train
 from training_free import all_but_inner
 
-RESULTS = ROOT / "results" / "tuned.jsonl"
-CONFIG = ROOT / "configs" / "tuned_cifar10.toml"
+RESULTS = ROOT / "results" / "finetuned.jsonl"
+CONFIG = ROOT / "configs" / "finetuned_cifar10.toml"
 WORK = ROOT / "runs" / "finetuned"
 PEER = peer.Settings("fpgm", is_global=True)
 PEER_NAME = "torch-pruning fpgm, global"
 
 
-def measure_peer(cell: Job) -> Row:
-    """Torch-Pruning in the place of the cell's criterion."""
-    config = cell.config
+def measure_peer(job: Job) -> Row:
+    """Return the row of a job with Torch-Pruning in place of its criterion."""
+    config = job.config
     dataset, model = load_inputs(config)
     config = resolved(config, dataset)
     context = make_scoring_context(model, dataset, config)
     image = context.example[:1]
     settings = replace(PEER, whole=all_but_inner(model, context.dependencies))
     start = time.perf_counter()
-    smaller = cut_to(model, image, settings, parse_budget(cell.target).fraction_left).model
+    smaller = cut_to(model, image, settings, parse_budget(job.target).fraction_left).model
     cut_seconds = time.perf_counter() - start
     latency_left = measure_fraction_left(model, smaller, context.example)
 
@@ -76,57 +76,57 @@ def measure_peer(cell: Job) -> Row:
         preprocessing(config),
         config.finetune,
         seed=config.seed,
-        checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),
+        checkpoints=Checkpoints(WORK / f"peer-{job.id}"),
     )
-    tuned = score(smaller)
+    after = score(smaller)
     return Row(
         **environment_fields(environment()),
-        network=cell.network,
+        network=job.network,
         variant="",
         criterion=PEER_NAME,
-        target=cell.target,
-        seed=cell.seed,
+        target=job.target,
+        seed=job.seed,
         outcome="done",
         reason="",
         score_on="test",
-        images=tuned.images,
+        images=after.images,
         before_top1_fraction=before.top1_fraction,
         cut_top1_fraction=cut.top1_fraction,
-        finetuned_top1_fraction=tuned.top1_fraction,
-        top1_fraction=tuned.top1_fraction,
-        macs_left=tuned.macs / before.macs,
-        parameters_left=tuned.parameters / before.parameters,
+        finetuned_top1_fraction=after.top1_fraction,
+        top1_fraction=after.top1_fraction,
+        macs_left=after.macs / before.macs,
+        parameters_left=after.parameters / before.parameters,
         latency_left=latency_left,
         seconds=round(cut_seconds + training.seconds, 1),
-        id=hashlib.sha256(f"{PEER_NAME} {cell.id}".encode()).hexdigest()[:16],
+        id=hashlib.sha256(f"{PEER_NAME} {job.id}".encode()).hexdigest()[:16],
     )
 
 
 def main() -> None:
-    """Measures what is missing, or the one cell of Torch-Pruning that this process is for."""
-    parser = comparisons.parser(__doc__)
+    """Measure what is missing, or the one job of Torch-Pruning that this process is for."""
+    parser = benchmarks.make_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="train the compiled networks")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    comparison = comparisons.asked_for(CONFIG, arguments)
-    finetune = comparison.finetune.model_copy(update={"compile": arguments.compile})
-    comparison = comparison.model_copy(update={"finetune": finetune})
+    spec = benchmarks.configured(CONFIG, arguments)
+    finetune = spec.finetune.model_copy(update={"compile": arguments.compile})
+    spec = spec.model_copy(update={"finetune": finetune})
     if arguments.peer is not None:
-        (cell,) = (cell for cell in jobs_of(comparison) if cell.id == arguments.peer)
-        torch.set_num_threads(comparison.threads)
-        comparisons.put(RESULTS, measure_peer(cell))
+        (job,) = (job for job in jobs_of(spec) if job.id == arguments.peer)
+        torch.set_num_threads(spec.threads)
+        benchmarks.append_row(RESULTS, measure_peer(job))
         return
-    comparisons.measure(comparison, RESULTS, arguments.jobs)
-    known = {comparisons.key_of(row) for row in comparisons.rows_in(RESULTS)}
+    benchmarks.measure(spec, RESULTS, arguments.workers)
+    known = {benchmarks.key_of(row) for row in benchmarks.measured_rows(RESULTS)}
     options = ["--data", arguments.data, "--weights", str(arguments.weights)]
     options += ["--compile"] * arguments.compile
     calls = [
-        [*options, "--peer", cell.id]
-        for cell in jobs_of(comparison)
-        if cell.criterion == comparison.criteria[0]  # once for each network, target and seed
-        and comparisons.key_of(replace(cell, criterion=PEER_NAME)) not in known
+        [*options, "--peer", job.id]
+        for job in jobs_of(spec)
+        if job.criterion == spec.criteria[0]  # once for each network, target and seed
+        and benchmarks.key_of(replace(job, criterion=PEER_NAME)) not in known
     ]
-    run_all("tuned.py", calls, arguments.jobs)
+    run_all("finetuned.py", calls, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import promises
-from cells import Cell
-from promises import cells, page, table
+import targets
+from measurements import Measurement
+from targets import cells, page, table
 
 
 def test_the_table_tells_what_was_measured() -> None:
-    cell: Cell = {
+    cell: Measurement = {
         "network": "resnet56",
         "promise": "latency=0.6",
         "validation_fraction": {"before": 0.99, "after": 0.5},
@@ -25,5 +25,5 @@ def test_the_table_tells_what_was_measured() -> None:
 
 
 def test_the_page_is_that_of_the_result_file() -> None:
-    text = promises.PAGE.read_text()
+    text = targets.PAGE.read_text()
     assert page(text, cells()) == text
