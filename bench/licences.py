@@ -46,6 +46,7 @@ PURPOSES = {
     "furo": "the documentation's theme",
     "myst-nb": "Markdown and notebooks in the documentation",
     "sphinx": "builds the documentation",
+    "sphinx-copybutton": "copies examples from the documentation",
     "axe-playwright-python": "tests: accessibility of pages",
     "beartype": "tests: types and shapes",
     "hatchling": "builds wheel and sdist",

@@ -4,7 +4,7 @@
 
 cuts a CIFAR-10 network by the norms of its filters, as `bench/criteria.py` does, refits it on the
 same calibration images once with each of the settings (`seed` is one of them, by default 0) and
-scores it on validation images. The figures in docs/explanation/method.md are of one thread.
+scores it on validation images. The figures in docs/research/refit.md are of one thread.
 """
 
 from __future__ import annotations

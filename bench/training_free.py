@@ -36,7 +36,7 @@ from torch.optim.swa_utils import update_bn
 
 import peer
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
-from peer_search import BY_GRADIENT, Found, Gradients, cut_to, gradients
+from peer_search import BY_GRADIENT, Gradients, NearestCut, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur.config import PlanSection, RefitSection, RunConfig, parse_budget
 from secateur.data import Batch, DataSet
@@ -145,7 +145,7 @@ def ours(
     """Return the network after every step, and the seconds of each step."""
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
-    with _timed(seconds, "plan_inputs"):
+    with _timed(seconds, "score"):
         plan_inputs = collect_plan_inputs(model, context, config)[config.score.criterion]
     with _timed(seconds, "plan"):
         plan = plan_inputs.plan(parse_budget(target))
@@ -180,7 +180,7 @@ class Peers:
         if any(group.reason == RESIDUAL for group in dependencies.frozen):
             classes = class_count(model, image)
             self._whole["all"] = frozenset(peer.heads(model, classes))
-        self._made: dict[tuple[Method, str], tuple[Found, Measurement]] = {}
+        self._made: dict[tuple[Method, str], tuple[NearestCut, Measurement]] = {}
 
     def measure(
         self,
@@ -324,7 +324,7 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
         return
     config, dataset, model = _cost_inputs(network, Path(arguments.data), arguments.weights)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "scoring_context"):
+    with _timed(seconds, "prepare"):
         context = make_scoring_context(model, dataset, config)
     with _timed(seconds, "forward"), torch.inference_mode():
         for batch in stream(context.calibration, config, no_progress, ""):
@@ -404,8 +404,8 @@ def table(study: str, measurements: list[Measurement]) -> str:
     seeds = sorted({len({measurement["seed"] for measurement in column}) for column in columns})
     off = max(abs(measurement["macs_left"] - _fraction(measurement)) for measurement in mine)
     lines.append(
-        f"Top-1 in % of {images} images; {' to '.join(map(str, seeds))} calibration sets of {count} "
-        f"images; MACs left differ from the target by {off:.4f} at most."
+        f"Top-1 in % of {images} images; {' to '.join(map(str, seeds))} calibration sets of "
+        f"{count} images; MACs left differ from the target by {off:.4f} at most."
     )
     left_out = [
         measurement
@@ -469,7 +469,7 @@ def _losses(columns: list[list[Measurement]], heads: list[str], study: str) -> I
 
 def _left_out(measurements: list[Measurement]) -> Iterator[str]:
     """Yield the methods that could not be used, by network and reason."""
-    yield "Not in the table, as they could not be used:"
+    yield "Not in the table, because they could not be used:"
     yield ""
     names: dict[tuple[str, str], dict[str, None]] = {}
     for measurement in measurements:
@@ -483,10 +483,10 @@ def _left_out(measurements: list[Measurement]) -> Iterator[str]:
 
 def cost_table(measurements: list[Measurement]) -> str:
     """Return the seconds of each step, the total in forward passes, and memory."""
-    steps = ("forward", "scoring_context", "plan_inputs", "plan", "cut", "refit")
+    steps = ("forward", "prepare", "score", "plan", "cut", "refit")
     names = (
         "network, images",
-        *(step.replace("_", " ") for step in steps),
+        *steps,
         "all but forward",
         "in forward passes",
         "peak memory, GiB",

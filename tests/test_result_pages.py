@@ -1,4 +1,4 @@
-"""The page of results is that of the result files; and Torch-Pruning is trained as we are."""
+"""The page of results is that of the result files; and Torch-Pruning is trained alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import tomli_w
 
 import benchmarks
-import results
 import finetuned
+import results
 from layouts import write_classes
 from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
@@ -24,7 +24,7 @@ def test_the_page_is_that_of_the_result_files() -> None:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
+def spec(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     """The bench's on a few small images."""
     for part, count in (("train", 24), ("test", 8)):
         write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
@@ -38,19 +38,19 @@ def comparison(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     config = tmp_path / "benchmark.toml"
     config.write_text(tomli_w.dumps(content))
     arguments = argparse.Namespace(data=str(tmp_path / "images"), weights=None)
-    return benchmarks.asked_for(config, arguments)
+    return benchmarks.configured(config, arguments)
 
 
 def test_rows_that_are_there_are_not_measured_again(
-    comparison: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparisons, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
     file = tmp_path / "rows.jsonl"
-    benchmarks.measure(comparison, file, 1)
+    benchmarks.measure(spec, file, 1)
     shutil.rmtree(tmp_path / "runs")
-    more = comparison.model_copy(update={"criteria": ("l1", "random")})
+    more = spec.model_copy(update={"criteria": ("l1", "random")})
     benchmarks.measure(more, file, 1)
-    assert [row.criterion for row in benchmarks.rows_in(file)] == ["l1", "random"]
+    assert [row.criterion for row in benchmarks.measured_rows(file)] == ["l1", "random"]
     assert len(list((tmp_path / "runs" / "rows" / JOBS).iterdir())) == 1
     # A row that did not come to the file before an interruption comes to it now.
     whole = file.read_text()
@@ -63,16 +63,16 @@ def test_rows_that_are_there_are_not_measured_again(
 
 
 def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
-    comparison: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch_pruning", reason="Torch-Pruning is for the benches")
-    monkeypatch.setattr(tuned, "WORK", tmp_path / "work")
-    (cell,) = jobs_of(comparison)
-    peer = finetuned.measure_peer(cell)
-    dataset, model = load_inputs(cell.config)
-    own = prune(model, dataset, cell.config).result
+    monkeypatch.setattr(finetuned, "WORK", tmp_path / "work")
+    (job,) = jobs_of(spec)
+    peer = finetuned.measure_peer(job)
+    dataset, model = load_inputs(job.config)
+    ours = prune(model, dataset, job.config).result
     assert peer.criterion == finetuned.PEER_NAME
-    assert peer.before_top1_fraction == own.stages[0].score.top1_fraction
-    assert peer.images == own.stages[0].score.images
+    assert peer.before_top1_fraction == ours.stages[0].score.top1_fraction
+    assert peer.images == ours.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps
     assert peer.finetuned_top1_fraction is not None

@@ -11,7 +11,7 @@ from measurements import Measurement, read_measurements
 from rows import Row
 
 
-def test_the_tables_of_speed_tell_what_was_measured() -> None:
+def test_the_table_of_speed_shows_what_was_measured() -> None:
     found: Row = {
         "network": "resnet20",
         "settings": {"precision": "auto"},
@@ -32,7 +32,7 @@ def test_the_tables_of_speed_tell_what_was_measured() -> None:
     assert lines[-2] == "| resnet20, 0.7 | 2 | 600.0 | 1200.0 | 2.0 |"
 
 
-def test_the_table_of_the_base_network_tells_what_it_is_worth() -> None:
+def test_the_table_of_the_base_network_shows_its_accuracy() -> None:
     training = {
         "config": "configs/one.toml",
         "epochs": [[1, 1.5, 0.6], [2, 0.9, 0.928]],
@@ -44,8 +44,8 @@ def test_the_table_of_the_base_network_tells_what_it_is_worth() -> None:
     assert last == "| vgg16_bn | `configs/one.toml` | 2 | 92.80 | 93.12 | 80 |"
 
 
-def test_the_table_of_tuning_tells_what_was_lost() -> None:
-    cell: Measurement = {
+def test_the_table_of_tuning_shows_what_was_lost() -> None:
+    measurement: Measurement = {
         "network": "resnet20",
         "target": "macs=0.7",
         "seed": 1,
@@ -61,13 +61,16 @@ def test_the_table_of_tuning_tells_what_was_lost() -> None:
         "best_epoch": 12,
         "settings": {"epochs": 40},
     }
-    assert tuning.table([cell]).splitlines()[-1] == (
+    assert tuning.table([measurement]).splitlines()[-1] == (
         "| resnet20, 0.700 | 1 | 40 | "
         "91.73 | 90.00 | 91.60 | 91.55 (epoch 12) | 0.13 | 0.12 | 0.12 |"
     )
-    shorter = cell | {"settings": {"epochs": 4}}
-    better = cell | {"seed": 2, "test_fraction": cell["test_fraction"] | {"last": 0.918}}
-    assert tuning.summary([shorter, cell, better]).splitlines()[2:] == [
+    shorter = measurement | {"settings": {"epochs": 4}}
+    better = measurement | {
+        "seed": 2,
+        "test_fraction": measurement["test_fraction"] | {"last": 0.918},
+    }
+    assert tuning.summary([shorter, measurement, better]).splitlines()[2:] == [
         "| resnet20, 0.7 | 40 | 2 | 91.73 | 90.00 | 91.70 | 0.03 |"
     ]
 
