@@ -456,9 +456,9 @@ def write_page() -> None:
     DOCS.write_text(page(read_rows(RESULTS)))
 
 
-def is_there(found: list[Row], member: Member, tool: str) -> bool:
+def is_there(rows: list[Row], member: Member, tool: str) -> bool:
     """Whether a row was measured with the versions that are installed, on the same images."""
-    row = _find(found, member.name, tool)
+    row = _find(rows, member.name, tool)
     if row is None or "environment" not in row or row["side"] != member.side:
         return False
     return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})

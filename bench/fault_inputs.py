@@ -251,7 +251,7 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
 
 def _image_readers() -> list[Reader]:
     pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), dtype=np.uint8)
-    found = []
+    readers = []
     for form, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("BMP", "bmp")):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, form)
@@ -261,8 +261,8 @@ def _image_readers() -> list[Reader]:
             for name in ("one", "two")
             for number in range(2)
         }
-        found.append(Reader(f"images, {form}", files, _read_folder))
-    return found
+        readers.append(Reader(f"images, {form}", files, _read_folder))
+    return readers
 
 
 def _read_folder(folder: Path) -> None:

@@ -211,9 +211,9 @@ def nothing():
 def test_failed_jobs_are_reported_and_the_others_run(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    own = tmp_path / "criteria.py"
-    own.write_text(CRITERIA_FILE)
-    names = [f"{own}:{name}" for name in ("wrong_shape", "nothing", "fatal", "largest")]
+    criteria = tmp_path / "criteria.py"
+    criteria.write_text(CRITERIA_FILE)
+    names = [f"{criteria}:{name}" for name in ("wrong_shape", "nothing", "fatal", "largest")]
     content |= {"criteria": [*names, "l1"], "targets": ["macs=0.7"], "seeds": 1}
     content["finetune"] = {"epochs": 0}
     out = tmp_path / "out"
@@ -240,7 +240,7 @@ def test_failed_jobs_are_reported_and_the_others_run(
     again = run_rows(from_dict(content, BenchmarkSpec), out, retry=True)
     done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
     assert done == {"wrong_shape", "largest", "l1"}
-    own.write_text(f"{CRITERIA_FILE}# changed")
+    criteria.write_text(f"{CRITERIA_FILE}# changed")
     others = run_rows(from_dict(content, BenchmarkSpec), out)
     same = {row["criterion"] for row in others if row["id"] in {row["id"] for row in again}}
     assert same == {"l1"}

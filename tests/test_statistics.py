@@ -227,7 +227,7 @@ def test_charts_draw_the_numbers(results: list[JobResult]) -> None:
     (axes,) = drawn["net-against-MACs"].figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     assert set(lines) == {"vote", "l1", "random", "before pruning"}
-    # All results are of one network after all, so points of equal size stand in order of accuracy.
+    # All results are of one network after all, so points of equal size are in order of accuracy.
     assert list(np.asarray(lines["vote"].get_ydata())) == pytest.approx([80.0, 92.0])
     kept = drawn["net-kept"].figure.axes
     assert [axes.get_title() for axes in kept] == ["macs=0.7", "macs=0.5"]

@@ -12,7 +12,7 @@ from rows import Row
 
 
 def test_the_table_of_speed_shows_what_was_measured() -> None:
-    found: Row = {
+    measured: Row = {
         "network": "resnet20",
         "settings": {"precision": "auto"},
         "environment": {"threads": 2},
@@ -27,7 +27,7 @@ def test_the_table_of_speed_shows_what_was_measured() -> None:
         "compiled_ratio": 2.0,
     }
     text = "<!-- table: results/training.json -->\nold\n<!-- end -->\n"
-    lines = training.page(text, found).splitlines()
+    lines = training.page(text, measured).splitlines()
     assert lines[3] == "| resnet20 | auto | 2 | 1000.0 | 990.5 | 0.99 |"
     assert lines[-2] == "| resnet20, 0.7 | 2 | 600.0 | 1200.0 | 2.0 |"
 
@@ -39,8 +39,8 @@ def test_the_table_of_the_base_network_shows_its_accuracy() -> None:
         "test_fraction": 0.9312,
         "seconds": 4801.0,
     }
-    found: Row = {"network": "vgg16_bn", "trainings": [training]}
-    last = base_network.table(found).splitlines()[-1]
+    measured: Row = {"network": "vgg16_bn", "trainings": [training]}
+    last = base_network.table(measured).splitlines()[-1]
     assert last == "| vgg16_bn | `configs/one.toml` | 2 | 92.80 | 93.12 | 80 |"
 
 
@@ -79,7 +79,7 @@ def test_the_page_is_that_of_the_result_files() -> None:
     text = training.PAGE.read_text()
     assert training.page(text, json.loads(training.RESULTS.read_text())) == text
     assert base_network.page(text, json.loads(base_network.RESULTS.read_text())) == text
-    found = read_measurements(tuning.RESULTS, tuning.KEY)
-    assert tuning.page(text, found) == text
+    measured = read_measurements(tuning.RESULTS, tuning.KEY)
+    assert tuning.page(text, measured) == text
     readme = tuning.FRONT.read_text()
-    assert tuning.front(readme, found) == readme
+    assert tuning.front(readme, measured) == readme
