@@ -303,8 +303,8 @@ def top(rows: list[Row]) -> str:
         for detector in row["top"]:
             lines.append(
                 f"| {row['network']} | {row['data']} | {detector['concept']} "
-                f"| `{detector['layer']}` | {detector['filter']} | {detector['iou']:.3f} | {detector['our_iou']:.3f} "
-                f"| {detector['our_concept']} |"
+                f"| `{detector['layer']}` | {detector['filter']} | {detector['iou']:.3f} "
+                f"| {detector['our_iou']:.3f} | {detector['our_concept']} |"
             )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """The networks that the benches measure, each with its image size.
 
 Weights are random, from a fixed seed. Constant initial values (norm scales and shifts, biases,
-layer scales) are made random too, and batch norms get the statistics of a batch, disturbed: with the
-initial values a channel that is wrongly removed is often zero anyway, and the signal of a deep
+layer scales) are made random too, and batch norms get the statistics of a batch, disturbed: with
+the initial values a channel that is wrongly removed is often zero anyway, and the signal of a deep
 network fades or explodes.
 """
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 import configuration
-import criteria
-import report
-import studies
-import tables
 from secateur.config import DATA_FORMS
 
 ROOT = Path(__file__).parents[1]
@@ -28,23 +22,9 @@ def test_every_kind_of_data_is_documented() -> None:
     assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
 
 
-@pytest.mark.parametrize("study", list(studies.TARGETS))
-def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
-    text = criteria.PAGE.read_text()
-    measurements = criteria.measured()
-    if any(measurement["study"] == study for measurement in measurements):
-        name = f"results/criteria.jsonl {study}"
-        assert tables.with_table(text, name, criteria.table(study, measurements)) == text
-
-
 def test_the_page_of_the_configuration_has_every_key() -> None:
     text = configuration.PAGE.read_text()
     assert configuration.page(text) == text
-
-
-def test_the_report_page_shows_what_was_measured() -> None:
-    text = report.PAGE.read_text()
-    assert tables.with_table(text, "results/report.json", report.table()) == text
 
 
 def test_the_pictures_of_the_pages_are_there_and_small() -> None:

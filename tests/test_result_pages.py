@@ -8,14 +8,23 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
+from scipy.stats import spearmanr
 
 import benchmarks
+import criteria
+import dissection
 import finetuned
+import report
 import results
+import studies
+import tables
 from layouts import write_classes
 from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.pipeline.prune import load_inputs, prune
+
+pytestmark = pytest.mark.bench
 
 
 def test_the_page_is_that_of_the_result_files() -> None:
@@ -76,3 +85,33 @@ def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
     assert peer.images == ours.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps
     assert peer.finetuned_top1_fraction is not None
+
+
+@pytest.mark.parametrize("study", list(studies.TARGETS))
+def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
+    text = criteria.PAGE.read_text()
+    measurements = criteria.measured()
+    if any(measurement["study"] == study for measurement in measurements):
+        name = f"results/criteria.jsonl {study}"
+        assert tables.with_table(text, name, criteria.table(study, measurements)) == text
+
+
+def test_the_report_page_shows_what_was_measured() -> None:
+    text = report.PAGE.read_text()
+    assert tables.with_table(text, "results/report.json", report.table()) == text
+
+
+def test_the_dissection_page_shows_what_was_measured() -> None:
+    text = dissection.PAGE.read_text()
+    for name, table in dissection.TABLES.items():
+        shown = tables.with_table(
+            text, f"results/dissection.json{name}", table(dissection.ordered_rows())
+        )
+        assert shown == text
+
+
+def test_the_rank_correlation_is_scipys(generator: torch.Generator) -> None:
+    a, b = torch.randint(0, 6, (2, 40), generator=generator).double()
+    expected = spearmanr(a.numpy(), b.numpy()).statistic
+    assert dissection.rank_correlation(a, b) == pytest.approx(expected)
+    assert dissection.rank_correlation(a, torch.zeros(40)) is None

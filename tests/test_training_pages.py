@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import tomllib
+
+import pytest
 
 import base_network
 import training
 import tuning
 from measurements import Measurement, read_measurements
 from rows import Row
+
+pytestmark = pytest.mark.bench
 
 
 def test_the_table_of_speed_shows_what_was_measured() -> None:
@@ -83,3 +88,11 @@ def test_the_page_is_that_of_the_result_files() -> None:
     assert tuning.page(text, measured) == text
     readme = tuning.FRONT.read_text()
     assert tuning.front(readme, measured) == readme
+
+
+def test_the_tuning_table_is_of_these_files() -> None:
+    for (network, target), case in tuning.CASES.items():
+        content = tomllib.loads((tuning.CONFIGS / case.file).read_text())
+        assert [network["name"] for network in content["networks"]] == [network]
+        assert content["targets"] == [target]
+        assert content["seeds"] == 3
