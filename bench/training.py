@@ -35,6 +35,7 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.runtime.precision import autocast
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 from tables import with_table
 
 RESULTS = ROOT / "results" / "training.json"
@@ -120,7 +121,7 @@ def by_secateur(
     _: Tensor,
 ) -> Tensor:
     """Train one epoch with secateur's trainer."""
-    train(network, None, images, expected, settings, seed=SEED)
+    train(network, None, TrainingData(images, expected), settings, seed=SEED)
     return next(network.parameters())
 
 

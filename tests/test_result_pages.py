@@ -22,7 +22,8 @@ import tables
 from layouts import write_classes
 from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
-from secateur.pipeline.prune import load_inputs, prune
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
 
 pytestmark = pytest.mark.bench
 

@@ -38,7 +38,8 @@ from secateur.experiments.compare.runner import _record_failures, _Worker, run_b
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
 from secateur.experiments.compare.worker import run_jobs
 from secateur.experiments.report.benchmark import CSV, MARKDOWN, PAGE, ROWS, write_benchmark
-from secateur.pipeline.prune import load_inputs, prune
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -225,7 +226,7 @@ def test_failed_jobs_are_reported_and_the_others_run(
         "largest": "done",
         "l1": "done",
     }
-    assert "one finite number a filter" in by_name["wrong_shape"]["reason"]
+    assert "one finite number" in by_name["wrong_shape"]["reason"]
     assert "returned int, no criterion" in by_name["nothing"]["reason"]
     assert "ended by signal 9: last words" in by_name["fatal"]["reason"]
     assert by_name["fatal"]["top1_fraction"] is None

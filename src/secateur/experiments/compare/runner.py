@@ -27,7 +27,7 @@ from secateur.experiments.compare.job_files import (
     write_job,
 )
 from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of
-from secateur.pipeline.prune import check_names, check_weights
+from secateur.pipeline.inputs import check_names, check_weights
 from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.signals import defer_signals

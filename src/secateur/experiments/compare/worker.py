@@ -20,7 +20,9 @@ from secateur.errors import SecateurError
 from secateur.experiments.compare.job import Job
 from secateur.experiments.compare.job_files import CHECKPOINTS, SPEC, write_job
 from secateur.experiments.compare.spec import jobs_of, read_spec
-from secateur.pipeline.prune import Baseline, load_inputs, make_baseline, prune
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
+from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.error_messages import explain
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
 
@@ -67,7 +69,7 @@ def run_jobs(folder: Path, ids: Sequence[str], messages: IO[str]) -> None:
         try:
             # Layers that are timed again may lead to another plan, which no checkpoint fits.
             checkpoints = None if _is_timed(job) else folder / CHECKPOINTS / job.id
-            pruned = prune(model, dataset, job.config, start=baseline, checkpoints=checkpoints)
+            pruned = prune(model, dataset, job.config, baseline=baseline, checkpoints=checkpoints)
             result = pruned.result
         except SecateurError as error:
             failed = str(error)

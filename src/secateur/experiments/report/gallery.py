@@ -15,13 +15,13 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
 from secateur.pipeline.dissect import VOTES, dissect_network
-from secateur.pipeline.prune import make_scoring_context, make_unreadable, preprocessing
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
 
@@ -101,20 +101,12 @@ def make_gallery(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"calibration_images": count})}
     )
-    unreadable = make_unreadable(config)
-    context = make_scoring_context(model, dataset, config, unreadable, dependencies)
-    before = dissect_network(
-        model, context, config, (VOTES,), images=config.report.top_images, progress=progress
-    )
-    context_after = make_scoring_context(smaller, dataset, config, unreadable)
-    after = dissect_network(
-        smaller,
-        context_after,
-        config,
-        images=1,
-        title="dissecting the pruned network",
-        progress=progress,
-    )
+    run_context = RunContext(progress).collecting_unreadable(config)
+    context = make_scoring_context(model, dataset, config, run_context, dependencies=dependencies)
+    before = dissect_network(model, context, config, (VOTES,), images=config.report.top_images)
+    context_after = make_scoring_context(smaller, dataset, config, run_context)
+    title = "dissecting the pruned network"
+    after = dissect_network(smaller, context_after, config, images=1, title=title)
     tops = {name: before.top(group) for name, group in context.dependencies.groups.items()}
     indices = [top.indices.flatten() for top in tops.values()]
     shown = torch.cat([torch.zeros(0).long(), *indices]).unique()
@@ -147,7 +139,7 @@ def make_gallery(
     return Gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(context.calibration, shown, config),
+        images=_thumbnails(context, shown, config.data.batch_size),
         image_classes=_class_names(context.calibration, shown, dataset),
         layers=tuple(layers),
     )
@@ -175,12 +167,12 @@ def _pack(regions: Bool[Tensor, "filter image h w"]) -> tuple[tuple[int, int], b
     return grid, np.packbits(regions.flatten(2).numpy(), axis=-1).tobytes()
 
 
-def _thumbnails(images: Images, shown: Tensor, config: RunConfig) -> tuple[bytes, ...]:
+def _thumbnails(context: ScoringContext, shown: Tensor, batch_size: int) -> tuple[bytes, ...]:
     """Return the images as JPEG, after the network's preprocessing."""
     thumbnails: list[bytes] = []
-    expected = preprocessing(config)
-    for indices in shown.split(config.data.batch_size):
-        thumbnails += [_jpeg(_visible(pixels)) for pixels in images.read(indices, expected)]
+    for indices in shown.split(batch_size):
+        images = context.calibration.read(indices, context.reader.preprocessing)
+        thumbnails += [_jpeg(_visible(pixels)) for pixels in images]
     return tuple(thumbnails)
 
 

@@ -10,7 +10,7 @@ from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
 from secateur.pipeline.result import RunResult
-from secateur.pruning.refit.batchnorm import BatchNormRecalibration
+from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
 
@@ -129,7 +129,7 @@ def _cards(result: RunResult) -> list[Card]:
 
 
 def _recalibration_text(recalibration: BatchNormRecalibration) -> str:
-    if not recalibration.share:
+    if not recalibration.fraction:
         return "unchanged"
     which = "means" if recalibration.statistics == "means" else "means and variances"
-    return f"{which} moved {recalibration.share:.0%} of the way to the re-estimated ones"
+    return f"{which} moved {recalibration.fraction:.0%} of the way to the re-estimated ones"
