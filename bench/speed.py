@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import peer
 from coverage import l2_scores
-from interleaved import REPEATS, Forward, time_interleaved
+from interleaved import ROUNDS, Forward, time_interleaved
 from rows import (
     ROOT,
     Note,
@@ -292,7 +292,7 @@ They are pruned to 50 % of their MACs, including channels coupled by skip connec
 ## Forward passes
 
 Channel counts are multiples of {WIDTHS} (`round_to`), because other channel counts can be slower
-than the unpruned network. Times are medians of {REPEATS[0]} to {REPEATS[1]} passes; original and
+than the unpruned network. Times are medians of {ROUNDS.fewest} to {ROUNDS.most} passes; original and
 pruned network are interleaved. *Compiled* is `torch.compile` on the CPU. *Of the ideal* compares
 the speed-up with the one that the MACs alone would give.
 

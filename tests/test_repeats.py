@@ -69,4 +69,4 @@ def test_a_reading_process_that_is_killed_is_one_line(
     assert words.startswith("a process that reads images has ended")
     assert "\n" not in words
     monkeypatch.undo()
-    run(config, tmp_path / "run", resume=True)  # with the readers of before, it goes on
+    run(config, tmp_path / "run", resume=True)  # it resumes with the readers of before

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import speed
-from interleaved import REPEATS, time_interleaved
+from interleaved import ROUNDS, time_interleaved
 from networks import make_network, random_images
 from rows import Row, read_rows
 from speed import latency_table, page, surgery_table
@@ -55,7 +55,7 @@ def test_engines_give_the_output_of_the_network(engine: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(forward(images), model(images))
     seconds = time_interleaved({"original": forward, "cut": forward}, images)
-    assert len(seconds["original"]) == len(seconds["cut"]) == REPEATS[1]
+    assert len(seconds["original"]) == len(seconds["cut"]) == ROUNDS.most
 
 
 def test_the_page_is_that_of_the_result_file() -> None:
