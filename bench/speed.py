@@ -278,6 +278,7 @@ def _short(text: str) -> str:
 def page(rows: list[Row]) -> str:
     """Return the whole of docs/reference/speed.md."""
     environment = rows[-1]["environment"] if rows else {}
+    fewest, most = ROUNDS.fewest, ROUNDS.most
     listed = ", ".join(f"{name} {value}" for name, value in environment.items())
     return f"""# Speed of pruning, and of pruned networks
 
@@ -292,7 +293,7 @@ They are pruned to 50 % of their MACs, including channels coupled by skip connec
 ## Forward passes
 
 Channel counts are multiples of {WIDTHS} (`round_to`), because other channel counts can be slower
-than the unpruned network. Times are medians of {ROUNDS.fewest} to {ROUNDS.most} passes; original and
+than the unpruned network. Times are medians of {fewest} to {most} passes; original and
 pruned network are interleaved. *Compiled* is `torch.compile` on the CPU. *Of the ideal* compares
 the speed-up with the one that the MACs alone would give.
 
