@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 
-import tuning
 from layouts import write_classes
 from secateur import data
 from secateur.config import from_dict, read_tables
-from secateur.experiments.compare.runner import CELLS, COMPARISON, read_job, read_spec, work
-from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
-from secateur.experiments.report.comparison import MARKDOWN, write_comparison
+from secateur.experiments.compare.job_files import JOBS, SPEC, read_job
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
+from secateur.experiments.compare.worker import run_jobs
+from secateur.experiments.report.benchmark import MARKDOWN, write_benchmark
 from secateur.models import zoo
 from secateur.runtime.atomic_io import replace_file
 
@@ -35,16 +34,16 @@ def test_every_row_of_the_paper_is_there() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
 def test_a_file_names_what_exists_and_how_to_run_it(path: Path) -> None:
-    comparison = read_spec(path)
-    assert {"vote", "l1", "random"} <= set(comparison.criteria)
-    (network,) = comparison.networks
+    spec = read_spec(path)
+    assert {"vote", "l1", "random"} <= set(spec.criteria)
+    (network,) = spec.networks
     zoo.check_name(network.name)
     assert network.weights is not None
-    kind, _, folder = comparison.data.source.partition(":")
+    kind, _, folder = spec.data.source.partition(":")
     assert kind in data.READERS
     assert folder == "data"
     assert f"configs/paper/{path.name} --data {kind}:DIR" in path.read_text()
-    assert comparison.score_on == "test"
+    assert spec.score_on == "test"
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
@@ -58,25 +57,22 @@ def test_a_file_runs_in_miniature(path: Path, model_file: Path, tmp_path: Path) 
     tables["data"] |= {"source": source, "image_size": 16, "calibration_images": 8}
     tables["data"]["validation_fraction"] = 0.1
     tables["finetune"] |= {"epochs": 1, "batch_size": 8, "workers": 0}
-    comparison = from_dict(tables, BenchmarkSpec)
-    (cell,) = jobs_of(comparison)
-    (tmp_path / "out" / CELLS).mkdir(parents=True)
-    replace_file(tmp_path / "out" / COMPARISON, tomli_w.dumps(tables))
-    with (tmp_path / "said").open("w") as say:
-        work(tmp_path / "out", [cell.id], say)  # what a process of a sweep does
-    found = read_job(tmp_path / "out", cell)
-    assert found is not None
-    assert found.outcome == "done", found.reason
-    assert found.result is not None
-    assert [stage.stage for stage in found.result.stages] == ["before", "cut", "refit", "finetuned"]
-    assert (tmp_path / "said").read_text() == f"begun {cell.id}\nended {cell.id}\n"
-    write_comparison(tmp_path / "out", comparison, [found])
+    spec = from_dict(tables, BenchmarkSpec)
+    (job,) = jobs_of(spec)
+    (tmp_path / "out" / JOBS).mkdir(parents=True)
+    replace_file(tmp_path / "out" / SPEC, tomli_w.dumps(tables))
+    with (tmp_path / "messages").open("w") as messages:
+        run_jobs(tmp_path / "out", [job.id], messages)  # as a worker does
+    result = read_job(tmp_path / "out", job)
+    assert result is not None
+    assert result.outcome == "done", result.reason
+    assert result.result is not None
+    assert [stage.stage for stage in result.result.stages] == [
+        "before",
+        "cut",
+        "refit",
+        "finetuned",
+    ]
+    assert (tmp_path / "messages").read_text() == f"started {job.id}\nended {job.id}\n"
+    write_benchmark(tmp_path / "out", spec, [result])
     assert "| vote |" in (tmp_path / "out" / MARKDOWN).read_text()
-
-
-def test_the_tuning_table_is_of_these_files() -> None:
-    for (network, target), case in tuning.CASES.items():
-        content = tomllib.loads((tuning.CONFIGS / case.file).read_text())
-        assert [each["name"] for each in content["networks"]] == [network]
-        assert content["targets"] == [target]
-        assert content["seeds"] == 3

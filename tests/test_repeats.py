@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import secateur
-from fault_case import CLASSES, SIDE, Case
-from faults import state_of
+from fault_case import CLASSES, SIDE, Case, state_of
 from secateur.data import FileImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.experiments.run import run
@@ -70,4 +69,4 @@ def test_a_reading_process_that_is_killed_is_one_line(
     assert words.startswith("a process that reads images has died")
     assert "\n" not in words
     monkeypatch.undo()
-    run(config, tmp_path / "run", resume=True)  # with the readers of before, it goes on
+    run(config, tmp_path / "run", resume=True)  # it resumes with the readers of before

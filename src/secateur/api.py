@@ -21,8 +21,8 @@ from secateur.errors import DataError, UsageError
 from secateur.evaluation.evaluate import compute_logits
 from secateur.evaluation.score import Score
 from secateur.experiments import run as runs
-from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline

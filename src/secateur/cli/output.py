@@ -18,8 +18,8 @@ from secateur.errors import UsageError
 from secateur.evaluation.score import Score
 from secateur.experiments import run_folder
 from secateur.experiments.inspect import NEEDED
-from secateur.experiments.report import count_text, score_rows
-from secateur.experiments.report.comparison import TextTable
+from secateur.experiments.report.benchmark import TextTable
+from secateur.experiments.report.page import count_text, score_rows
 from secateur.integrations.onnx import ExportResult, Latency
 from secateur.integrations.trackers import Tracker
 from secateur.pipeline.result import RunResult

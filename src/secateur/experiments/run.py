@@ -21,9 +21,9 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG
-from secateur.experiments.report import write_report
-from secateur.experiments.report.comparison import ROWS
+from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
+from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
