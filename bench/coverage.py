@@ -45,7 +45,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
@@ -95,11 +95,11 @@ def measure_secateur(member: Member, note: Note) -> None:
         found = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
         note(stage="law")
-        expected = masked_overrides(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(images)
         before = outputs_of(model, images)
         if _error(found, expected) > AMPLIFIED:
             exact = copy.deepcopy(model).double()
-            reference = masked_overrides(exact, dependencies, plan)(images.double())
+            reference = masked_network(exact, dependencies, plan)(images.double())
             found_exactly = outputs_of(apply_plan(exact, dependencies, plan), images.double())
             note(law_error_float64=_error(found_exactly, reference))
     note(

@@ -20,21 +20,24 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.fx.node import Node
+from torch import nn
 
 from cells import Cell, key_of, put_cell, read_cells, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import CRITERIA, RunConfig, parse_budget
 from secateur.errors import UsageError
-from secateur.pipeline.prune import ScoringContext, make_criterion, make_scoring_context, stream
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.scoring_context import (
+    ScoringContext,
+    make_criterion,
+    make_scoring_context,
+)
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
+from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import no_progress
-from secateur.scoring.feature_pass import kernels_of
 from secateur.scoring.scores import score_filters
+from secateur.scoring.taps import kernels_of
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 
@@ -69,17 +72,17 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: stream(context.calibration, config, no_progress, ""),
+        lambda: context.reader.read_shard(context.calibration),
         {name: make_criterion(name, context.source, config) for name in names},
         context.source,
         config.score,
     )
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
-    shown = channels_last(stream(scored, config, no_progress, ""))
-    probe = channels_last(stream(context.calibration, config, no_progress, ""))
+    shown = channels_last(make_reader(config).read_shard(scored))
+    probe = channels_last(context.reader.read_shard(context.calibration))
     base = accuracy(model, shown)
-    answers: list[dict[Node, Tensor]] = []
+    layer_outputs: list[LayerOutputs] = []
     for target, name in wanted:
         cell: Cell = {
             "study": study,
@@ -95,14 +98,11 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
         plan = make_plan(scores[name].scores, context.dependencies, parse_budget(target), name)
         smaller = apply_plan(model, context.dependencies, plan)
         refit(
-            model,
-            smaller,
-            context.dependencies,
-            plan,
+            RefitInputs(model, smaller, context.dependencies, plan.removed),
             probe,
             config.refit,
             seed=seed,
-            network_targets=answers,
+            layer_outputs=layer_outputs,
         )
         cell |= {
             "base_fraction": base,

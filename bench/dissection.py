@@ -24,9 +24,8 @@ from imagenet_networks import NETWORKS, load_network
 from rows import ROOT, Row, put_row, read_rows, revision, surroundings
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
-from secateur.pipeline.prune import make_scoring_context, stream
-from secateur.runtime.progress import no_progress
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Vote
+from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import observe
 from tables import with_table
@@ -56,12 +55,12 @@ class Thresholds:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """Nothing to prepare: how many positions there are is not known yet."""
 
-    def update(self, sight: FeatureBatch) -> None:
+    def update(self, features: FeatureBatch) -> None:
         """Keeps the largest activations."""
-        positions = self._images * sight.maps.shape[2] * sight.maps.shape[3]
-        if sight.tap not in self.parts:
-            self.parts[sight.tap] = ExactThresholds(positions, self._quantile)
-        self.parts[sight.tap].add(sight.maps)
+        positions = self._images * features.maps.shape[2] * features.maps.shape[3]
+        if features.tap not in self.parts:
+            self.parts[features.tap] = ExactThresholds(positions, self._quantile)
+        self.parts[features.tap].add(features.maps)
 
     def state(self) -> Iterable[Tensor]:
         """None: this runs in one process."""
@@ -82,14 +81,14 @@ class Literal:
     def reset(self, parts: Mapping[str, Kernels]) -> None:
         """All is prepared."""
 
-    def update(self, sight: FeatureBatch) -> Vote:
+    def update(self, features: FeatureBatch) -> DeferredUpdate:
         """The tally waits for the masks, which it takes as they are."""
-        maps = sight.maps
-        self.sizes[sight.tap] = (maps.shape[2], maps.shape[3])
+        maps = features.maps
+        self.sizes[features.tap] = (maps.shape[2], maps.shape[3])
 
         def count(regions: Regions) -> None:
-            masks = regions.at((IMAGE_SIZE, IMAGE_SIZE))
-            self.parts[sight.tap].add(maps, masks, regions.concepts)
+            masks = regions.masks_at((IMAGE_SIZE, IMAGE_SIZE))
+            self.parts[features.tap].add(maps, masks, regions.concepts)
 
         return count
 
@@ -130,7 +129,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
     context = make_scoring_context(model, DataSet("none", (), nothing, nothing, nothing), config)
     names = tuple(concept.name for concept in context.source.concepts)
-    batches = list(stream(context.calibration, config, no_progress, ""))
+    batches = list(context.reader.read_shard(context.calibration))
 
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""

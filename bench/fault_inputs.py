@@ -32,8 +32,9 @@ from secateur.experiments.compare.runner import CELLS, read_job, write_job
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.manifest import MANIFEST
 from secateur.experiments.report.comparison import write_comparison
+from secateur.experiments.run_folder import Origin
 from secateur.models import weights, zoo
-from secateur.pipeline.result import Origin, read_result
+from secateur.pipeline.result import read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.runtime import safetensors_io
 from secateur.runtime.hashing import weights_hash

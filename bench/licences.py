@@ -28,6 +28,7 @@ PURPOSES = {
     "scipy": "statistics of benchmarks",
     "pillow": "reads and writes images",
     "safetensors": "weights in files",
+    "filelock": "one run at a time in a folder",
     "pydantic": "validates configurations and files",
     "jaxtyping": "named axes in signatures",
     "typer": "the command line",

@@ -21,9 +21,10 @@ from secateur.config import PlanSection, RefitSection
 from secateur.errors import TargetError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
-from secateur.pipeline.prune import load_inputs, make_scoring_context, prune, stream
-from secateur.pruning.cost.latency_model import milliseconds
-from secateur.runtime.progress import no_progress
+from secateur.pipeline.inputs import load_inputs, make_reader
+from secateur.pipeline.prune import prune
+from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.pruning.cost.quantities import count_quantity
 from studies import cifar10
 from tables import with_table
 from turns import in_turns
@@ -73,7 +74,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         return {**found, "refused": str(error)}
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
-    shown = list(stream(dataset.validation, config, no_progress, ""))
+    shown = list(make_reader(config).read_shard(dataset.validation))
     validation = {name: evaluate(each, shown).top1_fraction for name, each in networks.items()}
     test = {
         "before": pruned.result.stages[0].score,
@@ -83,7 +84,7 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     predicted = None
     if pruned.latency is not None:
         dependencies = make_scoring_context(model, dataset, config).dependencies
-        time_of = milliseconds(pruned.latency, dependencies)
+        time_of = count_quantity(dependencies, "latency", pruned.latency)
         predicted = time_of(pruned.plan.removed) / time_of({})
     return {
         **found,

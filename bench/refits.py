@@ -14,17 +14,11 @@ import time
 
 import studies
 from secateur.config import RefitSection, parse_budget
-from secateur.pipeline.prune import (
-    load_inputs,
-    make_criterion,
-    make_scoring_context,
-    resolved,
-    stream,
-)
+from secateur.pipeline.inputs import load_inputs, make_reader, resolve_config
+from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from secateur.pruning.refit.layerwise import refit
-from secateur.runtime.progress import no_progress
+from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.scoring.scores import score_filters
 
 CRITERION = "l2"
@@ -54,23 +48,24 @@ def measure(
     config = studies.cifar10(arguments.network, arguments)
     dataset, model = load_inputs(config)
     # The validation images are the same for every seed; the calibration set is what differs.
-    config = resolved(config, dataset).model_copy(update={"seed": seed})
+    config = resolve_config(config, dataset).model_copy(update={"seed": seed})
     context = make_scoring_context(model, dataset, config)
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: stream(context.calibration, config, no_progress, ""),
+        lambda: context.reader.read_shard(context.calibration),
         {CRITERION: make_criterion(CRITERION, context.source, config)},
         context.source,
         config.score,
     )[CRITERION].scores
     plan = make_plan(scores, context.dependencies, parse_budget(arguments.target), CRITERION)
     smaller = apply_plan(model, context.dependencies, plan)
-    probe = studies.channels_last(stream(context.calibration, config, no_progress, ""))
+    probe = studies.channels_last(context.reader.read_shard(context.calibration))
     start = time.process_time()
-    refit(model, smaller, context.dependencies, plan, probe, settings, seed=seed)
+    inputs = RefitInputs(model, smaller, context.dependencies, plan.removed)
+    refit(inputs, probe, settings, seed=seed)
     seconds = time.process_time() - start
-    shown = studies.channels_last(stream(dataset.validation, config, no_progress, ""))
+    shown = studies.channels_last(make_reader(config).read_shard(dataset.validation))
     return studies.accuracy(smaller, shown), seconds
 
 

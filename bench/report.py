@@ -30,14 +30,9 @@ from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet
 from secateur.experiments.report import write_report
 from secateur.experiments.report.gallery import make_gallery
-from secateur.pipeline.prune import (
-    calibration_batches,
-    load_inputs,
-    make_criterion,
-    make_scoring_context,
-    prune,
-)
-from secateur.runtime.progress import no_progress
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
+from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
 from secateur.scoring.scores import score_filters
 from tables import with_table
 
@@ -95,7 +90,7 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
             score_filters(
                 model,
                 context.dependencies,
-                lambda: calibration_batches(context, config, no_progress, ""),
+                lambda: context.reader.read_image_shard(context.calibration),
                 {criterion: make_criterion(criterion, context.source, config)},
                 context.source,
                 config.score,

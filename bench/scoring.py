@@ -55,7 +55,8 @@ from secateur.models import zoo
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
-from secateur.scoring.feature_pass import maps_of, observe, taps_of
+from secateur.scoring.feature_pass import observe
+from secateur.scoring.taps import maps_of, taps_of
 from tables import with_table
 from zoo import CLASSES
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import Batch, DataSet
-from secateur.pipeline import prune as pipeline
+from secateur.pipeline import inputs
 from secateur.runtime.module_state import evaluating
 
 CIFAR10 = ("resnet20", "resnet32", "resnet56")
@@ -40,12 +40,12 @@ def load_inputs(
     """
     if study == "cifar10":
         config = cifar10(network, arguments)
-        dataset, model = pipeline.load_inputs(config)
+        dataset, model = inputs.load_inputs(config)
     else:
         from imagenet import load_study
 
         config, dataset, model = load_study(network, arguments)
-    return pipeline.resolved(config, dataset), dataset, model
+    return inputs.resolve_config(config, dataset), dataset, model
 
 
 def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:

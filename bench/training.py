@@ -34,6 +34,7 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.runtime.precision import autocast
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 from tables import with_table
 from turns import in_turns
 
@@ -116,7 +117,7 @@ def by_secateur(
     _: Tensor,
 ) -> Tensor:
     """One epoch by the trainer."""
-    train(network, None, images, expected, settings, seed=SEED)
+    train(network, None, TrainingData(images, expected), settings, seed=SEED)
     return next(network.parameters())
 
 

@@ -42,16 +42,14 @@ from secateur.config import PlanSection, RefitSection, RunConfig, parse_budget
 from secateur.data import Batch, DataSet
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
-from secateur.pipeline.prune import (
+from secateur.pipeline.inputs import make_reader, resolve_config
+from secateur.pipeline.scoring_context import (
     ScoringContext,
     collect_plan_inputs,
     make_scoring_context,
-    refit_in_place,
-    resolved,
-    stream,
 )
+from secateur.pipeline.stages import refit_in_place
 from secateur.pruning.apply import apply_plan
-from secateur.runtime.progress import no_progress
 from studies import (
     TARGETS,
     answers,
@@ -259,7 +257,7 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         return
     config, dataset, model = load_inputs(study, network, arguments)
     config = config.model_copy(update={"refit": RefitSection()})
-    batches = channels_last(stream(dataset.test, config, no_progress, ""))
+    batches = channels_last(make_reader(config).read_shard(dataset.test))
     check = Check(batches, answers(model, batches))
     base = {
         "base_fraction": share(check.before, labels(batches)),
@@ -270,8 +268,10 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
     for seed, group in itertools.groupby(wanted, key=lambda each: each[0]):
         # The held-out images are the same for every seed; the calibration set is what differs.
         config = config.model_copy(update={"seed": seed})
-        context = make_scoring_context(model, dataset, config)
-        probe = channels_last(stream(context.calibration, config, no_progress, ""))
+        context = make_scoring_context(
+            model, dataset, config, criterion_names=(config.score.criterion,)
+        )
+        probe = channels_last(context.reader.read_shard(context.calibration))
         peers = peers or Peers(model, context.dependencies, context.example[:1], check)
         found = cache(partial(gradients, model, [batch.images for batch in probe]))
         for _, target, way in group:
@@ -279,7 +279,12 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
             if way.options == ALL_IMAGES:
                 every = {"calibration_images": len(dataset.train.labels)}
                 whole = {"data": config.data.model_copy(update=every)}
-                looked_at = make_scoring_context(model, dataset, config.model_copy(update=whole))
+                looked_at = make_scoring_context(
+                    model,
+                    dataset,
+                    config.model_copy(update=whole),
+                    criterion_names=(config.score.criterion,),
+                )
             if way.method == OURS:
                 cell = _ours_cell(ours(model, looked_at, config, target), check)
             else:
@@ -317,9 +322,11 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     config, dataset, model = _cost_inputs(network, Path(arguments.data), arguments.weights)
     seconds: dict[str, float] = {}
     with _timed(seconds, "ground"):
-        context = make_scoring_context(model, dataset, config)
+        context = make_scoring_context(
+            model, dataset, config, criterion_names=(config.score.criterion,)
+        )
     with _timed(seconds, "forward"), torch.inference_mode():
-        for batch in stream(context.calibration, config, no_progress, ""):
+        for batch in context.reader.read_shard(context.calibration):
             model(batch.images)
     pruned = ours(model, context, config, COST_TARGET)
     seconds |= pruned.seconds
@@ -355,7 +362,7 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
     )
     dataset = read_images(data)
     model = zoo.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
-    return resolved(config, dataset), dataset, model
+    return resolve_config(config, dataset), dataset, model
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -30,18 +30,18 @@ from secateur.config import parse_budget
 from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.compare.results import Row, place_of
 from secateur.experiments.compare.spec import Job, jobs_of
-from secateur.pipeline.prune import (
+from secateur.pipeline.inputs import (
     load_inputs,
-    make_scoring_context,
-    preprocessing,
-    resolved,
-    stream,
+    make_reader,
+    preprocessing_of,
+    resolve_config,
 )
+from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.runtime.environment import environment
-from secateur.runtime.progress import no_progress
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 from training_free import all_but_inner
 
 RESULTS = ROOT / "results" / "tuned.jsonl"
@@ -55,7 +55,7 @@ def measure_peer(cell: Job) -> Row:
     """Torch-Pruning in the place of the cell's criterion."""
     config = cell.config
     dataset, model = load_inputs(config)
-    config = resolved(config, dataset)
+    config = resolve_config(config, dataset)
     context = make_scoring_context(model, dataset, config)
     image = context.example[:1]
     settings = replace(PEER, whole=all_but_inner(model, context.dependencies))
@@ -65,14 +65,13 @@ def measure_peer(cell: Job) -> Row:
     latency_left = measure_fraction_left(model, smaller, context.example)
 
     def score(network: nn.Module) -> Score:
-        return evaluate(network, stream(dataset.test, config, no_progress, ""))
+        return evaluate(network, make_reader(config).read_shard(dataset.test))
 
     before, cut = score(model), score(smaller)
     training = train(
         smaller,
         model,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing_of(config)),
         config.finetune,
         seed=config.seed,
         checkpoints=Checkpoints(WORK / f"peer-{cell.id}"),

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur.graph.torchvision_detectors import forward_of
+from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.models import zoo
 
 CLASSES = 1000
@@ -265,7 +265,7 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
 
 def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """All tensors that the network gives; of detectors those before boxes are chosen."""
-    forward = forward_of(model)
+    forward = traceable_forward(model)
     found = model(images) if forward is None else forward(model, images)
     return tuple(tree_leaves(found))
 

@@ -19,7 +19,7 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 SIDE = 8
@@ -301,7 +301,7 @@ def random_plan(dependencies: DependencyGraph, generator: torch.Generator) -> Pr
     return PruningPlan(removed, Budget("macs", 0.5), "random")
 
 
-def assert_law(
+def assert_cut_is_equivalent(
     model: nn.Module,
     dependencies: DependencyGraph,
     plan: PruningPlan,
@@ -309,11 +309,11 @@ def assert_law(
     *,
     limit: float = 1e-4,
 ) -> nn.Module:
-    """The cut network, which is what `silence`, `macs`, `params` and `shapes_after` say."""
+    """Return the cut network, checked against the masked one, `macs`, `params`, `shapes_after`."""
     cut = apply_plan(model, dependencies, plan)
     with torch.no_grad():
-        found, silenced = cut(images), masked_overrides(model, dependencies, plan)(images)
-    for one, other in zip(several(found), several(silenced), strict=True):
+        found, masked = cut(images), masked_network(model, dependencies, plan)(images)
+    for one, other in zip(several(found), several(masked), strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()
         assert relative_error(one, other) < limit

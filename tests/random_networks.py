@@ -314,16 +314,14 @@ class Gate(Block):
 
     def __init__(self, width: int, side: int, out: int, choice: Choice) -> None:
         super().__init__()
-        self.how = choice.pick(
-            "conv", "linear", "position", "scale", "scale1", "random_crop", "eca"
-        )
+        self.how = choice.pick("conv", "linear", "position", "scale", "scale1", "shift", "eca")
         kind = nn.Linear if self.how == "linear" else lambda i, o: nn.Conv2d(i, o, 1)
         if self.how in ("conv", "linear"):
             self.squeeze, self.excite = kind(width, out), kind(out, width)
         if self.how == "position":
             self.is_summarised = choice.pick(True, False)
             self.attend = nn.Conv2d(2 if self.is_summarised else width, 1, 3, padding=1)
-        if self.how in ("scale", "scale1", "random_crop"):
+        if self.how in ("scale", "scale1", "shift"):
             shape = (1, width, 1, 1) if self.how == "scale1" else (width, 1, 1)
             self.scale = nn.Parameter(torch.rand(shape) + 0.5)
         self.act = choice.pick(nn.Sigmoid(), nn.Hardsigmoid(), nn.Softmax(1))
@@ -344,7 +342,7 @@ class Gate(Block):
             return x * torch.sigmoid(self.attend(seen)) * 2
         if self.how == "eca":
             return x * self.act(x.mean((2, 3), keepdim=True)) + (1 - torch.sigmoid(x))
-        return x + self.scale if self.how == "random_crop" else x * self.scale
+        return x + self.scale if self.how == "shift" else x * self.scale
 
 
 class StandardisedConv(nn.Conv2d):

@@ -14,7 +14,9 @@ from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.experiments.run import run
 from secateur.models import zoo
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
         epochs=2, batch_size=32, learning_rate=0.1, warmup_steps=10, flip=False
     )
     prepare = zoo.preprocessing("resnet20")
-    train(model, None, dataset.train, prepare, settings, seed=0)
+    train(model, None, TrainingData(dataset.train, prepare), settings, seed=0)
     save_file(model.state_dict(), weights)
     config = from_dict(
         {
@@ -60,7 +62,7 @@ def make_digits_run(directory: Path) -> DigitsRun:
         RunConfig,
     )
     folder = directory / "run"
-    result = run(config, folder, command="secateur prune <script>alert(1)</script>")
+    result = run(config, folder, RunContext(command="secateur prune <script>alert(1)</script>"))
     return DigitsRun(folder, config, result)
 
 

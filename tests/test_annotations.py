@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from concept_inputs import PREPROCESSING, context_of
 from networks import make_network
-from scenes import PREPROCESSING, context_of
 from secateur.data import TensorImages, batches, draw_calibration_images
-from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.data.cub import read_birds
 from secateur.data.preprocessing import Preprocessing
@@ -180,12 +180,12 @@ def test_annotations_of_the_same_images_are_joined(tmp_path: Path) -> None:
     one = read_masks(tmp_path)
     name_values(tmp_path, ["x", "void", "void", "y"])
     other = read_masks(tmp_path)
-    both = joined([one, other])
+    both = join_annotations([one, other])
     assert [concept.name for concept in both.concepts] == ["a", "b", "c", "x", "y"]
     planes = planes_of(everything(both), 5)
     assert torch.equal(planes[:, :3], planes_of(everything(one), 3))
     assert torch.equal(planes[:, 3:], planes_of(everything(other), 2))
-    assert joined([one]) is one
+    assert join_annotations([one]) is one
 
 
 def test_annotations_of_different_images_are_refused(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def _broken_image(directory: Path) -> None:
         (_cut_mask, r"the mask .*masks/1.png can't be read"),
         (_damaged_mask, r"the mask .*masks/1.png can't be read"),
         (_no_png, r"the mask .*masks/1.png can't be read"),
-        (_coloured, r"1.png is in colours: expected one number a pixel"),
+        (_coloured, r"1.png is in colours: expected one number for each pixel"),
         (_no_image, r"no images in .*images"),
         (_no_folder, r"no masks in .*: expected images/ and masks/, or train/ and train_masks/"),
         (_no_images_beside, r"test_masks has no folder test of images beside it"),
@@ -423,7 +423,7 @@ def test_damaged_masks_are_refused(
 
 
 def shares_of(images: AnnotatedFiles, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """Share of all pixels, and number of images, of each concept."""
+    """Fraction of all pixels, and number of images, of each concept."""
     pixels, shown = (torch.zeros(len(images.concepts), dtype=torch.int64) for _ in range(2))
     total = 0
     for indices in torch.arange(len(images.labels)).split(16):
@@ -520,11 +520,11 @@ def test_regions_of_real_images_are_in_proportion(shared_data: Path) -> None:
 LABELS = """number,name,category,frequency,coverage,syns
 1,red-c,color(2),2,0.5,
 2,wood,material(3);object(1),4,0.9,timber
-3,street-s,scene(1),1,1.0,
+3,street-s,concept_input(1),1,1.0,
 5,dotted,texture(1),1,1.0,
 300,leg,part(2),2,0.1,
 """
-INDEX = """image,split,ih,iw,sh,sw,color,object,part,material,scene,texture
+INDEX = """image,split,ih,iw,sh,sw,color,object,part,material,concept_input,texture
 ade/0.jpg,train,16,20,8,10,ade/0_color.png,ade/0_object.png,ade/0_part_1.png;ade/0_part_2.png,,3,
 dtd/1.jpg,val,16,16,16,16,dtd/1_color.png,,,,,5;2
 dtd/2.jpg,val,16,16,16,16,,,,,,
@@ -532,7 +532,7 @@ dtd/2.jpg,val,16,16,16,16,,,,,,
 
 
 def encoded(labels: np.ndarray, instances: int = 7) -> np.ndarray:
-    """Red and green make the label; what is blue tells objects of one label apart."""
+    """Red and green make the label; what is blue separates objects of one label."""
     parts = [labels % 256, labels // 256, np.full_like(labels, instances)]
     return np.stack(parts, axis=2).astype(np.uint8)
 
@@ -562,7 +562,7 @@ def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
     assert images.concepts == (
         Concept("red-c", "color"),
         Concept("wood", "material"),
-        Concept("street-s", "scene"),
+        Concept("street-s", "concept_input"),
         Concept("dotted", "texture"),
         Concept("leg", "part"),
     )
@@ -575,7 +575,7 @@ def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
         large = labels[f"ade/0_{name}"].repeat(2, 0).repeat(2, 1)
         expected = np.vectorize(numbers.__getitem__)(large)
         assert torch.equal(first[layer], torch.from_numpy(expected))
-    assert torch.equal(first[4:], torch.full((1, 16, 20), 2))  # the scene is everywhere
+    assert torch.equal(first[4:], torch.full((1, 16, 20), 2))  # the concept_input is everywhere
 
     planes = planes_of(everything(images), 5)
     assert planes[1, 3].all()
@@ -631,7 +631,7 @@ def _large_label(directory: Path) -> None:
     save(directory / "images" / "ade" / "0_part_2.png", encoded(np.full((8, 10), 301)))
 
 
-def _unlisted_scene(directory: Path) -> None:
+def _unlisted_whole_label(directory: Path) -> None:
     (directory / "index.csv").write_text(INDEX.replace(",5;2", ",5;999"))
 
 
@@ -649,7 +649,7 @@ def _unlisted_scene(directory: Path) -> None:
         (_grey_label_image, r"0_part_2.png is not in colours: expected red \+ 256 · green"),
         (_unlisted_label, r"0_part_2.png holds the value 4, which has no name"),
         (_large_label, r"0_part_2.png holds the value 301, which has no name"),
-        (_unlisted_scene, r"index.csv holds the value 999, which has no name"),
+        (_unlisted_whole_label, r"index.csv holds the value 999, which has no name"),
     ],
 )
 def test_damaged_broden_is_refused(
@@ -751,9 +751,9 @@ def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
 
 def test_probe_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
     write_birds(tmp_path)
-    probe = draw_calibration_images(read_boxes(tmp_path), 2)
-    assert isinstance(probe, AnnotatedImages)
-    (batch,) = batches(probe, 2, NATIVE)
+    calibration = draw_calibration_images(read_boxes(tmp_path), 2)
+    assert isinstance(calibration, AnnotatedImages)
+    (batch,) = batches(calibration, 2, NATIVE)
     assert batch.annotations is not None
     assert sorted(batch.labels.tolist()) == [0, 1]
 
@@ -799,12 +799,12 @@ def _damaged_gzip(directory: Path) -> None:
     ("damage", "message"),
     [
         (_no_boxes, r"no bounding_boxes.txt or bounding_boxes.txt.gz of CUB-200-2011 in"),
-        (_lost_box, r"bounding_boxes has 2 lines that do not go through the 3 expected ones"),
-        (_lost_point, r"part_locs has 5 lines that do not go through the 6 expected ones"),
-        (_words, r"train_test_split is no table of numbers"),
+        (_lost_box, r"2 lines of bounding_boxes are not the 3 expected"),
+        (_lost_point, r"5 lines of part_locs are not the 6 expected"),
+        (_words, r"train_test_split is not a table of numbers"),
         (_wide_table, r"train_test_split has 3 columns, not 2"),
         (_unnumbered, r"the lines of classes are not numbered from 1 on"),
-        (_other_class, r"a class number lies outside 1 to 2"),
+        (_other_class, r"a class number outside 1 to 2"),
         (_no_bird, r"1 of 2 training images of CUB-200-2011 are missing, .*c.jpg among them"),
         (_damaged_gzip, r"classes.txt.gz can't be read"),
     ],

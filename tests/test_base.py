@@ -11,6 +11,7 @@ import pytest
 from secateur.config import BaseConfig, from_dict
 from secateur.errors import RunFolderError, UsageError
 from secateur.experiments.train_base import train_base
+from secateur.pipeline.run_context import RunContext
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def config(model_file: Path, **changes: object) -> BaseConfig:
 def test_a_training_is_resumed_as_it_was_begun(model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     with pytest.raises(Stop):
-        train_base(config(model_file), folder, progress=stopping)
+        train_base(config(model_file), folder, RunContext(stopping))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UsageError, match=r"train\.learning_rate = 0\.1, not 0\.2: resume it"):
         train_base(config(model_file, learning_rate=0.2), folder, resume=True)

@@ -93,13 +93,13 @@ def test_a_missing_file_is_an_incomplete_data_set(
 
 def test_a_label_out_of_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar100(tmp_path, monkeypatch, last=100)
-    with pytest.raises(DataError, match=f"{tmp_path}: a label lies outside 0 to 99"):
+    with pytest.raises(DataError, match=f"{tmp_path} has a label outside 0 to 99"):
         data.load(f"cifar100:{tmp_path}")
 
 
 def test_names_must_be_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar100(tmp_path, monkeypatch, names=98)
-    with pytest.raises(DataError, match=f"{tmp_path}: 98 names of classes, not 100"):
+    with pytest.raises(DataError, match=f"{tmp_path} has 98 class names, not 100"):
         data.load(f"cifar100:{tmp_path}")
 
 

@@ -26,6 +26,7 @@ import secateur
 from runs import DigitsRun, small_config
 from secateur import data
 from secateur.cli import app
+from secateur.evaluation.timing import Rounds
 from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
 from secateur.integrations import onnx as export
@@ -421,7 +422,7 @@ def test_export_writes_a_file_and_times_both_networks(
     call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     path = tmp_path / "small.onnx"
     outcome = call("export", digits_run.folder, "--out", path, "--json", "--no-latency")
     assert (outcome.code, outcome.err) == (0, "")

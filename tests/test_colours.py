@@ -7,8 +7,8 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from concept_inputs import context_of
 from networks import CLASSES, make_network
-from scenes import context_of
 from secateur.data.concept_masks import UNLABELLED
 from secateur.data.preprocessing import Preprocessing
 from secateur.scoring.concepts import ConceptInput
@@ -22,7 +22,7 @@ def colours() -> Colours:
     return Colours(replace(context_of(make_network("chain")), preprocessing=PREPROCESSING))
 
 
-def scene(pixels: Tensor) -> ConceptInput:
+def concept_input(pixels: Tensor) -> ConceptInput:
     """Of 8-bit pixels `[image, rgb, height, width]`."""
     images = PREPROCESSING.normalise(pixels)
     count = len(images)
@@ -97,14 +97,14 @@ def test_prototypes_are_the_css_colours_whose_name_ends_with_the_term() -> None:
 @pytest.mark.parametrize("term", NAMES)
 def test_a_prototype_has_its_own_name(term: str) -> None:
     values = [ImageColor.getrgb(f"#{value}")[:3] for value in PROTOTYPES[term].split()]
-    names = colours().names(scene(flat(*((r, g, b) for r, g, b in values))).images)
+    names = colours().names(concept_input(flat(*((r, g, b) for r, g, b in values))).images)
     assert (names == NAMES.index(term)).float().mean() >= 0.8  # some lie between two bins
     assert int(names[0, 0, 0]) == NAMES.index(term)
 
 
 def test_pixels_are_named_like_the_middle_of_their_bin(generator: torch.Generator) -> None:
     pixels = torch.randint(256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    found = colours().find(scene(pixels))
+    found = colours().find(concept_input(pixels))
     assert found.masks.shape == (2, 11, 8, 8)
     assert torch.equal(found.masks.sum(1), torch.ones(2, 8, 8).long())
     width = 256 // STEPS
@@ -118,7 +118,7 @@ def test_pixels_are_named_like_the_middle_of_their_bin(generator: torch.Generato
 
 def test_bins_rarely_change_a_name(generator: torch.Generator) -> None:
     pixels = torch.randint(256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    names = colours().names(scene(pixels).images).flatten().tolist()
+    names = colours().names(concept_input(pixels).images).flatten().tolist()
     exact = [
         NAMES.index(slow_name(*(value / 255)))
         for value in pixels.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
@@ -131,7 +131,7 @@ def test_colours_that_an_image_does_not_show_are_absent() -> None:
     pixels = flat((250, 250, 250), (200, 20, 20))
     pixels = pixels.clone()
     pixels[1, :, :4] = torch.tensor([20, 20, 200], dtype=torch.uint8)[:, None, None]
-    found = colours().find(scene(pixels))
+    found = colours().find(concept_input(pixels))
     shown = [{NAMES[n] for n in row if n != UNLABELLED} for row in found.concepts.tolist()]
     assert shown == [{"white"}, {"red", "blue"}]
     assert found.masks[1, NAMES.index("blue"), :4].all()
@@ -142,10 +142,10 @@ def test_large_images_are_averaged_first() -> None:
     tiles = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     tiles[0, :, 0, 0] = tiles[0, :, 1, 1] = 255
     board = tiles.repeat(1, 1, LARGEST_GRID, LARGEST_GRID)  # black and white, pixel by pixel
-    found = colours().find(scene(board))
+    found = colours().find(concept_input(board))
     assert found.masks.shape == (1, 11, LARGEST_GRID, LARGEST_GRID)
     assert found.masks[0, NAMES.index("grey")].all()
-    odd = colours().find(scene(flat((0, 0, 0), side=75)[..., :40])).masks
+    odd = colours().find(concept_input(flat((0, 0, 0), side=75)[..., :40])).masks
     assert odd.shape == (1, 11, LARGEST_GRID, 40)
     assert odd[0, NAMES.index("black")].all()
 
@@ -155,7 +155,7 @@ def test_normalising_does_not_move_a_pixel_to_another_bin(value: int) -> None:
     bin_width = 256 // STEPS
     source = colours()
     for edge in (value // bin_width * bin_width, value // bin_width * bin_width + bin_width - 1):
-        images = scene(flat((edge, edge, edge))).images
+        images = concept_input(flat((edge, edge, edge))).images
         assert source.names(images).unique().numel() == 1
         middle = (value // bin_width + 0.5) / STEPS
         assert NAMES[int(source.names(images)[0, 0, 0])] == slow_name(middle, middle, middle)

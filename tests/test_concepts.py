@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from concept_inputs import CLASS_NAMES, PREPROCESSING, concept_input_of, context_of, select_inputs
 from networks import CLASSES, Chain, Flattened, make_network, random_images
-from scenes import CLASS_NAMES, PREPROCESSING, context_of, part_of, scene_of
 from secateur.data.annotated import NO_CLASS
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, TraceError, UnknownName, UsageError
@@ -32,7 +32,7 @@ def heat_of(
 ) -> tuple[Tensor, Tensor]:
     context = context_of(model)
     evidence = Evidence(context)
-    return evidence.heat(scene_of(evidence, context, images, labels))
+    return evidence.heat(concept_input_of(evidence, context, images, labels))
 
 
 def found_by(
@@ -40,7 +40,7 @@ def found_by(
 ) -> ConceptMasks:
     context = context_of(model)
     source = sources()[name](context)
-    return source.find(scene_of(source, context, images, labels))
+    return source.find(concept_input_of(source, context, images, labels))
 
 
 def last_maps_of_chain(model: Chain, images: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ def test_evidence_of_a_flattening_network_is_its_grad_cam(with_labels: bool) -> 
 def test_the_gradient_can_be_asked_for_again() -> None:
     context = context_of(make_network("flattened"))
     evidence = Evidence(context)
-    scene = scene_of(evidence, context, random_images(3))
-    assert torch.equal(evidence.heat(scene)[0], evidence.heat(scene)[0])
-    scene.logits.sum().backward()
+    concept_input = concept_input_of(evidence, context, random_images(3))
+    assert torch.equal(evidence.heat(concept_input)[0], evidence.heat(concept_input)[0])
+    concept_input.logits.sum().backward()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -146,7 +146,7 @@ def test_class_is_the_label_or_else_the_prediction() -> None:
 
 def test_labels_of_images_without_classes_are_refused() -> None:
     labels = torch.tensor([0, NO_CLASS])
-    with pytest.raises(DataError, match="a class number -1, but the network tells 5 classes apart"):
+    with pytest.raises(DataError, match="label -1, but the network has 5 classes"):
         found_by("evidence", chain(), random_images(2), labels)
 
 
@@ -182,7 +182,7 @@ def test_saliency_is_what_lies_above_the_mean_of_the_summed_map() -> None:
         assert 0 < int(found.masks[i].sum()) < 16
 
 
-def test_saliency_does_not_look_at_labels() -> None:
+def test_saliency_ignores_labels() -> None:
     model, images = chain(), random_images(3)
     without, labelled = (
         found_by("saliency", model, images, labels) for labels in (None, torch.tensor([4, 0, 2]))
@@ -279,14 +279,14 @@ def test_an_average_over_channels_is_not_taken_for_one_over_positions() -> None:
 # --- what every source must keep to ---------------------------------------------------------------
 
 
-def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource, ConceptInput]:
+def source_and_input(text: str, network: str, count: int) -> tuple[ConceptSource, ConceptInput]:
     context = context_of(make_network(network))
     source = make(text, context.graph, context.state, CLASS_NAMES, PREPROCESSING)
-    scene = scene_of(source, context, random_images(count))
+    concept_input = concept_input_of(source, context, random_images(count))
     if source.needs_learning:
-        source.learn(scene)
+        source.learn(concept_input)
         source.finish_learning()
-    return source, scene
+    return source, concept_input
 
 
 @pytest.mark.parametrize("network", ["chain", "residual", "concat"])
@@ -294,12 +294,12 @@ def source_and_scene(text: str, network: str, count: int) -> tuple[ConceptSource
 def test_an_image_is_found_alike_in_any_batch(text: str, network: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, scene = source_and_scene(text, network, 11)
-    whole = source.find(scene)
+    source, concept_input = source_and_input(text, network, 11)
+    whole = source.find(concept_input)
     for size in (1, 2, 5):
         for start in range(0, 11, size):
             images = slice(start, start + size)
-            found = source.find(part_of(scene, images))
+            found = source.find(select_inputs(concept_input, images))
             assert torch.equal(found.masks, whole.masks[images])
             assert torch.equal(found.concepts, whole.concepts[images])
 
@@ -324,7 +324,7 @@ def test_evidence_of_an_image_is_the_same_to_the_last_bit_in_any_batch(
     evidence = Evidence(context_of(Head().eval()))
     value = torch.randn(9, channels, height, width, generator=generator)
     for layout in (torch.contiguous_format, torch.channels_last):
-        scene = ConceptInput(
+        concept_input = ConceptInput(
             random_images(9),
             torch.arange(9),
             torch.arange(9) % CLASSES,
@@ -332,18 +332,20 @@ def test_evidence_of_an_image_is_the_same_to_the_last_bit_in_any_batch(
             value.to(memory_format=layout),
             torch.zeros(9, CLASSES),
         )
-        whole, _ = evidence.heat(scene)
+        whole, _ = evidence.heat(concept_input)
         for start, size in ((0, 1), (8, 1), (2, 2), (3, 5)):
             images = slice(start, start + size)
-            assert torch.equal(evidence.heat(part_of(scene, images))[0], whole[images])
+            assert torch.equal(
+                evidence.heat(select_inputs(concept_input, images))[0], whole[images]
+            )
 
 
 @pytest.mark.parametrize("text", ["evidence", "saliency", "factors:3", "colours"])
 def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, scene = source_and_scene(text, "chain", 6)
-    found = source.find(scene)
+    source, concept_input = source_and_input(text, "chain", 6)
+    found = source.find(concept_input)
     assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != UNLABELLED)
     assert int(found.concepts.max()) < len(source.concepts)
 
@@ -352,10 +354,10 @@ def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
 def test_maps_in_half_precision_will_do(text: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
-    source, scene = source_and_scene(text, "chain", 4)
-    assert scene.value is not None
-    found = source.find(replace(scene, value=scene.value.bfloat16()))
-    assert found.masks.shape == source.find(scene).masks.shape
+    source, concept_input = source_and_input(text, "chain", 4)
+    assert concept_input.value is not None
+    found = source.find(replace(concept_input, value=concept_input.value.bfloat16()))
+    assert found.masks.shape == source.find(concept_input).masks.shape
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -403,17 +405,17 @@ class Marked:
         self.concepts = tuple(Concept(name, "letter") for name in names)
         self._found = ConceptMasks(masks, numbers)
 
-    def learn(self, scene: ConceptInput) -> None:
+    def learn(self, concept_input: ConceptInput) -> None:
         raise AssertionError("it does not learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("it does not learn")
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
         return self._found
 
 
-def empty_scene(images: Tensor, annotations: ConceptMasks | None = None) -> ConceptInput:
+def empty_input(images: Tensor, annotations: ConceptMasks | None = None) -> ConceptInput:
     count = len(images)
     logits = torch.zeros(count, CLASSES)
     return ConceptInput(images, torch.arange(count), None, annotations, None, logits)
@@ -428,7 +430,7 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
     other = Marked("cde", fine, torch.tensor([[0, 2], [UNLABELLED, 1]]))
     both = Combined((one, other))
     assert [concept.name for concept in both.concepts] == list("abcde")
-    found = both.find(empty_scene(random_images(2)))
+    found = both.find(empty_input(random_images(2)))
     assert found.concepts.tolist() == [[1, 2, 4], [UNLABELLED, UNLABELLED, 3]]
     assert torch.equal(found.masks[:, 1:], fine)
     assert torch.equal(found.masks[:, :1], at_resolution(coarse, (4, 4)))
@@ -437,7 +439,7 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
 
 def test_no_resolution_is_finer_than_the_image() -> None:
     too_fine = Marked("a", torch.ones(2, 1, 32, 32).bool(), torch.zeros(2, 1).long())
-    found = Combined((too_fine, too_fine)).find(empty_scene(random_images(2)))
+    found = Combined((too_fine, too_fine)).find(empty_input(random_images(2)))
     assert found.masks.shape == (2, 2, 8, 8)
 
 
@@ -451,8 +453,8 @@ def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> N
     alone = [sources()[name](context) for name in ("evidence", "saliency", "colours")]
     assert combined.node is alone[0].node
     assert combined.needs_gradient == alone[0].needs_gradient == (network == "flattened")
-    found = combined.find(scene_of(combined, context, images))
-    expected = [source.find(scene_of(source, context, images)) for source in alone]
+    found = combined.find(concept_input_of(combined, context, images))
+    expected = [source.find(concept_input_of(source, context, images)) for source in alone]
     masks = torch.cat([at_resolution(each.masks, (8, 8)) for each in expected], dim=1)
     assert torch.equal(found.masks, masks)
     assert torch.equal(found.concepts[:, :1], expected[0].concepts)
@@ -465,35 +467,35 @@ def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> N
 
 def test_only_those_who_learn_are_taught() -> None:
     pytest.importorskip("sklearn")
-    source, scene = source_and_scene("colours,factors:2", "chain", 4)
+    source, concept_input = source_and_input("colours,factors:2", "chain", 4)
     assert source.needs_learning
     still = Marked("a", torch.ones(4, 1, 2, 2).bool(), torch.zeros(4, 1).long())
     both = Combined((still, source))
-    both.learn(scene)
+    both.learn(concept_input)
     both.finish_learning()
     assert not Combined((still, still)).needs_learning
 
 
-def test_sources_that_look_at_different_values_can_not_be_combined() -> None:
+def test_sources_that_need_different_nodes_can_not_be_combined() -> None:
     one, other = (Evidence(context_of(chain())) for _ in range(2))
-    with pytest.raises(AssertionError, match="look at different values"):
+    with pytest.raises(AssertionError, match="different nodes"):
         Combined((one, other))
 
 
 # --- annotated regions ----------------------------------------------------------------------------
 
 
-def test_annotations_are_those_of_the_scene() -> None:
+def test_annotations_are_those_of_the_batch() -> None:
     source = Annotations((Concept("a", "letter"),))
     regions = ConceptMasks(torch.ones(2, 1, 8, 8).bool(), torch.zeros(2, 1).long())
-    assert source.find(empty_scene(random_images(2), regions)) is regions
+    assert source.find(empty_input(random_images(2), regions)) is regions
     assert source.concepts == (Concept("a", "letter"),)
 
 
 def test_images_without_annotations_are_an_error_that_says_what_to_do() -> None:
     source = Annotations((Concept("a", "letter"),))
     with pytest.raises(DataError, match="without annotated regions: take those that the concept"):
-        source.find(empty_scene(random_images(2)))
+        source.find(empty_input(random_images(2)))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

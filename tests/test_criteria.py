@@ -33,7 +33,7 @@ from secateur.scoring.criteria import (
     make,
 )
 from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
-from secateur.scoring.criteria.kernels import OfKernels, l2
+from secateur.scoring.criteria.kernels import KernelFunction, l2
 from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
@@ -46,7 +46,7 @@ from secateur.scoring.criteria.reconstruction import (
 from secateur.scoring.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.scoring.criteria.votes import VoteSettings, shares, winners
 from secateur.scoring.scores import score_filters
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
 IMAGES = random_images(6)
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
@@ -62,14 +62,14 @@ class TwoRegions:
     needs_gradient = False
     needs_learning = False
 
-    def learn(self, scene: ConceptInput) -> None:
+    def learn(self, concept_input: ConceptInput) -> None:
         raise AssertionError("there is nothing to learn")
 
     def finish_learning(self) -> None:
         raise AssertionError("there is nothing to learn")
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        return two_regions(scene.images)
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        return two_regions(concept_input.images)
 
 
 def two_regions(images: Tensor) -> ConceptMasks:
@@ -79,7 +79,7 @@ def two_regions(images: Tensor) -> ConceptMasks:
     return ConceptMasks(torch.stack([bright, left], 1), torch.tensor([0, 1]).repeat(len(images), 1))
 
 
-def probe() -> Iterator[Batch]:
+def calibration_batches() -> Iterator[Batch]:
     for part in torch.arange(6).split(4):
         yield Batch(IMAGES[part], LABELS[part], part)
 
@@ -104,7 +104,9 @@ def scores_of(
     weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
     criterion = make(name, settings, 0, weights or {})
-    found = score_filters(model, dependencies, probe, {name: criterion}, TwoRegions(), settings)
+    found = score_filters(
+        model, dependencies, calibration_batches, {name: criterion}, TwoRegions(), settings
+    )
     assert found[name].criterion == name
     return found[name].scores
 
@@ -128,25 +130,25 @@ def regions_by_hand(size: tuple[int, int]) -> Tensor:
 
 
 def outgoing_norms(model: Chain) -> dict[str, list[float]]:
-    readers = {"conv1": model.conv2.weight, "conv2": model.linear.weight}
+    consumers = {"conv1": model.conv2.weight, "conv2": model.linear.weight}
     return {
         name: [
             float(weight.detach()[:, c].double().square().sum().sqrt())
             for c in range(weight.shape[1])
         ]
-        for name, weight in readers.items()
+        for name, weight in consumers.items()
     }
 
 
 def thresholds_by_hand(maps: Tensor) -> tuple[list[float], list[float]]:
-    """Means and thresholds, by the tally that has tests of its own."""
-    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
-    tally.add(maps)
-    usual = tally.finish(SETTINGS.quantile)
-    return usual.mean.tolist(), usual.threshold.tolist()
+    """Means and thresholds, by the accumulator that has tests of its own."""
+    accumulator = StatisticsAccumulator(maps.shape[1], 10_000)
+    accumulator.update(maps)
+    statistics = accumulator.compute(SETTINGS.quantile)
+    return statistics.mean.tolist(), statistics.threshold.tolist()
 
 
-def response_ballots(model: Chain, group: str) -> Iterator[tuple[int, list[float]]]:
+def response_strengths(model: Chain, group: str) -> Iterator[tuple[int, list[float]]]:
     """The concept and the filters' strengths at each position of each region."""
     maps = maps_by_hand(model)[group]
     images, filters, height, width = maps.shape
@@ -173,7 +175,7 @@ def test_shares_divide_a_vote_of_every_position(
 ) -> None:
     scores = scores_of("vote-response", chain, dependencies)[group]
     expected = torch.zeros_like(scores)
-    for _, strength in response_ballots(chain, group):
+    for _, strength in response_strengths(chain, group):
         expected += torch.tensor(strength, dtype=torch.float64) / sum(strength)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     size = {"conv1": (8, 8), "conv2": (4, 4)}[group]
@@ -183,13 +185,13 @@ def test_shares_divide_a_vote_of_every_position(
 @pytest.mark.parametrize("vote_mode", ["top", "plurality"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_winners_get_a_vote_of_every_position(
-    chain: Chain, dependencies: DependencyGraph, group: str, ballot: str
+    chain: Chain, dependencies: DependencyGraph, group: str, vote_mode: str
 ) -> None:
-    settings = SETTINGS.model_copy(update={"vote_mode": ballot})
+    settings = SETTINGS.model_copy(update={"vote_mode": vote_mode})
     scores = scores_of("vote-response", chain, dependencies, settings)[group]
     votes = [0] * len(scores)
-    top = math.ceil(SETTINGS.top_fraction * len(scores)) if ballot == "top" else 1
-    for _, strength in response_ballots(chain, group):
+    top = math.ceil(SETTINGS.top_fraction * len(scores)) if vote_mode == "top" else 1
+    for _, strength in response_strengths(chain, group):
         for c in sorted(range(len(scores)), key=lambda c: -strength[c])[:top]:
             votes[c] += 1
     assert scores.tolist() == votes
@@ -205,7 +207,7 @@ def test_weights_count_votes_by_concept(
         group
     ]
     votes = [0.0] * len(found)
-    for concept, strength in response_ballots(chain, group):
+    for concept, strength in response_strengths(chain, group):
         votes[max(range(len(found)), key=lambda c: strength[c])] += weights[concept]
     assert found.tolist() == votes
 
@@ -287,39 +289,39 @@ def test_an_absent_region_has_no_vote() -> None:
     taps=st.integers(1, 3),
     outputs=st.integers(1, 4),
     seed=st.integers(0, 2**31),
-    has_standing=st.booleans(),
+    has_norm_weights=st.booleans(),
 )
 def test_filters_go_in_the_order_of_what_is_missed(
-    filters: int, taps: int, outputs: int, seed: int, has_standing: bool
+    filters: int, taps: int, outputs: int, seed: int, has_norm_weights: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = filters * taps
     rows = torch.randn(60, values, generator=generator, dtype=torch.float64)
     rows = rows @ torch.randn(values, values, generator=generator, dtype=torch.float64)
     covariance = rows.T @ rows / len(rows)
-    readers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
-    standing = torch.rand(filters, generator=generator, dtype=torch.float64)
-    standing = standing if has_standing else torch.ones(filters, dtype=torch.float64)
-    order = eliminate(covariance, readers, filters, standing if has_standing else None)
-    curve = error_curve(covariance, readers, order[::-1])
+    consumers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
+    norm_weights = torch.rand(filters, generator=generator, dtype=torch.float64)
+    norm_weights = norm_weights if has_norm_weights else torch.ones(filters, dtype=torch.float64)
+    order = eliminate(covariance, consumers, filters, norm_weights if has_norm_weights else None)
+    curve = error_curve(covariance, consumers, order[::-1])
     assert curve[0] == 0
     errors = curve[1:].tolist()
     ridged = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)
 
     def missed(left: list[int]) -> float:
-        """What the readers can't get from some filters, by least squares from scratch."""
-        whole = torch.trace(readers @ ridged @ readers.T)
+        """What the consumers can't get from some filters, by least squares from scratch."""
+        whole = torch.trace(consumers @ ridged @ consumers.T)
         index = [tap * filters + number for number in left for tap in range(taps)]
         if not index:
             return float(whole)
         known = ridged[:, index] @ torch.linalg.inv(ridged[index][:, index]) @ ridged[index]
-        return float(whole - torch.trace(readers @ known @ readers.T))
+        return float(whole - torch.trace(consumers @ known @ consumers.T))
 
     left = list(range(filters))
     for going, error in zip(order, errors, strict=True):
         now = missed(left)
         costs = {
-            number: (missed([n for n in left if n != number]) - now) * float(standing[number])
+            number: (missed([n for n in left if n != number]) - now) * float(norm_weights[number])
             for number in left
         }
         assert costs[going] <= min(costs.values()) * (1 + 1e-6) + 1e-8 * missed([])
@@ -330,10 +332,10 @@ def test_filters_go_in_the_order_of_what_is_missed(
 def test_of_two_copies_only_one_stays() -> None:
     rows = torch.randn(200, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rows[:, 2] = 3 * rows[:, 0]
-    covariance, readers = rows.T @ rows / 200, torch.eye(4, dtype=torch.float64)
-    order = eliminate(covariance, readers, 4)
+    covariance, consumers = rows.T @ rows / 200, torch.eye(4, dtype=torch.float64)
+    order = eliminate(covariance, consumers, 4)
     assert order[0] in (0, 2)
-    errors = error_curve(covariance, readers, order[::-1])
+    errors = error_curve(covariance, consumers, order[::-1])
     assert errors[1] < 1e-2 * errors[2]
 
 
@@ -342,17 +344,17 @@ def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
     rows[:, 1] = 0
     order = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4)
     assert order[0] == 1
-    nothing, readers = torch.zeros(4, 4).double(), torch.ones(2, 4).double()
-    order = eliminate(nothing, readers, 4)
+    nothing, consumers = torch.zeros(4, 4).double(), torch.ones(2, 4).double()
+    order = eliminate(nothing, consumers, 4)
     assert sorted(order) == [0, 1, 2, 3]
-    assert error_curve(nothing, readers, order).isfinite().all()
+    assert error_curve(nothing, consumers, order).isfinite().all()
 
 
-def sight_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> FeatureBatch:
-    tally = ActivationStatisticsTally(maps.shape[1], 10_000)
-    tally.add(maps)
+def feature_batch_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> FeatureBatch:
+    accumulator = StatisticsAccumulator(maps.shape[1], 10_000)
+    accumulator.update(maps)
     size = (maps.shape[2], maps.shape[3])
-    return FeatureBatch(part, maps, numbers, kernels, tally.finish(0.1), size, None)
+    return FeatureBatch(part, maps, numbers, kernels, accumulator.compute(0.1), size, None)
 
 
 def test_products_are_those_of_patches_inside_the_regions() -> None:
@@ -365,13 +367,13 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     criterion.reset({"layer": kernels})
     numbers = torch.tensor([4, 0, 9])
     masks = torch.rand(3, 2, 5, 5, generator=generator) < 0.5
-    vote = criterion.update(sight_of("layer", maps, numbers, kernels))
+    vote = criterion.update(feature_batch_of("layer", maps, numbers, kernels))
     assert vote is not None
 
     concepts = torch.tensor([[0, 1], [0, UNLABELLED], [1, 1]])
 
     vote(Regions(ConceptMasks(masks, concepts)))
-    (tally,) = criterion.state()
+    (accumulator,) = criterion.state()
     expected = torch.zeros(19, 19, dtype=torch.float64)
     unit = criterion._units["layer"].double()[:2]  # the same at every tap
     padded = F.pad((maps.double() / unit[:, None, None]).round(), (1, 1, 1, 1))
@@ -385,17 +387,17 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
             patch = padded[i, :, row : row + 3, column : column + 3].flatten(1).T.flatten()
             values = torch.cat([patch, torch.ones(1, dtype=torch.float64)])
             expected += WEIGHT_UNITS * weight * values.outer(values)
-    assert torch.equal(tally, expected)
+    assert torch.equal(accumulator, expected)
 
 
 @pytest.mark.parametrize(
     ("is_written", "is_normed", "goes_first"),
     [(True, True, 1), (True, False, 0), (False, True, 0)],
 )
-def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_standing(
+def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_votes(
     is_written: bool, is_normed: bool, goes_first: int
 ) -> None:
-    """Filter 1 answers twice as loud, but the kernel that writes it is a fifth of the other's."""
+    """Filter 1 responds twice as strongly, but its kernel is a fifth as large."""
     generator = torch.Generator().manual_seed(1)
     maps = torch.rand(8, 2, 5, 5, generator=generator) * torch.tensor([1.0, 2.0])[:, None, None]
     writing = torch.tensor([[5.0, -5.0], [1.0, 1.0]])
@@ -407,7 +409,7 @@ def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_standing
     )
     criterion = Reconstruction(VoteSettings("share", "cells", 0.1, {}))
     criterion.reset({"layer": kernels})
-    vote = criterion.update(sight_of("layer", maps, torch.arange(8), kernels))
+    vote = criterion.update(feature_batch_of("layer", maps, torch.arange(8), kernels))
     assert vote is not None
     everywhere = ConceptMasks(torch.ones(8, 1, 5, 5).bool(), torch.zeros(8, 1).long())
     vote(Regions(everywhere))
@@ -440,7 +442,7 @@ def test_activation_std_is_that_of_every_position(
 
 
 def test_activation_std_keeps_its_digits_far_from_zero() -> None:
-    """The spread of a filter that answers with 1000 and a little more or less."""
+    """The spread of a filter that responds with 1000 and a little more or less."""
     model = make_network("chain")
     assert isinstance(model, Chain)
     with torch.no_grad():
@@ -539,12 +541,12 @@ def test_independence_is_what_the_nuclear_norm_loses(
 
 
 def independence_of(maps: Tensor) -> ChannelIndependence:
-    """After one look at some maps."""
+    """After one batch of maps."""
     filters = maps.shape[1]
     kernels = Kernels((), torch.arange(filters), (), ())
     criterion = ChannelIndependence()
     criterion.reset({"layer": kernels})
-    criterion.update(sight_of("layer", maps, torch.arange(len(maps)), kernels))
+    criterion.update(feature_batch_of("layer", maps, torch.arange(len(maps)), kernels))
     return criterion
 
 
@@ -554,7 +556,7 @@ def shares_of_positions(criterion: ChannelIndependence) -> Tensor:
 
 
 @pytest.mark.parametrize("side", [14, 28, 32, 56, 112])
-def test_independence_looks_at_many_columns(side: int) -> None:
+def test_independence_covers_many_columns(side: int) -> None:
     """Each filter is 1 in one column: at least half of the columns are met, none too often."""
     maps = torch.eye(side)[None, :, None].expand(1, side, side, side)
     share = shares_of_positions(independence_of(maps))
@@ -632,7 +634,7 @@ def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
     scales = (torch.ones(2), torch.tensor([0, 3]))
     for criterion, what in (
         (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
-        (OfKernels(l2), "kernel that writes"),
+        (KernelFunction(l2), "kernel that writes"),
     ):
         criterion.reset({"a": Kernels((some,), torch.arange(4), (), (scales,))})
         with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):
@@ -642,17 +644,17 @@ def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
             criterion.compute("a")
 
 
-def shown(maps: Tensor, usual: ActivationStatistics | None = None) -> FeatureBatch:
+def shown(maps: Tensor, statistics: ActivationStatistics | None = None) -> FeatureBatch:
     kernels = Kernels((), torch.arange(maps.shape[1]), (), ())
-    return FeatureBatch("a", maps, torch.arange(len(maps)), kernels, usual, (1, 1), None)
+    return FeatureBatch("a", maps, torch.arange(len(maps)), kernels, statistics, (1, 1), None)
 
 
 def score_of(
-    criterion: Criterion, maps: Tensor, usual: ActivationStatistics | None = None
+    criterion: Criterion, maps: Tensor, statistics: ActivationStatistics | None = None
 ) -> Tensor:
     criterion.reset({"a": Kernels((), torch.arange(maps.shape[1]), (), ())})
     for part in maps.split(3):
-        criterion.update(shown(part, usual))
+        criterion.update(shown(part, statistics))
     return criterion.compute("a")
 
 
@@ -763,14 +765,16 @@ def test_every_criterion_says_what_it_needs(name: str) -> None:
     criterion: Criterion = make(name, SETTINGS, 0, {})
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
     needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
-    needs |= {each: {"maps", "usual"} for each in ("activation_entropy", "chip", "reconstruction")}
-    needs |= {each: {"maps", "usual", "concepts"} for each in ("vote", "vote-response")}
+    needs |= {
+        each: {"maps", "statistics"} for each in ("activation_entropy", "chip", "reconstruction")
+    }
+    needs |= {each: {"maps", "statistics", "concepts"} for each in ("vote", "vote-response")}
     needs["vote-iou"] = {"maps", "thresholds", "concepts"}
     assert criterion.needs == needs.get(name, {"maps"})
 
 
 def dead_filter(model: Chain) -> None:
-    """Filter 2 of `conv1` answers zero everywhere."""
+    """Filter 2 of `conv1` is zero everywhere."""
     with torch.no_grad():
         model.bn1.weight[2] = 0.0
         model.bn1.bias[2] = -1.0

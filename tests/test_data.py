@@ -222,8 +222,8 @@ def _ragged_image(directory: Path) -> None:
     ("damage", "message"),
     [
         (_cut_labels, "20 images but 19 labels"),
-        (_label_ten, "a label lies outside 0 to 9"),
-        (_label_below_zero, "a label lies outside 0 to 9"),
+        (_label_ten, "a label outside 0 to 9"),
+        (_label_below_zero, "a label outside 0 to 9"),
         (_no_test_labels, "test_labels.npy can't be read"),
         (_empty_labels, "test_labels.npy can't be read"),
         (_pickled_labels, "test_labels.npy can't be read"),
@@ -406,7 +406,7 @@ def _train_without_classes(directory: Path) -> None:
     [
         (_nothing, "no class folders in"),
         (_no_image_in_a_class, "no images in .*bee"),
-        (_one_image, "class 1 has 1 images: too few to hold 1 out of them"),
+        (_one_image, "class 1 has 1 images: too few to hold out 1 of them"),
         (_train_alone, "has a train folder but neither test nor val"),
         (_other_classes, "train and test have different classes: bee, wasp"),
         (_train_without_classes, "no class folders in .*train"),
@@ -514,33 +514,33 @@ def test_another_seed_holds_others_out() -> None:
 
 @pytest.mark.parametrize("fraction", [0.9, 1.0])
 def test_a_class_can_not_be_held_out_whole(fraction: float) -> None:
-    with pytest.raises(DataError, match="class 1 has 2 images: too few to hold 2 out of them"):
+    with pytest.raises(DataError, match="class 1 has 2 images: too few to hold out 2 of them"):
         hold_out(numbered([0] * 20 + [1, 1]), fraction - 0.05, torch.Generator().manual_seed(0))
 
 
-def probe_from(labels: list[int]) -> data.DataSet:
+def data_set_of(labels: list[int]) -> data.DataSet:
     images = numbered(labels)
     return data.DataSet("numbered", ("a", "b", "c"), images, images, images)
 
 
 @pytest.mark.parametrize("count", [3, 4, 11, 12])
 def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
-    dataset = probe_from(10 * [0] + 30 * [1] + 5 * [2])
-    probe = data.draw_calibration_images(dataset.train, count)
-    sizes = torch.bincount(probe.labels, minlength=3)
+    dataset = data_set_of(10 * [0] + 30 * [1] + 5 * [2])
+    calibration = data.draw_calibration_images(dataset.train, count)
+    sizes = torch.bincount(calibration.labels, minlength=3)
     assert int(sizes.sum()) == count
     assert int(sizes.max() - sizes.min()) <= 1
-    assert len(set(numbers_of(probe))) == count
+    assert len(set(numbers_of(calibration))) == count
 
 
 def test_a_small_class_is_used_up_and_the_others_fill_in() -> None:
-    probe = data.draw_calibration_images(probe_from(10 * [0] + 30 * [1] + 2 * [2]).train, 20)
-    assert probe.labels.bincount().tolist() == [9, 9, 2]
+    calibration = data.draw_calibration_images(data_set_of(10 * [0] + 30 * [1] + 2 * [2]).train, 20)
+    assert calibration.labels.bincount().tolist() == [9, 9, 2]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
-    images = probe_from(20 * [0, 1, 2]).train
+    images = data_set_of(20 * [0, 1, 2]).train
     drawn = [
         numbers_of(data.draw_calibration_images(images, 9, stratified=stratified, seed=s))
         for s in (0, 1)
@@ -552,14 +552,14 @@ def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_probe_larger_than_the_data_is_all_of_it(stratified: bool) -> None:
-    probe = data.draw_calibration_images(
-        probe_from([0, 0, 1, 2, 2]).train, 100, stratified=stratified
+    calibration = data.draw_calibration_images(
+        data_set_of([0, 0, 1, 2, 2]).train, 100, stratified=stratified
     )
-    assert sorted(numbers_of(probe)) == [0, 1, 2, 3, 4]
+    assert sorted(numbers_of(calibration)) == [0, 1, 2, 3, 4]
 
 
-def test_without_stratifying_no_label_is_looked_at() -> None:
-    one, other = probe_from(20 * [0, 1, 2]), probe_from(60 * [0])
+def test_without_stratifying_labels_are_ignored() -> None:
+    one, other = data_set_of(20 * [0, 1, 2]), data_set_of(60 * [0])
     found = [
         numbers_of(data.draw_calibration_images(d.train, 7, stratified=False)) for d in (one, other)
     ]

@@ -17,7 +17,7 @@ from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
-from secateur.scoring.feature_pass import kernels_of
+from secateur.scoring.taps import kernels_of
 from secateur.scoring.thresholds import ActivationStatistics
 
 
@@ -25,7 +25,7 @@ def kernels(filters: int) -> Kernels:
     return Kernels((), torch.arange(filters), (), ())
 
 
-def sight(maps: Tensor, numbers: Tensor | None = None) -> FeatureBatch:
+def features(maps: Tensor, numbers: Tensor | None = None) -> FeatureBatch:
     filters = maps.shape[1]
     zeros = torch.zeros(filters)
     return FeatureBatch(
@@ -43,12 +43,12 @@ def regions(masks: Tensor, concepts: Tensor) -> Regions:
     return Regions(ConceptMasks(masks, concepts))
 
 
-def dissected(names: tuple[str, ...], *scenes: tuple[Tensor, Tensor, Tensor]) -> Dissection:
+def dissected(names: tuple[str, ...], *concept_inputs: tuple[Tensor, Tensor, Tensor]) -> Dissection:
     """What is found in batches of maps, masks and concepts."""
     dissection = Dissection(names)
-    dissection.reset({"layer": kernels(scenes[0][0].shape[1])})
-    for maps, masks, concepts in scenes:
-        dissection.update(sight(maps))(regions(masks, concepts))
+    dissection.reset({"layer": kernels(concept_inputs[0][0].shape[1])})
+    for maps, masks, concepts in concept_inputs:
+        dissection.update(features(maps))(regions(masks, concepts))
     return dissection
 
 
@@ -114,7 +114,7 @@ def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
     maps = torch.zeros(1, 6, 2, 2)
     maps[:, :2, 0, 0] = 1.0  # half of the first concept
     maps[:, 4, 1] = 1.0  # the second concept, whole; filters 2 and 5 see nothing
-    seen = replace(sight(maps), tap="stem.0", kernels=parts["stem.0"])
+    seen = replace(features(maps), tap="stem.0", kernels=parts["stem.0"])
     dissection.update(seen)(regions(masks, torch.tensor([[0, 1]])))
     assert dissection.best(dissection.iou_by_channel(group)) == [
         FilterConcept("sky", 0.5),
@@ -137,7 +137,7 @@ def top_of(count: int, *batches: tuple[Tensor, Tensor]) -> TopImages:
     top = TopImages(count)
     top.reset({"layer": kernels(batches[0][0].shape[1])})
     for largest, numbers in batches:
-        top.update(sight(maps_with(largest), numbers))
+        top.update(features(maps_with(largest), numbers))
     return top
 
 
@@ -180,7 +180,7 @@ def test_top_images_do_not_depend_on_batches_or_their_order(
 
 def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
     """A stand-in for what several processes bring."""
-    return lambda own: [own, *(other._found for other in others)]
+    return lambda own: [own, *(other._top for other in others)]
 
 
 def test_merging_keeps_the_best_of_all_processes(
@@ -191,7 +191,7 @@ def test_merging_keeps_the_best_of_all_processes(
     expected = top_of(4, (largest, numbers)).top("layer").indices
     for order in itertools.permutations(range(3)):
         own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
-        monkeypatch.setattr(distributed, "gathered", gathers(others))
+        monkeypatch.setattr(distributed, "all_gather", gathers(others))
         own.merge()
         assert torch.equal(own.top("layer").indices, expected)
 

@@ -135,22 +135,42 @@ def torchrun(
     )
 
 
-ENDS_LATE = """
+MAIN_PROCESS_ENDS_LATE = """
 import sys, time
-from secateur.distributed import is_first, process_group
+from secateur.runtime.distributed import is_main_process, process_group
 
 with process_group():
-    if is_first():
-        time.sleep(4)  # longer than from one sign of life to the next
-        print("whole")
+    if is_main_process():
+        time.sleep(2)
+        print("done")
     sys.exit(0)
 """
 
 
-def test_a_process_that_is_done_before_the_first_one_is_not_taken_for_failed() -> None:
-    done = torchrun(program=("-c", ENDS_LATE))
+def test_other_processes_may_end_before_the_main_process() -> None:
+    done = torchrun(program=("-c", MAIN_PROCESS_ENDS_LATE))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "whole\n"
+    assert done.stdout == "done\n"
+
+
+ONE_IS_KILLED = """
+import os, signal, time
+from secateur.runtime.distributed import process_group, rank_and_world_size
+from secateur.runtime.signals import repeat_signals
+
+with repeat_signals(), process_group():
+    if rank_and_world_size()[0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(300)
+"""
+
+
+def test_if_a_process_is_killed_torchrun_ends_the_others() -> None:
+    start = time.monotonic()
+    done = torchrun(program=("-c", ONE_IS_KILLED))
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow

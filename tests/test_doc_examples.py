@@ -18,6 +18,7 @@ from layouts import random_pixels
 from secateur import data
 from secateur.cli import app
 from secateur.data import preprocessing
+from secateur.evaluation.timing import Rounds
 from secateur.integrations import onnx as export
 from secateur.models import zoo
 
@@ -102,7 +103,7 @@ def test_every_command_line_is_marked_as_one() -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: photos in three classes, and weights for other ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "LATENCY_ROUNDS", 1)  # times are not looked at
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))  # times are not looked at
     monkeypatch.setattr(zoo, "preprocessing", lambda _: SMALL)  # a tenth of the pixels
     for part, count in (("train", 12), ("test", 3)):
         for number, name in enumerate(CLASSES):

@@ -15,7 +15,7 @@ from secateur.evaluation.timing import LATENCY_BATCH, latency_ms
 
 
 class Table(nn.Module):
-    """Answers with the first row of its image: the logits are in the data."""
+    """Returns the first row of its image: the logits are in the data."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_uneven_batches_weigh_each_image_the_same() -> None:
 
 def test_a_label_beyond_the_classes_is_named() -> None:
     batches = in_batches(random_images(2), torch.tensor([0, 7]), 2)
-    expected = "the data has a class number 7, but the network tells 5 classes apart"
+    expected = "label 7, but the network has 5 classes"
     with pytest.raises(DataError, match=expected):
         evaluate(Table(5), batches)
 
@@ -178,7 +178,7 @@ def test_score_has_a_positive_latency() -> None:
             r"can't be run on images \[2, 3, 8, 8\]: mat1",
         ),
         (nn.LSTM(8, 8), "can't be run on images"),
-        (nn.Conv2d(3, 4, 1), r"gives \[2, 4, 8, 8\] where logits \[image, class\] are needed"),
+        (nn.Conv2d(3, 4, 1), r"returns \[2, 4, 8, 8\] where logits \[image, class\] are needed"),
         (nn.MultiheadAttention(8, 1), "can't be run on images"),
     ],
 )

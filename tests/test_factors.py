@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from concept_inputs import concept_input_of, context_of, select_inputs
 from networks import CLASSES, make_network, random_images
-from scenes import context_of, part_of, scene_of
 from secateur.data.concept_masks import UNLABELLED
 from secateur.errors import DataError, UsageError
 from secateur.runtime import distributed
@@ -37,7 +37,7 @@ def factors_of(channels: int, argument: str = "3") -> Factors:
     return Factors(context_of(Wide(channels).eval(), argument))
 
 
-def scene(value: Tensor, numbers: Tensor | None = None) -> ConceptInput:
+def concept_input(value: Tensor, numbers: Tensor | None = None) -> ConceptInput:
     count = len(value)
     numbers = torch.arange(count) if numbers is None else numbers
     return ConceptInput(
@@ -55,7 +55,7 @@ def mixture(
 
 
 def taught(factors: Factors, value: Tensor) -> Factors:
-    factors.learn(scene(value))
+    factors.learn(concept_input(value))
     factors.finish_learning()
     return factors
 
@@ -71,7 +71,7 @@ def test_disjoint_parts_are_told_apart(generator: torch.Generator) -> None:
         parts[number, 4 * number : 4 * number + 4] = 0.2 + torch.rand(4, generator=generator)
     value, which = mixture(8, parts, generator)
     factors = taught(factors_of(12), value)
-    found = factors.find(scene(value))
+    found = factors.find(concept_input(value))
     assert found.masks.shape == (8, 3, 6, 6)
     named = found.masks.int().argmax(1)  # [image, h, w]
     assert torch.equal(found.masks.sum(1), torch.ones(8, 6, 6).long())  # each cell is one part's
@@ -105,7 +105,7 @@ def slow_strengths(row: list[float], dictionary: list[list[float]]) -> list[floa
 def test_strengths_are_what_the_updates_of_each_position_give(generator: torch.Generator) -> None:
     value = torch.randn(3, 9, 4, 5, generator=generator)
     factors = taught(factors_of(9), value)
-    found = factors.strengths(scene(value))
+    found = factors.strengths(concept_input(value))
     dictionary = dictionary_of(factors).tolist()
     for image, row, column in ((0, 0, 0), (1, 3, 4), (2, 2, 1), (2, 0, 4)):
         expected = slow_strengths(value[image, :, row, column].tolist(), dictionary)
@@ -120,7 +120,7 @@ def test_strengths_come_near_the_least_squares_optimum(generator: torch.Generato
     value = torch.rand(2, 9, 4, 4, generator=generator)
     factors = taught(factors_of(9), value)
     dictionary = dictionary_of(factors).double()
-    found = factors.strengths(scene(value)).double()
+    found = factors.strengths(concept_input(value)).double()
     for place in range(16):
         row = value[1].flatten(1)[:, place].double()
         _, best = nnls(dictionary.T.numpy(), row.numpy())
@@ -138,10 +138,12 @@ def test_strengths_of_an_image_are_the_same_to_the_last_bit_in_any_batch(
     factors = factors_of(channels)
     directions = torch.rand(3, channels, generator=generator)
     factors._dictionary = directions / directions.norm(dim=1, keepdim=True)
-    whole = factors.strengths(scene(value))
+    whole = factors.strengths(concept_input(value))
     for start, size in ((0, 1), (8, 1), (2, 2), (3, 5)):
         images = slice(start, start + size)
-        assert torch.equal(factors.strengths(part_of(scene(value), images)), whole[images])
+        assert torch.equal(
+            factors.strengths(select_inputs(concept_input(value), images)), whole[images]
+        )
 
 
 def test_a_cell_belongs_to_the_first_of_the_strongest_factors_if_any_is_there() -> None:
@@ -154,7 +156,7 @@ def test_a_factor_that_is_nowhere_strongest_is_absent() -> None:
     factors._dictionary = torch.eye(3, 4)
     value = torch.zeros(2, 4, 2, 2)
     value[0, 1] = 1.0
-    found = factors.find(scene(value))
+    found = factors.find(concept_input(value))
     assert found.concepts.tolist() == [[UNLABELLED, 1, UNLABELLED], 3 * [UNLABELLED]]
     assert found.masks[0, 1].all()
     assert int(found.masks.sum()) == 4
@@ -168,13 +170,13 @@ def spread(value: Tensor, shares: list[list[int]], monkeypatch: pytest.MonkeyPat
     several = [factors_of(value.shape[1]) for _ in shares]
     for factors, share in zip(several, shares, strict=True):
         for numbers in torch.tensor(share, dtype=torch.int64).split(2):
-            factors.learn(scene(value[numbers], numbers))
+            factors.learn(concept_input(value[numbers], numbers))
     rows = [factors._rows for factors in several]
 
     def gathered(own: Any) -> list[Any]:
         return rows if isinstance(own, dict) else [own]
 
-    monkeypatch.setattr(distributed, "gathered", gathered)
+    monkeypatch.setattr(distributed, "all_gather", gathered)
     for factors in several:
         factors.finish_learning()
     return [dictionary_of(factors) for factors in several]
@@ -201,7 +203,7 @@ def test_no_more_than_some_positions_of_some_images_are_kept(
     value = torch.rand(10, 5, 8, 8, generator=generator)
     factors = factors_of(5)
     for numbers in (torch.tensor([9, 1, 7]), torch.tensor([3, 8, 0]), torch.tensor([2, 6])):
-        factors.learn(scene(value[numbers], numbers))
+        factors.learn(concept_input(value[numbers], numbers))
         assert len(factors._rows) <= 4
     assert sorted(factors._rows) == [0, 1, 2, 3]
     for number, rows in factors._rows.items():
@@ -215,7 +217,9 @@ def test_negative_features_are_no_part(generator: torch.Generator) -> None:
     value = torch.randn(5, 6, 4, 4, generator=generator)
     one, other = taught(factors_of(6), value), taught(factors_of(6), value.clamp(min=0))
     assert torch.equal(dictionary_of(one), dictionary_of(other))
-    assert torch.equal(one.strengths(scene(value)), one.strengths(scene(value.clamp(min=0))))
+    assert torch.equal(
+        one.strengths(concept_input(value)), one.strengths(concept_input(value.clamp(min=0)))
+    )
 
 
 def test_factors_of_a_real_network() -> None:
@@ -225,7 +229,7 @@ def test_factors_of_a_real_network() -> None:
     context = context_of(make_network("chain"), "2")
     factors = Factors(context)
     assert [concept.name for concept in factors.concepts] == ["factor 1", "factor 2"]
-    shown = scene_of(factors, context, random_images(6))
+    shown = concept_input_of(factors, context, random_images(6))
     factors.learn(shown)
     factors.finish_learning()
     assert factors.find(shown).masks.any(dim=1).float().mean() > 0.5
@@ -258,14 +262,14 @@ def test_maps_without_parts_are_an_error(
     generator: torch.Generator,
 ) -> None:
     factors = factors_of(6)
-    factors.learn(scene(change(torch.rand(4, 6, 3, 3, generator=generator))))
+    factors.learn(concept_input(change(torch.rand(4, 6, 3, 3, generator=generator))))
     with pytest.raises(error, match=message):
         factors.finish_learning()
 
 
 def test_factors_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = factors_of(6)
-    factors.learn(scene(torch.rand(4, 6, 3, 3)))
+    factors.learn(concept_input(torch.rand(4, 6, 3, 3)))
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[factors\]'"):
         factors.finish_learning()

@@ -177,11 +177,11 @@ def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
             "train": train,
             "test": two_labels,
         },
-        "test: a label lies outside 0 to 2": {
+        "test has a label outside 0 to 2": {
             "train": train,
             "test": make_split(hub, [0, -1], pictures(2)),
         },
-        "train: a label lies outside 0 to 2": {
+        "train has a label outside 0 to 2": {
             "train": make_split(hub, [0, None], pictures(2)),
             "test": test,
         },

@@ -85,7 +85,7 @@ def test_missing_and_unknown_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=missing):
         data.load(f"imagenet:{tmp_path}")
     (tmp_path / "train" / "tench").mkdir()
-    with pytest.raises(DataError, match=r"train has folders that are no WordNet id .*: tench$"):
+    with pytest.raises(DataError, match=r"train has folders .* WordNet ids .*: tench$"):
         data.load(f"imagenet:{tmp_path}")
 
 
@@ -111,8 +111,8 @@ def test_labels_are_numbers_among_the_thousand(tmp_path: Path) -> None:
     for part, count in ((dataset.train, 5), (dataset.validation, 1), (dataset.test, 2)):
         assert part.labels.unique().tolist() == THEIR_NUMBERS
         assert part.labels.unique(return_counts=True)[1].tolist() == 3 * [count]
-    probe = data.draw_calibration_images(dataset.train, 7)
-    assert sorted(probe.labels.unique(return_counts=True)[1].tolist()) == [2, 2, 3]
+    calibration = data.draw_calibration_images(dataset.train, 7)
+    assert sorted(calibration.labels.unique(return_counts=True)[1].tolist()) == [2, 2, 3]
 
 
 def test_the_whole_method_runs_on_imagenette(model_file: Path, tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def _one_image(directory: Path) -> None:
         (_no_train, "no folder train in .*: expected train/WNID/ and val/WNID/"),
         (_empty_val, "no class folders in .*val"),
         (_other_classes, f"train and val have different classes: {SOME[0]}, {WNIDS[1]}"),
-        (_name_for_id, "train has folders that are no WordNet id of .* classes: tench"),
+        (_name_for_id, "train has folders .* WordNet ids of .* classes: tench"),
         (_empty_class, f"no images in .*val/{SOME[2]}"),
-        (_one_image, "class 217 has 1 images: too few to hold 1 out of them"),
+        (_one_image, "class 217 has 1 images: too few to hold out 1 of them"),
     ],
 )
 def test_wrong_layouts_are_refused(

@@ -14,14 +14,14 @@ from literal_dissection import ABSENT, ExactThresholds, LiteralTally
 from secateur.data.concept_masks import ConceptMasks
 from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
 from secateur.scoring.dissection import Dissection
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 from tables import with_table
 
 SEEDS = st.integers(0, 2**31)
 NAMES = ("sky", "road", "tree")
 
 
-def scene(
+def concept_input(
     seed: int, images: int, filters: int, map_size: tuple[int, int], mask_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Whole numbers as maps, masks, and which concept each region shows."""
@@ -80,12 +80,12 @@ def literal(
 def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
     seed: int, images: int, height: int, width: int, quantile: float
 ) -> None:
-    maps, masks, concepts = scene(seed, images, 3, (height, width), (height, width))
+    maps, masks, concepts = concept_input(seed, images, 3, (height, width), (height, width))
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
-    usual = ActivationStatisticsTally(3, height * width)
-    usual.add(maps)
+    usual = StatisticsAccumulator(3, height * width)
+    usual.update(maps)
     found = dissected(
-        maps, masks, concepts, usual.finish(quantile), [slice(0, 1), slice(1, images)]
+        maps, masks, concepts, usual.compute(quantile), [slice(0, 1), slice(1, images)]
     )
     assert torch.equal(found.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
 
@@ -102,7 +102,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     seed: int, height: int, width: int, factor: int, quantile: float
 ) -> None:
     size = (height * factor, width * factor)
-    maps, masks, concepts = scene(seed, 3, 4, (height, width), size)
+    maps, masks, concepts = concept_input(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
     usual = ActivationStatistics(thresholds, thresholds, thresholds)
     found = dissected(maps, masks, concepts, usual, [slice(0, 3)])
@@ -110,7 +110,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
 
 
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
-    maps, masks, concepts = scene(3, 2, 3, (8, 8), (2, 2))
+    maps, masks, concepts = concept_input(3, 2, 3, (8, 8), (2, 2))
     thresholds = torch.full((3,), 5.0)
     usual = ActivationStatistics(thresholds, thresholds, thresholds)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -138,7 +138,7 @@ def test_the_literal_dissection_is_that_of_plain_loops(
 ) -> None:
     # Four and eight times as fine: then the weights are exact, whatever is rounded first.
     height, width = 4 * h, 8 * w
-    maps, masks, concepts = scene(seed, 3, 2, (h, w), (height, width))
+    maps, masks, concepts = concept_input(seed, 3, 2, (h, w), (height, width))
     thresholds, tally = literal(maps, masks, concepts, quantile)
     for filter_ in range(2):
         values = sorted(maps[:, filter_].flatten().tolist(), reverse=True)

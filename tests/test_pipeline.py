@@ -23,7 +23,9 @@ from secateur.experiments import run_folder
 from secateur.experiments.run import run
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.prune import Pruned
+from secateur.pipeline import stages
+from secateur.pipeline.inputs import preprocessing_of
+from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pruning.cost.latency_model import LatencyTable
 
@@ -59,7 +61,7 @@ def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None
     assert before.top1_fraction - refit.top1_fraction < 0.5 * lost
 
 
-def test_run_checks_the_law_of_the_cut(digits_run: DigitsRun) -> None:
+def test_run_checks_that_the_cut_network_equals_the_masked_original(digits_run: DigitsRun) -> None:
     assert digits_run.result.equivalence_error < 1e-4
 
 
@@ -103,21 +105,21 @@ def test_a_cut_network_is_timed_beside_the_first_one(
 ) -> None:
     plan = {"target": "macs=0.5", "rounds": 2}
     config = small_config(model_file, plan=plan, finetune={"epochs": 1})
-    model, left = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
+    model, fractions = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
 
-    def time_left(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
+    def measured(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
         assert whole is model
         assert smaller is not model
-        return next(left)
+        return next(fractions)
 
-    monkeypatch.setattr(pipeline, "time_left", time_left)
+    monkeypatch.setattr(stages, "measure_fraction_left", measured)
     before, *others = pipeline.prune(model, data.load("digits"), config).result.stages
     assert before.score.latency_ms > 0
     shares = {(each.round, each.score.latency_ms / before.score.latency_ms) for each in others}
     assert shares == {(1, 0.5), (2, 0.25)}
 
 
-def test_another_seed_draws_other_probe_images(model_file: Path) -> None:
+def test_another_seed_draws_other_calibration_images(model_file: Path) -> None:
     dataset = data.load("digits")
     one = prune_small(small_config(model_file), dataset)
     other = prune_small(small_config(model_file).model_copy(update={"seed": 1}), dataset)
@@ -138,7 +140,7 @@ def test_no_label_is_looked_at_unless_asked_for(model_file: Path) -> None:
     config = small_config(
         model_file,
         data={"stratified": False},
-        polish={"epochs": 1},
+        distill={"epochs": 1},
         finetune={"epochs": 1, "label_weight": 0.0},
     )
     dataset = data.load("digits")
@@ -162,7 +164,7 @@ def test_every_criterion_and_concept_source_runs(
 
 
 @pytest.mark.parametrize("target", ["macs=0.8", "params=0.5", "filters=0.6"])
-def test_targets_are_met(model_file: Path, target: str) -> None:
+def test_budgets_are_met(model_file: Path, target: str) -> None:
     pruned = prune_small(small_config(model_file, plan={"target": target}), data.load("digits"))
     before, cut = pruned.result.stages[0].score, pruned.result.stages[1].score
     filters = sum(group.filters for group in pruned.result.groups)
@@ -218,18 +220,18 @@ def test_norms_are_a_part_of_the_refit(model_file: Path) -> None:
 def test_images_are_resized_as_the_configuration_says_or_the_network_wants() -> None:
     model = ModelSection(name="torchvision:efficientnet_b0")
     config = RunConfig(model=model, data=DataSection(source="digits"))
-    assert pipeline.preprocessing(config).interpolation == "bicubic"
+    assert preprocessing_of(config).interpolation == "bicubic"
     config = RunConfig(model=model, data=DataSection(source="digits", interpolation="bilinear"))
-    assert pipeline.preprocessing(config).interpolation == "bilinear"
+    assert preprocessing_of(config).interpolation == "bilinear"
 
 
-def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
+def test_distillation_is_a_stage_of_its_own(model_file: Path) -> None:
     config = small_config(
-        model_file, polish={"epochs": 3, "flip": False}, finetune={"epochs": 1, "flip": False}
+        model_file, distill={"epochs": 3, "flip": False}, finetune={"epochs": 1, "flip": False}
     )
     result = prune_small(config, data.load("digits")).result
-    stages = [stage.stage for stage in result.stages]
-    assert stages == ["before", "cut", "refit", "distilled", "finetuned"]
+    names = [stage.stage for stage in result.stages]
+    assert names == ["before", "cut", "refit", "distilled", "finetuned"]
     assert result.distillation is not None
     assert len(result.distillation.epochs) == 3
     assert result.finetuning is not None
@@ -239,7 +241,7 @@ def test_polish_is_a_stage_of_its_own(model_file: Path) -> None:
     assert best.divergence == min(each.divergence for each in kept)
 
 
-def test_readers_alone_can_be_refitted(model_file: Path) -> None:
+def test_consumers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
     everywhere = {"allocation": "uniform"}  # so that both groups lose something
     config = small_config(model_file, plan=everywhere, refit={"layers": "consumers"})
@@ -250,7 +252,7 @@ def test_readers_alone_can_be_refitted(model_file: Path) -> None:
     assert every == ["conv2", "conv3", "head"]
 
 
-def test_probe_images_are_training_images_that_are_not_held_out() -> None:
+def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
@@ -306,8 +308,7 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
     config = small_config(model_file, plan=plan, finetune=training)
     folder = tmp_path / "run"
     result = run(config, folder)
-    stages = [(stage.stage, stage.round) for stage in result.stages]
-    assert stages == [
+    assert [(stage.stage, stage.round) for stage in result.stages] == [
         *(("before", 1), ("cut", 1), ("refit", 1), ("finetuned", 1)),
         *(("cut", 2), ("refit", 2), ("finetuned", 2)),
     ]
@@ -326,7 +327,7 @@ def test_rounds_reach_the_target_step_by_step(model_file: Path, tmp_path: Path) 
         assert len(set(group.removed)) == len(group.removed) < group.filters
 
 
-def test_rounds_go_on_where_they_were_interrupted(
+def test_rounds_resume_where_they_were_interrupted(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"epochs": 1, "batch_size": 64, "warmup_steps": 0, "flip": False}
@@ -335,7 +336,7 @@ def test_rounds_go_on_where_they_were_interrupted(
     alone, parts = tmp_path / "alone", tmp_path / "parts"
     run(config, alone)
     interrupted = 0
-    for name in ("cut", "tune", "cut"):
+    for name in ("prune_round", "finetune", "prune_round"):
         step, calls = getattr(pipeline, name), 0
 
         def once(*arguments: Any, step: Any = step, **options: Any) -> Any:

@@ -11,12 +11,12 @@ from torch import Tensor
 from networks import wired
 from secateur.config import Budget, Quantity, parse_budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.plan import PruningPlan, make_plan
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")
-"""Those that every filter adds to; for the others see `test_quantities` and `test_latency`."""
+"""Those that every filter adds to; `test_quantities` and `test_latency_model` test the others."""
 
 
 def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> dict[str, Tensor]:
@@ -26,9 +26,7 @@ def random_scores(dependencies: DependencyGraph, generator: torch.Generator) -> 
     }
 
 
-def amount(
-    dependencies: DependencyGraph, quantity: Quantity, removed: dict[str, tuple[int, ...]]
-) -> int:
+def amount(dependencies: DependencyGraph, quantity: Quantity, removed: Removed) -> int:
     if quantity == "macs":
         return dependencies.macs(removed)
     if quantity == "params":
@@ -158,9 +156,8 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     least = {name: tuple(range(1, len(group))) for name, group in dependencies.groups.items()}
     reached = dependencies.macs(least) / dependencies.macs()
     expected = (
-        rf"target macs=0.01 is out of reach: {reached:.3f} of the macs stay with the least "
-        r"in each of 2 prunable groups \(11 filters are frozen; "
-        r"prune_residual would free 6 of them; "
+        rf"target macs=0.01 .* {reached:.3f} of the macs .* 2 prunable groups "
+        r"\(11 filters are frozen; prune_residual would free 6 of them; "
     )
     with pytest.raises(TargetError, match=expected):
         make_plan(scores, dependencies, Budget("macs", 0.01), "random")
@@ -273,8 +270,8 @@ def test_the_hash_depends_on_all_that_is_decided_and_not_on_the_order_of_groups(
         ("criterion", "l2", "has been changed"),
         ("hash", "0" * 64, "has been changed"),
         ("hash", None, "has been changed"),
-        ("schema_version", 2, "has schema version 2, not 1"),
-        ("schema_version", None, "has schema version None, not 1"),
+        ("schema_version", 1, "has schema version 1"),
+        ("schema_version", None, "has schema version None"),
         ("target", "macs=7", "can't be read"),
         ("target", 3, "can't be read"),
         ("removed", {"conv1": 3}, "can't be read"),

@@ -1,4 +1,4 @@
-"""Every quantity by the fast way and by a slow one: counted, or seen as the cut network runs."""
+"""Every quantity, computed fast and slowly: counted, or measured as the cut network runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import apply
-from secateur.graph.trace import NetworkGraph, trace
-from secateur.pruning.cost.macs_and_parameters import count_quantity
+from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.trace import trace
+from secateur.pruning.cost.quantities import count_quantity
 from secateur.pruning.cost.tensor_sizes import TensorSizes
 from secateur.runtime.module_state import tensors_of
 
@@ -65,7 +66,7 @@ class Views(nn.Module):
         return logits
 
 
-def some_wiring(name: str) -> tuple[nn.Module, DependencyGraph]:
+def network_and_graph(name: str) -> tuple[nn.Module, DependencyGraph]:
     if name != "views":
         return wired(name, True)
     model = Views().eval()
@@ -76,10 +77,10 @@ ALL = [*NETWORKS, "views"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_macs_and_parameters_are_those_that_the_wiring_counts(
+def test_macs_and_parameters_are_those_that_the_dependency_graph_counts(
     name: str, generator: torch.Generator
 ) -> None:
-    dependencies = some_wiring(name)[1]
+    dependencies = network_and_graph(name)[1]
     macs, params = count_quantity(dependencies, "macs"), count_quantity(dependencies, "params")
     for removed in ({}, *(random_plan(dependencies, generator).removed for _ in range(5))):
         assert macs(removed) == dependencies.macs(removed)
@@ -90,7 +91,7 @@ def test_macs_and_parameters_are_those_that_the_wiring_counts(
 def test_memory_is_what_is_alive_as_the_cut_network_runs(
     name: str, generator: torch.Generator
 ) -> None:
-    model, dependencies = some_wiring(name)
+    model, dependencies = network_and_graph(name)
     memory, image = count_quantity(dependencies, "memory"), random_images(1)
     for removed in ({}, *(random_plan(dependencies, generator).removed for _ in range(3))):
         smaller = cut(model, dependencies, removed).eval()
@@ -112,15 +113,15 @@ def test_filters_are_counted_where_they_can_go() -> None:
     assert count_quantity(dependencies, "filters")({"conv1": (1, 2)}) == 11
 
 
-def test_volumes_count_repeated_and_fixed_channels() -> None:
+def test_tensor_sizes_count_repeated_and_fixed_channels() -> None:
     dependencies = wired("chain")[1]
     first = dependencies.groups["conv1"].channels[:2]
     fixed = first * 0 - 1
     rows = [(), (5,), (first, 3), (first.repeat(3), first), (fixed,), (first[:1], fixed, first)]
-    volumes = TensorSizes(dependencies, rows)
-    assert volumes({}).tolist() == [1, 5, 6, 12, 2, 4]
-    assert volumes({"conv1": (1,)}).tolist() == [1, 5, 3, 3, 2, 2]
-    assert TensorSizes(dependencies, [])({}).tolist() == []
+    sizes = TensorSizes(dependencies.groups, rows)
+    assert sizes({}).tolist() == [1, 5, 6, 12, 2, 4]
+    assert sizes({"conv1": (1,)}).tolist() == [1, 5, 3, 3, 2, 2]
+    assert TensorSizes(dependencies.groups, [])({}).tolist() == []
 
 
 def test_latency_needs_a_table() -> None:

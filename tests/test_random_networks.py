@@ -1,4 +1,4 @@
-"""The law of surgery for random networks and random plans.
+"""Cut networks equal the masked originals, for random networks and random plans.
 
 Five hundred of them: `pytest --hypothesis-profile=thorough tests/test_random_networks.py`.
 """
@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from networks import assert_law, counted_macs, random_images, several
+from networks import assert_cut_is_equivalent, counted_macs, random_images, several
 from random_networks import BLOCKS, Spec, build, random_plan
 from secateur.config import Budget
 from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
-from secateur.pruning.equivalence import masked_overrides
+from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 
 SPECS = st.tuples(
@@ -69,12 +69,10 @@ def assert_all_holds(spec: Spec, prune_residual: bool, seed: int) -> None:
     with torch.no_grad():
         expected = model(images)
         nothing = PruningPlan({}, Budget("macs", 0.5), "none")
-        assert (
-            relative_error(masked_overrides(model, dependencies, nothing)(images), expected) < 1e-9
-        )
+        assert relative_error(masked_network(model, dependencies, nothing)(images), expected) < 1e-9
     assert dependencies.macs() == counted_macs(model, images)
     plan = random_plan(dependencies, seed)
-    cut = assert_law(model, dependencies, plan, images, limit=1e-6)
+    cut = assert_cut_is_equivalent(model, dependencies, plan, images, limit=1e-6)
     torch.stack([one.sum() for one in several(cut.train()(images))]).sum().backward()
     after_names, after_state = state_of(model)
     assert after_names == names
@@ -82,7 +80,9 @@ def assert_all_holds(spec: Spec, prune_residual: bool, seed: int) -> None:
 
 
 @given(SPECS, st.booleans(), SEEDS)
-def test_the_law_holds_for_random_networks(spec: Spec, prune_residual: bool, seed: int) -> None:
+def test_the_cut_is_equivalent_for_random_networks(
+    spec: Spec, prune_residual: bool, seed: int
+) -> None:
     assert_all_holds(spec, prune_residual, seed)
 
 

@@ -30,12 +30,14 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.patches import in_patch_order, window_of
 from secateur.pruning.apply import apply_plan
+from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
 from secateur.pruning.refit.layers import KeptChannels, refit_layer
-from secateur.pruning.refit.layerwise import LayerRefit, refit
-from secateur.pruning.refit.regression_targets import RegressionTargets, target_layer
+from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.pruning.refit.regression_targets import RegressionTargets
+from secateur.pruning.refit.target_layers import target_layer
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching
 
@@ -74,15 +76,15 @@ def half_of(dependencies: DependencyGraph, seed: int = 0) -> PruningPlan:
     )
 
 
-_wirings: dict[str, DependencyGraph] = {}
+_graphs: dict[str, DependencyGraph] = {}
 
 
-def wiring_of(model: nn.Module) -> DependencyGraph:
+def graph_of(model: nn.Module) -> DependencyGraph:
     """The dependency graph, traced once for all networks that are built alike."""
     built = repr(model)
-    if built not in _wirings:
-        _wirings[built] = build_dependency_graph(model, random_images(2))
-    return _wirings[built]
+    if built not in _graphs:
+        _graphs[built] = build_dependency_graph(model, random_images(2))
+    return _graphs[built]
 
 
 def cut_and_refit(
@@ -93,14 +95,15 @@ def cut_and_refit(
     *,
     seed: int = 0,
 ) -> tuple[nn.Module, tuple[LayerRefit, ...]]:
-    dependencies = wiring_of(model)
+    dependencies = graph_of(model)
     smaller = apply_plan(model, dependencies, plan)
-    results = refit(model, smaller, dependencies, plan, batches, settings, seed=seed)
+    inputs = RefitInputs(model, smaller, dependencies, plan.removed)
+    results = refit(inputs, batches, settings, seed=seed)
     return smaller, results
 
 
 def cut_only(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    return apply_plan(model, wiring_of(model), plan)
+    return apply_plan(model, graph_of(model), plan)
 
 
 def error_on_new_images(model: nn.Module, smaller: nn.Module) -> float:
@@ -144,7 +147,7 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
     for parameter in list(model.parameters())[:1]:
         parameter.requires_grad_(False)
     before = state_of(model)
-    plan = half_of(wiring_of(model))
+    plan = half_of(graph_of(model))
     cut = cut_only(model, plan)
     smaller, results = cut_and_refit(model, plan)
 
@@ -166,7 +169,7 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "in_place"])
 def test_refit_brings_the_answers_closer_on_new_images(name: str) -> None:
     model = make_network(name)
-    plan = half_of(wiring_of(model))
+    plan = half_of(graph_of(model))
     smaller, _ = cut_and_refit(model, plan)
     images = random_images(64, seed=99)
     with torch.no_grad():
@@ -423,7 +426,7 @@ GEOMETRIES: dict[str, Callable[[], nn.Conv2d]] = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
     model = OneConvolution(GEOMETRIES[geometry]).eval()
-    dependencies = wiring_of(model)
+    dependencies = graph_of(model)
     (layer,) = [layer for layer in dependencies.layers if layer.name == "conv"]
     window = window_of(layer.node, model.conv.kernel_size)
     inputs = torch.randn(3, 4, 8, 8)
@@ -458,7 +461,7 @@ def test_many_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", ["chain", "residual", "view_rest", "gated"])
 def test_fewer_rows_than_unknowns_stay_finite(name: str) -> None:
     model = make_network(name)
-    plan = half_of(wiring_of(model))
+    plan = half_of(graph_of(model))
     batches = in_batches(random_images(2, seed=3))
     smaller, results = cut_and_refit(model, plan, batches, RefitSection(positions=1))
     assert results
@@ -605,7 +608,7 @@ def with_combination(name: str) -> tuple[nn.Module, PruningPlan]:
                 combine = [(one, 0.5), (other, -2.0)]
             for tensor in tensors_of(model.get_submodule("stem")).values():
                 tensor[lost] = sum(weight * tensor[channel] for channel, weight in combine)
-    dependencies = wiring_of(model)
+    dependencies = graph_of(model)
     (group,) = [name for name in dependencies.groups if name.startswith("stem")]
     size = len(dependencies.groups[group])
     return model, PruningPlan({group: (3, 7) if size == 8 else (3,)}, Budget("macs", 0.5), "test")
@@ -632,7 +635,7 @@ def test_combinations_of_kept_channels_are_repaired(name: str, form: RefitForm) 
 def test_no_consumer_gets_worse(name: str, form: RefitForm) -> None:
     torch.manual_seed(11)
     model = make_network(name) if name in NETWORKS else Consumer(CONSUMERS[name]).eval()
-    dependencies = wiring_of(model)
+    dependencies = graph_of(model)
     plan = random_plan(dependencies, torch.Generator().manual_seed(5))
     smaller, results = cut_and_refit(model, plan, settings=RefitSection(positions=5, form=form))
     assert bool(results) == bool(plan.removed)
@@ -645,7 +648,7 @@ def test_groups_that_went_are_not_read() -> None:
     """Of a convolution in four groups of two whole groups go; its answers can be met exactly."""
     torch.manual_seed(11)
     model = Consumer(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4)).eval()
-    dependencies = wiring_of(model)
+    dependencies = graph_of(model)
     (group,) = [name for name in dependencies.groups if name.startswith("stem")]
     assert len(dependencies.groups[group]) == 4
     plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
@@ -700,7 +703,7 @@ def test_a_kernel_used_twice_is_estimated_once_from_both_uses(
         with torch.no_grad():
             for tensor in tensors_of(model.get_submodule("twice")).values():
                 tensor[1] = tensor[0]
-    (group,) = [group for group in wiring_of(model).groups if group.startswith(("stem", "twice"))][
+    (group,) = [group for group in graph_of(model).groups if group.startswith(("stem", "twice"))][
         :1
     ]
     plan = PruningPlan({group: (1,)}, Budget("macs", 0.5), "test")
@@ -793,23 +796,23 @@ def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[1] *= -1.0
-    dependencies, images = wiring_of(model), random_images(4)
+    dependencies, images = graph_of(model), random_images(4)
     state = tensors_of(model)
-    remains = KeptChannels(dependencies, {})
+    kept = KeptChannels(dependencies, {})
     seen = 0
     for layer in dependencies.layers:
-        target = target_layer(refit_layer(layer, remains))
+        target = target_layer(refit_layer(layer, kept))
         if not target.rectified:
             continue
         full, cut = (GraphInterpreter(dependencies.graph, state, images) for _ in range(2))
         full.advance(layer.node)
         cut.advance(layer.node)
-        positions = torch.arange(target.consumer.positions).expand(4, -1)
-        answer = target.at(full, cut, state, positions)
+        positions = torch.arange(target.layer.positions).expand(4, -1)
+        targets = target.at(full, cut, state, positions)
         last = target.sum or target.norm
         assert last is not None
         value = GraphInterpreter(dependencies.graph, state, images).step(last)
-        rectified = answer.let_through(answer.wanted) > 0
+        rectified = targets.rectified(targets.wanted) > 0
         expected = value.flatten(2).movedim(1, -1)
         assert torch.equal(rectified[expected.abs() > 1e-4], (expected > 0)[expected.abs() > 1e-4])
         seen += 1
@@ -855,7 +858,7 @@ def test_the_size_of_batches_makes_no_difference(
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     model = make_network(name)
-    plan, settings = half_of(wiring_of(model)), RefitSection(positions=5, form=form)
+    plan, settings = half_of(graph_of(model)), RefitSection(positions=5, form=form)
     images = random_images(75, seed=3)
     whole, expected = cut_and_refit(model, plan, in_batches(images, 100), settings)
     for size in (1, 7):
@@ -882,7 +885,7 @@ def work(rank: int, folder: Path) -> None:
         model = make_network("residual")
         share = share_of(random_images(75, seed=3), rank, 2)
         settings = RefitSection(positions=5, form=form)
-        smaller, _ = cut_and_refit(model, half_of(wiring_of(model)), share, settings)
+        smaller, _ = cut_and_refit(model, half_of(graph_of(model)), share, settings)
         torch.save(smaller.state_dict(), folder / f"{form}_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -897,7 +900,7 @@ def test_the_number_of_processes_makes_no_difference(
     for form in FORMS:
         settings = RefitSection(positions=5, form=form)
         batches = in_batches(random_images(75, seed=3))
-        alone, _ = cut_and_refit(model, half_of(wiring_of(model)), batches, settings)
+        alone, _ = cut_and_refit(model, half_of(graph_of(model)), batches, settings)
         found = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
         for name, tensor in alone.state_dict().items():
             assert torch.equal(found[0][name], found[1][name]), name

@@ -17,8 +17,7 @@ from secateur.experiments.report import count_text, score_rows, write_report
 from secateur.experiments.report.comparison import ROWS
 from secateur.experiments.report.run_charts import tradeoff
 from secateur.experiments.run import report
-from secateur.pruning.refit.batchnorm import BatchNormRecalibration
-from secateur.pruning.size_search import SizeTrial
+from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
 from secateur.training.distill import Distillation, DistillEpoch
 from secateur.training.trainer import Epoch
 

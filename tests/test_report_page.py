@@ -24,7 +24,8 @@ from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import PAGE, write_comparison
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.run import run
-from secateur.pipeline.prune import load_inputs, prune
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
 from secateur.pipeline.result import RunResult, read_result
 
 EVIL = "<img src=x onerror=alert(1)>"

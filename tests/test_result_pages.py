@@ -15,7 +15,8 @@ import tuned
 from layouts import write_classes
 from secateur.experiments.compare.runner import CELLS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
-from secateur.pipeline.prune import load_inputs, prune
+from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
 
 
 def test_the_page_is_that_of_the_result_files() -> None:

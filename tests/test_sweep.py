@@ -42,6 +42,7 @@ from secateur.experiments.compare.runner import (
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.inputs import load_inputs
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -141,7 +142,7 @@ def test_a_cell_is_what_a_run_of_its_own_finds(
     comparison = from_dict(content, BenchmarkSpec)
     found = run_benchmark(comparison, tmp_path / "out")
     for cell, result in zip(jobs_of(comparison), found, strict=True):
-        dataset, model = pipeline.load_inputs(cell.config)
+        dataset, model = load_inputs(cell.config)
         alone = pipeline.prune(model, dataset, cell.config).result
         assert result.result is not None
         assert result.result.plan_hash == alone.plan_hash
@@ -204,7 +205,7 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
         "largest": "done",
         "l1": "done",
     }
-    assert "one finite number a filter" in by_name["wrong_shape"]["reason"]
+    assert "one finite number" in by_name["wrong_shape"]["reason"]
     assert "returned int, no criterion" in by_name["nothing"]["reason"]
     assert "ended by signal 9: last words" in by_name["fatal"]["reason"]
     assert by_name["fatal"]["top1_fraction"] is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 QUANTILES = st.floats(0.0, 1.0)
@@ -26,10 +26,10 @@ def maps_of(size: tuple[int, ...], seed: int, scale: float = 1.0, spread: float 
     return (signs * octaves.exp2() * scale).clamp(-1e9, 1e9)
 
 
-def tally_of(*batches: Tensor, positions: int = ALL_POSITIONS) -> ActivationStatisticsTally:
-    tally = ActivationStatisticsTally(batches[0].shape[1], positions)
+def tally_of(*batches: Tensor, positions: int = ALL_POSITIONS) -> StatisticsAccumulator:
+    tally = StatisticsAccumulator(batches[0].shape[1], positions)
     for maps in batches:
-        tally.add(maps)
+        tally.update(maps)
     return tally
 
 
@@ -74,12 +74,12 @@ def test_threshold_is_what_a_sort_of_each_filter_finds_to_within_a_bin(
     size: tuple[int, ...], quantile: float, seed: int, scale: float, spread: float
 ) -> None:
     maps = maps_of(size, seed, scale, spread)
-    assert_close_to_exact(tally_of(maps).finish(quantile), maps, quantile)
+    assert_close_to_exact(tally_of(maps).compute(quantile), maps, quantile)
 
 
 def test_a_small_negative_threshold_is_that_of_the_bin_around_zero() -> None:
     maps = maps_of((1, 1, 2, 4), 0, 1e-30, 6.0)
-    assert_close_to_exact(tally_of(maps).finish(0.75), maps, 0.75)
+    assert_close_to_exact(tally_of(maps).compute(0.75), maps, 0.75)
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,7 +88,7 @@ def test_thresholds_of_one_sign_are_within_a_bin(
     size: tuple[int, ...], quantile: float, seed: int, sign: float
 ) -> None:
     maps = sign * maps_of(size, seed).abs()
-    assert_close_to_exact(tally_of(maps).finish(quantile), maps, quantile)
+    assert_close_to_exact(tally_of(maps).compute(quantile), maps, quantile)
 
 
 @settings(deadline=None, max_examples=60)
@@ -98,7 +98,7 @@ def test_share_above_the_threshold_is_the_quantile_at_most(
 ) -> None:
     """At most, to within one position; and less only by what lies within the margin."""
     maps = maps_of(size, seed)
-    usual = tally_of(maps).finish(quantile)
+    usual = tally_of(maps).compute(quantile)
     positions = maps[:, 0].numel()
     above = (maps > usual.threshold[:, None, None]).sum(dim=(0, 2, 3)).double() / positions
     assert (above - quantile <= 1.5 / positions + 1e-12).all()
@@ -113,7 +113,7 @@ def test_share_above_the_threshold_is_the_quantile_at_most(
 @given(size=SIZES, seed=SEEDS)
 def test_mean_is_that_of_every_position(size: tuple[int, ...], seed: int) -> None:
     maps = maps_of(size, seed)
-    mean = tally_of(maps).finish(0.1).mean
+    mean = tally_of(maps).compute(0.1).mean
     for channel in range(size[1]):
         values = sorted_values(maps, channel)
         assert mean[channel].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
@@ -125,7 +125,7 @@ def test_no_value_is_larger_than_the_largest_nor_half_of_it(
     size: tuple[int, ...], seed: int, scale: float
 ) -> None:
     maps = maps_of(size, seed, scale)
-    largest = tally_of(maps).finish(0.1).largest
+    largest = tally_of(maps).compute(0.1).largest
     actual = maps.abs().amax(dim=(0, 2, 3))
     assert (largest >= actual).all()
     assert (largest <= 2 * actual).all()
@@ -144,10 +144,10 @@ def test_batches_and_their_order_do_not_matter(
     size: tuple[int, ...], quantile: float, seed: int, chunk: int, positions: int, spread: float
 ) -> None:
     maps = maps_of(size, seed, spread=spread)
-    whole = tally_of(maps, positions=positions).finish(quantile)
+    whole = tally_of(maps, positions=positions).compute(quantile)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
     for parts in (maps.split(chunk), maps.flip(0).split(chunk), maps[order].split(1)):
-        assert_same(tally_of(*parts, positions=positions).finish(quantile), whole)
+        assert_same(tally_of(*parts, positions=positions).compute(quantile), whole)
 
 
 def test_larger_values_that_come_late_move_the_bins() -> None:
@@ -156,19 +156,19 @@ def test_larger_values_that_come_late_move_the_bins() -> None:
     maps *= torch.arange(-20.0, 20.0).exp2()[:, None, None, None]
     growing, shrinking = tally_of(*maps.split(1)), tally_of(*maps.flip(0).split(1))
     for quantile in (0.001, 0.1, 0.5, 0.9, 0.999):
-        assert_same(growing.finish(quantile), shrinking.finish(quantile))
-        assert_close_to_exact(growing.finish(quantile), maps, quantile)
+        assert_same(growing.compute(quantile), shrinking.compute(quantile))
+        assert_close_to_exact(growing.compute(quantile), maps, quantile)
 
 
 def test_bfloat16_maps_are_counted_like_their_values(generator: torch.Generator) -> None:
     maps = torch.randn(4, 3, 6, 6, generator=generator).bfloat16()
-    assert_same(tally_of(maps).finish(0.1), tally_of(maps.float()).finish(0.1))
+    assert_same(tally_of(maps).compute(0.1), tally_of(maps.float()).compute(0.1))
 
 
 def test_large_maps_are_sampled_and_the_share_stays_close(generator: torch.Generator) -> None:
     positions = 256
     maps = torch.randn(8, 3, 64, 64, generator=generator)
-    usual = tally_of(maps, positions=positions).finish(0.1)
+    usual = tally_of(maps, positions=positions).compute(0.1)
     share = (maps > usual.threshold[:, None, None]).double().mean(dim=(0, 2, 3))
     # Five standard errors of a share of 0.1 among at least half of the positions asked for, and
     # what a bin holds: 1/64 of the threshold, times the density there.
@@ -183,7 +183,7 @@ def test_the_sample_meets_every_column_of_a_large_map(side: int) -> None:
     maps = torch.zeros(2, side, side, side)  # filter c is active in column c alone
     maps[:, torch.arange(side), :, torch.arange(side)] = 1.0
     positions = 16 * side
-    usual = tally_of(maps, positions=positions).finish(0.25 / side)
+    usual = tally_of(maps, positions=positions).compute(0.25 / side)
     assert (usual.threshold == 1).all()  # less than the share of a column, which has been met
     assert (usual.mean > 0).all()
     assert usual.mean.mean().item() == pytest.approx(1 / side, rel=1e-5)
@@ -194,9 +194,9 @@ def test_what_was_added_does_not_follow_later_changes_of_the_maps(
 ) -> None:
     maps = torch.randn(2, 3, 4, 4, generator=generator)
     tally = tally_of(maps)
-    before = tally.finish(0.25)
+    before = tally.compute(0.25)
     maps.zero_()
-    assert_same(tally.finish(0.25), before)
+    assert_same(tally.compute(0.25), before)
 
 
 @pytest.mark.parametrize("value", [0.7, -0.7, 0.0, 1e-30, -1e30 / 1e22, 2.0**-130])
@@ -205,7 +205,7 @@ def test_a_filter_that_never_varies_is_never_above_its_threshold(
     value: float, quantile: float
 ) -> None:
     maps = torch.full((2, 1, 3, 3), value)
-    usual = tally_of(maps).finish(quantile)
+    usual = tally_of(maps).compute(quantile)
     assert usual.threshold.item() == maps[0, 0, 0, 0].item()
     assert not (maps > usual.threshold[:, None, None]).any()
     assert usual.mean.item() == pytest.approx(value)
@@ -214,7 +214,7 @@ def test_a_filter_that_never_varies_is_never_above_its_threshold(
 def test_a_dead_filter_beside_a_living_one_is_never_active(generator: torch.Generator) -> None:
     maps = torch.randn(4, 2, 5, 5, generator=generator)
     maps[:, 1] = 0.0
-    usual = tally_of(*maps.split(1)).finish(0.01)
+    usual = tally_of(*maps.split(1)).compute(0.01)
     assert usual.threshold[1].item() == 0.0
     assert not (maps[:, 1] > usual.threshold[1]).any()
     assert (maps[:, 0] > usual.threshold[0]).any() or maps[:, 0].max() == usual.threshold[0]
@@ -223,7 +223,7 @@ def test_a_dead_filter_beside_a_living_one_is_never_active(generator: torch.Gene
 def test_a_filter_that_is_mostly_silent_is_active_where_it_is_not() -> None:
     maps = torch.zeros(1, 1, 10, 10)
     maps[0, 0, 0, :5] = 3.0
-    usual = tally_of(maps).finish(0.2)  # zero is the value that a fifth of the positions reach
+    usual = tally_of(maps).compute(0.2)  # zero is the value that a fifth of the positions reach
     assert 0 <= usual.threshold.item() <= 3 / 2**10
     assert (maps > usual.threshold[:, None, None]).sum() == 5
 
@@ -234,19 +234,19 @@ def test_values_that_are_not_finite_are_an_error(value: float, place: int) -> No
     """Also where the position is not among those that thresholds are taken from."""
     maps = torch.zeros(2, 3, 4, 4)
     maps[1, 2].flatten()[place] = value
-    tally = ActivationStatisticsTally(3, 1)
+    tally = StatisticsAccumulator(3, 1)
     with pytest.raises(DataError, match="values that are not finite"):
-        tally.add(maps)
+        tally.update(maps)
 
 
 def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> None:
     maps = torch.randn(6, 3, 5, 5, generator=generator)
-    tally = ActivationStatisticsTally(3, ALL_POSITIONS, with_thresholds=False)
+    tally = StatisticsAccumulator(3, ALL_POSITIONS, with_thresholds=False)
     for some in maps.split(2):
-        tally.add(some)
-    usual, whole = tally.finish(0.1), tally_of(maps).finish(0.1)
+        tally.update(some)
+    usual, whole = tally.compute(0.1), tally_of(maps).compute(0.1)
     assert torch.equal(usual.mean, whole.mean)
     assert torch.equal(usual.largest, whole.largest)
     assert usual.threshold.isinf().all()
     with pytest.raises(DataError, match="not finite"):
-        tally.add(maps.clone().fill_(math.nan))
+        tally.update(maps.clone().fill_(math.nan))

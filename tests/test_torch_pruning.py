@@ -102,7 +102,7 @@ def test_what_secateur_can_not_cut_is_left_whole_and_named() -> None:
 
 def test_images_must_be_given_where_they_are_needed() -> None:
     model = make_network("chain")
-    with pytest.raises(UsageError, match="'taylor' looks at images: give it batches"):
+    with pytest.raises(UsageError, match="'taylor' needs images: pass batches"):
         CriterionImportance(model, IMAGES[:2], "taylor")
     with pytest.raises(UnknownName, match="unknown criterion 'l3'"):
         CriterionImportance(model, IMAGES[:2], "l3")

@@ -25,6 +25,7 @@ from secateur.runtime.distributed import (
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.sync_batchnorm import sync_batchnorm
 from secateur.training.trainer import train
+from secateur.training.training_data import TrainingData
 
 STEPS = 2
 KILLS = 20
@@ -45,14 +46,13 @@ def settings(**changes: object) -> TrainingSection:
 def weights_after(
     count: int, changes: Mapping[str, object], folder: Path | None = None
 ) -> dict[str, Tensor]:
-    """The weights after training, and as `loss` what the last epoch lost."""
+    """The weights after training, and as `loss` the loss of the last epoch."""
     torch.manual_seed(0)
     model = Chain()
     training = train(
         model,
         None,
-        small_images(count),
-        Preprocessing(8, 8),
+        TrainingData(small_images(count), Preprocessing(8, 8)),
         settings(**changes),
         seed=0,
         checkpoints=None if folder is None else Checkpoints(folder),
@@ -61,17 +61,17 @@ def weights_after(
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_batch_may_be_shared_by_processes(size: int) -> None:
-    """Two steps with the same batches, norms and all, of which the second is not whole."""
-    for changes in ({}, {"gradient_accumulation_steps": 2, "mode": "evaluation"}):
+def test_a_batch_may_be_sharded(size: int) -> None:
+    """Two steps with batch norm over all processes; the second batch is not full."""
+    for changes in ({}, {"gradient_accumulation_steps": 2, "freeze_batchnorm": True}):
         alone = weights_after(51, {**changes})
-        for found in in_group(weights_after, size, 51, {**changes}):
+        for sharded in in_group(weights_after, size, 51, {**changes}):
             for name, expected in alone.items():
-                difference = (found[name].double() - expected.double()).abs().max()
+                difference = (sharded[name].double() - expected.double()).abs().max()
                 assert difference < 1e-5, name
 
 
-def test_processes_agree_without_shared_norms() -> None:
+def test_processes_agree_without_sync_batchnorm() -> None:
     changes = {"sync_batchnorm": False}
     one, other = in_group(weights_after, 2, 60, changes)
     alone = weights_after(60, changes)
@@ -80,37 +80,37 @@ def test_processes_agree_without_shared_norms() -> None:
 
 
 class NormThenRectifier(nn.BatchNorm2d):
-    """A norm that does something of its own, as those of timm do."""
+    """A subclass of batch norm that adds an activation, as timm's do."""
 
     def forward(self, values: Tensor) -> Tensor:
         return super().forward(values).relu()
 
 
 def normalised(momentum: float | None) -> dict[str, Tensor]:
-    """What a norm in training mode makes of the images of all processes, and has noted of them."""
+    """The outputs and statistics of a batch norm in training mode, over all processes."""
     torch.manual_seed(0)
     images = torch.randn(10, 3, 4, 4)
     rank, processes = rank_and_world_size()
     norm = NormThenRectifier(3, momentum=momentum)
     with sync_batchnorm(norm):
-        answers = norm(images[rank::processes])
+        outputs = norm(images[rank::processes])
     whole = torch.zeros(10, 3, 4, 4)
-    whole[rank::processes] = answers.detach()
+    whole[rank::processes] = outputs.detach()
     all_reduce_sum([whole])
-    return {**norm.state_dict(), "answers": whole}
+    return {**norm.state_dict(), "outputs": whole}
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_shared_norm_does_what_its_class_adds(momentum: float | None) -> None:
+def test_sync_batchnorm_keeps_what_a_subclass_adds(momentum: float | None) -> None:
     alone = normalised(momentum)
-    assert (alone["answers"] == 0).any()
-    for found in in_group(normalised, 2, momentum):
+    assert (alone["outputs"] == 0).any()
+    for sharded in in_group(normalised, 2, momentum):
         for name, expected in alone.items():
-            assert torch.allclose(found[name], expected, atol=1e-6), name
+            assert torch.allclose(sharded[name], expected, atol=1e-6), name
 
 
 def loss_when_resumed(folder: Path) -> Tensor:
-    """The loss of an epoch that is gone on with from its middle."""
+    """The loss of an epoch that is resumed in its middle."""
     changes = {"checkpoint_minutes": 0}
     weights_after(60, changes, folder)
     if is_main_process():
@@ -120,11 +120,11 @@ def loss_when_resumed(folder: Path) -> Tensor:
     return weights_after(60, changes, folder)["loss"]
 
 
-def test_the_loss_of_an_epoch_that_is_gone_on_with_is_a_mean(tmp_path: Path) -> None:
+def test_the_loss_of_a_resumed_epoch_is_a_mean(tmp_path: Path) -> None:
     """Of the first process's images before, and those of all after the interruption."""
     expected = weights_after(60, {})["loss"]
-    for number, found in enumerate(in_group(loss_when_resumed, 2, tmp_path)):
-        assert found == pytest.approx(float(expected), rel=0.1), number
+    for number, loss in enumerate(in_group(loss_when_resumed, 2, tmp_path)):
+        assert loss == pytest.approx(float(expected), rel=0.1), number
 
 
 LONG = {"epochs": 40, "batch_size": 8, "checkpoint_minutes": 0, "ema_decay": 0.9, "cutmix": 1.0}
@@ -132,12 +132,12 @@ LONG = {"epochs": 40, "batch_size": 8, "checkpoint_minutes": 0, "ema_decay": 0.9
 
 def train_and_store(folder: Path) -> None:
     torch.set_num_threads(1)
-    found = weights_after(64, LONG, folder / "checkpoints")
-    torch.save(found, folder / "unfinished")
+    weights = weights_after(64, LONG, folder / "checkpoints")
+    torch.save(weights, folder / "unfinished")
     (folder / "unfinished").rename(folder / "weights.pt")
 
 
-def test_a_training_killed_at_random_moments_ends_as_if_left_alone(tmp_path: Path) -> None:
+def test_a_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     alone.mkdir()
     killed.mkdir()

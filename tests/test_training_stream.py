@@ -17,7 +17,7 @@ from torch import Tensor
 
 from processes import started
 from secateur.data import Batch, FileImages, TensorImages, Unreadable
-from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
 from secateur.errors import DataError, UsageError
@@ -54,33 +54,33 @@ def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
     expected = list(stream(numbered(60)).epoch(1))
     batches = stream(numbered(60), workers=2).epoch(1)
     found = [next(batches)]
-    readers = psutil.Process().children()
-    assert len(readers) >= 2
-    for reader in readers:
-        reader.terminate()
+    workers = psutil.Process().children()
+    assert len(workers) >= 2
+    for worker in workers:
+        worker.terminate()
     assert is_equal([*found, *batches], expected)
 
 
 def _read_and_wait(note: Path) -> None:
     batches = stream(numbered(60), workers=1).epoch(1)
     next(batches)
-    readers = psutil.Process().children(recursive=True)
-    replace_file(note, " ".join(str(reader.pid) for reader in readers))
+    workers = psutil.Process().children(recursive=True)
+    replace_file(note, " ".join(str(worker.pid) for worker in workers))
     time.sleep(1000)
 
 
 def test_readers_end_with_the_process_they_read_for(tmp_path: Path) -> None:
     """However it ended, and where a server of processes started them and is still there."""
-    note = tmp_path / "readers"
+    note = tmp_path / "workers"
     process = started(_read_and_wait, note)
     while not note.exists():
         assert process.is_alive()
         time.sleep(0.05)
-    readers = [psutil.Process(int(number)) for number in note.read_text().split()]
-    assert readers
+    workers = [psutil.Process(int(number)) for number in note.read_text().split()]
+    assert workers
     process.kill()
     process.join()
-    assert psutil.wait_procs(readers, timeout=60)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -92,15 +92,15 @@ def test_every_process_gets_its_share_and_together_they_see_the_epoch(
     count: int, size: int, processes: int
 ) -> None:
     images = numbered(count)
-    shares = [stream(images, size, shard=(rank, processes)) for rank in range(processes)]
-    epochs = [list(share.epoch(1)) for share in shares]
+    shards = [stream(images, size, shard=(rank, processes)) for rank in range(processes)]
+    epochs = [list(local_shard.epoch(1)) for local_shard in shards]
     (whole,) = [list(stream(images, size).epoch(1))]
-    steps = shares[0].steps
+    steps = shards[0].steps
     assert {len(epoch) for epoch in epochs} == {steps}
     for step in range(steps):
         joined = [label for epoch in epochs for label in epoch[step].labels.tolist()]
         assert sorted(joined) == sorted(whole[step].labels.tolist())
-        assert len(joined) == shares[0].size(step)
+        assert len(joined) == shards[0].size(step)
     seen = sorted(label for epoch in epochs for label in labels_of(epoch))
     assert len(seen) == len(set(seen))
     left_out = count - len(seen)
@@ -127,8 +127,8 @@ def test_changes_do_not_depend_on_processes_or_workers(augmentation: Augmentatio
     whole = list(stream(images, augmentation=augmentation).epoch(1))
     assert is_equal(whole, list(stream(images, augmentation=augmentation, workers=2).epoch(1)))
     for rank in range(2):
-        share = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
-        for all_images, own in zip(whole, share, strict=True):
+        local_shard = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
+        for all_images, own in zip(whole, local_shard, strict=True):
             assert torch.equal(all_images.images[rank::2], own.images)
 
 
@@ -239,7 +239,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
     path = tmp_path / "ramp.png"
     Image.fromarray(torch.stack([ramp, ramp, ramp], dim=2).numpy()).save(path)
     images = FileImages((path,) * 30, torch.zeros(30, dtype=torch.int64))
-    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
+    changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
         torch.arange(30), NATIVE
     )
     assert changed.shape == (30, 3, 16, 16)
@@ -252,7 +252,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
 def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     pixels = torch.randint(256, (4, 3, 12, 12), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
-    changed = ChangedImages(images, Augmentation("random_resized_crop"), (0, 1))
+    changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
     found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
     assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts
@@ -262,7 +262,7 @@ def test_randaugment_changes_pixels_and_nothing_else() -> None:
     pixels = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(12))
     augmentation = Augmentation("none", flip=False, randaugment=True)
-    changed = ChangedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
+    changed = AugmentedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
     assert changed.dtype == torch.uint8
     assert changed.shape == images.pixels.shape
     assert not torch.equal(changed, images.pixels)

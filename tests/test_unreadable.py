@@ -258,13 +258,13 @@ def test_a_probe_set_of_damaged_files_is_an_error(
         prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", skip_unreadable=True)
 
 
-def test_where_the_sample_is_damaged_all_images_are_looked_at(
+def test_where_the_sample_is_damaged_all_images_are_used(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     source = f"folder:{folder}"
-    probe = data.draw_calibration_images(data.load(source).train, 4)
-    assert isinstance(probe, FileImages)
-    probe.paths[0].write_bytes(b"")
+    calibration = data.draw_calibration_images(data.load(source).train, 4)
+    assert isinstance(calibration, FileImages)
+    calibration.paths[0].write_bytes(b"")
 
     def scores(every: int) -> list[tuple[float, ...]]:
         config = from_dict(
@@ -282,24 +282,24 @@ def test_where_the_sample_is_damaged_all_images_are_looked_at(
             RunConfig,
         )
         result = run(config, tmp_path / str(every))
-        assert result.unreadable == (str(probe.paths[0]),)
+        assert result.unreadable == (str(calibration.paths[0]),)
         return [group.scores for group in result.groups]
 
     assert scores(8) == scores(1)
 
 
-def test_looking_at_filters_leaves_them_out_too(folder: Path, model_file: Path) -> None:
+def test_inspecting_filters_leaves_them_out_too(folder: Path, model_file: Path) -> None:
     damaged(folder)
     source: dict[str, object] = {"source": f"folder:{folder}", "image_size": 16}
     network = {"name": f"{model_file}:small"}
 
-    def look(**options: object) -> dict[str, object]:
+    def inspect(**options: object) -> dict[str, object]:
         config = from_dict({"model": network, "data": {**source, **options}}, RunConfig)
         return inspect_network(config, ("l1",))
 
     with pytest.raises(UnreadableImage, match="can't be read"):
-        look()
-    found = look(skip_unreadable=True)["unreadable"]
+        inspect()
+    found = inspect(skip_unreadable=True)["unreadable"]
     assert isinstance(found, list)
     assert found
     assert all("train" in name for name in found)

@@ -1,4 +1,4 @@
-"""From Python: a network and images in, a smaller network and what is known of it out."""
+"""Prune from Python: a network and images in, a smaller network and its scores out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from markupsafe import Markup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,50 +22,56 @@ from secateur.evaluation.evaluate import Score, compute_logits
 from secateur.experiments import run as runs
 from secateur.experiments.report import score_rows, write_report
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.run_folder import Origin
 from secateur.models import zoo
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.result import Origin, RunResult
+from secateur.pipeline.pruned import Pruned
+from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.progress import no_progress, progress_bars
 from secateur.scoring import criteria
 
 ImageBatches = Iterable[Any] | Dataset[Any]
-"""What goes through the network: tensors `[image, channel, height, width]` or
-`[channel, height, width]`, or pairs `(images, labels)` of such a tensor and class numbers, as a
-`DataLoader`, a `Dataset` or a list gives them."""
-HELD_OUT, FOR_CHOICE = 5, 10
-"""Without `test` images every n-th image is kept for the score, and every n-th of the
-others for choices by validation images."""
+"""Images as a `DataLoader`, a `Dataset` or a list yields them: tensors `[image, channel, height,
+width]` or `[channel, height, width]`, or pairs `(images, labels)` of such a tensor and class
+numbers."""
+TEST_EVERY, VALIDATION_EVERY = 5, 10
+"""Without `test` every n-th image is held out for the scores, and every n-th of the others for
+choices on validation images."""
 SOURCE = "images in memory"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PruneResult:
-    """A smaller network, what was cut, and what it cost."""
+    """A smaller network, what was removed, and the scores of every stage.
+
+    Printing it shows the table of scores; a notebook shows it as HTML.
+    """
 
     model: nn.Module
-    """The pruned network, in evaluation mode, on the device that the original is on."""
+    """The pruned network, in evaluation mode, on the device of the original."""
     plan: PruningPlan
-    """Which filters went."""
+    """Which filters were removed."""
     scores: Mapping[str, Score]
-    """Of each step that the run came to, in their order: `before`, `cut`, `refit`, `polished`,
-    `tuned`. Top-1 is agreement with the original where there were no labels."""
+    """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
+    Without labels top-1 is the fraction of images that get the original network's class."""
     result: RunResult
-    """All else: settings, scores of filters, frozen groups, environment."""
+    """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
-    """Whether accuracies are by labels, not by what the original network answers."""
+    """Whether accuracies are measured on labels, not on the original network's classes."""
     _original: nn.Module
     _dataset: DataSet
-    _pruned: pipeline.Pruned
+    _pruned: Pruned
     _shape: tuple[int, int, int]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Leaves a run folder, without a gallery in its report; returns the folder.
+        """Write a run folder, whose report has no gallery; return the folder.
 
-        `secateur.load(folder, architecture=model)` gives the network back, where `model` is the
+        `secateur.load(folder, architecture=model)` loads the network again, where `model` is the
         original with any weights; `secateur.load_program(folder)` needs no code. Raises
-        `RunFolderError` where the folder is in the way, and `WriteError`.
+        `RunFolderError` where the folder is not empty (see `overwrite`), and `WriteError`.
         """
         config = self.result.config
         origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
@@ -73,20 +79,21 @@ class PruneResult:
         return Path(folder)
 
     def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
-        """Writes one HTML file with what went and what the filters see; returns its path.
+        """Write one HTML file: what was removed, and what filters respond to; return its path.
 
-        `images` is how many calibration images the filters are looked at with; 0 shows no images.
-        Raises `WriteError` where it can't be written.
+        `images` is how many calibration images the filters are dissected with; 0 shows no images.
+        Raises `WriteError`.
         """
         config = self.result.config
-        config = config.model_copy(
-            update={"report": config.report.model_copy(update={"images": images})}
-        )
+        report_section = config.report.model_copy(update={"images": images})
+        config = config.model_copy(update={"report": report_section})
         result = self.result.model_copy(update={"config": config})
-        smaller = self._pruned.model
-        dependencies = self._pruned.dependencies
         gallery = make_gallery(
-            self._original, smaller, self._dataset, result, dependencies=dependencies
+            self._original,
+            self._pruned.model,
+            self._dataset,
+            result,
+            dependencies=self._pruned.dependencies,
         )
         write_report(result, Path(path), gallery)
         return Path(path)
@@ -96,8 +103,8 @@ class PruneResult:
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
             "  ".join(
-                text.ljust(width) if place == 0 else text.rjust(width)
-                for place, (text, width) in enumerate(zip(line, widths, strict=True))
+                text.ljust(width) if column == 0 else text.rjust(width)
+                for column, (text, width) in enumerate(zip(line, widths, strict=True))
             )
             for line in (head, *rows)
         ]
@@ -133,54 +140,50 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> PruneResult:
-    """A smaller copy of a network that tells images apart; `model` itself is not changed.
+    """Return a smaller copy of an image classifier; `model` itself is not changed.
 
-    `images` are as the network takes them, float `[image, channel, height, width]` of one size, in
-    batches or one by one, with class numbers or without: see `ImageBatches`. The first `max_images`
-    are read and held in memory. They score the filters and re-estimate the remaining kernels; with
-    `epochs` the network is trained on them, too, by the original's answers and the labels, if any.
-    Without `test` images a fifth is kept apart for the scores; without labels those say how often
-    the two networks agree.
+    Arguments:
+        model: any network that takes images and returns logits `[image, class]`.
+        images: what the network takes, float `[image, channel, height, width]` of one size, in
+            batches or one by one, with class numbers or without; see `ImageBatches`. They score the
+            filters and refit the remaining kernels.
+        target: the budget, the fraction that may stay: `macs=F`, `params=F`, `filters=F`,
+            `memory=F` or `latency=F`.
+        criterion, concepts: how filters are ranked, as `secateur models` lists them.
+        test: images for the scores. By default every fifth of `images` is held out. Without labels
+            the scores say how often the two networks agree.
+        class_names: for the report.
+        epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
+        max_images: only so many of `images` are read; they are held in memory.
+        settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
+        progress: whether to show progress bars on stderr.
 
-    `target` is what may stay: `macs=F`, `params=F`, `filters=F`, `memory=F` or `latency=F`;
-    `criterion` and `concepts` are named as in `secateur models`. `settings` are any keys of a
-    configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
+    Raises `DataError` where the images are not such tensors, `UsageError` or `UnknownName` for
+    settings that don't exist, and `SecateurError` where the network can't be traced or pruned.
 
-    Raises `DataError` where the images are no such tensors, `UsageError` or `UnknownName` for
-    settings that don't exist, and `SecateurError` where the network can't be followed.
+    >>> import secateur, torch, torchvision
+    >>> model = torchvision.models.resnet18(num_classes=10).eval()
+    >>> images = torch.rand(100, 3, 64, 64)
+    >>> pruned = secateur.prune(model, [images], target="macs=0.5")
+    >>> pruned.scores["refit"].macs / pruned.scores["before"].macs <= 0.5
+    True
+    >>> pruned.model(images[:1]).shape
+    torch.Size([1, 10])
     """
-    probe, labels = _collected(images, max_images, "images")
-    given = len(probe)
-    config = _config(model, probe, target, criterion, concepts, epochs, seed, settings or {})
+    calibration = _collect(images, max_images, "images")
+    config = _make_config(
+        model, calibration, target, criterion, concepts, epochs, seed, settings or {}
+    )
     original = model
     if device_of(model).type != "cpu":
         original = copy.deepcopy(model).cpu()
-    scored, scored_labels = (None, None) if test is None else _collected(test, None, "test")
-    if scored is None:
-        is_test = torch.arange(len(probe)) % HELD_OUT == HELD_OUT - 1
-        scored, probe = probe[is_test], probe[~is_test]
-        if labels is not None:
-            scored_labels, labels = labels[is_test], labels[~is_test]
-    has_labels = labels is not None and scored_labels is not None
-    if labels is None or scored_labels is None:
-        size = config.data.batch_size
-        labels, scored_labels = _answers(original, probe, size), _answers(original, scored, size)
-    is_validation = torch.arange(len(probe)) % FOR_CHOICE == FOR_CHOICE - 1
-    if not len(scored) or not is_validation.any():
-        held_out = HELD_OUT if test is None else given + 1
-        least = next(n for n in itertools.count(FOR_CHOICE) if n - n // held_out >= FOR_CHOICE)
-        raise DataError(f"{given} images are too few: give at least {least}")
-    everything = NormalisedImages(probe, labels)
-    dataset = DataSet(
-        name=SOURCE,
-        class_names=tuple(class_names),
-        train=everything.take((~is_validation).nonzero()[:, 0]),
-        validation=everything.take(is_validation.nonzero()[:, 0]),
-        test=NormalisedImages(scored, scored_labels),
+    test_images = None if test is None else _collect(test, None, "test")
+    dataset, has_labels = _make_dataset(
+        original, calibration, test_images, class_names, config.data.batch_size
     )
-    pruned = pipeline.prune(
-        original, dataset, config, progress=progress_bars if progress else no_progress
-    )
+    run_context = RunContext(progress_bars if progress else no_progress)
+    pruned = pipeline.prune(original, dataset, config, run_context=run_context)
+    channels, height, width = calibration.pixels.shape[1:]
     return PruneResult(
         model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),
         plan=pruned.plan,
@@ -190,13 +193,65 @@ def prune(
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
-        _shape=(probe.shape[1], probe.shape[2], probe.shape[3]),
+        _shape=(channels, height, width),
     )
 
 
-def _config(
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images in memory, as the network takes them."""
+
+    pixels: Float[Tensor, "image channel height width"]
+    labels: Int[Tensor, "image"] | None
+
+    def take(self, chosen: Tensor) -> _Images:
+        """Return the images where `chosen` is true."""
+        labels = None if self.labels is None else self.labels[chosen]
+        return _Images(self.pixels[chosen], labels)
+
+
+def _every(step: int, count: int) -> Tensor:
+    """Return for each of `count` images whether it is the last of `step` in a row."""
+    return torch.arange(count) % step == step - 1
+
+
+def _make_dataset(
+    original: nn.Module,
+    calibration: _Images,
+    test: _Images | None,
+    class_names: Sequence[str],
+    batch_size: int,
+) -> tuple[DataSet, bool]:
+    """Return the images in three parts, and whether their labels were given."""
+    count = len(calibration.pixels)
+    test_every = TEST_EVERY if test is None else count + 1
+    if test is None:
+        is_test = _every(TEST_EVERY, count)
+        calibration, test = calibration.take(~is_test), calibration.take(is_test)
+    is_validation = _every(VALIDATION_EVERY, len(calibration.pixels))
+    labels, test_labels = calibration.labels, test.labels
+    has_labels = labels is not None and test_labels is not None
+    if labels is None or test_labels is None:
+        labels, test_labels = _predict(original, (calibration.pixels, test.pixels), batch_size)
+    if not len(test.pixels) or not is_validation.any():
+        least = next(
+            n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
+        )
+        raise DataError(f"{count} images are too few: give at least {least}")
+    everything = NormalisedImages(calibration.pixels, labels)
+    dataset = DataSet(
+        name=SOURCE,
+        class_names=tuple(class_names),
+        train=everything.take((~is_validation).nonzero()[:, 0]),
+        validation=everything.take(is_validation.nonzero()[:, 0]),
+        test=NormalisedImages(test.pixels, test_labels),
+    )
+    return dataset, has_labels
+
+
+def _make_config(
     model: nn.Module,
-    probe: Tensor,
+    calibration: _Images,
     target: str,
     criterion: str,
     concepts: str,
@@ -204,15 +259,15 @@ def _config(
     seed: int,
     settings: Mapping[str, Any],
 ) -> RunConfig:
-    """The configuration of a run on a network and images that have no name."""
+    """Return the configuration of a run on a network and images that have no name."""
     criteria.check_name(criterion)
     tables: dict[str, Any] = {
         "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
         "data": {
             "source": SOURCE,
             "stratified": False,
-            "image_size": min(probe.shape[2:]),
-            "calibration_images": len(probe),
+            "image_size": min(calibration.pixels.shape[2:]),
+            "calibration_images": len(calibration.pixels),
         },
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": target},
@@ -226,39 +281,38 @@ def _config(
         tables[section] = {**tables.get(section, {}), name: value}
     config = from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
-        raise UsageError("randaugment and crop = 'resized' change images in files, not tensors")
+        raise UsageError(
+            "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
+        )
     return config
 
 
-def _collected(
-    batches: ImageBatches, most: int | None, name: str
-) -> tuple[Tensor, Int[Tensor, "image"] | None]:
-    """The first images of an iterable in one tensor, and their labels where each batch has them."""
-    found: list[Tensor] = []
+def _collect(batches: ImageBatches, most: int | None, name: str) -> _Images:
+    """Return the first `most` images, and their labels where each batch has them."""
+    pixels: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
-    for batch in cast("Iterable[Any]", batches):  # a Dataset, by its numbers
-        pixels, own = batch if _is_pair(batch) else (_only(batch), None)
-        pixels = _checked(pixels, name)
-        if found and pixels.shape[1:] != found[0].shape[1:]:
+    for batch in cast("Iterable[Any]", batches):  # a Dataset is iterated by index
+        images, batch_labels = batch if _is_pair(batch) else (_only(batch), None)
+        images = _checked(images, name)
+        if pixels and images.shape[1:] != pixels[0].shape[1:]:
             raise DataError(
-                f"{name}: tensors {list(found[0].shape[1:])} and {list(pixels.shape[1:])} of one "
+                f"{name}: tensors {list(pixels[0].shape[1:])} and {list(images.shape[1:])} of one "
                 "image each: all must have one size"
             )
-        found.append(pixels.detach().cpu().float())
-        if own is not None:
-            labels.append(torch.as_tensor(own).detach().cpu().reshape(-1).long())
-            if len(labels[-1]) != len(pixels):
-                raise DataError(f"{name}: {len(pixels)} images with {len(labels[-1])} labels")
-        count += len(pixels)
+        pixels.append(images.detach().cpu().float())
+        if batch_labels is not None:
+            labels.append(torch.as_tensor(batch_labels).detach().cpu().reshape(-1).long())
+            if len(labels[-1]) != len(images):
+                raise DataError(f"{name}: {len(images)} images with {len(labels[-1])} labels")
+        count += len(images)
         if most is not None and count >= most:
             break
-    if not found:
+    if not pixels:
         raise DataError(f"{name}: there are none")
-    if labels and len(labels) < len(found):
+    if labels and len(labels) < len(pixels):
         raise DataError(f"{name}: some come with labels and some without")
-    together = torch.cat(found)[:most]
-    return together, torch.cat(labels)[:most] if labels else None
+    return _Images(torch.cat(pixels)[:most], torch.cat(labels)[:most] if labels else None)
 
 
 def _is_pair(batch: Any) -> bool:
@@ -286,13 +340,17 @@ def _checked(pixels: Any, name: str) -> Tensor:
     return batch
 
 
-def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "image"]:
-    """The class that the network itself gives each image."""
-    found: list[Tensor] = []
+def _predict(
+    model: nn.Module, image_sets: Sequence[Tensor], batch_size: int
+) -> list[Int[Tensor, "image"]]:
+    """Return the network's own class of each image, for each set of images."""
     with evaluating(model), torch.no_grad():
-        for some in images.split(batch_size):
-            found.append(compute_logits(model, some).argmax(1))
-    return torch.cat(found)
+        return [
+            torch.cat(
+                [compute_logits(model, batch).argmax(1) for batch in images.split(batch_size)]
+            )
+            for images in image_sets
+        ]
 
 
 def _summary(result: PruneResult) -> str:

@@ -29,6 +29,8 @@ Resizing = Literal["bilinear", "bicubic"]
 ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Quantity = Literal["macs", "params", "filters", "memory", "latency"]
+VoteMode = Literal["share", "top", "plurality"]
+VotingUnit = Literal["cells", "regions"]
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -141,10 +143,10 @@ class ScoreSection(Section):
     concepts: str = "evidence"
     """Concept sources, separated by commas: evidence, saliency, factors:K, colours; or, with images
     of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR."""
-    vote_mode: Literal["share", "top", "plurality"] = "share"
+    vote_mode: VoteMode = "share"
     """For `vote-response`: divide each vote among all filters in proportion to their strength, give
     one to each of the strongest, or give it to the strongest alone."""
-    voting_unit: Literal["cells", "regions"] = "cells"
+    voting_unit: VotingUnit = "cells"
     """For `vote-response`: hold one vote per cell of a region, or one per region."""
     concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Weight of the votes for a concept, by its name or its category; 1 for all others."""

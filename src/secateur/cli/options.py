@@ -109,7 +109,7 @@ Tracker = Annotated[
     typer.Option(
         "--tracker",
         help="Log training curves with this experiment tracker: tensorboard, wandb, mlflow, "
-        "trackio, … Its package must be installed.",
+        "or trackio. Its package must be installed.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -117,7 +117,8 @@ TrackerDir = Annotated[
     Path | None,
     typer.Option(
         "--tracker-dir",
-        help="Folder for the tracker's files (default: logs in the run folder).",
+        help="Folder for the tracker's files (default of tensorboard: RUN-logs, beside the run "
+        "folder RUN).",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -21,7 +21,9 @@ from secateur.experiments.inspect import NEEDED
 from secateur.experiments.report import count_text, score_rows
 from secateur.experiments.report.comparison import TextTable
 from secateur.integrations.onnx import ExportResult, Latency
+from secateur.integrations.trackers import Tracker
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
 
@@ -48,6 +50,11 @@ def command_line() -> str:
 def progress() -> ProgressCallback:
     """Progress bars on stderr where it is a terminal, else nothing."""
     return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
+
+
+def run_context(tracker: Tracker | None = None) -> RunContext:
+    """Return where a run of this command reports to."""
+    return RunContext(progress(), command_line(), tracker)
 
 
 def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:

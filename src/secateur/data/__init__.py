@@ -1,7 +1,15 @@
-"""Data sets by name, and the parts that they are split into.
+"""Data sets by name, and their train, validation and test images.
 
-`train` is what calibration images are drawn from and what fine-tuning reads; `validation` is held
-out of it and may be used to choose; `test` is for final scores only.
+Calibration images are drawn from `train`, and fine-tuning reads it; `validation` is held out of it
+and may be used to choose settings; `test` is for final scores only.
+
+- `cifar`, `imagenet`, `fashion_mnist`, `cub`, `digits`: readers of these data sets
+- `folder`, `hugging_face`: readers of your own images
+- `images`, `preprocessing`, `batches`: from stored images to normalised batches
+- `annotated`, `concept_masks`: images with annotated regions
+- `splits`: held-out and calibration images
+- `augmentation`, `training_stream`: batches to train on
+- `unreadable`: damaged image files
 """
 
 from __future__ import annotations
@@ -44,7 +52,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DataSet:
-    """Labelled images in three parts that share no image."""
+    """Labelled images in three splits that share no image."""
 
     name: str
     class_names: tuple[str, ...]
@@ -62,7 +70,7 @@ READERS: dict[str, Callable[[Path], Splits]] = {
     "imagenet": read_imagenet,
     "imagenette": read_imagenette,
 }
-"""Kinds of data set that lie in a folder, `KIND:DIR`."""
+"""Readers by the kind of data set, for those in a folder: `KIND:DIR`."""
 
 DIGITS = "digits"
 HUGGING_FACE = "hf"
@@ -71,7 +79,7 @@ NONE = "none"
 
 
 def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
-    """The named data set, with a stratified share of its training images held out.
+    """Return the named data set, with a stratified part of its training images held out.
 
     `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
     `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
@@ -103,10 +111,10 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
 def draw_calibration_images(
     images: Images, count: int, *, stratified: bool = True, seed: int = 0
 ) -> Images:
-    """A random choice of `count` images; all of them where there are fewer.
+    """Return `count` random images, or all of them where there are fewer.
 
-    `stratified` draws equally from every class, as far as `count` divides; without it no label is
-    looked at. Which images are drawn depends on `seed` alone.
+    `stratified` draws equally from every class, as far as `count` divides; without it no labels are
+    used. Which images are drawn depends on `seed` alone.
     """
     generator = torch.Generator().manual_seed(seed)
     return draw(images, count, generator, stratified=stratified)

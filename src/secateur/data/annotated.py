@@ -1,8 +1,8 @@
-"""Images that come with annotated regions.
+"""Images with annotated regions.
 
-Regions go through the geometry of the images that they belong to: annotations are drawn at the
-size of the image file, resized to the shorter side by nearest neighbour (by pixel centres) and
-cropped like the image.
+Regions go through the same geometry as their images: annotations are drawn at the size of the image
+file, resized to the shorter side by nearest neighbour (by pixel centres) and cropped like the
+image.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, joined_masks
+from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, join_masks
 from secateur.data.images import FileImages, Images, Indices, to_size
 from secateur.data.preprocessing import Preprocessing
-from secateur.data.unreadable import DAMAGE, opened_image
+from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.errors import DataError, UsageError
 
 NO_CLASS = -1
-"""Label of an image of a list that has no classes."""
+"""Label of the images of a list without classes."""
 UNKNOWN = -2
-"""In place of the number of a concept where a value of a mask means nothing that is known."""
+"""Concept index of a mask's value that has no meaning."""
 
 
 @runtime_checkable
@@ -37,13 +37,13 @@ class AnnotatedImages(Images, Protocol):
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """Every concept that the regions can show, in the order of their numbers."""
+        """Every concept that the regions can show, by its index."""
 
     def regions(self, indices: Indices, preprocessing: Preprocessing) -> ConceptMasks:
-        """The regions of the images with these numbers, in the plane of what `read` gives.
+        """Return the regions of the images at `indices`, in the geometry of what `read` returns.
 
-        Only concepts that an image shows, in the order of their numbers; where one image shows
-        fewer than another, absent regions fill up. Raises `DataError`.
+        An image has regions only for the concepts that it shows, by index; `UNLABELLED` regions
+        fill up where one image shows fewer than another. Raises `DataError`.
         """
 
     def take(self, indices: Indices) -> AnnotatedImages:
@@ -52,18 +52,18 @@ class AnnotatedImages(Images, Protocol):
 
 @runtime_checkable
 class Annotation(Protocol):
-    """What is known of one image."""
+    """The annotation of one image."""
 
-    def planes(self, height: int, width: int) -> Int[Tensor, "layer height width"]:
-        """At the size of the image file, the number of a concept at each pixel, or `ABSENT`.
+    def planes(self, height: int, width: int) -> Int[Tensor, "plane height width"]:
+        """Return each pixel's concept index, or `UNLABELLED`, at the size of the image file.
 
-        Several layers where concepts overlap. Raises `DataError`.
+        There are several planes where concepts overlap. Raises `DataError`.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class AnnotatedFiles:
-    """Image files, and what is known of each."""
+    """Image files with an annotation for each."""
 
     paths: tuple[Path, ...]
     labels: Int[Tensor, "image"]
@@ -82,29 +82,28 @@ class AnnotatedFiles:
 
     def take(self, indices: Indices) -> AnnotatedFiles:
         """See `Images.take`."""
-        numbers = indices.tolist()
         return AnnotatedFiles(
-            tuple(self.paths[number] for number in numbers),
+            tuple(self.paths[index] for index in indices.tolist()),
             self.labels[indices],
             self.concepts,
-            tuple(self.annotations[number] for number in numbers),
+            tuple(self.annotations[index] for index in indices.tolist()),
         )
 
     def regions(self, indices: Indices, preprocessing: Preprocessing) -> ConceptMasks:
         """See `AnnotatedImages.regions`."""
 
-        def draw(number: int) -> ConceptMasks:
-            planes = self.annotations[number].planes(*_size_of(self.paths[number]))
+        def draw(index: int) -> ConceptMasks:
+            planes = self.annotations[index].planes(*_size_of(self.paths[index]))
             return _regions(_to_size(planes, preprocessing))
 
         with ThreadPoolExecutor() as pool:
-            return joined_masks(list(pool.map(draw, indices.tolist())))
+            return join_masks(list(pool.map(draw, indices.tolist())))
 
 
-def joined(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
-    """One list with the annotations of several, whose concepts follow one another.
+def join_annotations(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
+    """Return one list with the annotations of several, whose concepts follow one another.
 
-    Raises `UsageError` where they are not lists of the same images.
+    Raises `UsageError` where the lists don't have the same images.
     """
     first, *others = parts
     for other in others:
@@ -121,85 +120,86 @@ def joined(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
         first.labels,
         tuple(concept for part in parts for concept in part.concepts),
         tuple(
-            _Joined(tuple(zip(starts, each, strict=True)))
-            for each in zip(*(part.annotations for part in parts), strict=True)
+            _JoinedAnnotation(tuple(zip(starts, annotations, strict=True)))
+            for annotations in zip(*(part.annotations for part in parts), strict=True)
         ),
     )
 
 
 def look_up(values: np.ndarray, table: np.ndarray, origin: Path) -> Int[Tensor, "..."]:
-    """The number of the concept that each value stands for, or `ABSENT`.
+    """Return the concept index of each value, or `UNLABELLED`.
 
-    `table` is of values from 0 on, `UNKNOWN` where there is none of that number; then this raises
-    `DataError`.
+    `table` holds the concept index of the values from 0 on. Raises `DataError` for a value that is
+    outside it or `UNKNOWN` there.
     """
-    numbers = np.append(table, UNKNOWN)[values.clip(max=len(table))]
-    unknown = values[numbers == UNKNOWN]
+    concepts = np.append(table, UNKNOWN)[values.clip(max=len(table))]
+    unknown = values[concepts == UNKNOWN]
     if unknown.size:
         raise DataError(f"{origin} holds the value {unknown.min()}, which has no name")
-    return torch.from_numpy(numbers)
+    return torch.from_numpy(concepts)
 
 
 def read_index_image(path: Path) -> np.ndarray:
-    """`[height, width]` of a file with one number a pixel, a palette's included.
+    """Return the values of an image with one number for each pixel, `[height, width]`.
 
-    Raises `DataError` where the file is missing, damaged or in colours.
+    Palette images count: their values are the palette's indices. Raises `DataError` where the file
+    is missing, damaged or in colours.
     """
     pixels = read_pixels(path)
     if pixels.ndim != 2:
-        raise DataError(f"the mask {path} is in colours: expected one number a pixel")
+        raise DataError(f"the mask {path} is in colours: expected one number for each pixel")
     return pixels.astype(np.int64)
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The pixels of an annotation as they are stored; raises `DataError`."""
+    """Return the pixels of an annotation as stored; raises `DataError`."""
     if not path.is_file():
         raise DataError(f"no mask {path}")
     try:
         with opened_image(path) as image:
             return np.asarray(image)
-    except DAMAGE as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"the mask {path} can't be read: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
-    """Several annotations of one image, each with the number that its concepts start at."""
+class _JoinedAnnotation:
+    """Several annotations of one image, each with the index that its concepts start at."""
 
     parts: tuple[tuple[int, Annotation], ...]
 
     def planes(self, height: int, width: int) -> Tensor:
         """See `Annotation.planes`."""
-        found = []
-        for start, part in self.parts:
-            planes = part.planes(height, width)
-            found.append(torch.where(planes == UNLABELLED, UNLABELLED, planes + start))
-        return torch.cat(found)
+        shifted = []
+        for start, annotation in self.parts:
+            planes = annotation.planes(height, width)
+            shifted.append(torch.where(planes == UNLABELLED, UNLABELLED, planes + start))
+        return torch.cat(shifted)
 
 
 def _to_size(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What `to_size` does to the image, done to its planes; nothing is over the image's edge."""
-    shifted = (planes - UNLABELLED).float()  # the crop fills up with zeros
+    """Return the planes resized and cropped as the image is, `UNLABELLED` beyond its edges."""
+    shifted = (planes - UNLABELLED).float()  # the crop pads with zeros
     nearest = v2.InterpolationMode.NEAREST_EXACT
     return to_size(shifted, preprocessing, nearest).long() + UNLABELLED
 
 
 def _regions(planes: Tensor) -> ConceptMasks:
-    """The regions of one image; an absent one where it shows nothing."""
-    # Sorting them all, as `unique` does, takes longer than decoding the image.
-    numbers = (planes.flatten() - UNLABELLED).bincount()[1:].nonzero()[:, 0]
-    if not len(numbers):
+    """Return the regions of one image, an `UNLABELLED` one where it shows nothing."""
+    # Sorting all values, as `unique` does, takes longer than decoding the image.
+    concepts = (planes.flatten() - UNLABELLED).bincount()[1:].nonzero()[:, 0]
+    if not len(concepts):
         empty = torch.zeros(1, 1, *planes.shape[1:], dtype=torch.bool)
         return ConceptMasks(empty, torch.tensor([[UNLABELLED]]))
-    masks = (planes == numbers[:, None, None, None]).any(1)  # [region, height, width]
-    return ConceptMasks(masks[None], numbers[None])
+    masks = (planes == concepts[:, None, None, None]).any(1)  # [region, height, width]
+    return ConceptMasks(masks[None], concepts[None])
 
 
 def _size_of(path: Path) -> tuple[int, int]:
     try:
         with opened_image(path) as image:
             return image.height, image.width
-    except DAMAGE as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"the image {path} can't be read: {error}") from error
 
 

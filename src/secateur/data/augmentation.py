@@ -1,4 +1,4 @@
-"""Random changes of training images that leave an image's class as it is."""
+"""Random changes of training images that keep an image's class: crops, flips, RandAugment."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.runtime.seeding import seed_of
 
 LARGEST_SHIFTED = 64
-"""Side in pixels up to which images are by default shifted rather than cropped and resized."""
+"""Side in pixels up to which the default is `random_crop`, not `random_resized_crop`."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How each image is changed; every image by its own draw."""
+    """How images are changed, each by its own random draw."""
 
     crop: Crop = "random_crop"
-    """`shift`: by up to an eighth of the side over a border of zeros, as He et al. (2016, section
-    4.2) train on CIFAR. `resized`: a random part of the image as stored, of 8 % to 100 % of its
-    area, stretched to the size, as Szegedy et al. (2015) train on ImageNet."""
+    """`random_crop`: shift by up to an eighth of the side over a border of zeros, as He et al.
+    (2016, section 4.2) train on CIFAR. `random_resized_crop`: a random part of the stored image, of
+    8 % to 100 % of its area, resized to the input's size, as Szegedy et al. (2015) train on
+    ImageNet."""
     flip: bool = True
     """Whether half of the images are mirrored."""
     randaugment: bool = False
-    """Whether two operations drawn from RandAugment's list (Cubuk et al., 2020) come first."""
+    """Whether two random operations of RandAugment (Cubuk et al., 2020) come first."""
 
     @property
     def is_imagewise(self) -> bool:
         """Whether images are changed one by one, before they are normalised and batched."""
         return self.crop == "random_resized_crop" or self.randaugment
 
-    def change(
+    def augment(
         self, pixels: Num[Tensor, "rgb _ _"], preprocessing: Preprocessing
     ) -> Num[Tensor, "rgb height width"]:
-        """What is done to a stored image one by one; draws from torch's global generator."""
+        """Return a stored image, changed one by one; draws from torch's global generator."""
         if self.crop == "random_resized_crop":
             interpolation = v2.InterpolationMode(preprocessing.interpolation)
             crop = v2.RandomResizedCrop(preprocessing.image_size, interpolation=interpolation)
@@ -50,34 +51,37 @@ class Augmentation:
             pixels = v2.RandAugment()(pixels)
         return pixels
 
-    def draw(self, count: int, side: int, generator: torch.Generator) -> Moves:
-        """The shifts and mirrored ones of so many images."""
+    def draw(self, count: int, side: int, generator: torch.Generator) -> ShiftsAndFlips:
+        """Return random shifts and flips for `count` images with sides of `side` pixels."""
         border = side // 8 if self.crop == "random_crop" else 0
         top = torch.randint(2 * border + 1, (count, 1), generator=generator)
         left = torch.randint(2 * border + 1, (count, 1), generator=generator)
         flipped = torch.rand(count, 1, generator=generator) < 0.5
-        return Moves(border, top, left, flipped & self.flip)
+        return ShiftsAndFlips(border, top, left, flipped & self.flip)
 
 
 @dataclass(frozen=True, eq=False)
-class Moves:
-    """Where each image of a batch is moved to."""
+class ShiftsAndFlips:
+    """How each image of a batch is shifted and whether it is flipped."""
 
     border: int
     top: Tensor
-    """First row of what stays of the image with its border, `[image, 1]`; `left` alike."""
+    """The first row that is kept of the image with its border, `[image, 1]`."""
     left: Tensor
+    """The first column, `[image, 1]`."""
     flipped: Tensor
     """bool `[image, 1]`."""
 
-    def of(self, chosen: slice | Tensor) -> Moves:
-        """Those of some of the images."""
-        return Moves(self.border, self.top[chosen], self.left[chosen], self.flipped[chosen])
+    def select(self, chosen: slice | Tensor) -> ShiftsAndFlips:
+        """Return those of the chosen images."""
+        return ShiftsAndFlips(
+            self.border, self.top[chosen], self.left[chosen], self.flipped[chosen]
+        )
 
     def apply(
         self, images: Float[Tensor, "image rgb height width"]
     ) -> Float[Tensor, "image rgb height width"]:
-        """The moved images; what comes in from outside is zero."""
+        """Return the shifted and flipped images, with zeros beyond their edges."""
         count, channels, height, width = images.shape
         padded = torch.nn.functional.pad(images, 4 * [self.border])
         columns = self.left + torch.arange(width)  # [image, width]
@@ -89,8 +93,8 @@ class Moves:
 
 
 @dataclass(frozen=True, eq=False)
-class ChangedImages:
-    """Images that are changed one by one as they are read, each by its number and `seeds` alone."""
+class AugmentedImages:
+    """Images that are changed as they are read, each as its index and `seeds` alone determine."""
 
     images: Images
     augmentation: Augmentation
@@ -105,5 +109,5 @@ class ChangedImages:
             originals = self.images.originals(indices)
             for index, pixels in zip(indices.tolist(), originals, strict=True):
                 torch.manual_seed(seed_of(*self.seeds, index))
-                changed.append(self.augmentation.change(pixels, preprocessing))
+                changed.append(self.augmentation.augment(pixels, preprocessing))
         return torch.stack(changed)

@@ -1,4 +1,4 @@
-"""Batches of images, with labels and annotations."""
+"""Batches of normalised images, with labels and annotations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.data.annotated import AnnotatedImages
 from secateur.data.concept_masks import ConceptMasks
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
@@ -19,12 +20,12 @@ from secateur.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Normalised images and what is known of them."""
+    """Normalised images with their labels, indices and annotations."""
 
     images: Float[Tensor, "image rgb height width"]
     labels: Int[Tensor, "image"]
     indices: Int[Tensor, "image"]
-    """Where each image is in the list that the batches are made of."""
+    """Index of each image in the list that the batches are made from."""
     annotations: ConceptMasks | None = None
     """Regions that came with the images."""
 
@@ -37,28 +38,25 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     unreadable: Unreadable | None = None,
 ) -> Iterator[Batch]:
-    """Every image once, in the order of the list, in batches of `size`; the last may be smaller.
+    """Yield every image once, in order, in batches of `size`; the last may be smaller.
 
-    Annotations come along where there are any. `shard` is a number and how many there are: only
-    every n-th image of the list from that one on, for several processes that go through one
-    list. The next batch is read while the last one is in use. `data.training` has the batches to
-    train on.
+    Batches hold the annotations of `AnnotatedImages`. `shard` is `(rank, shards)`: the batches hold
+    every `shards`-th image from `rank` on, so that several processes can share a list. The next
+    batch is read while the last one is in use. `training_stream` has the batches to train on.
 
-    An image that can't be read is an error that names it, unless there is `unreadable` to note it
-    in: then its batch comes without it, or not at all where there is no other image in it.
+    Raises `UnreadableImage` that names the images that can't be read. With `unreadable` they are
+    noted there and left out of their batch instead.
     """
-    from secateur.data.annotated import AnnotatedImages  # which itself is made of images
-
     rank, shards = shard
-    own = torch.arange(len(images.labels))[rank::shards]
-    chunks = [chunk for chunk in own.split(size) if len(chunk)]
+    local_shard = torch.arange(len(images.labels))[rank::shards]
+    chunks = [chunk for chunk in local_shard.split(size) if len(chunk)]
     annotated = images if isinstance(images, AnnotatedImages) else None
 
     def read(chunk: Tensor) -> Batch | None:
-        found = read_batch(lambda some: images.read(some, preprocessing), chunk, unreadable)
-        if found is None:
+        readable = read_batch(lambda part: images.read(part, preprocessing), chunk, unreadable)
+        if readable is None:
             return None
-        indices, pixels = found
+        indices, pixels = readable
         return Batch(
             preprocessing.normalise(pixels),
             images.labels[indices],
@@ -69,21 +67,21 @@ def batches(
     if not chunks:
         return
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, chunks[0])
+        next_batch = pool.submit(read, chunks[0])
         for number in range(len(chunks)):
-            batch = coming.result()
+            batch = next_batch.result()
             if number + 1 < len(chunks):
-                coming = pool.submit(read, chunks[number + 1])
+                next_batch = pool.submit(read, chunks[number + 1])
             if batch is None:
                 continue
             yield batch
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises `DataError` where a label lies outside the network's classes."""
+    """Raise `DataError` where a label lies outside the network's classes."""
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise DataError(
-            f"the data has a class number {int(outside[0])}, but the network tells "
-            f"{classes} classes apart"
+            f"the data has a label {int(outside[0])}, but the network has {classes} classes, "
+            f"0 to {classes - 1}"
         )

@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009).
 
-torchvision's folders are pickles: they are checked against their published digests before they are
-read.
+torchvision's folders hold pickles: their published digests are checked before they are read.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ import torchvision
 
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
-from secateur.data.unreadable import DAMAGE, opened_image
+from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.errors import DataError
 
 CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-"""Of CIFAR-10; those of CIFAR-100 come with its files."""
+"""The classes of CIFAR-10; those of CIFAR-100 come with its files."""
 SIDE = 32
 
 
 def read_cifar10(directory: Path) -> Splits:
-    """CIFAR-10 from either of two layouts.
+    """Return CIFAR-10 from either of two layouts.
 
     Stacked: `train_labels.npy`, `test_labels.npy` and, in `train*/` and `test/`, lossless WebP
     files, each a column of 32×32 images, in the order of the labels. torchvision's: the folder
-    `cifar-10-batches-py`. Raises `DataError` where neither is there or one is incomplete.
+    `cifar-10-batches-py`. Raises `DataError` where there is neither, or one is incomplete.
     """
     if (directory / "train_labels.npy").is_file():
         return Splits(CLASS_NAMES, _stacked(directory, "train"), _stacked(directory, "test"))
@@ -47,7 +46,7 @@ def read_cifar10(directory: Path) -> Splits:
 
 
 def read_cifar100(directory: Path) -> Splits:
-    """CIFAR-100 with its hundred fine labels, from torchvision's folder `cifar-100-python`.
+    """Return CIFAR-100 with its hundred fine labels, from torchvision's `cifar-100-python`.
 
     Raises `DataError` where it is missing, incomplete or damaged.
     """
@@ -58,13 +57,13 @@ def read_cifar100(directory: Path) -> Splits:
         )
     class_names, train = _torchvision(torchvision.datasets.CIFAR100, 100, root, train=True)
     if len(class_names) != 100:
-        raise DataError(f"{root}: {len(class_names)} names of classes, not 100")
+        raise DataError(f"{root} has {len(class_names)} class names, not 100")
     _, test = _torchvision(torchvision.datasets.CIFAR100, 100, root, train=False)
     return Splits(class_names, train, test)
 
 
 def _root(directory: Path, name: str) -> Path | None:
-    """The folder around the one of this name, which may itself be given."""
+    """Return the folder that holds the named one; `directory` may be either of them."""
     root = directory.parent if directory.name == name else directory
     return root if (root / name).is_dir() else None
 
@@ -78,7 +77,7 @@ def _stacked(directory: Path, part: str) -> TensorImages:
         try:
             with opened_image(file) as image:
                 column = np.asarray(image.convert("RGB"))
-        except DAMAGE as error:
+        except DECODING_ERRORS as error:
             raise DataError(f"the image {file} can't be read: {error}") from error
         if column.shape[1] != SIDE or column.shape[0] % SIDE:
             raise DataError(f"{file} is {column.shape[1]}×{column.shape[0]}, not a column of 32×32")
@@ -89,17 +88,17 @@ def _stacked(directory: Path, part: str) -> TensorImages:
         labels = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{file} can't be read: {error}") from error
-    numbers = torch.from_numpy(labels.astype(np.int64))
-    check_labelling(numbers, len(pixels), len(CLASS_NAMES), directory)
-    return TensorImages(pixels, numbers)
+    class_indices = torch.from_numpy(labels.astype(np.int64))
+    check_labelling(class_indices, len(pixels), len(CLASS_NAMES), directory)
+    return TensorImages(pixels, class_indices)
 
 
 def _torchvision(
-    stored_as: Any, classes: int, root: Path, *, train: bool
+    dataset_class: Any, classes: int, root: Path, *, train: bool
 ) -> tuple[tuple[str, ...], TensorImages]:
-    """The names of the classes, and one part, as a class of torchvision's reads it."""
+    """Return the class names and one split, read by torchvision's dataset class."""
     try:
-        stored = stored_as(str(root), train=train, download=False)
+        stored = dataset_class(str(root), train=train, download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(f"CIFAR-{classes} in {root} is incomplete or damaged: {error}") from error
     pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()

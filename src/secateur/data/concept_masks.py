@@ -1,4 +1,4 @@
-"""Regions of images: which pixels show which concept, at the images' and at coarser resolutions."""
+"""Concept masks: which pixels show which concept, at the images' and at coarser resolutions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 UNLABELLED = -1
-"""Concept number of a region that only fills up the tensor: its mask is empty and nobody votes."""
+"""Concept index of a region that only fills up the tensor: its mask is empty, its vote is 0."""
 CELL = 64
-"""What a cell that is inside as a whole counts, where shares of cells are counted."""
+"""What a cell counts that is inside as a whole, where coverage is counted."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Something that an image can show."""
+    """Something that an image can show, such as a part, an object or a colour."""
 
     name: str
     category: str
@@ -26,16 +26,16 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class ConceptMasks:
-    """Regions of the images of a batch and what they show."""
+    """The regions of a batch of images and the concepts that they show."""
 
     masks: Bool[Tensor, "image region height width"]
-    """In the image plane, or on the coarser grid that a source works on."""
+    """At the resolution of the images, or on a source's coarser grid."""
     concepts: Int[Tensor, "image region"]
-    """Number of the concept that each region shows, or `ABSENT`."""
+    """Index of the concept that each region shows, or `UNLABELLED`."""
 
 
-def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
-    """The regions of several batches as one; where one has fewer an image, absent ones fill up."""
+def join_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
+    """Return the regions of several batches as one; `UNLABELLED` regions fill up the tensor."""
     most = max(part.masks.shape[1] for part in parts)
 
     def filled(part: ConceptMasks) -> tuple[Tensor, Tensor]:
@@ -50,17 +50,17 @@ def joined_masks(parts: Sequence[ConceptMasks]) -> ConceptMasks:
 def coverage_at(
     masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
 ) -> UInt8[Tensor, "image region h w"]:
-    """How much of each cell of a coarser or finer grid is inside, in 1 / `CELL`."""
+    """Return how much of each cell of a coarser or finer grid is inside, in 1 / `CELL`."""
     return (_covered(masks, size) * CELL).round().to(torch.uint8)
 
 
 def at_resolution(
     masks: Bool[Tensor, "image region height width"], size: tuple[int, int]
 ) -> Bool[Tensor, "image region h w"]:
-    """The masks on a coarser or finer grid: a cell is inside where at least half of it is.
+    """Return the masks on a coarser or finer grid: a cell is inside where at least half of it is.
 
-    Areas are averaged, so that nothing need be brought to the image's resolution. A region too
-    small to fill half of any cell keeps the cells that it fills most; so no region is lost.
+    Areas are averaged, without upsampling to the image's resolution. A region too small to fill
+    half of any cell keeps the cells that it fills most, so no region is lost.
     """
     if tuple(masks.shape[2:]) == size:
         return masks

@@ -1,4 +1,4 @@
-"""Birds: CUB-200-2011 (Wah et al., Caltech 2011), its images by species and its annotations."""
+"""CUB-200-2011, images of birds by species with annotations (Wah et al., Caltech 2011)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from secateur.runtime.input_limits import TEXT, inside, read_unzipped
 
 @dataclass(frozen=True, eq=False)
 class Birds:
-    """The annotations of the whole data set, in the order of its image numbers."""
+    """The annotations of the whole data set, in its own order of the images."""
 
     files: tuple[str, ...]
     """Paths below `images/`."""
     classes: tuple[str, ...]
     labels: Int[Tensor, "image"]
-    """Class numbers from 0 on."""
+    """Class indices."""
     is_training: Bool[Tensor, "image"]
     boxes: Float[Tensor, "image 4"]
     """Left, top, width and height in pixels."""
@@ -37,10 +37,10 @@ class Birds:
 
 
 def read_cub(directory: Path) -> Splits:
-    """The 200 species, split as published: `train_test_split.txt` says which images are for what.
+    """Return the images of the 200 species, split as published in `train_test_split.txt`.
 
-    `directory` is the published folder with `images.txt` and `images/`. A species is called
-    `Black footed Albatross` where the folder is `001.Black_footed_Albatross`. Raises `DataError`.
+    `directory` is the published folder with `images.txt` and `images/`. The species of the folder
+    `001.Black_footed_Albatross` is called `Black footed Albatross`. Raises `DataError`.
     """
     birds = read_birds(directory)
     names = tuple(re.sub(r"^\d+\.", "", name).replace("_", " ") for name in birds.classes)
@@ -52,24 +52,24 @@ def read_cub(directory: Path) -> Splits:
 
 
 def image_files(
-    directory: Path, birds: Birds, numbers: Int[Tensor, "image"], title: str
+    directory: Path, birds: Birds, indices: Int[Tensor, "image"], title: str
 ) -> tuple[Path, ...]:
-    """The files of images with these numbers; raises `DataError` where some are missing."""
+    """Return the files of the images at `indices`; raises `DataError` where some are missing."""
     folder = directory / "images"
-    paths = tuple(inside(folder, birds.files[bird], DataError) for bird in numbers.tolist())
+    paths = tuple(inside(folder, birds.files[index], DataError) for index in indices.tolist())
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} {title} images of CUB-200-2011 are missing, "
-            f"{missing[0]} among them: the annotations come without, put its images/ there"
+            f"{missing[0]} among them: put the data set's images/ beside its annotations"
         )
     return paths
 
 
 def read_birds(directory: Path) -> Birds:
-    """Every annotation, from the published folder or a flat one, as `.txt` or `.txt.gz`.
+    """Return every annotation, from the published folder or a flat one, as `.txt` or `.txt.gz`.
 
-    No image is looked for. Raises `DataError` where a file is missing or they do not agree.
+    Images need not be there. Raises `DataError` where a file is missing or files disagree.
     """
     files = _names(directory, "images")
     classes, parts = _names(directory, "classes"), _names(directory, "parts")
@@ -86,7 +86,7 @@ def read_birds(directory: Path) -> Birds:
     pairs = np.stack(np.divmod(np.arange(len(files) * len(parts)), len(parts)), axis=1) + 1
     _check_numbers(directory, "part_locs", points[:, :2], pairs)
     if not ((labels[:, 1] >= 1) & (labels[:, 1] <= len(classes))).all():
-        raise DataError(f"{directory}: a class number lies outside 1 to {len(classes)}")
+        raise DataError(f"{directory} has a class number outside 1 to {len(classes)}")
     located = torch.from_numpy(points[:, 2:].reshape(len(files), len(parts), 3))
     return Birds(
         files=files,
@@ -101,10 +101,10 @@ def read_birds(directory: Path) -> Birds:
 
 
 def _part(directory: Path, birds: Birds, chosen: Bool[Tensor, "image"], title: str) -> FileImages:
-    numbers = chosen.nonzero()[:, 0]
-    if not len(numbers):
+    indices = chosen.nonzero()[:, 0]
+    if not len(indices):
         raise DataError(f"{directory}: train_test_split leaves no {title} images")
-    return FileImages(image_files(directory, birds, numbers, title), birds.labels[numbers])
+    return FileImages(image_files(directory, birds, indices, title), birds.labels[indices])
 
 
 def _text(directory: Path, name: str) -> str:
@@ -119,7 +119,7 @@ def _text(directory: Path, name: str) -> str:
 
 
 def _names(directory: Path, name: str) -> tuple[str, ...]:
-    """The names in lines `NUMBER NAME`, numbered from 1 on."""
+    """Return the names in lines `NUMBER NAME`, numbered from 1 on."""
     lines = [line.partition(" ") for line in _text(directory, name).splitlines() if line.strip()]
     if [number for number, _, _ in lines] != [str(place + 1) for place in range(len(lines))]:
         raise DataError(f"{directory}: the lines of {name} are not numbered from 1 on")
@@ -130,15 +130,15 @@ def _table(directory: Path, name: str, columns: int) -> np.ndarray:
     try:
         table = np.loadtxt(io.StringIO(_text(directory, name)), ndmin=2)
     except ValueError as error:
-        raise DataError(f"{directory}: {name} is no table of numbers: {error}") from error
+        raise DataError(f"{directory}: {name} is not a table of numbers: {error}") from error
     if table.shape[1] != columns:
         raise DataError(f"{directory}: {name} has {table.shape[1]} columns, not {columns}")
     return table
 
 
-def _check_numbers(directory: Path, name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    if not np.array_equal(found, expected):
+def _check_numbers(directory: Path, name: str, numbers: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(numbers, expected):
         raise DataError(
-            f"{directory}: {name} has {len(found)} lines that do not go through the "
-            f"{len(expected)} expected ones in order"
+            f"{directory}: the {len(numbers)} lines of {name} are not the {len(expected)} "
+            "expected, numbered in order"
         )

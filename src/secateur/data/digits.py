@@ -17,7 +17,10 @@ TEST_FRACTION = 0.25
 
 
 def read_digits() -> Splits:
-    """The digits as 32×32 RGB images; a quarter of each class, always the same, is for testing."""
+    """Return the digits as 32×32 RGB images; a fixed quarter of each class is for testing.
+
+    Raises `UsageError` without scikit-learn.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -21,10 +21,10 @@ SIDE = 28
 
 
 def read_fashion_mnist(directory: Path) -> Splits:
-    """Fashion-MNIST as grey RGB images, from torchvision's `FashionMNIST/raw` or from that folder.
+    """Return Fashion-MNIST as grey RGB images, from torchvision's `FashionMNIST/raw` or its files.
 
     The four files may be as published, `.gz`, or unpacked, and may lie in `raw` or in `directory`
-    itself. torchvision's own reader takes unpacked files alone, and does not say which one is
+    itself. torchvision's own reader takes only unpacked files, and doesn't say which one is
     damaged. Raises `DataError`.
     """
     raw = next(
@@ -55,15 +55,15 @@ def _part(raw: Path, part: str) -> TensorImages:
 
 
 def _find(raw: Path, name: str) -> Path | None:
-    found = (file for file in (raw / name, raw / f"{name}.gz") if file.is_file())
-    return next(found, None)
+    files = (file for file in (raw / name, raw / f"{name}.gz") if file.is_file())
+    return next(files, None)
 
 
 def _read_idx(raw: Path, name: str, *, dimensions: int) -> np.ndarray:
-    """Bytes in an array of so many dimensions; see the format's description at MNIST's origin.
+    """Return the array of bytes in an IDX file, the format of MNIST.
 
-    Two zeros, the type (8: unsigned bytes), the number of dimensions, each size as four bytes with
-    the highest first, then the values.
+    It holds two zeros, the type (8: unsigned bytes), the number of dimensions, each size as four
+    bytes with the highest first, then the values.
     """
     file = _find(raw, name)
     if file is None:
@@ -71,7 +71,7 @@ def _read_idx(raw: Path, name: str, *, dimensions: int) -> np.ndarray:
     content = read_unzipped(file, TEXT, DataError)
     start = 4 + 4 * dimensions
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions")
+        raise DataError(f"{file} is not an IDX file of bytes in {dimensions} dimensions")
     shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).tolist())
     if len(content) - start != math.prod(shape):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Any folder of images sorted into one folder a class."""
+"""Any folder of images with one folder for each class."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PARTS = frozenset(
         *("dev", "eval", "evaluation"),
     }
 )
-"""What folders of parts are called; a class of such a name is taken for a layout gone wrong."""
+"""Usual names of splits; a class of such a name is taken for a mistake in the layout."""
 ARCHIVERS = "__MACOSX"
-"""A folder that is left by the archiver of macOS."""
+"""A folder that the archiver of macOS leaves."""
 
 
 def read_folder(directory: Path) -> Splits:
-    """Class folders, split as the folder says.
+    """Return the images of class folders, in the splits that the folder has.
 
-    With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the parts. With `CLASS/`
-    alone a fifth of each class, always the same one, is the test part. Classes are numbered in
-    the order of their names. A `test` without classes, as of images whose labels are withheld, is
-    passed over where `val` has some. Raises `DataError` where there are no images, the parts differ
-    or are called otherwise.
+    With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the splits. With `CLASS/`
+    alone a fixed fifth of each class is for testing. Classes are numbered in the order of their
+    names. A `test` without classes, such as one whose labels are withheld, is skipped where `val`
+    has some. Raises `DataError` where there are no images, or the splits have different classes or
+    other names.
     """
     if not (directory / "train").is_dir():
         classes = class_folders(directory)
@@ -50,7 +50,7 @@ def read_folder(directory: Path) -> Splits:
 
 
 def class_folders(directory: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted; raises `DataError` where there are none."""
+    """Return the names of a folder's subfolders, sorted; raises `DataError` without any."""
     names = _folders(directory)
     if not names:
         raise DataError(f"no class folders in {directory}")
@@ -58,18 +58,18 @@ def class_folders(directory: Path) -> tuple[str, ...]:
 
 
 def _folders(directory: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted, without hidden ones and archivers' leavings."""
+    """Return the names of a folder's subfolders, sorted, without hidden ones and archivers'."""
     names = (entry.name for entry in directory.iterdir() if entry.is_dir())
     return tuple(sorted(name for name in names if not _is_hidden(Path(name))))
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether the path goes through anything hidden, or left by an archiver."""
+    """Return whether any part of the path is hidden or left by an archiver."""
     return any(part.startswith(".") or part == ARCHIVERS for part in path.parts)
 
 
 def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
-    """Raises `DataError` where what would be classes are parts, which then would count as one."""
+    """Raise `DataError` where class folders are named like splits."""
     parts = [name for name in classes if name.lower() in PARTS]
     if parts:
         raise DataError(
@@ -79,40 +79,40 @@ def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
 
 
 def check_same_classes(
-    directory: Path, part: str, found: Iterable[str], expected: Iterable[str]
+    directory: Path, part: str, classes: Iterable[str], expected: Iterable[str]
 ) -> None:
-    """Raises `DataError` where a part has other classes than `train`."""
-    odd = sorted(set(found) ^ set(expected))
+    """Raise `DataError` where a split has other classes than `train`."""
+    odd = sorted(set(classes) ^ set(expected))
     if odd:
         raise DataError(f"{directory}: train and {part} have different classes: {brief(odd)}")
 
 
 def brief(names: list[str]) -> str:
-    """The first few names."""
+    """Return the first five names as text."""
     return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def images_of(directory: Path, labels: Mapping[str, int]) -> FileImages:
-    """The images in folders of these names, each with the label of its folder.
+    """Return the images of the folders named in `labels`, each with the label of its folder.
 
-    Folders are taken in the order of `labels`, with the folders inside them, but without what is
-    hidden. Raises `DataError` where one has no images.
+    Folders come in the order of `labels`, with their subfolders, but without hidden files. Raises
+    `DataError` where a folder has no images.
     """
     paths: list[Path] = []
-    numbers: list[int] = []
+    path_labels: list[int] = []
     for name, label in labels.items():
         inside = directory / name
-        found = sorted(
+        files = sorted(
             path
             for path in inside.rglob("*")
             if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(inside))
         )
-        if not found:
+        if not files:
             raise DataError(f"no images in {inside} ({', '.join(sorted(SUFFIXES))})")
-        paths += found
-        numbers += [label] * len(found)
-    return FileImages(tuple(paths), torch.tensor(numbers))
+        paths += files
+        path_labels += [label] * len(files)
+    return FileImages(tuple(paths), torch.tensor(path_labels))
 
 
 def _numbered(directory: Path, classes: tuple[str, ...]) -> FileImages:
-    return images_of(directory, {name: number for number, name in enumerate(classes)})
+    return images_of(directory, {name: index for index, name in enumerate(classes)})

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or of a folder that its library `datasets` can read."""
+"""Data sets of the Hugging Face hub, or of a folder that the library `datasets` can read."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from secateur.data.unreadable import decode_all
 from secateur.errors import DataError, UsageError
 
 TEST = ("test", "validation", "valid", "val")
-"""Splits that can be the test part, the first that is there and has labels."""
+"""Splits that can be the test split; the first that exists and has labels is taken."""
 WITHHELD = -1
-"""Label of every image of a split whose labels are not published; null labels are read as it."""
+"""Label of the images of a split whose labels are not published; null labels are read as this."""
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceImages:
-    """Images that lie as files in the rows of a table and are decoded when they are asked for."""
+    """Images stored as files in the rows of a table, decoded when they are read."""
 
     name: str
-    """Of the data set and the split, for errors."""
+    """Name of the data set and the split, for errors."""
     rows: Any
-    """A `datasets.Dataset` whose images are not decoded by it."""
+    """A `datasets.Dataset` that doesn't decode its images itself."""
     column: str
-    numbers: Int[Tensor, "image"]
-    """The row of each image."""
+    row_indices: Int[Tensor, "image"]
+    """Row of each image."""
     labels: Int[Tensor, "image"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
         """See `Images.read`."""
-        return torch.stack(self._decoded(indices, lambda one: to_size(one, preprocessing)))
+        return torch.stack(self._decode(indices, lambda pixels: to_size(pixels, preprocessing)))
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
         """See `Images.originals`."""
-        return self._decoded(indices, lambda pixels: pixels)
+        return self._decode(indices, lambda pixels: pixels)
 
-    def _decoded(self, indices: Indices, prepare: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        numbers = self.numbers[indices].tolist()
-        stored = dict(zip(indices.tolist(), self.rows[numbers][self.column], strict=True))
+    def _decode(self, indices: Indices, prepare: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        row_indices = self.row_indices[indices].tolist()
+        stored = dict(zip(indices.tolist(), self.rows[row_indices][self.column], strict=True))
 
         def find(index: int) -> tuple[str, Path | io.BytesIO]:
-            name = f"{self.name}[{int(self.numbers[index])}]"
+            name = f"{self.name}[{int(self.row_indices[index])}]"
             file = stored[index] or {}
             if file.get("bytes") is not None:
                 return name, io.BytesIO(file["bytes"])
@@ -63,17 +63,16 @@ class HuggingFaceImages:
     def take(self, indices: Indices) -> HuggingFaceImages:
         """See `Images.take`."""
         return HuggingFaceImages(
-            self.name, self.rows, self.column, self.numbers[indices], self.labels[indices]
+            self.name, self.rows, self.column, self.row_indices[indices], self.labels[indices]
         )
 
 
 def read_hugging_face(name: str) -> Splits:
-    """The data set of this name on the hub, or in this folder; needs the extra `hf`.
+    """Return the data set with this name on the hub, or in this folder; needs the extra `hf`.
 
     The one column of type `Image` has the images, the one of type `ClassLabel` their classes.
-    `train` is the training part; the test part is the first of `TEST` with published labels.
-    A folder may be one that `DatasetDict.save_to_disk` has left. Raises `UsageError` or
-    `DataError`.
+    `train` is the training split; the test split is the first of `TEST` with published labels. A
+    folder may be one that `DatasetDict.save_to_disk` wrote. Raises `UsageError` or `DataError`.
     """
     try:
         import datasets
@@ -81,18 +80,18 @@ def read_hugging_face(name: str) -> Splits:
         raise UsageError("hf: data sets need the extra: pip install 'secateur[hf]'") from error
     try:
         if (Path(name) / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(name)
+            splits = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            splits = datasets.load_dataset(name)
     except Exception as error:  # what the library raises depends on the hub, the files and parsers
         reason = next(iter(str(error).splitlines()), "")
         raise DataError(f"hf:{name} can't be loaded: {type(error).__name__}: {reason}") from error
-    if "train" not in found:
-        raise DataError(f"hf:{name} has no split train, only {', '.join(found)}")
-    train, classes = _part(name, found, "train")
+    if "train" not in splits:
+        raise DataError(f"hf:{name} has no split train, only {', '.join(splits)}")
+    train, classes = _read_split(name, splits, "train")
     for split in TEST:
-        if split in found and _columns(found[split].features, datasets.ClassLabel):
-            test, names = _part(name, found, split)
+        if split in splits and _columns(splits[split].features, datasets.ClassLabel):
+            test, names = _read_split(name, splits, split)
             if names != classes:
                 raise DataError(f"hf:{name}: train and {split} have different classes")
             if not (test.labels == WITHHELD).all():
@@ -100,22 +99,22 @@ def read_hugging_face(name: str) -> Splits:
     else:
         raise DataError(
             f"hf:{name} has no labelled split {', '.join(TEST[:-1])} or {TEST[-1]}, only "
-            f"{', '.join(found)}"
+            f"{', '.join(splits)}"
         )
     for images in (train, test):
-        check_labelling(images.labels, len(images.numbers), len(classes), images.name)
+        check_labelling(images.labels, len(images.row_indices), len(classes), images.name)
     return Splits(classes, train, test)
 
 
-def _part(name: str, found: Any, split: str) -> tuple[HuggingFaceImages, tuple[str, ...]]:
-    """A split, and the names of its classes."""
+def _read_split(name: str, splits: Any, split: str) -> tuple[HuggingFaceImages, tuple[str, ...]]:
+    """Return a split and its class names."""
     import datasets
 
-    rows, title = found[split], f"hf:{name}, {split}"
+    rows, title = splits[split], f"hf:{name}, {split}"
     image = _column(title, rows.features, datasets.Image)
     label = _column(title, rows.features, datasets.ClassLabel)
     labels = torch.tensor(
-        [WITHHELD if each is None else each for each in rows[label]], dtype=torch.int64
+        [WITHHELD if value is None else value for value in rows[label]], dtype=torch.int64
     )
     undecoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     images = HuggingFaceImages(title, undecoded, image, torch.arange(len(labels)), labels)
@@ -123,7 +122,7 @@ def _part(name: str, found: Any, split: str) -> tuple[HuggingFaceImages, tuple[s
 
 
 def _column(title: str, features: dict[str, Any], kind: type) -> str:
-    """The name of the one column of this type; raises `DataError`."""
+    """Return the name of the one column of this type; raises `DataError`."""
     columns = _columns(features, kind)
     if len(columns) != 1:
         several = f"several columns ({', '.join(columns)})" if columns else "no column"

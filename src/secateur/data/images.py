@@ -1,4 +1,4 @@
-"""Images that are read by number, in memory or from files, and the batches made of them."""
+"""Lists of labelled images, in memory or in files, that are read by index."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Int[Tensor, "image"]:
-        """int64 class numbers."""
+        """Class indices, int64."""
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> Num[Tensor, "image rgb height width"]:
-        """The images with these numbers, resized and cropped.
+        """Return the images at `indices`, resized and cropped.
 
-        Of uint8, or of floats that are normalised already. Raises `UnreadableImage` that names all
-        that can't be read, or another `DataError`.
+        They are uint8, or floats that are normalised already. Raises `UnreadableImage` that names
+        all images that can't be read, or another `DataError`.
         """
 
     def originals(self, indices: Indices) -> list[Num[Tensor, "rgb _ _"]]:
-        """The images with these numbers at the sizes that they are stored in; as `read`."""
+        """Return the images at `indices` in the sizes in which they are stored; see `read`."""
 
     def take(self, indices: Indices) -> Images:
-        """The images with these numbers as a list of their own."""
+        """Return a list of the images at `indices`."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorImages:
-    """Images of one size that are held in memory."""
+    """Images of one size, held in memory."""
 
     pixels: UInt8[Tensor, "image rgb height width"]
     labels: Int[Tensor, "image"]
@@ -69,7 +69,7 @@ class TensorImages:
 
 @dataclass(frozen=True, eq=False)
 class NormalisedImages:
-    """Images in memory as a network takes them, of any channels and sides."""
+    """Images in memory, as a network takes them: with any channels and sides."""
 
     tensors: Float[Tensor, "image channel height width"]
     labels: Int[Tensor, "image"]
@@ -77,7 +77,7 @@ class NormalisedImages:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> Float[Tensor, "image channel height width"]:
-        """The images as they are: neither resized nor, later, normalised."""
+        """Return the images as they are: they are neither resized nor normalised later."""
         del preprocessing
         return self.tensors[indices]
 
@@ -92,7 +92,7 @@ class NormalisedImages:
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Images that are decoded when they are asked for, on several threads."""
+    """Image files, decoded when they are read, on several threads."""
 
     paths: tuple[Path, ...]
     labels: Int[Tensor, "image"]
@@ -121,10 +121,10 @@ def to_size(
     preprocessing: Preprocessing,
     interpolation: v2.InterpolationMode | None = None,
 ) -> Tensor:
-    """Resized to the shorter side, then cropped at the centre, as torchvision does.
+    """Return images resized to the shorter side, then cropped at the centre, as torchvision does.
 
-    By another `interpolation` than the network's for what is no picture. Antialiased where it is
-    bilinear or bicubic. What the crop reaches over the edge is zero.
+    `interpolation` replaces the network's for tensors that aren't pictures. Bilinear and bicubic
+    are antialiased. The crop is zero beyond an image's edges.
     """
     interpolation = interpolation or v2.InterpolationMode(preprocessing.interpolation)
     resized = v2.functional.resize(

@@ -1,4 +1,4 @@
-"""How images are brought to the values and the size that a network takes."""
+"""Preprocessing: the sizes and the values of images that a network takes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from torch import Tensor
 from secateur.config import Resizing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are brought to a network: sizes in pixels, mean and deviation of x / 255."""
+    """How images are prepared for a network: sizes in pixels, mean and deviation of x / 255."""
 
     image_size: int
     resize: int
@@ -27,9 +25,9 @@ class Preprocessing:
     interpolation: Resizing = "bilinear"
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 `[image, rgb, height, width]` as float32, with zero mean and unit deviation.
+        """Return uint8 images `[image, rgb, height, width]` as normalised float32.
 
-        Floats are taken to be normalised, and come back as they are.
+        Floats count as normalised already and are returned unchanged.
         """
         if images.is_floating_point():
             return images

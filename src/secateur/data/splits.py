@@ -1,4 +1,4 @@
-"""Parts of a data set, and seeded choices of images."""
+"""Splits of a data set, held-out images and seeded draws."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from secateur.data.images import Images
 from secateur.errors import DataError
 
 HELD_OUT_EVERY = 5
-"""Every n-th calibration image is held out of what the others are fitted to."""
+"""Every n-th calibration image is held out; the others are fitted to."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a reader finds: training and test images, and the names of the classes."""
+    """What a reader returns: training and test images, and the class names."""
 
     class_names: tuple[str, ...]
     train: Images
@@ -28,19 +28,19 @@ class Splits:
 def check_labelling(
     labels: Int[Tensor, "..."], images: int, classes: int, origin: Path | str
 ) -> None:
-    """Raises `DataError` that names `origin` where not every image has a label from 0 on."""
+    """Raise `DataError`, naming `origin`, unless every image has a label below `classes`."""
     if not images:
         raise DataError(f"{origin} holds no images")
     if labels.shape != (images,):
-        raise DataError(f"{origin}: {images} images but {labels.numel()} labels")
+        raise DataError(f"{origin} has {images} images but {labels.numel()} labels")
     if int(labels.max()) >= classes or int(labels.min()) < 0:
-        raise DataError(f"{origin}: a label lies outside 0 to {classes - 1}")
+        raise DataError(f"{origin} has a label outside 0 to {classes - 1}")
 
 
 def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tuple[Images, Images]:
-    """The images without, and only, a stratified random share of at least one image a class.
+    """Return the images without a stratified random fraction of them, and that fraction.
 
-    Raises `DataError` where a class has too few images to share.
+    At least one image of each class is held out. Raises `DataError` where a class has too few.
     """
     chosen: list[Tensor] = []
     for label in images.labels.unique().tolist():
@@ -48,7 +48,7 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
-                f"class {label} has {len(members)} images: too few to hold {count} out of them"
+                f"class {label} has {len(members)} images: too few to hold out {count} of them"
             )
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     mask = torch.zeros(len(images.labels), dtype=torch.bool)
@@ -57,7 +57,7 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
 
 
 def draw(images: Images, count: int, generator: torch.Generator, *, stratified: bool) -> Images:
-    """`count` images in random order; see `data.draw_probe`."""
+    """Return `count` images in random order; see `data.draw_calibration_images`."""
     order = torch.randperm(len(images.labels), generator=generator)
     if stratified:
         # Each image's rank among those of its class in the random order: the lowest ranks first.
@@ -70,18 +70,17 @@ def draw(images: Images, count: int, generator: torch.Generator, *, stratified: 
     return images.take(order[:count])
 
 
-def is_held_out(numbers: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:
-    """Whether calibration images, by their number in the calibration set, are held out to choose
-    by."""
-    return numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def is_held_out(indices: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:
+    """Return which calibration images are held out, by their index in the calibration set."""
+    return indices % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def split_calibration(probe: Images) -> tuple[Images, Images]:
-    """The calibration images to fit to, and those that are held out; see `is_held_out`.
+def split_calibration(images: Images) -> tuple[Images, Images]:
+    """Return the calibration images to fit to, and those held out; see `is_held_out`.
 
-    Of fewer than `HELD_OUT_EVERY` images none is held out: both are all of them.
+    Of fewer than `HELD_OUT_EVERY` images none is held out: then both are all of them.
     """
-    mask = is_held_out(torch.arange(len(probe.labels)))
+    mask = is_held_out(torch.arange(len(images.labels)))
     if not mask.any():
-        return probe, probe
-    return probe.take((~mask).nonzero()[:, 0]), probe.take(mask.nonzero()[:, 0])
+        return images, images
+    return images.take((~mask).nonzero()[:, 0]), images.take(mask.nonzero()[:, 0])

@@ -1,8 +1,8 @@
-"""Training images by epoch and step, in random order and changed at random.
+"""Training images by epoch and step, in random order and with random augmentation.
 
-What a step sees depends on the seed, the number of the epoch and that of the step alone, not on
-what came before, on the number of processes or on that of the reading workers. So training that
-goes on from the middle of an epoch sees what it would have seen.
+The images of a step depend only on the seed, the epoch and the step, not on earlier steps, the
+number of processes or the number of reading workers. So training that resumes in the middle of an
+epoch sees the same images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from secateur.data.augmentation import Augmentation, ChangedImages
+from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.batches import Batch
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
@@ -28,32 +28,32 @@ from secateur.runtime.seeding import seed_of
 from secateur.runtime.signals import SIGNALS
 
 PATIENCE_WITH_A_STEP = 10.0
-"""Seconds that a worker goes on after a request to stop."""
+"""Seconds that a worker keeps reading after a request to stop."""
 SMALLEST_SHARD = 2
-"""Images that a process needs in a last, incomplete batch, or else it is left out: the statistics
-of a norm need two."""
+"""Images that each process needs of a last, incomplete batch, or else the batch is left out: batch
+norm needs two."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingStream:
-    """Batches to train on; each process gets its share of every batch."""
+    """Batches to train on; each process gets its shard of every batch."""
 
     images: Images
     preprocessing: Preprocessing
     augmentation: Augmentation
     batch_size: int
-    """Images a step, of all processes together."""
+    """Images of a step, over all processes."""
     seed: int
     shard: tuple[int, int] = (0, 1)
-    """This process's number and how many there are."""
+    """This process's rank, and the number of processes."""
     workers: int = 0
-    """Processes that read ahead; 0 reads when it is asked to."""
+    """Processes that read ahead; with 0 each step reads its own images."""
     unreadable: Unreadable | None = None
-    """Notes images that can't be read, which then are left out of their step."""
+    """Notes images that can't be read, which are then left out of their step."""
 
     @property
     def steps(self) -> int:
-        """Steps an epoch; a last, incomplete batch counts where it feeds every process.
+        """Steps of an epoch; a last, incomplete batch counts where every process gets enough of it.
 
         Raises `UsageError` where a batch has fewer images than there are processes.
         """
@@ -67,54 +67,54 @@ class TrainingStream:
         return whole + (rest >= SMALLEST_SHARD * processes or not whole)
 
     def size(self, step: int) -> int:
-        """Images in a step from 0 on, of all processes together."""
+        """Return the number of images in a step (from 0 on), over all processes."""
         return min(self.batch_size, len(self.images.labels) - step * self.batch_size)
 
     def epoch(self, number: int, first_step: int = 0) -> Generator[Batch]:
-        """This process's share of each step's batch, from a step of the epoch on.
+        """Yield this process's shard of each step's batch, from `first_step` of the epoch on.
 
-        Closing it ends the workers. Raises `DataError` where an image can't be read.
+        Closing the generator ends the workers. Raises `DataError` where an image can't be read.
         """
-        loader: DataLoader[_Found] = DataLoader(
+        loader: DataLoader[_ReadStep] = DataLoader(
             _Epoch(self, number),
             batch_size=None,
             sampler=range(first_step, self.steps),
             num_workers=self.workers,
-            generator=torch.Generator(),  # without one it draws from the global generator
+            generator=torch.Generator(),  # the default draws from the global generator
             worker_init_fn=_prepare_worker,
         )
-        # What is asked while a worker starts waits until it knows what to do about it.
+        # Signals that arrive while a worker starts wait until it has its handlers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
-            for found in batches:
-                if isinstance(found, DataError):
-                    raise found
-                batch, missing = found
+            for step in batches:
+                if isinstance(step, DataError):
+                    raise step
+                batch, missing = step
                 if self.unreadable is not None:
                     self.unreadable.add(missing)
                 yield batch
         finally:
-            # Ends the workers. Left to the garbage collector, which may close their queues first,
-            # they would not hear of it, and be waited for.
+            # This ends the workers. The garbage collector may close their queues first: then they
+            # would never learn that they should end, and be waited for.
             del batches
 
 
 def _prepare_worker(number: int) -> None:
-    """A worker ends with the process that it reads for, and not before it."""
+    """Make a worker end when its parent does, and not before."""
     del number
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _outlast_requests_to_stop()
 
 
 def _end_with_parent() -> None:
-    """Ends a worker whose batches nobody waits for any more.
+    """End a worker when the process that it reads for has ended.
 
-    PyTorch's workers look at their parent by the operating system's account. Where Python starts
-    processes by a server, as a rule from 3.14 on, that is the server, which lives as long as they.
+    PyTorch's workers watch their parent by its process id. Where Python starts processes from a
+    server, the default from 3.14 on, the parent is that server, which lives as long as they do.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -123,9 +123,10 @@ def _end_with_parent() -> None:
 
 
 def _outlast_requests_to_stop() -> None:
-    """A request to stop may come to all processes at once, and the step in hand needs its images.
+    """Make a worker keep reading for a while after a signal to stop.
 
-    So a worker, which the process that it reads for ends as a rule, waits a while.
+    Such a signal may reach all processes at once, and the current step still needs its images. As a
+    rule the process that the worker reads for ends it before the time is up.
     """
 
     def end_later(*_: object) -> None:
@@ -138,44 +139,44 @@ def _outlast_requests_to_stop() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-_Found = tuple[Batch, tuple[str, ...]] | DataError
-"""A batch and the files that are missing in it, or why there is none."""
+_ReadStep = tuple[Batch, tuple[str, ...]] | DataError
+"""A batch and the files missing from it, or why there is no batch."""
 
 
-class _Epoch(Dataset["_Found"]):
-    """An epoch's batches by step; errors are returned, since a worker would wrap what it raises."""
+class _Epoch(Dataset["_ReadStep"]):
+    """An epoch's batches by step; returns errors, since a worker would wrap what it raises."""
 
     def __init__(self, stream: TrainingStream, number: int) -> None:
         self._stream, self._number = stream, number
         generator = torch.Generator().manual_seed(seed_of(stream.seed, number))
         self._order = torch.randperm(len(stream.images.labels), generator=generator)
 
-    def __getitem__(self, step: int) -> _Found:
+    def __getitem__(self, step: int) -> _ReadStep:
         missing = None if self._stream.unreadable is None else Unreadable()
         try:
             batch = self._read(step, missing)
         except DataError as error:
-            return DataError(str(error))  # of a kind that comes through to another process
+            return DataError(str(error))  # subclasses may not unpickle in another process
         return batch, () if missing is None else missing.names
 
     def _read(self, step: int, missing: Unreadable | None) -> Batch:
         stream = self._stream
         augmentation, preprocessing = stream.augmentation, stream.preprocessing
         start = step * stream.batch_size
-        whole: Tensor = self._order[start : start + stream.size(step)]
-        share = slice(stream.shard[0], None, stream.shard[1])
-        own = whole[share]
+        indices: Tensor = self._order[start : start + stream.size(step)]
+        shard = slice(stream.shard[0], None, stream.shard[1])
+        local_shard = indices[shard]
         seeds = (stream.seed, self._number)
-        changed = ChangedImages(stream.images, augmentation, seeds)
+        changed = AugmentedImages(stream.images, augmentation, seeds)
         source = changed if augmentation.is_imagewise else stream.images
-        found = read_batch(lambda some: source.read(some, preprocessing), own, missing)
-        if found is None:
-            raise DataError(f"none of the {len(own)} images of a step can be read")
-        read, pixels = found
+        readable = read_batch(lambda part: source.read(part, preprocessing), local_shard, missing)
+        if readable is None:
+            raise DataError(f"none of the {len(local_shard)} images of a step can be read")
+        read, pixels = readable
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
-        moves = augmentation.draw(len(whole), preprocessing.image_size, generator)
-        moves = moves.of(share)
-        if len(read) < len(own):
-            moves = moves.of(torch.isin(own, read))
+        moves = augmentation.draw(len(indices), preprocessing.image_size, generator)
+        moves = moves.select(shard)
+        if len(read) < len(local_shard):
+            moves = moves.select(torch.isin(local_shard, read))
         images = moves.apply(preprocessing.normalise(pixels))
         return Batch(images, stream.images.labels[read], read)

@@ -1,4 +1,4 @@
-"""Image files that can't be read: an error that names them or, where asked for, left out."""
+"""Image files that can't be read: an error names them, or they are skipped on request."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from secateur.runtime.input_limits import check_pixels
 
 T = TypeVar("T")
 
-DAMAGE = (
+DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where warnings are errors
 )
-"""What Pillow raises over damaged files, depending on the format and on what is damaged."""
+"""What Pillow raises for damaged files, depending on the format and the damage."""
 
 
 class Unreadable:
-    """Counts the files that were left out, each once however often it was asked for."""
+    """The files that were left out, each once however often it was read."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
 
     def add(self, names: Iterable[str]) -> None:
-        """Called from the threads that read ahead; a set takes that."""
+        """Note files; threads that read ahead may call this at once."""
         self._names.update(names)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As they were given, sorted."""
+        """Their names, sorted."""
         return tuple(sorted(self._names))
 
 
@@ -51,11 +51,11 @@ def read_batch(
     indices: Int[Tensor, "image"],
     unreadable: Unreadable | None = None,
 ) -> tuple[Int[Tensor, "readable"], T] | None:
-    """The numbers of the images that can be read, in order, and what `read` gives for them.
+    """Return the indices of the images that can be read, in order, and what `read` returns.
 
-    `read` is asked for all of `indices`. Where it raises `UnreadableImage`, that goes on to the
-    caller, unless there is an `Unreadable` to note the files in: then it is asked for the rest.
-    None where nothing is left.
+    `read` is called with all of `indices`. If it raises `UnreadableImage`, so does this function,
+    unless there is an `Unreadable`: then the files are noted there, and `read` is called with the
+    remaining indices. Returns None where none remain.
     """
     while len(indices):
         try:
@@ -70,18 +70,18 @@ def read_batch(
 
 @contextlib.contextmanager
 def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
-    """An image that is open and not decoded yet; raises one of `DAMAGE`, for a huge one, too."""
+    """Open an image without decoding it; raises one of `DECODING_ERRORS`, for huge images too."""
     with Image.open(source) as image:
         check_pixels(image)
         yield image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a colour; Pillow's own conversion clips more bits at 255.
+    """Return the image with 8 bits for each colour; Pillow's conversion clips wider values at 255.
 
-    Of 16 bits the upper 8 are taken, as Pillow does in coloured images. PNG and PGM have no more,
-    also where Pillow opens them with the mode of 32 (PNG before its version 10.3). Raises
-    `ValueError` where the range of the values is not known.
+    Of 16 bits the upper 8 are kept, as Pillow does for coloured images. PNG and PGM have at most 16
+    bits, also where Pillow opens them in its 32-bit mode (PNG before version 10.3). Raises
+    `ValueError` where the range of the values is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -97,10 +97,10 @@ def decode_all(
     find: Callable[[int], tuple[str, Path | io.BytesIO]],
     prepare: Callable[[UInt8[Tensor, "rgb height width"]], Tensor],
 ) -> list[Tensor]:
-    """The prepared pixels of images, decoded on several threads.
+    """Return the prepared pixels of images, decoded on several threads.
 
-    `find` gives an image's name, and where its bytes are. Raises `UnreadableImage` with every image
-    that can't be decoded.
+    `find` returns an image's name and its path or bytes. Raises `UnreadableImage` that names every
+    image that can't be decoded.
     """
 
     def decode(index: int) -> Tensor | Exception:
@@ -108,19 +108,18 @@ def decode_all(
         try:
             with opened_image(source) as image:
                 pixels: Tensor = v2.functional.pil_to_tensor(_as_rgb(image))
-        except DAMAGE as error:
+        except DECODING_ERRORS as error:
             return error
         return prepare(pixels)
 
-    numbers = indices.tolist()
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(decode, numbers))
+        results = list(pool.map(decode, indices.tolist()))
     failed = {
-        number: result
-        for number, result in zip(numbers, found, strict=True)
+        index: result
+        for index, result in zip(indices.tolist(), results, strict=True)
         if isinstance(result, Exception)
     }
     if failed:
         first = next(iter(failed.values()))
-        raise UnreadableImage({number: find(number)[0] for number in failed}, first) from first
-    return [result for result in found if isinstance(result, Tensor)]
+        raise UnreadableImage({index: find(index)[0] for index in failed}, first) from first
+    return [result for result in results if isinstance(result, Tensor)]

@@ -1,4 +1,4 @@
-"""How far a network's answers are from another one's, on images without labels."""
+"""Divergence: how far a network's outputs are from another's, on images without labels."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from secateur.runtime import distributed
 from secateur.runtime.module_state import device_of, evaluating
 
 CONFIDENCE_SIGMAS = 2.0
-"""By so many standard errors a mean must fall to have fallen."""
+"""The standard errors by which a mean must fall for the fall to be significant."""
 Logits = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
 
 
 @dataclass(frozen=True)
 class OutputDivergence:
-    """How near a network is to what was expected of it."""
+    """How far a network's outputs are from the expected ones."""
 
     divergence: float
-    """Mean KL divergence of its answers from the expected ones, KL(expected ‖ given), in nats;
-    softened answers multiply it by the square of their temperature."""
+    """Mean KL divergence from the expected outputs, KL(expected ‖ actual), in nats; for softened
+    outputs multiplied by the square of the temperature."""
     top1_fraction: float
-    """Share of the images of which both predict the same class."""
+    """Fraction of images for which both predict the same class."""
 
 
 def logits_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Logits, ...]:
-    """The network's logits in evaluation mode, a tensor for each batch.
+    """Return the network's logits in evaluation mode, a tensor for each batch.
 
-    Of several processes each brings its share of the batches (`distributed.dealt`), and all get the
-    answers to all of them.
+    Each process passes its shard of the batches (`distributed.shard`) and gets the logits of
+    all batches.
     """
     device = device_of(network)
     with evaluating(network), torch.inference_mode():
-        own = [network(batch.images.to(device)).cpu() for batch in batches]
-    return tuple(distributed.gather_shards(own))
+        local_logits = [network(batch.images.to(device)).cpu() for batch in batches]
+    return tuple(distributed.gather_shards(local_logits))
 
 
 def divergence_from(
@@ -51,56 +51,57 @@ def divergence_from(
     batches: Iterable[Batch],
     temperature: float = 1.0,
 ) -> OutputDivergence:
-    """How near `network`, in evaluation mode, is to the `expected` answers to the same batches.
+    """Return the divergence of `network`, in evaluation mode, from the `expected` logits.
 
-    Both answers are softened by the temperature T, and the divergence multiplied by T², as in
-    distillation (Hinton et al., 2015). Raises `DataError` where there are no images.
+    `expected` are those of the same batches. Both logits are softened by the temperature T, and the
+    divergence is multiplied by T², as in distillation (Hinton et al., 2015). Raises `DataError`
+    where there are no images.
     """
-    given = logits_of(network, batches)
-    divergences = divergence_by_image(expected, given, temperature)
-    pairs = zip(expected, given, strict=True)
-    equal = sum(int((found.argmax(1) == wanted.argmax(1)).sum()) for wanted, found in pairs)
+    actual = logits_of(network, batches)
+    divergences = divergence_by_image(expected, actual, temperature)
+    pairs = zip(expected, actual, strict=True)
+    equal = sum(int((mine.argmax(1) == reference.argmax(1)).sum()) for reference, mine in pairs)
     return OutputDivergence(float(divergences.mean()), equal / len(divergences))
 
 
 def divergence_by_image(
-    expected: Sequence[Logits], given: Sequence[Logits], temperature: float = 1.0
+    expected: Sequence[Logits], logits: Sequence[Logits], temperature: float = 1.0
 ) -> Float[Tensor, "image"]:
-    """KL(expected ‖ given) of each image, softened as `agreement_of` has it.
+    """Return KL(expected ‖ logits) of each image, softened as in `divergence_from`.
 
-    In float64: near agreement is a small difference of large terms. Raises `DataError` where there
-    are no images.
+    It is computed in float64: a small divergence is a small difference of large terms. Raises
+    `DataError` where there are no images.
     """
     if not sum(map(len, expected)):
-        raise DataError("there are no images to compare answers on")
-    softened = (
+        raise DataError("there are no images to compare outputs on")
+    terms = (
         F.kl_div(
-            F.log_softmax(found.double() / temperature, dim=1),
-            F.log_softmax(wanted.double() / temperature, dim=1),
+            F.log_softmax(batch_logits.double() / temperature, dim=1),
+            F.log_softmax(batch_expected.double() / temperature, dim=1),
             reduction="none",
             log_target=True,
         )
-        for wanted, found in zip(expected, given, strict=True)
+        for batch_expected, batch_logits in zip(expected, logits, strict=True)
     )
-    return temperature**2 * torch.cat([each.sum(1) for each in softened])
+    return temperature**2 * torch.cat([batch_terms.sum(1) for batch_terms in terms])
 
 
 def is_smaller(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
-    """Whether the mean has, by more than chance explains, image by image; one image can't tell."""
+    """Return whether the mean over images fell significantly; never true for a single image."""
     fall = before - after
     standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
     return float(fall.mean()) > CONFIDENCE_SIGMAS * standard_error
 
 
 def relative_error(
-    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
+    actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
 ) -> float:
-    """Largest absolute difference over the largest absolute expected value.
+    """Return the largest absolute difference over the largest absolute expected value.
 
-    Of several tensors the worst.
+    For several tensors it is the largest of their errors.
     """
-    if not isinstance(found, Tensor):
-        return max(map(relative_error, found, expected))
+    if not isinstance(actual, Tensor):
+        return max(map(relative_error, actual, expected))
     assert isinstance(expected, Tensor)
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,4 +1,4 @@
-"""How good and how large a network is: accuracy, loss, MACs, parameters, latency."""
+"""A network's score: accuracy, loss, MACs, parameters and latency."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from secateur.runtime.module_state import device_of, evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """What a network achieves and what it costs."""
+    """A network's accuracy and cost."""
 
     top1_fraction: float
     top5_fraction: float
     loss: float
     """Mean cross-entropy in nats."""
     images: int
-    """How many images were scored."""
+    """Number of images that were scored."""
     macs: int
     """Multiply-accumulates for one image."""
     parameters: int
     latency_ms: float
-    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. Of a
-    cut network the part that `timing.time_left` finds of the whole one's: the two take turns then,
-    so that what else the machine does slows both alike."""
+    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. For a
+    cut network it is the original's time multiplied by the fraction that remains, as
+    `latency_profiler.measure_fraction_left` measures it with both networks interleaved."""
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
-    """The score of `model`, where it is, on every image of the batches, in evaluation mode.
+    """Return the score of `model`, on its device and in evaluation mode, on all batches.
 
-    The network is timed unless `known_ms` says what a forward pass takes. Of several processes
-    each brings its share of the batches (`distributed.dealt`), and all get the score on all of
-    them, with the time that the first one takes. With fewer than five classes top-5 counts what is
-    there. Raises `DataError` where a label lies outside the network's classes.
+    The network is timed unless `known_ms` says what a forward pass takes. Each process passes its
+    shard of the batches (`distributed.shard`) and gets the score on all of them, with the main
+    process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
+    where a label lies outside the network's classes.
     """
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
@@ -88,22 +88,22 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
 
 
 def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
-    """The network's answers; raises `UsageError` where it gives something else, or none."""
+    """Return the network's logits; raises `UsageError` where it fails or returns anything else."""
     try:
-        found: object = model(images)
+        logits: object = model(images)
     except Exception as error:
-        if explain(error) is not None:  # the machine's fault
+        if explain(error) is not None:  # the machine's fault, not the network's
             raise
         shape, words = list(images.shape), " ".join(str(error).split())
         raise UsageError(f"the network can't be run on images {shape}: {words}") from error
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UsageError(f"the network gives {what} where logits [image, class] are needed")
-    return found
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"the network returns {what} where logits [image, class] are needed")
+    return logits
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates for one image `[1, rgb, height, width]`, counted by torch as it runs."""
+    """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
     with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
     return int(counter.get_total_flops()) // 2

@@ -1,10 +1,17 @@
-"""Latency of networks."""
+"""Latency of networks, and the one loop that times anything.
+
+A machine slows down and speeds up while it is measured. So whatever is compared is interleaved: a
+round runs every action once, and a slower minute slows all of them alike.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +20,68 @@ from secateur.runtime.module_state import evaluating
 
 LATENCY_BATCH = 16
 """Images in the batch that latency is measured with."""
-
-
 LATENCY_RUNS = 11
+WARM_UP_RUNS = 2
+
+Key = TypeVar("Key")
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often interleaved actions are timed."""
+
+    fewest: int
+    most: int
+    seconds: float = math.inf
+    """Time after which no further round starts, once the fewest are done."""
+    warm_up: int = 0
+    """Rounds that come first and don't count."""
 
 
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
-    """Median time of a forward pass of `batch` images, after two passes to warm up."""
+    """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
     images = repeat_to_batch(images, batch)
+    rounds = Rounds(LATENCY_RUNS, LATENCY_RUNS, warm_up=WARM_UP_RUNS)
     with evaluating(model), torch.inference_mode():
-        times = [seconds(lambda: model(images)) for _ in range(LATENCY_RUNS + 2)]
-    return 1e3 * statistics.median(times[2:])
+        return interleaved_medians({"model": lambda: model(images)}, rounds)["model"]
+
+
+def interleaved_medians(actions: Mapping[Key, Action], rounds: Rounds) -> dict[Key, float]:
+    """Return the median time in ms of each action; a round runs each of them once."""
+    times = interleaved_seconds(actions, actions.__getitem__, rounds)
+    return {key: 1e3 * statistics.median(runs) for key, runs in times.items()}
+
+
+def interleaved_seconds(
+    order: Iterable[Key], prepare: Callable[[Key], Action], rounds: Rounds
+) -> dict[Key, list[float]]:
+    """Return the seconds of every run of each key's action, without the warm-up rounds.
+
+    A round goes through `order`, which may name a key more than once. `prepare(key)` returns the
+    action that is timed; preparing it is not.
+    """
+    keys = tuple(order)
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    start = time.perf_counter()
+    for number in range(rounds.warm_up + rounds.most):
+        is_late = time.perf_counter() - start > rounds.seconds
+        if is_late and number >= rounds.warm_up + rounds.fewest:
+            break
+        for key in keys:
+            duration = seconds(prepare(key))
+            if number >= rounds.warm_up:
+                times[key].append(duration)
+    return times
 
 
 def repeat_to_batch(images: Tensor, size: int) -> Tensor:
-    """So many images: the given ones `[image, rgb, height, width]`, over and over."""
+    """Return `size` images: those given, `[image, rgb, height, width]`, over and over."""
     return images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes, until the accelerator is done with it, too."""
+def seconds(action: Action) -> float:
+    """Return how long an action takes, the accelerator's work included."""
     start = time.perf_counter()
     action()
     if torch.cuda.is_available():

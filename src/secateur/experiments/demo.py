@@ -1,4 +1,4 @@
-"""The main job on data that ships with a dependency: train a small network, then prune it."""
+"""The demonstration: train a small network on data that a dependency ships, then prune it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from secateur import data
 from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.models import zoo
-from secateur.pipeline.prune import preprocessing
+from secateur.pipeline.inputs import preprocessing_of
+from secateur.pipeline.run_context import RunContext
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
-from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.trainer import train
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 MODEL = "resnet20"
 TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_steps=40, flip=False)
@@ -19,7 +20,7 @@ TRAINING = TrainingSection(epochs=8, batch_size=64, learning_rate=0.1, warmup_st
 
 
 def digits_config(weights: Path) -> RunConfig:
-    """The demonstration's run: half of the MACs, scored with 500 of the digits."""
+    """Return the configuration of the demonstration: half of the MACs, 500 calibration images."""
     return from_dict(
         {
             "model": {"name": MODEL, "weights": str(weights)},
@@ -31,19 +32,19 @@ def digits_config(weights: Path) -> RunConfig:
     )
 
 
-def train_digits(weights: Path, progress: ProgressCallback = no_progress) -> None:
-    """Trains a ResNet-20 on the digits and writes its weights as safetensors."""
+def train_digits(weights: Path, run_context: RunContext | None = None) -> None:
+    """Train a ResNet-20 on the digits and write its weights as safetensors."""
+    run_context = run_context or RunContext()
     config = digits_config(weights)
     dataset = data.load("digits", seed=config.seed)
     model = zoo.load(MODEL, num_classes=len(dataset.class_names), seed=config.seed)
     train(
         model,
         None,
-        dataset.train,
-        preprocessing(config),
+        TrainingData(dataset.train, preprocessing_of(config)),
         TRAINING,
         seed=config.seed,
-        progress=progress,
+        callbacks=TrainingCallbacks(run_context.progress),
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

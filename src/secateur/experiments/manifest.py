@@ -1,8 +1,8 @@
-"""What a run folder says of itself: versions, origin, and the SHA-256 of each file that is loaded.
+"""The manifest of a run folder: versions, origin, and the SHA-256 of each file that is loaded.
 
-The hashes tell damage and mix-ups; they are no signature, since whoever can change a file can
-change the manifest, too. That loading a stranger's folder runs nothing of it rests on the formats:
-JSON, TOML and safetensors.
+The hashes reveal damage and mix-ups. They are not a signature: anyone who can change a file can
+change the manifest, too. Loading a stranger's folder is safe because of the file formats, JSON,
+TOML and safetensors, none of which runs code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROGRAM, CONSTANTS = "program.json", "program.safetensors"
 NEEDED = frozenset({PLAN, WEIGHTS})
 HASHED = frozenset({CONFIG, PLAN, WEIGHTS, PROGRAM, CONSTANTS})
 TEXTS = {CONFIG: SMALL_TEXT, PLAN: PLAN_TEXT, PROGRAM: TEXT}
-"""Bytes that each may have; the others are safetensors."""
+"""Largest size of each text file, in bytes; the others are safetensors."""
 
 
 class Manifest(VersionedRecord):
@@ -44,14 +44,14 @@ class Manifest(VersionedRecord):
     versions: dict[str, str]
     """Of secateur, torch and torchvision when the folder was written."""
     architecture: str | None
-    """What `models.load` builds the unpruned network from; None where it must be passed."""
+    """The unpruned network, as `load_model` takes it; None where it must be passed."""
     num_classes: PositiveInt | None
-    """Outputs of the network's head; None where it gives something other than one tensor."""
+    """Outputs of the network's head; None where the network does not return one tensor."""
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """`(rgb, height, width)` of the images that the dependency graph was made for."""
+    """`(rgb, height, width)` of the images that the dependency graph was built with."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
-    """Both: how the dependency graph was made; see `make_wiring`."""
+    """Both: how the dependency graph was built; see `build_dependency_graph`."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None where it has one."""
@@ -61,7 +61,7 @@ class Manifest(VersionedRecord):
 
 @dataclass(frozen=True)
 class Contents:
-    """A run folder whose files are all there and unchanged."""
+    """The files of a run folder, all of them present and unchanged."""
 
     folder: Path
     manifest: Manifest
@@ -69,7 +69,7 @@ class Contents:
 
 
 def versions() -> dict[str, str]:
-    """The versions at work, as a manifest states them."""
+    """Return the installed versions, as a manifest states them."""
     return {
         "secateur": __version__,
         "torch": str(torch.__version__),
@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in the folder that loading may depend on."""
+    """Return the SHA-256 of each file in the folder that loading may depend on."""
     present = [name for name in sorted(HASHED) if (folder / name).is_file()]
     return {name: _hash((folder / name).read_bytes()) for name in present}
 
@@ -88,13 +88,13 @@ def _hash(content: bytes) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`; after all other files."""
+    """Write `manifest.json`; all other files must be there."""
     text = manifest.model_dump_json(indent=1)
     replace_file(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a run folder; raises `RunFolderError` where it is missing or damaged."""
+    """Read the manifest of a run folder; raise `RunFolderError` where it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
@@ -103,9 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Every file that the folder's manifest lists, read once and compared with its hash.
+    """Read every file that the folder's manifest lists, and compare it with its hash.
 
-    Raises `RunFolderError` that names the file which is missing, changed, or not a run's.
+    Raises `RunFolderError` that names a file which is missing, changed, or not part of a run.
     """
     manifest = read_manifest(folder)
     for name in sorted(manifest.files.keys() - HASHED):

@@ -1,7 +1,7 @@
-"""Runs in folders: written when the network is cut, trained further there, gone on with.
+"""Runs in folders: written when the network is cut, fine-tuned further there, and resumed.
 
-A run folder is whole at any moment: see `bundle` for its files. While its network is fine-tuned it
-also holds the checkpoints of the training.
+A run folder is complete at any moment: see `run_folder` for its files. While its network is
+fine-tuned it also holds the checkpoints of the training.
 """
 
 from __future__ import annotations
@@ -19,25 +19,32 @@ from secateur.data import DataSet
 from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
-from secateur.experiments.compare.statistics import compute_statistics
+from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG
 from secateur.experiments.report import write_report
 from secateur.experiments.report.comparison import ROWS
-from secateur.experiments.report.gallery import make_gallery
-from secateur.integrations.tensorboard import open_log
+from secateur.experiments.report.gallery import Gallery, make_gallery
+from secateur.experiments.run_folder import Origin
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.prune import Pruned
+from secateur.pipeline.inputs import (
+    check_names,
+    check_weights,
+    limit_batch_size,
+    load_inputs,
+    resolve_config,
+)
+from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
     FREE_KEYS,
     IDLE_KEYS,
     RESULT,
-    Origin,
     RunResult,
     check_same,
     comparable,
     read_result,
 )
+from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
@@ -46,62 +53,44 @@ from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.module_state import tensors_of
-from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.checkpoint import Checkpoints
 
 
 def run(
     config: RunConfig,
     folder: Path,
+    run_context: RunContext | None = None,
     *,
     overwrite: bool = False,
     resume: bool = False,
     allow_untrained: bool = False,
-    progress: ProgressCallback = no_progress,
-    board: Path | None = None,
-    command: str | None = None,
 ) -> RunResult:
-    """Prunes the network that `config` names and leaves a run folder; see `bundle` for its files.
+    """Prune the network that `config` names, and write a run folder; see `run_folder`.
 
-    The folder is there as soon as the network is cut and repaired, and again when it has been
-    fine-tuned; in between it holds the checkpoints of the training. `resume` goes on from what an
-    interrupted run with the same configuration has left there, which may be nothing. `board` is a
-    folder for TensorBoard. Raises `SecateurError`, and then leaves what the folder held last; where
-    another run is at work there, too.
+    The folder is there as soon as the network is cut and refitted, and is replaced when it has been
+    fine-tuned; in between it holds the checkpoints of the training. `resume` continues what an
+    interrupted run with the same configuration has left there, if anything. Raises `SecateurError`,
+    also where another run is writing to the folder; the folder then stays as it was.
     """
-    pipeline.check_names(config)
-    pipeline.check_weights(config, allow_untrained=allow_untrained)
+    run_context = run_context or RunContext()
+    check_names(config)
+    check_weights(config, allow_untrained=allow_untrained)
     with lock_folder(folder):
         check_replaceable(folder)
-        if not (resume and run_folder.is_run(folder)):
+        is_resumed = resume and run_folder.is_run(folder)
+        if not is_resumed:
             run_folder.check_free(folder, overwrite=overwrite)
-            dataset, model = pipeline.load_inputs(config)
-            with _new_run_folder(folder, overwrite=overwrite) as new:
-                log = _log(new, board)
-                log.write("start", command=command, config=config.model_dump(mode="json"))
-                pruned = pipeline.cut(
-                    model, dataset, config, progress=progress, log=log, command=command
-                )
-                _write(new, pruned, log)
+        dataset, model = load_inputs(config)
+        if is_resumed:
+            pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
         else:
-            dataset, model = pipeline.load_inputs(config)
-            pruned = _read(folder, model, pipeline.resolved(config, dataset))
+            pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
+        run_context = run_context.logging_to(folder / run_folder.LOG)
         while not pruned.is_finished:
-            if not pruned.is_finetuned:
-                pruned = _finetune_folder(folder, folder, pruned, model, dataset, progress, board)
-                continue
-            log = _log(folder)
-            pruned = pipeline.cut(
-                model,
-                dataset,
-                pruned.result.config,
-                earlier=pruned,
-                progress=progress,
-                log=log,
-                command=command,
-            )
-            _renew(folder, folder, pruned, overwrite=True)
-        _report(folder, pruned, model, dataset, progress)
+            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            pruned = pipeline.take_next_step(pruned, model, dataset, run_context, checkpoints)
+            _rewrite(folder, folder, pruned, overwrite=True)
+        _report(folder, pruned, model, dataset, run_context)
         return pruned.result
 
 
@@ -109,26 +98,25 @@ def finetune(
     folder: Path,
     out: Path,
     changes: Mapping[str, object],
+    run_context: RunContext | None = None,
     *,
     model_name: str | None = None,
     source: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: ProgressCallback = no_progress,
-    board: Path | None = None,
-    command: str | None = None,
 ) -> RunResult:
-    """Fine-tunes the network of a run folder, with the network before the cut as its teacher.
+    """Fine-tune the network of a run folder, with the unpruned network as its teacher.
 
-    The result is a run folder `out`, which may be `folder`; `changes` are to the `finetune` section
-    of the run's configuration, `source` is where its data is now, and `model_name` what its network
-    is called now: needed where that is code of your own. With `resume` it goes on from
-    the checkpoints that an interrupted call with the same changes has left in `folder`. `board` is
-    a folder for TensorBoard. Raises `SecateurError`, and then leaves what was there.
+    The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
+    of the run's configuration. `source` is where the data is now, and `model_name` what the network
+    is called now, which is needed where it is your own code. `resume` continues from the
+    checkpoints that an interrupted call with the same changes has left in `folder`. Raises
+    `SecateurError`; the folders then stay as they were.
     """
-    with contextlib.ExitStack() as held:
-        for each in dict.fromkeys((folder, out)):
-            held.enter_context(lock_folder(each))
+    run_context = run_context or RunContext()
+    with contextlib.ExitStack() as locks:
+        for path in dict.fromkeys((folder, out)):
+            locks.enter_context(lock_folder(path))
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
@@ -138,74 +126,176 @@ def finetune(
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        dataset, model = pipeline.load_inputs(config)
+        dataset, model = load_inputs(config)
         if resume and out == folder and _is_finetuned(folder, result, config):
-            tuned = _load(folder, model, result)
-            _report(folder, tuned, model, dataset, progress)
-            return tuned.result
-        pruned = _load(folder, model, result.model_copy(update={"config": config, "tuning": None}))
-        _log(folder, board).write("finetune", command=command, changes=dict(changes))
-        if not resume and distributed.is_main_process():
-            shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-        distributed.barrier()
-        tuned = _finetune_folder(
-            folder, out, pruned, model, dataset, progress, board, overwrite=overwrite
-        )
-        _report(out, tuned, model, dataset, progress)
-        return tuned.result
+            pruned = _load(folder, model, result)
+        else:
+            update = {"config": config, "finetuning": None}
+            pruned = _load(folder, model, result.model_copy(update=update))
+            run_context = run_context.logging_to(folder / run_folder.LOG)
+            run_context.log.write("finetune", command=run_context.command, changes=dict(changes))
+            if not resume:
+                _remove_checkpoints(folder)
+            distributed.barrier()
+            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            pruned = pipeline.finetune(pruned, model, dataset, run_context, checkpoints)
+            _rewrite(folder, out, pruned, overwrite=overwrite or out == folder)
+            if out != folder:
+                _remove_checkpoints(folder)
+        _report(out, pruned, model, dataset, run_context)
+        return pruned.result
 
 
 def report(
     folder: Path,
+    run_context: RunContext | None = None,
     *,
     model_name: str | None = None,
     source: str | None = None,
     images: int | None = None,
     beside: Path | None = None,
     pictures: Path | None = None,
-    progress: ProgressCallback = no_progress,
 ) -> tuple[Path, ...]:
-    """Writes the report of a run folder anew, or its charts as PNG files; returns what it wrote.
+    """Write the report of a run folder again, or its charts as PNG files; return the paths.
 
-    `model_name` and `source` are as for `finetune`; `images` how many calibration images its
-    filters are looked at with (0: none, and no data is needed); `beside` the folder of a comparison
-    to draw beside the run; `pictures` a folder for the charts, made new if need be, and no symbolic
+    `model_name` and `source` are as for `finetune`. `images` is how many calibration images filters
+    are dissected with; 0 shows none and needs no data. `beside` is the folder of a benchmark that
+    the run is drawn among. `pictures` is a folder for the charts, made if need be, and no symbolic
     link. Raises `SecateurError`.
     """
+    run_context = run_context or RunContext()
     result = read_result(folder)
-    looks = result.config.report.images if images is None else images
-    sections = _sections(folder, result, model_name, source, runs_code=looks > 0)
-    sections["report"]["images"] = looks
+    count = result.config.report.images if images is None else images
+    sections = _sections(folder, result, model_name, source, runs_code=count > 0)
+    sections["report"]["images"] = count
     config = from_dict(sections, RunConfig)
     result = result.model_copy(update={"config": config})
-    standing = None
+    statistics: BenchmarkStatistics | None = None
     if beside is not None:
         rows = read_rows(beside / ROWS)
-        standing = compute_statistics(rows, rows[0].method if rows else "")
-    gallery = None
+        statistics = compute_statistics(rows, rows[0].method if rows else "")
+    gallery: Gallery | None = None
     if config.report.images:
-        dataset, model = pipeline.load_inputs(config)
-        pruned = _load(folder, model, result)
-        gallery = make_gallery(
-            model, pruned.model, dataset, result, progress, dependencies=pruned.dependencies
-        )
+        dataset, model = load_inputs(config)
+        gallery = _gallery(_load(folder, model, result), model, dataset, run_context)
     if not distributed.is_main_process():
         return ()
     if pictures is None:
-        write_report(result, folder / run_folder.REPORT, gallery, standing)
+        write_report(result, folder / run_folder.REPORT, gallery, statistics)
         return (folder / run_folder.REPORT,)
     from secateur.experiments.report.run_charts import run_charts  # takes a second to import
 
     make_inner_folder(pictures)
-    return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, standing))
+    return tuple(chart.write_png(pictures) for chart in run_charts(result, gallery, statistics))
+
+
+def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
+    """Write a run folder of a network that was pruned elsewhere; raise `RunFolderError`."""
+    with lock_exclusively(folder), run_folder.new_run_folder(folder, overwrite=overwrite) as new:
+        _write(new, pruned, EventLog(new / run_folder.LOG), origin)
+
+
+def origin_of(config: RunConfig) -> Origin:
+    """Return what a resolved configuration says of the unpruned network."""
+    size = config.data.image_size
+    assert size is not None
+    return Origin(
+        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
+    )
+
+
+def _begin(
+    folder: Path,
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext,
+    *,
+    overwrite: bool,
+) -> Pruned:
+    """Prune the first round and write its run folder."""
+    with _new_run_folder(folder, overwrite=overwrite) as new:
+        context = run_context.logging_to(new and new / run_folder.LOG)
+        facts = {"command": context.command, "config": config.model_dump(mode="json")}
+        context.log.write("start", **facts)
+        pruned = pipeline.prune_round(model, dataset, config, context)
+        if new is not None:
+            _write(new, pruned, context.log, origin_of(pruned.result.config))
+    return pruned
+
+
+def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
+    """Write the run folder `out`, whose log continues that of `folder`; they may be the same."""
+    with _new_run_folder(out, overwrite=overwrite) as new:
+        if new is None:
+            return
+        log = folder / run_folder.LOG
+        if log.is_file() and not log.is_symlink():
+            replace_file(new / run_folder.LOG, log.read_bytes())
+        origin = origin_of(pruned.result.config)
+        _write(new, pruned, EventLog(new / run_folder.LOG), origin)
+
+
+@contextlib.contextmanager
+def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
+    """See `run_folder.new_run_folder`; None except in the main process, which alone writes.
+
+    All processes leave the block when the folder is there.
+    """
+    if distributed.is_main_process():
+        with run_folder.new_run_folder(folder, overwrite=overwrite) as new:
+            yield new
+    else:
+        yield None
+    distributed.barrier()
+
+
+def _write(folder: Path, pruned: Pruned, log: EventLog, origin: Origin) -> None:
+    """Write every file of a run except its log."""
+    replace_file(folder / CONFIG, to_toml(pruned.result.config))
+    manifest = run_folder.write(folder, pruned.model, pruned.plan, origin)
+    if manifest.no_program is not None:
+        log.write("no_program", reason=manifest.no_program)
+    replace_file(folder / RESULT, pruned.result.model_dump_json(indent=1) + "\n")
+    if pruned.latency is not None:
+        replace_file(folder / run_folder.LATENCY, pruned.latency.to_json())
+    write_report(pruned.result, folder / run_folder.REPORT)
+    if pruned.is_finished:
+        log.write("end")
+
+
+def _report(
+    folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, run_context: RunContext
+) -> None:
+    """Write the report of a finished run, with what its filters respond to."""
+    gallery = _gallery(pruned, model, dataset, run_context)
+    if distributed.is_main_process():
+        write_report(pruned.result, folder / run_folder.REPORT, gallery)
+
+
+def _gallery(
+    pruned: Pruned, model: nn.Module, dataset: DataSet, run_context: RunContext
+) -> Gallery | None:
+    return make_gallery(
+        model,
+        pruned.model,
+        dataset,
+        pruned.result,
+        run_context.progress,
+        dependencies=pruned.dependencies,
+    )
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    if distributed.is_main_process():
+        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
 
 
 def _is_finetuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
-    """Whether an interrupted fine-tuning had come to its end, but for the report."""
+    """Return whether an interrupted fine-tuning was complete except for the report."""
     is_same = comparable(result.config) == comparable(config)
-    return (
-        is_same and result.finetuning is not None and not (folder / run_folder.CHECKPOINTS).is_dir()
-    )
+    has_checkpoints = (folder / run_folder.CHECKPOINTS).is_dir()
+    return is_same and result.finetuning is not None and not has_checkpoints
 
 
 def _sections(
@@ -216,7 +306,7 @@ def _sections(
     *,
     runs_code: bool = True,
 ) -> dict[str, Any]:
-    """The configuration of a run, whose network and data may have other names now.
+    """Return the configuration of a run, whose network and data may have other names now.
 
     Raises `UsageError` where the folder alone says which file with code is to be run.
     """
@@ -232,118 +322,25 @@ def _sections(
     return sections
 
 
-def _report(
-    folder: Path, pruned: Pruned, model: nn.Module, dataset: DataSet, progress: ProgressCallback
-) -> None:
-    """Writes the report of a run that has ended, with what its filters see."""
-    dependencies = pruned.dependencies
-    gallery = make_gallery(
-        model, pruned.model, dataset, pruned.result, progress, dependencies=dependencies
-    )
-    if distributed.is_main_process():
-        write_report(pruned.result, folder / run_folder.REPORT, gallery)
-
-
-def _finetune_folder(
-    folder: Path,
-    out: Path,
-    pruned: Pruned,
-    model: nn.Module,
-    dataset: DataSet,
-    progress: ProgressCallback,
-    board: Path | None,
-    *,
-    overwrite: bool = False,
-) -> Pruned:
-    """Fine-tunes the network of one run folder into another, which may be the same."""
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
-    log = _log(folder, board)
-    tuned = pipeline.finetune(
-        pruned, model, dataset, progress=progress, log=log, checkpoints=checkpoints
-    )
-    _renew(folder, out, tuned, overwrite=overwrite or out == folder)
-    if out != folder and distributed.is_main_process():
-        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-    return tuned
-
-
-def _renew(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
-    """Writes a run folder that goes on from another one, which it may replace."""
-    with _new_run_folder(out, overwrite=overwrite) as new:
-        log = folder / run_folder.LOG
-        if new is not None and log.is_file() and not log.is_symlink():
-            replace_file(new / run_folder.LOG, log.read_bytes())
-        _write(new, pruned, _log(new))
-
-
-@contextlib.contextmanager
-def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
-    """See `bundle.new_run_folder`; None but in the first process, which alone writes.
-
-    All processes leave the block when the folder is there.
-    """
-    if distributed.is_main_process():
-        with run_folder.new_run_folder(folder, overwrite=overwrite) as new:
-            yield new
-    else:
-        yield None
-    distributed.barrier()
-
-
-def _log(folder: Path | None, board: Path | None = None) -> EventLog:
-    """The log in a folder, written to by the first process alone."""
-    if folder is None or not distributed.is_main_process():
-        return EventLog(None)
-    return open_log(folder / run_folder.LOG, board)
-
-
-def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = False) -> None:
-    """Leaves a run folder of what was pruned elsewhere; raises `RunFolderError`."""
-    with lock_exclusively(folder), run_folder.new_run_folder(folder, overwrite=overwrite) as new:
-        _write(new, pruned, _log(new), origin)
-
-
-def _write(
-    folder: Path | None, pruned: Pruned, log: EventLog, origin: Origin | None = None
-) -> None:
-    """Every file of a run but its log; `origin` is by default what the configuration names."""
-    if folder is None:
-        return
-    config = pruned.result.config
-    replace_file(folder / CONFIG, to_toml(config))
-    manifest = run_folder.write(
-        folder, pruned.model, pruned.plan, origin or pipeline.origin(config)
-    )
-    if manifest.no_program is not None:
-        log.write("no_program", reason=manifest.no_program)
-    text = pruned.result.model_dump_json(indent=1)
-    replace_file(folder / RESULT, text + "\n")
-    if pruned.latency is not None:
-        replace_file(folder / run_folder.LATENCY, pruned.latency.to_json())
-    write_report(pruned.result, folder / run_folder.REPORT)
-    if pruned.is_finished:
-        log.write("end")
-
-
-def _read(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
-    """What a run of the same configuration has left; raises `UsageError` where it was another."""
+def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
+    """Load what a run with the same configuration has left; raise `UsageError` where it differs."""
     result = read_result(folder)
-    check_same(f"the run in {folder}", config, result.config, FREE_KEYS)
-    config = pipeline.with_batches(config, result.config.data.batch_size)
+    place = f"the run in {folder}"
+    check_same(place, config, result.config, FREE_KEYS)
+    config = limit_batch_size(config, result.config.data.batch_size)
     pruned = _load(folder, model, result.model_copy(update={"config": config}))
     if pruned.is_finished:
-        check_same(f"the run in {folder}", config, result.config, IDLE_KEYS)
+        check_same(place, config, result.config, IDLE_KEYS)
     return pruned
 
 
 def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:
-    """The network of a run folder and all that belongs to it, with a result put in its place."""
+    """Load the network of a run folder and all that belongs to it, with the given result."""
     path = folder / run_folder.LATENCY
     latency: LatencyTable | None = None
     if path.is_file():
-        latency = LatencyTable.from_json(
-            read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
-        )
+        text = read_bounded(path, TEXT, RunFolderError).decode("utf-8", "replace")
+        latency = LatencyTable.from_json(text)
     dependencies = run_folder.read_origin(folder).build_dependency_graph(model)
     smaller = run_folder.load(folder, architecture=model, dependencies=dependencies)
     plan = run_folder.read_plan(folder)

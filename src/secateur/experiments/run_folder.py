@@ -1,16 +1,18 @@
 """A run folder: written as a whole or not at all, and read without running anything in it.
 
-`plan.json` is what was cut, `model.safetensors` the weights that are left, `manifest.json` names
-the architecture and holds the hash of every file that loading depends on. There are two ways back:
-`load` builds the architecture, replays the plan and loads the weights strictly; `load_program` runs
-`program.json`, the network as a list of tensor operations, where its code is not at hand. Nothing
-is unpickled or evaluated: see `manifest` and `program`.
+`plan.json` lists the removed filters, `model.safetensors` holds the remaining weights, and
+`manifest.json` names the architecture and holds the hash of every file that loading depends on.
+There are two ways to load a network: `load` builds the architecture, applies the plan and loads the
+weights strictly; `load_program` runs `program.json`, the network as a list of tensor operations,
+and needs none of the network's code. Nothing is unpickled or evaluated: see `manifest` and
+`program`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,9 +35,9 @@ from secateur.experiments.manifest import (
 )
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.models import user_code, zoo
-from secateur.pipeline.result import Origin
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -46,12 +48,31 @@ from secateur.runtime.module_state import evaluating
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The unpruned network, as far as cutting it again needs it."""
+
+    architecture: str | None
+    """As `load_model` takes it; None where only the user can build it."""
+    image_shape: tuple[int, int, int]
+    """`(rgb, height, width)`."""
+    prune_residual: bool = False
+    exclude: tuple[str, ...] = ()
+
+    def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
+        """Build the dependency graph of the unpruned network as it was built for the plan."""
+        example = torch.zeros(2, *self.image_shape)
+        return build_dependency_graph(
+            model, example, prune_residual=self.prune_residual, exclude=self.exclude
+        )
+
+
 @contextlib.contextmanager
 def new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder that becomes `folder`, which is held: see `writing.replacing_folder`.
+    """Yield a new folder that takes the place of `folder`, which is locked: see `replacing_folder`.
 
-    Raises `RunFolderError` where `folder` is in the way: a file, or not empty without `overwrite`,
-    or holding something that is not a run.
+    Raises `RunFolderError` where `folder` is a file, or holds something that is not a run, or is
+    not empty and `overwrite` is not set.
     """
     check_free(folder, overwrite=overwrite)
     with replacing_folder(folder) as new:
@@ -59,7 +80,7 @@ def new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raises `RunFolderError` where a run can't be written to `folder`."""
+    """Raise `RunFolderError` where a run can't be written to `folder`."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a folder for a run")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -71,12 +92,12 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run."""
+    """Return whether the folder holds a run."""
     return (folder / PLAN).is_file()
 
 
 def read_plan(folder: Path) -> PruningPlan:
-    """The plan in a run folder; raises `RunFolderError` as `load` does."""
+    """Read the plan in a run folder; raise `RunFolderError` as `load` does."""
     return _plan(read_contents(folder))
 
 
@@ -91,14 +112,25 @@ def save(
     exclude: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder from which `load` and `load_program` give `model` back, whole or not at all.
+    """Write a folder from which `load` and `load_program` return `model`.
 
-    `model` is what `apply_plan` returned, with any weights since; `image_shape` is `(rgb, height,
-    width)` of the images that its dependency graph was made with, `prune_residual` and `exclude`
-    how. `architecture` names the unpruned network as `load_model` takes it
-    (`torchvision:resnet50`); without one `load` must be given the network. Raises `RunFolderError`
-    where the folder is in the way (see `new_run_folder`) and `UsageError` where weights are not
-    float32.
+    `model` is what `apply_plan` returned; it may have been trained since. `image_shape` `(rgb,
+    height, width)`, `prune_residual` and `exclude` are what the dependency graph was built with.
+    `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
+    without it `load` must be given the network. Raises `RunFolderError` where the folder can't be
+    taken (see `new_run_folder`) and `UsageError` where weights are not float32.
+
+    >>> import secateur, tempfile, torch
+    >>> model = secateur.load_model("resnet20", num_classes=10, seed=0)
+    >>> dependencies = secateur.build_dependency_graph(model, torch.rand(2, 3, 32, 32))
+    >>> scores = {name: torch.arange(len(group)) for name, group in dependencies.groups.items()}
+    >>> plan = secateur.make_plan(scores, dependencies, secateur.Budget("macs", 0.5), "mine")
+    >>> smaller = secateur.apply_plan(model, dependencies, plan)
+    >>> folder = tempfile.mkdtemp()
+    >>> save(folder, smaller, plan, image_shape=(3, 32, 32), architecture="resnet20")
+    >>> images = torch.rand(1, 3, 32, 32)
+    >>> torch.equal(load(folder)(images), smaller.eval()(images))
+    True
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     folder = Path(folder)
@@ -107,7 +139,7 @@ def save(
 
 
 def read_origin(folder: Path) -> Origin:
-    """What the manifest of a run folder says of the unpruned network."""
+    """Read what the manifest of a run folder says of the unpruned network."""
     return _origin(read_manifest(folder))
 
 
@@ -118,10 +150,10 @@ def _origin(manifest: Manifest) -> Origin:
 
 
 def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> Manifest:
-    """Writes what loading needs into an existing folder; the manifest that it wrote last.
+    """Write what loading needs into an existing folder, and return the manifest.
 
-    A network that has no program (see `make_program`) is written without one; the manifest says
-    why. Raises `UsageError` where weights are not float32.
+    A network that can't be written as a program (see `make_program`) is saved without one, and the
+    manifest says why. Raises `UsageError` where weights are not float32.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
@@ -139,11 +171,11 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     except TraceError as error:
         no_program = str(error)
     with evaluating(model), torch.inference_mode():
-        answers = model(example)
+        outputs = model(example)
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
-        num_classes=answers.shape[1] if isinstance(answers, Tensor) else None,
+        num_classes=outputs.shape[1] if isinstance(outputs, Tensor) else None,
         image_shape=origin.image_shape,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
@@ -161,13 +193,14 @@ def load(
     architecture: nn.Module | None = None,
     dependencies: DependencyGraph | None = None,
 ) -> nn.Module:
-    """The pruned network of a run folder, in evaluation mode: the same module, with fewer filters.
+    """Load the pruned network of a run folder, in evaluation mode.
 
-    `architecture` is the unpruned network, with any weights: needed where the run was made from
-    code of your own (`file.py:factory`), which a folder is not trusted to run; `load_program` does
-    without. `dependencies` is that network's, needed where it was made with rules or a forward of
-    your own. Raises `RunFolderError` where a file is missing, damaged, changed or does not fit the
-    others, and `UsageError` where the network must be passed.
+    It is a module of the same class as the unpruned network, with fewer filters. `architecture` is
+    the unpruned network, with any weights. Pass it where the run was made from your own code
+    (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
+    `dependencies` where you built the dependency graph with your own rules. Raises `RunFolderError`
+    where a file is missing, damaged, changed or does not fit the others, and `UsageError` where the
+    network must be passed.
     """
     contents = read_contents(Path(folder))
     manifest = contents.manifest
@@ -202,12 +235,12 @@ def _unpruned(manifest: Manifest) -> nn.Module:
 
 
 def load_program(folder: str | Path) -> nn.Module:
-    """The pruned network of a run folder as a program, in evaluation mode, without its own code.
+    """Load the pruned network of a run folder as a program, in evaluation mode.
 
-    It answers as the network that `load` gives, bit for bit where that keeps its weights in
-    contiguous memory, and takes batches of any size. It is a list of tensor operations, for
-    running, exporting and timing; to prune or train it further, use `load`. Raises
-    `RunFolderError` as `load` does, and where the folder has no program.
+    A program is a list of tensor operations, to run, export or time; none of the network's own code
+    is needed. To prune or train the network further, use `load`. The outputs are those of the
+    network that `load` returns, bit for bit where its weights lie in contiguous memory, for batches
+    of any size. Raises `RunFolderError` as `load` does, and where the folder has no program.
     """
     contents = read_contents(Path(folder))
     if PROGRAM not in contents.files:

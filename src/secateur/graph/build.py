@@ -1,4 +1,4 @@
-"""Reads the dependency graph of a network: traces it, follows its channels, and tries a cut."""
+"""Builds the dependency graph: traces the network, propagates channel ids, verifies test cuts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from secateur.errors import UnknownName
-from secateur.graph.channel_ids import ChannelPropagation, Rule
+from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.network_graph import Forward
+from secateur.graph.propagation import ChannelPropagation, Rule
 from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
-from secateur.graph.torchvision_detectors import forward_of
-from secateur.graph.trace import Forward, trace
+from secateur.graph.torchvision_detectors import traceable_forward
+from secateur.graph.trace import trace
+from secateur.runtime.module_state import unwrapped
 
 
 def build_dependency_graph(
@@ -25,31 +28,38 @@ def build_dependency_graph(
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
 ) -> DependencyGraph:
-    """The dependency graph of `model` for images like `example` `[image, rgb, height, width]`.
+    """Return the dependency graph of `model` for images like `example` `[image, rgb, h, w]`.
 
-    Channels that residual sums tie over a whole stage are frozen unless `prune_residual`. `exclude`
-    are name patterns, such as `layer1.*`, of layers whose filters must stay. `rules` are added to
-    `rules.RULES`: name of an operation, `namespace::name` outside of ATen -> rule. With `forward`
-    it is `forward(model, images)` that is traced, for networks whose whole answer can't be;
-    torchvision's detectors are known (`detectors`). Of a compiled network the original is read.
-    Raises `TraceError` where the network can't be traced, `UnknownName` where a pattern fits no
-    layer and `UsageError` where a rule of one's own does not give ids for its operation's value.
+    Channels that are coupled by skip connections over a whole stage are frozen unless
+    `prune_residual`. `exclude` are name patterns, such as `layer1.*`, of layers whose filters must
+    stay. `rules` are added to `rules.RULES`: name of an operation (`namespace::name` outside of
+    ATen) -> rule. With `forward`, `forward(model, images)` is traced, for networks whose whole
+    output can't be; torchvision's detectors have one (`torchvision_detectors`). Of a compiled
+    network the original is traced.
+
+    Raises `TraceError` if the network can't be traced, `UnknownName` if a pattern matches no layer,
+    and `UsageError` if one of `rules` does not return ids for its operation's value.
     """
-    model = getattr(model, "_orig_mod", model)
-    forward = forward or forward_of(model)
-    spread = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
-    spread.visit_all()
-    for output in spread.graph.outputs:
-        spread.freeze(spread.axes[output], "written to the network's output")
+    model = unwrapped(model)
+    forward = forward or traceable_forward(model)
+    propagation = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
+    propagation.visit_all()
+    for output in propagation.graph.outputs:
+        propagation.freeze(propagation.axes[output], "written to the network's output")
     if not prune_residual:
-        spread.freeze_residual_channels(RESIDUAL)
-    _exclude(spread, tuple(exclude))
-    return resolve_sizes(model, example, forward, spread)
+        propagation.freeze_residual_channels(RESIDUAL)
+    _exclude(propagation, tuple(exclude))
+    return resolve_sizes(couple_channels(model, propagation), example, forward)
 
 
-def _exclude(spread: ChannelPropagation, patterns: tuple[str, ...]) -> None:
+def _exclude(propagation: ChannelPropagation, patterns: tuple[str, ...]) -> None:
+    """Freeze the filters of layers that match a pattern."""
     for pattern in patterns:
-        chosen = [layer for layer in spread.layers if fnmatch.fnmatchcase(layer.name, pattern)]
-        if not chosen:
-            raise UnknownName("layer to exclude", pattern, {layer.name for layer in spread.layers})
-        spread.freeze((layer.produced for layer in chosen), f"excluded by {pattern!r}")
+        excluded = [
+            layer for layer in propagation.layers if fnmatch.fnmatchcase(layer.name, pattern)
+        ]
+        if not excluded:
+            raise UnknownName(
+                "layer to exclude", pattern, {layer.name for layer in propagation.layers}
+            )
+        propagation.freeze((layer.produced for layer in excluded), f"excluded by {pattern!r}")

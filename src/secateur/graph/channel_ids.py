@@ -1,35 +1,27 @@
-"""Channel ids on their way through the graph.
+"""Channel ids: numbers that follow each channel through the network, and the layers that use them.
 
-Every dimension of every parameter gets ids of its own; each operation has a rule (`rules`) that
-says how the ids of what it reads become those of what it writes, which ids it ties and which it
-freezes.
+Every dimension of every parameter gets ids of its own (`propagation`). Ids that turn out to be
+coupled are one channel (`coupling`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from torch.fx.node import Node
-from torch.utils.flop_counter import FlopCounterMode
-
-from secateur.errors import UsageError
-from secateur.graph.trace import NetworkGraph, operation_name
 
 Ids = npt.NDArray[np.int64]
 Axes = tuple[Ids | None, ...]
-"""Channel ids along each dimension of a tensor; None where the size never changes."""
+"""Channel ids along each dimension of a tensor; None for a dimension whose size never changes."""
 Count = Callable[[Ids | None, int], int]
-"""How many of some channels stay in a cut network; without ids the given size."""
+"""Returns how many of these ids stay in a cut network; if ids are None, the given size."""
 Resize = Callable[[Count], Mapping[int, Any]]
-"""The arguments of an operation that change when channels go, by position."""
+"""Returns the arguments of an operation that change with a cut, by position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,266 +37,38 @@ class Consumer:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution or linear layer as it is counted."""
+    """One call of a convolution or linear layer: the channels it produces, and its cost."""
 
     name: str
     weight: str
     """Parameter that the kernel is, or is computed from."""
     is_computed: bool
-    """Whether the forward makes the kernel from the parameter, as in weight standardisation."""
+    """Whether `forward` computes the kernel from the parameter, as in weight standardisation."""
     produced: Ids | None
-    """Channels of its answer."""
+    """Ids of its output channels."""
     filter_dim: int
-    """Dimension of the kernel that its filters, which write the channels, lie along."""
+    """Dimension of the kernel that the filters lie along."""
     positions: int
-    """Positions an image at which the kernel is applied, to each of the channels `over`."""
-    over: tuple[Ids, ...]
-    """Channels along dimensions that are positions to this layer, as in token mixing."""
+    """Positions per image at which the kernel is applied, for each of `position_channels`."""
+    position_channels: tuple[Ids, ...]
+    """Ids along dimensions that this layer treats as positions, as in token mixing."""
     node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
     shape: tuple[int, ...]
 
     def macs(self, count: Count) -> int:
-        """Multiply-accumulates for one image."""
+        """Return the multiply-accumulates for one image."""
         sizes = (count(ids, size) for ids, size in zip(self.kernel, self.shape, strict=True))
-        return self.positions * math.prod(count(ids, 0) for ids in self.over) * math.prod(sizes)
+        positions = self.positions * math.prod(count(ids, 0) for ids in self.position_channels)
+        return positions * math.prod(sizes)
 
 
-Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
+def index_table(channels: Ids, id_count: int) -> Ids:
+    """Return `[id]`: the index of each id in `channels`, -1 for others; one more entry is -1.
 
-
-class ChannelPropagation:
-    """Channel ids on their way through the graph, and what was learnt about them."""
-
-    def __init__(self, graph: NetworkGraph, rules: Mapping[str, Rule]) -> None:
-        self.graph = graph
-        self.axes: dict[Node, Axes] = {}
-        self.several: dict[Node, list[Axes]] = {}
-        """Axes of each value of an operation that has several."""
-        self.layers: list[Layer] = []
-        self.readers: list[Consumer] = []
-        self.shortcuts: list[tuple[Ids, Ids]] = []
-        """Channels that a sum ties to those that they were computed from."""
-        self.mixing: set[Node] = set()
-        """Operations over all channels, such as layer norm: with fewer they give something else."""
-        self.resizes: dict[Node, Resize] = {}
-        """Operations whose arguments hold numbers of channels."""
-        self.written: list[Ids] = []
-        """Channels along one dimension of some value: one of them must stay."""
-        self.product_macs: int = 0
-        """Multiply-accumulates an image in products of computed values, which are not cut."""
-        self._rules = rules
-        self._count = 0
-        self._ties: list[tuple[Ids, Ids]] = []
-        self._frozen: list[tuple[Ids, str]] = []
-        self._order = {node: position for position, node in enumerate(graph.nodes)}
-        self._ancestors: dict[Node, int] = {}
-        """Each node with all that it is computed from, a bit for each."""
-        self._kernels = _kernel_parameters(graph)
-
-    def visit_all(self) -> None:
-        """Works out the axes of every node's value, in the order of execution."""
-        for node, position in self._order.items():
-            above = 1 << position
-            for source in node.all_input_nodes:
-                above |= self._ancestors[source]
-            self._ancestors[node] = above
-            self._visit(node)
-
-    def _visit(self, node: Node) -> None:
-        value = node.meta.get("val")
-        if node in self.graph.tensor_names:
-            assert isinstance(value, Tensor)
-            tracked = 2 if node in self._kernels else value.dim()
-            self.axes[node] = tuple(
-                self.fresh(int(size)) if dim < tracked else None
-                for dim, size in enumerate(value.shape)
-            )
-        elif node.op == "call_function" and isinstance(value, Tensor | list | tuple):
-            rule = self._rules.get(operation_name(node))
-            found = rule(self, node) if rule else self._without_rule(node)
-            self._check_rule(node, found)
-            if isinstance(found, list):
-                self.several[node] = found
-                self.written.extend(ids for axes in found for ids in axes if ids is not None)
-            else:
-                self.axes[node] = found
-        elif isinstance(value, Tensor):
-            self.axes[node] = (None,) * value.dim()
-
-    def _check_rule(self, node: Node, found: Axes | list[Axes]) -> None:
-        """Raises `UsageError` where a rule does not give ids for every dimension of a value."""
-        value = node.meta["val"]
-        pairs = zip(found, value, strict=False) if isinstance(found, list) else [(found, value)]
-        for axes, each in pairs:
-            shape = tuple(each.shape) if isinstance(each, Tensor) else ()
-            if len(axes) != len(shape) or any(
-                ids is not None and len(ids) != size for ids, size in zip(axes, shape, strict=True)
-            ):
-                sizes = [None if ids is None else len(ids) for ids in axes]
-                raise UsageError(
-                    f"the rule for {operation_name(node)!r} gives {sizes} channels along the "
-                    f"dimensions of a value of the size {list(shape)}"
-                )
-
-    def fresh(self, size: int) -> Ids:
-        """New channel ids."""
-        self._count += size
-        return np.arange(self._count - size, self._count, dtype=np.int64)
-
-    def fixed(self, size: int, reason: str) -> Ids:
-        """New channel ids that can't be cut."""
-        ids = self.fresh(size)
-        self.freeze((ids,), reason)
-        return ids
-
-    def tie(self, one: Ids | None, other: Ids | None, reason: str) -> None:
-        """States that two dimensions hold the same channels, index by index.
-
-        Where one of them has a size that never changes the other is frozen for the reason.
-        """
-        if one is None or other is None:
-            self.freeze((one, other), reason)
-        elif one is not other:
-            self._ties.append((one, other))
-
-    def tie_rows(self, ids: Ids) -> Ids:
-        """States that each row of `[channel, copy]` is one channel; `[channel]`."""
-        first = np.ascontiguousarray(ids[:, 0])
-        if ids.shape[1] > 1:
-            self._ties.append((np.repeat(first, ids.shape[1] - 1), ids[:, 1:].reshape(-1)))
-        return first
-
-    def freeze(self, axes: Iterable[Ids | None], reason: str) -> None:
-        """States that no channel of these axes can be cut."""
-        self._frozen.extend((ids, reason) for ids in axes if ids is not None)
-
-    def refuse(self, node: Node, reason: str) -> Any:
-        """Freezes all that the node reads; so what it writes has a size that never changes."""
-        for source in node.all_input_nodes:
-            for axes in self.several.get(source, [self.axes.get(source, ())]):
-                self.freeze(axes, reason)
-        return fixed_axes(node)
-
-    def _without_rule(self, node: Node) -> Any:
-        return self.refuse(node, f"no rule for the operation {operation_name(node)!r}")
-
-    def count_product(self, node: Node) -> None:
-        """Adds the multiply-accumulates of an operation that is no layer."""
-        tensors: list[Node] = []
-
-        def value_of(source: Node) -> Any:
-            if isinstance(source.meta["val"], Tensor):
-                tensors.append(source)
-            return source.meta["val"]
-
-        arguments = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-        if len(tensors) < 2:
-            return
-        mode = tensors[0].meta["val"].fake_mode
-        assert callable(node.target)
-        with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-            node.target(*arguments[0], **arguments[1])
-        self.product_macs += int(counter.get_total_flops()) // 2 // self.graph.images
-
-    def depends_on(self, node: Node, source: Node) -> bool:
-        """Whether a value is computed from another one, or is that one."""
-        return bool(self._ancestors[node] >> self._order[source] & 1)
-
-    @property
-    def size(self) -> int:
-        """Number of channel ids given out."""
-        return self._count
-
-    def freeze_residual_channels(self, reason: str) -> None:
-        """Freezes channels that only a shortcut around layers ties."""
-        root = self.roots(with_shortcuts=False)
-        for one, other in self.shortcuts:
-            differ = root[one] != root[other]
-            self.freeze((one[differ], other[differ]), reason)
-
-    def roots(self, *, with_shortcuts: bool = True) -> Ids:
-        """`[id]`: the smallest id that each id is tied to, directly or through others."""
-        parent = np.arange(self._count, dtype=np.int64)
-        ties = [*self._ties, *self.shortcuts] if with_shortcuts else self._ties
-        if not ties:
-            return parent
-        one = np.concatenate([a for a, _ in ties])
-        other = np.concatenate([b for _, b in ties])
-        while True:
-            low, high = np.sort(np.stack([parent[one], parent[other]]), axis=0)
-            if (low == high).all():
-                return parent
-            np.minimum.at(parent, high, low)
-            while not (parent == parent[parent]).all():
-                parent = parent[parent]
-
-    def reasons(self, roots: Ids, held: Iterable[tuple[Ids, str]] = ()) -> dict[int, str]:
-        """`{root: the first reason why the channel must stay}`; `held` are further ones."""
-        found: dict[int, str] = {}
-        for ids, reason in (*self._frozen, *held):
-            for channel in np.unique(roots[ids]).tolist():
-                found.setdefault(channel, reason)
-        return found
-
-
-def fixed_axes(node: Node) -> Any:
-    """Axes of an operation's value, or of each of several, whose sizes never change."""
-    value: Any = node.meta["val"]
-    if isinstance(value, Tensor):
-        return (None,) * value.dim()
-    return [(None,) * v.dim() if isinstance(v, Tensor) else () for v in value]
-
-
-def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
-    """Parameters that are, or are made into, the kernel of a convolution."""
-    coming = [
-        node.args[1]
-        for node in graph.nodes
-        if operation_name(node).startswith("conv") and len(node.args) > 1
-    ]
-    found: set[Node] = set()
-    while coming:
-        node = coming.pop()
-        if isinstance(node, Node) and node not in found:
-            found.add(node)
-            coming.extend(node.all_input_nodes)
-    return {n for n in found if n in graph.tensor_names and n.meta["val"].dim() > 2}
-
-
-def first_input(node: Node, index: int = 0) -> Node:
-    """The node at a position among a node's arguments, by default the first."""
-    source = node.args[index]
-    assert isinstance(source, Node)
-    return source
-
-
-@functools.cache
-def _argument_names(target: Any) -> tuple[str, ...]:
-    return tuple(argument.name for argument in target._schema.arguments)
-
-
-def position_of(node: Node, name: str) -> int:
-    """Position of an argument in the operation's schema; -1 where it has none of that name."""
-    names = _argument_names(node.target)
-    return names.index(name) if name in names else -1
-
-
-def argument(node: Node, name: str, default: Any = None) -> Any:
-    """An operation's argument by the name that its schema gives it."""
-    index = position_of(node, name)
-    if 0 <= index < len(node.args):
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
-def shape_of(node: Node) -> Sequence[int]:
-    """Shape of a node's value in the traced batch."""
-    shape: Sequence[int] = node.meta["val"].shape
-    return shape
-
-
-def positions(spread: ChannelPropagation, *sizes: Sequence[int]) -> int:
-    """How many positions an image has in dimensions of these sizes, the batch among them."""
-    return math.prod(size for part in sizes for size in part) // spread.graph.images
+    The entry at the end is what the index -1 (not prunable) finds.
+    """
+    table = np.full(id_count + 1, -1, dtype=np.int64)
+    table[channels] = np.arange(len(channels))
+    return table

@@ -1,16 +1,15 @@
-"""Which channels of a network live and die together.
+"""The dependency graph: which channels must be cut together, what is frozen, and what a cut leaves.
 
-Every dimension of every parameter gets channel ids. The ids ride along the tensors of the traced
-graph: activations, norms and pooling keep them, concatenation joins them, splitting parts them,
-flattening repeats them, addition and convolution tie them. Ids that end up tied are one channel. A
-channel that meets an operation without a rule, a size baked into the user's code, or the network's
-input or output is frozen, and says why; it is never guessed.
+Channels that are coupled form a group and can only be cut as one. A channel that reaches an
+operation without a rule, a size written in the user's code, or the network's input or output is
+frozen, with the reason (`DependencyGraph.frozen`); its coupling is never guessed. The term is from
+Fang et al., *DepGraph: Towards Any Structural Pruning* (CVPR 2023).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,40 +17,40 @@ import numpy.typing as npt
 from torch import nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Axes, ChannelPropagation, Consumer, Count, Ids, Layer, Resize
-from secateur.graph.groups import FrozenGroup, Group, group_channels
-from secateur.graph.trace import NetworkGraph, Sizes
-from secateur.runtime.module_state import tensors_of
+from secateur.graph.channel_ids import Axes, Consumer, Count, Ids, Layer, Resize, index_table
+from secateur.graph.groups import FrozenGroup, Group
+from secateur.graph.network_graph import NetworkGraph, Sizes
 
 NOT_PRUNABLE = -1
-RESIDUAL = "tied over a whole stage by residual sums (prune_residual is off)"
+RESIDUAL = "coupled by skip connections over a whole stage (prune_residual is off)"
 Removed = Mapping[str, tuple[int, ...]]
+"""Group -> numbers of the channels to remove from it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Which channel each index of one dimension of a parameter or buffer belongs to."""
+    """The channel that each index of one dimension of a parameter or buffer belongs to."""
 
     tensor: str
     dim: int
     channels: Ids
-    """`[index]`: prunable channel id, or -1 where the index must stay."""
+    """`[index]`: prunable channel id, or -1 if the index must stay."""
 
 
 @dataclass(frozen=True, eq=False)
 class SizedAttribute:
-    """A number in a module that is a number of channels, so that it changes with a cut."""
+    """A number in a module that is a number of channels, so that a cut changes it."""
 
     module: str
     name: str
     index: int | None
-    """Place in the attribute, where that is a tuple or list."""
+    """Index in the attribute, if that is a tuple or list."""
     size: Callable[[Count], int]
 
 
 @dataclass(frozen=True, eq=False)
 class DependencyGraph:
-    """All that is needed to cut channels out of a network."""
+    """All that is needed to cut channels out of a network, and to count what a cut leaves."""
 
     graph: NetworkGraph
     groups: dict[str, Group]
@@ -60,54 +59,69 @@ class DependencyGraph:
     layers: tuple[Layer, ...]
     consumers: tuple[Consumer, ...]
     covers: tuple[Ids, ...]
-    """Channels along one dimension of some value: of each at least one must stay."""
+    """Channels along one dimension of some value: at least one of each must stay."""
     attributes: tuple[SizedAttribute, ...]
     axes: Mapping[Node, Axes]
     """Ids along each dimension of every value."""
-    several: Mapping[Node, list[Axes]]
+    multi_output_axes: Mapping[Node, list[Axes]]
     """The same for operations that have several values."""
     mixing: frozenset[Node]
-    """Operations over all channels, such as layer norm, which fewer channels change."""
+    """Operations over all channels, such as layer norm, whose values change if some go."""
     channel_of: Ids
     """`[id]`: the prunable channel of an id, or -1."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter and buffer."""
     parameters: frozenset[str]
-    """Names that count as parameters: not buffers, shared ones once."""
+    """Names that count as parameters: not buffers, and shared ones once."""
     product_macs: int
-    """Multiply-accumulates of an image in products of feature maps (attention), never cut."""
+    """Multiply-accumulates per image in products of feature maps (attention), never cut."""
     resizes: Mapping[Node, Resize]
+    """Operations whose arguments hold numbers of channels."""
 
-    def channels_kept(self, removed: Removed) -> npt.NDArray[np.bool_]:
-        """`[channel id]`: whether a channel stays when `removed` channels of each group go."""
+    def kept_channels(self, removed: Removed) -> npt.NDArray[np.bool_]:
+        """Return `[channel id]`: whether a channel stays after a cut."""
         kept = np.ones(len(self.channel_of), dtype=bool)
-        for name, indices in removed.items():
-            kept[self.groups[name].channels[list(indices)]] = False
+        for name, numbers in removed.items():
+            kept[self.groups[name].channels[list(numbers)]] = False
         return kept
 
-    def count_after(self, removed: Removed) -> Count:
-        """How many of some channel ids are left when `removed` channels of each group go."""
-        stays = self.is_kept(removed)
-        return lambda ids, size: size if ids is None else int(np.count_nonzero(stays[ids]))
+    def kept_ids(self, removed: Removed) -> npt.NDArray[np.bool_]:
+        """Return `[id]`: whether an id stays after a cut."""
+        return self._kept_ids(self.kept_channels(removed))
 
-    def is_kept(self, removed: Removed) -> npt.NDArray[np.bool_]:
-        """`[id]`: whether it stays when `removed` channels of each group go."""
-        result: npt.NDArray[np.bool_] = self.channels_kept(removed)[self.channel_of]
-        result[self.channel_of == NOT_PRUNABLE] = True
-        return result
+    def _kept_ids(self, kept_channels: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        kept: npt.NDArray[np.bool_] = kept_channels[self.channel_of]
+        kept[self.channel_of == NOT_PRUNABLE] = True
+        return kept
+
+    def count_kept(self, kept_channels: npt.NDArray[np.bool_]) -> Count:
+        """Return the function that counts ids of the channels that stay, `[channel id]`."""
+        kept = self._kept_ids(kept_channels)
+        return lambda ids, size: size if ids is None else int(np.count_nonzero(kept[ids]))
+
+    def count_after(self, removed: Removed) -> Count:
+        """Return the function that counts the ids that stay after a cut."""
+        return self.count_kept(self.kept_channels(removed))
+
+    def index_table(self, channels: Ids) -> Ids:
+        """Return `[id]`: the index of each channel in `channels`, or -1; its last entry is -1.
+
+        So a table may be indexed by `channel_of`, whose -1 gives -1 again.
+        """
+        return index_table(channels, len(self.channel_of))
 
     def kept_indices(self, removed: Removed) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
-        """`{tensor: {dimension: indices that stay}}` for every tensor that loses something."""
-        kept = self.channels_kept(removed)
-        result: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+        """Return `{tensor: {dimension: indices that stay}}` for every tensor that a cut shrinks."""
+        kept_channels = self.kept_channels(removed)
+        indices: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
         for slots in self.slots:
-            stays = (slots.channels == NOT_PRUNABLE) | kept[slots.channels]
-            if not stays.all():
-                result.setdefault(slots.tensor, {})[slots.dim] = np.flatnonzero(stays)
-        return result
+            kept = (slots.channels == NOT_PRUNABLE) | kept_channels[slots.channels]
+            if not kept.all():
+                indices.setdefault(slots.tensor, {})[slots.dim] = np.flatnonzero(kept)
+        return indices
 
     def shapes_after(self, removed: Removed) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter and buffer when `removed` channels of each group go."""
+        """Return the shape of every parameter and buffer after a cut."""
         shapes = dict(self.shapes)
         for tensor, dims in self.kept_indices(removed).items():
             shape = list(shapes[tensor])
@@ -117,96 +131,26 @@ class DependencyGraph:
         return shapes
 
     def sizes_after(self, removed: Removed) -> Sizes:
-        """Arguments of the graph's operations when `removed` channels of each group go."""
+        """Return the arguments of the graph's operations that hold sizes, after a cut."""
         count = self.count_after(removed)
         return {node: resize(count) for node, resize in self.resizes.items()}
 
     def macs(self, removed: Removed | None = None) -> int:
-        """Multiply-accumulates for one image, in layers and in products of feature maps."""
+        """Return the multiply-accumulates per image, in layers and in products of feature maps."""
         count = self.count_after(removed or {})
         return self.product_macs + sum(layer.macs(count) for layer in self.layers)
 
     def params(self, removed: Removed | None = None) -> int:
-        """Number of parameters, shared ones counted once."""
+        """Return the number of parameters, shared ones counted once."""
         shapes = self.shapes_after(removed or {})
         return sum(math.prod(shapes[name]) for name in self.parameters)
 
 
 def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """`{name: every name of the same parameter or buffer, its own included}`."""
+    """Return `{name: every name of the same parameter or buffer, its own included}`."""
     named = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     by_identity: dict[int, list[str]] = {}
     for name, tensor in [*named, *buffers]:
         by_identity.setdefault(id(tensor), []).append(name)
     return {name: tuple(names) for names in by_identity.values() for name in names}
-
-
-def assemble(
-    model: nn.Module,
-    spread: ChannelPropagation,
-    frozen_ids: Iterable[tuple[Ids, str]] = (),
-    attributes: tuple[SizedAttribute, ...] = (),
-) -> DependencyGraph:
-    """The dependency graph that follows from ids that have been through the whole graph.
-
-    `frozen_ids` are channels that must stay, with the reason.
-    """
-    aliases = aliases_of(model)
-    placeholders: dict[str, Node] = {}
-    for node, name in spread.graph.tensor_names.items():
-        for alias in aliases[name]:
-            twin = placeholders.setdefault(alias, node)
-            if twin is not node:
-                for one, other in zip(spread.axes[twin], spread.axes[node], strict=True):
-                    spread.tie(one, other, "one parameter in two roles")
-    root = spread.roots()
-    groups, frozen = group_channels(spread, root, spread.reasons(root, frozen_ids))
-    prunable = np.zeros(spread.size, dtype=bool)
-    for group in groups.values():
-        prunable[group.channels] = True
-    channel_of = np.where(prunable[root], root, NOT_PRUNABLE)
-    slots = tuple(
-        Slots(alias, dim, channel_of[ids])
-        for alias, node in placeholders.items()
-        for dim, ids in enumerate(spread.axes[node])
-        if ids is not None and (channel_of[ids] != NOT_PRUNABLE).any()
-    )
-    tensors = tensors_of(model)
-    return DependencyGraph(
-        graph=spread.graph,
-        groups=groups,
-        frozen=frozen,
-        slots=slots,
-        layers=tuple(spread.layers),
-        consumers=tuple(spread.readers),
-        covers=_covers(
-            [slots.channels for slots in slots], [channel_of[i] for i in spread.written]
-        ),
-        attributes=attributes,
-        axes=spread.axes,
-        several=spread.several,
-        mixing=frozenset(spread.mixing),
-        channel_of=channel_of,
-        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        parameters=frozenset(name for name, _ in model.named_parameters()),
-        product_macs=spread.product_macs,
-        resizes=spread.resizes,
-    )
-
-
-def _covers(*dimensions: list[Ids]) -> tuple[Ids, ...]:
-    """The distinct sets of channels that make up whole dimensions, none of which holds another."""
-    found = {}
-    for channels in (each for part in dimensions for each in part):
-        if (channels != NOT_PRUNABLE).all():
-            unique = np.unique(channels)
-            found[unique.tobytes()] = unique
-    smallest: list[Ids] = []
-    holding: dict[int, list[frozenset[int]]] = {}
-    for cover in sorted(found.values(), key=len):
-        members = frozenset(cover.tolist())
-        if not any(known <= members for c in members for known in holding.get(c, ())):
-            smallest.append(cover)
-            holding.setdefault(min(members), []).append(members)
-    return tuple(smallest)

@@ -1,10 +1,10 @@
-"""Which sizes follow a cut by themselves, and which attributes of modules must be changed.
+"""Resolves sizes: which follow a cut on their own, and which module attributes a cut must change.
 
-The traced graph holds sizes as plain numbers, and does not say where they come from: a view to
-`[-1, 2, 58, 28, 28]` may be computed from the input's shape, taken from an attribute of a module,
-or written in the code. So trial cuts are made and traced (`trial`): if every operation is what was
-predicted the sizes follow by themselves. If not, attributes of the modules concerned that hold the
-old number are given the new one, and it is tried again. What still does not come out right is
+The traced graph holds sizes as plain numbers and does not say where they come from: the shape of a
+view to `[-1, 2, 58, 28, 28]` may be computed from the input's shape, taken from an attribute of a
+module, or written in the code. So test cuts are made and traced again (`verify`). If every
+operation is as predicted, all sizes follow. If not, attributes of the modules concerned that hold
+the old number get the new one, and the cut is tested again. Channels whose sizes still differ are
 frozen.
 """
 
@@ -13,123 +13,146 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import ChannelPropagation, Count, Ids, Resize, position_of
-from secateur.graph.dependency import DependencyGraph, SizedAttribute, assemble
-from secateur.graph.trace import Forward, operation_name
-from secateur.graph.verify import is_predicted, test_cuts
+from secateur.graph.channel_ids import Count, Ids, Resize
+from secateur.graph.coupling import CoupledChannels, assemble
+from secateur.graph.dependency import DependencyGraph, SizedAttribute
+from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.propagation import ChannelPropagation
+from secateur.graph.verify import choose_test_cuts, is_cut_as_predicted
 
 CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"
 SIZE_ATTRIBUTE = "with fewer channels the network's code does something else"
 
 _Frozen = tuple[Ids, str]
+"""Ids to freeze, and the reason."""
+_Attributes = tuple[SizedAttribute, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _SizeUse:
-    """The n-th operation with a size of its own in every module of one class."""
+    """The n-th operation with a size among its arguments, in every module of one class."""
 
     kind: tuple[str, str, int]
+    """Class of the module, operation, n."""
     nodes: tuple[Node, ...]
 
 
 def resolve_sizes(
-    model: nn.Module, example: Tensor, forward: Forward | None, spread: ChannelPropagation
+    coupled: CoupledChannels, example: Tensor, forward: Forward | None
 ) -> DependencyGraph:
-    """The dependency graph with every channel frozen whose sizes don't follow a cut."""
-    known, places = _size_uses(model, spread)
+    """Return the dependency graph, with channels frozen if their sizes don't follow a cut."""
+    model, propagation = coupled.model, coupled.propagation
+    known, uses = _size_uses(model, propagation)
 
-    def works(candidate: DependencyGraph) -> bool:
-        return is_predicted(model, example, forward, candidate, thorough=bool(places))
+    def is_verified(candidate: DependencyGraph) -> bool:
+        return is_cut_as_predicted(model, example, forward, candidate, thorough=bool(uses))
 
-    dependencies = assemble(model, spread, attributes=known)
-    if works(dependencies):
+    dependencies = assemble(coupled, attributes=known)
+    if is_verified(dependencies):
         return dependencies
-    active = _active(dependencies, places)
-    guesses = {place.kind: _candidate_attributes(model, dependencies, place) for place in active}
-    together = tuple(a for options in guesses.values() for a in (options[:1] or [()])[0])
-    if together:
-        dependencies = assemble(model, spread, attributes=(*known, *together))
-        if works(dependencies):
+    active = _active_uses(dependencies, uses)
+    candidates = {use.kind: _candidate_attributes(model, dependencies, use) for use in active}
+    likeliest = tuple(a for options in candidates.values() for a in (options[:1] or [()])[0])
+    if likeliest:
+        dependencies = assemble(coupled, attributes=(*known, *likeliest))
+        if is_verified(dependencies):
             return dependencies
-    everywhere = [pair for place in active for pair in _channels_at(spread, place)]
-    steered = _resolve_attributes(model, spread, everywhere, known, works)
+    return _resolve_one_by_one(coupled, known, active, candidates, is_verified)
+
+
+def _resolve_one_by_one(
+    coupled: CoupledChannels,
+    known: _Attributes,
+    uses: list[_SizeUse],
+    candidates: dict[tuple[str, str, int], list[_Attributes]],
+    is_verified: Callable[[DependencyGraph], bool],
+) -> DependencyGraph:
+    """Return the dependency graph with the channels of every use frozen that no candidate fits."""
+    at_uses = [pair for use in uses for pair in _channels_at(coupled.propagation, use)]
+    not_cuttable = _uncuttable_groups(coupled, at_uses, known, is_verified)
     accepted = known
     rejected: list[_SizeUse] = []
-    for number, place in enumerate(active):
-        waiting = [*rejected, *active[number + 1 :]]
-        for guess in [(), *guesses[place.kind]]:
-            held = [*steered, *(pair for other in waiting for pair in _channels_at(spread, other))]
-            candidate = assemble(model, spread, held, (*accepted, *guess))
-            if works(candidate):
-                accepted = (*accepted, *guess)
+    for number, use in enumerate(uses):
+        unresolved = [*rejected, *uses[number + 1 :]]
+        frozen = [
+            *not_cuttable,
+            *(pair for other in unresolved for pair in _channels_at(coupled.propagation, other)),
+        ]
+        for attributes in [(), *candidates[use.kind]]:
+            if is_verified(assemble(coupled, frozen, (*accepted, *attributes))):
+                accepted = (*accepted, *attributes)
                 break
         else:
-            rejected.append(place)
-    held = [*steered, *(pair for place in rejected for pair in _channels_at(spread, place))]
-    return assemble(model, spread, held, accepted)
+            rejected.append(use)
+    frozen = [
+        *not_cuttable,
+        *(pair for use in rejected for pair in _channels_at(coupled.propagation, use)),
+    ]
+    return assemble(coupled, frozen, accepted)
 
 
-def _resolve_attributes(
-    model: nn.Module,
-    spread: ChannelPropagation,
-    held: list[_Frozen],
-    attributes: tuple[SizedAttribute, ...],
-    works: Callable[[DependencyGraph], bool],
+def _uncuttable_groups(
+    coupled: CoupledChannels,
+    frozen: list[_Frozen],
+    attributes: _Attributes,
+    is_verified: Callable[[DependencyGraph], bool],
 ) -> list[_Frozen]:
-    """The groups that can't be cut although every place with a size of its own is held.
+    """Return the channels of groups that can't be cut even while those at every use are frozen.
 
-    Found by halves: with one half of the groups held the other is tried.
+    Bisects: freezes one half of the groups and tests the other.
     """
 
-    def among(names: list[str], others: list[_Frozen]) -> list[_Frozen]:
-        if works(assemble(model, spread, [*held, *others], attributes)):
+    def search(names: list[str], others: list[_Frozen]) -> list[_Frozen]:
+        if is_verified(assemble(coupled, [*frozen, *others], attributes)):
             return []
         if len(names) == 1:
             return channels[names[0]]
-        one, other = names[: len(names) // 2], names[len(names) // 2 :]
-        behind = [pair for name in other for pair in channels[name]]
-        found = among(one, [*others, *behind])
-        return [*found, *among(other, [*others, *found])]
+        first_half, second_half = names[: len(names) // 2], names[len(names) // 2 :]
+        untested = [pair for name in second_half for pair in channels[name]]
+        in_first = search(first_half, [*others, *untested])
+        return [*in_first, *search(second_half, [*others, *in_first])]
 
-    groups = assemble(model, spread, held, attributes).groups
+    groups = assemble(coupled, frozen, attributes).groups
     channels = {name: [(group.channels, SIZE_ATTRIBUTE)] for name, group in groups.items()}
-    return among(list(groups), []) if groups else []
+    return search(list(groups), []) if groups else []
 
 
 def _size_uses(
-    model: nn.Module, spread: ChannelPropagation
-) -> tuple[tuple[SizedAttribute, ...], list[_SizeUse]]:
-    """Attributes that are known to hold a size, and the places that are not understood yet."""
+    model: nn.Module, propagation: ChannelPropagation
+) -> tuple[_Attributes, list[_SizeUse]]:
+    """Return attributes that are known to hold a size, and uses of sizes of unknown origin."""
     known: list[SizedAttribute] = []
-    places: dict[tuple[str, str, int], list[Node]] = {}
-    ordinal: dict[tuple[str, str], itertools.count[int]] = {}
-    for node in spread.graph.nodes:
+    nodes_by_kind: dict[tuple[str, str, int], list[Node]] = {}
+    counters: dict[tuple[str, str], itertools.count[int]] = {}
+    for node in propagation.graph.nodes:
         if node.op != "call_function":
             continue
         path, module = _owner(model, node)
-        own = _sizes_in_module(spread, node, path, module)
-        known += own
-        if node in spread.resizes and not own:
+        attributes = _sizes_in_module(propagation, node, path, module)
+        known += attributes
+        if node in propagation.resizes and not attributes:
             name = operation_name(node)
-            call = f"{path}:{_call_number(node)}"
-            number = next(ordinal.setdefault((call, name), itertools.count()))
-            places.setdefault((type(module).__qualname__, name, number), []).append(node)
-    return tuple(known), [_SizeUse(kind, tuple(nodes)) for kind, nodes in places.items()]
+            call = f"{path}:{_call_id(node)}"
+            number = next(counters.setdefault((call, name), itertools.count()))
+            kind = (type(module).__qualname__, name, number)
+            nodes_by_kind.setdefault(kind, []).append(node)
+    return tuple(known), [_SizeUse(kind, tuple(nodes)) for kind, nodes in nodes_by_kind.items()]
 
 
 def _sizes_in_module(
-    spread: ChannelPropagation, node: Node, path: str, module: nn.Module
+    propagation: ChannelPropagation, node: Node, path: str, module: nn.Module
 ) -> list[SizedAttribute]:
-    """The attributes of one of torch's own modules that its operation takes sizes from."""
-    name, resize = operation_name(node), spread.resizes.get(node)
+    """Return the attributes of one of torch's own modules that hold its operation's sizes."""
+    name, resize = operation_name(node), propagation.resizes.get(node)
     if isinstance(module, nn.modules.batchnorm._NormBase):
-        ids = spread.axes[node][1] if name in ("batch_norm", "instance_norm") else None
+        ids = propagation.axes[node][1] if name in ("batch_norm", "instance_norm") else None
         if ids is not None:
-            return [_counted(path, "num_features", ids)]
+            return [_channel_count(path, "num_features", ids)]
     elif resize is not None:
         if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
             return [_argument(path, "groups", None, resize, position_of(node, "groups"), None)]
@@ -139,20 +162,20 @@ def _sizes_in_module(
         if isinstance(module, nn.LayerNorm | nn.RMSNorm) and name in ("layer_norm", "rms_norm"):
             position = position_of(node, "normalized_shape")
             return [
-                _argument(path, "normalized_shape", place, resize, position, place)
-                for place in range(len(module.normalized_shape))
+                _argument(path, "normalized_shape", index, resize, position, index)
+                for index in range(len(module.normalized_shape))
             ]
     return []
 
 
-def _counted(path: str, name: str, ids: Ids) -> SizedAttribute:
+def _channel_count(path: str, name: str, ids: Ids) -> SizedAttribute:
     return SizedAttribute(path, name, None, lambda count: count(ids, len(ids)))
 
 
 def _argument(
     path: str, name: str, index: int | None, resize: Resize, position: int, element: int | None
 ) -> SizedAttribute:
-    """An attribute that holds an operation's argument, or an element of it."""
+    """Return an attribute that holds an operation's argument, or an element of it."""
 
     def size(count: Count) -> int:
         value = resize(count)[position]
@@ -162,64 +185,66 @@ def _argument(
 
 
 def _owner(model: nn.Module, node: Node) -> tuple[str, nn.Module]:
-    """The innermost module that an operation was called in, containers left out."""
-    found: tuple[str, nn.Module] = ("", model)
+    """Return the innermost module that an operation was called in, other than containers."""
+    owner: tuple[str, nn.Module] = ("", model)
     for path in _modules_of(node):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
         if type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            found = (path, module)
-    return found
+            owner = (path, module)
+    return owner
 
 
 def _modules_of(node: Node) -> Iterable[str]:
-    """Dotted names of the modules that an operation was called in, the outermost first."""
+    """Return the dotted names of the modules that an operation was called in, outermost first."""
     stack: dict[str, str] = node.meta.get("nn_module_stack", {})
     return stack.values()
 
 
-def _call_number(node: Node) -> str:
-    """Tells several calls of one module apart."""
+def _call_id(node: Node) -> str:
+    """Return an id that differs between calls of the same module."""
     return ",".join(node.meta.get("nn_module_stack", {}))
 
 
-def _active(dependencies: DependencyGraph, places: list[_SizeUse]) -> list[_SizeUse]:
-    """The places whose sizes a trial cut changes."""
-    whole = dependencies.sizes_after({})
+def _active_uses(dependencies: DependencyGraph, uses: list[_SizeUse]) -> list[_SizeUse]:
+    """Return the uses whose sizes a test cut changes."""
+    before = dependencies.sizes_after({})
     after = [
-        dependencies.sizes_after(removed) for removed in test_cuts(dependencies, thorough=True)
+        dependencies.sizes_after(removed)
+        for removed in choose_test_cuts(dependencies, thorough=True)
     ]
     return [
-        place
-        for place in places
-        if any(sizes[node] != whole[node] for node in place.nodes for sizes in after)
+        use
+        for use in uses
+        if any(sizes[node] != before[node] for node in use.nodes for sizes in after)
     ]
 
 
 def _candidate_attributes(
-    model: nn.Module, dependencies: DependencyGraph, place: _SizeUse
-) -> list[tuple[SizedAttribute, ...]]:
-    """Attributes that may hold the sizes of a place's operations: all that fit, then each alone."""
-    found: dict[tuple[str, int | None], list[SizedAttribute]] = {}
-    for node in place.nodes:
+    model: nn.Module, dependencies: DependencyGraph, use: _SizeUse
+) -> list[_Attributes]:
+    """Return attributes that may hold the sizes of a use: all that fit, then each alone."""
+    candidates: dict[tuple[str, int | None], list[SizedAttribute]] = {}
+    for node in use.nodes:
         sizes = dependencies.resizes[node](dependencies.count_after({}))
         for position, value in sizes.items():
-            wanted = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
-            for element, size in wanted:
+            for element, size in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(size, int):
-                    for attribute in _freezing(model, dependencies, node, position, element, size):
+                    for attribute in _attributes_with_size(
+                        model, dependencies, node, position, element, size
+                    ):
                         key = (attribute.name, attribute.index)
-                        found.setdefault(key, []).append(attribute)
-    if not found:
+                        candidates.setdefault(key, []).append(attribute)
+    if not candidates:
         return []
-    everything = tuple(a for attributes in found.values() for a in attributes)
-    single = [tuple(attributes) for attributes in found.values()]
+    everything = tuple(a for attributes in candidates.values() for a in attributes)
+    single = [tuple(attributes) for attributes in candidates.values()]
     return [everything, *single] if len(single) > 1 else [everything]
 
 
-def _freezing(
+def _attributes_with_size(
     model: nn.Module,
     dependencies: DependencyGraph,
     node: Node,
@@ -227,43 +252,43 @@ def _freezing(
     element: int | None,
     size: int,
 ) -> list[SizedAttribute]:
-    """Attributes of the operation's module, or of those around it, that hold a number."""
+    """Return attributes of the operation's module, or of the next one around it, with this size."""
     path, _ = _owner(model, node)
     resize = dependencies.resizes[node]
     while True:
         module = model.get_submodule(path)
-        found = [
+        attributes = [
             _argument(path, name, index, resize, position, element)
-            for name, held in vars(module).items()
+            for name, value in vars(module).items()
             if not name.startswith("_") and name != "training"
-            for index, number in _numbers(held)
+            for index, number in _numbers(value)
             if number == size and (element is None or index is None or index == element)
         ]
-        if found or not path:
-            return found
+        if attributes or not path:
+            return attributes
         path = path.rpartition(".")[0]
 
 
-def _numbers(held: object) -> Iterable[tuple[int | None, int]]:
-    if isinstance(held, int) and not isinstance(held, bool):
-        return [(None, held)]
-    if isinstance(held, list | tuple):
-        return [
-            (index, each)
-            for index, each in enumerate(held)
-            if isinstance(each, int) and not isinstance(each, bool)
-        ]
-    return []
+def _numbers(value: object) -> Iterable[tuple[int | None, int]]:
+    """Return the whole numbers in an attribute, each with its index if it is a tuple or list."""
+    items: list[tuple[int | None, Any]] = (
+        list(enumerate(value)) if isinstance(value, list | tuple) else [(None, value)]
+    )
+    return [
+        (index, number)
+        for index, number in items
+        if isinstance(number, int) and not isinstance(number, bool)
+    ]
 
 
-def _channels_at(spread: ChannelPropagation, place: _SizeUse) -> list[_Frozen]:
-    """The channels that a place's operations read, with the reason to hold them."""
-    class_name, operation, _ = place.kind
+def _channels_at(propagation: ChannelPropagation, use: _SizeUse) -> list[_Frozen]:
+    """Return the input channels of a use's operations, with the reason to freeze them."""
+    class_name, operation, _ = use.kind
     reason = CONSTANT_SIZE.format(operation=operation, module=class_name)
     return [
         (ids, reason)
-        for node in place.nodes
+        for node in use.nodes
         for source in node.all_input_nodes
-        for ids in spread.axes.get(source, ())
+        for ids in propagation.axes.get(source, ())
         if ids is not None
     ]

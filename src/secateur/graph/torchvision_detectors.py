@@ -1,9 +1,9 @@
-"""What can be traced of torchvision's detectors: all but the boxes.
+"""The traceable part of torchvision's detectors: everything but the boxes.
 
-How many boxes there are depends on the data. Backbone, feature pyramid and heads are traced
-as they are. In two-stage detectors, features are pooled from each box by RoIAlign, which keeps
-channels; in its place stands the sum of all pyramid levels, pooled to the same size, so that
-channels are followed into the heads of the second stage.
+The number of boxes depends on the data. Backbone, feature pyramid and heads are traced as they are.
+Two-stage detectors pool features of each box by RoIAlign, which keeps channels; it is replaced by
+the sum of all pyramid levels, pooled to the same size, so that channels can be followed into the
+heads of the second stage.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
 
-from secateur.graph.trace import Forward
+from secateur.graph.network_graph import Forward
 
 _ONE_STAGE = (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
 _SECOND_STAGE = ("box", "mask", "keypoint")
 
 
-def forward_of(model: nn.Module) -> Forward | None:
-    """The part of a torchvision detector that can be traced; None for other networks."""
+def traceable_forward(model: nn.Module) -> Forward | None:
+    """Return the traceable part of a torchvision detector; None for other networks."""
     if isinstance(model, _ONE_STAGE):
         return _one_stage
     return _two_stages if isinstance(model, detection.FasterRCNN) else None
@@ -33,7 +33,7 @@ def _one_stage(model: Any, images: Tensor) -> Any:
 
 def _two_stages(model: Any, images: Tensor) -> Any:
     features = model.backbone(images)
-    answers = [model.rpn.head(_levels(features))]
+    outputs = [model.rpn.head(_levels(features))]
     for name in _SECOND_STAGE:
         pool = getattr(model.roi_heads, f"{name}_roi_pool", None)
         if pool is None:
@@ -43,8 +43,8 @@ def _two_stages(model: Any, images: Tensor) -> Any:
             F.adaptive_avg_pool2d(levels[level], pool.output_size) for level in pool.featmap_names
         ]
         regions = getattr(model.roi_heads, f"{name}_head")(sum(pooled[1:], pooled[0]))
-        answers.append(getattr(model.roi_heads, f"{name}_predictor")(regions))
-    return answers
+        outputs.append(getattr(model.roi_heads, f"{name}_predictor")(regions))
+    return outputs
 
 
 def _levels(features: Any) -> list[Tensor]:

@@ -1,8 +1,7 @@
-"""The network as a graph of ATen operations that runs with any set of parameters.
+"""Traces a network into a graph of ATen operations that runs with any set of parameters.
 
-`trace` reads the graph; `Walk` runs it, node by node, with parameters that are passed in by name.
-So one graph serves the original network, the same network with smaller kernels, and the network
-with some of its channels silenced.
+`interpreter` runs the graph with parameters that are passed in by name. So one graph serves the
+original network, the same network with smaller kernels, and the network with masked channels.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,83 +25,47 @@ from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
+from secateur.graph.network_graph import Forward, NetworkGraph, is_view
 from secateur.runtime.module_state import copy_of, evaluating, tensors_of
 
-NodeHook = Callable[[Tensor], Tensor | None]
-Tensors = Mapping[str, Tensor]
-Forward = Callable[[Any, Tensor], Any]
-"""What is traced of a network: `forward(model, images)` gives a tensor or several."""
-Sizes = Mapping[Node, Mapping[int, Any]]
-"""Arguments of operations, by position, that differ from those in the graph."""
-Compute = Callable[[Callable[[Node], Any]], Any]
-"""An operation's value, from a function that gives the values of what it reads."""
-
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
-"""Numbers of images to trace with: primes, of which hardly any other size is a multiple."""
-
-
-@dataclass(frozen=True)
-class NetworkGraph:
-    """ATen operations in the order of execution, with parameters and buffers by dotted name.
-
-    No operation changes a value that another one wrote.
-    """
-
-    nodes: tuple[Node, ...]
-    tensor_names: dict[Node, str]
-    """Placeholder node -> dotted name of the parameter or buffer that it stands for."""
-    constants: dict[Node, Tensor]
-    image: Node
-    """The placeholder of the network's input."""
-    outputs: tuple[Node, ...]
-    """The nodes whose values the network returns, in the order of its flattened answer."""
-    last_use: dict[Node, Node]
-    """Value -> the last node that reads it."""
-    images: int
-    """Images in the batch that was traced; sizes in the graph that depend on it are multiples."""
-
-    @property
-    def output(self) -> Node:
-        """The node whose value the network returns; raises `TraceError` where there are several."""
-        if len(self.outputs) != 1:
-            raise TraceError(f"the network must return one tensor, not {len(self.outputs)}")
-        return self.outputs[0]
+"""Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
 def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
-    """The graph of `model` in evaluation mode; the batch dimension stays open.
+    """Return the graph of `model` in evaluation mode, for batches of any size.
 
-    `example` is a batch `[image, rgb, height, width]`, of which only the shape of an image matters.
-    With `forward` it is `forward(model, images)` that is traced, for networks whose whole answer
-    can't be, such as detectors. Raises `TraceError` where the network can't be followed.
+    `example` is a batch `[image, rgb, height, width]`; only the shape of an image matters. With
+    `forward`, `forward(model, images)` is traced, for networks such as detectors whose whole output
+    can't be. Raises `TraceError` if the network can't be traced.
 
-    The operations are those that `torch.export` gives; this is its tracer without the rest of an
-    export, which takes longer than the tracing. Instead of a symbol the batch has a size that
-    divides no other one (`NetworkGraph.images`): sizes that depend on it are its multiples.
+    The operations are those of `torch.export`; this is its tracer without the rest of an export,
+    which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
+    other one (`NetworkGraph.images`): sizes that depend on the batch are its multiples.
     """
-    # Of a copy, since a network may keep what it computed, and that is not real here.
+    # A copy, since a network may keep values that it computed, and here these are fake.
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     names, fakes, batch = _fake_inputs(model, example, images)
-    traced = model if forward is None else _Part(model, forward)
+    traced = model if forward is None else _ForwardModule(model, forward)
     prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
         state = {
-            prefix + place: tensor
-            for places, tensor in zip(names.values(), tensors, strict=True)
-            for place in places
+            prefix + alias: tensor
+            for aliases, tensor in zip(names.values(), tensors, strict=True)
+            for alias in aliases
         }
-        answer = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
-        return tuple(tree_leaves(answer))
+        output = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        return tuple(tree_leaves(output))
 
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), _undisturbed():
+        with evaluating(model), torch.no_grad(), _recording_modules(model), _tracing_quietly():
             module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
-        raise _not_traced(error) from error
+        raise _trace_error(error) from error
     graph = module.graph
-    _drop_settings(graph)
+    _drop_context_switches(graph)
     _replace_in_place_operations(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
     _open_batch(graph, image, images)
@@ -116,9 +78,9 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
         elif node.op == "call_function":
             _name_arguments_by_position(node)
-    answers = nodes[-1].args[0]
-    assert isinstance(answers, list | tuple)
-    outputs = tuple(node for node in answers if isinstance(node, Node))
+    returned = nodes[-1].args[0]
+    assert isinstance(returned, list | tuple)
+    outputs = tuple(node for node in returned if isinstance(node, Node))
     if not outputs:
         raise TraceError("the network must return tensors")
     last_use: dict[Node, Node] = {}
@@ -130,7 +92,7 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:
-    """A prime that no size of the network or of its images is a multiple of."""
+    """Return a prime that divides no size of the network or of its images."""
     shapes = [example.shape[1:], *(tensor.shape for tensor in tensors_of(model).values())]
     sizes = {size for shape in shapes for size in shape}
     for prime in BATCH_SIZES:
@@ -142,21 +104,21 @@ def _batch_size(model: nn.Module, example: Tensor) -> int:
 def _fake_inputs(
     model: nn.Module, example: Tensor, images: int
 ) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
-    """Parameters and buffers by name, with all the places where each is; stand-ins; a batch."""
+    """Return the aliases of each parameter and buffer by its first name, fakes of them, a batch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    places: dict[int, list[str]] = {}
-    slots: set[tuple[int, str]] = set()
+    aliases: dict[int, list[str]] = {}
+    seen: set[tuple[int, str]] = set()
     for name, tensor in named.items():
         path, _, attribute = name.rpartition(".")
-        slot = (id(model.get_submodule(path)), attribute)
-        if slot not in slots:  # a module under two names is one place
-            slots.add(slot)
-            places.setdefault(id(tensor), []).append(name)
-    names = {each[0]: tuple(each) for each in places.values()}
+        owner = (id(model.get_submodule(path)), attribute)
+        if owner not in seen:  # a module under two names counts once
+            seen.add(owner)
+            aliases.setdefault(id(tensor), []).append(name)
+    names = {same_tensor[0]: tuple(same_tensor) for same_tensor in aliases.values()}
     fakes: list[Tensor] = []
     with mode:
         for tensor in (named[name] for name in names):
@@ -170,8 +132,8 @@ def _fake_inputs(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Compiled parts run as they were written; errors that are raised are not logged as well."""
+def _tracing_quietly() -> Iterator[None]:
+    """Inside the block, run compiled parts uncompiled, and don't log errors that are raised."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -183,9 +145,9 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _recording_modules(model: nn.Module) -> Iterator[None]:
-    """Every operation that is traced inside the block is noted with the modules it is called in.
+    """Inside the block, record with every traced operation the modules that it is called in.
 
-    `node.meta["nn_module_stack"]` is `{call: dotted name}`, from the outermost module on.
+    `node.meta["nn_module_stack"]` is `{call: dotted name}`, the outermost module first.
     """
     stack: dict[str, str] = {}
     calls = itertools.count()
@@ -210,10 +172,10 @@ def _recording_modules(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _drop_settings(graph: Graph) -> None:
-    """Takes out what switches gradients, which the graph runs without, and mixed precision off.
+def _drop_context_switches(graph: Graph) -> None:
+    """Remove operations that switch gradients or switch mixed precision off.
 
-    Raises `TraceError` where the network switches mixed precision on by itself.
+    Raises `TraceError` if the network switches mixed precision on by itself.
     """
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "")
@@ -224,14 +186,14 @@ def _drop_settings(graph: Graph) -> None:
 
 
 def _open_batch(graph: Graph, image: Node, images: int) -> None:
-    """Puts the size of the batch at hand wherever a number is a multiple of the traced one."""
+    """Replace every number that is a multiple of the traced batch size by the actual multiple."""
     with graph.inserting_after(image):
         size = graph.call_function(torch.ops.aten.sym_size.int, (image, 0))
     size.meta["val"] = images
 
     def opened(value: Any, before: Node) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(opened(each, before) for each in value)
+            return type(value)(opened(item, before) for item in value)
         if type(value) is not int or value == 0 or value % images:
             return value
         if value == images:
@@ -251,7 +213,7 @@ def _open_batch(graph: Graph, image: Node, images: int) -> None:
 
 
 def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """What `torch.export` reads of `model` in evaluation mode, with an open batch dimension.
+    """Return the `torch.export` program of `model` in evaluation mode, for batches of any size.
 
     Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
     """
@@ -262,16 +224,16 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
                 model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
     except Exception as error:  # the network is the user's: it may raise anything
-        raise _not_traced(error) from error
+        raise _trace_error(error) from error
 
 
-def _not_traced(error: Exception) -> TraceError:
+def _trace_error(error: Exception) -> TraceError:
     cause = str(error).strip().splitlines() or [type(error).__name__]
     return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
 
 
-class _Part(nn.Module):
-    """What a function does with a network, as a network of its own."""
+class _ForwardModule(nn.Module):
+    """Runs `forward(model, images)` as a module."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         super().__init__()
@@ -279,12 +241,12 @@ class _Part(nn.Module):
         self._forward = forward
 
     def forward(self, images: Tensor) -> object:
-        """The function's answer."""
+        """Return the function's output."""
         return self._forward(self.model, images)
 
 
 def _name_arguments_by_position(node: Node) -> None:
-    """Moves arguments that were given by name to their position in the operation's schema."""
+    """Move arguments that were passed by name to their position in the operation's schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     args, kwargs = list(node.args), dict(node.kwargs)
@@ -296,10 +258,10 @@ def _name_arguments_by_position(node: Node) -> None:
 
 
 def _replace_in_place_operations(graph: Graph) -> None:
-    """Turns `x.relu_()` into `y = x.relu()`, with `y` in place of `x` in all that follows.
+    """Turn `x.relu_()` into `y = x.relu()`, and use `y` in place of `x` from there on.
 
-    Raises `TraceError` where the change would have to show through another view of `x`, or where
-    an operation has no twin that leaves its input alone.
+    Raises `TraceError` if another view of `x` would have to show the change, or if an operation has
+    no variant that leaves its input alone.
     """
     position = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -308,49 +270,26 @@ def _replace_in_place_operations(graph: Graph) -> None:
             continue
         name = target._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        twin = getattr(packet, target._overloadname, None)
+        variant = getattr(packet, target._overloadname, None)
         changed = node.args[0]
-        if not name.endswith("_") or twin is None or not isinstance(changed, Node):
+        if not name.endswith("_") or variant is None or not isinstance(changed, Node):
             raise TraceError(f"the operation {name!r} writes in place and has no other form")
         others = _sharing_memory(changed) - {changed}
         if any(position[user] > position[node] for value in others for user in value.users):
             raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
-        node.target = twin
+        node.target = variant
         for user in list(changed.users):
             if position[user] > position[node]:
                 user.replace_input_with(changed, node)
 
 
 def _sharing_memory(node: Node) -> set[Node]:
-    """The values that share memory with a node: what it is a view of, and all views of that."""
+    """Return the values that share memory with a node's: its base, and all views of that."""
     while is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
-    sharing, coming = {node}, [node]
-    while coming:
-        views = [user for user in coming.pop().users if is_view(user)]
-        coming += views
+    sharing, pending = {node}, [node]
+    while pending:
+        views = [user for user in pending.pop().users if is_view(user)]
+        pending += views
         sharing.update(views)
     return sharing
-
-
-def is_view(node: Node) -> bool:
-    """Whether an operation gives what it reads, or a view of it; `reshape` and others may copy.
-
-    Its schema says so, but for dropout.
-    """
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return False
-    returns = node.target._schema.returns
-    return gives_its_input(node) or (bool(returns) and returns[0].alias_info is not None)
-
-
-def gives_its_input(node: Node) -> bool:
-    """Whether an operation gives the very value that it reads, as dropout outside of training."""
-    return operation_name(node).endswith("dropout")
-
-
-def operation_name(node: Node) -> str:
-    """Name without overload: `add` for `aten.add.Tensor`, `own::op` outside of ATen."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.removeprefix("aten::")

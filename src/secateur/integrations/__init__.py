@@ -1,1 +1,1 @@
-"""Hand-over to other libraries: ONNX, Torch-Pruning, experiment trackers."""
+"""Connect to other libraries: ONNX, Torch-Pruning, experiment trackers."""

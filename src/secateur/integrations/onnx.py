@@ -1,16 +1,17 @@
-"""ONNX: a network as one file for other runtimes; it is compared before it is left, and timed.
+"""Export a network to ONNX, check the file against PyTorch, and time both runtimes.
 
-Needs the extra `export` (onnx, onnxscript, onnxruntime).
+`export_onnx` writes the file and does the ONNX check: `_relative_difference` runs the file in
+onnxruntime, and only a file whose outputs agree with PyTorch's to `TOLERANCE` is kept.
+`compare_latency` times it. Needs the extra `export` (onnx, onnxscript, onnxruntime).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,21 +24,19 @@ from torch import Tensor, nn
 
 from secateur.errors import ExportError, UsageError
 from secateur.evaluation.divergence import relative_error
+from secateur.evaluation.timing import Rounds, interleaved_medians
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.module_state import evaluating
 
-PARITY = 1e-4
-"""Relative difference from which on a file is not left."""
+TOLERANCE = 1e-4
+"""Relative difference from PyTorch's outputs below which a file is kept."""
 CHECKED_BATCHES = (1, 3, 8)
-"""Images at a time when the file is compared with the network."""
+"""Batch sizes with which the file is checked, besides that of the example."""
 LARGEST_FILE = 2**31 - 2**20
-"""Bytes that one ONNX file can hold (protobuf's limit), with room for the graph."""
+"""Bytes of weights in one ONNX file: protobuf's limit, less some space for the graph."""
 LATENCY_BATCHES = (1, 16)
-LATENCY_ROUNDS = 31
-LATENCY_SECONDS = 20.0
-"""After this time a measurement ends early, but not before `FEWEST_ROUNDS`."""
-FEWEST_ROUNDS = 5
-WARM_UP_ROUNDS = 2
+"""Batch sizes that are timed."""
+LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
 
 Engine = Literal["pytorch", "onnxruntime"]
 Images = Float[Tensor, "image rgb height width"]
@@ -46,38 +45,41 @@ Runner = Callable[[Tensor], object]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An ONNX file that answers as the network does."""
+    """An ONNX file that has passed the check."""
 
     path: Path
     bytes: int
     opset: int
     error: float
-    """Largest relative difference found: of the answers, over the largest absolute answer."""
+    """Largest difference from PyTorch's outputs, relative to the largest absolute output."""
     batches: tuple[int, ...]
-    """Sizes of the batches that were compared."""
+    """Batch sizes that were checked."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median time of a forward pass of each network; a measurement, so it varies."""
+    """Median times of a forward pass of both networks in one runtime; they vary between runs."""
 
     engine: Engine
     batch: int
     pruned_ms: float
     original_ms: float | None
-    """None where there was no original network to time."""
+    """None if no original network was given."""
 
 
 def export_onnx(
     model: nn.Module, example: Images, path: str | Path, *, overwrite: bool = False
 ) -> ExportResult:
-    """Writes `model`, in evaluation mode, as an ONNX file that takes any number of images.
+    """Export `model`, in evaluation mode, to an ONNX file that takes any number of images.
 
-    `example` is a batch of the images that the network takes. The file is run in onnxruntime on
-    it, and on uniform and normal noise in `CHECKED_BATCHES`; it is left only where the answers
-    differ by less than `PARITY`. Its input is called `images`, its output `logits`. Raises
-    `ExportError` where the network can't be exported, is too large for one file or answers
-    otherwise, and where `path` is there without `overwrite`; `UsageError` without the extra.
+    `example` is a batch of images for the network. The file is checked in onnxruntime on `example`
+    and on uniform and normal noise in `CHECKED_BATCHES`, and kept only if its outputs differ from
+    PyTorch's by less than `TOLERANCE`. Its input is called `images`, its output `logits`.
+
+    Raises:
+        ExportError: the network can't be exported, is too large for one file or fails the check,
+            or `path` exists and `overwrite` is not set.
+        UsageError: the extra `export` is not installed.
     """
     _check_packages()
     path = Path(path)
@@ -85,11 +87,11 @@ def export_onnx(
     with _folder_beside(path) as folder:
         draft = folder / path.name
         opset = _write(model, example, draft)
-        error = _parity(model, example, draft)
-        if not error < PARITY:
+        error = _relative_difference(model, example, draft)
+        if not error < TOLERANCE:
             raise ExportError(
-                f"the ONNX file answers otherwise than the network: relative difference "
-                f"{error:.1e}, and less than {PARITY:.0e} was expected; no file is left"
+                f"the ONNX file's outputs differ from the network's: relative difference "
+                f"{error:.1e}, and less than {TOLERANCE:.0e} was expected; no file is written"
             )
         size = draft.stat().st_size
         move_file(draft, path)
@@ -97,21 +99,21 @@ def export_onnx(
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raises `ExportError` where a file can't be written to `path`."""
+    """Raise `ExportError` if `path` is a folder, or exists and `overwrite` is not set."""
     if path.is_dir():
         raise ExportError(f"{path} is a folder, not a file to write")
     if path.exists() and not overwrite:
-        raise ExportError(f"{path} is there already: choose another file or add --overwrite")
+        raise ExportError(f"{path} exists already: choose another file or add --overwrite")
 
 
 def compare_latency(
     pruned: nn.Module, pruned_file: Path, original: nn.Module | None, example: Images
 ) -> tuple[Latency, ...]:
-    """How long both networks take in PyTorch and in onnxruntime, for each of `LATENCY_BATCHES`.
+    """Return the latency of both networks in PyTorch and in onnxruntime, by `LATENCY_BATCHES`.
 
-    `pruned_file` is what `export_onnx` left. All four take turns, so that whatever else the machine
-    does slows them alike; both engines get PyTorch's number of threads. The original's weights do
-    not matter. Raises as `export_onnx` does.
+    `pruned_file` is the file that `export_onnx` wrote. The four runs are interleaved, so that
+    other load on the machine slows all alike; both runtimes get PyTorch's number of threads. The
+    values of the original's weights don't matter. Raises as `export_onnx` does.
     """
     _check_packages()
     runners: dict[tuple[Engine, bool], Runner] = {
@@ -127,38 +129,20 @@ def compare_latency(
             _write(original, example, folder / "original.onnx")
             runners["pytorch", False] = original
             runners["onnxruntime", False] = onnx_runner(folder / "original.onnx")
-        found: list[Latency] = []
+        latencies: list[Latency] = []
         for batch in LATENCY_BATCHES:
-            times = _medians_ms(runners, _noise(example, batch, torch.randn))
+            images = _noise(example, batch, torch.randn)
+            actions = {key: functools.partial(runner, images) for key, runner in runners.items()}
+            times_ms = interleaved_medians(actions, LATENCY_ROUNDS)
             for engine in ("pytorch", "onnxruntime"):
-                found.append(
-                    Latency(engine, batch, times[engine, True], times.get((engine, False)))
-                )
-    return tuple(found)
-
-
-def _medians_ms(
-    runners: dict[tuple[Engine, bool], Runner], images: Images
-) -> dict[tuple[Engine, bool], float]:
-    """Median milliseconds of each runner, one pass of each in turn."""
-    seconds: dict[tuple[Engine, bool], list[float]] = {key: [] for key in runners}
-    begin = time.perf_counter()
-    for number in range(WARM_UP_ROUNDS + LATENCY_ROUNDS):
-        for key, runner in runners.items():
-            start = time.perf_counter()
-            runner(images)
-            seconds[key].append(time.perf_counter() - start)
-        is_late = time.perf_counter() - begin > LATENCY_SECONDS
-        if is_late and number + 1 >= WARM_UP_ROUNDS + FEWEST_ROUNDS:
-            break
-    return {
-        key: 1e3 * statistics.median(passes[WARM_UP_ROUNDS:]) for key, passes in seconds.items()
-    }
+                pruned_ms, original_ms = times_ms[engine, True], times_ms.get((engine, False))
+                latencies.append(Latency(engine, batch, pruned_ms, original_ms))
+    return tuple(latencies)
 
 
 def _check_packages() -> None:
     try:
-        with _silence():
+        with _quiet():
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
@@ -170,7 +154,7 @@ def _check_packages() -> None:
 
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk that `path` is on; raises `ExportError` where none can be."""
+    """Yield a temporary folder on the disk of `path`; raises `ExportError` if it can't be made."""
     make_folder(path.parent)
     try:
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
@@ -181,7 +165,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def _write(model: nn.Module, example: Images, path: Path) -> int:
-    """Writes the file, weights inside; its opset."""
+    """Write the file, with the weights inside, and return its opset."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_FILE:
         raise ExportError(
@@ -190,7 +174,7 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
     if len(example) < 2:  # one image would fix the batch size in the graph
         example = example.repeat(2, 1, 1, 1)
     try:
-        with _silence(), evaluating(model), torch.no_grad():
+        with _quiet(), evaluating(model), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -208,49 +192,51 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong first."""
+    """Return the first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _parity(model: nn.Module, example: Images, path: Path) -> float:
-    """Largest relative difference between the file's answers and the network's."""
+def _relative_difference(model: nn.Module, example: Images, path: Path) -> float:
+    """Return the largest relative difference of the file's outputs from the network's."""
     run = onnx_runner(path)
     noises = [
-        _noise(example, n, draw) for n in CHECKED_BATCHES for draw in (torch.rand, torch.randn)
+        _noise(example, count, draw)
+        for count in CHECKED_BATCHES
+        for draw in (torch.rand, torch.randn)
     ]
-    error = 0.0
+    largest = 0.0
     with evaluating(model), torch.inference_mode():
         for images in (example, *noises):
             try:
                 expected = model(images)
-                found = torch.from_numpy(run(images)).to(expected)
+                outputs = torch.from_numpy(run(images)).to(expected)
             except Exception as failure:  # the network is the user's; onnxruntime raises its own
                 raise ExportError(
-                    f"the network, or its file, can't take {len(images)} images: {_cause(failure)}"
+                    f"the network or its ONNX file fails on {len(images)} images: {_cause(failure)}"
                 ) from failure
-            if found.shape != expected.shape:
+            if outputs.shape != expected.shape:
                 raise ExportError(
-                    f"the ONNX file answers {list(found.shape)} where the network answers "
+                    f"the ONNX file's outputs are {list(outputs.shape)}, and the network's are "
                     f"{list(expected.shape)}"
                 )
-            one = relative_error(found, expected)
-            error = one if not one <= error else error  # keeps a NaN
-    return error
+            error = relative_error(outputs, expected)
+            largest = error if not error <= largest else largest  # keeps a NaN
+    return largest
 
 
 def _noise(example: Images, count: int, draw: Callable[..., Tensor]) -> Tensor:
-    """Images of noise of the size and type of the example's."""
+    """Return `count` noise images of the example's size and dtype."""
     generator = torch.Generator().manual_seed(count)
     return draw(count, *example.shape[1:], generator=generator).to(example)
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], Any]:
-    """Runs the file in onnxruntime on the CPU, on as many threads as PyTorch has.
+    """Return a function that runs the file in onnxruntime, on as many CPU threads as PyTorch has.
 
-    The answers are a NumPy array. Raises `ExportError` where the file can't be loaded.
+    It returns the logits as a NumPy array. Raises `ExportError` if the file can't be loaded.
     """
     import onnxruntime
 
@@ -268,8 +254,8 @@ def onnx_runner(path: Path) -> Callable[[Tensor], Any]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps what the exporter says, prints and logs from the terminal."""
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, prints and logs from the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,12 +1,12 @@
-"""secateur's criteria as the importance that a pruner of Torch-Pruning asks for.
+"""Use secateur's criteria as the importance of a Torch-Pruning pruner.
 
 ::
 
     importance = CriterionImportance(model, example, "vote-response", loader)
     pruner = torch_pruning.pruner.MagnitudePruner(model, example, importance=importance, …)
 
-The pruner calls it with one of its groups and cuts what scores lowest. Nothing else of secateur
-takes part: the plan and the surgery are Torch-Pruning's, and so is what comes of them.
+The pruner calls the importance with each of its groups and removes the channels that score lowest.
+Plan and removal are Torch-Pruning's; nothing else of secateur takes part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,10 +35,9 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class CriterionImportance:
-    """Scores of Torch-Pruning's groups by one of secateur's criteria; see `__call__`.
+    """Scores Torch-Pruning's groups by one of secateur's criteria; see `__call__`.
 
-    `skipped` names the layers whose groups got no score, with the reason; it fills as the pruner
-    asks.
+    `skipped` maps layers whose groups got no score to the reason; it fills as the pruner runs.
     """
 
     def __init__(
@@ -51,20 +49,20 @@ class CriterionImportance:
         *,
         seed: int = 0,
     ) -> None:
-        """`model` is the very network that the pruner gets; `example` at least two images for it.
+        """Take the same `model` object as the pruner, and at least two images as `example`.
 
         `criterion` is a name (`secateur models` lists them) or the whole `score` section of a
-        configuration. `batches`, such as a `DataLoader` or a list, is what criteria that look at
-        images are shown; it is gone through more than once. Raises `UnknownName`, and `UsageError`
-        where Torch-Pruning or the batches are missing.
+        configuration. `batches`, such as a `DataLoader` or a list, are the images of criteria that
+        need some; they are iterated more than once. Raises `UnknownName`, and `UsageError` if
+        Torch-Pruning or the batches are missing.
         """
         try:
             import torch_pruning
         except ImportError as error:
             raise UsageError(
-                "this importance is for Torch-Pruning: pip install torch-pruning"
+                "CriterionImportance needs Torch-Pruning: pip install torch-pruning"
             ) from error
-        self._writes = (
+        self._producers = (
             torch_pruning.prune_conv_out_channels,
             torch_pruning.prune_depthwise_conv_out_channels,
             torch_pruning.prune_linear_out_channels,
@@ -73,7 +71,9 @@ class CriterionImportance:
             ScoreSection(criterion=criterion) if isinstance(criterion, str) else criterion
         )
         if self._make_criterion(seed).needs and batches is None:
-            raise UsageError(f"{self._settings.criterion!r} looks at images: give it batches")
+            raise UsageError(
+                f"the criterion {self._settings.criterion!r} needs images: pass batches"
+            )
         self._model = model
         self._example = example
         self._batches = batches
@@ -84,19 +84,19 @@ class CriterionImportance:
         self.skipped: dict[str, str] = {}
 
     def __call__(self, group: Any) -> Float[Tensor, "filter"] | None:
-        """One score for each filter of the group's first layer; higher stays.
+        """Return a score for each filter of the group's first layer; the pruner keeps high ones.
 
-        Where several layers that write the group have scores, their mean. The network is scored at
-        the first call and again whenever it has been cut since, so pruning in steps works. None,
-        which makes the pruner leave a group whole, where secateur has no scores for it: what it
-        can't cut itself it has not looked at, and does not guess about.
+        If several layers that produce the group have scores, it is their mean. The network is
+        scored at the first call, and again whenever it has been cut since, so iterative pruning
+        works. Returns None, which makes the pruner leave the group whole, if secateur has no
+        scores for it because it can't cut the group itself.
         """
         self._score()
         names = {module: name for name, module in self._model.named_modules()}
         layers = [
             (names[dep.target.module], item_indices, group[number].root_idxs)
             for number, (dep, item_indices) in enumerate(group)
-            if dep.handler in self._writes and dep.target.module in names
+            if dep.handler in self._producers and dep.target.module in names
         ]
         total = torch.zeros(len(group[0].idxs), dtype=torch.float64)
         count = torch.zeros_like(total)
@@ -113,7 +113,7 @@ class CriterionImportance:
         return total / count
 
     def _score(self) -> None:
-        """Scores every filter, unless that has been done since the network was last cut."""
+        """Score every filter, unless the network has not been cut since the last time."""
         shapes = tuple(parameter.shape for parameter in self._model.parameters())
         if shapes == self._shapes:
             return
@@ -122,25 +122,24 @@ class CriterionImportance:
         criterion = self._make_criterion(self._seed)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
-            scored = score_filters(
+            scores = score_filters(
                 self._model,
                 dependencies,
-                self._shown,
+                self._labelled_batches,
                 {name: criterion},
                 self._source(dependencies) if "concepts" in criterion.needs else None,
                 settings,
             )[name].scores
         self._scores, self._reasons = {}, {}
         for group in dependencies.groups.values():
-            number = np.full(len(dependencies.channel_of), -1, dtype=np.int64)
-            number[group.channels] = np.arange(len(group))
+            position = dependencies.index_table(group.channels)
             for layer in group.layers:
                 assert layer.produced is not None
-                own = number[layer.produced]  # [filter]
-                if (own >= 0).all():
-                    self._scores[layer.name] = scored[group.name].double().cpu()[own]
+                positions = position[layer.produced]  # [filter]
+                if (positions >= 0).all():
+                    self._scores[layer.name] = scores[group.name].double().cpu()[positions]
                 else:
-                    self._reasons[layer.name] = "only a part of its filters can be cut"
+                    self._reasons[layer.name] = "only some of its filters can be cut"
         self._reasons |= {frozen.name: frozen.reason for frozen in dependencies.frozen}
 
     def _make_criterion(self, seed: int) -> Criterion:
@@ -160,8 +159,8 @@ class CriterionImportance:
             Preprocessing(size, size),
         )
 
-    def _shown(self) -> Iterator[Batch]:
-        seen = 0
+    def _labelled_batches(self) -> Iterator[Batch]:
+        start = 0
         for images, labels in self._batches or ():
-            yield Batch(images, labels, torch.arange(seen, seen + len(images)))
-            seen += len(images)
+            yield Batch(images, labels, torch.arange(start, start + len(images)))
+            start += len(images)

@@ -1,1 +1,7 @@
-"""Networks by name, their weights, and networks from users' own files."""
+"""Networks by name, their weights, and networks from user code.
+
+- `zoo`: networks by name (built-in, torchvision, timm, user code), and their preprocessing
+- `cifar`: the built-in ResNets and VGG-16 for CIFAR
+- `weights`: weight files, safetensors and PyTorch checkpoints
+- `user_code`: factories in a user's own file, `path/to/file.py:factory`
+"""

@@ -1,4 +1,4 @@
-"""ResNets and VGG-16 for CIFAR-10."""
+"""ResNets and VGG-16 for CIFAR's 32×32 images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions; the shortcut subsamples and pads with channels of zeros (option A)."""
+    """Two 3×3 convolutions with a shortcut that subsamples and pads with zeros (option A)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class BasicBlock(nn.Module):
         self.padding: int = (out_channels - in_channels) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[image, in, h, w]` to `[image, out, h / stride, w / stride]`."""
+        """Map `[image, in, h, w]` to `[image, out, h / stride, w / stride]`."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.padding or self.stride != 1:
@@ -28,7 +28,10 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """He et al.'s network of depth 6n + 2 for 32×32 images: n blocks of 16, 32 and 64 filters."""
+    """ResNet of depth 6n + 2 for 32×32 images: n blocks of 16, 32 and 64 filters each.
+
+    Source: He et al. (2016, arXiv 1512.03385, section 4.2).
+    """
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class CifarVGG(nn.Module):
     """VGG-16 with batch norm for 32×32 images: thirteen convolutions and one linear layer."""
 
     WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-    """Filters a layer; 0 stands for a 2×2 max pooling."""
+    """Filters of each layer; 0 stands for a 2×2 max pooling."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""Networks and criteria of the user's own: `path/to/file.py:factory`.
+"""Networks and criteria from user code: `path/to/file.py:factory`.
 
-Such a file is run. Only what the user names is: no file that secateur reads may name one to run.
+The file is run. Only a name from the user may do that: no file that secateur reads can name code
+to run.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from secateur.errors import UnknownName, UsageError
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a name is one of a file and a factory in it."""
+    """Return whether a name is that of a file and a factory in it."""
     return name.rpartition(":")[0].endswith(".py")
 
 
 def check_file(name: str, kind: str) -> None:
-    """Raises `UsageError` where there is no such file to take a `kind` of thing from."""
+    """Raise `UsageError` where there is no such file; `kind` says what it should define."""
     path, _, factory = name.rpartition(":")
     if not Path(path).is_file():
         raise UsageError(f"no file {path} to take the {kind} {factory!r} from")
 
 
 def find(name: str, kind: str) -> Callable[..., Any]:
-    """The factory, of a `kind` of thing, from its file, which is run.
+    """Run the file and return its factory; `kind` says what that builds, for errors.
 
-    Raises `UsageError` where it can't be, and `UnknownName` where there is no such factory.
+    Raises `UsageError` where the file can't be run, and `UnknownName` where it has no such factory.
     """
     check_file(name, kind)
     path, _, factory = name.rpartition(":")
@@ -38,10 +39,10 @@ def find(name: str, kind: str) -> Callable[..., Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses, among others, look their module up there
+    sys.modules[module_name] = module  # dataclasses, among others, look up their module there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         del sys.modules[module_name]
         reason = " ".join(str(error).split())
         raise UsageError(f"{path} can't be run: {type(error).__name__}: {reason}") from error
@@ -49,14 +50,14 @@ def find(name: str, kind: str) -> Callable[..., Any]:
     if not callable(build):
         callables = [name for name in vars(module) if callable(getattr(module, name))]
         raise UnknownName(f"factory in {path}", factory, callables)
-    found: Callable[..., Any] = build
-    return found
+    factory_function: Callable[..., Any] = build
+    return factory_function
 
 
 def call(name: str, build: Callable[..., Any], **options: object) -> object:
-    """What the factory gives; raises `UsageError` with what it raises."""
+    """Call the factory and return what it builds; raises `UsageError` for anything it raises."""
     try:
         return build(**options)
-    except Exception as error:  # the user's, too
+    except Exception as error:  # user code may raise anything
         reason = " ".join(str(error).split())
         raise UsageError(f"{name} failed: {type(error).__name__}: {reason}") from error

@@ -23,39 +23,36 @@ def load_weights(
     *,
     new_head: bool = False,
 ) -> None:
-    """Copies the weights of a file into `model`; every key must fit.
+    """Copy the weights of a file into `model`; every key must fit.
 
-    With `new_head` a head that is for another number of classes than `num_classes` may stay as it
-    is in `model`.
-
-    Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict inside
-    a dict (`state_dict`, `model`, …) and the prefixes that data-parallel and compiled networks add
-    are taken off. Raises `WeightsError` that names the missing, unexpected and misshapen keys or,
-    where only the head is for another number of classes than `num_classes`, both numbers.
+    With `new_head`, a head for another number of classes than `num_classes` is skipped: that of
+    `model` stays as it is. Raises `WeightsError` that names the missing, unexpected and misshapen
+    keys or, where only the head differs in its number of classes, both numbers. See `read_weights`
+    for the files.
     """
-    found = read_weights(Path(path))
+    weights = read_weights(Path(path))
     expected = model.state_dict()
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
-    missing = [name for name in expected if name not in found and name not in optional]
-    unexpected = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in weights and name not in optional]
+    unexpected = [name for name in weights if name not in expected]
     unexpected.sort(key=lambda name: name.endswith("num_batches_tracked"))  # weights first
     shapes = {
         name: (list(tensor.shape), list(expected[name].shape))
-        for name, tensor in found.items()
+        for name, tensor in weights.items()
         if name in expected and tensor.shape != expected[name].shape
     }
-    misshapen = [f"{name} is {shape}, not {wanted}" for name, (shape, wanted) in shapes.items()]
+    misshapen = [f"{name} is {shape}, not {needed}" for name, (shape, needed) in shapes.items()]
     heads = {shape[0] for shape, _ in shapes.values() if shape}
     only_heads = all(
-        wanted == [num_classes, *shape[1:]] and shape for shape, wanted in shapes.values()
+        needed == [num_classes, *shape[1:]] and shape for shape, needed in shapes.values()
     )
     if len(heads) == 1 and only_heads and not missing and not unexpected:
         if not new_head:
             raise WeightsError(
-                f"the weights in {path} tell {heads.pop()} classes apart, but the data or "
+                f"the weights in {path} are for {heads.pop()} classes, but the data or "
                 f"--num-classes asks for {num_classes}"
             )
-        found = {name: tensor for name, tensor in found.items() if name not in shapes}
+        weights = {name: tensor for name, tensor in weights.items() if name not in shapes}
         misshapen = []
     complaints = [
         f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
@@ -68,34 +65,34 @@ def load_weights(
     ]
     if complaints:
         raise WeightsError(f"the weights in {path} don't fit the network: {'; '.join(complaints)}")
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(weights, strict=False)
 
 
 def _is_pickled(path: Path) -> bool:
-    """Whether a file starts as a pickle does, or is a zip file as torch writes them."""
+    """Return whether a file starts like a pickle, or is a zip file as torch writes them."""
     with path.open("rb") as file:
         return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 
 
 def _check_sums(path: Path) -> None:
-    """Raises `ValueError` where a part of a zip file is not what its check sum says.
-
-    `torch.load` does not look at them.
-    """
+    """Raise `ValueError` where a zip file's checksums don't match; `torch.load` ignores them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(
-                f"the check sum of {damaged!r} does not match: it has been damaged, or written "
-                "without check sums (torch.serialization.set_crc32_options)"
+                f"the checksum of {damaged!r} does not match: the file is damaged, or was written "
+                "without checksums (torch.serialization.set_crc32_options)"
             )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, without wrappers and prefixes.
+    """Return the tensors of a weight file by name, without wrappers and prefixes.
 
-    Raises `WeightsError` where the file is missing, damaged or would need code to load.
+    Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict may lie
+    inside a dict (`state_dict`, `model`, …), and the prefixes of data-parallel and compiled
+    networks are removed. Raises `WeightsError` where the file is missing, damaged or would need to
+    run code.
     """
     if not path.is_file():
         raise WeightsError(f"no weights file {path}")
@@ -106,17 +103,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path} is not a sound safetensors file: {error}") from error
     elif path.suffix in (".pth", ".pt", ".th"):
         try:
-            with warnings.catch_warnings(action="ignore"):  # about oddities of damaged files
+            with warnings.catch_warnings(action="ignore"):  # torch warns about damaged files
                 _check_sums(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if not _is_pickled(path):
-                raise WeightsError(f"{path} is no file of torch's") from error
+                raise WeightsError(f"{path} is not a file that torch.save wrote") from error
             raise WeightsError(
                 f"{path} holds more than tensors and is not read, since that could run code: "
                 "save the network's state_dict() instead"
             ) from error
-        except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        except Exception as error:  # a damaged pickle may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise WeightsError(f"{path} can't be read: {reason}") from error
     else:

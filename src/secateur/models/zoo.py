@@ -1,9 +1,9 @@
-"""Networks by name, and weights from files that can't run code.
+"""Networks by name, and the preprocessing that each expects.
 
 `resnet20` … `resnet110` are the CIFAR networks of He et al. (2016, arXiv 1512.03385, section 4.2)
 with the parameter-free shortcut (option A); `vgg16_bn` is VGG-16 (Simonyan & Zisserman 2015) with
-batch norm for 32×32 images and one linear layer. Parameter names are those that published
-checkpoints use.
+batch norm for 32×32 images and one linear layer. Parameters have the names of published
+checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
 
 IN_MEMORY = "memory"
-"""`memory:NAME`: a network that was passed from Python, and can't be built by its name."""
+"""Prefix of networks passed from Python, `memory:NAME`, which can't be built by name."""
 BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": lambda num_classes: CifarResNet(20, num_classes),
     "resnet32": lambda num_classes: CifarResNet(32, num_classes),
@@ -46,19 +46,19 @@ def load(
     new_head: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """The named network in evaluation mode, with the weights of a file or, without one, untrained.
+    """Return the named network in evaluation mode, with a file's weights or untrained.
 
     `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
     `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
-    With `allow_code=False` the last form is refused: a run folder must not choose code to run.
-    Untrained weights depend on `seed` alone. For `new_head` see `load_weights`.
-    Raises `UnknownName`, `UsageError` or `WeightsError`.
+    `allow_code=False` refuses the last form: a run folder must not choose code to run. Untrained
+    weights depend on `seed` alone. See `load_weights` for `new_head`. Raises `UnknownName`,
+    `UsageError` or `WeightsError`.
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
     if user_code.is_user_code(name) and not allow_code:
         raise UsageError(
-            f"{name!r} is code of your own: build the network and pass it, or use load_program"
+            f"{name!r} is user code: build the network and pass it, or use load_program"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def load(
 
 
 def check_name(name: str) -> None:
-    """Raises `UnknownName` or `UsageError` where `load` knows no network of this name."""
+    """Raise `UnknownName` or `UsageError` where `load` doesn't know the name."""
     kind, colon, rest = name.rpartition(":")
     if user_code.is_user_code(name):
         user_code.check_file(name, "network")
@@ -94,7 +94,7 @@ def check_name(name: str) -> None:
 
 
 def names() -> list[str]:
-    """Every built-in and torchvision classification network, as `load` takes them."""
+    """Return the names of all built-in and torchvision classification networks, as for `load`."""
     return [*BUILT_IN, *(f"torchvision:{name}" for name in _torchvision_names())]
 
 
@@ -103,12 +103,12 @@ def _torchvision_names() -> list[str]:
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """What the named network expects of its images, where its origin says so.
+    """Return the preprocessing that the named network expects.
 
-    Built-in networks take 32×32 pixels; torchvision's and timm's what their published weights
-    were trained with; a network of one's own 224×224. The mean and deviation are ImageNet's and
-    images are resized bilinearly wherever nothing else is stated. Raises as `check_name` does, but
-    not where a file of one's own is missing, for the file is not read.
+    Built-in networks take 32×32 pixels, torchvision's and timm's what their published weights were
+    trained with, and user code 224×224. The mean and deviation are ImageNet's, and images are
+    resized bilinearly, unless the origin says otherwise. Raises what `check_name` raises, except
+    that a file of user code need not exist: it isn't read.
     """
     if user_code.is_user_code(name) or name.startswith(f"{IN_MEMORY}:"):
         return Preprocessing(224, 256)
@@ -142,7 +142,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def _interpolation(published: str) -> Resizing:
-    """The one that is published; bilinear for others, such as one at random."""
+    """Return the published interpolation if it is supported, else bilinear (as for `random`)."""
     return "bicubic" if published == "bicubic" else "bilinear"
 
 

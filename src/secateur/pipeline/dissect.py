@@ -1,28 +1,28 @@
-"""What the filters of a network see, from one pass over its calibration set."""
+"""What the filters of a network respond to, from one pass over its calibration images."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from secateur.config import RunConfig
 from secateur.graph.groups import Group
-from secateur.pipeline.prune import ScoringContext, calibration_batches, make_criterion
-from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.pipeline.scoring_context import ScoringContext, make_criterion
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
-from secateur.scoring.feature_pass import taps_of
 from secateur.scoring.scores import FilterScores, score_filters
+from secateur.scoring.taps import taps_of
 
 VOTES = "vote-response"
-"""How votes are counted where they are shown: the criterion whose scores are votes, not ranks."""
+"""The criterion whose scores are shown as votes: those of the other vote criteria are ranks."""
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkDissection:
-    """What each filter sees, the images that it responds to most, and how it scores."""
+    """The concepts and top images of each filter, and its scores."""
 
     context: ScoringContext
     dissection: Dissection
@@ -31,15 +31,15 @@ class NetworkDissection:
     """By criterion."""
 
     def concepts(self, group: Group) -> list[FilterConcept]:
-        """The best concept of each channel."""
+        """Return the best concept of each channel."""
         return self.dissection.best(self.dissection.iou_by_channel(group))
 
     def detectors(self, group: Group) -> Counter[str]:
-        """How many channels are detectors of each concept that has any."""
-        return Counter(each.concept for each in self.concepts(group) if each.is_detector)
+        """Count the channels that are detectors of each concept."""
+        return Counter(best.concept for best in self.concepts(group) if best.is_detector)
 
     def top(self, group: Group) -> TopFeatures:
-        """The top images of a group, at the first place where it is looked at."""
+        """Return the top images of each channel, as seen at the group's first tap."""
         return self.top_images.top(next(iter(taps_of(group))))
 
 
@@ -50,24 +50,23 @@ def dissect_network(
     criterion_names: Sequence[str] = (),
     *,
     images: int,
-    title: str = "looking at filters",
-    progress: ProgressCallback = no_progress,
+    title: str = "dissecting filters",
 ) -> NetworkDissection:
-    """Looks at every filter of `model` on the calibration set of `context`, which was made for it.
+    """Compare every filter of `model` with every concept, on the calibration images.
 
-    `images` is how many top images are kept of each filter; the criteria that are named come from
-    the same pass. Raises `SecateurError`.
+    `context` must have been made for `model`. `images` is how many top images are kept of each
+    filter; the named criteria score the filters in the same pass. Raises `SecateurError`.
     """
     dissection = Dissection(tuple(concept.name for concept in context.source.concepts))
-    top = TopImages(images)
+    top_images = TopImages(images)
     scores = score_filters(
         model,
         context.dependencies,
-        lambda: calibration_batches(context, config, progress, title),
+        partial(context.reader.read_image_shard, context.calibration, title),
         {name: make_criterion(name, context.source, config) for name in criterion_names},
         context.source,
         config.score,
-        observers=(dissection, top),
+        observers=(dissection, top_images),
     )
-    top.merge()
-    return NetworkDissection(context, dissection, top, scores)
+    top_images.merge()
+    return NetworkDissection(context, dissection, top_images, scores)

@@ -1,7 +1,8 @@
-"""How many channels each group keeps, so that a target is met.
+"""How many channels each group keeps, so that a budget is met.
 
-Four rules: equal shares, least damage, the lowest scores wherever they are, and shares that are
-given. The ranking of channels within a group is settled before; here only counts are.
+There are four rules: the same fraction everywhere, lowest sensitivity, lowest scores over all
+groups, and fractions from the user. The ranking within a group is fixed before; this module only
+chooses counts.
 """
 
 from __future__ import annotations
@@ -16,106 +17,110 @@ from dataclasses import dataclass
 from secateur.errors import TargetError
 
 NOTHING = 1e-9
-"""A smaller part of what there is is no gain."""
+"""A reduction by less than this fraction counts as none."""
 Counts = dict[str, int]
-"""`{group: how many of its channels stay}`."""
+"""`{group: number of its channels that stay}`."""
 
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """What there is to choose from."""
+    """The counts to choose from, and the limit to meet."""
 
     steps: Mapping[str, Sequence[int]]
-    """By group: how many channels may stay, in rising order, the last of them all."""
+    """By group: allowed numbers of channels, rising; the last one keeps all."""
     measure: Callable[[Counts], float]
-    """What must come down to the limit."""
+    """The quantity that must come down to the limit."""
     limit: float
     pressure: Callable[[Counts], float] | None = None
-    """What to bring down instead, where the measure is a maximum that no single group moves."""
+    """A smooth proxy to reduce instead, if the measure is a maximum that no single group moves."""
 
     @property
     def whole(self) -> Counts:
-        """Everything stays."""
-        return {name: each[-1] for name, each in self.steps.items()}
+        """The counts that keep everything."""
+        return {name: counts[-1] for name, counts in self.steps.items()}
 
     @property
     def least(self) -> Counts:
-        """As few stay as may."""
-        return {name: each[0] for name, each in self.steps.items()}
+        """The smallest allowed counts."""
+        return {name: counts[0] for name, counts in self.steps.items()}
 
     def fits(self, counts: Counts) -> bool:
-        """Whether the target is met."""
+        """Return whether the budget is met."""
         return self.measure(counts) <= self.limit
 
 
-def equal_shares(space: SearchSpace) -> Counts:
-    """The largest share that fits, the same for all groups, and one step more for some of them.
+def equal_fractions(space: SearchSpace) -> Counts:
+    """Return the counts at the largest fraction that fits, the same for all groups.
 
-    Those whose share was rounded down most come first. At least `space.least` must fit.
+    Then groups get one step more while that fits, first those that were rounded down most. At
+    least `space.least` must fit.
     """
     steps, whole = space.steps, space.whole
 
-    def counts_at(share: float) -> Counts:
-        places = {n: bisect.bisect_right(each, share * whole[n]) for n, each in steps.items()}
+    def counts_at(fraction: float) -> Counts:
+        places = {
+            n: bisect.bisect_right(counts, fraction * whole[n]) for n, counts in steps.items()
+        }
         return {name: steps[name][max(0, place - 1)] for name, place in places.items()}
 
-    shares = sorted({0.0, *(n / whole[name] for name, each in steps.items() for n in each)})
-    low, high = 0, len(shares)
+    fractions = sorted({0.0, *(n / whole[name] for name, counts in steps.items() for n in counts)})
+    low, high = 0, len(fractions)
     while high - low > 1:
         middle = (low + high) // 2
-        fits = space.fits(counts_at(shares[middle] + 1e-9))
+        fits = space.fits(counts_at(fractions[middle] + 1e-9))
         low, high = (middle, high) if fits else (low, middle)
-    counts = counts_at(shares[low] + 1e-9)
-    ceiling = shares[min(high, len(shares) - 1)]
+    counts = counts_at(fractions[low] + 1e-9)
+    ceiling = fractions[min(high, len(fractions) - 1)]
     shortfall = {name: ceiling * whole[name] - counts[name] for name in steps}
     return _filled_up(space, counts, sorted(steps, key=lambda name: -shortfall[name]))
 
 
 def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[float]]) -> Counts:
-    """Counts that fit with little damage in all: `damage` is `{group: by channels gone}`.
+    """Return counts that fit at low total sensitivity.
 
-    Each time the group goes down that loses least for what it brings, as far as it must to bring
-    anything. It goes down along the lower convex hull of its curve: so a step that looks dear does
-    not hide a cheap one behind it. At the end steps are taken back while there is room, the dearest
-    first. At least `space.least` must fit.
+    `sensitivity` holds a curve by group: `sensitivity[group][n]` is the output error when `n`
+    channels are removed. In each round the group with the least loss per reduction shrinks, far
+    enough to reduce anything at all. Groups move along the lower convex hull of their curve, so
+    that an expensive step does not hide a cheap one behind it. At the end, steps are undone while
+    the result still fits, the most expensive first. At least `space.least` must fit.
     """
     pressure = space.pressure or space.measure
-    hulls = {name: _hull(each, sensitivity[name]) for name, each in space.steps.items()}
+    hulls = {name: _hull(steps, sensitivity[name]) for name, steps in space.steps.items()}
     counts = space.whole
     now = pressure(counts)
 
-    def gained(name: str, count: int) -> float:
+    def reduction(name: str, count: int) -> float:
         return float(now - pressure({**counts, name: count}))
 
     def next_step(name: str) -> tuple[float, float, str, int] | None:
-        """What the group loses for what it brings, what it loses, and where it goes."""
+        """Return loss per reduction, loss, group and new count of a group's next step."""
         below = space.steps[name][: bisect.bisect_left(space.steps[name], counts[name])]
         if not below:
             return None
-        # Times fall in steps of several channels: on to the first count that brings something.
-        # The fewer stay the more is gained, so the counts that bring something come first.
+        # Latency falls in steps of several channels: find the first count that reduces anything.
+        # Fewer channels reduce more, so the counts that reduce something come first.
         least = now * NOTHING
-        place = bisect.bisect_left(below, True, key=lambda count: gained(name, count) <= least)
+        place = bisect.bisect_left(below, True, key=lambda count: reduction(name, count) <= least)
         count = below[max(0, place - 1)]
-        lost = hulls[name](count) - hulls[name](counts[name])
-        gain = gained(name, count)
-        return (lost / gain if gain > least else math.inf, lost, name, count)
+        loss = hulls[name](count) - hulls[name](counts[name])
+        gain = reduction(name, count)
+        return (loss / gain if gain > least else math.inf, loss, name, count)
 
-    waiting = [step for name in counts if (step := next_step(name)) is not None]
-    while waiting and not space.fits(counts):
-        waiting.sort()
-        # What a step brings changes with every other one: the first is looked at anew.
-        name = waiting.pop(0)[2]
+    queue = [step for name in counts if (step := next_step(name)) is not None]
+    while queue and not space.fits(counts):
+        queue.sort()
+        # Every step taken changes what the others reduce: recompute the first one.
+        name = queue.pop(0)[2]
         fresh = next_step(name)
         assert fresh is not None
-        if waiting and fresh[:2] > waiting[0][:2] and fresh[0] > waiting[0][0] * (1 + 1e-9):
-            waiting.append(fresh)
+        if queue and fresh[:2] > queue[0][:2] and fresh[0] > queue[0][0] * (1 + 1e-9):
+            queue.append(fresh)
             continue
         counts = {**counts, name: fresh[3]}
         now = pressure(counts)
         following = next_step(name)
         if following is not None:
-            waiting.append(following)
+            queue.append(following)
     gains = {}
     for name, count in counts.items():
         upper = min(bisect.bisect_right(space.steps[name], count), len(space.steps[name]) - 1)
@@ -124,19 +129,19 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
 
 
 def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> Counts:
-    """Counts for which the lowest scores go, of whatever group, until they fit.
+    """Return counts that fit when the lowest scores of all groups are removed first.
 
-    `scores` are those of each group's channels in the order of the ranking. Those of one group are
-    measured by the mean of their sizes: most criteria have a scale of their own in each layer.
+    `scores` are those of each group's channels, in the order of the ranking. They are divided by
+    the group's mean absolute score, since most criteria have a scale of their own in each layer.
     """
     steps: list[tuple[float, str, int]] = []
-    for name, each in space.steps.items():
+    for name, allowed in space.steps.items():
         scale = sum(map(abs, scores[name])) / len(scores[name]) or 1.0
-        for lower, upper in itertools.pairwise(each):
-            worth = max(scores[name][lower:upper]) / scale
-            steps.append((worth, name, lower))
+        for lower, upper in itertools.pairwise(allowed):
+            highest = max(scores[name][lower:upper]) / scale
+            steps.append((highest, name, lower))
     counts = space.whole
-    # Ranked scores fall, but for those that must stay: a later step of a group never comes first.
+    # Ranked scores fall, except those that must stay: a later step of a group never comes first.
     for _, name, count in sorted(steps, key=lambda step: (step[0], -step[2])):
         if space.fits(counts):
             break
@@ -144,30 +149,30 @@ def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> 
     return counts
 
 
-def keep_fractions(space: SearchSpace, shares: Mapping[str, float]) -> Counts:
-    """The counts nearest below the given shares; `shares` is `{name pattern: share that stays}`.
+def keep_fractions(space: SearchSpace, fractions: Mapping[str, float]) -> Counts:
+    """Return the counts nearest below `{name pattern: fraction that stays}`.
 
-    The first pattern that fits a group's name counts; groups that none fits keep all. Raises
-    `TargetError` where a pattern fits no group.
+    The first pattern that matches a group's name counts; groups that match none keep all channels.
+    Raises `TargetError` if a pattern matches no group.
     """
-    counts = space.whole
-    unused = set(shares)
-    for name, each in space.steps.items():
-        for pattern, share in shares.items():
+    kept = space.whole
+    unused = set(fractions)
+    for name, counts in space.steps.items():
+        for pattern, fraction in fractions.items():
             if fnmatch.fnmatchcase(name, pattern):
                 unused.discard(pattern)
-                place = bisect.bisect_right(each, share * each[-1] + 1e-9)
-                counts[name] = each[max(0, place - 1)]
+                place = bisect.bisect_right(counts, fraction * counts[-1] + 1e-9)
+                kept[name] = counts[max(0, place - 1)]
                 break
     if unused:
         raise TargetError(
             f"no prunable group is called {sorted(unused)[0]!r}: `secateur inspect` lists them"
         )
-    return counts
+    return kept
 
 
 def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Counts:
-    """One step more for each of the groups, in turn, as far as there is room."""
+    """Give each group one step more, in the order of `names`, where that fits."""
     for name in names:
         place = bisect.bisect_right(space.steps[name], counts[name])
         if place == len(space.steps[name]):
@@ -179,7 +184,7 @@ def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Coun
 
 
 def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int], float]:
-    """The lower convex hull of the damage at some counts, as a function of the count."""
+    """Return the lower convex hull of the sensitivity at some counts: a function of the count."""
     whole = steps[-1]
     corners: list[tuple[int, float]] = []
     for count in steps:
@@ -193,13 +198,13 @@ def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int],
         place = min(max(1, bisect.bisect_left(places, count)), len(corners) - 1)
         if len(corners) == 1:
             return corners[0][1]
-        (one, low), (other, high) = corners[place - 1], corners[place]
-        return low + (high - low) * (count - one) / (other - one)
+        (left, low), (right, high) = corners[place - 1], corners[place]
+        return low + (high - low) * (count - left) / (right - left)
 
     return value
 
 
-def _is_above(one: tuple[int, float], middle: tuple[int, float], other: tuple[int, float]) -> bool:
-    """Whether the middle point lies on or above the line between the two others."""
-    (x0, y0), (x1, y1), (x2, y2) = one, middle, other
+def _is_above(left: tuple[int, float], middle: tuple[int, float], right: tuple[int, float]) -> bool:
+    """Return whether the middle point lies on or above the line between the two others."""
+    (x0, y0), (x1, y1), (x2, y2) = left, middle, right
     return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)

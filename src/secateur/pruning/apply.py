@@ -1,4 +1,4 @@
-"""Apply a pruning plan to a network."""
+"""Check a pruning plan against a network, and cut a copy of the network."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from secateur.runtime.hashing import architecture_hash
 
 
 def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
-    """A copy of `model` without the filters that the plan removes, wherever they reach.
+    """Return a copy of `model` without the plan's filters and everything that depends on them.
 
-    Mode, hooks, dtype, memory format and `requires_grad` are those of `model`, which is not
-    changed; of a compiled network it is the original that is copied. Raises `RunFolderError` where
-    the plan was made for another network, or names a group or filter that `dependencies` lacks.
+    The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
+    changed. If `model` is compiled, its original is copied. Raises `RunFolderError` if the plan was
+    made for another network, or names a group or filter that `dependencies` lacks.
     """
     check_plan(dependencies, plan)
     return cut(model, dependencies, plan.removed)
 
 
 def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
-    """Raises `RunFolderError` where the plan does not fit the network, or empties a layer."""
+    """Raise `RunFolderError` if the plan does not fit the network, or empties a layer."""
     if plan.architecture not in (None, architecture_hash(dependencies.shapes)):
         raise RunFolderError(
             "the plan was made for another network: the layers of this one have other names or "
@@ -31,7 +31,7 @@ def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
         )
     for name, filters in plan.removed.items():
         if name not in dependencies.groups:
-            raise RunFolderError(f"the plan cuts {name!r}, which the network can't lose filters of")
+            raise RunFolderError(f"the plan cuts {name!r}, which is not a prunable group")
         size = len(dependencies.groups[name])
         if not all(isinstance(f, int) and 0 <= f < size for f in filters):
             raise RunFolderError(
@@ -39,8 +39,8 @@ def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
             )
         if len(set(filters)) != len(filters) or len(filters) >= size:
             raise RunFolderError(f"the plan cuts all {size} filters of {name!r}, or some twice")
-    kept = dependencies.channels_kept(plan.removed)
+    kept = dependencies.kept_channels(plan.removed)
     emptied = next((cover for cover in dependencies.covers if not kept[cover].any()), None)
     if emptied is not None:
-        owner = next(n for n, group in dependencies.groups.items() if emptied[0] in group.channels)
-        raise RunFolderError(f"the plan leaves nothing of a part of {owner!r} that is read alone")
+        name = next(n for n, group in dependencies.groups.items() if emptied[0] in group.channels)
+        raise RunFolderError(f"the plan removes all channels of a part of {name!r}")

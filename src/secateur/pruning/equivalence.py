@@ -1,6 +1,6 @@
-"""The law that every cut must keep, and numbers that are none: found before anyone relies on them.
+"""Check that the cut network equals the masked original, and that no tensor is NaN or Inf.
 
-The cut network answers as the original does with the removed channels silenced where they are read.
+The masked original is the original network with the removed channels zeroed where they are read.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.trace import Compute, operation_name
+from secateur.graph.network_graph import Compute, operation_name
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
-from secateur.runtime.module_state import tensors_of
+from secateur.runtime.module_state import tensors_of, unwrapped
 
 TOLERANCE = 1e-4
-"""Largest relative difference that rounding may make."""
+"""Largest relative error that counts as rounding."""
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm"})
-"""Operations whose values are finite in a sound network; masks of attention, say, hold -Inf."""
+"""Operations whose outputs must be finite; others may hold -Inf, such as attention masks."""
 
 Images = Float[Tensor, "image channel *position"]
 
@@ -42,32 +42,34 @@ def check_equivalence(
     smaller: nn.Module,
     images: Images,
 ) -> float:
-    """The largest relative difference between `smaller` and the original, silenced, on `images`.
+    """Return the largest relative error of `smaller` against the masked original, on `images`.
 
-    Where it is more than rounding makes in float32, both are computed in float64. Raises `CutError`
-    where it is too large there, too: it names the layer whose filters alone are enough for that.
+    If the error is more than rounding in float32, both networks are computed again in float64.
+    Raises `CutError` if it is too large there, too. The error names the layer whose filters alone
+    cause it, if there is one.
     """
     error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
-    twice = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
-    if (
-        _error(twice, dependencies, plan, apply_plan(twice, dependencies, plan), images.double())
-        <= TOLERANCE
-    ):
+    double = copy.deepcopy(unwrapped(model)).double()
+
+    def error_in_float64(plan: PruningPlan) -> float:
+        cut = apply_plan(double, dependencies, plan)
+        return _error(double, dependencies, plan, cut, images.double())
+
+    if error_in_float64(plan) <= TOLERANCE:
         return error
     for name, removed in plan.removed.items():
-        alone = PruningPlan({name: removed}, plan.budget, plan.criterion)
-        cut = apply_plan(twice, dependencies, alone)
-        if not _error(twice, dependencies, alone, cut, images.double()) <= TOLERANCE:
+        if not error_in_float64(PruningPlan({name: removed}, plan.budget, plan.criterion)) <= (
+            TOLERANCE
+        ):
             raise CutError(
-                f"without filters of {name} the network answers otherwise than with them silenced "
-                f"(relative difference {error:.1e}): this cut can't be trusted. --exclude {name!r} "
-                "keeps them"
+                f"after removing the filters of {name} the outputs differ from the masked original "
+                f"(relative error {error:.1e}); use --exclude {name!r} to keep them"
             )
     raise CutError(
-        "without the filters of all layers together the network answers otherwise than with them "
-        f"silenced (relative difference {error:.1e}): this cut can't be trusted"
+        "after removing the filters of all layers together the outputs differ from the masked "
+        f"original (relative error {error:.1e}); no single layer causes this"
     )
 
 
@@ -79,67 +81,68 @@ def _error(
     images: Images,
 ) -> float:
     with torch.inference_mode():
-        expected = masked_overrides(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
 def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images) -> None:
-    """Raises `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
+    """Raise `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
 
-    Of the parameters and buffers of `model`, then of what it computes from `images`.
+    Parameters and buffers of `model` are checked first, then what it computes from `images`.
     """
-    state = tensors_of(getattr(model, "_orig_mod", model))
+    state = tensors_of(unwrapped(model))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
-    found: list[Node] = []
+    not_finite: list[Node] = []
 
-    def look(node: Node, value: object) -> None:
-        if found or not isinstance(value, Tensor) or not value.is_floating_point():
+    def check(node: Node, value: object) -> None:
+        if not_finite or not isinstance(value, Tensor) or not value.is_floating_point():
             return
         is_wrong = ~value.isfinite() if operation_name(node) in LAYERS else value.isnan()
         if bool(is_wrong.any()):
-            found.append(node)
+            not_finite.append(node)
 
     with torch.inference_mode():
-        walk = GraphInterpreter(dependencies.graph, state, images)
-        walk.advance(after={node: partial(look, node) for node in dependencies.graph.nodes})
-    if found:
-        stack = [name for name in found[0].meta.get("nn_module_stack", {}).values() if name]
-        place = stack[-1] if stack else found[0].name
-        raise NotFiniteError(f"{place} gives numbers that are not finite, of images that are")
+        interpreter = GraphInterpreter(dependencies.graph, state, images)
+        interpreter.advance(after={node: partial(check, node) for node in dependencies.graph.nodes})
+    if not_finite:
+        modules = [name for name in not_finite[0].meta.get("nn_module_stack", {}).values() if name]
+        place = modules[-1] if modules else not_finite[0].name
+        raise NotFiniteError(f"{place} outputs NaN or infinite values for finite images")
 
 
-def masked_overrides(
+def masked_network(
     model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
-    """The original network, in evaluation mode, with the removed channels zeroed where read.
+    """Return the masked original as a function of images: what the cut network must equal.
 
-    It is what the cut network must equal: the reference that tests and runs compare with. An
-    operation over all channels, such as layer norm, is computed over those that stay: there the
-    reference is a masked normalisation. Gives a tuple where the network returns several tensors.
+    It runs in evaluation mode, with the removed channels zeroed where they are read. Operations
+    over all channels, such as layer norm, are computed over the channels that stay. The function
+    returns a tuple if the network returns several tensors.
     """
-    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.is_kept(plan.removed)
-    edits: dict[Node, Compute] = {}
-    for reader in dependencies.consumers:
-        kept = stays[reader.channels]
+    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.kept_ids(plan.removed)
+    overrides: dict[Node, Compute] = {}
+    for consumer in dependencies.consumers:
+        kept = stays[consumer.channels]
         if not kept.all():
-            edits[reader.node] = _masking(reader.node, torch.from_numpy(kept), reader.dim)
+            mask = torch.from_numpy(kept)
+            overrides[consumer.node] = _masking(consumer.node, mask, consumer.dim)
     for node in dependencies.mixing:
-        edits[node] = _weighted_over_kept(node, dependencies, stays, sizes.get(node, {}))
-    state = tensors_of(getattr(model, "_orig_mod", model))
+        overrides[node] = _over_kept(node, dependencies, stays, sizes.get(node, {}))
+    state = tensors_of(unwrapped(model))
 
-    def silenced(images: Images) -> Tensor | tuple[Tensor, ...]:
-        walk = GraphInterpreter(dependencies.graph, state, images)
-        walk.advance(overrides=edits)
-        outputs = tuple(walk.value(node) for node in dependencies.graph.outputs)
+    def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
+        interpreter = GraphInterpreter(dependencies.graph, state, images)
+        interpreter.advance(overrides=overrides)
+        outputs = tuple(interpreter.value(node) for node in dependencies.graph.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    return silenced
+    return masked
 
 
 def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
-    """The operation with zeros in place of the removed channels that it reads."""
+    """Return the operation with zeros in place of the removed channels that it reads."""
 
     def compute(lookup: Callable[[Node], Any]) -> Any:
         def masked(source: Node) -> Any:
@@ -155,13 +158,13 @@ def _masking(node: Node, kept: Tensor, dim: int) -> Compute:
     return compute
 
 
-def _weighted_over_kept(
+def _over_kept(
     node: Node,
     dependencies: DependencyGraph,
     stays: npt.NDArray[np.bool_],
     sizes: Mapping[int, Any],
 ) -> Compute:
-    """The operation over the channels that stay, with zeros for the others in its answer."""
+    """Return the operation over the channels that stay, with zeros for the others in its output."""
 
     def scattered(value: Tensor, axes: Axes) -> Tensor:
         for dim, ids in enumerate(axes):
@@ -184,6 +187,6 @@ def _weighted_over_kept(
         result = apply(node, gathered, sizes)
         if isinstance(result, Tensor):
             return scattered(result, dependencies.axes[node])
-        return tuple(map(scattered, result, dependencies.several[node]))
+        return tuple(map(scattered, result, dependencies.multi_output_axes[node]))
 
     return compute

@@ -1,7 +1,7 @@
-"""Which filters go: a target and scores in, a plan out.
+"""The pruning plan: which filters to remove, made from scores and a budget.
 
-The plan is a plain value: it can be read, saved, compared and hashed, and it changes nothing
-until `surgery.apply_plan` carries it out.
+A plan is a plain value. It can be read, saved, compared and hashed, and it changes nothing until
+`apply.apply_plan` carries it out.
 """
 
 from __future__ import annotations
@@ -19,43 +19,42 @@ from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
 from secateur.errors import RunFolderError, TargetError, UsageError
-from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.dependency import RESIDUAL, DependencyGraph, Removed
 from secateur.pruning.allocation import (
     SearchSpace,
-    equal_shares,
+    equal_fractions,
     keep_fractions,
     lowest_scores,
     lowest_sensitivity,
 )
 from secateur.pruning.cost.latency_model import LatencyTable
-from secateur.pruning.cost.macs_and_parameters import count_quantity, crowding_of
+from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.hashing import architecture_hash
 
-Removed = dict[str, tuple[int, ...]]
 SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The filters to remove from each group, by their number in the group's first layer."""
+    """The filters to remove from each group, numbered as in the group's first layer."""
 
     removed: Removed
     budget: Budget
     criterion: str
     architecture: str | None = None
-    """Hash of the network that it is for (`fingerprints.architecture_hash`): no other one is cut by
-    it. None: any that has these groups."""
+    """Hash of the network that the plan is for (`hashing.architecture_hash`); other networks are
+    refused. None: any network with these groups."""
     weights: str | None = None
-    """Hash of the weights that its scores are of (`fingerprints.weights_hash`), if known."""
+    """Hash of the weights that were scored (`hashing.weights_hash`), if known."""
 
     def to_json(self) -> str:
-        """The plan as JSON text with its schema version and hash."""
+        """Return the plan as JSON text with its schema version and hash."""
         return json.dumps({**self._content(), "hash": self.hash}, indent=2) + "\n"
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the plan's content."""
+        """The SHA-256 of the plan's content."""
         text = json.dumps(self._content(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -71,9 +70,9 @@ class PruningPlan:
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
-        """The plan that `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
-        Raises `RunFolderError` where the text is not a plan or has been changed since.
+        Raises `RunFolderError` if the text is not a plan or was changed afterwards.
         """
         try:
             content = json.loads(text)
@@ -90,8 +89,8 @@ class PruningPlan:
         ) as error:
             raise RunFolderError(f"the plan can't be read: {error}") from error
         if content.get("schema_version") != SCHEMA_VERSION:
-            found = content.get("schema_version")
-            raise RunFolderError(f"the plan has schema version {found}, not {SCHEMA_VERSION}")
+            version = content.get("schema_version")
+            raise RunFolderError(f"the plan has schema version {version}, not {SCHEMA_VERSION}")
         if content.get("hash") != plan.hash:
             raise RunFolderError("the plan's hash does not match its content: it has been changed")
         return plan
@@ -99,12 +98,13 @@ class PruningPlan:
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """By which rule a plan spreads the cut over the groups, and what the rule needs.
+    """The rule that spreads the cut over the groups, and what the rule needs.
 
-    `uniform`: every group keeps the same share. `curves`: what is lost at the network's output is
-    kept small, by the `damage` of each group (`damage.measure_damage`). `global`: the lowest scores
-    go, in whatever group they are. `shares`: `{name pattern: share that stays}` as given; there the
-    target is not looked at.
+    - `uniform`: every group keeps the same fraction.
+    - `sensitivity`: keeps the change of the network's output small. Needs the `sensitivity` curve
+      of each group (`sensitivity.measure_sensitivity`).
+    - `global`: removes the lowest scores, whatever their group.
+    - `shares`: keeps the fractions of `{name pattern: fraction that stays}` and ignores the budget.
     """
 
     rule: AllocationRule = "uniform"
@@ -112,7 +112,7 @@ class Allocation:
     shares: Mapping[str, float] | None = None
 
 
-def make_plan(
+def make_plan(  # public: one keyword for each thing that a user may set
     scores: Mapping[str, Tensor],
     dependencies: DependencyGraph,
     target: Budget,
@@ -124,14 +124,15 @@ def make_plan(
     min_filters: int = 1,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
-    """The plan that removes the lowest-scored filters until the target is met, and no more.
+    """Return the plan that removes the lowest-scored filters until the budget is met, and no more.
 
-    How many go in each group the `allocation` says, by default equal shares; see `allocation.py`. A
-    group keeps at least `min_filters`, and a multiple of `round_to` filters or all of them.
-    `scores` is `{group: score [channel]}`, higher stays; for equal scores see `ranking.rank`. A
-    target of latency needs the times that `timing.measure_latency` gives. Raises `TargetError`
-    where even the least that may stay is too much, and `UsageError` where a score is missing or not
-    finite, or what the allocation or the target needs is missing.
+    `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
+    ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
+    the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
+    filters or all of them. A latency budget needs the table of `latency_profiler.measure_latency`.
+
+    Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
+    if a score is missing or not finite, or if the allocation or the budget lacks its input.
     """
     allocation = allocation or Allocation()
     architecture = architecture_hash(dependencies.shapes)
@@ -141,23 +142,23 @@ def make_plan(
     )
     if allocation.rule == "shares":
         if allocation.shares is None:
-            raise UsageError("the allocation `shares` needs the share of each group that stays")
+            raise UsageError("the allocation `shares` needs the fraction of each group that stays")
         counts = keep_fractions(space, allocation.shares)
         achieved = space.measure(counts) / space.measure(space.whole)
-        # Rounded up: the plan keeps what it says.
+        # Rounded up, so that the plan does not exceed its own budget.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
-        return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
+        return PruningPlan(ranking.removed(counts), target, criterion, architecture)
     _check_reach(space, dependencies, target)
     if allocation.rule == "uniform":
-        counts = equal_shares(space)
+        counts = equal_fractions(space)
     elif allocation.rule == "global":
         ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
         counts = lowest_scores(space, ordered)
     else:
         if allocation.sensitivity is None:
-            raise UsageError("the allocation `curves` needs the damage of each group")
+            raise UsageError("the allocation `sensitivity` needs the sensitivity of each group")
         counts = lowest_sensitivity(space, allocation.sensitivity)
-    return PruningPlan(_removed(ranking, counts), target, criterion, architecture)
+    return PruningPlan(ranking.removed(counts), target, criterion, architecture)
 
 
 def make_space(
@@ -169,7 +170,7 @@ def make_space(
     min_filters: int = 1,
     latency: LatencyTable | None = None,
 ) -> SearchSpace:
-    """The numbers of channels that the groups may keep, and what a target says of them."""
+    """Return the numbers of channels that groups may keep, with the budget as their limit."""
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)
     order = ranking.order
@@ -179,31 +180,23 @@ def make_space(
     }
     return SearchSpace(
         steps,
-        lambda counts: measure(_removed(ranking, counts)),
+        lambda counts: measure(ranking.removed(counts)),
         target.fraction_left * measure({}),
-        pressure and (lambda counts: pressure(_removed(ranking, counts))),
+        pressure and (lambda counts: pressure(ranking.removed(counts))),
     )
 
 
-def _removed(ranking: Ranking, counts: Mapping[str, int]) -> Removed:
-    return {
-        name: tuple(sorted(channels[counts[name] :]))
-        for name, channels in ranking.order.items()
-        if counts[name] < len(channels)
-    }
-
-
 def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budget) -> None:
-    """Raises `TargetError` where even the least that may stay is too much."""
+    """Raise `TargetError` if even the smallest allowed network exceeds the budget."""
     if space.fits(space.least):
         return
     least = space.measure(space.least) / space.measure(space.whole)
     frozen = sum(group.size for group in dependencies.frozen)
-    stream = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
-    hint = f"; prune_residual would free {stream} of them" if stream else ""
+    residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
+    hint = f"; prune_residual would free {residual} of them" if residual else ""
     raise TargetError(
-        f"target {target} is out of reach: {least:.3f} of the "
-        f"{target.quantity} stay with the least in each of {len(space.steps)} prunable groups "
+        f"target {target} is out of reach: {least:.3f} of the {target.quantity} stay even with the "
+        f"fewest filters in each of {len(space.steps)} prunable groups "
         f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
     )
 
@@ -211,10 +204,10 @@ def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budg
 def _steps(
     dependencies: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int
 ) -> list[int]:
-    """How many channels of a group may stay, in rising order."""
+    """Return how many channels of a group may stay, in rising order."""
     group = dependencies.groups[name]
-    written = dependencies.channel_of[group.layers[0].produced]
-    filters = np.bincount(written[written >= 0], minlength=len(dependencies.channel_of))[
+    produced = dependencies.channel_of[group.layers[0].produced]
+    filters = np.bincount(produced[produced >= 0], minlength=len(dependencies.channel_of))[
         group.channels
     ]
     widths = itertools.accumulate(int(filters[number]) for number in order)

@@ -1,6 +1,6 @@
-"""What plans follow from: filter scores, the damage of each group, times of layers.
+"""Everything a plan needs: filter scores, the sensitivity of each group, times of layers.
 
-Made once; then a plan for any target takes moments.
+They are measured once. After that, a plan for any budget takes moments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from secateur.scoring.scores import FilterScores, score_filters, scores_of
 
 @dataclass(frozen=True, eq=False)
 class PlanInputs:
-    """All that is known of a network before a plan is made."""
+    """Everything that plans for a network are made from."""
 
     dependencies: DependencyGraph
     scores: FilterScores
@@ -40,7 +40,7 @@ class PlanInputs:
     latency: LatencyTable | None
 
     def plan(self, budget: Budget) -> PruningPlan:
-        """The plan for a target; the errors are those of `make_plan`."""
+        """Return the plan for a budget; raises the errors of `make_plan`."""
         return make_plan(
             self.scores.scores,
             self.dependencies,
@@ -54,7 +54,7 @@ class PlanInputs:
         )
 
     def least(self, target: Budget) -> float:
-        """The smallest fraction of the target's quantity that a plan can leave."""
+        """Return the smallest fraction of the budget's quantity that a plan can leave."""
         space = make_space(
             rank(self.scores.scores, self.dependencies, self.scores.criterion),
             self.dependencies,
@@ -66,54 +66,69 @@ class PlanInputs:
         return space.measure(space.least) / space.measure(space.whole)
 
 
+@dataclass(frozen=True, eq=False)
+class CalibrationImages:
+    """The calibration images in the forms that planning needs them in."""
+
+    batches: Callable[[], Iterable[Batch]]
+    """Returns this process's shard of the images."""
+    sample: Callable[[], Iterable[Batch]]
+    """Returns batches that begin with the same images in every process."""
+    example: Tensor
+    """A few of the images, `[image, channel, height, width]`."""
+
+
 def make_plan_inputs(
     model: nn.Module,
     dependencies: DependencyGraph,
-    batches: Callable[[], Iterable[Batch]],
+    images: CalibrationImages,
     criteria: Mapping[str, Criterion],
     source: ConceptSource,
     score: ScoreSection,
     settings: PlanSection,
     *,
-    sample: Callable[[], Iterable[Batch]],
-    example: Tensor,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, PlanInputs]:
-    """By the name of each criterion: the scores of the filters, and what else a plan needs.
+    """Return, by the name of each criterion, the filters' scores and what else a plan needs.
 
-    The error curves of `curves` come from the same pass as the scores, whatever the criterion.
-    `batches` gives the calibration set, or this process's share of it; `sample` begins with the
-    same of its images in every process, and `example` is a few of them.
+    All criteria are computed in one pass over the images. With `allocation = "sensitivity"` the
+    second moments for the error curves come from the same pass.
     """
-    plain: Reconstruction | None = None
+    moments: Reconstruction | None = None
     if settings.allocation == "sensitivity" and not all(
         isinstance(criterion, Reconstruction) for criterion in criteria.values()
     ):
-        plain = Reconstruction()
-    observers = () if plain is None else (plain,)
+        moments = Reconstruction()
+    observers = () if moments is None else (moments,)
     scores = score_filters(
-        model, dependencies, batches, criteria, source, score, observers=observers
+        model, dependencies, images.batches, criteria, source, score, observers=observers
     )
     latency = None
     if parse_budget(settings.target).quantity == "latency":
-        latency = distributed.on_main_process(lambda: measure_latency(model, dependencies, example))
-    surveys = {}
+        latency = distributed.on_main_process(
+            lambda: measure_latency(model, dependencies, images.example)
+        )
+    inputs = {}
     for name, criterion in criteria.items():
-        scored, ties = scores[name], None
+        own_moments = criterion if isinstance(criterion, Reconstruction) else moments
         allocation = Allocation(settings.allocation, shares=settings.shares or None)
-        moments = criterion if isinstance(criterion, Reconstruction) else plain
-        if settings.allocation == "sensitivity" and moments is not None:
-            if moments is plain and _has_ties(scored):
-                ties = scores_of(moments, dependencies)
-            ranking = rank(scored.scores, dependencies, name, ties=ties)
-            tensors = tensors_of(model)
-            damage = measure_sensitivity(
-                tensors, dependencies, moments, ranking, sample(), progress=progress
+        ties = None
+        if settings.allocation == "sensitivity" and own_moments is not None:
+            if own_moments is moments and _has_ties(scores[name]):
+                ties = scores_of(own_moments, dependencies)
+            ranking = rank(scores[name].scores, dependencies, name, ties=ties)
+            sensitivity = measure_sensitivity(
+                tensors_of(model),
+                dependencies,
+                own_moments,
+                ranking,
+                images.sample(),
+                progress=progress,
             )
-            allocation = replace(allocation, sensitivity=damage)
-        surveys[name] = PlanInputs(dependencies, scored, settings, allocation, ties, latency)
-    return surveys
+            allocation = replace(allocation, sensitivity=sensitivity)
+        inputs[name] = PlanInputs(dependencies, scores[name], settings, allocation, ties, latency)
+    return inputs
 
 
-def _has_ties(scored: FilterScores) -> bool:
-    return any(len(each.unique()) < len(each) for each in scored.scores.values())
+def _has_ties(filter_scores: FilterScores) -> bool:
+    return any(len(scores.unique()) < len(scores) for scores in filter_scores.scores.values())

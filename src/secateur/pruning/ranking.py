@@ -1,4 +1,4 @@
-"""In which order the channels of each group go."""
+"""The order in which the channels of each group are removed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.dependency import DependencyGraph, Removed
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The channels of every group, from the one that goes last to the one that goes first."""
+    """The channels of every group, best first: the last one is removed first."""
 
     order: dict[str, list[int]]
     least: dict[str, int]
-    """How many of each group must stay: at least so many of the first."""
+    """How many channels each group must keep: at least this many of the first ones."""
+
+    def removed(self, counts: Mapping[str, int]) -> Removed:
+        """Return the channels that are removed if each group keeps `counts[group]` of them."""
+        return {
+            name: tuple(sorted(channels[counts[name] :]))
+            for name, channels in self.order.items()
+            if counts[name] < len(channels)
+        }
 
 
 def rank(
@@ -27,11 +35,12 @@ def rank(
     *,
     ties: Mapping[str, Tensor] | None = None,
 ) -> Ranking:
-    """The channels by score, `{group: score [channel]}`, the highest first.
+    """Return the channels of every group in descending order of `{group: score [channel]}`.
 
-    Between equal scores the one with the higher score in `ties` stays, then the one with the
-    smaller number. Of channels that make up a whole dimension of some value the best one must stay:
-    those come first in any case. Raises `UsageError` where a score is missing or not finite.
+    Between equal scores the higher score in `ties` wins, then the smaller channel number. Where
+    channels make up a whole dimension of some tensor, the best of them must stay, so it comes
+    first in any case. Raises `UsageError` if a score is missing or not finite; the message names
+    the `criterion`.
     """
     for name, group in dependencies.groups.items():
         if name not in scores or scores[name].shape != (len(group),):
@@ -53,15 +62,15 @@ def rank(
     needed: dict[str, set[int]] = {name: set() for name in ranked}
     for cover in dependencies.covers:
         name = place[int(cover[0])][0]
-        mine = [place[c][1] for c in cover.tolist() if place[c][0] == name]
-        needed[name].add(min(mine, key=position[name].__getitem__))
+        members = [place[c][1] for c in cover.tolist() if place[c][0] == name]
+        needed[name].add(min(members, key=position[name].__getitem__))
     order = {
         name: sorted(numbers, key=lambda n: n not in needed[name])  # a stable sort
         for name, numbers in ranked.items()
     }
-    return Ranking(order, {name: max(1, len(each)) for name, each in needed.items()})
+    return Ranking(order, {name: max(1, len(channels)) for name, channels in needed.items()})
 
 
 def _sorted(scores: Tensor, ties: Tensor | None) -> list[int]:
-    best, other = scores.double().tolist(), [0.0] * len(scores) if ties is None else ties.tolist()
-    return sorted(range(len(best)), key=lambda n: (-best[n], -other[n], n))
+    first, second = scores.double().tolist(), [0.0] * len(scores) if ties is None else ties.tolist()
+    return sorted(range(len(first)), key=lambda n: (-first[n], -second[n], n))

@@ -1,9 +1,9 @@
-"""Writes files and folders so that whatever happens there is the old one or the new one.
+"""Write files and folders atomically: at any moment there is the old one or the new one, whole.
 
-What is new is written under another name, flushed to the disk and then renamed. A full disk, a
-process that is killed or a power cut leaves at most an unfinished file beside the old one, which
-the next write replaces. Symbolic links are not followed: a link in a folder that came from
-elsewhere can't lead a write out of it.
+New content is written under another name, flushed to the disk and then renamed. A full disk, a
+killed process or a power cut leaves at most an unfinished file beside the old one, which the next
+write replaces. Symbolic links are not followed: a link in a folder that came from elsewhere can't
+lead a write out of it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from pathlib import Path
 from secateur.errors import WriteError
 
 UNFINISHED = ".unfinished"
-"""Ending of what is being written."""
+"""Suffix of a file or folder that is being written."""
 OLDER = ".older"
-"""Ending of a folder for the moment in which another one takes its place."""
-EXCHANGE = 2
-"""Linux's RENAME_EXCHANGE."""
-HERE = -100
-"""Linux's AT_FDCWD."""
+"""Suffix of a folder for the moment in which another one takes its place."""
+RENAME_EXCHANGE, AT_FDCWD = 2, -100
+"""Linux's constants for `renameat2`."""
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Writes a file, text as UTF-8, in the place of an older one; raises `WriteError`."""
-    with _telling(path):
+    """Write a file, text as UTF-8, in place of an older one; raises `WriteError`."""
+    with _as_write_error(path):
         unfinished = path.with_name(f"{path.name}{UNFINISHED}")
         try:
             _write(unfinished, content, os.O_CREAT | os.O_TRUNC)
@@ -44,45 +42,45 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, on a line of its own whatever was there; raises `WriteError`."""
-    with _telling(path):
-        is_cut_off = False  # the last line, by whatever ended the process that wrote it
+    """Append a line to a file, after ending an unfinished last line; raises `WriteError`."""
+    with _as_write_error(path):
+        is_unfinished = False  # the last line, if a process was killed while it wrote it
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                is_cut_off = file.read(1) != b"\n"
-        start = "\n" if is_cut_off else ""
+                is_unfinished = file.read(1) != b"\n"
+        start = "\n" if is_unfinished else ""
         _write(path, f"{start}{line}\n", os.O_CREAT | os.O_APPEND)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder that the user names, and those above it; raises `WriteError`.
+    """Create a folder that the user names, and its parents; raises `WriteError`.
 
-    A symbolic link to one is followed; see `make_inner_folder`.
+    If the path is a symbolic link to a folder, that folder is used; see `make_inner_folder`.
     """
-    with _telling(path):
+    with _as_write_error(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def make_inner_folder(path: Path) -> None:
-    """Makes a folder in one that may come from elsewhere; raises `WriteError`, also for a link."""
+    """Create a folder inside a run folder; raises `WriteError`, also if it is a symbolic link."""
     if path.is_symlink():
-        raise WriteError(f"{path} is a symbolic link, and none is followed there")
+        raise WriteError(f"{path} is a symbolic link: replace it by a folder")
     make_folder(path)
 
 
 def move_file(draft: Path, path: Path) -> None:
-    """Puts a file that is written in the place of `path`, on the same disk; raises `WriteError`."""
-    with _telling(path):
+    """Rename a finished file to `path`, on the same disk; raises `WriteError`."""
+    with _as_write_error(path):
         _flush(draft)
         os.replace(draft, path)
         _flush_folder(path.parent)
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises `WriteError` where no other folder can take the place of one: a disk is mounted on it.
+    """Raise `WriteError` if a folder can't be replaced because a disk is mounted on it.
 
-    For what takes long before it calls `replacing_folder`, which checks it, too.
+    `replacing_folder` checks this too; long computations call it before they start.
     """
     if os.path.ismount(os.path.realpath(folder)):
         raise WriteError(f"{folder} is where a disk is mounted: name a folder inside it")
@@ -90,25 +88,25 @@ def check_replaceable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends without an error.
+    """Yield a new folder to fill, which replaces `folder` if the block ends without an error.
 
-    After an error nothing of it is left, and what was in `folder` is as it was. Whoever calls this
-    holds `folder` (see `locks`), since the new one always has the same name until then; one that
-    was left by a process that was killed is removed. Raises `WriteError`.
+    After an error the new folder is removed and `folder` is unchanged. The caller must have locked
+    `folder` (see `file_lock`), since the name of the unfinished folder is always the same; one left
+    by a killed process is removed. Raises `WriteError`.
     """
     check_replaceable(folder)
     folder = Path(os.path.realpath(folder))
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
-    with _telling(folder):
-        _put_back(folder)
+    with _as_write_error(folder):
+        _undo_swap(folder)
         _remove(unfinished)
         unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        with _telling(folder):
-            for each in unfinished.rglob("*"):
-                if each.is_dir():  # files are flushed as they are written
-                    _flush_folder(each)
+        with _as_write_error(folder):
+            for path in unfinished.rglob("*"):
+                if path.is_dir():  # files are flushed as they are written
+                    _flush_folder(path)
             _flush_folder(unfinished)
             if folder.exists():
                 _swap(unfinished, folder)
@@ -120,8 +118,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Makes one line of the system's errors."""
+def _as_write_error(path: Path) -> Iterator[None]:
+    """Turn the system's errors into `WriteError`s of one line."""
     try:
         yield
     except OSError as error:
@@ -130,19 +128,19 @@ def _telling(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes | str, flags: int) -> None:
-    left = memoryview(content.encode() if isinstance(content, str) else content)
+    remaining = memoryview(content.encode() if isinstance(content, str) else content)
     flags |= os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
     try:
-        while left:
-            left = left[os.write(descriptor, left) :]
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,12 +149,12 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere folders can't be opened
+    if os.name == "posix":  # other systems can't open folders
         _flush(path)
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Exchanges the names of two folders, at once where the system can."""
+    """Exchange two folders, in one step if the system can, else in two and without the old one."""
     if _exchange(new, old):
         return
     older = old.with_name(f".{old.name}{OLDER}")
@@ -166,30 +164,30 @@ def _swap(new: Path, old: Path) -> None:
     _remove(older)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Whether two names could be exchanged in one step of the file system."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step of the file system; return False if it can't."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
-    raise OSError(number, os.strerror(number), str(other))
+    raise OSError(number, os.strerror(number), str(second))
 
 
-def _put_back(folder: Path) -> None:
-    """Undoes an exchange in two steps that was cut off between them."""
+def _undo_swap(folder: Path) -> None:
+    """Undo a swap in two steps that was interrupted between them."""
     older = folder.with_name(f".{folder.name}{OLDER}")
     if older.is_dir() and not folder.exists():
         os.replace(older, folder)
 
 
 def _remove(path: Path) -> None:
-    """Removes what a killed process has left; a symbolic link itself."""
+    """Remove a leftover of a killed process; of a symbolic link, the link itself."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

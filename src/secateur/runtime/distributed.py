@@ -1,4 +1,11 @@
-"""The thin seam to `torch.distributed`: without a process group everything is one process."""
+"""Run one computation in several processes, on top of `torch.distributed`.
+
+Every function works without a process group too: then there is one process, of rank 0. Ranks come
+from the process group itself and not from the environment (as accelerate's `PartialState` takes
+them), so a group that the caller's own launcher has set up counts as well. If a process dies, its
+launcher (`torchrun`, `accelerate launch`) ends the others; processes that nobody ends fail at their
+next exchange, at the latest after `TIMEOUT`.
+"""
 
 from __future__ import annotations
 
@@ -6,133 +13,142 @@ import contextlib
 import datetime
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from secateur.runtime.watchdog import watchdog
+if TYPE_CHECKING:  # the command line imports this module before it knows that it needs torch
+    import torch
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others before it gives up. Where one of them has gone it does
-not wait so long: see `heartbeat`."""
+"""How long a process waits for the others before it fails."""
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Within the block the processes that torchrun or accelerate launch has started are one group.
+    """Join the processes that torchrun or accelerate launch has started, for the length of a block.
 
-    Nothing is done where there is one process, or a group already.
+    Does nothing if there is one process, or a process group already.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         yield
         return
     backend = "gloo"
-    if torch.cuda.is_available():  # tallies are on the CPU, what is trained on the accelerator
+    if torch.cuda.is_available():  # counts are on the CPU, models in training on the accelerator
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        with watchdog(*rank_and_world_size()):
-            try:
-                yield
-            except SystemExit as end:  # how a command line ends, well or not
-                if not end.code:
-                    barrier()
-                raise
-            barrier()  # whoever goes first is not missed
+        yield
     finally:
         dist.destroy_process_group()
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number and how many there are: it takes every n-th image."""
-    if dist.is_available() and dist.is_initialized():
+    """Return this process's rank and the number of processes: (0, 1) without a process group."""
+    dist = sys.modules.get("torch.distributed")  # a process group exists only if it was imported
+    if dist is not None and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Return whether this is the process of rank 0, the only one that writes files and prints."""
     return rank_and_world_size()[0] == 0
 
 
-def all_reduce_sum(tallies: Iterable[Tensor]) -> None:
-    """Adds each tensor up over all processes, in place; all must bring the same ones in order.
+def all_reduce_sum(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place.
 
-    Integer sums are the same to the last bit however the images were spread.
+    All processes must pass the same tensors in the same order. Sums of integers are exact, so they
+    don't depend on how the images were sharded.
     """
     if rank_and_world_size()[1] > 1:
-        for tally in tallies:
-            dist.all_reduce(tally)
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
-def all_reduce_max(tensors: Iterable[Tensor]) -> None:
-    """Puts the largest value over all processes into each place of each tensor."""
+def all_reduce_max(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each tensor by its elementwise maximum over all processes, in place."""
     if rank_and_world_size()[1] > 1:
+        import torch.distributed as dist
+
         for tensor in tensors:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def all_gather(own: Any) -> list[Any]:
-    """What each process brings, in the order of their numbers."""
-    _, size = rank_and_world_size()
-    if size == 1:
-        return [own]
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, own)
-    return found
+def all_gather(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank; they must be picklable."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_main_process(measure: Callable[[], T]) -> T:
-    """What the first process measures while the others wait: times, which differ and disturb."""
-    found: T = all_gather(measure() if is_main_process() else None)[0]
-    return found
+    """Return what `measure` returns on the main process, on every process.
+
+    For measurements of time, which would differ from process to process; the others wait meanwhile.
+    """
+    result: T = all_gather(measure() if is_main_process() else None)[0]
+    return result
 
 
-def shard(batches: Sequence[T]) -> Sequence[T]:
-    """This process's share of a list: every n-th; see `undealt`."""
-    rank, size = rank_and_world_size()
-    return batches[rank::size]
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's shard of a list: every n-th item, of n processes."""
+    rank, world_size = rank_and_world_size()
+    return items[rank::world_size]
 
 
-def gather_shards(own: Sequence[T]) -> list[T]:
-    """The whole list in its order, from the shares that `dealt` gave to each process."""
-    shares = all_gather(list(own))
+def gather_shards(local_shard: Sequence[T]) -> list[T]:
+    """Return the whole list in its original order; the inverse of `shard`."""
+    shards = all_gather(list(local_shard))
     return [
-        share[turn]
-        for turn in range(max(map(len, shares)))
-        for share in shares
-        if turn < len(share)
+        shard[position]
+        for position in range(max(map(len, shards)))
+        for shard in shards
+        if position < len(shard)
     ]
 
 
 def barrier() -> None:
-    """Returns when all processes have come here."""
+    """Return when all processes have called this."""
     all_gather(None)
 
 
-def any_process(is_so: bool) -> bool:
-    """Whether it is so in any process."""
-    return any(all_gather(is_so))
+def any_process(condition: bool) -> bool:
+    """Return whether the condition holds in any process."""
+    return any(all_gather(condition))
 
 
 def all_reduce_min(count: int) -> int:
-    """The smallest of the counts of all processes."""
+    """Return the smallest of the counts of all processes."""
     smallest: int = min(all_gather(count))
     return smallest
 
 
-def sum_over_processes(own: Iterable[float]) -> list[float]:
-    """Numbers added up over all processes, in the order of the processes."""
-    return [math.fsum(values) for values in zip(*all_gather(list(own)), strict=True)]
+def sum_over_processes(values: Iterable[float]) -> list[float]:
+    """Return the sums of numbers over all processes, added in the order of the ranks."""
+    return [math.fsum(numbers) for numbers in zip(*all_gather(list(values)), strict=True)]
 
 
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Puts what the first process has into the tensors of all, in place."""
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy the main process's tensors into those of all processes, in place."""
     if rank_and_world_size()[1] > 1:
+        import torch.distributed as dist
+
         for tensor in tensors:
             dist.broadcast(tensor, 0)

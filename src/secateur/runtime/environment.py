@@ -1,4 +1,4 @@
-"""The hardware and the releases that a result was measured with."""
+"""Describe the hardware and the package versions that a result was computed with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from secateur.version import __version__
 
 
 class Environment(Record):
-    """Where a run took place."""
+    """The machine and the versions of a run."""
 
     secateur: str
     python: str
@@ -27,11 +27,11 @@ class Environment(Record):
     cores: int
     threads: int
     accelerator: str | None = None
-    """What training runs on where that is not the processor, as torch calls it."""
+    """Device that training runs on if it is not the CPU, as torch calls it."""
 
 
 def environment() -> Environment:
-    """This machine and the versions at work."""
+    """Return the description of this machine and of the installed versions."""
     capabilities = torch.cpu.get_capabilities()
     return Environment(
         secateur=__version__,

@@ -1,4 +1,4 @@
-"""A log of events, one JSON object a line."""
+"""Write a run's events to a log as they happen."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from secateur.runtime.atomic_io import append_line
 
 
 class EventLog:
-    """One JSON object a line, written as things happen."""
+    """A file with one JSON object per line; without a path, events are dropped."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def write(self, event: str, **facts: object) -> None:
-        """Adds a line; does nothing where there is no file."""
+        """Append an event and its facts; raises `WriteError`."""
         if self._path is None:
             return
         append_line(self._path, json.dumps({"event": event, **facts}))

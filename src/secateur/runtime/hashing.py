@@ -1,4 +1,4 @@
-"""By which hashes a network is known again: its architecture, and its weights."""
+"""Hash a network's architecture and weights, to recognise the same network later."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 
 def architecture_hash(shapes: Mapping[str, Sequence[int]]) -> str:
-    """SHA-256 of the names and shapes of a network's parameters and buffers, in any order."""
+    """Return the SHA-256 of the names and shapes of parameters and buffers, in any order."""
     text = json.dumps({name: list(shape) for name, shape in shapes.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and values of tensors, in any order and on any device."""
+    """Return the SHA-256 of the names, dtypes, shapes and values of tensors.
+
+    Neither their order nor their device matters.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

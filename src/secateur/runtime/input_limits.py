@@ -1,7 +1,7 @@
-"""How much of a file that someone else may have written is read before anything is believed of it.
+"""Limit how much is read from files that someone else may have written.
 
-Sizes are looked at before a byte is read; texts are bounded, since what a parser makes of one takes
-many times its length; images and weights say how large they are in their first bytes.
+Sizes are checked before a byte is read. Texts are bounded because parsing one takes many times its
+length; images and safetensors files declare their size in their first bytes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from secateur.errors import SecateurError
 
 MIB = 2**20
 TEXT = 64 * MIB
-"""Of results and programs, which grow with the network, and of a data set's tables."""
+"""Bytes of results and exported programs, which grow with the network, and of data set tables."""
 SMALL_TEXT = MIB
-"""Of configurations and manifests."""
+"""Bytes of configurations and manifests."""
 PLAN_TEXT = 8 * MIB
-"""Of plans: more than a million channels."""
+"""Bytes of plans: enough for more than a million channels."""
 HEADER = 16 * MIB
-"""Of the header of a safetensors file, in which every tensor takes about a hundred bytes."""
+"""Bytes of a safetensors header, which takes about a hundred per tensor."""
 PIXELS = 89_478_485
-"""Of an image, of all its rows and columns: Pillow's own bound, above which it warns."""
+"""Pixels of an image: the limit above which Pillow warns."""
 DOTS = 64
-"""Parts of a dotted key in TOML: its parser takes the square of their number."""
+"""Parts of a dotted key in TOML: the parser's time grows with the square of their number."""
 
 
 def read_bounded(path: Path, most: int, error: type[SecateurError]) -> bytes:
-    """The bytes of a file that has at most so many.
+    """Return the bytes of a file.
 
-    Raises `error`, which names the file, where it is larger or can't be read.
+    Raises `error`, which names the file, if it has more than `most` bytes or can't be read.
     """
     try:
         size = path.stat().st_size
@@ -51,9 +51,9 @@ def read_bounded(path: Path, most: int, error: type[SecateurError]) -> bytes:
 
 
 def read_unzipped(path: Path, most: int, error: type[SecateurError]) -> bytes:
-    """The bytes of a file, decompressed where its name ends in `.gz`: at most so many.
+    """Return the bytes of a file, decompressed if its name ends in `.gz`.
 
-    Raises `error`, which names the file, where there are more or it can't be read.
+    Raises `error`, which names the file, if there are more than `most` or it can't be read.
     """
     if path.suffix != ".gz":
         return read_bounded(path, most, error)
@@ -68,14 +68,14 @@ def read_unzipped(path: Path, most: int, error: type[SecateurError]) -> bytes:
 
 
 def check_dots(text: str) -> None:
-    """Raises `ValueError` where a key of a TOML text has more than `DOTS` parts."""
+    """Raise `ValueError` if a key of a TOML text has more than `DOTS` parts."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") >= DOTS and _longest_chain(line) >= DOTS:
             raise ValueError(f"line {number} nests too deeply")
 
 
 def _longest_chain(line: str) -> int:
-    """The most dots outside of quotes between which there is nothing that ends a key."""
+    """Return the most dots in one key of a line of TOML; dots in quotes don't count."""
     longest = chain = 0
     quote, is_escaped = "", False
     for letter in line:
@@ -94,9 +94,9 @@ def _longest_chain(line: str) -> int:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises `ValueError` where the header of a safetensors file is larger than it may be.
+    """Raise `ValueError` if a safetensors file is too short or declares too large a header.
 
-    Its first eight bytes say so. Raises `OSError`.
+    Also raises `OSError`.
     """
     with path.open("rb") as file:
         first = file.read(8)
@@ -108,7 +108,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def inside(folder: Path, name: str, error: type[SecateurError]) -> Path:
-    """The path of a file that a table names; raises `error` where it lies outside of the folder."""
+    """Return the path of a file that a table names; raises `error` if it is outside the folder."""
     place = Path(name)
     if place.is_absolute() or ".." in place.parts or "\0" in name:
         raise error(f"a table in {folder.parent} names {name!r}, which lies outside of {folder}")
@@ -116,7 +116,7 @@ def inside(folder: Path, name: str, error: type[SecateurError]) -> Path:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raises `ValueError` where an image that has been opened and not decoded is too large."""
+    """Raise `ValueError` if an image that is opened but not yet decoded is too large."""
     if image.width * image.height > PIXELS:
         raise ValueError(
             f"{image.width} × {image.height} pixels, and at most {PIXELS:,} are decoded"

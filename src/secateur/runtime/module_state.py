@@ -1,4 +1,4 @@
-"""Reading a module without changing it: its device, its tensors, a copy, evaluation mode."""
+"""Read a module without changing it: its device, tensors, a copy, evaluation mode."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from secateur.errors import TraceError
 
 
-def copy_of(model: nn.Module, *, share_tensors: bool) -> nn.Module:
-    """A copy of the network's modules, around the same parameters and buffers or copies of them.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network that `torch.compile` has wrapped, or `model` itself if it is not wrapped.
 
-    Raises `TraceError` where the network can't be copied.
+    Both share their modules and tensors; the wrapper's names have a prefix.
+    """
+    network: nn.Module = getattr(model, "_orig_mod", model)
+    return network
+
+
+def copy_of(model: nn.Module, *, share_tensors: bool) -> nn.Module:
+    """Return a copy of a network, with the same tensors if `share_tensors`, else with copies.
+
+    Raises `TraceError` if the network can't be copied.
     """
     tensors = [*model.parameters(), *model.buffers()] if share_tensors else []
     try:
@@ -27,7 +36,7 @@ def copy_of(model: nn.Module, *, share_tensors: bool) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has the mode that it had."""
+    """Put a network into evaluation mode for a block; afterwards every module has its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -38,12 +47,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by each of its dotted names, shared ones included; detached."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+    """Return every parameter and buffer, detached, by each of its dotted names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in {**named, **buffers}.items()}
+    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters of a network are; the CPU where it has none."""
+    """Return the device of a network's parameters; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

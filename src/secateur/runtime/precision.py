@@ -1,4 +1,4 @@
-"""Which numbers the network computes with."""
+"""Choose the precision that a network computes in."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from secateur.runtime.distributed import rank_and_world_size
 
 @contextlib.contextmanager
 def autocast(precision: str) -> Iterator[None]:
-    """bfloat16 where `precision` asks for it or, with `auto`, where the CPU computes in it."""
-    wanted = has_fast_bfloat16() if precision == "auto" else precision == "bfloat16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
+    """Run a block in bfloat16 on the CPU, if `precision` says so or if it is `auto` and fast."""
+    is_enabled = has_fast_bfloat16() if precision == "auto" else precision == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
         yield
 
 
 def accelerator_for(precision: str) -> Accelerator:
-    """What training runs on: devices, processes and mixed precision, as accelerate sees them.
+    """Return accelerate's `Accelerator` for training: device, processes and mixed precision.
 
-    Raises `UsageError` where the device can't compute in the precision.
+    Raises `UsageError` if the device can't compute in the precision.
     """
     is_cpu = not torch.accelerator.is_available()
     if precision == "auto":
@@ -34,7 +34,7 @@ def accelerator_for(precision: str) -> Accelerator:
     if precision == "float16" and is_cpu:  # accelerate would compute in float32
         raise UsageError("training in float16 needs an accelerator: try bfloat16 or float32")
     name = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
-    # One process may train twice, in different precisions; accelerate keeps the first one.
+    # A process may train twice, in different precisions; accelerate would keep the first one.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(cpu=is_cpu, mixed_precision=name)
@@ -42,23 +42,23 @@ def accelerator_for(precision: str) -> Accelerator:
         raise UsageError(f"training in {precision} is not possible here: {error}") from error
     if accelerator.num_processes != rank_and_world_size()[1]:
         raise UsageError(
-            f"the process group has {rank_and_world_size()[1]} processes, but the environment "
-            f"tells of {accelerator.num_processes}: launch with torchrun or accelerate launch"
+            f"the process group has {rank_and_world_size()[1]} processes, but the environment says "
+            f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
         )
     return accelerator
 
 
 def accelerator_name() -> str | None:
-    """What torch calls the accelerator that training takes; None where there is none."""
+    """Return torch's name of the accelerator that training runs on; None without one."""
     if not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
     module = torch.get_device_module(device)
-    named = getattr(module, "get_device_name", None)  # Apple's has none
-    return str(device) if named is None else str(named())
+    device_name = getattr(module, "get_device_name", None)  # Apple's has none
+    return str(device) if device_name is None else str(device_name())
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products."""
+    """Return whether the CPU has instructions for bfloat16 products."""
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

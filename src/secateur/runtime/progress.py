@@ -1,4 +1,4 @@
-"""How long work tells of itself; whoever asks for it decides whether that is shown."""
+"""Report progress through long loops; the caller decides whether and how it is shown."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ T = TypeVar("T")
 
 @runtime_checkable
 class ProgressCallback(Protocol):
-    """Passes items through and may show how far they are, and how long the rest will take."""
+    """Pass items through, and show how many are done and how long the rest will take."""
 
     def __call__(self, items: Iterable[T], title: str, total: int) -> Iterable[T]:
-        """The items, unchanged; `total` is how many there will be."""
+        """Return the items, unchanged; `total` is their number."""
 
 
 def no_progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
-    """A `Track` that shows nothing."""
+    """Show nothing: a `ProgressCallback`."""
     del title, total
     return items
 
 
 class _Rate(ProgressColumn):
-    """How many steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         return Text(
@@ -44,7 +44,7 @@ class _Rate(ProgressColumn):
 
 
 def progress_bars(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """A `Track` that shows a bar on stderr, with the rate and the time left."""
+    """Show a bar on stderr, with the rate and the remaining time: a `ProgressCallback`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

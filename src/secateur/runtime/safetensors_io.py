@@ -1,8 +1,7 @@
-"""Tensors by name in safetensors files, which say by a hash whether they are as they were written.
+"""Read and write safetensors files, with a hash that shows whether they are damaged.
 
-The format tells where each tensor lies and nothing of its values: a flipped bit in a weight would
-go unnoticed. Files that secateur writes hold the hash of their tensors among the metadata; those of
-others are read without.
+The format has no checksum, so a flipped bit in a weight would go unnoticed. Files that secateur
+writes hold the hash of their tensors in the metadata; files of others are read without one.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ HASH, WRITER = "secateur.sha256", "written_by"
 """Keys of the metadata."""
 OURS = "secateur"
 ALIGNMENT = 8
-"""Bytes by whose multiples values begin."""
+"""Tensors start at multiples of this many bytes."""
 
 
 def to_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> bytes:
-    """The content of a file: each tensor on its own, whatever memory they share, and some facts.
+    """Return the content of a file with these tensors, and with `facts` in its metadata.
 
-    The same tensors and facts give the same bytes.
+    Tensors that share memory are written separately. Equal tensors and facts give equal bytes.
     """
-    apart = {
+    copies = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in tensors.items()
     }
-    metadata = {"format": "pt", WRITER: OURS, HASH: weights_hash(apart), **(facts or {})}
-    content = save(apart, metadata)
+    metadata = {"format": "pt", WRITER: OURS, HASH: weights_hash(copies), **(facts or {})}
+    content = save(copies, metadata)
     header, start = _header(content)
     header["__metadata__"] = metadata  # safetensors writes these in an order that changes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -47,7 +46,7 @@ def to_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = No
 
 
 def from_bytes(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a file's content; raises `ValueError` where it is damaged."""
+    """Return the tensors in a file's content; raises `ValueError` if it is damaged."""
     try:
         tensors = load(content)
         metadata = _header(content)[0].get("__metadata__", {})
@@ -58,9 +57,9 @@ def from_bytes(content: bytes) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and the facts that were written with them.
+    """Return the tensors of a file and its metadata.
 
-    Raises `ValueError` where it is damaged or claims too much, and `OSError`.
+    Raises `ValueError` if the file is damaged or its header is too large, and `OSError`.
     """
     check_safetensors(path)
     try:
@@ -74,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _header(content: bytes) -> tuple[dict[str, Any], int]:
-    """What a file's content says of itself, and where its values start."""
+    """Return the header of a file's content, and the offset of the tensors' values."""
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), 8 + length
 
@@ -82,4 +81,4 @@ def _header(content: bytes) -> tuple[dict[str, Any], int]:
 def _check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     is_ours = metadata.get(WRITER) == OURS or HASH in metadata
     if is_ours and metadata.get(HASH) != weights_hash(tensors):
-        raise ValueError("its tensors are not those that were written: it has been damaged")
+        raise ValueError("its tensors don't match their hash: the file is damaged")

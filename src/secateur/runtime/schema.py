@@ -1,4 +1,4 @@
-"""Documents of our own: JSON of a known schema version."""
+"""Read and validate secateur's JSON files, which carry a schema version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.errors import RunFolderError
 
 
 class VersionedRecord(BaseModel):
-    """A document or a part of one; unknown keys are an error."""
+    """A file's content or a part of it; unknown keys are an error."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
@@ -20,30 +20,30 @@ class VersionedRecord(BaseModel):
 
 
 VALIDATOR = "Value error, "
-"""What pydantic writes before the words of our own validators."""
-AnyDocument = TypeVar("AnyDocument", bound=BaseModel)
+"""Prefix that pydantic puts before the messages of our own validators."""
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
 def describe_error(error: ErrorDetails) -> str:
-    """What is wrong, in one line, by the first of pydantic's errors."""
+    """Return the message of one of pydantic's errors, in one line."""
     return " ".join(error["msg"].removeprefix(VALIDATOR).split())
 
 
-def parse_record(
-    kind: type[AnyDocument], text: str | bytes, version: int, name: str
-) -> AnyDocument:
-    """The document of a schema version that a text holds.
+def parse_record(kind: type[AnyRecord], text: str | bytes, version: int, name: str) -> AnyRecord:
+    """Return the record in a JSON text.
 
-    Raises `RunFolderError`, which calls it by `name`, where the text is none.
+    Raises `RunFolderError`, whose message calls the text `name`, if the text is not such a record
+    or has another schema version.
     """
     try:
-        found = json.loads(text)["schema_version"]
-        if found != version:
+        text_version = json.loads(text)["schema_version"]
+        if text_version != version:
             advice = ""
-            if isinstance(found, int) and found < version:
+            if isinstance(text_version, int) and text_version < version:
                 advice = ": an older release wrote it; write it again with this one"
             raise RunFolderError(
-                f"{name} has schema version {found}, and this secateur reads {version}{advice}"
+                f"{name} has schema version {text_version}, and this secateur reads "
+                f"{version}{advice}"
             )
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -56,7 +56,7 @@ def parse_record(
 
 
 class Record(BaseModel):
-    """A part of the result; unknown keys are an error. The loss of a broken network is `"NaN"`."""
+    """A part of a result; unknown keys are an error. Non-finite numbers are written as strings."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"

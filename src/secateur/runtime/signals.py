@@ -1,4 +1,4 @@
-"""Requests to stop: ones that wait until a step is whole, and ones that are not to get lost."""
+"""Handle requests to stop (SIGINT, SIGTERM): defer them until a step is done, or repeat them."""
 
 from __future__ import annotations
 
@@ -13,87 +13,87 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 """Exit code after a request to stop."""
-AGAIN = 1.0
-"""Seconds after which a request that has had no effect is made again."""
-PATIENCE = 4.0
-"""Seconds after which the process ends where it is; what it has written is whole at any moment."""
+REPEAT_AFTER = 1.0
+"""Seconds after which a request without effect is repeated."""
+EXIT_AFTER = 4.0
+"""Seconds after which the process exits wherever it is; its files are whole at any moment."""
 
-_holding = threading.Event()
+_is_deferring = threading.Event()
 
 
-class Interrupts:
-    """Whether this process was asked to stop while `held` kept that from happening."""
+class DeferredSignals:
+    """Whether this process was asked to stop while signals were deferred."""
 
     def __init__(self) -> None:
         self.is_pending: bool = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.is_pending = True
 
 
 @contextlib.contextmanager
-def defer_signals() -> Iterator[Interrupts]:
-    """Within the block SIGINT and SIGTERM are noted instead of raised.
+def defer_signals() -> Iterator[DeferredSignals]:
+    """Record SIGINT and SIGTERM within the block instead of raising them.
 
-    What is done about them is up to whoever holds them. Outside of the main thread, which alone
-    gets signals, nothing is held.
+    The caller decides what to do about a recorded one. Does nothing outside of the main thread,
+    which alone receives signals.
     """
-    interrupts = Interrupts()
+    deferred = DeferredSignals()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupts
+        yield deferred
         return
-    before = {number: signal.signal(number, interrupts._note) for number in SIGNALS}
-    is_outermost = not _holding.is_set()
-    _holding.set()
+    handlers = {number: signal.signal(number, deferred._record) for number in SIGNALS}
+    is_outermost = not _is_deferring.is_set()
+    _is_deferring.set()
     try:
-        yield interrupts
+        yield deferred
     finally:
         if is_outermost:
-            _holding.clear()
-        for number, handler in before.items():
+            _is_deferring.clear()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def repeat_signals() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM raise `KeyboardInterrupt`, and again until it has ended.
+    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM, again and again until the block has ended.
 
-    Python drops what is raised where nobody can catch it, as in the callbacks of its garbage
-    collector, and libraries have handlers that catch everything. Where even that does not end the
-    block, as in a long computation of one operation, the process ends with `INTERRUPTED`, unless
-    it holds its requests to stop (`held`). Another error that comes of a request is one, too.
+    Once is not enough: Python drops what is raised in callbacks of its garbage collector, and
+    some libraries catch every exception. If repeating does not end the block either, as in a long
+    computation in one operation, the process exits with `INTERRUPTED`, unless signals are deferred
+    just then. An exception that a request causes elsewhere also becomes a `KeyboardInterrupt`.
     """
-    ended = threading.Event()
-    asked = threading.Event()
+    has_ended = threading.Event()
+    is_requested = threading.Event()
 
-    def insist() -> None:
-        until = time.monotonic() + PATIENCE
-        while not ended.wait(AGAIN):
-            if _holding.is_set():
+    def repeat() -> None:
+        deadline = time.monotonic() + EXIT_AFTER
+        while not has_ended.wait(REPEAT_AFTER):
+            if _is_deferring.is_set():
                 continue
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 os._exit(INTERRUPTED)
             os.kill(os.getpid(), signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
         del number, frame
-        if ended.is_set():
+        if has_ended.is_set():
             return
-        if not asked.is_set():
-            asked.set()
-            threading.Thread(target=insist, daemon=True).start()
+        if not is_requested.is_set():
+            is_requested.set()
+            threading.Thread(target=repeat, daemon=True).start()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
     except BaseException as error:
-        is_end = isinstance(error, SystemExit) and not error.code
-        if asked.is_set() and not is_end and not isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt from error  # an import that is cut off is an ImportError
+        is_success = isinstance(error, SystemExit) and not error.code
+        if is_requested.is_set() and not is_success and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # an interrupted import raises ImportError
         raise
     finally:
-        ended.set()
-        for number, handler in before.items():
+        has_ended.set()
+        for number, handler in handlers.items():
             signal.signal(number, handler)

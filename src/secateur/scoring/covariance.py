@@ -1,7 +1,7 @@
-"""Second moments of activations, the same to the last bit in whatever order they are added up.
+"""Second moments, means and covariance of activations, bit-equal in any order of the images.
 
-Activations are rounded to whole multiples of a unit, so that products are whole numbers and their
-sums exact in float64.
+Activations are rounded to whole multiples of a unit, so products are whole numbers and their sums
+are exact in float64.
 """
 
 from __future__ import annotations
@@ -16,37 +16,40 @@ from secateur.errors import DataError
 from secateur.scoring.thresholds import ActivationStatistics
 
 LEVELS = 2**14
-"""Whole numbers that activations are brought to: at most so large, and cut off beyond. Sums of
-their products are exact up to 2^25 rows, each counted as often as its weight says."""
+"""The largest whole number that an activation is rounded to; larger ones are clipped. Sums of
+products are exact up to 2^25 rows, a row of weight w counted w times."""
 
 
-def unit_of(usual: ActivationStatistics) -> Float[Tensor, "filter"]:
-    """What each filter's activations are rounded to: `LEVELS` of it are twice its largest one."""
-    largest = usual.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
+def quantization_unit(statistics: ActivationStatistics) -> Float[Tensor, "filter"]:
+    """Return each filter's unit: `LEVELS` units are twice its largest activation."""
+    largest = statistics.largest.double().clamp_min(torch.finfo(torch.float32).tiny)
     return (2 * largest / LEVELS).float()
 
 
-def in_units(
-    values: Float[Tensor, "*row value"], unit: Float[Tensor, "value"], part: str
+def quantize(
+    values: Float[Tensor, "*row value"], unit: Float[Tensor, "value"], tap: str
 ) -> Float[Tensor, "*row value"]:
-    """Values of a part as whole multiples of units; raises `DataError` where one is no number."""
+    """Return a tap's values as whole multiples of their units.
+
+    Raises `DataError` that names the tap where a value is not finite.
+    """
     whole = (values.float() / unit).round_().clamp_(-LEVELS, LEVELS)
     if not bool(whole.isfinite().all()):
-        raise DataError(f"a feature map of {part!r} holds values that are not finite")
+        raise DataError(f"a feature map of {tap!r} holds values that are not finite")
     return whole
 
 
 class SecondMoments:
-    """Sums of products of values that were seen together."""
+    """Sums of products of values, in units, over rows (positions of images)."""
 
     def __init__(self, values: int) -> None:
-        # The last row and column are those of a constant 1: sums and the count.
+        # The last row and column belong to a constant 1: they hold the sums and the count.
         self._sums = torch.zeros(values + 1, values + 1, dtype=torch.float64)
 
     def update(
         self, rows: Float[Tensor, "row value"], weights: Float[Tensor, "row"] | None = None
     ) -> None:
-        """Adds whole numbers, each row as often as its weight says."""
+        """Add rows of whole numbers, each as often as its weight says."""
         if weights is not None:
             rows, weights = rows[weights > 0], weights[weights > 0]
         values = torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], 1)
@@ -58,16 +61,16 @@ class SecondMoments:
         return (self._sums,)
 
     def raw(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:
-        """Mean products, in the measure that values had before they were counted in units."""
+        """Return the mean products of values, in their original scale."""
         return self._sums[:-1, :-1] / self._count * unit.double().outer(unit.double())
 
     def covariance(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:
-        """The same around the means."""
+        """Return the covariance of values (biased), in their original scale."""
         mean = self.mean(unit)
         return self.raw(unit) - mean.outer(mean)
 
     def mean(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value"]:
-        """Mean values, in the same measure."""
+        """Return the mean values, in their original scale."""
         return self._sums[-1, :-1] / self._count * unit.double()
 
     @property

@@ -1,7 +1,7 @@
-"""What each filter sees: its best concept by dataset-wide IoU, and the images it responds to most.
+"""Dissection: each filter's best concept by dataset-wide IoU, and its top images.
 
-Network Dissection (Bau et al., CVPR 2017), with one departure: feature maps are made four times
-finer, not as fine as the image, and of masks there is counted how much of each cell they fill
+Network Dissection (Bau et al., CVPR 2017), with one departure: feature maps are upsampled four
+times, not to the size of the image, and masks count by the fraction of each cell that they cover
 (docs/explanation/dissection.md compares the two).
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from secateur.data.concept_masks import CELL
 from secateur.graph.groups import Group
 from secateur.runtime import distributed
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need, Regions, Size, Vote
-from secateur.scoring.feature_pass import taps_of
-from secateur.scoring.iou import IoUTally, Overlap, binarise, overlap
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions, Size
+from secateur.scoring.iou import IoUAccumulator, Overlap, binarise, overlap
+from secateur.scoring.taps import taps_of
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""
 UPSAMPLING = 4
-"""A feature map is made at most so many times finer before it is binarised, a power of two. Without
-it a lone active cell counts whole, while the peak that it stands for is narrow."""
+"""How many times feature maps are upsampled, at most, before they are binarised: a power of two.
+Without it a lone active cell counts as a whole, although the peak behind it is narrow."""
 
 
 @dataclass(frozen=True)
@@ -43,60 +43,61 @@ class FilterConcept:
 
 
 class Dissection:
-    """Tallies the overlap of every filter with every concept; an `Observer`."""
+    """Accumulates the IoU of every filter with every concept; an `Observer`."""
 
     needs: frozenset[Need] = frozenset({"maps", "thresholds", "concepts"})
 
     def __init__(self, concept_names: tuple[str, ...]) -> None:
         self._names = concept_names
-        self._tallies: dict[str, IoUTally] = {}
+        self._accumulators: dict[str, IoUAccumulator] = {}
         self.thresholds: dict[str, Float[Tensor, "filter"]] = {}
-        """Above which each filter of a part counts as active."""
+        """By tap, the threshold above which each filter is active."""
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for the tallies."""
-        self._tallies = {
-            part: IoUTally(kernels.filters, len(self._names)) for part, kernels in parts.items()
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._accumulators = {
+            tap: IoUAccumulator(kernels.filters, len(self._names)) for tap, kernels in taps.items()
         }
 
-    def update(self, sight: FeatureBatch) -> Vote:
-        """Keeps a copy of the maps that are active somewhere until the concepts are known."""
-        assert sight.statistics is not None
-        thresholds = sight.statistics.threshold
-        self.thresholds[sight.tap] = thresholds
-        is_active = sight.maps.amax(dim=(2, 3)) > thresholds  # [image, filter]
-        maps = sight.maps[is_active].float().split(is_active.sum(1).tolist())
-        size = (sight.maps.shape[2], sight.maps.shape[3])
-        tally = self._tallies[sight.tap]
+    def update(self, features: FeatureBatch) -> DeferredUpdate:
+        """Keep the maps that are active somewhere until the concepts are known."""
+        assert features.statistics is not None
+        thresholds = features.statistics.threshold
+        self.thresholds[features.tap] = thresholds
+        is_active = features.maps.amax(dim=(2, 3)) > thresholds  # [image, filter]
+        maps = features.maps[is_active].float().split(is_active.sum(1).tolist())
+        size = (features.maps.shape[2], features.maps.shape[3])
+        accumulator = self._accumulators[features.tap]
 
         def count(regions: Regions) -> None:
-            fine = _upsampled(size, regions.size)
-            for some, here, shares, concepts in zip(
-                maps, is_active, regions.shares_at(fine), regions.concepts, strict=True
+            coverage = regions.coverage_at(_upsampled(size, regions.size))
+            for image_maps, image_active, image_coverage, concepts in zip(
+                maps, is_active, coverage, regions.concepts, strict=True
             ):
-                tally.add(_overlap(some, thresholds, here, shares), concepts[None])
+                image_overlap = _overlap(image_maps, thresholds, image_active, image_coverage)
+                accumulator.update(image_overlap, concepts[None])
 
         return count
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        for tally in self._tallies.values():
-            yield from (tally.intersection, tally.union)
+        for accumulator in self._accumulators.values():
+            yield from accumulator.state()
 
-    def iou(self, part: str) -> Float[Tensor, "filter concept"]:
-        """Dataset-wide IoU of each filter of a part of a group with each concept."""
-        return self._tallies[part].iou
+    def iou(self, tap: str) -> Float[Tensor, "filter concept"]:
+        """Return the dataset-wide IoU of each of a tap's filters with each concept."""
+        return self._accumulators[tap].compute()
 
     def iou_by_channel(self, group: Group) -> Float[Tensor, "channel concept"]:
-        """The largest IoU of each channel's filters with each concept."""
-        found = torch.zeros(len(group), len(self._names), dtype=torch.float64)
-        for part, look in taps_of(group).items():
-            index = torch.from_numpy(look.channel)[:, None].expand(-1, len(self._names))
-            found.scatter_reduce_(0, index, self.iou(part), "amax")
-        return found
+        """Return the largest IoU of each channel's filters with each concept."""
+        largest = torch.zeros(len(group), len(self._names), dtype=torch.float64)
+        for name, tap in taps_of(group).items():
+            index = torch.from_numpy(tap.channel)[:, None].expand(-1, len(self._names))
+            largest.scatter_reduce_(0, index, self.iou(name), "amax")
+        return largest
 
     def best(self, iou: Float[Tensor, "filter concept"]) -> list[FilterConcept]:
-        """The concept of the largest IoU in each row; between equal ones the first."""
+        """Return the concept of the largest IoU in each row, the first of equal ones."""
         values, order = iou.max(dim=1)
         return [
             FilterConcept(self._names[concept], value)
@@ -105,7 +106,7 @@ class Dissection:
 
 
 def _upsampled(size: Size, masks: Size) -> Size:
-    """What maps of a size are brought to: no finer than the masks are."""
+    """Return the size that maps are upsampled to: no finer than the masks are."""
     factor = UPSAMPLING
     while factor > 1 and (size[0] * factor > masks[0] or size[1] * factor > masks[1]):
         factor //= 2
@@ -116,43 +117,43 @@ def _overlap(
     maps: Float[Tensor, "active h w"],
     thresholds: Float[Tensor, "filter"],
     is_active: Bool[Tensor, "filter"],
-    shares: UInt8[Tensor, "region height width"],
+    coverage: UInt8[Tensor, "region height width"],
 ) -> Overlap:
-    """The overlap in one image, given the maps of those filters that are active somewhere in it.
+    """Return the overlap in one image, from the maps of the filters that are active in it.
 
-    The others can be passed over: what is interpolated is nowhere above the values around it. Areas
-    are counted in 1 / `regions.CELL` of a position.
+    The others can be skipped: interpolated values are nowhere above the values around them. Areas
+    are counted in 1 / `CELL` of a position.
     """
-    size = (shares.shape[1], shares.shape[2])
+    size = (coverage.shape[1], coverage.shape[2])
     fine = maps[None]
     if fine.shape[1] and fine.shape[2:] != size:
         fine = F.interpolate(fine, size, mode="bilinear", align_corners=False)
     else:
         fine = fine.reshape(1, -1, *size)
-    seen = overlap(binarise(fine, thresholds[is_active]), shares[None], CELL)
-    intersection = seen.intersection.new_zeros(1, len(is_active), len(shares))
-    intersection[:, is_active] = seen.intersection
-    union = shares.sum(dim=(1, 2), dtype=torch.int64).expand_as(intersection).clone()
-    union[:, is_active] = seen.union
+    active = overlap(binarise(fine, thresholds[is_active]), coverage[None], CELL)
+    intersection = active.intersection.new_zeros(1, len(is_active), len(coverage))
+    intersection[:, is_active] = active.intersection
+    union = coverage.sum(dim=(1, 2), dtype=torch.int64).expand_as(intersection).clone()
+    union[:, is_active] = active.union
     return Overlap(intersection, union)
 
 
 @dataclass(frozen=True, eq=False)
 class TopFeatures:
-    """The images that each filter of a part of a group responds to most, the strongest first."""
+    """The images that each of a tap's filters responds to most, the strongest response first."""
 
     values: Float[Tensor, "filter place"]
     """The largest activation in the image."""
     indices: Int[Tensor, "filter place"]
-    """Number of the image in the calibration set."""
+    """Index of the image in the calibration set."""
     regions: Bool[Tensor, "filter place h w"]
     """Where the filter is above its threshold there, on the grid of its map."""
 
     def best(self, count: int) -> TopFeatures:
-        """At most `count` of them; between equal activations the image with the smaller number."""
-        by_number = self.indices.argsort(1)
-        order = self.values.gather(1, by_number).argsort(dim=1, descending=True, stable=True)
-        places = by_number.gather(1, order[:, :count])
+        """Return the `count` strongest; of equal activations the image with the smaller index."""
+        by_index = self.indices.argsort(1)
+        order = self.values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+        places = by_index.gather(1, order[:, :count])
         return TopFeatures(
             self.values.gather(1, places),
             self.indices.gather(1, places),
@@ -167,45 +168,47 @@ class TopImages:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._found: dict[str, TopFeatures] = {}
+        self._top: dict[str, TopFeatures] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Starts with no image."""
-        self._found = {}
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._top = {}
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Keeps the best of a batch and of what came before."""
-        assert sight.statistics is not None
-        by_number = sight.indices.argsort()
-        values = sight.maps.float().amax(dim=(2, 3)).T[:, by_number]  # [filter, image]
+    def update(self, features: FeatureBatch) -> None:
+        """Keep the best images of this batch and of those before it."""
+        assert features.statistics is not None
+        by_index = features.indices.argsort()
+        values = features.maps.float().amax(dim=(2, 3)).T[:, by_index]  # [filter, image]
         # Only these of the batch can be among the best: no other map is binarised.
         places = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
-        images = by_number[places]
+        images = by_index[places]
         filters = torch.arange(len(values))[:, None]
-        regions = sight.maps[images, filters] > sight.statistics.threshold[:, None, None, None]
-        new = TopFeatures(values.gather(1, places), sight.indices[images], regions)
-        old = self._found.get(sight.tap)
-        self._found[sight.tap] = (new if old is None else _joined([old, new])).best(self._count)
+        regions = (
+            features.maps[images, filters] > features.statistics.threshold[:, None, None, None]
+        )
+        new = TopFeatures(values.gather(1, places), features.indices[images], regions)
+        old = self._top.get(features.tap)
+        self._top[features.tap] = (new if old is None else _join([old, new])).best(self._count)
 
     def state(self) -> Iterable[Tensor]:
-        """None that add up; see `merge`."""
+        """Return no tensors, since nothing here adds up over processes; see `merge`."""
         return ()
 
     def merge(self) -> None:
-        """Keeps the best of what all processes have found."""
-        found = distributed.all_gather(self._found)
-        self._found = {
-            part: _joined([each[part] for each in found]).best(self._count) for part in self._found
+        """Keep the best images of all processes."""
+        gathered = distributed.all_gather(self._top)
+        self._top = {
+            tap: _join([top[tap] for top in gathered]).best(self._count) for tap in self._top
         }
 
-    def top(self, part: str) -> TopFeatures:
-        """What was found of a part."""
-        return self._found[part]
+    def top(self, tap: str) -> TopFeatures:
+        """Return the images that a tap's filters respond to most."""
+        return self._top[tap]
 
 
-def _joined(some: list[TopFeatures]) -> TopFeatures:
+def _join(parts: list[TopFeatures]) -> TopFeatures:
     return TopFeatures(
-        torch.cat([each.values for each in some], 1),
-        torch.cat([each.indices for each in some], 1),
-        torch.cat([each.regions for each in some], 1),
+        torch.cat([part.values for part in parts], 1),
+        torch.cat([part.indices for part in parts], 1),
+        torch.cat([part.regions for part in parts], 1),
     )

@@ -1,4 +1,4 @@
-"""Sums of real numbers that are the same to the last bit in whatever order they are added."""
+"""Sums of real numbers, bit-equal in any order of the numbers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ LIMB_BITS = 40
 UNITS = (2.0**40, 1.0, 2.0**-40, 2.0**-80)
 FINE = 1 / UNITS[-1]
 LARGEST = 2.0**79
-"""A number must be smaller than this in size; then 2^23 of them can be added without overflow."""
+"""Bound on a number's absolute value: 2^23 such numbers can be added without overflow."""
 
 
 class ExactSum:
-    """Adds numbers up as integers: multiples of 2^40, and of 2^0, 2^-40, 2^-80 for what is left.
+    """A sum held as integers: multiples of 2^40, and of 2^0, 2^-40, 2^-80 for the remainders.
 
-    So every number is rounded to a multiple of 2^-80, and the sum of the rounded ones is exact.
+    Every number is rounded to a multiple of 2^-80, and the sum of the rounded numbers is exact.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.limbs: Int[Tensor, "4 ..."] = torch.zeros(len(UNITS), *shape, dtype=torch.int64)
-        """The tally: sums of sums are sums of limbs."""
+        """The state: add the limbs of two sums to add the sums."""
 
-    def add(self, values: Float[Tensor, "image ..."]) -> None:
-        """Adds float64 values of several images; raises `DataError` where one is not finite."""
+    def update(self, values: Float[Tensor, "image ..."]) -> None:
+        """Add float64 values over their first axis; raises `DataError` where one isn't finite."""
         if not bool((values.abs() < LARGEST).all()):
             raise DataError("a feature map holds values that are not finite or beyond 2^79")
         for limb, unit in zip(self.limbs, UNITS, strict=True):
@@ -34,10 +34,10 @@ class ExactSum:
             values = values - whole * unit
             limb += whole.long().sum(0)
 
-    def value(self) -> Float[Tensor, "..."]:
-        """The sum, in float64, to within one rounding more than there must be.
+    def compute(self) -> Float[Tensor, "..."]:
+        """Return the sum in float64, rounded once more than the exact sum would be.
 
-        Equal sums have equal values, whatever limbs they are held in.
+        Equal sums give equal values, whichever limbs hold them.
         """
         limbs = list(self.limbs)
         for place in range(len(limbs) - 1, 0, -1):

@@ -1,7 +1,8 @@
-"""Shows a network's feature maps to observers: one pass over the calibration set serves them all.
+"""The pass over the calibration set that shows every observer the network's feature maps.
 
-Images go through the network in batches of one size (`packing`), so that nothing depends on how the
-calibration set was cut into batches or spread over processes.
+One pass serves all observers (criteria, dissection). Images go through the network in batches of
+one size (`batching`), so that nothing depends on how the calibration set was cut into batches or
+spread over processes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,32 +22,30 @@ from secateur.data import Batch
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
 from secateur.errors import DataError
-from secateur.graph.channel_ids import argument
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.groups import Group, Tap
+from secateur.graph.groups import Tap
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.patches import Window, window_of
-from secateur.graph.trace import Compute, NodeHook, Tensors, operation_name
+from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast
 from secateur.scoring.batching import rebatch, select_images
 from secateur.scoring.concepts import ConceptInput, ConceptSource
 from secateur.scoring.criteria import (
-    ConsumerKernel,
+    DeferredUpdate,
     FeatureBatch,
     Kernels,
     Need,
     Observer,
     Regions,
-    Vote,
 )
-from secateur.scoring.thresholds import ActivationStatistics, ActivationStatisticsTally
+from secateur.scoring.taps import all_taps, kernels_of, maps_of
+from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
-_FRESH = {"conv2d", "batch_norm", "add", "linear"}
+_OWN_MEMORY = {"conv2d", "batch_norm", "add", "linear"}
 """Operations whose values share memory with no other."""
 LARGEST_GRID = 14
-"""Responses are brought to at most so many rows and columns of cells."""
+"""The most rows and columns of cells that responses are averaged to."""
 
 
 def observe(
@@ -59,133 +56,44 @@ def observe(
     source: ConceptSource | None,
     settings: ScoreSection,
 ) -> None:
-    """Shows every observer every group in every batch; the network is in evaluation mode.
+    """Show every observer every tap in every batch, with the network in evaluation mode.
 
-    `batches()` gives the calibration set, or this process's share of it, anew each time it is
-    called; at the end the observers' tallies are those of all processes. Every
-    `settings.sample_every`-th image goes through the network once before, where someone must know
-    what is usual. With `settings.use_labels` the concepts and the loss are those of the true class,
-    without it those of the predicted class. `source` may be None where nobody asks for concepts.
+    `batches()` returns the calibration set, or this process's shard of it, each time it is called;
+    at the end the observers' states are those of all processes. Every `settings.sample_every`-th
+    image goes through the network once before, where an observer needs activation statistics. With
+    `settings.use_labels` the concepts and the loss are those of the true class, without it those of
+    the predicted class. `source` may be None where no observer needs concepts.
     """
     state = tensors_of(model)
-    parts = kernels_of(dependencies, state)
+    kernels = kernels_of(dependencies, state)
     for observer in observers:
-        observer.reset(parts)
+        observer.reset(kernels)
     needs: set[Need] = {need for observer in observers for need in observer.needs}
     if not needs:
         return
     if "concepts" not in needs:
         source = None
     assert source is not None or "concepts" not in needs
-    way = _Pass(dependencies, state, source, settings)
-    usual: dict[str, ActivationStatistics] = {}
-    if needs & {"usual", "thresholds"} or (source is not None and source.needs_learning):
-        usual = _activation_statistics(way, batches, with_thresholds="thresholds" in needs)
-    showing = _FeatureHook(way, parts, usual, observers)
-    shown = 0
+    forward_pass = _ForwardPass(dependencies, state, source, settings)
+    statistics: dict[str, ActivationStatistics] = {}
+    if needs & {"statistics", "thresholds"} or (source is not None and source.needs_learning):
+        statistics = _activation_statistics(
+            forward_pass, batches, with_thresholds="thresholds" in needs
+        )
+    dispatcher = _Dispatcher(forward_pass, kernels, statistics, observers)
+    images_seen = 0
     for batch, count in rebatch(batches()):
-        showing.show(batch, count)
-        shown += count
-    if not all(distributed.all_gather(shown)):
+        dispatcher.run(batch, count)
+        images_seen += count
+    if not all(distributed.all_gather(images_seen)):
         raise DataError("no calibration images, or fewer than there are processes")
     for observer in observers:
         distributed.all_reduce_sum(observer.state())
 
 
-def taps_of(group: Group) -> dict[str, Tap]:
-    """The places where a group is looked at, by the name that observers know each by."""
-    return {
-        group.name if number == 0 else f"{group.name} (part {number + 1})": look
-        for number, look in enumerate(group.taps)
-    }
-
-
-def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
-    """The weights that write and read the filters of each part of each group."""
-    slots = {(each.tensor, each.dim): each.channels for each in dependencies.slots}
-    scales = {
-        dependencies.graph.tensor_names[node.args[1]]
-        for node in dependencies.graph.nodes
-        if operation_name(node) == "batch_norm" and isinstance(node.args[1], Node)
-    }
-    found: dict[str, Kernels] = {}
-    for group in dependencies.groups.values():
-        position = np.full(
-            len(dependencies.channel_of) + 1, -1, dtype=np.int64
-        )  # the last stands for -1
-        position[group.channels] = np.arange(len(group))
-
-        def rows_of(
-            name: str, dim: int, place: npt.NDArray[np.int64] = position
-        ) -> tuple[Tensor, Tensor]:
-            """The rows of a parameter that belong to the group, and the channel of each."""
-            channels = slots.get((name, dim))
-            own = np.full(0, -1) if channels is None else place[channels]
-            rows = torch.from_numpy(np.flatnonzero(own >= 0))
-            return state[name].movedim(dim, 0)[rows], torch.from_numpy(own[own >= 0])
-
-        incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
-        norms = [rows_of(name, 0) for name in sorted(scales)]
-        readers = _consumer_kernels(dependencies, state, position, len(group))
-        for name, look in taps_of(group).items():
-            channel = torch.from_numpy(look.channel)
-            found[name] = Kernels(
-                incoming=tuple(each for each in incoming if len(each[1])),
-                channel=channel,
-                consumers=tuple(
-                    ConsumerKernel(
-                        window,
-                        weights if _counts_up(channel, len(group)) else weights[:, :, channel],
-                    )
-                    for window, weights in readers
-                ),
-                norm_scales=tuple(each for each in norms if len(each[1])),
-            )
-    return found
-
-
-def _consumer_kernels(
-    dependencies: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
-) -> list[tuple[Window, Tensor]]:
-    """How each layer that reads some of a group's channels moves, and `[output, tap, channel]`."""
-    found: list[tuple[Window, Tensor]] = []
-    for layer in dependencies.layers:
-        read = layer.kernel[1 - layer.filter_dim]
-        if layer.is_computed or read is None or len(read) == 1:
-            continue
-        own = position[dependencies.channel_of[read]]
-        inputs = torch.from_numpy(np.flatnonzero(own >= 0))
-        if not len(inputs):
-            continue
-        channel = torch.from_numpy(own[own >= 0])
-        kernel = state[layer.weight].movedim((layer.filter_dim, 1 - layer.filter_dim), (0, -1))
-        kernel = kernel.flatten(1, -2) if kernel.ndim > 2 else kernel[:, None]
-        if operation_name(layer.node) == "conv2d" and argument(layer.node, "groups", 1) == 1:
-            window = window_of(layer.node, tuple(state[layer.weight].shape[2:]))
-            weights = kernel
-            if not (_counts_up(inputs, kernel.shape[2]) and _counts_up(channel, channels)):
-                weights = kernel.new_zeros(*kernel.shape[:2], channels)
-                weights[:, :, channel] = kernel[:, :, inputs]
-        else:  # each position that a linear layer reads, and each tap, counts as an output
-            window = Window((1, 1))
-            order = channel.argsort(stable=True)
-            times = channel.bincount(minlength=channels)
-            turn = torch.arange(len(order)) - (times.cumsum(0) - times).repeat_interleave(times)
-            table = kernel.new_zeros(*kernel.shape[:2], int(times.max()), channels)
-            table[:, :, turn, channel[order]] = kernel[:, :, inputs[order]]
-            weights = table.flatten(0, 2)[:, None]
-        found.append((window, weights))
-    return found
-
-
-def _counts_up(index: Tensor, length: int) -> bool:
-    """Whether it takes all of so many, in their order: then nothing need be copied."""
-    return torch.equal(index, torch.arange(length))
-
-
 @dataclass(frozen=True, eq=False)
-class _Pass:
-    """The way of a batch through the network, with the concept source served on it."""
+class _ForwardPass:
+    """Runs batches through the network, with what the concept source needs on the way."""
 
     dependencies: DependencyGraph
     state: Tensors
@@ -194,102 +102,105 @@ class _Pass:
 
     @functools.cached_property
     def _in_place(self) -> dict[Node, Compute]:
-        """Rectifiers that may write over what they read, as they did before the network was traced.
+        """Rectifiers that may overwrite their input, as they did before the network was traced.
 
-        Nobody else reads it, and observers have reduced it by then.
+        Nothing else reads that input, and observers have reduced it by then.
         """
         kept = {*self.dependencies.graph.outputs, None if self.source is None else self.source.node}
-        found: dict[Node, Compute] = {}
+        overrides: dict[Node, Compute] = {}
         for node in self.dependencies.graph.nodes:
             read = node.args[0] if node.args else None
             if operation_name(node) != "relu" or not isinstance(read, Node) or read in kept:
                 continue
-            if len(read.users) == 1 and operation_name(read) in _FRESH:
-                found[node] = functools.partial(_rectified, read)
-        return found
+            if len(read.users) == 1 and operation_name(read) in _OWN_MEMORY:
+                overrides[node] = functools.partial(_relu_in_place, read)
+        return overrides
 
     @functools.cached_property
     def _row_by_row(self) -> dict[Node, Compute]:
-        """Linear layers that answer to each image by itself.
+        """Linear layers that compute each image by itself.
 
         The matrix product of some machines rounds a row by its place among the rows, and gradients
         would then depend on which images a process gets.
         """
         return {
-            node: functools.partial(_rows, node)
+            node: functools.partial(_linear_row_by_row, node)
             for node in self.dependencies.graph.nodes
             if operation_name(node) == "linear"
         }
 
     def forward(
-        self, batch: Batch, taps: Mapping[Node, NodeHook], *, with_gradients: bool
+        self, batch: Batch, hooks: Mapping[Node, NodeHook], *, with_gradients: bool
     ) -> ConceptInput:
-        """Runs the network, with `taps` on the way; what the source must see of it."""
+        """Run the network with hooks at its nodes; return what the concept source needs of it."""
         node = None if self.source is None else self.source.node
         wants_leaf = self.source is not None and self.source.needs_gradient
         captured: list[Tensor] = []
 
         def capture(value: Tensor) -> Tensor:
-            if node is not None and node in taps:
-                taps[node](value)
+            if node is not None and node in hooks:
+                hooks[node](value)
             if not with_gradients:
                 value = value.detach().requires_grad_(wants_leaf)
             captured.append(value)
             return value
 
-        images, instead = batch.images, self._in_place
+        images, overrides = batch.images, self._in_place
         if with_gradients:
             images = images.detach().clone().requires_grad_()
-            instead = {**instead, **self._row_by_row}
-        walk = GraphInterpreter(self.dependencies.graph, self.state, images)
+            overrides = {**overrides, **self._row_by_row}
+        interpreter = GraphInterpreter(self.dependencies.graph, self.state, images)
         with autocast(self.settings.precision):
             with torch.set_grad_enabled(with_gradients):
-                walk.advance(node, after=taps, overrides=instead)
-            after = taps if node is None else {**taps, node: capture}
+                interpreter.advance(node, after=hooks, overrides=overrides)
+            after = hooks if node is None else {**hooks, node: capture}
             with torch.set_grad_enabled(with_gradients or wants_leaf):
-                walk.advance(after=after, overrides=instead)
+                interpreter.advance(after=after, overrides=overrides)
         return ConceptInput(
             images=batch.images,
             indices=batch.indices,
             labels=batch.labels if self.settings.use_labels else None,
             annotations=batch.annotations,
             value=captured[0] if captured else None,
-            logits=walk.value(self.dependencies.graph.output),
+            logits=interpreter.value(self.dependencies.graph.output),
         )
 
 
-def _rows(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
-    """A linear layer's value, row by row of its first axis."""
+def _linear_row_by_row(node: Node, lookup: Callable[[Node], Any]) -> Tensor:
+    """Return a linear layer's value, computed for each row of its first axis by itself."""
     assert callable(node.target)
-    read: Any = map_arg(tuple(node.args), lookup)
-    value, *others = read
-    return torch.cat([node.target(row[None].clone(), *others) for row in value])
+    arguments: Any = map_arg(tuple(node.args), lookup)
+    value, *parameters = arguments
+    return torch.cat([node.target(row[None].clone(), *parameters) for row in value])
 
 
-def _rectified(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
-    """The rectified value of a node, which is lost unless gradients must flow."""
+def _relu_in_place(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
+    """Return the rectified value of a node; overwrite the value unless gradients must flow."""
     value = lookup(read)
     return value.relu() if torch.is_grad_enabled() else value.relu_()
 
 
 def _activation_statistics(
-    way: _Pass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
+    forward_pass: _ForwardPass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
 ) -> dict[str, ActivationStatistics]:
-    """What is usual for each filter, from a sample of the images; the source learns from it too.
+    """Return each tap's activation statistics from a sample of the images.
 
-    From all of them where no image of the sample comes, as where none of it can be read.
+    The concept source learns from the same sample. Where no image of the sample can be read, all
+    images are used.
     """
-    tallies: dict[str, ActivationStatisticsTally] = {}
-    counts: list[int] = []
-    settings, source = way.settings, way.source
-
-    def see(part: str, look: Tap, value: Tensor) -> None:
-        tallies[part].add(maps_of(look, value.detach())[: counts[-1]])
-
-    for part, look in _taps_in_order(way.dependencies).items():
-        tallies[part] = ActivationStatisticsTally(
-            len(look.index), settings.threshold_positions, with_thresholds=with_thresholds
+    settings, source = forward_pass.settings, forward_pass.source
+    taps = all_taps(forward_pass.dependencies)
+    accumulators = {
+        name: StatisticsAccumulator(
+            len(tap.index), settings.threshold_positions, with_thresholds=with_thresholds
         )
+        for name, tap in taps.items()
+    }
+    counts: list[int] = []
+
+    def update(name: str, tap: Tap, value: Tensor) -> None:
+        accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
+
     for every in (settings.sample_every, 1):
         sample = (
             select_images(batch, (batch.indices % every == 0).nonzero()[:, 0])
@@ -297,133 +208,123 @@ def _activation_statistics(
         )
         for batch, count in rebatch(sample):
             counts.append(count)
-            scene = way.forward(batch, _hooks(way.dependencies, see), with_gradients=False)
+            hooks = _tap_hooks(forward_pass.dependencies, update)
+            concept_input = forward_pass.forward(batch, hooks, with_gradients=False)
             if source is not None and source.needs_learning:
-                source.learn(scene)
+                source.learn(concept_input)
         if distributed.any_process(sum(counts) > 0):
             break
     if source is not None and source.needs_learning:
         source.finish_learning()
-    for tally in tallies.values():
-        tally.merge()
-    return {part: tally.finish(settings.quantile) for part, tally in tallies.items()}
-
-
-def _taps_in_order(dependencies: DependencyGraph) -> dict[str, Tap]:
+    for accumulator in accumulators.values():
+        accumulator.merge()
     return {
-        part: look
-        for group in dependencies.groups.values()
-        for part, look in taps_of(group).items()
+        name: accumulator.compute(settings.quantile) for name, accumulator in accumulators.items()
     }
 
 
-class _FeatureHook:
-    """Hands the feature maps of the images on to the observers."""
+class _Dispatcher:
+    """Passes the feature maps of each batch on to the observers."""
 
     def __init__(
         self,
-        way: _Pass,
-        parts: Mapping[str, Kernels],
-        usual: Mapping[str, ActivationStatistics],
+        forward_pass: _ForwardPass,
+        kernels: Mapping[str, Kernels],
+        statistics: Mapping[str, ActivationStatistics],
         observers: Sequence[Observer],
     ) -> None:
-        self._way = way
-        self._parts = parts
-        self._usual = usual
-        self._now = [each for each in observers if "gradients" not in each.needs and each.needs]
-        self._later = [each for each in observers if "gradients" in each.needs]
-        self._grid = _grid(way)
+        self._forward_pass = forward_pass
+        self._kernels = kernels
+        self._statistics = statistics
+        self._forward_observers = [
+            observer
+            for observer in observers
+            if "gradients" not in observer.needs and observer.needs
+        ]
+        self._gradient_observers = [
+            observer for observer in observers if "gradients" in observer.needs
+        ]
+        self._grid = _grid(forward_pass)
         self._count = 0
-        self._numbers = torch.zeros(0, dtype=torch.int64)
-        self._votes: list[Vote] = []
+        self._indices = torch.zeros(0, dtype=torch.int64)
+        self._deferred: list[DeferredUpdate] = []
         self._is_loss = False
         """Whether what flows back is the gradient of the loss, not one that a source asked for."""
 
-    def show(self, batch: Batch, count: int) -> None:
-        """Shows the first `count` images of a batch."""
-        self._count, self._numbers = count, batch.indices[:count]
-        self._votes, self._is_loss = [], False
-        way, source = self._way, self._way.source
-        taps = _hooks(way.dependencies, self._see)
-        scene = way.forward(batch, taps, with_gradients=bool(self._later))
-        if not bool(scene.logits.isfinite().all()):
-            raise DataError("the network answers with values that are not finite")
+    def run(self, batch: Batch, count: int) -> None:
+        """Show the first `count` images of a batch to the observers."""
+        self._count, self._indices = count, batch.indices[:count]
+        self._deferred, self._is_loss = [], False
+        forward_pass, source = self._forward_pass, self._forward_pass.source
+        hooks = _tap_hooks(forward_pass.dependencies, self._on_value)
+        concept_input = forward_pass.forward(
+            batch, hooks, with_gradients=bool(self._gradient_observers)
+        )
+        if not bool(concept_input.logits.isfinite().all()):
+            raise DataError("the network's logits hold values that are not finite")
         if source is not None:
-            regions = Regions(_first(source.find(scene), count))
-            for vote in self._votes:
-                vote(regions)
-        if self._later:
-            logits = scene.logits[:count].float()
-            labels = scene.labels
+            masks = source.find(concept_input)
+            regions = Regions(ConceptMasks(masks.masks[:count], masks.concepts[:count]))
+            for update in self._deferred:
+                update(regions)
+        if self._gradient_observers:
+            logits = concept_input.logits[:count].float()
+            labels = concept_input.labels
             labels = logits.detach().argmax(1) if labels is None else labels[:count]
             check_labels(labels, logits.shape[1])
             self._is_loss = True
             F.cross_entropy(logits, labels, reduction="sum").backward()
 
-    def _see(self, part: str, look: Tap, value: Tensor) -> None:
-        maps = maps_of(look, value.detach())[: self._count]
-        self._tell(self._now, part, maps, None)
+    def _on_value(self, name: str, tap: Tap, value: Tensor) -> None:
+        maps = maps_of(tap, value.detach())[: self._count]
+        self._update(self._forward_observers, name, maps, None)
 
-        if self._later:
-            value.register_hook(functools.partial(self._see_gradient, part, look, maps))
+        if self._gradient_observers:
+            value.register_hook(functools.partial(self._on_gradient, name, tap, maps))
 
-    def _see_gradient(self, part: str, look: Tap, maps: Tensor, gradient: Tensor) -> None:
+    def _on_gradient(self, name: str, tap: Tap, maps: Tensor, gradient: Tensor) -> None:
         if self._is_loss:
-            self._tell(self._later, part, maps, maps_of(look, gradient)[: self._count])
+            gradients = maps_of(tap, gradient)[: self._count]
+            self._update(self._gradient_observers, name, maps, gradients)
 
-    def _tell(
-        self, observers: Sequence[Observer], part: str, maps: Tensor, gradients: Tensor | None
+    def _update(
+        self, observers: Sequence[Observer], name: str, maps: Tensor, gradients: Tensor | None
     ) -> None:
         size = maps.shape[2:]
-        sight = FeatureBatch(
-            tap=part,
+        features = FeatureBatch(
+            tap=name,
             maps=maps,
-            indices=self._numbers,
-            kernels=self._parts[part],
-            statistics=self._usual.get(part),
+            indices=self._indices,
+            kernels=self._kernels[name],
+            statistics=self._statistics.get(name),
             grid=(min(size[0], self._grid[0]), min(size[1], self._grid[1])),
             gradients=gradients,
         )
         for observer in observers:
-            vote = observer.update(sight)
-            if vote is not None:
-                self._votes.append(vote)
+            deferred = observer.update(features)
+            if deferred is not None:
+                self._deferred.append(deferred)
 
 
-def _grid(way: _Pass) -> tuple[int, int]:
-    """The cells that responses are brought to: those that the source works on, if not too many."""
-    node = None if way.source is None else way.source.node
+def _grid(forward_pass: _ForwardPass) -> tuple[int, int]:
+    """Return the grid that responses are averaged to: the source's own, if not too fine."""
+    node = None if forward_pass.source is None else forward_pass.source.node
     if node is None:
         return LARGEST_GRID, LARGEST_GRID
     height, width = (int(size) for size in node.meta["val"].shape[2:])
     return min(height, LARGEST_GRID), min(width, LARGEST_GRID)
 
 
-def _first(found: ConceptMasks, count: int) -> ConceptMasks:
-    return ConceptMasks(found.masks[:count], found.concepts[:count])
-
-
-def maps_of(look: Tap, value: Tensor) -> Tensor:
-    """`[image, filter, h, w]` of a part of a group, whichever dimension the channels lie along."""
-    maps = value.movedim(look.dim, 1)
-    places = maps.shape[2:]
-    height = places[0] if len(places) else 1
-    maps = maps.reshape(*maps.shape[:2], height, -1)
-    if len(look.index) == maps.shape[1]:
-        return maps
-    return maps[:, torch.from_numpy(look.index)]
-
-
-def _hooks(
-    dependencies: DependencyGraph, show: Callable[[str, Tap, Tensor], None]
+def _tap_hooks(
+    dependencies: DependencyGraph, update: Callable[[str, Tap, Tensor], None]
 ) -> dict[Node, NodeHook]:
-    """What to do at each node that is looked at, for all groups that are seen there."""
-    parts_at: dict[Node, list[tuple[str, Tap]]] = {}
-    for part, look in _taps_in_order(dependencies).items():
-        parts_at.setdefault(look.node, []).append((part, look))
+    """Return a hook for each node that has taps: it calls `update` for every tap there."""
+    taps_at: dict[Node, list[tuple[str, Tap]]] = {}
+    for name, tap in all_taps(dependencies).items():
+        taps_at.setdefault(tap.node, []).append((name, tap))
 
-    def see(node: Node, value: Tensor) -> None:
-        for part, look in parts_at[node]:
-            show(part, look, value)
+    def call(node: Node, value: Tensor) -> None:
+        for name, tap in taps_at[node]:
+            update(name, tap, value)
 
-    return {node: functools.partial(see, node) for node in parts_at}
+    return {node: functools.partial(call, node) for node in taps_at}

@@ -1,7 +1,8 @@
-"""How well each filter's activations lie on a concept: overlap, counted in int64."""
+"""IoU of each filter's binarised activations with concept masks, counted in int64."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from secateur.data.concept_masks import UNLABELLED
 
 VALUES_AT_A_TIME = 2**19
-"""So many positions are counted at once: they stay in the processor's cache."""
+"""Positions that are counted at once, few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """Positions in common of binarised feature maps and regions, image by image.
+    """Intersection and union of binarised feature maps with regions, image by image.
 
-    In the unit in which the regions were counted.
+    Areas are in positions, or in the fractions of a position that the regions were counted in.
     """
 
     intersection: Int[Tensor, "image filter region"]
@@ -33,7 +34,7 @@ class Overlap:
 def binarise(
     maps: Float[Tensor, "image filter h w"], thresholds: Float[Tensor, "filter"]
 ) -> Bool[Tensor, "image filter h w"]:
-    """Where each filter is strictly above its threshold."""
+    """Return where each filter is strictly above its threshold."""
     return maps > thresholds[:, None, None]
 
 
@@ -42,22 +43,20 @@ def overlap(
     masks: Bool[Tensor, "image region h w"] | UInt8[Tensor, "image region h w"],
     cell: int = 1,
 ) -> Overlap:
-    """Positions where a filter is active, against each region.
+    """Return the overlap of each filter's active positions with each region.
 
-    Masks may say how much of each position is inside, with `cell` for the whole of it.
+    Masks are booleans, or how much of each position is inside, where `cell` is all of it.
     """
     exact = torch.float32 if cell * active.shape[2:].numel() <= 2**24 else torch.float64
     inside = masks.flatten(2).to(exact)
-    # A last column of whole cells gives the sizes.
+    # A last column of whole cells gives the sizes of the active areas.
     whole = torch.full_like(inside[:, :1], cell)
     columns = torch.cat([inside, whole], 1).transpose(1, 2)
     at_a_time = max(1, VALUES_AT_A_TIME // max(1, active[:1].numel()))
     counts = torch.cat(
         [
-            part.flatten(2).to(exact) @ inside_part
-            for part, inside_part in zip(
-                active.split(at_a_time), columns.split(at_a_time), strict=True
-            )
+            maps.flatten(2).to(exact) @ regions
+            for maps, regions in zip(active.split(at_a_time), columns.split(at_a_time), strict=True)
         ]
     ).long()
     intersection = counts[:, :, :-1]
@@ -65,7 +64,7 @@ def overlap(
     return Overlap(intersection, sizes - intersection)
 
 
-class IoUTally:
+class IoUAccumulator:
     """Dataset-wide IoU of each filter with each concept (Bau et al., CVPR 2017, eq. 1).
 
     A filter's activations count towards a concept's union only in images that show the concept,
@@ -76,17 +75,20 @@ class IoUTally:
         self.intersection: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
         self.union: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
 
-    def add(self, seen: Overlap, concepts: Int[Tensor, "image region"]) -> None:
-        """Takes in a batch; `concepts` numbers what each region shows, or is `ABSENT`."""
-        is_there = concepts.flatten() != UNLABELLED
-        numbers = concepts.flatten()[is_there]
-        for total, part in (
-            (self.intersection, seen.intersection),
-            (self.union, seen.union),
+    def update(self, batch: Overlap, concepts: Int[Tensor, "image region"]) -> None:
+        """Add a batch; `concepts` says which concept each region shows, or is `UNLABELLED`."""
+        is_labelled = concepts.flatten() != UNLABELLED
+        indices = concepts.flatten()[is_labelled]
+        for total, counts in (
+            (self.intersection, batch.intersection),
+            (self.union, batch.union),
         ):
-            total.index_add_(1, numbers, part.movedim(1, 0).flatten(1)[:, is_there])
+            total.index_add_(1, indices, counts.movedim(1, 0).flatten(1)[:, is_labelled])
 
-    @property
-    def iou(self) -> Float[Tensor, "filter concept"]:
-        """Intersection over union in float64; 0 where a concept never occurred."""
+    def state(self) -> Iterable[Tensor]:
+        """Return the sums over images: add those of several processes to merge them."""
+        return (self.intersection, self.union)
+
+    def compute(self) -> Float[Tensor, "filter concept"]:
+        """Return the IoU in float64; 0 where a concept never occurred."""
         return self.intersection.double() / self.union.clamp_min(1)

@@ -1,4 +1,4 @@
-"""Filter scores: every asked-for criterion from one pass over the calibration set."""
+"""Filter scores: every requested criterion from one pass over the calibration set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.errors import UsageError
-from secateur.graph.channel_ids import Ids
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.groups import Group
+from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer
-from secateur.scoring.feature_pass import observe, taps_of
+from secateur.scoring.feature_pass import observe
+from secateur.scoring.taps import taps_of
 
 
 @dataclass(frozen=True, eq=False)
 class FilterScores:
-    """One score a channel, by group; the higher, the more the filter deserves to stay."""
+    """One score for each channel, by group; the higher, the more the channel deserves to stay."""
 
     criterion: str
     scores: dict[str, Float[Tensor, "channel"]]
@@ -37,40 +39,38 @@ def score_filters(
     *,
     observers: tuple[Observer, ...] = (),
 ) -> dict[str, FilterScores]:
-    """The scores by each criterion; the arguments are those of `activations.observe`.
+    """Return the scores by each criterion; see `feature_pass.observe` for the arguments.
 
-    `observers` look on in the same pass. `source` may be None where no criterion looks at images.
+    `observers` see the same pass. `source` may be None where no criterion needs concepts.
     """
     watching = [*criteria.values(), *observers]
     observe(model, dependencies, batches, watching, source, settings)
     return {
-        name: FilterScores(name, scores_of(each, dependencies)) for name, each in criteria.items()
+        name: FilterScores(name, scores_of(criterion, dependencies))
+        for name, criterion in criteria.items()
     }
 
 
 def scores_of(
     criterion: Criterion, dependencies: DependencyGraph
 ) -> dict[str, Float[Tensor, "channel"]]:
-    """`{group: the scores of its channels}` by a criterion that has seen all images."""
-    return {
-        group.name: _by_channel(
-            len(group),
-            [(look.channel, criterion.compute(part)) for part, look in taps_of(group).items()],
-        )
-        for group in dependencies.groups.values()
-    }
+    """Return `{group: the scores of its channels}` by a criterion that has seen all images.
+
+    A channel of several filters gets their mean score. Raises `UsageError` where the criterion
+    doesn't return one finite number for each filter.
+    """
+    return {group.name: _channel_scores(criterion, group) for group in dependencies.groups.values()}
 
 
-def _by_channel(channels: int, parts: list[tuple[Ids, Tensor]]) -> Tensor:
-    """The mean score of each channel's filters."""
-    total, count = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
-    for channel, scores in parts:
-        if scores.shape != (len(channel),) or not bool(scores.isfinite().all()):
+def _channel_scores(criterion: Criterion, group: Group) -> Float[Tensor, "channel"]:
+    rows = []
+    for name, tap in taps_of(group).items():
+        scores = criterion.compute(name)
+        filters = len(tap.channel)
+        if scores.shape != (filters,) or not bool(scores.isfinite().all()):
             raise UsageError(
-                f"the criterion must give one finite number a filter, {len(channel)} of them, and "
-                f"gave a tensor {list(scores.shape)}"
+                f"the criterion must return one finite number for each of {filters} filters, but "
+                f"returned a tensor of shape {list(scores.shape)}"
             )
-        index = torch.from_numpy(channel)
-        total.index_add_(0, index, scores.double())
-        count.index_add_(0, index, torch.ones(len(scores), dtype=torch.float64))
-    return total / count
+        rows.append((torch.from_numpy(tap.channel), scores))
+    return mean_by_channel(rows, len(group))[0]

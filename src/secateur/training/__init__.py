@@ -1,1 +1,1 @@
-"""Training on: fine-tuning and distillation."""
+"""Train a pruned network: fine-tuning with labels, distillation without."""

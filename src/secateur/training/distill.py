@@ -1,5 +1,6 @@
-"""Trains a pruned network on its calibration images to answer as the original does, without
-labels."""
+"""Train a pruned network, without labels, towards the original network's outputs on calibration
+images.
+"""
 
 from __future__ import annotations
 
@@ -9,80 +10,76 @@ from dataclasses import dataclass
 from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
-from secateur.data import Batch, Images, Unreadable
-from secateur.data.preprocessing import Preprocessing
+from secateur.data import Batch
 from secateur.evaluation.divergence import OutputDivergence, divergence_from, logits_of
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.trainer import Epoch, train
+from secateur.training.trainer import Epoch, TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
 
 
 @dataclass(frozen=True)
 class DistillEpoch:
-    """One pass over the calibration images that are not held out; answers are softened as in
-    training."""
+    """One pass over the calibration images that are not held out."""
 
     epoch: Epoch
     held_out: OutputDivergence
-    """With the original network, on the held-out calibration images, after the pass."""
+    """From the original network on the held-out calibration images, after the pass; outputs are
+    softened as in training."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What polishing did, on held-out calibration images, whose answers are softened as in
-    training."""
+    """The result of distillation: divergences from the original network on held-out calibration
+    images, of outputs softened as in training.
+    """
 
     before: OutputDivergence
-    """With the original network, before the first epoch."""
+    """Before the first epoch."""
     epochs: tuple[DistillEpoch, ...]
     chosen: int
-    """The epoch whose weights stayed; 0 where none diverged less than the network as it came."""
+    """The epoch whose weights were kept; 0 if none diverged less than the network before it."""
 
 
 def distill(
     model: nn.Module,
     smaller: nn.Module,
-    fit: Images,
+    data: TrainingData,
     held_out: Callable[[], Iterable[Batch]],
-    preprocessing: Preprocessing,
     settings: DistillSection,
     *,
     seed: int,
     progress: ProgressCallback = no_progress,
-    unreadable: Unreadable | None = None,
 ) -> Distillation:
-    """Trains `smaller` in place on the images of `fit`; how near it came to `model`.
+    """Train `smaller` in place towards the outputs of `model`, and return the divergences.
 
-    The weights of the epoch that diverges least from the original on `held_out` stay, or those
-    that were there before: the divergence never grows. It is that of answers softened as in
-    training: what is trained is what is chosen by. Norms and all else are as in evaluation mode
-    while it trains. Raises `SecateurError` where the loss stops being a number.
+    The weights with the smallest divergence on `held_out` are kept, those before the first epoch
+    included, so the divergence never grows. It is computed from outputs softened as in training.
+    Batch norm stays in evaluation mode. Raises `SecateurError` if the loss is no longer finite.
     """
     expected = logits_of(model, held_out())
-    found: list[OutputDivergence] = []
+    divergences: list[OutputDivergence] = []
 
     def validate(network: nn.Module) -> float:
-        found.append(divergence_from(expected, network, held_out(), settings.temperature))
-        return -found[-1].divergence
+        divergence = divergence_from(expected, network, held_out(), settings.temperature)
+        divergences.append(divergence)
+        return -divergence.divergence
 
     training = train(
         smaller,
         model,
-        fit,
-        preprocessing,
+        data,
         as_training(settings),
         seed=seed,
-        progress=progress,
-        validate=validate,
-        unreadable=unreadable,
+        callbacks=TrainingCallbacks(progress, validate),
     )
-    epochs = zip(training.epochs, found[1:], strict=True)
+    epochs = zip(training.epochs, divergences[1:], strict=True)
     return Distillation(
-        found[0], tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch
+        divergences[0], tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch
     )
 
 
 def as_training(settings: DistillSection) -> TrainingSection:
-    """Polishing as training: by AdamW, with no weight on labels and norms as they are."""
+    """Return the training that distillation is: AdamW, no labels, frozen batch norm."""
     return TrainingSection(
         epochs=settings.epochs,
         batch_size=settings.batch_size,

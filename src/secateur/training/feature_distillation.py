@@ -1,4 +1,4 @@
-"""Feature maps at residual sums, which a network that is trained may be held to."""
+"""Feature distillation: train a network towards the original's feature maps at residual sums."""
 
 from __future__ import annotations
 
@@ -11,64 +11,64 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.graph.trace import operation_name
+from secateur.graph.network_graph import operation_name
 
 SPATIAL = 4
-"""Dimensions of a batch of feature maps."""
+"""Dimensions of a batch of feature maps: [image, channel, height, width]."""
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualSum:
-    """A module whose answer is a residual sum, and what a cut leaves of it."""
+    """A module whose output is a residual sum, and the channels of it that a cut keeps."""
 
     module: str
     kept: tuple[int, ...]
-    """Channels of the original sum that stay."""
+    """Channels of the original sum."""
 
 
 def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[ResidualSum, ...]:
-    """The modules that add two feature maps, with the channels that stay; the last sum of each.
+    """Return the modules that add two feature maps, with the channels that `removed` keeps.
 
-    Sums that the network adds in its own forward, outside of any module, have no name to find
-    them by and are left out.
+    A module with several sums counts with its last one. Sums in the network's own forward, outside
+    of any module, have no module name and are left out.
     """
-    stays = dependencies.is_kept(removed)
-    found: dict[str, ResidualSum] = {}
+    is_kept = dependencies.kept_ids(removed)
+    sums: dict[str, ResidualSum] = {}
     for node in dependencies.graph.nodes:
         if operation_name(node) != "add" or node not in dependencies.axes:
             continue
-        summands = [each for each in node.args[:2] if each in dependencies.axes]
-        shapes = {tuple(each.meta["val"].shape) for each in (node, *summands)}  # type: ignore[union-attr]
+        summands = [summand for summand in node.args[:2] if summand in dependencies.axes]
+        shapes = {tuple(value.meta["val"].shape) for value in (node, *summands)}  # type: ignore[union-attr]
         ids = dependencies.axes[node][1] if len(dependencies.axes[node]) == SPATIAL else None
         stack = list(node.meta.get("nn_module_stack", {}).values())
         if len(summands) == 2 and len(shapes) == 1 and ids is not None and stack and stack[-1]:
-            kept = np.flatnonzero(stays[ids]).tolist()
-            found[stack[-1]] = ResidualSum(stack[-1], tuple(kept))
-    return tuple(found.values())
+            kept = np.flatnonzero(is_kept[ids]).tolist()
+            sums[stack[-1]] = ResidualSum(stack[-1], tuple(kept))
+    return tuple(sums.values())
 
 
 class FeatureMaps:
-    """What modules of a network answered last, by name; see `observed`."""
+    """The last outputs of modules, by name; see `observe`."""
 
     def __init__(self) -> None:
         self.by_module: dict[str, Tensor] = {}
 
 
 @contextlib.contextmanager
-def observed(model: nn.Module, sums: tuple[ResidualSum, ...]) -> Iterator[FeatureMaps]:
-    """Within the block the answers of the modules of `sums` are kept, with their gradients."""
+def observe(model: nn.Module, sums: tuple[ResidualSum, ...]) -> Iterator[FeatureMaps]:
+    """Record the outputs of the modules of `sums` within a block, with their gradients."""
     maps = FeatureMaps()
     hooks = []
 
-    def watch(name: str) -> None:
-        def keep(module: nn.Module, inputs: object, answer: Tensor) -> None:
+    def add_hook(name: str) -> None:
+        def record(module: nn.Module, inputs: object, output: Tensor) -> None:
             del module, inputs
-            maps.by_module[name] = answer
+            maps.by_module[name] = output
 
-        hooks.append(model.get_submodule(name).register_forward_hook(keep))
+        hooks.append(model.get_submodule(name).register_forward_hook(record))
 
-    for each in sums:
-        watch(each.module)
+    for residual_sum in sums:
+        add_hook(residual_sum.module)
     try:
         yield maps
     finally:
@@ -76,17 +76,18 @@ def observed(model: nn.Module, sums: tuple[ResidualSum, ...]) -> Iterator[Featur
             hook.remove()
 
 
-def difference(
-    sums: tuple[ResidualSum, ...], found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+def relative_feature_error(
+    sums: tuple[ResidualSum, ...], maps: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> Tensor:
-    """Mean over the sums of the squared error of the feature maps, relative to the wanted ones.
+    """Return the relative squared error of feature maps, averaged over the sums.
 
-    `wanted` are those of the network before the cut, of which the channels that stay count.
+    `original` are the maps before the cut, of which only the kept channels are compared.
     """
     errors = []
-    for each in sums:
-        kept = torch.tensor(each.kept, device=wanted[each.module].device)
-        target = wanted[each.module].float().index_select(1, kept)
-        error = (found[each.module].float() - target).square().mean()
+    for residual_sum in sums:
+        name = residual_sum.module
+        kept = torch.tensor(residual_sum.kept, device=original[name].device)
+        target = original[name].float().index_select(1, kept)
+        error = (maps[name].float() - target).square().mean()
         errors.append(error / target.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
     return torch.stack(errors).mean()

@@ -1,4 +1,4 @@
-"""What a network is taught by: labels, mixed images, and the answers of another network."""
+"""The loss of training: labels, mixed images, and distillation from another network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from secateur.config import TrainingSection
 from secateur.data.batches import check_labels
 from secateur.errors import UsageError
 from secateur.runtime.module_state import evaluating
-from secateur.training.feature_distillation import ResidualSum, difference, observed
+from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
 
 
 class DistillationLoss:
-    """The loss of a network, and of a teacher's answers, on accelerate's devices and processes."""
+    """Cross-entropy with labels plus distillation from a teacher, on accelerate's device.
+
+    Raises `UsageError` if feature distillation lacks a teacher or residual sums.
+    """
 
     def __init__(
         self,
@@ -32,15 +35,15 @@ class DistillationLoss:
         self._label_weight = 1.0 if teacher is None else settings.label_weight
         if settings.feature_weight and (teacher is None or not sums):
             raise UsageError(
-                "feature_weight needs a teacher and a network with residual sums: leave it at 0"
+                "feature_weight needs a teacher and a network with residual sums: set it to 0"
             )
         self._sums = sums if settings.feature_weight else ()
         self._teacher = teacher if self._label_weight < 1 or self._sums else None
-        # accelerate changes the forward of what it is given: that of a wrapper, not the user's.
+        # accelerate replaces the forward of its argument: of a wrapper, not of the user's module.
         student = accelerator.prepare_model(_Student(model))
         if settings.compile:
-            # Each network counts against torch's limit of compilations of one `forward`, after
-            # which it quietly does without: that of an earlier training, too.
+            # torch limits how often it compiles one `forward`, those of earlier trainings included,
+            # and silently stops compiling beyond the limit.
             torch.compiler.reset()
             student = torch.compile(student)
         self._student = student
@@ -48,24 +51,24 @@ class DistillationLoss:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether any weight is on a teacher's answers."""
+        """Whether any weight is on a teacher's outputs."""
         return self._teacher is not None
 
-    def without_sums(self) -> AbstractContextManager[None]:
-        """Within the block gradients stay those of this process."""
+    def without_gradient_sync(self) -> AbstractContextManager[None]:
+        """Keep gradients local to this process within a block."""
         context: AbstractContextManager[None] = self._accelerator.no_sync(self._student)
         return context
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss, in nats, of images `[image, rgb, height, width]` and class numbers `[image]`.
+        """Return the mean loss in nats; images are `[image, rgb, height, width]`, labels `[image]`.
 
-        Raises `DataError` where a label lies outside the network's classes.
+        Raises `DataError` if a label is outside the network's classes.
         """
         settings, device = self._settings, self._accelerator.device
         images = images.to(device, non_blocking=True)
-        images, classes = self._mixed(images, labels)
+        images, classes = self._mix(images, labels)
         images = images.contiguous(memory_format=torch.channels_last)
-        with observed(self._model, self._sums) as own:
+        with observe(self._model, self._sums) as maps:
             logits = self._student(images).float()
         loss = torch.zeros((), device=device)
         if self._label_weight > 0:
@@ -78,38 +81,38 @@ class DistillationLoss:
             with (
                 torch.no_grad(),
                 self._accelerator.autocast(),
-                observed(self._teacher, self._sums) as wanted,
+                observe(self._teacher, self._sums) as teacher_maps,
             ):
-                taught = self._teacher(images).float()
+                teacher_logits = self._teacher(images).float()
             if self._sums:
-                error = difference(self._sums, own.by_module, wanted.by_module)
+                error = relative_feature_error(self._sums, maps.by_module, teacher_maps.by_module)
                 loss = loss + settings.feature_weight * error
             temperature = settings.temperature
             divergence = F.kl_div(
                 F.log_softmax(logits / temperature, dim=1),
-                F.log_softmax(taught / temperature, dim=1),
+                F.log_softmax(teacher_logits / temperature, dim=1),
                 reduction="batchmean",
                 log_target=True,
             )
             loss = loss + (1 - self._label_weight) * temperature**2 * divergence
         return loss
 
-    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images mixed among themselves, and the shares of the classes `[image, class]`."""
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images mixed by MixUp or CutMix, and their class fractions `[image, class]`."""
         settings = self._settings
         if not (settings.mixup or settings.cutmix):
             return images, labels
         if self._mixing is None:
             with evaluating(self._model), torch.inference_mode():
                 classes = self._model(images[:1]).shape[1]
-            ways = [
-                way(alpha=alpha, num_classes=classes)
-                for way, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+            transforms = [
+                mix(alpha=alpha, num_classes=classes)
+                for mix, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
                 if alpha
             ]
-            self._mixing = v2.RandomChoice(ways)
+            self._mixing = v2.RandomChoice(transforms)
         if self._label_weight == 0:
-            labels = torch.zeros_like(labels)  # no label is looked at, so there may be none
+            labels = torch.zeros_like(labels)  # they are unused and may not exist
         check_labels(labels, self._mixing.transforms[0].num_classes)
         mixed: tuple[Tensor, Tensor] = self._mixing(images, labels.to(images.device))
         return mixed

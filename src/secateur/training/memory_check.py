@@ -1,4 +1,4 @@
-"""Whether a training step fits into memory."""
+"""Check that a training step fits into memory."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from secateur.runtime.module_state import device_of, evaluating
 
 
 def check_training(
-    model: nn.Module, images: Float[Tensor, "image channel *position"], at_once: int
+    model: nn.Module, images: Float[Tensor, "image channel *position"], batch_size: int
 ) -> None:
-    """Raises `SecateurError` where a step on so many images at once takes more memory than is free.
+    """Raise `SecateurError` if a training step on `batch_size` images needs more than free memory.
 
-    What a step holds is measured on half of the few `images` and on all of them: the values that
-    gradients are computed from, of which those that don't grow with the batch, such as kernels in
-    another precision, count once.
+    What autograd saves is measured on half of the few `images` and on all of them, and
+    extrapolated: values that don't grow with the batch, such as kernels in another precision, count
+    once.
     """
     half = max(1, len(images) // 2)
-    few, more = (_model_bytes(model, some) for some in (images[:half], images))
+    few, more = (_saved_bytes(model, batch) for batch in (images[:half], images))
     growing = (more - few) / max(1, len(images) - half) if len(images) > half else float(more)
-    needed = more + growing * (at_once - len(images))
+    needed = more + growing * (batch_size - len(images))
     free = free_bytes(device_of(model))
     if needed > free:
         raise SecateurError(
-            f"a training step on {at_once} images takes about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free: a smaller batch_size or a larger accumulate "
-            "takes less"
+            f"a training step on {batch_size} images takes about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: a smaller batch_size or a larger "
+            "gradient_accumulation_steps takes less"
         )
 
 
-def _model_bytes(model: nn.Module, images: Tensor) -> int:
-    """What a step on these images holds for its gradients, beside the network itself."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    held: dict[int, torch.UntypedStorage] = {}
-    """By address; held, so that no other value takes the place of one and is missed."""
+def _saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes that autograd saves for a step on images, without the network's tensors."""
+    network = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    saved: dict[int, torch.UntypedStorage] = {}
+    """By address; kept alive, so that no other tensor gets the same address."""
 
-    def note(tensor: Tensor) -> None:
+    def record(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage
-        # Nothing is left in place of the tensor: the graph would hold it, and it the graph.
+        if storage.data_ptr() not in network:
+            saved[storage.data_ptr()] = storage
+        # Returns nothing: the graph would keep the tensor alive, and the tensor the graph.
 
     with evaluating(model), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
-            answers = model(images)
-        del answers
-    return sum(storage.nbytes() for storage in held.values())
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda nothing: nothing):
+            outputs = model(images)
+        del outputs
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,7 +1,7 @@
-"""Batch norms that take the statistics of a batch over all processes.
+"""Synchronise batch norm: normalise by the statistics of a batch over all processes.
 
-torch's `SyncBatchNorm` does so on accelerators only; this does the same with differentiable sums
-over processes, on any device. Without it the size of a process's share changes what is learnt.
+torch's `SyncBatchNorm` does so on accelerators only; this works on any device, by differentiable
+sums over processes. Without it, results depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional as across
+import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,35 +23,34 @@ from secateur.runtime import distributed
 
 @contextlib.contextmanager
 def sync_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Within the block the batch norms of `model` normalise by the batch of all processes.
+    """Make the batch norms of a network normalise by the batch of all processes within a block.
 
-    Only where they would normalise by their own batch, that is, in training mode. What else a norm
-    of its own class does, such as an activation behind it, stays. With one process nothing is
-    changed.
+    This concerns training mode only. Whatever else a subclass of batch norm does, such as an
+    activation, it still does. With one process nothing changes.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    batchnorms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if distributed.rank_and_world_size()[1] == 1:
         yield
         return
-    for norm in norms:
+    for norm in batchnorms:
         norm.forward = functools.partial(_forward, norm)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for norm in norms:
-            del norm.forward  # the class's own is seen again
+        for norm in batchnorms:
+            del norm.forward  # uncovers the class's method
 
 
 def _forward(norm: _BatchNorm, values: Tensor) -> Tensor:
-    own = type(norm).forward
+    forward = type(norm).forward
     if not norm.training:  # processes may validate on different numbers of batches
-        return own(norm, values)
+        return forward(norm, values)
     with _SyncBatchNormMode():
-        return own(norm, values)
+        return forward(norm, values)
 
 
 class _SyncBatchNormMode(TorchFunctionMode):
-    """Within the block `batch_norm` in training takes the statistics of all processes."""
+    """Replace `batch_norm` by one with the statistics of all processes, within a block."""
 
     def __torch_function__(
         self,
@@ -75,18 +74,18 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As `torch.nn.functional.batch_norm`, whose arguments it takes."""
+    """Replace `torch.nn.functional.batch_norm`."""
     if not training:
         return F.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
     axes = [axis for axis in range(values.dim()) if axis != 1]
     shape = [1, -1] + [1] * (values.dim() - 2)
     exact = values.float()
     counts = exact.new_tensor([exact.numel() / exact.shape[1]])
-    sums: Tensor = across.all_reduce(torch.cat([exact.sum(axes), counts]))
+    sums: Tensor = differentiable.all_reduce(torch.cat([exact.sum(axes), counts]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     centred = exact - mean.reshape(shape)
-    squares: Tensor = across.all_reduce(centred.square().sum(axes))
+    squares: Tensor = differentiable.all_reduce(centred.square().sum(axes))
     variance = squares / count
     with torch.no_grad():  # the running variance is unbiased, as torch's
         if running_mean is not None:

@@ -40,14 +40,13 @@ def demo(
     from secateur.experiments.demo import MODEL, digits_config, train_digits
 
     run_folder.check_free(out, overwrite=True)
+    run_context = output.run_context()
     if weights is None:
         weights = out.parent / f"{out.name}-base.safetensors"
-        train_digits(weights, output.progress())
+        train_digits(weights, run_context)
         config = digits_config(weights)
     else:
         model_table = {"name": model or MODEL, "weights": str(weights)}
         config = from_dict({"model": model_table, "data": {"source": data_source}}, RunConfig)
-    result = runs.run(
-        config, out, overwrite=True, progress=output.progress(), command=output.command_line()
-    )
+    result = runs.run(config, out, run_context, overwrite=True)
     output.show_run(result, out, as_json=as_json)

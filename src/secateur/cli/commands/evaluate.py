@@ -36,13 +36,7 @@ def evaluate(
     from secateur.evaluation.evaluate import evaluate as evaluate_network
     from secateur.experiments.manifest import CONFIG
     from secateur.experiments.run_folder import load_pruned
-    from secateur.pipeline.prune import (
-        check_weights,
-        load_inputs,
-        make_unreadable,
-        names_of,
-        stream,
-    )
+    from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
 
     config = given.make(RunConfig, base=None if run is None else run / CONFIG)
     if run is not None:
@@ -51,8 +45,8 @@ def evaluate(
     else:
         check_weights(config, allow_untrained=allow_untrained)
         dataset, network = load_inputs(config)
-    unreadable = make_unreadable(config)
-    images = stream(dataset.test, config, output.progress(), "scoring", unreadable)
-    score = evaluate_network(network, images)
-    names = None if unreadable is None else names_of(unreadable)
+    run_context = output.run_context().collecting_unreadable(config)
+    batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
+    score = evaluate_network(network, batches)
+    names = None if run_context.unreadable is None else run_context.unreadable_files
     output.show_score(score, names, as_json=as_json)

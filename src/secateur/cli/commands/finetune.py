@@ -55,18 +55,17 @@ def finetune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
+    from secateur.integrations.trackers import make_tracker
 
     with output.resumable(run):
         result = runs.finetune(
             run,
             out or run,
             changes,
+            output.run_context(make_tracker(tracker, tracker_dir)),
             model_name=model,
             source=source,
             resume=resume,
             overwrite=overwrite,
-            progress=output.progress(),
-            board=tracker_dir,
-            command=output.command_line(),
         )
     output.show_run(result, out or run, as_json=as_json)

@@ -72,7 +72,7 @@ def inspect(
     from secateur import data
     from secateur.cli import output
     from secateur.experiments.inspect import group_of, inspect_network
-    from secateur.pipeline.prune import check_weights
+    from secateur.pipeline.inputs import check_weights
     from secateur.scoring.concepts import annotated_images
 
     names = tuple(criterion or ["vote"])
@@ -83,7 +83,7 @@ def inspect(
         changes["data.source"] = data.NONE
     config = given.make(RunConfig, changes=changes)
     check_weights(config, allow_untrained=allow_untrained)
-    inspection = inspect_network(config, names, pictures=pictures, progress=output.progress())
+    inspection = inspect_network(config, names, output.run_context(), pictures=pictures)
     if as_json:
         print(json.dumps(inspection, indent=1))
         return

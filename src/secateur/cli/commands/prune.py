@@ -87,16 +87,15 @@ def prune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
+    from secateur.integrations.trackers import make_tracker
 
     with output.resumable(out):
         result = runs.run(
             config,
             out,
+            output.run_context(make_tracker(tracker, tracker_dir)),
             overwrite=overwrite,
             resume=resume,
             allow_untrained=allow_untrained,
-            progress=output.progress(),
-            board=tracker_dir,
-            command=output.command_line(),
         )
     output.show_run(result, out, as_json=as_json)

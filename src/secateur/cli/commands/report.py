@@ -73,12 +73,12 @@ def report(
         pictures = run / CHARTS if out is None else out.resolve()
     written = runs.report(
         run,
+        output.run_context(),
         model_name=model,
         source=data_source,
         images=images,
         beside=beside,
         pictures=pictures,
-        progress=output.progress(),
     )
     if as_json:
         print(json.dumps([str(path) for path in written], indent=1))

@@ -44,15 +44,10 @@ def train(
     from secateur.cli import console, output
     from secateur.experiments.manifest import WEIGHTS
     from secateur.experiments.train_base import train_base
+    from secateur.integrations.trackers import make_tracker
 
-    result = train_base(
-        config,
-        out,
-        resume=resume,
-        progress=output.progress(),
-        board=tracker_dir,
-        command=output.command_line(),
-    )
+    run_context = output.run_context(make_tracker(tracker, tracker_dir))
+    result = train_base(config, out, run_context, resume=resume)
     if as_json:
         print(result.model_dump_json(indent=1))
         return

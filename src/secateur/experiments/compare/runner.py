@@ -27,15 +27,10 @@ import tomli_w
 from secateur.config import from_dict, parse_budget, read_tables
 from secateur.errors import RunFolderError, SecateurError
 from secateur.experiments.compare.spec import BenchmarkSpec, Job, group_jobs, jobs_of
-from secateur.pipeline.prune import (
-    Baseline,
-    check_names,
-    check_weights,
-    load_inputs,
-    make_baseline,
-    prune,
-)
+from secateur.pipeline.inputs import check_names, check_weights, load_inputs
+from secateur.pipeline.prune import prune
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.atomic_io import UNFINISHED, make_folder, make_inner_folder, replace_file
 from secateur.runtime.error_messages import explain
 from secateur.runtime.file_lock import lock_folder
@@ -104,7 +99,7 @@ def run_benchmark(
     for cell in cells:
         check_names(cell.config)
         check_weights(cell.config, allow_untrained=False)
-    with lock_folder(folder) as lock:
+    with lock_folder(folder):
         _prepare(folder, comparison)
         known = {cell.id: read_job(folder, cell) for cell in cells}
         missing = [
@@ -113,7 +108,7 @@ def run_benchmark(
             if (found := known[cell.id]) is None or (retry and found.outcome == "failed")
         ]
         for done in progress(
-            _run_jobs(folder, comparison, missing, workers, lock), "cells", len(missing)
+            _run_jobs(folder, comparison, missing, workers), "cells", len(missing)
         ):
             known[done.id] = done
         _tidy(folder, [id for id, found in known.items() if found and found.outcome == "done"])
@@ -182,20 +177,16 @@ class _Process:
 
 
 def _run_jobs(
-    folder: Path, comparison: BenchmarkSpec, missing: Sequence[Job], jobs: int, lock: int | None
+    folder: Path, comparison: BenchmarkSpec, missing: Sequence[Job], jobs: int
 ) -> Iterator[JobResult]:
-    """The results of the missing cells as they come.
-
-    The processes inherit the lock: where this one is killed, none takes the folder before the last
-    of them has noticed it.
-    """
+    """The results of the missing cells as they come."""
     waiting = group_jobs(missing, jobs)
     told: queue.SimpleQueue[tuple[_Process, str | None]] = queue.SimpleQueue()
     running: list[_Process] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(folder, comparison, waiting.pop(0), told, lock))
+                running.append(_start(folder, comparison, waiting.pop(0), told))
             process, line = told.get()
             if line is not None:
                 done = _note(folder, process, line)
@@ -214,7 +205,6 @@ def _start(
     comparison: BenchmarkSpec,
     cells: list[Job],
     told: queue.SimpleQueue[tuple[_Process, str | None]],
-    lock: int | None,
 ) -> _Process:
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": str(comparison.threads)}
@@ -230,7 +220,6 @@ def _start(
         stderr=errors,
         encoding="utf-8",
         env=environment,
-        pass_fds=() if lock is None else (lock,),
         start_new_session=True,  # an interrupt is for this process, which ends the others
     )
     process = _Process(popen, list(cells), errors)
@@ -339,9 +328,9 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
     if comparison.score_on == "validation":
         dataset = dataclasses.replace(dataset, test=dataset.validation)
     names = tuple(dict.fromkeys(cell.criterion for cell in cells))
-    start: Baseline | None = None
+    baseline: Baseline | None = None
     with contextlib.suppress(Exception):  # then each cell by itself shows whose fault it is
-        start = make_baseline(model, dataset, first, names)
+        baseline = make_baseline(model, dataset, first, names)
     for cell in cells:
         print(f"begun {cell.id}", file=say, flush=True)
         result, failed = None, ""
@@ -349,7 +338,7 @@ def work(folder: Path, ids: Sequence[str], say: IO[str]) -> None:
             # Layers timed anew may make another plan, for which no checkpoint is of use.
             is_timed = parse_budget(cell.target).quantity == "latency"
             checkpoints = None if is_timed else folder / CHECKPOINTS / cell.id
-            pruned = prune(model, dataset, cell.config, start=start, checkpoints=checkpoints)
+            pruned = prune(model, dataset, cell.config, baseline=baseline, checkpoints=checkpoints)
             result = pruned.result
         except SecateurError as error:
             failed = str(error)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report.gallery import Gallery, LayerGallery, to_json
 from secateur.pipeline.result import GroupResult, RunResult
-from secateur.pruning.refit.batchnorm import BatchNormRecalibration
+from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
 MOST_CONCEPTS = 30
@@ -168,10 +168,10 @@ def _cards(result: RunResult) -> list[Card]:
 
 
 def _norms_text(change: BatchNormRecalibration) -> str:
-    if not change.share:
+    if not change.fraction:
         return "left as they were"
     which = "means" if change.statistics == "means" else "means and variances"
-    return f"{which} moved {change.share:.0%} of the way to the re-estimated ones"
+    return f"{which} moved {change.fraction:.0%} of the way to the re-estimated ones"
 
 
 def _layers(result: RunResult, gallery: Gallery | None) -> list[dict[str, Any]]:

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
 from secateur.pipeline.dissect import VOTES, dissect_network
-from secateur.pipeline.prune import make_scoring_context, make_unreadable, preprocessing
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
 
@@ -92,14 +92,13 @@ def make_gallery(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"calibration_images": few})}
     )
-    unreadable = make_unreadable(config)
-    context = make_scoring_context(model, dataset, config, unreadable, dependencies)
+    run_context = RunContext(progress).collecting_unreadable(config)
+    context = make_scoring_context(model, dataset, config, run_context, dependencies=dependencies)
     count = config.report.top_images
-    sights = dissect_network(model, context, config, (VOTES,), images=count, progress=progress)
-    later = make_scoring_context(smaller, dataset, config, unreadable)
-    after = dissect_network(
-        smaller, later, config, images=1, title="looking at what is left", progress=progress
-    )
+    sights = dissect_network(model, context, config, (VOTES,), images=count)
+    later = make_scoring_context(smaller, dataset, config, run_context)
+    title = "dissecting remaining filters"
+    after = dissect_network(smaller, later, config, images=1, title=title)
     tops = {name: sights.top(group) for name, group in context.dependencies.groups.items()}
     numbers = [top.indices for top in tops.values()]
     wanted = torch.cat([torch.zeros(0).long(), *(each.flatten() for each in numbers)]).unique()
@@ -130,7 +129,7 @@ def make_gallery(
     return Gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(context.calibration, wanted, config),
+        images=_thumbnails(context, wanted, config.data.batch_size),
         image_classes=_class_names(context.calibration, wanted, dataset),
         layers=tuple(layers),
     )
@@ -158,13 +157,13 @@ def _packed(regions: Bool[Tensor, "filter place h w"]) -> tuple[tuple[int, int],
     return grid, np.packbits(regions.flatten(2).numpy(), axis=-1).tobytes()
 
 
-def _thumbnails(images: Images, wanted: Tensor, config: RunConfig) -> tuple[bytes, ...]:
+def _thumbnails(context: ScoringContext, wanted: Tensor, batch_size: int) -> tuple[bytes, ...]:
     """The images as the network gets them, as JPEG."""
-    found: list[bytes] = []
-    expected = preprocessing(config)
-    for some in wanted.split(config.data.batch_size):
-        found += [_jpeg(_visible(pixels)) for pixels in images.read(some, expected)]
-    return tuple(found)
+    thumbnails: list[bytes] = []
+    for indices in wanted.split(batch_size):
+        images = context.calibration.read(indices, context.reader.preprocessing)
+        thumbnails += [_jpeg(_visible(pixels)) for pixels in images]
+    return tuple(thumbnails)
 
 
 def _visible(pixels: Num[Tensor, "channel height width"]) -> UInt8[Tensor, "rgb height width"]:

@@ -1,19 +1,20 @@
-"""How channel ids pass through each operation: one function a family, in one table.
+"""Rules: how channel ids pass through each operation, one function per family, in one table.
 
-A rule takes the spread and the node of an operation and returns the ids along each dimension of
-its value, `None` for a dimension whose size never changes (a list of those where the operation has
-several values). On the way it ties channels that must live and die together, and freezes those
-that must stay. An operation that is not in the table freezes all that it reads.
+A rule takes the `ChannelPropagation` and the node of an operation and returns the ids along each
+dimension of its value, `None` for a dimension whose size never changes (a list of those if the
+operation has several values). On the way it couples channels that must be cut together, and freezes
+those that must stay. An operation that is not in the table freezes all its inputs.
 
-Rules for operations of one's own go to `make_wiring(…, rules={"namespace::name": rule})`.
+Pass rules for your own operations to
+`build_dependency_graph(…, rules={"namespace::name": rule})`.
 """
 
 from __future__ import annotations
 
-from secateur.graph.channel_ids import Rule
+from secateur.graph.propagation import Rule
 from secateur.graph.rules import elementwise, layers, shapes
 
-_EACH_VALUE = (
+_UNARY = (
     *("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
     *("leaky_relu", "elu", "selu", "celu", "softplus", "softsign", "mish", "log_sigmoid"),
     *("hardshrink", "softshrink", "threshold", "rrelu"),
@@ -22,7 +23,7 @@ _EACH_VALUE = (
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias"),
     *("to", "_to_copy", "type_as", "lift_fresh_copy", "bitwise_not", "zeros_like", "ones_like"),
 )
-_SEVERAL_VALUES = (
+_BINARY = (
     *("mul", "div", "pow", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp"),
     *("clamp", "clamp_min", "clamp_max", "rsub", "masked_fill"),
     *("gt", "lt", "ge", "le", "eq", "ne", "logical_and", "logical_or", "remainder", "fmod"),
@@ -60,8 +61,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
     "group_norm": layers.group_norm,
     "prelu": layers.prelu,
-    **dict.fromkeys(_EACH_VALUE, elementwise.keep),
-    **dict.fromkeys(_SEVERAL_VALUES, elementwise.combine),
+    **dict.fromkeys(_UNARY, elementwise.keep),
+    **dict.fromkeys(_BINARY, elementwise.combine),
     **dict.fromkeys(("add", "sub"), elementwise.add),
     **dict.fromkeys(_POOLING, elementwise.pool),
     **dict.fromkeys(_UPSAMPLING, elementwise.upsample),

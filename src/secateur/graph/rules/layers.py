@@ -1,4 +1,4 @@
-"""Rules of layers: convolutions, linear layers, embeddings, norms with parameters."""
+"""Rules of layers: convolutions, linear layers, embeddings, and norms with parameters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ import math
 import numpy as np
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import (
-    Axes,
-    ChannelPropagation,
-    Consumer,
-    Ids,
-    Layer,
-    argument,
-    first_input,
-    position_of,
-    positions,
-    shape_of,
-)
+from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer
+from secateur.graph.network_graph import argument, first_input, position_of, shape_of
+from secateur.graph.propagation import ChannelPropagation, positions_per_image
 
 MIXED_POSITIONS = "convolved over as if they were positions"
 FIXED_KERNEL = "read by a kernel of fixed size"
@@ -27,205 +18,224 @@ COMPUTED = "a kernel that is computed from feature maps"
 
 
 def _add_layer(
-    spread: ChannelPropagation,
+    propagation: ChannelPropagation,
     node: Node,
     weight: Node,
-    places: int,
+    positions: int,
     before: Axes,
-    written: Ids | None,
+    produced: Ids | None,
     filter_dim: int = 0,
 ) -> Layer:
+    """Add a layer; `before` are the axes of its input before the channels: batch and positions."""
     source = weight
-    while source not in spread.graph.tensor_names and source.all_input_nodes:
+    while source not in propagation.graph.tensor_names and source.all_input_nodes:
         source = source.all_input_nodes[0]
-    parameter = spread.graph.tensor_names.get(source, "")
-    over = tuple(ids for ids in before if ids is not None)
+    parameter = propagation.graph.tensor_names.get(source, "")
+    position_channels = tuple(ids for ids in before if ids is not None)
     layer = Layer(
         name=parameter.rpartition(".")[0] or parameter or node.name,
         weight=parameter,
         is_computed=weight is not source,
-        produced=written,
+        produced=produced,
         filter_dim=filter_dim,
-        positions=places // math.prod(map(len, over)),
-        over=over,
+        positions=positions // math.prod(map(len, position_channels)),
+        position_channels=position_channels,
         node=node,
-        kernel=spread.axes[weight],
+        kernel=propagation.axes[weight],
         shape=tuple(int(size) for size in shape_of(weight)),
     )
-    spread.layers.append(layer)
+    propagation.layers.append(layer)
     return layer
 
 
-def _add_consumer(spread: ChannelPropagation, layer: Layer, dim: int) -> None:
-    ids = spread.axes[first_input(layer.node)][dim]
+def _add_consumer(propagation: ChannelPropagation, layer: Layer, dim: int) -> None:
+    ids = propagation.axes[first_input(layer.node)][dim]
     if ids is not None:
-        spread.readers.append(Consumer(layer.name, layer.node, dim, ids))
+        propagation.consumers.append(Consumer(layer.name, layer.node, dim, ids))
 
 
-def _is_computed(spread: ChannelPropagation, weight: Node) -> bool:
-    return spread.depends_on(weight, spread.graph.image)
+def _is_computed(propagation: ChannelPropagation, weight: Node) -> bool:
+    return propagation.depends_on(weight, propagation.graph.image)
 
 
-def convolution(spread: ChannelPropagation, node: Node) -> Axes:
-    """Sums over input channels, or over those of each group; writes its filters."""
+def convolution(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Convolutions sum over input channels, or those of each group; their filters are new ones."""
     images, weight = first_input(node), first_input(node, 1)
-    if _is_computed(spread, weight):
-        spread.count_product(node)
-        return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
+    if _is_computed(propagation, weight):
+        propagation.count_product(node)
+        return propagation.freeze_inputs(node, COMPUTED)  # type: ignore[no-any-return]
     groups = argument(node, "groups", 1)
     bias = argument(node, "bias")
     is_transposed = "transpose" in node.target._schema.name  # type: ignore[union-attr]
-    shape, kernel = shape_of(node), spread.axes[weight]
+    shape, kernel = shape_of(node), propagation.axes[weight]
     channel_dim = len(shape) - len(kernel) + 1
-    counted = shape_of(images) if is_transposed else shape
-    places = positions(spread, counted[:channel_dim], counted[channel_dim + 1 :])
-    spread.freeze(spread.axes[images][channel_dim + 1 :], MIXED_POSITIONS)
-    read = spread.axes[images][channel_dim]
-    inputs, outputs = (int(shape_of(each)[channel_dim]) for each in (images, node))
-    by_group = groups > 1 and groups >= max(inputs, outputs) // groups
-    if by_group:
-        written = _by_group(spread, node, kernel, read, groups, is_transposed=is_transposed)
+    # A transposed convolution applies its kernel at each position of its input.
+    applied = shape_of(images) if is_transposed else shape
+    positions = positions_per_image(propagation, applied[:channel_dim], applied[channel_dim + 1 :])
+    propagation.freeze(propagation.axes[images][channel_dim + 1 :], MIXED_POSITIONS)
+    consumed = propagation.axes[images][channel_dim]
+    inputs, outputs = (int(shape_of(value)[channel_dim]) for value in (images, node))
+    cuts_whole_groups = groups > 1 and groups >= max(inputs, outputs) // groups
+    if cuts_whole_groups:
+        produced = _by_group(
+            propagation, node, kernel, consumed, groups, is_transposed=is_transposed
+        )
     else:
-        written = _within_groups(spread, kernel, read, groups, is_transposed=is_transposed)
-    filter_dim = 1 if is_transposed and not by_group else 0
-    before = spread.axes[images][:channel_dim]
-    layer = _add_layer(spread, node, weight, places, before, written, filter_dim)
-    if not by_group:
-        _add_consumer(spread, layer, channel_dim)
+        produced = _within_groups(
+            propagation, kernel, consumed, groups, is_transposed=is_transposed
+        )
+    filter_dim = 1 if is_transposed and not cuts_whole_groups else 0
+    before = propagation.axes[images][:channel_dim]
+    layer = _add_layer(propagation, node, weight, positions, before, produced, filter_dim)
+    if not cuts_whole_groups:
+        _add_consumer(propagation, layer, channel_dim)
     if isinstance(bias, Node):
-        spread.tie(written, spread.axes[bias][0], "added to a bias of fixed size")
-    return (*before, written, *(None for _ in shape[channel_dim + 1 :]))
+        propagation.couple(produced, propagation.axes[bias][0], "added to a bias of fixed size")
+    return (*before, produced, *(None for _ in shape[channel_dim + 1 :]))
 
 
 def _by_group(
-    spread: ChannelPropagation,
+    propagation: ChannelPropagation,
     node: Node,
     kernel: Axes,
-    read: Ids | None,
+    consumed: Ids | None,
     groups: int,
     *,
     is_transposed: bool,
 ) -> Ids | None:
-    """Channels written where whole groups go, as in depthwise convolutions.
+    """Return the produced channels if whole groups are cut, as in depthwise convolutions.
 
-    Chosen where it leaves more to choose from than `_within_groups`.
+    Used if that leaves more to choose from than `_within_groups`.
     """
-    spread.freeze((kernel[1],), "a group of a convolution goes as a whole")
+    propagation.freeze((kernel[1],), "a group of a convolution can only be cut as a whole")
     if kernel[0] is None:
-        spread.freeze((read,), FIXED_KERNEL)
+        propagation.freeze((consumed,), FIXED_KERNEL)
         return None
-    first = None if read is None else spread.tie_rows(read.reshape(groups, -1))
-    group = spread.tie_rows(kernel[0].reshape(groups, -1))
-    spread.tie(first, group, FIXED_GROUPS)
+    first = None if consumed is None else propagation.couple_rows(consumed.reshape(groups, -1))
+    group = propagation.couple_rows(kernel[0].reshape(groups, -1))
+    propagation.couple(first, group, FIXED_GROUPS)
     width = len(kernel[0]) // groups
     index = position_of(node, "groups")
-    spread.resizes[node] = lambda count: {index: count(kernel[0], 0) // width}
+    propagation.resizes[node] = lambda count: {index: count(kernel[0], 0) // width}
     if not is_transposed:
         return kernel[0]
-    outputs_a_group = len(kernel[1]) if kernel[1] is not None else 1
-    return np.repeat(group, outputs_a_group)
+    outputs_per_group = len(kernel[1]) if kernel[1] is not None else 1
+    return np.repeat(group, outputs_per_group)
 
 
 def _within_groups(
-    spread: ChannelPropagation, kernel: Axes, read: Ids | None, groups: int, *, is_transposed: bool
+    propagation: ChannelPropagation,
+    kernel: Axes,
+    consumed: Ids | None,
+    groups: int,
+    *,
+    is_transposed: bool,
 ) -> Ids | None:
-    """Channels written where every group, of one or more, keeps the same of its channels."""
+    """Return the produced channels if every group (there may be one) keeps the same channels."""
     if is_transposed:
-        inputs = _same_in_groups(spread, kernel[0], groups)
-        spread.tie(_same_in_groups(spread, read, groups), inputs, FIXED_KERNEL)
+        inputs = _same_in_groups(propagation, kernel[0], groups)
+        propagation.couple(_same_in_groups(propagation, consumed, groups), inputs, FIXED_KERNEL)
         return None if kernel[1] is None else np.tile(kernel[1], groups)
     reason = FIXED_KERNEL if groups == 1 else FIXED_GROUPS
-    spread.tie(_same_in_groups(spread, read, groups), kernel[1], reason)
-    _same_in_groups(spread, kernel[0], groups)
+    propagation.couple(_same_in_groups(propagation, consumed, groups), kernel[1], reason)
+    _same_in_groups(propagation, kernel[0], groups)
     return kernel[0]
 
 
-def _same_in_groups(spread: ChannelPropagation, ids: Ids | None, groups: int) -> Ids | None:
-    """States that all groups hold the same channels by their number in the group; of one group."""
-    return None if ids is None else spread.tie_rows(ids.reshape(groups, -1).T)
+def _same_in_groups(propagation: ChannelPropagation, ids: Ids | None, groups: int) -> Ids | None:
+    """Couple the groups channel by channel; return the ids of one group."""
+    return None if ids is None else propagation.couple_rows(ids.reshape(groups, -1).T)
 
 
-def linear(spread: ChannelPropagation, node: Node) -> Axes:
-    """Sums over the last dimension; writes its filters there."""
+def linear(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Linear layers sum over the last dimension; filters are the new channels there."""
     inputs, weight = first_input(node), first_input(node, 1)
     bias = argument(node, "bias")
-    if _is_computed(spread, weight):
-        spread.count_product(node)
-        return spread.refuse(node, COMPUTED)  # type: ignore[no-any-return]
-    before = spread.axes[inputs][:-1]
-    filters, read = spread.axes[weight]
-    places = positions(spread, shape_of(node)[:-1])
-    layer = _add_layer(spread, node, weight, places, before, filters)
-    spread.tie(spread.axes[inputs][-1], read, FIXED_KERNEL)
-    _add_consumer(spread, layer, len(shape_of(inputs)) - 1)
+    if _is_computed(propagation, weight):
+        propagation.count_product(node)
+        return propagation.freeze_inputs(node, COMPUTED)  # type: ignore[no-any-return]
+    before = propagation.axes[inputs][:-1]
+    filters, columns = propagation.axes[weight]
+    positions = positions_per_image(propagation, shape_of(node)[:-1])
+    layer = _add_layer(propagation, node, weight, positions, before, filters)
+    propagation.couple(propagation.axes[inputs][-1], columns, FIXED_KERNEL)
+    _add_consumer(propagation, layer, len(shape_of(inputs)) - 1)
     if isinstance(bias, Node):
-        spread.tie(filters, spread.axes[bias][0], "added to a bias of fixed size")
+        propagation.couple(filters, propagation.axes[bias][0], "added to a bias of fixed size")
     return (*before, filters)
 
 
-def embedding(spread: ChannelPropagation, node: Node) -> Axes:
-    """Rows of a table, which hold channels."""
+def embedding(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Embeddings look up rows of a table, which hold channels."""
     table, index = first_input(node), first_input(node, 1)
-    spread.freeze((spread.axes[table][0], *spread.axes[index]), "looked up by number")
-    return (*(None for _ in spread.axes[index]), spread.axes[table][1])
+    propagation.freeze(
+        (propagation.axes[table][0], *propagation.axes[index]), "looked up by number"
+    )
+    return (*(None for _ in propagation.axes[index]), propagation.axes[table][1])
 
 
-def prelu(spread: ChannelPropagation, node: Node) -> Axes:
-    """A slope for each channel along dimension 1, or one for all."""
-    axes, slopes = spread.axes[first_input(node)], first_input(node, 1)
+def prelu(propagation: ChannelPropagation, node: Node) -> Axes:
+    """PReLU has a slope for each channel along dimension 1, or one for all."""
+    axes, slopes = propagation.axes[first_input(node)], first_input(node, 1)
     if int(shape_of(slopes)[0]) > 1:
-        spread.tie(axes[1], spread.axes[slopes][0], "multiplied by slopes of fixed size")
+        propagation.couple(
+            axes[1], propagation.axes[slopes][0], "multiplied by slopes of fixed size"
+        )
     return axes
 
 
-def channel_norm(spread: ChannelPropagation, node: Node) -> Axes:
-    """Batch and instance norm: each channel by itself, unless other dimensions hold channels."""
-    axes = spread.axes[first_input(node)]
+def channel_norm(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Batch and instance norm treat each channel by itself, unless other dimensions hold some."""
+    axes = propagation.axes[first_input(node)]
     for source in node.args[1:5]:
         if isinstance(source, Node):
-            spread.tie(axes[1], spread.axes[source][0], "normalised with values of fixed size")
-    own_statistics = argument(node, "training", argument(node, "use_input_stats", False))
-    if own_statistics and any(ids is not None for ids in axes[2:]):
-        spread.mixing.add(node)
+            propagation.couple(
+                axes[1], propagation.axes[source][0], "normalised with values of fixed size"
+            )
+    uses_batch_statistics = argument(node, "training", argument(node, "use_input_stats", False))
+    if uses_batch_statistics and any(ids is not None for ids in axes[2:]):
+        propagation.mixing.add(node)
     return axes
 
 
-def layer_norm(spread: ChannelPropagation, node: Node) -> Axes:
-    """Layer and RMS norm: statistics over the last dimensions."""
-    axes = spread.axes[first_input(node)]
+def layer_norm(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Layer and RMS norm mix the channels along the last dimensions."""
+    axes = propagation.axes[first_input(node)]
     shape = list(argument(node, "normalized_shape"))
     last = axes[len(axes) - len(shape) :]
     for name in ("weight", "bias"):
         source = argument(node, name)
         if isinstance(source, Node):
-            for ids, other in zip(last, spread.axes[source], strict=True):
-                spread.tie(ids, other, "normalised together with a dimension of fixed size")
+            for ids, other in zip(last, propagation.axes[source], strict=True):
+                propagation.couple(ids, other, "normalised together with a dimension of fixed size")
     if any(ids is not None for ids in last):
-        spread.mixing.add(node)
+        propagation.mixing.add(node)
         index = position_of(node, "normalized_shape")
-        spread.resizes[node] = lambda count: {
+        propagation.resizes[node] = lambda count: {
             index: [count(ids, size) for ids, size in zip(last, shape, strict=True)]
         }
     return axes
 
 
-def group_norm(spread: ChannelPropagation, node: Node) -> Axes:
-    """Statistics over the channels of each group: whole groups go, or the same of each."""
-    axes = spread.axes[first_input(node)]
+def group_norm(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Group norm: whole groups are cut, or the same channels of each."""
+    axes = propagation.axes[first_input(node)]
     ids = axes[1]
     for name in ("weight", "bias"):
         source = argument(node, name)
         if isinstance(source, Node):
-            spread.tie(ids, spread.axes[source][0], "normalised with values of fixed size")
+            propagation.couple(
+                ids, propagation.axes[source][0], "normalised with values of fixed size"
+            )
     if ids is None:
         return axes
     groups = argument(node, "num_groups")
     width = len(ids) // groups
     if groups > 1 and groups >= width:
-        spread.tie_rows(ids.reshape(groups, width))
+        propagation.couple_rows(ids.reshape(groups, width))
         index = position_of(node, "num_groups")
-        spread.resizes[node] = lambda count: {index: count(ids, len(ids)) // width}
+        propagation.resizes[node] = lambda count: {index: count(ids, len(ids)) // width}
     else:
-        spread.tie_rows(ids.reshape(groups, width).T)
-        spread.mixing.add(node)
+        propagation.couple_rows(ids.reshape(groups, width).T)
+        propagation.mixing.add(node)
     return axes

@@ -1,8 +1,8 @@
-"""How long a cut network takes, predicted from times of its layers at some widths.
+"""Predict the latency of a cut network from the times of its layers at some widths.
 
-The time of a network is that of its convolutions and linear layers, interpolated between the widths
-they were timed at (`timing`), times a factor for what a whole network is slower or faster by, and a
-remainder that is a straight line in the number of values that all other operations write.
+Three terms add up: the times of convolutions and linear layers, interpolated between the widths
+that `latency_profiler` timed and multiplied by a factor for the whole network; a constant; and a
+term proportional to the number of values that all other operations write.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import numpy.typing as npt
 from secateur.errors import UsageError
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
-from secateur.pruning.cost.memory import storages
 from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes
 from secateur.runtime.schema import VersionedRecord, parse_record
 
 SCHEMA_VERSION = 2
 SMALL = 16
-"""Up to so many channels time is a straight line between timed widths, whatever the block."""
+"""Up to this many channels, time is linear between timed widths, whatever the block."""
 
 Widths = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
 
 
 class Hardware(VersionedRecord):
-    """What the times hold for."""
+    """The machine and settings that the times are valid for."""
 
     processor: str
     threads: int
@@ -39,133 +38,141 @@ class Hardware(VersionedRecord):
 
 
 class LayerTimes(VersionedRecord):
-    """Times of one layer, alone."""
+    """Times of one layer on its own."""
 
     layer: str
     read: tuple[int, ...]
-    """Channels that it reads, rising."""
+    """Timed numbers of input channels, rising."""
     produced: tuple[int, ...]
-    """Channels that it writes, rising."""
+    """Timed numbers of output channels, rising."""
     ms: tuple[tuple[float, ...], ...]
-    """`[read][written]`."""
+    """`[read][produced]`."""
 
 
 class LatencyTable(VersionedRecord):
-    """Times of a network's layers on one machine; all times are in milliseconds a batch."""
+    """Times of a network's layers on one machine, in milliseconds per batch."""
 
     schema_version: int = SCHEMA_VERSION
     hardware: Hardware
     batch: int
     """Images in the batch."""
     block: int
-    """Channels that the machine computes at once: a width takes as long as the next multiple."""
+    """Channels that the machine computes at once: a width costs as much as the next multiple."""
     layers: tuple[LayerTimes, ...]
     """In the order of `DependencyGraph.layers`."""
     layers_factor: float
-    """What the sum of the layers' times is multiplied by in the whole network; 1 or more."""
+    """Factor on the sum of the layers' times in the whole network; 1 or more."""
     fixed_ms: float
+    """Constant part of the time of everything besides layers."""
     ms_per_value: float
-    """Both: what everything besides layers takes, by the values that it writes for an image."""
+    """Its other part, per value that is written for an image."""
 
     def to_json(self) -> str:
-        """The table as JSON text."""
+        """Return the table as JSON text."""
         return self.model_dump_json(indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str) -> LatencyTable:
-        """The table that `to_json` wrote; raises `RunFolderError` where the text is none."""
+        """Return the table that `to_json` wrote; raises `RunFolderError` for any other text."""
         return parse_record(LatencyTable, text, SCHEMA_VERSION, "the latency table")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWidths:
-    """The two numbers of channels that the time of a layer depends on."""
+    """The numbers of channels that the time of a layer depends on."""
 
     read: Dimension
-    """Channels that it sums over; 1 where they are not significantly different from those
-    `written`."""
+    """Input channels that it sums over; 1 where these are the same channels as those produced, as
+    in a depthwise convolution."""
     produced: Dimension
-    over: tuple[Dimension, ...]
-    """Channels that are positions to it: time is in proportion to them."""
+    """Output channels."""
+    position_channels: tuple[Dimension, ...]
+    """Channels that are positions to the layer: its time is proportional to them."""
 
 
 def widths_of(dependencies: DependencyGraph) -> list[LayerWidths]:
-    """The widths of each layer, in the order of `DependencyGraph.layers`."""
-    read = {
-        reader.node: dependencies.channel_of[reader.channels] for reader in dependencies.consumers
-    }
+    """Return the widths of each layer, in the order of `DependencyGraph.layers`."""
+    channel_of = dependencies.channel_of
+    read = {consumer.node: channel_of[consumer.channels] for consumer in dependencies.consumers}
 
     def widths(layer: Layer) -> LayerWidths:
-        written = 1 if layer.produced is None else dependencies.channel_of[layer.produced]
-        before = read.get(layer.node, 1)
-        if is_prunable(before) and is_prunable(written):
-            together = np.intersect1d(before, written)
-            if (together != NOT_PRUNABLE).any():
-                before = 1
+        inputs = read.get(layer.node, 1)
+        outputs = 1 if layer.produced is None else channel_of[layer.produced]
+        if is_prunable(inputs) and is_prunable(outputs):
+            shared = np.intersect1d(inputs, outputs)
+            if (shared != NOT_PRUNABLE).any():
+                inputs = 1
         return LayerWidths(
-            before, written, tuple(dependencies.channel_of[ids] for ids in layer.over)
+            inputs, outputs, tuple(channel_of[ids] for ids in layer.position_channels)
         )
 
     return [widths(layer) for layer in dependencies.layers]
 
 
 def is_prunable(dimension: Dimension) -> bool:
-    """Whether channels along a dimension can go."""
+    """Return whether channels along a dimension can be removed."""
     return not isinstance(dimension, int) and bool((dimension != NOT_PRUNABLE).any())
 
 
-def milliseconds(table: LatencyTable, dependencies: DependencyGraph) -> Callable[[Removed], float]:
-    """A function of what goes: how long the network that is left takes.
+def predict_milliseconds(
+    table: LatencyTable,
+    dependencies: DependencyGraph,
+    other_values: Callable[[Removed], float],
+) -> Callable[[Removed], float]:
+    """Return a function of the removed channels: the predicted latency of the network.
 
-    Raises `UsageError` where the table is another network's.
+    `other_values` counts the values that everything besides layers writes
+    (`memory.count_other_values`). Raises `UsageError` if the table is another network's.
     """
     layers = layers_ms(dependencies, table.layers, table.block)
-    values = other_values(dependencies)
     return lambda removed: (
         table.layers_factor * float(layers(removed).sum())
         + table.fixed_ms
-        + table.ms_per_value * values(removed)
+        + table.ms_per_value * other_values(removed)
     )
 
 
 def layers_ms(
     dependencies: DependencyGraph, layers: Sequence[LayerTimes], block: int
 ) -> Callable[[Removed], Numbers]:
-    """A function of what goes: the time of each layer; raises `UsageError` as `milliseconds`."""
+    """Return a function of the removed channels: the time of each layer.
+
+    Raises `UsageError` if `layers` are another network's.
+    """
     if [times.layer for times in layers] != [layer.name for layer in dependencies.layers]:
         raise UsageError("the latency table is of another network: its layers have other names")
-    each = widths_of(dependencies)
-    read = TensorSizes(dependencies, [(widths.read,) for widths in each])
-    written = TensorSizes(dependencies, [(widths.produced,) for widths in each])
-    over = TensorSizes(dependencies, [widths.over for widths in each])
+    groups, widths = dependencies.groups, widths_of(dependencies)
+    read = TensorSizes(groups, [(layer.read,) for layer in widths])
+    produced = TensorSizes(groups, [(layer.produced,) for layer in widths])
+    over = TensorSizes(groups, [layer.position_channels for layer in widths])
     whole = over({})
     interpolate = Interpolation(layers, block)
-    return lambda removed: interpolate(read(removed), written(removed)) * (over(removed) / whole)
+    return lambda removed: interpolate(read(removed), produced(removed)) * (over(removed) / whole)
 
 
 class Interpolation:
-    """Times of layers between the widths that they were timed at, for all layers at once."""
+    """Interpolates the times of all layers at once, between the widths that were timed."""
 
     def __init__(self, layers: Sequence[LayerTimes], block: int) -> None:
         self._block = block
         self._layer = np.arange(len(layers))
         self._read = self._grid([times.read for times in layers])
-        self._written = self._grid([times.produced for times in layers])
-        self._ms = np.zeros((len(layers), self._read.shape[1], self._written.shape[1]))
+        self._produced = self._grid([times.produced for times in layers])
+        self._ms = np.zeros((len(layers), self._read.shape[1], self._produced.shape[1]))
         for number, times in enumerate(layers):
             self._ms[number, : len(times.read), : len(times.produced)] = times.ms
 
     def _grid(self, timed: Sequence[Sequence[int]]) -> Numbers:
-        """`[layer, point]`: timed widths as the machine computes them; infinite after the last."""
+        """Return `[layer, point]`: timed widths, padded to blocks; infinite after the last."""
         grid = np.full((len(timed), 1 + max(map(len, timed), default=0)), np.inf)
         for number, row in enumerate(timed):
             grid[number, : len(row)] = padded(np.array(row), self._block)
         return grid
 
-    def __call__(self, read: Widths, written: Widths) -> Numbers:
-        """`[layer]`: milliseconds where each layer reads and writes so many channels."""
+    def __call__(self, read: Widths, produced: Widths) -> Numbers:
+        """Return `[layer]`: milliseconds at these numbers of input and output channels."""
         i, x = self._place(self._read, read)
-        j, y = self._place(self._written, written)
+        j, y = self._place(self._produced, produced)
         layer, ms = self._layer, self._ms
         narrow = ms[layer, i, j] * (1 - y) + ms[layer, i, j + 1] * y
         wide = ms[layer, i + 1, j] * (1 - y) + ms[layer, i + 1, j + 1] * y
@@ -173,7 +180,7 @@ class Interpolation:
         return result
 
     def _place(self, grid: Numbers, widths: Widths) -> tuple[Widths, Numbers]:
-        """Number of the timed width below, and the share of the way to the next one."""
+        """Return the place of the timed width below, and how far it is to the next one, 0 to 1."""
         width = padded(widths, self._block)
         below = np.maximum((grid <= width[:, None]).sum(axis=1) - 1, 0)
         start, end = grid[self._layer, below], grid[self._layer, below + 1]
@@ -181,14 +188,5 @@ class Interpolation:
 
 
 def padded(width: Widths, block: int) -> Numbers:
-    """The widths that the machine computes with."""
+    """Return the widths that the machine computes with."""
     return np.where(width <= SMALL, width, np.ceil(width / block) * block)
-
-
-def other_values(dependencies: DependencyGraph) -> Callable[[Removed], float]:
-    """A function of what goes: values that all but layers write for an image."""
-    layers = {layer.node for layer in dependencies.layers} | {dependencies.graph.image}
-    each = [storage for storage in storages(dependencies) if storage.node not in layers]
-    volumes = TensorSizes(dependencies, [storage.dimensions for storage in each])
-    images = np.array([storage.images for storage in each], dtype=np.int64)
-    return lambda removed: float((volumes(removed) // images).sum())

@@ -1,71 +1,70 @@
-"""How large values are in a cut network: products of numbers of channels, for many values at once.
+"""Sizes of tensors in a cut network: products of numbers of channels, for many tensors at once.
 
-An allocation asks for a size thousands of times. So what can be known before the cut is worked out
-once, dimensions that several values have in common are counted once, and all in one pass.
+An allocation asks for sizes thousands of times. So everything that does not depend on the cut is
+computed once, and dimensions that several tensors share are counted once.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graph.channel_ids import Axes, Ids
-from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
+from secateur.graph.channel_ids import Axes, Ids, index_table
+from secateur.graph.groups import Group
 
 Dimension = Ids | int
-"""Prunable channel of each index, -1 where the index must stay; or a size that never changes."""
+"""Prunable channel of each index, negative where the index must stay; or a size that never
+changes."""
 
 
 class TensorSizes:
-    """Numbers of elements, `[value]`, in any network that is cut from a dependency graph."""
+    """Numbers of elements, `[tensor]`, for any channels that are removed from the groups."""
 
-    def __init__(
-        self, dependencies: DependencyGraph, values: Iterable[Sequence[Dimension]]
-    ) -> None:
-        """Of each value its dimensions."""
-        sizes = [len(group) for group in dependencies.groups.values()]
+    def __init__(self, groups: Mapping[str, Group], tensors: Iterable[Sequence[Dimension]]) -> None:
+        """Take the dimensions of each tensor."""
+        sizes = [len(group) for group in groups.values()]
         starts = itertools.accumulate(sizes, initial=0)
-        self._start = dict(zip(dependencies.groups, starts, strict=False))
-        self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # the last is what can't be cut
-        place = np.full(
-            len(dependencies.channel_of) + 1, sum(sizes)
-        )  # [channel, or -1 for the last]
-        for name, group in dependencies.groups.items():
-            place[group.channels] = self._start[name] + np.arange(len(group))
+        self._start = dict(zip(groups, starts, strict=False))
+        self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # -1, the last, is never removed
+        nothing = np.zeros(0, dtype=np.int64)
+        channels = np.concatenate([nothing, *(group.channels for group in groups.values())])
+        table = index_table(channels, int(channels.max(initial=-1)) + 1)
         number: dict[bytes, int] = {}
         counted: list[Ids] = []
         factors: list[list[int]] = []
         constants: list[int] = []
-        for dimensions in values:
+        for dimensions in tensors:
             factors.append([])
             constants.append(1)
             for dimension in dimensions:
                 if isinstance(dimension, int):
                     constants[-1] *= dimension
-                elif (dimension == NOT_PRUNABLE).all():
+                elif (dimension < 0).all():
                     constants[-1] *= len(dimension)
                 else:
                     key = dimension.tobytes()
                     if key not in number:
                         number[key] = len(counted)
-                        counted.append(place[dimension])
+                        counted.append(table[dimension])
                     factors[-1].append(number[key])
         self._constants = np.array(constants, dtype=np.int64)
-        self._places = np.concatenate([*counted, np.zeros(0, dtype=np.int64)])
+        self._places = np.concatenate([nothing, *counted])
         self._bounds = np.array([0, *itertools.accumulate(map(len, counted))], dtype=np.int64)
         widest = max(map(len, factors), default=0)
-        # A factor that a value does not have is the last one, which is 1.
-        padded = [[*each, *[len(counted)] * (widest - len(each))] for each in factors]
+        # Missing factors are the last one, which is 1.
+        padded = [[*row, *[len(counted)] * (widest - len(row))] for row in factors]
         self._factors = np.array(padded, dtype=np.int64).reshape(len(factors), widest)
 
-    def __call__(self, removed: Removed) -> npt.NDArray[np.int64]:
-        """The numbers when `removed` channels of each group go."""
-        gone = [len(numbers) for numbers in removed.values()]
-        numbers = np.fromiter(itertools.chain.from_iterable(removed.values()), np.int64, sum(gone))
-        numbers += np.repeat(np.array([self._start[n] for n in removed], dtype=np.int64), gone)
+    def __call__(self, removed: Mapping[str, Sequence[int]]) -> npt.NDArray[np.int64]:
+        """Return the numbers of elements without `removed` channels of each group."""
+        lengths = [len(numbers) for numbers in removed.values()]
+        flat = itertools.chain.from_iterable(removed.values())
+        numbers = np.fromiter(flat, np.int64, sum(lengths))
+        starts = np.array([self._start[name] for name in removed], dtype=np.int64)
+        numbers += np.repeat(starts, lengths)
         stays = self._stays.copy()
         stays[numbers] = False
         counts = np.ones(len(self._bounds), dtype=np.int64)
@@ -75,11 +74,11 @@ class TensorSizes:
         return result
 
 
-def dimensions_of(
-    dependencies: DependencyGraph, axes: Axes, shape: Iterable[int]
-) -> tuple[Dimension, ...]:
-    """The dimensions of a value with these ids along them, and these sizes where there are none."""
+def dimensions_of(channel_of: Ids, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:
+    """Return the dimensions of a tensor from the ids along its `axes`, or its sizes without ids.
+
+    `channel_of` gives the prunable channel of each id (`DependencyGraph.channel_of`).
+    """
     return tuple(
-        int(size) if ids is None else dependencies.channel_of[ids]
-        for ids, size in zip(axes, shape, strict=True)
+        int(size) if ids is None else channel_of[ids] for ids, size in zip(axes, shape, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Batches halfway through two networks, held in memory or, beyond a bound, in temporary files."""
+"""Activations of batches halfway through two networks, in memory or in temporary files."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class CachedBatch:
     full: GraphInterpreter
     cut: GraphInterpreter
     indices: Int[Tensor, "image"]
-    """Of the images to count, which are the first ones of the batch."""
-    notes: list[tuple[Tensor, ...]] = field(default_factory=list)
-    """What was kept of it for another look."""
+    """Numbers of the images to count, which come first in the batch."""
+    targets: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """Regression targets of the current layer, kept for its further passes."""
 
     def values(self) -> list[object]:
-        """All that it holds."""
-        return [self.full.values(), self.cut.values(), self.notes]
+        """Return everything that the batch holds."""
+        return [self.full.values(), self.cut.values(), self.targets]
 
 
 class ActivationCache:
-    """Passages, of which those beyond a bound wait in files until it is their turn.
+    """Cached batches; those that exceed a memory limit are kept in files between uses.
 
-    A context manager: the files go in the end.
+    It is a context manager that deletes the files at its end.
     """
 
-    def __init__(self, bound_bytes: int) -> None:
-        self._bound = bound_bytes
-        self._passages: list[CachedBatch] = []
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._batches: list[CachedBatch] = []
         self._sizes: list[int] = []
         self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
 
@@ -56,51 +56,51 @@ class ActivationCache:
     ) -> None:
         self._folder.cleanup()
 
-    def append(self, passage: CachedBatch) -> None:
-        """Takes one more in."""
-        self._passages.append(passage)
+    def append(self, batch: CachedBatch) -> None:
+        """Add a batch."""
+        self._batches.append(batch)
         self._sizes.append(0)
-        self._settle(len(self._passages) - 1)
+        self._store(len(self._batches) - 1)
 
     def __len__(self) -> int:
-        return len(self._passages)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        for number, passage in enumerate(self._passages):
-            self._fetch(number)
-            yield passage
-            self._settle(number)
+        for number, batch in enumerate(self._batches):
+            self._load(number)
+            yield batch
+            self._store(number)
 
     def _file(self, number: int) -> Path:
         return Path(self._folder.name) / f"{number}.pt"
 
-    def _settle(self, number: int) -> None:
-        """Leaves a passage in memory if there is room for it, next to those that are there."""
-        passage = self._passages[number]
-        size = _bytes_of(passage.values())
-        if sum(self._sizes) + size <= self._bound:
+    def _store(self, number: int) -> None:
+        """Leave a batch in memory if it fits beside those that are there, else write a file."""
+        batch = self._batches[number]
+        size = _bytes_of(batch.values())
+        if sum(self._sizes) + size <= self._limit:
             self._sizes[number] = size
             return
-        # One call for all, so that values that share memory still do when they come back.
+        # One call for all, so that tensors that share memory still do when they are loaded.
         try:
-            torch.save(passage.values(), self._file(number))
-        except (OSError, RuntimeError) as error:  # torch makes the latter of a full disk
+            torch.save(batch.values(), self._file(number))
+        except (OSError, RuntimeError) as error:  # torch raises the latter if the disk is full
             reason = " ".join(str(error).split())
             raise WriteError(
-                f"{self._folder.name} can't hold what waits for its turn there: {reason}. TMPDIR "
-                "names another disk"
+                f"activations can't be written to {self._folder.name}: {reason}; set TMPDIR to a "
+                "folder on another disk"
             ) from error
-        passage.full.hold([])
-        passage.cut.hold([])
-        passage.notes = []
+        batch.full.set_values([])
+        batch.cut.set_values([])
+        batch.targets = []
 
-    def _fetch(self, number: int) -> None:
-        passage = self._passages[number]
+    def _load(self, number: int) -> None:
+        batch = self._batches[number]
         self._sizes[number] = 0
         if self._file(number).exists():
-            full, cut, passage.notes = torch.load(self._file(number), weights_only=True)
-            passage.full.hold(full)
-            passage.cut.hold(cut)
+            full, cut, batch.targets = torch.load(self._file(number), weights_only=True)
+            batch.full.set_values(full)
+            batch.cut.set_values(cut)
             self._file(number).unlink()
 
 

@@ -1,11 +1,9 @@
-"""Batch-norm statistics, re-estimated where held-out images say that it helps."""
+"""Re-estimate batch-norm statistics, and keep the change only if held-out images gain."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
 from secateur.evaluation.divergence import Logits, divergence_by_image, is_smaller, logits_of
+from secateur.pruning.outcome import BatchNormRecalibration, BatchNormStatistics
 from secateur.runtime import distributed
 from secateur.runtime.module_state import evaluating
 
-Statistics = Literal["means", "both"]
 _MeanAndVariance = tuple[Tensor, Tensor]
-SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Parts of the way from the old statistics to the re-estimated ones that are tried."""
-
-
-@dataclass(frozen=True)
-class BatchNormRecalibration:
-    """Which statistics of the batch norms were re-estimated, and what held-out images say of it.
-
-    Divergences are mean KL divergences from the original network's answers, in nats.
-    """
-
-    statistics: Statistics
-    """The running means alone, or the variances as well."""
-    share: float
-    """Part of the way from the old statistics to the re-estimated ones; 0: left as they were."""
-    divergence_before: float
-    divergence_after: float
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+"""Fractions of the way from the old statistics to the re-estimated ones that are tried."""
 
 
 def recalibrate_batchnorm(
@@ -43,14 +26,15 @@ def recalibrate_batchnorm(
     fit: Callable[[], Iterable[Batch]],
     held_out: Callable[[], Iterable[Batch]],
 ) -> BatchNormRecalibration | None:
-    """Moves the statistics of the batch norms of `smaller` in place; what was chosen.
+    """Move the batch-norm statistics of `smaller` in place, and return how far.
 
-    They are re-estimated on the images of `fit`. All norms go the same part of the way, the one
-    with the smallest divergence from the `expected` answers on the images of `held_out`;
-    none of it, unless that is smaller than before, and by more than images differ in it
-    (`has_fallen`): a few hundred images can't tell small gains from chance. No label is looked at.
-    Of several processes each brings its share of the batches (`distributed.dealt`). None where
-    `smaller` has no batch norm with running statistics.
+    The new statistics are estimated on the images of `fit`. All norms move by the same fraction of
+    the way, the one with the smallest divergence from the `expected` outputs on `held_out`. They
+    don't move unless the divergence falls by more than chance explains (`divergence.is_smaller`),
+    since a few hundred images can't tell small gains from noise. No label is used.
+
+    With several processes each passes its shard of the batches (`distributed.shard`). Returns None
+    if `smaller` has no batch norm with running statistics.
     """
     norms = _norms(smaller)
     if not norms:
@@ -60,19 +44,20 @@ def recalibrate_batchnorm(
     new = _reestimated(smaller, norms, fit())
     unchanged = float(before.mean())
     best = BatchNormRecalibration("both", 0.0, unchanged, unchanged)
-    for statistics in ("means", "both"):
-        for share in SHARES:
-            _move(norms, old, new, statistics, share)
-            found = divergence_by_image(expected, logits_of(smaller, held_out()))
-            divergence = float(found.mean())
-            if divergence < best.divergence_after and is_smaller(before, found):
-                best = BatchNormRecalibration(statistics, share, unchanged, divergence)
-    _move(norms, old, new, best.statistics, best.share)
+    kinds: tuple[BatchNormStatistics, ...] = ("means", "both")
+    for statistics in kinds:
+        for fraction in FRACTIONS:
+            _move(norms, old, new, statistics, fraction)
+            after = divergence_by_image(expected, logits_of(smaller, held_out()))
+            divergence = float(after.mean())
+            if divergence < best.divergence_after and is_smaller(before, after):
+                best = BatchNormRecalibration(statistics, fraction, unchanged, divergence)
+    _move(norms, old, new, best.statistics, best.fraction)
     return best
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:
-    """Batch norms with running statistics, but for those that only train on accelerators."""
+    """Return batch norms with running statistics, except sync batch norms."""
     return [
         module
         for module in network.modules()
@@ -96,36 +81,36 @@ def _statistics(norms: Sequence[_BatchNorm]) -> list[_MeanAndVariance]:
 def _reestimated(
     network: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Batch]
 ) -> list[_MeanAndVariance]:
-    """Mean over all images of the statistics of their batches, each norm after those before it.
+    """Return the mean statistics of all batches, weighted by their number of images.
 
-    The batches are those of all processes. The network is as it was afterwards.
-    `torch.optim.swa_utils.update_bn` does the same in one process, but gives a smaller last batch
-    the weight of a whole one and has dropout drop. A batch of one image is left out: it has no
-    variance where a map has one position.
+    The batches are those of all processes; the network is left as it was. This differs from
+    `torch.optim.swa_utils.update_bn`, which gives a smaller last batch full weight, keeps dropout
+    active and knows one process only. Batches of one image are skipped: they have no variance if
+    maps have one position.
     """
-    own: list[tuple[int, list[_MeanAndVariance]]] = []
+    shard: list[tuple[int, list[_MeanAndVariance]]] = []
     with _accumulating(network, norms):
         for norm in norms:
-            norm.momentum = 1.0  # each batch's statistics take the place of those before
+            norm.momentum = 1.0  # each batch's statistics replace those before
         for batch in batches:
             if len(batch.images) > 1:
                 network(batch.images)
-            own.append((len(batch.images), _statistics(norms)))
-    counted = [each for each in distributed.gather_shards(own) if each[0] > 1]
+            shard.append((len(batch.images), _statistics(norms)))
+    counted = [entry for entry in distributed.gather_shards(shard) if entry[0] > 1]
     if not counted:
         return _statistics(norms)
     total = sum(count for count, _ in counted)
     mean = [(torch.zeros_like(m).double(), torch.zeros_like(v).double()) for m, v in counted[0][1]]
-    for count, found in counted:
-        for sums, pair in zip(mean, found, strict=True):
-            for each, part in zip(sums, pair, strict=True):
-                each += part.double() * (count / total)
+    for count, statistics in counted:
+        for sums, pair in zip(mean, statistics, strict=True):
+            for accumulator, value in zip(sums, pair, strict=True):
+                accumulator += value.double() * (count / total)
     return [(m.float(), v.float()) for m, v in mean]
 
 
 @contextlib.contextmanager
 def _accumulating(network: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Batch norms take each batch's statistics in the block, and are as before after it."""
+    """Let batch norms record each batch's statistics in the block, and restore them after it."""
     states = [{k: t.clone() for k, t in norm.named_buffers(recurse=False)} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with evaluating(network), torch.inference_mode():
@@ -144,11 +129,11 @@ def _move(
     norms: Sequence[_BatchNorm],
     old: Sequence[_MeanAndVariance],
     new: Sequence[_MeanAndVariance],
-    statistics: Statistics,
-    share: float,
+    statistics: BatchNormStatistics,
+    fraction: float,
 ) -> None:
-    """Puts the norms a share of the way from the old statistics to the new ones."""
-    shares = share, share if statistics == "both" else 0.0
+    """Move the norms by a fraction of the way from the old statistics to the new ones."""
+    weights = fraction, fraction if statistics == "both" else 0.0
     for norm, before, after in zip(norms, old, new, strict=True):
-        for buffer, a, b, weight in zip(_buffers(norm), before, after, shares, strict=True):
+        for buffer, a, b, weight in zip(_buffers(norm), before, after, weights, strict=True):
             buffer.copy_(a.lerp(b, weight))

@@ -1,15 +1,15 @@
-"""What the ways to estimate a kernel have in common.
+"""What the forms of regression share: their input, their candidates, and the choice of the best.
 
-A form sees every batch as often as it has `passes`, and then has chosen the kernel that errs least
-on the images that were held out of the fit.
+A regression sees every batch once in each of its `passes`. Then it has chosen the kernel with the
+smallest error on the images that are held out of the fit.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,69 +24,71 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True, eq=False)
 class LayerBatch:
-    """What a layer meets, at one of its places, in some images."""
+    """Inputs and targets of a layer, at one place where it is used, for some images."""
 
     inputs: Float[Tensor, "row ..."]
-    """What it reads in the cut network."""
+    """The layer's input in the cut network."""
     originals: Float[Tensor, "row ..."] | None
-    """What it reads in the original one; None where nobody needs it again."""
-    target: RegressionTargets
-    """What it should answer."""
-    spread: PositionSampling
-    """Which positions are looked at."""
+    """Its input in the original network; None after the first pass."""
+    targets: RegressionTargets
+    sampling: PositionSampling
+    """The output positions that are used."""
     held_out: Bool[Tensor, "row"]
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A kernel and how it did on images held out of the fit, or on all where there are none."""
+    """Errors of the chosen kernel, on images held out of the fit, or on all if there are none."""
 
     error_cut: float
-    """Squared error over the variance of what should come out, with the kernel as cut."""
+    """Squared error over the variance of the targets, with the kernel as cut."""
     error: float
     """The same with the chosen kernel."""
     ridge: float | None
-    """The chosen ridge; None where no kernel did better than that as cut."""
+    """The chosen ridge; None if no kernel did better than the one as cut."""
 
 
 Pass = tuple[Callable[[int, LayerBatch], None], Callable[[], None]]
-"""What to do with what the layer meets at each of its places, and what to do in the end."""
+"""`take_in(number, batch)`, called for each batch at each place where the layer is used, and
+`conclude()`, called once after that."""
 
 
-class Regression(Protocol):
-    """A way to estimate a kernel."""
+class Regression(abc.ABC):
+    """A form of regression that estimates a kernel from all uses of its layer."""
 
     @property
+    @abc.abstractmethod
     def passes(self) -> Sequence[Pass]:
-        """One after the other each sees every batch."""
+        """Passes over all batches, in order."""
 
+    @abc.abstractmethod
     def choice(self) -> Choice:
-        """Writes the best kernel and offset; what they achieve."""
+        """Write the best kernel and offset, and return their errors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A kernel, in any shape, to be compared with others; rounded as it would be written."""
+    """A kernel to compare with others, in any shape, rounded as it would be written."""
 
     ridge: float | None
-    """None of the kernel as cut."""
+    """None for the kernel as cut."""
     kernel: Tensor
     offset: Tensor
 
 
 def best_of(candidates: Sequence[Candidate], errors: Sequence[float]) -> tuple[Candidate, Choice]:
-    """The one of least error, if that is less than the error of the first one, as cut."""
-    found = [(error, number) for number, error in enumerate(errors) if math.isfinite(error)]
-    error, number = min(found, default=(errors[0], 0))
+    """Return the candidate with the smallest error; the first one is the kernel as cut."""
+    finite = [(error, number) for number, error in enumerate(errors) if math.isfinite(error)]
+    error, number = min(finite, default=(errors[0], 0))
     best = candidates[number]
     return best, Choice(errors[0], error, best.ridge)
 
 
 def write(state: State, weight: str, candidate: Candidate, place: OffsetPlace | None) -> None:
-    """Puts a kernel and an offset where the network holds them."""
+    """Write a kernel and an offset to the places where the network holds them."""
     if candidate.ridge is None:
         return
-    # In the memory format of the old one, which what is computed with it has too.
+    # In the memory format of the old kernel, so that activations keep theirs.
     state[weight] = torch.empty_like(state[weight]).copy_(candidate.kernel)
     if place is not None:
         place.write(state, candidate.offset)

@@ -1,20 +1,21 @@
-"""Re-estimates, in closed form, the kernels that read cut channels.
+"""Re-estimate, in closed form, the kernels that read removed channels, layer by layer.
 
 For a layer with kernel W that reads x, of which the channels S stay, the new kernel is
 
     W' = argmin E |y - W' x_S - b|^2 + ridge |W' - W_S|^2
 
-(`patch_form`: x_S are k×k patches; `channel_form` regresses x on x_S instead). Layers are taken in
-the order of execution: x_S is what the already pruned network feeds the layer and y what the
-*original* network's layer gives, so that errors are corrected as they arise. Where the output goes
-into a residual sum, y is what makes the sum right. No label and no gradient is needed.
+where x_S are the k×k patches under the kernel (`patch_regression`; `channel_regression` regresses x
+on x_S instead). Layers are refitted in the order of execution: x_S is what the already pruned
+network feeds the layer, and y is the output of the *original* network's layer, so that errors are
+corrected as they arise. If the output goes into a residual sum, y is what makes the sum right. No
+label and no gradient is needed.
 
-A kernel that is used several times is estimated when it is met first, from all its uses, with what
-the later ones read while it is as cut.
+A kernel that is used several times is estimated at its first use, from all uses. The later ones
+then read inputs that were computed with the kernel as cut.
 
-A departure from the paper's words: by default every layer from the first cut on is re-estimated,
-not only those that lost inputs. The others read inputs that went astray as well, and can put part
-of it right (docs/explanation/method.md has the figures).
+This departs from the paper in one point: by default every layer from the first cut on is refitted,
+not only layers that lost inputs. The others read perturbed inputs as well, and refitting them
+removes part of the error (docs/explanation/method.md has the figures).
 
 The abstract of Alqahtani et al. (CVIU 2021) says only that new kernels are estimated from the
 remaining channels. Least squares on sampled positions is what channel pruning (He et al., ICCV
@@ -34,231 +35,229 @@ from secateur.config import RefitForm, RefitSection
 from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.errors import DataError
-from secateur.graph.channel_ids import Layer, argument
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.channel_ids import Layer
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
-from secateur.graph.trace import NetworkGraph, operation_name
-from secateur.pruning.plan import PruningPlan
+from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
 from secateur.pruning.refit.layers import KeptChannels, refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
-from secateur.pruning.refit.regression_targets import (
-    RegressionTargets,
-    State,
-    TargetLayer,
-    offset_place,
-    target_layer,
-)
+from secateur.pruning.refit.regression_targets import RegressionTargets, State
+from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import rebatch
 
+LayerOutputs = dict[Node, Tensor]
+"""Outputs of the original network's layers for one batch."""
 
-@dataclass(frozen=True)
-class LayerRefit:
-    """What the refit of one kernel achieved, on calibration images held out of the fit.
 
-    Every fifth image is (`data.is_held_out`); of fewer than five none, and errors are those of the
-    fit.
-    """
+@dataclass(frozen=True, eq=False)
+class RefitInputs:
+    """A network, its cut copy, and what was cut."""
 
-    layer: str
-    error_cut: float
-    """Squared error over the variance of what should come out, with the kernel as cut.
-
-    Where only a rectifier reads it, both are those behind the rectifier.
-    """
-    error_refit: float
-    """The same with the re-estimated kernel."""
-    ridge: float | None
-    """The chosen ridge; None where the kernel was left as cut."""
-    note: str = ""
-    """Why the kernel was left as cut, if it was."""
-    form: RefitForm = "patch"
-    """How it was estimated."""
+    model: nn.Module
+    smaller: nn.Module
+    dependencies: DependencyGraph
+    """Dependency graph of `model`."""
+    removed: Removed
 
 
 def refit(
-    model: nn.Module,
-    smaller: nn.Module,
-    dependencies: DependencyGraph,
-    plan: PruningPlan,
+    inputs: RefitInputs,
     batches: Iterable[Batch],
     settings: RefitSection,
     *,
     seed: int,
-    network_targets: list[dict[Node, Tensor]] | None = None,
+    layer_outputs: list[LayerOutputs] | None = None,
     progress: ProgressCallback = no_progress,
 ) -> tuple[LayerRefit, ...]:
-    """Re-estimates the kernels of `smaller`, the cut `model`, in place; what each layer gained.
+    """Re-estimate the kernels of `inputs.smaller` in place; return what each layer gained.
 
-    `batches` are the calibration images or this process's share of them; how they are cut into
-    batches and spread over processes makes no difference but for rounding. Which positions are
-    looked at depends on `seed` and on each image's number, which images are held out on that alone.
+    `batches` are the calibration images or this process's shard of them. Their division into
+    batches and processes changes the result only by rounding. The sampled positions depend on
+    `seed` and on each image's number; which images are held out depends on the number alone.
 
-    `answers`, an empty list at first, spares later calls with the same model and batches the way
-    through the original network, at the price of holding what its layers give for all of them.
+    `layer_outputs`, an empty list in the first call, is filled with the outputs of the original
+    network's layers. Passed again with the same model and batches it saves computing them, at the
+    cost of holding all of them in memory.
 
-    Raises `DataError` where there is no image.
+    Raises `DataError` if there is no image.
     """
-    generator = torch.Generator().manual_seed(seed)
+    dependencies = inputs.dependencies
     names = dependencies.graph.tensor_names.values()
-    tensors = tensors_of(smaller)
+    tensors = tensors_of(inputs.smaller)
     state = {name: tensors[name].clone() for name in names}
-    full_state = tensors_of(model)
-    remains = KeptChannels(dependencies, plan.removed)
-    bound = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
+    full_state = tensors_of(inputs.model)
+    kept = KeptChannels(dependencies, inputs.removed)
+    limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
     results: list[LayerRefit] = []
-    with torch.inference_mode(), ActivationCache(bound) as parking:
-        images = 0
-        for batch, count in rebatch(batches):
-            if network_targets is not None and len(network_targets) == len(parking):
-                network_targets.append({})
-            known = None if network_targets is None else network_targets[len(parking)]
-            full = GraphInterpreter(dependencies.graph, full_state, batch.images, answers=known)
-            cut = GraphInterpreter(dependencies.graph, state, batch.images, remains.sizes)
-            parking.append(CachedBatch(full, cut, batch.indices[:count]))
-            images += count
-        images = sum(distributed.all_gather(images))
-        if not images:
+    with torch.inference_mode(), ActivationCache(limit_bytes) as cache:
+        count = 0
+        for batch, images in rebatch(batches):
+            if layer_outputs is not None and len(layer_outputs) == len(cache):
+                layer_outputs.append({})
+            outputs = None if layer_outputs is None else layer_outputs[len(cache)]
+            full = GraphInterpreter(
+                dependencies.graph, full_state, batch.images, cached_outputs=outputs
+            )
+            cut = GraphInterpreter(dependencies.graph, state, batch.images, kept.sizes)
+            cache.append(CachedBatch(full, cut, batch.indices[:images]))
+            count += images
+        count = sum(distributed.all_gather(count))
+        if not count:
             raise DataError("no calibration images to re-estimate kernels from")
+        refitter = _LayerRefitter(
+            kept=kept,
+            full_state=full_state,
+            state=state,
+            settings=settings,
+            cache=cache,
+            limit_bytes=limit_bytes,
+            holds_out=count >= HELD_OUT_EVERY,
+            generator=torch.Generator().manual_seed(seed),
+        )
         uses: dict[str, list[Layer]] = {}
         for layer in dependencies.layers:
             uses.setdefault(layer.weight, []).append(layer)
-        kept = dependencies.kept_indices(plan.removed)
+        kept_indices = dependencies.kept_indices(inputs.removed)
         for layers in progress(uses.values(), "refitting layers", len(uses)):
-            layer = layers[0]
-            lost_inputs = 1 - layer.filter_dim in kept.get(layer.weight, {})
+            input_dim = 1 - layers[0].filter_dim
+            lost_inputs = input_dim in kept_indices.get(layers[0].weight, {})
             upstream_changed = settings.layers == "downstream" and bool(results)
-            if not lost_inputs and not upstream_changed:
-                continue
-            reason = _why_not(dependencies.graph, layers)
-            if reason:
-                results.append(LayerRefit(layer.name, 0.0, 0.0, None, reason))
-                continue
-            targets = [target_layer(refit_layer(layer, remains)) for layer in layers]
-            place = offset_place(targets)
-            consumers = [target.consumer for target in targets]
-            estimate: Regression
-            form: RefitForm
-            if (
-                settings.form == "patch"
-                and consumers[0].has_patches
-                and patch_bytes(consumers[0], state[layer.weight]) <= bound
-            ):
-                rectified = settings.rectified and all(target.rectified for target in targets)
-                estimate, form = (
-                    PatchRegression(consumers, state, place, rectified=rectified),
-                    "patch",
-                )
-            else:
-                estimate, form = ChannelRegression(consumers, full_state, state, place), "channel"
-            visit = _Visit(
-                targets,
-                state,
-                settings.positions,
-                holds_out=images >= HELD_OUT_EVERY,
-                generator=generator,
-            )
-            passes = estimate.passes
-            for turn, (take_in, conclude) in enumerate(passes):
-                for passage in parking:
-                    looks = visit.layer_batches(passage, is_first=turn == 0)
-                    for number, look in enumerate(looks):
-                        take_in(number, look)
-                    if turn == len(passes) - 1:
-                        passage.notes = []
-                conclude()
-            found = estimate.choice()
-            results.append(
-                LayerRefit(layer.name, found.error_cut, found.error, found.ridge, form=form)
-            )
+            if lost_inputs or upstream_changed:
+                results.append(refitter.refit_kernel(layers))
     with torch.no_grad():
         for name in names:
             tensors[name].copy_(state[name])
     return tuple(results)
 
 
-def _why_not(graph: NetworkGraph, layers: list[Layer]) -> str:
-    """Why a kernel can't be estimated from what its uses read; empty if it can."""
-    if layers[0].is_computed:
-        return "its kernel is computed in the forward"
-    if layers[0].weight not in graph.tensor_names.values():
-        return "its kernel is no parameter"
-    kernel = layers[0].node.args[1]
-    assert isinstance(kernel, Node)
-    uses = [layer.node for layer in layers]
-    if any(user not in uses or user.args.count(kernel) > 1 for user in kernel.users):
-        return "its kernel is read elsewhere, too"
-    if len({(operation_name(use), argument(use, "groups", 1)) for use in uses}) > 1:
-        return "its kernel is used in several ways"
-    for use in uses:
-        source = use.args[0]
-        assert isinstance(source, Node)
-        if source is not graph.image and source.op != "call_function":
-            return "what it reads does not come from the images"
-        bias = argument(use, "bias")
-        if isinstance(bias, Node) and bias not in graph.tensor_names:
-            return "its bias is computed in the forward"
-        shapes = [each.meta["val"].shape for each in (source, use)]
-        if any(shape[0] % graph.images for shape in shapes) or shapes[0][0] != shapes[1][0]:
-            return "the first dimension of what it reads is not that of the images"
-        if operation_name(use) != "linear" and len(shapes[0]) != kernel.meta["val"].dim():
-            return "it reads maps without images"
-    return ""
+@dataclass(frozen=True, eq=False)
+class _LayerRefitter:
+    """Refits one kernel after the other, in the order of execution."""
 
+    kept: KeptChannels
+    full_state: State
+    """Tensors of the original network."""
+    state: State
+    """Tensors of the cut network; refitted kernels are written there."""
+    settings: RefitSection
+    cache: ActivationCache
+    limit_bytes: int
+    """Memory for the sums of a regression."""
+    holds_out: bool
+    """Whether there are enough images to hold some out."""
+    generator: torch.Generator
 
-class _Visit:
-    """What a kernel's uses meet, batch by batch; the first time the walks move on."""
+    def refit_kernel(self, uses: list[Layer]) -> LayerRefit:
+        """Re-estimate a kernel from all uses of it."""
+        layer = uses[0]
+        reason = _why_not(self.kept.dependencies.graph, uses)
+        if reason:
+            return LayerRefit(layer.name, 0.0, 0.0, None, reason)
+        targets = [target_layer(refit_layer(use, self.kept)) for use in uses]
+        regression, form = self._regression(targets)
+        starts = torch.rand(len(targets), generator=self.generator).tolist()
+        passes = regression.passes
+        for number, (take_in, conclude) in enumerate(passes):
+            for batch in self.cache:
+                layer_batches = self._layer_batches(targets, starts, batch, is_first=number == 0)
+                for use, layer_batch in enumerate(layer_batches):
+                    take_in(use, layer_batch)
+                if number == len(passes) - 1:
+                    batch.targets = []
+            conclude()
+        choice = regression.choice()
+        return LayerRefit(layer.name, choice.error_cut, choice.error, choice.ridge, form=form)
 
-    def __init__(
+    def _regression(self, targets: Sequence[TargetLayer]) -> tuple[Regression, RefitForm]:
+        """Return the regression in the form that the settings and the memory allow."""
+        place = offset_place(targets)
+        layers = [target.layer for target in targets]
+        if (
+            self.settings.form == "patch"
+            and layers[0].has_patches
+            and patch_bytes(layers[0], self.state[layers[0].layer.weight]) <= self.limit_bytes
+        ):
+            rectified = self.settings.rectified and all(target.rectified for target in targets)
+            return PatchRegression(layers, self.state, place, rectified=rectified), "patch"
+        return ChannelRegression(layers, self.full_state, self.state, place), "channel"
+
+    def _layer_batches(
         self,
         targets: Sequence[TargetLayer],
-        state: State,
-        positions: int,
+        starts: Sequence[float],
+        batch: CachedBatch,
         *,
-        holds_out: bool,
-        generator: torch.Generator,
-    ) -> None:
-        self._targets = targets
-        self._state = state
-        self._positions = positions
-        self._holds_out = holds_out
-        self._starts = torch.rand(len(targets), generator=generator).tolist()
+        is_first: bool,
+    ) -> Iterator[LayerBatch]:
+        """Yield inputs and targets of each use of a layer for the images of a batch.
 
-    def layer_batches(self, passage: CachedBatch, *, is_first: bool) -> Iterator[LayerBatch]:
-        """What each use meets in the images of a batch."""
-        for number, (target, start) in enumerate(zip(self._targets, self._starts, strict=True)):
-            consumer = target.consumer
-            cut = passage.cut if number == 0 else passage.cut.copy()
-            cut.advance(consumer.node)
-            inputs = cut.value(consumer.source)
-            # Of one image there may be several in a row, such as the frames of a film.
-            each = (
-                consumer.source.meta["val"].shape[0] // consumer.remains.dependencies.graph.images
-            )
-            images = passage.indices
-            rows = (images[:, None] * each + torch.arange(each)).flatten()
-            spread = PositionSampling(rows, self._positions, start)
-            chosen = spread.over(consumer.positions)
+        In the first pass the interpreters advance to the layer. `starts` are the offsets of the
+        sampled positions.
+        """
+        for number, (target, start) in enumerate(zip(targets, starts, strict=True)):
+            layer = target.layer
+            cut = batch.cut if number == 0 else batch.cut.copy()
+            cut.advance(layer.node)
+            inputs = cut.value(layer.source)
+            # One image may have several rows, such as the frames of a film.
+            images = self.kept.dependencies.graph.images
+            rows_per_image = layer.source.meta["val"].shape[0] // images
+            rows = (
+                batch.indices[:, None] * rows_per_image + torch.arange(rows_per_image)
+            ).flatten()
+            sampling = PositionSampling(rows, self.settings.positions, start)
             originals = None
             if is_first:
-                full = passage.full if number == 0 else passage.full.copy()
-                full.advance(consumer.node)
-                original = full.value(consumer.source)[: len(rows)]
-                originals = consumer.remains.of(consumer.source, original, consumer.channel_dim)
-                answer = target.at(full, cut, self._state, chosen)
-                passage.notes.append((answer.wanted, answer.level, answer.scale))
+                full = batch.full if number == 0 else batch.full.copy()
+                full.advance(layer.node)
+                original = full.value(layer.source)[: len(rows)]
+                originals = layer.kept.select(layer.source, original, layer.channel_dim)
+                positions = sampling.over(layer.positions)
+                wanted = target.at(full, cut, self.state, positions)
+                batch.targets.append((wanted.wanted, wanted.level, wanted.scale))
             yield LayerBatch(
                 inputs=inputs[: len(rows)],
                 originals=originals,
-                target=RegressionTargets(*passage.notes[number]),
-                spread=spread,
-                held_out=(is_held_out(images) & self._holds_out)
-                .repeat_interleave(each)
+                targets=RegressionTargets(*batch.targets[number]),
+                sampling=sampling,
+                held_out=(is_held_out(batch.indices) & self.holds_out)
+                .repeat_interleave(rows_per_image)
                 .to(inputs.device),
             )
+
+
+def _why_not(graph: NetworkGraph, uses: list[Layer]) -> str:
+    """Return why a kernel can't be estimated from the inputs of its uses; empty if it can."""
+    if uses[0].is_computed:
+        return "its kernel is computed in the forward"
+    if uses[0].weight not in graph.tensor_names.values():
+        return "its kernel is not a parameter"
+    kernel = uses[0].node.args[1]
+    assert isinstance(kernel, Node)
+    nodes = [use.node for use in uses]
+    if any(user not in nodes or user.args.count(kernel) > 1 for user in kernel.users):
+        return "its kernel is used elsewhere, too"
+    if len({(operation_name(node), argument(node, "groups", 1)) for node in nodes}) > 1:
+        return "its kernel is used by different operations"
+    for node in nodes:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if source is not graph.image and source.op != "call_function":
+            return "its input does not depend on the images"
+        bias = argument(node, "bias")
+        if isinstance(bias, Node) and bias not in graph.tensor_names:
+            return "its bias is computed in the forward"
+        shapes = [value.meta["val"].shape for value in (source, node)]
+        if any(shape[0] % graph.images for shape in shapes) or shapes[0][0] != shapes[1][0]:
+            return "the first dimension of its input is not that of the images"
+        if operation_name(node) != "linear" and len(shapes[0]) != kernel.meta["val"].dim():
+            return "its input has no image dimension"
+    return ""

@@ -1,6 +1,6 @@
-"""Least squares from sums of products: rows stream through, only their Gram matrices are kept.
+"""Ridge regression from sums of products: rows are streamed, only Gram matrices are kept.
 
-Problems of one size are solved side by side, one for each group of a convolution.
+Several problems of one size are solved at once, one for each group of a convolution.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 SMALLEST_VARIANCE = 1e-12
-"""Inputs of less variance are held on to as if they had so much."""
+"""Lower bound of the inputs' variance when the ridge is scaled by it."""
 
 
 class Gram:
     """Sums of products of inputs and targets, from which every least-squares error follows.
 
-    Sums are in float64, so that the order in which rows come does not matter but for its rounding.
+    Sums are in float64, so that the order of the rows matters only up to rounding.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Gram:
     def add(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
     ) -> None:
-        """Takes in rows of inputs and of what should come out."""
+        """Add rows of inputs and targets."""
         x = x.double()
         self.count += x.shape[1]
         self.xx.baddbmm_(x.mT, x)
@@ -45,35 +45,35 @@ class Gram:
     def add_targets(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
     ) -> None:
-        """Takes in targets for inputs that have been counted already."""
+        """Add targets for inputs that are counted already."""
         x, y = x.double(), y.double()
         self.xy.baddbmm_(x.mT, y)
         self.y += y.sum(1)
         self.yy += y.square().sum(1)
 
     def without_targets(self) -> Gram:
-        """The same inputs, to take in other targets for; it shares their sums."""
-        twin = copy.copy(self)
-        twin.xy, twin.y, twin.yy = map(torch.zeros_like, (self.xy, self.y, self.yy))
-        return twin
+        """Return a copy that shares the sums of the inputs and has no targets yet."""
+        result = copy.copy(self)
+        result.xy, result.y, result.yy = map(torch.zeros_like, (self.xy, self.y, self.yy))
+        return result
 
     def target_state(self) -> tuple[Tensor, ...]:
-        """The sums that targets are in."""
+        """Return the sums that involve targets."""
         return self.xy, self.y, self.yy
 
     def state(self) -> tuple[Tensor, ...]:
-        """All the sums, to be added up over processes."""
+        """Return all sums, to be added up over processes."""
         return self.count, self.xx, self.x, *self.target_state()
 
     def variance(self) -> Float[Tensor, ""]:
-        """That of the targets, added up over outputs; never quite zero."""
+        """Return the variance of the targets, summed over outputs; never quite zero."""
         variances = self.yy / self.count - (self.y / self.count).square()
         return variances.sum().clamp_min(1e-30)
 
     def squared_error(
         self, kernel: Float[Tensor, "group output input"], bias: Float[Tensor, "group output"]
     ) -> Float[Tensor, ""]:
-        """Mean over rows of (y - kernel x - bias)^2, added up over outputs."""
+        """Return the mean over rows of (y - kernel x - bias)^2, summed over outputs."""
         n = self.count
         quadratic = ((kernel @ self.xx) * kernel).sum(2) / n
         mixed = (self.xy.mT * kernel).sum(2) / n
@@ -87,11 +87,11 @@ class Gram:
         ridge: float,
         bias: Float[Tensor, "group output"] | None,
     ) -> tuple[Float[Tensor, "group output input"], Float[Tensor, "group output"]]:
-        """The kernel and bias that fit best, drawn towards `kernel`.
+        """Return the kernel and bias that fit best, with a penalty on the distance to `kernel`.
 
-        `ridge` is a multiple of the mean variance of a group's inputs. The bias is fitted as well,
-        unless one is given that must stay. Where a system can't be solved the kernel holds values
-        that are not finite.
+        `ridge` is a multiple of the mean variance of a group's inputs. A `bias` is kept; without
+        one it is fitted as well. If a system can't be solved, the kernel holds values that are not
+        finite.
         """
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count
@@ -101,7 +101,7 @@ class Gram:
         strength = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_VARIANCE)
         xx.diagonal(dim1=1, dim2=2).add_(strength[:, None])
         xy += strength[:, None, None] * kernel.mT
-        # A matrix that is positive only up to rounding has no Cholesky factor: LU serves there.
+        # A matrix that is positive only up to rounding has no Cholesky factor: use LU instead.
         factor, failed = torch.linalg.cholesky_ex(xx)
         if bool(failed.any()):
             new, _ = torch.linalg.solve_ex(xx, xy)

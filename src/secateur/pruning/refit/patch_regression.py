@@ -1,10 +1,10 @@
-"""Kernels from a regression of what a layer should answer on what its kernel meets.
+"""The `patch` form: regress a layer's targets on the input patches under its kernel.
 
-Where only a rectifier reads the answer, right away or behind a norm or a residual sum, errors count
-only where they come through it. After the first solution targets are renewed with what that one
-answers (`Answer.renewed`) and it is solved again (Zhang et al., *Accelerating Very Deep
-Convolutional Networks*, TPAMI 2016, section 3.3): once, since further rounds bring nothing. Of both
-solutions and the kernel as cut the one is written that errs least behind the rectifier.
+If only a rectifier reads the output, directly or behind a norm or a residual sum, only errors that
+pass the rectifier count. Then there is a second solution: the targets are renewed with the outputs
+of the first one (`RegressionTargets.renewed`; Zhang et al., *Accelerating Very Deep Convolutional
+Networks*, TPAMI 2016, section 3.3). Further rounds bring no gain. Of both solutions and the kernel
+as cut, the one with the smallest error behind the rectifier is written.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from secateur.pruning.refit.candidates import (
     Choice,
     LayerBatch,
     Pass,
+    Regression,
     best_of,
     write,
 )
@@ -31,25 +32,25 @@ from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTar
 from secateur.runtime import distributed
 
 MAX_ROW_VALUES = 2**22
-"""Values of patches held at a time (32 MiB in float64)."""
+"""Values of patches held at once (32 MiB in float64)."""
 
 
-class PatchRegression:
-    """See `estimates.Form`."""
+class PatchRegression(Regression):
+    """Estimates a kernel from patches."""
 
     def __init__(
         self,
-        consumers: Sequence[RefitLayer],
+        layers: Sequence[RefitLayer],
         state: State,
         place: OffsetPlace | None,
         *,
         rectified: bool,
     ) -> None:
-        self._consumers = consumers
+        self._layers = layers
         self._state = state
         self._place = place
-        self._weight = consumers[0].layer.weight
-        kernel, groups = state[self._weight], consumers[0].groups
+        self._weight = layers[0].layer.weight
+        kernel, groups = state[self._weight], layers[0].groups
         old = in_patch_order(kernel.double(), groups)
         _, outputs, inputs = old.shape
         self._fit = Gram(groups, inputs, outputs, kernel.device)
@@ -58,47 +59,47 @@ class PatchRegression:
         self._as_cut = Candidate(None, old, torch.zeros_like(self._fit.y))
         self._candidates: list[Candidate] = [self._as_cut]
         self._renewed = self._fit
-        self._behind = Gram(groups, 0, outputs, kernel.device)
-        self._errors = self._behind.count.new_zeros(3)
+        self._rectified_targets = Gram(groups, 0, outputs, kernel.device)
+        self._errors = self._rectified_targets.count.new_zeros(3)
         self._choice: Choice | None = None
 
     @property
     def passes(self) -> Sequence[Pass]:
-        """See `estimates.Form`."""
+        """Passes to solve; with a rectifier also to solve again and to compare."""
         first: list[Pass] = [(self._add, self._solve)]
         more: list[Pass] = [(self._renew, self._solve_again), (self._compare, self._choose)]
         return [*first, *more] if self._rectified else first
 
     def choice(self) -> Choice:
-        """See `estimates.Form`."""
+        """Return the errors of the kernel that the last pass has written."""
         assert self._choice is not None
         return self._choice
 
     def _rows(
-        self, number: int, look: LayerBatch, images: Tensor
+        self, number: int, batch: LayerBatch, images: Tensor
     ) -> Iterator[tuple[Tensor, RegressionTargets]]:
-        """What the kernel meets in some of the images, and what it should answer; by group."""
-        consumer = self._consumers[number]
-        chosen = look.spread.over(consumer.positions)
+        """Yield patches and targets of some of the images, by group."""
+        layer = self._layers[number]
+        positions = batch.sampling.over(layer.positions)
         groups, _, inputs = self._as_cut.kernel.shape
-        most = max(1, MAX_ROW_VALUES // (groups * inputs * chosen.shape[1]))
-        for some in images.nonzero()[:, 0].split(most):
-            if len(some):
-                rows = consumer.patches(look.inputs[some], chosen[some.cpu()]).double()
-                yield rows, look.target.parted(some, groups)
+        most = max(1, MAX_ROW_VALUES // (groups * inputs * positions.shape[1]))
+        for chunk in images.nonzero()[:, 0].split(most):
+            if len(chunk):
+                rows = layer.patches(batch.inputs[chunk], positions[chunk.cpu()]).double()
+                yield rows, batch.targets.by_group(chunk, groups)
 
-    def _add(self, number: int, look: LayerBatch) -> None:
-        for gram, images in ((self._fit, ~look.held_out), (self._held_out, look.held_out)):
-            for rows, answer in self._rows(number, look, images):
-                gram.add(rows, answer.wanted)
+    def _add(self, number: int, batch: LayerBatch) -> None:
+        for gram, images in ((self._fit, ~batch.held_out), (self._held_out, batch.held_out)):
+            for rows, targets in self._rows(number, batch, images):
+                gram.add(rows, targets.wanted)
 
     def _solve(self) -> None:
         distributed.all_reduce_sum([*self._fit.state(), *self._held_out.state()])
         check = self._held_out if self._held_out.count else self._fit
         candidates = [self._as_cut, *(self._solution(self._fit, ridge) for ridge in RIDGES)]
         errors = [
-            float(check.squared_error(each.kernel, each.offset) / check.variance())
-            for each in candidates
+            float(check.squared_error(candidate.kernel, candidate.offset) / check.variance())
+            for candidate in candidates
         ]
         best, self._choice = best_of(candidates, errors)
         if self._rectified:
@@ -108,35 +109,36 @@ class PatchRegression:
             self._write(best)
 
     def _solution(self, sums: Gram, ridge: float) -> Candidate:
-        """A kernel and offset, rounded to what the network can hold."""
+        """Return a kernel and offset, rounded to the dtype of the network."""
         old = self._as_cut
         kernel, offset = sums.ridge(old.kernel, ridge, None if self._place else old.offset)
         if self._place is not None:
             offset = self._place.rounded(self._state, offset)
         return Candidate(ridge, kernel.to(self._state[self._weight].dtype).double(), offset)
 
-    def _renew(self, number: int, look: LayerBatch) -> None:
-        for rows, answer in self._rows(number, look, ~look.held_out):
-            found = _answered(self._candidates[-1], rows)
-            self._renewed.add_targets(rows, answer.renewed(found))
+    def _renew(self, number: int, batch: LayerBatch) -> None:
+        for rows, targets in self._rows(number, batch, ~batch.held_out):
+            outputs = _outputs(self._candidates[-1], rows)
+            self._renewed.add_targets(rows, targets.renewed(outputs))
 
     def _solve_again(self) -> None:
         distributed.all_reduce_sum(self._renewed.target_state())
         ridge = self._candidates[-1].ridge or RIDGES[-1]
         self._candidates.append(self._solution(self._renewed, ridge))
 
-    def _compare(self, number: int, look: LayerBatch) -> None:
-        images = look.held_out if self._held_out.count else ~look.held_out
-        for rows, answer in self._rows(number, look, images):
-            wanted = answer.let_through(answer.wanted)
-            self._behind.add(rows[:, :, :0], wanted)
+    def _compare(self, number: int, batch: LayerBatch) -> None:
+        images = batch.held_out if self._held_out.count else ~batch.held_out
+        for rows, targets in self._rows(number, batch, images):
+            wanted = targets.rectified(targets.wanted)
+            self._rectified_targets.add(rows[:, :, :0], wanted)
             for place, candidate in enumerate(self._candidates):
-                found = answer.let_through(_answered(candidate, rows))
-                self._errors[place] += (found - wanted).square().sum()
+                outputs = targets.rectified(_outputs(candidate, rows))
+                self._errors[place] += (outputs - wanted).square().sum()
 
     def _choose(self) -> None:
-        distributed.all_reduce_sum([self._errors, *self._behind.state()])
-        errors = self._errors / self._behind.count / self._behind.variance()
+        distributed.all_reduce_sum([self._errors, *self._rectified_targets.state()])
+        targets = self._rectified_targets
+        errors = self._errors / targets.count / targets.variance()
         best, self._choice = best_of(self._candidates, errors.tolist())
         self._write(best)
 
@@ -147,11 +149,11 @@ class PatchRegression:
         write(self._state, self._weight, chosen, self._place)
 
 
-def _answered(candidate: Candidate, rows: Tensor) -> Float[Tensor, "group row output"]:
+def _outputs(candidate: Candidate, rows: Tensor) -> Float[Tensor, "group row output"]:
     return rows @ candidate.kernel.mT + candidate.offset[:, None]
 
 
-def patch_bytes(consumer: RefitLayer, kernel: Tensor) -> int:
-    """What the sums of the patch form take in memory, with all that is made of them at a time."""
-    groups, outputs, inputs = in_patch_order(kernel, consumer.groups).shape
+def patch_bytes(layer: RefitLayer, kernel: Tensor) -> int:
+    """Return the memory of the patch form's sums and of everything computed from them at once."""
+    groups, outputs, inputs = in_patch_order(kernel, layer.groups).shape
     return 8 * groups * inputs * (5 * inputs + 6 * outputs)

@@ -1,7 +1,12 @@
-"""Where the semantic parts of an image are.
+"""Concept sources, which say which part of an image shows which concept.
 
-A concept source is shown a scene, a batch of images with what the network made of them, and gives
-masks: for each image one or more regions, each with the number of the concept that it shows.
+A source gets a batch of images with what the network computed for it (`ConceptInput`) and returns
+masks: one or more regions for each image, each with the index of the concept that it shows.
+
+- `evidence`: the class-evidence map (CAM or Grad-CAM), the default
+- `saliency`, `factors`, `colours`: other sources without annotations
+- `masks`, `broden`, `cub`: annotated images from a folder, served by `annotations`
+- `combined`: several sources as one
 """
 
 from __future__ import annotations
@@ -15,73 +20,73 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, joined
+from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError, UnknownName, UsageError
-from secateur.graph.trace import NetworkGraph, Tensors
+from secateur.graph.network_graph import NetworkGraph, Tensors
 
 
 @dataclass(frozen=True, eq=False)
 class ConceptInput:
-    """A batch of images and what the network made of them."""
+    """A batch of images and what the network computed for it."""
 
     images: Float[Tensor, "image rgb height width"]
-    """Normalised, as the network got them."""
+    """Normalised, as the network gets them."""
     indices: Int[Tensor, "image"]
-    """Number of each image in the calibration set."""
+    """Index of each image in the calibration set."""
     labels: Int[Tensor, "image"] | None
     """The true classes, where they may be used."""
     annotations: ConceptMasks | None
     """Regions that came with the images."""
     value: Float[Tensor, "image channel h w"] | None
-    """What the source's `node` gave. A leaf that the logits can be derived by where the source
+    """The value of the source's `node`: a leaf that the logits depend on where the source
     `needs_gradient`, else detached."""
     logits: Float[Tensor, "image class"]
 
 
 @runtime_checkable
 class ConceptSource(Protocol):
-    """A scene in, masks out.
+    """Finds the regions of concepts in a batch.
 
-    One that derives from this class looks at the images alone and learns nothing, but for what it
-    says otherwise.
+    A class that derives from this one uses the images alone and learns nothing, unless it overrides
+    the members below.
     """
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """Every concept that the masks can show, in the order of their numbers."""
+        """Every concept that the masks can show, by its index."""
 
     @property
     def node(self) -> Node | None:
-        """The value of the network that `Scene.value` must hold, if any."""
+        """The node whose value `ConceptInput.value` must hold, if any."""
         return None
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the logits must be derivable by `Scene.value`."""
+        """Whether gradients of the logits by `ConceptInput.value` are needed."""
         return False
 
     @property
     def needs_learning(self) -> bool:
-        """Whether `learn` wants to be shown a sample of the images before the first `find`."""
+        """Whether `learn` must see a sample of the images before the first `find`."""
         return False
 
-    def learn(self, scene: ConceptInput) -> None:
-        """Takes in a part of the sample; called in no fixed order of images."""
+    def learn(self, concept_input: ConceptInput) -> None:
+        """Add a batch of the sample; images come in no fixed order."""
         return
 
     def finish_learning(self) -> None:
-        """Called once, after the last `learn`."""
+        """Finish learning, once, after the last `learn`."""
         return
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """The concept masks of a batch, each image's independent of the others'."""
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return the concept masks of a batch, each image's independent of the others."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceContext:
-    """What a concept source is made for."""
+    """What a concept source is built from."""
 
     graph: NetworkGraph
     state: Tensors
@@ -95,7 +100,7 @@ SourceFactory = Callable[[SourceContext], ConceptSource]
 
 
 def sources() -> dict[str, SourceFactory]:
-    """Every concept source by name, made for a network and its data."""
+    """Return a factory for every concept source, by name."""
     from secateur.scoring.concepts.annotations import Annotations
     from secateur.scoring.concepts.colours import Colours
     from secateur.scoring.concepts.evidence import Evidence
@@ -115,7 +120,7 @@ def sources() -> dict[str, SourceFactory]:
 
 
 def readers() -> dict[str, Callable[[Path], AnnotatedFiles]]:
-    """The sources that bring images of their own, by name: each reads a folder."""
+    """Return the readers of the annotated sources, by name: each reads a folder of images."""
     from secateur.scoring.concepts.broden import read_broden
     from secateur.scoring.concepts.cub import read_boxes, read_parts
     from secateur.scoring.concepts.masks import read_masks
@@ -124,14 +129,14 @@ def readers() -> dict[str, Callable[[Path], AnnotatedFiles]]:
 
 
 def parse(text: str) -> list[tuple[str, str]]:
-    """Name and argument of each source in a text such as `evidence,factors:8` or `masks:DIR`.
+    """Return name and argument of each source in, say, `evidence,factors:8` or `masks:DIR`.
 
-    The name of a folder can't hold a comma. No folder is looked into. Raises `UnknownName`, or
-    `UsageError` where an argument is missing, wrong or too many.
+    The name of a folder can't hold a comma. No folder is read. Raises `UnknownName`, or
+    `UsageError` where an argument is missing, wrong or superfluous.
     """
     from secateur.scoring.concepts.factors import factor_count
 
-    found = []
+    parsed = []
     for part in text.split(","):
         name, colon, argument = part.strip().partition(":")
         if name not in sources():
@@ -143,10 +148,10 @@ def parse(text: str) -> list[tuple[str, str]]:
             factor_count(argument)
         elif colon:
             raise UsageError(f"the concept source {name!r} takes nothing after a colon: {part!r}")
-        found.append((name, argument))
-    if len(set(found)) < len(found):
+        parsed.append((name, argument))
+    if len(set(parsed)) < len(parsed):
         raise UsageError(f"the concept sources {text!r} name one twice")
-    return found
+    return parsed
 
 
 def make(
@@ -156,10 +161,10 @@ def make(
     class_names: tuple[str, ...],
     preprocessing: Preprocessing,
 ) -> ConceptSource:
-    """The source or the combination of sources that a text names; see `parse`.
+    """Return the source, or the combination of sources, that a text names; see `parse`.
 
-    Annotated sources are one, in the place of the first of them: they must bring the same images,
-    whose batches hold the regions of all. Raises as `parse` and `annotated_images` do.
+    Annotated sources count as one, in the place of the first: they must bring the same images,
+    whose batches hold the regions of all. Raises what `parse` and `annotated_images` raise.
     """
     from secateur.scoring.concepts.annotations import Annotations
     from secateur.scoring.concepts.combined import Combined
@@ -179,15 +184,15 @@ def make(
 
 
 def annotated_images(text: str) -> AnnotatedImages | None:
-    """The images that the annotated sources in a text bring, if there are any.
+    """Return the images that the annotated sources in a text bring, or None.
 
-    Raises `UsageError` where they bring different ones, and `DataError`.
+    Raises `UsageError` where they bring different images, and `DataError`.
     """
-    found = []
+    image_sets = []
     for name, argument in parse(text):
         if name not in readers():
             continue
         if not Path(argument).is_dir():
             raise DataError(f"no folder {argument} to read {name} from")
-        found.append(readers()[name](Path(argument)))
-    return joined(found) if found else None
+        image_sets.append(readers()[name](Path(argument)))
+    return join_annotations(image_sets) if image_sets else None

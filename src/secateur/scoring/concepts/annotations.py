@@ -1,4 +1,4 @@
-"""Regions that come with the images: what all annotated sources have in common."""
+"""The concept source of annotated images, whose regions come with them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Annotations(ConceptSource):
         """What the annotations can show."""
         return self._concepts
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """The scene's own regions; raises `DataError` where it has none."""
-        if scene.annotations is None:
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return the regions that came with the images; raises `DataError` without any."""
+        if concept_input.annotations is None:
             raise DataError(
                 "the images come without annotated regions: take those that the concept source "
                 "brings (concepts.annotated_images) as the calibration set"
             )
-        return scene.annotations
+        return concept_input.annotations

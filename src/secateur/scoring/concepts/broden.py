@@ -25,17 +25,17 @@ from secateur.runtime.input_limits import inside
 NOT_CATEGORIES = ("image", "split", "ih", "iw", "sh", "sw")
 """Columns of `index.csv` beside the labels."""
 LARGEST = 65_535
-"""Of labels, since red + 256 · green says which it is, and of sides of images."""
+"""The largest label, since red + 256 · green encodes it, and the largest side of an image."""
 DIGITS = 9
-"""Of a number."""
+"""The most digits of a number in the tables."""
 
 
 def read_broden(directory: Path) -> AnnotatedFiles:
-    """All images of `index.csv` that have a label, of both splits.
+    """Return all images of `index.csv` that have a label, of both splits.
 
-    A label that is said of a whole image (scenes, textures) covers all of it. A label's category
-    is the one that most of its images have it in. `category.csv` and `c_*.csv`, which number the
-    labels anew for each category, are not needed. Raises `DataError`.
+    A label of a whole image (scenes, textures) covers all of it. A label's category is the one that
+    most of its images have it in. `category.csv` and `c_*.csv`, which number the labels anew for
+    each category, are not needed. Raises `DataError`.
     """
     labels = _rows(directory / "label.csv", ("number", "name", "category"))
     table = np.full(max(_number(row["number"]) for row in labels) + 1, UNKNOWN, dtype=np.int64)
@@ -51,10 +51,10 @@ def read_broden(directory: Path) -> AnnotatedFiles:
     images = directory / "images"
     paths, annotations = [], []
     for row in rows:
-        found = [each for name in categories for each in row[name].split(";") if each]
-        whole = [_number(each) for each in found if each.isdecimal()]
-        files = [inside(images, each, DataError) for each in found if not each.isdecimal()]
-        if not found:
+        labels_here = [label for name in categories for label in row[name].split(";") if label]
+        whole = [_number(label) for label in labels_here if label.isdecimal()]
+        files = [inside(images, file, DataError) for file in labels_here if not file.isdecimal()]
+        if not labels_here:
             continue
         paths.append(inside(images, row["image"], DataError))
         size = (_number(row["sh"]), _number(row["sw"]))
@@ -71,16 +71,16 @@ def read_broden(directory: Path) -> AnnotatedFiles:
 
 @dataclass(frozen=True, eq=False)
 class BrodenLabels:
-    """The labels of one image: label images, and numbers that are said of the whole of it."""
+    """The labels of one image: label images, and labels of the whole image."""
 
     files: tuple[Path, ...]
     whole: tuple[int, ...]
     size: tuple[int, int]
     """Height and width of the label images, which may be smaller than the image."""
     table: np.ndarray
-    """Label -> number of the concept; see `look_up`."""
+    """Index of the concept by label; see `look_up`."""
     index: Path
-    """Where the numbers are from."""
+    """The file that the labels are from, for errors."""
 
     def planes(self, height: int, width: int) -> Tensor:
         """See `Annotation.planes`; a pixel shows what the label image shows at its centre."""
@@ -101,8 +101,8 @@ class BrodenLabels:
         if pixels.ndim != 3:
             raise DataError(f"the mask {file} is not in colours: expected red + 256 · green")
         if pixels.shape[:2] != self.size:
-            found, expected = (f"{size[1]}×{size[0]}" for size in (pixels.shape, self.size))
-            raise DataError(f"the mask {file} is {found}; index.csv says {expected}")
+            actual, expected = (f"{size[1]}×{size[0]}" for size in (pixels.shape, self.size))
+            raise DataError(f"the mask {file} is {actual}; index.csv says {expected}")
         red, green = (pixels[..., channel].astype(np.int64) for channel in (0, 1))
         labels: np.ndarray = red + 256 * green
         return labels

@@ -1,11 +1,11 @@
 """Colours: the eleven basic colour terms, from the pixels alone.
 
-The terms are those of Berlin & Kay (Basic Color Terms, 1969). A colour has the name of the nearest
+The terms are those of Berlin & Kay (Basic Color Terms, 1969). A colour gets the name of the nearest
 named colour of CSS (CSS Color Module Level 4, section 6.1) in CIE 1976 L*a*b*; a named colour
-counts for the term that its name ends with (`skyblue` is blue). The terms' own CSS values alone
-would not do: they are so saturated that nearly every pixel of a photograph is nearest to black,
-white or grey. Network Dissection takes the names that van de Weijer et al. (IEEE TIP 2009) learnt
-from web images; their table is as fine as the one here, 32 steps a primary.
+counts for the term that its name ends with (`skyblue` is blue). The CSS values of the terms alone
+are too saturated: nearly every pixel of a photograph would be nearest to black, white or grey.
+Network Dissection takes the names that van de Weijer et al. (IEEE TIP 2009) learnt from web images;
+their table is as fine as the one here, 32 steps for each primary.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 LARGEST_GRID = 56
-"""Images are averaged to at most so many rows and columns of cells, as 8-bit values are."""
+"""The most rows and columns of cells that images are averaged to before 8-bit rounding."""
 STEPS = 32
-"""Steps of each primary in the table of names; a bin has the name of the colour at its middle."""
+"""Steps of each primary in the table of names; a bin gets the name of the colour at its middle."""
 
 PROTOTYPES: dict[str, str] = {
     "black": "000000",
@@ -38,16 +38,16 @@ PROTOTYPES: dict[str, str] = {
     "purple": "800080 9370db 663399",
     "grey": "808080 a9a9a9 2f4f4f 696969 d3d3d3 778899 708090",
 }
-"""Basic term -> sRGB values of the CSS colours whose names end with it, its own value first."""
+"""sRGB values by basic term, of the CSS colours whose names end with it; its own value is first."""
 
-# Of the primaries and the white D65 (IEC 61966-2-1, section 5.2).
+# For the primaries and the white point D65 (IEC 61966-2-1, section 5.2).
 _XYZ_OF_LINEAR = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
 
 
 class Colours(ConceptSource):
     """Where an image is black, white, red, green, yellow, blue, brown, orange, pink, purple, grey.
 
-    The names are given to the pixels that the network sees, so to the resized image.
+    Names are those of the pixels that the network sees, so of the resized image.
     """
 
     def __init__(self, context: SourceContext) -> None:
@@ -62,16 +62,16 @@ class Colours(ConceptSource):
         """The eleven basic colours."""
         return tuple(Concept(name, "colour") for name in PROTOTYPES)
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """A region for each colour that an image shows, on a grid of at most 56×56 cells."""
-        names = self.names(scene.images)[:, None]
-        numbers = torch.arange(len(PROTOTYPES))
-        masks = names == numbers[:, None, None]  # [image, colour, h, w]
-        numbers = numbers.expand(masks.shape[:2])
-        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, UNLABELLED))
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return a region for each colour in an image, on a grid of at most 56×56 cells."""
+        names = self.names(concept_input.images)[:, None]
+        indices = torch.arange(len(PROTOTYPES))
+        masks = names == indices[:, None, None]  # [image, colour, h, w]
+        indices = indices.expand(masks.shape[:2])
+        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), indices, UNLABELLED))
 
     def names(self, images: Float[Tensor, "image rgb height width"]) -> Int[Tensor, "image h w"]:
-        """The number of the colour of each cell."""
+        """Return the index of each cell's colour."""
         size = (min(LARGEST_GRID, images.shape[2]), min(LARGEST_GRID, images.shape[3]))
         cells = F.adaptive_avg_pool2d(images, size) * self._std + self._mean
         levels = (cells * 255).round().clamp(0, 255).long()
@@ -80,7 +80,7 @@ class Colours(ConceptSource):
 
 
 def names_of_bins() -> Int[Tensor, "bin"]:
-    """The number of the colour at the middle of each bin; red counts slowest, blue fastest."""
+    """Return the index of the colour at each bin's middle; red changes slowest, blue fastest."""
     middles = (torch.arange(STEPS).double() + 0.5) / STEPS
     colours = torch.cartesian_prod(middles, middles, middles)
     prototypes = torch.tensor(
@@ -92,9 +92,9 @@ def names_of_bins() -> Int[Tensor, "bin"]:
         dtype=torch.float64,
     )
     terms = torch.tensor(
-        [number for number, values in enumerate(PROTOTYPES.values()) for _ in values.split()]
+        [index for index, values in enumerate(PROTOTYPES.values()) for _ in values.split()]
     )
-    # As differences, since distances from products would make ties of what is nearly one.
+    # From differences: distances from matrix products would turn near ties into ties.
     distances = torch.cdist(
         lab(colours), lab(prototypes), compute_mode="donot_use_mm_for_euclid_dist"
     )
@@ -102,7 +102,10 @@ def names_of_bins() -> Int[Tensor, "bin"]:
 
 
 def lab(colours: Float[Tensor, "colour 3"]) -> Float[Tensor, "colour 3"]:
-    """CIE 1976 L*a*b* under D65 of sRGB values from 0 to 1 (IEC 61966-2-1; CIE 15:2004, 8.2.1)."""
+    """Return CIE 1976 L*a*b* under D65 of sRGB values in 0 to 1.
+
+    Source: IEC 61966-2-1; CIE 15:2004, section 8.2.1.
+    """
     linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     matrix = torch.tensor(_XYZ_OF_LINEAR, dtype=colours.dtype)
     relative = linear @ matrix.T / matrix.sum(1)  # X / Xn, Y / Yn, Z / Zn

@@ -15,12 +15,12 @@ from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.cub import Birds, image_files, read_birds
 
 RADIUS_FRACTION = 0.1
-"""Radius of a part's disc, as a share of the longer side of the bird's box: the distance within
-which a predicted part counts as found (PCK at 0.1; Yang & Ramanan, IEEE TPAMI 2013)."""
+"""Radius of a part's disc, as a fraction of the longer side of the bird's box: the distance within
+which a predicted part counts as correct (PCK at 0.1; Yang & Ramanan, IEEE TPAMI 2013)."""
 
 
 def read_parts(directory: Path) -> AnnotatedFiles:
-    """The training images, with a disc around every visible part; see `RADIUS_FRACTION`."""
+    """Return the training images, with a disc around every visible part; see `RADIUS_FRACTION`."""
     birds = read_birds(directory)
 
     def parts(bird: int) -> Annotation:
@@ -33,9 +33,9 @@ def read_parts(directory: Path) -> AnnotatedFiles:
 
 
 def read_boxes(directory: Path) -> AnnotatedFiles:
-    """The training images, with the bird's box as the region of the one concept `bird`.
+    """Return the training images, with the bird's box as the region of the one concept `bird`.
 
-    The species are no concepts here: that they are in the picture is what the labels say.
+    The species are not concepts here: the labels already name them.
     """
     birds = read_birds(directory)
     return _training_images(
@@ -52,19 +52,19 @@ class BirdParts:
     radius: float
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`: a layer for each part that is visible."""
+        """See `Annotation.planes`: one plane for each visible part."""
         rows, columns = torch.arange(height)[:, None], torch.arange(width)
         layers = [torch.full((height, width), UNLABELLED)]
-        for number in self.is_visible.nonzero()[:, 0].tolist():
-            column, row = self.points[number].tolist()
+        for part in self.is_visible.nonzero()[:, 0].tolist():
+            column, row = self.points[part].tolist()
             inside = (rows - row) ** 2 + (columns - column) ** 2 <= self.radius**2
-            layers.append(torch.where(inside, number, UNLABELLED))
+            layers.append(torch.where(inside, part, UNLABELLED))
         return torch.stack(layers)
 
 
 @dataclass(frozen=True, eq=False)
 class BirdBox:
-    """Where one bird is."""
+    """The box of one bird."""
 
     box: Float[Tensor, "4"]
 
@@ -83,7 +83,7 @@ def _training_images(
     concepts: tuple[Concept, ...],
     annotate: Callable[[int], Annotation],
 ) -> AnnotatedFiles:
-    """The others are for final scores."""
+    """Return the annotated training images; the test images are for final scores only."""
     chosen = birds.is_training.nonzero()[:, 0]
     paths = image_files(directory, birds, chosen, "training")
     return AnnotatedFiles(

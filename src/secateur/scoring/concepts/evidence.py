@@ -1,4 +1,4 @@
-"""Class evidence: where the network itself finds what speaks for a class.
+"""Class-evidence maps: where in an image the network finds evidence for a class.
 
 Where the head is global average pooling and one linear layer this is the class activation map
 (Zhou et al., CVPR 2016, eq. 2), which needs no gradient; elsewhere Grad-CAM (Selvaraju et al.,
@@ -17,19 +17,19 @@ from torch.fx.node import Node
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.errors import TraceError
-from secateur.graph.trace import NetworkGraph, operation_name
+from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 REGION_FRACTION = 0.25
-"""Share of an image's positions that counts as evidence (design note: the top quarter)."""
+"""Fraction of an image's positions that counts as evidence."""
 
 _HEAD = {"flatten", "view", "reshape", "mean", "adaptive_avg_pool2d", "avg_pool2d", "dropout"}
 
 
 class Evidence(ConceptSource):
-    """The quarter of the last feature map's cells that speaks most for the image's class.
+    """The quarter of the last feature map's cells that is the strongest evidence for the class.
 
-    The class is the label where one is given, else the network's own prediction.
+    The class is the label where there is one, else the network's prediction.
     """
 
     def __init__(self, context: SourceContext) -> None:
@@ -43,7 +43,7 @@ class Evidence(ConceptSource):
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """One concept a class of the network's head, named where the data names it."""
+        """One concept for each class of the network's head, named where the data names it."""
         return tuple(Concept(name, "class evidence") for name in self._classes)
 
     @property
@@ -53,41 +53,47 @@ class Evidence(ConceptSource):
 
     @property
     def needs_gradient(self) -> bool:
-        """Not where the classifier's rows are the weights."""
+        """False where the classifier's rows are the weights of the map."""
         return self._rows is None
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """One region an image, on the grid of the last feature map; see `ConceptSource.find`.
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return one region for each image, on the grid of the last feature map.
 
-        A quarter of the cells, rounded to the next number and at least one; cells that tie with
-        the last of them are inside, too.
+        It holds a quarter of the cells, rounded and at least one, and the cells that tie with the
+        last of them.
         """
-        heat, classes = self.heat(scene)
+        heat, classes = self.heat(concept_input)
         count = max(1, round(REGION_FRACTION * heat[0].numel()))
         threshold = heat.flatten(1).topk(count, dim=1).values[:, -1]
         return ConceptMasks((heat >= threshold[:, None, None])[:, None], classes[:, None])
 
-    def heat(self, scene: ConceptInput) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
-        """Evidence for the class at each position of the last feature map, and the class.
+    def heat(
+        self, concept_input: ConceptInput
+    ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
+        """Return the evidence for the class at each position of the last map, and the class.
 
-        Raises `DataError` where a label is no class of the network's.
+        Raises `DataError` where a label is not one of the network's classes.
         """
-        assert scene.value is not None
-        classes = scene.logits.detach().argmax(1) if scene.labels is None else scene.labels
-        check_labels(classes, scene.logits.shape[1])
+        assert concept_input.value is not None
+        classes = (
+            concept_input.logits.detach().argmax(1)
+            if concept_input.labels is None
+            else concept_input.labels
+        )
+        check_labels(classes, concept_input.logits.shape[1])
         if self._rows is not None:
             weights = self._rows[classes]  # [image, channel]
         else:
-            chosen = scene.logits.gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, scene.value, retain_graph=True)
+            chosen = concept_input.logits.gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(chosen, concept_input.value, retain_graph=True)
             weights = gradient.float().mean(dim=(2, 3))
-        # Not a matrix product, which may round differently in batches of another size.
-        heat = (scene.value.detach().float() * weights[:, :, None, None]).sum(1)
+        # A matrix product may round differently in batches of another size.
+        heat = (concept_input.value.detach().float() * weights[:, :, None, None]).sum(1)
         return heat, classes
 
 
 def last_map(graph: NetworkGraph) -> Node:
-    """The last value with a height and a width above one on the way to the output.
+    """Return the last feature map before the output that has more than one position.
 
     Raises `TraceError` where there is none.
     """
@@ -103,7 +109,7 @@ def last_map(graph: NetworkGraph) -> Node:
 
 
 def _linear_head(graph: NetworkGraph, feature_map: Node) -> str | None:
-    """Name of the classifier's weight where the head is global average pooling and linear."""
+    """Return the name of the classifier's weight if the head is average pooling and one linear."""
     node = graph.output
     if operation_name(node) != "linear" or not isinstance(node.args[1], Node):
         return None

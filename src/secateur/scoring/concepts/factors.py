@@ -1,4 +1,4 @@
-"""Factors: parts that the last feature maps fall into by themselves, without a label.
+"""Factors: parts found by factorising the last feature maps, without labels.
 
 The maps of a sample of the calibration set, positions in rows, are factorised into few non-negative
 directions (Lee & Seung, Nature 1999), as Deep Feature Factorization does (Collins, Achanta &
@@ -22,11 +22,11 @@ from secateur.scoring.concepts.evidence import last_map
 
 DEFAULT_COUNT = 8
 IMAGES = 512
-"""Images that the factors are learnt from: those with the lowest numbers in the sample."""
+"""Images that the factors are learnt from: those with the lowest indices in the sample."""
 POSITIONS = 16
-"""Positions of each of them: with 2,048 channels all rows together take 64 MiB."""
+"""Positions of each of these images: with 2,048 channels all rows together take 64 MiB."""
 UPDATES = 50
-"""Multiplicative updates that the strength of the factors in an image gets."""
+"""Multiplicative updates of the strengths of the factors in an image."""
 
 
 class Factors(ConceptSource):
@@ -43,13 +43,13 @@ class Factors(ConceptSource):
             )
         self._count = count
         self._rows: dict[int, Tensor] = {}
-        """Image number -> `[position, channel]`, at most `IMAGES` of them."""
+        """`[position, channel]` by image index, for at most `IMAGES` images."""
         self._dictionary: Tensor | None = None
         """`[factor, channel]`, each row of unit length."""
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """The factors, which have no names but their numbers."""
+        """The factors, named by their numbers from 1 on."""
         return tuple(Concept(f"factor {number + 1}", "factor") for number in range(self._count))
 
     @property
@@ -59,49 +59,50 @@ class Factors(ConceptSource):
 
     @property
     def needs_learning(self) -> bool:
-        """Yes: the factors are those of the calibration set."""
+        """True: the factors are learnt from the calibration set."""
         return True
 
-    def learn(self, scene: ConceptInput) -> None:
-        """Keeps some positions of each image; which ones depends on the image's number alone."""
-        for number, features in zip(scene.indices.tolist(), _features(scene), strict=True):
+    def learn(self, concept_input: ConceptInput) -> None:
+        """Keep some positions of each image, which depend on the image's index alone."""
+        indices = concept_input.indices.tolist()
+        for index, features in zip(indices, _features(concept_input), strict=True):
             rows = features.flatten(1).T  # [position, channel]
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator().manual_seed(index)
             drawn = torch.randperm(len(rows), generator=generator)[:POSITIONS]
-            self._rows[number] = rows[drawn].clone()
+            self._rows[index] = rows[drawn].clone()
         self._rows = _lowest(self._rows)
 
     def finish_learning(self) -> None:
-        """Factorises the rows of all processes.
+        """Factorise the rows of all processes.
 
-        The dictionary does not depend on how the images were spread over them. Raises `DataError`
-        where the maps hold nothing to factorise, `UsageError` without scikit-learn.
+        The dictionary doesn't depend on how the images were spread over processes. Raises
+        `DataError` where the maps hold nothing to factorise, `UsageError` without scikit-learn.
         """
-        found: dict[int, Tensor] = {}
+        all_rows: dict[int, Tensor] = {}
         for rows in distributed.all_gather(self._rows):
-            found |= rows
-        chosen = _lowest(found)
+            all_rows |= rows
+        chosen = _lowest(all_rows)
         dictionary = _factorise(torch.cat([chosen[n] for n in sorted(chosen)]), self._count)
-        # The first process's, since another machine may round differently.
+        # Take the main process's, since another machine may round differently.
         self._dictionary = distributed.all_gather(dictionary)[0]
         self._rows = {}
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """A region for each factor that is strongest somewhere, on the grid of the last map."""
-        masks = strongest(self.strengths(scene))
-        numbers = torch.arange(self._count).expand(masks.shape[:2])
-        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), numbers, UNLABELLED))
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return a region for each factor that is strongest somewhere, on the last map's grid."""
+        masks = strongest(self.strengths(concept_input))
+        factors = torch.arange(self._count).expand(masks.shape[:2])
+        return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), factors, UNLABELLED))
 
-    def strengths(self, scene: ConceptInput) -> Float[Tensor, "image factor h w"]:
-        """How much of each factor is at each position, for pictures too.
+    def strengths(self, concept_input: ConceptInput) -> Float[Tensor, "image factor h w"]:
+        """Return how strong each factor is at each position.
 
-        The non-negative A with the least squared error of A · dictionary, approached by
+        This is the non-negative A with the least squared error of A · dictionary, approached by
         multiplicative updates (Lee & Seung, NIPS 2000, eq. 4, with the dictionary fixed) from the
-        features' projections. There is no matrix product in it, which may round differently in
-        batches of another size.
+        features' projections. It avoids matrix products, which may round differently in batches of
+        another size.
         """
         assert self._dictionary is not None
-        features = _features(scene)
+        features = _features(concept_input)
         rows = self._dictionary[:, None, :, None, None]  # [factor, 1, channel, 1, 1]
         projected = torch.stack([(features * row).sum(1) for row in rows], dim=1)
         products = (self._dictionary[:, None] * self._dictionary).sum(2)  # [factor, factor]
@@ -117,7 +118,7 @@ class Factors(ConceptSource):
 
 
 def factor_count(argument: str) -> int:
-    """The number of parts that the name of the source asks for; raises `UsageError`."""
+    """Return the number of factors from the source's argument; raises `UsageError`."""
     if not argument:
         return DEFAULT_COUNT
     if not argument.isdecimal() or int(argument) < 1:
@@ -126,24 +127,24 @@ def factor_count(argument: str) -> int:
 
 
 def strongest(strengths: Float[Tensor, "image factor h w"]) -> Bool[Tensor, "image factor h w"]:
-    """The cells where each factor is the strongest, and there at all; the first where some tie."""
+    """Return the cells where each factor is positive and the strongest, the first of ties."""
     most = strengths.amax(dim=1, keepdim=True)
     reaches = (strengths == most) & (most > 0)
     return reaches & (reaches.cumsum(1) == 1)
 
 
-def _features(scene: ConceptInput) -> Tensor:
-    """`[image, channel, h, w]`; what is below zero, before or without a rectifier, is no part."""
-    assert scene.value is not None
-    return scene.value.detach().float().clamp(min=0)
+def _features(concept_input: ConceptInput) -> Tensor:
+    """Return the features, `[image, channel, h, w]`, with negative values set to zero."""
+    assert concept_input.value is not None
+    return concept_input.value.detach().float().clamp(min=0)
 
 
 def _lowest(rows: dict[int, Tensor]) -> dict[int, Tensor]:
-    return {number: rows[number] for number in sorted(rows)[:IMAGES]}
+    return {index: rows[index] for index in sorted(rows)[:IMAGES]}
 
 
 def _factorise(rows: Tensor, count: int) -> Tensor:
-    """`[factor, channel]` of unit length from `[row, channel]`, always the same."""
+    """Return `[factor, channel]`, rows of unit length, from `[row, channel]`; deterministic."""
     try:
         from sklearn.decomposition import NMF
         from sklearn.exceptions import ConvergenceWarning
@@ -157,7 +158,7 @@ def _factorise(rows: Tensor, count: int) -> Tensor:
         )
     model = NMF(n_components=count, init="nndsvda", random_state=0)
     with warnings.catch_warnings():
-        # A dictionary near the optimum serves as well.
+        # A dictionary near the optimum is good enough.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(rows.numpy())
     dictionary: Tensor = torch.from_numpy(model.components_).float()

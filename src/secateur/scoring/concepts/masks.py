@@ -1,4 +1,4 @@
-"""Pixel masks that lie beside the images: one index image each, a value a concept."""
+"""Pixel masks beside the images: one index image for each, one value for each concept."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from secateur.errors import DataError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
 
 NOT_CONCEPTS = frozenset({"background", "ignore", "null", "unlabeled", "unlabelled", "void"})
-"""Names of values that say that nothing is known of a pixel."""
+"""Names of values for pixels without a label."""
 VOID = 255
-"""Value that says the same, unless it has a name of its own (PASCAL VOC, Cityscapes, ADE20K)."""
+"""Value for the same, unless it has a name of its own (PASCAL VOC, Cityscapes, ADE20K)."""
 NAME_FILES = ("classes.json", "labels.json", "classes.txt", "labels.txt")
 
 
 def read_masks(directory: Path) -> AnnotatedFiles:
-    """The images of a folder and their masks, from any of three layouts.
+    """Return the images of a folder and their masks, from any of three layouts.
 
     `DIR/images/` with `DIR/masks/`; parts `DIR/train/` with `DIR/train_masks/`, all of them; or
     one such part as DIR. Masks are PNGs with the names of their images. What the values mean is in
     `classes.json` or `labels.json` (a list, or an object with the list as `classes` or `labels`)
-    or `.txt` (a name a line), in DIR or above a part; the first name is that of value 0. Without
-    such a file 0 is the background and the concepts are the values that the masks hold, all of
-    which are read for it. Raises `DataError`.
+    or `.txt` (one name on each line), in DIR or above a part; the first name is that of value 0.
+    Without such a file 0 is the background and the concepts are the values that the masks hold;
+    all masks are read for that. Raises `DataError`.
     """
     parts = _parts(directory.resolve())
     pairs = [pair for part in parts for pair in _pairs(*part)]
@@ -62,14 +62,14 @@ class MaskFile:
 
     path: Path
     table: np.ndarray
-    """Number of the concept that each value stands for; see `look_up`."""
+    """Index of the concept by value; see `look_up`."""
 
     def planes(self, height: int, width: int) -> Tensor:
         """See `Annotation.planes`."""
         values = _values(self.path)
         if values.shape != (height, width):
-            found = f"{values.shape[1]}×{values.shape[0]}"
-            raise DataError(f"the mask {self.path} is {found}, its image {width}×{height}")
+            size = f"{values.shape[1]}×{values.shape[0]}"
+            raise DataError(f"the mask {self.path} is {size}, its image {width}×{height}")
         return look_up(values, self.table, self.path)[None]
 
 
@@ -81,14 +81,16 @@ def _values(path: Path) -> np.ndarray:
 
 
 def _parts(directory: Path) -> list[tuple[Path, Path]]:
-    """Folders of images, each with its folder of masks."""
+    """Return the folders of images, each with its folder of masks."""
     if (directory / "images").is_dir() and (directory / "masks").is_dir():
         return [(directory / "images", directory / "masks")]
-    own = directory.with_name(f"{directory.name}_masks")
-    if own.is_dir():
-        return [(directory, own)]
-    found = sorted(each for each in directory.glob("*_masks") if each.is_dir())
-    parts = [(each.with_name(each.name.removesuffix("_masks")), each) for each in found]
+    beside = directory.with_name(f"{directory.name}_masks")
+    if beside.is_dir():
+        return [(directory, beside)]
+    mask_folders = sorted(folder for folder in directory.glob("*_masks") if folder.is_dir())
+    parts = [
+        (folder.with_name(folder.name.removesuffix("_masks")), folder) for folder in mask_folders
+    ]
     for images, masks in parts:
         if not images.is_dir():
             raise DataError(f"{masks} has no folder {images.name} of images beside it")
@@ -100,10 +102,10 @@ def _parts(directory: Path) -> list[tuple[Path, Path]]:
 
 
 def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    found = sorted(file for file in images.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not found:
+    files = sorted(file for file in images.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
         raise DataError(f"no images in {images} ({', '.join(sorted(SUFFIXES))})")
-    pairs = [(file, (masks / file.relative_to(images)).with_suffix(".png")) for file in found]
+    pairs = [(file, (masks / file.relative_to(images)).with_suffix(".png")) for file in files]
     for file, mask in pairs:
         if not mask.is_file():
             raise DataError(f"the image {file} has no mask {mask}")
@@ -111,7 +113,7 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 
 def _names(places: list[Path]) -> list[str] | None:
-    """What the values mean, from 0 on."""
+    """Return the names of the values from 0 on, or None without a file of names."""
     for file in (place / name for place in places for name in NAME_FILES):
         if file.is_file():
             return _read_names(file)

@@ -1,4 +1,4 @@
-"""Saliency: where the last feature map is active at all (SCDA, Wei et al., IEEE TIP 2017)."""
+"""Saliency: where the last feature map is most active (SCDA, Wei et al., IEEE TIP 2017)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from secateur.scoring.concepts.evidence import last_map
 class Saliency(ConceptSource):
     """The cells of the last map whose activation, summed over channels, is above their mean.
 
-    SCDA brings the sum to the image plane before it compares, and keeps the largest connected part
-    alone; here cells are compared as they are, and all of them stay.
+    SCDA upsamples the sum to the image before it compares, and keeps only the largest connected
+    part; here cells are compared as they are, and all of them stay.
     """
 
     def __init__(self, context: SourceContext) -> None:
@@ -30,11 +30,11 @@ class Saliency(ConceptSource):
         """The last feature map."""
         return self._map
 
-    def find(self, scene: ConceptInput) -> ConceptMasks:
-        """One region an image, on the grid of the last feature map; no label is looked at."""
-        assert scene.value is not None
-        total = scene.value.detach().float().sum(1, keepdim=True)  # [image, 1, h, w]
+    def find(self, concept_input: ConceptInput) -> ConceptMasks:
+        """Return one region for each image, on the last feature map's grid; labels are not used."""
+        assert concept_input.value is not None
+        total = concept_input.value.detach().float().sum(1, keepdim=True)  # [image, 1, h, w]
         masks = total > total.mean(dim=(2, 3), keepdim=True)
-        # A map that is flat has no position above its mean: then all of it is as salient.
+        # A flat map has no position above its mean: then all of it is the region.
         masks |= ~masks.any(dim=3, keepdim=True).any(dim=2, keepdim=True)
         return ConceptMasks(masks, torch.zeros(len(masks), 1, dtype=torch.int64))

@@ -1,8 +1,15 @@
-"""Which filters matter: concept votes and the baselines, through one door.
+"""Criteria, which score filters: concept votes and the baselines.
 
-A criterion is shown the feature maps of each group, batch by batch (`observe`), and then gives one
-score a filter (`score`): the higher, the more the filter deserves to stay. It keeps sums over
-images only, never a feature map.
+A criterion sees the feature maps of every tap, batch by batch (`update`), and then returns one
+score for each filter (`compute`): the higher, the more the filter deserves to stay. It keeps sums
+over images only, never a feature map.
+
+- `reconstruction`: the default vote, `vote`, and its baseline without concepts
+- `votes`: `vote-response` and `vote-iou`
+- `kernels`: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, which need no images
+- `statistics`: `apoz`, `activation_mean`, `activation_std`, `activation_entropy`, `hrank`
+- `dependence`: `chip`
+- `gradients`: `taylor`
 """
 
 from __future__ import annotations
@@ -23,46 +30,44 @@ from secateur.graph.patches import Window
 from secateur.models import user_code
 from secateur.scoring.thresholds import ActivationStatistics
 
-Need = Literal["maps", "usual", "thresholds", "concepts", "gradients"]
-"""What an observer wants to be shown: feature maps at all; each filter's usual activation, which
-takes a sampled pass of its own, and with it its threshold; concept masks; gradients of the loss."""
+Need = Literal["maps", "statistics", "thresholds", "concepts", "gradients"]
+"""What an observer needs: feature maps at all; each filter's activation statistics, which take a
+sampled pass of their own; its threshold among them; concept masks; gradients of the loss."""
 
 
 @dataclass(frozen=True, eq=False)
 class ConsumerKernel:
-    """A layer that reads the filters of a group."""
+    """The kernel of a layer that consumes a tap's filters."""
 
     window: Window
-    """How its kernel moves; of one tap where it is no plain convolution."""
-    weights: Float[Tensor, "output tap filter"]
-    """Zero for filters that it does not read."""
+    """How the kernel moves; 1×1 where the layer is not a plain convolution."""
+    weights: Float[Tensor, "output offset filter"]
+    """Zero for filters that the layer does not read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """The weights around a group of filters."""
+    """The weights around a tap's filters."""
 
     incoming: tuple[tuple[Float[Tensor, "row ..."], Int[Tensor, "row"]], ...]
-    """Of each layer that writes: its kernels, and the channel of the group that each writes."""
+    """For each producer: its kernels, and the channel of the group that each produces."""
     channel: Int[Tensor, "filter"]
-    """Channel of the group that each filter belongs to: mostly its number."""
+    """Channel of the group that each filter belongs to: mostly its index."""
     consumers: tuple[ConsumerKernel, ...]
-    """The layers that read the filters."""
     norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
-    """Of each batch norm on the way: its scales, and the channel of the group that each belongs
-    to."""
+    """For each batch norm before the tap: its scales, and the channel that each belongs to."""
 
     @property
     def filters(self) -> int:
-        """How many filters there are."""
+        """The number of filters."""
         return len(self.channel)
 
     @property
     def outgoing_norm(self) -> Float[Tensor, "filter"]:
-        """Euclidean norm of all that reads each filter, in float64."""
+        """Euclidean norm of all weights that consume each filter, in float64."""
         squares = torch.zeros(self.filters, dtype=torch.float64)
-        for reader in self.consumers:
-            norm = torch.linalg.vector_norm(reader.weights, dim=(0, 1), dtype=torch.float64)
+        for consumer in self.consumers:
+            norm = torch.linalg.vector_norm(consumer.weights, dim=(0, 1), dtype=torch.float64)
             squares += norm.square().cpu()
         return squares.sqrt()
 
@@ -71,75 +76,75 @@ Size = tuple[int, int]
 
 
 class Regions:
-    """Where the concepts are in the images of a batch, at any resolution."""
+    """The concept masks of a batch, at any resolution."""
 
-    def __init__(self, found: ConceptMasks) -> None:
-        masks = found.masks
-        self.concepts: Int[Tensor, "image region"] = found.concepts
-        """Number of the concept that each region shows, or `regions.ABSENT`."""
+    def __init__(self, concept_masks: ConceptMasks) -> None:
+        masks = concept_masks.masks
+        self.concepts: Int[Tensor, "image region"] = concept_masks.concepts
+        """Index of the concept that each region shows, or `UNLABELLED`."""
         self.size: Size = (masks.shape[2], masks.shape[3])
-        """Resolution of the masks as their source gives them: a finer one tells nothing more."""
-        self.at: Callable[[Size], Bool[Tensor, "image region h w"]] = functools.cache(
+        """Resolution of the masks from their source: a finer one adds no detail."""
+        self.masks_at: Callable[[Size], Bool[Tensor, "image region h w"]] = functools.cache(
             lambda size: at_resolution(masks, size)
         )
-        """The masks at a resolution, see `regions.at_resolution`."""
-        self.shares_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
+        """The masks at a resolution, see `concept_masks.at_resolution`."""
+        self.coverage_at: Callable[[Size], UInt8[Tensor, "image region h w"]] = functools.cache(
             lambda size: coverage_at(masks, size)
         )
-        """How much of each cell is inside, see `regions.shares_at`."""
+        """How much of each cell is inside, see `concept_masks.coverage_at`."""
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureBatch:
-    """What an observer is shown of one part of a group in one batch."""
+    """The feature maps of one tap in one batch, with what observers need beside them."""
 
     tap: str
     maps: Float[Tensor, "image filter h w"]
-    """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers. Not to be
-    changed, nor kept: what is needed later is reduced at once."""
+    """Feature maps as the next layer reads them; 1×1 for hidden units of linear layers. Don't
+    change or keep them: reduce them at once to what is needed later."""
     indices: Int[Tensor, "image"]
-    """Number of each image in the calibration set; a sample of images is chosen by it."""
+    """Index of each image in the calibration set; choose samples of images by it."""
     kernels: Kernels
     statistics: ActivationStatistics | None
-    """There for observers that need it."""
+    """For observers that need them."""
     grid: tuple[int, int]
-    """Cells that responses are brought to: at most the size of the maps."""
+    """Rows and columns of cells to average responses to: at most the size of the maps."""
     gradients: Float[Tensor, "image filter h w"] | None
     """Gradient of the images' summed loss, for observers that need it."""
 
 
-Vote = Callable[[Regions], None]
-"""The rest of an observation, once it is known where the concepts are."""
+DeferredUpdate = Callable[[Regions], None]
+"""The rest of an update, which runs once the concept masks are known."""
 
 
 @runtime_checkable
 class Observer(Protocol):
-    """Whoever wants to see the feature maps."""
+    """Anything that accumulates over the feature maps of the calibration set."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it wants to be shown; with nothing it is never called."""
+        """What `update` needs; where it needs nothing it is never called."""
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Called once before the first image: the parts there are, with the weights around them."""
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """Start anew, before the first image; `taps` holds the weights around each tap."""
 
-    def update(self, sight: FeatureBatch) -> Vote | None:
-        """Takes in one part in one batch; what must wait for the concepts is given back."""
+    def update(self, features: FeatureBatch) -> DeferredUpdate | None:
+        """Add one tap's features of one batch; return the part that needs the concepts, if any."""
 
     def state(self) -> Iterable[Tensor]:
-        """The sums over images, always in the same order: added up in place over processes."""
+        """Return the sums over images, always in the same order: processes add them in place."""
 
 
 @runtime_checkable
 class Criterion(Observer, Protocol):
-    """Evidence about a part of a group in, one score a filter out."""
+    """An observer that scores filters."""
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The scores of a part's filters, in float64; higher stays."""
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the scores of a tap's filters, in float64; the higher stay."""
 
 
 def check_name(name: str) -> None:
-    """Raises `UnknownName` or `UsageError` where there is no such criterion."""
+    """Raise `UnknownName` or `UsageError` where there is no such criterion."""
     if user_code.is_user_code(name):
         user_code.check_file(name, "criterion")
     elif name not in CRITERIA:
@@ -147,12 +152,10 @@ def check_name(name: str) -> None:
 
 
 def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, float]) -> Criterion:
-    """The named criterion, or `path/to/file.py:factory`, where `factory()` returns one.
+    """Return the named criterion, or the one from `factory()` for `path/to/file.py:factory`.
 
-    Raises `UnknownName` or `UsageError`.
-
-    `settings` say how elections are held and `weights` what the vote for a concept counts, by its
-    number; `seed` is what `random` draws from.
+    `settings` are those of the vote, `weights` what a vote for a concept counts, by its index, and
+    `seed` is the seed of `random`. Raises `UnknownName` or `UsageError`.
     """
     from secateur.scoring.criteria import kernels
     from secateur.scoring.criteria.dependence import ChannelIndependence
@@ -167,15 +170,15 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
     )
     from secateur.scoring.criteria.votes import OverlapVotes, ResponseVotes, VoteSettings
 
-    rule = VoteSettings(settings.vote_mode, settings.voting_unit, settings.top_fraction, weights)
+    vote = VoteSettings(settings.vote_mode, settings.voting_unit, settings.top_fraction, weights)
     table: dict[str, Callable[[], Criterion]] = {
-        "vote": lambda: Reconstruction(rule),
-        "vote-response": lambda: ResponseVotes(rule),
-        "vote-iou": lambda: OverlapVotes(replace(rule, vote_mode="top", voting_unit="regions")),
+        "vote": lambda: Reconstruction(vote),
+        "vote-response": lambda: ResponseVotes(vote),
+        "vote-iou": lambda: OverlapVotes(replace(vote, vote_mode="top", voting_unit="regions")),
         "random": lambda: kernels.Random(seed),
-        "l1": lambda: kernels.OfKernels(kernels.l1),
-        "l2": lambda: kernels.OfKernels(kernels.l2),
-        "fpgm": lambda: kernels.OfKernels(kernels.distance_to_others),
+        "l1": lambda: kernels.KernelFunction(kernels.l1),
+        "l2": lambda: kernels.KernelFunction(kernels.l2),
+        "fpgm": lambda: kernels.KernelFunction(kernels.distance_to_others),
         "bn_scale": kernels.NormScale,
         "apoz": Apoz,
         "activation_mean": ActivationMean,
@@ -190,8 +193,10 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
     check_name(name)
     if name in table:
         return table[name]()
-    own = user_code.call(name, user_code.find(name, "criterion"))
-    if not isinstance(own, Criterion):
-        wanted = "needs, begin, observe, tallies and score"
-        raise UsageError(f"{name} returned {type(own).__name__}, no criterion: it lacks {wanted}")
-    return own
+    criterion = user_code.call(name, user_code.find(name, "criterion"))
+    if not isinstance(criterion, Criterion):
+        raise UsageError(
+            f"{name} returned {type(criterion).__name__}, which is not a criterion: it needs "
+            "needs, reset, update, state and compute"
+        )
+    return criterion

@@ -1,4 +1,4 @@
-"""How far the filters of a layer differ from one another."""
+"""Criterion `chip`: how far the filters of a layer depend on one another."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.graph.patches import even_step
-from secateur.scoring.covariance import SecondMoments, in_units, unit_of
+from secateur.scoring.covariance import SecondMoments, quantization_unit, quantize
 from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 
 POSITIONS = 64
-"""Positions that are taken from each map, evenly spaced."""
+"""Positions sampled from each map, evenly spaced."""
 STEP = 0.5
-"""Between two nodes of the integral, in the logarithm: its error falls as exp(-2 pi^2 / STEP)."""
+"""Distance of the integral's nodes, in log t: its error falls as exp(-2 pi^2 / STEP)."""
 REACH = 60.0
-"""Of the nodes, to either side of the largest eigenvalue; beyond is exp(-REACH / 2) of its root."""
+"""Range of the nodes in log t, to either side of the largest eigenvalue; what lies beyond is
+exp(-REACH / 2) of its root."""
 
 
 class ChannelIndependence:
     """How much the nuclear norm of all feature maps shrinks without the filter.
 
-    (Channel independence, CHIP, Sui et al., NeurIPS 2021. There the rows of one image's maps make
-    up the matrix and the norms are averaged over images; here the matrix has all sampled positions
-    of the calibration set, so that its second moments are all that is kept.)
+    Channel independence (CHIP, Sui et al., NeurIPS 2021). In the paper one image's maps make up the
+    matrix and the norms are averaged over images; here the matrix has all sampled positions of the
+    calibration set, so that its second moments suffice.
     """
 
-    needs: frozenset[Need] = frozenset({"maps", "usual"})
+    needs: frozenset[Need] = frozenset({"maps", "statistics"})
 
     def __init__(self) -> None:
         self._moments: dict[str, SecondMoments] = {}
         self._units: dict[str, Tensor] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for the moments."""
-        self._moments = {part: SecondMoments(kernels.filters) for part, kernels in parts.items()}
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._moments = {tap: SecondMoments(kernels.filters) for tap, kernels in taps.items()}
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Adds up products."""
-        assert sight.statistics is not None
-        if sight.tap not in self._units:
-            self._units[sight.tap] = unit_of(sight.statistics)
-        step = even_step(sight.maps.shape[2], sight.maps.shape[3], POSITIONS)
-        rows = sight.maps.flatten(2)[:, :, ::step].movedim(1, -1).flatten(0, 1)
-        self._moments[sight.tap].update(in_units(rows, self._units[sight.tap], sight.tap))
+    def update(self, features: FeatureBatch) -> None:
+        """Add the products of a batch's sampled positions."""
+        assert features.statistics is not None
+        if features.tap not in self._units:
+            self._units[features.tap] = quantization_unit(features.statistics)
+        step = even_step(features.maps.shape[2], features.maps.shape[3], POSITIONS)
+        rows = features.maps.flatten(2)[:, :, ::step].movedim(1, -1).flatten(0, 1)
+        self._moments[features.tap].update(quantize(rows, self._units[features.tap], features.tap))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return (tally for moments in self._moments.values() for tally in moments.state())
+        return (tensor for moments in self._moments.values() for tensor in moments.state())
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The differences of the norms, divided by the root of the number of positions."""
-        return nuclear_norm_losses(self._moments[part].raw(self._units[part]))
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the losses of the norm, divided by the root of the number of positions."""
+        return nuclear_norm_losses(self._moments[tap].raw(self._units[tap]))
 
 
 def nuclear_norm_losses(moments: Float[Tensor, "filter filter"]) -> Float[Tensor, "filter"]:
-    """By how much the nuclear norm of A falls if a row is left out, for each row; `moments` is AA'.
+    """Return how much the nuclear norm of A falls without each row; `moments` is AA'.
 
     With w and u the eigenvalues and eigenvectors of AA', and AA' without row and column i on the
     other side, sqrt(x) = 1/pi int x / (x + t) dt / sqrt(t) turns the sums of roots into traces of
@@ -80,6 +81,6 @@ def nuclear_norm_losses(moments: Float[Tensor, "filter filter"]) -> Float[Tensor
     nodes = torch.arange(-REACH, REACH + STEP, STEP, dtype=torch.float64, device=values.device)
     shifts = nodes.exp()
     resolvents = 1 / (values[:, None] + shifts)  # [eigenvalue, node]
-    shares = weights @ (values[:, None] * resolvents.square()) / (weights @ resolvents)
-    losses: Tensor = (shares * shifts.sqrt()).sum(1) * largest.sqrt() * (STEP / math.pi)
+    integrand = weights @ (values[:, None] * resolvents.square()) / (weights @ resolvents)
+    losses: Tensor = (integrand * shifts.sqrt()).sum(1) * largest.sqrt() * (STEP / math.pi)
     return losses

@@ -1,4 +1,4 @@
-"""Criteria that need no images: chance, and the kernels themselves."""
+"""Criteria that need no images: random, and functions of the weights."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import UsageError
+from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 
 OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
 
 
 class _WithoutImages:
-    """What criteria without images have in common: they keep the kernels alone."""
+    """The observer's part of a criterion that needs no images: it keeps the kernels."""
 
     needs: frozenset[Need] = frozenset()
 
     def __init__(self) -> None:
-        self._parts: Mapping[str, Kernels] = {}
+        self._kernels: Mapping[str, Kernels] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Takes the kernels down."""
-        self._parts = parts
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._kernels = taps
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Not called."""
+    def update(self, features: FeatureBatch) -> None:
+        """Do nothing; it is never called."""
 
     def state(self) -> Iterable[Tensor]:
-        """There are none."""
+        """Return no tensors: there is nothing to add up."""
         return ()
 
 
@@ -42,81 +43,80 @@ class Random(_WithoutImages):
         super().__init__()
         self._seed = seed
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """Uniform random numbers."""
-        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(part.encode()))
-        filters = self._parts[part].filters
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return uniform random numbers."""
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(tap.encode()))
+        filters = self._kernels[tap].filters
         return torch.rand(filters, generator=generator, dtype=torch.float64)
 
 
-class OfKernels(_WithoutImages):
-    """A function of each kernel that writes a channel, averaged over the kernels that do."""
+class KernelFunction(_WithoutImages):
+    """A function of each kernel that produces a channel, averaged over those kernels."""
 
     def __init__(self, function: OfRows) -> None:
         super().__init__()
         self._function = function
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The function's means."""
-        return of_writing_kernels(self._function, part, self._parts[part])
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the function's means."""
+        return mean_over_producers(self._function, tap, self._kernels[tap])
 
 
-def of_writing_kernels(function: OfRows, part: str, kernels: Kernels) -> Float[Tensor, "filter"]:
-    """The mean of a function over the kernels that write each filter's channel.
+def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:
+    """Return the mean of a function over the kernels that produce each filter's channel.
 
-    Raises `UsageError` where there is none.
+    Raises `UsageError` where a filter has none.
     """
-    rows = [(function(kernel.double().flatten(1).cpu()), rows) for kernel, rows in kernels.incoming]
-    return _by_filter(part, kernels, rows, "kernel that writes")
+    rows = [
+        (channels, function(kernel.double().flatten(1).cpu()))
+        for kernel, channels in kernels.incoming
+    ]
+    return _by_filter(tap, kernels, rows, "kernel that produces")
 
 
 class NormScale(_WithoutImages):
     """Size of the scale that batch norm gives the filter (Liu et al., ICCV 2017, section 3).
 
-    The paper trains with an L1 penalty on the scales first; here they are taken as they are.
+    The paper first trains with an L1 penalty on the scales; here they are used as they are.
     """
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The sizes, averaged over the norms on the way; raises `UsageError` where there is
-        none."""
-        kernels = self._parts[part]
-        rows = [(scale.double().abs().cpu(), rows) for scale, rows in kernels.norm_scales]
-        return _by_filter(part, kernels, rows, "batch norm whose scale could rank")
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the mean size over the batch norms; raises `UsageError` where there is none."""
+        kernels = self._kernels[tap]
+        rows = [(channels, scale.double().abs().cpu()) for scale, channels in kernels.norm_scales]
+        return _by_filter(tap, kernels, rows, "batch norm whose scale could rank")
 
 
 def _by_filter(
-    part: str,
+    tap: str,
     kernels: Kernels,
-    found: list[tuple[Float[Tensor, "row"], Int[Tensor, "row"]]],
+    rows: list[tuple[Int[Tensor, "row"], Float[Tensor, "row"]]],
     missing: str,
 ) -> Float[Tensor, "filter"]:
-    """The mean of the values of each filter's channel; raises `UsageError` where it has none."""
-    channels = 1 + max(int(rows.max()) for rows in (kernels.channel, *(rows for _, rows in found)))
-    total, count = torch.zeros(2, channels, dtype=torch.float64).unbind()
-    for values, rows in found:
-        total.index_add_(0, rows, values)
-        count.index_add_(0, rows, torch.ones_like(values))
+    """Return the mean value of each filter's channel; raises `UsageError` where it has none."""
+    indices = (kernels.channel, *(channels for channels, _ in rows))
+    means, count = mean_by_channel(rows, 1 + max(int(index.max()) for index in indices))
     without = int((count[kernels.channel] == 0).sum())
     if without:
-        raise UsageError(f"{part!r} has no {missing} {without} of its {kernels.filters} filters")
-    return (total / count)[kernels.channel]
+        raise UsageError(f"{tap!r} has no {missing} {without} of its {kernels.filters} filters")
+    return means[kernels.channel]
 
 
 def l1(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
-    """Sum of absolute weights (Li et al., ICLR 2017, section 3.1)."""
+    """Return the sum of absolute weights (Li et al., ICLR 2017, section 3.1)."""
     return kernels.abs().sum(1)
 
 
 def l2(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
-    """Euclidean norm, the common variant of `l1` (He et al., SFP, IJCAI 2018, eq. 2)."""
+    """Return the Euclidean norm, the common variant of `l1` (He et al., SFP, IJCAI 2018, eq. 2)."""
     return kernels.square().sum(1).sqrt()
 
 
 def distance_to_others(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
-    """Sum of the Euclidean distances to the layer's other kernels.
+    """Return the sum of the Euclidean distances to the layer's other kernels.
 
     Small near their geometric median (FPGM, He et al., CVPR 2019, eqs. 5 and 6).
     """
     distances: Tensor = torch.cdist(kernels, kernels)
-    # By matrix products, ten times as fast: what rounding leaves between a kernel and itself goes.
+    # cdist uses matrix products, ten times as fast, which leave a rounding error on the diagonal.
     return distances.fill_diagonal_(0.0).sum(1)

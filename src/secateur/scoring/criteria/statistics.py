@@ -1,4 +1,4 @@
-"""Criteria from what a filter's activations are like, filter by filter."""
+"""Criteria from the statistics of each filter's activations: size, spread, zeros, entropy, rank."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 from secateur.scoring.exact_sum import ExactSum
 
 BINS_PER_DOUBLING = 4
-"""Bins in which the distance from the usual mean, plus an eighth of that mean, doubles."""
+"""Bins over which the distance from the mean, plus an eighth of that mean, doubles."""
 DOUBLINGS = 16
-"""Beyond so many on either side all distances share the last bin."""
+"""Beyond this many doublings all distances share the last bin of their side."""
 RANK_IMAGES = 64
-"""Images whose ranks are computed: they hardly differ between images (Lin et al., 2020)."""
+"""Images whose ranks are computed: ranks hardly differ between images (Lin et al., 2020)."""
 
 
 class ActivationMean:
-    """Mean size of a filter's activation over all positions of all images.
+    """Mean absolute activation of a filter over all positions of all images.
 
-    (Molchanov et al., ICLR 2017, section 2.2, "activation"; of its size, since without a rectifier
-    not every activation is positive.)
+    Molchanov et al., ICLR 2017, section 2.2, "activation"; absolute, since without a rectifier not
+    every activation is positive.
     """
 
     needs: frozenset[Need] = frozenset({"maps"})
@@ -32,27 +32,27 @@ class ActivationMean:
     def __init__(self) -> None:
         self._means: dict[str, _ImageMeans] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for a sum a filter."""
-        self._means = {part: _ImageMeans(1, kernels.filters) for part, kernels in parts.items()}
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._means = {tap: _ImageMeans(1, kernels.filters) for tap, kernels in taps.items()}
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Adds up each image's mean."""
-        self._means[sight.tap].add(sight.maps.float().abs().mean(dim=(2, 3)))
+    def update(self, features: FeatureBatch) -> None:
+        """Add each image's mean."""
+        self._means[features.tap].update(features.maps.float().abs().mean(dim=(2, 3)))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return (tally for means in self._means.values() for tally in means.state())
+        return (tensor for means in self._means.values() for tensor in means.state())
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The means."""
-        return self._means[part].value()[0]
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the means."""
+        return self._means[tap].compute()[0]
 
 
 class ActivationStd:
     """Standard deviation of a filter's activation over all positions of all images.
 
-    (Polyak and Wolf, IEEE Access 2015, prune by variance; biased estimate.)
+    Polyak and Wolf, IEEE Access 2015, prune by variance; this is the biased estimate.
     """
 
     needs: frozenset[Need] = frozenset({"maps"})
@@ -60,126 +60,126 @@ class ActivationStd:
     def __init__(self) -> None:
         self._means: dict[str, _ImageMeans] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for three sums a filter."""
-        self._means = {part: _ImageMeans(3, kernels.filters) for part, kernels in parts.items()}
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._means = {tap: _ImageMeans(3, kernels.filters) for tap, kernels in taps.items()}
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Adds up each image's mean, its square, and the variance within the image."""
-        maps = sight.maps.float()
-        near = maps.mean(dim=(2, 3), keepdim=True)
+    def update(self, features: FeatureBatch) -> None:
+        """Add each image's mean, its square, and the variance within the image."""
+        maps = features.maps.float()
+        rounded = maps.mean(dim=(2, 3), keepdim=True)
         # Around the rounded mean nothing cancels; `torch.var_mean` is several times as slow here.
-        away = maps - near
-        shift = away.mean(dim=(2, 3)).double()  # [image, filter]
-        variance = away.square_().mean(dim=(2, 3)).double() - shift.square()
-        mean = near[:, :, 0, 0].double() + shift
-        self._means[sight.tap].add(mean, mean.square(), variance.clamp_min(0))
+        deviation = maps - rounded
+        shift = deviation.mean(dim=(2, 3)).double()  # [image, filter]
+        variance = deviation.square_().mean(dim=(2, 3)).double() - shift.square()
+        mean = rounded[:, :, 0, 0].double() + shift
+        self._means[features.tap].update(mean, mean.square(), variance.clamp_min(0))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return (tally for means in self._means.values() for tally in means.state())
+        return (tensor for means in self._means.values() for tensor in means.state())
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The standard deviations."""
-        mean, square, within = self._means[part].value().unbind()
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the standard deviations."""
+        mean, square, within = self._means[tap].compute().unbind()
         return (within + (square - mean.square()).clamp_min(0)).sqrt()
 
 
 class _ImageMeans:
-    """Means over images of some numbers for each filter."""
+    """Means over images of one or more values for each filter."""
 
-    def __init__(self, numbers: int, filters: int) -> None:
+    def __init__(self, values: int, filters: int) -> None:
         self._images = torch.zeros((), dtype=torch.int64)
-        self._total = ExactSum((numbers, filters))
+        self._total = ExactSum((values, filters))
 
-    def add(self, *values: Float[Tensor, "image filter"]) -> None:
-        """Takes in a batch."""
+    def update(self, *values: Float[Tensor, "image filter"]) -> None:
+        """Add a batch."""
         self._images += len(values[0])
-        self._total.add(torch.stack([each.double() for each in values], 1))
+        self._total.update(torch.stack([value.double() for value in values], 1))
 
     def state(self) -> Iterable[Tensor]:
-        """The sums."""
+        """Return the sums."""
         return (self._images, self._total.limbs)
 
-    def value(self) -> Float[Tensor, "number filter"]:
-        """The means, in float64."""
-        return self._total.value().div(int(self._images))
+    def compute(self) -> Float[Tensor, "value filter"]:
+        """Return the means, in float64."""
+        return self._total.compute().div(int(self._images))
 
 
 class Apoz:
-    """Share of positions where a filter is above zero: one minus the average percentage of zeros.
+    """Fraction of positions where a filter is above zero: 1 - the average percentage of zeros.
 
-    (Hu et al., Network Trimming, 2016, eq. 1. Where no rectifier follows, what is not positive
-    counts as zero.)
+    Hu et al., Network Trimming, 2016, eq. 1. Without a rectifier, values that aren't positive count
+    as zero.
     """
 
     needs: frozenset[Need] = frozenset({"maps"})
 
     def __init__(self) -> None:
-        self._tallies: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        """`[2, filter]` by tap: positive positions, and all of them."""
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for two counts a filter."""
-        self._tallies = {
-            part: torch.zeros(2, kernels.filters, dtype=torch.int64)
-            for part, kernels in parts.items()
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
+        self._counts = {
+            tap: torch.zeros(2, kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Counts positions."""
-        maps = sight.maps
-        # As floats, which are summed several times as fast as booleans; exact up to 2^24 positions.
+    def update(self, features: FeatureBatch) -> None:
+        """Count a batch's positions."""
+        maps = features.maps
+        # Floats are summed several times as fast as booleans, and exactly up to 2^24 positions.
         is_positive = torch.gt(maps, 0, out=torch.empty_like(maps, dtype=torch.float32))
         positive = is_positive.sum(dim=(2, 3))  # [image, filter]
-        self._tallies[sight.tap][0] += positive.long().sum(0)
-        self._tallies[sight.tap][1] += len(positive) * maps.shape[2:].numel()
+        self._counts[features.tap][0] += positive.long().sum(0)
+        self._counts[features.tap][1] += len(positive) * maps.shape[2:].numel()
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
-        return self._tallies.values()
+        return self._counts.values()
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The shares."""
-        positive, count = self._tallies[part].double().unbind()
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the fractions."""
+        positive, count = self._counts[tap].double().unbind()
         return positive / count
 
 
 class ActivationEntropy:
     """Entropy over images of a filter's pooled activation (Luo and Wu, arXiv:1706.05791, 2017).
 
-    The paper bins between the smallest and the largest value that occur; here bins are set before
-    the pass, so that counts add up. They lie around the filter's usual mean, evenly near it and
-    ever wider further off (`_bins`): so they suit one that varies little as well as one whose
-    values of either sign cancel in the mean.
+    The paper bins between the smallest and the largest value that occur; here bins are fixed before
+    the pass, so that counts add up. They lie around the filter's mean, even near it and ever wider
+    further off (`_bins`). So they suit filters that vary little, and filters whose values of both
+    signs cancel in the mean.
     """
 
-    needs: frozenset[Need] = frozenset({"maps", "usual"})
+    needs: frozenset[Need] = frozenset({"maps", "statistics"})
 
     def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for the bins."""
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
         self._counts = {
-            part: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
-            for part, kernels in parts.items()
+            tap: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
+            for tap, kernels in taps.items()
         }
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Puts each image's pooled activation into its bin."""
-        assert sight.statistics is not None
-        pooled = sight.maps.float().mean(dim=(2, 3))  # [image, filter]
-        bins = _bins(pooled, sight.statistics.mean)
-        counts = self._counts[sight.tap]
+    def update(self, features: FeatureBatch) -> None:
+        """Count each image's pooled activation in its bin."""
+        assert features.statistics is not None
+        pooled = features.maps.float().mean(dim=(2, 3))  # [image, filter]
+        bins = _bins(pooled, features.statistics.mean)
+        counts = self._counts[features.tap]
         counts.scatter_add_(1, bins.T.contiguous(), torch.ones_like(bins.T.contiguous()))
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
         return self._counts.values()
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The entropies, in nats."""
-        counts = self._counts[part].double()
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the entropies, in nats."""
+        counts = self._counts[tap].double()
         entropy: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
         return entropy
 
@@ -190,14 +190,14 @@ _SIDE = BINS_PER_DOUBLING * DOUBLINGS
 def _bins(
     pooled: Float[Tensor, "image filter"], mean: Float[Tensor, "filter"]
 ) -> Int[Tensor, "image filter"]:
-    """The bin of each value: the middle one holds what is within about 1 % of the mean.
+    """Return the bin of each value; the middle bin holds what is within about 1 % of the mean.
 
     With d the distance from the mean m, bins are steps of log2(1 + 8 |d| / |m|) on either side.
     """
-    away = (pooled - mean).double()
+    distance = (pooled - mean).double()
     unit = mean.double().abs().clamp_min(torch.finfo(torch.float32).tiny) / 8
-    steps = (BINS_PER_DOUBLING * torch.log2(1 + away.abs() / unit)).round().clamp(max=_SIDE)
-    return (away.sign() * steps).long() + _SIDE
+    steps = (BINS_PER_DOUBLING * torch.log2(1 + distance.abs() / unit)).round().clamp(max=_SIDE)
+    return (distance.sign() * steps).long() + _SIDE
 
 
 class MapRank:
@@ -208,24 +208,26 @@ class MapRank:
     def __init__(self) -> None:
         self._ranks: dict[str, Tensor] = {}
 
-    def reset(self, parts: Mapping[str, Kernels]) -> None:
-        """Makes room for a sum a filter."""
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """See `Observer.reset`."""
         self._ranks = {
-            part: torch.zeros(kernels.filters, dtype=torch.int64) for part, kernels in parts.items()
+            tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
 
-    def update(self, sight: FeatureBatch) -> None:
-        """Adds up the ranks in the first `RANK_IMAGES` images of the calibration set."""
-        for image in (sight.indices < RANK_IMAGES).nonzero()[:, 0].tolist():
-            maps = sight.maps[image].float()
+    def update(self, features: FeatureBatch) -> None:
+        """Add the ranks in the first `RANK_IMAGES` images of the calibration set."""
+        for image in (features.indices < RANK_IMAGES).nonzero()[:, 0].tolist():
+            maps = features.maps[image].float()
             if not bool(maps.isfinite().all()):
-                raise DataError(f"a feature map of {sight.tap!r} holds values that are not finite")
-            self._ranks[sight.tap] += torch.linalg.matrix_rank(maps)
+                raise DataError(
+                    f"a feature map of {features.tap!r} holds values that are not finite"
+                )
+            self._ranks[features.tap] += torch.linalg.matrix_rank(maps)
 
     def state(self) -> Iterable[Tensor]:
         """See `Observer.state`."""
         return self._ranks.values()
 
-    def compute(self, part: str) -> Float[Tensor, "filter"]:
-        """The summed ranks."""
-        return self._ranks[part].double()
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the summed ranks."""
+        return self._ranks[tap].double()

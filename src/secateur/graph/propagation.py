@@ -1,0 +1,230 @@
+"""Propagates channel ids through the traced network.
+
+Every dimension of every parameter gets new ids. Each operation has a rule (`rules`) that says how
+the ids of its inputs become those of its value, which ids it couples and which it freezes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+from torch.fx.node import Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.errors import UsageError
+from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
+from secateur.graph.network_graph import NetworkGraph, operation_name
+
+Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
+"""Returns the ids along each dimension of an operation's value, or of each of its values."""
+
+
+class ChannelPropagation:
+    """The channel ids of every value, and what the rules have recorded about them."""
+
+    def __init__(self, graph: NetworkGraph, rules: Mapping[str, Rule]) -> None:
+        self.graph = graph
+        self.axes: dict[Node, Axes] = {}
+        self.multi_output_axes: dict[Node, list[Axes]] = {}
+        """Axes of each value of an operation that has several."""
+        self.layers: list[Layer] = []
+        self.consumers: list[Consumer] = []
+        self.residual_couplings: list[tuple[Ids, Ids]] = []
+        """Channels that a skip connection adds to those that were computed from them."""
+        self.mixing: set[Node] = set()
+        """Operations over all channels, such as layer norm, whose values change if some go."""
+        self.resizes: dict[Node, Resize] = {}
+        """Operations whose arguments hold numbers of channels."""
+        self.covers: list[Ids] = []
+        """Channels along one dimension of some value: at least one of them must stay."""
+        self.product_macs: int = 0
+        """Multiply-accumulates per image in products of feature maps, which are never cut."""
+        self._rules = rules
+        self._id_count = 0
+        self._couplings: list[tuple[Ids, Ids]] = []
+        self._frozen: list[tuple[Ids, str]] = []
+        self._order = {node: position for position, node in enumerate(graph.nodes)}
+        self._ancestors: dict[Node, int] = {}
+        """Node -> bit mask of the nodes that it is computed from, itself included."""
+        self._kernels = _kernel_parameters(graph)
+
+    def visit_all(self) -> None:
+        """Find the axes of every node's value, in the order of execution."""
+        for node, position in self._order.items():
+            ancestors = 1 << position
+            for source in node.all_input_nodes:
+                ancestors |= self._ancestors[source]
+            self._ancestors[node] = ancestors
+            self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        value = node.meta.get("val")
+        if node in self.graph.tensor_names:
+            assert isinstance(value, Tensor)
+            tracked = 2 if node in self._kernels else value.dim()
+            self.axes[node] = tuple(
+                self.new_ids(int(size)) if dim < tracked else None
+                for dim, size in enumerate(value.shape)
+            )
+        elif node.op == "call_function" and isinstance(value, Tensor | list | tuple):
+            rule = self._rules.get(operation_name(node))
+            axes = rule(self, node) if rule else self._freeze_unknown(node)
+            self._check_rule(node, axes)
+            if isinstance(axes, list):
+                self.multi_output_axes[node] = axes
+                self.covers.extend(ids for output in axes for ids in output if ids is not None)
+            else:
+                self.axes[node] = axes
+        elif isinstance(value, Tensor):
+            self.axes[node] = (None,) * value.dim()
+
+    def _check_rule(self, node: Node, axes: Axes | list[Axes]) -> None:
+        """Raise `UsageError` if a rule does not return ids for every dimension of a value."""
+        value = node.meta["val"]
+        outputs = zip(axes, value, strict=False) if isinstance(axes, list) else [(axes, value)]
+        for output_axes, output in outputs:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+            if len(output_axes) != len(shape) or any(
+                ids is not None and len(ids) != size
+                for ids, size in zip(output_axes, shape, strict=True)
+            ):
+                sizes = [None if ids is None else len(ids) for ids in output_axes]
+                raise UsageError(
+                    f"the rule for {operation_name(node)!r} returns {sizes} channels along the "
+                    f"dimensions of a value of shape {list(shape)}"
+                )
+
+    def new_ids(self, size: int) -> Ids:
+        """Return new channel ids."""
+        self._id_count += size
+        return np.arange(self._id_count - size, self._id_count, dtype=np.int64)
+
+    def new_frozen_ids(self, size: int, reason: str) -> Ids:
+        """Return new channel ids that can't be cut."""
+        ids = self.new_ids(size)
+        self.freeze((ids,), reason)
+        return ids
+
+    def couple(self, one: Ids | None, other: Ids | None, reason: str) -> None:
+        """Record that two dimensions hold the same channels, index by index.
+
+        If the size of one never changes (None), the other is frozen for `reason`.
+        """
+        if one is None or other is None:
+            self.freeze((one, other), reason)
+        elif one is not other:
+            self._couplings.append((one, other))
+
+    def couple_rows(self, ids: Ids) -> Ids:
+        """Record that each row of `[channel, copy]` is one channel; return one id of each row."""
+        first = np.ascontiguousarray(ids[:, 0])
+        if ids.shape[1] > 1:
+            self._couplings.append((np.repeat(first, ids.shape[1] - 1), ids[:, 1:].reshape(-1)))
+        return first
+
+    def freeze(self, axes: Iterable[Ids | None], reason: str) -> None:
+        """Record that no channel of these axes can be cut."""
+        self._frozen.extend((ids, reason) for ids in axes if ids is not None)
+
+    def freeze_inputs(self, node: Node, reason: str) -> Any:
+        """Freeze all inputs of a node; return axes of fixed size for its value."""
+        for source in node.all_input_nodes:
+            for axes in self.multi_output_axes.get(source, [self.axes.get(source, ())]):
+                self.freeze(axes, reason)
+        return fixed_axes(node)
+
+    def _freeze_unknown(self, node: Node) -> Any:
+        return self.freeze_inputs(node, f"no rule for the operation {operation_name(node)!r}")
+
+    def count_product(self, node: Node) -> None:
+        """Add the multiply-accumulates of an operation that is not a layer."""
+        tensors: list[Node] = []
+
+        def value_of(source: Node) -> Any:
+            if isinstance(source.meta["val"], Tensor):
+                tensors.append(source)
+            return source.meta["val"]
+
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+        if len(tensors) < 2:
+            return
+        mode = tensors[0].meta["val"].fake_mode
+        assert callable(node.target)
+        with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            node.target(*arguments[0], **arguments[1])
+        self.product_macs += int(counter.get_total_flops()) // 2 // self.graph.images
+
+    def depends_on(self, node: Node, source: Node) -> bool:
+        """Return whether a value is computed from another one, or is that one."""
+        return bool(self._ancestors[node] >> self._order[source] & 1)
+
+    @property
+    def id_count(self) -> int:
+        """Number of channel ids so far."""
+        return self._id_count
+
+    def freeze_residual_channels(self, reason: str) -> None:
+        """Freeze channels that are coupled by skip connections alone."""
+        roots = self.roots(with_residual=False)
+        for one, other in self.residual_couplings:
+            differ = roots[one] != roots[other]
+            self.freeze((one[differ], other[differ]), reason)
+
+    def roots(self, *, with_residual: bool = True) -> Ids:
+        """Return `[id]`: the smallest id that each is coupled to, directly or through others."""
+        couplings = [*self._couplings, *(self.residual_couplings if with_residual else ())]
+        nothing = np.zeros(0, dtype=np.int64)
+        one = np.concatenate([nothing, *(ids for ids, _ in couplings)])
+        other = np.concatenate([nothing, *(ids for _, ids in couplings)])
+        edges = coo_array((np.ones(len(one)), (one, other)), shape=(self._id_count,) * 2)
+        _, component = connected_components(edges, directed=False)
+        _, smallest = np.unique(component, return_index=True)
+        roots: Ids = smallest.astype(np.int64)[component]
+        return roots
+
+    def reasons(self, roots: Ids, frozen: Iterable[tuple[Ids, str]] = ()) -> dict[int, str]:
+        """Return `{root: why the channel must stay}`, the first reason of each.
+
+        `frozen` are further ids that must stay, with the reason.
+        """
+        reasons: dict[int, str] = {}
+        for ids, reason in (*self._frozen, *frozen):
+            for channel in np.unique(roots[ids]).tolist():
+                reasons.setdefault(channel, reason)
+        return reasons
+
+
+def fixed_axes(node: Node) -> Any:
+    """Return axes for an operation's value, or each of several, whose sizes never change."""
+    value: Any = node.meta["val"]
+    if isinstance(value, Tensor):
+        return (None,) * value.dim()
+    return [(None,) * v.dim() if isinstance(v, Tensor) else () for v in value]
+
+
+def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
+    """Return parameters that are the kernel of a convolution, or that one is computed from."""
+    pending = [
+        node.args[1]
+        for node in graph.nodes
+        if operation_name(node).startswith("conv") and len(node.args) > 1
+    ]
+    ancestors: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Node) and node not in ancestors:
+            ancestors.add(node)
+            pending.extend(node.all_input_nodes)
+    return {n for n in ancestors if n in graph.tensor_names and n.meta["val"].dim() > 2}
+
+
+def positions_per_image(propagation: ChannelPropagation, *sizes: Sequence[int]) -> int:
+    """Return the number of positions per image in dimensions of these sizes, batch included."""
+    return math.prod(size for part in sizes for size in part) // propagation.graph.images

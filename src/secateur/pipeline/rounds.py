@@ -1,0 +1,91 @@
+"""A round: scored filters, a plan, and the stages that carry it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from secateur.config import RunConfig
+from secateur.data import DataSet
+from secateur.pipeline.inputs import limit_batch_size
+from secateur.pipeline.pruned import Pruned
+from secateur.pipeline.result import StageResult
+from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import Baseline, ScoringContext, make_baseline
+from secateur.pruning.plan_inputs import PlanInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What the stages of one round share."""
+
+    number: int
+    """From 1."""
+    original: nn.Module
+    """The network before the first cut: the teacher."""
+    network: nn.Module
+    """What this round cuts: the network that the round before has left."""
+    dataset: DataSet
+    config: RunConfig
+    """Resolved, with a batch size that fits into memory."""
+    requested_batch_size: int | None
+    """The batch size that was asked for, where it does not fit."""
+    context: ScoringContext
+    """Of `network`."""
+    plan_inputs: PlanInputs
+    seconds: float
+    """Time that the context and the plan inputs took."""
+    stages: tuple[StageResult, ...]
+    """Of the earlier rounds; the first is the original network's."""
+    unreadable: tuple[str, ...]
+    """Image files that were left out before."""
+    run_context: RunContext
+
+
+def begin_round(
+    original: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext,
+    *,
+    baseline: Baseline | None = None,
+    earlier: Pruned | None = None,
+) -> Round:
+    """Prepare to cut `original`, or what the earlier rounds have left of it."""
+    network = original if earlier is None else earlier.model
+    if baseline is None:
+        score = None if earlier is None else earlier.result.stages[-1].score
+        baseline = make_baseline(network, dataset, config, (), run_context, score=score)
+    reader, log = baseline.context.reader, run_context.log
+    requested = None if earlier is None else earlier.result.requested_batch_size
+    if reader.batch_size < config.data.batch_size:
+        requested = config.data.batch_size
+        log.write("batch_size", requested=requested, used=reader.batch_size)
+        config = limit_batch_size(config, reader.batch_size)
+    stages: tuple[StageResult, ...]
+    if earlier is None:
+        before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
+        log.write("stage", **before.model_dump())
+        number, stages, unreadable = 1, (before,), baseline.unreadable
+    else:
+        number, stages = earlier.round + 1, earlier.result.stages
+        unreadable = (*earlier.result.unreadable, *baseline.unreadable)
+    plan_inputs = baseline.plan_inputs[config.score.criterion]
+    if plan_inputs.latency is not None:
+        log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
+    reader = replace(reader, progress=run_context.progress, unreadable=run_context.unreadable)
+    return Round(
+        number=number,
+        original=original,
+        network=network,
+        dataset=dataset,
+        config=config,
+        requested_batch_size=requested,
+        context=replace(baseline.context, reader=reader),
+        plan_inputs=plan_inputs,
+        seconds=baseline.seconds,
+        stages=stages,
+        unreadable=unreadable,
+        run_context=run_context,
+    )

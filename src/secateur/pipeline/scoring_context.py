@@ -1,0 +1,173 @@
+"""What the filters of a network are scored with, and what plans are made from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from secateur import data
+from secateur.config import RunConfig
+from secateur.data import DataSet, Images
+from secateur.data.batch_reader import BatchReader
+from secateur.errors import UnknownName
+from secateur.evaluation.evaluate import Score, evaluate
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.pipeline.inputs import make_reader, resolve_config
+from secateur.pipeline.run_context import RunContext
+from secateur.pruning.cost.batch_size import batch_that_fits
+from secateur.pruning.equivalence import check_finite
+from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
+from secateur.runtime import distributed
+from secateur.runtime.memory import free_bytes
+from secateur.runtime.module_state import device_of, tensors_of
+from secateur.scoring import concepts, criteria
+from secateur.scoring.concepts import ConceptSource
+from secateur.scoring.criteria import Criterion
+
+EXAMPLE_IMAGES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringContext:
+    """What filters are scored on: calibration images, dependency graph and concept source."""
+
+    calibration: Images
+    example: Tensor
+    """At most `EXAMPLE_IMAGES` calibration images `[image, channel, height, width]`, normalised."""
+    dependencies: DependencyGraph
+    source: ConceptSource
+    reader: BatchReader
+    """Reads images in batches that fit into memory, at most those of the configuration."""
+    criteria: Mapping[str, Criterion]
+    """By name: what the filters are to be scored by."""
+
+
+def make_scoring_context(
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext | None = None,
+    *,
+    criterion_names: Sequence[str] = (),
+    dependencies: DependencyGraph | None = None,
+) -> ScoringContext:
+    """Draw the calibration images, build the dependency graph and make the concept source.
+
+    Criteria that need gradients take more memory, so smaller batches. `dependencies` saves building
+    the graph again. Annotated concepts bring their own images, which are then the calibration set.
+    Raises `SecateurError`.
+    """
+    reader = make_reader(config, run_context)
+    annotated = concepts.annotated_images(config.score.concepts)
+    calibration = data.draw_calibration_images(
+        dataset.train if annotated is None else annotated,
+        config.data.calibration_images,
+        stratified=config.data.stratified and annotated is None,
+        seed=config.seed,
+    )
+    example = reader.read_first(calibration, EXAMPLE_IMAGES)
+    if dependencies is None:
+        dependencies = build_dependency_graph(
+            model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
+        )
+    check_finite(model, dependencies, example)
+    source = concepts.make(
+        config.score.concepts,
+        dependencies.graph,
+        tensors_of(model),
+        dataset.class_names,
+        reader.preprocessing,
+    )
+    scored_by = {name: make_criterion(name, source, config) for name in criterion_names}
+    batch_size = batch_that_fits(
+        dependencies,
+        config.data.batch_size,
+        min(distributed.all_gather(free_bytes(device_of(model)))),
+        with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
+    )
+    reader = replace(reader, batch_size=batch_size)
+    return ScoringContext(calibration, example, dependencies, source, reader, scored_by)
+
+
+def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
+    """Return the named criterion, which weighs the votes of concepts as the configuration says.
+
+    Raises `UnknownName` where a weight is given for a concept that the source does not have.
+    """
+    weight_of = config.score.concept_weights
+    known = {name for concept in source.concepts for name in (concept.name, concept.category)}
+    for concept_name in weight_of:
+        if concept_name not in known:
+            raise UnknownName("concept", concept_name, known)
+    weights = {
+        number: weight_of.get(concept.name, weight_of.get(concept.category, 1.0))
+        for number, concept in enumerate(source.concepts)
+        if concept.name in weight_of or concept.category in weight_of
+    }
+    return criteria.make(name, config.score, config.seed, weights)
+
+
+def collect_plan_inputs(
+    model: nn.Module, context: ScoringContext, config: RunConfig
+) -> dict[str, PlanInputs]:
+    """Score the filters in one pass; return what plans are made from, by criterion."""
+    reader = context.reader
+    return make_plan_inputs(
+        model,
+        context.dependencies,
+        CalibrationImages(
+            partial(reader.read_image_shard, context.calibration, "scoring filters"),
+            partial(reader.read, context.calibration),
+            context.example,
+        ),
+        context.criteria,
+        context.source,
+        config.score,
+        config.plan,
+        progress=reader.progress,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A network before a cut: runs with other criteria and budgets share it."""
+
+    score: Score
+    """On the test images."""
+    context: ScoringContext
+    plan_inputs: Mapping[str, PlanInputs]
+    """By criterion."""
+    seconds: float
+    """Time of all but the score."""
+    unreadable: tuple[str, ...] = ()
+    """Image files that were left out."""
+
+
+def make_baseline(
+    model: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    criterion_names: Sequence[str] = (),
+    run_context: RunContext | None = None,
+    *,
+    score: Score | None = None,
+) -> Baseline:
+    """Score the filters of `model`, by the named criteria or else by that of `config`.
+
+    `model` is scored on the test images, too, where its `score` is not known.
+    """
+    run_context = (run_context or RunContext()).collecting_unreadable(config)
+    config = resolve_config(config, dataset)
+    names = criterion_names or (config.score.criterion,)
+    since = time.perf_counter()
+    context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
+    plan_inputs = collect_plan_inputs(model, context, config)
+    seconds = time.perf_counter() - since
+    if score is None:
+        score = evaluate(model, context.reader.read_shard(dataset.test, "scoring (before)"))
+    return Baseline(score, context, plan_inputs, seconds, run_context.unreadable_files)

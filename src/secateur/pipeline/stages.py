@@ -1,0 +1,283 @@
+"""The stages of a round: cut, refit, distill, finetune. Each returns what came of it.
+
+Every stage ends with a score on the test images, which nothing else reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from secateur.config import Budget, RunConfig, parse_budget
+from secateur.data import DataSet, split_calibration
+from secateur.evaluation.evaluate import Score, evaluate
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.pruned import Pruned
+from secateur.pipeline.result import (
+    FinetuneResult,
+    KeptWeights,
+    StageResult,
+    has_collapsed,
+)
+from secateur.pipeline.rounds import Round
+from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import ScoringContext
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.cost.latency_profiler import measure_fraction_left
+from secateur.pruning.equivalence import check_equivalence
+from secateur.pruning.outcome import RefitOutcome, SizeTrial
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import RefitImages, refit_and_check
+from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
+from secateur.runtime import distributed
+from secateur.training import distill as distillation
+from secateur.training.checkpoint import Checkpoints
+from secateur.training.distill import Distillation
+from secateur.training.feature_distillation import residual_sums
+from secateur.training.trainer import TrainingCallbacks, train
+from secateur.training.training_data import TrainingData
+
+
+@dataclass(frozen=True, eq=False)
+class CutStage:
+    """The smaller network, and how its plan was found."""
+
+    network: nn.Module
+    plan: PruningPlan
+    size_trials: tuple[SizeTrial, ...]
+    equivalence_error: float
+    result: StageResult
+
+
+@dataclass(frozen=True, eq=False)
+class RefitStage:
+    """What re-estimating kernels and batch-norm statistics came to."""
+
+    outcome: RefitOutcome
+    result: StageResult
+
+
+@dataclass(frozen=True, eq=False)
+class DistillStage:
+    """What distillation on the calibration images came to."""
+
+    distillation: Distillation
+    result: StageResult
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneStage:
+    """What fine-tuning came to."""
+
+    finetuning: FinetuneResult
+    result: StageResult
+
+
+def cut(this: Round) -> CutStage:
+    """Remove the filters of a plan from a copy of the round's network, and check the result."""
+    since = time.perf_counter() - this.seconds
+    dependencies, example = this.context.dependencies, this.context.example
+    plan, size_trials = _make_plan(this)
+    smaller = apply_plan(this.network, dependencies, plan)
+    error = check_equivalence(this.network, dependencies, plan, smaller, example)
+    seconds = time.perf_counter() - since
+    # Of all stages of this round: neither refit nor training change what a forward pass computes.
+    fraction_left = distributed.on_main_process(
+        lambda: measure_fraction_left(this.original, smaller, example)
+    )
+    latency_ms = fraction_left * this.stages[0].score.latency_ms
+    batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
+    score = evaluate(smaller, batches, known_ms=latency_ms)
+    result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
+    return CutStage(smaller, plan, size_trials, error, result)
+
+
+def refit(this: Round, cut_stage: CutStage) -> RefitStage:
+    """Re-estimate kernels and batch-norm statistics of the cut network in place."""
+    since = time.perf_counter()
+    outcome = refit_in_place(
+        this.network, cut_stage.network, this.context, cut_stage.plan, this.config
+    )
+    seconds = time.perf_counter() - since
+    batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
+    latency_ms = cut_stage.result.score.latency_ms
+    score = evaluate(cut_stage.network, batches, known_ms=latency_ms)
+    result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
+    return RefitStage(outcome, result)
+
+
+def distill(this: Round, cut_stage: CutStage) -> DistillStage:
+    """Train the cut network in place to answer as the original does, without labels."""
+    since = time.perf_counter()
+    smaller, reader = cut_stage.network, this.context.reader
+    fit, held_out = split_calibration(this.context.calibration)
+    outcome = distillation.distill(
+        this.original,
+        smaller,
+        TrainingData(fit, reader.preprocessing, reader.unreadable),
+        partial(reader.read_shard, held_out),
+        this.config.distill,
+        seed=this.config.seed,
+        progress=reader.progress,
+    )
+    for epoch in outcome.epochs:
+        this.run_context.log.write("distill", **asdict(epoch))
+    seconds = time.perf_counter() - since
+    batches = reader.read_shard(this.dataset.test, "scoring (distilled)")
+    score = evaluate(smaller, batches, known_ms=cut_stage.result.score.latency_ms)
+    result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
+    this.run_context.log.write("stage", **result.model_dump())
+    return DistillStage(outcome, result)
+
+
+def finetune(
+    pruned: Pruned,
+    original: nn.Module,
+    dataset: DataSet,
+    run_context: RunContext,
+    checkpoints: Checkpoints | None = None,
+) -> FinetuneStage:
+    """Train `pruned.model` in place as its configuration says, with `original` as its teacher.
+
+    The last epoch's weights stay, or those of the epoch that was best on the validation images;
+    both are scored on the test images. Where training has broken the network (see `has_collapsed`)
+    the weights from before it stay.
+    """
+    config, smaller = pruned.result.config, pruned.model
+    reader = make_reader(config, run_context)
+    start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
+    start_score = pruned.result.stages[-1].score
+
+    def validate(network: nn.Module) -> float:
+        batches = reader.read_shard(dataset.validation, "validating")
+        return evaluate(network, batches).top1_fraction
+
+    def score(state: dict[str, Tensor]) -> Score:
+        network = copy.deepcopy(smaller)
+        network.load_state_dict(state)
+        batches = reader.read_shard(dataset.test, "scoring (finetuned)")
+        return evaluate(network, batches, known_ms=start_score.latency_ms)
+
+    has_features = config.finetune.feature_weight > 0
+    training = train(
+        smaller,
+        original,
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
+        config.finetune,
+        seed=config.seed,
+        sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),
+        callbacks=TrainingCallbacks(
+            run_context.progress,
+            validate,
+            lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
+        ),
+        checkpoints=checkpoints,
+    )
+    assert training.before is not None
+    last, best = score(training.last), score(training.best)
+    kept: KeptWeights = config.finetune.keep
+    if kept == "last" and has_collapsed(training.before, training.epochs):
+        kept = "start"
+        smaller.load_state_dict(start)
+    finetuning = FinetuneResult(
+        epochs=training.epochs,
+        before_top1_fraction=training.before,
+        best_epoch=training.best_epoch,
+        ended=training.ended,
+        last=last,
+        best=best,
+        kept=kept,
+    )
+    result = StageResult(
+        stage="finetuned",
+        round=pruned.round,
+        score={"last": last, "best": best, "start": start_score}[kept],
+        seconds=training.seconds,
+    )
+    run_context.log.write("stage", **result.model_dump())
+    return FinetuneStage(finetuning, result)
+
+
+def refit_in_place(
+    model: nn.Module,
+    smaller: nn.Module,
+    context: ScoringContext,
+    plan: PruningPlan,
+    config: RunConfig,
+) -> RefitOutcome:
+    """Refit `smaller`, the cut `model`, on the calibration images; see `refit_and_check`."""
+    reader = context.reader
+    fit, held_out = split_calibration(context.calibration)
+    return refit_and_check(
+        RefitInputs(model, smaller, context.dependencies, plan.removed),
+        RefitImages(
+            partial(reader.read_image_shard, context.calibration),
+            partial(reader.read_shard, fit, "recalibrating batch norm"),
+            partial(reader.read_shard, held_out),
+        ),
+        config.refit,
+        seed=config.seed,
+        progress=reader.progress,
+    )
+
+
+def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
+    """Return the plan for this round's part of the budget, or for the size that was found."""
+    plan_inputs, max_drop = this.plan_inputs, this.config.plan.max_drop
+    budget = parse_budget(this.config.plan.target)
+    if max_drop is not None:
+        size_trials = _search_size(this, budget, max_drop)
+        return plan_inputs.plan(
+            replace(budget, fraction_left=smallest_kept(size_trials))
+        ), size_trials
+    fraction_left = budget.fraction_left ** (1 / this.config.plan.rounds)  # the same every round
+    budget = replace(budget, fraction_left=fraction_left)
+    if budget.quantity != "latency" or fraction_left == 1:
+        return plan_inputs.plan(budget), ()
+    plan, measured_fraction = distributed.on_main_process(
+        lambda: plan_in_time(
+            this.network,
+            this.context.dependencies,
+            lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
+            fraction_left,
+            plan_inputs.least(budget),
+            this.context.example,
+        )
+    )
+    this.run_context.log.write("latency_left", fraction=measured_fraction)
+    return replace(plan, budget=budget), ()
+
+
+def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTrial, ...]:
+    """Cut and refit networks of several sizes, and measure them on the validation images.
+
+    `max_drop` is how many points of top-1 may be lost.
+    """
+
+    def top1_fraction(network: nn.Module) -> float:
+        return evaluate(
+            network, this.context.reader.read_shard(this.dataset.validation)
+        ).top1_fraction
+
+    def attempt(fraction_left: float) -> float:
+        plan = this.plan_inputs.plan(replace(budget, fraction_left=fraction_left))
+        smaller = apply_plan(this.network, this.context.dependencies, plan)
+        if this.config.refit.is_any:
+            refit_in_place(this.network, smaller, this.context, plan, this.config)
+        after = top1_fraction(smaller)
+        this.run_context.log.write(
+            "size_trial", fraction_left=fraction_left, validation_top1_fraction=after
+        )
+        return after
+
+    before = top1_fraction(this.network)
+    limit = before - max_drop / 100
+    trials = bisect(attempt, limit, this.plan_inputs.least(budget))
+    return (SizeTrial(1.0, before, kept=True), *trials)

@@ -1,0 +1,82 @@
+"""Records of what planning and refitting did, as they are saved in `result.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from secateur.config import RefitForm
+
+BatchNormStatistics = Literal["means", "both"]
+
+
+@dataclass(frozen=True)
+class SizeTrial:
+    """One attempt of the size search: a network of some size and its accuracy."""
+
+    fraction_left: float
+    """Fraction of the budget's quantity that the network keeps."""
+    validation_top1_fraction: float
+    kept: bool
+    """Whether the accuracy is within the limit."""
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """What the refit of one kernel achieved, on calibration images held out of the fit.
+
+    Every fifth image is held out (`data.is_held_out`). Of fewer than five images none is: then
+    errors are those on the images of the fit.
+    """
+
+    layer: str
+    error_cut: float
+    """Squared error over the variance of the regression targets, with the kernel as cut.
+
+    If only a rectifier reads the layer's output, both errors are measured after the rectifier.
+    """
+    error_refit: float
+    """The same with the re-estimated kernel."""
+    ridge: float | None
+    """The chosen ridge; None if the kernel was left as cut."""
+    note: str = ""
+    """Why the kernel was left as cut, if it was."""
+    form: RefitForm = "patch"
+    """The form of regression that estimated it."""
+
+
+@dataclass(frozen=True)
+class RefitCheck:
+    """Whether the refitted kernels beat those of the cut, on held-out calibration images.
+
+    Divergences are mean KL divergences from the original network's outputs, in nats.
+    """
+
+    divergence_cut: float
+    divergence_refit: float
+    is_kept: bool
+    """Whether the refitted kernels were kept; otherwise the network was left as cut."""
+
+
+@dataclass(frozen=True)
+class BatchNormRecalibration:
+    """Which batch-norm statistics were re-estimated, and the effect on held-out images.
+
+    Divergences are mean KL divergences from the original network's outputs, in nats.
+    """
+
+    statistics: BatchNormStatistics
+    """The running means alone, or the variances as well."""
+    fraction: float
+    """How far the statistics moved from the old values (0) to the re-estimated ones (1)."""
+    divergence_before: float
+    divergence_after: float
+
+
+@dataclass(frozen=True)
+class RefitOutcome:
+    """What was done to a network after its cut."""
+
+    layers: tuple[LayerRefit, ...] = ()
+    check: RefitCheck | None = None
+    batchnorm: BatchNormRecalibration | None = None

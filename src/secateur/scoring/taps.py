@@ -1,0 +1,135 @@
+"""Taps, where a group's feature maps are read, and the weights around each."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+from secateur.graph.channel_ids import Layer
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.groups import Group, Tap
+from secateur.graph.network_graph import Tensors, argument, operation_name
+from secateur.graph.patches import Window, window_of
+from secateur.scoring.criteria import ConsumerKernel, Kernels
+
+
+def taps_of(group: Group) -> dict[str, Tap]:
+    """Return the taps of a group by the name that observers know each by."""
+    return {
+        group.name if number == 0 else f"{group.name} (part {number + 1})": tap
+        for number, tap in enumerate(group.taps)
+    }
+
+
+def all_taps(dependencies: DependencyGraph) -> dict[str, Tap]:
+    """Return the taps of all groups by name."""
+    return {
+        name: tap for group in dependencies.groups.values() for name, tap in taps_of(group).items()
+    }
+
+
+def maps_of(tap: Tap, value: Tensor) -> Tensor:
+    """Return a tap's feature maps, `[image, filter, h, w]`, from the value of its node."""
+    maps = value.movedim(tap.dim, 1)
+    places = maps.shape[2:]
+    height = places[0] if len(places) else 1
+    maps = maps.reshape(*maps.shape[:2], height, -1)
+    if len(tap.index) == maps.shape[1]:
+        return maps
+    return maps[:, torch.from_numpy(tap.index)]
+
+
+def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
+    """Return the weights that produce and consume the filters of each tap, by its name."""
+    slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
+    scales = {
+        dependencies.graph.tensor_names[node.args[1]]
+        for node in dependencies.graph.nodes
+        if operation_name(node) == "batch_norm" and isinstance(node.args[1], Node)
+    }
+    kernels: dict[str, Kernels] = {}
+    for group in dependencies.groups.values():
+        # The channel of the group at each channel of the network; the last entry stands for -1.
+        position = dependencies.index_table(group.channels)
+
+        def rows_of(
+            name: str, dim: int, position: npt.NDArray[np.int64] = position
+        ) -> tuple[Tensor, Tensor]:
+            """Return the rows of a parameter that belong to the group, and the channel of each."""
+            slot = slots.get((name, dim))
+            channels = np.full(0, -1) if slot is None else position[slot]
+            rows = torch.from_numpy(np.flatnonzero(channels >= 0))
+            return state[name].movedim(dim, 0)[rows], torch.from_numpy(channels[channels >= 0])
+
+        incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
+        norms = [rows_of(name, 0) for name in sorted(scales)]
+        consumers = _consumer_kernels(dependencies, state, position, len(group))
+        for name, tap in taps_of(group).items():
+            channel = torch.from_numpy(tap.channel)
+            kernels[name] = Kernels(
+                incoming=tuple(rows for rows in incoming if len(rows[1])),
+                channel=channel,
+                consumers=tuple(
+                    ConsumerKernel(
+                        window,
+                        weights if _is_identity(channel, len(group)) else weights[:, :, channel],
+                    )
+                    for window, weights in consumers
+                ),
+                norm_scales=tuple(rows for rows in norms if len(rows[1])),
+            )
+    return kernels
+
+
+def _consumer_kernels(
+    dependencies: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
+) -> list[tuple[Window, Tensor]]:
+    """Return the window and the weights, `[output, offset, channel]`, of each consumer of a group.
+
+    `position` gives the group's channel for each channel of the network, -1 where there is none.
+    """
+    kernels: list[tuple[Window, Tensor]] = []
+    for layer in dependencies.layers:
+        read = layer.kernel[1 - layer.filter_dim]
+        if layer.is_computed or read is None or len(read) == 1:
+            continue
+        read_channels = position[dependencies.channel_of[read]]
+        inputs = torch.from_numpy(np.flatnonzero(read_channels >= 0))
+        if not len(inputs):
+            continue
+        channel = torch.from_numpy(read_channels[read_channels >= 0])
+        kernels.append(_weights_by_channel(layer, state[layer.weight], inputs, channel, channels))
+    return kernels
+
+
+def _weights_by_channel(
+    layer: Layer, weight: Tensor, inputs: Tensor, channel: Tensor, channels: int
+) -> tuple[Window, Tensor]:
+    """Return a consumer's window and weights, `[output, offset, channel]`.
+
+    `inputs` are the inputs that read the group, and `channel` is the channel that each reads.
+    """
+    kernel = weight.movedim((layer.filter_dim, 1 - layer.filter_dim), (0, -1))
+    kernel = kernel.flatten(1, -2) if kernel.ndim > 2 else kernel[:, None]
+    if operation_name(layer.node) == "conv2d" and argument(layer.node, "groups", 1) == 1:
+        window = window_of(layer.node, tuple(weight.shape[2:]))
+        if _is_identity(inputs, kernel.shape[2]) and _is_identity(channel, channels):
+            return window, kernel
+        weights = kernel.new_zeros(*kernel.shape[:2], channels)
+        weights[:, :, channel] = kernel[:, :, inputs]
+        return window, weights
+    # Each position that a linear layer reads, and each offset, counts as an output.
+    order = channel.argsort(stable=True)
+    times = channel.bincount(minlength=channels)
+    turn = torch.arange(len(order)) - (times.cumsum(0) - times).repeat_interleave(times)
+    table = kernel.new_zeros(*kernel.shape[:2], int(times.max()), channels)
+    table[:, :, turn, channel[order]] = kernel[:, :, inputs[order]]
+    return Window((1, 1)), table.flatten(0, 2)[:, None]
+
+
+def _is_identity(index: Tensor, length: int) -> bool:
+    """Return whether `index` counts from 0 to `length` - 1: then nothing need be copied."""
+    return torch.equal(index, torch.arange(length))

@@ -1,0 +1,59 @@
+"""Put the images of a training together with how they are preprocessed and augmented."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from secateur.config import TrainingSection
+from secateur.data import Images, NormalisedImages, TensorImages, Unreadable
+from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
+from secateur.data.preprocessing import Preprocessing
+from secateur.data.training_stream import TrainingStream
+from secateur.runtime import distributed
+
+WORKERS_FOR_FILES = 4
+"""Default number of processes that read image files, at most one per processor."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Images to train on."""
+
+    images: Images
+    preprocessing: Preprocessing
+    unreadable: Unreadable | None = None
+    """Where to record image files that can't be read, which are then skipped; None: an error."""
+
+
+def training_stream(data: TrainingData, settings: TrainingSection, seed: int) -> TrainingStream:
+    """Return the batches of this process, for every epoch."""
+    return TrainingStream(
+        data.images,
+        data.preprocessing,
+        _augmentation(settings, data),
+        settings.batch_size,
+        seed,
+        shard=distributed.rank_and_world_size(),
+        workers=_workers(settings, data.images),
+        unreadable=data.unreadable,
+    )
+
+
+def _augmentation(settings: TrainingSection, data: TrainingData) -> Augmentation:
+    """Return how training images are augmented; the default crop depends on their size.
+
+    Images that come normalised keep their height and width, which need not be equal.
+    """
+    is_small = data.preprocessing.image_size <= LARGEST_SHIFTED
+    is_shifted = is_small or isinstance(data.images, NormalisedImages)
+    crop = settings.crop or ("random_crop" if is_shifted else "random_resized_crop")
+    return Augmentation(crop, settings.flip, settings.randaugment)
+
+
+def _workers(settings: TrainingSection, images: Images) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    if isinstance(images, TensorImages | NormalisedImages):
+        return 0
+    return min(WORKERS_FOR_FILES, os.cpu_count() or 1)

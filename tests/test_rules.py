@@ -1,0 +1,545 @@
+# mypy: disable-error-code="no-any-return"
+"""What networks do with channels and their number outside of the usual layers.
+
+Either the cut network equals the masked original, or the channels are frozen and say why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from networks import assert_cut_is_equivalent, random_images
+from random_networks import random_plan
+from secateur.config import Budget
+from secateur.errors import TraceError, UsageError
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.build import build_dependency_graph
+from secateur.graph.dependency import DependencyGraph
+from secateur.graph.rules import elementwise
+from secateur.pruning.apply import apply_plan
+from secateur.pruning.equivalence import masked_network
+from secateur.pruning.plan import PruningPlan
+
+Step = Callable[[Any, Tensor], Tensor]
+
+FIXED = "combined with a value of fixed size"
+NUMBER = "sized by a number in the network's code"
+ELSE = "with fewer channels the network's code does something else"
+REORDERED = "reordered by number in the network's code"
+UNREAD = "read by no convolution or linear layer"
+POSITIONS = "pooled over as if they were positions"
+KERNEL = "read by a kernel of fixed size"
+PRODUCT = "multiplied by other feature maps, as in attention"
+
+
+class Network(nn.Module):
+    """conv - relu - conv `second` - relu - a step - conv: the step sees eight channels."""
+
+    def __init__(self, step: Step, width: int, parts: dict[str, Any]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 8, 3, padding=1)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.head = nn.Conv2d(width, 5, 1)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.stem(x))) + 0.2)
+        return self.head(self.step(self, x)).mean((2, 3))
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.rand(shape) + 0.5)
+
+
+def network(step: Step, width: int = 8, **parts: Any) -> nn.Module:
+    return Network(step, width, parts).double().eval()
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # [image, position, channel]
+
+
+def maps(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], -1, 8, 8)
+
+
+def check(model: nn.Module, *, prune_residual: bool = True) -> DependencyGraph:
+    images = random_images(3).double()
+    dependencies = build_dependency_graph(model, images[:2], prune_residual=prune_residual)
+    for seed in range(3):
+        assert_cut_is_equivalent(
+            model, dependencies, random_plan(dependencies, seed), images, limit=1e-6
+        )
+    return dependencies
+
+
+class Joined(nn.ModuleDict):
+    """A container with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self.values()], 1)
+
+
+CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "a view of rows of four": (
+        8,
+        lambda: network(lambda m, x: x.view(x.shape[0], -1, 4).reshape(x.shape)),
+    ),
+    "channels repeated": (8, lambda: network(lambda m, x: x.repeat(1, 2, 1, 1), 16)),
+    "halves swapped, by attribute": (
+        8,
+        lambda: network(lambda m, x: torch.cat([x[:, m.k :], x[:, : m.k]], 1), k=3),
+    ),
+    "the first channel moved behind the rest": (
+        8,
+        lambda: network(lambda m, x: torch.cat([x[:, 1:], x[:, :1]], 1)),
+    ),
+    "the first channel left out": (7, lambda: network(lambda m, x: x[:, 1:], 7)),
+    "rolled over positions": (8, lambda: network(lambda m, x: torch.roll(x, 1, -1))),
+    "softmax over channels": (8, lambda: network(lambda m, x: x.softmax(1))),
+    "divided by the sum of the image": (
+        8,
+        lambda: network(lambda m, x: x / x.sum((1, 2, 3), keepdim=True)),
+    ),
+    "divided by the norm of the channels": (
+        8,
+        lambda: network(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-3)),
+    ),
+    "pixel norm": (
+        8,
+        lambda: network(lambda m, x: x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt()),
+    ),
+    "batch norm without parameters": (
+        8,
+        lambda: network(lambda m, x: m.norm(x), norm=nn.BatchNorm2d(8, affine=False)),
+    ),
+    "batch norm without statistics": (
+        8,
+        lambda: network(lambda m, x: m.norm(x), norm=nn.BatchNorm2d(8, track_running_stats=False)),
+    ),
+    "layer norm without parameters": (
+        8,
+        lambda: network(
+            lambda m, x: maps(m.norm(tokens(x))), norm=nn.LayerNorm(8, elementwise_affine=False)
+        ),
+    ),
+    "instance norm without parameters": (
+        8,
+        lambda: network(lambda m, x: m.norm(x), norm=nn.InstanceNorm2d(8)),
+    ),
+    "padded by reflection": (
+        8,
+        lambda: network(
+            lambda m, x: m.conv(x), conv=nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        ),
+    ),
+    "padded around": (
+        8,
+        lambda: network(
+            lambda m, x: m.conv(x), conv=nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        ),
+    ),
+    "resized to a shape": (
+        8,
+        lambda: network(lambda m, x: F.interpolate(F.avg_pool2d(x, 2), size=x.shape[-2:])),
+    ),
+    "a kernel transposed": (
+        8,
+        lambda: network(lambda m, x: maps(F.linear(tokens(x), m.w.t())), w=parameter(8, 8)),
+    ),
+    "one kernel both ways": (
+        8,
+        lambda: network(
+            lambda m, x: F.conv_transpose2d(F.conv2d(x, m.w), m.w), w=parameter(6, 8, 1, 1)
+        ),
+    ),
+    "a kernel divided by its sum": (
+        8,
+        lambda: network(
+            lambda m, x: F.conv2d(x, m.w / m.w.sum((1, 2, 3), keepdim=True)),
+            w=parameter(8, 8, 1, 1),
+        ),
+    ),
+    "one minus": (8, lambda: network(lambda m, x: 1 - x)),
+    "a lower bound that is a parameter": (
+        8,
+        lambda: network(lambda m, x: torch.clamp(x, min=m.low), low=parameter(8, 1, 1)),
+    ),
+    "masked": (8, lambda: network(lambda m, x: x.masked_fill(x < 0.5, 0.1))),
+    "an offset repeated for each image": (
+        8,
+        lambda: network(
+            lambda m, x: x + m.w.expand(x.shape[0], -1, -1, -1), w=parameter(1, 8, 1, 1)
+        ),
+    ),
+    "unflattened by attribute": (
+        4,
+        lambda: network(lambda m, x: m.apart(x).flatten(1, 2), apart=nn.Unflatten(1, (4, 2))),
+    ),
+    "maximum of neighbours": (
+        4,
+        lambda: network(lambda m, x: x.view(x.shape[0], -1, 2, 8, 8).max(2)[0], 4),
+    ),
+    "joined with coordinates": (
+        8,
+        lambda: network(lambda m, x: torch.cat([x, torch.ones(x.shape[0], 2, 8, 8)], 1), 10),
+    ),
+    "a container with a forward": (
+        8,
+        lambda: network(
+            lambda m, x: m.both(x), both=Joined({"a": nn.Conv2d(8, 3, 1), "b": nn.Conv2d(8, 5, 1)})
+        ),
+    ),
+    "sequences in sequences": (
+        8,
+        lambda: network(
+            lambda m, x: m.inner(x),
+            inner=nn.Sequential(
+                nn.Sequential(nn.Conv2d(8, 6, 1)), nn.Sequential(nn.Conv2d(6, 8, 1))
+            ),
+        ),
+    ),
+    "positions mixed for each channel": (
+        8,
+        lambda: network(lambda m, x: m.mix(x.flatten(2)).reshape(x.shape), mix=nn.Linear(64, 64)),
+    ),
+    "one parameter in two roles": (
+        8,
+        lambda: network(
+            lambda m, x: x * m.w[:, None, None] + m.w[None, :, None, None], w=parameter(8)
+        ),
+    ),
+    "a dropout that gives back its input": (
+        8,
+        lambda: network(lambda m, x: F.relu_(m.drop(x - 1.0)) + x, drop=nn.Dropout()),
+    ),
+}
+"""What can be cut, with the number of `second`'s channels that may go one by one."""
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_what_is_followed_can_be_cut(name: str) -> None:
+    size, make = CUT[name]
+    assert len(check(make()).groups["second"]) == size
+
+
+FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "a shape in the code": (
+        NUMBER,
+        lambda: network(lambda m, x: x.reshape(-1, 2, 4, 64).flip(-1).reshape(-1, 8, 8, 8)),
+    ),
+    "half of the width in an attribute": (
+        NUMBER,
+        lambda: network(lambda m, x: x.reshape(-1, m.half * 2, 8, 8), half=4),
+    ),
+    "halves swapped, by number": (
+        NUMBER,
+        lambda: network(lambda m, x: torch.cat([x[:, 4:], x[:, :4]], 1)),
+    ),
+    "a tensor of a fixed size": (FIXED, lambda: network(lambda m, x: x + torch.zeros(8, 1, 1))),
+    "a tensor that is no parameter": (
+        FIXED,
+        lambda: network(lambda m, x: x * m.q, q=torch.rand(8, 1, 1, dtype=torch.float64)),
+    ),
+    "expanded to a number": (
+        FIXED,
+        lambda: network(lambda m, x: x * x.mean(1, keepdim=True).expand(-1, 8, -1, -1)),
+    ),
+    "an offset repeated": (
+        FIXED,
+        lambda: network(lambda m, x: x + m.w.repeat(x.shape[0], 1, 1, 1), w=parameter(1, 8, 1, 1)),
+    ),
+    "every other channel": ("every n-th channel", lambda: network(lambda m, x: x[:, ::2], 4)),
+    "picked by a list": (
+        "no rule for the operation 'index'",
+        lambda: network(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
+    ),
+    "another operation for eight channels": (
+        ELSE,
+        lambda: network(lambda m, x: x * 2 if x.shape[1] == 8 else x),
+    ),
+    "another number for eight channels": (
+        ELSE,
+        lambda: network(lambda m, x: x * 2 - 1 if x.shape[1] == 8 else x * 3 - 1),
+    ),
+    "another order for eight channels": (
+        ELSE,
+        lambda: network(lambda m, x: x - x.tanh() if x.shape[1] == 8 else x.tanh() - x),
+    ),
+    "divided by the number of channels": (ELSE, lambda: network(lambda m, x: x / x.shape[1])),
+    "a sum made a mean by hand": (
+        ELSE,
+        lambda: network(lambda m, x: x.sum(1, keepdim=True) / x.shape[1] * x),
+    ),
+    "the number of channels as a tensor": (
+        ELSE,
+        lambda: network(lambda m, x: x * torch.tensor(float(x.shape[1]))),
+    ),
+    "as many channels in as out": (
+        ELSE,
+        lambda: network(
+            lambda m, x: m.conv(x) * 2 if m.conv.in_channels == m.conv.out_channels else m.conv(x),
+            conv=nn.Conv2d(8, 8, 1),
+        ),
+    ),
+    "rolled over channels": (REORDERED, lambda: network(lambda m, x: torch.roll(x, 1, 1))),
+    "backwards": (REORDERED, lambda: network(lambda m, x: x.flip(1))),
+    "mean over channels": (UNREAD, lambda: network(lambda m, x: x.mean(1, keepdim=True), 1)),
+    "sorted": ("no rule for the operation 'sort'", lambda: network(lambda m, x: x.sort(1)[0])),
+    "summed one after the other": (
+        "no rule for the operation 'cumsum'",
+        lambda: network(lambda m, x: x.cumsum(1)),
+    ),
+    "divided by the sum of all": (
+        "reduced over every dimension",
+        lambda: network(lambda m, x: x / x.sum()),
+    ),
+    "normalised by a function": (FIXED, lambda: network(lambda m, x: F.normalize(x))),
+    "a product with a matrix": (
+        PRODUCT,
+        lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
+    ),
+    "a product with itself": (
+        PRODUCT,
+        lambda: network(lambda m, x: x * torch.einsum("bchw,bdhw->bc", x, x)[..., None, None]),
+    ),
+    "pooled over tokens and channels": (
+        POSITIONS,
+        lambda: network(lambda m, x: maps(F.adaptive_avg_pool2d(tokens(x), (64, 8)))),
+    ),
+    "local response norm": (POSITIONS, lambda: network(lambda m, x: F.local_response_norm(x, 3))),
+    "each channel an image": (
+        "which mixes dimensions",
+        lambda: network(lambda m, x: x.reshape(x.shape[0] * 8, 1, 8, 8).exp().reshape(x.shape)),
+    ),
+    "unflattened by number": (
+        NUMBER,
+        lambda: network(lambda m, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)),
+    ),
+    "channels along the height": (
+        "convolved over as if they were positions",
+        lambda: network(lambda m, x: m.conv(x.permute(0, 2, 1, 3)), conv=nn.Conv2d(8, 8, 1)),
+    ),
+    "weight norm": (
+        KERNEL,
+        lambda: network(
+            lambda m, x: m.conv(x), conv=parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+        ),
+    ),
+    "spectral norm": (
+        "no rule for the operation 'mv'",
+        lambda: network(
+            lambda m, x: m.conv(x), conv=parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
+        ),
+    ),
+}
+"""What is not followed, with the reason that the dependency graph gives for channels of
+`second`."""
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_not_followed_is_frozen_and_says_why(name: str) -> None:
+    reason, make = FROZEN[name]
+    dependencies = check(make())
+    assert any(reason in each.reason for each in dependencies.frozen if each.name == "second")
+    assert "stem" in dependencies.groups
+
+
+def test_attention_of_torch_is_frozen() -> None:
+    """Only the outputs: PyTorch's counter does not see into its fused attention."""
+    model = network(
+        lambda m, x: maps(m.attend(*[tokens(x)] * 3)[0]),
+        attend=nn.MultiheadAttention(8, 2, batch_first=True),
+    )
+    images = random_images(3).double()
+    dependencies = build_dependency_graph(model, images[:2])
+    assert set(dependencies.groups) == {"stem", "attend.out_proj"}
+    plan = random_plan(dependencies, 1)
+    with torch.no_grad():
+        found = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
+
+
+def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
+    model = network(lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze()[:, :, None, None])
+    images = random_images(3).double()
+    dependencies = build_dependency_graph(model, images[:2])
+    group = dependencies.groups["second"]
+    assert len(group) == 7
+    plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
+    with torch.no_grad():
+        found = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
+
+
+def test_two_channels_counted_alike_are_told_apart() -> None:
+    """A reshape to the shape of a map that another layer wrote, of as many channels."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1)
+            self.head, self.second_head = nn.Linear(16, 5), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.one(x), self.other(x)
+            logits: Tensor = self.head(one.reshape(other.shape).mean((2, 3)))
+            return logits + self.second_head(other.mean((2, 3)))
+
+    dependencies = check(Two().double().eval())
+    assert not dependencies.groups
+
+
+def test_one_attribute_with_two_numbers_is_not_changed() -> None:
+    """Two parts of four channels from different layers, both sized by one attribute."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.first_half = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), 4
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.one(x).relu(), self.other(x).relu()
+            parts = [
+                one[:, : self.first_half],
+                one[:, self.first_half :],
+                other[:, : self.first_half],
+            ]
+            logits: Tensor = self.head(
+                torch.cat([*parts, other[:, self.first_half :]], 1).mean((2, 3))
+            )
+            return logits
+
+    dependencies = check(Halves().double().eval())
+    assert any(NUMBER in each.reason for each in dependencies.frozen)
+
+
+def test_one_parameter_under_three_names() -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.layers = nn.ModuleList([nn.Conv2d(8, 6, 3)])
+            self.again, self.kernel = self.layers[0], self.conv.weight
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.again(self.conv(x).relu()).relu().mean((2, 3)))
+
+    model = Names().double().eval()
+    dependencies = check(model)
+    cut = apply_plan(model, dependencies, random_plan(dependencies, 1))
+    assert cut.kernel is cut.get_parameter("conv.weight")
+    assert cut.again is cut.get_submodule("layers.0")
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_signals_and_volumes_are_cut_like_images(rank: int) -> None:
+    conv = nn.Conv1d if rank == 1 else nn.Conv3d
+    norm = nn.BatchNorm1d if rank == 1 else nn.BatchNorm3d
+    model = nn.Sequential(
+        *(conv(3, 8, 3, padding=1), norm(8), nn.ReLU(), conv(8, 6, 3), nn.ReLU()),
+        *(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )
+    model = model.double().eval()
+    images = torch.randn(3, 3, *[4] * rank, dtype=torch.float64)
+    dependencies = build_dependency_graph(model, images[:2])
+    assert {name: len(group) for name, group in dependencies.groups.items()} == {"0": 8, "3": 6}
+    assert_cut_is_equivalent(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
+
+
+@pytest.mark.parametrize("how", ["function", "method", "inner"])
+def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
+    plain = CUT["sequences in sequences"][1]()
+    model: Any = torch.compile(plain) if how == "function" else plain
+    if how == "method":
+        model.compile()
+    if how == "inner":
+        model.inner.compile()
+    images = random_images(3).double()
+    dependencies = build_dependency_graph(model, images[:2])
+    plan = random_plan(dependencies, 1)
+    cut = apply_plan(model, dependencies, plan)
+    assert type(cut) is Network
+    assert (
+        relative_error(cut.forward(images), masked_network(model, dependencies, plan)(images))
+        < 1e-6
+    )
+
+
+def test_a_network_of_half_precision_with_channels_last() -> None:
+    model = CUT["padded by reflection"][1]().bfloat16().to(memory_format=torch.channels_last)
+    images = random_images(3).bfloat16().contiguous(memory_format=torch.channels_last)
+    dependencies = build_dependency_graph(model, images[:2])
+    plan = random_plan(dependencies, 1)
+    with torch.no_grad():
+        found, expected = (
+            apply_plan(model, dependencies, plan)(images),
+            masked_network(model, dependencies, plan)(images),
+        )
+    assert found.dtype is torch.bfloat16
+    assert isinstance(expected, Tensor)
+    assert relative_error(found.float(), expected.float()) < 0.05
+
+
+def test_an_example_of_another_type_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"Input type .* should be the same"):
+        build_dependency_graph(CUT["one minus"][1]().bfloat16(), random_images(2))
+
+
+def test_a_network_that_can_not_be_copied_is_refused() -> None:
+    class Uncopied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+            self.kernel = self.conv.weight * 2  # as of the older weight norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x)).mean((2, 3))
+
+    with pytest.raises(TraceError, match="can't be copied: Only Tensors created explicitly"):
+        build_dependency_graph(Uncopied(), random_images(2))
+
+
+@pytest.fixture(scope="module")
+def doubling() -> Callable[[Tensor], Tensor]:
+    """An operation of the user's own, `secateur_test::double`."""
+
+    @torch.library.custom_op("secateur_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_fake(torch.empty_like)
+    return double
+
+
+def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tensor]) -> None:
+    model, images = network(lambda m, x: doubling(x)), random_images(3).double()
+    reasons = [each.reason for each in build_dependency_graph(model, images[:2]).frozen]
+    assert "no rule for the operation 'secateur_test::double'" in reasons
+
+    dependencies = build_dependency_graph(
+        model, images[:2], rules={"secateur_test::double": elementwise.keep}
+    )
+    assert len(dependencies.groups["second"]) == 8
+    assert_cut_is_equivalent(model, dependencies, random_plan(dependencies, 1), images, limit=1e-6)
+
+
+def test_a_rule_that_does_not_fit_its_operation_is_refused(
+    doubling: Callable[[Tensor], Tensor],
+) -> None:
+    model, images = network(lambda m, x: doubling(x)), random_images(2).double()
+    with pytest.raises(UsageError, match=r"'secateur_test::double' returns \[\] channels along"):
+        build_dependency_graph(
+            model, images, rules={"secateur_test::double": lambda propagation, node: ()}
+        )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import wired
+from secateur.config import ScoreSection
+from secateur.data import Batch
+from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.ranking import Ranking, rank
+from secateur.pruning.sensitivity import (
+    TEMPERATURE,
+    ChannelReconstruction,
+    _InputEdit,
+    divergence,
+    error_curve,
+    measure_output_sensitivity,
+    measure_sensitivity,
+    reconstruct_channels,
+)
+from secateur.runtime.module_state import tensors_of
+from secateur.scoring import criteria
+from secateur.scoring.criteria.reconstruction import Reconstruction
+from secateur.scoring.scores import score_filters
+
+SETTINGS = ScoreSection()
+IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def batches(size: int = 32) -> Iterable[Batch]:
+    for start in range(0, len(IMAGES), size):
+        images = IMAGES[start : start + size]
+        numbers = torch.arange(start, start + len(images))
+        yield Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers)
+
+
+def moments_and_ranking(name: str) -> tuple[nn.Module, DependencyGraph, Reconstruction, Ranking]:
+    model, dependencies = wired(name, True)
+    moments = Reconstruction()
+    criterion = criteria.make("l2", SETTINGS, 0, {})
+    filter_scores = score_filters(
+        model, dependencies, batches, {"l2": criterion}, None, SETTINGS, observers=(moments,)
+    )["l2"]
+    return model, dependencies, moments, rank(filter_scores.scores, dependencies, "l2")
+
+
+NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grouped"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> None:
+    model, dependencies, moments, ranking = moments_and_ranking(name)
+    sensitivity = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
+    assert sensitivity.keys() == dependencies.groups.keys()
+    for group, curve in sensitivity.items():
+        assert len(curve) == len(dependencies.groups[group]) + 1
+        assert curve[0] == 0
+        assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
+    assert any(curve[-1] > 0 for curve in sensitivity.values())
+
+
+def test_batches_do_not_change_the_slopes() -> None:
+    model, dependencies, moments, ranking = moments_and_ranking("residual")
+    state = tensors_of(model)
+    few_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(96))
+    many_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(11))
+    for name, slope in few_batches.items():
+        assert slope > 0
+        assert many_batches[name] == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generator) -> None:
+    """Against least squares from scratch, on the positions that the moments were taken at."""
+    model, dependencies, moments, ranking = moments_and_ranking("chain")
+    group = dependencies.groups["conv2"]  # read by the linear layer, after pooling
+    curve = error_curve(group, moments, ranking.order["conv2"])
+    assert isinstance(model, nn.Module)
+    kernel = tensors_of(model)["linear.weight"].double()
+    covariance = moments._moments["conv2"].covariance(moments._units["conv2"])
+    for removed in (1, 3, 6):
+        kept = ranking.order["conv2"][:-removed]
+        inner = covariance[kept][:, kept]
+        explained = covariance[:, kept] @ torch.linalg.pinv(inner) @ covariance[kept]
+        error = float((kernel @ (covariance - explained) * kernel).sum())
+        assert float(curve[removed]) == pytest.approx(error, rel=0.05, abs=1e-3 * float(curve[-1]))
+
+
+def test_a_copy_of_a_channel_reconstructs_it() -> None:
+    model, dependencies = wired("chain", True)
+    state = tensors_of(model)
+    for name in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
+        state[name][4] = state[name][2]
+    moments = Reconstruction()
+    score_filters(model, dependencies, batches, {"reconstruction": moments}, None, SETTINGS)
+    kept = [0, 1, 2, 3, 5]
+    estimate = reconstruct_channels(dependencies.groups["conv1"], moments, kept)
+    assert float((estimate.matrix[4] - estimate.matrix[2]).abs().max()) < 0.05
+    assert torch.equal(estimate.matrix[kept], torch.eye(6)[kept])
+    assert float(estimate.offset[kept].abs().max()) < 1e-6
+
+
+def test_divergence_of_logits_and_of_maps() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
+    assert divergence([logits], [logits]) == 0
+    other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    p, q = ((each.double() / TEMPERATURE).softmax(1) for each in (logits, other))
+    expected = TEMPERATURE**2 * float((p * (p / q).log()).sum() / 2)
+    assert divergence([logits], [other]) == pytest.approx(expected)
+    maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert divergence([maps], [maps + 2]) == pytest.approx(4 / float(maps.double().var()))
+
+
+def test_channels_with_uneven_copies_are_reconstructed() -> None:
+    """A consumer may read one channel once and another twice."""
+    edit = _InputEdit.__new__(_InputEdit)
+    edit._dim, edit._copies = 1, 0
+    edit._channels = np.arange(2)
+    edit._counts = torch.tensor([1, 2])
+    edit._number = torch.tensor([0, 1, 1])
+    edit._table = torch.tensor([0, 1, 3])  # the third place belongs to another group
+    value = torch.tensor([[1.0, 2.0, 9.0, 4.0]])
+    first_stays = ChannelReconstruction(
+        torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.0, 0.5])
+    )
+    assert edit._reconstructed(value, first_stays).tolist() == [[1.0, 2.5, 9.0, 2.5]]
+    other_stays = ChannelReconstruction(
+        torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0])
+    )
+    assert edit._reconstructed(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
+from secateur.errors import TraceError
+from secateur.evaluation.divergence import relative_error
+from secateur.graph.interpreter import GraphInterpreter, run
+from secateur.graph.network_graph import operation_name
+from secateur.graph.trace import trace
+from secateur.runtime.module_state import evaluating, tensors_of
+
+
+class Forward(nn.Module):
+    """A convolution, and whatever a test does with its output."""
+
+    def __init__(self, then: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.spatial = nn.Conv2d(6, 4, 3, padding=1)
+        self.linear = nn.Linear(6 * 64, 4)
+        self.then = then
+
+    def forward(self, x: Tensor) -> object:
+        return self.then(self, self.conv(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_graph_computes_what_the_network_computes(name: str, count: int) -> None:
+    model, dependencies = wired(name)
+    images = random_images(count)
+    with torch.no_grad():
+        found = run(dependencies.graph, tensors_of(model), images)
+        assert relative_error(found, model(images)) < 1e-6
+
+
+def test_the_graph_runs_with_the_parameters_that_it_is_given() -> None:
+    model, other = Chain().eval(), Chain().eval()
+    images = random_images()
+    graph = trace(model, images)
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(other), images), other(images)) < 1e-6
+        assert relative_error(other(images), model(images)) > 1e-2
+
+
+def test_running_a_graph_leaves_the_images_and_the_parameters_alone() -> None:
+    model = InPlace().eval()
+    images = random_images()
+    graph = trace(model, images)
+    state = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    before = images.clone()
+    run(graph, state, images)
+    assert torch.equal(images, before)
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors_of(model).items())
+
+
+def _relu_after_flatten(self: nn.Module, x: Tensor) -> Tensor:
+    y = x.flatten(1)
+    x.relu_()
+    return F.linear(y, self.get_parameter("linear.weight"))
+
+
+def _relu_after_slice(self: nn.Module, x: Tensor) -> Tensor:
+    y = x[:, :, ::2, ::2]
+    F.relu_(x)
+    return F.conv2d(y, self.get_parameter("spatial.weight"))
+
+
+def _relu_after_dropout(self: nn.Module, x: Tensor) -> Tensor:
+    y = F.dropout(x, 0.5, self.training)
+    x.relu_()
+    return F.conv2d(y, self.get_parameter("spatial.weight"))
+
+
+def _relu_of_a_view(self: nn.Module, x: Tensor) -> Tensor:
+    x.flatten(1).relu_()
+    return F.conv2d(x, self.get_parameter("spatial.weight"))
+
+
+def _sum_into_itself(self: nn.Module, x: Tensor) -> Tensor:
+    x += x.sigmoid()
+    x *= 2
+    return F.conv2d(x, self.get_parameter("spatial.weight"))
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        _relu_after_flatten,
+        _relu_after_slice,
+        _relu_after_dropout,
+        _relu_of_a_view,
+        _sum_into_itself,
+    ],
+)
+def test_a_value_written_in_place_is_followed_or_refused(
+    then: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    model = Forward(then).eval()
+    images = random_images()
+    try:
+        graph = trace(model, images)
+    except TraceError as error:
+        assert "writes in" in str(error)  # noqa: PT017 - either outcome is right
+        return
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+
+
+def test_writing_into_a_view_of_a_value_in_use_is_refused() -> None:
+    with pytest.raises(TraceError, match="'relu_' writes into a view of a value still in use"):
+        trace(Forward(_relu_of_a_view), random_images())
+
+
+def test_an_in_place_operation_without_a_twin_is_refused() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        y = x.flatten(1).clone()
+        y.fill_diagonal_(0)
+        return y
+
+    with pytest.raises(TraceError, match="'fill_diagonal_' writes in place and has no other form"):
+        trace(Forward(then), random_images())
+
+
+def test_one_image_is_enough_to_trace_with_an_open_batch_dimension() -> None:
+    model, images = Chain().eval(), random_images(5)
+    graph = trace(model, images[:1])
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+
+
+def test_a_branch_on_the_data_is_refused() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError, match="can't be traced"):
+        trace(Forward(then), random_images())
+
+
+def test_an_error_of_the_network_itself_is_reported_in_one_line() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        raise ValueError("the moon is full\nand more")
+
+    with pytest.raises(TraceError, match="the moon is full") as caught:
+        trace(Forward(then), random_images())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_may_have_two_outputs_but_not_where_one_is_asked_for() -> None:
+    graph = trace(Forward(lambda self, x: {"one": x, "two": x + 1}), random_images())
+    assert len(graph.outputs) == 2
+    with pytest.raises(TraceError, match="must return one tensor, not 2"):
+        _ = graph.output
+
+
+def test_a_part_of_a_network_is_traced_by_a_function() -> None:
+    model, images = Chain().eval(), random_images()
+
+    def first_half(model: Chain, images: Tensor) -> Tensor:
+        return F.relu(model.bn1(model.conv1(images)))
+
+    graph = trace(model, images, first_half)
+    used = {name for node, name in graph.tensor_names.items() if node.users}
+    assert "conv1.weight" in used
+    assert "linear.weight" not in used
+    with torch.no_grad():
+        found = run(graph, tensors_of(model), images)
+        assert relative_error(found, first_half(model, images)) < 1e-6
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_region_with_a_precision_of_its_own(enabled: bool) -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return F.conv2d(x, self.get_parameter("spatial.weight")) * 2
+
+    model, images = Forward(then).eval(), random_images()
+    if enabled:
+        with pytest.raises(TraceError, match="switches automatic mixed precision on"):
+            trace(model, images)
+        return
+    graph = trace(model, images)
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+
+
+def test_a_network_with_two_inputs_is_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    with pytest.raises(TraceError, match="can't be traced"):
+        trace(Two(), random_images())
+
+
+def _mixed_modes(model: nn.Module) -> dict[str, bool]:
+    model.train()
+    model.get_submodule("bn1").eval()
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_tracing_leaves_every_modules_mode_alone() -> None:
+    model = Chain()
+    modes = _mixed_modes(model)
+    trace(model, random_images())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert len(set(modes.values())) == 2
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = Chain()
+    modes = _mixed_modes(model)
+
+    def fail() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_tensors_are_listed_by_each_of_their_names() -> None:
+    tensors = tensors_of(TiedWeights())
+    assert tensors["one.weight"].data_ptr() == tensors["other.weight"].data_ptr()
+    assert "stem.1.running_var" in tensors
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+def test_taps_see_and_replace_values() -> None:
+    model, dependencies = wired("chain")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
+    relu = next(node for node in graph.nodes if operation_name(node) == "relu")
+    linear = next(node for node in graph.nodes if operation_name(node) == "linear")
+    seen: list[Tensor] = []
+    plain = run(graph, state, images, after={relu: seen.append})
+    assert seen[0].shape == (3, 6, 8, 8)
+    assert float(seen[0].min()) == 0
+    assert torch.equal(run(graph, state, images, after={relu: lambda value: value + 0}), plain)
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(overrides={linear: lambda lookup: lookup(linear.all_input_nodes[0]) * 0})
+    assert interpreter.value(graph.output).shape == (3, 7)
+    assert not interpreter.value(graph.output).any()
+    again = run(graph, state, images, after={relu: torch.zeros_like})
+    assert not torch.allclose(again, plain)
+
+
+def test_running_step_by_step_arrives_where_a_run_does() -> None:
+    model, dependencies = wired("residual")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
+    interpreter = GraphInterpreter(graph, state, images)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            value = interpreter.step(node)
+            assert value.shape[0] == 3
+    assert torch.equal(interpreter.value(graph.output), run(graph, state, images))
+
+
+def test_a_copy_does_not_disturb_its_original() -> None:
+    model, dependencies = wired("residual")
+    graph, state, images = dependencies.graph, tensors_of(model), random_images()
+    relus = [node for node in graph.nodes if operation_name(node) == "relu"]
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(relus[1])
+    copied = interpreter.copy()
+    copied.advance(after={relus[1]: torch.zeros_like})
+    interpreter.advance()
+    assert torch.equal(interpreter.value(graph.output), run(graph, state, images))
+    assert not torch.equal(copied.value(graph.output), interpreter.value(graph.output))
+
+
+def test_parameters_are_looked_up_when_they_are_used() -> None:
+    model, dependencies = wired("chain")
+    graph, images = dependencies.graph, random_images()
+    state = dict(tensors_of(model))
+    interpreter = GraphInterpreter(graph, state, images)
+    interpreter.advance(next(node for node in graph.nodes if operation_name(node) == "linear"))
+    state["linear.weight"] = torch.zeros_like(state["linear.weight"])
+    interpreter.advance()
+    assert torch.equal(interpreter.value(graph.output), state["linear.bias"].expand(3, -1))
+
+
+def test_values_that_nobody_needs_any_more_are_dropped() -> None:
+    model, dependencies = wired("shared")
+    relu = next(node for node in dependencies.graph.nodes if operation_name(node) == "relu")
+    interpreter = GraphInterpreter(dependencies.graph, tensors_of(model), random_images())
+    interpreter.step(relu)
+    assert interpreter.value(relu).shape == (3, 5, 8, 8)
+    interpreter.advance()
+    with pytest.raises(KeyError):
+        interpreter.value(relu)
+
+
+def test_a_module_used_twice_is_two_operations_with_one_kernel() -> None:
+    graph = trace(Shared(), random_images())
+    convolutions = [node for node in graph.nodes if operation_name(node) == "conv2d"]
+    kernels = [graph.tensor_names[node.all_input_nodes[1]] for node in convolutions]
+    assert kernels == ["stem.0.weight", "twice.weight", "twice.weight", "last.weight"]
