@@ -40,11 +40,8 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 import secateur
-from fault_case import CLASSES, Case, FailingDisk, differences, outcome, renewed
-from fault_inputs import Reader, mutate, readers, write_files
 from rows import ROOT, revision, surroundings, write_json
 from secateur.cli import app
 from secateur.errors import SecateurError
@@ -53,6 +50,10 @@ from secateur.experiments.manifest import read_contents
 from secateur.experiments.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
 from secateur.runtime.signals import INTERRUPTED
 from tables import with_table
+
+sys.path.append(str(ROOT / "tests"))
+from fault_case import CLASSES, Case, FailingDisk, differences, outcome, renewed, state_of
+from fault_inputs import Reader, mutate, readers, write_files
 
 RESULTS = ROOT / "results" / "faults.json"
 PAGE = ROOT / "docs" / "explanation" / "security.md"
@@ -412,29 +413,6 @@ def _resources() -> dict[str, Any]:
         "memory_mib": round(process.memory_info().rss / 2**20, 1),
         "files": process.num_fds(),
         "threads": threading.active_count(),
-    }
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """What is global to the process, and what could be left on a network."""
-    hooks = [
-        len(getattr(module, name))
-        for module in model.modules()
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    ]
-    return {
-        "seed": torch.random.get_rng_state().tolist(),
-        "python_seed": hash(random.getstate()),
-        "dtype": str(torch.get_default_dtype()),
-        "precision": torch.get_float32_matmul_precision(),
-        "gradients": torch.is_grad_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-        "warnings": len(warnings.filters),
-        "hooks": hooks,
-        "modes": [module.training for module in model.modules()],
-        "needs_gradient": [each.requires_grad for each in model.parameters()],
-        "gradient": [each.grad is None for each in model.parameters()],
     }
 
 

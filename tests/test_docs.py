@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-import configuration
-import criteria
-import report
-import studies
-import tables
 from secateur.config import DATA_FORMS
 
 ROOT = Path(__file__).parents[1]
@@ -26,25 +19,6 @@ def test_every_kind_of_data_is_told_of() -> None:
     page = (ROOT / "docs" / "reference" / "data.md").read_text()
     kinds = [form.partition(":")[0] for form in DATA_FORMS]
     assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
-
-
-@pytest.mark.parametrize("study", list(studies.TARGETS))
-def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
-    text = criteria.PAGE.read_text()
-    cells = criteria.cells()
-    if any(cell["study"] == study for cell in cells):
-        name = f"results/criteria.jsonl {study}"
-        assert tables.with_table(text, name, criteria.table(study, cells)) == text
-
-
-def test_the_page_of_the_configuration_has_every_key() -> None:
-    text = configuration.PAGE.read_text()
-    assert configuration.page(text) == text
-
-
-def test_the_report_page_shows_what_was_measured() -> None:
-    text = report.PAGE.read_text()
-    assert tables.with_table(text, "results/report.json", report.table()) == text
 
 
 def test_the_pictures_of_the_pages_are_there_and_small() -> None:

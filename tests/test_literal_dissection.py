@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 from torch import Tensor
 
-import dissection as bench
 from literal_dissection import ABSENT, ExactThresholds, LiteralTally
 from secateur.data.concept_masks import ConceptMasks
 from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
 from secateur.scoring.dissection import Dissection
 from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
-from tables import with_table
 
 SEEDS = st.integers(0, 2**31)
 NAMES = ("sky", "road", "tree")
@@ -166,17 +162,3 @@ def test_the_literal_dissection_is_that_of_plain_loops(
                             either += active or inside
             assert int(tally.intersection[filter_, concept]) == both
             assert int(tally.union[filter_, concept]) == either
-
-
-def test_the_page_shows_what_is_in_the_result_file() -> None:
-    text = bench.PAGE.read_text()
-    for name, table in bench.TABLES.items():
-        shown = with_table(text, f"results/dissection.json{name}", table(bench.ordered_rows()))
-        assert shown == text
-
-
-def test_the_rank_correlation_is_scipys(generator: torch.Generator) -> None:
-    a, b = torch.randint(0, 6, (2, 40), generator=generator).double()
-    expected = spearmanr(a.numpy(), b.numpy()).statistic
-    assert bench.rank_correlation(a, b) == pytest.approx(expected)
-    assert bench.rank_correlation(a, torch.zeros(40)) is None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 
-import tuning
 from layouts import write_classes
 from secateur import data
 from secateur.config import from_dict, read_tables
@@ -72,11 +70,3 @@ def test_a_file_runs_in_miniature(path: Path, model_file: Path, tmp_path: Path) 
     assert (tmp_path / "said").read_text() == f"begun {cell.id}\nended {cell.id}\n"
     write_comparison(tmp_path / "out", comparison, [found])
     assert "| vote |" in (tmp_path / "out" / MARKDOWN).read_text()
-
-
-def test_the_tuning_table_is_of_these_files() -> None:
-    for (network, target), case in tuning.CASES.items():
-        content = tomllib.loads((tuning.CONFIGS / case.file).read_text())
-        assert [each["name"] for each in content["networks"]] == [network]
-        assert content["targets"] == [target]
-        assert content["seeds"] == 3

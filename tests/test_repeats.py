@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import secateur
-from fault_case import CLASSES, SIDE, Case
-from faults import state_of
+from fault_case import CLASSES, SIDE, Case, state_of
 from secateur.data import FileImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.experiments.run import run

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+import torch
 from PIL import Image
+from torch import nn
 
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.experiments import run as runs
@@ -280,3 +284,26 @@ def renewed(folder: Path, content: Path | None = None) -> Path:
     if content is not None:
         shutil.copytree(content, folder)
     return folder
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """What is global to the process, and what could be left on a network."""
+    hooks = [
+        len(getattr(module, name))
+        for module in model.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    ]
+    return {
+        "seed": torch.random.get_rng_state().tolist(),
+        "python_seed": hash(random.getstate()),
+        "dtype": str(torch.get_default_dtype()),
+        "precision": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "warnings": len(warnings.filters),
+        "hooks": hooks,
+        "modes": [module.training for module in model.modules()],
+        "needs_gradient": [each.requires_grad for each in model.parameters()],
+        "gradient": [each.grad is None for each in model.parameters()],
+    }
