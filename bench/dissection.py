@@ -27,7 +27,7 @@ from secateur.data import DataSet, FileImages
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
-from secateur.scoring.feature_pass import observe
+from secateur.scoring.feature_pass import run_feature_pass
 from tables import with_table
 
 sys.path.append(str(ROOT / "tests"))
@@ -134,7 +134,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     def look(*observers: Any) -> float:
         """Processor seconds that a look takes; the images have been read."""
         start = time.process_time()
-        observe(
+        run_feature_pass(
             model, context.dependencies, lambda: batches, observers, context.source, config.score
         )
         return time.process_time() - start

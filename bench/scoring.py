@@ -55,7 +55,7 @@ from secateur.models import zoo
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
-from secateur.scoring.feature_pass import observe
+from secateur.scoring.feature_pass import run_feature_pass
 from secateur.scoring.taps import maps_of, taps_of
 from tables import with_table
 from zoo import CLASSES
@@ -158,7 +158,7 @@ class Ground:
         )
         made = [criteria.make(name, self.settings, SEED, {}) for name in names]
         shown = partial(self.batches, count)
-        observe(self.model, self.dependencies, shown, made, source, self.settings)
+        run_feature_pass(self.model, self.dependencies, shown, made, source, self.settings)
         return made
 
 

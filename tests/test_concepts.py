@@ -13,7 +13,14 @@ from networks import CLASSES, Chain, Flattened, make_network, random_images
 from secateur.data.annotated import NO_CLASS
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
 from secateur.errors import DataError, TraceError, UnknownName, UsageError
-from secateur.scoring.concepts import ConceptInput, ConceptSource, make, parse, readers, sources
+from secateur.scoring.concepts import (
+    ConceptInput,
+    ConceptSource,
+    annotated_sources,
+    make,
+    parse,
+    sources,
+)
 from secateur.scoring.concepts.annotations import Annotations
 from secateur.scoring.concepts.combined import Combined
 from secateur.scoring.concepts.evidence import Evidence
@@ -370,7 +377,7 @@ def test_a_text_is_read_as_names_and_arguments() -> None:
         ("factors", "8"),
         ("masks", "a:b/c"),
     ]
-    assert set(readers()) < set(sources())
+    assert set(annotated_sources()) < set(sources())
 
 
 @pytest.mark.parametrize(

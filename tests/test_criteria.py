@@ -634,7 +634,7 @@ def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
     scales = (torch.ones(2), torch.tensor([0, 3]))
     for criterion, what in (
         (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
-        (KernelFunction(l2), "kernel that writes"),
+        (KernelFunction(l2), "kernel that produces"),
     ):
         criterion.reset({"a": Kernels((some,), torch.arange(4), (), (scales,))})
         with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):

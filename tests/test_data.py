@@ -145,9 +145,9 @@ def test_loading_holds_training_images_out(tmp_path: Path) -> None:
     sizes = [len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)]
     assert sizes == [10, 10, 6]
     native = Preprocessing(32, 32)
-    held, rest = hashes(dataset.validation, native), hashes(dataset.train, native)
+    validation, rest = hashes(dataset.validation, native), hashes(dataset.train, native)
     original = [hash(one.transpose(2, 0, 1).tobytes()) for one in train]
-    assert sorted(held + rest) == sorted(original)
+    assert sorted(validation + rest) == sorted(original)
     assert not set(hashes(dataset.test, native)) & set(original)
 
 
@@ -480,17 +480,17 @@ def test_what_is_held_out_is_a_share_of_each_class(
     images = numbered(torch.tensor(labels)[order].tolist())
     sizes = images.labels.bincount()
     counts = [max(1, round(fraction * int(size))) for size in sizes]
-    rest, held = hold_out(images, fraction, torch.Generator().manual_seed(seed))
-    assert held.labels.bincount().tolist() == counts
-    assert sorted(numbers_of(rest) + numbers_of(held)) == list(range(len(labels)))
-    for part in (rest, held):
+    rest, held_out = hold_out(images, fraction, torch.Generator().manual_seed(seed))
+    assert held_out.labels.bincount().tolist() == counts
+    assert sorted(numbers_of(rest) + numbers_of(held_out)) == list(range(len(labels)))
+    for part in (rest, held_out):
         assert part.labels.tolist() == images.labels[numbers_of(part)].tolist()
     again = hold_out(images, fraction, torch.Generator().manual_seed(seed))
-    assert numbers_of(again[1]) == numbers_of(held)
+    assert numbers_of(again[1]) == numbers_of(held_out)
 
 
 @pytest.mark.parametrize("count", [5, 9, 10, 31])
-def test_every_fifth_probe_image_is_set_apart(count: int) -> None:
+def test_every_fifth_calibration_set_image_is_set_apart(count: int) -> None:
     fit, held_out = split_calibration(numbered([0] * count))
     expected = [number for number in range(count) if number % HELD_OUT_EVERY == 4]
     assert numbers_of(held_out) == expected
@@ -498,18 +498,18 @@ def test_every_fifth_probe_image_is_set_apart(count: int) -> None:
     assert is_held_out(torch.arange(count)).nonzero()[:, 0].tolist() == expected
 
 
-def test_of_very_few_probe_images_none_is_set_apart() -> None:
+def test_of_very_few_calibration_images_none_is_set_apart() -> None:
     fit, held_out = split_calibration(numbered([0] * 4))
     assert numbers_of(fit) == numbers_of(held_out) == [0, 1, 2, 3]
 
 
 def test_another_seed_holds_others_out() -> None:
     images = numbered(20 * [0, 1])
-    held = [
+    held_out = [
         numbers_of(hold_out(images, 0.3, torch.Generator().manual_seed(seed))[1])
         for seed in range(3)
     ]
-    assert len({tuple(numbers) for numbers in held}) == 3
+    assert len({tuple(numbers) for numbers in held_out}) == 3
 
 
 @pytest.mark.parametrize("fraction", [0.9, 1.0])
@@ -524,7 +524,7 @@ def data_set_of(labels: list[int]) -> data.DataSet:
 
 
 @pytest.mark.parametrize("count", [3, 4, 11, 12])
-def test_a_stratified_probe_is_equal_over_classes(count: int) -> None:
+def test_a_stratified_calibration_set_is_equal_over_classes(count: int) -> None:
     dataset = data_set_of(10 * [0] + 30 * [1] + 5 * [2])
     calibration = data.draw_calibration_images(dataset.train, count)
     sizes = torch.bincount(calibration.labels, minlength=3)
@@ -539,7 +539,7 @@ def test_a_small_class_is_used_up_and_the_others_fill_in() -> None:
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
+def test_a_calibration_set_depends_on_its_seed_alone(stratified: bool) -> None:
     images = data_set_of(20 * [0, 1, 2]).train
     drawn = [
         numbers_of(data.draw_calibration_images(images, 9, stratified=stratified, seed=s))
@@ -551,7 +551,7 @@ def test_a_probe_depends_on_its_seed_alone(stratified: bool) -> None:
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_a_probe_larger_than_the_data_is_all_of_it(stratified: bool) -> None:
+def test_a_calibration_set_larger_than_the_data_is_all_of_it(stratified: bool) -> None:
     calibration = data.draw_calibration_images(
         data_set_of([0, 0, 1, 2, 2]).train, 100, stratified=stratified
     )

@@ -179,7 +179,7 @@ def test_top_images_do_not_depend_on_batches_or_their_order(
 
 
 def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
-    """A stand-in for what several processes bring."""
+    """Return a fake `all_gather` over several processes."""
     return lambda own: [own, *(other._top for other in others)]
 
 

@@ -87,7 +87,7 @@ def test_a_label_beyond_the_classes_is_named() -> None:
 
 
 def test_a_negative_label_is_named() -> None:
-    with pytest.raises(DataError, match="class number -1"):
+    with pytest.raises(DataError, match="label -1"):
         check_labels(torch.tensor([0, -1]), 5)
 
 

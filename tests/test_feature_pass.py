@@ -27,7 +27,7 @@ from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import ConceptInput
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Observer, Regions
 from secateur.scoring.dissection import Dissection, TopImages
-from secateur.scoring.feature_pass import observe
+from secateur.scoring.feature_pass import run_feature_pass
 from secateur.scoring.taps import kernels_of
 from secateur.scoring.thresholds import StatisticsAccumulator
 
@@ -149,7 +149,9 @@ def run(
     source: Bright | None = None,
 ) -> None:
     settings = ScoreSection(quantile=quantile, use_labels=use_labels, sample_every=sample_every)
-    observe(model, dependencies, calibration, list(observers), source or Bright(), settings)
+    run_feature_pass(
+        model, dependencies, calibration, list(observers), source or Bright(), settings
+    )
 
 
 @pytest.fixture
@@ -251,7 +253,7 @@ def test_only_those_who_ask_for_gradients_get_them() -> None:
         assert torch.equal(without.maps(group), with_gradients.maps(group))
 
 
-def test_the_probe_set_is_not_read_for_those_who_need_no_images() -> None:
+def test_the_calibration_set_is_not_read_for_those_who_need_no_images() -> None:
     model, dependencies = network("chain")
     calibration, blind = CalibrationSet(random_images(7), LABELS), Recorder(NOTHING)
     run(model, dependencies, calibration, [blind])
@@ -286,7 +288,7 @@ def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
     run(model, dependencies, CalibrationSet(random_images(7), LABELS), [recorder], source=source)
     assert source.steps == []
     alone = Recorder(GRADIENTS)
-    observe(
+    run_feature_pass(
         model, dependencies, CalibrationSet(random_images(7), LABELS), [alone], None, ScoreSection()
     )
     assert torch.equal(alone.maps("conv1"), recorder.maps("conv1"))
@@ -490,7 +492,7 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
     def share() -> Iterator[Batch]:
         return data.batches(pixels(), size, PREPROCESSING, shard=distributed.rank_and_world_size())
 
-    observe(model, dependencies, share, observers, source, settings)
+    run_feature_pass(model, dependencies, share, observers, source, settings)
     top.merge()
     taps = list(kernels_of(dependencies, tensors_of(model)))
     found = {f"{criterion} state": list(each.state()) for criterion, each in watching.items()}
@@ -517,7 +519,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["residual", "flattened"])
-def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
+def test_states_do_not_depend_on_how_the_calibration_set_is_cut_into_batches(
     name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
@@ -528,7 +530,7 @@ def test_tallies_do_not_depend_on_how_the_probe_set_is_cut_into_batches(
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of four processes; two of them go on as two."""
+    """One of four processes; then two of them."""
     torch.set_num_threads(1)
     batching.MOST_IMAGES_AT_A_TIME = AT_A_TIME
     for processes in (4, 2):
@@ -547,7 +549,7 @@ def work(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_tallies_do_not_depend_on_the_number_of_processes(
+def test_states_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)

@@ -53,10 +53,10 @@ def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
     assert torch.equal(one.largest, other.largest)
 
 
-def assert_close_to_exact(usual: ActivationStatistics, maps: Tensor, quantile: float) -> None:
+def assert_close_to_exact(statistics: ActivationStatistics, maps: Tensor, quantile: float) -> None:
     """Never below the exact quantile; above it by as much as the docstring says."""
     for channel, exact in enumerate(exact_thresholds(maps, quantile)):
-        found = usual.threshold[channel].item()
+        found = statistics.threshold[channel].item()
         largest = maps[:, channel].abs().max().item()
         margin = max(abs(exact) / 64, largest / 2**9)
         assert exact <= found <= exact + margin, (channel, exact, found, largest)
@@ -98,9 +98,9 @@ def test_share_above_the_threshold_is_the_quantile_at_most(
 ) -> None:
     """At most, to within one position; and less only by what lies within the margin."""
     maps = maps_of(size, seed)
-    usual = tally_of(maps).compute(quantile)
+    statistics = tally_of(maps).compute(quantile)
     positions = maps[:, 0].numel()
-    above = (maps > usual.threshold[:, None, None]).sum(dim=(0, 2, 3)).double() / positions
+    above = (maps > statistics.threshold[:, None, None]).sum(dim=(0, 2, 3)).double() / positions
     assert (above - quantile <= 1.5 / positions + 1e-12).all()
     for channel, exact in enumerate(exact_thresholds(maps, quantile)):
         values = maps[:, channel]
@@ -168,14 +168,14 @@ def test_bfloat16_maps_are_counted_like_their_values(generator: torch.Generator)
 def test_large_maps_are_sampled_and_the_share_stays_close(generator: torch.Generator) -> None:
     positions = 256
     maps = torch.randn(8, 3, 64, 64, generator=generator)
-    usual = tally_of(maps, positions=positions).compute(0.1)
-    share = (maps > usual.threshold[:, None, None]).double().mean(dim=(0, 2, 3))
+    statistics = tally_of(maps, positions=positions).compute(0.1)
+    share = (maps > statistics.threshold[:, None, None]).double().mean(dim=(0, 2, 3))
     # Five standard errors of a share of 0.1 among at least half of the positions asked for, and
     # what a bin holds: 1/64 of the threshold, times the density there.
     looked_at = 8 * positions / 2
     bin_share = 1.29 / 64 * 0.18
     assert ((share - 0.1).abs() < 5 * (0.1 * 0.9 / looked_at) ** 0.5 + bin_share).all()
-    torch.testing.assert_close(usual.mean, maps.mean((0, 2, 3)))  # of every position
+    torch.testing.assert_close(statistics.mean, maps.mean((0, 2, 3)))  # of every position
 
 
 @pytest.mark.parametrize("side", [32, 64, 128])
@@ -183,10 +183,10 @@ def test_the_sample_meets_every_column_of_a_large_map(side: int) -> None:
     maps = torch.zeros(2, side, side, side)  # filter c is active in column c alone
     maps[:, torch.arange(side), :, torch.arange(side)] = 1.0
     positions = 16 * side
-    usual = tally_of(maps, positions=positions).compute(0.25 / side)
-    assert (usual.threshold == 1).all()  # less than the share of a column, which has been met
-    assert (usual.mean > 0).all()
-    assert usual.mean.mean().item() == pytest.approx(1 / side, rel=1e-5)
+    statistics = tally_of(maps, positions=positions).compute(0.25 / side)
+    assert (statistics.threshold == 1).all()  # less than the share of a column, which has been met
+    assert (statistics.mean > 0).all()
+    assert statistics.mean.mean().item() == pytest.approx(1 / side, rel=1e-5)
 
 
 def test_what_was_added_does_not_follow_later_changes_of_the_maps(
@@ -205,27 +205,31 @@ def test_a_filter_that_never_varies_is_never_above_its_threshold(
     value: float, quantile: float
 ) -> None:
     maps = torch.full((2, 1, 3, 3), value)
-    usual = tally_of(maps).compute(quantile)
-    assert usual.threshold.item() == maps[0, 0, 0, 0].item()
-    assert not (maps > usual.threshold[:, None, None]).any()
-    assert usual.mean.item() == pytest.approx(value)
+    statistics = tally_of(maps).compute(quantile)
+    assert statistics.threshold.item() == maps[0, 0, 0, 0].item()
+    assert not (maps > statistics.threshold[:, None, None]).any()
+    assert statistics.mean.item() == pytest.approx(value)
 
 
 def test_a_dead_filter_beside_a_living_one_is_never_active(generator: torch.Generator) -> None:
     maps = torch.randn(4, 2, 5, 5, generator=generator)
     maps[:, 1] = 0.0
-    usual = tally_of(*maps.split(1)).compute(0.01)
-    assert usual.threshold[1].item() == 0.0
-    assert not (maps[:, 1] > usual.threshold[1]).any()
-    assert (maps[:, 0] > usual.threshold[0]).any() or maps[:, 0].max() == usual.threshold[0]
+    statistics = tally_of(*maps.split(1)).compute(0.01)
+    assert statistics.threshold[1].item() == 0.0
+    assert not (maps[:, 1] > statistics.threshold[1]).any()
+    assert (maps[:, 0] > statistics.threshold[0]).any() or maps[:, 0].max() == statistics.threshold[
+        0
+    ]
 
 
 def test_a_filter_that_is_mostly_silent_is_active_where_it_is_not() -> None:
     maps = torch.zeros(1, 1, 10, 10)
     maps[0, 0, 0, :5] = 3.0
-    usual = tally_of(maps).compute(0.2)  # zero is the value that a fifth of the positions reach
-    assert 0 <= usual.threshold.item() <= 3 / 2**10
-    assert (maps > usual.threshold[:, None, None]).sum() == 5
+    statistics = tally_of(maps).compute(
+        0.2
+    )  # zero is the value that a fifth of the positions reach
+    assert 0 <= statistics.threshold.item() <= 3 / 2**10
+    assert (maps > statistics.threshold[:, None, None]).sum() == 5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -244,9 +248,9 @@ def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> 
     tally = StatisticsAccumulator(3, ALL_POSITIONS, with_thresholds=False)
     for some in maps.split(2):
         tally.update(some)
-    usual, whole = tally.compute(0.1), tally_of(maps).compute(0.1)
-    assert torch.equal(usual.mean, whole.mean)
-    assert torch.equal(usual.largest, whole.largest)
-    assert usual.threshold.isinf().all()
+    statistics, whole = tally.compute(0.1), tally_of(maps).compute(0.1)
+    assert torch.equal(statistics.mean, whole.mean)
+    assert torch.equal(statistics.largest, whole.largest)
+    assert statistics.threshold.isinf().all()
     with pytest.raises(DataError, match="not finite"):
         tally.update(maps.clone().fill_(math.nan))

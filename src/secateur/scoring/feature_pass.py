@@ -48,7 +48,7 @@ LARGEST_GRID = 14
 """The most rows and columns of cells that responses are averaged to."""
 
 
-def observe(
+def run_feature_pass(
     model: nn.Module,
     dependencies: DependencyGraph,
     batches: Callable[[], Iterable[Batch]],

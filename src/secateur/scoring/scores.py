@@ -17,7 +17,7 @@ from secateur.graph.groups import Group
 from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer
-from secateur.scoring.feature_pass import observe
+from secateur.scoring.feature_pass import run_feature_pass
 from secateur.scoring.taps import taps_of
 
 
@@ -39,12 +39,12 @@ def score_filters(
     *,
     observers: tuple[Observer, ...] = (),
 ) -> dict[str, FilterScores]:
-    """Return the scores by each criterion; see `feature_pass.observe` for the arguments.
+    """Return the scores by each criterion; see `feature_pass.run_feature_pass` for the arguments.
 
     `observers` see the same pass. `source` may be None where no criterion needs concepts.
     """
     watching = [*criteria.values(), *observers]
-    observe(model, dependencies, batches, watching, source, settings)
+    run_feature_pass(model, dependencies, batches, watching, source, settings)
     return {
         name: FilterScores(name, scores_of(criterion, dependencies))
         for name, criterion in criteria.items()

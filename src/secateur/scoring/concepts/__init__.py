@@ -115,11 +115,11 @@ def sources() -> dict[str, SourceFactory]:
         "saliency": Saliency,
         "factors": Factors,
         "colours": Colours,
-        **{name: annotated(read) for name, read in readers().items()},
+        **{name: annotated(read) for name, read in annotated_sources().items()},
     }
 
 
-def readers() -> dict[str, Callable[[Path], AnnotatedFiles]]:
+def annotated_sources() -> dict[str, Callable[[Path], AnnotatedFiles]]:
     """Return the readers of the annotated sources, by name: each reads a folder of images."""
     from secateur.scoring.concepts.broden import read_broden
     from secateur.scoring.concepts.cub import read_boxes, read_parts
@@ -141,7 +141,7 @@ def parse(text: str) -> list[tuple[str, str]]:
         name, colon, argument = part.strip().partition(":")
         if name not in sources():
             raise UnknownName("concept source", name, sources())
-        if name in readers():
+        if name in annotated_sources():
             if not argument:
                 raise UsageError(f"the concept source {name!r} needs a folder: {name}:DIR")
         elif name == "factors":
@@ -172,7 +172,7 @@ def make(
     made: list[ConceptSource] = []
     has_annotations = False
     for name, argument in parse(text):
-        if name not in readers():
+        if name not in annotated_sources():
             context = SourceContext(graph, state, class_names, preprocessing, argument)
             made.append(sources()[name](context))
         elif not has_annotations:
@@ -190,9 +190,9 @@ def annotated_images(text: str) -> AnnotatedImages | None:
     """
     image_sets = []
     for name, argument in parse(text):
-        if name not in readers():
+        if name not in annotated_sources():
             continue
         if not Path(argument).is_dir():
             raise DataError(f"no folder {argument} to read {name} from")
-        image_sets.append(readers()[name](Path(argument)))
+        image_sets.append(annotated_sources()[name](Path(argument)))
     return join_annotations(image_sets) if image_sets else None
