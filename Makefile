@@ -1,7 +1,7 @@
 # make demo   sets up .venv and prunes a small network on handwritten digits
 #             (with DATA=DIR and WEIGHTS=FILE: the same on CIFAR-10; MODEL=NAME, OUT=DIR)
 # make test   sets up .venv and runs the tests
-# make test-bench    runs the tests of the benches and of the tables that they wrote
+# make test-all      runs those too that take long, and those of the benches
 # make test-lowest   runs them in .venv-lowest with the oldest releases that pyproject.toml allows
 # make test-wheel    builds the wheel, installs it without extras elsewhere and prunes there
 
@@ -11,7 +11,7 @@ OUT ?= runs/demo
 MODEL ?= resnet20
 export VENV PYTHON
 
-.PHONY: demo test test-bench test-lowest test-wheel check setup
+.PHONY: demo test test-all test-lowest test-wheel check setup
 
 demo: setup
 	$(VENV)/bin/secateur demo --out "$(OUT)" $(if $(DATA),--model "$(MODEL)" --data "cifar10:$(DATA)" --weights "$(WEIGHTS)")
@@ -19,8 +19,8 @@ demo: setup
 test: setup
 	scripts/test
 
-test-bench: setup
-	scripts/test -m bench
+test-all: setup
+	scripts/test --all
 
 test-lowest:
 	scripts/test-lowest

@@ -25,7 +25,8 @@ jaxtyping.install_import_hook("secateur", "beartype.beartype")
 torch.set_num_threads(1)
 
 # Property tests without settings of their own; see `test_random_networks`.
-settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True, database=None)
+settings.register_profile("full", settings.get_profile("quick"), max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=500, database=None)
 settings.load_profile("quick")
 

@@ -42,6 +42,7 @@ def prune_briefly(model_file: Path, source: str, folder: Path, **data: object) -
                 "data": {"source": source, "image_size": 16, "calibration_images": 60, **data},
                 "plan": {"target": "macs=0.7"},
                 "finetune": {"epochs": 0},
+                "report": {"images": 0},
             },
             RunConfig,
         ),

@@ -6,16 +6,12 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.utils import canonicalize_name
 
-import dependencies
 from secateur import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -23,13 +19,6 @@ SUFFIXES = {".py", ".j2", ".js", ".txt", ".typed"}
 """Of the files that the package consists of."""
 LARGEST_PICTURE = 200_000
 """In bytes: more is data, which has no place in an sdist."""
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys(sys.argv[1:]))  # a module that is None can't be imported
-import secateur
-for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
-    importlib.import_module(module.name)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +99,3 @@ def is_text(content: bytes) -> bool:
         return "\0" not in content.decode()
     except UnicodeDecodeError:
         return False
-
-
-@pytest.mark.slow
-def test_every_module_is_imported_without_extras() -> None:
-    extra = {each.name for each in dependencies.direct() if each.extras}
-    extra -= {each.name for each in dependencies.direct() if each.extras in [("dev",), ("docs",)]}
-    modules = [
-        module
-        for module, distributions in metadata.packages_distributions().items()
-        if extra & {canonicalize_name(name) for name in distributions}
-    ]
-    assert {"onnx", "sklearn", "timm", "torch_pruning"} <= set(modules)
-    command = [sys.executable, "-c", IMPORT_ALL, *modules]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-
-
-def test_bounds_are_lower_ones() -> None:
-    """But for what is compared with in a release of its own."""
-    kinds = {each.name: {s.operator for s in each.specifier} for each in dependencies.direct()}
-    assert kinds.pop("torch-pruning") == {"=="}
-    assert {name: kind for name, kind in kinds.items() if kind != {">="}} == {}

@@ -143,7 +143,8 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
 def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    outcome = call(*arguments, "--calibration-images", 60, "--no-finetune", "--json", "-o", run)
+    options = ["--calibration-images", 60, "--no-finetune", "--set", "report.images=0"]
+    outcome = call(*arguments, *options, "--json", "-o", run)
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
@@ -159,6 +160,8 @@ def test_prune_distills_and_leaves_batch_norm_alone_if_asked(
         "--no-recalibrate-batchnorm",
         "--distill",
         2,
+        "--set",
+        "report.images=0",
     ]
     outcome = call(*arguments, *options, "-o", tmp_path / "run")
     assert outcome.code == 0
@@ -177,7 +180,7 @@ def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path
     config.write_text(
         f'seed = 3\n[model]\nname = "{model_file}:small"\n'
         '[data]\nsource = "digits"\nimage_size = 32\ncalibration_images = 60\n'
-        '[plan]\ntarget = "macs=0.9"\n[finetune]\nepochs = 0\n'
+        '[plan]\ntarget = "macs=0.9"\n[finetune]\nepochs = 0\n[report]\nimages = 0\n'
     )
     run = tmp_path / "run"
     assert call("prune", "-c", config, "-t", "macs=0.8", "-o", run).code == 0
@@ -424,13 +427,7 @@ def test_export_writes_a_file_and_times_both_networks(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     path = tmp_path / "small.onnx"
-    outcome = call("export", digits_run.folder, "--out", path, "--json", "--no-latency")
-    assert (outcome.code, outcome.err) == (0, "")
-    found = json.loads(outcome.out)
-    assert found["path"] == str(path)
-    assert found["bytes"] == path.stat().st_size
-    assert found["error"] < 1e-4
-    assert found["latency"] == []
+    path.touch()
     outcome = call("export", digits_run.folder, "--out", path)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
@@ -452,10 +449,13 @@ def test_run_of_own_code_is_scored_and_exported_without_the_code(
     run = tmp_path / "run"
     runs.run(small_config(model_file), run)
     model_file.unlink()
-    outcome = call("export", run, "--no-latency")
+    outcome = call("export", run, "--no-latency", "--json")
     assert (outcome.code, outcome.err) == (0, "")
-    assert len(outcome.out.splitlines()) == 2
-    assert (run / "model.onnx").is_file()
+    exported = json.loads(outcome.out)
+    assert exported["path"] == str(run / "model.onnx")
+    assert exported["bytes"] == (run / "model.onnx").stat().st_size
+    assert exported["error"] < 1e-4
+    assert exported["latency"] == []
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
     found = json.loads(call("evaluate", run, "--json").out)
     assert {**found, "latency_ms": 0} == {**recorded, "latency_ms": 0}
@@ -595,8 +595,9 @@ def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
     assert "[red]run[/red]" in outcome.err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(zoo.load("resnet20").state_dict(), weights)
@@ -607,12 +608,9 @@ def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signa
     deadline = time.monotonic() + 60
     while not out.parent.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(sent)
-    since = time.monotonic()
     try:
         assert process.wait(timeout=60) == 130
-        assert time.monotonic() - since < 5
     finally:
         process.kill()
     assert list(out.parent.iterdir()) == []
@@ -668,6 +666,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
 def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path) -> None:
     run, tuned = tmp_path / "run", tmp_path / "finetuned"
     options = ["-d", "digits", "--image-size", 32, "--calibration-images", 100]
+    options += ["--set", "report.images=0"]
     at_once = ["--epochs", 2, "--set", "finetune.flip=false", "-o", tmp_path / "at once"]
     assert call("prune", "-m", f"{model_file}:small", *options, *at_once).code == 0
     assert (
@@ -747,7 +746,7 @@ def test_threads_are_left_as_they_are(call: Call) -> None:
 def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict[str, Any]:
     """The result of a run of the small network on digits that trains nothing."""
     common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
-    few = ["--calibration-images", 60, "--no-finetune", "-o", out]
+    few = ["--calibration-images", 60, "--no-finetune", "--set", "report.images=0", "-o", out]
     assert call("prune", *common, *few, *options).code == 0
     found: dict[str, Any] = json.loads((out / "result.json").read_text())
     return found
@@ -790,8 +789,20 @@ def test_the_smallest_network_within_a_drop(call: Call, model_file: Path, tmp_pa
         assert cut <= smallest * before
 
 
-@pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "global"])
-@pytest.mark.parametrize("target", ["macs=0.6", "params=0.6", "memory=0.9"])
+@pytest.mark.parametrize(
+    ("allocation", "target"),
+    [
+        *(("sensitivity", "macs=0.6"), ("uniform", "params=0.6"), ("global", "memory=0.9")),
+        *(
+            pytest.param(allocation, target, marks=pytest.mark.slow)
+            for allocation, target in [
+                *(("sensitivity", "params=0.6"), ("sensitivity", "memory=0.9")),
+                *(("uniform", "macs=0.6"), ("uniform", "memory=0.9")),
+                *(("global", "macs=0.6"), ("global", "params=0.6")),
+            ]
+        ),
+    ],
+)
 def test_every_allocation_meets_every_target(
     call: Call, model_file: Path, tmp_path: Path, allocation: str, target: str
 ) -> None:

@@ -39,7 +39,7 @@ def run_in_folder(config: dict[str, Any], folder: Path) -> Tensor:
     return torch.tensor([stage.score.loss for stage in result.stages], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_scores_and_plan_are_those_of_one_process(
     model_file: Path, tmp_path: Path, size: int
 ) -> None:
@@ -90,7 +90,7 @@ def score_of(count: int, size: int) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("count", "size"), [(23, 4), (2, 1), (3, 5), (0, 4)])
+@pytest.mark.parametrize(("count", "size"), [(23, 4), (2, 1), (0, 4)])
 def test_every_image_is_scored_once(count: int, size: int) -> None:
     expected = score_of(count, size)
     assert expected[0] == (count or -1)
@@ -147,6 +147,7 @@ with process_group():
 """
 
 
+@pytest.mark.slow
 def test_other_processes_may_end_before_the_main_process() -> None:
     done = torchrun(program=("-c", MAIN_PROCESS_ENDS_LATE))
     assert done.returncode == 0, done.stderr
@@ -165,6 +166,7 @@ with repeat_signals(), process_group():
 """
 
 
+@pytest.mark.slow
 def test_if_a_process_is_killed_torchrun_ends_the_others() -> None:
     start = time.monotonic()
     done = torchrun(program=("-c", ONE_IS_KILLED))

@@ -164,6 +164,7 @@ def test_the_commands_for_a_network_of_ones_own(
     run_all(page, monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = nbformat.read(  # type: ignore[no-untyped-call]
         ROOT / "docs" / "tutorial" / "first_steps.ipynb", as_version=4

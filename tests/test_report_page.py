@@ -14,7 +14,6 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from safetensors.torch import save_file
 
 from browser import DESK, PHONE, Watched, open_browser, opened
-from imagenet_networks import converted
 from runs import DigitsRun
 from secateur import data, load
 from secateur.config import RunConfig, from_dict
@@ -335,19 +334,23 @@ def test_the_report_of_resnet20_on_cifar10(
     look_through(browser, tmp_path / "report.html", pruned.result, "frog")
 
 
+@pytest.mark.slow
 def test_the_report_of_efficientnet_lite0_on_imagenet_images(
-    browser: Browser, shared_data: Path, tmp_path: Path
+    browser: Browser, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(bench)
+    from imagenet_networks import converted
+
     source = shared_data / "imagenette_subset"
     if not source.is_dir():
         pytest.skip(f"no {source}")
     weights = tmp_path / "lite0.safetensors"
     save_file(converted("efficientnet_lite0", shared_data / "weights"), weights)
-    bench = Path(__file__).parents[1] / "bench" / "imagenet_networks.py"
     config = from_dict(
         {
             "model": {
-                "name": f"{bench}:efficientnet_lite0",
+                "name": f"{bench / 'imagenet_networks.py'}:efficientnet_lite0",
                 "weights": str(weights),
                 "num_classes": 1000,
             },

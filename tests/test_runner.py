@@ -98,6 +98,7 @@ def end_of(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_killed_twice_has_the_results_of_one_that_was_not(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -28,7 +28,6 @@ from secateur.training.trainer import train
 from secateur.training.training_data import TrainingData
 
 STEPS = 2
-KILLS = 20
 
 
 def small_images(count: int) -> TensorImages:
@@ -60,7 +59,7 @@ def weights_after(
     return {**model.state_dict(), "loss": torch.tensor(training.epochs[-1].loss)}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_batch_may_be_sharded(size: int) -> None:
     """Two steps with batch norm over all processes; the second batch is not full."""
     for changes in ({}, {"gradient_accumulation_steps": 2, "freeze_batchnorm": True}):
@@ -137,7 +136,10 @@ def train_and_store(folder: Path) -> None:
     (folder / "unfinished").rename(folder / "weights.pt")
 
 
-def test_a_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_training_killed_at_random_moments_ends_with_the_same_weights(
+    tmp_path: Path, times: int
+) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     alone.mkdir()
     killed.mkdir()
@@ -150,14 +152,14 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path
         before = newest(killed)
         process = context().Process(target=train_and_store, args=(killed,))  # type: ignore[attr-defined]
         process.start()
-        while kills < KILLS and process.is_alive() and newest(killed) == before:
+        while kills < times and process.is_alive() and newest(killed) == before:
             time.sleep(0.001)
-        if kills < KILLS:
+        if kills < times:
             time.sleep(draw.uniform(0, 0.05))
             process.kill()
             kills += 1
         process.join()
-    assert kills == KILLS
+    assert kills == times
     one, other = (
         torch.load(folder / "weights.pt", weights_only=True) for folder in (alone, killed)
     )

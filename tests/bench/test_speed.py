@@ -9,8 +9,6 @@ from networks import make_network, random_images
 from rows import Row, read_rows
 from speed import latency_table, page, surgery_table
 
-pytestmark = pytest.mark.bench
-
 
 def row_of(mode: str, **more: object) -> Row:
     return {"network": "resnet50", "mode": mode, "outcome": "ok", **more}

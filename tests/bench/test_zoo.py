@@ -21,8 +21,6 @@ from zoo import (
     randomise_statistics,
 )
 
-pytestmark = pytest.mark.bench
-
 
 def test_every_member_exists_once_and_most_families_are_there() -> None:
     timm = pytest.importorskip("timm")

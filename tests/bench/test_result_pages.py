@@ -25,8 +25,6 @@ from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 
-pytestmark = pytest.mark.bench
-
 
 def test_the_page_is_that_of_the_result_files() -> None:
     text = results.PAGE.read_text()

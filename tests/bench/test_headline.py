@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 import headline
-
-pytestmark = pytest.mark.bench
 
 
 def test_the_table_of_criteria_is_that_of_the_result_file() -> None:

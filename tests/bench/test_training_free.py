@@ -15,8 +15,6 @@ from secateur.evaluation.evaluate import count_macs
 from secateur.graph.build import build_dependency_graph
 from training_free import all_but_inner, measured, page, readme, table
 
-pytestmark = pytest.mark.bench
-
 
 def test_gradients_are_those_of_every_image_by_itself() -> None:
     model, images = make_network("residual"), random_images(5)

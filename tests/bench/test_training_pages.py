@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 
-import pytest
-
 import base_network
 import training
 import tuning
 from measurements import Measurement, read_measurements
 from rows import Row
-
-pytestmark = pytest.mark.bench
 
 
 def test_the_table_of_speed_shows_what_was_measured() -> None:
