@@ -40,13 +40,13 @@ from rows import (
     versions,
 )
 from secateur.config import Budget, ScoreSection
-from secateur.errors import TargetError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.errors import TargetError
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
 from zoo import Member, build, members, outputs_of, random_images

@@ -44,10 +44,10 @@ import torch
 import secateur
 from rows import ROOT, revision, surroundings, write_json
 from secateur.cli import app
-from secateur.errors import SecateurError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import read_contents
 from secateur.experiments.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
+from secateur.runtime.errors import SecateurError
 from secateur.runtime.signals import INTERRUPTED
 from tables import with_table
 

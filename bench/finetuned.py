@@ -27,17 +27,12 @@ from measurements import run_all
 from peer_search import cut_to
 from rows import ROOT
 from secateur.config import parse_budget
-from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.score import Score
 from secateur.experiments.compare.job import Job
 from secateur.experiments.compare.results import Row, environment_fields
 from secateur.experiments.compare.spec import jobs_of
-from secateur.pipeline.inputs import (
-    load_inputs,
-    make_reader,
-    preprocessing_of,
-    resolve_config,
-)
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
+from secateur.pipeline.inputs import load_inputs, make_reader, preprocessing_of, resolve_config
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.runtime.environment import environment

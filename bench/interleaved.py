@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur.evaluation.timing import Rounds, interleaved_seconds
+from secateur.runtime.timing import Rounds, interleaved_seconds
 
 Forward = Callable[[Tensor], Tensor]
 ROUNDS = Rounds(fewest=5, most=15, seconds=15.0, warm_up=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import peer
-from secateur.evaluation.evaluate import count_macs
+from secateur.models.evaluate import count_macs
 
 BY_GRADIENT = ("taylor", "hessian")
 """Criteria in `peer.CRITERIA` that need gradients."""

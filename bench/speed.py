@@ -42,10 +42,10 @@ from rows import (
     versions,
 )
 from secateur.config import Budget
-from secateur.evaluation.divergence import relative_error
-from secateur.evaluation.evaluate import count_macs
+from secateur.experiments.onnx_export import export_onnx, onnx_runner
 from secateur.graph.build import build_dependency_graph
-from secateur.integrations.onnx import export_onnx, onnx_runner
+from secateur.models.divergence import relative_error
+from secateur.models.evaluate import count_macs
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from zoo import Member, build, random_images

@@ -19,13 +19,13 @@ from interleaved import time_interleaved
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import PlanSection, RefitSection
-from secateur.errors import TargetError
-from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
+from secateur.models.evaluate import evaluate
 from secateur.pipeline.inputs import load_inputs, make_reader
 from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.cost.quantities import count_quantity
+from secateur.runtime.errors import TargetError
+from secateur.runtime.timing import LATENCY_BATCH, repeat_to_batch
 from studies import cifar10
 from tables import with_table
 

@@ -24,7 +24,6 @@ from secateur.config import RunConfig, from_dict, read_tables
 from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.imagenet import read_imagenette
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import RunFolderError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.compare.job_files import JOBS, read_job, write_job
@@ -37,6 +36,7 @@ from secateur.models import weights, zoo
 from secateur.pipeline.result import read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.runtime import safetensors_io
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.scoring.concepts.broden import read_broden

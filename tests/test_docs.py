@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import configuration
 from secateur.config import DATA_FORMS
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +19,6 @@ def test_every_kind_of_data_is_documented() -> None:
     page = (ROOT / "docs" / "reference" / "data.md").read_text()
     kinds = [form.partition(":")[0] for form in DATA_FORMS]
     assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
-
-
-def test_the_page_of_the_configuration_has_every_key() -> None:
-    text = configuration.PAGE.read_text()
-    assert configuration.page(text) == text
 
 
 def test_the_pictures_of_the_pages_are_there_and_small() -> None:

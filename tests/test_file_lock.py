@@ -17,11 +17,11 @@ from fault_case import FailingDisk
 from processes import started
 from runs import DigitsRun, small_config
 from secateur.config import BaseConfig, from_dict
-from secateur.errors import RunFolderError
 from secateur.experiments.compare.runner import run_benchmark
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.run import finetune, run
 from secateur.experiments.train_base import train_base
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.file_lock import lock_folder
 
 

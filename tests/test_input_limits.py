@@ -23,11 +23,17 @@ from secateur.config import read_tables
 from secateur.data import FileImages
 from secateur.data.annotated import read_pixels
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, RunFolderError, SecateurError, UsageError, WeightsError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, WEIGHTS
 from secateur.models import weights
 from secateur.runtime import input_limits
+from secateur.runtime.errors import (
+    DataError,
+    RunFolderError,
+    SecateurError,
+    UsageError,
+    WeightsError,
+)
 
 SECONDS, MIB = 2, 200
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
-from secateur.errors import TraceError, UsageError
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.pruning.apply import apply_plan
+from secateur.runtime.errors import TraceError, UsageError
 
 
 def rebuilt(model: nn.Module) -> ProgramNetwork:

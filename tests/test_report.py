@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from runs import DigitsRun
-from secateur.errors import DataError, RunFolderError, WriteError
-from secateur.evaluation.score import OutputDivergence
 from secateur.experiments.compare.results import Row, to_lines
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.page import count_text, score_rows, write_report
 from secateur.experiments.report.run_charts import tradeoff
 from secateur.experiments.run import report
+from secateur.models.score import OutputDivergence
 from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
+from secateur.runtime.errors import DataError, RunFolderError, WriteError
 from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 
 

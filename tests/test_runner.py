@@ -25,7 +25,6 @@ from layouts import write_classes
 from processes import started
 from secateur.cli import app
 from secateur.config import CRITERIA, from_dict
-from secateur.errors import RunFolderError, UnknownName, WriteError
 from secateur.experiments.compare.job_files import (
     CHECKPOINTS,
     JOBS,
@@ -40,6 +39,7 @@ from secateur.experiments.compare.worker import run_jobs
 from secateur.experiments.report.benchmark import CSV, MARKDOWN, PAGE, ROWS, write_benchmark
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
+from secateur.runtime.errors import RunFolderError, UnknownName, WriteError
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.config import RunConfig, from_dict
-from secateur.errors import UsageError, WeightsError
 from secateur.experiments.compare.job import method_name
 from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of, read_spec
 from secateur.pipeline.result import comparable
+from secateur.runtime.errors import UsageError, WeightsError
 
 FILE = """
 criteria = ["vote", "l1"]

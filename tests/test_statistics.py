@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from runs import DigitsRun
 from secateur.config import from_dict
-from secateur.errors import RunFolderError
 from secateur.experiments.compare.job import JobResult
 from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
 from secateur.experiments.compare.spec import BenchmarkSpec
@@ -24,6 +23,7 @@ from secateur.experiments.compare.statistics import Difference, compute_statisti
 from secateur.experiments.report.benchmark import CHARTS, PAGE, tables, write_benchmark
 from secateur.experiments.report.benchmark_charts import benchmark_charts
 from secateur.pipeline.result import RunResult
+from secateur.runtime.errors import RunFolderError
 
 HOSTILE = "<img src=x onerror=alert(1)>|"
 

@@ -11,8 +11,8 @@ import training_free
 from measurements import Measurement
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
-from secateur.evaluation.evaluate import count_macs
 from secateur.graph.build import build_dependency_graph
+from secateur.models.evaluate import count_macs
 from training_free import all_but_inner, measured, page, readme, table
 
 

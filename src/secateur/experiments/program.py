@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import RunFolderError, UsageError
+from secateur.runtime.errors import RunFolderError, UsageError
 
 SCHEMA_VERSION = 1
 

@@ -13,8 +13,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.node import Node
 
-from secateur.errors import TraceError
-from secateur.evaluation.divergence import relative_error
 from secateur.experiments.program import (
     ARITHMETIC,
     DEVICE,
@@ -24,6 +22,8 @@ from secateur.experiments.program import (
     ProgramNetwork,
 )
 from secateur.graph.trace import export_program
+from secateur.models.divergence import relative_error
+from secateur.runtime.errors import TraceError
 from secateur.runtime.module_state import evaluating
 
 TOLERANCE = 1e-5

@@ -16,7 +16,6 @@ from torch import nn
 
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
-from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
@@ -48,6 +47,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
+from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash

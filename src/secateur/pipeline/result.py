@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from secateur.config import (
-    ReportSection,
-    RunConfig,
-    Section,
-)
-from secateur.errors import RunFolderError, UsageError
-from secateur.evaluation.score import Score
+from secateur.config import ReportSection, RunConfig, Section
+from secateur.models.score import Score
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
+from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from secateur.config import Budget, RunConfig, parse_budget
 from secateur.data import DataSet, split_calibration
-from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.score import Score
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult

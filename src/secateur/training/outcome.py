@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.evaluation.score import OutputDivergence
+from secateur.models.score import OutputDivergence
 
 KEYS_WITHOUT_EFFECT = frozenset({"checkpoint_minutes", "workers"})
 """Keys of `TrainingSection` that change no result."""

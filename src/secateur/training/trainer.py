@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.errors import SecateurError, UsageError
 from secateur.runtime import distributed
+from secateur.runtime.errors import SecateurError, UsageError
 from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.precision import accelerator_for
 from secateur.runtime.progress import ProgressCallback, no_progress

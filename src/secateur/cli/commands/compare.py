@@ -10,7 +10,7 @@ import typer
 
 from secateur.cli import completion, options
 from secateur.config import from_dict, read_tables
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 
 
 def compare(

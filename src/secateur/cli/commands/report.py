@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from secateur.cli import completion, options
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 
 def report(

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import tomli_w
 
-from secateur.errors import RunFolderError
 from secateur.experiments.compare.job import SCHEMA_VERSION, Job, JobResult
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.pipeline.result import RunResult
 from secateur.runtime.atomic_io import UNFINISHED, make_folder, make_inner_folder, replace_file
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import parse_record
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from secateur.errors import RunFolderError
 from secateur.experiments.compare.job import JobRecord, JobResult, method_name
 from secateur.pipeline.result import Stage
 from secateur.runtime.environment import Environment
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import describe_error
 

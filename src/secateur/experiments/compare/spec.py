@@ -27,10 +27,10 @@ from secateur.config import (
     parse_budget,
     read_tables,
 )
-from secateur.errors import UsageError, WeightsError
 from secateur.experiments.compare.job import Job, method_name
 from secateur.models import user_code
 from secateur.pipeline.result import comparable
+from secateur.runtime.errors import UsageError, WeightsError
 
 Changes = dict[str, Any]
 """Keys of a run's configuration and their values: `{"refit.layers": "none"}`."""

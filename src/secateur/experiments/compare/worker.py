@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO
 
 from secateur.config import parse_budget
-from secateur.errors import SecateurError
 from secateur.experiments.compare.job import Job
 from secateur.experiments.compare.job_files import CHECKPOINTS, SPEC, write_job
 from secateur.experiments.compare.spec import jobs_of, read_spec
@@ -24,6 +23,7 @@ from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.error_messages import explain
+from secateur.runtime.errors import SecateurError
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
 
 

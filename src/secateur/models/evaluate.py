@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.errors import DataError, UsageError
-from secateur.evaluation.score import Score
-from secateur.evaluation.timing import latency_ms
+from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
+from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.module_state import device_of, evaluating
+from secateur.runtime.timing import latency_ms
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:

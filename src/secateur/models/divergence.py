@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
-from secateur.errors import DataError
-from secateur.evaluation.score import OutputDivergence
+from secateur.models.score import OutputDivergence
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import device_of, evaluating
 
 CONFIDENCE_SIGMAS = 2.0
