@@ -228,7 +228,7 @@ def test_failed_jobs_are_reported_and_the_others_run(
         "l1": "done",
     }
     assert "one finite number" in by_name["wrong_shape"]["reason"]
-    assert "returned int, no criterion" in by_name["nothing"]["reason"]
+    assert "returned int" in by_name["nothing"]["reason"]
     assert "ended by signal 9: last words" in by_name["fatal"]["reason"]
     assert by_name["fatal"]["top1_fraction"] is None
     text = (out / MARKDOWN).read_text()
