@@ -45,28 +45,45 @@ def test_a_file_names_what_exists_and_how_to_run_it(path: Path) -> None:
     assert comparison.score_on == "test"
 
 
-@pytest.mark.parametrize("path", FILES, ids=names(FILES))
-def test_a_file_runs_in_miniature(path: Path, model_file: Path, tmp_path: Path) -> None:
+def test_the_files_run_in_miniature(model_file: Path, tmp_path: Path) -> None:
+    """All in one benchmark, of which each is a variant, to its own targets."""
     for part, count in (("train", 16), ("test", 4)):
         write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
-    tables: dict[str, Any] = read_tables(path)
-    tables["networks"] = [{"name": f"{model_file}:small", "label": "small"}]
-    tables["criteria"], tables["seeds"], tables["threads"] = ["vote"], 1, 1
-    source = f"folder:{tmp_path / 'images'}"
-    tables["data"] |= {"source": source, "image_size": 16, "calibration_images": 8}
-    tables["data"]["validation_fraction"] = 0.1
-    tables["finetune"] |= {"epochs": 1, "batch_size": 8, "workers": 0}
-    comparison = from_dict(tables, BenchmarkSpec)
-    (cell,) = jobs_of(comparison)
-    (tmp_path / "out" / CELLS).mkdir(parents=True)
-    replace_file(tmp_path / "out" / COMPARISON, tomli_w.dumps(tables))
+    files: dict[str, dict[str, Any]] = {path.stem: read_tables(path) for path in FILES}
+    content = {
+        "criteria": ["vote"],
+        "targets": sorted({target for file in files.values() for target in file["targets"]}),
+        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "data": {
+            "source": f"folder:{tmp_path / 'images'}",
+            "image_size": 16,
+            "calibration_images": 8,
+            "validation_fraction": 0.1,
+        },
+        "variants": {
+            name: {
+                "data.stratified": file["data"].get("stratified", True),
+                "finetune": {**file["finetune"], "epochs": 1, "batch_size": 8, "workers": 0},
+            }
+            for name, file in files.items()
+        },
+    }
+    comparison = from_dict(content, BenchmarkSpec)
+    jobs = [job for job in jobs_of(comparison) if job.target in files[job.variant]["targets"]]
+    assert [job.variant for job in jobs] == list(files)
+    out = tmp_path / "out"
+    (out / CELLS).mkdir(parents=True)
+    replace_file(out / COMPARISON, tomli_w.dumps(content))
     with (tmp_path / "said").open("w") as say:
-        work(tmp_path / "out", [cell.id], say)  # what a process of a sweep does
-    found = read_job(tmp_path / "out", cell)
-    assert found is not None
-    assert found.outcome == "done", found.reason
-    assert found.result is not None
-    assert [stage.stage for stage in found.result.stages] == ["before", "cut", "refit", "finetuned"]
-    assert (tmp_path / "said").read_text() == f"begun {cell.id}\nended {cell.id}\n"
-    write_comparison(tmp_path / "out", comparison, [found])
-    assert "| vote |" in (tmp_path / "out" / MARKDOWN).read_text()
+        work(out, [job.id for job in jobs], say)  # what a process of a benchmark does
+    results = [result for job in jobs if (result := read_job(out, job)) is not None]
+    assert [(result.outcome, result.reason) for result in results] == [("done", "")] * len(files)
+    for result in results:
+        assert result.result is not None
+        stages = [stage.stage for stage in result.result.stages]
+        assert stages == ["before", "cut", "refit", "finetuned"]
+    words = [f"{event} {job.id}" for job in jobs for event in ("begun", "ended")]
+    assert (tmp_path / "said").read_text().splitlines() == words
+    write_comparison(out, comparison, results)
+    text = (out / MARKDOWN).read_text()
+    assert [name for name in files if f"| vote, {name} |" not in text] == []
