@@ -1,14 +1,14 @@
-"""What each part of the method is worth: `configs/ablations_*.toml`.
+"""Measure what each part of the method contributes: `configs/ablations*_cifar10.toml`.
 
-    python bench/ablations.py --data DIR --weights DIR [--jobs 2]
+    python bench/ablations.py --data DIR --weights DIR [--workers 2]
 
-A line a cell goes to a file of `results/`; cells that are there are not measured again.
+Each job adds a line to a file of `results/`; jobs that are there are not run again.
 `bench/results.py` writes the tables.
 """
 
 from __future__ import annotations
 
-import comparisons
+import benchmarks
 from rows import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -16,14 +16,14 @@ RESULTS = {
     CONFIGS / f"{name}_cifar10.toml": ROOT / "results" / f"{name}.jsonl"
     for name in ("ablations", "ablations_iou", "ablations_response")
 }
-"""By comparison."""
+"""Result files by benchmark."""
 
 
 def main() -> None:
-    """Measures what is missing."""
-    arguments = comparisons.parser(__doc__).parse_args()
+    """Measure what is missing."""
+    arguments = benchmarks.make_parser(__doc__).parse_args()
     for config, results in RESULTS.items():
-        comparisons.measure(comparisons.asked_for(config, arguments), results, arguments.jobs)
+        benchmarks.measure(benchmarks.configured(config, arguments), results, arguments.workers)
 
 
 if __name__ == "__main__":

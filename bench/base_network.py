@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur.config import BaseConfig, from_dict, read_tables
-from secateur.experiments.compare.runner import read_spec
+from secateur.experiments.compare.spec import read_spec
 from secateur.experiments.manifest import WEIGHTS
 from secateur.experiments.train_base import train_base
 from tables import with_table
@@ -31,57 +31,57 @@ WORK = ROOT / "runs" / "base_network"
 
 
 def config(file: Path, data: str, weights: Path | None) -> BaseConfig:
-    """A training on CIFAR-10, from some weights or from random ones."""
-    found = from_dict(read_tables(file), BaseConfig)
+    """Return a training on CIFAR-10, from given or from random weights."""
+    base = from_dict(read_tables(file), BaseConfig)
     start = None if weights is None else str(weights)
-    return found.model_copy(
+    return base.model_copy(
         update={
-            "data": found.data.model_copy(update={"source": f"cifar10:{data}"}),
-            "model": found.model.model_copy(update={"weights": start}),
+            "data": base.data.model_copy(update={"source": f"cifar10:{data}"}),
+            "model": base.model.model_copy(update={"weights": start}),
         }
     )
 
 
 def measure(data: str, weights: Path) -> Row:
-    """The trainings, and what they came to; leaves the last one's weights in a folder."""
-    found, last = [], None
+    """Run the trainings, save the last one's weights in a folder, and return the results."""
+    results, last = [], None
     for file in CONFIGS:
         folder = WORK / file.stem
-        found.append(train_base(config(file, data, last), folder, resume=True))
+        results.append(train_base(config(file, data, last), folder, resume=True))
         last = folder / WEIGHTS
     (network,) = read_spec(PRUNED).networks
     shutil.copyfile(str(last), weights / str(network.weights))
     trainings = [
         {
             "config": str(file.relative_to(ROOT)),
-            "settings": each.config.train.model_dump(mode="json"),
-            "seed": each.config.seed,
-            "epochs": [[e.number, e.loss, e.validation] for e in each.epochs],
-            "test_fraction": each.score.top1_fraction,
-            "seconds": round(each.seconds, 1),
+            "settings": result.config.train.model_dump(mode="json"),
+            "seed": result.config.seed,
+            "epochs": [[epoch.number, epoch.loss, epoch.validation] for epoch in result.epochs],
+            "test_fraction": result.score.top1_fraction,
+            "seconds": round(result.seconds, 1),
         }
-        for file, each in zip(CONFIGS, found, strict=True)
+        for file, result in zip(CONFIGS, results, strict=True)
     ]
     return {
         "command": "python bench/base_network.py --data DIR --weights DIR",
         "network": network.name,
         "trainings": trainings,
-        "images": found[-1].score.images,
+        "images": results[-1].score.images,
         "revision": revision(),
         "environment": surroundings("accelerate"),
     }
 
 
-def table(found: Row) -> str:
-    """What came of each training."""
+def table(measured: Row) -> str:
+    """Return the table of trainings."""
     lines = [
         "| network | training | epochs | validation top-1 | test top-1 | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    for training in found["trainings"]:
+    for training in measured["trainings"]:
         number, _, validation = training["epochs"][-1]
         texts = [
-            found["network"],
+            measured["network"],
             f"`{training['config']}`",
             str(number),
             f"{100 * validation:.2f}",
@@ -92,13 +92,13 @@ def table(found: Row) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, found: Row) -> str:
-    """The page with its table brought up to date."""
-    return with_table(text, "results/base_network.json", table(found))
+def page(text: str, measured: Row) -> str:
+    """Return the page with a current table."""
+    return with_table(text, "results/base_network.json", table(measured))
 
 
 def main() -> None:
-    """Trains it and writes what it is worth."""
+    """Train the network and write its accuracy."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Writes docs/reference/configuration.md from the sections: `python bench/configuration.py`."""
+"""Write docs/reference/configuration.md from the sections: `python bench/configuration.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table(section: type[Section]) -> str:
 
 
 def _toml(value: object) -> str:
-    """A default as it is written in TOML, where what is None is left out."""
+    """Return a default as TOML; None, which TOML leaves out, is a dash."""
     return "–" if value is None else f"`{_plain(value)}`"
 
 
@@ -37,17 +37,17 @@ def _plain(value: object) -> str:
 
 
 def sections() -> dict[str, type[Section]]:
-    """By the name that stands in a file."""
-    found = {}
+    """Return the sections by their name in a file."""
+    by_name = {}
     for config in (RunConfig, BaseConfig):
         for name, field in config.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                found[name] = field.annotation
-    return found
+                by_name[name] = field.annotation
+    return by_name
 
 
 def page(text: str) -> str:
-    """The page with its tables brought up to date."""
+    """Return the page with current tables."""
     for name, section in sections().items():
         text = with_table(text, name, table(section))
     return text

@@ -40,13 +40,13 @@ from rows import (
     versions,
 )
 from secateur.config import Budget, ScoreSection
-from secateur.errors import TargetError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.errors import TargetError
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
 from zoo import Member, build, members, outputs_of, random_images
@@ -54,32 +54,30 @@ from zoo import Member, build, members, outputs_of, random_images
 RESULTS = ROOT / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "reference" / "coverage.md"
 TARGETS = (0.5, 0.75, 0.9)
-"""Shares of the MACs that may stay: the first that is within reach."""
-LAW_LIMIT = 1e-4
-"""Largest error that float32 rounding excuses, as a share of the largest output."""
+"""Fractions of the MACs that may stay; the first one within reach is used."""
+ERROR_LIMIT = 1e-4
+"""Largest error that float32 rounding explains, as a fraction of the largest output."""
 CHANGE_LIMIT = 1e-3
-"""The same as a share of what the cut changed.
-
-The output itself says little of networks whose output hardly depends on the image.
-"""
+"""The same as a fraction of what the cut changed: the outputs of some networks hardly depend on the
+image."""
 AMPLIFIED = 1e-5
-"""Above this error the comparison is made in float64 as well."""
-EXACT_SHARE = 1e-3
-"""How much smaller the error must be in float64 to have been float32's rounding."""
+"""Above this error the outputs are compared in float64 as well."""
+FLOAT64_FACTOR = 1e-3
+"""The error in float64 must be smaller by this factor to count as float32's rounding."""
 LEAST_CHANGE = 1e-4
-"""Least relative change of the output by which a cut shows."""
+"""Least relative change of the output that shows a cut."""
 PACKAGES = {"secateur": ("timm",), "torch-pruning": ("timm", "torch-pruning")}
 """Packages whose versions count, beside those of PyTorch and secateur, for each tool."""
 SEED = 0
 
 
 def measure_secateur(member: Member, note: Note) -> None:
-    """Cuts a network with secateur; `note` takes down what is found, step by step."""
+    """Prune a network with secateur; `note` records the results, step by step."""
     model, images = _built(member, note)
     note(stage="dependency graph")
     start = time.perf_counter()
     dependencies = build_dependency_graph(model, images, prune_residual=True)
-    note(wiring_seconds=_since(start), **_groups(dependencies), stage="scoring")
+    note(dependency_graph_seconds=_since(start), **_groups(dependencies), stage="scoring")
     start = time.perf_counter()
     scores = l2_scores(model, dependencies)
     note(scoring_seconds=_since(start), stage="plan")
@@ -92,20 +90,20 @@ def measure_secateur(member: Member, note: Note) -> None:
     smaller = apply_plan(model, dependencies, plan)
     note(surgery_seconds=_since(start), stage="forward")
     with torch.no_grad():
-        found = outputs_of(smaller, images)
+        outputs = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
-        note(stage="law")
+        note(stage="equivalence")
         expected = masked_network(model, dependencies, plan)(images)
         before = outputs_of(model, images)
-        if _error(found, expected) > AMPLIFIED:
+        if _error(outputs, expected) > AMPLIFIED:
             exact = copy.deepcopy(model).double()
             reference = masked_network(exact, dependencies, plan)(images.double())
-            found_exactly = outputs_of(apply_plan(exact, dependencies, plan), images.double())
-            note(law_error_float64=_error(found_exactly, reference))
+            outputs_float64 = outputs_of(apply_plan(exact, dependencies, plan), images.double())
+            note(equivalence_error_float64=_error(outputs_float64, reference))
     note(
-        equivalence_error=_error(found, expected),
-        change=_error(found, before),
-        is_finite=all(bool(value.isfinite().all()) for value in found),
+        equivalence_error=_error(outputs, expected),
+        change=_error(outputs, before),
+        is_finite=all(bool(value.isfinite().all()) for value in outputs),
         stage="backward",
     )
     missing = _gradient_names(model, images) - _gradient_names(smaller, images)
@@ -113,9 +111,9 @@ def measure_secateur(member: Member, note: Note) -> None:
 
 
 def measure_peer(member: Member, note: Note) -> None:
-    """Cuts a network with Torch-Pruning, as near to half of its MACs as a few trials come.
+    """Prune a network with Torch-Pruning, as near to half of its MACs as a few trials come.
 
-    A trial that fails counts as one; the network counts as cut where the best of the others runs.
+    A failed trial counts as one; the network counts as pruned if the best of the others runs.
     """
     model, images = _built(member, note)
     image = images[:1]
@@ -148,16 +146,16 @@ def measure_peer(member: Member, note: Note) -> None:
     smaller = best[1].model
     note(search_seconds=_since(start), ratio=best[1].ratio, stage="forward")
     with torch.no_grad():
-        found = outputs_of(smaller, images)
+        outputs = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, image) / _flops(model, image))
         before = outputs_of(model, images)
-    note(change=_error(found, before), stage="backward")
+    note(change=_error(outputs, before), stage="backward")
     missing = _gradient_names(model, images) - _gradient_names(smaller, images)
     note(parameters_without_gradient=sorted(missing)[:5], stage="done")
 
 
 def l2_scores(model: nn.Module, dependencies: DependencyGraph) -> dict[str, Tensor]:
-    """The norm of every filter's kernel, by group."""
+    """Return the norm of every filter's kernel, by group."""
     settings = ScoreSection(criterion="l2")
     criterion = criteria.make("l2", settings, SEED, {})
     scored = score_filters(model, dependencies, lambda: (), {"l2": criterion}, None, settings)
@@ -167,7 +165,7 @@ def l2_scores(model: nn.Module, dependencies: DependencyGraph) -> dict[str, Tens
 def _first_plan(
     scores: dict[str, Tensor], dependencies: DependencyGraph
 ) -> tuple[PruningPlan, float]:
-    """The plan for the first target within reach; raises `TargetError` where none is."""
+    """Return the plan for the first target within reach; raise `TargetError` if none is."""
     errors = []
     for fraction in TARGETS:
         try:
@@ -178,7 +176,7 @@ def _first_plan(
 
 
 def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
-    """The network and two images; raises `ValueError` where it shows nothing."""
+    """Return the network and two images; raise `ValueError` if its output is zero or not finite."""
     note(stage="build")
     model = build(member, SEED)
     images = random_images(2, member.side, SEED + 1)
@@ -190,18 +188,18 @@ def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
 
 
 def _flops(model: nn.Module, images: Tensor) -> int:
-    """Floating-point operations as PyTorch counts them."""
+    """Return the floating-point operations that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         outputs_of(model, images)
     return int(counter.get_total_flops())
 
 
-def _error(found: tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> float:
-    return relative_error(found, (expected,) if isinstance(expected, Tensor) else expected)
+def _error(outputs: tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> float:
+    return relative_error(outputs, (expected,) if isinstance(expected, Tensor) else expected)
 
 
 def _groups(dependencies: DependencyGraph) -> Row:
-    """How many channels can be cut, and how many can't by each reason."""
+    """Return how many channels can be removed, and how many can't, by reason."""
     frozen: Counter[str] = Counter()
     for group in dependencies.frozen:
         frozen[group.reason] += group.size
@@ -214,7 +212,7 @@ def _groups(dependencies: DependencyGraph) -> Row:
 
 
 def _gradient_names(model: nn.Module, images: Tensor) -> set[str]:
-    """The parameters that the sum of the squared output gives a finite gradient."""
+    """Return the parameters that get a finite gradient from the sum of the squared outputs."""
     outputs = outputs_of(model, images)
     torch.stack([value.float().square().sum() for value in outputs]).sum().backward()
     return {
@@ -229,7 +227,7 @@ def _since(start: float) -> float:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measures one network with one tool in this process."""
+    """Measure one network with one tool in this process."""
     torch.set_num_threads(arguments.threads)
     member = next(member for member in members() if member.name == arguments.network)
     measure = {"secateur": measure_secateur, "torch-pruning": measure_peer}[arguments.tool]
@@ -237,9 +235,9 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
-    """A row, from a process of its own."""
+    """Measure one row in its own process."""
     with tempfile.TemporaryDirectory() as directory:
-        found = run_child(
+        result = run_child(
             "coverage.py",
             ["--network", member.name, "--tool", tool, "--threads", str(threads)],
             Path(directory) / "row.json",
@@ -254,34 +252,34 @@ def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
         "revision": revision(),
         "seed": SEED,
         "limit_seconds": limit,
-        **found,
+        **result,
     }
 
 
 def is_cut(row: Row | None) -> bool:
-    """Whether a network was cut and the result runs, forward and backward."""
+    """Return whether a network was pruned and the result runs, forward and backward."""
     if row is None or row["outcome"] != "ok" or row["parameters_without_gradient"]:
         return False
     return bool(row.get("is_finite", True)) and row["change"] > LEAST_CHANGE
 
 
 def is_within(row: Row | None, points: float) -> bool:
-    """Whether the MACs left, by the tool's own count, are within some points of half."""
+    """Return whether the remaining MACs, by the tool's count, are within some points of half."""
     return row is not None and is_cut(row) and abs(row["macs_left"] - 0.5) <= points / 100
 
 
-def holds_law(row: Row | None) -> bool:
-    """Whether the cut network equals the original with the removed channels silenced."""
+def is_equivalent(row: Row | None) -> bool:
+    """Return whether the pruned network equals the original with the removed channels masked."""
     if row is None or not is_cut(row):
         return False
-    limit = min(LAW_LIMIT, CHANGE_LIMIT * row["change"])
-    if "law_error_float64" in row:  # rounding that a deep random network amplifies is no difference
-        return bool(row["law_error_float64"] <= EXACT_SHARE * limit)
+    limit = min(ERROR_LIMIT, CHANGE_LIMIT * row["change"])
+    if "equivalence_error_float64" in row:  # a deep random network amplifies rounding errors
+        return bool(row["equivalence_error_float64"] <= FLOAT64_FACTOR * limit)
     return bool(row["equivalence_error"] <= limit)
 
 
-def summary_table(found: list[Row]) -> str:
-    """How many networks of each part of the zoo each tool cuts."""
+def summary_table(rows: list[Row]) -> str:
+    """Return how many networks of each part of the zoo each tool prunes."""
     lines = [
         "| | networks | secateur: cut, runs | within 3 points | within 5 points "
         "| equals the masked original "
@@ -290,27 +288,27 @@ def summary_table(found: list[Row]) -> str:
     ]
     for part in ("torchvision", "timm", "dense", "bonus"):
         names = [member.name for member in members() if member.part == part]
-        if not _is_measured(found, part):
+        if not _is_measured(rows, part):
             continue
-        ours = [_find(found, name, "secateur") for name in names]
-        theirs = [_find(found, name, "torch-pruning") for name in names]
+        ours = [_find(rows, name, "secateur") for name in names]
+        theirs = [_find(rows, name, "torch-pruning") for name in names]
         cells = [part, str(len(names))]
-        for rows, tests in (
-            (ours, (is_cut, lambda r: is_within(r, 3), lambda r: is_within(r, 5), holds_law)),
+        for tool_rows, tests in (
+            (ours, (is_cut, lambda r: is_within(r, 3), lambda r: is_within(r, 5), is_equivalent)),
             (theirs, (is_cut, lambda r: is_within(r, 3), lambda r: is_within(r, 5))),
         ):
-            measured = [row for row in rows if row is not None]
+            measured = [row for row in tool_rows if row is not None]
             of = "" if len(measured) == len(names) else f" of {len(measured)} measured"
             cells += [f"{sum(map(test, measured))}{of}" if measured else "–" for test in tests]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def reasons_table(found: list[Row]) -> str:
-    """Why channels are frozen, over all networks."""
+def reasons_table(rows: list[Row]) -> str:
+    """Return why channels are frozen, over all networks."""
     channels: Counter[str] = Counter()
     networks: Counter[str] = Counter()
-    for row in found:
+    for row in rows:
         if row["tool"] == "secateur":
             for reason, size in row.get("frozen_channels", {}).items():
                 channels[reason] += size
@@ -323,8 +321,8 @@ def reasons_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def network_table(found: list[Row], part: str) -> str:
-    """One line a network."""
+def network_table(rows: list[Row], part: str) -> str:
+    """Return a table with one line for each network."""
     lines = [
         "| network, pixels | channels removed of all | MACs left | error | graph + removal, s "
         "| frozen | Torch-Pruning: MACs left | graph + cut, s |",
@@ -332,8 +330,8 @@ def network_table(found: list[Row], part: str) -> str:
     ]
     for member in members():
         if member.part == part:
-            ours = _find(found, member.name, "secateur")
-            theirs = _find(found, member.name, "torch-pruning")
+            ours = _find(rows, member.name, "secateur")
+            theirs = _find(rows, member.name, "torch-pruning")
             title = f"{member.name.partition(':')[2]}, {member.side}"
             lines.append(f"| {' | '.join([title, *_our_cells(ours), *_their_cells(theirs)])} |")
     return "\n".join(lines)
@@ -350,11 +348,11 @@ def _our_cells(row: Row | None) -> list[str]:
     left = f"{100 * row['macs_left']:.1f} %"
     if not is_cut(row):
         left += " (does not train)" if row["parameters_without_gradient"] else " (broken)"
-    seconds = row["wiring_seconds"] + row["surgery_seconds"]
+    seconds = row["dependency_graph_seconds"] + row["surgery_seconds"]
     channels = f"{row['channels_cut']:,} of {total:,}"
     error = f"{row['equivalence_error']:.0e}"
-    if "law_error_float64" in row:
-        error += f" ({row['law_error_float64']:.0e} in float64)"
+    if "equivalence_error_float64" in row:
+        error += f" ({row['equivalence_error_float64']:.0e} in float64)"
     return [channels, left, error, f"{seconds:.2f}", reasons or "–"]
 
 
@@ -381,22 +379,22 @@ def _cell(text: str) -> str:
     return short.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _is_measured(found: list[Row], part: str) -> bool:
+def _is_measured(rows: list[Row], part: str) -> bool:
     names = {member.name for member in members() if member.part == part}
-    return any(row["network"] in names for row in found)
+    return any(row["network"] in names for row in rows)
 
 
-def _find(found: list[Row], network: str, tool: str) -> Row | None:
-    return next((row for row in found if (row["network"], row["tool"]) == (network, tool)), None)
+def _find(rows: list[Row], network: str, tool: str) -> Row | None:
+    return next((row for row in rows if (row["network"], row["tool"]) == (network, tool)), None)
 
 
-def page(found: list[Row]) -> str:
-    """The whole of docs/reference/coverage.md."""
-    surroundings_of = found[-1]["environment"] if found else {}
+def page(rows: list[Row]) -> str:
+    """Return the whole of docs/reference/coverage.md."""
+    surroundings_of = rows[-1]["environment"] if rows else {}
     listed = ", ".join(f"{name} {value}" for name, value in surroundings_of.items())
     times = [
-        ours["wiring_seconds"] + ours["surgery_seconds"]
-        for ours in found
+        ours["dependency_graph_seconds"] + ours["surgery_seconds"]
+        for ours in rows
         if ours["tool"] == "secateur" and ours["outcome"] == "ok"
     ]
     median = f"{statistics.median(times):.2f} s" if times else "–"
@@ -407,9 +405,9 @@ def page(found: list[Row]) -> str:
         "bonus": "Transformers (not officially supported)",
     }
     tables = "\n\n".join(
-        f"## {title}\n\n{network_table(found, part)}"
+        f"## {title}\n\n{network_table(rows, part)}"
         for part, title in parts.items()
-        if _is_measured(found, part)
+        if _is_measured(rows, part)
     )
     return f"""# Coverage: which networks can be pruned
 
@@ -417,7 +415,7 @@ This page lists the networks that we pruned to half of their MACs, and checks th
 correct. It was written by `python bench/coverage.py`. `results/coverage.json` has the command,
 seed, versions and hardware of each row.
 
-{summary_table(found)}
+{summary_table(rows)}
 
 - *Cut, runs*: channels are removed, the forward pass runs, and every parameter that had a
   gradient still has a finite one.
@@ -432,10 +430,10 @@ Each network has random weights (seed {SEED}) and random scales, shifts and norm
 channels coupled by skip connections (`prune_residual`).
 
 *Error* is the largest difference between the pruned network's output and the masked original's,
-divided by the largest output, in float32. The two are *equal* if the error is below {LAW_LIMIT:g}
+divided by the largest output, in float32. The two are *equal* if the error is below {ERROR_LIMIT:g}
 and below {CHANGE_LIMIT:g} of what pruning changed. If it is above {AMPLIFIED:g}, it is computed
 in float64 as well, where the rounding that a deep random network amplifies disappears; it must
-then be {1 / EXACT_SHARE:g} times smaller.
+then be {1 / FLOAT64_FACTOR:g} times smaller.
 
 Torch-Pruning runs `MagnitudePruner` with L2 group importance. The classifier is kept, up to
 {peer.TRIALS} ratios are tried, and each row states its time limit.
@@ -449,7 +447,7 @@ Last row measured with: {listed}.
 
 ## Why channels are frozen
 
-{reasons_table(found)}
+{reasons_table(rows)}
 """
 
 
@@ -458,9 +456,9 @@ def write_page() -> None:
     DOCS.write_text(page(read_rows(RESULTS)))
 
 
-def is_there(found: list[Row], member: Member, tool: str) -> bool:
+def is_there(rows: list[Row], member: Member, tool: str) -> bool:
     """Whether a row was measured with the versions that are installed, on the same images."""
-    row = _find(found, member.name, tool)
+    row = _find(rows, member.name, tool)
     if row is None or "environment" not in row or row["side"] != member.side:
         return False
     return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})

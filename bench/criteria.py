@@ -1,13 +1,13 @@
-"""Every criterion under one protocol, without training: CIFAR-10 networks and ImageNet networks.
+"""Compare all criteria without training, on CIFAR-10 and ImageNet networks.
 
-    python bench/criteria.py cifar10 --data DIR --weights DIR --jobs 2
+    python bench/criteria.py cifar10 --data DIR --weights DIR --workers 2
 
-ranks the filters of each network by each criterion, all from one pass over the calibration images,
-cuts to each target with equal shares in every layer, refits the kernels on the same images and
-scores the result on validation images, which are held out of the training images and are neither
-probe nor test images. No label is used before that score. A line a cell goes to
-`results/criteria.jsonl`; cells that are there are not measured again, so a run can be interrupted,
-and `--jobs` processes work side by side. `--tables` only writes the tables into
+This scores the filters of each network by every criterion in one pass over the calibration images,
+prunes to each target with the same fraction in every layer, refits the kernels on the same images
+and scores the result on validation images, which are held out of the training images and are
+neither calibration nor test images. No label is used before that score. Each measurement adds a
+line to `results/criteria.jsonl`; what is there is not measured again, so the bench can be
+interrupted. `--workers` sets the number of processes. `--tables` only writes the tables in
 docs/explanation/criteria.md.
 """
 
@@ -22,19 +22,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cells import Cell, key_of, put_cell, read_cells, run_all
+from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import CRITERIA, RunConfig, parse_budget
-from secateur.errors import UsageError
 from secateur.pipeline.inputs import make_reader
-from secateur.pipeline.scoring_context import (
-    ScoringContext,
-    make_criterion,
-    make_scoring_context,
-)
+from secateur.pipeline.scoring_context import ScoringContext, make_criterion, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
+from secateur.runtime.errors import UsageError
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring.scores import score_filters
 from secateur.scoring.taps import kernels_of
@@ -47,17 +43,18 @@ KEY = ("network", "seed", "target", "criterion")
 SEEDS = 5
 
 
-def cells() -> list[Cell]:
-    """What has been measured."""
-    return read_cells(RESULTS, KEY)
+def measured() -> list[Measurement]:
+    """Return what has been measured."""
+    return read_measurements(RESULTS, KEY)
 
 
 def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Appends every cell of a network and a calibration set that is missing."""
+    """Append the missing measurements of a network and a calibration set."""
     wanted = [
         (target, name)
         for target, name in itertools.product(TARGETS[study], CRITERIA)
-        if (network, seed, target, name) not in {key_of(cell, KEY) for cell in cells()}
+        if (network, seed, target, name)
+        not in {key_of(measurement, KEY) for measurement in measured()}
     ]
     if not wanted:
         return
@@ -80,11 +77,11 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
     scoring_seconds = time.perf_counter() - start
     scored = dataset.validation if study == "cifar10" else dataset.test
     shown = channels_last(make_reader(config).read_shard(scored))
-    probe = channels_last(context.reader.read_shard(context.calibration))
+    calibration = channels_last(context.reader.read_shard(context.calibration))
     base = accuracy(model, shown)
     layer_outputs: list[LayerOutputs] = []
     for target, name in wanted:
-        cell: Cell = {
+        measurement: Measurement = {
             "study": study,
             "network": network,
             "seed": seed,
@@ -92,19 +89,21 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "criterion": name,
         }
         if name in ruled_out:
-            put_cell(RESULTS, cell | {"outcome": "not applicable", "reason": ruled_out[name]})
+            append_measurement(
+                RESULTS, measurement | {"outcome": "not applicable", "reason": ruled_out[name]}
+            )
             continue
         start = time.perf_counter()
         plan = make_plan(scores[name].scores, context.dependencies, parse_budget(target), name)
         smaller = apply_plan(model, context.dependencies, plan)
         refit(
             RefitInputs(model, smaller, context.dependencies, plan.removed),
-            probe,
+            calibration,
             config.refit,
             seed=seed,
             layer_outputs=layer_outputs,
         )
-        cell |= {
+        measurement |= {
             "base_fraction": base,
             "refit_fraction": accuracy(smaller, shown),
             "images": len(scored.labels),
@@ -117,36 +116,39 @@ def measure(study: str, network: str, seed: int, arguments: argparse.Namespace) 
             "revision": revision(),
             "environment": surroundings(),
         }
-        put_cell(RESULTS, cell)
+        append_measurement(RESULTS, measurement)
 
 
 def inapplicable(
     names: Sequence[str], model: nn.Module, context: ScoringContext, config: RunConfig
 ) -> dict[str, str]:
-    """Why a criterion that looks at weights alone has nothing to go by in a network."""
-    parts = kernels_of(context.dependencies, tensors_of(model))
-    found = {}
+    """Return why criteria of the weights alone can't score a network, by their names."""
+    kernels = kernels_of(context.dependencies, tensors_of(model))
+    reasons = {}
     for name in names:
         criterion = make_criterion(name, context.source, config)
         if criterion.needs:
             continue
-        criterion.reset(parts)
+        criterion.reset(kernels)
         try:
-            for part in parts:
-                criterion.compute(part)
+            for tap in kernels:
+                criterion.compute(tap)
         except UsageError as error:
-            found[name] = str(error)
-    return found
+            reasons[name] = str(error)
+    return reasons
 
 
 # --- tables ------------------------------------------------------------------------------------
 
 
-def table(study: str, found: list[Cell]) -> str:
-    """Mean ± standard deviation over the calibration images sets, for each criterion and
-    setting."""
-    mine = [cell for cell in found if cell["study"] == study and "refit_fraction" in cell]
-    networks = list(dict.fromkeys(cell["network"] for cell in mine))
+def table(study: str, measurements: list[Measurement]) -> str:
+    """Return mean ± standard deviation over the calibration sets, by criterion and setting."""
+    mine = [
+        measurement
+        for measurement in measurements
+        if measurement["study"] == study and "refit_fraction" in measurement
+    ]
+    networks = list(dict.fromkeys(measurement["network"] for measurement in mine))
     settings = list(itertools.product(sorted(networks), TARGETS[study]))
     seeds = {
         setting: sorted({c["seed"] for c in mine if (c["network"], c["target"]) == setting})
@@ -159,9 +161,10 @@ def table(study: str, found: list[Cell]) -> str:
         texts, means = [], []
         for network, target in settings:
             values = [
-                100 * cell["refit_fraction"]
-                for cell in mine
-                if (cell["network"], cell["target"], cell["criterion"]) == (network, target, name)
+                100 * measurement["refit_fraction"]
+                for measurement in mine
+                if (measurement["network"], measurement["target"], measurement["criterion"])
+                == (network, target, name)
             ]
             if values:
                 spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -169,32 +172,29 @@ def table(study: str, found: list[Cell]) -> str:
                 means.append(statistics.mean(values))
             else:
                 texts.append("–")
-        # A mean over fewer settings is another mean; such rows come last.
+        # A mean over fewer settings can't be compared; such rows come last.
         mean = statistics.mean(means) if len(means) == len(settings) else None
         if means:
             ending = "–" if mean is None else f"{mean:.2f}"
             ranked.append((mean or 0.0, f"| {name} | {' | '.join(texts)} | {ending} |"))
-    lines += [line for _, line in sorted(ranked, key=lambda each: -each[0])]
-    bases = {cell["network"]: cell["base_fraction"] for cell in mine}
+    lines += [line for _, line in sorted(ranked, key=lambda pair: -pair[0])]
+    bases = {measurement["network"]: measurement["base_fraction"] for measurement in mine}
     before = ", ".join(f"{name} {100 * bases[name]:.2f}" for name in sorted(bases))
-    counts = sorted({len(each) for each in seeds.values()})
-    probes = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    counts = sorted({len(values) for values in seeds.values()})
+    sets = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     images = mine[0]["images"]
-    lines += [
-        "",
-        f"Top-1 in % of {images} images, {probes} calibration sets each; before: {before}.",
-    ]
+    lines += ["", f"Top-1 in % of {images} images, {sets} calibration sets each; before: {before}."]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
+    """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=list(TARGETS))
     parser.add_argument("--data", help="the folder of CIFAR-10, or of the ImageNet samples")
     parser.add_argument("--weights", help="folder of the weights")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,11 +211,11 @@ def main() -> None:
             for seed in range(arguments.seeds)
             for network in networks_of(arguments.study)
         ]
-        run_all("criteria.py", calls, arguments.jobs)
+        run_all("criteria.py", calls, arguments.workers)
     text = PAGE.read_text()
     for study in TARGETS:
-        if any(cell["study"] == study for cell in cells()):
-            text = with_table(text, f"results/criteria.jsonl {study}", table(study, cells()))
+        if any(measurement["study"] == study for measurement in measured()):
+            text = with_table(text, f"results/criteria.jsonl {study}", table(study, measured()))
     PAGE.write_text(text)
 
 

@@ -32,43 +32,44 @@ class Dependency:
     """In its canonical spelling."""
     specifier: SpecifierSet
     extras: tuple[str, ...]
-    """Those that ask for it; none where it is always installed."""
+    """Extras that need it; empty if it is always installed."""
 
     def lower_bound(self) -> str | None:
-        """The oldest version that will do."""
-        bounds = [each.version for each in self.specifier if each.operator in (">=", "==")]
+        """Return the oldest version allowed."""
+        bounds = [bound.version for bound in self.specifier if bound.operator in (">=", "==")]
         return bounds[0] if bounds else None
 
 
 def direct() -> list[Dependency]:
-    """The direct dependencies, in the order of pyproject.toml."""
+    """Return the direct dependencies, in the order of pyproject.toml."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    asked = [("", project["dependencies"]), *project["optional-dependencies"].items()]
-    found: dict[str, Dependency] = {}
-    for extra, lines in asked:
+    requirements = [("", project["dependencies"]), *project["optional-dependencies"].items()]
+    by_name: dict[str, Dependency] = {}
+    for extra, lines in requirements:
         if extra == LINT:
             continue
         for requirement in map(Requirement, lines):
             name = canonicalize_name(requirement.name)
             if name == OURS:
                 continue
-            before = found.get(name, Dependency(name, SpecifierSet(), ()))
+            before = by_name.get(name, Dependency(name, SpecifierSet(), ()))
             extras = (*before.extras, extra) if extra else before.extras
             specifier = before.specifier & requirement.specifier
-            found[name] = Dependency(name, specifier, extras)
-    return list(found.values())
+            by_name[name] = Dependency(name, specifier, extras)
+    return list(by_name.values())
 
 
 def above_lower_bound() -> list[str]:
-    """What is installed in a newer release than the oldest that its bound allows: a line each.
+    """Return a line for each package that is newer than the oldest release its bound allows.
 
-    A bound of fewer parts stands for all that begin so: the first release of timm 1.0 was 1.0.3.
+    A bound of fewer parts covers every release that starts with it: the first of timm 1.0 was
+    1.0.3.
     """
-    versions = {each.name: metadata.version(each.name) for each in direct()}
+    versions = {package.name: metadata.version(package.name) for package in direct()}
     return [
-        f"{each.name} {versions[each.name]} is newer than its bound {each.specifier}"
-        for each in direct()
-        if versions[each.name] not in SpecifierSet(f"=={each.lower_bound()}.*")
+        f"{package.name} {versions[package.name]} is newer than its bound {package.specifier}"
+        for package in direct()
+        if versions[package.name] not in SpecifierSet(f"=={package.lower_bound()}.*")
     ]
 
 

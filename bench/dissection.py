@@ -1,15 +1,16 @@
-"""Our dissection against Network Dissection as it is written, on images with pixel masks.
+"""Compare our dissection with Network Dissection as published, on images with pixel masks.
 
     python bench/dissection.py --data DIR --weights DIR
 
-Both look at the same feature maps of the same images and name the best concept of each filter of
-each group. A row a network and a data set goes to `results/dissection.json`; `--tables` only writes
-the tables into docs/explanation/dissection.md. `--images` and `--filters` make a quick try of it.
+Both use the same feature maps of the same images and find the best concept of each filter of each
+group. Each network and data set makes a row of `results/dissection.json`; `--tables` only writes
+the tables in docs/explanation/dissection.md. `--try --images N` is a quick trial.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -38,7 +39,7 @@ PAGE = ROOT / "docs" / "explanation" / "dissection.md"
 IMAGE_SIZE = 224
 QUANTILE = 0.01
 TOP_DETECTORS = 8
-"""Detectors that a row lists, the best of as many different concepts and layers as there are."""
+"""Number of detectors that a row lists, each of another concept."""
 DATA = ("camvid", "ccp")
 
 
@@ -74,7 +75,7 @@ class Literal:
 
     def __init__(self, thresholds: Thresholds, concepts: int) -> None:
         self.parts = {
-            part: LiteralTally(found.values, concepts) for part, found in thresholds.parts.items()
+            part: LiteralTally(exact.values, concepts) for part, exact in thresholds.parts.items()
         }
         self.sizes: dict[str, tuple[int, int]] = {}
 
@@ -98,7 +99,7 @@ class Literal:
 
 
 def configuration(network: str, source: str, arguments: argparse.Namespace) -> RunConfig:
-    """All images, all positions, all groups, residual streams too."""
+    """Return a configuration with all images, positions and groups, skip connections included."""
     expected = NETWORKS[network]
     return RunConfig.model_validate(
         {
@@ -123,7 +124,7 @@ def configuration(network: str, source: str, arguments: argparse.Namespace) -> R
 
 
 def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
-    """What both say about every filter of a network."""
+    """Compare both on every filter of a network."""
     config = configuration(network, source, arguments)
     model = load_network(network, Path(arguments.weights))
     nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
@@ -131,8 +132,8 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
     names = tuple(concept.name for concept in context.source.concepts)
     batches = list(context.reader.read_shard(context.calibration))
 
-    def look(*observers: Any) -> float:
-        """Processor seconds that a look takes; the images have been read."""
+    def time_pass(*observers: Any) -> float:
+        """Return the processor seconds of a pass; the images have been read."""
         start = time.process_time()
         run_feature_pass(
             model, context.dependencies, lambda: batches, observers, context.source, config.score
@@ -140,15 +141,15 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
         return time.process_time() - start
 
     ours = Dissection(names)
-    our_seconds = look(ours)
+    our_seconds = time_pass(ours)
     thresholds = Thresholds(len(context.calibration.labels), arguments.quantile)
-    literal_seconds = look(thresholds)
+    literal_seconds = time_pass(thresholds)
     literal = Literal(thresholds, len(names))
-    literal_seconds += look(literal)
+    literal_seconds += time_pass(literal)
     layers = []
     for part, tally in literal.parts.items():
-        found = compare(tally.iou, ours.iou(part))
-        layers.append({"layer": part, "map": list(literal.sizes[part]), **found})
+        figures = compare(tally.iou, ours.iou(part))
+        layers.append({"layer": part, "map": list(literal.sizes[part]), **figures})
     detectors = [
         {
             "layer": part,
@@ -160,7 +161,7 @@ def measure(network: str, source: str, arguments: argparse.Namespace) -> Row:
         }
         for part, tally in literal.parts.items()
         for filter_, (iou, concept) in enumerate(
-            zip(*(each.tolist() for each in tally.iou.max(1)), strict=True)
+            zip(*(values.tolist() for values in tally.iou.max(1)), strict=True)
         )
         if iou > DETECTOR_IOU
     ]
@@ -187,7 +188,7 @@ def _options(arguments: argparse.Namespace) -> str:
 
 
 def compare(literal: Tensor, ours: Tensor) -> Row:
-    """How far two tables `[filter, concept]` of IoUs agree about the best concepts."""
+    """Compare the best concepts in two tables `[filter, concept]` of IoUs."""
     best, concept = literal.max(1)
     our_best, our_concept = ours.max(1)
     is_detector = best > DETECTOR_IOU
@@ -203,21 +204,21 @@ def compare(literal: Tensor, ours: Tensor) -> Row:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's; none where all values of one side are the same."""
+    """Return Spearman's rank correlation; None if all values of one side are equal."""
     ranks = torch.stack([_ranks(a), _ranks(b)])
-    found = float(ranks.corrcoef()[0, 1])
-    return found if found == found else None
+    correlation = float(ranks.corrcoef()[0, 1])
+    return None if math.isnan(correlation) else correlation
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Equal values share the mean of their ranks."""
+    """Return ranks; equal values get the mean of theirs."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     middle: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
     return middle[place]
 
 
 def top_of(detectors: list[Row]) -> list[Row]:
-    """The best detector of each concept, the best of them first."""
+    """Return the best detector of each concept, the best first."""
     ordered = sorted(detectors, key=lambda row: -row["iou"])
     first: dict[str, Row] = {}
     for row in ordered:
@@ -229,7 +230,7 @@ def top_of(detectors: list[Row]) -> list[Row]:
 
 
 def ordered_rows() -> list[Row]:
-    """What has been measured, in the order of the tables."""
+    """Return what has been measured, in the order of the tables."""
     networks = list(NETWORKS)
 
     def place(row: Row) -> tuple[int, int, float]:
@@ -239,7 +240,7 @@ def ordered_rows() -> list[Row]:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line a network and a data set."""
+    """Return a table with one line for each network and data set."""
     lines = [
         "| network | images | q | layers | filters | detectors, literal | ours | same concept "
         "| Spearman: median (lowest) | layers ≥ 0.95 | CPU seconds, literal | ours |",
@@ -247,17 +248,17 @@ def summary(rows: list[Row]) -> str:
     ]
     for row in rows:
         layers = row["layers"]
-        detectors = sum(each["detectors"] for each in layers)
-        same = sum(each["same_concept"] for each in layers)
-        spearman = [each["spearman"] for each in layers if each["spearman"] is not None]
+        detectors = sum(layer["detectors"] for layer in layers)
+        same = sum(layer["same_concept"] for layer in layers)
+        spearman = [layer["spearman"] for layer in layers if layer["spearman"] is not None]
         cells = [
             row["network"],
             f"{row['images']} of {row['data']}",
             f"{row['quantile']:g}",
             len(layers),
-            sum(each["filters"] for each in layers),
+            sum(layer["filters"] for layer in layers),
             detectors,
-            sum(each["our_detectors"] for each in layers),
+            sum(layer["our_detectors"] for layer in layers),
             f"{100 * same / detectors:.1f} %" if detectors else "–",
             f"{statistics.median(spearman):.3f} ({min(spearman):.3f})",
             f"{sum(value >= 0.95 for value in spearman)} of {len(layers)}",
@@ -269,20 +270,22 @@ def summary(rows: list[Row]) -> str:
 
 
 def by_layer(rows: list[Row]) -> str:
-    """A line a layer of the first row."""
+    """Return a table with one line for each layer of the first row."""
     shown = rows[0]
     lines = [
         "| layer | maps | filters | detectors, literal | ours | same concept | Spearman |",
         "|---|---|---|---|---|---|---|",
     ]
-    for each in shown["layers"]:
-        share = (
-            f"{100 * each['same_concept'] / each['detectors']:.0f} %" if each["detectors"] else "–"
+    for layer in shown["layers"]:
+        same_percent = (
+            f"{100 * layer['same_concept'] / layer['detectors']:.0f} %"
+            if layer["detectors"]
+            else "–"
         )
-        spearman = "–" if each["spearman"] is None else f"{each['spearman']:.3f}"
+        spearman = "–" if layer["spearman"] is None else f"{layer['spearman']:.3f}"
         lines.append(
-            f"| `{each['layer']}` | {each['map'][0]}×{each['map'][1]} | {each['filters']} "
-            f"| {each['detectors']} | {each['our_detectors']} | {share} | {spearman} |"
+            f"| `{layer['layer']}` | {layer['map'][0]}×{layer['map'][1]} | {layer['filters']} "
+            f"| {layer['detectors']} | {layer['our_detectors']} | {same_percent} | {spearman} |"
         )
     return "\n".join(
         [*lines, "", f"{rows[0]['network']}, {rows[0]['images']} images of {rows[0]['data']}."]
@@ -290,17 +293,17 @@ def by_layer(rows: list[Row]) -> str:
 
 
 def top(rows: list[Row]) -> str:
-    """The best detectors of each row."""
+    """Return the best detectors of each row."""
     lines = [
         "| network | data | concept | layer | filter | IoU, literal | ours | our concept |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for each in row["top"]:
+        for detector in row["top"]:
             lines.append(
-                f"| {row['network']} | {row['data']} | {each['concept']} | `{each['layer']}` "
-                f"| {each['filter']} | {each['iou']:.3f} | {each['our_iou']:.3f} "
-                f"| {each['our_concept']} |"
+                f"| {row['network']} | {row['data']} | {detector['concept']} "
+                f"| `{detector['layer']}` | {detector['filter']} | {detector['iou']:.3f} "
+                f"| {detector['our_iou']:.3f} | {detector['our_concept']} |"
             )
     return "\n".join(lines)
 
@@ -309,7 +312,7 @@ TABLES = {"": summary, " layers": by_layer, " top": top}
 
 
 def main() -> None:
-    """Measures each network on each data set and writes the tables."""
+    """Measure each network on each data set and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="the folder of camvid and ccp")
     parser.add_argument("--weights", help="folder of the staged weights")

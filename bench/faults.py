@@ -1,18 +1,18 @@
-"""What secateur does with damaged files, killed processes, full disks and a hundred runs in a row.
+"""Test secateur with damaged files, killed processes, full disks and a hundred runs in a row.
 
     python bench/faults.py [inputs] [kills] [interrupts] [disk] [repeats] [--inputs N] [--kills N]
 
-Without names of parts all are done; each is written to `results/faults.json` as it ends. Then the
-table in docs/explanation/security.md is written.
+Without names, all parts run; each is written to `results/faults.json` as it ends. Then the table in
+docs/explanation/security.md is written.
 
-- `inputs`: files of every format, changed at random, are read in processes that are watched: none
-  may hang, end by a signal or raise anything but a `SecateurError`, and no network that is accepted
-  may be another than the one that was saved.
-- `kills`: runs of prune, finetune and compare are killed at random moments and gone on with until
-  they end, as one that was left alone.
-- `interrupts`: the same by Ctrl-C, with an eye on how long the end takes.
-- `disk`: a run is done as often as it writes, and each time the disk fails from another write on.
-- `repeats`: runs in one process, with an eye on memory, files, threads and global state.
+- `inputs`: files of every format, changed at random, are read in child processes: none may hang,
+  end by a signal or raise anything but a `SecateurError`, and an accepted network must be the one
+  that was saved.
+- `kills`: runs of prune, finetune and compare are killed at random moments and resumed until they
+  end; the result must be that of an undisturbed run.
+- `interrupts`: the same with Ctrl-C, also measuring how long the run takes to end.
+- `disk`: a run is repeated once for each of its writes, and the disk fails from that write on.
+- `repeats`: many runs in one process, measuring memory, files, threads and global state.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ import torch
 import secateur
 from rows import ROOT, revision, surroundings, write_json
 from secateur.cli import app
-from secateur.errors import SecateurError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import read_contents
 from secateur.experiments.report import run_charts  # noqa: F401  (scipy sets filters of warnings as it comes)
+from secateur.runtime.errors import SecateurError
 from secateur.runtime.signals import INTERRUPTED
 from tables import with_table
 
@@ -70,15 +70,15 @@ RUNS = 100
 
 
 def try_inputs(folder: Path, count: int) -> dict[str, Any]:
-    """So many changed inputs, spread evenly over all readers."""
-    found: dict[str, Counter[str]] = {}
+    """Read `count` changed inputs, spread evenly over all readers."""
+    results: dict[str, Counter[str]] = {}
     failures: list[str] = []
     all_readers = readers(folder)
     for place, reader in enumerate(all_readers):
-        share = count // len(all_readers) + (place < count % len(all_readers))
-        found[reader.name] = _try_reader(reader, share, failures)
-        print(f"{reader.name}: {dict(found[reader.name])}", flush=True)
-    total = sum(found.values(), Counter())
+        inputs_each = count // len(all_readers) + (place < count % len(all_readers))
+        results[reader.name] = _try_reader(reader, inputs_each, failures)
+        print(f"{reader.name}: {dict(results[reader.name])}", flush=True)
+    total = sum(results.values(), Counter())
     return {
         "inputs": sum(total.values()),
         "seed": SEED,
@@ -88,7 +88,7 @@ def try_inputs(folder: Path, count: int) -> dict[str, Any]:
         "not_compared": total["read"],
         "crashes": total["crash"],
         "hangs": total["hang"],
-        "by_reader": {name: dict(counts) for name, counts in found.items()},
+        "by_reader": {name: dict(counts) for name, counts in results.items()},
         "failures": failures[:50],
     }
 
@@ -123,7 +123,7 @@ def _try_reader(reader: Reader, count: int, failures: list[str]) -> Counter[str]
 
 
 def _read_all(reader: Reader, first: int, last: int, say: Connection) -> None:
-    """In a process of its own: reads inputs and says of each what became of it."""
+    """Read inputs in a child process, and send the outcome of each."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def _read_all(reader: Reader, first: int, last: int, say: Connection) -> None:
 
 
 def _read_one(reader: Reader, generator: random.Random, folder: Path) -> tuple[str, str]:
-    """What became of it, and some words; `other` is an accepted network that was not saved."""
+    """Return the outcome and a message; `other` is an accepted network that was not saved."""
     write_files(mutate(reader.files, generator, reader.fix), folder)
     try:
         value = reader.read(folder)
@@ -152,14 +152,14 @@ def _read_one(reader: Reader, generator: random.Random, folder: Path) -> tuple[s
 
 
 def kill_often(folder: Path, kills: int) -> dict[str, Any]:
-    """Kills each kind of work a third of the times, at moments spread over how long it takes."""
+    """Kill each kind of work equally often, at random moments."""
     case = Case(folder)
-    found: dict[str, Any] = {"kills": 0, "seed": SEED}
+    results: dict[str, Any] = {"kills": 0, "seed": SEED}
     for job in JOBS:
-        found[job] = _kill_job(case, job, kills // len(JOBS))
-        found["kills"] += found[job]["kills"]
-        print(f"{job}: {found[job]}", flush=True)
-    return found
+        results[job] = _kill_job(case, job, kills // len(JOBS))
+        results["kills"] += results[job]["kills"]
+        print(f"{job}: {results[job]}", flush=True)
+    return results
 
 
 def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
 
 
 def _start_of(case: Case, job: str) -> Path | None:
-    """What is in the folder before: for finetune a run that was only cut."""
+    """Return the folder that a job starts from: for finetune a run that was only cut."""
     if job != "finetune":
         return None
     folder = case.folder / "cut"
@@ -206,7 +206,7 @@ def _prune_only(case: Case, out: Path) -> None:
 
 
 def _is_sound(folder: Path) -> bool:
-    """Whether what is there can be read as what was written; nothing is sound, too."""
+    """Return whether the folder can be read; a folder without a run counts as sound."""
     if not run_folder.is_run(folder):
         return True
     try:
@@ -240,14 +240,14 @@ class Child:
                 os._exit(code)
 
     def killed_after(self, seconds: float) -> bool:
-        """Whether it was still there to be killed; what it has started ends by itself."""
+        """Kill the process after some seconds; return whether it was still running."""
         if not self.sent_after(signal.SIGKILL, seconds):
             return False
         os.waitpid(self.pid, 0)
         return True
 
     def sent_after(self, number: signal.Signals, seconds: float) -> bool:
-        """Whether it was still there to get a signal."""
+        """Send a signal after some seconds; return whether the process was still running."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             pid, self._status = os.waitpid(self.pid, os.WNOHANG)
@@ -259,7 +259,7 @@ class Child:
         return True
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for the process, and return its exit code."""
         if self.pid:
             _, self._status = os.waitpid(self.pid, 0)
             self.pid = 0
@@ -270,14 +270,14 @@ class Child:
 
 
 def interrupt_often(folder: Path, count: int) -> dict[str, Any]:
-    """Ctrl-C in the command line's processes, at moments spread over how long they take."""
+    """Interrupt the command line's processes at random moments."""
     case = Case(folder)
-    found: dict[str, Any] = {"interrupts": 0, "seed": SEED}
+    results: dict[str, Any] = {"interrupts": 0, "seed": SEED}
     for job in JOBS:
-        found[job] = _interrupt_job(case, job, count // len(JOBS))
-        found["interrupts"] += found[job]["interrupts"]
-        print(f"{job}: {found[job]}", flush=True)
-    return found
+        results[job] = _interrupt_job(case, job, count // len(JOBS))
+        results["interrupts"] += results[job]["interrupts"]
+        print(f"{job}: {results[job]}", flush=True)
+    return results
 
 
 def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
@@ -320,10 +320,10 @@ def _interrupt_job(case: Case, job: str, count: int) -> dict[str, Any]:
 
 
 def fill_disks(folder: Path) -> dict[str, Any]:
-    """Each kind of work as often as it writes, with a disk that fails from then on."""
+    """Repeat each kind of work once for each write, with a disk that fails from that write on."""
     case = Case(folder, checkpoint_minutes=60.0)
     numbers = (errno.ENOSPC, errno.EIO, errno.EACCES)
-    found: dict[str, Any] = {"errors": [errno.errorcode[number] for number in numbers]}
+    results: dict[str, Any] = {"errors": [errno.errorcode[number] for number in numbers]}
     for job in JOBS:
         start = _start_of(case, job)
         expected_folder = renewed(case.folder / "alone", start)
@@ -344,10 +344,10 @@ def fill_disks(folder: Path) -> dict[str, Any]:
             counts["errors_when_resumed"] += code != 0
             counts["other_results"] += code == 0 and bool(differences(outcome(out), expected))
         keys = ("crashes", "damaged_folders", "lost_files", "errors_when_resumed", "other_results")
-        found[job] = {"writes": writes, "no_error": counts["no_error"]}
-        found[job].update({key: counts[key] for key in keys})
-        print(f"{job}: {found[job]}", flush=True)
-    return found
+        results[job] = {"writes": writes, "no_error": counts["no_error"]}
+        results[job].update({key: counts[key] for key in keys})
+        print(f"{job}: {results[job]}", flush=True)
+    return results
 
 
 def _count_writes(case: Case, job: str, out: Path) -> int:
@@ -375,13 +375,13 @@ def _with_disk(case: Case, job: str, place: int, number: int) -> Callable[[Path]
 
 
 def repeat(folder: Path) -> dict[str, Any]:
-    """Runs in one process: `secateur.prune` on a network of the user's, saved and reported."""
+    """Run `secateur.prune` many times in one process, with saving and reports."""
     case = Case(folder)
     dataset = secateur.load_data(case.source)
     model = secateur.load_model(case.model_name, num_classes=len(CLASSES))
     pixels = dataset.train.read(torch.arange(60), secateur.data.preprocessing.Preprocessing(16, 16))
     images = [(pixels.float() / 255, dataset.train.labels[:60])]
-    before, found = state_of(model), []
+    before, resources = state_of(model), []
     threads = torch.get_num_threads()
     for number in range(1, RUNS + 1):
         pruned = secateur.prune(model, images, target="macs=0.6", epochs=1, settings=_QUICK)
@@ -390,13 +390,13 @@ def repeat(folder: Path) -> dict[str, Any]:
         del pruned
         gc.collect()
         if number % 10 == 0:
-            found.append({"runs": number, **_resources()})
-            print(found[-1], flush=True)
+            resources.append({"runs": number, **_resources()})
+            print(resources[-1], flush=True)
     torch.set_num_threads(threads)
-    first, last = found[0], found[-1]
+    first, last = resources[0], resources[-1]
     return {
         "runs": RUNS,
-        "resources": found,
+        "resources": resources,
         "memory_growth": last["memory_mib"] / first["memory_mib"] - 1,
         "more_files": last["files"] - first["files"],
         "more_threads": last["threads"] - first["threads"],
@@ -420,7 +420,7 @@ def _resources() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Does the parts that were asked for."""
+    """Run the parts named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ("inputs", "kills", "interrupts", "disk", "repeats")
     parser.add_argument("parts", nargs="*", help=", ".join(parts))
@@ -440,10 +440,10 @@ def main() -> None:
     }
     for part in arguments.parts or parts:
         since = time.monotonic()
-        found = _in_a_process(works[part])
+        results = _in_a_process(works[part])
         known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         known[part] = {
-            **found,
+            **results,
             "minutes": round((time.monotonic() - since) / 60, 1),
             "command": f"python bench/faults.py {part}",
             "revision": revision(),
@@ -454,7 +454,7 @@ def main() -> None:
 
 
 def _in_a_process(work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What a part finds; gradients that one has computed keep later ones from starting others."""
+    """Run a part in its own process: gradients computed earlier would prevent it from forking."""
     here, there = multiprocessing.Pipe(duplex=False)
 
     def part() -> None:
@@ -465,22 +465,22 @@ def _in_a_process(work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     process = multiprocessing.Process(target=part)
     process.start()
     there.close()
-    found: dict[str, Any] = here.recv()  # EOFError where it has failed
+    results: dict[str, Any] = here.recv()  # EOFError where it has failed
     process.join()
-    return found
+    return results
 
 
 def total(part: dict[str, Any], *keys: str) -> int:
-    """A count, or several, over all kinds of work."""
+    """Return the sum of counts over all kinds of work."""
     return sum(part[job][key] for job in JOBS for key in keys)
 
 
 def table() -> str:
-    """What was found, a line a part."""
-    found = json.loads(RESULTS.read_text())
+    """Return a table with one line for each part."""
+    results = json.loads(RESULTS.read_text())
     lines = ["| test | result |", "|---|---|"]
-    if "inputs" in found:
-        part = found["inputs"]
+    if "inputs" in results:
+        part = results["inputs"]
         lines.append(
             f"| {part['inputs']:,} changed inputs for {len(part['by_reader'])} readers | "
             f"{part['hangs']} hangs, {part['crashes']} crashes, {part['accepted_other']} accepted "
@@ -488,8 +488,8 @@ def table() -> str:
             f"{part['accepted_same']:,} accepted as the saved network, "
             f"{part['not_compared']:,} accepted that hold no saved network to compare with |"
         )
-    if "kills" in found:
-        part = found["kills"]
+    if "kills" in results:
+        part = results["kills"]
         lines.append(
             f"| SIGKILL, {part['kills']} times, at random moments of prune, finetune and compare | "
             f"{total(part, 'damaged_folders')} damaged folders, "
@@ -497,8 +497,8 @@ def table() -> str:
             f"{total(part, 'other_results')} of {total(part, 'runs')} resumed runs "
             "with another result than an undisturbed run |"
         )
-    if "interrupts" in found:
-        part = found["interrupts"]
+    if "interrupts" in results:
+        part = results["interrupts"]
         lines.append(
             f"| Ctrl-C, {part['interrupts']} times, at random moments of the same | all ended "
             f"within {max(part[job]['longest_s'] for job in JOBS):.1f} s, "
@@ -507,8 +507,8 @@ def table() -> str:
             f"{total(part, 'other_results')} of {total(part, 'runs')} resumed runs "
             "with another result |"
         )
-    if "disk" in found:
-        part = found["disk"]
+    if "disk" in results:
+        part = results["disk"]
         lines.append(
             f"| a disk that fails ({', '.join(part['errors'])}), starting at each of "
             f"{total(part, 'writes')} writes of the same | "
@@ -518,8 +518,8 @@ def table() -> str:
             f"{total(part, 'errors_when_resumed', 'other_results')} runs "
             "with another result once the disk worked again |"
         )
-    if "repeats" in found:
-        part = found["repeats"]
+    if "repeats" in results:
+        part = results["repeats"]
         state = "as before" if part["state_as_before"] else "changed"
         lines.append(
             f"| {part['runs']} runs in one process | since the tenth run "

@@ -1,7 +1,7 @@
 """What README and front page show of the results: `python bench/headline.py`.
 
-Draws `docs/images/headline.png` from `results/training_free.jsonl` and `results/tuned.jsonl`, and
-writes the table of criteria in README from the latter. Nothing is measured.
+Draws `docs/images/headline.png` from `results/training_free.jsonl` and `results/finetuned.jsonl`,
+and writes the table of criteria in README from the latter. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tables import with_table
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "images" / "headline.png"
 README = ROOT / "README.md"
-TABLE = "results/tuned.jsonl refit"
+TABLE = "results/finetuned.jsonl refit"
 NETWORKS = {"resnet56": "ResNet-56", "resnet32": "ResNet-32", "resnet20": "ResNet-20"}
 TARGETS = {0.7: "macs=0.7", 0.5: "macs=0.5"}
 CRITERIA = {"vote": "`vote` (default)", "l1": "`l1`", "taylor": "`taylor`", "random": "`random`"}
@@ -56,19 +56,19 @@ def training_free(network: str) -> dict[str, list[float]]:
         for line in rows("training_free.jsonl")
         if line["study"] == "cifar10" and line["network"] == network and "cut_fraction" in line
     ]
-    found = means(
+    accuracies = means(
         lines,
         lambda line: (line["target"], line["method"], line["options"]),
-        lambda line: line.get("refit_fraction", line.get("norms_fraction")),
+        lambda line: line.get("refit_fraction", line.get("recalibrated_fraction")),
     )
     before = 100 * lines[0]["base_fraction"]
     series: dict[str, list[float]] = {"secateur": [before], "best": [before], "l1": [before]}
     for target in TARGETS.values():
-        peers = {key[1]: 0.0 for key in found if key[1].startswith(PEER)}
-        for (goal, method, _), top1 in found.items():
+        peers = {key[1]: 0.0 for key in accuracies if key[1].startswith(PEER)}
+        for (goal, method, _), top1 in accuracies.items():
             if goal == target and method in peers:
                 peers[method] = max(peers[method], top1)
-        series["secateur"].append(found[target, "secateur", ""])
+        series["secateur"].append(accuracies[target, "secateur", ""])
         series["best"].append(max(peers.values()))
         series["l1"].append(peers[PEER + "l1"])
     return series
@@ -78,7 +78,7 @@ def criteria() -> dict[tuple[str, str, str], float]:
     """Return top-1 in % of ResNet-20 by criterion, target and stage (`refit` or `finetuned`)."""
     lines = [
         {**line, "stage": stage, "top1": line[f"{stage}_top1_fraction"]}
-        for line in rows("tuned.jsonl")
+        for line in rows("finetuned.jsonl")
         for stage in ("refit", "finetuned")
         if line["criterion"] in CRITERIA
     ]

@@ -1,8 +1,8 @@
-"""The study of `bench/criteria.py` on ImageNet networks, with the few real images that there are.
+"""The study of `bench/criteria.py` on ImageNet networks, with the few images available.
 
 Kernels are scored and refitted on training images: 800 of ten classes (`imagenette_subset/train`)
-and one of each of the thousand classes (`imagenet_sample`). What is scored is a **10-class check**:
-the 500 ILSVRC 2012 validation images of the ten classes, answered over all 1,000 classes.
+and one of each of the thousand classes (`imagenet_sample`). The score is a **10-class check**:
+the 500 ILSVRC 2012 validation images of the ten classes, predicted over all 1,000 classes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from secateur.data.preprocessing import Preprocessing
 __all__ = ["NETWORKS", "load_study"]
 
 IMAGE_SIZE = 224
-PROBE_IMAGES = 400
+CALIBRATION_IMAGES = 400
 """Of the 1,800 images that there are to draw from."""
 BATCH_SIZE = 20
 REFIT_POSITIONS = 16
 
 
 def load_study(network: str, arguments: argparse.Namespace) -> tuple[RunConfig, DataSet, nn.Module]:
-    """The run that a cell is a part of, the images, and the network with its weights.
+    """Return the configuration of a run, the images, and the network with its weights.
 
     `arguments.data` is the folder of `imagenette_subset` and `imagenet_sample`, `arguments.weights`
     that of the staged weights.
@@ -40,7 +40,7 @@ def load_study(network: str, arguments: argparse.Namespace) -> tuple[RunConfig, 
             "model": {"name": f"{Path(__file__).with_name('imagenet_networks.py')}:{network}"},
             "data": {
                 "source": "imagenet samples",
-                "calibration_images": PROBE_IMAGES,
+                "calibration_images": CALIBRATION_IMAGES,
                 "stratified": False,
                 "image_size": IMAGE_SIZE,
                 "mean": expected.mean,
@@ -55,11 +55,11 @@ def load_study(network: str, arguments: argparse.Namespace) -> tuple[RunConfig, 
 
 
 def read_images(folder: Path) -> DataSet:
-    """Training images to probe with, and the validation images of ten classes to score."""
+    """Return training images for calibration, and validation images of ten classes to score."""
     subset = _listed(folder / "imagenette_subset", "", "imagenet_class_index")
     sample = _listed(folder / "imagenet_sample", "images", "class_index")
-    train = [each for each in subset if each[0].parts[-3] == "train"] + sample
-    scored = [each for each in subset if each[0].parts[-3] == "ilsvrc_val"]
+    train = [item for item in subset if item[0].parts[-3] == "train"] + sample
+    scored = [item for item in subset if item[0].parts[-3] == "ilsvrc_val"]
     with (folder / "imagenet_sample" / "labels.tsv").open() as file:
         names = tuple(row["name"] for row in csv.DictReader(file, delimiter="\t"))
     nothing = TensorImages(
@@ -70,16 +70,16 @@ def read_images(folder: Path) -> DataSet:
 
 
 def _listed(folder: Path, images: str, column: str) -> list[tuple[Path, int]]:
-    """The image files of a folder and the number of each one's class."""
+    """Return the image files of a folder, each with the index of its class."""
     with (folder / "labels.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     return [(folder / images / row["file"], int(row[column])) for row in rows]
 
 
 def _decoded(files: list[tuple[Path, int]]) -> TensorImages:
-    """The images with the shorter side at 224 pixels, cropped to the middle, in memory.
+    """Return the images in memory, with the shorter side at 224 pixels and cropped to the centre.
 
-    Those of `imagenette_subset` have that size already and are not resized a second time.
+    Those of `imagenette_subset` already have that size and are not resized again.
     """
     paths = tuple(path for path, _ in files)
     labels = torch.tensor([label for _, label in files])

@@ -1,15 +1,15 @@
-"""Two ImageNet networks for the staged weights, and a command that makes those weights fit them.
+"""Two ImageNet networks for the staged weights, and a command that converts those weights.
 
     python bench/imagenet_networks.py convert FOLDER OUT
 
-reads the staged files in FOLDER and writes `efficientnet_lite0.safetensors` and
+This reads the staged files in FOLDER and writes `efficientnet_lite0.safetensors` and
 `squeezenet1_1.safetensors` into OUT. With them `bench/imagenet_networks.py:efficientnet_lite0` and
 `…:squeezenet1_1` can be named as `--model`.
 
 EfficientNet-Lite0 (Tan & Le 2019; the Lite variant is Google's) is TensorFlow's: it pads at the
 bottom and the right where the stride is 2, and its batch norm has an epsilon of 1e-3. Its weights
-come in half precision with names of their own. SqueezeNet 1.1 (Iandola et al. 2016) was trained on
-blue-green-red images; its first kernels are turned round, so that it takes red-green-blue ones.
+come in half precision under other names. SqueezeNet 1.1 (Iandola et al. 2016) was trained on
+blue-green-red images; its first kernels are reversed, so that it takes red-green-blue images.
 """
 
 from __future__ import annotations
@@ -126,20 +126,20 @@ NETWORKS = {
 
 
 def converted(name: str, folder: Path) -> dict[str, Tensor]:
-    """The state of the named network, from the staged weights in a folder."""
+    """Return the state of the named network, from the staged weights in a folder."""
     network = NETWORKS[name]
     return network.weights(load_file(folder / network.staged))
 
 
 def load_network(name: str, folder: Path) -> nn.Module:
-    """The named network with the staged weights in a folder, in evaluation mode."""
+    """Return the named network with the staged weights in a folder, in evaluation mode."""
     model = NETWORKS[name].build()
     model.load_state_dict(converted(name, folder))
     return model.eval()
 
 
 def main() -> None:
-    """Writes weight files that fit the networks."""
+    """Write weight files that fit the networks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("folder", type=Path, help="the staged weights")

@@ -68,32 +68,32 @@ NAMES = {
     "mozilla public license 2.0": "MPL-2.0",
     "python software foundation": "Python Software Foundation License",
 }
-"""How a licence's name begins, in a classifier or the older field -> what it is called here."""
+"""Start of a licence's name, in a classifier or the older field -> its name here."""
 TEXTS = {
     "BSD-3-Clause": "Redistribution and use in source and binary forms.*Neither the name",
     "BSD-2-Clause": "Redistribution and use in source and binary forms",
     "MIT": "Permission is hereby granted, free of charge, to any person",
 }
-"""Licence -> a part of its text; the first one that is found counts."""
+"""Licence -> a part of its text; the first match counts."""
 
 
 def licence(name: str) -> str:
-    """What an installed package says of its licence: an SPDX expression where it can be told.
+    """Return the licence of an installed package, as an SPDX expression if possible.
 
-    New packages state an expression. Older ones have classifiers or a field, of an SPDX identifier
-    or of any text; which BSD licence is meant, and everything where they say nothing, is told from
-    the licence's text.
+    New packages state an expression. Older ones have classifiers or a field with an SPDX identifier
+    or free text. Which BSD licence it is, or any licence that is not stated, is found from the
+    licence's text.
     """
-    found = metadata.metadata(name)
-    if expressions := found.get_all("License-Expression"):
+    fields = metadata.metadata(name)
+    if expressions := fields.get_all("License-Expression"):
         return str(expressions[0])
-    field = " ".join(found.get_all("License") or [])
+    field = " ".join(fields.get_all("License") or [])
     if re.fullmatch(r"[A-Z]\w+(-[\w.]+)+", field):
         return field
-    classifiers = [each.split(" :: ") for each in found.get_all("Classifier") or []]
-    for said in (*(each[-1] for each in classifiers if each[0] == "License"), field):
+    classifiers = [line.split(" :: ") for line in fields.get_all("Classifier") or []]
+    for stated in (*(parts[-1] for parts in classifiers if parts[0] == "License"), field):
         for beginning, known in NAMES.items():
-            if said.lower().startswith(beginning):
+            if stated.lower().startswith(beginning):
                 return known
     text = " ".join([field, *_texts(name)])
     for known, part in TEXTS.items():
@@ -103,45 +103,51 @@ def licence(name: str) -> str:
 
 
 def _texts(name: str) -> list[str]:
-    """The licences that lie beside an installed package's metadata."""
-    files = [each for each in metadata.files(name) or [] if each.parts[0].endswith(".dist-info")]
-    return [each.read_text() for each in files if re.match("licen[cs]e", each.name.lower())]
+    """Return the licence files beside an installed package's metadata."""
+    files = [file for file in metadata.files(name) or [] if file.parts[0].endswith(".dist-info")]
+    return [file.read_text() for file in files if re.match("licen[cs]e", file.name.lower())]
 
 
 def table() -> str:
-    """A line for each direct dependency."""
+    """Return a table with one line for each direct dependency."""
     lines = ["| package | version | licence | extra | what for |", "|---|---|---|---|---|"]
-    for each in direct():
-        version = metadata.version(each.name)
-        cells = [each.name, version, licence(each.name), _extras(each), PURPOSES[each.name]]
+    for package in direct():
+        version = metadata.version(package.name)
+        cells = [
+            package.name,
+            version,
+            licence(package.name),
+            _extras(package),
+            PURPOSES[package.name],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _extras(dependency: Dependency) -> str:
-    return ", ".join(f"`{each}`" for each in dependency.extras) or "–"
+    return ", ".join(f"`{extra}`" for extra in dependency.extras) or "–"
 
 
 def differences(page: str) -> list[str]:
-    """What the page doesn't say, or says otherwise than the installed packages: a line each.
+    """Return a line for each difference between the page and the installed packages.
 
-    Packages that are older than those the page was written with are not asked for their licence:
-    some state the same one in other words.
+    The licences of packages older than those on the page are not compared: some state the same one
+    in other words.
     """
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     shown = {name: rest for name, *rest in lines if name != "package"}
-    found = []
-    for each in direct():
-        if each.name not in shown:
-            found.append(f"{each.name} is not on the page")
+    wrong = []
+    for package in direct():
+        if package.name not in shown:
+            wrong.append(f"{package.name} is not on the page")
             continue
-        version, stated, *rest = shown.pop(each.name)
-        is_asked = Version(metadata.version(each.name)) >= Version(version)
-        if is_asked and licence(each.name) != stated:
-            found.append(f"{each.name}: {stated} on the page, {licence(each.name)} installed")
-        if rest != [_extras(each), PURPOSES[each.name]]:
-            found.append(f"{each.name}: another extra or purpose on the page")
-    return found + [f"{name} is no dependency" for name in shown]
+        version, stated, *rest = shown.pop(package.name)
+        is_comparable = Version(metadata.version(package.name)) >= Version(version)
+        if is_comparable and licence(package.name) != stated:
+            wrong.append(f"{package.name}: {stated} on the page, {licence(package.name)} installed")
+        if rest != [_extras(package), PURPOSES[package.name]]:
+            wrong.append(f"{package.name}: another extra or purpose on the page")
+    return wrong + [f"{name} is no dependency" for name in shown]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Torch-Pruning, used as its own examples use it, as the peer that the benches compare with."""
+"""Torch-Pruning, used as in its examples, which the benches compare secateur with."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from zoo import CLASSES
 
 TRIALS = 7
 FIRST_RATIO = 0.3
-"""Leaves half of the MACs where every layer loses as much: (1 - 0.3)² is about 0.5."""
+"""Leaves about half of the MACs if every layer is pruned alike: (1 - 0.3)² is about 0.5."""
 CLOSE_ENOUGH = 0.01
 
 
 CRITERIA = ("l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "hessian")
-"""Its own; `importance` makes each as Torch-Pruning does by default."""
+"""Criteria of Torch-Pruning; `importance` makes each with its defaults."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What Torch-Pruning is told beside a ratio."""
+    """Settings of Torch-Pruning, without the ratio."""
 
     criterion: str = "l2"
     is_global: bool = False
-    """Whether one ranking goes over all layers, or every layer loses as much."""
+    """Whether all layers are ranked together, or every layer is pruned by the same ratio."""
     whole: frozenset[str] | None = None
-    """Names of the layers that keep all filters; by default those that write the classes."""
+    """Names of the layers that keep all filters; by default those that produce the logits."""
 
 
 L2 = Settings()
@@ -40,7 +40,7 @@ L2 = Settings()
 
 @dataclass(frozen=True)
 class PeerCut:
-    """A network that Torch-Pruning has cut, and what that took."""
+    """A network pruned by Torch-Pruning, and the seconds it took."""
 
     model: nn.Module
     ratio: float
@@ -51,7 +51,7 @@ class PeerCut:
 
 
 def heads(model: nn.Module, classes: int = CLASSES) -> dict[str, nn.Module]:
-    """The layers that write the classes, which must stay whole, by name."""
+    """Return the layers that produce the logits, which keep all filters, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -61,10 +61,10 @@ def heads(model: nn.Module, classes: int = CLASSES) -> dict[str, nn.Module]:
 
 
 def importance(criterion: str) -> Any:
-    """Torch-Pruning's object for one of `CRITERIA`; the last two look at `grad` of parameters.
+    """Return Torch-Pruning's object for one of `CRITERIA`; the last two use `grad` of parameters.
 
-    `hessian` takes there the mean over images of the squared gradient. Its own `accumulate_grad`
-    keeps that of the last image alone (1.6.1).
+    For `hessian` that is the mean of the squared gradient over images. Torch-Pruning's own
+    `accumulate_grad` keeps only the last image's (1.6.1).
     """
     from torch_pruning import importance as kinds
 
@@ -89,10 +89,10 @@ def cut(
     ratios: Mapping[str, float] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
 ) -> PeerCut:
-    """A copy of `model` from which every group has lost `ratio` of its channels.
+    """Return a copy of `model` with `ratio` of the channels removed from every group.
 
-    `ratios` says otherwise for some layers, by name; `gradients` are what criteria find in `grad`
-    of the parameters. Raises whatever Torch-Pruning raises.
+    `ratios` overrides the ratio of layers, by name; `gradients` become the `grad` of parameters.
+    Raises whatever Torch-Pruning raises.
     """
     import torch_pruning as tp
 
@@ -109,9 +109,11 @@ def cut(
             importance=importance(settings.criterion),
             global_pruning=settings.is_global,
             pruning_ratio=ratio,
-            pruning_ratio_dict={layers[name]: each for name, each in (ratios or {}).items()},
+            pruning_ratio_dict={
+                layers[name]: layer_ratio for name, layer_ratio in (ratios or {}).items()
+            },
             ignored_layers=[layers[name] for name in whole],
-            # By default pruners share these, and with them every network ever pruned.
+            # By default pruners share these, which keeps every pruned network in memory.
             in_channel_groups={},
             out_channel_groups={},
             num_heads={},
@@ -123,7 +125,7 @@ def cut(
 
 
 def build_graph(model: nn.Module, image: Tensor) -> None:
-    """Builds Torch-Pruning's dependency graph of `model`, and nothing more."""
+    """Build Torch-Pruning's dependency graph of `model`, and nothing more."""
     import torch_pruning as tp
 
     with warnings.catch_warnings(action="ignore"):
@@ -131,7 +133,7 @@ def build_graph(model: nn.Module, image: Tensor) -> None:
 
 
 def macs(model: nn.Module, image: Tensor) -> float:
-    """Multiply-accumulates by Torch-Pruning's own count."""
+    """Return multiply-accumulates as Torch-Pruning counts them."""
     import torch_pruning as tp
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Torch-Pruning cut to a share of the MACs, and the gradients that two of its criteria ask for."""
+"""Torch-Pruning cut to a fraction of the MACs, and the gradients that two of its criteria need."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import peer
-from secateur.evaluation.evaluate import count_macs
+from secateur.models.evaluate import count_macs
 
 BY_GRADIENT = ("taylor", "hessian")
-"""Those of `peer.CRITERIA` that look at gradients."""
+"""Criteria in `peer.CRITERIA` that need gradients."""
 TRIALS = {True: 9, False: 5}
-"""How many ratios are tried where one ranking goes over all layers, and where each has its own."""
+"""Number of ratios to try, with one ranking over all layers and with one a layer."""
 LAYER_TRIALS = 6
-"""How many numbers of layers are tried between two ratios."""
+"""Number of layer counts to try between two ratios."""
 CLOSE_ENOUGH = 0.003
 SHORTFALL = 0.005
-"""How far below the target a cut may be."""
+"""Largest distance of a cut below the target."""
 IMAGES_AT_A_TIME = 20
-"""Whose gradients are held."""
+"""Images whose gradients are held in memory at a time."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The cut that comes nearest to a share of the MACs."""
+class NearestCut:
+    """The cut nearest to a fraction of the MACs."""
 
     model: nn.Module
     macs_left: float
     ratio: float
     raised: int
-    """How many of the last layers lost the next larger share, between two steps of the ratio."""
+    """Number of the last layers that were pruned by the next larger ratio."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Of the cross entropy with the network's own predicted classes, by parameter."""
+    """Gradients of the cross entropy with the network's predicted classes, by parameter."""
 
     mean: dict[str, Tensor]
     squared: dict[str, Tensor]
-    """Mean over the images of the squared gradient."""
+    """Mean of the squared gradient over the images."""
 
     def of(self, criterion: str) -> dict[str, Tensor] | None:
-        """What a criterion of `peer.CRITERIA` looks at."""
+        """Return what a criterion of `peer.CRITERIA` needs."""
         return {"taylor": self.mean, "hessian": self.squared}.get(criterion)
 
 
 def gradients(model: nn.Module, batches: Iterable[Tensor]) -> Gradients:
-    """The gradients on images `[image, rgb, height, width]`, in evaluation mode; no label."""
-    parameters = {name: each.detach() for name, each in model.named_parameters()}
+    """Return the gradients on images `[image, rgb, height, width]`, without labels."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(state: dict[str, Tensor], image: Tensor) -> Tensor:
         logits = functional_call(model, state, (image[None],))
         return F.cross_entropy(logits, logits.detach().argmax(1))
 
-    each = vmap(grad(loss), in_dims=(None, 0))
+    gradients_by_image = vmap(grad(loss), in_dims=(None, 0))
     mean, squared = ({n: torch.zeros_like(p) for n, p in parameters.items()} for _ in range(2))
     count = 0
     for batch in batches:
         for images in batch.split(IMAGES_AT_A_TIME):
-            for name, found in each(parameters, images).items():  # [image, …]
-                mean[name] += found.sum(0)
-                squared[name] += found.square().sum(0)
+            for name, values in gradients_by_image(parameters, images).items():  # [image, …]
+                mean[name] += values.sum(0)
+                squared[name] += values.square().sum(0)
             count += len(images)
     for name in parameters:
         mean[name] /= count
@@ -78,13 +78,13 @@ def cut_to(
     image: Tensor,
     settings: peer.Settings,
     fraction: float,
-    found: Mapping[str, Tensor] | None = None,
-) -> Found:
-    """The cut that leaves as near to `fraction` of the MACs as may be, and not much less.
+    gradients_by_name: Mapping[str, Tensor] | None = None,
+) -> NearestCut:
+    """Return the cut whose MACs are nearest to `fraction`, and not much below it.
 
-    Where every layer loses as much, all layers of a width take a step at once, which is coarse;
-    between two such steps the last layers, as many as fit, take the larger share. `found` are the
-    gradients. Raises whatever Torch-Pruning raises.
+    If every layer is pruned by the same ratio, all layers of a width change at once, which is
+    coarse; between two such steps, as many of the last layers as fit take the larger ratio. Raises
+    whatever Torch-Pruning raises.
     """
     macs = count_macs(model, image)
     assert settings.whole is not None
@@ -93,16 +93,18 @@ def cut_to(
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear) and name not in settings.whole
     ]
-    best: Found | None = None
+    best: NearestCut | None = None
 
     def left_at(ratio: float, raised: int = 0, larger: float = 0.0) -> float:
         nonlocal best
         ratios = dict.fromkeys(layers[len(layers) - raised :], larger)
-        smaller = peer.cut(model, image, ratio, settings, ratios=ratios, gradients=found).model
+        smaller = peer.cut(
+            model, image, ratio, settings, ratios=ratios, gradients=gradients_by_name
+        ).model
         left = count_macs(smaller, image) / macs
         fits = left >= fraction - SHORTFALL
         if fits and (best is None or abs(left - fraction) < abs(best.macs_left - fraction)):
-            best = Found(smaller, left, ratio, raised)
+            best = NearestCut(smaller, left, ratio, raised)
         return left
 
     low, high, above, below = 0.0, 1.0, 1.0, 0.0
@@ -125,16 +127,16 @@ def cut_to(
             few, above = raised, left
         else:
             many, below = raised, left
-    return best or Found(model, 1.0, 0.0, 0)
+    return best or NearestCut(model, 1.0, 0.0, 0)
 
 
 def _place(above: float, below: float, fraction: float, trial: int) -> float:
-    """Where between two trials to look next, as a share: on the line between what they leave.
+    """Return where to try next between two trials, as a fraction, by linear interpolation.
 
-    Every third time it is halfway, as what is left may fall in one jump.
+    Every third time it is halfway, because the remaining MACs may fall in one jump.
     """
     return 0.5 if trial % 3 == 2 else (above - fraction) / (above - below)
 
 
-def _is_near(found: Found | None, fraction: float) -> bool:
-    return found is not None and abs(found.macs_left - fraction) < CLOSE_ENOUGH
+def _is_near(cut: NearestCut | None, fraction: float) -> bool:
+    return cut is not None and abs(cut.macs_left - fraction) < CLOSE_ENOUGH

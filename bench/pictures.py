@@ -1,9 +1,9 @@
-"""The pictures in the documentation: a run on CIFAR-10, its report in a browser, its charts.
+"""Make the pictures of the documentation: the report and charts of a run on CIFAR-10.
 
     python bench/pictures.py --data DIR --weights DIR [--run FOLDER]
 
-prunes the ResNet-20 among the weights to 70 % of its MACs into `runs/pictures` (or takes the run
-that is in FOLDER), and writes `docs/images/`. Needs a Chromium.
+This prunes ResNet-20 to 70 % of its MACs into `runs/pictures` (or takes the run in FOLDER), and
+writes `docs/images/`. It needs Chromium.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUALITY = 82
 
 
 def main() -> None:
-    """Makes the run where there is none, and draws it."""
+    """Make the run if there is none, and take its pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="the folder of CIFAR-10")
     parser.add_argument("--weights", type=Path, required=True, help="the folder of the weights")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def configured(source: str, weights: Path) -> RunConfig:
-    """The run that is shown."""
+    """Return the configuration of the run."""
     return from_dict(
         {
             "model": {"name": "resnet20", "weights": str(weights / "cifar10_resnet20.safetensors")},
@@ -77,7 +77,7 @@ def configured(source: str, weights: Path) -> RunConfig:
 
 
 def take(page: Page, name: str) -> None:
-    """A picture of what the window shows."""
+    """Save a picture of the visible part of the page."""
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     shot.save(IMAGES / f"{name}.jpg", quality=QUALITY, optimize=True)
 

@@ -25,7 +25,7 @@ CRITERION = "l2"
 
 
 def main() -> None:
-    """Prints a line for each of the settings."""
+    """Print a line for each of the settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network")
     parser.add_argument("target")
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     arguments = parser.parse_args()
     for text in arguments.settings:
-        given = dict(pair.split("=") for pair in text.split(","))
-        seed = int(given.pop("seed", 0))
-        fraction, seconds = measure(arguments, RefitSection.model_validate(given), seed)
+        settings = dict(pair.split("=") for pair in text.split(","))
+        seed = int(settings.pop("seed", 0))
+        fraction, seconds = measure(arguments, RefitSection.model_validate(settings), seed)
         print(f"{arguments.network} {arguments.target} {text}", end=": ")
         print(f"{100 * fraction:.2f} % in {seconds:.1f} CPU seconds", flush=True)
 
@@ -44,7 +44,7 @@ def main() -> None:
 def measure(
     arguments: argparse.Namespace, settings: RefitSection, seed: int
 ) -> tuple[float, float]:
-    """Accuracy on validation images, and the CPU seconds that the refit took."""
+    """Return accuracy on validation images, and the CPU seconds of the refit."""
     config = studies.cifar10(arguments.network, arguments)
     dataset, model = load_inputs(config)
     # The validation images are the same for every seed; the calibration set is what differs.
@@ -60,10 +60,10 @@ def measure(
     )[CRITERION].scores
     plan = make_plan(scores, context.dependencies, parse_budget(arguments.target), CRITERION)
     smaller = apply_plan(model, context.dependencies, plan)
-    probe = studies.channels_last(context.reader.read_shard(context.calibration))
+    calibration = studies.channels_last(context.reader.read_shard(context.calibration))
     start = time.process_time()
     inputs = RefitInputs(model, smaller, context.dependencies, plan.removed)
-    refit(inputs, probe, settings, seed=seed)
+    refit(inputs, calibration, settings, seed=seed)
     seconds = time.process_time() - start
     shown = studies.channels_last(make_reader(config).read_shard(dataset.validation))
     return studies.accuracy(smaller, shown), seconds

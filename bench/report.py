@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-from cells import run_all
+from measurements import run_all
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur.config import RunConfig, from_dict
 from secateur.data import DataSet
-from secateur.experiments.report import write_report
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.report.page import write_report
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
@@ -47,7 +47,7 @@ SEED = 0
 
 
 def main() -> None:
-    """Measures and writes what it found."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="imagenette:DIR or another data set; else the table only")
     parser.add_argument("--model", default="torchvision:resnet50")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(source: str, model_name: str, weights: str | None) -> Row:
-    """Both interleaved, the report first."""
+    """Time the report and the scoring passes, interleaved."""
     config = configured(source, model_name, weights)
     dataset, model = load_inputs(config)
     # What is timed is neither the scores before and after nor the cut.
@@ -104,13 +104,15 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
             for name in SCORING:
                 seconds[name].append(timed(partial(score, name)))
         size = page.stat().st_size
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "model": model_name,
         "weights": "random" if weights is None else Path(weights).name,
         "images": IMAGES,
         "filters": sum(group.filters for group in pruned.result.groups),
-        "seconds": {name: [round(each, 2) for each in some] for name, some in seconds.items()},
+        "seconds": {
+            name: [round(value, 2) for value in values] for name, values in seconds.items()
+        },
         "ratios": {name: medians["report"] / medians[name] for name in SCORING},
         "page_mb": size / 1e6,
         "peak_memory_mib": memory,
@@ -122,7 +124,7 @@ def measure(source: str, model_name: str, weights: str | None) -> Row:
 
 
 def configured(source: str, model_name: str, weights: str | None) -> RunConfig:
-    """A run that does as little as it can but for what is measured."""
+    """Return a run that does little beside what is measured."""
     return from_dict(
         {
             "model": {"name": model_name, "weights": weights, "num_classes": 1000},
@@ -139,7 +141,7 @@ def configured(source: str, model_name: str, weights: str | None) -> RunConfig:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Seconds by the clock."""
+    """Return the seconds that a function takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -147,18 +149,19 @@ def timed(work: Callable[[], None]) -> float:
 
 def table() -> str:
     """Return the table of measured times and sizes."""
-    found = json.loads(RESULTS.read_text())
-    medians = {name: statistics.median(each) for name, each in found["seconds"].items()}
+    measured = json.loads(RESULTS.read_text())
+    medians = {name: statistics.median(values) for name, values in measured["seconds"].items()}
     timed_names = ("report", *SCORING)
     heads = [f"{name}, s" for name in timed_names] + [f"report / {name}" for name in SCORING]
     values = [f"{medians[name]:.1f}" for name in timed_names]
-    values += [f"{found['ratios'][name]:.2f}" for name in SCORING]
+    values += [f"{measured['ratios'][name]:.2f}" for name in SCORING]
     lines = [
         f"| network | filters | calibration images | {' | '.join(heads)} | page, MB "
         "| memory, MiB |",
         f"|{'---|' * (len(heads) + 5)}",
-        f"| {found['model']} | {found['filters']} | {found['images']} | {' | '.join(values)} | "
-        f"{found['page_mb']:.1f} | {found['peak_memory_mib']} |",
+        f"| {measured['model']} | {measured['filters']} | {measured['images']} "
+        f"| {' | '.join(values)} | "
+        f"{measured['page_mb']:.1f} | {measured['peak_memory_mib']} |",
     ]
     return "\n".join(lines)
 

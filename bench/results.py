@@ -1,4 +1,4 @@
-"""Writes docs/reference/results.md from what lies in results/: `python bench/results.py`."""
+"""Write the tables of docs/reference/results.md from results/: `python bench/results.py`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable
 from functools import partial
 
 import ablations
-import comparisons
+import benchmarks
 import criteria
-import tuned
+import finetuned
 import tuning
-from cells import read_cells
+from measurements import read_measurements
 from rows import ROOT
 from tables import with_table
 
 PAGE = ROOT / "docs" / "reference" / "results.md"
-COMPARISONS = {tuned.CONFIG: tuned.RESULTS, **ablations.RESULTS}
-"""Result files by comparison."""
+BENCHMARKS = {finetuned.CONFIG: finetuned.RESULTS, **ablations.RESULTS}
+"""Result files by benchmark."""
 TABLES: dict[str, Callable[[], str]] = {
-    "results/criteria.jsonl cifar10": lambda: criteria.table("cifar10", criteria.cells()),
-    "results/tuning.jsonl": lambda: tuning.table(read_cells(tuning.RESULTS, tuning.KEY)),
+    "results/criteria.jsonl cifar10": lambda: criteria.table("cifar10", criteria.measured()),
+    "results/tuning.jsonl": lambda: tuning.table(read_measurements(tuning.RESULTS, tuning.KEY)),
     **{
-        f"results/{rows.name}": partial(comparisons.table, config, rows)
-        for config, rows in COMPARISONS.items()
+        f"results/{rows.name}": partial(benchmarks.table, config, rows)
+        for config, rows in BENCHMARKS.items()
     },
 }
-"""What stands between the markers of each name."""
+"""Tables by the name of their marker."""
 
 
 def page(text: str) -> str:
-    """The page with its tables brought up to date."""
+    """Return the page with current tables."""
     for name, table in TABLES.items():
         text = with_table(text, name, table())
     return text

@@ -1,11 +1,11 @@
-"""What scoring costs, in forward passes, and how its memory grows with the images.
+"""Measure the cost of scoring in forward passes, and how its memory grows with the images.
 
     python bench/scoring.py [--only PATTERN] [--threads 2] [--mode both]
 
-measures every network in a process of its own and after each writes `results/scoring.json`; then it
-writes the table into docs/explanation/scoring.md, and `--tables` does only that. Costs are ratios
-to `model(images)` under `inference_mode` on the same images in the same batches, interleaved in one
-process, of processor seconds, which a busy machine distorts least; the file has the clock's, too.
+Each network is measured in its own process and then added to `results/scoring.json`. Finally the
+table in docs/explanation/scoring.md is written; `--tables` does only that. Costs are ratios to
+`model(images)` under `inference_mode` on the same images in the same batches, interleaved in one
+process, of processor seconds, which a busy machine distorts least; the file also has wall seconds.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ NETWORKS = {
     "torchvision:efficientnet_b0": 128,
     "torchvision:densenet121": 128,
 }
-"""Networks, and how many images each scores: a multiple of 128, so that the sample that is looked
-at first, every eighth image, fills whole batches."""
+"""Networks, and their numbers of images: multiples of 128, so that the sample for the first pass,
+every eighth image, fills whole batches."""
 MEMORY = {"resnet20": (256, 2048), "torchvision:resnet50": (64, 512)}
-"""Numbers of images between which the growth of a process's peak memory is measured."""
+"""Two numbers of images between which the growth of peak memory is measured."""
 OTHERS = tuple(name for name in CRITERIA if name not in ("taylor", "hrank"))
 COMBINATIONS = {
     "vote-response": ("vote-response",),
@@ -82,7 +82,7 @@ COMBINATIONS = {
     "hrank": ("hrank",),
     "taylor": ("taylor",),
 }
-"""What is scored in one pass, by the name of its cell."""
+"""Criteria that are scored in one pass, by the name of their timing."""
 FEW_IMAGES = {
     "all others": 64,
     "hrank": 16,
@@ -91,20 +91,20 @@ FEW_IMAGES = {
     "Torch-Pruning Hessian": 8,
     "literal dissection": 16,
 }
-"""How many of the large networks' images suffice where every image costs the same; the votes look
-at a sample in a first pass and need as many as fill it."""
+"""Numbers of images that suffice on large networks if every image costs the same. Votes need more,
+because their first pass uses a sample of the images."""
 SMALL = 64
-"""Networks for images of fewer pixels a side take all images, except for the last two."""
+"""Networks with a smaller image side use all images, except for the last two timings."""
 POOL = 128
-"""Different images that there are; further ones repeat them, so that nothing grows with them."""
+"""Number of different images; further ones repeat them, so that the data takes constant memory."""
 SEED = 0
-TURNS = (1, 7)
-"""Turns of each way: at least, and at most; between them until its share of `--seconds` is over."""
+ROUNDS = (1, 7)
+"""Least and most rounds of each method; in between, until its part of `--seconds` is over."""
 PACKAGES = ("torch-pruning",)
 
 
 class Noise:
-    """A list of images of uniform noise of which only a few are held."""
+    """A list of images of uniform noise, of which only a few are in memory."""
 
     def __init__(self, count: int, side: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
@@ -123,13 +123,13 @@ class Noise:
         return list(self._pixels[indices % len(self._pixels)])
 
     def take(self, indices: Int[Tensor, "image"]) -> Noise:
-        """All of them or none: nobody asks for a part."""
+        """Return all images; nothing asks for a part."""
         assert len(indices) == len(self.labels)
         return self
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
+class Subject:
     """A network that scoring is measured on."""
 
     model: nn.Module
@@ -138,19 +138,19 @@ class Ground:
     settings: ScoreSection
 
     def batches(self, count: int) -> Iterator[Batch]:
-        """So many images, as many at a time as scoring takes."""
+        """Yield `count` images, in batches of the size that scoring uses."""
         side = self.preprocessing.image_size
         size = images_at_a_time(side, side)
         return batches(Noise(count, side), size, self.preprocessing)
 
     def forward(self, count: int) -> None:
-        """What scoring is compared with."""
+        """Run the network alone, which scoring is compared with."""
         with torch.inference_mode():
             for batch in self.batches(count):
                 self.model(batch.images)
 
     def score(self, names: tuple[str, ...], count: int) -> list[criteria.Criterion]:
-        """Shows the images to criteria; what they find in them is not computed yet."""
+        """Update criteria with the images, without computing their scores."""
         state = tensors_of(self.model)
         classes = tuple(map(str, range(CLASSES)))
         source = concepts.make(
@@ -162,35 +162,35 @@ class Ground:
         return made
 
 
-def make_ground(name: str) -> Ground:
-    """The named network, untrained; every layer that can be cut is scored."""
+def make_subject(name: str) -> Subject:
+    """Return the named network, untrained; every layer that can be pruned is scored."""
     model = zoo.load(name, num_classes=CLASSES, seed=SEED)
     preprocessing = zoo.preprocessing(name)
     side = preprocessing.image_size
     example = next(batches(Noise(2, side), 2, preprocessing)).images
     dependencies = build_dependency_graph(model, example, prune_residual=True)
-    return Ground(model, preprocessing, dependencies, ScoreSection())
+    return Subject(model, preprocessing, dependencies, ScoreSection())
 
 
-def dissect(context: Ground, count: int) -> None:
-    """Each map at the images' size, binarised and intersected with one mask: eq. 1 as it stands.
+def dissect(subject: Subject, count: int) -> None:
+    """Upsample each map to the images' size, binarise it and intersect it with one mask.
 
-    (Bau et al., Network Dissection, CVPR 2017.) That it must find the thresholds first, that there
-    are many concepts, and that masks must be read is not counted.
+    This is eq. 1 of Bau et al. (Network Dissection, CVPR 2017) without finding thresholds, with one
+    concept instead of many, and without reading masks.
     """
-    side = context.preprocessing.image_size
+    side = subject.preprocessing.image_size
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[: side // 2, : side // 2] = True
-    state = tensors_of(context.model)
+    state = tensors_of(subject.model)
 
-    looks: dict[Node, list[Tap]] = {}
-    for group in context.dependencies.groups.values():
-        for look in taps_of(group).values():
-            looks.setdefault(look.node, []).append(look)
+    taps: dict[Node, list[Tap]] = {}
+    for group in subject.dependencies.groups.values():
+        for tap in taps_of(group).values():
+            taps.setdefault(tap.node, []).append(tap)
 
     def see(node: Node, value: Tensor) -> None:
-        for look in looks[node]:
-            maps = maps_of(look, value)
+        for tap in taps[node]:
+            maps = maps_of(tap, value)
             if maps.shape[2:].numel() == 1:
                 continue
             for image in maps:  # all maps of all images would take gigabytes
@@ -198,39 +198,39 @@ def dissect(context: Ground, count: int) -> None:
                 intersection = (active & mask).sum((1, 2))
                 intersection.div(active.sum((1, 2)) + mask.sum() - intersection)
 
-    taps = {node: partial(see, node) for node in looks}
+    hooks = {node: partial(see, node) for node in taps}
     with torch.inference_mode():
-        for batch in context.batches(count):
-            interpreter.run(context.dependencies.graph, state, batch.images, after=taps)
+        for batch in subject.batches(count):
+            interpreter.run(subject.dependencies.graph, state, batch.images, after=hooks)
 
 
 class Peer:
     """Torch-Pruning's importance by gradients, accumulated and computed as its examples do."""
 
-    def __init__(self, context: Ground) -> None:
+    def __init__(self, subject: Subject) -> None:
         import torch_pruning as tp
 
-        self._ground = context
+        self._subject = subject
         self._tp = tp
-        self._example = next(iter(context.batches(1))).images
+        self._example = next(iter(subject.batches(1))).images
         with warnings.catch_warnings(action="ignore"):
             self._dependencies = tp.DependencyGraph().build_dependency(
-                context.model, example_inputs=self._example
+                subject.model, example_inputs=self._example
             )
 
     def taylor(self, count: int) -> None:
         """`GroupTaylorImportance`: one backward pass of the mean loss a batch."""
-        model = self._ground.model
+        model = self._subject.model
         model.zero_grad()
-        for batch in self._ground.batches(count):
+        for batch in self._subject.batches(count):
             F.cross_entropy(model(batch.images), batch.labels).backward()
         self._rank(self._tp.importance.GroupTaylorImportance())
 
     def hessian(self, count: int) -> None:
         """`GroupHessianImportance`: one backward pass an image."""
-        model = self._ground.model
+        model = self._subject.model
         importance = self._tp.importance.GroupHessianImportance()
-        for batch in self._ground.batches(count):
+        for batch in self._subject.batches(count):
             for loss in F.cross_entropy(model(batch.images), batch.labels, reduction="none"):
                 model.zero_grad()
                 loss.backward(retain_graph=True)
@@ -238,7 +238,7 @@ class Peer:
         self._rank(importance)
 
     def _rank(self, importance: Any) -> None:
-        model = self._ground.model
+        model = self._subject.model
         with warnings.catch_warnings(action="ignore"):
             for group in self._dependencies.get_all_groups(
                 ignored_layers=list(peer.heads(model).values())
@@ -247,46 +247,46 @@ class Peer:
         model.zero_grad()
 
 
-def measure_time(name: str, count: int, seconds: float, note: Note) -> None:
-    """Times every way of scoring, with a plain forward pass on the same images before each."""
+def measure_time(network: str, count: int, seconds: float, note: Note) -> None:
+    """Time every method of scoring, with a plain forward pass on the same images before each."""
     note(stage="build")
-    context = make_ground(name)
-    theirs = Peer(context)
-    ways: dict[str, Callable[[int], object]] = {
-        **{cell: partial(context.score, names) for cell, names in COMBINATIONS.items()},
+    subject = make_subject(network)
+    theirs = Peer(subject)
+    methods: dict[str, Callable[[int], object]] = {
+        **{name: partial(subject.score, names) for name, names in COMBINATIONS.items()},
         "Torch-Pruning Taylor": theirs.taylor,
         "Torch-Pruning Hessian": theirs.hessian,
-        "literal dissection": partial(dissect, context),
+        "literal dissection": partial(dissect, subject),
     }
-    images_of = {cell: min(count, FEW_IMAGES.get(cell, count)) for cell in ways}
-    if context.preprocessing.image_size < SMALL:
+    images_of = {name: min(count, FEW_IMAGES.get(name, count)) for name in methods}
+    if subject.preprocessing.image_size < SMALL:
         images_of |= dict.fromkeys((*COMBINATIONS, "Torch-Pruning Taylor"), count)
-    cells: dict[str, Row] = {
-        cell: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}
-        for cell, images in images_of.items()
+    timings: dict[str, Row] = {
+        name: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}
+        for name, images in images_of.items()
     }
-    context.forward(1)  # warms up
-    context.score(("vote-response",), 1)
-    for cell, run in ways.items():
+    subject.forward(1)  # warms up
+    subject.score(("vote-response",), 1)
+    for name, run in methods.items():
         begin = time.perf_counter()
-        for turn in range(TURNS[1]):
-            if turn >= TURNS[0] and time.perf_counter() - begin > seconds / len(ways):
+        for round_ in range(ROUNDS[1]):
+            if round_ >= ROUNDS[0] and time.perf_counter() - begin > seconds / len(methods):
                 break
-            note(stage=f"{cell}, turn {turn}", cells=cells)
-            for kind, action in (("plain", context.forward), ("seconds", run)):
+            note(stage=f"{name}, round {round_}", timings=timings)
+            for kind, action in (("plain", subject.forward), ("seconds", run)):
                 start, start_cpu = time.perf_counter(), time.process_time()
-                action(images_of[cell])
-                cells[cell][kind].append(round(time.perf_counter() - start, 4))
-                cells[cell][f"{kind}_cpu"].append(round(time.process_time() - start_cpu, 4))
-    note(stage="done", cells=cells)
+                action(images_of[name])
+                timings[name][kind].append(round(time.perf_counter() - start, 4))
+                timings[name][f"{kind}_cpu"].append(round(time.process_time() - start_cpu, 4))
+    note(stage="done", timings=timings)
 
 
 def measure_memory(name: str, count: int, note: Note) -> None:
-    """Scores images once; the process's peak memory is noted with whatever is."""
+    """Score images once and record the peak memory."""
     note(stage="build")
-    context = make_ground(name)
+    subject = make_subject(name)
     note(stage="score", before_mib=_peak_mib())
-    context.score(("vote-response",), count)
+    subject.score(("vote-response",), count)
     note(stage="done", peak_mib=_peak_mib())
 
 
@@ -295,11 +295,11 @@ def _peak_mib() -> float:
 
 
 def measure(name: str, mode: str, count: int, arguments: argparse.Namespace) -> Row:
-    """A row, from a process of its own."""
+    """Measure one row in its own process."""
     options = ["--mode", mode, "--threads", str(arguments.threads), "--images", str(count)]
     options += ["--seconds", f"{arguments.seconds:g}"]
     with tempfile.TemporaryDirectory() as directory:
-        found = run_child(
+        result = run_child(
             "scoring.py",
             ["--network", name, *options],
             Path(directory) / "row.json",
@@ -314,12 +314,12 @@ def measure(name: str, mode: str, count: int, arguments: argparse.Namespace) -> 
         "seed": SEED,
         "side": zoo.preprocessing(name).image_size,
         "limit_seconds": arguments.limit,
-        **found,
+        **result,
     }
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measures one network in this process."""
+    """Measure one network in this process."""
     torch.set_num_threads(arguments.threads)
     run = (
         partial(measure_time, seconds=arguments.seconds)
@@ -333,25 +333,27 @@ def child(arguments: argparse.Namespace) -> None:
     )
 
 
-def ratio(cell: Row) -> float:
-    """How many plain forward passes a way of scoring takes: the median of the turns."""
-    pairs = zip(cell["seconds_cpu"], cell["plain_cpu"], strict=False)
+def ratio(timing: Row) -> float:
+    """Return the cost of a method in plain forward passes: the median over the rounds."""
+    pairs = zip(timing["seconds_cpu"], timing["plain_cpu"], strict=False)
     return float(statistics.median(after / before for after, before in pairs))
 
 
-def table(found: list[Row]) -> str:
-    """Costs by network, then the growth of memory."""
+def table(rows: list[Row]) -> str:
+    """Return the costs by network, then the growth of memory."""
     names = [*COMBINATIONS, "Torch-Pruning Taylor", "Torch-Pruning Hessian", "literal dissection"]
     lines = [
-        f"| network | images | threads | turns | {' | '.join(names)} |",
+        f"| network | images | threads | rounds | {' | '.join(names)} |",
         f"|---|---|---|---|{'---|' * len(names)}",
     ]
-    for row in found:
+    for row in rows:
         if row["mode"] != "time":
             continue
-        cells = row.get("cells", {})
-        done = {name: cells.get(name, {}).get("seconds", ()) for name in names}
-        figures = [f"{ratio(cells[name]):.2f}" if done[name] else row["outcome"] for name in names]
+        timings = row.get("timings", {})
+        done = {name: timings.get(name, {}).get("seconds", ()) for name in names}
+        figures = [
+            f"{ratio(timings[name]):.2f}" if done[name] else row["outcome"] for name in names
+        ]
         threads = row.get("environment", {}).get("threads", "")
         head = [row["network"], row["images"], threads, max(map(len, done.values()))]
         lines.append(f"| {' | '.join(map(str, [*head, *figures]))} |")
@@ -363,7 +365,7 @@ def table(found: list[Row]) -> str:
     for name, (fewer, more) in MEMORY.items():
         peaks = {
             row["images"]: row["peak_mib"]
-            for row in found
+            for row in rows
             if (row["network"], row["mode"]) == (name, "memory") and "peak_mib" in row
         }
         if fewer in peaks and more in peaks:
@@ -375,9 +377,9 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def is_there(found: list[Row], name: str, mode: str, count: int, threads: int) -> bool:
-    """Whether a row was measured with the versions that are installed, and as many threads."""
-    for row in found:
+def is_there(rows: list[Row], name: str, mode: str, count: int, threads: int) -> bool:
+    """Return whether a row has the installed versions and this number of threads."""
+    for row in rows:
         if (row["network"], row["mode"], row["images"]) == (name, mode, count):
             here = {"environment": surroundings(*PACKAGES)}
             same = "environment" in row and versions(row) == versions(here)
@@ -386,7 +388,7 @@ def is_there(found: list[Row], name: str, mode: str, count: int, threads: int) -
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """The network, mode and number of images of every row that is asked for."""
+    """Yield the network, mode and number of images of every requested row."""
     for name, count in NETWORKS.items():
         if fnmatch.fnmatch(name, arguments.only):
             if arguments.mode in ("time", "both"):
@@ -398,13 +400,13 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def main() -> None:
-    """Measures what is missing and writes the table."""
+    """Measure what is missing and write the table."""
     parser = bench_parser(__doc__, limit=3600)
     parser.set_defaults(threads=2)
     parser.add_argument("--mode", choices=["time", "memory", "both"], default="both")
     parser.add_argument("--images", type=int, help="instead of each network's own number")
     parser.add_argument(
-        "--seconds", type=float, default=600, help="for the turns of a network, about"
+        "--seconds", type=float, default=600, help="approximate time for the rounds of a network"
     )
     arguments = parser.parse_args()
     if arguments.child:
@@ -416,8 +418,8 @@ def main() -> None:
             row = measure(name, mode, count, arguments)
             key = ("network", "mode", "images") if mode == "memory" else ("network", "mode")
             put_row(RESULTS, row, key)
-            said = row.get("reason", "")
-            print(name, mode, count, row["outcome"], row["wall_seconds"], said, flush=True)
+            reason = row.get("reason", "")
+            print(name, mode, count, row["outcome"], row["wall_seconds"], reason, flush=True)
     page = PAGE.read_text()
     PAGE.write_text(with_table(page, "results/scoring.json", table(read_rows(RESULTS))))
 

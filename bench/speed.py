@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import peer
 from coverage import l2_scores
+from interleaved import ROUNDS, Forward, time_interleaved
 from rows import (
     ROOT,
     Note,
@@ -41,13 +42,12 @@ from rows import (
     versions,
 )
 from secateur.config import Budget
-from secateur.evaluation.divergence import relative_error
-from secateur.evaluation.evaluate import count_macs
+from secateur.experiments.onnx_export import export_onnx, onnx_runner
 from secateur.graph.build import build_dependency_graph
-from secateur.integrations.onnx import export_onnx, onnx_runner
+from secateur.models.divergence import relative_error
+from secateur.models.evaluate import count_macs
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from turns import REPEATS, Forward, in_turns
 from zoo import Member, build, random_images
 
 RESULTS = ROOT / "results" / "speed.json"
@@ -64,24 +64,23 @@ NETWORKS = {
         "regnet_y_400mf",
     ),
 }
-"""torchvision's networks, by what is measured of them."""
+"""torchvision's networks, by what is measured."""
 PACKAGES = {"surgery": ("torch-pruning",), "latency": ("onnx", "onnxruntime", "onnxscript")}
 SIDE = 224
 SEED = 0
 TARGET = Budget("macs", 0.5)
 BATCHES = (1, 16)
 WIDTHS = 16
-"""What the widths of the networks that are timed are multiples of: odd ones run slowly."""
+"""Channel counts of the timed networks are multiples of this; others can run slowly."""
 ENGINES = ("eager", "compiled", "onnxruntime")
 SURGERY_REPEATS = 5
 
 
 def measure_surgery(name: str, note: Note) -> None:
-    """Times every step from a network to its smaller copy, by secateur and Torch-Pruning
-    interleaved.
+    """Time every step from a network to its smaller copy, secateur and Torch-Pruning interleaved.
 
-    Torch-Pruning cuts by the ratio that leaves about half of the MACs, which is searched for first;
-    what the search took is noted apart.
+    Torch-Pruning prunes by the ratio that leaves about half of the MACs. That ratio is searched
+    first; the time of the search is recorded separately.
     """
     note(stage="build")
     model = _built(name)
@@ -98,10 +97,10 @@ def measure_surgery(name: str, note: Note) -> None:
         steps.setdefault(step, []).append(time.perf_counter() - start)
         return result
 
-    for repeat in range(SURGERY_REPEATS + 1):  # the first turn warms up
+    for repeat in range(SURGERY_REPEATS + 1):  # the first round warms up
         if repeat == 1:
             steps.clear()
-        note(stage=f"turn {repeat}")
+        note(stage=f"round {repeat}")
         dependencies = timed(
             "dependency_graph", lambda: build_dependency_graph(model, images, prune_residual=True)
         )
@@ -119,7 +118,7 @@ def measure_surgery(name: str, note: Note) -> None:
 
 
 def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
-    """The ratio at which Torch-Pruning leaves half of the MACs, about, and what it leaves."""
+    """Return the ratio at which Torch-Pruning leaves about half of the MACs, and what it leaves."""
     whole = peer.macs(model, image)
     low, high, ratio, left = 0.0, 1.0, peer.FIRST_RATIO, 1.0
     for _ in range(peer.TRIALS):
@@ -132,8 +131,7 @@ def _ratio_for_half(model: nn.Module, image: Tensor) -> tuple[float, float]:
 
 
 def measure_latency(name: str, note: Note) -> None:
-    """Times the forward pass of a network and of its half, by each engine and batch,
-    interleaved."""
+    """Time the forward pass of a network and of its pruned half, by engine and batch size."""
     note(stage="cut")
     model = _built(name)
     example = random_images(2, SIDE, SEED + 1)
@@ -141,28 +139,28 @@ def measure_latency(name: str, note: Note) -> None:
     plan = make_plan(l2_scores(model, dependencies), dependencies, TARGET, "l2", round_to=WIDTHS)
     networks = {"original": model, "cut": apply_plan(model, dependencies, plan).eval()}
     macs = {kind: count_macs(network, example[:1]) for kind, network in networks.items()}
-    cells: list[Row] = []
-    note(macs=macs, cells=cells)
+    timings: list[Row] = []
+    note(macs=macs, timings=timings)
     for engine in ENGINES:
         for batch in BATCHES:
             note(stage=f"{engine}, batch {batch}")
             images = random_images(batch, SIDE, SEED + 2)
-            cell: Row = {"engine": engine, "batch": batch}
+            timing: Row = {"engine": engine, "batch": batch}
             try:
                 forwards = {kind: _forward(n, engine, images) for kind, n in networks.items()}
-                cell["difference"] = max(
+                timing["difference"] = max(
                     _difference(forwards[kind], network, images)
                     for kind, network in networks.items()
                 )
-                cell["seconds"] = in_turns(forwards, images)
+                timing["seconds"] = time_interleaved(forwards, images)
             except Exception as error:  # an engine that can't run a network is a finding
-                cell["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
-            cells.append(cell)
-    note(cells=cells, stage="done")
+                timing["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
+            timings.append(timing)
+    note(timings=timings, stage="done")
 
 
 def _forward(model: nn.Module, engine: str, images: Tensor) -> Forward:
-    """What runs a batch of the shape of `images`."""
+    """Return a function that runs a batch of the shape of `images`."""
     if engine == "compiled":
         torch.compiler.reset()
         compiled: Forward = torch.compile(model, dynamic=False)
@@ -181,7 +179,7 @@ def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
 
 
 def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
-    """How far an engine's output is from the network's own; the first call also warms up."""
+    """Return how far an engine's output is from PyTorch's; the first call also warms up."""
     with torch.no_grad():
         return relative_error(forward(images), model(images))
 
@@ -191,9 +189,9 @@ def _built(name: str) -> nn.Module:
 
 
 def measure(name: str, mode: str, limit: float, threads: int) -> Row:
-    """A row, from a process of its own."""
+    """Measure one row in its own process."""
     with tempfile.TemporaryDirectory() as directory:
-        found = run_child(
+        result = run_child(
             "speed.py",
             ["--network", name, "--mode", mode, "--threads", str(threads)],
             Path(directory) / "row.json",
@@ -209,26 +207,26 @@ def measure(name: str, mode: str, limit: float, threads: int) -> Row:
         "seed": SEED,
         "side": SIDE,
         "limit_seconds": limit,
-        **found,
+        **result,
     }
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measures one network in this process."""
+    """Measure one network in this process."""
     torch.set_num_threads(arguments.threads)
     measure = {"surgery": measure_surgery, "latency": measure_latency}[arguments.mode]
     packages = PACKAGES[arguments.mode]
     record(partial(measure, arguments.network), Path(arguments.out), *packages)
 
 
-def surgery_table(found: list[Row]) -> str:
-    """Median seconds of cutting, and how many times as long the peer takes."""
+def surgery_table(rows: list[Row]) -> str:
+    """Return median seconds of pruning, and how many times as long Torch-Pruning takes."""
     lines = [
         "| network | secateur: graph | scores + plan | removal "
         "| Torch-Pruning: graph | pruner | cut | graph + cut / graph + removal |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in found:
+    for row in rows:
         if row["mode"] != "surgery":
             continue
         if row["outcome"] != "ok":
@@ -251,20 +249,20 @@ def surgery_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def latency_table(found: list[Row]) -> str:
-    """Milliseconds before and after, by engine and batch."""
+def latency_table(rows: list[Row]) -> str:
+    """Return milliseconds before and after, by engine and batch size."""
     lines = [
         "| network | engine | batch | original, ms | pruned, ms | speed-up | of the ideal |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found:
-        for cell in row.get("cells", ()) if row["mode"] == "latency" else ():
-            head = [row["network"], cell["engine"], str(cell["batch"])]
-            if "seconds" not in cell:
-                lines.append(f"| {' | '.join(head)} | {_short(cell['reason'])} ||||")
+    for row in rows:
+        for timing in row.get("timings", ()) if row["mode"] == "latency" else ():
+            head = [row["network"], timing["engine"], str(timing["batch"])]
+            if "seconds" not in timing:
+                lines.append(f"| {' | '.join(head)} | {_short(timing['reason'])} ||||")
                 continue
             before, after = (
-                1e3 * statistics.median(cell["seconds"][k]) for k in ("original", "cut")
+                1e3 * statistics.median(timing["seconds"][k]) for k in ("original", "cut")
             )
             ideal = row["macs"]["original"] / row["macs"]["cut"]
             figures = [f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}×"]
@@ -277,9 +275,10 @@ def _short(text: str) -> str:
     return text.splitlines()[0][:100].replace("|", "\\|")
 
 
-def page(found: list[Row]) -> str:
-    """The whole of docs/reference/speed.md."""
-    environment = found[-1]["environment"] if found else {}
+def page(rows: list[Row]) -> str:
+    """Return the whole of docs/reference/speed.md."""
+    environment = rows[-1]["environment"] if rows else {}
+    fewest, most = ROUNDS.fewest, ROUNDS.most
     listed = ", ".join(f"{name} {value}" for name, value in environment.items())
     return f"""# Speed of pruning, and of pruned networks
 
@@ -294,11 +293,11 @@ They are pruned to 50 % of their MACs, including channels coupled by skip connec
 ## Forward passes
 
 Channel counts are multiples of {WIDTHS} (`round_to`), because other channel counts can be slower
-than the unpruned network. Times are medians of {REPEATS[0]} to {REPEATS[1]} passes; original and
+than the unpruned network. Times are medians of {fewest} to {most} passes; original and
 pruned network are interleaved. *Compiled* is `torch.compile` on the CPU. *Of the ideal* compares
 the speed-up with the one that the MACs alone would give.
 
-{latency_table(found)}
+{latency_table(rows)}
 
 ## Pruning
 
@@ -308,7 +307,7 @@ alone, *pruner* the whole constructor of its `MagnitudePruner`, which builds one
 one `step()` with a known ratio, including the importance. Torch-Pruning needs several rounds of
 all this to find the ratio; secateur plans for the target from one dependency graph.
 
-{surgery_table(found)}
+{surgery_table(rows)}
 
 In the last column, a value below 1 means that Torch-Pruning takes less time.
 
@@ -316,9 +315,9 @@ Last row measured with: {listed}.
 """
 
 
-def is_there(found: list[Row], name: str, mode: str, threads: int) -> bool:
-    """Whether a row was measured with the versions that are installed, and as many threads."""
-    for row in found:
+def is_there(rows: list[Row], name: str, mode: str, threads: int) -> bool:
+    """Return whether a row has the installed versions and this number of threads."""
+    for row in rows:
         if (row["network"], row["mode"]) == (name, mode) and "environment" in row:
             here = {"environment": surroundings(*PACKAGES[mode])}
             same = versions(row) == versions(here)
@@ -327,7 +326,7 @@ def is_there(found: list[Row], name: str, mode: str, threads: int) -> bool:
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
+    """Measure what is missing and write the tables."""
     parser = bench_parser(__doc__, limit=1800)
     parser.add_argument("--mode", choices=[*NETWORKS, "both"], default="both")
     arguments = parser.parse_args()
@@ -342,8 +341,8 @@ def main() -> None:
             if again or not is_there(read_rows(RESULTS), name, mode, arguments.threads):
                 row = measure(name, mode, arguments.limit, arguments.threads)
                 put_row(RESULTS, row, ("network", "mode"))
-                said = row.get("reason", "")
-                print(name, mode, row["outcome"], row["wall_seconds"], said, flush=True)
+                reason = row.get("reason", "")
+                print(name, mode, row["outcome"], row["wall_seconds"], reason, flush=True)
     DOCS.write_text(page(read_rows(RESULTS)))
 
 

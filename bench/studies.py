@@ -1,4 +1,4 @@
-"""The networks that studies prune, with their probe and their scored images."""
+"""The networks that studies prune, with their calibration and scored images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from secateur.runtime.module_state import evaluating
 
 CIFAR10 = ("resnet20", "resnet32", "resnet56")
 TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}
-PROBE_IMAGES = 2000
+CALIBRATION_IMAGES = 2000
 REFIT_POSITIONS = 16
 """Output positions an image in the refit: 256 give the same accuracy to within noise."""
 
 
 def networks_of(study: str) -> tuple[str, ...]:
-    """Names of the networks of a study."""
+    """Return the names of a study's networks."""
     if study == "cifar10":
         return CIFAR10
     from imagenet import NETWORKS
@@ -34,7 +34,7 @@ def networks_of(study: str) -> tuple[str, ...]:
 def load_inputs(
     study: str, network: str, arguments: argparse.Namespace
 ) -> tuple[RunConfig, DataSet, nn.Module]:
-    """The resolved configuration of a network's run, the images, and the trained network.
+    """Return the resolved configuration of a network's run, the images, and the trained network.
 
     `arguments.data` and `arguments.weights` are the folders of the images and of the weights.
     """
@@ -49,7 +49,7 @@ def load_inputs(
 
 
 def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:
-    """The run that a cell is a part of."""
+    """Return the configuration of a CIFAR-10 run."""
     return RunConfig.model_validate(
         {
             "model": {
@@ -58,7 +58,7 @@ def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:
             },
             "data": {
                 "source": f"cifar10:{arguments.data}",
-                "calibration_images": PROBE_IMAGES,
+                "calibration_images": CALIBRATION_IMAGES,
                 "stratified": False,
             },
             "refit": {"positions": REFIT_POSITIONS},
@@ -67,7 +67,7 @@ def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:
 
 
 def channels_last(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches in the layout that convolutions take least time with."""
+    """Return the batches in the memory layout in which convolutions are fastest."""
     return [
         replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
         for batch in batches
@@ -75,21 +75,21 @@ def channels_last(batches: Iterable[Batch]) -> list[Batch]:
 
 
 def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Share of the images that the network classifies right."""
-    return share(answers(model, batches), labels(batches))
+    """Return the fraction of images that the network classifies correctly."""
+    return fraction_equal(predictions(model, batches), labels(batches))
 
 
-def answers(model: nn.Module, batches: Sequence[Batch]) -> Int[Tensor, "image"]:
-    """The class that the network gives to each image, in evaluation mode."""
+def predictions(model: nn.Module, batches: Sequence[Batch]) -> Int[Tensor, "image"]:
+    """Return the class that the network predicts for each image, in evaluation mode."""
     with evaluating(model), torch.inference_mode():
         return torch.cat([model(batch.images).argmax(1) for batch in batches])
 
 
 def labels(batches: Sequence[Batch]) -> Int[Tensor, "image"]:
-    """The class of each image."""
+    """Return the class of each image."""
     return torch.cat([batch.labels for batch in batches])
 
 
-def share(one: Int[Tensor, "image"], other: Int[Tensor, "image"]) -> float:
-    """Share of the images that have the same class in both."""
+def fraction_equal(one: Int[Tensor, "image"], other: Int[Tensor, "image"]) -> float:
+    """Return the fraction of images that have the same class in both."""
     return int((one == other).sum()) / len(one)

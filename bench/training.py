@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cells import run_all
 from coverage import l2_scores
+from interleaved import time_interleaved
+from measurements import run_all
 from rows import ROOT, Row, revision, surroundings, write_json
 from secateur import data
 from secateur.config import Budget, TrainingSection
@@ -36,7 +37,6 @@ from secateur.runtime.precision import autocast
 from secateur.training.trainer import train
 from secateur.training.training_data import TrainingData
 from tables import with_table
-from turns import in_turns
 
 RESULTS = ROOT / "results" / "training.json"
 PAGE = ROOT / "docs" / "research" / "training.md"
@@ -49,12 +49,14 @@ SEED = 0
 
 
 def main() -> None:
-    """Times both and writes what it found."""
+    """Time both and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="cifar10:DIR")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.child:  # in a process that keeps its memory: page faults are no one's work
+    if (
+        not arguments.child
+    ):  # in a process that keeps freed memory: page faults are not part of the work
         run_all("training.py", [["--data", arguments.data, "--child"]], 1)
         return
     dataset = data.load(arguments.data, seed=SEED)
@@ -65,21 +67,23 @@ def main() -> None:
     dependencies = build_dependency_graph(network, pixels[:1])
     plan = make_plan(l2_scores(network, dependencies), dependencies, TARGET, "l2")
     cut = apply_plan(network, dependencies, plan)
-    ways = {
+    trainings = {
         "secateur": partial(by_secateur, network, images, expected, SETTINGS),
         "bare": partial(by_bare_loop, network, pixels, images.labels),
         "cut": partial(by_secateur, cut, images, expected, SETTINGS),
         "cut, compiled": partial(by_secateur, cut, images, expected, COMPILED),
     }
-    seconds = in_turns(ways, pixels[:1])
-    medians = {way: statistics.median(each) for way, each in seconds.items()}
-    found = {
+    seconds = time_interleaved(trainings, pixels[:1])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    results = {
         "command": "python bench/training.py --data cifar10:DIR",
         "network": NETWORK,
         "steps": STEPS,
         "settings": SETTINGS.model_dump(mode="json"),
-        "turns": len(seconds["bare"]),
-        "images_per_second": {way: round(len(pixels) / each, 1) for way, each in medians.items()},
+        "rounds": len(seconds["bare"]),
+        "images_per_second": {
+            name: round(len(pixels) / median, 1) for name, median in medians.items()
+        },
         "ratio": round(medians["bare"] / medians["secateur"], 3),
         "cut_macs_left": round(dependencies.macs(plan.removed) / dependencies.macs(), 3),
         "compiled_ratio": round(medians["cut"] / medians["cut, compiled"], 2),
@@ -87,23 +91,23 @@ def main() -> None:
         "revision": revision(),
         "environment": surroundings("accelerate"),
     }
-    write_json(RESULTS, found)
-    PAGE.write_text(page(PAGE.read_text(), found))
+    write_json(RESULTS, results)
+    PAGE.write_text(page(PAGE.read_text(), results))
 
 
-def page(text: str, found: Row) -> str:
-    """The page with its tables brought up to date."""
-    rate, place = found["images_per_second"], found["environment"]
+def page(text: str, results: Row) -> str:
+    """Return the page with current tables."""
+    rate, place = results["images_per_second"], results["environment"]
     lines = [
         "| network | precision | threads | bare loop, images/s | secateur, images/s | ratio |",
         "|---|---|---|---|---|---|",
-        f"| {found['network']} | {found['settings']['precision']} | {place['threads']} | "
-        f"{rate['bare']} | {rate['secateur']} | {found['ratio']} |",
+        f"| {results['network']} | {results['settings']['precision']} | {place['threads']} | "
+        f"{rate['bare']} | {rate['secateur']} | {results['ratio']} |",
         "",
         "| network, MACs left | threads | secateur, images/s | compiled, images/s | ratio |",
         "|---|---|---|---|---|",
-        f"| {found['network']}, {found['cut_macs_left']} | {place['threads']} | "
-        f"{rate['cut']} | {rate['cut, compiled']} | {found['compiled_ratio']} |",
+        f"| {results['network']}, {results['cut_macs_left']} | {place['threads']} | "
+        f"{rate['cut']} | {rate['cut, compiled']} | {results['compiled_ratio']} |",
     ]
     return with_table(text, "results/training.json", "\n".join(lines))
 
@@ -116,14 +120,14 @@ def by_secateur(
     settings: TrainingSection,
     _: Tensor,
 ) -> Tensor:
-    """One epoch by the trainer."""
+    """Train one epoch with secateur's trainer."""
     train(network, None, TrainingData(images, expected), settings, seed=SEED)
     return next(network.parameters())
 
 
 @torch.enable_grad()
 def by_bare_loop(network: nn.Module, pixels: Tensor, labels: Tensor, _: Tensor) -> Tensor:
-    """One epoch with nothing but what training takes."""
+    """Train one epoch with the least code that does it."""
     generator = torch.Generator().manual_seed(SEED)
     optimiser = torch.optim.SGD(
         network.parameters(),

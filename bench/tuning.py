@@ -20,11 +20,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import Cell, key_of, put_cell, read_cells, run_all
+from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import RunConfig, ScoreSection
-from secateur.experiments.compare.runner import read_spec
-from secateur.experiments.compare.spec import jobs_of
+from secateur.experiments.compare.spec import jobs_of, read_spec
 from secateur.experiments.run import run
 from tables import with_table
 
@@ -37,14 +36,14 @@ KEY = ("network", "target", "seed", "settings.epochs")
 
 @dataclass(frozen=True)
 class Case:
-    """A network to cut and train."""
+    """A network to prune and fine-tune."""
 
     file: str
-    """Its comparison in `configs/paper`."""
+    """Its benchmark in `configs/paper`."""
     largest_drop: float
-    """Points of top-1 on the test images that may be lost, by the goal of this project."""
+    """Points of top-1 on the test images that may be lost, by this project's goal."""
     paper: str
-    """Points that the paper loses."""
+    """Points of top-1 that the paper loses."""
 
 
 CASES = {
@@ -57,41 +56,41 @@ CASES = {
 
 
 def configured(case: Case, data: str, weights: Path, seed: int, *, compiled: bool) -> RunConfig:
-    """The run of a cell, with the default criterion."""
-    comparison = read_spec(CONFIGS / case.file).with_weights_in(weights)
+    """Return the run of a case, with the default criterion."""
+    spec = read_spec(CONFIGS / case.file).with_weights_in(weights)
     (config,) = (
-        cell.config
-        for cell in jobs_of(comparison)
-        if (cell.criterion, cell.seed) == (ScoreSection().criterion, seed)
+        job.config
+        for job in jobs_of(spec)
+        if (job.criterion, job.seed) == (ScoreSection().criterion, seed)
     )
     images = config.data.model_copy(update={"source": f"cifar10:{data}"})
     finetune = config.finetune.model_copy(update={"compile": compiled})
-    report = config.report.model_copy(update={"images": 0})  # no one looks at it here
+    report = config.report.model_copy(update={"images": 0})  # nobody reads it here
     return config.model_copy(update={"data": images, "finetune": finetune, "report": report})
 
 
 def measure(
     network: str, target: str, data: str, weights: Path, seed: int, *, compiled: bool
-) -> Cell:
-    """One network cut, re-estimated and trained."""
+) -> Measurement:
+    """Prune and fine-tune one network, and return what was measured."""
     config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
     folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}-{config.finetune.epochs}"
     result = run(config, folder, resume=True)
-    tuning, before = result.finetuning, result.score("before")
-    assert tuning is not None
+    finetuning, before = result.finetuning, result.score("before")
+    assert finetuning is not None
     assert before is not None
     stages = {stage.stage: stage.score.top1_fraction for stage in result.stages}
     return {
         "network": network,
         "target": target,
         "seed": seed,
-        "test_fraction": {**stages, "last": tuning.last.top1_fraction},
-        "best_epoch_test_fraction": tuning.best.top1_fraction,
-        "best_epoch": tuning.best_epoch,
-        "macs_left": tuning.last.macs / before.macs,
-        "parameters_left": tuning.last.parameters / before.parameters,
+        "test_fraction": {**stages, "last": finetuning.last.top1_fraction},
+        "best_epoch_test_fraction": finetuning.best.top1_fraction,
+        "best_epoch": finetuning.best_epoch,
+        "macs_left": finetuning.last.macs / before.macs,
+        "parameters_left": finetuning.last.parameters / before.parameters,
         "settings": result.config.finetune.model_dump(mode="json"),
-        "epochs": [[e.number, e.loss, e.validation] for e in tuning.epochs],
+        "epochs": [[e.number, e.loss, e.validation] for e in finetuning.epochs],
         "seconds": round(result.stages[-1].seconds, 1),
         "command": "python bench/tuning.py --data DIR --weights DIR",
         "revision": revision(),
@@ -99,23 +98,24 @@ def measure(
     }
 
 
-def table(found: list[Cell]) -> str:
-    """What was lost, by seed, beside the goal and the paper."""
+def table(measurements: list[Measurement]) -> str:
+    """Return the loss by seed, beside the goal and the paper."""
     lines = [
         "| network, MACs left | seed | epochs | base | cut and refit | last epoch | "
         "best on validation | points lost | goal | paper |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell in sorted(found, key=lambda each: key_of(each, KEY)):
-        case = CASES[cell["network"], cell["target"]]
-        fractions = cell["test_fraction"]
+    for measurement in sorted(measurements, key=lambda measurement: key_of(measurement, KEY)):
+        case = CASES[measurement["network"], measurement["target"]]
+        fractions = measurement["test_fraction"]
         lost = 100 * (fractions["before"] - fractions["last"])
         texts = [
-            f"{cell['network']}, {cell['macs_left']:.3f}",
-            str(cell["seed"]),
-            str(cell["settings"]["epochs"]),
+            f"{measurement['network']}, {measurement['macs_left']:.3f}",
+            str(measurement["seed"]),
+            str(measurement["settings"]["epochs"]),
             *(f"{100 * fractions[stage]:.2f}" for stage in ("before", "refit", "last")),
-            f"{100 * cell['best_epoch_test_fraction']:.2f} (epoch {cell['best_epoch']})",
+            f"{100 * measurement['best_epoch_test_fraction']:.2f} "
+            f"(epoch {measurement['best_epoch']})",
             f"{lost:.2f}",
             f"{case.largest_drop:.2f}",
             case.paper,
@@ -124,19 +124,27 @@ def table(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def summary(found: list[Cell]) -> str:
-    """Means over the seeds, of each network's longest training."""
+def summary(measurements: list[Measurement]) -> str:
+    """Return means over the seeds, of each network's longest training."""
     lines = [
         "| network, MACs left | epochs | seeds | before | cut and refit | after | points lost |",
         "|---|---|---|---|---|---|---|",
     ]
     for network, target in CASES:
-        mine = [cell for cell in found if (cell["network"], cell["target"]) == (network, target)]
-        epochs = max((cell["settings"]["epochs"] for cell in mine), default=0)
-        stages = [cell["test_fraction"] for cell in mine if cell["settings"]["epochs"] == epochs]
+        mine = [
+            measurement
+            for measurement in measurements
+            if (measurement["network"], measurement["target"]) == (network, target)
+        ]
+        epochs = max((measurement["settings"]["epochs"] for measurement in mine), default=0)
+        stages = [
+            measurement["test_fraction"]
+            for measurement in mine
+            if measurement["settings"]["epochs"] == epochs
+        ]
         if stages:
             before, refit, last = (
-                100 * statistics.mean(each[stage] for each in stages)
+                100 * statistics.mean(fractions[stage] for fractions in stages)
                 for stage in ("before", "refit", "last")
             )
             lines.append(
@@ -146,18 +154,18 @@ def summary(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, found: list[Cell]) -> str:
-    """The page with its table brought up to date."""
-    return with_table(text, "results/tuning.jsonl", table(found))
+def page(text: str, measurements: list[Measurement]) -> str:
+    """Return the page with a current table."""
+    return with_table(text, "results/tuning.jsonl", table(measurements))
 
 
-def front(text: str, found: list[Cell]) -> str:
-    """README with its table brought up to date."""
-    return with_table(text, "results/tuning.jsonl summary", summary(found))
+def front(text: str, measurements: list[Measurement]) -> str:
+    """Return README with a current table."""
+    return with_table(text, "results/tuning.jsonl summary", summary(measurements))
 
 
 def main() -> None:
-    """Measures what is missing and writes the table."""
+    """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         network, target, seed = arguments.child
-        cell = measure(
+        measurement = measure(
             network,
             target,
             arguments.data,
@@ -178,29 +186,29 @@ def main() -> None:
             int(seed),
             compiled=arguments.compile,
         )
-        put_cell(RESULTS, cell)
+        append_measurement(RESULTS, measurement)
         return
-    known = {key_of(cell, KEY) for cell in read_cells(RESULTS, KEY)}
+    known = {key_of(measurement, KEY) for measurement in read_measurements(RESULTS, KEY)}
     calls = []
     for (network, target), case in CASES.items():
-        comparison = read_spec(CONFIGS / case.file)
-        (section,) = comparison.networks
+        spec = read_spec(CONFIGS / case.file)
+        (section,) = spec.networks
         if arguments.weights is None or not fnmatch.fnmatch(network, arguments.only):
             continue
         if not (arguments.weights / str(section.weights)).is_file():
-            print(f"no {section.weights}: {network} is left out")
+            print(f"no {section.weights}: {network} is skipped")
             continue
         options = ["--data", arguments.data, "--weights", str(arguments.weights)]
         options += ["--compile"] * arguments.compile
         calls += [
             [*options, "--child", network, target, str(seed)]
             for seed in range(arguments.seeds)
-            if (network, target, seed, comparison.finetune.epochs) not in known
+            if (network, target, seed, spec.finetune.epochs) not in known
         ]
     run_all("tuning.py", calls, 1)
-    found = read_cells(RESULTS, KEY)
-    PAGE.write_text(page(PAGE.read_text(), found))
-    FRONT.write_text(front(FRONT.read_text(), found))
+    measurements = read_measurements(RESULTS, KEY)
+    PAGE.write_text(page(PAGE.read_text(), measurements))
+    FRONT.write_text(front(FRONT.read_text(), measurements))
 
 
 if __name__ == "__main__":

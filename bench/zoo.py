@@ -1,9 +1,9 @@
-"""The networks that the benches measure, each with the image it is given.
+"""The networks that the benches measure, each with its image size.
 
-Weights are random, from a fixed seed. What starts constant (norm scales and shifts, biases, layer
-scales) is made random too, and batch norms get the statistics of a batch that has been through the
-network, disturbed: with the starting values a channel that is wrongly left out is often zero
-anyway, and a deep network's signal fades or explodes.
+Weights are random, from a fixed seed. Constant initial values (norm scales and shifts, biases,
+layer scales) are made random too, and batch norms get the statistics of a batch, disturbed: with
+the initial values a channel that is wrongly removed is often zero anyway, and the signal of a deep
+network fades or explodes.
 """
 
 from __future__ import annotations
@@ -240,9 +240,9 @@ def members() -> list[Member]:
 
 
 def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
-    """The network in evaluation mode, with weights and norm statistics that depend on the seed.
+    """Return the network in evaluation mode; weights and norm statistics depend on the seed.
 
-    Without `disturbed` batch norms have the statistics of what they are fed: a deep network then
+    Without `disturbed`, batch norms have the statistics of their inputs, so that a deep network
     does not amplify rounding.
     """
     if member.part == "dense":
@@ -264,22 +264,22 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """All tensors that the network gives; of detectors those before boxes are chosen."""
+    """Return all output tensors; of detectors those before boxes are selected."""
     forward = traceable_forward(model)
-    found = model(images) if forward is None else forward(model, images)
-    return tuple(tree_leaves(found))
+    outputs = model(images) if forward is None else forward(model, images)
+    return tuple(tree_leaves(outputs))
 
 
 def random_images(count: int, side: int, seed: int) -> Tensor:
-    """Images `[image, 3, side, side]` of normal noise."""
+    """Return images `[image, 3, side, side]` of normal noise."""
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def randomise_constants(parameters: Iterable[nn.Parameter], generator: torch.Generator) -> None:
-    """Gives parameters that hold one value throughout values that differ.
+    """Replace parameters that hold a single value with random values.
 
-    Zeros become shifts around zero; anything else becomes scales around what it was, or around one
-    where it was as good as zero.
+    Zeros become shifts around zero; other values become scales around the old value, or around one
+    if it was close to zero.
     """
     with torch.no_grad():
         for parameter in parameters:
@@ -300,7 +300,7 @@ def randomise_constants(parameters: Iterable[nn.Parameter], generator: torch.Gen
 def randomise_statistics(
     model: nn.Module, images: Tensor, generator: torch.Generator, *, disturbed: bool
 ) -> None:
-    """Gives each batch norm the mean and variance of what it is fed, disturbed if asked for."""
+    """Give each batch norm the mean and variance of its input, optionally disturbed."""
     norms = [
         module
         for module in model.modules()

@@ -57,10 +57,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def short_timing() -> Iterator[None]:
     """Networks are timed once, not eleven times: no test is about how long they take."""
-    from secateur.evaluation.timing import Rounds  # not before the hook
+    from secateur.runtime.timing import Rounds  # not before the hook
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["secateur.evaluation.timing"], "LATENCY_RUNS", 1)
+        patch.setattr(sys.modules["secateur.runtime.timing"], "LATENCY_RUNS", 1)
         patch.setattr("secateur.pruning.cost.latency_profiler.COMPARISON_ROUNDS", Rounds(1, 1))
         yield
 

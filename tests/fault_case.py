@@ -22,9 +22,9 @@ from torch import nn
 
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.experiments import run as runs
-from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.runner import run_benchmark
 from secateur.experiments.compare.spec import BenchmarkSpec
-from secateur.experiments.report.comparison import ROWS, write_comparison
+from secateur.experiments.report.benchmark import ROWS, write_benchmark
 from secateur.pipeline.result import read_result
 
 MODEL = '''
@@ -55,12 +55,12 @@ def small(num_classes=10):
 CLASSES = ("disc", "stripes", "noise")
 SIDE = 16
 VARYING = frozenset({"seconds", "latency_ms", "latency_left", "command"})
-"""Facts of a result that no two runs have in common."""
+"""Keys of a result that differ from run to run."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Where the files of a small run are."""
+    """The folder with the files of a small run."""
 
     folder: Path
     checkpoint_minutes: float = 1e-4
@@ -88,7 +88,7 @@ class Case:
         return f"folder:{self.folder / 'images'}"
 
     def write(self) -> None:
-        """Writes images of three classes as PNG files, and the network's code."""
+        """Write images of three classes as PNG files, and the network's code."""
         generator = np.random.default_rng(0)
         for part, count in (("train", 24), ("test", 8)):
             for name in CLASSES:
@@ -100,7 +100,7 @@ class Case:
         (self.folder / "own.py").write_text(MODEL)
 
     def config(self, *, epochs: int = 2) -> RunConfig:
-        """A run of all steps that takes a second."""
+        """Return a run of all steps that takes a second."""
         return from_dict(
             {
                 "model": {"name": self.model_name},
@@ -117,8 +117,8 @@ class Case:
             RunConfig,
         )
 
-    def comparison(self) -> BenchmarkSpec:
-        """Four cells in two processes."""
+    def benchmark(self) -> BenchmarkSpec:
+        """Return a benchmark of four jobs."""
         return from_dict(
             {
                 "criteria": ["vote", "l1"],
@@ -131,10 +131,10 @@ class Case:
         )
 
     def command(self, job: str, out: Path) -> list[str]:
-        """What a user types for the same as `prune`, `finetune` or `compare` do."""
+        """Return the command line that does what `prune`, `finetune` or `compare` do."""
         folder = self.folder
         if job == "compare":
-            content = self.comparison().model_dump(mode="json", exclude_unset=True)
+            content = self.benchmark().model_dump(mode="json", exclude_unset=True)
             (folder / "benchmark.toml").write_text(tomli_w.dumps(content))
             return ["compare", str(folder / "benchmark.toml"), "-o", str(out), "-j", "2"]
         if job == "finetune":
@@ -144,18 +144,18 @@ class Case:
         return ["prune", "-c", str(folder / "config.toml"), "-o", str(out), "--resume"]
 
     def prune(self, out: Path) -> None:
-        """Cuts and fine-tunes, going on from what is in the folder."""
+        """Prune and fine-tune, resuming from what is in the folder."""
         runs.run(self.config(), out, resume=True)
 
     def finetune(self, out: Path) -> None:
-        """Fine-tunes in a folder that holds a run."""
+        """Fine-tune in a folder that holds a run."""
         changes = {"epochs": 3, "learning_rate": 0.01}
         runs.finetune(out, out, changes, model_name=self.model_name, resume=True)
 
     def compare(self, out: Path) -> None:
-        """Works off what is missing of a comparison, and writes its tables."""
-        comparison = self.comparison()
-        write_comparison(out, comparison, sweep.run_benchmark(comparison, out, workers=2))
+        """Run the jobs that a benchmark's folder lacks, and write its tables."""
+        spec = self.benchmark()
+        write_benchmark(out, spec, run_benchmark(spec, out, workers=2))
 
 
 def _picture(name: str, generator: np.random.Generator) -> np.ndarray:
@@ -171,7 +171,7 @@ def _picture(name: str, generator: np.random.Generator) -> np.ndarray:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a run folder or a comparison has come to, without what differs from time to time."""
+    """Return the results in the folder of a run or a benchmark, without what varies by run."""
     if (folder / ROWS).is_file():
         rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
         return {"rows": [_constant(row) for row in rows]}
@@ -180,23 +180,23 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {"result": _constant(result.model_dump(mode="json")), "weights": weights.hex()}
 
 
-def differences(found: Any, expected: Any, place: str = "") -> list[str]:
-    """Where two outcomes differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        keys = sorted(found.keys() | expected.keys())
-        pairs = [(f"{place}.{key}", found.get(key), expected.get(key)) for key in keys]
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        both = zip(found, expected, strict=True)
+def differences(actual: Any, expected: Any, place: str = "") -> list[str]:
+    """Return where two outcomes differ."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        keys = sorted(actual.keys() | expected.keys())
+        pairs = [(f"{place}.{key}", actual.get(key), expected.get(key)) for key in keys]
+    elif isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        both = zip(actual, expected, strict=True)
         pairs = [(f"{place}.{number}", *pair) for number, pair in enumerate(both)]
     else:
-        return [] if found == expected else [f"{place}: {str(found)[:40]}, {str(expected)[:40]}"]
-    return [each for name, a, b in pairs for each in differences(a, b, name)]
+        return [] if actual == expected else [f"{place}: {str(actual)[:40]}, {str(expected)[:40]}"]
+    return [line for name, a, b in pairs for line in differences(a, b, name)]
 
 
 def _constant(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _constant(each) for key, each in value.items() if key not in VARYING}
-    return [_constant(each) for each in value] if isinstance(value, list) else value
+        return {key: _constant(item) for key, item in value.items() if key not in VARYING}
+    return [_constant(item) for item in value] if isinstance(value, list) else value
 
 
 class FailingDisk:
@@ -279,7 +279,7 @@ class FailingDisk:
 
 
 def renewed(folder: Path, content: Path | None = None) -> Path:
-    """The folder, empty or as a copy of another one."""
+    """Return the folder, emptied or replaced by a copy of another one."""
     shutil.rmtree(folder, ignore_errors=True)
     if content is not None:
         shutil.copytree(content, folder)
@@ -287,7 +287,7 @@ def renewed(folder: Path, content: Path | None = None) -> Path:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """What is global to the process, and what could be left on a network."""
+    """Return the global state of the process, and what a run could leave on a network."""
     hooks = [
         len(getattr(module, name))
         for module in model.modules()
@@ -304,6 +304,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "warnings": len(warnings.filters),
         "hooks": hooks,
         "modes": [module.training for module in model.modules()],
-        "needs_gradient": [each.requires_grad for each in model.parameters()],
-        "gradient": [each.grad is None for each in model.parameters()],
+        "needs_gradient": [parameter.requires_grad for parameter in model.parameters()],
+        "gradient": [parameter.grad is None for parameter in model.parameters()],
     }

@@ -1,4 +1,4 @@
-"""Valid inputs of every format that secateur reads, and what may become of their bytes."""
+"""Valid inputs of every format that secateur reads, and random changes of their bytes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from secateur.config import RunConfig, from_dict, read_tables
 from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.imagenet import read_imagenette
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import RunFolderError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
+from secateur.experiments.compare.job_files import JOBS, read_job, write_job
 from secateur.experiments.compare.results import read_rows
-from secateur.experiments.compare.runner import CELLS, read_job, write_job
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.manifest import MANIFEST
-from secateur.experiments.report.comparison import write_comparison
+from secateur.experiments.report.benchmark import write_benchmark
 from secateur.experiments.run_folder import Origin
 from secateur.models import weights, zoo
 from secateur.pipeline.result import read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.runtime import safetensors_io
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.scoring.concepts.broden import read_broden
@@ -45,7 +45,7 @@ from secateur.scoring.concepts.masks import read_masks
 from secateur.training.checkpoint import Checkpoint, Checkpoints
 
 Files = dict[str, bytes]
-SIGHT = Preprocessing(SIDE, SIDE)
+PREPROCESSING = Preprocessing(SIDE, SIDE)
 TOKENS = (
     b"-1", b"0", b"1e308", b"1e999", b"NaN", b"-Infinity", b"9" * 400, b"null", b"true", b'""',
     b"[]", b"{}", b"[" * 3000, b'{"a":' * 2000, b"\x00", b"\xff\xfe", b"../../x", b"/etc/passwd",
@@ -56,19 +56,19 @@ TOKENS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads files in a folder."""
+    """A function that reads files in a folder, with valid files for it."""
 
     name: str
     files: Files
     read: Callable[[Path], Any]
     expected: Any = None
-    """What is read of valid files, where a network comes of it; None where nothing is compared."""
+    """The network that valid files hold; None if nothing is compared."""
     fix: Callable[[Files], Files] | None = None
-    """Makes hashes match again, as one who means harm would."""
+    """Makes hashes match again, as an attacker would."""
 
 
 def mutate(files: Files, generator: random.Random, fix: Callable[[Files], Files] | None) -> Files:
-    """The files, one of them changed in one to four places, gone or another one's content."""
+    """Return the files with one changed in one to four places, missing or replaced by another."""
     changed = dict(files)
     name = generator.choice(sorted(files))
     for _ in range(generator.randint(1, 4)):
@@ -86,7 +86,7 @@ def _changed(content: bytes, generator: random.Random) -> bytes:
     if generator.random() < 0.4:
         start = min(start, generator.randrange(200))
     end = min(len(content), start + generator.choice((1, 1, 2, 4, 8, 40, 400)))
-    ways: tuple[Callable[[], bytes], ...] = (
+    changes: tuple[Callable[[], bytes], ...] = (
         lambda: _flipped(content, min(start, len(content) - 1), generator) if content else b"",
         lambda: content[:start] + generator.randbytes(end - start) + content[end:],
         lambda: content[:start] + content[end:],
@@ -98,7 +98,7 @@ def _changed(content: bytes, generator: random.Random) -> bytes:
         lambda: content[:start] + b"\x00" * (end - start) + content[end:],
         lambda: _with_number(content, start, generator),
     )
-    return generator.choice(ways)()
+    return generator.choice(changes)()
 
 
 def _flipped(content: bytes, place: int, generator: random.Random) -> bytes:
@@ -119,16 +119,16 @@ def _with_number(content: bytes, start: int, generator: random.Random) -> bytes:
 
 
 def readers(folder: Path) -> list[Reader]:
-    """Every reader, with files that were made by a real run in the folder."""
+    """Return every reader, with files from a real run in the folder."""
     case = Case(folder)
-    run, sweep_folder = folder / "run", folder / "comparison"
+    run, benchmark_folder = folder / "run", folder / "benchmark"
     result = runs.run(case.config(epochs=1), run)
-    comparison = case.comparison()
-    cell, *others = jobs_of(comparison)
-    (sweep_folder / CELLS).mkdir(parents=True)
-    cells = [write_job(sweep_folder, cell, comparison, result=result)]
-    cells += [write_job(sweep_folder, each, comparison, failed="why") for each in others]
-    write_comparison(sweep_folder, comparison, cells)
+    spec = case.benchmark()
+    job, *others = jobs_of(spec)
+    (benchmark_folder / JOBS).mkdir(parents=True)
+    job_results = [write_job(benchmark_folder, job, spec, result=result)]
+    job_results += [write_job(benchmark_folder, other, spec, failed="why") for other in others]
+    write_benchmark(benchmark_folder, spec, job_results)
     model = zoo.load(case.model_name, num_classes=len(CLASSES))
     dependencies = Origin(None, (3, SIDE, SIDE)).build_dependency_graph(model)
     of_run = {
@@ -143,32 +143,32 @@ def readers(folder: Path) -> list[Reader]:
     def program(folder: Path) -> object:
         return _network(run_folder.load_program(folder))
 
-    first_cell = (sweep_folder / "cells" / f"{cell.id}.json").read_bytes()
-    tables = {"benchmark.toml": tomli_w.dumps(comparison.model_dump(exclude_unset=True)).encode()}
-    rows = {"jobs.jsonl": (sweep_folder / "jobs.jsonl").read_bytes()}
-    found = [
+    first_job = (benchmark_folder / JOBS / f"{job.id}.json").read_bytes()
+    tables = {"benchmark.toml": tomli_w.dumps(spec.model_dump(exclude_unset=True)).encode()}
+    rows = {"jobs.jsonl": (benchmark_folder / "jobs.jsonl").read_bytes()}
+    all_readers = [
         Reader("run folder", of_run, whole, whole(run)),
         Reader("run folder as a program", of_run, program, program(run)),
         Reader("run folder, hashes made to match", of_run, whole, fix=_with_hashes),
         Reader("run folder as a program, hashes made to match", of_run, program, fix=_with_hashes),
         Reader("result", {"result.json": of_run["result.json"]}, read_result),
         Reader("configuration", {"config.toml": of_run["config.toml"]}, _read_config),
-        Reader("comparison", tables, _read_comparison),
-        Reader("cell", {f"cells/{cell.id}.json": first_cell}, lambda at: read_job(at, cell)),
-        Reader("rows of cells", rows, lambda at: read_rows(at / "jobs.jsonl")),
+        Reader("benchmark", tables, _read_benchmark),
+        Reader("job", {f"{JOBS}/{job.id}.json": first_job}, lambda at: read_job(at, job)),
+        Reader("rows of jobs", rows, lambda at: read_rows(at / "jobs.jsonl")),
         Reader("latency table", {"latency.json": _latency().encode()}, _read_latency),
         *_weight_readers(folder, model),
         *_image_readers(),
         *_layout_readers(),
     ]
-    for number, reader in enumerate(found):  # what is not changed must be accepted
+    for number, reader in enumerate(all_readers):  # unchanged files must be accepted
         write_files(reader.files, folder / f"valid-{number}")
         assert reader.read(folder / f"valid-{number}") == reader.expected or not reader.expected
-    return found
+    return all_readers
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """Writes files into a folder that need not be there yet."""
+    """Write files into a folder, which is made if needed."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +176,11 @@ def write_files(files: Files, folder: Path) -> None:
 
 
 def _network(network: torch.nn.Module) -> tuple[str, bytes]:
-    """Its weights, and what it answers to an image."""
+    """Return a network's weights hash, and its output for two images."""
     image = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        answers = network(image)
-    return weights_hash(network.state_dict()), answers.numpy().tobytes()
+        outputs = network(image)
+    return weights_hash(network.state_dict()), outputs.numpy().tobytes()
 
 
 def _with_hashes(files: Files) -> Files:
@@ -196,14 +196,14 @@ def _with_hashes(files: Files) -> Files:
         manifest["files"]["plan.json"] = hashlib.sha256(plan_text).hexdigest()
         return {**files, "plan.json": plan_text, MANIFEST: json.dumps(manifest).encode()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return files  # it does not say any more which hashes there are
+        return files  # the manifest no longer lists hashes
 
 
 def _read_config(folder: Path) -> object:
     return from_dict(read_tables(folder / "config.toml"), RunConfig)
 
 
-def _read_comparison(folder: Path) -> object:
+def _read_benchmark(folder: Path) -> object:
     return from_dict(read_tables(folder / "benchmark.toml"), BenchmarkSpec)
 
 
@@ -236,8 +236,8 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
     expected = weights_hash(tensors)
 
     def read_checkpoint(at: Path) -> object:
-        found = Checkpoints(at).latest()
-        return expected if found is None else weights_hash(found.tensors)
+        latest = Checkpoints(at).latest()
+        return expected if latest is None else weights_hash(latest.tensors)
 
     def read_from(name: str) -> Callable[[Path], object]:
         return lambda at: weights_hash(weights.read_weights(at / name))
@@ -252,7 +252,7 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
 
 def _image_readers() -> list[Reader]:
     pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), dtype=np.uint8)
-    found = []
+    readers = []
     for form, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("BMP", "bmp")):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, form)
@@ -262,14 +262,14 @@ def _image_readers() -> list[Reader]:
             for name in ("one", "two")
             for number in range(2)
         }
-        found.append(Reader(f"images, {form}", files, _read_folder))
-    return found
+        readers.append(Reader(f"images, {form}", files, _read_folder))
+    return readers
 
 
 def _read_folder(folder: Path) -> None:
     splits = data.load(f"folder:{folder}", validation_fraction=0.5)
     for part in (splits.train, splits.validation, splits.test):
-        part.read(torch.arange(len(part.labels)), SIGHT)
+        part.read(torch.arange(len(part.labels)), PREPROCESSING)
 
 
 def _layout_readers() -> list[Reader]:
@@ -284,8 +284,8 @@ def _layout_readers() -> list[Reader]:
 
 def _read_annotated(images: Any) -> None:
     numbers = torch.arange(len(images.labels))
-    images.read(numbers, SIGHT)
-    images.regions(numbers, SIGHT)
+    images.read(numbers, PREPROCESSING)
+    images.regions(numbers, PREPROCESSING)
 
 
 def _png(values: np.ndarray) -> bytes:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.config import Budget
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan

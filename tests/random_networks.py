@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.config import Budget, Quantity
-from secateur.errors import RunFolderError, TargetError
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import check_plan
 from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.errors import RunFolderError, TargetError
 
 CLASSES = 5
 SIDE = 8

@@ -67,8 +67,8 @@ def make_digits_run(directory: Path) -> DigitsRun:
 
 
 def outputs(model: torch.nn.Module) -> torch.Tensor:
-    """What a network answers to four fixed images."""
+    """Return the outputs of a network for four fixed images."""
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        answers: torch.Tensor = model.eval()(images)
-    return answers
+        logits: torch.Tensor = model.eval()(images)
+    return logits

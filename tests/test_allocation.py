@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.errors import TargetError
 from secateur.pruning.allocation import (
     Counts,
     SearchSpace,
@@ -16,6 +15,7 @@ from secateur.pruning.allocation import (
     lowest_scores,
     lowest_sensitivity,
 )
+from secateur.runtime.errors import TargetError
 
 
 def additive(sizes: dict[str, int], prices: dict[str, float], limit: float) -> SearchSpace:

@@ -24,7 +24,7 @@ from secateur.data.annotated import NO_CLASS, AnnotatedFiles, AnnotatedImages, j
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
 from secateur.data.cub import read_birds
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, UsageError
+from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts
 from secateur.scoring.concepts.annotations import Annotations
 from secateur.scoring.concepts.broden import read_broden

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import secateur
 from secateur import PruneResult, data
-from secateur.errors import DataError, RunFolderError, UnknownName, UsageError
 from secateur.models import zoo
+from secateur.runtime.errors import DataError, RunFolderError, UnknownName, UsageError
 
 
 class Tall(nn.Module):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from fault_case import Case, FailingDisk, outcome
-from secateur.errors import SecateurError, WriteError
 from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_contents
 from secateur.runtime import atomic_io
@@ -23,6 +22,7 @@ from secateur.runtime.atomic_io import (
     replace_file,
     replacing_folder,
 )
+from secateur.runtime.errors import SecateurError, WriteError
 from secateur.runtime.event_log import EventLog
 from secateur.training.checkpoint import Checkpoint, Checkpoints
 

@@ -32,7 +32,6 @@ from secateur import data
 from secateur.cli import app
 from secateur.config import BaseConfig, read_config
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import SecateurError
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
@@ -40,6 +39,7 @@ from secateur.experiments.train_base import train_base
 from secateur.models import weights, zoo
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
+from secateur.runtime.errors import SecateurError
 from secateur.runtime.file_lock import lock_folder
 from secateur.scoring.concepts import annotated_images
 from secateur.training import memory_check

@@ -9,9 +9,9 @@ from typing import TypeVar
 import pytest
 
 from secateur.config import BaseConfig, from_dict
-from secateur.errors import RunFolderError, UsageError
 from secateur.experiments.train_base import train_base
 from secateur.pipeline.run_context import RunContext
+from secateur.runtime.errors import RunFolderError, UsageError
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.evaluation.divergence import divergence_from, is_smaller, logits_of
+from secateur.models.divergence import divergence_from, is_smaller, logits_of
 from secateur.pruning.refit.batchnorm import FRACTIONS, _norms, _reestimated, recalibrate_batchnorm
 
 

@@ -13,7 +13,7 @@ import torchvision
 from layouts import Pixels, random_pixels
 from secateur import data
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 NAMES = tuple(f"thing {number}" for number in range(100))
 NATIVE = Preprocessing(32, 32)

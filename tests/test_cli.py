@@ -26,11 +26,11 @@ import secateur
 from runs import DigitsRun, small_config
 from secateur import data
 from secateur.cli import app
-from secateur.evaluation.timing import Rounds
+from secateur.experiments import onnx_export as export
 from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
-from secateur.integrations import onnx as export
 from secateur.models import zoo
+from secateur.runtime.timing import Rounds
 from secateur.scoring import concepts
 
 

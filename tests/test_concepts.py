@@ -12,7 +12,7 @@ from concept_inputs import CLASS_NAMES, PREPROCESSING, concept_input_of, context
 from networks import CLASSES, Chain, Flattened, make_network, random_images
 from secateur.data.annotated import NO_CLASS
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
-from secateur.errors import DataError, TraceError, UnknownName, UsageError
+from secateur.runtime.errors import DataError, TraceError, UnknownName, UsageError
 from secateur.scoring.concepts import (
     ConceptInput,
     ConceptSource,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from secateur.config import RunConfig, Section, from_dict, read_config, to_toml
-from secateur.errors import TargetError, UnknownName, UsageError
+from secateur.runtime.errors import TargetError, UnknownName, UsageError
 
 SMALLEST: dict[str, object] = {"model": {"name": "resnet20"}, "data": {"source": "digits"}}
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.covariance import LEVELS, SecondMoments, quantization_unit, quantize
 from secateur.scoring.thresholds import ActivationStatistics
 

@@ -17,10 +17,10 @@ from networks import Chain, make_network, random_images
 from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
-from secateur.errors import DataError, UnknownName, UsageError
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.patches import Window
+from secateur.runtime.errors import DataError, UnknownName, UsageError
 from secateur.scoring.concepts import ConceptInput
 from secateur.scoring.criteria import (
     ConsumerKernel,

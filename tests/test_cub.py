@@ -13,7 +13,7 @@ from secateur import data
 from secateur.data import FileImages
 from secateur.data.cub import Birds, read_birds
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
 IMAGES = 8

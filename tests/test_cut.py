@@ -21,14 +21,14 @@ from networks import (
     wired,
 )
 from secateur.config import Budget
-from secateur.errors import RunFolderError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.divergence import relative_error
 from secateur.models.zoo import load
 from secateur.pruning.apply import apply_plan, check_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import RunFolderError
 
 TARGET = Budget("macs", 0.5)
 

@@ -24,8 +24,8 @@ from secateur.data import FileImages, TensorImages, batches
 from secateur.data.cifar import CLASS_NAMES
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.splits import HELD_OUT_EVERY, hold_out, is_held_out, split_calibration
-from secateur.errors import DataError, UnknownName, UsageError
 from secateur.models import zoo
+from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 SMALL = Preprocessing(8, 8)
 Pixels = npt.NDArray[np.uint8]

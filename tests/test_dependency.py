@@ -20,12 +20,12 @@ from networks import (
     randomise_norms,
     wired,
 )
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import NOT_PRUNABLE, RESIDUAL, DependencyGraph, aliases_of
 from secateur.graph.interpreter import run
 from secateur.graph.network_graph import operation_name
 from secateur.graph.rules import RULES
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.runtime.module_state import tensors_of

@@ -12,8 +12,9 @@ from networks import Chain, randomise_norms
 from secateur.config import DistillSection
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_calibration
 from secateur.data.preprocessing import Preprocessing
-from secateur.evaluation.divergence import divergence_from, logits_of
-from secateur.training.distill import Distillation, distill
+from secateur.models.divergence import divergence_from, logits_of
+from secateur.training.distill import distill
+from secateur.training.outcome import Distillation
 from secateur.training.training_data import TrainingData
 
 PREPARE = Preprocessing(8, 8)

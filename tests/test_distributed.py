@@ -22,11 +22,11 @@ from runs import small_config
 from secateur.config import RunConfig
 from secateur.data import TensorImages, batches
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
-from secateur.evaluation.evaluate import evaluate
 from secateur.experiments.run import run
+from secateur.models.evaluate import evaluate
 from secateur.pipeline.result import read_result
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 
 SMALL = Preprocessing(8, 8)
 

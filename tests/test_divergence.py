@@ -12,8 +12,8 @@ from torch import Tensor
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.errors import DataError
-from secateur.evaluation.divergence import divergence_from, logits_of
+from secateur.models.divergence import divergence_from, logits_of
+from secateur.runtime.errors import DataError
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:

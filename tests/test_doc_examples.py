@@ -18,9 +18,9 @@ from layouts import random_pixels
 from secateur import data
 from secateur.cli import app
 from secateur.data import preprocessing
-from secateur.evaluation.timing import Rounds
-from secateur.integrations import onnx as export
+from secateur.experiments import onnx_export as export
 from secateur.models import zoo
+from secateur.runtime.timing import Rounds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -15,7 +15,7 @@ def test_every_package_is_on_the_map() -> None:
     assert {name for name in packages if f"`{name}/`" not in text} == set()
 
 
-def test_every_kind_of_data_is_told_of() -> None:
+def test_every_kind_of_data_is_documented() -> None:
     page = (ROOT / "docs" / "reference" / "data.md").read_text()
     kinds = [form.partition(":")[0] for form in DATA_FORMS]
     assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []

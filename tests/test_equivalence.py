@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from networks import make_network, random_images
 from runs import small_config
 from secateur.config import Budget
-from secateur.errors import CutError, NotFiniteError
-from secateur.evaluation.divergence import relative_error
 from secateur.experiments.run import run
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.divergence import relative_error
 from secateur.pipeline.inputs import load_inputs
 from secateur.pruning import equivalence
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import CutError, NotFiniteError
 
 
 def plan_of(dependencies: DependencyGraph) -> PruningPlan:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from secateur import errors
-from secateur.errors import SecateurError, UnknownName, UsageError
+from secateur.runtime import errors
+from secateur.runtime.errors import SecateurError, UnknownName, UsageError
 
 
 def test_every_error_is_one_of_ours_and_drawn_in_the_tree() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from networks import make_network, random_images
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.errors import DataError, UsageError
-from secateur.evaluation.evaluate import count_macs, evaluate
-from secateur.evaluation.timing import LATENCY_BATCH, latency_ms
+from secateur.models.evaluate import count_macs, evaluate
+from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.timing import LATENCY_BATCH, latency_ms
 
 
 class Table(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from secateur.evaluation.timing import Rounds, interleaved_medians
+from secateur.runtime.timing import Rounds, interleaved_medians
 
 
 def test_actions_are_interleaved_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.exact_sum import FINE, ExactSum
 
 NUMBERS = st.lists(

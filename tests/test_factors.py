@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from concept_inputs import concept_input_of, context_of, select_inputs
 from networks import CLASSES, make_network, random_images
 from secateur.data.concept_masks import UNLABELLED
-from secateur.errors import DataError, UsageError
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring.concepts import ConceptInput
 from secateur.scoring.concepts import factors as module
 from secateur.scoring.concepts.factors import Factors, strongest

@@ -15,7 +15,7 @@ from layouts import Pixels, prune_briefly, random_pixels
 from secateur import data
 from secateur.data.fashion_mnist import CLASS_NAMES
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 NATIVE = Preprocessing(28, 28)
 

@@ -10,7 +10,7 @@ import pytest
 
 from fault_case import Case
 from fault_inputs import Reader, mutate, readers, write_files
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 
 TRIES = 12
 

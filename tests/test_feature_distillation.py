@@ -11,16 +11,12 @@ from torch import nn
 from secateur.config import Budget, TrainingSection
 from secateur.data import TensorImages
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import UsageError
 from secateur.graph.build import build_dependency_graph
 from secateur.models import zoo
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
-from secateur.training.feature_distillation import (
-    observe,
-    relative_feature_error,
-    residual_sums,
-)
+from secateur.runtime.errors import UsageError
+from secateur.training.feature_distillation import observe, relative_feature_error, residual_sums
 from secateur.training.trainer import train
 from secateur.training.training_data import TrainingData
 

@@ -18,10 +18,10 @@ from secateur.config import CRITERIA, Precision, ScoreSection
 from secateur.data import Batch, TensorImages
 from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import ConceptInput

@@ -17,11 +17,11 @@ from fault_case import FailingDisk
 from processes import started
 from runs import DigitsRun, small_config
 from secateur.config import BaseConfig, from_dict
-from secateur.errors import RunFolderError
-from secateur.experiments.compare import runner as sweep
+from secateur.experiments.compare.runner import run_benchmark
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.run import finetune, run
 from secateur.experiments.train_base import train_base
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.file_lock import lock_folder
 
 
@@ -53,7 +53,7 @@ def train(folder: Path, model_file: Path) -> None:
 
 def compare(folder: Path, model_file: Path) -> None:
     content = {"networks": [{"name": f"{model_file}:small"}], "data": {"source": "digits"}}
-    sweep.run_benchmark(from_dict(content, BenchmarkSpec), folder)
+    run_benchmark(from_dict(content, BenchmarkSpec), folder)
 
 
 @pytest.mark.parametrize("work", [prune, train, compare])

@@ -19,20 +19,20 @@ from networks import Chain, random_images
 from secateur import apply_plan, build_dependency_graph
 from secateur.config import Budget, RefitSection
 from secateur.data import Batch
-from secateur.errors import DataError, RunFolderError, UsageError
-from secateur.evaluation.evaluate import Score
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.graph.dependency import DependencyGraph
 from secateur.models import zoo
+from secateur.models.score import Score
 from secateur.pipeline import stages
-from secateur.pipeline.result import RESULT, has_collapsed, read_result
+from secateur.pipeline.result import RESULT, read_result
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.pruning.refit import refit_and_check
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import RefitImages
+from secateur.runtime.errors import DataError, RunFolderError, UsageError
 from secateur.runtime.hashing import architecture_hash, weights_hash
-from secateur.training.trainer import Epoch
+from secateur.training.outcome import Epoch, has_collapsed
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from layouts import Pixels, prune_briefly, random_pixels
 from secateur import data
 from secateur.data import Unreadable, batches
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, UnreadableImage, UsageError
+from secateur.runtime.errors import DataError, UnreadableImage, UsageError
 
 NATIVE = Preprocessing(16, 16)
 NAMES = ["ant", "bee", "cow"]

@@ -15,8 +15,8 @@ from secateur import data
 from secateur.data import FileImages
 from secateur.data.imagenet import class_names
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError
 from secateur.models import zoo
+from secateur.runtime.errors import DataError
 
 WNIDS = list(class_names())
 SOME = ["n01440764", "n02102040", "n03888257"]

@@ -23,11 +23,17 @@ from secateur.config import read_tables
 from secateur.data import FileImages
 from secateur.data.annotated import read_pixels
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, RunFolderError, SecateurError, UsageError, WeightsError
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, WEIGHTS
 from secateur.models import weights
 from secateur.runtime import input_limits
+from secateur.runtime.errors import (
+    DataError,
+    RunFolderError,
+    SecateurError,
+    UsageError,
+    WeightsError,
+)
 
 SECONDS, MIB = 2, 200
 
@@ -204,8 +210,8 @@ FILES: list[tuple[Make, Read, type[SecateurError], str]] = [
     (claimed_header, read_weights, WeightsError, "header claims"),
     (large_png, read_image, DataError, "large.png can't be read"),
     (large_png, read_mask, DataError, "large.png can't be read"),
-    (dotted_toml, read_toml, UsageError, "nested too deeply"),
-    (dotted_inline_toml, read_toml, UsageError, "nested too deeply"),
+    (dotted_toml, read_toml, UsageError, "nests too deeply"),
+    (dotted_inline_toml, read_toml, UsageError, "nests too deeply"),
     (nested_toml, read_toml, UsageError, "nested too deeply"),
     (large_toml, read_toml, UsageError, "1000000000 bytes"),
     (gzip_bomb, read_gzip, DataError, "unpacks to more than"),
@@ -248,13 +254,13 @@ MEASURE = """
 import os, re, sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1].split(":")
-import test_bounds
+import test_input_limits
 from secateur.errors import SecateurError
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-for number, (make, read, _, _) in enumerate([*test_bounds.FILES, *test_bounds.RUNS]):
+for number, (make, read, _, _) in enumerate([*test_input_limits.FILES, *test_input_limits.RUNS]):
     path = make(Path(sys.argv[2]) / str(number))
     child = os.fork()  # its peak starts at what it has
     if not child:

@@ -10,7 +10,6 @@ import torch
 
 from networks import wired
 from secateur.config import Budget
-from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.cost.latency_model import (
     Hardware,
@@ -23,6 +22,7 @@ from secateur.pruning.cost.latency_model import (
 from secateur.pruning.cost.memory import count_other_values
 from secateur.pruning.cost.quantities import Measure
 from secateur.pruning.plan import make_plan
+from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
 HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
 

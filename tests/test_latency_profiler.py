@@ -10,12 +10,12 @@ import torch
 
 from networks import NETWORKS, Chain, random_images, random_plan, wired
 from secateur.config import Budget
-from secateur.evaluation import timing
-from secateur.evaluation.timing import LATENCY_BATCH, Rounds
 from secateur.pruning.cost import latency_profiler as profiler
 from secateur.pruning.cost.latency_model import LatencyTable, widths_of
 from secateur.pruning.cost.quantities import count_quantity
 from secateur.pruning.plan import make_plan
+from secateur.runtime import timing
+from secateur.runtime.timing import LATENCY_BATCH, Rounds
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from secateur.errors import UnknownName, UsageError, WeightsError
 from secateur.models import cifar, weights, zoo
 from secateur.models.weights import read_weights
 from secateur.models.zoo import load, preprocessing
+from secateur.runtime.errors import UnknownName, UsageError, WeightsError
 
 
 def residual_parameters(depth: int, classes: int) -> int:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from networks import make_network, random_images, random_plan, wired
-from secateur.errors import ExportError, UsageError, WriteError
-from secateur.evaluation.divergence import relative_error
-from secateur.evaluation.timing import Rounds
-from secateur.integrations import onnx as export
-from secateur.integrations.onnx import compare_latency, export_onnx
+from secateur.experiments import onnx_export as export
+from secateur.experiments.onnx_export import compare_latency, export_onnx
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
+from secateur.runtime.errors import ExportError, UsageError, WriteError
+from secateur.runtime.timing import Rounds
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -11,9 +11,10 @@ import tomli_w
 from layouts import write_classes
 from secateur import data
 from secateur.config import from_dict, read_tables
-from secateur.experiments.compare.runner import CELLS, COMPARISON, read_job, read_spec, work
-from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
-from secateur.experiments.report.comparison import MARKDOWN, write_comparison
+from secateur.experiments.compare.job_files import JOBS, SPEC, read_job
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
+from secateur.experiments.compare.worker import run_jobs
+from secateur.experiments.report.benchmark import MARKDOWN, write_benchmark
 from secateur.models import zoo
 from secateur.runtime.atomic_io import replace_file
 
@@ -33,16 +34,16 @@ def test_every_row_of_the_paper_is_there() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
 def test_a_file_names_what_exists_and_how_to_run_it(path: Path) -> None:
-    comparison = read_spec(path)
-    assert {"vote", "l1", "random"} <= set(comparison.criteria)
-    (network,) = comparison.networks
+    spec = read_spec(path)
+    assert {"vote", "l1", "random"} <= set(spec.criteria)
+    (network,) = spec.networks
     zoo.check_name(network.name)
     assert network.weights is not None
-    kind, _, folder = comparison.data.source.partition(":")
+    kind, _, folder = spec.data.source.partition(":")
     assert kind in data.READERS
     assert folder == "data"
     assert f"configs/paper/{path.name} --data {kind}:DIR" in path.read_text()
-    assert comparison.score_on == "test"
+    assert spec.score_on == "test"
 
 
 def test_the_files_run_in_miniature(model_file: Path, tmp_path: Path) -> None:
@@ -68,22 +69,22 @@ def test_the_files_run_in_miniature(model_file: Path, tmp_path: Path) -> None:
             for name, file in files.items()
         },
     }
-    comparison = from_dict(content, BenchmarkSpec)
-    jobs = [job for job in jobs_of(comparison) if job.target in files[job.variant]["targets"]]
+    spec = from_dict(content, BenchmarkSpec)
+    jobs = [job for job in jobs_of(spec) if job.target in files[job.variant]["targets"]]
     assert [job.variant for job in jobs] == list(files)
     out = tmp_path / "out"
-    (out / CELLS).mkdir(parents=True)
-    replace_file(out / COMPARISON, tomli_w.dumps(content))
-    with (tmp_path / "said").open("w") as say:
-        work(out, [job.id for job in jobs], say)  # what a process of a benchmark does
+    (out / JOBS).mkdir(parents=True)
+    replace_file(out / SPEC, tomli_w.dumps(content))
+    with (tmp_path / "messages").open("w") as messages:
+        run_jobs(out, [job.id for job in jobs], messages)  # as a worker does
     results = [result for job in jobs if (result := read_job(out, job)) is not None]
     assert [(result.outcome, result.reason) for result in results] == [("done", "")] * len(files)
     for result in results:
         assert result.result is not None
         stages = [stage.stage for stage in result.result.stages]
         assert stages == ["before", "cut", "refit", "finetuned"]
-    words = [f"{event} {job.id}" for job in jobs for event in ("begun", "ended")]
-    assert (tmp_path / "said").read_text().splitlines() == words
-    write_comparison(out, comparison, results)
+    words = [f"{event} {job.id}" for job in jobs for event in ("started", "ended")]
+    assert (tmp_path / "messages").read_text().splitlines() == words
+    write_benchmark(out, spec, results)
     text = (out / MARKDOWN).read_text()
     assert [name for name in files if f"| vote, {name} |" not in text] == []

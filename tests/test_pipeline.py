@@ -17,17 +17,17 @@ from runs import DigitsRun, outputs, small_config
 from secateur import data
 from secateur.config import DataSection, ModelSection, RunConfig
 from secateur.data import DataSet, TensorImages
-from secateur.errors import DataError, SecateurError, UnknownName, UsageError
-from secateur.evaluation.evaluate import Score
 from secateur.experiments import run_folder
 from secateur.experiments.run import run
 from secateur.models import zoo
+from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline import stages
 from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pruning.cost.latency_model import LatencyTable
+from secateur.runtime.errors import DataError, SecateurError, UnknownName, UsageError
 
 
 def prune_small(config: RunConfig, dataset: DataSet) -> Pruned:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from networks import wired
 from secateur.config import Budget, Quantity, parse_budget
-from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
 NAMES = ["chain", "concat", "residual", "flattened", "gated", "depthwise"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "filters")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.errors import RunFolderError
 from secateur.experiments.program import OPERATIONS, Operation, Program, ProgramNetwork
+from secateur.runtime.errors import RunFolderError
 
 
 def test_every_operation_in_the_table_exists() -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, random_images, random_plan, wired
-from secateur.errors import UsageError
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
@@ -19,6 +18,7 @@ from secateur.graph.network_graph import NetworkGraph
 from secateur.graph.trace import trace
 from secateur.pruning.cost.quantities import count_quantity
 from secateur.pruning.cost.tensor_sizes import TensorSizes
+from secateur.runtime.errors import UsageError
 from secateur.runtime.module_state import tensors_of
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from networks import assert_cut_is_equivalent, counted_macs, random_images, several
 from random_networks import BLOCKS, Spec, build, random_plan
 from secateur.config import Budget
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
+from secateur.models.divergence import relative_error
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from networks import wired
-from secateur.errors import UsageError
 from secateur.pruning.ranking import rank
+from secateur.runtime.errors import UsageError
 
 
 def test_the_highest_score_comes_first_and_ties_are_broken() -> None:

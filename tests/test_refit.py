@@ -23,12 +23,11 @@ from networks import (
 from processes import side_by_side
 from secateur.config import Budget, RefitForm, RefitSection
 from secateur.data import Batch
-from secateur.errors import DataError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.patches import in_patch_order, window_of
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
@@ -38,6 +37,7 @@ from secateur.pruning.refit.layers import KeptChannels, refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.regression_targets import RegressionTargets
 from secateur.pruning.refit.target_layers import target_layer
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching
 

@@ -66,7 +66,7 @@ def test_a_reading_process_that_is_killed_is_one_line(
         run(config.model_copy(update={"finetune": settings}), tmp_path / "run")
     words = explain(caught.value)
     assert words is not None
-    assert words.startswith("a process that reads images has ended")
+    assert words.startswith("a process that reads images has died")
     assert "\n" not in words
     monkeypatch.undo()
-    run(config, tmp_path / "run", resume=True)  # with the readers of before, it goes on
+    run(config, tmp_path / "run", resume=True)  # it resumes with the readers of before

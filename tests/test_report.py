@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 
 from runs import DigitsRun
-from secateur.errors import DataError, RunFolderError, WriteError
-from secateur.evaluation.divergence import OutputDivergence
 from secateur.experiments.compare.results import Row, to_lines
-from secateur.experiments.report import count_text, score_rows, write_report
-from secateur.experiments.report.comparison import ROWS
+from secateur.experiments.report.benchmark import ROWS
+from secateur.experiments.report.page import count_text, score_rows, write_report
 from secateur.experiments.report.run_charts import tradeoff
 from secateur.experiments.run import report
+from secateur.models.score import OutputDivergence
 from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
-from secateur.training.distill import Distillation, DistillEpoch
-from secateur.training.trainer import Epoch
+from secateur.runtime.errors import DataError, RunFolderError, WriteError
+from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 
 
 class Page(HTMLParser):
@@ -72,11 +71,13 @@ def test_every_stage_layer_and_reason_is_there(page: Page, digits_run: DigitsRun
     assert digits_run.result.plan_hash[:16] in text
 
 
-def test_norms_and_polish_are_told_of(digits_run: DigitsRun, tmp_path: Path) -> None:
-    norms = BatchNormRecalibration("means", 0.25, 0.5125, 0.4875)
+def test_recalibration_and_distillation_are_shown(digits_run: DigitsRun, tmp_path: Path) -> None:
+    recalibration = BatchNormRecalibration("means", 0.25, 0.5125, 0.4875)
     before, after = OutputDivergence(0.4875, 0.8125), OutputDivergence(0.3125, 0.9375)
-    polish = Distillation(before, (DistillEpoch(Epoch(1, 0.1234, 0.0), after),), 1)
-    result = digits_run.result.model_copy(update={"norms": norms, "distill": polish})
+    distillation = Distillation(before, (DistillEpoch(Epoch(1, 0.1234, 0.0), after),), 1)
+    result = digits_run.result.model_copy(
+        update={"batchnorm_recalibration": recalibration, "distillation": distillation}
+    )
     write_report(result, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(page.texts)
@@ -84,7 +85,7 @@ def test_norms_and_polish_are_told_of(digits_run: DigitsRun, tmp_path: Path) -> 
     assert "means moved 25% of the way" in text
     for number in ("0.5125", "0.4875", "0.3125", "81.25", "93.75", "0.1234"):
         assert number in text
-    assert "the weights of epoch 1 stayed" in text
+    assert "the weights of epoch 1 were kept" in text
 
 
 def test_text_from_outside_is_escaped(page: Page, digits_run: DigitsRun) -> None:
@@ -112,7 +113,7 @@ def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: P
     assert "of 20 calibration images" in (folder / "report.html").read_text()
     report(folder, images=0, source="folder:nowhere")  # no data is read
     page = Page((folder / "report.html").read_text())
-    assert "calibration images; the" not in " ".join(page.texts)
+    assert "with its strongest responses" not in " ".join(page.texts)
     with pytest.raises(DataError, match="no folder nowhere"):
         report(folder, source="folder:nowhere")
     assert Page((folder / "report.html").read_text()).texts == page.texts
@@ -136,10 +137,10 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
         latency_left=0.7,
         id="one",
     )
-    comparison = tmp_path / "comparison"
-    comparison.mkdir()
-    (comparison / ROWS).write_text(to_lines([row]))
-    written = report(digits_run.folder, images=30, beside=comparison, pictures=tmp_path / "charts")
+    benchmark = tmp_path / "benchmark"
+    benchmark.mkdir()
+    (benchmark / ROWS).write_text(to_lines([row]))
+    written = report(digits_run.folder, images=30, beside=benchmark, pictures=tmp_path / "charts")
     assert [path.name for path in written] == [
         f"resnet20-{name}.png" for name in ("tradeoff", "filters", "votes", "concepts")
     ]
@@ -150,14 +151,14 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file can't be written"):
         report(digits_run.folder, images=0, pictures=tmp_path / "file")
-    with pytest.raises(RunFolderError, match=r"cells\.jsonl can't be read"):
+    with pytest.raises(RunFolderError, match=r"jobs\.jsonl can't be read"):
         report(digits_run.folder, images=0, beside=tmp_path)
 
 
-def test_a_trade_off_shows_a_comparison_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:
+def test_a_trade_off_shows_a_benchmark_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:
     trials = (SizeTrial(1.0, 0.99, kept=True), SizeTrial(0.6, 0.9, kept=False))
-    drawing = tradeoff(digits_run.result.model_copy(update={"trials": trials})).svg()
-    for text in ("this run", "sizes tried (validation images)", ">cut<", ">tuned<"):
+    drawing = tradeoff(digits_run.result.model_copy(update={"size_trials": trials})).svg()
+    for text in ("this run", "sizes tried (validation images)", ">cut<", ">finetuned<"):
         assert text in drawing
     assert "sizes tried" not in tradeoff(digits_run.result).svg()
 

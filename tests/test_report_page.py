@@ -17,11 +17,11 @@ from browser import DESK, PHONE, Watched, open_browser, opened
 from runs import DigitsRun
 from secateur import data, load
 from secateur.config import RunConfig, from_dict
-from secateur.experiments.compare.runner import JobResult
+from secateur.experiments.compare.job import JobResult
 from secateur.experiments.compare.spec import BenchmarkSpec
-from secateur.experiments.report import write_report
-from secateur.experiments.report.comparison import PAGE, write_comparison
+from secateur.experiments.report.benchmark import PAGE, write_benchmark
 from secateur.experiments.report.gallery import make_gallery
+from secateur.experiments.report.page import write_report
 from secateur.experiments.run import run
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
@@ -87,13 +87,13 @@ def test_a_click_on_a_layer_lists_its_filters(page: Page, digits_run: DigitsRun)
     expect(page.get_by_role("heading", name="Filters", exact=True)).to_be_in_viewport()
 
 
-def test_kept_and_removed_are_told_apart(page: Page, digits_run: DigitsRun) -> None:
+def test_kept_and_removed_are_separate(page: Page, digits_run: DigitsRun) -> None:
     group = digits_run.result.groups[0]
     choice(page, "Layer").select_option(group.name)
-    choice(page, "Shown").select_option("removed")
+    choice(page, "Show").select_option("removed")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in group.removed]
     assert set(cards(page).locator(".fate").all_text_contents()) == {"Removed"}
-    choice(page, "Shown").select_option("kept")
+    choice(page, "Show").select_option("kept")
     kept = [f for f in range(group.filters) if f not in group.removed]
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in kept]
     page.get_by_role("button", name="Show all").click()
@@ -111,7 +111,7 @@ def test_sorting_by_rank_is_by_score(page: Page, digits_run: DigitsRun) -> None:
     expect(cards(page).first).to_contain_text(f"Rank 1 of {group.filters} by vote")
     choice(page, "Sort by").select_option("worst")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in reversed(order)]
-    choice(page, "Sort by").select_option("limit")
+    choice(page, "Sort by").select_option("cutoff")
     kept = group.filters - len(group.removed)
     assert set(titles(page)[:2]) == {
         title_of(digits_run.result, 0, order[kept - 1]),
@@ -133,7 +133,7 @@ def test_a_search_finds_layers_filters_and_concepts(page: Page, digits_run: Digi
     search.fill(f"{name} 3")
     assert title_of(digits_run.result, 2, 3) in titles(page)
     search.fill("no such thing")
-    expect(page.get_by_role("status")).to_have_text("No filter is like that.")
+    expect(page.get_by_role("status")).to_have_text("No filter matches.")
     assert cards(page).count() == 0
 
 
@@ -155,7 +155,7 @@ def test_more_filters_come_when_asked_for(page: Page) -> None:
 
 def test_all_of_it_works_by_keyboard(page: Page, digits_run: DigitsRun) -> None:
     page.keyboard.press("Tab")
-    expect(page.get_by_text("To the scores")).to_be_focused()
+    expect(page.get_by_text("Skip to the scores")).to_be_focused()
     page.keyboard.press("Tab")
     expect(page.locator("#theme")).to_be_focused()
     for _ in range(100):
@@ -167,16 +167,16 @@ def test_all_of_it_works_by_keyboard(page: Page, digits_run: DigitsRun) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_role("searchbox")).to_be_focused()
     page.keyboard.type("filter 1")  # no text says "filter": nothing is left
-    expect(page.get_by_role("status")).to_have_text("No filter is like that.")
+    expect(page.get_by_role("status")).to_have_text("No filter matches.")
     page.keyboard.press("Control+A")
     page.keyboard.type(digits_run.result.groups[0].name)
     expect(cards(page)).not_to_have_count(0)
 
 
-def test_a_comparison_is_in_the_same_style(
+def test_a_benchmark_page_is_in_the_same_style(
     browser: Browser, digits_run: DigitsRun, tmp_path: Path
 ) -> None:
-    cells = [
+    results = [
         JobResult(
             id=f"{criterion}-{seed}",
             network="resnet20",
@@ -199,7 +199,7 @@ def test_a_comparison_is_in_the_same_style(
         "seeds": 2,
         "data": {"source": "digits"},
     }
-    write_comparison(tmp_path, from_dict(content, BenchmarkSpec), cells, "secateur compare")
+    write_benchmark(tmp_path, from_dict(content, BenchmarkSpec), results, "secateur compare")
     for size in (DESK, PHONE):
         with opened(browser, tmp_path / PAGE, size) as found:
             expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()

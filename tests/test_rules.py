@@ -18,14 +18,14 @@ from torch.nn.utils import parametrizations
 from networks import assert_cut_is_equivalent, random_images
 from random_networks import random_plan
 from secateur.config import Budget
-from secateur.errors import TraceError, UsageError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.rules import elementwise
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import TraceError, UsageError
 
 Step = Callable[[Any, Tensor], Tensor]
 

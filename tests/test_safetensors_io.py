@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.errors import WeightsError
 from secateur.models import weights
 from secateur.runtime import safetensors_io
+from secateur.runtime.errors import WeightsError
 
 TENSORS = {
     "größe": torch.arange(6.0).reshape(2, 3),

@@ -6,12 +6,12 @@ import pytest
 
 from networks import Chain, random_images
 from secateur.config import Budget
-from secateur.errors import TargetError
 from secateur.graph.build import build_dependency_graph
 from secateur.pruning import size_search
 from secateur.pruning.outcome import SizeTrial
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.size_search import TRIALS, bisect, plan_in_time, smallest_kept
+from secateur.runtime.errors import TargetError
 
 
 def test_the_smallest_network_within_the_limit_is_found() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from networks import Chain, assert_cut_is_equivalent, make_network, random_images, random_plan
 from secateur.config import Budget
-from secateur.errors import RunFolderError, UnknownName
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import check_plan
 from secateur.pruning.plan import PruningPlan, make_plan
+from secateur.runtime.errors import RunFolderError, UnknownName
 
 
 def any_plan(dependencies: DependencyGraph) -> PruningPlan:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))

@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, segmentation
 
 from networks import random_images, random_plan, randomise_norms
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.torchvision_detectors import traceable_forward
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 

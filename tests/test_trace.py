@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
-from secateur.errors import TraceError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.interpreter import GraphInterpreter, run
 from secateur.graph.network_graph import operation_name
 from secateur.graph.trace import trace
+from secateur.models.divergence import relative_error
+from secateur.runtime.errors import TraceError
 from secateur.runtime.module_state import evaluating, tensors_of
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from layouts import write_classes
 from secateur.config import BaseConfig, RunConfig, from_dict
-from secateur.errors import UnknownName, UsageError
 from secateur.experiments.run import run
 from secateur.experiments.train_base import train_base
-from secateur.integrations.trackers import Tracker, make_tracker, open_log
 from secateur.pipeline.run_context import RunContext
+from secateur.runtime.errors import UnknownName, UsageError
+from secateur.runtime.trackers import Tracker, make_tracker, open_log
 
 pytest.importorskip("tensorboard", reason="TensorBoard is an extra")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -21,11 +21,12 @@ from networks import Chain, randomise_norms
 from secateur.config import TrainingSection
 from secateur.data import TensorImages
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, RunFolderError, SecateurError, UsageError
+from secateur.runtime.errors import DataError, RunFolderError, SecateurError, UsageError
 from secateur.runtime.precision import accelerator_for, autocast, has_fast_bfloat16
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.loss import DistillationLoss
-from secateur.training.trainer import Epoch, Training, TrainingCallbacks, train
+from secateur.training.outcome import Epoch
+from secateur.training.trainer import Training, TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 PREPARE = Preprocessing(8, 8)

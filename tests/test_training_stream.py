@@ -20,8 +20,8 @@ from secateur.data import Batch, FileImages, TensorImages, Unreadable
 from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
-from secateur.errors import DataError, UsageError
 from secateur.runtime.atomic_io import replace_file
+from secateur.runtime.errors import DataError, UsageError
 
 NATIVE = Preprocessing(16, 16)
 STILL = Augmentation("none", flip=False)

@@ -15,11 +15,11 @@ from secateur import data
 from secateur.config import BaseConfig, RunConfig, from_dict
 from secateur.data import FileImages, Unreadable, batches, read_batch
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, UnreadableImage
-from secateur.evaluation.evaluate import evaluate
 from secateur.experiments.inspect import inspect_network
 from secateur.experiments.run import run
 from secateur.experiments.train_base import BaseResult, train_base
+from secateur.models.evaluate import evaluate
+from secateur.runtime.errors import DataError, UnreadableImage
 
 SMALL = Preprocessing(8, 8)
 FORMATS = ("jpg", "png", "webp", "bmp", "ppm", "tif")

@@ -5,24 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from secateur.version import __version__ as __version__
+from secateur.runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.api import PruneResult, prune
     from secateur.config import Budget, RunConfig
     from secateur.data import DataSet
     from secateur.data import load as load_data
-    from secateur.errors import SecateurError
-    from secateur.evaluation.evaluate import Score, evaluate
+    from secateur.experiments.onnx_export import ExportResult, export_onnx
     from secateur.experiments.run import run
     from secateur.experiments.run_folder import load, load_program, save
     from secateur.graph.build import build_dependency_graph
     from secateur.graph.dependency import DependencyGraph
-    from secateur.integrations.onnx import ExportResult, export_onnx
+    from secateur.models.evaluate import evaluate
+    from secateur.models.score import Score
     from secateur.models.zoo import load as load_model
     from secateur.pipeline.result import RunResult
     from secateur.pruning.apply import apply_plan
     from secateur.pruning.plan import PruningPlan, make_plan
+    from secateur.runtime.errors import SecateurError
 
 __all__ = [
     "Budget",
@@ -53,17 +54,17 @@ _PLACES = {
     "Budget": "config",
     "DataSet": "data",
     "DependencyGraph": "graph.dependency",
-    "ExportResult": "integrations.onnx",
+    "ExportResult": "experiments.onnx_export",
     "PruneResult": "api",
     "PruningPlan": "pruning.plan",
     "RunConfig": "config",
     "RunResult": "pipeline.result",
-    "Score": "evaluation.evaluate",
-    "SecateurError": "errors",
+    "Score": "models.score",
+    "SecateurError": "runtime.errors",
     "apply_plan": "pruning.apply",
     "build_dependency_graph": "graph.build",
-    "evaluate": "evaluation.evaluate",
-    "export_onnx": "integrations.onnx",
+    "evaluate": "models.evaluate",
+    "export_onnx": "experiments.onnx_export",
     "load": "experiments.run_folder",
     "load_data": "data:load",
     "load_model": "models.zoo:load",

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.errors import TargetError, UnknownName, UsageError
+from secateur.runtime.errors import TargetError, UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
 

@@ -1,4 +1,4 @@
-"""The page of results is that of the result files; and Torch-Pruning is trained as we are."""
+"""The page of results is that of the result files; and Torch-Pruning is trained alike."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
+from scipy.stats import spearmanr
 
-import comparisons
+import benchmarks
+import criteria
+import dissection
+import finetuned
+import report
 import results
-import tuned
+import studies
+import tables
 from layouts import write_classes
-from secateur.experiments.compare.runner import CELLS
+from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
@@ -25,7 +32,7 @@ def test_the_page_is_that_of_the_result_files() -> None:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
+def spec(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     """The bench's on a few small images."""
     for part, count in (("train", 24), ("test", 8)):
         write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
@@ -39,41 +46,71 @@ def comparison(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     config = tmp_path / "benchmark.toml"
     config.write_text(tomli_w.dumps(content))
     arguments = argparse.Namespace(data=str(tmp_path / "images"), weights=None)
-    return comparisons.asked_for(config, arguments)
+    return benchmarks.configured(config, arguments)
 
 
 def test_rows_that_are_there_are_not_measured_again(
-    comparison: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparisons, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
     file = tmp_path / "rows.jsonl"
-    comparisons.measure(comparison, file, 1)
+    benchmarks.measure(spec, file, 1)
     shutil.rmtree(tmp_path / "runs")
-    more = comparison.model_copy(update={"criteria": ("l1", "random")})
-    comparisons.measure(more, file, 1)
-    assert [row.criterion for row in comparisons.rows_in(file)] == ["l1", "random"]
-    assert len(list((tmp_path / "runs" / "rows" / CELLS).iterdir())) == 1
+    more = spec.model_copy(update={"criteria": ("l1", "random")})
+    benchmarks.measure(more, file, 1)
+    assert [row.criterion for row in benchmarks.measured_rows(file)] == ["l1", "random"]
+    assert len(list((tmp_path / "runs" / "rows" / JOBS).iterdir())) == 1
     # A row that did not come to the file before an interruption comes to it now.
     whole = file.read_text()
     file.write_text(whole.splitlines(keepends=True)[0])
-    comparisons.measure(more, file, 1)
+    benchmarks.measure(more, file, 1)
     assert file.read_text() == whole
-    text = comparisons.table(tmp_path / "benchmark.toml", file)
+    text = benchmarks.table(tmp_path / "benchmark.toml", file)
     assert "| random |" in text
     assert "all settings" in text
 
 
 def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
-    comparison: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: BenchmarkSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch_pruning", reason="Torch-Pruning is for the benches")
-    monkeypatch.setattr(tuned, "WORK", tmp_path / "work")
-    (cell,) = jobs_of(comparison)
-    peer = tuned.measure_peer(cell)
-    dataset, model = load_inputs(cell.config)
-    own = prune(model, dataset, cell.config).result
-    assert peer.criterion == tuned.PEER_NAME
-    assert peer.before_top1_fraction == own.stages[0].score.top1_fraction
-    assert peer.images == own.stages[0].score.images
+    monkeypatch.setattr(finetuned, "WORK", tmp_path / "work")
+    (job,) = jobs_of(spec)
+    peer = finetuned.measure_peer(job)
+    dataset, model = load_inputs(job.config)
+    ours = prune(model, dataset, job.config).result
+    assert peer.criterion == finetuned.PEER_NAME
+    assert peer.before_top1_fraction == ours.stages[0].score.top1_fraction
+    assert peer.images == ours.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps
     assert peer.finetuned_top1_fraction is not None
+
+
+@pytest.mark.parametrize("study", list(studies.TARGETS))
+def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
+    text = criteria.PAGE.read_text()
+    measurements = criteria.measured()
+    if any(measurement["study"] == study for measurement in measurements):
+        name = f"results/criteria.jsonl {study}"
+        assert tables.with_table(text, name, criteria.table(study, measurements)) == text
+
+
+def test_the_report_page_shows_what_was_measured() -> None:
+    text = report.PAGE.read_text()
+    assert tables.with_table(text, "results/report.json", report.table()) == text
+
+
+def test_the_dissection_page_shows_what_was_measured() -> None:
+    text = dissection.PAGE.read_text()
+    for name, table in dissection.TABLES.items():
+        shown = tables.with_table(
+            text, f"results/dissection.json{name}", table(dissection.ordered_rows())
+        )
+        assert shown == text
+
+
+def test_the_rank_correlation_is_scipys(generator: torch.Generator) -> None:
+    a, b = torch.randint(0, 6, (2, 40), generator=generator).double()
+    expected = spearmanr(a.numpy(), b.numpy()).statistic
+    assert dissection.rank_correlation(a, b) == pytest.approx(expected)
+    assert dissection.rank_correlation(a, torch.zeros(40)) is None

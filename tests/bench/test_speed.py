@@ -4,17 +4,17 @@ import pytest
 import torch
 
 import speed
+from interleaved import ROUNDS, time_interleaved
 from networks import make_network, random_images
 from rows import Row, read_rows
 from speed import latency_table, page, surgery_table
-from turns import REPEATS, in_turns
 
 
 def row_of(mode: str, **more: object) -> Row:
     return {"network": "resnet50", "mode": mode, "outcome": "ok", **more}
 
 
-def test_the_table_of_cutting_compares_medians() -> None:
+def test_the_table_of_pruning_compares_medians() -> None:
     steps = (
         "dependency_graph",
         "scores",
@@ -32,19 +32,19 @@ def test_the_table_of_cutting_compares_medians() -> None:
     assert "failed: It broke" in table
 
 
-def test_the_table_of_forward_passes_tells_how_near_the_ideal_they_come() -> None:
-    cells: list[Row] = [
+def test_the_table_of_forward_passes_compares_with_the_ideal() -> None:
+    timings: list[Row] = [
         {"engine": "eager", "batch": 1, "seconds": {"original": [0.3], "cut": [0.2]}},
         {"engine": "compiled", "batch": 16, "reason": "It | broke\nhere"},
     ]
-    row = row_of("latency", cells=cells, macs={"original": 200, "cut": 100})
+    row = row_of("latency", timings=timings, macs={"original": 200, "cut": 100})
     table = latency_table([row])
     assert "| resnet50 | eager | 1 | 300.0 | 200.0 | 1.50× | 75 % |" in table
     assert "| resnet50 | compiled | 16 | It \\| broke ||||" in table
 
 
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
-def test_engines_give_the_network_s_own_output(engine: str) -> None:
+def test_engines_give_the_output_of_the_network(engine: str) -> None:
     if engine == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -52,8 +52,8 @@ def test_engines_give_the_network_s_own_output(engine: str) -> None:
     forward = speed._forward(model, engine, images)
     with torch.no_grad():
         torch.testing.assert_close(forward(images), model(images))
-    seconds = in_turns({"original": forward, "cut": forward}, images)
-    assert len(seconds["original"]) == len(seconds["cut"]) == REPEATS[1]
+    seconds = time_interleaved({"original": forward, "cut": forward}, images)
+    assert len(seconds["original"]) == len(seconds["cut"]) == ROUNDS.most
 
 
 def test_the_page_is_that_of_the_result_file() -> None:

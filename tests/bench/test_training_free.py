@@ -1,4 +1,4 @@
-"""The bench of training-free pruning: its peer is asked rightly, its page is up to date."""
+"""The bench of training-free pruning: its peer is used correctly, its page is current."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import torch.nn.functional as F
 
 import peer
 import training_free
-from cells import Cell
+from measurements import Measurement
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
-from secateur.evaluation.evaluate import count_macs
 from secateur.graph.build import build_dependency_graph
-from training_free import all_but_inner, cells, page, readme, table
+from secateur.models.evaluate import count_macs
+from training_free import all_but_inner, measured, page, readme, table
 
 
 def test_gradients_are_those_of_every_image_by_itself() -> None:
     model, images = make_network("residual"), random_images(5)
-    found = gradients(model, images.split(3))
-    each = []
+    computed = gradients(model, images.split(3))
+    by_image = []
     for image in images:
         model.zero_grad()
         logits = model(image[None])
         F.cross_entropy(logits, logits.argmax(1)).backward()
-        each.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    for name in each[0]:
-        stacked = torch.stack([grads[name] for grads in each])
-        torch.testing.assert_close(found.mean[name], stacked.mean(0))
-        torch.testing.assert_close(found.squared[name], stacked.square().mean(0))
+        by_image.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    for name in by_image[0]:
+        stacked = torch.stack([grads[name] for grads in by_image])
+        torch.testing.assert_close(computed.mean[name], stacked.mean(0))
+        torch.testing.assert_close(computed.squared[name], stacked.square().mean(0))
 
 
 @pytest.mark.parametrize("criterion", peer.CRITERIA)
@@ -38,15 +40,15 @@ def test_the_peer_cuts_inner_channels_to_the_target(criterion: str) -> None:
     whole = all_but_inner(model, build_dependency_graph(model, images))
     assert whole == {"stem.0", "conv2.0", "conv4.0", "linear"}
     settings = peer.Settings(criterion, is_global=True, whole=whole)
-    given = gradients(model, [images]).of(criterion)
-    found = cut_to(model, images[:1], settings, 0.7, given)
-    left = count_macs(found.model, images[:1]) / count_macs(model, images[:1])
-    assert found.macs_left == left
+    gradients_by_name = gradients(model, [images]).of(criterion)
+    cut = cut_to(model, images[:1], settings, 0.7, gradients_by_name)
+    left = count_macs(cut.model, images[:1]) / count_macs(model, images[:1])
+    assert cut.macs_left == left
     assert 0.7 - SHORTFALL <= left < 1
-    assert found.model(images).shape == (5, 5)
+    assert cut.model(images).shape == (5, 5)
 
 
-def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cell:
+def measurement_of(method: str, options: str, seed: int, last: str, top1: float) -> Measurement:
     return {
         "study": "cifar10",
         "network": "resnet20",
@@ -57,7 +59,7 @@ def cell_of(method: str, options: str, seed: int, last: str, top1: float) -> Cel
         "base_fraction": 0.9,
         "cut_fraction": 0.3,
         f"{last}_fraction": top1,
-        f"{last}_agreement_fraction": 0.5,
+        f"{last}_same_class_fraction": 0.5,
         "macs_left": 0.699,
         "images": 10000,
         "calibration_images": 2000,
@@ -68,12 +70,12 @@ def test_losses_are_compared_with_the_best_peer() -> None:
     text = table(
         "cifar10",
         [
-            cell_of("secateur", "", 0, "refit", 0.88),
-            cell_of("torch-pruning l1", "global, inner", 0, "norms", 0.79),
-            cell_of("torch-pruning l1", "global, inner", 1, "norms", 0.81),
-            cell_of("torch-pruning l2", "global, inner", 0, "norms", 0.7),
+            measurement_of("secateur", "", 0, "refit", 0.88),
+            measurement_of("torch-pruning l1", "global, inner", 0, "recalibrated", 0.79),
+            measurement_of("torch-pruning l1", "global, inner", 1, "recalibrated", 0.81),
+            measurement_of("torch-pruning l2", "global, inner", 0, "recalibrated", 0.7),
             {
-                **cell_of("torch-pruning l2", "global, all", 0, "norms", 0.7),
+                **measurement_of("torch-pruning l2", "global, all", 0, "recalibrated", 0.7),
                 "outcome": "not applicable",
                 "reason": "it broke (1x2 and 3x4)",
             },
@@ -86,6 +88,6 @@ def test_losses_are_compared_with_the_best_peer() -> None:
 
 def test_pages_are_those_of_the_result_file() -> None:
     text = training_free.PAGE.read_text()
-    assert page(text, cells()) == text
+    assert page(text, measured()) == text
     text = training_free.README.read_text()
-    assert readme(text, cells()) == text
+    assert readme(text, measured()) == text

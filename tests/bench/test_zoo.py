@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import coverage
-from coverage import holds_law, is_cut, is_within, page, summary_table
+from coverage import is_cut, is_equivalent, is_within, page, summary_table
 from rows import Row, put_row, read_rows
 from zoo import (
     TIMM_RELEASE,
@@ -79,8 +79,8 @@ def test_norms_get_statistics_that_keep_the_signal_alive(generator: torch.Genera
     assert not any(module.training for module in model.modules())
     assert all(norm.momentum == 0.1 for norm in model.norms)
     with torch.no_grad():
-        found = model(images)
-    assert 0.1 < float(found.std()) < 10
+        outputs = model(images)
+    assert 0.1 < float(outputs.std()) < 10
 
 
 def row_of(network: str, tool: str, **more: object) -> Row:
@@ -96,7 +96,7 @@ def row_of(network: str, tool: str, **more: object) -> Row:
         "channels": 90,
         "channels_cut": 40,
         "frozen_channels": {},
-        "wiring_seconds": 1.0,
+        "dependency_graph_seconds": 1.0,
         "surgery_seconds": 0.5,
         "graph_seconds": 1.0,
         "cut_seconds": 2.0,
@@ -126,20 +126,20 @@ def test_what_counts_as_cut() -> None:
     assert not is_cut({**good, "is_finite": False})
     assert is_within({**good, "macs_left": 0.54}, 5)
     assert not is_within({**good, "macs_left": 0.54}, 3)
-    assert holds_law(good)
-    assert not holds_law({**good, "equivalence_error": 1e-4, "change": 0.01})
+    assert is_equivalent(good)
+    assert not is_equivalent({**good, "equivalence_error": 1e-4, "change": 0.01})
 
 
-def test_the_page_tells_of_what_failed() -> None:
-    found = [
+def test_the_page_shows_what_failed() -> None:
+    rows = [
         row_of("torchvision:alexnet", "secateur", frozen_channels={"no rule for 'x'": 10}),
         row_of("torchvision:alexnet", "torch-pruning", outcome="failed", reason="It | broke"),
     ]
-    text = page(found)
+    text = page(rows)
     assert "| alexnet, 224 | 40 of 100 | 50.0 % | 1e-07 | 1.50 | 10: no rule for 'x' |" in text
     assert "failed at start: It \\| broke" in text
     assert "| no rule for 'x' | 10 | 1 |" in text
-    assert "| 1 of 1 measured |" in summary_table(found)
+    assert "| 1 of 1 measured |" in summary_table(rows)
 
 
 def test_the_page_is_that_of_the_result_file() -> None:

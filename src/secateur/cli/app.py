@@ -25,9 +25,9 @@ from secateur.cli.commands.report import report
 from secateur.cli.commands.train import KEYS as TRAIN_KEYS
 from secateur.cli.commands.train import train
 from secateur.config import BaseConfig, RunConfig
-from secateur.errors import SecateurError, UsageError
+from secateur.runtime.errors import SecateurError, UsageError
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
-from secateur.version import __version__
+from secateur.runtime.version import __version__
 
 app: typer.Typer = typer.Typer(
     help="Prune trained convolutional networks: smaller and faster, without labels or retraining.",

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from secateur.cli import completion
 from secateur.config import AnyConfig, Section, from_dict, read_tables
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 DATA, BUDGET, METHOD, TRAINING, OUTPUT = (
     "Network and data",

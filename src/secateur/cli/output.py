@@ -14,18 +14,18 @@ from typing import Any
 from rich.table import Table
 
 from secateur.cli.console import err, escaped, out
-from secateur.errors import UsageError
-from secateur.evaluation.evaluate import Score
 from secateur.experiments import run_folder
 from secateur.experiments.inspect import NEEDED
-from secateur.experiments.report import count_text, score_rows
-from secateur.experiments.report.comparison import TextTable
-from secateur.integrations.onnx import ExportResult, Latency
-from secateur.integrations.trackers import Tracker
+from secateur.experiments.onnx_export import ExportResult, Latency
+from secateur.experiments.report.benchmark import TextTable
+from secateur.experiments.report.page import count_text, score_rows
+from secateur.models.score import Score
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed
+from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
+from secateur.runtime.trackers import Tracker
 
 BAR = 8
 """Characters of the longest bar."""

@@ -31,7 +31,7 @@ from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, split_calibration
 from secateur.data.unreadable import Unreadable, read_batch
-from secateur.errors import DataError, UnknownName, UsageError
+from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 __all__ = [
     "Batch",

@@ -23,7 +23,7 @@ from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, join_
 from secateur.data.images import FileImages, Images, Indices, to_size
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import DECODING_ERRORS, opened_image
-from secateur.errors import DataError, UsageError
+from secateur.runtime.errors import DataError, UsageError
 
 NO_CLASS = -1
 """Label of the images of a list without classes."""

@@ -13,8 +13,8 @@ from secateur.data.batches import Batch, batches
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable
-from secateur.errors import DataError
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.progress import ProgressCallback, no_progress
 
 

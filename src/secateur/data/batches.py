@@ -15,7 +15,7 @@ from secateur.data.concept_masks import ConceptMasks
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

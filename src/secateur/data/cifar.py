@@ -15,7 +15,7 @@ import torchvision
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
 from secateur.data.unreadable import DECODING_ERRORS, opened_image
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

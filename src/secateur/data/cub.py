@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.data.images import FileImages
 from secateur.data.splits import Splits
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import TEXT, inside, read_unzipped
 
 

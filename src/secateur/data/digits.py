@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, hold_out
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 TEST_FRACTION = 0.25
 

@@ -10,7 +10,7 @@ import torch
 
 from secateur.data.images import TensorImages
 from secateur.data.splits import Splits, check_labelling
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import TEXT, read_unzipped
 
 CLASS_NAMES = (

@@ -9,7 +9,7 @@ import torch
 
 from secateur.data.images import FileImages
 from secateur.data.splits import Splits, hold_out
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
 TEST_FRACTION = 0.2

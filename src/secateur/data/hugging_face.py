@@ -16,7 +16,7 @@ from secateur.data.images import Indices, to_size
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.splits import Splits, check_labelling
 from secateur.data.unreadable import decode_all
-from secateur.errors import DataError, UsageError
+from secateur.runtime.errors import DataError, UsageError
 
 TEST = ("test", "validation", "valid", "val")
 """Splits that can be the test split; the first that exists and has labels is taken."""

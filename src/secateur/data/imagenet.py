@@ -13,7 +13,7 @@ from pathlib import Path
 
 from secateur.data.folder import brief, check_same_classes, class_folders, images_of
 from secateur.data.splits import Splits
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 TEST = "val"
 """ILSVRC's validation images are for final scores: the labels of its test images aren't public."""

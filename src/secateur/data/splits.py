@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from secateur.data.images import Images
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 HELD_OUT_EVERY = 5
 """Every n-th calibration image is held out; the others are fitted to."""

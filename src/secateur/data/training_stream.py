@@ -23,7 +23,7 @@ from secateur.data.batches import Batch
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
-from secateur.errors import DataError, UsageError
+from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.seeding import seed_of
 from secateur.runtime.signals import SIGNALS
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.errors import UnreadableImage
+from secateur.runtime.errors import UnreadableImage
 from secateur.runtime.input_limits import check_pixels
 
 T = TypeVar("T")

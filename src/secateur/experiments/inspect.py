@@ -12,7 +12,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from secateur.config import RunConfig
-from secateur.errors import UnknownName
 from secateur.experiments.filter_pictures import draw_layer
 from secateur.pipeline.dissect import VOTES, NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, load_inputs
@@ -20,6 +19,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
+from secateur.runtime.errors import UnknownName
 
 TOP_IMAGES = 5
 """Images shown of each filter."""

@@ -15,8 +15,8 @@ import torch
 import torchvision
 from pydantic import PositiveInt
 
-from secateur.errors import RunFolderError
 from secateur.runtime.atomic_io import replace_file
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.input_limits import (
     PLAN_TEXT,
     SMALL_TEXT,
@@ -25,7 +25,7 @@ from secateur.runtime.input_limits import (
     read_bounded,
 )
 from secateur.runtime.schema import VersionedRecord, parse_record
-from secateur.version import __version__
+from secateur.runtime.version import __version__
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"

@@ -1,11 +1,10 @@
-"""A network as a list of ATen operations in JSON: it runs where its Python code is not at hand.
+"""A network as a list of ATen operations in JSON, which runs without the network's Python code.
 
-`torch.export.save` is not used: `torch.export.load` unpickles an archive's example inputs and
-constants, evaluates its sizes with sympy and runs its guards as Python, so a changed archive runs
-whatever it likes. Here an operation is a name that must stand in `OPERATIONS`, a table of tensor
-arithmetic in which nothing reads files, runs code or hands out memory that was not written; an
-argument is a number, a text, a type of torch or the name of an earlier value. Nothing is compiled,
-evaluated or unpickled.
+`torch.export.save` is not used because loading its archives is not safe: `torch.export.load`
+unpickles example inputs and constants, evaluates sizes with sympy and runs guards as Python. Here
+an operation is a name in `OPERATIONS`, a table of tensor arithmetic without any operation that
+reads files, runs code or returns uninitialised memory. An argument is a number, a text, a torch
+type or the name of an earlier value. Nothing is compiled, evaluated or unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import RunFolderError, UsageError
+from secateur.runtime.errors import RunFolderError, UsageError
 
 SCHEMA_VERSION = 1
 
@@ -45,7 +44,7 @@ OPERATIONS = frozenset(
     where zero zeros zeros_like
     """.split()  # noqa: SIM905
 )
-"""ATen operations that a program may name, with its form in place, but not with `out=`."""
+"""ATen operations that a program may name, also in their in-place form, but not with `out=`."""
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "add": operator.add,
@@ -56,14 +55,14 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "mod": operator.mod,
     "neg": operator.neg,
 }
-"""What is done with sizes, and with operations that return several tensors."""
+"""Arithmetic with sizes, and access to the results of operations that return several tensors."""
 DEVICE = "images.device"
-"""The value that stands for every device; no operation's value has a dot in its name."""
+"""The value that stands for any device; the values of operations have no dot in their names."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One step: what is called, with what, and the name of the value that comes out."""
+    """One step: the call, its arguments, and the name of the resulting value."""
 
     value: str
     call: str
@@ -75,24 +74,24 @@ class Operation:
 
 @dataclass(frozen=True)
 class Program:
-    """The operations of a network for images of one size, in order."""
+    """The operations of a network, in order, for images of one size."""
 
     image: str
     """The value that stands for the images."""
     image_shape: tuple[int, ...]
-    """`(rgb, height, width)`; the number of images is open."""
+    """`(rgb, height, width)`; any number of images."""
     parameters: dict[str, str]
-    """Value -> dotted name of the parameter that it is."""
+    """Name of a value -> dotted name of the parameter."""
     buffers: dict[str, str]
-    """Value -> dotted name of the buffer or constant that it is."""
+    """Name of a value -> dotted name of the buffer or constant."""
     operations: tuple[Operation, ...]
     output: str
     """The value that the network returns."""
     constants: dict[str, Tensor] = field(default_factory=dict, compare=False)
-    """Tensors that no state dict of the network holds, by name; not part of the JSON."""
+    """Tensors that are not in the network's state dict, by name; not part of the JSON."""
 
     def to_json(self) -> str:
-        """The program as JSON text with its schema version, an operation a line."""
+        """Return the program as JSON text with its schema version, one operation a line."""
         head = {
             "schema_version": SCHEMA_VERSION,
             "image": self.image,
@@ -107,7 +106,7 @@ class Program:
 
     @staticmethod
     def from_json(text: str, constants: Mapping[str, Tensor]) -> Program:
-        """The program that `to_json` wrote; raises `RunFolderError` where the text is no such."""
+        """Return the program that `to_json` wrote; raise `RunFolderError` for any other text."""
         try:
             content = json.loads(text)
             version = content["schema_version"]
@@ -137,7 +136,7 @@ def _texts(table: dict[Any, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Stands for an earlier value among the arguments."""
+    """A reference to an earlier value, among the arguments."""
 
     value: str
 
@@ -148,21 +147,24 @@ class _Step:
     function: Callable[..., Any]
     args: list[Any]
     kwargs: dict[str, Any]
-    done_with: tuple[str, ...]
+    last_uses: tuple[str, ...]
     """Values that no later step reads."""
 
 
 class ProgramNetwork(nn.Module):
-    """Runs a program, always in evaluation mode; its state dict has the network's own names."""
+    """Runs a program, always in evaluation mode; its state dict has the names of the network."""
 
     def __init__(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the tensors that the program names; raises `RunFolderError` where one is missing,
-        or where the program names an operation outside the table or a value before it is there.
+        """Make the network with the tensors that the program names.
+
+        Raises:
+            RunFolderError: A tensor is missing, or the program names an operation outside the
+                table or a value before it is computed.
         """
         super().__init__()
         self._image, self._output = program.image, program.output
         self._image_shape = program.image_shape
-        self._steps = _steps(program)
+        self._steps = _make_steps(program)
         self._names = {**program.parameters, **program.buffers}
         for name in dict.fromkeys(program.parameters.values()):
             self._place(name, tensors, is_parameter=True)
@@ -171,7 +173,7 @@ class ProgramNetwork(nn.Module):
         self.eval()
 
     def _place(self, name: str, tensors: Mapping[str, Tensor], *, is_parameter: bool) -> None:
-        """Registers a tensor under its dotted name."""
+        """Register a tensor under its dotted name."""
         if name not in tensors:
             raise RunFolderError(f"the program needs the tensor {name!r}, which is not there")
         path, _, last = name.rpartition(".")
@@ -190,38 +192,39 @@ class ProgramNetwork(nn.Module):
             raise RunFolderError(f"the program can't name a tensor {name!r}: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[image, rgb, height, width]` to what the network returns, for any batch size.
+        """Return the network's output for images `[image, rgb, height, width]`, any number of them.
 
-        Raises `UsageError` where the images are not of the size that the program was made for.
+        Raises:
+            UsageError: The images don't have the size that the program was made for.
         """
         if tuple(images.shape[1:]) != self._image_shape:
             expected = "×".join(str(size) for size in self._image_shape)
             raise UsageError(
                 f"the program takes images [image, {expected}], not {list(images.shape)}"
             )
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        values: dict[str, Any] = {value: own[name] for value, name in self._names.items()}
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        values: dict[str, Any] = {value: tensors[name] for value, name in self._names.items()}
         values |= {self._image: images, DEVICE: images.device}
         for step in self._steps:
-            args = [_filled(argument, values) for argument in step.args]
-            kwargs = {name: _filled(argument, values) for name, argument in step.kwargs.items()}
+            args = [_resolve(argument, values) for argument in step.args]
+            kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs.items()}
             values[step.value] = step.function(*args, **kwargs)
-            for value in step.done_with:
+            for value in step.last_uses:
                 del values[value]
         result = values[self._output]
         assert isinstance(result, Tensor)
         return result
 
 
-def _steps(program: Program) -> tuple[_Step, ...]:
-    """The operations, ready to be called; each has been looked up in the tables."""
+def _make_steps(program: Program) -> tuple[_Step, ...]:
+    """Return the operations with their functions, looked up in the tables."""
     known = {program.image, DEVICE, *program.parameters, *program.buffers}
     last_use: dict[str, int] = {}
     decoded: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = []
     for number, step in enumerate(program.operations):
         reads: list[str] = []
-        args = [_decoded(argument, reads) for argument in step.args]
-        kwargs = {str(name): _decoded(argument, reads) for name, argument in step.kwargs.items()}
+        args = [_decode(argument, reads) for argument in step.args]
+        kwargs = {str(name): _decode(argument, reads) for name, argument in step.kwargs.items()}
         for value in reads:
             if value not in known:
                 raise RunFolderError(f"the program reads {value!r} before it is there")
@@ -232,18 +235,18 @@ def _steps(program: Program) -> tuple[_Step, ...]:
         decoded.append((_function(step.call), args, kwargs))
     if program.output not in known:
         raise RunFolderError(f"the program returns {program.output!r}, which it does not compute")
-    done: dict[int, list[str]] = {}
+    last_uses: dict[int, list[str]] = {}
     for value, number in last_use.items():
         if value not in (program.output, DEVICE):
-            done.setdefault(number, []).append(value)
+            last_uses.setdefault(number, []).append(value)
     return tuple(
-        _Step(step.value, *call, done_with=tuple(done.get(number, ())))
+        _Step(step.value, *call, last_uses=tuple(last_uses.get(number, ())))
         for number, (step, call) in enumerate(zip(program.operations, decoded, strict=True))
     )
 
 
 def _function(call: str) -> Callable[..., Any]:
-    """The operation of this name; raises `RunFolderError` where it is not in the tables."""
+    """Return the operation of this name; raise `RunFolderError` if it is not in the tables."""
     space, _, rest = call.partition(".")
     if space == "python" and rest in ARITHMETIC:
         return ARITHMETIC[rest]
@@ -251,19 +254,19 @@ def _function(call: str) -> Callable[..., Any]:
     if space == "aten" and name.removesuffix("_") in OPERATIONS:
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None and overload in packet.overloads():
-            found: Any = getattr(packet, overload)
-            if not any(argument.is_out for argument in found._schema.arguments):
-                function: Callable[..., Any] = found
+            operation: Any = getattr(packet, overload)
+            if not any(argument.is_out for argument in operation._schema.arguments):
+                function: Callable[..., Any] = operation
                 return function
     raise RunFolderError(
         f"the program calls {call!r}, which is not one of the operations that a program may name"
     )
 
 
-def _decoded(argument: Any, reads: list[str]) -> Any:
-    """An argument from JSON; the values that it names are added to `reads`."""
+def _decode(argument: Any, reads: list[str]) -> Any:
+    """Return an argument from JSON; add the values that it names to `reads`."""
     if isinstance(argument, list):
-        return [_decoded(part, reads) for part in argument]
+        return [_decode(part, reads) for part in argument]
     if not isinstance(argument, dict):
         return argument
     match list(argument.items()):
@@ -273,16 +276,16 @@ def _decoded(argument: Any, reads: list[str]) -> Any:
         case [("float", "inf" | "-inf" | "nan" as number)]:
             return float(number)
         case [("torch", str(name))]:
-            found = getattr(torch, name, None)
-            if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
-                return found
+            constant = getattr(torch, name, None)
+            if isinstance(constant, torch.dtype | torch.layout | torch.memory_format):
+                return constant
     raise RunFolderError(f"the program has an argument that is not understood: {argument}")
 
 
-def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
-    """An argument with values in place of references."""
+def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """Return an argument with values in place of references."""
     if isinstance(argument, _Reference):
         return values[argument.value]
     if isinstance(argument, list):
-        return [_filled(part, values) for part in argument]
+        return [_resolve(part, values) for part in argument]
     return argument

@@ -1,4 +1,4 @@
-"""Records a network as a program: what `torch.export` finds, in the words that a program has."""
+"""Export a network as a program: the operations of `torch.export`, translated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.node import Node
 
-from secateur.errors import TraceError
-from secateur.evaluation.divergence import relative_error
 from secateur.experiments.program import (
     ARITHMETIC,
     DEVICE,
@@ -24,27 +22,29 @@ from secateur.experiments.program import (
     ProgramNetwork,
 )
 from secateur.graph.trace import export_program
+from secateur.models.divergence import relative_error
+from secateur.runtime.errors import TraceError
 from secateur.runtime.module_state import evaluating
 
 TOLERANCE = 1e-5
-"""Relative difference at which a program does not count as the network that it was made from."""
+"""Largest relative difference between the outputs of a program and of its network."""
 CHECKED_BATCHES = (1, 2, 3)
 CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"})
-"""Operations that only check what holds for every batch; a program leaves them out."""
+"""Operations that only check assumptions; a program leaves them out."""
 
 Images = Float[Tensor, "image rgb height width"]
 
 
 def make_program(model: nn.Module, example: Images) -> Program:
-    """The program of `model` in evaluation mode, for any number of images like `example`.
+    """Return the program of `model` in evaluation mode, for any number of images like `example`.
 
-    Raises `TraceError` where `torch.export` can't follow the
-    network, where an operation is not in the table, or where the program's answers to 1, 2 and 3
-    images of noise are not the network's.
+    Raises:
+        TraceError: `torch.export` can't trace the network, an operation is not in the table, or the
+            outputs for 1, 2 or 3 images of noise differ from the network's.
     """
     exported = export_program(model, example)
     program = _program_of(exported, tuple(example.shape[1:]))
-    _check_answers(model, program, example)
+    _check_outputs(model, program, example)
     return program
 
 
@@ -87,13 +87,13 @@ def _operations(nodes: list[Node]) -> Iterator[Operation]:
         call = _call_of(node)
         if call is None:
             continue
-        args = [_encoded(argument, node) for argument in node.args]
-        kwargs = {name: _encoded(argument, node) for name, argument in node.kwargs.items()}
+        args = [_encode(argument, node) for argument in node.args]
+        kwargs = {name: _encode(argument, node) for name, argument in node.kwargs.items()}
         yield Operation(node.name, call, args, kwargs)
 
 
 def _call_of(node: Node) -> str | None:
-    """The name that the node's operation has in a program; None for a mere check."""
+    """Return the name of the node's operation in a program; None for a check."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         space, _, name = target._schema.name.partition("::")
@@ -108,8 +108,8 @@ def _call_of(node: Node) -> str | None:
     raise TraceError(f"the operation {target} can't be part of a program")
 
 
-def _encoded(argument: Any, node: Node) -> Any:
-    """An argument as it stands in JSON."""
+def _encode(argument: Any, node: Node) -> Any:
+    """Return an argument as JSON."""
     if isinstance(argument, Node):
         return {"value": argument.name}
     if isinstance(argument, torch.device):
@@ -117,7 +117,7 @@ def _encoded(argument: Any, node: Node) -> Any:
     if isinstance(argument, torch.dtype | torch.layout | torch.memory_format):
         return {"torch": str(argument).removeprefix("torch.")}
     if isinstance(argument, list | tuple):
-        return [_encoded(part, node) for part in argument]
+        return [_encode(part, node) for part in argument]
     if isinstance(argument, float) and not math.isfinite(argument):
         return {"float": str(argument)}
     if argument is None or isinstance(argument, bool | int | float | str):
@@ -125,8 +125,8 @@ def _encoded(argument: Any, node: Node) -> Any:
     raise TraceError(f"{node.name} takes a {type(argument).__name__}, which JSON can't hold")
 
 
-def _check_answers(model: nn.Module, program: Program, example: Images) -> None:
-    """Raises `TraceError` where the program does not answer as the network does."""
+def _check_outputs(model: nn.Module, program: Program, example: Images) -> None:
+    """Raise `TraceError` if the outputs of program and network differ."""
     generator = torch.Generator().manual_seed(0)
     for count in CHECKED_BATCHES:
         images = torch.randn(count, *program.image_shape, generator=generator).to(example)
@@ -138,13 +138,13 @@ def _check_answers(model: nn.Module, program: Program, example: Images) -> None:
             ) from failure
         if not error <= TOLERANCE:
             raise TraceError(
-                f"exported, the network answers otherwise to a batch of {count}: "
+                f"exported, the network has other outputs for a batch of {count}: "
                 f"relative difference {error:.1e}"
             )
 
 
 def _difference(model: nn.Module, program: Program, images: Images) -> float:
-    """Largest difference between the answers, over the largest absolute answer."""
+    """Return the largest difference between the outputs, over the largest absolute output."""
     tensors = {**program.constants, **model.state_dict()}
     network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
     with evaluating(model), torch.no_grad():

@@ -16,14 +16,13 @@ from torch import nn
 
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
-from secateur.errors import RunFolderError, UsageError
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG
-from secateur.experiments.report import write_report
-from secateur.experiments.report.comparison import ROWS
+from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
+from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
@@ -48,12 +47,12 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
+from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.module_state import tensors_of
-from secateur.training.checkpoint import Checkpoints
 
 
 def run(
@@ -87,7 +86,7 @@ def run(
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
         while not pruned.is_finished:
-            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            checkpoints = folder / run_folder.CHECKPOINTS
             pruned = pipeline.take_next_step(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, folder, pruned, overwrite=True)
         _report(folder, pruned, model, dataset, run_context)
@@ -137,7 +136,7 @@ def finetune(
             if not resume:
                 _remove_checkpoints(folder)
             distributed.barrier()
-            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+            checkpoints = folder / run_folder.CHECKPOINTS
             pruned = pipeline.finetune(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, out, pruned, overwrite=overwrite or out == folder)
             if out != folder:

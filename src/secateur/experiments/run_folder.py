@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import RunFolderError, TraceError, UsageError
 from secateur.experiments.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -42,6 +41,7 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
+from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 from secateur.runtime.module_state import evaluating
 

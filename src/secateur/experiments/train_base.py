@@ -10,33 +10,25 @@ from typing import Literal
 import tomli_w
 from torch import nn
 
-from secateur.config import (
-    BaseConfig,
-    from_dict,
-    read_tables,
-)
+from secateur.config import BaseConfig, from_dict, read_tables
 from secateur.data import DataSet
-from secateur.errors import RunFolderError
-from secateur.evaluation.evaluate import Score, evaluate
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
 from secateur.pipeline.inputs import check_names, load_inputs, make_reader, resolve_config
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.trainer import (
-    KEYS_FREE_ON_RESUME,
-    KEYS_WITHOUT_EFFECT,
-    Epoch,
-    TrainingCallbacks,
-    train,
-)
+from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"

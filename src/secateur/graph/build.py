@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from secateur.errors import UnknownName
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.graph.network_graph import Forward
@@ -16,6 +15,7 @@ from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
+from secateur.runtime.errors import UnknownName
 from secateur.runtime.module_state import unwrapped
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.errors import TraceError
+from secateur.runtime.errors import TraceError
 
 NodeHook = Callable[[Tensor], Tensor | None]
 """Sees the value of an operation, and replaces it unless it returns None."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.errors import UsageError
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
 from secateur.graph.network_graph import NetworkGraph, operation_name
+from secateur.runtime.errors import UsageError
 
 Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
 """Returns the ids along each dimension of an operation's value, or of each of its values."""

@@ -24,8 +24,8 @@ from torch.fx.graph import Graph
 from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
-from secateur.errors import TraceError
 from secateur.graph.network_graph import Forward, NetworkGraph, is_view
+from secateur.runtime.errors import TraceError
 from secateur.runtime.module_state import copy_of, evaluating, tensors_of
 
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.errors import TraceError
 from secateur.graph.channel_ids import Count
 from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
@@ -31,6 +30,7 @@ from secateur.graph.network_graph import (
     shape_of,
 )
 from secateur.graph.trace import trace
+from secateur.runtime.errors import TraceError
 
 
 def is_cut_as_predicted(

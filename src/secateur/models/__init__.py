@@ -1,7 +1,9 @@
-"""Networks by name, their weights, and networks from user code.
+"""Networks by name, their weights, and what they are worth.
 
-- `zoo`: networks by name (built-in, torchvision, timm, user code), and their preprocessing
-- `cifar`: the built-in ResNets and VGG-16 for CIFAR
-- `weights`: weight files, safetensors and PyTorch checkpoints
-- `user_code`: factories in a user's own file, `path/to/file.py:factory`
+- `zoo`: networks by name (built-in, torchvision, timm, user code), and their preprocessing.
+- `cifar`: the built-in ResNets and VGG-16 for CIFAR.
+- `weights`: weight files, safetensors and PyTorch checkpoints.
+- `user_code`: factories in a user's own file, `path/to/file.py:factory`.
+- `evaluate`, `score`: accuracy, loss, MACs, parameters and latency.
+- `divergence`: how far the outputs of two networks are apart, without labels.
 """

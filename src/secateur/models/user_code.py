@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import UnknownName, UsageError
+from secateur.runtime.errors import UnknownName, UsageError
 
 
 def is_user_code(name: str) -> bool:

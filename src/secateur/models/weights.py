@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import WeightsError
 from secateur.runtime import safetensors_io
+from secateur.runtime.errors import WeightsError
 
 
 def load_weights(

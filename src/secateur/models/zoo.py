@@ -19,10 +19,10 @@ from torch import nn
 
 from secateur.config import Resizing
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import UnknownName, UsageError
 from secateur.models import user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
+from secateur.runtime.errors import UnknownName, UsageError
 
 IN_MEMORY = "memory"
 """Prefix of networks passed from Python, `memory:NAME`, which can't be built by name."""

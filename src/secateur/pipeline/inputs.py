@@ -9,9 +9,9 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, UsageError
 from secateur.models import user_code, zoo
 from secateur.pipeline.run_context import RunContext
+from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
 
 

@@ -20,9 +20,6 @@ from secateur.pipeline.scoring_context import Baseline
 from secateur.pipeline.stages import CutStage, DistillStage, RefitStage
 from secateur.pruning.outcome import RefitOutcome
 from secateur.runtime.environment import environment
-from secateur.runtime.hashing import weights_hash
-from secateur.runtime.module_state import tensors_of, unwrapped
-from secateur.training.checkpoint import Checkpoints
 
 
 def prune(
@@ -44,8 +41,7 @@ def prune(
     pruned = prune_round(model, dataset, config, run_context, baseline=baseline)
     while not pruned.is_finished:
         folder = None if checkpoints is None else checkpoints / f"round-{pruned.round}"
-        saved = None if folder is None else Checkpoints(folder)
-        pruned = take_next_step(pruned, model, dataset, run_context, saved)
+        pruned = take_next_step(pruned, model, dataset, run_context, folder)
     return pruned
 
 
@@ -54,7 +50,7 @@ def take_next_step(
     original: nn.Module,
     dataset: DataSet,
     run_context: RunContext,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Path | None = None,
 ) -> Pruned:
     """Fine-tune the network after its last cut or, where that is done, prune another round."""
     if pruned.is_finetuned:
@@ -91,11 +87,12 @@ def finetune(
     original: nn.Module,
     dataset: DataSet,
     run_context: RunContext,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Path | None = None,
 ) -> Pruned:
     """Fine-tune the network in place as its configuration says, with `original` as its teacher.
 
-    For `checkpoints` see `train`.
+    Training resumes from the checkpoints in the folder `checkpoints`, if one is given, and leaves
+    new ones there.
     """
     run_context = run_context.collecting_unreadable(pruned.result.config)
     finetuned = stages.finetune(pruned, original, dataset, run_context, checkpoints)
@@ -116,9 +113,8 @@ def _collect(
     this: Round, cut: CutStage, refit: RefitStage | None, distilled: DistillStage | None
 ) -> Pruned:
     """Return what the stages of a round came to, with filters numbered as in its network."""
-    plan, dependencies = cut.plan, this.context.dependencies
-    if this.number == 1:
-        plan = replace(plan, weights=weights_hash(tensors_of(unwrapped(this.original))))
+    plan = replace(cut.plan, weights=this.weights)
+    dependencies = this.context.dependencies
     outcome = RefitOutcome() if refit is None else refit.outcome
     round_stages = (stage.result for stage in (cut, refit, distilled) if stage is not None)
     unreadable = _sorted_union(this.unreadable, this.run_context.unreadable_files)

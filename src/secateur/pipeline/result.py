@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
-from secateur.errors import RunFolderError, UsageError
-from secateur.evaluation.evaluate import Score
+from secateur.models.score import Score
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
+from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
-from secateur.training.distill import Distillation
-from secateur.training.trainer import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
 SCHEMA_VERSION = 3
 RESULT = "result.json"
@@ -62,16 +61,6 @@ class FrozenResult(Record):
 
 
 KeptWeights = Literal["last", "best", "start"]
-COLLAPSE = 0.1
-"""Loss of top-1 fraction on the validation images from which training counts as broken. Smaller
-losses are common where the original network was trained on these images: it forgets them while it
-improves on the test images."""
-
-
-def has_collapsed(before: float, epochs: Sequence[Epoch]) -> bool:
-    """Return whether training has left a network far worse than it was `before`."""
-    last = epochs[-1].validation if epochs else None
-    return last is not None and last < before - COLLAPSE
 
 
 class FinetuneResult(Record):

@@ -14,6 +14,8 @@ from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline, ScoringContext, make_baseline
 from secateur.pruning.plan_inputs import PlanInputs
+from secateur.runtime.hashing import weights_hash
+from secateur.runtime.module_state import tensors_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,8 @@ class Round:
     """Time that the context and the plan inputs took."""
     stages: tuple[StageResult, ...]
     """Of the earlier rounds; the first is the original network's."""
+    weights: str | None
+    """Hash of the original network's weights; None after the first round."""
     unreadable: tuple[str, ...]
     """Image files that were left out before."""
     run_context: RunContext
@@ -64,12 +68,14 @@ def begin_round(
         log.write("batch_size", requested=requested, used=reader.batch_size)
         config = limit_batch_size(config, reader.batch_size)
     stages: tuple[StageResult, ...]
+    weights: str | None
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
         log.write("stage", **before.model_dump())
         number, stages, unreadable = 1, (before,), baseline.unreadable
+        weights = weights_hash(tensors_of(unwrapped(original)))
     else:
-        number, stages = earlier.round + 1, earlier.result.stages
+        number, stages, weights = earlier.round + 1, earlier.result.stages, None
         unreadable = (*earlier.result.unreadable, *baseline.unreadable)
     plan_inputs = baseline.plan_inputs[config.score.criterion]
     if plan_inputs.latency is not None:
@@ -86,6 +92,7 @@ def begin_round(
         plan_inputs=plan_inputs,
         seconds=baseline.seconds,
         stages=stages,
+        weights=weights,
         unreadable=unreadable,
         run_context=run_context,
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
-from secateur.integrations.trackers import Tracker, open_log
 from secateur.runtime import distributed
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.trackers import Tracker, open_log
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,16 +13,17 @@ from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images
 from secateur.data.batch_reader import BatchReader
-from secateur.errors import UnknownName
-from secateur.evaluation.evaluate import Score, evaluate
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.equivalence import check_finite
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
 from secateur.runtime import distributed
+from secateur.runtime.errors import UnknownName
 from secateur.runtime.memory import free_bytes
 from secateur.runtime.module_state import device_of, tensors_of
 from secateur.scoring import concepts, criteria

@@ -9,20 +9,17 @@ import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from secateur.config import Budget, RunConfig, parse_budget
 from secateur.data import DataSet, split_calibration
-from secateur.evaluation.evaluate import Score, evaluate
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
-from secateur.pipeline.result import (
-    FinetuneResult,
-    KeptWeights,
-    StageResult,
-    has_collapsed,
-)
+from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext
@@ -37,8 +34,8 @@ from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
 from secateur.runtime import distributed
 from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
-from secateur.training.distill import Distillation
 from secateur.training.feature_distillation import residual_sums
+from secateur.training.outcome import Distillation, has_collapsed
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -142,7 +139,7 @@ def finetune(
     original: nn.Module,
     dataset: DataSet,
     run_context: RunContext,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Path | None = None,
 ) -> FinetuneStage:
     """Train `pruned.model` in place as its configuration says, with `original` as its teacher.
 
@@ -178,7 +175,7 @@ def finetune(
             validate,
             lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
         ),
-        checkpoints=checkpoints,
+        checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
     assert training.before is not None
     last, best = score(training.last), score(training.best)

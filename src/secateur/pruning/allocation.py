@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.errors import TargetError
+from secateur.runtime.errors import TargetError
 
 NOTHING = 1e-9
 """A reduction by less than this fraction counts as none."""

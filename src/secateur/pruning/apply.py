@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from secateur.errors import RunFolderError
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.hashing import architecture_hash
 
 

@@ -17,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from secateur.errors import CutError, NotFiniteError
-from secateur.evaluation.divergence import relative_error
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.network_graph import Compute, operation_name
+from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import CutError, NotFiniteError
 from secateur.runtime.module_state import tensors_of, unwrapped
 
 TOLERANCE = 1e-4

@@ -18,7 +18,6 @@ import numpy as np
 from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
-from secateur.errors import RunFolderError, TargetError, UsageError
 from secateur.graph.dependency import RESIDUAL, DependencyGraph, Removed
 from secateur.pruning.allocation import (
     SearchSpace,
@@ -30,6 +29,7 @@ from secateur.pruning.allocation import (
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
+from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 from secateur.runtime.hashing import architecture_hash
 
 SCHEMA_VERSION = 2

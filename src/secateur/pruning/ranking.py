@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.errors import UsageError
 from secateur.graph.dependency import DependencyGraph, Removed
+from secateur.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.data import Batch
-from secateur.evaluation.divergence import divergence_by_image
 from secateur.graph.channel_ids import Consumer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.network_graph import Compute, Tensors
+from secateur.models.divergence import divergence_by_image
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from secateur.errors import TargetError
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.outcome import SizeTrial
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.errors import TargetError
 
 TRIALS = 7
 """Networks that `bisect` makes: it finds the size to 1/128 of the range."""

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.errors import WriteError
+from secateur.runtime.errors import WriteError
 
 UNFINISHED = ".unfinished"
 """Suffix of a file or folder that is being written."""

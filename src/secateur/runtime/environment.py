@@ -11,7 +11,7 @@ import torchvision
 
 from secateur.runtime.precision import accelerator_name
 from secateur.runtime.schema import Record
-from secateur.version import __version__
+from secateur.runtime.version import __version__
 
 
 class Environment(Record):

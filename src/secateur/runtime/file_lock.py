@@ -14,8 +14,8 @@ from pathlib import Path
 
 import filelock
 
-from secateur.errors import RunFolderError
 from secateur.runtime import distributed
+from secateur.runtime.errors import RunFolderError
 
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 """Errors of file systems that have no locks."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 
 MIB = 2**20
 TEXT = 64 * MIB

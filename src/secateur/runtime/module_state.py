@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import TraceError
+from secateur.runtime.errors import TraceError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from secateur.errors import UsageError
 from secateur.runtime.distributed import rank_and_world_size
+from secateur.runtime.errors import UsageError
 
 
 @contextlib.contextmanager

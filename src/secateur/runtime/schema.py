@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from secateur.errors import RunFolderError
+from secateur.runtime.errors import RunFolderError
 
 
 class VersionedRecord(BaseModel):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.thresholds import ActivationStatistics
 
 LEVELS = 2**14

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 
 LIMB_BITS = 40
 UNITS = (2.0**40, 1.0, 2.0**-40, 2.0**-80)

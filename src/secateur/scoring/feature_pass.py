@@ -21,24 +21,17 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
-from secateur.errors import DataError
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast
 from secateur.scoring.batching import rebatch, select_images
 from secateur.scoring.concepts import ConceptInput, ConceptSource
-from secateur.scoring.criteria import (
-    DeferredUpdate,
-    FeatureBatch,
-    Kernels,
-    Need,
-    Observer,
-    Regions,
-)
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Observer, Regions
 from secateur.scoring.taps import all_taps, kernels_of, maps_of
 from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from secateur.config import ScoreSection
 from secateur.data import Batch
-from secateur.errors import UsageError
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
+from secateur.runtime.errors import UsageError
 from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.errors import DataError
 from secateur.graph.patches import even_step
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.scoring.exact_sum import ExactSum
 
 MANTISSA_BITS = 6

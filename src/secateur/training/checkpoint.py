@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from secateur.errors import RunFolderError, WriteError
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import UNFINISHED, make_inner_folder, replace_file
+from secateur.runtime.errors import RunFolderError, WriteError
 
 KEPT = 2
 """Checkpoints in a folder: the newest, and the one before in case the newest is damaged."""

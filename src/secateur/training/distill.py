@@ -5,39 +5,17 @@ images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
-from secateur.evaluation.divergence import OutputDivergence, divergence_from, logits_of
+from secateur.models.divergence import divergence_from, logits_of
+from secateur.models.score import OutputDivergence
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.trainer import Epoch, TrainingCallbacks, train
+from secateur.training.outcome import Distillation, DistillEpoch
+from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
-
-
-@dataclass(frozen=True)
-class DistillEpoch:
-    """One pass over the calibration images that are not held out."""
-
-    epoch: Epoch
-    held_out: OutputDivergence
-    """From the original network on the held-out calibration images, after the pass; outputs are
-    softened as in training."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """The result of distillation: divergences from the original network on held-out calibration
-    images, of outputs softened as in training.
-    """
-
-    before: OutputDivergence
-    """Before the first epoch."""
-    epochs: tuple[DistillEpoch, ...]
-    chosen: int
-    """The epoch whose weights were kept; 0 if none diverged less than the network before it."""
 
 
 def distill(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 from secateur.runtime.memory import free_bytes
 from secateur.runtime.module_state import device_of, evaluating
 

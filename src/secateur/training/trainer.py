@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.errors import SecateurError, UsageError
 from secateur.runtime import distributed
+from secateur.runtime.errors import SecateurError, UsageError
 from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.precision import accelerator_for
 from secateur.runtime.progress import ProgressCallback, no_progress
@@ -36,29 +36,12 @@ from secateur.training.feature_distillation import ResidualSum
 from secateur.training.loss import DistillationLoss
 from secateur.training.lr_schedule import Schedule
 from secateur.training.memory_check import check_training
+from secateur.training.outcome import KEYS_FREE_ON_RESUME, Epoch
 from secateur.training.sync_batchnorm import sync_batchnorm
 from secateur.training.training_data import TrainingData, training_stream
 
 CHECKED_EVERY = 50
 """Steps between checks that the loss is finite, on an accelerator."""
-KEYS_WITHOUT_EFFECT = frozenset({"checkpoint_minutes", "workers"})
-"""Settings that change no result."""
-KEYS_FREE_ON_RESUME = KEYS_WITHOUT_EFFECT | {"max_minutes", "keep", "patience"}
-"""Settings that may change when a training is resumed, since they don't change its steps."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training images."""
-
-    number: int
-    """From 1."""
-    loss: float
-    """Mean training loss in nats."""
-    learning_rate: float
-    """At the end of the epoch."""
-    validation: float | None = None
-    """What `validate` returned after it: in a run, top-1 fraction on the validation images."""
 
 
 @dataclass(frozen=True, eq=False)

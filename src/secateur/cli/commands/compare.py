@@ -10,7 +10,7 @@ import typer
 
 from secateur.cli import completion, options
 from secateur.config import from_dict, read_tables
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 
 
 def compare(
@@ -57,12 +57,12 @@ def compare(
     from secateur.experiments.compare.runner import run_benchmark
     from secateur.experiments.compare.spec import BenchmarkSpec
     from secateur.experiments.compare.statistics import compute_statistics
-    from secateur.experiments.report.comparison import PAGE, write_comparison
-    from secateur.experiments.report.comparison import tables as text_tables
+    from secateur.experiments.report.benchmark import PAGE, write_benchmark
+    from secateur.experiments.report.benchmark import tables as text_tables
 
     spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights)
     jobs = run_benchmark(spec, out, workers=workers, retry=retry, progress=output.progress())
-    write_comparison(out, spec, jobs, output.command_line())
+    write_benchmark(out, spec, jobs, output.command_line())
     rows = [row_of(job) for job in jobs]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))

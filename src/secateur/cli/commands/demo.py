@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import completion, options
 from secateur.config import RunConfig, from_dict
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 
 def demo(

@@ -10,7 +10,7 @@ import typer
 from secateur.cli import options
 from secateur.cli.options import ConfigOptions
 from secateur.config import RunConfig
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
@@ -33,9 +33,9 @@ def evaluate(
 
     from secateur import data
     from secateur.cli import output
-    from secateur.evaluation.evaluate import evaluate as evaluate_network
     from secateur.experiments.manifest import CONFIG
     from secateur.experiments.run_folder import load_pruned
+    from secateur.models.evaluate import evaluate as evaluate_network
     from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
 
     config = given.make(RunConfig, base=None if run is None else run / CONFIG)

@@ -35,8 +35,8 @@ def export(
 
     from secateur.cli import output
     from secateur.experiments.manifest import read_manifest
+    from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
     from secateur.experiments.run_folder import load_pruned
-    from secateur.integrations.onnx import check_free, compare_latency, export_onnx
     from secateur.models import user_code, zoo
 
     path = out or run / "model.onnx"

@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import options
 from secateur.cli.options import TRAINING, ConfigOptions, Key
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 KEYS = (
     options.MODEL,
@@ -55,7 +55,7 @@ def finetune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
-    from secateur.integrations.trackers import make_tracker
+    from secateur.runtime.trackers import make_tracker
 
     with output.resumable(run):
         result = runs.finetune(

@@ -11,7 +11,7 @@ import typer
 from secateur.cli import completion, options
 from secateur.cli.options import ConfigOptions
 from secateur.config import RunConfig
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),

@@ -10,7 +10,7 @@ import typer
 from secateur.cli import options
 from secateur.cli.options import BUDGET, METHOD, TRAINING, ConfigOptions, Key
 from secateur.config import RunConfig, read_tables
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
@@ -87,7 +87,7 @@ def prune(
 
     from secateur.cli import output
     from secateur.experiments import run as runs
-    from secateur.integrations.trackers import make_tracker
+    from secateur.runtime.trackers import make_tracker
 
     with output.resumable(out):
         result = runs.run(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from secateur.cli import completion, options
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 
 
 def report(
@@ -66,7 +66,7 @@ def report(
 
     from secateur.cli import console, output
     from secateur.experiments import run as runs
-    from secateur.experiments.report.comparison import CHARTS
+    from secateur.experiments.report.benchmark import CHARTS
 
     pictures = None
     if form == "png":

@@ -44,7 +44,7 @@ def train(
     from secateur.cli import console, output
     from secateur.experiments.manifest import WEIGHTS
     from secateur.experiments.train_base import train_base
-    from secateur.integrations.trackers import make_tracker
+    from secateur.runtime.trackers import make_tracker
 
     run_context = output.run_context(make_tracker(tracker, tracker_dir))
     result = train_base(config, out, run_context, resume=resume)

@@ -1,4 +1,4 @@
-"""What became of a cell in one line without nesting: for data frames, and for tables made later."""
+"""The result of a job as one flat row: for data frames, and for tables that are made later."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from secateur.errors import RunFolderError
-from secateur.experiments.compare.runner import JobRecord, JobResult
-from secateur.experiments.compare.spec import method_name
+from secateur.experiments.compare.job import JobRecord, JobResult, method_name
 from secateur.pipeline.result import Stage
 from secateur.runtime.environment import Environment
+from secateur.runtime.errors import RunFolderError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import describe_error
 
@@ -21,28 +20,28 @@ STAGES: tuple[Stage, ...] = ("before", "cut", "refit", "distilled", "finetuned")
 
 
 class Row(JobRecord):
-    """A cell. Accuracies are fractions of the scored images; None is what it has not come to."""
+    """The result of a job. Accuracies are fractions of the scored images, None if not measured."""
 
     images: int | None = None
-    """How many were scored."""
+    """Number of scored images."""
     before_top1_fraction: float | None = None
     cut_top1_fraction: float | None = None
     refit_top1_fraction: float | None = None
     distilled_top1_fraction: float | None = None
     finetuned_top1_fraction: float | None = None
     top1_fraction: float | None = None
-    """At the end, whatever the last step was."""
+    """After the last stage, whichever that is."""
     macs_left: float | None = None
-    """Fraction of the network before the cut; so are the next two."""
+    """MACs after pruning as a fraction of those before; so are parameters and latency."""
     parameters_left: float | None = None
     latency_left: float | None = None
-    """Timed while other cells may have been at work."""
+    """May be measured while other jobs run on the same machine."""
     best_epoch: int | None = None
-    """The epoch that was best on the validation images."""
+    """The epoch with the highest accuracy on the validation images."""
     best_epoch_top1_fraction: float | None = None
     equivalence_error: float | None = None
     seconds: float | None = None
-    """What all steps took, the pass that the criteria of a network share included."""
+    """Time of all stages, including the scoring pass that a network's criteria share."""
     plan_hash: str | None = None
     secateur: str | None = None
     torch: str | None = None
@@ -57,28 +56,28 @@ class Row(JobRecord):
         return method_name(self.criterion, self.variant)
 
     def percent(self, stage: Stage | None = None) -> float | None:
-        """Top-1 in % after a stage, or at the end."""
+        """Return top-1 in % after a stage, by default the last one; None if not measured."""
         name = "top1_fraction" if stage is None else f"{stage}_top1_fraction"
         fraction: float | None = getattr(self, name)
         return None if fraction is None else 100 * fraction
 
 
-def row_of(cell: JobResult) -> Row:
-    """The row of a cell."""
-    facts = cell.model_dump(include=set(JobRecord.model_fields))
-    result = cell.result
+def row_of(job: JobResult) -> Row:
+    """Return the row of a job."""
+    fields = job.model_dump(include=set(JobRecord.model_fields))
+    result = job.result
     if result is None:
-        return Row(**facts)
-    before, last, tuning = result.stages[0].score, result.stages[-1].score, result.finetuning
+        return Row(**fields)
+    before, last, finetuning = result.stages[0].score, result.stages[-1].score, result.finetuning
     for stage in STAGES:
         score = result.score(stage)
-        facts[f"{stage}_top1_fraction"] = None if score is None else score.top1_fraction
-    if tuning is not None:
-        facts["best_epoch"] = tuning.best_epoch
-        facts["best_epoch_top1_fraction"] = tuning.best.top1_fraction
+        fields[f"{stage}_top1_fraction"] = None if score is None else score.top1_fraction
+    if finetuning is not None:
+        fields["best_epoch"] = finetuning.best_epoch
+        fields["best_epoch_top1_fraction"] = finetuning.best.top1_fraction
     return Row(
-        **facts,
-        **place_of(result.environment),
+        **fields,
+        **environment_fields(result.environment),
         images=last.images,
         top1_fraction=last.top1_fraction,
         macs_left=last.macs / before.macs,
@@ -90,20 +89,24 @@ def row_of(cell: JobResult) -> Row:
     )
 
 
-def place_of(environment: Environment) -> dict[str, Any]:
-    """What a row says of where it was measured."""
+def environment_fields(environment: Environment) -> dict[str, Any]:
+    """Return the fields of a row that say where it was measured."""
     return environment.model_dump(
         include={"secateur", "torch", "processor", "cores", "threads", "accelerator"}
     )
 
 
 def to_lines(rows: Iterable[Row]) -> str:
-    """A JSON object a line."""
+    """Return rows as JSON lines, one object a row."""
     return "".join(json.dumps(row.model_dump(mode="json")) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows in a file of JSON lines; raises `RunFolderError` that names the line."""
+    """Return the rows in a file of JSON lines.
+
+    Raises:
+        RunFolderError: A line is not a row; the message has its number.
+    """
     try:
         lines = read_bounded(path, TEXT, RunFolderError).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -115,6 +118,6 @@ def read_rows(path: Path) -> list[Row]:
         except ValidationError as error:
             message = describe_error(error.errors()[0])
             raise RunFolderError(
-                f"{path}, line {number}, is no row of a cell: {message}"
+                f"{path}, line {number}, is not a row of a benchmark: {message}"
             ) from error
     return rows

@@ -1,4 +1,4 @@
-"""What a comparison is: networks, criteria, targets, variants and seeds under one protocol."""
+"""The specification of a benchmark: networks, criteria, targets, variants and seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +25,12 @@ from secateur.config import (
     TrainingSection,
     from_dict,
     parse_budget,
+    read_tables,
 )
-from secateur.errors import UsageError, WeightsError
+from secateur.experiments.compare.job import Job, method_name
 from secateur.models import user_code
 from secateur.pipeline.result import comparable
+from secateur.runtime.errors import UsageError, WeightsError
 
 Changes = dict[str, Any]
 """Keys of a run's configuration and their values: `{"refit.layers": "none"}`."""
@@ -44,7 +45,7 @@ def _as_budget(text: object) -> str:
 
 
 def _flattened(value: object) -> object:
-    """Tables of sections as dotted keys, so that TOML may be written either way.
+    """Return tables of sections as dotted keys, so that TOML may be written either way.
 
     Values that are tables themselves, as `plan.shares`, stay whole.
     """
@@ -53,7 +54,7 @@ def _flattened(value: object) -> object:
     flat: dict[str, object] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping) and "." not in key:
-            flat.update({f"{key}.{name}": each for name, each in inner.items()})
+            flat.update({f"{key}.{name}": item for name, item in inner.items()})
         else:
             flat[key] = inner
     return flat
@@ -64,12 +65,12 @@ ChangesTable = Annotated[Changes, BeforeValidator(_flattened)]
 
 
 class NetworkSection(ModelSection):
-    """A network of the comparison, with what is said for it alone."""
+    """A network of the benchmark, with its own targets and changes."""
 
     label: str | None = None
-    """What it is called in tables; by default its name."""
+    """Its name in tables; by default `name`."""
     targets: tuple[TargetText, ...] = ()
-    """By default those of the comparison."""
+    """By default those of the benchmark."""
     changes: ChangesTable = Field(default={})
     """Keys of the other sections that differ for this network."""
 
@@ -80,29 +81,30 @@ class NetworkSection(ModelSection):
 
 
 class BenchmarkSpec(Section):
-    """Every criterion on every network, to every target, in every variant, for every seed."""
+    """Every criterion on every network, for every target, variant and seed."""
 
     networks: tuple[NetworkSection, ...] = Field(min_length=1)
-    """The networks, each a table of its own."""
+    """The networks, each a `[[networks]]` table."""
     criteria: tuple[str, ...] = Field(default=("vote", "l1", "random"), min_length=1)
-    """What gives filters their scores: names, or `path/to/file.py:factory`."""
+    """Criteria that score filters: names, or `path/to/file.py:factory`."""
     targets: tuple[TargetText, ...] = Field(default=("macs=0.7", "macs=0.5"), min_length=1)
-    """What may stay, as in the plan of a run."""
+    """Budgets to prune to, as `plan.target` of a run."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_seeds)] = Field(
         default=(0,), min_length=1
     )
-    """What random choices depend on: the images that are held out, the calibration images, the
-    order of training. A number N stands for 0 to N - 1."""
+    """Seeds of every random choice: held-out images, calibration images, order of training. A
+    number N stands for 0 to N - 1."""
     variants: dict[str, ChangesTable] = Field(default={})
-    """Keys of the other sections that differ, by the name of each variant; without any there is
-    one, which is called nothing."""
+    """Keys of the other sections that differ, by the name of the variant. Without variants there is
+    one, whose name is empty."""
     baseline: str | None = None
-    """The criterion that others are compared with, or with variants `CRITERION, VARIANT`; by
-    default the first criterion, in the first variant."""
+    """The method that others are compared with: a criterion, or with variants `CRITERION, VARIANT`;
+    by default the first criterion in the first variant."""
     score_on: Literal["test", "validation"] = "test"
-    """Which images the tables are about; choose by validation images alone."""
+    """Images that accuracies are measured on. Use the validation images to choose a method."""
     threads: int = Field(default=1, ge=1)
-    """Of each process: figures agree bit for bit where these agree, however many work at once."""
+    """Threads of each worker process. Results with equal `threads` are bit-equal, for any number of
+    workers."""
     data: DataSection
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
@@ -117,7 +119,7 @@ class BenchmarkSpec(Section):
             (self.score, "criterion", "criteria"),
         ):
             if key in section.model_fields_set:
-                raise ValueError(f"{key} differs from cell to cell: use {axis}")
+                raise ValueError(f"{key} differs from job to job: use {axis}")
         titles = [network.title for network in self.networks]
         for axis, values in (
             ("networks", titles),
@@ -134,7 +136,7 @@ class BenchmarkSpec(Section):
         return self
 
     def with_weights_in(self, folder: Path | None) -> BenchmarkSpec:
-        """The same, with weights whose paths are relative in a folder."""
+        """Return a copy that looks for weights with relative paths in a folder."""
         if folder is None:
             return self
         networks = tuple(
@@ -147,7 +149,7 @@ class BenchmarkSpec(Section):
 
     @property
     def all_variants(self) -> tuple[str, ...]:
-        """Their names, in order."""
+        """Names of the variants, in order; one empty name if there are none."""
         return tuple(self.variants) or ("",)
 
     @property
@@ -156,63 +158,46 @@ class BenchmarkSpec(Section):
         return self.baseline or method_name(self.criteria[0], self.all_variants[0])
 
 
-def method_name(criterion: str, variant: str) -> str:
-    """What a row of a table is called."""
-    return f"{criterion}, {variant}" if variant else criterion
+def read_spec(path: Path) -> BenchmarkSpec:
+    """Return the benchmark in a TOML file; raise `UsageError` that names a wrong key."""
+    return from_dict(read_tables(path), BenchmarkSpec)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
+def jobs_of(spec: BenchmarkSpec) -> tuple[Job, ...]:
+    """Return all jobs of a benchmark; those of one scoring pass follow each other.
 
-    network: str
-    variant: str
-    criterion: str
-    target: str
-    seed: int
-    config: RunConfig
-    id: str
-    """Differs where anything differs that the result may depend on."""
+    Reads the weight files, since a job's `id` depends on them.
 
-    @property
-    def scoring_pass(self) -> tuple[str, str, int]:
-        """Cells that agree in this share the pass over the calibration images."""
-        return self.network, self.variant, self.seed
-
-
-def jobs_of(comparison: BenchmarkSpec) -> tuple[Job, ...]:
-    """All cells, those of a unit one after another; raises `UsageError` that names a wrong key.
-
-    Reads the weight files, of which each cell's `id` depends.
+    Raises:
+        UsageError: A changed key is wrong; the message names it.
+        WeightsError: A weight file can't be read.
     """
-    common = comparison.model_dump(
+    common = spec.model_dump(
         mode="json", include={"data", "score", "plan", "refit", "distill", "finetune"}
     )
     digests: dict[str | None, str] = {None: ""}
-    found = []
-    for network, variant, seed in itertools.product(
-        comparison.networks, comparison.all_variants, comparison.seeds
-    ):
+    jobs = []
+    for network, variant, seed in itertools.product(spec.networks, spec.all_variants, spec.seeds):
         path = network.weights
         if path not in digests:
             digests[path] = _digest(Path(str(path)))
-        targets = network.targets or comparison.targets
-        for criterion, target in itertools.product(comparison.criteria, targets):
+        targets = network.targets or spec.targets
+        for criterion, target in itertools.product(spec.criteria, targets):
             content = copy.deepcopy(common)
             content["model"] = network.model_dump(include=set(ModelSection.model_fields))
             content["seed"] = seed
-            for changes in (network.changes, comparison.variants.get(variant, {})):
+            for changes in (network.changes, spec.variants.get(variant, {})):
                 _change(content, changes)
             content["plan"]["target"] = target
             content["score"]["criterion"] = criterion
             config = from_dict(content, RunConfig)
-            codes = [_code_of(name) for name in (config.model.name, criterion)]
+            codes = [_code_digest(name) for name in (config.model.name, criterion)]
             values = {**comparable(config), "model.weights": digests[path], "codes": codes}
             labels = [network.title, variant]
-            identity = [labels, values, comparison.score_on, comparison.threads]
+            identity = [labels, values, spec.score_on, spec.threads]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            found.append(Job(network.title, variant, criterion, target, seed, config, digest[:16]))
-    return tuple(found)
+            jobs.append(Job(network.title, variant, criterion, target, seed, config, digest[:16]))
+    return tuple(jobs)
 
 
 def _digest(path: Path) -> str:
@@ -223,8 +208,8 @@ def _digest(path: Path) -> str:
         raise WeightsError(f"the weights {path} can't be read: {error}") from error
 
 
-def _code_of(name: str) -> str:
-    """The digest of the file of code that a name names; empty without one."""
+def _code_digest(name: str) -> str:
+    """Return the digest of the code file in a name such as `file.py:factory`; empty if none."""
     file = Path(name.rpartition(":")[0])
     return _digest(file) if user_code.is_user_code(name) and file.is_file() else ""
 
@@ -233,33 +218,33 @@ def _change(content: dict[str, Any], changes: Changes) -> None:
     for dotted, value in changes.items():
         section, dot, key = dotted.partition(".")
         if not dot or section not in content or section == "model":
-            raise UsageError(f"{dotted} is no key that may differ: SECTION.KEY, as refit.layers")
+            raise UsageError(f"{dotted} can't be changed: use SECTION.KEY, as refit.layers")
         if dotted in ("plan.target", "score.criterion"):
-            raise UsageError(f"{dotted} has a place of its own: targets, or criteria")
+            raise UsageError(f"{dotted} can't be changed here: use targets or criteria")
         content[section][key] = value
 
 
-def group_jobs(cells: Sequence[Job], processes: int = 1) -> list[list[Job]]:
-    """What processes are to work off, one list each at a time.
+def group_jobs(jobs: Sequence[Job], workers: int = 1) -> list[list[Job]]:
+    """Return lists of jobs, each for one worker process.
 
-    The cells of a unit stay together, unless that leaves processes idle, as the last units do that
-    are too few for all: then they are divided. Seed by seed, so that what is there after an
-    interruption can be compared.
+    Jobs of one scoring pass stay together. Only if the last passes are too few for all workers are
+    they divided. The lists go seed by seed, so that the results of an interrupted benchmark can be
+    compared.
     """
-    in_order = sorted(cells, key=lambda cell: cell.seed)
-    units = [
-        list(group) for _, group in itertools.groupby(in_order, key=lambda cell: cell.scoring_pass)
+    in_order = sorted(jobs, key=lambda job: job.seed)
+    passes = [
+        list(group) for _, group in itertools.groupby(in_order, key=lambda job: job.scoring_pass)
     ]
-    whole = len(units) - len(units) % processes
-    last = units[whole:]
+    whole = len(passes) - len(passes) % workers
+    last = passes[whole:]
     if not last:
-        return units
-    parts = math.ceil(processes / len(last))
-    pieces = [piece for unit in last for piece in _divided(unit, min(parts, len(unit)))]
-    return [*units[:whole], *pieces]
+        return passes
+    parts = math.ceil(workers / len(last))
+    pieces = [piece for group in last for piece in _divide(group, min(parts, len(group)))]
+    return [*passes[:whole], *pieces]
 
 
-def _divided(cells: list[Job], parts: int) -> list[list[Job]]:
-    """In parts that follow each other and differ by one cell at most."""
-    bounds = [part * len(cells) // parts for part in range(parts + 1)]
-    return [cells[start:stop] for start, stop in itertools.pairwise(bounds)]
+def _divide(jobs: list[Job], parts: int) -> list[list[Job]]:
+    """Return consecutive parts whose lengths differ by at most one."""
+    bounds = [part * len(jobs) // parts for part in range(parts + 1)]
+    return [jobs[start:stop] for start, stop in itertools.pairwise(bounds)]

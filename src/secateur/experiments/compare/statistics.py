@@ -1,4 +1,4 @@
-"""How ways to prune stand to each other: means, spreads, and differences with their doubt."""
+"""Statistics of a benchmark: means, spreads, and differences with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from secateur.pipeline.result import Stage
 CONFIDENCE = 0.95
 Setting = tuple[str, str]
 """A network and a target."""
-Verdict = Literal["better", "worse", "not significantly different", "one seed"]
+Verdict = Literal["better", "worse", "not significant", "one seed"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more top-1 than the baseline's, in points, over paired seeds."""
+    """Top-1 of a method less that of the baseline, in points, over paired seeds."""
 
     mean: float
     low: float
     high: float
-    """Ends of the interval that Student's t gives with `CONFIDENCE`; infinite for one seed."""
+    """Ends of the `CONFIDENCE` interval by Student's t; infinite for one seed."""
     seeds: int
 
     @property
@@ -36,63 +36,64 @@ class Difference:
             return "one seed"
         if self.low > 0:
             return "better"
-        return "worse" if self.high < 0 else "not significantly different"
+        return "worse" if self.high < 0 else "not significant"
 
 
 @dataclass(frozen=True, eq=False)
 class BenchmarkStatistics:
-    """Rows by what they are compared by."""
+    """Rows by method, setting and seed."""
 
     settings: tuple[Setting, ...]
     methods: tuple[str, ...]
     """Criteria, with their variants."""
     baseline: str
     rows: Mapping[tuple[str, Setting], Mapping[int, Row]]
-    """Of each way in each setting: by seed, those that are done."""
+    """Rows of finished jobs by seed, for each method and setting."""
     failures: tuple[Row, ...]
 
     @property
     def step(self) -> float:
-        """Points of top-1 that one image makes."""
+        """Top-1 of one image, in points."""
         images = [row.images for row in self.all_rows if row.images]
         return 100 / min(images) if images else 0.0
 
     @property
     def all_rows(self) -> list[Row]:
-        """Those that are done."""
+        """Rows of finished jobs."""
         return [row for rows in self.rows.values() for row in rows.values()]
 
     @property
     def measured(self) -> tuple[Setting, ...]:
-        """The settings in which any way came to an end; a target out of reach has none."""
-        done = {setting for _, setting in self.rows}
-        return tuple(setting for setting in self.settings if setting in done)
+        """Settings in which at least one job finished; a target out of reach has none."""
+        measured = {setting for _, setting in self.rows}
+        return tuple(setting for setting in self.settings if setting in measured)
 
-    def values(self, way: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
-        """Top-1 in % by seed, after a stage or at the end; only of seeds that came to it."""
-        rows = self.rows.get((way, setting), {})
-        found = {seed: row.percent(stage) for seed, row in rows.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def values(self, method: str, setting: Setting, stage: Stage | None = None) -> dict[int, float]:
+        """Return top-1 in % by seed after a stage, by default the last; without missing values."""
+        rows = self.rows.get((method, setting), {})
+        percents = {seed: row.percent(stage) for seed, row in rows.items()}
+        return {seed: percent for seed, percent in percents.items() if percent is not None}
 
-    def difference(self, way: str, setting: Setting) -> Difference | None:
-        """To the baseline in a setting; None without seeds that both have."""
-        one, other = (self.values(each, setting) for each in (way, self.baseline))
-        return paired(one, other, self.step)
+    def difference(self, method: str, setting: Setting) -> Difference | None:
+        """Return the difference to the baseline in a setting; None without common seeds."""
+        return paired(self.values(method, setting), self.values(self.baseline, setting), self.step)
 
-    def overall(self, way: str) -> Difference | None:
-        """To the baseline, averaged over what is measured; seeds that lack a setting don't
-        count."""
-        one, other = (self._means(each) for each in (way, self.baseline))
-        return paired(one, other, self.step / math.sqrt(len(self.measured) or 1))
+    def overall(self, method: str) -> Difference | None:
+        """Return the difference to the baseline, averaged over the measured settings.
 
-    def _means(self, way: str) -> dict[int, float]:
-        by_setting = [self.values(way, setting) for setting in self.measured]
-        whole = set.intersection(*(set(values) for values in by_setting)) if by_setting else set()
-        return {seed: statistics.mean(values[seed] for values in by_setting) for seed in whole}
+        Seeds that lack a setting don't count.
+        """
+        step = self.step / math.sqrt(len(self.measured) or 1)
+        return paired(self._means(method), self._means(self.baseline), step)
+
+    def _means(self, method: str) -> dict[int, float]:
+        by_setting = [self.values(method, setting) for setting in self.measured]
+        seeds = set.intersection(*(set(values) for values in by_setting)) if by_setting else set()
+        return {seed: statistics.mean(values[seed] for values in by_setting) for seed in seeds}
 
 
 def compute_statistics(rows: Sequence[Row], baseline: str) -> BenchmarkStatistics:
-    """Sorts rows, in the order that they come in."""
+    """Return the statistics of rows; settings and methods keep the order of the rows."""
     done: dict[tuple[str, Setting], dict[int, Row]] = {}
     for row in rows:
         if row.outcome == "done":
@@ -109,11 +110,19 @@ def compute_statistics(rows: Sequence[Row], baseline: str) -> BenchmarkStatistic
 def paired(
     one: Mapping[int, float], other: Mapping[int, float], step: float = 0.0
 ) -> Difference | None:
-    """The mean of `one` less `other` over the keys that both have, with Student's interval.
+    """Return the mean of `one` less `other` over their common seeds, with Student's interval.
 
-    Both see the same images with the same seed, so what seeds have in common falls out of the
-    differences. Values come in steps of `step`; the differences are taken to vary by at least what
-    rounding to that varies, `step`² / 6, or else few seeds that happen to agree would be sure.
+    With the same seed, both see the same images, so the effects that a seed has on both cancel.
+
+    Args:
+        one: Values by seed.
+        other: Values by seed.
+        step: Resolution of the values. The variance of the differences is taken to be at least
+            that of rounding, `step`² / 6; otherwise a few seeds that happen to agree would give
+            an interval of no width.
+
+    Returns:
+        None if no seed is in both.
     """
     differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
     if not differences:

@@ -1,4 +1,4 @@
-"""What a report shows of each filter: the images that it responds to most, and its concepts."""
+"""The report's gallery: for each filter the images with its strongest responses, and concepts."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ from secateur.scoring.dissection import FilterConcept
 SIDE = 112
 """Largest side of an image in the page, in pixels."""
 JPEG_QUALITY = 80
-FINEST = 56
-"""Regions are kept on a grid of at most so many rows and columns."""
-CONCEPTS_SHOWN = 3
-LEAST_IOU = 0.005
-"""Concepts that a filter overlaps less are not listed with it."""
+MAX_GRID = 56
+"""Most rows and columns of the grid that regions are stored on."""
+MAX_CONCEPTS = 3
+MIN_IOU = 0.005
+"""Concepts with a lower IoU are not listed with a filter."""
 
 
 @dataclass(frozen=True)
 class LayerGallery:
-    """What the filters of one group see."""
+    """Top images and concepts of the filters of one channel group."""
 
     name: str
     concepts: tuple[tuple[FilterConcept, ...], ...]
-    """Of each filter those that it overlaps most, the best first."""
+    """For each filter the concepts with the highest IoU, the highest first."""
     after: tuple[FilterConcept | None, ...]
-    """The best concept of each filter that stayed, in the pruned network."""
+    """For each filter its best concept in the pruned network; None if the filter was removed."""
     votes: tuple[float, ...]
-    """By `sights.VOTES`."""
+    """Votes of each filter by the criterion `dissect.VOTES`."""
     images: tuple[tuple[int, ...], ...]
-    """Of each filter its top images, as places in `Gallery.images`."""
+    """For each filter its top images, as indices of `Gallery.images`."""
     grid: tuple[int, int]
-    """Rows and columns of the regions."""
+    """Rows and columns of a region."""
     regions: bytes
-    """A bit a cell, `[filter, place, cell]`, each place filled up to whole bytes."""
+    """One bit a cell, `[filter, image, cell]`, each image padded to whole bytes."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What the filters of a network see, before the cut and after it."""
+    """Top images and concepts of a network's filters, before and after pruning."""
 
     calibration_images: int
-    """How many images they were looked at with."""
+    """Number of images that the filters were measured on."""
     quantile: float
-    """Share of positions at which each filter is active."""
+    """Fraction of positions that are above a filter's threshold."""
     images: tuple[bytes, ...]
     """JPEG."""
     image_classes: tuple[str, ...]
-    """What the data calls each image, or nothing."""
+    """Class name of each image; empty if it has none."""
     layers: tuple[LayerGallery, ...]
 
 
@@ -78,50 +78,60 @@ def make_gallery(
     *,
     dependencies: DependencyGraph | None = None,
 ) -> Gallery | None:
-    """Looks at the network before and after a run, as the run's configuration says.
+    """Measure what the filters of a network respond to, before and after a run.
 
-    `dependencies` is that of the network before, where it is known.
+    Args:
+        model: The network before the run.
+        smaller: The network after the run.
+        dataset: The data of the run.
+        result: The result of the run; its configuration says which images and concepts to use.
+        progress: Shows how far the passes are.
+        dependencies: The dependency graph of `model`, if known.
 
-    None where that asks for no images. Of several processes each gets the same. Raises
-    `SecateurError`.
+    Returns:
+        None if the configuration asks for no images. All processes of a run get the same.
+
+    Raises:
+        SecateurError: The images can't be read, or the network can't be traced.
     """
     config = result.config
     if not config.report.images:
         return None
-    few = min(config.report.images, config.data.calibration_images)
+    count = min(config.report.images, config.data.calibration_images)
     config = config.model_copy(
-        update={"data": config.data.model_copy(update={"calibration_images": few})}
+        update={"data": config.data.model_copy(update={"calibration_images": count})}
     )
     run_context = RunContext(progress).collecting_unreadable(config)
     context = make_scoring_context(model, dataset, config, run_context, dependencies=dependencies)
-    count = config.report.top_images
-    sights = dissect_network(model, context, config, (VOTES,), images=count)
-    later = make_scoring_context(smaller, dataset, config, run_context)
-    title = "dissecting remaining filters"
-    after = dissect_network(smaller, later, config, images=1, title=title)
-    tops = {name: sights.top(group) for name, group in context.dependencies.groups.items()}
-    numbers = [top.indices for top in tops.values()]
-    wanted = torch.cat([torch.zeros(0).long(), *(each.flatten() for each in numbers)]).unique()
-    place = {number: place for place, number in enumerate(wanted.tolist())}
+    before = dissect_network(model, context, config, (VOTES,), images=config.report.top_images)
+    context_after = make_scoring_context(smaller, dataset, config, run_context)
+    title = "dissecting the pruned network"
+    after = dissect_network(smaller, context_after, config, images=1, title=title)
+    tops = {name: before.top(group) for name, group in context.dependencies.groups.items()}
+    indices = [top.indices.flatten() for top in tops.values()]
+    shown = torch.cat([torch.zeros(0).long(), *indices]).unique()
+    place = {index: place for place, index in enumerate(shown.tolist())}
     removed = {group.name: group.removed for group in result.groups}
     layers = []
     for name, group in context.dependencies.groups.items():
-        iou = sights.dissection.iou_by_channel(group)
+        iou = before.dissection.iou_by_channel(group)
         best: list[FilterConcept | None] = [None] * len(group)
-        group_after = later.dependencies.groups.get(name)
+        group_after = context_after.dependencies.groups.get(name)
         if group_after is not None:
             kept = [number for number in range(len(group)) if number not in set(removed[name])]
-            for number, seen in zip(kept, after.concepts(group_after), strict=True):
-                best[number] = seen
+            for number, concept in zip(kept, after.concepts(group_after), strict=True):
+                best[number] = concept
         top = tops[name]
-        grid, regions = _packed(top.regions)
+        grid, regions = _pack(top.regions)
         layers.append(
             LayerGallery(
                 name=name,
-                concepts=_most_overlapped(iou, [each.name for each in context.source.concepts]),
+                concepts=_most_overlapped(
+                    iou, [concept.name for concept in context.source.concepts]
+                ),
                 after=tuple(best),
-                votes=tuple(sights.scores[VOTES].scores[name].tolist()),
-                images=tuple(tuple(place[n] for n in row) for row in top.indices.tolist()),
+                votes=tuple(before.scores[VOTES].scores[name].tolist()),
+                images=tuple(tuple(place[index] for index in row) for row in top.indices.tolist()),
                 grid=grid,
                 regions=regions,
             )
@@ -129,45 +139,46 @@ def make_gallery(
     return Gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(context, wanted, config.data.batch_size),
-        image_classes=_class_names(context.calibration, wanted, dataset),
+        images=_thumbnails(context, shown, config.data.batch_size),
+        image_classes=_class_names(context.calibration, shown, dataset),
         layers=tuple(layers),
     )
 
 
 def _most_overlapped(iou: Tensor, names: Sequence[str]) -> tuple[tuple[FilterConcept, ...], ...]:
-    values, order = iou.topk(min(CONCEPTS_SHOWN, iou.shape[1]), dim=1)
+    values, order = iou.topk(min(MAX_CONCEPTS, iou.shape[1]), dim=1)
     return tuple(
         tuple(
             FilterConcept(names[concept], value)
             for concept, value in zip(concepts, row, strict=True)
-            if value >= LEAST_IOU
+            if value >= MIN_IOU
         )
         for concepts, row in zip(order.tolist(), values.tolist(), strict=True)
     )
 
 
-def _packed(regions: Bool[Tensor, "filter place h w"]) -> tuple[tuple[int, int], bytes]:
-    """The grid, coarse enough, and a bit a cell; a cell of several is active where any is."""
+def _pack(regions: Bool[Tensor, "filter image h w"]) -> tuple[tuple[int, int], bytes]:
+    """Return the grid and one bit a cell; a coarser cell is active if any cell in it is."""
     height, width = regions.shape[2:]
-    factor = -(-max(height, width) // FINEST)
+    factor = -(-max(height, width) // MAX_GRID)
     if factor > 1:
         regions = F.max_pool2d(regions.float(), factor, ceil_mode=True) > 0
     grid = (int(regions.shape[2]), int(regions.shape[3]))
     return grid, np.packbits(regions.flatten(2).numpy(), axis=-1).tobytes()
 
 
-def _thumbnails(context: ScoringContext, wanted: Tensor, batch_size: int) -> tuple[bytes, ...]:
-    """The images as the network gets them, as JPEG."""
+def _thumbnails(context: ScoringContext, shown: Tensor, batch_size: int) -> tuple[bytes, ...]:
+    """Return the images as JPEG, after the network's preprocessing."""
     thumbnails: list[bytes] = []
-    for indices in wanted.split(batch_size):
+    for indices in shown.split(batch_size):
         images = context.calibration.read(indices, context.reader.preprocessing)
         thumbnails += [_jpeg(_visible(pixels)) for pixels in images]
     return tuple(thumbnails)
 
 
 def _visible(pixels: Num[Tensor, "channel height width"]) -> UInt8[Tensor, "rgb height width"]:
-    """Floats are stretched from the least to the greatest; other than three channels are meant."""
+    """Return pixels as 8-bit RGB: floats are stretched to the full range, and images without three
+    channels become the grey mean of their channels."""
     if pixels.is_floating_point():
         low, high = pixels.amin(), pixels.amax()
         pixels = (255 * (pixels - low) / (high - low).clamp_min(1e-12)).round().byte()
@@ -185,39 +196,39 @@ def _jpeg(pixels: UInt8[Tensor, "rgb height width"]) -> bytes:
     return file.getvalue()
 
 
-def _class_names(images: Images, wanted: Tensor, dataset: DataSet) -> tuple[str, ...]:
-    """Nothing where the images came with the concepts, and have no classes of the data."""
+def _class_names(images: Images, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
+    """Return class names; empty for images that came with the concepts, not with the data."""
     names = () if isinstance(images, AnnotatedImages) else dataset.class_names
-    labels = images.labels[wanted].tolist()
+    labels = images.labels[shown].tolist()
     return tuple(names[label] if 0 <= label < len(names) else "" for label in labels)
 
 
 def to_json(result: RunResult, gallery: Gallery | None) -> dict[str, Any]:
-    """What the page's script reads: small, with concepts and images by number."""
-    by_name = {layer.name: layer for layer in gallery.layers} if gallery else {}
+    """Return the data of the page's script, with concepts and images by index to keep it small."""
+    galleries = {layer.name: layer for layer in gallery.layers} if gallery else {}
     concepts: dict[str, int] = {}
 
-    def coded(seen: FilterConcept) -> tuple[int, float]:
-        return concepts.setdefault(seen.concept, len(concepts)), round(seen.iou, 4)
+    def encode(overlap: FilterConcept) -> tuple[int, float]:
+        return concepts.setdefault(overlap.concept, len(concepts)), round(overlap.iou, 4)
 
     layers = []
     for group in result.groups:
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "name": group.name,
             "scores": [float(f"{score:.5g}") for score in group.scores],
             "removed": list(group.removed),
         }
-        layer = by_name.get(group.name)
+        layer = galleries.get(group.name)
         if layer is not None:
-            found |= {
-                "concepts": [[coded(seen) for seen in row] for row in layer.concepts],
-                "after": [None if seen is None else coded(seen) for seen in layer.after],
+            fields |= {
+                "concepts": [[encode(overlap) for overlap in row] for row in layer.concepts],
+                "after": [None if best is None else encode(best) for best in layer.after],
                 "images": layer.images,
                 "grid": layer.grid,
                 "regions": base64.b64encode(layer.regions).decode(),
                 "votes": [float(f"{votes:.5g}") for votes in layer.votes],
             }
-        layers.append(found)
+        layers.append(fields)
     images = gallery.images if gallery else ()
     return {
         "criterion": result.config.score.criterion,

@@ -6,9 +6,9 @@
   const PAGE = 24;
   const SIDE = 112;
   const OUTLINE = [255, 212, 0];
-  const OUTSIDE = 0.75; // what is left of the light where a filter is not active
+  const OUTSIDE = 0.75; // brightness where a filter is not active
 
-  // --- filters: one object each, with what they are searched and sorted by ---
+  // --- filters: one object each, with the fields for searching and sorting ---
   const filters = [];
   data.layers.forEach((layer, layerNumber) => {
     const removed = new Set(layer.removed);
@@ -16,20 +16,20 @@
     order.sort((a, b) => layer.scores[b] - layer.scores[a] || a - b);
     const rank = [];
     order.forEach((filter, place) => { rank[filter] = place + 1; });
-    const stay = layer.scores.length - removed.size;
+    const kept = layer.scores.length - removed.size;
     layer.scores.forEach((score, number) => {
-      const seen = layer.concepts ? layer.concepts[number] : [];
+      const concepts = layer.concepts ? layer.concepts[number] : [];
       filters.push({
         layer: layerNumber,
         number,
         score,
         rank: rank[number],
         of: layer.scores.length,
-        stay,
+        kept,
         removed: removed.has(number),
-        seen,
-        iou: seen.length ? seen[0][1] : 0,
-        text: [layer.name, number, ...seen.map((each) => data.concepts[each[0]])]
+        concepts,
+        iou: concepts.length ? concepts[0][1] : 0,
+        text: [layer.name, number, ...concepts.map(([concept]) => data.concepts[concept])]
           .join(" ").toLowerCase(),
       });
     });
@@ -39,11 +39,11 @@
     best: (a, b) => a.rank / a.of - b.rank / b.of || a.layer - b.layer,
     worst: (a, b) => b.rank / b.of - a.rank / a.of || a.layer - b.layer,
     iou: (a, b) => b.iou - a.iou || a.layer - b.layer || a.number - b.number,
-    limit: (a, b) => distance(a) - distance(b) || a.layer - b.layer || a.rank - b.rank,
+    cutoff: (a, b) => distance(a) - distance(b) || a.layer - b.layer || a.rank - b.rank,
   };
-  const distance = (each) => Math.abs(each.rank - 0.5 - each.stay) / each.of;
+  const distance = (filter) => Math.abs(filter.rank - 0.5 - filter.kept) / filter.of;
 
-  // --- pictures: an image, dark where the filter is not active, and the outline of where it is ---
+  // --- pictures: an image, darkened where the filter is not active, with the active region outlined ---
   const loaded = new Map();
   const load = (place) => {
     if (!loaded.has(place)) {
@@ -62,12 +62,12 @@
     }
     return unpacked.get(layerNumber);
   };
-  const regionOf = (each, place) => {
-    const layer = data.layers[each.layer];
+  const regionOf = (filter, place) => {
+    const layer = data.layers[filter.layer];
     const [rows, columns] = layer.grid;
     const size = Math.ceil((rows * columns) / 8);
-    const start = (each.number * layer.images[each.number].length + place) * size;
-    const bytes = bytesOf(each.layer);
+    const start = (filter.number * layer.images[filter.number].length + place) * size;
+    const bytes = bytesOf(filter.layer);
     return (row, column) => {
       const r = Math.min(Math.max(row, 0), rows - 1);
       const c = Math.min(Math.max(column, 0), columns - 1);
@@ -75,10 +75,10 @@
       return (bytes[start + (bit >> 3)] >> (7 - (bit & 7))) & 1;
     };
   };
-  // Bilinear between the centres of cells, cut at one half.
-  const insideOf = (each, place) => {
-    const [rows, columns] = data.layers[each.layer].grid;
-    const at = regionOf(each, place);
+  // Bilinear between the centres of cells, with a threshold of one half.
+  const insideOf = (filter, place) => {
+    const [rows, columns] = data.layers[filter.layer].grid;
+    const at = regionOf(filter, place);
     const inside = new Uint8Array(SIDE * SIDE);
     for (let y = 0; y < SIDE; y += 1) {
       const v = ((y + 0.5) * rows) / SIDE - 0.5;
@@ -93,12 +93,12 @@
     }
     return inside;
   };
-  const draw = async (canvas, each, place) => {
-    const image = await load(data.layers[each.layer].images[each.number][place]);
+  const draw = async (canvas, filter, place) => {
+    const image = await load(data.layers[filter.layer].images[filter.number][place]);
     const paper = canvas.getContext("2d", { willReadFrequently: true });
     paper.drawImage(image, 0, 0, SIDE, SIDE);
     const pixels = paper.getImageData(0, 0, SIDE, SIDE);
-    const inside = insideOf(each, place);
+    const inside = insideOf(filter, place);
     const at = (x, y) => x >= 0 && y >= 0 && x < SIDE && y < SIDE && inside[y * SIDE + x];
     for (let y = 0; y < SIDE; y += 1) {
       for (let x = 0; x < SIDE; x += 1) {
@@ -113,7 +113,7 @@
     paper.putImageData(pixels, 0, 0);
     canvas.dataset.drawn = "yes";
   };
-  // Drawn when it comes into view.
+  // Draw a picture when it scrolls into view.
   const waiting = new Map();
   const viewer = new IntersectionObserver((entries) => {
     entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
@@ -132,26 +132,26 @@
   };
   const number = (value) => String(Number(value.toPrecision(4)));
   const overlap = ([concept, iou]) => `${data.concepts[concept]} (IoU ${iou.toFixed(3)})`;
-  const card = (each) => {
-    const layer = data.layers[each.layer];
-    const item = make("li", "", each.removed ? "removed" : "kept");
-    item.append(make("h3", `${layer.name}, filter ${each.number}`));
-    const fate = each.removed ? "Removed" : "Kept";
+  const card = (filter) => {
+    const layer = data.layers[filter.layer];
+    const item = make("li", "", filter.removed ? "removed" : "kept");
+    item.append(make("h3", `${layer.name}, filter ${filter.number}`));
+    const fate = filter.removed ? "Removed" : "Kept";
     item.append(make("p", fate, "fate"));
-    const votes = layer.votes ? `${number(layer.votes[each.number])} votes. ` : "";
+    const votes = layer.votes ? `${number(layer.votes[filter.number])} votes. ` : "";
     item.append(make("p",
-      `${votes}Rank ${each.rank} of ${each.of} by ${data.criterion} (${number(each.score)}); ` +
-      `the plan keeps the first ${each.stay} of this layer.`));
+      `${votes}Rank ${filter.rank} of ${filter.of} by ${data.criterion} (${number(filter.score)}); ` +
+      `the plan keeps the best ${filter.kept} of this layer.`));
     if (layer.concepts) {
-      item.append(make("p", each.seen.length
-        ? `Overlaps ${each.seen.map(overlap).join(", ")}.`
+      item.append(make("p", filter.concepts.length
+        ? `Overlaps ${filter.concepts.map(overlap).join(", ")}.`
         : "Overlaps no concept."));
-      const after = layer.after[each.number];
+      const after = layer.after[filter.number];
       if (after) item.append(make("p", `After the last step: ${overlap(after)}.`));
     }
     if (layer.images) {
       const row = make("div", "", "seen");
-      layer.images[each.number].forEach((image, place) => {
+      layer.images[filter.number].forEach((image, place) => {
         const canvas = make("canvas");
         canvas.width = SIDE;
         canvas.height = SIDE;
@@ -160,7 +160,7 @@
         canvas.setAttribute("aria-label", `Top image ${place + 1}${name}`);
         canvas.title = data.classes[image] || "";
         row.append(canvas);
-        waiting.set(canvas, [each, place]);
+        waiting.set(canvas, [filter, place]);
         viewer.observe(canvas);
       });
       item.append(row);
@@ -176,23 +176,23 @@
   const showMore = () => {
     const first = shown;
     shown = Math.min(shown + PAGE, chosen.length);
-    chosen.slice(first, shown).forEach((each) => list.append(card(each)));
+    chosen.slice(first, shown).forEach((filter) => list.append(card(filter)));
     more.hidden = shown === chosen.length;
-    const kept = chosen.filter((each) => !each.removed).length;
+    const kept = chosen.filter((filter) => !filter.removed).length;
     find("count").textContent = chosen.length
       ? `${chosen.length} of ${filters.length} filters, ${kept} kept and ${chosen.length - kept} removed; ${shown} shown.`
-      : "No filter is like that.";
+      : "No filter matches.";
   };
   const update = () => {
     const words = find("query").value.toLowerCase().split(/\s+/).filter(Boolean);
     const layer = find("layer").value;
     const concept = find("concept").value;
     const fate = find("fate").value;
-    chosen = filters.filter((each) =>
-      (layer === "" || each.layer === Number(layer)) &&
-      (concept === "" || (each.seen.length && data.concepts[each.seen[0][0]] === concept)) &&
-      (fate === "" || each.removed === (fate === "removed")) &&
-      words.every((word) => each.text.includes(word)));
+    chosen = filters.filter((filter) =>
+      (layer === "" || filter.layer === Number(layer)) &&
+      (concept === "" || (filter.concepts.length && data.concepts[filter.concepts[0][0]] === concept)) &&
+      (fate === "" || filter.removed === (fate === "removed")) &&
+      words.every((word) => filter.text.includes(word)));
     chosen.sort(orders[find("sort").value]);
     list.replaceChildren();
     viewer.disconnect();
@@ -206,7 +206,7 @@
     select.append(node);
   };
   data.layers.forEach((layer, place) => option(find("layer"), String(place), layer.name));
-  const named = new Set(filters.filter((each) => each.seen.length).map((each) => data.concepts[each.seen[0][0]]));
+  const named = new Set(filters.filter((filter) => filter.concepts.length).map((filter) => data.concepts[filter.concepts[0][0]]));
   [...named].sort().forEach((name) => option(find("concept"), name, name));
   const controls = find("controls");
   controls.addEventListener("submit", (event) => event.preventDefault());

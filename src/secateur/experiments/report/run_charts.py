@@ -1,4 +1,4 @@
-"""What a run found, drawn: trade-off, filters kept, votes, and what the filters see."""
+"""Charts of a run: accuracy against MACs, filters kept, votes, and detectors by concept."""
 
 from __future__ import annotations
 
@@ -9,77 +9,78 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from secateur.experiments.compare.statistics import BenchmarkStatistics
-from secateur.experiments.report import concept_map, strip
-from secateur.experiments.report.charts import draw_methods
+from secateur.experiments.report.benchmark_charts import draw_methods
 from secateur.experiments.report.drawing import (
     COLOURS,
     STYLE,
     Chart,
-    draw_heat,
+    draw_heatmap,
     file_name,
     make_figure,
     short,
 )
 from secateur.experiments.report.gallery import Gallery
+from secateur.experiments.report.layers import concept_map, filter_heights
 from secateur.pipeline.result import RunResult
 
 KEPT, REMOVED, RUN = COLOURS[2], COLOURS[1], "#000000"
-STRIP = 256
-"""Columns that the votes of a layer are drawn in."""
-MOST_LAYERS = 80
+STRIP_COLUMNS = 256
+"""Columns of the picture of a layer's votes."""
+MAX_LAYERS = 80
 
 
 def run_charts(
     result: RunResult, gallery: Gallery | None = None, beside: BenchmarkStatistics | None = None
 ) -> tuple[Chart, ...]:
-    """All that there is something to draw of."""
-    drawn = [tradeoff(result, beside), kept_filters(result), votes(result, gallery)]
+    """Return the charts of a run; that of concepts needs a gallery with detectors."""
+    charts = [tradeoff(result, beside), kept_filters(result), votes(result, gallery)]
     if gallery is not None and concept_map(gallery).concepts:
-        drawn.append(concepts(result, gallery))
-    return tuple(drawn)
+        charts.append(concepts(result, gallery))
+    return tuple(charts)
 
 
 @rc_context(STYLE)
 def tradeoff(result: RunResult, beside: BenchmarkStatistics | None = None) -> Chart:
-    """Top-1 against MACs: the steps of the run, sizes that were tried, ways of a comparison."""
+    """Draw top-1 against MACs: steps of the run, sizes tried, and methods of a benchmark."""
     name = result.config.model.name
     figure, (axes,) = make_figure(1)
     before = result.stages[0].score
     if beside is not None:
         settings = [setting for setting in beside.settings if setting[0] == name]
         draw_methods(axes, beside, settings, "macs_left")
-    _trials(axes, result)
-    left = [stage.score.macs / before.macs for stage in result.stages]
+    _draw_size_trials(axes, result)
+    macs = [stage.score.macs / before.macs for stage in result.stages]
     accuracy = [100 * stage.score.top1_fraction for stage in result.stages]
-    axes.plot(left, accuracy, color=RUN, ls=":", marker="*", ms=9, label="this run")
-    _name_steps(axes, [stage.stage for stage in result.stages], left, accuracy)
+    axes.plot(macs, accuracy, color=RUN, ls=":", marker="*", ms=9, label="this run")
+    _label_steps(axes, [stage.stage for stage in result.stages], macs, accuracy)
     axes.axhline(accuracy[0], color="#555555", ls="--", lw=1)
-    axes.set_xlabel("share of MACs left")
+    axes.set_xlabel("remaining fraction of MACs")
     axes.set_ylabel("top-1 in %")
     axes.margins(x=0.15)
     axes.legend()
-    title = f"{short(name)}: accuracy against MACs left"
+    title = f"{short(name)}: accuracy against remaining MACs"
     figure.suptitle(title)
     return Chart(file_name(short(name), "tradeoff"), title, figure)
 
 
-def _name_steps(
-    axes: Axes, names: Sequence[str], left: Sequence[float], accuracy: Sequence[float]
+def _label_steps(
+    axes: Axes, names: Sequence[str], macs: Sequence[float], accuracy: Sequence[float]
 ) -> None:
-    """Names beside points, the last first; none where it would lie upon another."""
+    """Label points, the last first; labels that would overlap an earlier one are left out."""
     reach = max(accuracy) - min(accuracy)
-    named: list[tuple[float, float]] = []
-    for name, x, y in reversed(list(zip(names, left, accuracy, strict=True))):
-        if all(abs(x - u) > 0.1 or abs(y - v) > 0.08 * reach for u, v in named):
+    labelled: list[tuple[float, float]] = []
+    for name, x, y in reversed(list(zip(names, macs, accuracy, strict=True))):
+        if all(abs(x - u) > 0.1 or abs(y - v) > 0.08 * reach for u, v in labelled):
             axes.annotate(name, (x, y), (6, -12), textcoords="offset points")
-            named.append((x, y))
+            labelled.append((x, y))
 
 
-def _trials(axes: Axes, result: RunResult) -> None:
-    """Sizes that were tried for `max_drop`, where those are fractions of MACs."""
+def _draw_size_trials(axes: Axes, result: RunResult) -> None:
+    """Draw the sizes that were tried for `max_drop`, if those are fractions of MACs."""
     if result.size_trials and result.config.plan.target.startswith("macs"):
         points = sorted(
-            (t.fraction_left, 100 * t.validation_top1_fraction) for t in result.size_trials
+            (trial.fraction_left, 100 * trial.validation_top1_fraction)
+            for trial in result.size_trials
         )
         label = "sizes tried (validation images)"
         axes.plot(*zip(*points, strict=True), color="#888888", marker=".", label=label)
@@ -87,12 +88,12 @@ def _trials(axes: Axes, result: RunResult) -> None:
 
 @rc_context(STYLE)
 def kept_filters(result: RunResult) -> Chart:
-    """Filters kept and removed, a bar a layer."""
-    groups = result.groups[:MOST_LAYERS]
+    """Draw the numbers of filters kept and removed, one bar a layer."""
+    groups = result.groups[:MAX_LAYERS]
     figure, (axes,) = make_figure(1, rows=len(groups))
     places = range(len(groups))
     removed = [len(group.removed) for group in groups]
-    kept = [group.filters - gone for group, gone in zip(groups, removed, strict=True)]
+    kept = [group.filters - len(group.removed) for group in groups]
     axes.barh(places, kept, color=KEPT, label="kept")
     axes.barh(places, removed, left=kept, color=REMOVED, hatch="//", label="removed")
     axes.set_yticks(places, [short(group.name) for group in groups], fontsize="x-small")
@@ -106,23 +107,27 @@ def kept_filters(result: RunResult) -> Chart:
 
 @rc_context(STYLE)
 def votes(result: RunResult, gallery: Gallery | None = None) -> Chart:
-    """A strip a layer: its filters by score, the best first, with their votes or scores."""
-    groups = result.groups[:MOST_LAYERS]
-    seen = {layer.name: layer for layer in gallery.layers} if gallery else {}
+    """Draw each layer as a strip: its filters, the best first, with their votes or scores."""
+    groups = result.groups[:MAX_LAYERS]
+    galleries = {layer.name: layer for layer in gallery.layers} if gallery else {}
     figure, (axes,) = make_figure(1, rows=len(groups))
-    strips = np.zeros((len(groups), STRIP))
+    strips = np.zeros((len(groups), STRIP_COLUMNS))
     for row, group in enumerate(groups):
-        heights = np.array([height for _, height in strip(group, seen.get(group.name))])
-        strips[row] = heights[np.arange(STRIP) * len(heights) // STRIP]
-        share = 1 - len(group.removed) / group.filters
-        axes.plot([share, share], [row - 0.5, row + 0.5], color=REMOVED, lw=2)
+        heights = np.array(
+            [height for _, height in filter_heights(group, galleries.get(group.name))]
+        )
+        strips[row] = heights[np.arange(STRIP_COLUMNS) * len(heights) // STRIP_COLUMNS]
+        kept = 1 - len(group.removed) / group.filters
+        axes.plot([kept, kept], [row - 0.5, row + 0.5], color=REMOVED, lw=2)
     edges = (0, 1, len(groups) - 0.5, -0.5)
-    drawn = axes.imshow(strips, aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1)
+    image = axes.imshow(strips, aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1)
     words = "votes" if gallery else "score"
-    figure.colorbar(drawn, label=f"{words} over the layer's highest")
+    figure.colorbar(image, label=f"{words} / highest of the layer")
     axes.set_yticks(range(len(groups)), [short(group.name) for group in groups], fontsize="x-small")
     axes.grid(visible=False)
-    axes.set_xlabel("share of the layer's filters, best first; right of the mark they go")
+    axes.set_xlabel(
+        "fraction of the layer's filters, best first; those right of the mark are removed"
+    )
     title = f"{short(result.config.model.name)}: filters by {short(result.config.score.criterion)}"
     figure.suptitle(title)
     return Chart(file_name(short(result.config.model.name), "votes"), title, figure)
@@ -130,15 +135,19 @@ def votes(result: RunResult, gallery: Gallery | None = None) -> Chart:
 
 @rc_context(STYLE)
 def concepts(result: RunResult, gallery: Gallery) -> Chart:
-    """Detectors by concept and layer, before and after the cut."""
-    found = concept_map(gallery)
-    figure, panels = make_figure(2, rows=max(len(found.concepts), 12))
+    """Draw the numbers of detectors by concept and layer, before and after pruning."""
+    detectors = concept_map(gallery)
+    figure, panels = make_figure(2, rows=max(len(detectors.concepts), 12))
     for axes, table, title in zip(
-        panels, (found.before, found.after), ("before", "after"), strict=True
+        panels, (detectors.before, detectors.after), ("before", "after"), strict=True
     ):
-        counts = np.array(table, dtype=float).reshape(len(found.concepts), len(found.layers))
+        counts = np.array(table, dtype=float).reshape(
+            len(detectors.concepts), len(detectors.layers)
+        )
         counts[counts == 0] = np.nan
-        draw_heat(axes, found.concepts, found.layers, counts, 0.0, float(found.most), ".0f")
+        draw_heatmap(
+            axes, detectors.concepts, detectors.layers, counts, 0.0, float(detectors.most), ".0f"
+        )
         axes.set_title(title)
         axes.tick_params(axis="x", labelsize="xx-small")
     title = f"{short(result.config.model.name)}: detectors by concept and layer"

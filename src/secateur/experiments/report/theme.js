@@ -1,4 +1,4 @@
-// The theme: what the system says, or light or dark.
+// The theme: that of the system, or light, or dark.
 "use strict";
 (() => {
   const themes = ["automatic", "light", "dark"];

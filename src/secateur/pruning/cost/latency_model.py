@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from secateur.errors import UsageError
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes
+from secateur.runtime.errors import UsageError
 from secateur.runtime.schema import VersionedRecord, parse_record
 
 SCHEMA_VERSION = 2

@@ -14,13 +14,6 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
 
-from secateur.evaluation.timing import (
-    LATENCY_BATCH,
-    Rounds,
-    interleaved_medians,
-    interleaved_seconds,
-    repeat_to_batch,
-)
 from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
@@ -43,6 +36,13 @@ from secateur.pruning.cost.tensor_sizes import Dimension
 from secateur.pruning.ranking import rank
 from secateur.runtime.environment import environment
 from secateur.runtime.module_state import evaluating
+from secateur.runtime.timing import (
+    LATENCY_BATCH,
+    Rounds,
+    interleaved_medians,
+    interleaved_seconds,
+    repeat_to_batch,
+)
 
 BLOCKS = (1, 8, 16)
 """Numbers of channels that machines are known to compute at once."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from secateur.config import Quantity
-from secateur.errors import UsageError
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.cost.latency_model import LatencyTable, predict_milliseconds
 from secateur.pruning.cost.macs_and_parameters import count_macs, count_params
 from secateur.pruning.cost.memory import count_other_values, crowding, peak_bytes
+from secateur.runtime.errors import UsageError
 
 Measure = Callable[[Removed], float]
 """Gives the quantity of a network without some channels of each group."""

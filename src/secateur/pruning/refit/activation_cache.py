@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from secateur.errors import WriteError
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.runtime.errors import WriteError
 
 
 @dataclass(eq=False)

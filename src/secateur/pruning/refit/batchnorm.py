@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
-from secateur.evaluation.divergence import Logits, divergence_by_image, is_smaller, logits_of
+from secateur.models.divergence import Logits, divergence_by_image, is_smaller, logits_of
 from secateur.pruning.outcome import BatchNormRecalibration, BatchNormStatistics
 from secateur.runtime import distributed
 from secateur.runtime.module_state import evaluating

@@ -34,7 +34,6 @@ from torch.fx.node import Node
 from secateur.config import RefitForm, RefitSection
 from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
-from secateur.errors import DataError
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
@@ -49,6 +48,7 @@ from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
 from secateur.pruning.refit.regression_targets import RegressionTargets, State
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import rebatch

@@ -23,8 +23,8 @@ from torch.fx.node import Node
 from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, join_annotations
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import DataError, UnknownName, UsageError
 from secateur.graph.network_graph import NetworkGraph, Tensors
+from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 
 @dataclass(frozen=True, eq=False)

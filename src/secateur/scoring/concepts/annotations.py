@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.data.concept_masks import Concept, ConceptMasks
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.concepts import ConceptInput, ConceptSource
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_pixels
 from secateur.data.concept_masks import UNLABELLED, Concept
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import inside
 
 NOT_CATEGORIES = ("image", "split", "ih", "iw", "sh", "sw")

@@ -16,8 +16,8 @@ from torch.fx.node import Node
 
 from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
-from secateur.errors import TraceError
 from secateur.graph.network_graph import NetworkGraph, operation_name
+from secateur.runtime.errors import TraceError
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 REGION_FRACTION = 0.25

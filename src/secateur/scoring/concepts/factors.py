@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
-from secateur.errors import DataError, UsageError
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 from secateur.scoring.concepts.evidence import last_map
 

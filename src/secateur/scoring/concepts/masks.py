@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
 from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.folder import SUFFIXES
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
 
 NOT_CONCEPTS = frozenset({"background", "ignore", "null", "unlabeled", "unlabelled", "void"})

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from secateur.config import CRITERIA, ScoreSection
 from secateur.data.concept_masks import ConceptMasks, at_resolution, coverage_at
-from secateur.errors import UnknownName, UsageError
 from secateur.graph.patches import Window
 from secateur.models import user_code
+from secateur.runtime.errors import UnknownName, UsageError
 from secateur.scoring.thresholds import ActivationStatistics
 
 Need = Literal["maps", "statistics", "thresholds", "concepts", "gradients"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.errors import UsageError
+from secateur.runtime.errors import UsageError
 from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.errors import UsageError
 from secateur.graph.patches import Window
+from secateur.runtime.errors import UsageError
 from secateur.scoring.covariance import SecondMoments, quantization_unit, quantize
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
 from secateur.scoring.criteria.kernels import l1, mean_over_producers

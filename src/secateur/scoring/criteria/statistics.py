@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.runtime.errors import DataError
 from secateur.scoring.criteria import FeatureBatch, Kernels, Need
 from secateur.scoring.exact_sum import ExactSum
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.errors import DataError, UsageError
-from secateur.evaluation.timing import latency_ms
+from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
+from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.module_state import device_of, evaluating
-
-
-@dataclass(frozen=True)
-class Score:
-    """A network's accuracy and cost."""
-
-    top1_fraction: float
-    top5_fraction: float
-    loss: float
-    """Mean cross-entropy in nats."""
-    images: int
-    """Number of images that were scored."""
-    macs: int
-    """Multiply-accumulates for one image."""
-    parameters: int
-    latency_ms: float
-    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. For a
-    cut network it is the original's time multiplied by the fraction that remains, as
-    `latency_profiler.measure_fraction_left` measures it with both networks interleaved."""
+from secateur.runtime.timing import latency_ms
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import UnknownName, UsageError
+from secateur.runtime.errors import UnknownName, UsageError
 from secateur.runtime.event_log import EventLog
 
 TRACKERS = {

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from runs import DigitsRun
 from secateur.config import from_dict
-from secateur.errors import RunFolderError
+from secateur.experiments.compare.job import JobResult
 from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
-from secateur.experiments.compare.runner import JobResult
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.compare.statistics import Difference, compute_statistics, paired
-from secateur.experiments.report.charts import charts
-from secateur.experiments.report.comparison import CHARTS, PAGE, tables, write_comparison
+from secateur.experiments.report.benchmark import CHARTS, PAGE, tables, write_benchmark
+from secateur.experiments.report.benchmark_charts import benchmark_charts
 from secateur.pipeline.result import RunResult
+from secateur.runtime.errors import RunFolderError
 
 HOSTILE = "<img src=x onerror=alert(1)>|"
 
@@ -37,11 +37,11 @@ def with_accuracy(result: RunResult, percent: float) -> RunResult:
     )
 
 
-def rows(cells: list[JobResult]) -> list[Row]:
-    return [row_of(cell) for cell in cells]
+def rows(results: list[JobResult]) -> list[Row]:
+    return [row_of(result) for result in results]
 
 
-def cell(criterion: str, target: str, seed: int, result: RunResult | None) -> JobResult:
+def job_result(criterion: str, target: str, seed: int, result: RunResult | None) -> JobResult:
     return JobResult(
         id=f"{criterion}-{target}-{seed}",
         network="net",
@@ -67,7 +67,7 @@ ACCURACIES = {
 
 
 @pytest.fixture
-def comparison() -> BenchmarkSpec:
+def spec() -> BenchmarkSpec:
     content = {
         "networks": [{"name": "resnet20", "label": "net"}],
         "criteria": ["vote", "l1", "random"],
@@ -79,9 +79,9 @@ def comparison() -> BenchmarkSpec:
 
 
 @pytest.fixture
-def cells(digits_run: DigitsRun) -> list[JobResult]:
+def results(digits_run: DigitsRun) -> list[JobResult]:
     return [
-        cell(
+        job_result(
             criterion,
             target,
             seed,
@@ -98,28 +98,32 @@ percents = st.integers(0, 1000).map(lambda number: number / 10)
 @given(st.lists(percents, min_size=2, max_size=8), st.data())
 def test_differences_are_student_intervals(one: list[float], data: st.DataObject) -> None:
     other = data.draw(st.lists(percents, min_size=len(one), max_size=len(one)))
-    found = paired(dict(enumerate(one)), dict(enumerate(other)))
-    assert found is not None
+    difference = paired(dict(enumerate(one)), dict(enumerate(other)))
+    assert difference is not None
     differences = [a - b for a, b in zip(one, other, strict=True)]
-    assert found.mean == pytest.approx(sum(differences) / len(differences), abs=1e-9)
+    assert difference.mean == pytest.approx(sum(differences) / len(differences), abs=1e-9)
     if max(differences) - min(differences) > 0.05:
         expected = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert (difference.low, difference.high) == pytest.approx(
+            (expected.low, expected.high), abs=1e-6
+        )
 
 
 def test_seeds_that_happen_to_agree_are_not_sure() -> None:
     one, other, step = {0: 99.0, 1: 99.0}, {0: 98.8, 1: 98.8}, 0.2
-    found = paired(one, other, step)
-    assert found is not None
+    difference = paired(one, other, step)
+    assert difference is not None
     # Two values, each rounded to a step: variance step² / 12 each; t of one degree: 12.706.
-    assert found.high - found.mean == pytest.approx(12.706 * math.sqrt(step**2 / 6 / 2), rel=1e-3)
-    assert found.verdict == "not significantly different"
+    assert difference.high - difference.mean == pytest.approx(
+        12.706 * math.sqrt(step**2 / 6 / 2), rel=1e-3
+    )
+    assert difference.verdict == "not significant"
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:
-    found = paired({0: 1.0, 1: 5.0, 4: 2.0}, {1: 4.0, 4: 1.0, 7: 9.0})
-    assert found == Difference(1.0, 1.0, 1.0, 2)
-    assert found.verdict == "better"
+    difference = paired({0: 1.0, 1: 5.0, 4: 2.0}, {1: 4.0, 4: 1.0, 7: 9.0})
+    assert difference == Difference(1.0, 1.0, 1.0, 2)
+    assert difference.verdict == "better"
     single = paired({0: 3.0}, {0: 1.0})
     assert single == Difference(2.0, -math.inf, math.inf, 1)
     assert single.verdict == "one seed"
@@ -128,7 +132,7 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.1, 2.0, "better"), (-0.1, 2.0, "not significantly different"), (-2.0, -0.1, "worse")],
+    [(0.1, 2.0, "better"), (-0.1, 2.0, "not significant"), (-2.0, -0.1, "worse")],
 )
 def test_a_verdict_is_no_stronger_than_the_interval(low: float, high: float, verdict: str) -> None:
     assert Difference((low + high) / 2, low, high, 5).verdict == verdict
@@ -160,36 +164,32 @@ def test_a_mean_over_settings_is_no_surer_than_the_images_of_all_of_them() -> No
     assert overall.high - overall.mean == pytest.approx(expected, rel=1e-3)
 
 
-def test_standings_by_hand(cells: list[JobResult]) -> None:
-    found = compute_statistics(rows(cells), "l1")
-    images = cells[0].result.stages[-1].score.images if cells[0].result else 0
-    assert found.step == 100 / images
-    assert found.methods == ("vote", "l1", "random")
-    assert found.settings == (("net", "macs=0.7"), ("net", "macs=0.5"))
-    one = found.difference("vote", ("net", "macs=0.7"))
+def test_statistics_by_hand(results: list[JobResult]) -> None:
+    stats = compute_statistics(rows(results), "l1")
+    images = results[0].result.stages[-1].score.images if results[0].result else 0
+    assert stats.step == 100 / images
+    assert stats.methods == ("vote", "l1", "random")
+    assert stats.settings == (("net", "macs=0.7"), ("net", "macs=0.5"))
+    one = stats.difference("vote", ("net", "macs=0.7"))
     assert one is not None
     assert one.mean == pytest.approx(1.0)
     # Differences 1.0, 1.1, 0.9: deviation 0.1, t of 2 degrees 4.303.
     assert one.high - one.mean == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
     assert one.verdict == "better"
-    overall = found.overall("vote")
+    overall = stats.overall("vote")
     assert overall is not None
     # Means over settings by seed: 1.0, 0.05, 0.45.
     assert overall.mean == pytest.approx(0.5)
-    assert overall.verdict == "not significantly different"
-    lacking = found.overall("random")
+    assert overall.verdict == "not significant"
+    lacking = stats.overall("random")
     assert lacking is not None
     assert lacking.seeds == 2
     assert lacking.verdict == "worse"
-    assert [each.seed for each in found.failures] == [2]
+    assert [row.seed for row in stats.failures] == [2]
 
 
-def test_tables_say_what_the_standings_are(
-    comparison: BenchmarkSpec, cells: list[JobResult]
-) -> None:
-    accuracy, difference, *_, failed = tables(
-        compute_statistics(rows(cells), comparison.compared_with)
-    )
+def test_tables_show_the_statistics(spec: BenchmarkSpec, results: list[JobResult]) -> None:
+    accuracy, difference, *_, failed = tables(compute_statistics(rows(results), spec.compared_with))
     assert accuracy.rows == (
         ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00"),
         ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50"),
@@ -198,7 +198,7 @@ def test_tables_say_what_the_standings_are(
     assert "2 to 3 seeds" in accuracy.note
     assert difference.title == "Difference to l1"
     assert difference.rows[0][:2] == ("vote", "+1.00 [+0.75, +1.25]")
-    assert difference.rows[0][-1] == "not significantly different"
+    assert difference.rows[0][-1] == "not significant"
     assert difference.rows[1][-1] == "worse"
     assert failed.rows == (("net, random, macs=0.7, seed 2", HOSTILE),)
     assert "&lt;img" in failed.markdown()
@@ -206,9 +206,9 @@ def test_tables_say_what_the_standings_are(
 
 
 def test_the_page_shows_text_from_outside_as_text(
-    comparison: BenchmarkSpec, cells: list[JobResult], tmp_path: Path
+    spec: BenchmarkSpec, results: list[JobResult], tmp_path: Path
 ) -> None:
-    write_comparison(tmp_path, comparison, cells, "secateur compare <x>")
+    write_benchmark(tmp_path, spec, results, "secateur compare <x>")
     page = (tmp_path / PAGE).read_text()
     assert "<img" not in page
     assert "&lt;img src=x" in page
@@ -221,72 +221,74 @@ def test_the_page_shows_text_from_outside_as_text(
     )
 
 
-def test_charts_draw_the_numbers(cells: list[JobResult]) -> None:
-    found = compute_statistics(rows(cells), "l1")
-    drawn = {chart.name: chart for chart in charts(found, cells)}
+def test_charts_draw_the_numbers(results: list[JobResult]) -> None:
+    stats = compute_statistics(rows(results), "l1")
+    drawn = {chart.name: chart for chart in benchmark_charts(stats, results)}
     (axes,) = drawn["net-against-MACs"].figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert set(lines) == {"vote", "l1", "random", "before the cut"}
-    # All cells are of one network after all, so points of equal size stand in order of accuracy.
+    assert set(lines) == {"vote", "l1", "random", "before pruning"}
+    # All results are of one network after all, so points of equal size are in order of accuracy.
     assert list(np.asarray(lines["vote"].get_ydata())) == pytest.approx([80.0, 92.0])
-    spared = drawn["net-spared"].figure.axes
-    assert [axes.get_title() for axes in spared] == ["macs=0.7", "macs=0.5"]
-    result = cells[0].result
+    kept = drawn["net-kept"].figure.axes
+    assert [axes.get_title() for axes in kept] == ["macs=0.7", "macs=0.5"]
+    result = results[0].result
     assert result is not None
-    texts = [text.get_text() for text in spared[0].texts]
+    texts = [text.get_text() for text in kept[0].texts]
     expected = [f"{1 - len(g.removed) / g.filters:.2f}" for g in result.groups for _ in range(3)]
     assert texts == expected
-    agreement = drawn["net-agreement"].figure.axes[0]
-    assert {text.get_text() for text in agreement.texts} == {"1.00"}  # all of the same scores
+    correlation = drawn["net-rank-correlation"].figure.axes[0]
+    assert {text.get_text() for text in correlation.texts} == {"1.00"}  # all of the same scores
     assert drawn["net-steps"].svg().count("<svg") == 1
 
 
-def test_the_rank_correlation_is_by_layer_and_with_the_baseline(cells: list[JobResult]) -> None:
-    def reversed_scores(cell: JobResult) -> JobResult:
-        result = cell.result
-        if result is None or cell.criterion != "vote":
-            return cell
+def test_the_rank_correlation_is_by_layer_and_with_the_baseline(results: list[JobResult]) -> None:
+    def reversed_scores(job: JobResult) -> JobResult:
+        result = job.result
+        if result is None or job.criterion != "vote":
+            return job
         groups = tuple(
             group.model_copy(update={"scores": tuple(-score for score in group.scores)})
             for group in result.groups
         )
-        return cell.model_copy(update={"result": result.model_copy(update={"groups": groups})})
+        return job.model_copy(update={"result": result.model_copy(update={"groups": groups})})
 
-    def of_seed(cell: JobResult) -> JobResult:
-        result = cell.result
+    def of_seed(job: JobResult) -> JobResult:
+        result = job.result
         if result is None:
-            return cell
-        config = result.config.model_copy(update={"seed": cell.seed})
-        return cell.model_copy(update={"result": result.model_copy(update={"config": config})})
+            return job
+        config = result.config.model_copy(update={"seed": job.seed})
+        return job.model_copy(update={"result": result.model_copy(update={"config": config})})
 
-    cells = [reversed_scores(of_seed(cell)) for cell in cells]
-    found = compute_statistics(rows(cells), "l1")
-    (chart,) = [chart for chart in charts(found, cells) if chart.name == "net-agreement"]
+    results = [reversed_scores(of_seed(job)) for job in results]
+    stats = compute_statistics(rows(results), "l1")
+    (chart,) = [
+        chart for chart in benchmark_charts(stats, results) if chart.name == "net-rank-correlation"
+    ]
     texts = [text.get_text() for text in chart.figure.axes[0].texts]
     assert texts[0::3] == ["-1.00"] * (len(texts) // 3)
     assert texts[1::3] == texts[2::3] == ["1.00"] * (len(texts) // 3)
 
 
-def test_ways_can_be_told_apart_in_a_chart(cells: list[JobResult]) -> None:
+def test_methods_have_different_lines_in_a_chart(results: list[JobResult]) -> None:
     many = [
-        cell.model_copy(update={"variant": f"variant {number}"})
+        job.model_copy(update={"variant": f"variant {number}"})
         for number in range(20)
-        for cell in cells[:1]
+        for job in results[:1]
     ]
-    (chart, *_) = charts(compute_statistics(rows(many), "vote, variant 0"))
+    (chart, *_) = benchmark_charts(compute_statistics(rows(many), "vote, variant 0"))
     lines = chart.figure.axes[0].get_lines()[:-1]
     looks = {(line.get_color(), line.get_marker()) for line in lines}
     assert len(looks) == len(lines) == 20
 
 
-def test_names_are_no_formulas(cells: list[JobResult]) -> None:
-    odd = [each.model_copy(update={"variant": "$x^2$ & <b>"}) for each in cells]
-    for chart in charts(compute_statistics(rows(odd), "l1, $x^2$ & <b>"), odd):
+def test_names_are_not_formulas(results: list[JobResult]) -> None:
+    odd = [job.model_copy(update={"variant": "$x^2$ & <b>"}) for job in results]
+    for chart in benchmark_charts(compute_statistics(rows(odd), "l1, $x^2$ & <b>"), odd):
         assert "<b>" not in chart.svg()
 
 
-def test_a_row_is_flat(cells: list[JobResult], digits_run: DigitsRun, tmp_path: Path) -> None:
-    done, lost = row_of(cells[0]), row_of(cells[-4])
+def test_a_row_is_flat(results: list[JobResult], digits_run: DigitsRun, tmp_path: Path) -> None:
+    done, lost = row_of(results[0]), row_of(results[-4])
     result = digits_run.result
     before = result.score("before")
     assert before is not None
@@ -302,27 +304,29 @@ def test_a_row_is_flat(cells: list[JobResult], digits_run: DigitsRun, tmp_path: 
     path.write_text(to_lines([done, lost]))
     assert read_rows(path) == [done, lost]
     path.write_text(to_lines([done]) + "{}\n")
-    with pytest.raises(RunFolderError, match="line 2, is no row of a cell"):
+    with pytest.raises(RunFolderError, match="line 2, is not a row"):
         read_rows(path)
 
 
-def test_a_comparison_without_any_result_is_shown_too(comparison: BenchmarkSpec) -> None:
-    lost = [cell(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
-    found = tables(compute_statistics(rows(lost), comparison.compared_with))
-    assert found[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
-    assert found[-1].title == "Failed"
+def test_a_benchmark_without_any_result_is_shown_too(spec: BenchmarkSpec) -> None:
+    lost = [job_result(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
+    text_tables = tables(compute_statistics(rows(lost), spec.compared_with))
+    assert text_tables[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
+    assert text_tables[-1].title == "Failed"
 
 
 def test_a_target_out_of_reach_leaves_the_verdicts_of_the_others(
-    comparison: BenchmarkSpec, cells: list[JobResult]
+    spec: BenchmarkSpec, results: list[JobResult]
 ) -> None:
-    lost = [cell(criterion, "macs=0.1", 0, None) for criterion in ("vote", "l1", "random")]
-    without, found = (compute_statistics(rows(each), "l1") for each in (cells, [*lost, *cells]))
-    assert found.settings == (("net", "macs=0.1"), *without.settings)
-    assert found.overall("vote") == without.overall("vote")
-    for table, other in zip(tables(found)[:2], tables(without)[:2], strict=True):
-        assert [(way, *rest) for way, _, *rest in table.rows] == list(other.rows)
-    (steps,) = (chart for chart in charts(found, cells) if "step by step" in chart.title)
+    lost = [job_result(criterion, "macs=0.1", 0, None) for criterion in ("vote", "l1", "random")]
+    without, stats = (compute_statistics(rows(jobs), "l1") for jobs in (results, [*lost, *results]))
+    assert stats.settings == (("net", "macs=0.1"), *without.settings)
+    assert stats.overall("vote") == without.overall("vote")
+    for table, other in zip(tables(stats)[:2], tables(without)[:2], strict=True):
+        assert [(method, *rest) for method, _, *rest in table.rows] == list(other.rows)
+    (steps,) = (
+        chart for chart in benchmark_charts(stats, results) if "step by step" in chart.title
+    )
     first, second, _ = steps.figure.axes
     assert first.get_legend() is None
     assert second.get_legend() is not None

@@ -1,4 +1,4 @@
-"""A recorded network answers as the network does, for any batch, or is refused by name."""
+"""An exported network has the outputs of the network, for any batch, or is refused by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
-from secateur.errors import TraceError, UsageError
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.pruning.apply import apply_plan
+from secateur.runtime.errors import TraceError, UsageError
 
 
 def rebuilt(model: nn.Module) -> ProgramNetwork:
-    """What is left of a network after it went through JSON."""
+    """Return a network that went through JSON."""
     program = make_program(model, random_images(2))
     read = Program.from_json(program.to_json(), program.constants)
     assert read == program
@@ -104,7 +104,7 @@ def test_network_that_does_something_else_for_one_image_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.mean((2, 3)) * (2.0 if torch.compiler.is_exporting() else 1.0)
 
-    with pytest.raises(TraceError, match="answers otherwise to a batch of 1"):
+    with pytest.raises(TraceError, match="batch of 1"):
         make_program(Squeezing(), random_images(2))
 
 

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.errors import ExportError, UsageError
-from secateur.evaluation.divergence import relative_error
-from secateur.evaluation.timing import Rounds, interleaved_medians
+from secateur.models.divergence import relative_error
 from secateur.runtime.atomic_io import make_folder, move_file
+from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.module_state import evaluating
+from secateur.runtime.timing import Rounds, interleaved_medians
 
 TOLERANCE = 1e-4
 """Relative difference from PyTorch's outputs below which a file is kept."""

@@ -1,4 +1,4 @@
-"""What a comparison file asks for, and which cells that makes."""
+"""The specification of a benchmark, and the jobs it makes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.config import RunConfig, from_dict
-from secateur.errors import UsageError, WeightsError
-from secateur.experiments.compare.runner import read_spec
-from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of, method_name
+from secateur.experiments.compare.job import method_name
+from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of, read_spec
 from secateur.pipeline.result import comparable
+from secateur.runtime.errors import UsageError, WeightsError
 
 FILE = """
 criteria = ["vote", "l1"]
@@ -51,35 +51,35 @@ def content() -> dict[str, Any]:
     return {"networks": [{"name": "resnet20"}], "data": {"source": "digits"}}
 
 
-def test_cells_are_the_product_of_all_axes(tmp_path: Path) -> None:
+def test_jobs_are_the_product_of_all_axes(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.toml"
     path.write_text(FILE)
-    comparison = read_spec(path)
-    assert comparison.seeds == (0, 1)
-    assert comparison.compared_with == "l1, coarse"
-    cells = jobs_of(comparison)
-    assert len(cells) == 2 * 2 * 2 * (2 + 1)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        config = cell.config
-        assert (config.score.criterion, config.plan.target) == (cell.criterion, cell.target)
-        assert config.seed == cell.seed
+    spec = read_spec(path)
+    assert spec.seeds == (0, 1)
+    assert spec.compared_with == "l1, coarse"
+    jobs = jobs_of(spec)
+    assert len(jobs) == 2 * 2 * 2 * (2 + 1)
+    assert len({job.id for job in jobs}) == len(jobs)
+    for job in jobs:
+        config = job.config
+        assert (config.score.criterion, config.plan.target) == (job.criterion, job.target)
+        assert config.seed == job.seed
         assert config.model.name == "resnet20"
-        assert config.finetune.epochs == (7 if cell.network == "resnet20" else 3)
-        assert config.refit.form == ("channel" if cell.variant == "coarse" else "patch")
-    assert {cell.target for cell in cells if cell.network == "again"} == {"macs=0.5"}
-    units = group_jobs(cells)
-    assert len(units) == 2 * 2 * 2
-    assert [cell for unit in units for cell in unit] == sorted(cells, key=lambda cell: cell.seed)
+        assert config.finetune.epochs == (7 if job.network == "resnet20" else 3)
+        assert config.refit.form == ("channel" if job.variant == "coarse" else "patch")
+    assert {job.target for job in jobs if job.network == "again"} == {"macs=0.5"}
+    groups = group_jobs(jobs)
+    assert len(groups) == 2 * 2 * 2
+    assert [job for group in groups for job in group] == sorted(jobs, key=lambda job: job.seed)
     assert group_jobs([]) == []
-    for unit in units:
-        assert len({(cell.network, cell.variant, cell.seed) for cell in unit}) == 1
+    for group in groups:
+        assert len({(job.network, job.variant, job.seed) for job in group}) == 1
 
 
-def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]) -> None:
-    cells = jobs_of(from_dict(content | {"seeds": 3}, BenchmarkSpec))
-    assert len(cells) == 18
-    for processes, sizes in (
+def test_scoring_passes_are_divided_if_workers_would_be_idle(content: dict[str, Any]) -> None:
+    jobs = jobs_of(from_dict(content | {"seeds": 3}, BenchmarkSpec))
+    assert len(jobs) == 18
+    for workers, sizes in (
         (1, [6, 6, 6]),
         (2, [6, 6, 3, 3]),
         (3, [6, 6, 6]),
@@ -88,21 +88,21 @@ def test_units_are_divided_where_processes_would_be_idle(content: dict[str, Any]
         (10, 6 * [1, 2]),
         (99, 18 * [1]),
     ):
-        pieces = group_jobs(cells, processes)
-        assert [len(piece) for piece in pieces] == sizes, processes
-        in_order = [cell for seed in range(3) for cell in cells if cell.seed == seed]
-        assert [cell for piece in pieces for cell in piece] == in_order
+        pieces = group_jobs(jobs, workers)
+        assert [len(piece) for piece in pieces] == sizes, workers
+        in_order = [job for seed in range(3) for job in jobs if job.seed == seed]
+        assert [job for piece in pieces for job in piece] == in_order
 
 
 def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str, Any]) -> None:
-    comparison = from_dict(content, BenchmarkSpec)
-    assert [(c.criterion, c.target) for c in jobs_of(comparison)] == [
+    spec = from_dict(content, BenchmarkSpec)
+    assert [(c.criterion, c.target) for c in jobs_of(spec)] == [
         (criterion, target)
         for criterion in ("vote", "l1", "random")
         for target in ("macs=0.7", "macs=0.5")
     ]
-    assert comparison.compared_with == "vote"
-    only = jobs_of(comparison)[0].config
+    assert spec.compared_with == "vote"
+    only = jobs_of(spec)[0].config
     expected = {
         "model": {"name": "resnet20"},
         "data": {"source": "digits"},
@@ -120,26 +120,26 @@ def test_by_default_three_criteria_are_compared_with_the_first(content: dict[str
         {"data": {"source": "digits", "batch_size": 20}},
     ],
 )
-def test_what_may_differ_where_a_run_goes_on_makes_another_cell(
+def test_settings_that_may_differ_on_resume_make_another_job(
     content: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, content | changes))
-    assert not {cell.id for cell in one} & {cell.id for cell in other}
+    one, other = (
+        jobs_of(from_dict(tables, BenchmarkSpec)) for tables in (content, content | changes)
+    )
+    assert not {job.id for job in one} & {job.id for job in other}
     same = content | {"finetune": {"workers": 1, "checkpoint_minutes": 1.0}}
-    assert {cell.id for cell in jobs_of(from_dict(same, BenchmarkSpec))} == {
-        cell.id for cell in one
-    }
+    assert {job.id for job in jobs_of(from_dict(same, BenchmarkSpec))} == {job.id for job in one}
 
 
-def test_a_changed_file_of_code_makes_another_cell(content: dict[str, Any], tmp_path: Path) -> None:
+def test_changed_user_code_makes_another_job(content: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    found = []
+    ids = []
     for code in ("", "# changed"):
         file.write_text(code)
-        cells = jobs_of(from_dict(content | {"criteria": ["l1", f"{file}:own"]}, BenchmarkSpec))
-        found.append({cell.id for cell in cells})
-    assert found[0] & found[1] == {cell.id for cell in cells if cell.criterion == "l1"}
-    assert len(found[0] - found[1]) == 2
+        jobs = jobs_of(from_dict(content | {"criteria": ["l1", f"{file}:own"]}, BenchmarkSpec))
+        ids.append({job.id for job in jobs})
+    assert ids[0] & ids[1] == {job.id for job in jobs if job.criterion == "l1"}
+    assert len(ids[0] - ids[1]) == 2
 
 
 Edit = Callable[[dict[str, Any]], object]
@@ -155,13 +155,11 @@ Edit = Callable[[dict[str, Any]], object]
         lambda content: content.update(variants={"plain": {}}),
     ],
 )
-def test_a_cell_is_another_where_anything_that_matters_differs(
-    content: dict[str, Any], edit: Edit
-) -> None:
+def test_a_job_changes_with_anything_that_matters(content: dict[str, Any], edit: Edit) -> None:
     changed = copy.deepcopy(content)
     edit(changed)
-    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, changed))
-    assert not {cell.id for cell in one} & {cell.id for cell in other}
+    one, other = (jobs_of(from_dict(tables, BenchmarkSpec)) for tables in (content, changed))
+    assert not {job.id for job in one} & {job.id for job in other}
 
 
 @pytest.mark.parametrize(
@@ -172,23 +170,21 @@ def test_a_cell_is_another_where_anything_that_matters_differs(
         lambda content: content.update(finetune={"checkpoint_minutes": 1}),
     ],
 )
-def test_a_cell_is_the_same_where_nothing_that_matters_differs(
-    content: dict[str, Any], edit: Edit
-) -> None:
+def test_a_job_does_not_change_with_anything_else(content: dict[str, Any], edit: Edit) -> None:
     changed = copy.deepcopy(content)
     edit(changed)
-    one, other = (jobs_of(from_dict(each, BenchmarkSpec)) for each in (content, changed))
-    assert {cell.id for cell in one} == {cell.id for cell in other}
+    one, other = (jobs_of(from_dict(tables, BenchmarkSpec)) for tables in (content, changed))
+    assert {job.id for job in one} == {job.id for job in other}
 
 
-def test_cells_follow_the_content_of_the_weights_not_their_place(
+def test_a_job_depends_on_the_content_of_the_weights_not_on_their_path(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     def ids(name: str, value: float) -> list[str]:
         path = tmp_path / name
         save_file({"weight": torch.full((2,), value)}, path)
         content["networks"][0]["weights"] = str(path)
-        return [cell.id for cell in jobs_of(from_dict(content, BenchmarkSpec))]
+        return [job.id for job in jobs_of(from_dict(content, BenchmarkSpec))]
 
     assert ids("one.safetensors", 1.0) == ids("other.safetensors", 1.0)
     assert ids("one.safetensors", 1.0) != ids("one.safetensors", 2.0)
@@ -205,10 +201,10 @@ def test_relative_weights_are_looked_for_in_a_folder(
         {"name": "resnet32", "weights": "/elsewhere/b.safetensors"},
         {"name": "resnet56"},
     ]
-    comparison = from_dict(content, BenchmarkSpec)
-    found = [network.weights for network in comparison.with_weights_in(tmp_path).networks]
-    assert found == [str(tmp_path / "a.safetensors"), "/elsewhere/b.safetensors", None]
-    assert comparison.with_weights_in(None) is comparison
+    spec = from_dict(content, BenchmarkSpec)
+    weights = [network.weights for network in spec.with_weights_in(tmp_path).networks]
+    assert weights == [str(tmp_path / "a.safetensors"), "/elsewhere/b.safetensors", None]
+    assert spec.with_weights_in(None) is spec
 
 
 @pytest.mark.parametrize(
@@ -242,12 +238,12 @@ def test_a_wrong_key_is_named(content: dict[str, Any], edit: Edit, message: str)
     [
         ({"refit.layer": "none"}, "refit.layer"),
         ({"refit": {"layers": "all"}}, "refit.layers"),
-        ({"model.name": "vgg16_bn"}, "model.name is no key that may differ"),
-        ({"epochs": 3}, "epochs is no key that may differ"),
-        ({"plan.target": "macs=0.1"}, "a place of its own"),
+        ({"model.name": "vgg16_bn"}, "model.name"),
+        ({"epochs": 3}, "epochs"),
+        ({"plan.target": "macs=0.1"}, "plan.target"),
     ],
 )
-def test_a_change_that_can_not_be_is_named(
+def test_a_change_that_is_not_allowed_is_named(
     content: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     content["variants"] = {"other": changes}
@@ -255,6 +251,6 @@ def test_a_change_that_can_not_be_is_named(
         jobs_of(from_dict(content, BenchmarkSpec))
 
 
-def test_ways_are_called_by_their_variant() -> None:
+def test_methods_are_named_after_their_variant() -> None:
     assert method_name("vote", "") == "vote"
     assert method_name("vote", "no refit") == "vote, no refit"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
-from secateur.errors import UsageError
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.runtime.errors import UsageError
 from secateur.runtime.module_state import evaluating, tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource

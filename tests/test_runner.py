@@ -1,4 +1,4 @@
-"""Comparisons in processes: interrupted, failing, with criteria of one's own."""
+"""Benchmarks in worker processes: interrupted, failing, and with user criteria."""
 
 from __future__ import annotations
 
@@ -25,24 +25,21 @@ from layouts import write_classes
 from processes import started
 from secateur.cli import app
 from secateur.config import CRITERIA, from_dict
-from secateur.errors import RunFolderError, UnknownName, WriteError
-from secateur.experiments.compare.runner import (
-    CELLS,
+from secateur.experiments.compare.job_files import (
     CHECKPOINTS,
-    COMPARISON,
-    _bury,
-    _prepare,
-    _Process,
+    JOBS,
+    SPEC,
+    prepare_folder,
     read_job,
-    read_spec,
-    run_benchmark,
-    work,
     write_job,
 )
-from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
-from secateur.experiments.report.comparison import CSV, MARKDOWN, PAGE, ROWS, write_comparison
-from secateur.pipeline import prune as pipeline
+from secateur.experiments.compare.runner import _record_failures, _Worker, run_benchmark
+from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
+from secateur.experiments.compare.worker import run_jobs
+from secateur.experiments.report.benchmark import CSV, MARKDOWN, PAGE, ROWS, write_benchmark
 from secateur.pipeline.inputs import load_inputs
+from secateur.pipeline.prune import prune
+from secateur.runtime.errors import RunFolderError, UnknownName, WriteError
 
 VARYING = {"seconds", "latency_left"}
 """What a row says of time."""
@@ -69,29 +66,18 @@ def content(tmp_path: Path, model_file: Path) -> dict[str, Any]:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows without what differs from run to run."""
-    found = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in VARYING} for row in found]
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in VARYING} for row in rows]
 
 
-def swept(comparison: BenchmarkSpec, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    cells = run_benchmark(comparison, folder, **options)
-    write_comparison(folder, comparison, cells)
-    return rows_of(folder)
-
-
-def worked(comparison: BenchmarkSpec, folder: Path) -> list[dict[str, Any]]:
-    """The same in this process, without one that works for it."""
-    _prepare(folder, comparison)
-    cells = jobs_of(comparison)
-    with (folder.parent / "said").open("w") as say:
-        work(folder, [cell.id for cell in cells], say)
-    results = [read_job(folder, cell) for cell in cells]
-    write_comparison(folder, comparison, [result for result in results if result is not None])
+def run_rows(spec: BenchmarkSpec, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    jobs = run_benchmark(spec, folder, **options)
+    write_benchmark(folder, spec, jobs)
     return rows_of(folder)
 
 
 def first_table(folder: Path) -> str:
-    return (folder / MARKDOWN).read_text().partition("## What is left")[0]
+    return (folder / MARKDOWN).read_text().partition("## Remaining size")[0]
 
 
 def call_compare(file: Path, folder: Path) -> None:
@@ -101,9 +87,9 @@ def call_compare(file: Path, folder: Path) -> None:
 
 
 def wait_for(folder: Path, count: int, process: BaseProcess) -> None:
-    """Until so many cells are there."""
-    while len(list(folder.glob("cells/*.json"))) < count:
-        assert process.exitcode is None, "the sweep ended before it could be killed"
+    """Until so many jobs are there."""
+    while len(list(folder.glob("jobs/*.json"))) < count:
+        assert process.exitcode is None, "the benchmark ended before it could be killed"
         time.sleep(0.02)
 
 
@@ -113,12 +99,12 @@ def end_of(process: BaseProcess) -> int | None:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
+def test_a_benchmark_that_is_killed_twice_has_the_results_of_one_that_was_not(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     file, killed = tmp_path / "benchmark.toml", tmp_path / "killed"
     file.write_text(tomli_w.dumps(content))
-    expected = swept(read_spec(file), tmp_path / "whole", jobs=2)
+    expected = run_rows(read_spec(file), tmp_path / "whole", workers=2)
     assert len(expected) == 12
     assert all(row["outcome"] == "done" for row in expected)
     assert {row["macs_left"] < 1 for row in expected} == {True}
@@ -128,34 +114,34 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_was_left_alone(
     process.kill()
     assert end_of(process) == -signal.SIGKILL
     time.sleep(1)  # the processes that worked for it end when they find it gone
-    after = {path: path.stat().st_mtime_ns for path in killed.glob("cells/*.json")}
+    after = {path: path.stat().st_mtime_ns for path in killed.glob("jobs/*.json")}
     assert 2 <= len(after) < 12
 
     process = started(call_compare, file, killed)
     wait_for(killed, 8, process)
     process.terminate()
     assert end_of(process) == 130
-    assert len(list(killed.glob("cells/*.json"))) < 12
+    assert len(list(killed.glob("jobs/*.json"))) < 12
 
     assert end_of(started(call_compare, file, killed)) == 0
     assert rows_of(killed) == expected
     assert first_table(killed) == first_table(tmp_path / "whole")
     for path, written in after.items():
-        assert path.stat().st_mtime_ns == written, "a cell was done again"
+        assert path.stat().st_mtime_ns == written, "a job was done again"
     assert not (killed / CHECKPOINTS).exists()
 
 
-def test_a_cell_is_what_a_run_of_its_own_finds(
+def test_a_job_has_the_result_of_a_single_run(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('not what processes import')")
     monkeypatch.chdir(tmp_path)
     content |= {"criteria": ["vote", "l1"], "targets": ["macs=0.6"], "seeds": [1]}
-    comparison = from_dict(content, BenchmarkSpec)
-    found = run_benchmark(comparison, tmp_path / "out")
-    for cell, result in zip(jobs_of(comparison), found, strict=True):
-        dataset, model = load_inputs(cell.config)
-        alone = pipeline.prune(model, dataset, cell.config).result
+    spec = from_dict(content, BenchmarkSpec)
+    results = run_benchmark(spec, tmp_path / "out")
+    for job, result in zip(jobs_of(spec), results, strict=True):
+        dataset, model = load_inputs(job.config)
+        alone = prune(model, dataset, job.config).result
         assert result.result is not None
         assert result.result.plan_hash == alone.plan_hash
         assert result.result.groups == alone.groups
@@ -164,21 +150,38 @@ def test_a_cell_is_what_a_run_of_its_own_finds(
             assert one.score.loss == pytest.approx(other.score.loss, rel=1e-5)
 
 
-BROKEN = """
+CRITERIA_FILE = """
 from pathlib import Path
 
 import torch
-from secateur.criteria.kernels import OfKernels
 
 
-class wrong_shape(OfKernels):
-    def __init__(self):
-        super().__init__(torch.numel)
+class OnKernels:
+    needs = frozenset()
 
-    def compute(self, part):
+    def __init__(self, function):
+        self.function = function
+
+    def reset(self, taps):
+        self.taps = taps
+
+    def update(self, batch):
+        pass
+
+    def state(self):
+        return ()
+
+    def compute(self, tap):
+        return self.function(self.taps[tap].incoming[0][0].flatten(1).double())
+
+
+def wrong_shape():
+    def score(kernels):
         if (Path(__file__).parent / "mended").exists():
-            return torch.arange(self._parts[part].filters)
+            return torch.arange(len(kernels))
         return torch.zeros(3, 2)
+
+    return OnKernels(score)
 
 
 def fatal():
@@ -188,11 +191,18 @@ def fatal():
         print("last words", file=__import__("sys").stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    return OfKernels(die)
+    return OnKernels(die)
+
+
+def buggy():
+    def fail(kernels):
+        raise ValueError("a bug of its author's")
+
+    return OnKernels(fail)
 
 
 def largest():
-    return OfKernels(lambda kernels: kernels.flatten(1).abs().amax(1))
+    return OnKernels(lambda kernels: kernels.abs().amax(1))
 
 
 def nothing():
@@ -200,16 +210,16 @@ def nothing():
 """
 
 
-def test_failing_cells_are_reported_and_the_rest_goes_on(
+def test_failed_jobs_are_reported_and_the_others_run(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    own = tmp_path / "criteria.py"
-    own.write_text(BROKEN)
-    names = [f"{own}:{name}" for name in ("wrong_shape", "nothing", "fatal", "largest")]
+    criteria = tmp_path / "criteria.py"
+    criteria.write_text(CRITERIA_FILE)
+    names = [f"{criteria}:{name}" for name in ("wrong_shape", "nothing", "fatal", "largest")]
     content |= {"criteria": [*names, "l1"], "targets": ["macs=0.7"], "seeds": 1}
     content["finetune"] = {"epochs": 0}
     out = tmp_path / "out"
-    rows = swept(from_dict(content, BenchmarkSpec), out)
+    rows = run_rows(from_dict(content, BenchmarkSpec), out)
     by_name = {row["criterion"].rpartition(":")[2]: row for row in rows}
     outcomes = {name: row["outcome"] for name, row in by_name.items()}
     assert outcomes == {
@@ -227,93 +237,80 @@ def test_failing_cells_are_reported_and_the_rest_goes_on(
     assert "last words" in (out / PAGE).read_text()
 
     (tmp_path / "mended").touch()
-    kept = swept(from_dict(content, BenchmarkSpec), out)
+    kept = run_rows(from_dict(content, BenchmarkSpec), out)
     assert kept == rows
-    again = swept(from_dict(content, BenchmarkSpec), out, retry=True)
+    again = run_rows(from_dict(content, BenchmarkSpec), out, retry=True)
     done = {row["criterion"].rpartition(":")[2] for row in again if row["outcome"] == "done"}
     assert done == {"wrong_shape", "largest", "l1"}
-    own.write_text(f"{BROKEN}# changed")
-    jobs = jobs_of(from_dict(content, BenchmarkSpec))
-    same = {job.criterion for job in jobs if job.id in {row["id"] for row in again}}
+    criteria.write_text(f"{CRITERIA_FILE}# changed")
+    others = run_rows(from_dict(content, BenchmarkSpec), out)
+    same = {row["criterion"] for row in others if row["id"] in {row["id"] for row in again}}
     assert same == {"l1"}
 
 
-def test_a_cell_that_fails_leaves_its_checkpoints_for_another_try(
+def test_a_failed_job_keeps_its_checkpoints_for_a_retry(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    comparison = from_dict(content, BenchmarkSpec)
+    spec = from_dict(content, BenchmarkSpec)
     out = tmp_path / "out"
-    cell = jobs_of(comparison)[0]
-    checkpoints = out / CHECKPOINTS / cell.id
+    job = jobs_of(spec)[0]
+    checkpoints = out / CHECKPOINTS / job.id
     checkpoints.mkdir(parents=True)
-    (out / CELLS).mkdir()
-    found = write_job(out, cell, comparison, failed="no room")
-    assert (found.outcome, found.reason) == ("failed", "no room")
+    (out / JOBS).mkdir()
+    result = write_job(out, job, spec, failed="no room")
+    assert (result.outcome, result.reason) == ("failed", "no room")
     assert checkpoints.is_dir()
 
 
 @pytest.mark.parametrize(
-    ("count", "has_begun_any", "given_up", "again"),
+    ("count", "has_started_any", "given_up", "again"),
     [
         (3, True, 0, [3]),
-        # One that came to no cell would come to none again, unless other criteria are to blame.
+        # Without a started job a retry would fail again, unless another criterion is the cause.
         (3, False, 3, []),
         (6, False, 0, [3, 3]),
         (6, True, 0, [6]),
     ],
 )
-def test_a_process_that_dies_between_cells_takes_as_few_with_it_as_can_be(
+def test_a_worker_that_dies_between_jobs_loses_as_few_as_possible(
     content: dict[str, Any],
     tmp_path: Path,
     count: int,
-    has_begun_any: bool,
+    has_started_any: bool,
     given_up: int,
     again: list[int],
 ) -> None:
-    comparison = from_dict(content | {"seeds": 1}, BenchmarkSpec)
-    cells = list(jobs_of(comparison)[:count])
-    (tmp_path / CELLS).mkdir()
-    with tempfile.TemporaryFile("w+") as errors:
-        popen = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
-        popen.wait()
-        process = _Process(popen, cells, errors, has_begun_any=has_begun_any)
-        lost = list(_bury(tmp_path, comparison, process))
-    assert [cell.reason for cell in lost] == ["its process ended with code 3"] * given_up
-    lists = process.again()
-    assert [len(each) for each in lists] == again
-    for each in lists:
-        assert has_begun_any or len({cell.criterion for cell in each}) == 1
+    spec = from_dict(content | {"seeds": 1}, BenchmarkSpec)
+    jobs = list(jobs_of(spec)[:count])
+    (tmp_path / JOBS).mkdir()
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], encoding="utf-8")
+        process.wait()
+        worker = _Worker(process, jobs, stderr, has_started_any=has_started_any)
+        lost = list(_record_failures(tmp_path, spec, worker))
+    assert [job.reason for job in lost] == ["its process ended with code 3"] * given_up
+    groups = worker.remaining_groups()
+    assert [len(group) for group in groups] == again
+    for group in groups:
+        assert has_started_any or len({job.criterion for job in group}) == 1
 
 
-BROKEN_WHILE_SEEING = """
-from secateur.criteria.kernels import OfKernels
-
-
-class broken(OfKernels):
-    def __init__(self):
-        super().__init__(len)
-
-    def compute(self, part):
-        raise ValueError("a bug of its author's")
-"""
-
-
-def test_an_error_of_one_criterion_is_none_of_the_others(
+def test_an_error_of_one_criterion_does_not_affect_the_others(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "criteria.py").write_text(BROKEN_WHILE_SEEING)
-    content |= {"criteria": [f"{tmp_path / 'criteria.py'}:broken", "l1"], "targets": ["macs=0.7"]}
-    comparison = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, BenchmarkSpec)
-    _prepare(tmp_path / "out", comparison)
-    cells = jobs_of(comparison)
-    with (tmp_path / "said").open("w") as say:
-        work(tmp_path / "out", [cell.id for cell in cells], say)
-    found = [read_job(tmp_path / "out", cell) for cell in cells]
-    assert [each and each.outcome for each in found] == ["failed", "done"]
-    assert found[0] is not None
-    assert found[0].reason == "ValueError: a bug of its author's"
-    words = [f"{event} {cell.id}" for cell in cells for event in ("begun", "ended")]
-    assert (tmp_path / "said").read_text().splitlines() == words
+    (tmp_path / "criteria.py").write_text(CRITERIA_FILE)
+    content |= {"criteria": [f"{tmp_path / 'criteria.py'}:buggy", "l1"], "targets": ["macs=0.7"]}
+    spec = from_dict(content | {"seeds": 1, "finetune": {"epochs": 0}}, BenchmarkSpec)
+    prepare_folder(tmp_path / "out", spec)
+    jobs = jobs_of(spec)
+    with (tmp_path / "messages").open("w") as messages:
+        run_jobs(tmp_path / "out", [job.id for job in jobs], messages)
+    results = [read_job(tmp_path / "out", job) for job in jobs]
+    assert [result and result.outcome for result in results] == ["failed", "done"]
+    assert results[0] is not None
+    assert results[0].reason == "ValueError: a bug of its author's"
+    lines = [f"{event} {job.id}" for job in jobs for event in ("started", "ended")]
+    assert (tmp_path / "messages").read_text().splitlines() == lines
 
 
 def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
@@ -321,29 +318,27 @@ def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(
 ) -> None:
     targets = ["macs=0.7", "latency=0.7"]
     content |= {"criteria": ["l1"], "targets": targets, "seeds": 1}
-    comparison = from_dict(content, BenchmarkSpec)
+    spec = from_dict(content, BenchmarkSpec)
     kept: dict[str, Path | None] = {}
 
-    def prune(*_: object, checkpoints: Path | None, **__: object) -> None:
+    def fake_prune(*_: object, checkpoints: Path | None, **__: object) -> None:
         kept[targets[len(kept)]] = checkpoints
         raise RunFolderError("enough")
 
-    monkeypatch.setattr(pipeline, "prune", prune)
-    monkeypatch.setattr(pipeline, "make_start", lambda *_: None)
-    _prepare(tmp_path / "out", comparison)
-    cells = jobs_of(comparison)
-    with (tmp_path / "said").open("w") as say:
-        work(tmp_path / "out", [cell.id for cell in cells], say)
+    monkeypatch.setattr("secateur.experiments.compare.worker.prune", fake_prune)
+    monkeypatch.setattr("secateur.experiments.compare.worker.make_baseline", lambda *_: None)
+    prepare_folder(tmp_path / "out", spec)
+    jobs = jobs_of(spec)
+    with (tmp_path / "messages").open("w") as messages:
+        run_jobs(tmp_path / "out", [job.id for job in jobs], messages)
     assert kept == {
-        "macs=0.7": tmp_path / "out" / CHECKPOINTS / cells[0].id,
+        "macs=0.7": tmp_path / "out" / CHECKPOINTS / jobs[0].id,
         "latency=0.7": None,
     }
 
 
-def test_cells_are_the_same_to_the_processes_that_work_them_off(
-    content: dict[str, Any], tmp_path: Path
-) -> None:
-    """They read the comparison as the folder holds it; also where a value is a table."""
+def test_workers_read_the_same_jobs(content: dict[str, Any], tmp_path: Path) -> None:
+    """From the file in the folder, also if a value is a table."""
     shares = {"plan.allocation": "shares", "plan.shares": {"layer1.*": 0.5}}
     content["variants"] = {
         "dotted": shares,
@@ -351,27 +346,25 @@ def test_cells_are_the_same_to_the_processes_that_work_them_off(
         "none": {"score.concept_weights": {}},
     }
     content["score"] = {"concept_weights": {"colours": 2.0}}
-    comparison = from_dict(content, BenchmarkSpec)
-    _prepare(tmp_path / "out", comparison)
-    cells = jobs_of(read_spec(tmp_path / "out" / COMPARISON))
-    assert cells == jobs_of(comparison)
-    by_variant = {cell.variant: cell.config for cell in cells}
+    spec = from_dict(content, BenchmarkSpec)
+    prepare_folder(tmp_path / "out", spec)
+    jobs = jobs_of(read_spec(tmp_path / "out" / SPEC))
+    assert jobs == jobs_of(spec)
+    by_variant = {job.variant: job.config for job in jobs}
     assert by_variant["dotted"].plan == by_variant["nested"].plan
     assert by_variant["dotted"].plan.shares == {"layer1.*": 0.5}
     assert by_variant["none"].score.concept_weights == {}
 
 
-def test_data_that_is_not_there_fails_its_cells_in_one_line(
-    content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_missing_data_fails_its_jobs_with_one_line(content: dict[str, Any], tmp_path: Path) -> None:
     content["data"]["source"] = f"folder:{tmp_path / 'nowhere'}"
     content |= {"seeds": 1, "targets": ["macs=0.7"]}
-    rows = worked(from_dict(content, BenchmarkSpec), tmp_path / "out")
+    rows = run_rows(from_dict(content, BenchmarkSpec), tmp_path / "out")
     assert [row["outcome"] for row in rows] == ["failed", "failed"]
     assert all("nowhere" in row["reason"] for row in rows)
 
 
-def test_what_is_wrong_from_the_start_stops_all(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_wrong_specification_runs_nothing(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean vote"):
         run_benchmark(from_dict(content | {"criteria": ["votes"]}, BenchmarkSpec), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -397,7 +390,7 @@ def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
     content |= {"criteria": criteria, "targets": ["macs=0.7"], "seeds": 1}
     content["finetune"] = {"epochs": 0}
     out = tmp_path / "out"
-    rows = worked(from_dict(content, BenchmarkSpec), out)
+    rows = run_rows(from_dict(content, BenchmarkSpec), out)
     assert [row["outcome"] for row in rows] == ["done"] * 3
     assert len({row["plan_hash"] for row in rows}) == 3
     for criterion in criteria:
@@ -406,7 +399,7 @@ def test_the_example_of_the_page_is_a_criterion_that_ends_up_in_the_table(
 
 def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
     content |= {"targets": ["macs=0.7"], "seeds": 1, "score_on": "validation"}
-    rows = worked(from_dict(content, BenchmarkSpec), tmp_path / "out")
+    rows = run_rows(from_dict(content, BenchmarkSpec), tmp_path / "out")
     read = list(csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text())))
     assert len(read) == len(rows) == 2
     for one, other in zip(read, rows, strict=True):
@@ -418,16 +411,16 @@ def test_rows_come_as_csv_too(content: dict[str, Any], tmp_path: Path) -> None:
         assert int(one["threads"]) == 1
 
 
-def test_a_folder_that_a_full_disk_has_left_empty_is_gone_on_with(
+def test_a_folder_that_a_full_disk_left_empty_is_resumed(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    comparison = from_dict({**content, "criteria": ["l1"], "targets": ["macs=0.8"]}, BenchmarkSpec)
+    spec = from_dict({**content, "criteria": ["l1"], "targets": ["macs=0.8"]}, BenchmarkSpec)
     out, link = tmp_path / "out", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)
     for place in (5, 6):  # after the lock: opening and writing benchmark.toml
         with FailingDisk(tmp_path, place).mounted(), pytest.raises(WriteError):
-            run_benchmark(comparison, link, skip=lambda cell: True)
+            run_benchmark(spec, link, skip=lambda job: True)
     (out / "benchmark.toml.unfinished").touch()  # of one that was killed
-    assert run_benchmark(comparison, link, skip=lambda cell: True) == ()
+    assert run_benchmark(spec, link, skip=lambda job: True) == ()
     assert (out / "benchmark.toml").is_file()

@@ -1,11 +1,11 @@
 """Compare `--max-drop` and latency targets with measurements, without training.
 
-    python bench/promises.py --data DIR --resnet56 FILE --vgg16 FILE
+    python bench/targets.py --data DIR --resnet56 FILE --vgg16 FILE
 
 ResNet-56 and VGG-16 are pruned to the smallest network that loses at most one point on validation
 images, and to 0.6 of the time of a forward pass. Then accuracy on validation images and both
 networks' forward passes (interleaved) are measured. Each combination adds a line to
-`results/promises.jsonl`; lines that are already there are not measured again. VGG-16's weights are
+`results/targets.jsonl`; lines that are already there are not measured again. VGG-16's weights are
 those that `secateur train` writes. Finally the table in docs/reference/targets.md is written;
 without weights only that. Times use all threads of the machine: leave it idle.
 """
@@ -15,55 +15,55 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from cells import Cell, key_of, put_cell, read_cells, run_all
+from interleaved import time_interleaved
+from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import PlanSection, RefitSection
-from secateur.errors import TargetError
-from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.timing import LATENCY_BATCH, repeat_to_batch
+from secateur.models.evaluate import evaluate
 from secateur.pipeline.inputs import load_inputs, make_reader
 from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.cost.quantities import count_quantity
+from secateur.runtime.errors import TargetError
+from secateur.runtime.timing import LATENCY_BATCH, repeat_to_batch
 from studies import cifar10
 from tables import with_table
-from turns import in_turns
 
-RESULTS = ROOT / "results" / "promises.jsonl"
+RESULTS = ROOT / "results" / "targets.jsonl"
 PAGE = ROOT / "docs" / "reference" / "targets.md"
-KEY = ("network", "promise")
+KEY = ("network", "target")
 NETWORKS = {"resnet56": "resnet56", "vgg16": "vgg16_bn"}
 """Option that names the weights -> network."""
-PROMISES = {
+TARGETS = {
     "max-drop=1": PlanSection(target="macs=0.5", max_drop=1.0),
     "latency=0.6": PlanSection(target="latency=0.6"),
     "latency=0.6 prune-residual": PlanSection(target="latency=0.6", prune_residual=True),
 }
-NO_STREAM = ("vgg16_bn", "latency=0.6 prune-residual")
-"""It has no residual sums: the same as without."""
+NO_RESIDUAL = ("vgg16_bn", "latency=0.6 prune-residual")
+"""Skipped: without skip connections `prune_residual` changes nothing."""
 
 
-def cells() -> list[Cell]:
-    """What has been measured."""
-    return read_cells(RESULTS, KEY)
+def measured() -> list[Measurement]:
+    """Return what has been measured."""
+    return read_measurements(RESULTS, KEY)
 
 
-def measure(data: str, network: str, promise: str, weights: str) -> Cell:
-    """One network pruned by one promise, and what came of it."""
+def measure(data: str, network: str, target: str, weights: str) -> Measurement:
+    """Prune a network to a target, and return what was measured."""
     config = cifar10(network, argparse.Namespace(data=data, weights=""))
     config = config.model_copy(
         update={
             "model": config.model.model_copy(update={"weights": weights}),
-            "plan": PROMISES[promise],
+            "plan": TARGETS[target],
             "refit": RefitSection(),
             "finetune": config.finetune.model_copy(update={"epochs": 0}),
         }
     )
-    found = {
+    head = {
         "network": network,
-        "promise": promise,
+        "target": target,
         "seed": config.seed,
-        "command": "python bench/promises.py --data DIR --resnet56 FILE --vgg16 FILE",
+        "command": "python bench/targets.py --data DIR --resnet56 FILE --vgg16 FILE",
         "revision": revision(),
         "environment": surroundings(),
     }
@@ -71,23 +71,25 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
     try:
         pruned = prune(model, dataset, config)
     except TargetError as error:
-        return {**found, "refused": str(error)}
+        return {**head, "refused": str(error)}
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
     shown = list(make_reader(config).read_shard(dataset.validation))
-    validation = {name: evaluate(each, shown).top1_fraction for name, each in networks.items()}
+    validation = {
+        name: evaluate(network, shown).top1_fraction for name, network in networks.items()
+    }
     test = {
         "before": pruned.result.stages[0].score,
         "after": pruned.result.stages[-1].score,
     }
-    seconds = in_turns(networks, repeat_to_batch(shown[0].images, LATENCY_BATCH))
+    seconds = time_interleaved(networks, repeat_to_batch(shown[0].images, LATENCY_BATCH))
     predicted = None
     if pruned.latency is not None:
         dependencies = make_scoring_context(model, dataset, config).dependencies
         time_of = count_quantity(dependencies, "latency", pruned.latency)
         predicted = time_of(pruned.plan.removed) / time_of({})
     return {
-        **found,
+        **head,
         "validation_fraction": validation,
         "test_fraction": {name: score.top1_fraction for name, score in test.items()},
         "macs_left": test["after"].macs / test["before"].macs,
@@ -95,32 +97,36 @@ def measure(data: str, network: str, promise: str, weights: str) -> Cell:
         "seconds": seconds,
         "latency_left_predicted": predicted,
         "trials": [
-            [t.fraction_left, t.validation_top1_fraction] for t in pruned.result.size_trials
+            [trial.fraction_left, trial.validation_top1_fraction]
+            for trial in pruned.result.size_trials
         ],
     }
 
 
-def table(found: list[Cell]) -> str:
+def table(measurements: list[Measurement]) -> str:
     """Return the table of targets and what was measured for them."""
     lines = [
         "| network | options | validation top-1 | test top-1 | MACs left | time left: predicted | "
         "measured | ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for cell in sorted(found, key=lambda each: key_of(each, KEY)):
-        if "refused" in cell:
-            reason = cell["refused"].partition(" (")[0]
+    for measurement in sorted(measurements, key=lambda measurement: key_of(measurement, KEY)):
+        if "refused" in measurement:
+            reason = measurement["refused"].partition(" (")[0]
             lines.append(
-                f"| {cell['network']} | `{cell['promise']}` | refused: {reason} | | | | | |"
+                f"| {measurement['network']} | `{measurement['target']}` "
+                f"| refused: {reason} | | | | | |"
             )
             continue
-        times = {n: 1e3 * statistics.median(each) for n, each in cell["seconds"].items()}
-        predicted = cell["latency_left_predicted"]
+        times = {
+            name: 1e3 * statistics.median(values) for name, values in measurement["seconds"].items()
+        }
+        predicted = measurement["latency_left_predicted"]
         texts = [
-            cell["network"],
-            f"`{cell['promise']}`",
-            *(_percents(cell[f"{images}_fraction"]) for images in ("validation", "test")),
-            f"{cell['macs_left']:.3f}",
+            measurement["network"],
+            f"`{measurement['target']}`",
+            *(_percents(measurement[f"{images}_fraction"]) for images in ("validation", "test")),
+            f"{measurement['macs_left']:.3f}",
             "–" if predicted is None else f"{predicted:.3f}",
             f"{times['after'] / times['before']:.3f}",
             f"{times['before']:.1f} → {times['after']:.1f}",
@@ -133,13 +139,13 @@ def _percents(fractions: dict[str, float]) -> str:
     return " → ".join(f"{100 * fractions[name]:.2f}" for name in ("before", "after"))
 
 
-def page(text: str, found: list[Cell]) -> str:
-    """The page with its table brought up to date."""
-    return with_table(text, "results/promises.jsonl", table(found))
+def page(text: str, measurements: list[Measurement]) -> str:
+    """Return the page with a current table."""
+    return with_table(text, "results/targets.jsonl", table(measurements))
 
 
 def main() -> None:
-    """Measures what is missing and writes the table."""
+    """Measure what is missing and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,20 +155,20 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        put_cell(RESULTS, measure(arguments.data, *arguments.child))
+        append_measurement(RESULTS, measure(arguments.data, *arguments.child))
         return
-    known = {key_of(cell, KEY) for cell in cells()}
+    known = {key_of(measurement, KEY) for measurement in measured()}
     calls = [
-        ["--data", arguments.data, "--child", network, promise, weights]
+        ["--data", arguments.data, "--child", network, target, weights]
         for option, network in NETWORKS.items()
         if (weights := getattr(arguments, option)) is not None
-        for promise in PROMISES
-        if (network, promise) not in known and (network, promise) != NO_STREAM
+        for target in TARGETS
+        if (network, target) not in known and (network, target) != NO_RESIDUAL
     ]
     if calls and arguments.data is None:
         parser.error("--data is needed")
-    run_all("promises.py", calls, 1)
-    PAGE.write_text(page(PAGE.read_text(), cells()))
+    run_all("targets.py", calls, 1)
+    PAGE.write_text(page(PAGE.read_text(), measured()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
-from secateur.errors import DataError
+from secateur.models.score import OutputDivergence
 from secateur.runtime import distributed
+from secateur.runtime.errors import DataError
 from secateur.runtime.module_state import device_of, evaluating
 
 CONFIDENCE_SIGMAS = 2.0
 """The standard errors by which a mean must fall for the fall to be significant."""
 Logits = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
-
-
-@dataclass(frozen=True)
-class OutputDivergence:
-    """How far a network's outputs are from the expected ones."""
-
-    divergence: float
-    """Mean KL divergence from the expected outputs, KL(expected ‖ actual), in nats; for softened
-    outputs multiplied by the square of the temperature."""
-    top1_fraction: float
-    """Fraction of images for which both predict the same class."""
 
 
 def logits_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Logits, ...]:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
-import promises
-from cells import Cell
-from promises import cells, page, table
+import pytest
+
+import targets
+from measurements import Measurement
+from targets import measured, page, table
+
+pytestmark = pytest.mark.bench
 
 
-def test_the_table_tells_what_was_measured() -> None:
-    cell: Cell = {
+def test_the_table_shows_what_was_measured() -> None:
+    measurement: Measurement = {
         "network": "resnet56",
-        "promise": "latency=0.6",
+        "target": "latency=0.6",
         "validation_fraction": {"before": 0.99, "after": 0.5},
         "test_fraction": {"before": 0.9, "after": 0.4567},
         "macs_left": 0.25,
@@ -17,13 +21,13 @@ def test_the_table_tells_what_was_measured() -> None:
         "latency_left_predicted": 0.58,
         "trials": [],
     }
-    assert table([cell]).splitlines()[-1] == (
+    assert table([measurement]).splitlines()[-1] == (
         "| resnet56 | `latency=0.6` | 99.00 → 50.00 | 90.00 → 45.67 | 0.250 | 0.580 | 0.600 "
         "| 20.0 → 12.0 |"
     )
-    assert "| – | 0.600 |" in table([cell | {"latency_left_predicted": None}])
+    assert "| – | 0.600 |" in table([measurement | {"latency_left_predicted": None}])
 
 
 def test_the_page_is_that_of_the_result_file() -> None:
-    text = promises.PAGE.read_text()
-    assert page(text, cells()) == text
+    text = targets.PAGE.read_text()
+    assert page(text, measured()) == text

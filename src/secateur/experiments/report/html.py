@@ -1,0 +1,46 @@
+"""Render HTML pages from the templates and scripts of this package."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the page that a template makes of values; text in them is escaped."""
+    environment = Environment(
+        loader=PackageLoader("secateur", "experiments/report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+@dataclass(frozen=True)
+class Script:
+    """The JavaScript of a page. The page's policy allows only this text, by its hash."""
+
+    text: Markup
+
+    @property
+    def policy(self) -> str:
+        """The content security policy: run this script, show embedded pictures, nothing else."""
+        digest = base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()
+        return (
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        )
+
+
+def read_script(*names: str) -> Script:
+    """Return the named files of this package, joined."""
+    files = (resources.files(__package__).joinpath(name) for name in names)
+    return Script(Markup("").join(Markup(file.read_text(encoding="utf-8")) for file in files))

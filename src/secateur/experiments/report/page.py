@@ -1,0 +1,135 @@
+"""`report.html` of a run: one offline page with scores, layers, concepts and filters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.experiments.compare.statistics import BenchmarkStatistics
+from secateur.experiments.report.gallery import Gallery, to_json
+from secateur.experiments.report.html import read_script, render
+from secateur.experiments.report.layers import concept_map, layer_rows
+from secateur.pipeline.result import RunResult
+from secateur.pruning.outcome import BatchNormRecalibration
+from secateur.runtime.atomic_io import replace_file
+
+
+def write_report(
+    result: RunResult,
+    path: Path,
+    gallery: Gallery | None = None,
+    beside: BenchmarkStatistics | None = None,
+) -> None:
+    """Write the report of a run; the file is replaced atomically.
+
+    Args:
+        result: The result of the run.
+        path: The HTML file.
+        gallery: What the filters respond to; None leaves it out.
+        beside: A benchmark whose methods are drawn in the chart of accuracy against MACs.
+
+    Raises:
+        WriteError: The file can't be written.
+    """
+    from secateur.experiments.report.run_charts import tradeoff  # takes a second to import
+
+    recalibration = result.batchnorm_recalibration
+    page = render(
+        "report.html.j2",
+        result=result,
+        cards=_cards(result),
+        rows=score_rows(result),
+        tradeoff=tradeoff(result, beside),
+        layers=layer_rows(result, gallery),
+        concept_map=None if gallery is None else concept_map(gallery),
+        gallery=gallery,
+        recalibration=None if recalibration is None else _recalibration_text(recalibration),
+        config=result.config.model_dump(mode="json"),
+        environment=result.environment.model_dump(),
+        data=to_json(result, gallery),
+        script=read_script("theme.js", "report.js"),
+    )
+    replace_file(path, page)
+
+
+def score_rows(result: RunResult) -> list[dict[str, str]]:
+    """Return the scores of each stage as text, with sizes relative to the first stage."""
+    rows = []
+    first = result.stages[0].score
+    for stage in result.stages:
+        score = stage.score
+        rows.append(
+            {
+                "stage": stage.stage if stage.round == 1 else f"{stage.stage} ({stage.round})",
+                "top-1 %": f"{100 * score.top1_fraction:.2f}",
+                "top-5 %": f"{100 * score.top5_fraction:.2f}",
+                "loss": f"{score.loss:.3f}",
+                "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
+                "params": (
+                    f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"
+                ),
+                "latency ms": f"{score.latency_ms:.1f}",
+                "seconds": "–" if stage.stage == "before" else f"{stage.seconds:.1f}",
+            }
+        )
+    return rows
+
+
+def count_text(number: int) -> str:
+    """Return a count with three digits and a unit, such as `40.6 M`."""
+    value = float(number)
+    for unit in ("", " k", " M", " G"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure, before and after the run."""
+
+    title: str
+    before: str
+    after: str
+    change: str
+
+
+def _cards(result: RunResult) -> list[Card]:
+    first, last = result.stages[0].score, result.stages[-1].score
+    points = 100 * (last.top1_fraction - first.top1_fraction)
+    filters = sum(group.filters for group in result.groups)
+    kept = filters - sum(len(group.removed) for group in result.groups)
+
+    def card(title: str, before: str, after: str, ratio: float) -> Card:
+        return Card(title, before, after, f"{ratio - 1:+.1%}".replace("-", "−"))
+
+    return [
+        Card(
+            "Top-1",
+            f"{100 * first.top1_fraction:.2f} %",
+            f"{100 * last.top1_fraction:.2f} %",
+            f"{points:+.2f} points".replace("-", "−"),
+        ),
+        card("MACs", count_text(first.macs), count_text(last.macs), last.macs / first.macs),
+        card(
+            "Parameters",
+            count_text(first.parameters),
+            count_text(last.parameters),
+            last.parameters / first.parameters,
+        ),
+        card(
+            "Latency",
+            f"{first.latency_ms:.1f} ms",
+            f"{last.latency_ms:.1f} ms",
+            last.latency_ms / first.latency_ms,
+        ),
+        card("Prunable filters", str(filters), str(kept), kept / max(1, filters)),
+    ]
+
+
+def _recalibration_text(recalibration: BatchNormRecalibration) -> str:
+    if not recalibration.fraction:
+        return "unchanged"
+    which = "means" if recalibration.statistics == "means" else "means and variances"
+    return f"{which} moved {recalibration.fraction:.0%} of the way to the re-estimated ones"

@@ -1,1 +1,0 @@
-"""Connect to other libraries: ONNX, Torch-Pruning, experiment trackers."""
