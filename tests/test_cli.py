@@ -510,7 +510,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     weights = tmp_path / "w.safetensors"
     save_file(zoo.load("resnet20").state_dict(), weights)
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
-    words = "tell 10 classes apart, but the data or --num-classes asks for 2"
+    words = "for 10 classes, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
     words = f"folder:{images} has 2 classes, but the network is to tell 1 classes apart"
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
