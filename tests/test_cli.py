@@ -512,7 +512,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
     words = "for 10 classes, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
-    words = f"folder:{images} has 2 classes, but the network is to tell 1 classes apart"
+    words = f"folder:{images} has 2 classes but --num-classes is 1"
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
@@ -832,8 +832,8 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
     assert outcome.code == 0, outcome.err
     assert max(map(len, outcome.out.splitlines()[:-1])) <= 80
     lines = [line.split() for line in outcome.out.splitlines()]
-    assert ["way", "own", "macs=0.6", "mean"] in lines
-    assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
+    assert ["method", "own", "macs=0.6", "mean"] in lines
+    assert ["method", "own", "macs=0.6", "all", "settings", "verdict"] in lines
     assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]

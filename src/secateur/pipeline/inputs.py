@@ -46,8 +46,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         raise UsageError("without data the number of classes must be given: --num-classes")
     if num_classes < len(dataset.class_names):
         raise DataError(
-            f"{config.data.source} has {len(dataset.class_names)} classes, but the network is to "
-            f"tell {num_classes} classes apart: --num-classes must not be less"
+            f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
+            f"{num_classes}; it must be at least {len(dataset.class_names)}"
         )
     model = zoo.load(
         config.model.name,
