@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.models.divergence import divergence_from, is_smaller, logits_of
+from secateur.models.divergence import divergence_from, logits_of
 from secateur.pruning.refit.batchnorm import FRACTIONS, _norms, _reestimated, recalibrate_batchnorm
+from secateur.pruning.refit.significance import is_smaller
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:

@@ -15,6 +15,7 @@ from networks import make_network, random_images
 from runs import small_config
 from secateur.config import Budget
 from secateur.experiments.run import run
+from secateur.graph import finite
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.models.divergence import relative_error
@@ -114,12 +115,12 @@ def test_outputs_with_nan_do_not_pass(wired: Wired) -> None:
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_weights_with_nan_or_inf_are_named(wired: Wired, number: float) -> None:
     model, dependencies, _ = wired
-    equivalence.check_finite(model, dependencies, random_images(2))
+    finite.check_finite(model, dependencies, random_images(2))
     name, tensor = list(model.named_parameters())[3]
     with torch.no_grad():
         tensor.view(-1)[0] = number
     with pytest.raises(NotFiniteError, match=f": {name}$"):
-        equivalence.check_finite(model, dependencies, random_images(2))
+        finite.check_finite(model, dependencies, random_images(2))
 
 
 class Overflows(nn.Module):
@@ -140,12 +141,12 @@ class Overflows(nn.Module):
 def test_the_first_layer_with_nan_or_inf_is_named() -> None:
     model = Overflows()
     dependencies = build_dependency_graph(model, random_images(2))
-    equivalence.check_finite(model, dependencies, random_images(2))
+    finite.check_finite(model, dependencies, random_images(2))
     with torch.no_grad():
         model.first.weight.fill_(1e30)
         model.second.weight.fill_(1e30)
     with pytest.raises(NotFiniteError, match="second "):
-        equivalence.check_finite(model, dependencies, random_images(2))
+        finite.check_finite(model, dependencies, random_images(2))
 
 
 def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.module_state import device_of, evaluating
 from secateur.models import zoo
 from secateur.models.evaluate import compute_logits
 from secateur.models.score import Score
@@ -30,7 +31,6 @@ from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.progress import no_progress, progress_bars
 from secateur.scoring import criteria
 

@@ -193,6 +193,11 @@ class PlanSection(Section):
     min_filters: int = Field(default=1, ge=1)
     """Smallest number of filters to keep in a layer."""
 
+    @property
+    def budget(self) -> Budget:
+        """The target as a value."""
+        return parse_budget(self.target)
+
     @model_validator(mode="after")
     def _check_shares(self) -> PlanSection:
         if (self.allocation == "shares") != bool(self.shares):

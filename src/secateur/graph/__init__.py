@@ -1,6 +1,6 @@
 """The dependency graph: which channels of a network can be cut, which only together, and the cut.
 
-In the order in which `build` uses them:
+`module_state` reads a module without changing it. The rest, in the order in which `build` uses them:
 
 - `build`: `build_dependency_graph`, the entry point.
 - `network_graph`: a traced network as a value; reads operations and their arguments.

@@ -11,13 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
+from secateur.graph.module_state import device_of, evaluating
 from secateur.models.score import OutputDivergence
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import device_of, evaluating
 
-CONFIDENCE_SIGMAS = 2.0
-"""The standard errors by which a mean must fall for the fall to be significant."""
+TEMPERATURE = 4.0
+"""Softens the logits of `output_error`. Otherwise a few uncertain images dominate the divergence of
+a network that is confident about nearly all of them."""
+ROUNDING = 1e-7
+"""Smaller output errors are rounding."""
 Logits = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
 
@@ -75,13 +78,6 @@ def divergence_by_image(
     return temperature**2 * torch.cat([batch_terms.sum(1) for batch_terms in terms])
 
 
-def is_smaller(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
-    """Return whether the mean over images fell significantly; never true for a single image."""
-    fall = before - after
-    standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
-    return float(fall.mean()) > CONFIDENCE_SIGMAS * standard_error
-
-
 def relative_error(
     actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
 ) -> float:
@@ -94,3 +90,30 @@ def relative_error(
     assert isinstance(expected, Tensor)
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def output_error(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Return the error of a network's outputs, a mean over images, summed over the outputs.
+
+    It is the divergence of softened logits, where an output has one row of logits for each image,
+    or else the squared difference over the variance.
+    """
+    total = 0.0
+    for wanted, output in zip(expected, outputs, strict=True):
+        if wanted.dim() == 2 and wanted.shape[1] > 1:
+            total += float(divergence_by_image([wanted], [output], TEMPERATURE).mean())
+        else:
+            error = (output - wanted).double().square().mean()
+            total += float(error / wanted.double().var().clamp_min(1e-30))
+    return total
+
+
+def error_ratio(errors: Float[Tensor, "measurement 2"]) -> float:
+    """Return output error over input error, the geometric mean of those `errors` above rounding.
+
+    It is 0 where no error is.
+    """
+    ratios = [
+        output / source for output, source in errors.tolist() if output > ROUNDING and source > 0
+    ]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0

@@ -13,12 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
+from secateur.graph.module_state import device_of, evaluating
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.module_state import device_of, evaluating
-from secateur.runtime.timing import latency_ms
+from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
+
+LATENCY_RUNS = 11
+WARM_UP_RUNS = 2
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
@@ -53,8 +56,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
 
     def measure() -> tuple[int, float]:
         assert example is not None
-        time_ms = latency_ms(model, example) if known_ms is None else known_ms
-        return count_macs(model, example[:1]), time_ms
+        macs = count_macs(model, example[:1])
+        return macs, latency_ms(model, example) if known_ms is None else known_ms
 
     macs, time_ms = distributed.on_main_process(measure)
     return Score(
@@ -81,6 +84,14 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the network returns {what} where logits [image, class] are needed")
     return logits
+
+
+def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
+    """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
+    images = repeat_to_batch(images, batch)
+    rounds = Rounds(LATENCY_RUNS, LATENCY_RUNS, warm_up=WARM_UP_RUNS)
+    with evaluating(model), torch.inference_mode():
+        return interleaved_medians({"model": lambda: model(images)}, rounds)["model"]
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secateur.config import Budget, PlanSection, ScoreSection, parse_budget
+from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.module_state import tensors_of
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
 from secateur.runtime import distributed
-from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion
@@ -104,7 +104,7 @@ def make_plan_inputs(
         model, dependencies, images.batches, criteria, source, score, observers=observers
     )
     latency = None
-    if parse_budget(settings.target).quantity == "latency":
+    if settings.budget.quantity == "latency":
         latency = distributed.on_main_process(
             lambda: measure_latency(model, dependencies, images.example)
         )
@@ -114,7 +114,7 @@ def make_plan_inputs(
         allocation = Allocation(settings.allocation, shares=settings.shares or None)
         ties = None
         if settings.allocation == "sensitivity" and own_moments is not None:
-            if own_moments is moments and _has_ties(scores[name]):
+            if own_moments is moments and scores[name].has_ties:
                 ties = scores_of(own_moments, dependencies)
             ranking = rank(scores[name].scores, dependencies, name, ties=ties)
             sensitivity = measure_sensitivity(
@@ -128,7 +128,3 @@ def make_plan_inputs(
             allocation = replace(allocation, sensitivity=sensitivity)
         inputs[name] = PlanInputs(dependencies, scores[name], settings, allocation, ties, latency)
     return inputs
-
-
-def _has_ties(filter_scores: FilterScores) -> bool:
-    return any(len(scores.unique()) < len(scores) for scores in filter_scores.scores.values())

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
+from secateur.graph.module_state import evaluating
 from secateur.pruning.allocation import SearchSpace, equal_fractions
 from secateur.pruning.cost.latency_model import (
     SMALL,
@@ -35,7 +37,6 @@ from secateur.pruning.cost.memory import count_other_values
 from secateur.pruning.cost.tensor_sizes import Dimension
 from secateur.pruning.ranking import rank
 from secateur.runtime.environment import environment
-from secateur.runtime.module_state import evaluating
 from secateur.runtime.timing import (
     LATENCY_BATCH,
     Rounds,
@@ -73,14 +74,10 @@ def measure_latency(
         _sample(dependencies, layer, widths)
         for layer, widths in zip(dependencies.layers, widths_of(dependencies), strict=True)
     ]
-    batch = repeat_to_batch(images, LATENCY_BATCH)
     cuts = _uniform_cuts(dependencies)
-    networks: Jobs = {
-        number: _forward(cut(model, dependencies, removed).eval(), batch)
-        for number, removed in enumerate(cuts)
-    }
+    networks = [cut(model, dependencies, removed).eval() for removed in cuts]
     calls = {call.key: call for sample in samples for call in sample.calls}
-    times = _time(networks, _jobs(calls))
+    times = _time(networks, images, _jobs(calls))
     layers = tuple(sample.times(times) for sample in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(dependencies, layers, block), count_other_values(dependencies)
@@ -92,7 +89,7 @@ def measure_latency(
         terms / whole[:, None], 1 - terms[:, 0] / whole
     )
     return LatencyTable(
-        hardware=_hardware(batch),
+        hardware=_hardware(images),
         batch=LATENCY_BATCH,
         block=block,
         layers=layers,
@@ -114,14 +111,14 @@ def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) 
     return medians["after"] / medians["before"]
 
 
-def _hardware(batch: Tensor) -> Hardware:
+def _hardware(images: Tensor) -> Hardware:
     machine = environment()
-    is_cuda = batch.device.type == "cuda"
+    is_cuda = images.device.type == "cuda"
     return Hardware(
         processor=machine.processor,
         threads=machine.threads,
-        device=torch.cuda.get_device_name(batch.device) if is_cuda else str(batch.device),
-        dtype=str(batch.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(images.device) if is_cuda else str(images.device),
+        dtype=str(images.dtype).removeprefix("torch."),
         torch=machine.torch,
     )
 
@@ -140,10 +137,6 @@ def _uniform_cuts(dependencies: DependencyGraph) -> list[Removed]:
             if removed not in cuts:
                 cuts.append(removed)
     return cuts
-
-
-def _forward(model: nn.Module, batch: Tensor) -> Job:
-    return lambda: lambda: model(batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,17 +294,22 @@ def _jobs(calls: Mapping[Key, _Call]) -> Jobs:
     return {key: call.job(list(tensors(call))) for key, call in calls.items()}
 
 
-def _time(networks: Jobs, layers: Jobs) -> Times:
+def _time(networks: Sequence[nn.Module], images: Tensor, layers: Jobs) -> Times:
     """Return the shortest time of every job in milliseconds; networks run three times per round.
 
+    Networks are known by their number; they get a batch of the images.
     The shortest, since other work on the machine only adds time, and hits long jobs more often.
     """
     keys = list(layers)
     third = -(-len(keys) // 3)
     order = [
-        key for start in (0, third, 2 * third) for key in (*networks, *keys[start : start + third])
+        key
+        for start in (0, third, 2 * third)
+        for key in (*range(len(networks)), *keys[start : start + third])
     ]
-    jobs = {**networks, **layers}
+    batch = repeat_to_batch(images, LATENCY_BATCH)
+    passes: Jobs = {number: partial(partial, net, batch) for number, net in enumerate(networks)}
+    jobs = {**passes, **layers}
 
     def prepare(key: Key) -> Callable[[], object]:
         action = jobs[key]()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
-from secateur.models.divergence import Logits, divergence_by_image, is_smaller, logits_of
+from secateur.graph.module_state import evaluating
+from secateur.models.divergence import Logits, divergence_by_image, logits_of
 from secateur.pruning.outcome import BatchNormRecalibration, BatchNormStatistics
+from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime import distributed
-from secateur.runtime.module_state import evaluating
 
 _MeanAndVariance = tuple[Tensor, Tensor]
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)

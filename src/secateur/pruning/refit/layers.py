@@ -26,7 +26,7 @@ class KeptChannels:
     def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
         self.dependencies: DependencyGraph = dependencies
         self.sizes: Sizes = dependencies.sizes_after(removed)
-        self._stays = dependencies.kept_ids(removed)
+        self._stays = dependencies.kept_ids(dependencies.kept_channels(removed))
 
     def mask(self, node: Node, dim: int) -> Ids:
         """Return `[index]`: 1 for indices that stay along a dimension of a node's value."""

@@ -37,6 +37,7 @@ from secateur.data.splits import HELD_OUT_EVERY
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
 from secateur.pruning.outcome import LayerRefit
@@ -49,7 +50,6 @@ from secateur.pruning.refit.regression_targets import RegressionTargets, State
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import rebatch
 

@@ -9,10 +9,11 @@ import torch
 
 from secateur.config import RefitSection
 from secateur.data import Batch
-from secateur.models.divergence import divergence_by_image, is_smaller, logits_of
+from secateur.models.divergence import divergence_by_image, logits_of
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime.progress import ProgressCallback, no_progress
 
 
