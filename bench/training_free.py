@@ -43,10 +43,7 @@ from secateur.data import Batch, DataSet
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline.inputs import make_reader, resolve_config
-from secateur.pipeline.scoring_context import (
-    ScoringContext,
-    make_scoring_context,
-)
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs

@@ -17,7 +17,8 @@ from secateur.config import Budget
 from secateur.experiments.run import run
 from secateur.graph import finite
 from secateur.graph.build import build_dependency_graph
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.cut import cut
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.models.divergence import relative_error
 from secateur.pipeline.inputs import load_inputs
 from secateur.pruning import equivalence
@@ -56,12 +57,12 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
     model, dependencies, plan = wired
     wrong = list(plan.removed)[1]
 
-    def cut(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
-        removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
-        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
+    def wrong_cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
+        others = {name: (1,) if name == wrong else f for name, f in removed.items()}
+        return cut(model, dependencies, others)
 
-    monkeypatch.setattr(equivalence, "apply_plan", cut)
-    smaller = cut(model, dependencies, plan)
+    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match=f"after removing the filters of {wrong} "):
         equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
@@ -71,17 +72,15 @@ def test_a_cut_that_fails_only_as_a_whole_names_no_layer(
 ) -> None:
     model, dependencies, plan = wired
 
-    def cut(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
-        removed = plan.removed
+    def wrong_cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
-        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
+        return cut(model, dependencies, removed)
 
-    monkeypatch.setattr(equivalence, "apply_plan", cut)
+    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match="all layers together"):
-        equivalence.check_equivalence(
-            model, dependencies, plan, cut(model, dependencies, plan), random_images(3)
-        )
+        equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
 
 def test_rounding_is_distinguished_from_a_wrong_cut(

@@ -16,9 +16,9 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import apply
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.tensor_sizes import TensorSizes
 from secateur.graph.trace import trace
 from secateur.pruning.cost.quantities import count_quantity
-from secateur.pruning.cost.tensor_sizes import TensorSizes
 from secateur.runtime.errors import UsageError
 
 

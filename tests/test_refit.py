@@ -26,6 +26,7 @@ from secateur.data import Batch
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import tensors_of
 from secateur.graph.patches import window_of
 from secateur.models.divergence import relative_error
@@ -34,7 +35,7 @@ from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
-from secateur.pruning.refit.layers import KeptChannels, refit_layer
+from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.regression_targets import RegressionTargets
 from secateur.pruning.refit.rows import in_patch_order

@@ -20,7 +20,7 @@ from secateur.pruning.sensitivity import measure_sensitivity
 from secateur.scoring import criteria
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
-    error_curve,
+    group_error_curve,
     reconstruct_channels,
 )
 from secateur.scoring.scores import score_filters
@@ -75,7 +75,7 @@ def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generat
     """Against least squares from scratch, on the positions that the moments were taken at."""
     model, dependencies, moments, ranking = moments_and_ranking("chain")
     group = dependencies.groups["conv2"]  # read by the linear layer, after pooling
-    curve = error_curve(group, moments, ranking.order["conv2"])
+    curve = group_error_curve(group, moments, ranking.order["conv2"])
     assert isinstance(model, nn.Module)
     kernel = tensors_of(model)["linear.weight"].double()
     covariance = moments._moments["conv2"].covariance(moments._units["conv2"])

@@ -39,14 +39,8 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    "evidence",
-    "saliency",
-    "factors",
-    "colours",
-    "masks",
-    "broden",
-    "parts",
-    "boxes",
+    *("evidence", "saliency", "factors", "colours"),
+    *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")

@@ -27,12 +27,7 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.inputs import (
-    check_names,
-    check_weights,
-    load_inputs,
-    resolve_config,
-)
+from secateur.pipeline.inputs import check_names, check_weights, load_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
     FREE_KEYS,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
-from secateur.graph.module_state import device_of, evaluating
+from secateur.models.evaluate import compute_logits
 from secateur.models.score import OutputDivergence
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
@@ -31,9 +31,8 @@ def logits_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Logits, ...
     Each process passes its shard of the batches (`distributed.shard`) and gets the logits of
     all batches.
     """
-    device = device_of(network)
-    with evaluating(network), torch.inference_mode():
-        local_logits = [network(batch.images.to(device)).cpu() for batch in batches]
+    with torch.inference_mode():
+        local_logits = [compute_logits(network, batch.images).cpu() for batch in batches]
     return tuple(distributed.gather_shards(local_logits))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +36,17 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     losses: list[float] = []
     count = 0
     example: Tensor | None = None
-    device = device_of(model)
-    with evaluating(model), torch.inference_mode():
+
+    def measure() -> tuple[int, float]:
+        assert example is not None
+        macs = count_macs(model, example[:1])
+        return macs, latency_ms(model, example) if known_ms is None else known_ms
+
+    with torch.inference_mode():
         for batch in batches:
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            example = images if example is None else example
-            logits = compute_logits(model, images)
+            logits = compute_logits(model, batch.images)
+            labels = batch.labels.to(logits.device)
+            example = batch.images.to(logits.device) if example is None else example
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
@@ -53,12 +58,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     loss = math.fsum(distributed.gather_shards(losses))
     if not total:
         raise DataError("there are no images to score")
-
-    def measure() -> tuple[int, float]:
-        assert example is not None
-        macs = count_macs(model, example[:1])
-        return macs, latency_ms(model, example) if known_ms is None else known_ms
-
     macs, time_ms = distributed.on_main_process(measure)
     return Score(
         top1_fraction=int(correct[0]) / total,
@@ -72,9 +71,14 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
 
 
 def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
-    """Return the network's logits; raises `UsageError` where it fails or returns anything else."""
+    """Return the network's logits, computed on its device and in evaluation mode.
+
+    Raises `UsageError` where the network fails or returns anything else.
+    """
+    images = images.to(device_of(model))
     try:
-        logits: object = model(images)
+        with evaluating(model):
+            logits: object = model(images)
     except Exception as error:
         if explain(error) is not None:  # the machine's fault, not the network's
             raise
@@ -84,6 +88,13 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the network returns {what} where logits [image, class] are needed")
     return logits
+
+
+def predict_classes(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "image"]:
+    """Return the network's own class of each image."""
+    with torch.no_grad():
+        batches = images.split(batch_size)
+        return torch.cat([compute_logits(model, batch).argmax(1) for batch in batches])
 
 
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
@@ -96,6 +107,6 @@ def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
-    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(image)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        compute_logits(model, image)
     return int(counter.get_total_flops()) // 2

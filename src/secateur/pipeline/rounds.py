@@ -61,6 +61,10 @@ def begin_round(
         score = None if earlier is None else earlier.result.stages[-1].score
         baseline = make_baseline(network, dataset, config, (), run_context, score=score)
     reader = baseline.context.reader
+    weights: str | None = None
+    if earlier is None:
+        state = tensors_of(unwrapped(original))
+        weights = weights_hash(state)
     requested = None if earlier is None else earlier.result.requested_batch_size
     if reader.batch_size < config.data.batch_size:
         requested = config.data.batch_size
@@ -68,14 +72,12 @@ def begin_round(
         data_section = config.data.model_copy(update={"batch_size": reader.batch_size})
         config = config.model_copy(update={"data": data_section})
     stages: tuple[StageResult, ...]
-    weights: str | None
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
         run_context.log.write("stage", **before.model_dump())
         number, stages, unreadable = 1, (before,), baseline.unreadable
-        weights = weights_hash(tensors_of(unwrapped(original)))
     else:
-        number, stages, weights = earlier.round + 1, earlier.result.stages, None
+        number, stages = earlier.round + 1, earlier.result.stages
         unreadable = (*earlier.result.unreadable, *baseline.unreadable)
     plan_inputs = baseline.plan_inputs[config.score.criterion]
     if plan_inputs.latency is not None:

@@ -101,10 +101,11 @@ def make_scoring_context(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
         )
     check_finite(model, dependencies, example)
+    state = tensors_of(model)
     source = concepts.make(
         config.score.concepts,
         dependencies.graph,
-        tensors_of(model),
+        state,
         dataset.class_names,
         reader.preprocessing,
     )

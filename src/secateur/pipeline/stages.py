@@ -30,7 +30,6 @@ from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
 from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
-from secateur.runtime import distributed
 from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.feature_distillation import residual_sums
@@ -83,9 +82,7 @@ def cut(this: Round) -> CutStage:
     error = check_equivalence(this.network, dependencies, plan, smaller, example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither refit nor training change what a forward pass computes.
-    fraction_left = distributed.on_main_process(
-        lambda: measure_fraction_left(this.original, smaller, example)
-    )
+    fraction_left = measure_fraction_left(this.original, smaller, example)
     latency_ms = fraction_left * this.stages[0].score.latency_ms
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
     score = evaluate(smaller, batches, known_ms=latency_ms)
@@ -220,15 +217,13 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     budget = replace(budget, fraction_left=fraction_left)
     if budget.quantity != "latency" or fraction_left == 1:
         return plan_inputs.plan(budget), ()
-    plan, measured_fraction = distributed.on_main_process(
-        lambda: plan_in_time(
-            this.network,
-            this.context.dependencies,
-            lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
-            fraction_left,
-            plan_inputs.least(budget),
-            this.context.example,
-        )
+    plan, measured_fraction = plan_in_time(
+        this.network,
+        this.context.dependencies,
+        lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
+        fraction_left,
+        plan_inputs.least(budget),
+        this.context.example,
     )
     this.run_context.log.write("latency_left", fraction=measured_fraction)
     return replace(plan, budget=budget), ()
@@ -239,11 +234,6 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
 
     `max_drop` is how many points of top-1 may be lost.
     """
-
-    def top1_fraction(network: nn.Module) -> float:
-        return evaluate(
-            network, this.context.reader.read_shard(this.dataset.validation)
-        ).top1_fraction
 
     def attempt(fraction_left: float) -> float:
         plan = this.plan_inputs.plan(replace(budget, fraction_left=fraction_left))
@@ -261,6 +251,11 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
             "size_trial", fraction_left=fraction_left, validation_top1_fraction=after
         )
         return after
+
+    def top1_fraction(network: nn.Module) -> float:
+        return evaluate(
+            network, this.context.reader.read_shard(this.dataset.validation)
+        ).top1_fraction
 
     before = top1_fraction(this.network)
     limit = before - max_drop / 100

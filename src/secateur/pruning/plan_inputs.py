@@ -103,6 +103,10 @@ def make_plan_inputs(
     scores = score_filters(
         model, dependencies, images.batches, criteria, source, score, observers=observers
     )
+    ties = None
+    if moments is not None and any(filter_scores.has_ties for filter_scores in scores.values()):
+        ties = scores_of(moments, dependencies)
+    state = tensors_of(model)
     latency = None
     if settings.budget.quantity == "latency":
         latency = distributed.on_main_process(
@@ -111,14 +115,12 @@ def make_plan_inputs(
     inputs = {}
     for name, criterion in criteria.items():
         own_moments = criterion if isinstance(criterion, Reconstruction) else moments
+        own_ties = ties if own_moments is moments and scores[name].has_ties else None
         allocation = Allocation(settings.allocation, shares=settings.shares or None)
-        ties = None
         if settings.allocation == "sensitivity" and own_moments is not None:
-            if own_moments is moments and scores[name].has_ties:
-                ties = scores_of(own_moments, dependencies)
-            ranking = rank(scores[name].scores, dependencies, name, ties=ties)
+            ranking = rank(scores[name].scores, dependencies, name, ties=own_ties)
             sensitivity = measure_sensitivity(
-                tensors_of(model),
+                state,
                 dependencies,
                 own_moments,
                 ranking,
@@ -126,5 +128,7 @@ def make_plan_inputs(
                 progress=progress,
             )
             allocation = replace(allocation, sensitivity=sensitivity)
-        inputs[name] = PlanInputs(dependencies, scores[name], settings, allocation, ties, latency)
+        inputs[name] = PlanInputs(
+            dependencies, scores[name], settings, allocation, own_ties, latency
+        )
     return inputs

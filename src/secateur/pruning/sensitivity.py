@@ -35,7 +35,7 @@ from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import first_images
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
-    error_curve,
+    group_error_curve,
     reconstruct_channels,
 )
 
@@ -62,7 +62,9 @@ def measure_sensitivity(
     each measures its shard of the groups.
     """
     groups = dependencies.groups
-    curves = {name: error_curve(g, moments, ranking.order[name]) for name, g in groups.items()}
+    curves = {
+        name: group_error_curve(g, moments, ranking.order[name]) for name, g in groups.items()
+    }
     position = {node: number for number, node in enumerate(dependencies.graph.nodes)}
     ordered = sorted(
         groups.values(),

@@ -193,11 +193,7 @@ def _activation_statistics(
         for name, tap in taps.items()
     }
     counts: list[int] = []
-
-    def update(name: str, tap: Tap, value: Tensor) -> None:
-        accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
-
-    hooks = _tap_hooks(taps, update)
+    hooks = _tap_hooks(taps, functools.partial(_accumulate, accumulators, counts))
     for every in (settings.sample_every, 1):
         sample = (
             select_images(batch, (batch.indices % every == 0).nonzero()[:, 0])
@@ -217,6 +213,17 @@ def _activation_statistics(
     return {
         name: accumulator.compute(settings.quantile) for name, accumulator in accumulators.items()
     }
+
+
+def _accumulate(
+    accumulators: Mapping[str, StatisticsAccumulator],
+    counts: Sequence[int],
+    name: str,
+    tap: Tap,
+    value: Tensor,
+) -> None:
+    """Add the images of a batch that count, the last of `counts`, to a tap's statistics."""
+    accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
 
 
 class _Dispatcher:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import evaluating
 from secateur.runtime import distributed
 from secateur.runtime.errors import SecateurError, UsageError
-from secateur.runtime.precision import accelerator_for
+from secateur.runtime.precision import accelerator_for, on_device
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.seeding import seed_generators, seed_of
 from secateur.runtime.signals import defer_signals
@@ -105,13 +105,13 @@ def train(
         Hinton et al., 2015, arXiv 1503.02531; as there, the divergence has a factor T².
 
     """
-    accelerator = accelerator_for(settings.precision)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))  # restores the modes at the end
-        stack.enter_context(_on_device(model, accelerator.device))
-        if teacher is not None:
-            stack.enter_context(evaluating(teacher))
-            stack.enter_context(_on_device(teacher, accelerator.device))
+        networks = [network for network in (model, teacher) if network is not None]
+        for network in networks:
+            stack.enter_context(evaluating(network))  # restores the modes at the end
+        accelerator = accelerator_for(settings.precision)
+        for network in networks:
+            stack.enter_context(on_device(network, accelerator.device))
         stack.enter_context(torch.random.fork_rng())
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
@@ -129,17 +129,6 @@ def train(
             model.zero_grad(set_to_none=True)
     model.load_state_dict(result.best if settings.keep == "best" else result.last)
     return result
-
-
-@contextlib.contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a network to a device for a block, and back afterwards."""
-    before = device_of(model)
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
 
 
 @dataclass
@@ -368,7 +357,7 @@ class _Run:
         position = dataclasses.replace(self._position, seconds=self._seconds())
         facts = {"training": self._identity(), "position": dataclasses.asdict(position)}
         checkpoint = self._tensors.to_checkpoint(self._best_state, facts)
-        self._checkpoints.write(self._steps_done(), checkpoint)
+        self._checkpoints.save(self._steps_done(), checkpoint)
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, if there is one; raises `UsageError`."""

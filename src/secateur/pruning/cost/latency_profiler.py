@@ -15,11 +15,13 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
 
+from secateur.graph.activation_memory import count_other_values
 from secateur.graph.channel_ids import Axes, Ids, Layer
 from secateur.graph.cut import cut
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.module_state import evaluating
+from secateur.graph.tensor_sizes import Dimension
 from secateur.pruning.allocation import SearchSpace, equal_fractions
 from secateur.pruning.cost.latency_model import (
     SMALL,
@@ -33,9 +35,8 @@ from secateur.pruning.cost.latency_model import (
     layers_ms,
     widths_of,
 )
-from secateur.pruning.cost.memory import count_other_values
-from secateur.pruning.cost.tensor_sizes import Dimension
 from secateur.pruning.ranking import rank
+from secateur.runtime import distributed
 from secateur.runtime.environment import environment
 from secateur.runtime.timing import (
     LATENCY_BATCH,
@@ -70,14 +71,11 @@ def measure_latency(
     times everything once, so that a machine that gets slower or faster favours nothing. The
     shortest time counts. Layers with the same operation and shapes are timed once.
     """
-    samples = [
-        _sample(dependencies, layer, widths)
-        for layer, widths in zip(dependencies.layers, widths_of(dependencies), strict=True)
-    ]
-    cuts = _uniform_cuts(dependencies)
-    networks = [cut(model, dependencies, removed).eval() for removed in cuts]
+    hardware, cuts = _hardware(images), _uniform_cuts(dependencies)
+    layers_and_widths = zip(dependencies.layers, widths_of(dependencies), strict=True)
+    samples = [_sample(dependencies, layer, widths) for layer, widths in layers_and_widths]
     calls = {call.key: call for sample in samples for call in sample.calls}
-    times = _time(networks, images, _jobs(calls))
+    times = _time(model, dependencies, cuts, images, calls)
     layers = tuple(sample.times(times) for sample in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(dependencies, layers, block), count_other_values(dependencies)
@@ -89,7 +87,7 @@ def measure_latency(
         terms / whole[:, None], 1 - terms[:, 0] / whole
     )
     return LatencyTable(
-        hardware=_hardware(images),
+        hardware=hardware,
         batch=LATENCY_BATCH,
         block=block,
         layers=layers,
@@ -102,12 +100,15 @@ def measure_latency(
 def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
     """Return the latency of `smaller` over that of `model`: the ratio of medians, interleaved.
 
-    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`.
+    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. The main
+    process measures; every process gets its result.
     """
     batch = repeat_to_batch(images, LATENCY_BATCH)
     passes = {"before": lambda: model(batch), "after": lambda: smaller(batch)}
     with evaluating(model), evaluating(smaller), torch.inference_mode():
-        medians = interleaved_medians(passes, COMPARISON_ROUNDS)
+        medians = distributed.on_main_process(
+            lambda: interleaved_medians(passes, COMPARISON_ROUNDS)
+        )
     return medians["after"] / medians["before"]
 
 
@@ -294,19 +295,28 @@ def _jobs(calls: Mapping[Key, _Call]) -> Jobs:
     return {key: call.job(list(tensors(call))) for key, call in calls.items()}
 
 
-def _time(networks: Sequence[nn.Module], images: Tensor, layers: Jobs) -> Times:
+def _time(
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    cuts: Sequence[Removed],
+    images: Tensor,
+    calls: Mapping[Key, _Call],
+) -> Times:
     """Return the shortest time of every job in milliseconds; networks run three times per round.
 
-    Networks are known by their number; they get a batch of the images.
+    The jobs are the calls, by their keys, and the cut networks, by the numbers of their cuts; these
+    get a batch of the images.
     The shortest, since other work on the machine only adds time, and hits long jobs more often.
     """
+    layers = _jobs(calls)
     keys = list(layers)
     third = -(-len(keys) // 3)
     order = [
         key
         for start in (0, third, 2 * third)
-        for key in (*range(len(networks)), *keys[start : start + third])
+        for key in (*range(len(cuts)), *keys[start : start + third])
     ]
+    networks = [cut(model, dependencies, removed).eval() for removed in cuts]
     batch = repeat_to_batch(images, LATENCY_BATCH)
     passes: Jobs = {number: partial(partial, net, batch) for number, net in enumerate(networks)}
     jobs = {**passes, **layers}

@@ -40,8 +40,12 @@ def recalibrate_batchnorm(
     norms = _norms(smaller)
     if not norms:
         return None
-    before = divergence_by_image(expected, logits_of(smaller, held_out()))
     old = _statistics(norms)
+
+    def divergences() -> Tensor:
+        return divergence_by_image(expected, logits_of(smaller, held_out()))
+
+    before = divergences()
     new = _reestimated(smaller, norms, fit())
     unchanged = float(before.mean())
     best = BatchNormRecalibration("both", 0.0, unchanged, unchanged)
@@ -49,7 +53,7 @@ def recalibrate_batchnorm(
     for statistics in kinds:
         for fraction in FRACTIONS:
             _move(norms, old, new, statistics, fraction)
-            after = divergence_by_image(expected, logits_of(smaller, held_out()))
+            after = divergences()
             divergence = float(after.mean())
             if divergence < best.divergence_after and is_smaller(before, after):
                 best = BatchNormRecalibration(statistics, fraction, unchanged, divergence)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur.config import RefitSection
 from secateur.data import Batch
@@ -43,11 +44,15 @@ def refit_and_check(
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
     expected = logits_of(inputs.model, images.held_out())
+
+    def divergences() -> Tensor:
+        return divergence_by_image(expected, logits_of(smaller, images.held_out()))
+
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
-        cut = divergence_by_image(expected, logits_of(smaller, images.held_out()))
+        cut = divergences()
         layers = refit(inputs, images.calibration(), settings, seed=seed, progress=progress)
-        refitted = divergence_by_image(expected, logits_of(smaller, images.held_out()))
+        refitted = divergences()
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
         if not is_kept:

@@ -153,9 +153,10 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         "taylor": Taylor,
     }
     assert tuple(table) == CRITERIA
-    check_name(name)
     if name in table:
         return table[name]()
+    if not user_code.is_user_code(name):
+        raise UnknownName("criterion", name, CRITERIA)
     criterion = user_code.call(name, user_code.find(name, "criterion"))
     if not isinstance(criterion, Criterion):
         raise UsageError(
@@ -171,13 +172,14 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
     Raises `UnknownName` where a weight is given for a concept that the source does not have.
     """
     weight_of = config.score.concept_weights
-    known = {name for concept in source.concepts for name in (concept.name, concept.category)}
-    for concept_name in weight_of:
-        if concept_name not in known:
-            raise UnknownName("concept", concept_name, known)
     weights = {
         number: weight_of.get(concept.name, weight_of.get(concept.category, 1.0))
         for number, concept in enumerate(source.concepts)
         if concept.name in weight_of or concept.category in weight_of
     }
-    return make(name, config.score, config.seed, weights)
+    criterion = make(name, config.score, config.seed, weights)
+    known = {name for concept in source.concepts for name in (concept.name, concept.category)}
+    for concept_name in weight_of:
+        if concept_name not in known:
+            raise UnknownName("concept", concept_name, known)
+    return criterion

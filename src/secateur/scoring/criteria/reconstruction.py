@@ -269,7 +269,7 @@ def _spread(
     return row * columns + column
 
 
-def error_curve(
+def group_error_curve(
     group: Group, moments: Reconstruction, ranking: Sequence[int]
 ) -> Float[Tensor, "count"]:
     """Return the consumers' squared error when 0, 1, … up to all channels are removed."""
