@@ -1,6 +1,6 @@
 """The dependency graph: which channels of a network can be cut, which only together, and the cut.
 
-`module_state` reads a module without changing it. The rest, in the order in which `build` uses them:
+In the order in which `build` uses them:
 
 - `build`: `build_dependency_graph`, the entry point.
 - `network_graph`: a traced network as a value; reads operations and their arguments.
@@ -17,4 +17,9 @@
 - `cut`: the cut itself: removes channels from a copy of the network.
 - `interpreter`: runs a traced network node by node, with hooks and overrides.
 - `patches`: the input patches of a convolution at chosen positions.
+- `taps`: where feature maps are read, and the weights around each place.
+- `kept_channels`, `input_edit`, `finite`: parts of values after a cut, reconstructed inputs, the
+  check for NaN and Inf.
+- `tensor_sizes`, `activation_memory`: sizes of many tensors, and the memory of a forward pass.
+- `module_state`: reads a module without changing it.
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,19 @@ def divergence_by_image(
         for batch_expected, batch_logits in zip(expected, logits, strict=True)
     )
     return temperature**2 * torch.cat([batch_terms.sum(1) for batch_terms in terms])
+
+
+@dataclass(frozen=True, eq=False)
+class DivergenceFrom:
+    """Measures how far networks are from the `expected` logits, each time on the same images."""
+
+    expected: Sequence[Logits]
+    batches: Callable[[], Iterable[Batch]]
+    """Returns the images; in several processes, this one's shard of them."""
+
+    def __call__(self, network: nn.Module) -> Float[Tensor, "image"]:
+        """Return the divergence of each image; see `divergence_by_image`."""
+        return divergence_by_image(self.expected, logits_of(network, self.batches()))
 
 
 def relative_error(

@@ -62,7 +62,7 @@ def select_images(batch: Batch, index: Tensor) -> Batch:
 
 
 def first_images(batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Yield the first images, as many as `SAMPLE_PIXELS` allows, in batches that fit into memory."""
+    """Yield the first images, as `SAMPLE_PIXELS` allows, in batches that fit into memory."""
     left = -1
     for batch in batches:
         height, width = batch.images.shape[2:]

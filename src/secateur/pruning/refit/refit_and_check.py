@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from secateur.config import RefitSection
 from secateur.data import Batch
-from secateur.models.divergence import divergence_by_image, logits_of
+from secateur.models.divergence import DivergenceFrom, logits_of
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
@@ -43,22 +42,18 @@ def refit_and_check(
     smaller = inputs.smaller
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
-    expected = logits_of(inputs.model, images.held_out())
-
-    def divergences() -> Tensor:
-        return divergence_by_image(expected, logits_of(smaller, images.held_out()))
-
+    divergence = DivergenceFrom(logits_of(inputs.model, images.held_out()), images.held_out)
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
-        cut = divergences()
+        cut = divergence(smaller)
         layers = refit(inputs, images.calibration(), settings, seed=seed, progress=progress)
-        refitted = divergences()
+        refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
         if not is_kept:
             smaller.load_state_dict(before)
     batchnorm = (
-        recalibrate_batchnorm(expected, smaller, images.fit, images.held_out)
+        recalibrate_batchnorm(smaller, images.fit, divergence)
         if settings.recalibrate_batchnorm
         else None
     )
