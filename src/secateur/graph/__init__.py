@@ -21,5 +21,6 @@ In the order in which `build` uses them:
 - `kept_channels`, `input_edit`, `finite`: parts of values after a cut, reconstructed inputs, the
   check for NaN and Inf.
 - `tensor_sizes`, `activation_memory`: sizes of many tensors, and the memory of a forward pass.
+- `layer_calls`: operations of layers on tensors of any width, to be timed.
 - `module_state`: reads a module without changing it.
 """

@@ -39,27 +39,13 @@ def plan_in_time(
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
     points = [(1.0, 1.0)]  # predicted and measured fractions
-
-    def next_aim(wanted: float) -> float:
-        """Return the fraction to predict so that the `wanted` one is measured.
-
-        It lies on the line between the nearest points. If all measurements are above `wanted`, the
-        lowest prediction is scaled down in proportion.
-        """
-        aim, measured = min((p for p in points if p[1] > wanted), key=lambda point: point[1])
-        below = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
-        if below is None:
-            return aim * wanted / measured
-        weight = (wanted - below[1]) / (measured - below[1])
-        return below[0] + weight * (aim - below[0])
-
     for _ in range(LATENCY_ATTEMPTS):
         attempt = plan(aim)
         measured = measure_fraction_left(model, cut(model, dependencies, attempt.removed), images)
         points.append((aim, measured))
         if measured <= fraction_left and (best is None or measured > best[1]):
             best = attempt, measured
-        earlier, aim = aim, max(next_aim((1 - NEAR) * fraction_left), least)
+        earlier, aim = aim, max(_next_aim(points, (1 - NEAR) * fraction_left), least)
         if (1 - 2 * NEAR) * fraction_left <= measured <= fraction_left or aim == earlier:
             break
     if best is None:
@@ -69,6 +55,20 @@ def plan_in_time(
             f"measured takes {fastest:.3f} of the time"
         )
     return best
+
+
+def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> float:
+    """Return the fraction to predict so that `fraction_left` is measured.
+
+    It lies on the line between the nearest points `(predicted, measured)`. If all measurements are
+    above `fraction_left`, the lowest prediction is scaled down in proportion.
+    """
+    aim, measured = min((p for p in points if p[1] > fraction_left), key=lambda point: point[1])
+    below = max((p for p in points if p[1] <= fraction_left), key=lambda p: p[1], default=None)
+    if below is None:
+        return aim * fraction_left / measured
+    weight = (fraction_left - below[1]) / (measured - below[1])
+    return below[0] + weight * (aim - below[0])
 
 
 def bisect(attempt: Callable[[float], float], limit: float, least: float) -> tuple[SizeTrial, ...]:
