@@ -25,15 +25,16 @@ from torch import nn
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
 from secateur.config import CRITERIA, RunConfig, parse_budget
+from secateur.graph.module_state import tensors_of
+from secateur.graph.taps import kernels_of
 from secateur.pipeline.inputs import make_reader
-from secateur.pipeline.scoring_context import ScoringContext, make_criterion, make_scoring_context
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import LayerOutputs, RefitInputs, refit
 from secateur.runtime.errors import UsageError
-from secateur.runtime.module_state import tensors_of
+from secateur.scoring.criteria import make_criterion
 from secateur.scoring.scores import score_filters
-from secateur.scoring.taps import kernels_of
 from studies import TARGETS, accuracy, channels_last, load_inputs, networks_of
 from tables import with_table
 

@@ -25,8 +25,9 @@ from imagenet_networks import NETWORKS, load_network
 from rows import ROOT, Row, put_row, read_rows, revision, surroundings
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
+from secateur.graph.taps import Kernels
 from secateur.pipeline.scoring_context import make_scoring_context
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import run_feature_pass
 from tables import with_table

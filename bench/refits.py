@@ -15,10 +15,11 @@ import time
 import studies
 from secateur.config import RefitSection, parse_budget
 from secateur.pipeline.inputs import load_inputs, make_reader, resolve_config
-from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
+from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
 from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.scoring.criteria import make_criterion
 from secateur.scoring.scores import score_filters
 
 CRITERION = "l2"

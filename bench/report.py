@@ -32,7 +32,8 @@ from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
-from secateur.pipeline.scoring_context import make_criterion, make_scoring_context
+from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.scoring.criteria import make_criterion
 from secateur.scoring.scores import score_filters
 from tables import with_table
 

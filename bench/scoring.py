@@ -51,12 +51,12 @@ from secateur.graph import interpreter
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
+from secateur.graph.module_state import tensors_of
+from secateur.graph.taps import maps_of, taps_of
 from secateur.models import zoo
-from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.batching import images_at_a_time
 from secateur.scoring.feature_pass import run_feature_pass
-from secateur.scoring.taps import maps_of, taps_of
 from tables import with_table
 from zoo import CLASSES
 

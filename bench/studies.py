@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import Batch, DataSet
+from secateur.graph.module_state import evaluating
 from secateur.pipeline import inputs
-from secateur.runtime.module_state import evaluating
 
 CIFAR10 = ("resnet20", "resnet32", "resnet56")
 TARGETS = {"cifar10": ("macs=0.7", "macs=0.5"), "imagenet": ("macs=0.8",)}

@@ -43,13 +43,11 @@ from secateur.data import Batch, DataSet
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline.inputs import make_reader, resolve_config
-from secateur.pipeline.scoring_context import (
-    ScoringContext,
-    collect_plan_inputs,
-    make_scoring_context,
-)
-from secateur.pipeline.stages import refit_in_place
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan_inputs import make_plan_inputs
+from secateur.pruning.refit.layerwise import RefitInputs
+from secateur.pruning.refit.refit_and_check import refit_and_check
 from studies import (
     TARGETS,
     channels_last,
@@ -144,14 +142,27 @@ def ours(
     seconds: dict[str, float] = {}
     config = config.model_copy(update={"plan": PlanSection(target=target)})
     with _timed(seconds, "score"):
-        plan_inputs = collect_plan_inputs(model, context, config)[config.score.criterion]
+        plan_inputs = make_plan_inputs(
+            model,
+            context.dependencies,
+            context.plan_images,
+            context.criteria,
+            context.source,
+            config.score,
+            config.plan,
+        )[config.score.criterion]
     with _timed(seconds, "plan"):
         plan = plan_inputs.plan(parse_budget(target))
     with _timed(seconds, "cut"):
         smaller = apply_plan(model, context.dependencies, plan)
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
-        refit_in_place(model, smaller, context, plan, config)
+        refit_and_check(
+            RefitInputs(model, smaller, context.dependencies, plan.removed),
+            context.refit_images,
+            config.refit,
+            seed=config.seed,
+        )
     return Pruned(
         stages, context.dependencies.macs(plan.removed) / context.dependencies.macs(), seconds
     )

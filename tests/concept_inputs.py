@@ -9,8 +9,8 @@ from networks import random_images
 from secateur.data.concept_masks import ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.interpreter import run
+from secateur.graph.module_state import tensors_of
 from secateur.graph.trace import trace
-from secateur.runtime.module_state import tensors_of
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")

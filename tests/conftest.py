@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import pickle
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +59,7 @@ def short_timing() -> Iterator[None]:
     from secateur.runtime.timing import Rounds  # not before the hook
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["secateur.runtime.timing"], "LATENCY_RUNS", 1)
+        patch.setattr("secateur.models.evaluate.LATENCY_RUNS", 1)
         patch.setattr("secateur.pruning.cost.latency_profiler.COMPARISON_ROUNDS", Rounds(1, 1))
         yield
 

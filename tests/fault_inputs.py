@@ -231,7 +231,7 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.write(1, Checkpoint(tensors, {"training": {}, "position": {"epoch": 1}}))
+    checkpoints.save(1, Checkpoint(tensors, {"training": {}, "position": {"epoch": 1}}))
     (file,) = (folder / "checkpoints").iterdir()
     expected = weights_hash(tensors)
 

@@ -79,7 +79,7 @@ def test_checkpoints_are_not_written_to_a_folder_behind_a_link(tmp_path: Path) -
         (elsewhere / f"{number}.safetensors").write_text("mine")
     (tmp_path / "checkpoints").symlink_to(elsewhere)
     with pytest.raises(WriteError, match="symbolic link"):
-        Checkpoints(tmp_path / "checkpoints").write(9, Checkpoint({}, {}))
+        Checkpoints(tmp_path / "checkpoints").save(9, Checkpoint({}, {}))
     assert len(names_in(elsewhere)) == 4
 
 

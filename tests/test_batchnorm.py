@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.models.divergence import divergence_from, is_smaller, logits_of
+from secateur.models.divergence import DivergenceFrom, divergence_from, logits_of
 from secateur.pruning.refit.batchnorm import FRACTIONS, _norms, _reestimated, recalibrate_batchnorm
+from secateur.pruning.refit.significance import is_smaller
 
 
 def in_batches(images: Tensor, size: int) -> list[Batch]:
@@ -61,6 +62,10 @@ def distance(model: nn.Module, smaller: nn.Module, batches: list[Batch]) -> floa
     return divergence_from(logits_of(model, batches), smaller, batches).divergence
 
 
+def divergence_of(model: nn.Module, batches: list[Batch]) -> DivergenceFrom:
+    return DivergenceFrom(logits_of(model, batches), again(batches))
+
+
 def test_statistics_are_the_mean_of_those_of_batches_weighed_by_their_images(
     fit: list[Batch],
 ) -> None:
@@ -82,7 +87,7 @@ def test_perturbed_statistics_are_recovered(
     model = estimated(Chain().eval(), fit)
     smaller = perturbed(model, generator)
     before = distance(model, smaller, held_out)
-    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(smaller, again(fit), divergence_of(model, held_out))
     assert change is not None
     assert (change.statistics, change.fraction) == ("both", 1.0)
     assert change.divergence_before == pytest.approx(before)
@@ -99,7 +104,7 @@ def test_the_held_out_divergence_never_grows(
     randomise_norms(model, generator)
     smaller = perturbed(model, generator)
     before = distance(model, smaller, held_out)
-    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(smaller, again(fit), divergence_of(model, held_out))
     assert change is not None
     assert change.fraction in (0.0, *FRACTIONS)
     assert distance(model, smaller, held_out) == pytest.approx(change.divergence_after)
@@ -112,7 +117,7 @@ def test_correct_statistics_stay(
     model = Chain().eval()
     randomise_norms(model, generator)
     smaller = copy.deepcopy(model)
-    change = recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
+    change = recalibrate_batchnorm(smaller, again(fit), divergence_of(model, held_out))
     assert change is not None
     assert change.fraction == 0
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
@@ -138,7 +143,7 @@ def test_nothing_but_means_and_variances_changes(
     smaller.train()
     smaller.bn2.eval()
     before = copy.deepcopy(smaller.state_dict())
-    recalibrate_batchnorm(logits_of(model, held_out), smaller, again(fit), again(held_out))
+    recalibrate_batchnorm(smaller, again(fit), divergence_of(model, held_out))
     assert (smaller.bn1.momentum, smaller.bn2.momentum) == (0.3, None)
     assert (smaller.training, smaller.bn1.training, smaller.bn2.training) == (True, True, False)
     changed = {n for n, t in smaller.state_dict().items() if not torch.equal(before[n], t)}
@@ -168,4 +173,7 @@ def test_a_batch_of_one_image_is_left_out() -> None:
 def test_a_network_without_running_statistics_is_left_alone(fit: list[Batch]) -> None:
     norm = nn.BatchNorm2d(3, track_running_stats=False)
     for model in (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nn.Sequential(norm)):
-        assert recalibrate_batchnorm((), copy.deepcopy(model), again(fit), again(fit)) is None
+        assert (
+            recalibrate_batchnorm(copy.deepcopy(model), again(fit), divergence_of(model, fit))
+            is None
+        )

@@ -20,18 +20,10 @@ from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_re
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.patches import Window
+from secateur.graph.taps import ConsumerKernel, Kernels
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 from secateur.scoring.concepts import ConceptInput
-from secateur.scoring.criteria import (
-    ConsumerKernel,
-    Criterion,
-    FeatureBatch,
-    Kernels,
-    Need,
-    Regions,
-    dependence,
-    make,
-)
+from secateur.scoring.criteria import Criterion, FeatureBatch, Need, Regions, dependence, make
 from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
 from secateur.scoring.criteria.kernels import KernelFunction, l2
 from secateur.scoring.criteria.reconstruction import (

@@ -23,12 +23,12 @@ from networks import (
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import NOT_PRUNABLE, RESIDUAL, DependencyGraph, aliases_of
 from secateur.graph.interpreter import run
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import operation_name
 from secateur.graph.rules import RULES
 from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
-from secateur.runtime.module_state import tensors_of
 
 OUTPUT = "written to the network's output"
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from networks import make_network, random_images
 from secateur.data.concept_masks import ConceptMasks, at_resolution
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.module_state import tensors_of
+from secateur.graph.taps import Kernels, kernels_of
 from secateur.runtime import distributed
-from secateur.runtime.module_state import tensors_of
-from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
+from secateur.scoring.criteria import FeatureBatch, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection, FilterConcept, TopImages
-from secateur.scoring.taps import kernels_of
 from secateur.scoring.thresholds import ActivationStatistics
 
 

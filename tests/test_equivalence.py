@@ -15,8 +15,10 @@ from networks import make_network, random_images
 from runs import small_config
 from secateur.config import Budget
 from secateur.experiments.run import run
+from secateur.graph import finite
 from secateur.graph.build import build_dependency_graph
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.cut import cut
+from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.models.divergence import relative_error
 from secateur.pipeline.inputs import load_inputs
 from secateur.pruning import equivalence
@@ -55,12 +57,12 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
     model, dependencies, plan = wired
     wrong = list(plan.removed)[1]
 
-    def cut(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
-        removed = {name: (1,) if name == wrong else f for name, f in plan.removed.items()}
-        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
+    def wrong_cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
+        others = {name: (1,) if name == wrong else f for name, f in removed.items()}
+        return cut(model, dependencies, others)
 
-    monkeypatch.setattr(equivalence, "apply_plan", cut)
-    smaller = cut(model, dependencies, plan)
+    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match=f"after removing the filters of {wrong} "):
         equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
@@ -70,17 +72,15 @@ def test_a_cut_that_fails_only_as_a_whole_names_no_layer(
 ) -> None:
     model, dependencies, plan = wired
 
-    def cut(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
-        removed = plan.removed
+    def wrong_cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
         if len(removed) > 1:
             removed = dict.fromkeys(removed, (1,))
-        return apply_plan(model, dependencies, PruningPlan(removed, plan.budget, plan.criterion))
+        return cut(model, dependencies, removed)
 
-    monkeypatch.setattr(equivalence, "apply_plan", cut)
+    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match="all layers together"):
-        equivalence.check_equivalence(
-            model, dependencies, plan, cut(model, dependencies, plan), random_images(3)
-        )
+        equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))
 
 
 def test_rounding_is_distinguished_from_a_wrong_cut(
@@ -114,12 +114,12 @@ def test_outputs_with_nan_do_not_pass(wired: Wired) -> None:
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_weights_with_nan_or_inf_are_named(wired: Wired, number: float) -> None:
     model, dependencies, _ = wired
-    equivalence.check_finite(model, dependencies, random_images(2))
+    finite.check_finite(model, dependencies, random_images(2))
     name, tensor = list(model.named_parameters())[3]
     with torch.no_grad():
         tensor.view(-1)[0] = number
     with pytest.raises(NotFiniteError, match=f": {name}$"):
-        equivalence.check_finite(model, dependencies, random_images(2))
+        finite.check_finite(model, dependencies, random_images(2))
 
 
 class Overflows(nn.Module):
@@ -140,12 +140,12 @@ class Overflows(nn.Module):
 def test_the_first_layer_with_nan_or_inf_is_named() -> None:
     model = Overflows()
     dependencies = build_dependency_graph(model, random_images(2))
-    equivalence.check_finite(model, dependencies, random_images(2))
+    finite.check_finite(model, dependencies, random_images(2))
     with torch.no_grad():
         model.first.weight.fill_(1e30)
         model.second.weight.fill_(1e30)
     with pytest.raises(NotFiniteError, match="second "):
-        equivalence.check_finite(model, dependencies, random_images(2))
+        finite.check_finite(model, dependencies, random_images(2))
 
 
 def test_a_run_stops_there(model_file: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from networks import make_network, random_images
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.models.evaluate import count_macs, evaluate
+from secateur.models.evaluate import count_macs, evaluate, latency_ms
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.timing import LATENCY_BATCH, latency_ms
+from secateur.runtime.timing import LATENCY_BATCH
 
 
 class Table(nn.Module):

@@ -20,15 +20,15 @@ from secateur.data.concept_masks import Concept, ConceptMasks, at_resolution
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.module_state import tensors_of
+from secateur.graph.taps import Kernels, kernels_of
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching, concepts, criteria
 from secateur.scoring.concepts import ConceptInput
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Observer, Regions
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Observer, Regions
 from secateur.scoring.dissection import Dissection, TopImages
 from secateur.scoring.feature_pass import run_feature_pass
-from secateur.scoring.taps import kernels_of
 from secateur.scoring.thresholds import StatisticsAccumulator
 
 LABELS = torch.tensor([0, 3, 1, 4, 2, 2, 0])

@@ -10,6 +10,7 @@ import torch
 
 from networks import wired
 from secateur.config import Budget
+from secateur.graph.activation_memory import count_other_values
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.cost.latency_model import (
     Hardware,
@@ -19,7 +20,6 @@ from secateur.pruning.cost.latency_model import (
     predict_milliseconds,
     widths_of,
 )
-from secateur.pruning.cost.memory import count_other_values
 from secateur.pruning.cost.quantities import Measure
 from secateur.pruning.plan import make_plan
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError

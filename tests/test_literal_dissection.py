@@ -9,7 +9,8 @@ from torch import Tensor
 
 from literal_dissection import ABSENT, ExactThresholds, LiteralTally
 from secateur.data.concept_masks import ConceptMasks
-from secateur.scoring.criteria import FeatureBatch, Kernels, Regions
+from secateur.graph.taps import Kernels
+from secateur.scoring.criteria import FeatureBatch, Regions
 from secateur.scoring.dissection import Dissection
 from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 

@@ -16,9 +16,9 @@ from fault_case import Case
 from networks import Chain, Residual, random_images
 from secateur import build_dependency_graph
 from secateur.experiments.run import run
+from secateur.graph.activation_memory import peak_bytes, total_bytes
 from secateur.pipeline import scoring_context
 from secateur.pruning.cost.batch_size import LEAST_BATCH, batch_that_fits
-from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime import memory
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import SecateurError

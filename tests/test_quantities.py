@@ -14,12 +14,12 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import apply
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.tensor_sizes import TensorSizes
 from secateur.graph.trace import trace
 from secateur.pruning.cost.quantities import count_quantity
-from secateur.pruning.cost.tensor_sizes import TensorSizes
 from secateur.runtime.errors import UsageError
-from secateur.runtime.module_state import tensors_of
 
 
 def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> int:

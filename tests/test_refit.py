@@ -26,19 +26,21 @@ from secateur.data import Batch
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.patches import in_patch_order, window_of
+from secateur.graph.kept_channels import KeptChannels
+from secateur.graph.module_state import tensors_of
+from secateur.graph.patches import window_of
 from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
-from secateur.pruning.refit.layers import KeptChannels, refit_layer
+from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.regression_targets import RegressionTargets
+from secateur.pruning.refit.rows import in_patch_order
 from secateur.pruning.refit.target_layers import target_layer
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import tensors_of
 from secateur.scoring import batching
 
 ALL_POSITIONS = RefitSection(positions=10_000)

@@ -12,9 +12,10 @@ from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.runtime.module_state import tensors_of
+from secateur.graph.module_state import tensors_of
+from secateur.graph.taps import Kernels
 from secateur.scoring import concepts, criteria
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.scoring.criteria import FeatureBatch, Need
 from secateur.scoring.scores import FilterScores, score_filters
 
 IMAGES = random_images(10)

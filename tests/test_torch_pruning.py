@@ -12,9 +12,9 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.module_state import tensors_of
 from secateur.pruning.torch_pruning import CriterionImportance
 from secateur.runtime.errors import UnknownName, UsageError
-from secateur.runtime.module_state import tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.scores import score_filters
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
 from secateur.graph.interpreter import GraphInterpreter, run
+from secateur.graph.module_state import evaluating, tensors_of
 from secateur.graph.network_graph import operation_name
 from secateur.graph.trace import trace
 from secateur.models.divergence import relative_error
 from secateur.runtime.errors import TraceError
-from secateur.runtime.module_state import evaluating, tensors_of
 
 
 class Forward(nn.Module):

@@ -21,8 +21,9 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.module_state import device_of
 from secateur.models import zoo
-from secateur.models.evaluate import compute_logits
+from secateur.models.evaluate import predict_classes
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.pruned import Pruned
@@ -30,7 +31,6 @@ from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.module_state import device_of, evaluating
 from secateur.runtime.progress import no_progress, progress_bars
 from secateur.scoring import criteria
 
@@ -172,13 +172,13 @@ def prune(
     torch.Size([1, 10])
     """
     calibration = _collect(images, max_images, "images")
+    test_images = None if test is None else _collect(test, None, "test")
     config = _make_config(
         model, calibration, target, criterion, concepts, epochs, seed, settings or {}
     )
     original = model
-    if device_of(model).type != "cpu":
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         original = copy.deepcopy(model).cpu()
-    test_images = None if test is None else _collect(test, None, "test")
     dataset, has_labels = _make_dataset(
         original, calibration, test_images, class_names, config.data.batch_size
     )
@@ -233,18 +233,20 @@ def _make_dataset(
     labels, test_labels = calibration.labels, test.labels
     has_labels = labels is not None and test_labels is not None
     if labels is None or test_labels is None:
-        labels, test_labels = _predict(original, (calibration.pixels, test.pixels), batch_size)
+        labels, test_labels = (
+            predict_classes(original, images.pixels, batch_size) for images in (calibration, test)
+        )
     if not len(test.pixels) or not is_validation.any():
         least = next(
             n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
         )
         raise DataError(f"{count} images are too few: give at least {least}")
-    everything = NormalisedImages(calibration.pixels, labels)
+    pixels = calibration.pixels
     dataset = DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
-        train=everything.take((~is_validation).nonzero()[:, 0]),
-        validation=everything.take(is_validation.nonzero()[:, 0]),
+        train=NormalisedImages(pixels[~is_validation], labels[~is_validation]),
+        validation=NormalisedImages(pixels[is_validation], labels[is_validation]),
         test=NormalisedImages(test.pixels, test_labels),
     )
     return dataset, has_labels
@@ -339,19 +341,6 @@ def _checked(pixels: Any, name: str) -> Tensor:
     if not bool(batch.isfinite().all()):
         raise DataError(f"{name}: an image holds a number that is not finite")
     return batch
-
-
-def _predict(
-    model: nn.Module, image_sets: Sequence[Tensor], batch_size: int
-) -> list[Int[Tensor, "image"]]:
-    """Return the network's own class of each image, for each set of images."""
-    with evaluating(model), torch.no_grad():
-        return [
-            torch.cat(
-                [compute_logits(model, batch).argmax(1) for batch in images.split(batch_size)]
-            )
-            for images in image_sets
-        ]
 
 
 def _summary(result: PruneResult) -> str:

@@ -39,14 +39,8 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    "evidence",
-    "saliency",
-    "factors",
-    "colours",
-    "masks",
-    "broden",
-    "parts",
-    "boxes",
+    *("evidence", "saliency", "factors", "colours"),
+    *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
@@ -192,6 +186,11 @@ class PlanSection(Section):
     hardware."""
     min_filters: int = Field(default=1, ge=1)
     """Smallest number of filters to keep in a layer."""
+
+    @property
+    def budget(self) -> Budget:
+        """The target as a value."""
+        return parse_budget(self.target)
 
     @model_validator(mode="after")
     def _check_shares(self) -> PlanSection:

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.graph.module_state import evaluating
 from secateur.models.divergence import relative_error
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
-from secateur.runtime.module_state import evaluating
 from secateur.runtime.timing import Rounds, interleaved_medians
 
 TOLERANCE = 1e-4

@@ -21,10 +21,10 @@ from secateur.experiments.program import (
     Program,
     ProgramNetwork,
 )
+from secateur.graph.module_state import evaluating
 from secateur.graph.trace import export_program
 from secateur.models.divergence import relative_error
 from secateur.runtime.errors import TraceError
-from secateur.runtime.module_state import evaluating
 
 TOLERANCE = 1e-5
 """Largest relative difference between the outputs of a program and of its network."""

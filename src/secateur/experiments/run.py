@@ -24,15 +24,10 @@ from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.inputs import (
-    check_names,
-    check_weights,
-    limit_batch_size,
-    load_inputs,
-    resolve_config,
-)
+from secateur.pipeline.inputs import check_names, check_weights, load_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
     FREE_KEYS,
@@ -52,7 +47,6 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
-from secateur.runtime.module_state import tensors_of
 
 
 def run(
@@ -326,7 +320,9 @@ def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Prune
     result = read_result(folder)
     place = f"the run in {folder}"
     check_same(place, config, result.config, FREE_KEYS)
-    config = limit_batch_size(config, result.config.data.batch_size)
+    batch_size = min(config.data.batch_size, result.config.data.batch_size)
+    data_section = config.data.model_copy(update={"batch_size": batch_size})
+    config = config.model_copy(update={"data": data_section})
     pruned = _load(folder, model, result.model_copy(update={"config": config}))
     if pruned.is_finished:
         check_same(place, config, result.config, IDLE_KEYS)

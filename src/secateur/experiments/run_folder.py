@@ -36,6 +36,7 @@ from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.module_state import evaluating
 from secateur.models import user_code, zoo
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -43,7 +44,6 @@ from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
 from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
-from secateur.runtime.module_state import evaluating
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 

@@ -17,4 +17,10 @@ In the order in which `build` uses them:
 - `cut`: the cut itself: removes channels from a copy of the network.
 - `interpreter`: runs a traced network node by node, with hooks and overrides.
 - `patches`: the input patches of a convolution at chosen positions.
+- `taps`: where feature maps are read, and the weights around each place.
+- `kept_channels`, `input_edit`, `finite`: parts of values after a cut, reconstructed inputs, the
+  check for NaN and Inf.
+- `tensor_sizes`, `activation_memory`: sizes of many tensors, and the memory of a forward pass.
+- `layer_calls`: operations of layers on tensors of any width, to be timed.
+- `module_state`: reads a module without changing it.
 """

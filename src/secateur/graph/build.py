@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.module_state import unwrapped
 from secateur.graph.network_graph import Forward
 from secateur.graph.propagation import ChannelPropagation, Rule
 from secateur.graph.rules import RULES
@@ -16,7 +17,6 @@ from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
 from secateur.runtime.errors import UnknownName
-from secateur.runtime.module_state import unwrapped
 
 
 def build_dependency_graph(

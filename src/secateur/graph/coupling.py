@@ -19,9 +19,9 @@ from secateur.graph.dependency import (
     aliases_of,
 )
 from secateur.graph.groups import FrozenGroup, Group, Tap
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import first_input, operation_name, shape_of
 from secateur.graph.propagation import ChannelPropagation
-from secateur.runtime.module_state import tensors_of
 
 NO_CONSUMER = "read by no convolution or linear layer"
 NOT_IN_IMAGES = "read only where positions of several images are mixed"

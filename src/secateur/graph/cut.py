@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
-from secateur.runtime.module_state import copy_of, tensors_of, unwrapped
+from secateur.graph.module_state import copy_of, tensors_of, unwrapped
 
 
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:

@@ -20,6 +20,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Axes, Consumer, Count, Ids, Layer, Resize, index_table
 from secateur.graph.groups import FrozenGroup, Group
 from secateur.graph.network_graph import NetworkGraph, Sizes
+from secateur.runtime.hashing import architecture_hash
 
 NOT_PRUNABLE = -1
 RESIDUAL = "coupled by skip connections over a whole stage (prune_residual is off)"
@@ -78,6 +79,11 @@ class DependencyGraph:
     resizes: Mapping[Node, Resize]
     """Operations whose arguments hold numbers of channels."""
 
+    @property
+    def architecture(self) -> str:
+        """Hash of the names and shapes of all parameters and buffers."""
+        return architecture_hash(self.shapes)
+
     def kept_channels(self, removed: Removed) -> npt.NDArray[np.bool_]:
         """Return `[channel id]`: whether a channel stays after a cut."""
         kept = np.ones(len(self.channel_of), dtype=bool)
@@ -85,18 +91,15 @@ class DependencyGraph:
             kept[self.groups[name].channels[list(numbers)]] = False
         return kept
 
-    def kept_ids(self, removed: Removed) -> npt.NDArray[np.bool_]:
-        """Return `[id]`: whether an id stays after a cut."""
-        return self._kept_ids(self.kept_channels(removed))
-
-    def _kept_ids(self, kept_channels: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def kept_ids(self, kept_channels: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return `[id]`: whether an id stays, for the channels that stay, `[channel id]`."""
         kept: npt.NDArray[np.bool_] = kept_channels[self.channel_of]
         kept[self.channel_of == NOT_PRUNABLE] = True
         return kept
 
     def count_kept(self, kept_channels: npt.NDArray[np.bool_]) -> Count:
         """Return the function that counts ids of the channels that stay, `[channel id]`."""
-        kept = self._kept_ids(kept_channels)
+        kept = self.kept_ids(kept_channels)
         return lambda ids, size: size if ids is None else int(np.count_nonzero(kept[ids]))
 
     def count_after(self, removed: Removed) -> Count:

@@ -80,6 +80,16 @@ class GraphInterpreter:
         assert isinstance(value, Tensor)
         return value
 
+    def finish(
+        self,
+        *,
+        after: Mapping[Node, NodeHook] | None = None,
+        overrides: Mapping[Node, Compute] | None = None,
+    ) -> list[Tensor]:
+        """Run to the end, see `advance`; return the network's outputs."""
+        self.advance(after=after, overrides=overrides)
+        return [self.value(node) for node in self._graph.outputs]
+
     def advance(
         self,
         until: Node | None = None,

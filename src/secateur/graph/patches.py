@@ -122,20 +122,6 @@ def window_of(node: Node, kernel: tuple[int, ...]) -> Window:
     return Window(kernel, _per_dimension(stride, dims), steps, border)
 
 
-def in_patch_order(
-    kernel: Float[Tensor, "filter input *tap"], groups: int = 1
-) -> Float[Tensor, "group output value"]:
-    """Return a kernel's values by group: all inputs of one kernel position, then of the next."""
-    return kernel.movedim(1, -1).reshape(groups, kernel.shape[0] // groups, -1)
-
-
-def from_patch_order(
-    rows: Float[Tensor, "group output value"], shape: torch.Size
-) -> Float[Tensor, "filter input *tap"]:
-    """Return the kernel of a given shape from its `in_patch_order` form."""
-    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
-
-
 def _per_dimension(value: object, dims: int) -> tuple[int, ...]:
     """Return a number per dimension, from one number for all of them or one for each."""
     if isinstance(value, int):

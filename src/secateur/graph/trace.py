@@ -24,9 +24,9 @@ from torch.fx.graph import Graph
 from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import Forward, NetworkGraph, is_view
 from secateur.runtime.errors import TraceError
-from secateur.runtime.module_state import copy_of, evaluating, tensors_of
 
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
+from secateur.models.evaluate import compute_logits
 from secateur.models.score import OutputDivergence
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import device_of, evaluating
 
-CONFIDENCE_SIGMAS = 2.0
-"""The standard errors by which a mean must fall for the fall to be significant."""
+TEMPERATURE = 4.0
+"""Softens the logits of `output_error`. Otherwise a few uncertain images dominate the divergence of
+a network that is confident about nearly all of them."""
+ROUNDING = 1e-7
+"""Smaller output errors are rounding."""
 Logits = Float[Tensor, "_ class"]
 """Logits `[image, class]`; batches may have different numbers of images."""
 
@@ -28,9 +32,8 @@ def logits_of(network: nn.Module, batches: Iterable[Batch]) -> tuple[Logits, ...
     Each process passes its shard of the batches (`distributed.shard`) and gets the logits of
     all batches.
     """
-    device = device_of(network)
-    with evaluating(network), torch.inference_mode():
-        local_logits = [network(batch.images.to(device)).cpu() for batch in batches]
+    with torch.inference_mode():
+        local_logits = [compute_logits(network, batch.images).cpu() for batch in batches]
     return tuple(distributed.gather_shards(local_logits))
 
 
@@ -75,11 +78,17 @@ def divergence_by_image(
     return temperature**2 * torch.cat([batch_terms.sum(1) for batch_terms in terms])
 
 
-def is_smaller(before: Float[Tensor, "image"], after: Float[Tensor, "image"]) -> bool:
-    """Return whether the mean over images fell significantly; never true for a single image."""
-    fall = before - after
-    standard_error = float(fall.std()) / math.sqrt(len(fall)) if len(fall) > 1 else math.inf
-    return float(fall.mean()) > CONFIDENCE_SIGMAS * standard_error
+@dataclass(frozen=True, eq=False)
+class DivergenceFrom:
+    """Measures how far networks are from the `expected` logits, each time on the same images."""
+
+    expected: Sequence[Logits]
+    batches: Callable[[], Iterable[Batch]]
+    """Returns the images; in several processes, this one's shard of them."""
+
+    def __call__(self, network: nn.Module) -> Float[Tensor, "image"]:
+        """Return the divergence of each image; see `divergence_by_image`."""
+        return divergence_by_image(self.expected, logits_of(network, self.batches()))
 
 
 def relative_error(
@@ -94,3 +103,30 @@ def relative_error(
     assert isinstance(expected, Tensor)
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def output_error(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Return the error of a network's outputs, a mean over images, summed over the outputs.
+
+    It is the divergence of softened logits, where an output has one row of logits for each image,
+    or else the squared difference over the variance.
+    """
+    total = 0.0
+    for wanted, output in zip(expected, outputs, strict=True):
+        if wanted.dim() == 2 and wanted.shape[1] > 1:
+            total += float(divergence_by_image([wanted], [output], TEMPERATURE).mean())
+        else:
+            error = (output - wanted).double().square().mean()
+            total += float(error / wanted.double().var().clamp_min(1e-30))
+    return total
+
+
+def error_ratio(errors: Float[Tensor, "measurement 2"]) -> float:
+    """Return output error over input error, the geometric mean of those `errors` above rounding.
+
+    It is 0 where no error is.
+    """
+    ratios = [
+        output / source for output, source in errors.tolist() if output > ROUNDING and source > 0
+    ]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0

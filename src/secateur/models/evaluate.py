@@ -7,18 +7,21 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
+from secateur.graph.module_state import device_of, evaluating
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.module_state import device_of, evaluating
-from secateur.runtime.timing import latency_ms
+from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
+
+LATENCY_RUNS = 11
+WARM_UP_RUNS = 2
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
@@ -33,12 +36,17 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     losses: list[float] = []
     count = 0
     example: Tensor | None = None
-    device = device_of(model)
-    with evaluating(model), torch.inference_mode():
+
+    def measure() -> tuple[int, float]:
+        assert example is not None
+        macs = count_macs(model, example[:1])
+        return macs, latency_ms(model, example) if known_ms is None else known_ms
+
+    with torch.inference_mode():
         for batch in batches:
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            example = images if example is None else example
-            logits = compute_logits(model, images)
+            logits = compute_logits(model, batch.images)
+            labels = batch.labels.to(logits.device)
+            example = batch.images.to(logits.device) if example is None else example
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
@@ -50,12 +58,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     loss = math.fsum(distributed.gather_shards(losses))
     if not total:
         raise DataError("there are no images to score")
-
-    def measure() -> tuple[int, float]:
-        assert example is not None
-        time_ms = latency_ms(model, example) if known_ms is None else known_ms
-        return count_macs(model, example[:1]), time_ms
-
     macs, time_ms = distributed.on_main_process(measure)
     return Score(
         top1_fraction=int(correct[0]) / total,
@@ -69,9 +71,14 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
 
 
 def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
-    """Return the network's logits; raises `UsageError` where it fails or returns anything else."""
+    """Return the network's logits, computed on its device and in evaluation mode.
+
+    Raises `UsageError` where the network fails or returns anything else.
+    """
+    images = images.to(device_of(model))
     try:
-        logits: object = model(images)
+        with evaluating(model):
+            logits: object = model(images)
     except Exception as error:
         if explain(error) is not None:  # the machine's fault, not the network's
             raise
@@ -83,8 +90,23 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
     return logits
 
 
+def predict_classes(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "image"]:
+    """Return the network's own class of each image."""
+    with torch.no_grad():
+        batches = images.split(batch_size)
+        return torch.cat([compute_logits(model, batch).argmax(1) for batch in batches])
+
+
+def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
+    """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
+    images = repeat_to_batch(images, batch)
+    rounds = Rounds(LATENCY_RUNS, LATENCY_RUNS, warm_up=WARM_UP_RUNS)
+    with evaluating(model), torch.inference_mode():
+        return interleaved_medians({"model": lambda: model(images)}, rounds)["model"]
+
+
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
-    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(image)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        compute_logits(model, image)
     return int(counter.get_total_flops()) // 2

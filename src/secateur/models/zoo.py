@@ -17,7 +17,6 @@ import torch
 import torchvision
 from torch import nn
 
-from secateur.config import Resizing
 from secateur.data.preprocessing import Preprocessing
 from secateur.models import user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
@@ -107,7 +106,8 @@ def preprocessing(name: str) -> Preprocessing:
 
     Built-in networks take 32×32 pixels, torchvision's and timm's what their published weights were
     trained with, and user code 224×224. The mean and deviation are ImageNet's, and images are
-    resized bilinearly, unless the origin says otherwise. Raises what `check_name` raises, except
+    resized bilinearly, unless the origin says otherwise. An interpolation that is not supported,
+    such as `random`, is replaced by the bilinear one. Raises what `check_name` raises, except
     that a file of user code need not exist: it isn't read.
     """
     if user_code.is_user_code(name) or name.startswith(f"{IN_MEMORY}:"):
@@ -124,7 +124,7 @@ def preprocessing(name: str) -> Preprocessing:
             preset.resize_size[0],
             tuple(preset.mean),
             tuple(preset.std),
-            _interpolation(preset.interpolation.value),
+            "bicubic" if preset.interpolation.value == "bicubic" else "bilinear",
         )
     if kind == "timm":
         settings = _timm().get_pretrained_cfg(rest)
@@ -136,14 +136,9 @@ def preprocessing(name: str) -> Preprocessing:
                 resize,
                 tuple(settings.mean),
                 tuple(settings.std),
-                _interpolation(settings.interpolation),
+                "bicubic" if settings.interpolation == "bicubic" else "bilinear",
             )
     return Preprocessing(224, 256)
-
-
-def _interpolation(published: str) -> Resizing:
-    """Return the published interpolation if it is supported, else bilinear (as for `random`)."""
-    return "bicubic" if published == "bicubic" else "bilinear"
 
 
 def _from_torchvision(name: str, num_classes: int) -> nn.Module:

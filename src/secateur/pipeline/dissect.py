@@ -11,10 +11,11 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.graph.groups import Group
-from secateur.pipeline.scoring_context import ScoringContext, make_criterion
+from secateur.graph.taps import taps_of
+from secateur.pipeline.scoring_context import ScoringContext
+from secateur.scoring.criteria import make_criterion
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
 from secateur.scoring.scores import FilterScores, score_filters
-from secateur.scoring.taps import taps_of
 
 VOTES = "vote-response"
 """The criterion whose scores are shown as votes: those of the other vote criteria are ranks."""

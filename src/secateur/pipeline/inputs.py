@@ -77,14 +77,6 @@ def resolve_config(config: RunConfig, dataset: DataSet) -> RunConfig:
     )
 
 
-def limit_batch_size(config: RunConfig, batch_size: int) -> RunConfig:
-    """Return the configuration with at most so many images in a batch."""
-    batch_size = min(batch_size, config.data.batch_size)
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"batch_size": batch_size})}
-    )
-
-
 def preprocessing_of(config: RunConfig) -> Preprocessing:
     """Return what the network expects of its images, unless the configuration says otherwise."""
     published = zoo.preprocessing(config.model.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from secateur.config import RunConfig, parse_budget
+from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.pipeline import stages
 from secateur.pipeline.inputs import resolve_config
@@ -159,7 +159,7 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
     plan = replace(
         earlier.plan,
         removed={group.name: group.removed for group in groups if group.removed},
-        budget=parse_budget(later.result.config.plan.target),
+        budget=later.result.config.plan.budget,
     )
     changes = {
         "plan_hash": plan.hash,

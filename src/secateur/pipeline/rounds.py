@@ -8,14 +8,13 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.pipeline.inputs import limit_batch_size
+from secateur.graph.module_state import tensors_of, unwrapped
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline, ScoringContext, make_baseline
 from secateur.pruning.plan_inputs import PlanInputs
 from secateur.runtime.hashing import weights_hash
-from secateur.runtime.module_state import tensors_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,25 +60,28 @@ def begin_round(
     if baseline is None:
         score = None if earlier is None else earlier.result.stages[-1].score
         baseline = make_baseline(network, dataset, config, (), run_context, score=score)
-    reader, log = baseline.context.reader, run_context.log
+    reader = baseline.context.reader
+    weights: str | None = None
+    if earlier is None:
+        state = tensors_of(unwrapped(original))
+        weights = weights_hash(state)
     requested = None if earlier is None else earlier.result.requested_batch_size
     if reader.batch_size < config.data.batch_size:
         requested = config.data.batch_size
-        log.write("batch_size", requested=requested, used=reader.batch_size)
-        config = limit_batch_size(config, reader.batch_size)
+        run_context.log.write("batch_size", requested=requested, used=reader.batch_size)
+        data_section = config.data.model_copy(update={"batch_size": reader.batch_size})
+        config = config.model_copy(update={"data": data_section})
     stages: tuple[StageResult, ...]
-    weights: str | None
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
-        log.write("stage", **before.model_dump())
+        run_context.log.write("stage", **before.model_dump())
         number, stages, unreadable = 1, (before,), baseline.unreadable
-        weights = weights_hash(tensors_of(unwrapped(original)))
     else:
-        number, stages, weights = earlier.round + 1, earlier.result.stages, None
+        number, stages = earlier.round + 1, earlier.result.stages
         unreadable = (*earlier.result.unreadable, *baseline.unreadable)
     plan_inputs = baseline.plan_inputs[config.score.criterion]
     if plan_inputs.latency is not None:
-        log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
+        run_context.log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
     reader = replace(reader, progress=run_context.progress, unreadable=run_context.unreadable)
     return Round(
         number=number,

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from secateur import data
 from secateur.config import RunConfig
-from secateur.data import DataSet, Images
+from secateur.data import DataSet, Images, split_calibration
 from secateur.data.batch_reader import BatchReader
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.finite import check_finite
+from secateur.graph.module_state import device_of, tensors_of
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.batch_size import batch_that_fits
-from secateur.pruning.equivalence import check_finite
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
+from secateur.pruning.refit.refit_and_check import RefitImages
 from secateur.runtime import distributed
-from secateur.runtime.errors import UnknownName
 from secateur.runtime.memory import free_bytes
-from secateur.runtime.module_state import device_of, tensors_of
-from secateur.scoring import concepts, criteria
+from secateur.scoring import concepts
 from secateur.scoring.concepts import ConceptSource
-from secateur.scoring.criteria import Criterion
+from secateur.scoring.criteria import Criterion, make_criterion
 
 EXAMPLE_IMAGES = 8
 
@@ -46,6 +46,30 @@ class ScoringContext:
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
     """By name: what the filters are to be scored by."""
+
+    @property
+    def plan_images(self) -> CalibrationImages:
+        """The calibration images as `make_plan_inputs` takes them."""
+        return CalibrationImages(
+            partial(self.reader.read_image_shard, self.calibration, "scoring filters"),
+            partial(self.reader.read, self.calibration),
+            self.example,
+        )
+
+    @property
+    def parts(self) -> tuple[Images, Images]:
+        """The calibration images to fit to, and those held out; see `split_calibration`."""
+        return split_calibration(self.calibration)
+
+    @property
+    def refit_images(self) -> RefitImages:
+        """The calibration images as `refit_and_check` takes them."""
+        fit, held_out = self.parts
+        return RefitImages(
+            partial(self.reader.read_image_shard, self.calibration),
+            partial(self.reader.read_shard, fit, "recalibrating batch norm"),
+            partial(self.reader.read_shard, held_out),
+        )
 
 
 def make_scoring_context(
@@ -77,10 +101,11 @@ def make_scoring_context(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
         )
     check_finite(model, dependencies, example)
+    state = tensors_of(model)
     source = concepts.make(
         config.score.concepts,
         dependencies.graph,
-        tensors_of(model),
+        state,
         dataset.class_names,
         reader.preprocessing,
     )
@@ -93,45 +118,6 @@ def make_scoring_context(
     )
     reader = replace(reader, batch_size=batch_size)
     return ScoringContext(calibration, example, dependencies, source, reader, scored_by)
-
-
-def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
-    """Return the named criterion, which weighs the votes of concepts as the configuration says.
-
-    Raises `UnknownName` where a weight is given for a concept that the source does not have.
-    """
-    weight_of = config.score.concept_weights
-    known = {name for concept in source.concepts for name in (concept.name, concept.category)}
-    for concept_name in weight_of:
-        if concept_name not in known:
-            raise UnknownName("concept", concept_name, known)
-    weights = {
-        number: weight_of.get(concept.name, weight_of.get(concept.category, 1.0))
-        for number, concept in enumerate(source.concepts)
-        if concept.name in weight_of or concept.category in weight_of
-    }
-    return criteria.make(name, config.score, config.seed, weights)
-
-
-def collect_plan_inputs(
-    model: nn.Module, context: ScoringContext, config: RunConfig
-) -> dict[str, PlanInputs]:
-    """Score the filters in one pass; return what plans are made from, by criterion."""
-    reader = context.reader
-    return make_plan_inputs(
-        model,
-        context.dependencies,
-        CalibrationImages(
-            partial(reader.read_image_shard, context.calibration, "scoring filters"),
-            partial(reader.read, context.calibration),
-            context.example,
-        ),
-        context.criteria,
-        context.source,
-        config.score,
-        config.plan,
-        progress=reader.progress,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +153,16 @@ def make_baseline(
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
     context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
-    plan_inputs = collect_plan_inputs(model, context, config)
+    plan_inputs = make_plan_inputs(
+        model,
+        context.dependencies,
+        context.plan_images,
+        context.criteria,
+        context.source,
+        config.score,
+        config.plan,
+        progress=run_context.progress,
+    )
     seconds = time.perf_counter() - since
     if score is None:
         score = evaluate(model, context.reader.read_shard(dataset.test, "scoring (before)"))

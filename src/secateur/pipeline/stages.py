@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from secateur.config import Budget, RunConfig, parse_budget
-from secateur.data import DataSet, split_calibration
+from secateur.config import Budget
+from secateur.data import DataSet
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader
@@ -22,16 +22,14 @@ from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import ScoringContext
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
 from secateur.pruning.outcome import RefitOutcome, SizeTrial
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.refit.layerwise import RefitInputs
-from secateur.pruning.refit.refit_and_check import RefitImages, refit_and_check
+from secateur.pruning.refit.refit_and_check import refit_and_check
 from secateur.pruning.size_search import bisect, plan_in_time, smallest_kept
-from secateur.runtime import distributed
 from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.feature_distillation import residual_sums
@@ -84,9 +82,7 @@ def cut(this: Round) -> CutStage:
     error = check_equivalence(this.network, dependencies, plan, smaller, example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither refit nor training change what a forward pass computes.
-    fraction_left = distributed.on_main_process(
-        lambda: measure_fraction_left(this.original, smaller, example)
-    )
+    fraction_left = measure_fraction_left(this.original, smaller, example)
     latency_ms = fraction_left * this.stages[0].score.latency_ms
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
     score = evaluate(smaller, batches, known_ms=latency_ms)
@@ -98,8 +94,14 @@ def cut(this: Round) -> CutStage:
 def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     """Re-estimate kernels and batch-norm statistics of the cut network in place."""
     since = time.perf_counter()
-    outcome = refit_in_place(
-        this.network, cut_stage.network, this.context, cut_stage.plan, this.config
+    outcome = refit_and_check(
+        RefitInputs(
+            this.network, cut_stage.network, this.context.dependencies, cut_stage.plan.removed
+        ),
+        this.context.refit_images,
+        this.config.refit,
+        seed=this.config.seed,
+        progress=this.run_context.progress,
     )
     seconds = time.perf_counter() - since
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
@@ -114,7 +116,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     """Train the cut network in place to answer as the original does, without labels."""
     since = time.perf_counter()
     smaller, reader = cut_stage.network, this.context.reader
-    fit, held_out = split_calibration(this.context.calibration)
+    fit, held_out = this.context.parts
     outcome = distillation.distill(
         this.original,
         smaller,
@@ -202,33 +204,10 @@ def finetune(
     return FinetuneStage(finetuning, result)
 
 
-def refit_in_place(
-    model: nn.Module,
-    smaller: nn.Module,
-    context: ScoringContext,
-    plan: PruningPlan,
-    config: RunConfig,
-) -> RefitOutcome:
-    """Refit `smaller`, the cut `model`, on the calibration images; see `refit_and_check`."""
-    reader = context.reader
-    fit, held_out = split_calibration(context.calibration)
-    return refit_and_check(
-        RefitInputs(model, smaller, context.dependencies, plan.removed),
-        RefitImages(
-            partial(reader.read_image_shard, context.calibration),
-            partial(reader.read_shard, fit, "recalibrating batch norm"),
-            partial(reader.read_shard, held_out),
-        ),
-        config.refit,
-        seed=config.seed,
-        progress=reader.progress,
-    )
-
-
 def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     """Return the plan for this round's part of the budget, or for the size that was found."""
     plan_inputs, max_drop = this.plan_inputs, this.config.plan.max_drop
-    budget = parse_budget(this.config.plan.target)
+    budget = this.config.plan.budget
     if max_drop is not None:
         size_trials = _search_size(this, budget, max_drop)
         return plan_inputs.plan(
@@ -238,15 +217,13 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     budget = replace(budget, fraction_left=fraction_left)
     if budget.quantity != "latency" or fraction_left == 1:
         return plan_inputs.plan(budget), ()
-    plan, measured_fraction = distributed.on_main_process(
-        lambda: plan_in_time(
-            this.network,
-            this.context.dependencies,
-            lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
-            fraction_left,
-            plan_inputs.least(budget),
-            this.context.example,
-        )
+    plan, measured_fraction = plan_in_time(
+        this.network,
+        this.context.dependencies,
+        lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
+        fraction_left,
+        plan_inputs.least(budget),
+        this.context.example,
     )
     this.run_context.log.write("latency_left", fraction=measured_fraction)
     return replace(plan, budget=budget), ()
@@ -258,21 +235,27 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
     `max_drop` is how many points of top-1 may be lost.
     """
 
-    def top1_fraction(network: nn.Module) -> float:
-        return evaluate(
-            network, this.context.reader.read_shard(this.dataset.validation)
-        ).top1_fraction
-
     def attempt(fraction_left: float) -> float:
         plan = this.plan_inputs.plan(replace(budget, fraction_left=fraction_left))
         smaller = apply_plan(this.network, this.context.dependencies, plan)
         if this.config.refit.is_any:
-            refit_in_place(this.network, smaller, this.context, plan, this.config)
+            refit_and_check(
+                RefitInputs(this.network, smaller, this.context.dependencies, plan.removed),
+                this.context.refit_images,
+                this.config.refit,
+                seed=this.config.seed,
+                progress=this.run_context.progress,
+            )
         after = top1_fraction(smaller)
         this.run_context.log.write(
             "size_trial", fraction_left=fraction_left, validation_top1_fraction=after
         )
         return after
+
+    def top1_fraction(network: nn.Module) -> float:
+        return evaluate(
+            network, this.context.reader.read_shard(this.dataset.validation)
+        ).top1_fraction
 
     before = top1_fraction(this.network)
     limit = before - max_drop / 100

@@ -8,7 +8,6 @@ from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import RunFolderError
-from secateur.runtime.hashing import architecture_hash
 
 
 def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
@@ -24,7 +23,7 @@ def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPla
 
 def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
     """Raise `RunFolderError` if the plan does not fit the network, or empties a layer."""
-    if plan.architecture not in (None, architecture_hash(dependencies.shapes)):
+    if plan.architecture not in (None, dependencies.architecture):
         raise RunFolderError(
             "the plan was made for another network: the layers of this one have other names or "
             "other sizes"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,17 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
+from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.network_graph import Compute, operation_name
+from secateur.graph.module_state import tensors_of, unwrapped
+from secateur.graph.network_graph import Compute
 from secateur.models.divergence import relative_error
-from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
-from secateur.runtime.errors import CutError, NotFiniteError
-from secateur.runtime.module_state import tensors_of, unwrapped
+from secateur.runtime.errors import CutError
 
 TOLERANCE = 1e-4
 """Largest relative error that counts as rounding."""
-LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm"})
-"""Operations whose outputs must be finite; others may hold -Inf, such as attention masks."""
 
 Images = Float[Tensor, "image channel *position"]
 
@@ -54,8 +51,8 @@ def check_equivalence(
     double = copy.deepcopy(unwrapped(model)).double()
 
     def error_in_float64(plan: PruningPlan) -> float:
-        cut = apply_plan(double, dependencies, plan)
-        return _error(double, dependencies, plan, cut, images.double())
+        smaller = cut(double, dependencies, plan.removed)
+        return _error(double, dependencies, plan, smaller, images.double())
 
     if error_in_float64(plan) <= TOLERANCE:
         return error
@@ -85,33 +82,6 @@ def _error(
         return relative_error(smaller.eval()(images), expected)
 
 
-def check_finite(model: nn.Module, dependencies: DependencyGraph, images: Images) -> None:
-    """Raise `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
-
-    Parameters and buffers of `model` are checked first, then what it computes from `images`.
-    """
-    state = tensors_of(unwrapped(model))
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")
-    not_finite: list[Node] = []
-
-    def check(node: Node, value: object) -> None:
-        if not_finite or not isinstance(value, Tensor) or not value.is_floating_point():
-            return
-        is_wrong = ~value.isfinite() if operation_name(node) in LAYERS else value.isnan()
-        if bool(is_wrong.any()):
-            not_finite.append(node)
-
-    with torch.inference_mode():
-        interpreter = GraphInterpreter(dependencies.graph, state, images)
-        interpreter.advance(after={node: partial(check, node) for node in dependencies.graph.nodes})
-    if not_finite:
-        modules = [name for name in not_finite[0].meta.get("nn_module_stack", {}).values() if name]
-        place = modules[-1] if modules else not_finite[0].name
-        raise NotFiniteError(f"{place} outputs NaN or infinite values for finite images")
-
-
 def masked_network(
     model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
@@ -121,7 +91,8 @@ def masked_network(
     over all channels, such as layer norm, are computed over the channels that stay. The function
     returns a tuple if the network returns several tensors.
     """
-    sizes, stays = dependencies.sizes_after(plan.removed), dependencies.kept_ids(plan.removed)
+    sizes = dependencies.sizes_after(plan.removed)
+    stays = dependencies.kept_ids(dependencies.kept_channels(plan.removed))
     overrides: dict[Node, Compute] = {}
     for consumer in dependencies.consumers:
         kept = stays[consumer.channels]
@@ -134,8 +105,7 @@ def masked_network(
 
     def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
         interpreter = GraphInterpreter(dependencies.graph, state, images)
-        interpreter.advance(overrides=overrides)
-        outputs = tuple(interpreter.value(node) for node in dependencies.graph.outputs)
+        outputs = tuple(interpreter.finish(overrides=overrides))
         return outputs[0] if len(outputs) == 1 else outputs
 
     return masked

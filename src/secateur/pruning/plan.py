@@ -30,7 +30,6 @@ from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
-from secateur.runtime.hashing import architecture_hash
 
 SCHEMA_VERSION = 2
 
@@ -43,7 +42,7 @@ class PruningPlan:
     budget: Budget
     criterion: str
     architecture: str | None = None
-    """Hash of the network that the plan is for (`hashing.architecture_hash`); other networks are
+    """Hash of the network that the plan is for (`DependencyGraph.architecture`); other networks are
     refused. None: any network with these groups."""
     weights: str | None = None
     """Hash of the weights that were scored (`hashing.weights_hash`), if known."""
@@ -135,7 +134,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
     """
     allocation = allocation or Allocation()
-    architecture = architecture_hash(dependencies.shapes)
+    architecture = dependencies.architecture
     ranking = rank(scores, dependencies, criterion, ties=ties)
     space = make_space(
         ranking, dependencies, target, round_to=round_to, min_filters=min_filters, latency=latency

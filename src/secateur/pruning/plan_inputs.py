@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secateur.config import Budget, PlanSection, ScoreSection, parse_budget
+from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.module_state import tensors_of
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
 from secateur.runtime import distributed
-from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion
@@ -103,22 +103,24 @@ def make_plan_inputs(
     scores = score_filters(
         model, dependencies, images.batches, criteria, source, score, observers=observers
     )
+    ties = None
+    if moments is not None and any(filter_scores.has_ties for filter_scores in scores.values()):
+        ties = scores_of(moments, dependencies)
+    state = tensors_of(model)
     latency = None
-    if parse_budget(settings.target).quantity == "latency":
+    if settings.budget.quantity == "latency":
         latency = distributed.on_main_process(
             lambda: measure_latency(model, dependencies, images.example)
         )
     inputs = {}
     for name, criterion in criteria.items():
         own_moments = criterion if isinstance(criterion, Reconstruction) else moments
+        own_ties = ties if own_moments is moments and scores[name].has_ties else None
         allocation = Allocation(settings.allocation, shares=settings.shares or None)
-        ties = None
         if settings.allocation == "sensitivity" and own_moments is not None:
-            if own_moments is moments and _has_ties(scores[name]):
-                ties = scores_of(own_moments, dependencies)
-            ranking = rank(scores[name].scores, dependencies, name, ties=ties)
+            ranking = rank(scores[name].scores, dependencies, name, ties=own_ties)
             sensitivity = measure_sensitivity(
-                tensors_of(model),
+                state,
                 dependencies,
                 own_moments,
                 ranking,
@@ -126,9 +128,7 @@ def make_plan_inputs(
                 progress=progress,
             )
             allocation = replace(allocation, sensitivity=sensitivity)
-        inputs[name] = PlanInputs(dependencies, scores[name], settings, allocation, ties, latency)
+        inputs[name] = PlanInputs(
+            dependencies, scores[name], settings, allocation, own_ties, latency
+        )
     return inputs
-
-
-def _has_ties(filter_scores: FilterScores) -> bool:
-    return any(len(scores.unique()) < len(scores) for scores in filter_scores.scores.values())

@@ -23,8 +23,8 @@ from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.module_state import evaluating, tensors_of
 from secateur.runtime.errors import UsageError
-from secateur.runtime.module_state import evaluating, tensors_of
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion

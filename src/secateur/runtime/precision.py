@@ -1,4 +1,4 @@
-"""Choose the precision that a network computes in."""
+"""Choose the device and the precision that a network computes in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from secateur.runtime.distributed import rank_and_world_size
 from secateur.runtime.errors import UsageError
@@ -46,6 +47,17 @@ def accelerator_for(precision: str) -> Accelerator:
             f"{accelerator.num_processes}: launch with torchrun or accelerate launch"
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device for a block, and back afterwards."""
+    before = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
 
 
 def accelerator_name() -> str | None:

@@ -1,4 +1,4 @@
-"""Latency of networks, and the one loop that times anything.
+"""The one loop that times anything.
 
 A machine slows down and speeds up while it is measured. So whatever is compared is interleaved: a
 round runs every action once, and a slower minute slows all of them alike.
@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-
-from secateur.runtime.module_state import evaluating
+from torch import Tensor
 
 LATENCY_BATCH = 16
 """Images in the batch that latency is measured with."""
-LATENCY_RUNS = 11
-WARM_UP_RUNS = 2
 
 Key = TypeVar("Key")
 Action = Callable[[], object]
@@ -37,14 +33,6 @@ class Rounds:
     """Time after which no further round starts, once the fewest are done."""
     warm_up: int = 0
     """Rounds that come first and don't count."""
-
-
-def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
-    """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
-    images = repeat_to_batch(images, batch)
-    rounds = Rounds(LATENCY_RUNS, LATENCY_RUNS, warm_up=WARM_UP_RUNS)
-    with evaluating(model), torch.inference_mode():
-        return interleaved_medians({"model": lambda: model(images)}, rounds)["model"]
 
 
 def interleaved_medians(actions: Mapping[Key, Action], rounds: Rounds) -> dict[Key, float]:

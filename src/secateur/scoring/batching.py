@@ -20,6 +20,10 @@ from secateur.data.concept_masks import ConceptMasks, join_masks
 PIXELS_AT_A_TIME = 2**20
 """The most pixels that go through the network at once, which bounds the memory."""
 MOST_IMAGES_AT_A_TIME = 128
+SAMPLE_PIXELS = 2**21
+"""Pixels of the images that `first_images` takes, all together…"""
+FEWEST_IMAGES, MOST_IMAGES = 32, 256
+"""…within these numbers of images."""
 
 
 def images_at_a_time(height: int, width: int) -> int:
@@ -55,6 +59,20 @@ def select_images(batch: Batch, index: Tensor) -> Batch:
     if masks is not None:
         masks = ConceptMasks(masks.masks[index], masks.concepts[index])
     return Batch(batch.images[index], batch.labels[index], batch.indices[index], masks)
+
+
+def first_images(batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Yield the first images, as `SAMPLE_PIXELS` allows, in batches that fit into memory."""
+    left = -1
+    for batch in batches:
+        height, width = batch.images.shape[2:]
+        if left < 0:
+            left = min(MOST_IMAGES, max(FEWEST_IMAGES, SAMPLE_PIXELS // (height * width)))
+        images = batch.images[:left]
+        left -= len(images)
+        yield from images.split(images_at_a_time(height, width))
+        if not left:
+            return
 
 
 def _join(batches: list[Batch]) -> Batch:

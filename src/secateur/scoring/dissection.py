@@ -17,10 +17,10 @@ from torch import Tensor
 
 from secateur.data.concept_masks import CELL
 from secateur.graph.groups import Group
+from secateur.graph.taps import Kernels, taps_of
 from secateur.runtime import distributed
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions, Size
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions, Size
 from secateur.scoring.iou import IoUAccumulator, Overlap, binarise, overlap
-from secateur.scoring.taps import taps_of
 
 DETECTOR_IOU = 0.04
 """A filter counts as a detector of a concept above this IoU (Bau et al., CVPR 2017, section 3)."""

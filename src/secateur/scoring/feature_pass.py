@@ -24,15 +24,15 @@ from secateur.data.concept_masks import ConceptMasks
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
+from secateur.graph.taps import Kernels, all_taps, kernels_of, maps_of
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import tensors_of
 from secateur.runtime.precision import autocast
 from secateur.scoring.batching import rebatch, select_images
 from secateur.scoring.concepts import ConceptInput, ConceptSource
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Observer, Regions
-from secateur.scoring.taps import all_taps, kernels_of, maps_of
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Observer, Regions
 from secateur.scoring.thresholds import ActivationStatistics, StatisticsAccumulator
 
 _OWN_MEMORY = {"conv2d", "batch_norm", "add", "linear"}
@@ -59,6 +59,7 @@ def run_feature_pass(
     """
     state = tensors_of(model)
     kernels = kernels_of(dependencies, state)
+    taps = all_taps(dependencies)
     for observer in observers:
         observer.reset(kernels)
     needs: set[Need] = {need for observer in observers for need in observer.needs}
@@ -68,12 +69,11 @@ def run_feature_pass(
         source = None
     assert source is not None or "concepts" not in needs
     forward_pass = _ForwardPass(dependencies, state, source, settings)
-    statistics: dict[str, ActivationStatistics] = {}
+    dispatcher = _Dispatcher(forward_pass, taps, kernels, observers)
     if needs & {"statistics", "thresholds"} or (source is not None and source.needs_learning):
-        statistics = _activation_statistics(
-            forward_pass, batches, with_thresholds="thresholds" in needs
+        dispatcher.statistics = _activation_statistics(
+            forward_pass, taps, batches, with_thresholds="thresholds" in needs
         )
-    dispatcher = _Dispatcher(forward_pass, kernels, statistics, observers)
     images_seen = 0
     for batch, count in rebatch(batches()):
         dispatcher.run(batch, count)
@@ -174,7 +174,11 @@ def _relu_in_place(read: Node, lookup: Callable[[Node], Tensor]) -> Tensor:
 
 
 def _activation_statistics(
-    forward_pass: _ForwardPass, batches: Callable[[], Iterable[Batch]], *, with_thresholds: bool
+    forward_pass: _ForwardPass,
+    taps: Mapping[str, Tap],
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    with_thresholds: bool,
 ) -> dict[str, ActivationStatistics]:
     """Return each tap's activation statistics from a sample of the images.
 
@@ -182,7 +186,6 @@ def _activation_statistics(
     images are used.
     """
     settings, source = forward_pass.settings, forward_pass.source
-    taps = all_taps(forward_pass.dependencies)
     accumulators = {
         name: StatisticsAccumulator(
             len(tap.index), settings.threshold_positions, with_thresholds=with_thresholds
@@ -190,10 +193,7 @@ def _activation_statistics(
         for name, tap in taps.items()
     }
     counts: list[int] = []
-
-    def update(name: str, tap: Tap, value: Tensor) -> None:
-        accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
-
+    hooks = _tap_hooks(taps, functools.partial(_accumulate, accumulators, counts))
     for every in (settings.sample_every, 1):
         sample = (
             select_images(batch, (batch.indices % every == 0).nonzero()[:, 0])
@@ -201,7 +201,6 @@ def _activation_statistics(
         )
         for batch, count in rebatch(sample):
             counts.append(count)
-            hooks = _tap_hooks(forward_pass.dependencies, update)
             concept_input = forward_pass.forward(batch, hooks, with_gradients=False)
             if source is not None and source.needs_learning:
                 source.learn(concept_input)
@@ -216,19 +215,32 @@ def _activation_statistics(
     }
 
 
+def _accumulate(
+    accumulators: Mapping[str, StatisticsAccumulator],
+    counts: Sequence[int],
+    name: str,
+    tap: Tap,
+    value: Tensor,
+) -> None:
+    """Add the images of a batch that count, the last of `counts`, to a tap's statistics."""
+    accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
+
+
 class _Dispatcher:
     """Passes the feature maps of each batch on to the observers."""
 
     def __init__(
         self,
         forward_pass: _ForwardPass,
+        taps: Mapping[str, Tap],
         kernels: Mapping[str, Kernels],
-        statistics: Mapping[str, ActivationStatistics],
         observers: Sequence[Observer],
     ) -> None:
         self._forward_pass = forward_pass
         self._kernels = kernels
-        self._statistics = statistics
+        self.statistics: Mapping[str, ActivationStatistics] = {}
+        """Of each tap, where an observer needs them; set before the first batch."""
+        self._hooks = _tap_hooks(taps, self._on_value)
         self._forward_observers = [
             observer
             for observer in observers
@@ -249,9 +261,8 @@ class _Dispatcher:
         self._count, self._indices = count, batch.indices[:count]
         self._deferred, self._is_loss = [], False
         forward_pass, source = self._forward_pass, self._forward_pass.source
-        hooks = _tap_hooks(forward_pass.dependencies, self._on_value)
         concept_input = forward_pass.forward(
-            batch, hooks, with_gradients=bool(self._gradient_observers)
+            batch, self._hooks, with_gradients=bool(self._gradient_observers)
         )
         if not bool(concept_input.logits.isfinite().all()):
             raise DataError("the network's logits hold values that are not finite")
@@ -289,7 +300,7 @@ class _Dispatcher:
             maps=maps,
             indices=self._indices,
             kernels=self._kernels[name],
-            statistics=self._statistics.get(name),
+            statistics=self.statistics.get(name),
             grid=(min(size[0], self._grid[0]), min(size[1], self._grid[1])),
             gradients=gradients,
         )
@@ -309,11 +320,11 @@ def _grid(forward_pass: _ForwardPass) -> tuple[int, int]:
 
 
 def _tap_hooks(
-    dependencies: DependencyGraph, update: Callable[[str, Tap, Tensor], None]
+    taps: Mapping[str, Tap], update: Callable[[str, Tap, Tensor], None]
 ) -> dict[Node, NodeHook]:
     """Return a hook for each node that has taps: it calls `update` for every tap there."""
     taps_at: dict[Node, list[tuple[str, Tap]]] = {}
-    for name, tap in all_taps(dependencies).items():
+    for name, tap in taps.items():
         taps_at.setdefault(tap.node, []).append((name, tap))
 
     def call(node: Node, value: Tensor) -> None:

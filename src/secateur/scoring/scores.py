@@ -13,12 +13,12 @@ from secateur.config import ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
+from secateur.graph.taps import taps_of
 from secateur.runtime.errors import UsageError
 from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, Observer
 from secateur.scoring.feature_pass import run_feature_pass
-from secateur.scoring.taps import taps_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class FilterScores:
 
     criterion: str
     scores: dict[str, Float[Tensor, "channel"]]
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether two channels of a group have the same score."""
+        return any(len(scores.unique()) < len(scores) for scores in self.scores.values())
 
 
 def score_filters(

@@ -90,7 +90,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, step: int, checkpoint: Checkpoint) -> None:
+    def save(self, step: int, checkpoint: Checkpoint) -> None:
         """Write a step's checkpoint, and remove all but the last `KEPT`; raises `WriteError`."""
         content = safetensors_io.to_bytes(
             checkpoint.tensors, {"facts": json.dumps(checkpoint.facts)}

@@ -4,13 +4,14 @@ images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
-from secateur.models.divergence import divergence_from, logits_of
+from secateur.models.divergence import Logits, divergence_from, logits_of
 from secateur.models.score import OutputDivergence
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.outcome import Distillation, DistillEpoch
@@ -34,26 +35,34 @@ def distill(
     included, so the divergence never grows. It is computed from outputs softened as in training.
     Batch norm stays in evaluation mode. Raises `SecateurError` if the loss is no longer finite.
     """
-    expected = logits_of(model, held_out())
-    divergences: list[OutputDivergence] = []
-
-    def validate(network: nn.Module) -> float:
-        divergence = divergence_from(expected, network, held_out(), settings.temperature)
-        divergences.append(divergence)
-        return -divergence.divergence
-
+    validation = _Validation(logits_of(model, held_out()), held_out, settings.temperature)
     training = train(
         smaller,
         model,
         data,
         as_training(settings),
         seed=seed,
-        callbacks=TrainingCallbacks(progress, validate),
+        callbacks=TrainingCallbacks(progress, validation),
     )
-    epochs = zip(training.epochs, divergences[1:], strict=True)
-    return Distillation(
-        divergences[0], tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch
-    )
+    before, *after = validation.divergences
+    epochs = zip(training.epochs, after, strict=True)
+    return Distillation(before, tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch)
+
+
+@dataclass(frozen=True, eq=False)
+class _Validation:
+    """Measures how close a network is to the `expected` logits, and keeps the divergences."""
+
+    expected: Sequence[Logits]
+    held_out: Callable[[], Iterable[Batch]]
+    temperature: float
+    divergences: list[OutputDivergence] = field(default_factory=list)
+
+    def __call__(self, network: nn.Module) -> float:
+        """Return the negative divergence: higher is better."""
+        divergence = divergence_from(self.expected, network, self.held_out(), self.temperature)
+        self.divergences.append(divergence)
+        return -divergence.divergence
 
 
 def as_training(settings: DistillSection) -> TrainingSection:

@@ -32,7 +32,7 @@ def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[Resi
     A module with several sums counts with its last one. Sums in the network's own forward, outside
     of any module, have no module name and are left out.
     """
-    is_kept = dependencies.kept_ids(removed)
+    is_kept = dependencies.kept_ids(dependencies.kept_channels(removed))
     sums: dict[str, ResidualSum] = {}
     for node in dependencies.graph.nodes:
         if operation_name(node) != "add" or node not in dependencies.axes:

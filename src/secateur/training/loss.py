@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 
 from secateur.config import TrainingSection
 from secateur.data.batches import check_labels
+from secateur.graph.module_state import evaluating
 from secateur.runtime.errors import UsageError
-from secateur.runtime.module_state import evaluating
 from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
 
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.graph.module_state import device_of, evaluating
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.memory import free_bytes
-from secateur.runtime.module_state import device_of, evaluating
 
 
 def check_training(

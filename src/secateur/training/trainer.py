@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,12 +24,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
+from secateur.graph.module_state import evaluating
 from secateur.runtime import distributed
 from secateur.runtime.errors import SecateurError, UsageError
-from secateur.runtime.module_state import device_of, evaluating
-from secateur.runtime.precision import accelerator_for
+from secateur.runtime.precision import accelerator_for, on_device
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.runtime.seeding import seed_of
+from secateur.runtime.seeding import seed_generators, seed_of
 from secateur.runtime.signals import defer_signals
 from secateur.training.checkpoint import Checkpoint, Checkpoints, TrainedTensors
 from secateur.training.feature_distillation import ResidualSum
@@ -105,13 +105,13 @@ def train(
         Hinton et al., 2015, arXiv 1503.02531; as there, the divergence has a factor T².
 
     """
-    accelerator = accelerator_for(settings.precision)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))  # restores the modes at the end
-        stack.enter_context(_on_device(model, accelerator.device))
-        if teacher is not None:
-            stack.enter_context(evaluating(teacher))
-            stack.enter_context(_on_device(teacher, accelerator.device))
+        networks = [network for network in (model, teacher) if network is not None]
+        for network in networks:
+            stack.enter_context(evaluating(network))  # restores the modes at the end
+        accelerator = accelerator_for(settings.precision)
+        for network in networks:
+            stack.enter_context(on_device(network, accelerator.device))
         stack.enter_context(torch.random.fork_rng())
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
@@ -120,27 +120,15 @@ def train(
         run = _Run(model, loss, stream, settings, accelerator, callbacks, checkpoints)
         run.resume()
         try:
-            run.run()
+            result = run.run()
         except KeyboardInterrupt:
             with defer_signals():
                 run.save()
             raise
         finally:
             model.zero_grad(set_to_none=True)
-    result = run.result()
     model.load_state_dict(result.best if settings.keep == "best" else result.last)
     return result
-
-
-@contextlib.contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a network to a device for a block, and back afterwards."""
-    before = device_of(model)
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
 
 
 @dataclass
@@ -202,8 +190,8 @@ class _Run:
 
     # --- the loop ------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train from the current position to the end."""
+    def run(self) -> Training:
+        """Train from the current position to the end; return how that went."""
         position, validate = self._position, self._callbacks.validate
         if validate is not None and position.before is None:
             position.before = position.best = validate(self._network)
@@ -215,7 +203,16 @@ class _Run:
             if position.step:
                 self._end_epoch()
             if position.ended == "time":
-                return
+                break
+        return Training(
+            tuple(position.epochs),
+            position.before,
+            position.best_epoch,
+            position.ended,
+            self._seconds(),
+            self._state(),
+            self._best_state,
+        )
 
     def _run_epoch(self) -> None:
         """Do the remaining steps of an epoch, or as many as there is time for."""
@@ -266,10 +263,10 @@ class _Run:
         rate = settings.learning_rate * self._schedule.factor(self._steps_done())
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        seed = seed_of(self._stream.seed, position.epoch, position.step, rank)
-        _seed(seed, self._accelerator.device)
-        self._optimiser.zero_grad(set_to_none=True)
         count = self._micro_batch_count(len(batch.labels))
+        seed = seed_of(self._stream.seed, position.epoch, position.step, rank)
+        seed_generators(seed, self._accelerator.device)
+        self._optimiser.zero_grad(set_to_none=True)
         micro_batches = zip(
             batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True
         )
@@ -349,19 +346,6 @@ class _Run:
     def _state(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self._network.state_dict().items()}
 
-    def result(self) -> Training:
-        """Return the result of the training so far."""
-        position = self._position
-        return Training(
-            tuple(position.epochs),
-            position.before,
-            position.best_epoch,
-            position.ended,
-            self._seconds(),
-            self._state(),
-            self._best_state,
-        )
-
     # --- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -373,7 +357,7 @@ class _Run:
         position = dataclasses.replace(self._position, seconds=self._seconds())
         facts = {"training": self._identity(), "position": dataclasses.asdict(position)}
         checkpoint = self._tensors.to_checkpoint(self._best_state, facts)
-        self._checkpoints.write(self._steps_done(), checkpoint)
+        self._checkpoints.save(self._steps_done(), checkpoint)
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, if there is one; raises `UsageError`."""
@@ -410,13 +394,6 @@ class _Run:
             "a teacher": self._loss.has_teacher,
             "weights": sum(tensor.numel() for tensor in self._model.state_dict().values()),
         }
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the CPU and one device; `torch.manual_seed` seeds all, which takes almost 1 ms."""
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 def _optimiser(model: nn.Module, settings: TrainingSection) -> torch.optim.Optimizer:

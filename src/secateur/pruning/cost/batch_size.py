@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from secateur.graph.activation_memory import peak_bytes, total_bytes
 from secateur.graph.dependency import DependencyGraph
-from secateur.pruning.cost.memory import peak_bytes, total_bytes
 from secateur.runtime.memory import USABLE_FRACTION
 
 LEAST_BATCH = 2

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
-from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes
+from secateur.graph.tensor_sizes import Dimension, TensorSizes
 from secateur.runtime.errors import UsageError
 from secateur.runtime.schema import VersionedRecord, parse_record
 

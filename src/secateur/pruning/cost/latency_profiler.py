@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
-from torch.fx.node import Node, map_arg
 
-from secateur.graph.channel_ids import Axes, Ids, Layer
+from secateur.graph.activation_memory import count_other_values
+from secateur.graph.channel_ids import Ids, Layer
 from secateur.graph.cut import cut
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
-from secateur.graph.interpreter import with_sizes
+from secateur.graph.layer_calls import Jobs, Key, LayerCall, jobs_of, layer_call
+from secateur.graph.module_state import evaluating
+from secateur.graph.tensor_sizes import Dimension
 from secateur.pruning.allocation import SearchSpace, equal_fractions
 from secateur.pruning.cost.latency_model import (
     SMALL,
@@ -31,11 +33,9 @@ from secateur.pruning.cost.latency_model import (
     layers_ms,
     widths_of,
 )
-from secateur.pruning.cost.memory import count_other_values
-from secateur.pruning.cost.tensor_sizes import Dimension
 from secateur.pruning.ranking import rank
+from secateur.runtime import distributed
 from secateur.runtime.environment import environment
-from secateur.runtime.module_state import evaluating
 from secateur.runtime.timing import (
     LATENCY_BATCH,
     Rounds,
@@ -53,10 +53,6 @@ TABLE_ROUNDS = Rounds(fewest=3, most=15, seconds=12.0)
 COMPARISON_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
 """Forward passes of each of two networks that are compared."""
 
-Key = Hashable
-Job = Callable[[], Callable[[], object]]
-"""Returns the function that is timed."""
-Jobs = dict[Key, Job]
 Times = Mapping[Key, float]
 
 
@@ -69,18 +65,8 @@ def measure_latency(
     times everything once, so that a machine that gets slower or faster favours nothing. The
     shortest time counts. Layers with the same operation and shapes are timed once.
     """
-    samples = [
-        _sample(dependencies, layer, widths)
-        for layer, widths in zip(dependencies.layers, widths_of(dependencies), strict=True)
-    ]
-    batch = repeat_to_batch(images, LATENCY_BATCH)
-    cuts = _uniform_cuts(dependencies)
-    networks: Jobs = {
-        number: _forward(cut(model, dependencies, removed).eval(), batch)
-        for number, removed in enumerate(cuts)
-    }
-    calls = {call.key: call for sample in samples for call in sample.calls}
-    times = _time(networks, _jobs(calls))
+    hardware, cuts = _hardware(images), _uniform_cuts(dependencies)
+    samples, times = _measure(model, dependencies, cuts, images)
     layers = tuple(sample.times(times) for sample in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(dependencies, layers, block), count_other_values(dependencies)
@@ -92,7 +78,7 @@ def measure_latency(
         terms / whole[:, None], 1 - terms[:, 0] / whole
     )
     return LatencyTable(
-        hardware=_hardware(batch),
+        hardware=hardware,
         batch=LATENCY_BATCH,
         block=block,
         layers=layers,
@@ -105,23 +91,26 @@ def measure_latency(
 def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
     """Return the latency of `smaller` over that of `model`: the ratio of medians, interleaved.
 
-    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`.
+    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. The main
+    process measures; every process gets its result.
     """
     batch = repeat_to_batch(images, LATENCY_BATCH)
     passes = {"before": lambda: model(batch), "after": lambda: smaller(batch)}
     with evaluating(model), evaluating(smaller), torch.inference_mode():
-        medians = interleaved_medians(passes, COMPARISON_ROUNDS)
+        medians = distributed.on_main_process(
+            lambda: interleaved_medians(passes, COMPARISON_ROUNDS)
+        )
     return medians["after"] / medians["before"]
 
 
-def _hardware(batch: Tensor) -> Hardware:
+def _hardware(images: Tensor) -> Hardware:
     machine = environment()
-    is_cuda = batch.device.type == "cuda"
+    is_cuda = images.device.type == "cuda"
     return Hardware(
         processor=machine.processor,
         threads=machine.threads,
-        device=torch.cuda.get_device_name(batch.device) if is_cuda else str(batch.device),
-        dtype=str(batch.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(images.device) if is_cuda else str(images.device),
+        dtype=str(images.dtype).removeprefix("torch."),
         torch=machine.torch,
     )
 
@@ -142,42 +131,6 @@ def _uniform_cuts(dependencies: DependencyGraph) -> list[Removed]:
     return cuts
 
 
-def _forward(model: nn.Module, batch: Tensor) -> Job:
-    return lambda: lambda: model(batch)
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A layer's operation on tensors of some shapes."""
-
-    node: Node
-    shapes: tuple[tuple[int, ...], ...]
-    """Of the tensors that it reads, in their order."""
-    sizes: Mapping[int, Any]
-    """Other arguments that differ from the graph's."""
-
-    @property
-    def key(self) -> Key:
-        """Equal for calls that take equally long: operation, shapes and other arguments."""
-        args, kwargs = with_sizes(self.node, self.sizes)
-        others = map_arg((tuple(args), kwargs), lambda node: str(node.meta["val"].dtype))
-        return str(self.node.target), self.shapes, str(others)
-
-    def job(self, tensors: Sequence[Tensor]) -> Job:
-        """Return what prepares the call: as in a network, its first input was just written."""
-        args, kwargs = with_sizes(self.node, self.sizes)
-        first, *others = self.node.all_input_nodes
-        operation = self.node.target
-        assert callable(operation)
-
-        def prepare() -> Callable[[], object]:
-            inputs = {first: tensors[0].clone(), **dict(zip(others, tensors[1:], strict=True))}
-            call_args, call_kwargs = map_arg((tuple(args), kwargs), inputs.__getitem__)
-            return lambda: operation(*call_args, **call_kwargs)
-
-        return prepare
-
-
 @dataclass(frozen=True, eq=False)
 class _Sample:
     """The widths that a layer is timed at."""
@@ -185,13 +138,13 @@ class _Sample:
     layer: str
     read: tuple[int, ...]
     produced: tuple[int, ...]
-    grid: tuple[tuple[_Call, ...], ...]
+    grid: tuple[tuple[LayerCall, ...], ...]
     """`[read][produced]`."""
-    checks: tuple[tuple[int, int, _Call], ...]
+    checks: tuple[tuple[int, int, LayerCall], ...]
     """Widths read and produced between those of the grid, to choose the block by."""
 
     @property
-    def calls(self) -> Iterable[_Call]:
+    def calls(self) -> Iterable[LayerCall]:
         """All calls that are timed."""
         return itertools.chain(*self.grid, (call for *_, call in self.checks))
 
@@ -209,8 +162,8 @@ def _sample(dependencies: DependencyGraph, layer: Layer, widths: LayerWidths) ->
     read, produced = _narrowed(widths.read, _grid), _narrowed(widths.produced, _grid)
     whole_read, whole_produced = max(read), max(produced)
 
-    def call(*removed: Ids) -> _Call:
-        return _call(dependencies, layer, np.concatenate(removed))
+    def call(*removed: Ids) -> LayerCall:
+        return layer_call(dependencies, layer, np.concatenate(removed))
 
     check_read, check_produced = (
         _narrowed(dimension, _checks) for dimension in (widths.read, widths.produced)
@@ -265,53 +218,29 @@ def _checks(size: int) -> set[int]:
     return {min(size, int(part * size) // SMALL * SMALL + 3) for part in (0.35, 0.6, 0.85)}
 
 
-def _call(dependencies: DependencyGraph, layer: Layer, removed: Ids) -> _Call:
-    """Return a layer's operation in a network without some channels."""
-    kept = np.ones(len(dependencies.channel_of), dtype=bool)
-    kept[removed] = False
-    count = dependencies.count_kept(kept)
-    images = dependencies.graph.images
+def _measure(
+    model: nn.Module, dependencies: DependencyGraph, cuts: Sequence[Removed], images: Tensor
+) -> tuple[list[_Sample], Times]:
+    """Return the samples of all layers, and the shortest time of every job in milliseconds.
 
-    def shape(node: Node) -> tuple[int, ...]:
-        axes: Axes = dependencies.axes[node]
-        sizes = (count(ids, int(n)) for ids, n in zip(axes, node.meta["val"].shape, strict=True))
-        return tuple(n // images * LATENCY_BATCH if n and n % images == 0 else n for n in sizes)
-
-    resize = dependencies.resizes.get(layer.node)
-    shapes = tuple(shape(node) for node in layer.node.all_input_nodes)
-    return _Call(layer.node, shapes, {} if resize is None else resize(count))
-
-
-def _jobs(calls: Mapping[Key, _Call]) -> Jobs:
-    """Return jobs that run the calls, all on the same memory, since values don't matter."""
-    memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-    most = max((sum(map(math.prod, call.shapes)) for call in calls.values()), default=0)
-
-    def tensors(call: _Call) -> Iterable[Tensor]:
-        start = 0
-        for node, shape in zip(call.node.all_input_nodes, call.shapes, strict=True):
-            value = node.meta["val"]
-            key = (value.dtype, value.device)
-            if key not in memory:
-                memory[key] = torch.randn(most, device=value.device).to(value.dtype)
-            end = start + math.prod(shape)
-            yield memory[key][start:end].view(shape)
-            start = end
-
-    return {key: call.job(list(tensors(call))) for key, call in calls.items()}
-
-
-def _time(networks: Jobs, layers: Jobs) -> Times:
-    """Return the shortest time of every job in milliseconds; networks run three times per round.
-
+    The jobs are the calls of the samples, by their keys, and the cut networks, by the numbers of
+    their cuts; these get a batch of the images and run three times per round.
     The shortest, since other work on the machine only adds time, and hits long jobs more often.
     """
+    layers_and_widths = zip(dependencies.layers, widths_of(dependencies), strict=True)
+    samples = [_sample(dependencies, layer, widths) for layer, widths in layers_and_widths]
+    layers = jobs_of({call.key: call for sample in samples for call in sample.calls})
     keys = list(layers)
     third = -(-len(keys) // 3)
     order = [
-        key for start in (0, third, 2 * third) for key in (*networks, *keys[start : start + third])
+        key
+        for start in (0, third, 2 * third)
+        for key in (*range(len(cuts)), *keys[start : start + third])
     ]
-    jobs = {**networks, **layers}
+    networks = [cut(model, dependencies, removed).eval() for removed in cuts]
+    batch = repeat_to_batch(images, LATENCY_BATCH)
+    passes: Jobs = {number: partial(partial, net, batch) for number, net in enumerate(networks)}
+    jobs = {**passes, **layers}
 
     def prepare(key: Key) -> Callable[[], object]:
         action = jobs[key]()
@@ -320,7 +249,7 @@ def _time(networks: Jobs, layers: Jobs) -> Times:
 
     with torch.inference_mode():
         times = interleaved_seconds(order, prepare, TABLE_ROUNDS)
-    return {key: 1e3 * min(runs) for key, runs in times.items()}
+    return samples, {key: 1e3 * min(runs) for key, runs in times.items()}
 
 
 def _error(

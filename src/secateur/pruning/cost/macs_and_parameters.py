@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from secateur.graph.dependency import DependencyGraph, Removed
-from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
+from secateur.graph.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 
 def count_macs(dependencies: DependencyGraph) -> Callable[[Removed], int]:

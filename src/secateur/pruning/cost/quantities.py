@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from secateur.config import Quantity
+from secateur.graph.activation_memory import alive_bytes, count_other_values, peak_bytes
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.cost.latency_model import LatencyTable, predict_milliseconds
 from secateur.pruning.cost.macs_and_parameters import count_macs, count_params
-from secateur.pruning.cost.memory import count_other_values, crowding, peak_bytes
 from secateur.runtime.errors import UsageError
 
 Measure = Callable[[Removed], float]
@@ -44,3 +46,16 @@ def count_quantity(
 def crowding_of(dependencies: DependencyGraph, quantity: Quantity) -> Measure | None:
     """Return a smooth proxy for a quantity that need not fall with every step; None if it does."""
     return crowding(dependencies) if quantity == "memory" else None
+
+
+CROWDING_NORM = 16
+"""Order of the norm that stands for the maximum in `crowding`."""
+
+
+def crowding(dependencies: DependencyGraph) -> Callable[[Removed], float]:
+    """Return a smooth proxy for `peak_bytes`: a `CROWDING_NORM`-norm of the live bytes over time.
+
+    If several layers reach the peak, shrinking one of them lowers this norm but not the peak.
+    """
+    alive = alive_bytes(dependencies)
+    return lambda removed: float(np.linalg.norm(alive(removed), CROWDING_NORM))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
-from secateur.models.divergence import Logits, divergence_by_image, is_smaller, logits_of
+from secateur.graph.module_state import evaluating
 from secateur.pruning.outcome import BatchNormRecalibration, BatchNormStatistics
+from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime import distributed
-from secateur.runtime.module_state import evaluating
 
 _MeanAndVariance = tuple[Tensor, Tensor]
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
@@ -21,17 +21,17 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 
 
 def recalibrate_batchnorm(
-    expected: Sequence[Logits],
     smaller: nn.Module,
     fit: Callable[[], Iterable[Batch]],
-    held_out: Callable[[], Iterable[Batch]],
+    divergence_of: Callable[[nn.Module], Tensor],
 ) -> BatchNormRecalibration | None:
     """Move the batch-norm statistics of `smaller` in place, and return how far.
 
     The new statistics are estimated on the images of `fit`. All norms move by the same fraction of
-    the way, the one with the smallest divergence from the `expected` outputs on `held_out`. They
-    don't move unless the divergence falls by more than chance explains (`divergence.is_smaller`),
-    since a few hundred images can't tell small gains from noise. No label is used.
+    the way, the one with the smallest divergence. `divergence_of(network)` returns that of each
+    held-out image from the expected outputs (`divergence.DivergenceFrom`). The norms don't move
+    unless it falls by more than chance explains (`significance.is_smaller`), since a few hundred
+    images can't tell small gains from noise. No label is used.
 
     With several processes each passes its shard of the batches (`distributed.shard`). Returns None
     if `smaller` has no batch norm with running statistics.
@@ -39,8 +39,8 @@ def recalibrate_batchnorm(
     norms = _norms(smaller)
     if not norms:
         return None
-    before = divergence_by_image(expected, logits_of(smaller, held_out()))
     old = _statistics(norms)
+    before = divergence_of(smaller)
     new = _reestimated(smaller, norms, fit())
     unchanged = float(before.mean())
     best = BatchNormRecalibration("both", 0.0, unchanged, unchanged)
@@ -48,7 +48,7 @@ def recalibrate_batchnorm(
     for statistics in kinds:
         for fraction in FRACTIONS:
             _move(norms, old, new, statistics, fraction)
-            after = divergence_by_image(expected, logits_of(smaller, held_out()))
+            after = divergence_of(smaller)
             divergence = float(after.mean())
             if divergence < best.divergence_after and is_smaller(before, after):
                 best = BatchNormRecalibration(statistics, fraction, unchanged, divergence)

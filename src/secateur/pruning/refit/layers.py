@@ -6,44 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Ids, Layer
-from secateur.graph.dependency import DependencyGraph, Removed
+from secateur.graph.channel_ids import Layer
 from secateur.graph.interpreter import apply
-from secateur.graph.network_graph import Sizes, argument, operation_name, position_of
+from secateur.graph.kept_channels import KeptChannels
+from secateur.graph.network_graph import argument, operation_name, position_of
 from secateur.graph.patches import CONVOLUTIONS, Window, window_of
 from secateur.pruning.refit.rows import at_positions
-
-
-class KeptChannels:
-    """The channels of the original network's tensors that the cut network still has."""
-
-    def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
-        self.dependencies: DependencyGraph = dependencies
-        self.sizes: Sizes = dependencies.sizes_after(removed)
-        self._stays = dependencies.kept_ids(removed)
-
-    def mask(self, node: Node, dim: int) -> Ids:
-        """Return `[index]`: 1 for indices that stay along a dimension of a node's value."""
-        ids = self.dependencies.axes[node][dim]
-        size = int(node.meta["val"].shape[dim])
-        return np.ones(size, np.int64) if ids is None else self._stays[ids].astype(np.int64)
-
-    def select(self, node: Node, value: Tensor, except_dim: int | None = None) -> Tensor:
-        """Return the part of the original's value that the cut network has as well.
-
-        The dimension `except_dim` is left whole.
-        """
-        for dim, ids in enumerate(self.dependencies.axes[node]):
-            if ids is not None and dim != except_dim and not self._stays[ids].all():
-                index = torch.from_numpy(np.flatnonzero(self._stays[ids]))
-                value = value.index_select(dim, index.to(value.device))
-        return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,19 +37,20 @@ from secateur.data.splits import HELD_OUT_EVERY
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.kept_channels import KeptChannels
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
-from secateur.pruning.refit.layers import KeptChannels, refit_layer
+from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
 from secateur.pruning.refit.regression_targets import RegressionTargets, State
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
-from secateur.runtime.module_state import tensors_of
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import rebatch
 
@@ -90,16 +91,18 @@ def refit(
     Raises `DataError` if there is no image.
     """
     dependencies = inputs.dependencies
+    limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
+    cache = ActivationCache(limit_bytes)
+    whole_batches = rebatch(batches)
+    kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
     tensors = tensors_of(inputs.smaller)
     state = {name: tensors[name].clone() for name in names}
     full_state = tensors_of(inputs.model)
-    kept = KeptChannels(dependencies, inputs.removed)
-    limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
     results: list[LayerRefit] = []
-    with torch.inference_mode(), ActivationCache(limit_bytes) as cache:
+    with torch.inference_mode(), cache:
         count = 0
-        for batch, images in rebatch(batches):
+        for batch, images in whole_batches:
             if layer_outputs is not None and len(layer_outputs) == len(cache):
                 layer_outputs.append({})
             outputs = None if layer_outputs is None else layer_outputs[len(cache)]
@@ -202,6 +205,7 @@ class _LayerRefitter:
         In the first pass the interpreters advance to the layer. `starts` are the offsets of the
         sampled positions.
         """
+        is_image_held_out = is_held_out(batch.indices) & self.holds_out
         for number, (target, start) in enumerate(zip(targets, starts, strict=True)):
             layer = target.layer
             cut = batch.cut if number == 0 else batch.cut.copy()
@@ -228,9 +232,7 @@ class _LayerRefitter:
                 originals=originals,
                 targets=RegressionTargets(*batch.targets[number]),
                 sampling=sampling,
-                held_out=(is_held_out(batch.indices) & self.holds_out)
-                .repeat_interleave(rows_per_image)
-                .to(inputs.device),
+                held_out=is_image_held_out.repeat_interleave(rows_per_image).to(inputs.device),
             )
 
 

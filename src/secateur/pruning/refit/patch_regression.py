@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.graph.patches import from_patch_order, in_patch_order
 from secateur.pruning.refit.candidates import (
     RIDGES,
     Candidate,
@@ -29,6 +28,7 @@ from secateur.pruning.refit.candidates import (
 from secateur.pruning.refit.layers import RefitLayer
 from secateur.pruning.refit.least_squares import Gram
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
+from secateur.pruning.refit.rows import from_patch_order, in_patch_order
 from secateur.runtime import distributed
 
 MAX_ROW_VALUES = 2**22

@@ -9,10 +9,11 @@ import torch
 
 from secateur.config import RefitSection
 from secateur.data import Batch
-from secateur.models.divergence import divergence_by_image, is_smaller, logits_of
+from secateur.models.divergence import DivergenceFrom, logits_of
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime.progress import ProgressCallback, no_progress
 
 
@@ -41,18 +42,18 @@ def refit_and_check(
     smaller = inputs.smaller
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
-    expected = logits_of(inputs.model, images.held_out())
+    divergence = DivergenceFrom(logits_of(inputs.model, images.held_out()), images.held_out)
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
-        cut = divergence_by_image(expected, logits_of(smaller, images.held_out()))
+        cut = divergence(smaller)
         layers = refit(inputs, images.calibration(), settings, seed=seed, progress=progress)
-        refitted = divergence_by_image(expected, logits_of(smaller, images.held_out()))
+        refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
         if not is_kept:
             smaller.load_state_dict(before)
     batchnorm = (
-        recalibrate_batchnorm(expected, smaller, images.fit, images.held_out)
+        recalibrate_batchnorm(smaller, images.fit, divergence)
         if settings.recalibrate_batchnorm
         else None
     )

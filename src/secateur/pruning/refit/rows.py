@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,3 +20,17 @@ def by_group(
 ) -> Float[Tensor, "group row value"]:
     """Return rows of channels by group; the channels of a group are consecutive."""
     return rows.reshape(-1, groups, rows.shape[-1] // groups).movedim(1, 0)
+
+
+def in_patch_order(
+    kernel: Float[Tensor, "filter input *tap"], groups: int = 1
+) -> Float[Tensor, "group output value"]:
+    """Return a kernel's values by group: all inputs of one kernel position, then of the next."""
+    return kernel.movedim(1, -1).reshape(groups, kernel.shape[0] // groups, -1)
+
+
+def from_patch_order(
+    rows: Float[Tensor, "group output value"], shape: torch.Size
+) -> Float[Tensor, "filter input *tap"]:
+    """Return the kernel of a given shape from its `in_patch_order` form."""
+    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()

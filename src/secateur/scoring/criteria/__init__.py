@@ -19,57 +19,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from secateur.config import CRITERIA, ScoreSection
+from secateur.config import CRITERIA, RunConfig, ScoreSection
 from secateur.data.concept_masks import ConceptMasks, at_resolution, coverage_at
-from secateur.graph.patches import Window
+from secateur.graph.taps import Kernels
 from secateur.models import user_code
 from secateur.runtime.errors import UnknownName, UsageError
+from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.thresholds import ActivationStatistics
 
 Need = Literal["maps", "statistics", "thresholds", "concepts", "gradients"]
 """What an observer needs: feature maps at all; each filter's activation statistics, which take a
 sampled pass of their own; its threshold among them; concept masks; gradients of the loss."""
-
-
-@dataclass(frozen=True, eq=False)
-class ConsumerKernel:
-    """The kernel of a layer that consumes a tap's filters."""
-
-    window: Window
-    """How the kernel moves; 1×1 where the layer is not a plain convolution."""
-    weights: Float[Tensor, "output offset filter"]
-    """Zero for filters that the layer does not read."""
-
-
-@dataclass(frozen=True, eq=False)
-class Kernels:
-    """The weights around a tap's filters."""
-
-    incoming: tuple[tuple[Float[Tensor, "row ..."], Int[Tensor, "row"]], ...]
-    """For each producer: its kernels, and the channel of the group that each produces."""
-    channel: Int[Tensor, "filter"]
-    """Channel of the group that each filter belongs to: mostly its index."""
-    consumers: tuple[ConsumerKernel, ...]
-    norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
-    """For each batch norm before the tap: its scales, and the channel that each belongs to."""
-
-    @property
-    def filters(self) -> int:
-        """The number of filters."""
-        return len(self.channel)
-
-    @property
-    def outgoing_norm(self) -> Float[Tensor, "filter"]:
-        """Euclidean norm of all weights that consume each filter, in float64."""
-        squares = torch.zeros(self.filters, dtype=torch.float64)
-        for consumer in self.consumers:
-            norm = torch.linalg.vector_norm(consumer.weights, dim=(0, 1), dtype=torch.float64)
-            squares += norm.square().cpu()
-        return squares.sqrt()
 
 
 Size = tuple[int, int]
@@ -190,13 +153,33 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         "taylor": Taylor,
     }
     assert tuple(table) == CRITERIA
-    check_name(name)
     if name in table:
         return table[name]()
+    if not user_code.is_user_code(name):
+        raise UnknownName("criterion", name, CRITERIA)
     criterion = user_code.call(name, user_code.find(name, "criterion"))
     if not isinstance(criterion, Criterion):
         raise UsageError(
             f"{name} returned {type(criterion).__name__}, which is not a criterion: it needs "
             "needs, reset, update, state and compute"
         )
+    return criterion
+
+
+def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
+    """Return the named criterion, which weighs the votes of concepts as the configuration says.
+
+    Raises `UnknownName` where a weight is given for a concept that the source does not have.
+    """
+    weight_of = config.score.concept_weights
+    weights = {
+        number: weight_of.get(concept.name, weight_of.get(concept.category, 1.0))
+        for number, concept in enumerate(source.concepts)
+        if concept.name in weight_of or concept.category in weight_of
+    }
+    criterion = make(name, config.score, config.seed, weights)
+    known = {name for concept in source.concepts for name in (concept.name, concept.category)}
+    for concept_name in weight_of:
+        if concept_name not in known:
+            raise UnknownName("concept", concept_name, known)
     return criterion

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.graph.patches import even_step
+from secateur.graph.taps import Kernels
 from secateur.scoring.covariance import SecondMoments, quantization_unit, quantize
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.scoring.criteria import FeatureBatch, Need
 
 POSITIONS = 64
 """Positions sampled from each map, evenly spaced."""

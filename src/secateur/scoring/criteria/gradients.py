@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.graph.taps import Kernels
+from secateur.scoring.criteria import FeatureBatch, Need
 from secateur.scoring.exact_sum import ExactSum
 
 

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.graph.taps import Kernels
 from secateur.runtime.errors import UsageError
 from secateur.scoring.channel_means import mean_by_channel
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.scoring.criteria import FeatureBatch, Need
 
 OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
 

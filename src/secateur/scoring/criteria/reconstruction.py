@@ -12,10 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.graph.groups import Group
+from secateur.graph.input_edit import ChannelReconstruction
 from secateur.graph.patches import Window
+from secateur.graph.taps import Kernels, taps_of
 from secateur.runtime.errors import UsageError
 from secateur.scoring.covariance import SecondMoments, quantization_unit, quantize
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions
 from secateur.scoring.criteria.kernels import l1, mean_over_producers
 from secateur.scoring.criteria.votes import VoteSettings
 
@@ -264,3 +267,42 @@ def _spread(
     row = ((0.5 + step * 0.7548776662466927) % 1 * rows).long()
     column = ((0.5 + step * 0.5698402909980532) % 1 * columns).long()
     return row * columns + column
+
+
+def group_error_curve(
+    group: Group, moments: Reconstruction, ranking: Sequence[int]
+) -> Float[Tensor, "count"]:
+    """Return the consumers' squared error when 0, 1, … up to all channels are removed."""
+    place = torch.empty(len(group), dtype=torch.int64)
+    place[torch.tensor(ranking)] = torch.arange(len(group))
+    total = torch.zeros(len(group) + 1, dtype=torch.float64)
+    for part, tap in taps_of(group).items():
+        places = place[torch.from_numpy(tap.channel)]
+        errors = moments.errors(part, places.argsort(stable=True).tolist())
+        kept = torch.arange(len(group), -1, -1)  # 0, 1, … channels removed
+        removed = (places[:, None] >= kept).sum(0)
+        total += errors[removed]
+    return total
+
+
+def reconstruct_channels(
+    group: Group, moments: Reconstruction, kept: Sequence[int]
+) -> ChannelReconstruction:
+    """Return the best linear estimate of a group's channels from the kept ones.
+
+    It is the mean alone if consumers read channels at several taps or through several filters each.
+    """
+    (part, tap), *more = taps_of(group).items()
+    channel = torch.from_numpy(tap.channel)
+    if not more and torch.equal(channel.sort().values, torch.arange(len(group))):
+        filters = channel.argsort()  # of each channel
+        matrix, offset = moments.reconstruction(part, filters[torch.tensor(kept)].tolist())
+        return ChannelReconstruction(matrix[filters][:, filters].float(), offset[filters].float())
+    stays = torch.zeros(len(group))
+    stays[torch.tensor(kept)] = 1
+    total, count = torch.zeros(2, len(group), dtype=torch.float64)
+    for name, tap in taps_of(group).items():
+        index = torch.from_numpy(tap.channel)
+        total.index_add_(0, index, moments.mean(name))
+        count.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+    return ChannelReconstruction(stays.diag(), (1 - stays) * (total / count).float())

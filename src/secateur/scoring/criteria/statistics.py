@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.graph.taps import Kernels
 from secateur.runtime.errors import DataError
-from secateur.scoring.criteria import FeatureBatch, Kernels, Need
+from secateur.scoring.criteria import FeatureBatch, Need
 from secateur.scoring.exact_sum import ExactSum
 
 BINS_PER_DOUBLING = 4

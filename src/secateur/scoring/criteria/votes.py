@@ -20,7 +20,8 @@ from torch import Tensor
 
 from secateur.config import VoteMode, VotingUnit
 from secateur.data.concept_masks import UNLABELLED
-from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Kernels, Need, Regions
+from secateur.graph.taps import Kernels
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions
 from secateur.scoring.iou import binarise, overlap
 
 VOTE = 2**20

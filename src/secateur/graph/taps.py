@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -13,7 +16,43 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group, Tap
 from secateur.graph.network_graph import Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
-from secateur.scoring.criteria import ConsumerKernel, Kernels
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerKernel:
+    """The kernel of a layer that consumes a tap's filters."""
+
+    window: Window
+    """How the kernel moves; 1×1 where the layer is not a plain convolution."""
+    weights: Float[Tensor, "output offset filter"]
+    """Zero for filters that the layer does not read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The weights around a tap's filters."""
+
+    incoming: tuple[tuple[Float[Tensor, "row ..."], Int[Tensor, "row"]], ...]
+    """For each producer: its kernels, and the channel of the group that each produces."""
+    channel: Int[Tensor, "filter"]
+    """Channel of the group that each filter belongs to: mostly its index."""
+    consumers: tuple[ConsumerKernel, ...]
+    norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
+    """For each batch norm before the tap: its scales, and the channel that each belongs to."""
+
+    @property
+    def filters(self) -> int:
+        """The number of filters."""
+        return len(self.channel)
+
+    @property
+    def outgoing_norm(self) -> Float[Tensor, "filter"]:
+        """Euclidean norm of all weights that consume each filter, in float64."""
+        squares = torch.zeros(self.filters, dtype=torch.float64)
+        for consumer in self.consumers:
+            norm = torch.linalg.vector_norm(consumer.weights, dim=(0, 1), dtype=torch.float64)
+            squares += norm.square().cpu()
+        return squares.sqrt()
 
 
 def taps_of(group: Group) -> dict[str, Tap]:

@@ -18,10 +18,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Axes
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.network_graph import gives_its_input, is_view
-from secateur.pruning.cost.tensor_sizes import Dimension, TensorSizes, dimensions_of
-
-CROWDING_NORM = 16
-"""Order of the norm that stands for the maximum in `crowding`."""
+from secateur.graph.tensor_sizes import Dimension, TensorSizes, dimensions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,7 @@ def storages(dependencies: DependencyGraph) -> list[Storage]:
 
 def peak_bytes(dependencies: DependencyGraph) -> Callable[[Removed], float]:
     """Return a function of the removed channels: peak bytes of activations, for one image."""
-    alive = _alive_bytes(dependencies)
+    alive = alive_bytes(dependencies)
     return lambda removed: float(alive(removed).max())
 
 
@@ -114,16 +111,7 @@ def count_other_values(dependencies: DependencyGraph) -> Callable[[Removed], flo
     return lambda removed: float((sizes(removed) // images).sum())
 
 
-def crowding(dependencies: DependencyGraph) -> Callable[[Removed], float]:
-    """Return a smooth proxy for `peak_bytes`: a `CROWDING_NORM`-norm of the live bytes over time.
-
-    If several layers reach the peak, shrinking one of them lowers this norm but not the peak.
-    """
-    alive = _alive_bytes(dependencies)
-    return lambda removed: float(np.linalg.norm(alive(removed), CROWDING_NORM))
-
-
-def _alive_bytes(dependencies: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.float64]]:
+def alive_bytes(dependencies: DependencyGraph) -> Callable[[Removed], npt.NDArray[np.float64]]:
     """Return a function of the removed channels: live bytes at each moment, for one image.
 
     A tensor is alive from the operation that writes it to the last one that reads it. Memory that
