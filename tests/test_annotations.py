@@ -749,7 +749,7 @@ def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
     assert not (planes[:, 0] & ~planes[:, 2]).any()  # the beak is on the bird
 
 
-def test_probe_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
+def test_calibration_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
     write_birds(tmp_path)
     calibration = draw_calibration_images(read_boxes(tmp_path), 2)
     assert isinstance(calibration, AnnotatedImages)

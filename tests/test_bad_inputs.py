@@ -102,7 +102,7 @@ class Desk:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def own_code(self, text: str) -> str:
+    def user_code(self, text: str) -> str:
         """The name of a network that a file of such a text makes."""
         return f"{self.write('net.py', text)}:small"
 
@@ -303,7 +303,7 @@ def weights_of_another(desk: Desk) -> None:
 
 def made_from_other_weights(desk: Desk) -> None:
     code = (desk.files.folder / "own.py").read_text()
-    name = desk.own_code(f"import torch\ntorch.manual_seed(5)\n{code}")
+    name = desk.user_code(f"import torch\ntorch.manual_seed(5)\n{code}")
     run = desk.run()
     runs.finetune(run, run, {"epochs": 1}, model_name=name)
 
@@ -504,9 +504,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
     # a network of one's own
     "its file is not there": lambda desk: zoo.load(f"{desk.folder / 'net.py'}:small"),
     "its file has no such function": lambda desk: zoo.load(desk.files.model_name.removesuffix("l")),
-    "its file fails": lambda desk: zoo.load(desk.own_code("import not_there")),
+    "its file fails": lambda desk: zoo.load(desk.user_code("import not_there")),
     "its function fails": lambda desk: zoo.load(
-        desk.own_code("import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n")
+        desk.user_code("import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n")
     ),
     "its code decides by what it computes": lambda desk: labelled(Branching()),
     # weights

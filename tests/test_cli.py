@@ -442,7 +442,7 @@ def test_export_writes_a_file_and_times_both_networks(
     ]
 
 
-def test_run_of_own_code_is_scored_and_exported_without_the_code(
+def test_run_of_user_code_is_scored_and_exported_without_the_code(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
@@ -561,7 +561,7 @@ def test_target_out_of_range(call: Call, tmp_path: Path, target: str) -> None:
     fails(call, tmp_path / "run", 2, target, *common)
 
 
-def test_folder_in_the_way(call: Call, tmp_path: Path) -> None:
+def test_output_folder_that_exists(call: Call, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     outcome = call("prune", "-m", "resnet20", "-d", "digits", "--allow-untrained", "-o", tmp_path)
     assert outcome.code == 1
@@ -617,7 +617,7 @@ def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signa
 
 
 @pytest.mark.slow
-def test_an_interrupted_fine_tuning_is_gone_on_with(
+def test_an_interrupted_fine_tuning_is_resumed(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     def arguments(out: Path) -> list[str]:
@@ -646,7 +646,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == f"interrupted; the same command with --resume goes on from {stopped}\n"
+    assert said == f"interrupted; the same command with --resume resumes from {stopped}\n"
     assert call("evaluate", stopped).code == 0  # what is there is a network that was repaired
     refused = call(*arguments(stopped), "--resume", "--learning-rate", 0.01)
     assert refused.code == 2

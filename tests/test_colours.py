@@ -141,8 +141,8 @@ def test_colours_that_an_image_does_not_show_are_absent() -> None:
 def test_large_images_are_averaged_first() -> None:
     tiles = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     tiles[0, :, 0, 0] = tiles[0, :, 1, 1] = 255
-    board = tiles.repeat(1, 1, LARGEST_GRID, LARGEST_GRID)  # black and white, pixel by pixel
-    found = colours().find(concept_input(board))
+    pixels = tiles.repeat(1, 1, LARGEST_GRID, LARGEST_GRID)  # black and white, pixel by pixel
+    found = colours().find(concept_input(pixels))
     assert found.masks.shape == (1, 11, LARGEST_GRID, LARGEST_GRID)
     assert found.masks[0, NAMES.index("grey")].all()
     odd = colours().find(concept_input(flat((0, 0, 0), side=75)[..., :40])).masks

@@ -489,7 +489,7 @@ def test_norms_are_those_of_each_kernel(
 
 
 @pytest.mark.parametrize("name", ["l1", "l2"])
-def test_norms_of_tied_layers_add_up(name: str) -> None:
+def test_norms_of_tied_layers_are_summed(name: str) -> None:
     model = make_network("residual")
     dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
     scores = scores_of(name, model, dependencies)["stem.0"]

@@ -298,7 +298,7 @@ def test_what_programs_hide_in_folders_is_neither_class_nor_image(tmp_path: Path
 @pytest.mark.parametrize(
     "parts", [("Test", "Train"), ("Testing", "Training"), ("test", "val"), ("VALID", "wasp")]
 )
-def test_parts_of_other_names_are_not_read_as_classes(
+def test_folders_of_other_names_are_not_read_as_classes(
     parts: tuple[str, str], tmp_path: Path
 ) -> None:
     for part in parts:

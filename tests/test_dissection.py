@@ -78,7 +78,7 @@ def test_a_detector_is_above_the_bound_not_at_it() -> None:
     assert FilterConcept("sky", DETECTOR_IOU + 1e-9).is_detector
 
 
-def test_batches_add_up(generator: torch.Generator) -> None:
+def test_batches_are_summed(generator: torch.Generator) -> None:
     maps = torch.rand(6, 3, 4, 4, generator=generator)
     masks = torch.rand(6, 2, 4, 4, generator=generator) < 0.4
     concepts = torch.randint(0, 3, (6, 2), generator=generator)

@@ -100,8 +100,8 @@ def test_every_image_is_scored_once(count: int, size: int) -> None:
 
 def shares() -> Tensor:
     rank, size = distributed.rank_and_world_size()
-    dealt = distributed.shard(list(range(7)))
-    assert distributed.gather_shards(dealt) == list(range(7))
+    shard = distributed.shard(list(range(7)))
+    assert distributed.gather_shards(shard) == list(range(7))
     assert distributed.on_main_process(lambda: rank) == 0
     assert distributed.any_process(rank == size - 1)
     assert distributed.sum_over_processes([float(rank), 1.0]) == [sum(range(size)), size]
@@ -109,10 +109,10 @@ def shares() -> Tensor:
     distributed.broadcast([tensor])
     assert int(tensor) == 0
     assert distributed.is_main_process() == (rank == 0)
-    return torch.tensor(dealt)
+    return torch.tensor(shard)
 
 
-def test_a_list_is_dealt_out_and_put_together_again() -> None:
+def test_a_sharded_list_is_gathered_in_order() -> None:
     assert [share.tolist() for share in in_group(shares, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert shares().tolist() == list(range(7))
 

@@ -65,7 +65,7 @@ def dictionary_of(factors: Factors) -> Tensor:
     return factors._dictionary
 
 
-def test_disjoint_parts_are_told_apart(generator: torch.Generator) -> None:
+def test_disjoint_parts_become_different_factors(generator: torch.Generator) -> None:
     parts = torch.zeros(3, 12)
     for number in range(3):
         parts[number, 4 * number : 4 * number + 4] = 0.2 + torch.rand(4, generator=generator)

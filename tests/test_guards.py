@@ -169,7 +169,7 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
     assert result.stages[-1].score == came
 
 
-def test_a_finished_run_is_not_gone_on_with_by_other_rules(case: Case) -> None:
+def test_a_finished_run_is_not_resumed_with_other_rules(case: Case) -> None:
     run = case.folder / "run"
     runs.run(case.config(epochs=1), run)
     changed = case.config(epochs=1)
@@ -198,7 +198,7 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
 # --- of another network ------------------------------------------------------------------------
 
 
-def test_hashes_tell_architectures_and_weights_apart() -> None:
+def test_hashes_of_other_architectures_and_weights_differ() -> None:
     shapes = {"a": (2, 3), "b": (4,)}
     assert architecture_hash(shapes) == architecture_hash(dict(reversed(shapes.items())))
     assert architecture_hash(shapes) != architecture_hash({**shapes, "b": (5,)})

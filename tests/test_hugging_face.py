@@ -66,7 +66,7 @@ def write(hub: Any, folder: Path, **splits: Any) -> str:
     return f"hf:{folder}"
 
 
-def write_usual(hub: Any, folder: Path, second: str = "test") -> str:
+def write_data_set(hub: Any, folder: Path, second: str = "test") -> str:
     """Five images a class to train with, two to test with."""
     train = make_split(hub, 5 * [0, 1, 2], pictures(15))
     return write(
@@ -75,7 +75,7 @@ def write_usual(hub: Any, folder: Path, second: str = "test") -> str:
 
 
 def test_columns_are_found_by_their_type(hub: Any, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored")
+    source = write_data_set(hub, tmp_path / "stored")
     dataset = data.load(source)
     assert dataset.name == source
     assert dataset.class_names == tuple(NAMES)
@@ -103,7 +103,7 @@ def test_a_folder_that_the_library_can_read_is_read(hub: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("second", ["test", "validation", "valid", "val"])
 def test_any_of_these_splits_is_the_test_part(hub: Any, second: str, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored", second)
+    source = write_data_set(hub, tmp_path / "stored", second)
     assert len(data.load(source).test.labels) == 6
 
 
@@ -133,7 +133,7 @@ def test_a_split_without_a_column_of_labels_is_passed_over(hub: Any, tmp_path: P
 
 
 def test_the_whole_method_runs_on_it(hub: Any, model_file: Path, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored")
+    source = write_data_set(hub, tmp_path / "stored")
     result = prune_briefly(model_file, source, tmp_path / "run")
     assert result.class_names == tuple(NAMES)
     assert {stage.score.images for stage in result.stages} == {6}

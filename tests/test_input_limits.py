@@ -292,7 +292,7 @@ def test_they_are_refused_fast_and_in_little_memory(digits_run: DigitsRun, tmp_p
         assert mib < MIB, name
 
 
-def test_what_is_usual_is_read(tmp_path: Path) -> None:
+def test_ordinary_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('[model]\nname = "a.b.c"\n[plan.shares]\n"layer1.0.conv1" = 0.5\n')
     assert read_tables(path)["plan"]["shares"] == {"layer1.0.conv1": 0.5}

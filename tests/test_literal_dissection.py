@@ -34,7 +34,7 @@ def kernels_of(filters: int) -> Kernels:
 
 
 def dissected(
-    maps: Tensor, masks: Tensor, concepts: Tensor, usual: ActivationStatistics, batches: list[slice]
+    maps: Tensor, masks: Tensor, concepts: Tensor, statistics: ActivationStatistics, batches: list[slice]
 ) -> Dissection:
     filters = maps.shape[1]
     found = Dissection(NAMES)
@@ -45,7 +45,7 @@ def dissected(
             maps=maps[batch],
             indices=torch.arange(len(maps))[batch],
             kernels=kernels_of(filters),
-            statistics=usual,
+            statistics=statistics,
             grid=(1, 1),
             gradients=None,
         )
@@ -78,10 +78,10 @@ def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
 ) -> None:
     maps, masks, concepts = concept_input(seed, images, 3, (height, width), (height, width))
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
-    usual = StatisticsAccumulator(3, height * width)
-    usual.update(maps)
+    statistics = StatisticsAccumulator(3, height * width)
+    statistics.update(maps)
     found = dissected(
-        maps, masks, concepts, usual.compute(quantile), [slice(0, 1), slice(1, images)]
+        maps, masks, concepts, statistics.compute(quantile), [slice(0, 1), slice(1, images)]
     )
     assert torch.equal(found.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
 
@@ -100,18 +100,18 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     size = (height * factor, width * factor)
     maps, masks, concepts = concept_input(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
-    usual = ActivationStatistics(thresholds, thresholds, thresholds)
-    found = dissected(maps, masks, concepts, usual, [slice(0, 3)])
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
+    found = dissected(maps, masks, concepts, statistics, [slice(0, 3)])
     assert torch.equal(found.iou("layer"), tally.iou)
 
 
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
     maps, masks, concepts = concept_input(3, 2, 3, (8, 8), (2, 2))
     thresholds = torch.full((3,), 5.0)
-    usual = ActivationStatistics(thresholds, thresholds, thresholds)
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    found = dissected(maps, masks, concepts, usual, [slice(0, 2)])
-    expected = dissected(maps, fine, concepts, usual, [slice(0, 2)])
+    found = dissected(maps, masks, concepts, statistics, [slice(0, 2)])
+    expected = dissected(maps, fine, concepts, statistics, [slice(0, 2)])
     assert torch.equal(found.iou("layer"), expected.iou("layer"))
 
 

@@ -67,7 +67,7 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     events = [json.loads(line) for line in log.splitlines()]
     assert {"event": "batch_size", "requested": 12, "used": 5} in events
     monkeypatch.undo()
-    # It goes on with the configuration that it was begun with.
+    # It resumes with the configuration that it was started with.
     resumed = run(case.config(epochs=0), tmp_path / "little", resume=True)
     assert resumed.config.data.batch_size == 5
 

@@ -470,7 +470,7 @@ def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) ->
     assert preprocessing(name).interpolation == interpolation
 
 
-def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
+def test_a_user_network_takes_images_of_the_default_size(network_file: Path) -> None:
     assert preprocessing(f"{network_file}:without") == Preprocessing(224, 256)
     assert preprocessing("nowhere.py:without") == Preprocessing(224, 256)
 

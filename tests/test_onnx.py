@@ -25,7 +25,7 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.mark.parametrize("name", ["chain", "concat", "depthwise", "view_rest", "gated"])
-def test_file_of_a_cut_network_answers_alike(
+def test_file_of_a_pruned_network_has_the_same_outputs(
     name: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
     model, dependencies = wired(name)

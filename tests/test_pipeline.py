@@ -261,14 +261,14 @@ def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
-    probe = data.draw_calibration_images(dataset.train, 300)
-    assert isinstance(probe, TensorImages)
+    calibration = data.draw_calibration_images(dataset.train, 300)
+    assert isinstance(calibration, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:
         return {image.numpy().tobytes() for image in images.pixels}
 
-    assert keys(probe).isdisjoint(keys(dataset.validation))
-    assert keys(probe).isdisjoint(keys(dataset.test))
+    assert keys(calibration).isdisjoint(keys(dataset.validation))
+    assert keys(calibration).isdisjoint(keys(dataset.test))
 
 
 @pytest.mark.parametrize(

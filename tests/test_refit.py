@@ -52,7 +52,7 @@ def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
     return [Batch(some, torch.zeros(len(some)).long(), own) for some, own in parts]
 
 
-PROBE = in_batches(random_images(96, seed=3))
+CALIBRATION = in_batches(random_images(96, seed=3))
 """Six batches; every fifth image is held out of the fit."""
 
 
@@ -90,7 +90,7 @@ def graph_of(model: nn.Module) -> DependencyGraph:
 def cut_and_refit(
     model: nn.Module,
     plan: PruningPlan,
-    batches: list[Batch] = PROBE,
+    batches: list[Batch] = CALIBRATION,
     settings: RefitSection = ALL_POSITIONS,
     *,
     seed: int = 0,
@@ -130,13 +130,13 @@ def assert_finite(smaller: nn.Module, results: tuple[LayerRefit, ...]) -> None:
         assert math.isfinite(result.error_refit), result.layer
 
 
-# --- laws over every network ----------------------------------------------------------------------
+# --- what holds for every network -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_with_nothing_removed_nothing_changes(name: str) -> None:
     model = make_network(name)
-    smaller, results = cut_and_refit(model, plan_of(), PROBE[:2])
+    smaller, results = cut_and_refit(model, plan_of(), CALIBRATION[:2])
     assert results == ()
     assert_same_state(smaller, state_of(model))
 
@@ -167,7 +167,7 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "in_place"])
-def test_refit_brings_the_answers_closer_on_new_images(name: str) -> None:
+def test_refit_brings_the_outputs_closer_on_new_images(name: str) -> None:
     model = make_network(name)
     plan = half_of(graph_of(model))
     smaller, _ = cut_and_refit(model, plan)
@@ -359,7 +359,7 @@ def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.Monkey
 
 def of_images(wanted: Callable[[Tensor], Tensor]) -> list[Batch]:
     """One batch of those calibration images whose number is wanted."""
-    images = torch.cat([batch.images for batch in PROBE])
+    images = torch.cat([batch.images for batch in CALIBRATION])
     chosen = wanted(torch.arange(len(images)))
     return in_batches(images[chosen], size=len(images))
 
@@ -558,8 +558,8 @@ class Along(nn.Module):
             maps = maps.unflatten(3, (2, 4))
         else:
             maps = maps.flatten(2).transpose(1, 2)
-        answer: Tensor = self.layer(maps)
-        return answer
+        output: Tensor = self.layer(maps)
+        return output
 
 
 class FlattenedTokens(nn.Module):
@@ -570,8 +570,8 @@ class FlattenedTokens(nn.Module):
         self.layer = nn.Linear(8 * 4, 6)
 
     def forward(self, maps: Tensor) -> Tensor:
-        answer: Tensor = self.layer(F.adaptive_avg_pool2d(maps, 2).flatten(1))
-        return answer
+        output: Tensor = self.layer(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+        return output
 
 
 CONSUMERS: dict[str, Callable[[], nn.Module]] = {
@@ -790,7 +790,7 @@ def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generat
 
 @pytest.mark.parametrize("name", ["chain", "residual"])
 def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
-    """A layer's answer, less its bias, is at the level where the rectifier reads a zero."""
+    """A layer's output, less its bias, is at the level where the rectifier reads a zero."""
     model = make_network(name)
     with torch.no_grad():  # norms that turn a channel over, too
         for module in model.modules():
@@ -846,7 +846,7 @@ FEW = RefitSection(positions=5)
 
 
 def assert_almost_equal(one: nn.Module, other: nn.Module) -> None:
-    """Equal but for what is left of rounding in float64 when float32 has been written."""
+    """Equal up to the rounding of float64 sums that are stored as float32."""
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-6)
 

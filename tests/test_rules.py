@@ -381,7 +381,7 @@ def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
-def test_two_channels_counted_alike_are_told_apart() -> None:
+def test_two_channels_of_one_index_are_distinguished() -> None:
     """A reshape to the shape of a map that another layer wrote, of as many channels."""
 
     class Two(nn.Module):

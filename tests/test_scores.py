@@ -136,7 +136,7 @@ def test_predictions_taken_as_labels_give_the_scores_without_labels(
 def test_the_order_of_the_filters_is_that_of_the_layer(
     network: tuple[nn.Module, DependencyGraph],
 ) -> None:
-    """Silencing the last filter of a group takes all of its votes, and only its."""
+    """Masking the last filter of a group takes all of its votes, and only its."""
     model, dependencies = network
     name, group = next(iter(dependencies.groups.items()))
     last = len(group) - 1

@@ -64,14 +64,14 @@ def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> Non
     assert any(curve[-1] > 0 for curve in sensitivity.values())
 
 
-def test_batches_do_not_change_the_slopes() -> None:
+def test_batches_do_not_change_the_error_gains() -> None:
     model, dependencies, moments, ranking = moments_and_ranking("residual")
     state = tensors_of(model)
     few_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(96))
     many_batches = measure_output_sensitivity(state, dependencies, moments, ranking, batches(11))
-    for name, slope in few_batches.items():
-        assert slope > 0
-        assert many_batches[name] == pytest.approx(slope, rel=1e-3)
+    for name, gain in few_batches.items():
+        assert gain > 0
+        assert many_batches[name] == pytest.approx(gain, rel=1e-3)
 
 
 def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generator) -> None:

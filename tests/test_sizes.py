@@ -1,5 +1,4 @@
-"""Reading a network's dependency graph: what is excluded, what is tried, and what is left
-behind."""
+"""Building a dependency graph: excluded layers, verified groups, and an unchanged network."""
 
 from __future__ import annotations
 

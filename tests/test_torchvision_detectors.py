@@ -98,6 +98,6 @@ def test_a_network_that_segments_is_cut_like_any_other() -> None:
     assert frozen.name == "classifier.low_classifier"
     plan = random_plan(dependencies, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        answer: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
+        outputs: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
         expected = masked_network(model, dependencies, plan)(images)
-    assert relative_error(answer["out"], expected) < 1e-4
+    assert relative_error(outputs["out"], expected) < 1e-4

@@ -118,8 +118,8 @@ def loss_of(
     model: Chain, teacher: Chain | None, images: Tensor, labels: Tensor, **changes: object
 ) -> float:
     section = settings(**changes)
-    lesson = DistillationLoss(model, teacher, section, accelerator_for(section.precision))
-    return float(lesson.loss(images, labels).detach())
+    distillation = DistillationLoss(model, teacher, section, accelerator_for(section.precision))
+    return float(distillation.loss(images, labels).detach())
 
 
 def test_loss_is_the_weighted_sum_of_its_parts(generator: torch.Generator) -> None:
@@ -214,7 +214,7 @@ def test_precision_of_half_needs_an_accelerator(images: TensorImages) -> None:
         trained(chain(), None, images, settings(precision="float16"))
 
 
-def test_parts_of_a_step_add_up_to_the_step(images: TensorImages) -> None:
+def test_split_steps_equal_the_whole_step(images: TensorImages) -> None:
     whole, _ = trained(chain(), None, images, settings(freeze_batchnorm=True))
     parts, _ = trained(
         chain(), None, images, settings(freeze_batchnorm=True, gradient_accumulation_steps=3)
@@ -432,7 +432,7 @@ def test_a_finished_training_is_not_trained_again(images: TensorImages, tmp_path
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_a_training_that_time_has_ended_is_not_gone_on_with(
+def test_a_training_that_time_has_ended_is_not_resumed(
     images: TensorImages, tmp_path: Path, epochs: int
 ) -> None:
     section = settings(**{**LONG, "epochs": epochs, "max_minutes": 1e-9})

@@ -116,7 +116,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=True)])
-def test_going_on_in_the_middle_sees_what_would_have_come(augmentation: Augmentation) -> None:
+def test_resuming_mid_epoch_yields_the_remaining_batches(augmentation: Augmentation) -> None:
     whole = stream(numbered(40), augmentation=augmentation)
     assert is_equal(list(whole.epoch(2))[3:], list(whole.epoch(2, first_step=3)))
 
@@ -181,7 +181,7 @@ def test_an_unreadable_image_is_one_line_that_names_it(workers: int, tmp_path: P
     with pytest.raises(DataError, match=r"2\.png can't be read") as error:
         list(stream(images, 2, workers=workers).epoch(1))
     assert "\n" not in str(error.value)
-    assert not multiprocessing.active_children()  # whoever still holds the error
+    assert not multiprocessing.active_children()  # even while the error is referenced
 
 
 # --- changes ------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
     changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
-    found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
+    found = [changed.read(torch.arange(4), preprocessing) for preprocessing in (NATIVE, bicubic)]
     assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts
 
 

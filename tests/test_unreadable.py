@@ -94,8 +94,8 @@ def test_values_without_a_known_range_are_refused(kind: type, tmp_path: Path) ->
         FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
 
 
-def damage_of(content: bytes, way: str, generator: np.random.Generator) -> bytes:
-    if way == "cut":
+def damage_of(content: bytes, kind: str, generator: np.random.Generator) -> bytes:
+    if kind == "cut":
         return content[: int(generator.integers(len(content)))]
     changed = bytearray(content)
     for place in generator.integers(0, min(len(changed), 200), 12):
@@ -105,9 +105,9 @@ def damage_of(content: bytes, way: str, generator: np.random.Generator) -> bytes
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("way", ["cut", "changed"])
+@pytest.mark.parametrize("kind", ["cut", "changed"])
 def test_whatever_the_damage_it_is_an_error_of_ours_or_none(
-    suffix: str, way: str, tmp_path: Path
+    suffix: str, kind: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(random_pixels(12, 14, 3)).save(path)
@@ -115,12 +115,12 @@ def test_whatever_the_damage_it_is_an_error_of_ours_or_none(
     generator = np.random.default_rng(5)
     refused = 0
     for _ in range(40):
-        path.write_bytes(damage_of(whole, way, generator))
+        path.write_bytes(damage_of(whole, kind, generator))
         try:
             FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
         except UnreadableImage:
             refused += 1
-    assert refused > (30 if way == "cut" else 0)
+    assert refused > (30 if kind == "cut" else 0)
 
 
 def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_nothing_is_left_of_a_batch_of_damaged_files(tmp_path: Path) -> None:
     assert len(unreadable.names) == 3
 
 
-def test_other_errors_go_on_to_the_caller() -> None:
+def test_other_errors_reach_the_caller() -> None:
     def read(indices: Tensor) -> Tensor:
         raise DataError("no table of numbers")
 
@@ -249,7 +249,7 @@ def test_it_is_as_if_the_files_were_not_there(
     assert other.unreadable == ()
 
 
-def test_a_probe_set_of_damaged_files_is_an_error(
+def test_a_calibration_set_of_damaged_files_is_an_error(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     for file in folder.glob("train/*/*"):

@@ -138,7 +138,7 @@ def command(
     The function's first parameter is the configuration (of type `kind`); the others stand on the
     command line as they are annotated. The command gets an option for each of the `keys`, and
     `--config` and `--set`. With `is_made=False` the first parameter is a `ConfigOptions`, for
-    commands that decide by themselves what the options go on top of. With `default` (such as "the
+    commands that choose the configuration which the options override. With `default` (such as "the
     run's") the configuration comes from elsewhere: help shows that text instead of the fields'
     defaults, and there is no `--config`.
     """

@@ -39,8 +39,8 @@ def _as_rows(region: Bool[Tensor, "h w"]) -> list[str]:
     """Return where a filter is active, one text per row: `#`, or `.` where it is not."""
     side = min(ROWS, max(region.shape))
     size = tuple(-(-length * side // max(region.shape)) for length in region.shape)
-    cells = F.adaptive_max_pool2d(region[None].float(), size)[0]
-    return ["".join("#" if cell else "." for cell in row) for row in cells.tolist()]
+    pixels = F.adaptive_max_pool2d(region[None].float(), size)[0]
+    return ["".join("#" if pixel else "." for pixel in row) for row in pixels.tolist()]
 
 
 def inspect_network(

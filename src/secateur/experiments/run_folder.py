@@ -237,8 +237,8 @@ def _unpruned(manifest: Manifest) -> nn.Module:
 def load_program(folder: str | Path) -> nn.Module:
     """Load the pruned network of a run folder as a program, in evaluation mode.
 
-    A program is a list of tensor operations, to run, export or time; none of the network's own code
-    is needed. To prune or train the network further, use `load`. The outputs are those of the
+    A program is a list of tensor operations, to run, export or time; the code that defines the
+    network is not needed. To prune or train the network further, use `load`. The outputs are those of the
     network that `load` returns, bit for bit where its weights lie in contiguous memory, for batches
     of any size. Raises `RunFolderError` as `load` does, and where the folder has no program.
     """

@@ -5,9 +5,9 @@ Two factors make up the sensitivity of a group:
 - The *error curve*: the squared error in what the group's consumers compute when the worst 1, 2, …
   channels are removed and reconstructed from the others. It follows from the second moments of the
   scoring pass (`Reconstruction.errors`).
-- The *slope*: how much such an error matters at the network's output. It is measured on some
+- The *error gain*: how much such an error matters at the network's output. It is measured on some
   calibration images. Channels are reconstructed from the others in the inputs of one group's
-  consumers at a time; the slope is the error of the output over the error of the consumers.
+  consumers at a time; the gain is the error of the output over the error of the consumers.
 
 The sensitivity is their product. So the curves of all groups have one unit, and they are smooth,
 unlike direct measurements on few images.
@@ -45,9 +45,9 @@ from secateur.scoring.criteria.reconstruction import Reconstruction
 from secateur.scoring.taps import taps_of
 
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Fractions of a group that are removed to measure its slope."""
+"""Fractions of a group that are removed to measure its error gain."""
 PIXELS = 2**21
-"""Pixel budget for measuring slopes, over all images…"""
+"""Pixel budget for measuring error gains, over all images…"""
 FEWEST_IMAGES, MOST_IMAGES = 32, 256
 """…within these numbers of images."""
 TEMPERATURE = 4.0
@@ -85,10 +85,10 @@ def measure_sensitivity(
         name: error_curve(group, moments, ranking.order[name])
         for name, group in dependencies.groups.items()
     }
-    slopes = measure_output_sensitivity(
+    gains = measure_output_sensitivity(
         state, dependencies, moments, ranking, batches, progress=progress
     )
-    return {name: (slopes[name] * curve).tolist() for name, curve in curves.items()}
+    return {name: (gains[name] * curve).tolist() for name, curve in curves.items()}
 
 
 def error_curve(
@@ -116,9 +116,9 @@ def measure_output_sensitivity(
     *,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, float]:
-    """Return each group's slope: output error per consumer error, a geometric mean.
+    """Return each group's error gain: output error per consumer error, a geometric mean.
 
-    The mean is over the `SNAPSHOTS`; the slope is 0 if no removal makes a difference. All processes
+    The mean is over the `SNAPSHOTS`; the gain is 0 if no removal makes a difference. All processes
     pass the same batches; each measures its shard of the groups.
     """
     position = {node: number for number, node in enumerate(dependencies.graph.nodes)}
@@ -153,8 +153,8 @@ def measure_output_sensitivity(
                 consumer_error = sum(edit.error for edit in edits)
                 output_error = divergence(expected, outputs)
                 sums += len(images) * torch.tensor([output_error, consumer_error])
-    slopes = distributed.gather_shards([_slope(errors[group.name]) for group in shard])
-    return {group.name: slope for group, slope in zip(ordered, slopes, strict=True)}
+    gains = distributed.gather_shards([_error_gain(errors[group.name]) for group in shard])
+    return {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
 
 
 def reconstruct_channels(
@@ -262,7 +262,7 @@ def _outputs(
     return [interpreter.value(node) for node in dependencies.graph.outputs]
 
 
-def _slope(errors: Float[Tensor, "snapshot 2"]) -> float:
+def _error_gain(errors: Float[Tensor, "snapshot 2"]) -> float:
     """Return output error over consumer error; `errors` holds the sums of both."""
     ratios = [
         output / consumer

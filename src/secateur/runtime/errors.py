@@ -76,7 +76,7 @@ class TraceError(SecateurError):
 
 
 class CutError(SecateurError):
-    """The cut network does not answer as the original does with the same channels silenced."""
+    """The outputs of the pruned network differ from those of the masked original."""
 
 
 class NotFiniteError(SecateurError):

@@ -63,5 +63,5 @@ def lock_exclusively(folder: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):
-                path.unlink()  # while it is locked: whoever opened it before can't lock it later
+                path.unlink()  # while locked: a process that has opened it can't lock it later
             lock.release()
