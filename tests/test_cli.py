@@ -510,9 +510,9 @@ def test_weights_for_another_number_of_classes_than_the_data(
     weights = tmp_path / "w.safetensors"
     save_file(zoo.load("resnet20").state_dict(), weights)
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
-    words = "tell 10 classes apart, but the data or --num-classes asks for 2"
+    words = "are for 10 classes, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
-    words = f"folder:{images} has 2 classes, but the network is to tell 1 classes apart"
+    words = f"folder:{images} has 2 classes, but --num-classes is 1"
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
@@ -851,8 +851,8 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["model=3"], "configuration, model: 3 found where a table is needed"),
-        (["finetune=3", "finetune.epochs=1"], "configuration, finetune: 3 found where a table"),
+        (["model=3"], "configuration, model: must be a table; got 3"),
+        (["finetune=3", "finetune.epochs=1"], "configuration, finetune: must be a table; got 3"),
     ],
 )
 def test_a_section_that_is_no_table_is_named(settings: list[str], words: str, call: Call) -> None:

@@ -219,7 +219,7 @@ FILES: list[tuple[Make, Read, type[SecateurError], str]] = [
 RUNS: list[tuple[Make, Read, type[SecateurError], str]] = [
     (many_indices, load_run, RunFolderError, "2000000000 bytes"),
     (indices_that_fit, load_run, RunFolderError, "plan can't be read"),
-    (outside_member, load_run, RunFolderError, "lists '../../x', which is no file of a run"),
+    (outside_member, load_run, RunFolderError, "lists '../../x', which is not a file of a run"),
     (header_in_run, load_run, RunFolderError, "header claims 1000000000 bytes"),
     (deep_manifest, load_run, RunFolderError, "manifest.json can't be read"),
     (large_manifest, load_run, RunFolderError, "1000000000 bytes"),

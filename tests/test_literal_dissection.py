@@ -34,7 +34,11 @@ def kernels_of(filters: int) -> Kernels:
 
 
 def dissected(
-    maps: Tensor, masks: Tensor, concepts: Tensor, statistics: ActivationStatistics, batches: list[slice]
+    maps: Tensor,
+    masks: Tensor,
+    concepts: Tensor,
+    statistics: ActivationStatistics,
+    batches: list[slice],
 ) -> Dissection:
     filters = maps.shape[1]
     found = Dissection(NAMES)

@@ -130,7 +130,7 @@ def assert_finite(smaller: nn.Module, results: tuple[LayerRefit, ...]) -> None:
         assert math.isfinite(result.error_refit), result.layer
 
 
-# --- what holds for every network -------------------------------------------------------------------
+# --- what holds for every network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))

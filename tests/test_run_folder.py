@@ -61,10 +61,10 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
     run(config, tmp_path / "own")
     own = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
     model_file.unlink()  # the program needs no code
-    outputs = tmp_path / "outputs.pt"
-    arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", outputs)]
+    saved = tmp_path / "outputs.pt"
+    arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", saved)]
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], check=True)
-    found = torch.load(outputs, weights_only=True)
+    found = torch.load(saved, weights_only=True)
     assert torch.equal(found[0], outputs(run_folder.load(digits_run.folder)))
     assert torch.equal(found[1], outputs(own))
 
@@ -232,7 +232,7 @@ def test_a_manifest_that_names_other_files_is_refused(folder: Path, name: str) -
     (folder.parent / "secret.txt").write_text("mine")
     files = read_manifest(folder).files
     rewrite(folder, files={**files, name: sha256(b"mine")})
-    with pytest.raises(RunFolderError, match=f"lists '{name}', which is no file of a run"):
+    with pytest.raises(RunFolderError, match=f"lists '{name}', which is not a file of a run"):
         run_folder.load(folder)
 
 

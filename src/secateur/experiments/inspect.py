@@ -120,7 +120,7 @@ def _group_facts(
 
 
 def group_of(inspection: dict[str, Any], layer: str) -> dict[str, Any]:
-    """Return the facts of a layer; raise `UnknownName` where no prunable layer has the name."""
+    """Return the facts of a layer; raise `UnknownName` if no prunable layer has the name."""
     groups = {group["layer"]: group for group in inspection["groups"]}
     if layer not in groups:
         raise UnknownName("prunable layer", layer, groups)

@@ -16,14 +16,14 @@ from secateur.scoring import concepts, criteria
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UnknownName` where the network, criterion or concept source does not exist."""
+    """Raise `UnknownName` if the network, criterion or concept source does not exist."""
     zoo.check_name(config.model.name)
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
 
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
-    """Raise `UsageError` where a network that needs a weight file has none."""
+    """Raise `UsageError` if a network that needs a weight file has none."""
     is_user_code = user_code.is_user_code(config.model.name)
     if config.model.weights is None and not is_user_code and not allow_untrained:
         raise UsageError(
@@ -46,8 +46,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         raise UsageError("without data the number of classes must be given: --num-classes")
     if num_classes < len(dataset.class_names):
         raise DataError(
-            f"{config.data.source} has {len(dataset.class_names)} classes, but the network is to "
-            f"tell {num_classes} classes apart: --num-classes must not be less"
+            f"{config.data.source} has {len(dataset.class_names)} classes, but "
+            f"--num-classes is {num_classes}: it must be at least {len(dataset.class_names)}"
         )
     model = zoo.load(
         config.model.name,
@@ -78,7 +78,7 @@ def resolve_config(config: RunConfig, dataset: DataSet) -> RunConfig:
 
 
 def limit_batch_size(config: RunConfig, batch_size: int) -> RunConfig:
-    """Return the configuration with at most so many images in a batch."""
+    """Return the configuration with at most `batch_size` images in a batch."""
     batch_size = min(batch_size, config.data.batch_size)
     return config.model_copy(
         update={"data": config.data.model_copy(update={"batch_size": batch_size})}

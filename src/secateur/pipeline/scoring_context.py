@@ -1,4 +1,4 @@
-"""What the filters of a network are scored with, and what plans are made from."""
+"""The context that the filters of a network are scored in, and the inputs of plans."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ScoringContext:
     reader: BatchReader
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
-    """By name: what the filters are to be scored by."""
+    """Criteria by name, which the filters are scored by."""
 
 
 def make_scoring_context(
@@ -98,7 +98,7 @@ def make_scoring_context(
 def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Criterion:
     """Return the named criterion, which weighs the votes of concepts as the configuration says.
 
-    Raises `UnknownName` where a weight is given for a concept that the source does not have.
+    Raises `UnknownName` if a weight is given for a concept that the source does not have.
     """
     weight_of = config.score.concept_weights
     known = {name for concept in source.concepts for name in (concept.name, concept.category)}
@@ -116,7 +116,7 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
 def collect_plan_inputs(
     model: nn.Module, context: ScoringContext, config: RunConfig
 ) -> dict[str, PlanInputs]:
-    """Score the filters in one pass; return what plans are made from, by criterion."""
+    """Score the filters in one pass; return the inputs of plans by criterion."""
     reader = context.reader
     return make_plan_inputs(
         model,
@@ -160,7 +160,7 @@ def make_baseline(
 ) -> Baseline:
     """Score the filters of `model`, by the named criteria or else by that of `config`.
 
-    `model` is scored on the test images, too, where its `score` is not known.
+    `model` is scored on the test images, too, if its `score` is not known.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     config = resolve_config(config, dataset)

@@ -1,4 +1,4 @@
-"""The stages of a round: cut, refit, distill, finetune. Each returns what came of it.
+"""The stages of a round: cut, refit, distill, finetune. Each returns its outcome.
 
 Every stage ends with a score on the test images, which nothing else reads.
 """
@@ -111,7 +111,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
 
 
 def distill(this: Round, cut_stage: CutStage) -> DistillStage:
-    """Train the cut network in place to answer as the original does, without labels."""
+    """Train the cut network in place towards the original's outputs, without labels."""
     since = time.perf_counter()
     smaller, reader = cut_stage.network, this.context.reader
     fit, held_out = split_calibration(this.context.calibration)

@@ -57,7 +57,7 @@ class SecondMoments:
         self._sums.addmm_(weighted.T, values)
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (self._sums,)
 
     def raw(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:

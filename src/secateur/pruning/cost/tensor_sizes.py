@@ -1,6 +1,6 @@
 """Sizes of tensors in a cut network: products of numbers of channels, for many tensors at once.
 
-An allocation asks for sizes thousands of times. So everything that does not depend on the cut is
+An allocation needs sizes thousands of times. So everything that does not depend on the cut is
 computed once, and dimensions that several tensors share are counted once.
 """
 

@@ -40,7 +40,7 @@ class ConsumerKernel:
     """The kernel of a layer that consumes a tap's filters."""
 
     window: Window
-    """How the kernel moves; 1×1 where the layer is not a plain convolution."""
+    """How the kernel moves; 1×1 if the layer is not a plain convolution."""
     weights: Float[Tensor, "output offset filter"]
     """Zero for filters that the layer does not read."""
 
@@ -123,7 +123,7 @@ class Observer(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `update` needs; where it needs nothing it is never called."""
+        """What `update` needs; if it needs nothing it is never called."""
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew, before the first image; `taps` holds the weights around each tap."""
@@ -144,7 +144,7 @@ class Criterion(Observer, Protocol):
 
 
 def check_name(name: str) -> None:
-    """Raise `UnknownName` or `UsageError` where there is no such criterion."""
+    """Raise `UnknownName` or `UsageError` if there is no such criterion."""
     if user_code.is_user_code(name):
         user_code.check_file(name, "criterion")
     elif name not in CRITERIA:

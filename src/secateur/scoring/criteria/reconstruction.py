@@ -64,7 +64,7 @@ class Reconstruction:
         self._moments: dict[str, SecondMoments] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._kernels = taps
         self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
         self._moments = {
@@ -97,7 +97,7 @@ class Reconstruction:
         return add_weighted
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for moments in self._moments.values() for tensor in moments.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:

@@ -33,7 +33,7 @@ class ActivationMean:
         self._means: dict[str, _ImageMeans] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._means = {tap: _ImageMeans(1, kernels.filters) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -41,7 +41,7 @@ class ActivationMean:
         self._means[features.tap].update(features.maps.float().abs().mean(dim=(2, 3)))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -61,7 +61,7 @@ class ActivationStd:
         self._means: dict[str, _ImageMeans] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._means = {tap: _ImageMeans(3, kernels.filters) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -76,7 +76,7 @@ class ActivationStd:
         self._means[features.tap].update(mean, mean.square(), variance.clamp_min(0))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -120,7 +120,7 @@ class Apoz:
         """`[2, filter]` by tap: positive positions, and all of them."""
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._counts = {
             tap: torch.zeros(2, kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
@@ -135,7 +135,7 @@ class Apoz:
         self._counts[features.tap][1] += len(positive) * maps.shape[2:].numel()
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._counts.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -159,7 +159,7 @@ class ActivationEntropy:
         self._counts: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._counts = {
             tap: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
             for tap, kernels in taps.items()
@@ -174,7 +174,7 @@ class ActivationEntropy:
         counts.scatter_add_(1, bins.T.contiguous(), torch.ones_like(bins.T.contiguous()))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._counts.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -209,7 +209,7 @@ class MapRank:
         self._ranks: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._ranks = {
             tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
@@ -225,7 +225,7 @@ class MapRank:
             self._ranks[features.tap] += torch.linalg.matrix_rank(maps)
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._ranks.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
