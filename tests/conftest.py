@@ -80,10 +80,10 @@ def digits_run(
         if not made.exists():
             (shared / "digits").mkdir()
             made.write_bytes(pickle.dumps(make_digits_run(shared / "digits")))
-    found: DigitsRun = pickle.loads(made.read_bytes())
+    digits: DigitsRun = pickle.loads(made.read_bytes())
     folder = tmp_path_factory.mktemp("digits") / "run"
-    shutil.copytree(found.folder, folder)
-    return dataclasses.replace(found, folder=folder)
+    shutil.copytree(digits.folder, folder)
+    return dataclasses.replace(digits, folder=folder)
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ class Tall(nn.Module):
         self.head = nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
-        return found
+        logits: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_images_come_in_any_form(model: nn.Module, images: Tensor, labels: Tenso
         images.split(7),
         list(images),
         DataLoader(TensorDataset(images), batch_size=16),
-        (some for some in images.split(50)),
+        (batch for batch in images.split(50)),
     ]
     first, *others = (secateur.prune(model, form) for form in forms)
     for other in others:

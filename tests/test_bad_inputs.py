@@ -69,7 +69,7 @@ class Row:
 
 def rows() -> list[Row]:
     """All lines of the page's tables, whose code is between one backquote or two."""
-    found = []
+    rows = []
     for line in PAGE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if not line.startswith("|") or cells == [*COLUMNS] or set(line) <= set("|-"):
@@ -77,8 +77,8 @@ def rows() -> list[Row]:
         wrong, code, remedy = cells
         quoted = re.fullmatch(r"(`+) ?(.+?) ?\1", code)
         assert quoted, line
-        found.append(Row(wrong, quoted[2], remedy))
-    return found
+        rows.append(Row(wrong, quoted[2], remedy))
+    return rows
 
 
 ROWS = rows()
@@ -112,8 +112,8 @@ class Desk:
 
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
-        given = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
-        secateur_command("prune", *given, *options)
+        common = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        secateur_command("prune", *common, *options)
 
 
 def secateur_command(*arguments: object) -> None:
@@ -434,9 +434,9 @@ def masked(desk: Desk, mask: Pixels | None) -> None:
     if mask is not None:
         write_image(desk.folder / "masks" / "0.png", mask)
     desk.write("classes.txt", "background\nroad\n")
-    found = annotated_images(f"masks:{desk.folder}")
-    assert found is not None
-    found.regions(torch.tensor([0]), Preprocessing(8, 8))
+    annotated = annotated_images(f"masks:{desk.folder}")
+    assert annotated is not None
+    annotated.regions(torch.tensor([0]), Preprocessing(8, 8))
 
 
 def broden(desk: Desk) -> None:

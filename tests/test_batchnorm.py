@@ -161,8 +161,8 @@ def test_a_batch_of_one_image_is_left_out() -> None:
     images = random_images(9)
     one = _reestimated(model, _norms(model), in_batches(images, 4))
     other = _reestimated(model, _norms(model), in_batches(images[:8], 4))
-    for found, expected in zip(one, other, strict=True):
-        assert all(map(torch.equal, found, expected))
+    for value, expected in zip(one, other, strict=True):
+        assert all(map(torch.equal, value, expected))
 
 
 def test_a_network_without_running_statistics_is_left_alone(fit: list[Batch]) -> None:

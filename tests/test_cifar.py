@@ -58,8 +58,8 @@ def test_fine_labels_and_their_names_are_read(
         assert splits.class_names == NAMES
         assert splits.train.labels.tolist() == labels
         assert splits.test.labels.tolist() == [7, 5, 3]
-        found = splits.train.read(torch.arange(200), NATIVE)
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = splits.train.read(torch.arange(200), NATIVE)
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def test_one_image_of_each_class_is_held_out(

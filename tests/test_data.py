@@ -132,8 +132,8 @@ def test_stacked_columns_are_read_in_the_order_of_the_labels(tmp_path: Path) -> 
         (splits.train, train, train_labels),
         (splits.test, test, test_labels),
     ):
-        found = whole(part, Preprocessing(32, 32))
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = whole(part, Preprocessing(32, 32))
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
         assert part.labels.tolist() == labels
         assert part.labels.dtype == torch.int64
 
@@ -155,8 +155,8 @@ def test_torchvisions_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pixels, labels = write_torchvision(tmp_path, monkeypatch)
     for directory in (tmp_path, tmp_path / "cifar-10-batches-py"):
         splits = data.READERS["cifar10"](directory)
-        found = whole(splits.train, Preprocessing(32, 32))
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = whole(splits.train, Preprocessing(32, 32))
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
         assert splits.train.labels.tolist() == labels
         assert len(splits.test.labels) == 4
 
@@ -337,24 +337,24 @@ def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> Non
     pixels = random_pixels(1, 300, 280)
     prepare = zoo.preprocessing(f"torchvision:{name}")
     images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
-    found = prepare.normalise(images.read(torch.tensor([0]), prepare))
+    normalised = prepare.normalise(images.read(torch.tensor([0]), prepare))
     published = next(iter(torchvision.models.get_model_weights(name))).transforms()
     level = 1 / 255 / min(prepare.std)  # Pillow rounds otherwise, in each direction
     expected = published(Image.fromarray(pixels[0]))[None]
-    torch.testing.assert_close(found, expected, atol=2.01 * level, rtol=0)
+    torch.testing.assert_close(normalised, expected, atol=2.01 * level, rtol=0)
 
 
 def test_files_are_resized_and_cropped_as_torchvision_does(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 3})
     paths = tuple(sorted((tmp_path / "ant").iterdir()))
     images = FileImages(paths, torch.zeros(3, dtype=torch.int64))
-    found = images.read(torch.tensor([2, 0]), Preprocessing(6, 7))
+    batch = images.read(torch.tensor([2, 0]), Preprocessing(6, 7))
     expected = []
     for path in (paths[2], paths[0]):
         pixels = v2.functional.pil_to_tensor(Image.open(path))
         resized = v2.functional.resize(pixels, [7], antialias=True)
         expected.append(v2.functional.center_crop(resized, [6]))
-    assert torch.equal(found, torch.stack(expected))
+    assert torch.equal(batch, torch.stack(expected))
 
 
 def test_images_in_memory_are_resized_like_those_in_files(tmp_path: Path) -> None:
@@ -560,10 +560,10 @@ def test_a_calibration_set_larger_than_the_data_is_all_of_it(stratified: bool) -
 
 def test_without_stratifying_labels_are_ignored() -> None:
     one, other = data_set_of(20 * [0, 1, 2]), data_set_of(60 * [0])
-    found = [
+    shard_batches = [
         numbers_of(data.draw_calibration_images(d.train, 7, stratified=False)) for d in (one, other)
     ]
-    assert found[0] == found[1]
+    assert shard_batches[0] == shard_batches[1]
 
 
 # Batches
@@ -573,12 +573,12 @@ def test_without_stratifying_labels_are_ignored() -> None:
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
 def test_every_image_comes_once_and_the_last_batch_may_be_small(count: int, size: int) -> None:
     images = numbered(list(range(count)))
-    found = list(batches(images, size, SMALL))
+    all_batches = list(batches(images, size, SMALL))
     full, rest = divmod(count, size)
-    assert [len(batch.labels) for batch in found] == full * [size] + ([rest] if rest else [])
-    labels = torch.cat([batch.labels for batch in found]).tolist()
+    assert [len(batch.labels) for batch in all_batches] == full * [size] + ([rest] if rest else [])
+    labels = torch.cat([batch.labels for batch in all_batches]).tolist()
     assert labels == list(range(count))
-    for batch in found:
+    for batch in all_batches:
         expected = SMALL.normalise(whole(images, SMALL)[batch.labels])
         assert torch.equal(batch.images, expected)
 
@@ -607,6 +607,6 @@ def test_taking_images_takes_their_labels(tmp_path: Path) -> None:
     paths = tuple(sorted((tmp_path / "ant").iterdir()))
     in_files = FileImages(paths, torch.arange(4))
     for images in (numbered([4, 5, 6, 7]), in_files):
-        taken = images.take(torch.tensor([3, 1]))
-        assert taken.labels.tolist() == images.labels[[3, 1]].tolist()
-        assert torch.equal(whole(taken, SMALL), whole(images, SMALL)[[3, 1]])
+        selected = images.take(torch.tensor([3, 1]))
+        assert selected.labels.tolist() == images.labels[[3, 1]].tolist()
+        assert torch.equal(whole(selected, SMALL), whole(images, SMALL)[[3, 1]])

@@ -122,12 +122,12 @@ def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
     if prune_residual:
         reasons = {layer: why for layer, why in reasons.items() if why != RESIDUAL}
-    found: dict[str, str] = {}
+    reason_of: dict[str, str] = {}
     for group in dependencies.frozen:
-        found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
+        reason_of[f"{group.name} (2)" if group.name in reason_of else group.name] = group.reason
     if prune_residual and name == "channel_pad":
         reasons = {"stem.0": PADDED, "linear": OUTPUT}
-    assert found == reasons
+    assert reason_of == reasons
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -158,9 +158,9 @@ def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
 def test_a_group_knows_its_producers_and_consumers(
     name: str, group: str, producers: set[str], consumers: set[str]
 ) -> None:
-    found = wired(name, True)[1].groups[group]
-    assert {layer.name for layer in found.layers} == producers
-    assert {consumer.layer for consumer in found.consumers} == consumers
+    coupled = wired(name, True)[1].groups[group]
+    assert {layer.name for layer in coupled.layers} == producers
+    assert {consumer.layer for consumer in coupled.consumers} == consumers
 
 
 def test_a_tap_is_where_a_group_still_has_positions() -> None:
@@ -262,12 +262,12 @@ def test_shapes_after_a_cut_are_those_of_the_cut_network(
 ) -> None:
     model, dependencies = wired(name, True)
     plan = random_plan(dependencies, generator)
-    found = {
+    reasons = {
         name: tuple(one.shape)
         for name, one in apply_plan(model, dependencies, plan).state_dict().items()
     }
     shapes = dependencies.shapes_after(plan.removed)
-    assert {name: shapes[name] for name in found} == found
+    assert {name: shapes[name] for name in reasons} == reasons
     assert dependencies.shapes_after({}) == dependencies.shapes
 
 

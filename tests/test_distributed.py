@@ -82,20 +82,20 @@ def score_of(count: int, size: int) -> Tensor:
     chunks = distributed.shard(torch.arange(count).split(size))
     try:
         score = evaluate(
-            model, (batch for own in chunks for batch in batches(images.take(own), size, SMALL))
+            model, (batch for chunk in chunks for batch in batches(images.take(chunk), size, SMALL))
         )
     except DataError:
         return torch.full((5,), -1.0, dtype=torch.float64)
-    found = (score.images, score.macs, score.top1_fraction, score.top5_fraction, score.loss)
-    return torch.tensor(found, dtype=torch.float64)
+    values = (score.images, score.macs, score.top1_fraction, score.top5_fraction, score.loss)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("count", "size"), [(23, 4), (2, 1), (0, 4)])
 def test_every_image_is_scored_once(count: int, size: int) -> None:
     expected = score_of(count, size)
     assert expected[0] == (count or -1)
-    for found in in_group(score_of, 3, count, size):
-        assert torch.equal(found, expected)
+    for values in in_group(score_of, 3, count, size):
+        assert torch.equal(values, expected)
 
 
 def shares() -> Tensor:

@@ -82,12 +82,12 @@ def test_columns_are_found_by_their_type(hub: Any, tmp_path: Path) -> None:
     assert dataset.test.labels.tolist() == 2 * [2, 1, 0]
     assert dataset.train.labels.bincount().tolist() == [4, 4, 4]
     assert dataset.validation.labels.bincount().tolist() == [1, 1, 1]
-    found = dataset.test.read(torch.tensor([4, 0]), NATIVE)
+    pixels = dataset.test.read(torch.tensor([4, 0]), NATIVE)
     expected = torch.from_numpy(random_pixels(6, 16, 16, 3, seed=1)).permute(0, 3, 1, 2)
-    assert torch.equal(found, expected[[4, 0]])
-    taken = dataset.test.take(torch.tensor([5, 4]))
-    assert torch.equal(taken.read(torch.tensor([1]), NATIVE), expected[[4]])
-    assert taken.labels.tolist() == [0, 1]
+    assert torch.equal(pixels, expected[[4, 0]])
+    selected = dataset.test.take(torch.tensor([5, 4]))
+    assert torch.equal(selected.read(torch.tensor([1]), NATIVE), expected[[4]])
+    assert selected.labels.tolist() == [0, 1]
 
 
 def test_a_folder_that_the_library_can_read_is_read(hub: Any, tmp_path: Path) -> None:

@@ -285,9 +285,9 @@ def test_they_are_refused_fast_and_in_little_memory(digits_run: DigitsRun, tmp_p
     command = [sys.executable, "-c", MEASURE, paths, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
-    assert len(found) == len(FILES) + len(RUNS), done.stdout
-    for (seconds, mib), name in zip(found, names([*FILES, *RUNS]), strict=True):
+    measurements = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert len(measurements) == len(FILES) + len(RUNS), done.stdout
+    for (seconds, mib), name in zip(measurements, names([*FILES, *RUNS]), strict=True):
         assert seconds < SECONDS, name
         assert mib < MIB, name
 

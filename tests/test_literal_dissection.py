@@ -41,8 +41,8 @@ def dissected(
     batches: list[slice],
 ) -> Dissection:
     filters = maps.shape[1]
-    found = Dissection(NAMES)
-    found.reset({"layer": kernels_of(filters)})
+    dissection = Dissection(NAMES)
+    dissection.reset({"layer": kernels_of(filters)})
     for batch in batches:
         seen = FeatureBatch(
             tap="layer",
@@ -53,9 +53,9 @@ def dissected(
             grid=(1, 1),
             gradients=None,
         )
-        vote = found.update(seen)
+        vote = dissection.update(seen)
         vote(Regions(ConceptMasks(masks[batch], concepts[batch])))
-    return found
+    return dissection
 
 
 def literal(
@@ -84,10 +84,10 @@ def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
     statistics = StatisticsAccumulator(3, height * width)
     statistics.update(maps)
-    found = dissected(
+    dissection = dissected(
         maps, masks, concepts, statistics.compute(quantile), [slice(0, 1), slice(1, images)]
     )
-    assert torch.equal(found.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
+    assert torch.equal(dissection.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
 
 
 @settings(deadline=None, max_examples=40)
@@ -105,8 +105,8 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     maps, masks, concepts = concept_input(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
     statistics = ActivationStatistics(thresholds, thresholds, thresholds)
-    found = dissected(maps, masks, concepts, statistics, [slice(0, 3)])
-    assert torch.equal(found.iou("layer"), tally.iou)
+    dissection = dissected(maps, masks, concepts, statistics, [slice(0, 3)])
+    assert torch.equal(dissection.iou("layer"), tally.iou)
 
 
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
@@ -114,9 +114,9 @@ def test_masks_coarser_than_maps_are_brought_to_them() -> None:
     thresholds = torch.full((3,), 5.0)
     statistics = ActivationStatistics(thresholds, thresholds, thresholds)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    found = dissected(maps, masks, concepts, statistics, [slice(0, 2)])
+    dissection = dissected(maps, masks, concepts, statistics, [slice(0, 2)])
     expected = dissected(maps, fine, concepts, statistics, [slice(0, 2)])
-    assert torch.equal(found.iou("layer"), expected.iou("layer"))
+    assert torch.equal(dissection.iou("layer"), expected.iou("layer"))
 
 
 def interpolated(row: list[float], size: int, place: int) -> tuple[int, int, float]:

@@ -70,9 +70,9 @@ def test_the_shortcut_pads_with_zeros_on_both_sides() -> None:
     with torch.no_grad():
         block.bn2.weight.zero_()
         images = torch.rand(2, 4, 6, 6)
-        found = block(images)
-    assert torch.equal(found[:, 2:6], images[:, :, ::2, ::2])
-    assert found[:, :2].abs().max() == found[:, 6:].abs().max() == 0
+        maps = block(images)
+    assert torch.equal(maps[:, 2:6], images[:, :, ::2, ::2])
+    assert maps[:, :2].abs().max() == maps[:, 6:].abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet56"])
@@ -190,9 +190,9 @@ def test_a_new_head_is_left_as_it_is_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     state = zoo.load("resnet20", num_classes=100, seed=3).state_dict()
     save_file(state, path)
-    found = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
+    loaded = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
     untrained = zoo.load("resnet20", num_classes=7).state_dict()
-    for name, tensor in found.items():
+    for name, tensor in loaded.items():
         expected = untrained if name.startswith("linear.") else state
         assert torch.equal(tensor, expected[name]), name
     same = zoo.load("resnet20", path, num_classes=100, new_head=True).state_dict()
@@ -451,9 +451,9 @@ def test_weights_are_loaded_into_a_network_of_ones_own(network_file: Path, tmp_p
     ],
 )
 def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resize: int) -> None:
-    found = preprocessing(name)
-    assert (found.image_size, found.resize) == (image_size, resize)
-    assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    prepare = preprocessing(name)
+    assert (prepare.image_size, prepare.resize) == (image_size, resize)
+    assert (prepare.mean, prepare.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_cut_network_is_timed_beside_the_first_one(
     monkeypatch.setattr(stages, "measure_fraction_left", measured)
     before, *others = pipeline.prune(model, data.load("digits"), config).result.stages
     assert before.score.latency_ms > 0
-    shares = {(each.round, each.score.latency_ms / before.score.latency_ms) for each in others}
+    shares = {(stage.round, stage.score.latency_ms / before.score.latency_ms) for stage in others}
     assert shares == {(1, 0.5), (2, 0.25)}
 
 
@@ -243,17 +243,17 @@ def test_distillation_is_a_stage_of_its_own(model_file: Path) -> None:
     assert len(result.finetuning.epochs) == 1
     kept = [result.distillation.before, *(epoch.held_out for epoch in result.distillation.epochs)]
     best = kept[result.distillation.chosen]
-    assert best.divergence == min(each.divergence for each in kept)
+    assert best.divergence == min(candidate.divergence for candidate in kept)
 
 
 def test_consumers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
     everywhere = {"allocation": "uniform"}  # so that both groups lose something
     config = small_config(model_file, plan=everywhere, refit={"layers": "consumers"})
-    some = [layer.layer for layer in prune_small(config, dataset).result.refit]
+    refitted = [layer.layer for layer in prune_small(config, dataset).result.refit]
     config = small_config(model_file, plan=everywhere)
     every = [layer.layer for layer in prune_small(config, dataset).result.refit]
-    assert some == ["conv2", "head"]
+    assert refitted == ["conv2", "head"]
     assert every == ["conv2", "conv3", "head"]
 
 

@@ -28,7 +28,9 @@ def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> 
     values: dict[Any, Any] = {graph.image: image}
     values |= {node: state[name] for node, name in graph.tensor_names.items()}
     values |= graph.constants
-    own = {tensor.untyped_storage().data_ptr() for n, tensor in values.items() if n != graph.image}
+    storages = {
+        tensor.untyped_storage().data_ptr() for n, tensor in values.items() if n != graph.image
+    }
     most = 0
     for now, node in enumerate(graph.nodes):
         if node.op == "call_function":
@@ -42,7 +44,7 @@ def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> 
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(tensor, Tensor):
                     memory[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        most = max(most, sum(size for place, size in memory.items() if place not in own))
+        most = max(most, sum(size for place, size in memory.items() if place not in storages))
     return most
 
 

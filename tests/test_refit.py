@@ -49,7 +49,7 @@ ALL_ERRORS = RefitSection(positions=10_000, rectified=False)
 def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
     numbers = torch.arange(len(images)).split(size)
     parts = zip(images.split(size), numbers, strict=True)
-    return [Batch(some, torch.zeros(len(some)).long(), own) for some, own in parts]
+    return [Batch(images, torch.zeros(len(images)).long(), indices) for images, indices in parts]
 
 
 CALIBRATION = in_batches(random_images(96, seed=3))
@@ -158,8 +158,8 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
         if result.ridge is not None:
             assert result.error_refit < result.error_cut
     assert_same_state(model, before)
-    for own, other in zip(smaller.modules(), cut.modules(), strict=True):
-        assert own.training == other.training
+    for module, other in zip(smaller.modules(), cut.modules(), strict=True):
+        assert module.training == other.training
     for parameter, as_cut in zip(smaller.parameters(), cut.parameters(), strict=True):
         assert parameter.shape == as_cut.shape
         assert parameter.requires_grad == as_cut.requires_grad
@@ -310,8 +310,8 @@ def test_a_constant_channel_moves_into_the_bias_or_the_running_mean(kind: str, s
     expected = tensors_of(model)[name] + sign * lost
     torch.testing.assert_close(tensors_of(smaller)[name], expected, atol=1e-4, rtol=1e-4)
     kept = model.conv2.weight.detach()[:, [0, 1, 2, 3, 5]]
-    found = tensors_of(smaller)["conv2.weight"]
-    torch.testing.assert_close(found, kept, atol=1e-4, rtol=1e-4)
+    weight = tensors_of(smaller)["conv2.weight"]
+    torch.testing.assert_close(weight, kept, atol=1e-4, rtol=1e-4)
     assert error_on_new_images(model, smaller) < 1e-4
 
 
@@ -434,8 +434,8 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        found = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
-    torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
+        outputs = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
+    torch.testing.assert_close(outputs.movedim(-1, 1), expected.flatten(2))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -478,8 +478,8 @@ def test_kernels_of_dead_channels_stay_as_they_are() -> None:
     smaller, results = cut_and_refit(model, plan_of(conv1=(1,)))
     assert_finite(smaller, results)
     assert results[0].ridge is not None
-    found, old = tensors_of(smaller)["conv2.weight"], model.conv2.weight.detach()
-    torch.testing.assert_close(found[:, [0, 2]], old[:, [0, 3]])  # 3 moved down one place
+    weight, old = tensors_of(smaller)["conv2.weight"], model.conv2.weight.detach()
+    torch.testing.assert_close(weight[:, [0, 2]], old[:, [0, 3]])  # 3 moved down one place
 
 
 def test_a_network_whose_kept_channels_are_all_dead_stays_finite() -> None:
@@ -776,12 +776,12 @@ def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
 
 
 def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generator) -> None:
-    wanted, level, found = torch.randn(3, 40, 6, generator=generator)
+    wanted, level, output_now = torch.randn(3, 40, 6, generator=generator)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
-    renewed = RegressionTargets(wanted, level, sign).renewed(found)
+    renewed = RegressionTargets(wanted, level, sign).renewed(output_now)
     for row in range(40):
         for output in range(6):
-            t, n, z = (float(each[row, output]) for each in (wanted, level, found))
+            t, n, z = (float(values[row, output]) for values in (wanted, level, output_now))
             if sign[output] < 0:
                 t, n, z = -t, -n, -z
             expected = t if t > n else min(z, n)
@@ -832,11 +832,11 @@ def test_errors_behind_the_rectifier_get_smaller() -> None:
         smaller, _ = cut_and_refit(model, plan, batches, settings)
         assert isinstance(smaller, Chain)
         with torch.no_grad():
-            wanted, found = (
-                F.relu(each.bn2(each.conv2(F.relu(each.bn1(each.conv1(images))))))
-                for each in (model, smaller)
+            wanted, outputs = (
+                F.relu(net.bn2(net.conv2(F.relu(net.bn1(net.conv1(images))))))
+                for net in (model, smaller)
             )
-        errors[rectified] = float((wanted - found).square().mean())
+        errors[rectified] = float((wanted - outputs).square().mean())
     assert errors[True] < 0.98 * errors[False]
 
 
@@ -901,10 +901,10 @@ def test_the_number_of_processes_makes_no_difference(
         settings = RefitSection(positions=5, form=form)
         batches = in_batches(random_images(75, seed=3))
         alone, _ = cut_and_refit(model, half_of(graph_of(model)), batches, settings)
-        found = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
+        results = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
         for name, tensor in alone.state_dict().items():
-            assert torch.equal(found[0][name], found[1][name]), name
-            torch.testing.assert_close(found[0][name], tensor, rtol=1e-5, atol=1e-6)
+            assert torch.equal(results[0][name], results[1][name]), name
+            torch.testing.assert_close(results[0][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_no_image_is_an_error() -> None:

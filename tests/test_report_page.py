@@ -34,14 +34,14 @@ IN_A_COLUMN = 500
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with open_browser() as found:
-        yield found
+    with open_browser() as opened_browser:
+        yield opened_browser
 
 
 @pytest.fixture
 def report(browser: Browser, digits_run: DigitsRun) -> Iterator[Watched]:
-    with opened(browser, digits_run.folder / "report.html") as found:
-        yield found
+    with opened(browser, digits_run.folder / "report.html") as watched:
+        yield watched
 
 
 @pytest.fixture
@@ -201,23 +201,23 @@ def test_a_benchmark_page_is_in_the_same_style(
     }
     write_benchmark(tmp_path, from_dict(content, BenchmarkSpec), results, "secateur compare")
     for size in (DESK, PHONE):
-        with opened(browser, tmp_path / PAGE, size) as found:
-            expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
-            assert found.findings() == []
-            light = background(found.page)
+        with opened(browser, tmp_path / PAGE, size) as watched:
+            expect(watched.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
+            assert watched.findings() == []
+            light = background(watched.page)
             for _ in range(2):
-                found.page.locator("#theme").click()
-            expect(found.page.locator("#theme")).to_have_text("Theme: dark")
-            assert background(found.page) != light
-            assert found.findings() == []
-            assert found.overflow == 0
-            assert found.said == []
-            assert found.requests == []
+                watched.page.locator("#theme").click()
+            expect(watched.page.locator("#theme")).to_have_text("Theme: dark")
+            assert background(watched.page) != light
+            assert watched.findings() == []
+            assert watched.overflow == 0
+            assert watched.said == []
+            assert watched.requests == []
 
 
 def background(page: Page) -> str:
-    found: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return found
+    colour: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return colour
 
 
 def test_the_theme_is_the_systems_until_one_is_chosen(page: Page) -> None:
@@ -321,15 +321,15 @@ def test_the_report_of_resnet20_on_cifar10(
         RunConfig,
     )
     dataset, model = load_inputs(config)
-    some = data.DataSet(
+    subset = data.DataSet(
         dataset.name,
         dataset.class_names,
         dataset.train,
         dataset.validation,
         dataset.test.take(torch.arange(200)),
     )
-    pruned = prune(model, some, config)
-    gallery = make_gallery(model, pruned.model, some, pruned.result)
+    pruned = prune(model, subset, config)
+    gallery = make_gallery(model, pruned.model, subset, pruned.result)
     write_report(pruned.result, tmp_path / "report.html", gallery)
     look_through(browser, tmp_path / "report.html", pruned.result, "frog")
 

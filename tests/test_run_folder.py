@@ -59,14 +59,14 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
 ) -> None:
     config = small_config(model_file)
     run(config, tmp_path / "own")
-    own = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
+    loaded = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
     model_file.unlink()  # the program needs no code
     saved = tmp_path / "outputs.pt"
     arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", saved)]
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], check=True)
-    found = torch.load(saved, weights_only=True)
-    assert torch.equal(found[0], outputs(run_folder.load(digits_run.folder)))
-    assert torch.equal(found[1], outputs(own))
+    stored = torch.load(saved, weights_only=True)
+    assert torch.equal(stored[0], outputs(run_folder.load(digits_run.folder)))
+    assert torch.equal(stored[1], outputs(loaded))
 
 
 def test_program_of_a_run_is_bit_equal(digits_run: DigitsRun) -> None:

@@ -23,9 +23,9 @@ TENSORS = {
 }
 
 
-def same(found: dict[str, Tensor]) -> bool:
-    return found.keys() == TENSORS.keys() and all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+def same(tensors: dict[str, Tensor]) -> bool:
+    return tensors.keys() == TENSORS.keys() and all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
         for name, tensor in TENSORS.items()
     )
 
@@ -35,8 +35,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert same(safetensors_io.from_bytes(content))
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    found, facts = safetensors_io.read(path)
-    assert same(found)
+    tensors, facts = safetensors_io.read(path)
+    assert same(tensors)
     assert facts["facts"] == '{"epoch": 1}'
 
 

@@ -108,7 +108,7 @@ def test_divergence_of_logits_and_of_maps() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     assert divergence([logits], [logits]) == 0
     other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    p, q = ((each.double() / TEMPERATURE).softmax(1) for each in (logits, other))
+    p, q = ((values.double() / TEMPERATURE).softmax(1) for values in (logits, other))
     expected = TEMPERATURE**2 * float((p * (p / q).log()).sum() / 2)
     assert divergence([logits], [other]) == pytest.approx(expected)
     maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)

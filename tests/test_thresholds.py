@@ -40,11 +40,11 @@ def sorted_values(maps: Tensor, channel: int) -> list[float]:
 
 def exact_thresholds(maps: Tensor, quantile: float) -> list[float]:
     """The largest value of each filter that at least the share `quantile` reach."""
-    found = []
+    statistics = []
     for channel in range(maps.shape[1]):
         values = sorted_values(maps, channel)
-        found.append(values[max(1, round(quantile * len(values))) - 1])
-    return found
+        statistics.append(values[max(1, round(quantile * len(values))) - 1])
+    return statistics
 
 
 def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
@@ -56,10 +56,10 @@ def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
 def assert_close_to_exact(statistics: ActivationStatistics, maps: Tensor, quantile: float) -> None:
     """Never below the exact quantile; above it by as much as the docstring says."""
     for channel, exact in enumerate(exact_thresholds(maps, quantile)):
-        found = statistics.threshold[channel].item()
+        threshold = statistics.threshold[channel].item()
         largest = maps[:, channel].abs().max().item()
         margin = max(abs(exact) / 64, largest / 2**9)
-        assert exact <= found <= exact + margin, (channel, exact, found, largest)
+        assert exact <= threshold <= exact + margin, (channel, exact, threshold, largest)
 
 
 @settings(deadline=None, max_examples=100)
@@ -246,8 +246,8 @@ def test_values_that_are_not_finite_are_an_error(value: float, place: int) -> No
 def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> None:
     maps = torch.randn(6, 3, 5, 5, generator=generator)
     tally = StatisticsAccumulator(3, ALL_POSITIONS, with_thresholds=False)
-    for some in maps.split(2):
-        tally.update(some)
+    for chunk in maps.split(2):
+        tally.update(chunk)
     statistics, whole = tally.compute(0.1), tally_of(maps).compute(0.1)
     assert torch.equal(statistics.mean, whole.mean)
     assert torch.equal(statistics.largest, whole.largest)

@@ -40,7 +40,7 @@ def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
     source = concepts.make(settings.concepts, dependencies.graph, state, tuple("abcde"), size)
     criterion = criteria.make(name, settings, 0, {})
     numbers = torch.arange(len(IMAGES)).split(4)
-    batches = [Batch(*some, own) for some, own in zip(BATCHES, numbers, strict=True)]
+    batches = [Batch(*tensors, indices) for tensors, indices in zip(BATCHES, numbers, strict=True)]
     scored = score_filters(
         model, dependencies, lambda: batches, {name: criterion}, source, settings
     )

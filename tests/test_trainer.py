@@ -415,8 +415,8 @@ def test_resumed_training_ends_where_an_undisturbed_one_does(
     expected, whole = resumed(tmp_path / "whole", images, section)
     for steps in (1, 3, 2, 4):
         stopped_after(steps, tmp_path / "parts", images, section)
-    found, training = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, training = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
     assert training.epochs == whole.epochs
     assert (training.before, training.best_epoch) == (whole.before, whole.best_epoch)
     for name in whole.best:
@@ -426,8 +426,8 @@ def test_resumed_training_ends_where_an_undisturbed_one_does(
 def test_a_finished_training_is_not_trained_again(images: TensorImages, tmp_path: Path) -> None:
     section = settings(**LONG)
     expected, whole = resumed(tmp_path, images, section)
-    found, again = resumed(tmp_path, images, section)
-    assert is_equal(found, expected)
+    model, again = resumed(tmp_path, images, section)
+    assert is_equal(model, expected)
     assert again.epochs == whole.epochs
 
 
@@ -437,8 +437,8 @@ def test_a_training_that_time_has_ended_is_not_resumed(
 ) -> None:
     section = settings(**{**LONG, "epochs": epochs, "max_minutes": 1e-9})
     expected, first = resumed(tmp_path, images, section)
-    found, again = resumed(tmp_path, images, section)
-    assert is_equal(found, expected)
+    model, again = resumed(tmp_path, images, section)
+    assert is_equal(model, expected)
     assert again.epochs == first.epochs
     assert (first.ended, again.ended) == ("time", "time")
     _, longer = resumed(tmp_path, images, settings(**{**LONG, "epochs": epochs}))
@@ -494,8 +494,8 @@ def test_a_request_to_stop_leaves_a_checkpoint(
     assert checkpoint is not None
     position = checkpoint.facts["position"]
     assert (position["epoch"], position["step"]) == (2, 2)
-    found, _ = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, _ = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
 
 
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_stepped_over(
@@ -506,8 +506,8 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_stepped_over(
     stopped_after(7, tmp_path / "parts", images, section)
     older, newest = sorted((tmp_path / "parts").iterdir())
     newest.write_bytes(newest.read_bytes()[:100])
-    found, _ = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, _ = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
     for path in (tmp_path / "whole").iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(RunFolderError, match=r"\.safetensors can't be read"):

@@ -38,12 +38,12 @@ def write_numbered(directory: Path, count: int, broken: set[int]) -> FileImages:
 
 def damaged(folder: Path) -> set[Path]:
     """Cuts one image of each class off, in every part, and returns them."""
-    found = set()
+    names = set()
     for directory in (*folder.glob("train/*"), *folder.glob("test/*")):
         file = min(directory.iterdir())
         file.write_bytes(file.read_bytes()[:200])
-        found.add(file)
-    return found
+        names.add(file)
+    return names
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
         asked.append(indices.tolist())
         return images.read(indices, SMALL)
 
-    found = read_batch(read, torch.tensor([7, 5, 3, 0, 1]), unreadable)
-    assert found is not None
-    indices, pixels = found
+    batch = read_batch(read, torch.tensor([7, 5, 3, 0, 1]), unreadable)
+    assert batch is not None
+    indices, pixels = batch
     assert indices.tolist() == [7, 3, 1]
     assert torch.equal(pixels, images.read(torch.tensor([7, 3, 1]), SMALL))
     assert asked == [[7, 5, 3, 0, 1], [7, 3, 1]]
@@ -144,13 +144,15 @@ def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
 def test_without_a_counter_it_is_an_error(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 3, {2})
     with pytest.raises(UnreadableImage, match=r"02\.jpg"):
-        read_batch(lambda some: images.read(some, SMALL), torch.arange(3))
+        read_batch(lambda indices: images.read(indices, SMALL), torch.arange(3))
 
 
 def test_nothing_is_left_of_a_batch_of_damaged_files(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 3, {0, 1, 2})
     unreadable = Unreadable()
-    assert read_batch(lambda some: images.read(some, SMALL), torch.arange(3), unreadable) is None
+    assert (
+        read_batch(lambda indices: images.read(indices, SMALL), torch.arange(3), unreadable) is None
+    )
     assert len(unreadable.names) == 3
 
 
@@ -170,13 +172,13 @@ def test_batches_come_without_what_can_not_be_read(size: int, tmp_path: Path) ->
     images = write_numbered(tmp_path, 9, {2, 3, 8})
     whole = write_numbered(tmp_path / "whole", 9, set())
     unreadable = Unreadable()
-    found = list(batches(images, size, SMALL, unreadable=unreadable))
-    assert all(len(batch.labels) for batch in found)
-    labels = torch.cat([batch.labels for batch in found])
+    all_batches = list(batches(images, size, SMALL, unreadable=unreadable))
+    assert all(len(batch.labels) for batch in all_batches)
+    labels = torch.cat([batch.labels for batch in all_batches])
     assert labels.tolist() == [0, 1, 4, 5, 6, 7]
-    assert torch.equal(labels, torch.cat([batch.indices for batch in found]))
+    assert torch.equal(labels, torch.cat([batch.indices for batch in all_batches]))
     expected = SMALL.normalise(whole.read(labels, SMALL))
-    assert torch.equal(torch.cat([batch.images for batch in found]), expected)
+    assert torch.equal(torch.cat([batch.images for batch in all_batches]), expected)
     assert [Path(name).stem for name in unreadable.names] == ["02", "03", "08"]
 
 
@@ -299,10 +301,10 @@ def test_inspecting_filters_leaves_them_out_too(folder: Path, model_file: Path) 
 
     with pytest.raises(UnreadableImage, match="can't be read"):
         inspect()
-    found = inspect(skip_unreadable=True)["unreadable"]
-    assert isinstance(found, list)
-    assert found
-    assert all("train" in name for name in found)
+    listed = inspect(skip_unreadable=True)["unreadable"]
+    assert isinstance(listed, list)
+    assert listed
+    assert all("train" in name for name in listed)
 
 
 def test_training_a_base_network_leaves_them_out_too(folder: Path, tmp_path: Path) -> None:

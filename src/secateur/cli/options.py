@@ -145,11 +145,11 @@ def command(
 
     def register(function: AnyFunction) -> AnyFunction:
         signature = inspect.signature(function, eval_str=True)
-        _, *own = signature.parameters.values()
+        _, *declared = signature.parameters.values()
         generated = [_parameter(kind, key, default) for key in keys]
         shared = [("settings", Set)] if default else [("config", Config), ("settings", Set)]
-        arguments = [parameter for parameter in own if _is_argument(parameter)]
-        others = [parameter for parameter in own if not _is_argument(parameter)]
+        arguments = [parameter for parameter in declared if _is_argument(parameter)]
+        others = [parameter for parameter in declared if not _is_argument(parameter)]
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in (*arguments, *generated, *others)

@@ -84,9 +84,9 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
-def show_benchmark(found: Sequence[TextTable]) -> None:
+def show_benchmark(tables: Sequence[TextTable]) -> None:
     """Print the tables of a benchmark."""
-    for table in found:
+    for table in tables:
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
         for number, head in enumerate(table.heads):
             shown.add_column(escaped(head), justify="left" if number == 0 else "right")
@@ -160,7 +160,7 @@ def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bo
     out().print(table)
 
 
-def show_groups(found: dict[str, Any]) -> None:
+def show_groups(inspection: dict[str, Any]) -> None:
     """Print a line for each prunable layer, then for each frozen one with the reason."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -168,8 +168,8 @@ def show_groups(found: dict[str, Any]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("detectors", justify="right", no_wrap=True)
-    largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
-    for group in found["groups"]:
+    largest = max((group["macs_share"] for group in inspection["groups"]), default=1.0)
+    for group in inspection["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
         table.add_row(
             escaped(group["layer"]),
@@ -185,13 +185,13 @@ def show_groups(found: dict[str, Any]) -> None:
         "overlap a concept, and of how many concepts",
         highlight=False,
     )
-    if not found["frozen"]:
+    if not inspection["frozen"]:
         return
     frozen = Table(box=None, pad_edge=False)
     frozen.add_column("frozen", overflow="fold")
     frozen.add_column("filters", justify="right", no_wrap=True)
     frozen.add_column("because")
-    for group in found["frozen"]:
+    for group in inspection["frozen"]:
         reason = escaped(group["reason"])
         frozen.add_row(escaped(group["layer"]), str(group["filters"]), reason)
     out().print(frozen)
