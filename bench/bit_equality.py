@@ -186,9 +186,9 @@ def run_side(request: Request, folder: Path) -> None:
     """Run every network with the `secateur` that PYTHONPATH names, and write the results."""
     import secateur
 
-    imported, expected = Path(secateur.__file__), Path(os.environ["PYTHONPATH"])
-    if expected not in imported.parents:
-        raise SystemExit(f"secateur is imported from {imported}, not from {expected}")
+    found, expected = Path(secateur.__file__), Path(os.environ["PYTHONPATH"])
+    if expected not in found.parents:
+        raise SystemExit(f"secateur is imported from {found}, not from {expected}")
     torch.set_num_threads(1)
     status = 0
     for name, run in cases(request):
@@ -430,21 +430,21 @@ def quantities(
 # --- both ------------------------------------------------------------------------------------
 
 
-def write(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+def write(folder: Path, name: str, found: Mapping[str, Any]) -> None:
     """Write what a network came to: tensors as safetensors, the rest as JSON."""
     for quantity in TENSORS:
-        tensors = {key: tensor.contiguous().clone() for key, tensor in record[quantity].items()}
+        tensors = {key: tensor.contiguous().clone() for key, tensor in found[quantity].items()}
         save_file(tensors, folder / f"{name}.{quantity}.safetensors")
-    rest = {quantity: record[quantity] for quantity in QUANTITIES if quantity not in TENSORS}
+    rest = {quantity: found[quantity] for quantity in QUANTITIES if quantity not in TENSORS}
     (folder / f"{name}.json").write_text(json.dumps(rest))
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     """Return what `write` wrote."""
-    record = json.loads((folder / f"{name}.json").read_text())
+    found = json.loads((folder / f"{name}.json").read_text())
     for quantity in TENSORS:
-        record[quantity] = load_file(folder / f"{name}.{quantity}.safetensors")
-    return {quantity: record[quantity] for quantity in QUANTITIES}
+        found[quantity] = load_file(folder / f"{name}.{quantity}.safetensors")
+    return {quantity: found[quantity] for quantity in QUANTITIES}
 
 
 def compare(before: Path, after: Path, only: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pages in a real browser: Debian's Chromium, or whatever Playwright has installed."""
+"""Open pages in a real browser: Debian's Chromium, or the one that Playwright has installed."""
 
 from __future__ import annotations
 

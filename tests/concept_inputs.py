@@ -1,4 +1,4 @@
-"""What concept sources are shown, made by hand from a network and images."""
+"""Make the inputs of concept sources by hand, from a network and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test module shares: checked shapes, one thread, a seed and the staged data."""
+"""Fixtures of every test module: checked shapes, one thread, a seed and the staged data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Network Dissection as it is written, slow and by itself: the reference that ours is held against.
+"""Network Dissection as it is written, slow and independent: the reference for ours.
 
 Bau et al., Network Dissection, CVPR 2017, section 2.2: a filter's threshold is the exact quantile
 of all its activations at all positions of all images; each feature map is up-sampled bilinearly to

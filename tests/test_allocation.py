@@ -68,7 +68,7 @@ def test_with_equal_prices_the_cheapest_channels_go() -> None:
     assert lowest_sensitivity(space, sensitivity) == {"a": 3, "b": 1}
 
 
-def test_what_brings_more_goes_first() -> None:
+def test_steps_with_a_smaller_loss_come_first() -> None:
     space = additive({"a": 3, "b": 3}, {"a": 4.0, "b": 1.0}, 11.0)
     sensitivity = {"a": [0.0, 2.0, 4.0, 6.0], "b": [0.0, 1.0, 2.0, 3.0]}
     assert lowest_sensitivity(space, sensitivity) == {"a": 2, "b": 3}

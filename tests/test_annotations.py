@@ -130,7 +130,7 @@ def test_a_mask_of_the_images_own_values_lies_on_the_image(
     assert torch.equal(planes.sum(0), torch.ones_like(pixels).long())
 
 
-def test_what_a_crop_adds_around_a_small_image_shows_nothing(tmp_path: Path) -> None:
+def test_the_margin_of_a_crop_shows_no_concept(tmp_path: Path) -> None:
     save(tmp_path / "images" / "0.png", picture(8, 8))
     save(tmp_path / "masks" / "0.png", np.ones((8, 8), dtype=np.uint8))
     name_values(tmp_path, ["void", "a"])
@@ -139,7 +139,7 @@ def test_what_a_crop_adds_around_a_small_image_shows_nothing(tmp_path: Path) -> 
     assert regions.masks[0, 0, 2:10, 2:10].all()
 
 
-def test_only_what_an_image_shows_is_a_region(tmp_path: Path) -> None:
+def test_only_concepts_that_an_image_shows_are_regions(tmp_path: Path) -> None:
     _, masks = write_masks(tmp_path, [(16, 16), (16, 16), (16, 16)])
     masks[1][:] = 2
     masks[2][:] = 0

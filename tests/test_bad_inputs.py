@@ -1,4 +1,4 @@
-"""Every message of docs/reference/errors.md is what the input beside it leads to, in full."""
+"""Every input in docs/reference/errors.md leads to the message beside it, word for word."""
 
 from __future__ import annotations
 
@@ -629,7 +629,7 @@ def test_every_row_has_a_case_and_every_case_a_row() -> None:
     assert [row.wrong for row in ROWS] == list(CASES)
 
 
-def test_every_row_says_what_to_do() -> None:
+def test_every_row_has_a_remedy() -> None:
     assert all(row.remedy for row in ROWS)
 
 

@@ -1,4 +1,4 @@
-"""Wheel and sdist are the same bytes anywhere, and hold and need what they must and no more."""
+"""Wheel and sdist are reproducible, and hold the right files and dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks of words and structure find what they are for."""
+"""The checks of words and structure find violations."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_network_climbs_where_a_higher_package_is_called_after_a_lower_one(
     assert "small.low.sizes  Sizes.total" not in output  # `cut` does not say what it returns
 
 
-def test_what_is_too_long_is_told(tmp_path: Path) -> None:
+def test_a_function_that_is_too_long_is_reported(tmp_path: Path) -> None:
     package = tmp_path / "small"
     package.mkdir()
     lines = ["def prune(model):", *["    model += 1"] * 90]

@@ -103,7 +103,7 @@ def test_names_must_be_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         data.load(f"cifar100:{tmp_path}")
 
 
-def test_a_folder_without_it_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_it_is_an_error_with_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(DataError, match=r"no CIFAR-100 in .*: expected .* cifar-100-python"):
         data.load(f"cifar100:{tmp_path}")

@@ -149,7 +149,7 @@ def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Pa
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
 
-def test_prune_distills_and_leaves_batch_norm_alone_if_asked(
+def test_prune_distills_and_skips_batch_norm_on_request(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
@@ -198,7 +198,7 @@ def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
     assert f"{100 * before.top1_fraction:.2f} %" in outcome.out
 
 
-def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None:
+def test_inspect_lists_frozen_layers_with_reasons(call: Call, digits_run: DigitsRun) -> None:
     weights = digits_run.config.model.weights
     common = [
         "inspect",
@@ -463,7 +463,7 @@ def test_run_of_user_code_is_scored_and_exported_without_the_code(
     assert {**printed, "latency_ms": 0} == {**recorded, "latency_ms": 0}
 
 
-def test_export_of_what_is_no_run(call: Call, tmp_path: Path) -> None:
+def test_export_of_a_folder_without_a_run_is_an_error(call: Call, tmp_path: Path) -> None:
     outcome = call("export", tmp_path)
     assert outcome.code == 1
     assert "no manifest.json" in outcome.err
@@ -483,7 +483,7 @@ def test_models_lists_what_can_be_named(call: Call) -> None:
     assert "resnet56" in call("models").out
 
 
-def test_unreadable_images_are_left_out_if_asked(
+def test_unreadable_images_are_skipped_on_request(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
     for name in ("cat", "dog"):
@@ -817,7 +817,7 @@ def test_every_allocation_meets_every_target(
         assert cut[quantity] <= 0.6 * before[quantity]
 
 
-def test_comparing_prints_tables_and_says_where_the_page_is(
+def test_comparing_prints_tables_and_the_path_of_the_page(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "benchmark.toml", tmp_path / "comparison"
@@ -857,7 +857,9 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
         (["finetune=3", "finetune.epochs=1"], "configuration, finetune: must be a table; got 3"),
     ],
 )
-def test_a_section_that_is_no_table_is_named(settings: list[str], words: str, call: Call) -> None:
+def test_a_section_that_is_not_a_table_is_named(
+    settings: list[str], words: str, call: Call
+) -> None:
     options = [word for setting in settings for word in ("--set", setting)]
     outcome = call("prune", "-m", "resnet20", "-d", "digits", *options)
     assert outcome.code == 2

@@ -79,7 +79,7 @@ def test_lab_values_are_the_published_ones(value: str, expected: tuple[float, ..
     torch.testing.assert_close(colour, torch.tensor(expected).double(), rtol=0, atol=0.05)
 
 
-def test_lab_is_what_the_formula_gives_colour_by_colour(generator: torch.Generator) -> None:
+def test_lab_equals_the_formula_colour_by_colour(generator: torch.Generator) -> None:
     values = torch.rand(50, 3, generator=generator, dtype=torch.float64)
     values[:10] *= 0.01  # below both knees
     expected = [slow_lab(*value) for value in values.tolist()]

@@ -117,7 +117,7 @@ def test_evidence_of_a_flattening_network_is_its_grad_cam(with_labels: bool) -> 
     torch.testing.assert_close(heat, torch.stack(expected))
 
 
-def test_the_gradient_can_be_asked_for_again() -> None:
+def test_the_gradient_can_be_computed_again() -> None:
     context = context_of(make_network("flattened"))
     evidence = Evidence(context)
     concept_input = concept_input_of(evidence, context, random_images(3))
@@ -179,7 +179,7 @@ def test_evidence_leaves_no_gradient_behind(name: str) -> None:
 # --- saliency -------------------------------------------------------------------------------------
 
 
-def test_saliency_is_what_lies_above_the_mean_of_the_summed_map() -> None:
+def test_saliency_covers_cells_above_the_mean_of_the_summed_map() -> None:
     model, images = chain(), random_images(4)
     regions = found_by("saliency", model, images)
     maps = last_maps_of_chain(model, images)
@@ -451,7 +451,7 @@ def test_no_resolution_is_finer_than_the_image() -> None:
 
 
 @pytest.mark.parametrize("network", ["chain", "flattened"])
-def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> None:
+def test_each_source_finds_the_same_regions_combined_and_alone(network: str) -> None:
     images = random_images(5)
     context = context_of(make_network(network))
     combined = make(
@@ -499,7 +499,7 @@ def test_annotations_are_those_of_the_batch() -> None:
     assert source.concepts == (Concept("a", "letter"),)
 
 
-def test_images_without_annotations_are_an_error_that_says_what_to_do() -> None:
+def test_images_without_annotations_are_an_error_with_a_remedy() -> None:
     source = Annotations((Concept("a", "letter"),))
     with pytest.raises(DataError, match="without annotated regions: take those that the concept"):
         source.find(empty_input(random_images(2)))

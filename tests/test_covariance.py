@@ -52,7 +52,7 @@ def test_values_keep_their_size_whatever_it_is(size: float) -> None:
     assert whole.abs().max() <= LEVELS
 
 
-def test_what_is_no_number_is_refused() -> None:
+def test_nan_is_refused() -> None:
     rows = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(DataError, match="'conv1' holds values that are not finite"):
         quantize(rows, torch.ones(2), "conv1")

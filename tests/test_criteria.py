@@ -291,7 +291,7 @@ def test_an_absent_region_has_no_vote() -> None:
     seed=st.integers(0, 2**31),
     has_norm_weights=st.booleans(),
 )
-def test_filters_go_in_the_order_of_what_is_missed(
+def test_filters_are_removed_in_the_order_of_their_loss(
     filters: int, taps: int, outputs: int, seed: int, has_norm_weights: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -526,7 +526,7 @@ def test_statistics_are_those_of_every_position(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_independence_is_what_the_nuclear_norm_loses(
+def test_independence_equals_the_drop_of_the_nuclear_norm(
     chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group].double()
@@ -816,7 +816,7 @@ def test_a_filter_that_does_nothing_scores_nothing(
 
 
 @pytest.mark.parametrize("name", [n for n in CRITERIA if make(n, SETTINGS, 0, {}).needs])
-def test_what_is_no_number_is_an_error(name: str) -> None:
+def test_nan_is_an_error(name: str) -> None:
     model = make_network("chain")
     assert isinstance(model, Chain)
     with torch.no_grad():

@@ -243,7 +243,7 @@ def test_damaged_columns_are_refused(
         data.load(f"cifar10:{tmp_path}")
 
 
-def test_a_folder_without_cifar_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_cifar_is_an_error_with_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no CIFAR-10 .*: expected train_labels.npy .* or torch"):
         data.load(f"cifar10:{tmp_path}")
 
@@ -272,7 +272,7 @@ def test_a_folder_with_parts_is_read_as_it_is_split(scored: str, tmp_path: Path)
     assert splits.test.labels.tolist() == [0, 1, 2, 2]
 
 
-def test_test_goes_before_val(tmp_path: Path) -> None:
+def test_test_is_preferred_to_val(tmp_path: Path) -> None:
     for part, count in (("train", 2), ("test", 3), ("val", 4)):
         write_folder(tmp_path / part, {"ant": count})
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
@@ -286,7 +286,7 @@ def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path:
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
 
 
-def test_what_programs_hide_in_folders_is_neither_class_nor_image(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_neither_class_nor_image(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "bee": 5, "__MACOSX": 1, ".ipynb_checkpoints": 1})
     write_folder(tmp_path / "ant", {"winged": 2, ".ipynb_checkpoints": 3})
     (tmp_path / "bee" / "._0.png").write_bytes(b"what macOS leaves")
@@ -333,7 +333,7 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
-def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
+def test_images_are_preprocessed_as_for_the_published_weights(name: str) -> None:
     pixels = random_pixels(1, 300, 280)
     prepare = zoo.preprocessing(f"torchvision:{name}")
     images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
@@ -473,7 +473,7 @@ LABELS = st.lists(st.integers(2, 12), min_size=1, max_size=4).map(
 
 @given(LABELS, st.floats(0, 0.6), st.integers(0, 99))
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
-def test_what_is_held_out_is_a_share_of_each_class(
+def test_a_fraction_of_each_class_is_held_out(
     labels: list[int], fraction: float, seed: int
 ) -> None:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

@@ -117,7 +117,7 @@ def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
 
 @pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
+def test_frozen_channels_carry_the_reason(name: str, prune_residual: bool) -> None:
     dependencies = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
     if prune_residual:
@@ -199,7 +199,7 @@ def test_a_tap_holds_each_channel_where_its_index_says(name: str) -> None:
             assert differs.tolist() == [changed]
 
 
-def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
+def test_joined_branches_follow_one_another() -> None:
     dependencies = wired("concat")[1]
     left, right = dependencies.groups["left.0"], dependencies.groups["right.0"]
     assert left.taps[0].node is right.taps[0].node
@@ -304,7 +304,7 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
         (lambda self, x: x.flatten(0, 1).view(-1, 6, 8, 8), "which mixes dimensions"),
     ],
 )
-def test_what_is_not_understood_is_frozen_and_says_why(
+def test_unknown_operations_freeze_channels_with_the_reason(
     then: Callable[[Between, Tensor], Tensor], reason: str, generator: torch.Generator
 ) -> None:
     model, dependencies = between(then)
@@ -345,7 +345,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
         _chunked,
     ],
 )
-def test_what_is_understood_can_be_cut(
+def test_channels_of_known_operations_can_be_cut(
     then: Callable[[Between, Tensor], Tensor], generator: torch.Generator
 ) -> None:
     model, dependencies = between(then)
@@ -370,7 +370,7 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
     assert_any_cut(model, dependencies, generator)
 
 
-def test_a_layer_whose_output_goes_nowhere_is_frozen() -> None:
+def test_a_layer_whose_output_is_unused_is_frozen() -> None:
     _, dependencies = between(lambda self, x: x * self.to_one(x))
     assert {"to_one": "one channel that is spread over others"}.items() <= {
         group.name: group.reason for group in dependencies.frozen

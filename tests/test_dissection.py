@@ -52,7 +52,7 @@ def dissected(names: tuple[str, ...], *concept_inputs: tuple[Tensor, Tensor, Ten
     return dissection
 
 
-def test_filters_are_told_by_what_they_lie_on() -> None:
+def test_filters_are_identified_by_the_concepts_they_lie_on() -> None:
     top = torch.zeros(4, 4, dtype=torch.bool)
     top[:2] = True
     # Filter 0 lies on the first concept, filter 1 on the second, filter 2 nowhere.
@@ -101,7 +101,7 @@ def test_masks_are_brought_to_the_maps() -> None:
     assert dissection.best(dissection.iou("layer")) == [FilterConcept("sky", 1.0)]
 
 
-def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
+def test_a_channel_is_described_by_the_best_of_its_filters() -> None:
     model = make_network("grouped")
     dependencies = build_dependency_graph(model, random_images(2))
     group = dependencies.groups["stem.0"]

@@ -1,4 +1,4 @@
-"""A whole run over several processes: as one process would have it."""
+"""A whole run over several processes equals that of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement: what it measures, image by image, and what it leaves alone."""
+"""Divergence of two networks, image by image, against a slow reference."""
 
 from __future__ import annotations
 

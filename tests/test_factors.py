@@ -104,7 +104,7 @@ def slow_strengths(row: list[float], dictionary: list[list[float]]) -> list[floa
     return strengths
 
 
-def test_strengths_are_what_the_updates_of_each_position_give(generator: torch.Generator) -> None:
+def test_strengths_equal_the_updates_position_by_position(generator: torch.Generator) -> None:
     value = torch.randn(3, 9, 4, 5, generator=generator)
     factors = taught(factors_of(9), value)
     strengths = factors.strengths(concept_input(value))
@@ -215,7 +215,7 @@ def test_no_more_than_some_positions_of_some_images_are_kept(
         assert rows.untyped_storage().nbytes() == rows.nbytes  # and nothing larger behind them
 
 
-def test_negative_features_are_no_part(generator: torch.Generator) -> None:
+def test_negative_features_belong_to_no_factor(generator: torch.Generator) -> None:
     value = torch.randn(5, 6, 4, 4, generator=generator)
     one, other = taught(factors_of(6), value), taught(factors_of(6), value.clamp(min=0))
     assert torch.equal(dictionary_of(one), dictionary_of(other))

@@ -51,7 +51,7 @@ def test_every_layout_is_read(compressed: bool, below: str, tmp_path: Path) -> N
     assert torch.equal(pixels, expected[:, None].expand(-1, 3, -1, -1))
 
 
-def test_it_is_what_torchvision_reads(tmp_path: Path) -> None:
+def test_images_equal_those_that_torchvision_reads(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path / "FashionMNIST" / "raw", compressed=False)
     splits = data.READERS["fashion-mnist"](tmp_path)
     for images, is_training in ((splits.train, True), (splits.test, False)):

@@ -243,7 +243,7 @@ def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> 
         torch.testing.assert_close(recorder.maps(group), maps[group].detach())
 
 
-def test_only_those_who_ask_for_gradients_get_them() -> None:
+def test_only_observers_that_need_gradients_get_them() -> None:
     model, dependencies = network("chain")
     with_gradients, without = Recorder(GRADIENTS), Recorder()
     run(model, dependencies, CalibrationSet(random_images(7), LABELS), [without, with_gradients])
@@ -282,7 +282,7 @@ def test_no_sampled_pass_comes_first_unless_needed(needs: set[Need]) -> None:
     assert all(features.statistics is None for features in recorder.batches_of["conv1"])
 
 
-def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
+def test_no_source_is_needed_if_no_observer_needs_concepts() -> None:
     model, dependencies = network("chain")
     recorder, source = Recorder(GRADIENTS), Bright(needs_learning=True)
     run(model, dependencies, CalibrationSet(random_images(7), LABELS), [recorder], source=source)

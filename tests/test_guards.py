@@ -1,4 +1,4 @@
-"""What would be worse than before is not kept, and what was made of another network is refused."""
+"""Results that are worse than before are dropped, and files of another network are refused."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_an_image_that_can_not_be_read_is_named_by_its_row(hub: Any, tmp_path: P
     assert unreadable.names == (f"{source}, test[2]",)
 
 
-def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
+def test_tables_without_images_and_labels_are_refused(hub: Any, tmp_path: Path) -> None:
     train = make_split(hub, 3 * [0, 1, 2], pictures(9))
     test = make_split(hub, [0, 1, 2], pictures(3))
     two_labels = test.add_column("sort", [0, 1, 2]).cast_column("sort", hub.ClassLabel(names=NAMES))
@@ -196,7 +196,7 @@ def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
             data.load(source)
 
 
-def test_what_can_not_be_loaded_is_an_error_of_one_line(hub: Any, tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_of_one_line(hub: Any, tmp_path: Path) -> None:
     for name in ("no-such/data-set", str(tmp_path / "nowhere")):
         with pytest.raises(DataError, match=f"hf:{name} can't be loaded: ") as caught:
             data.load(f"hf:{name}")

@@ -1,4 +1,4 @@
-"""Hostile files are refused before anything is believed of them: fast, and in little memory."""
+"""Hostile files are refused before they are parsed: fast, and in little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed, and that times come back; no test asserts how long anything takes."""
+"""The profiler times the right layers; no test asserts how long anything takes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from secateur.training import memory_check, trainer
 from secateur.training.memory_check import check_training
 
 
-def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_that_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes(torch.device("cpu"))
     assert 2**20 < free < 2**50
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
@@ -39,7 +39,7 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert free_bytes(torch.device("cpu")) > 2_400_000
 
 
-def test_batches_fit_into_what_is_free() -> None:
+def test_batches_fit_into_free_memory() -> None:
     dependencies = build_dependency_graph(Residual(), random_images(2))
     activations = peak_bytes(dependencies)({})
     assert 0 < activations < total_bytes(dependencies)
@@ -117,7 +117,7 @@ def test_nothing_of_the_measured_step_stays_in_memory() -> None:
     assert model.seen() is None
 
 
-def test_what_a_step_takes_grows_with_what_is_computed_at_once(
+def test_memory_of_a_step_grows_with_the_images_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(tmp_path, report_images=0)

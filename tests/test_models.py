@@ -57,7 +57,7 @@ def test_vgg_has_thirteen_convolutions_and_its_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "torchvision:resnet18"])
-def test_the_number_of_classes_is_the_one_asked_for(name: str) -> None:
+def test_the_number_of_classes_is_the_requested_one(name: str) -> None:
     model = load(name, num_classes=7)
     assert not model.training
     with torch.no_grad():
@@ -360,13 +360,13 @@ def test_a_network_comes_from_a_factory_in_a_file(
     assert not model.training
 
 
-def test_a_class_is_a_factory_too_and_told_the_number_of_classes(network_file: Path) -> None:
+def test_a_class_is_a_factory_and_gets_the_number_of_classes(network_file: Path) -> None:
     linear = load(f"{network_file}:Net", num_classes=7).get_submodule("linear")
     assert isinstance(linear, nn.Linear)
     assert linear.out_features == 7
 
 
-def test_a_factory_that_takes_any_argument_is_told_the_number_of_classes(
+def test_a_factory_with_keyword_arguments_gets_the_number_of_classes(
     network_file: Path,
 ) -> None:
     model = load(f"{network_file}:with_any", num_classes=7)
@@ -450,7 +450,7 @@ def test_weights_are_loaded_into_a_network_of_ones_own(network_file: Path, tmp_p
         ("torchvision:efficientnet_b3", 300, 320),
     ],
 )
-def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resize: int) -> None:
+def test_preprocessing_is_that_of_the_origin(name: str, image_size: int, resize: int) -> None:
     prepare = preprocessing(name)
     assert (prepare.image_size, prepare.resize) == (image_size, resize)
     assert (prepare.mean, prepare.std) == (IMAGENET_MEAN, IMAGENET_STD)
@@ -466,7 +466,7 @@ def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resiz
         ("timm:vgg11_bn", "bilinear"),
     ],
 )
-def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) -> None:
+def test_images_are_resized_as_by_the_origin(name: str, interpolation: str) -> None:
     assert preprocessing(name).interpolation == interpolation
 
 
@@ -480,7 +480,7 @@ def test_preprocessing_of_an_unknown_network_names_near_ones() -> None:
         preprocessing("torchvision:resnet51")
 
 
-def test_normalising_is_what_torchvision_does(generator: torch.Generator) -> None:
+def test_normalising_equals_torchvision(generator: torch.Generator) -> None:
     images = torch.randint(256, (2, 3, 5, 4), generator=generator, dtype=torch.uint8)
     transform = v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

@@ -1,4 +1,4 @@
-"""The whole method on real digits: what it finds, what it leaves, what it leaves alone."""
+"""The whole method on real digits: its result, its files, and what it must not change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None
     assert 0.45 * before.macs < tuned.macs <= 0.5 * before.macs
 
 
-def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None:
+def test_refit_removes_most_of_the_error_of_the_cut(digits_run: DigitsRun) -> None:
     before, cut, refit = (digits_run.result.score(s) for s in ("before", "cut", "refit"))
     assert before is not None
     assert cut is not None
@@ -78,7 +78,7 @@ def test_result_is_read_back_as_it_was(digits_run: DigitsRun) -> None:
     assert RunResult.model_validate_json(text) == digits_run.result
 
 
-def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> None:
+def test_result_holds_all_that_a_repetition_needs(digits_run: DigitsRun) -> None:
     result = digits_run.result
     assert result.config.data.image_size == 32
     assert result.config.data.interpolation == "bilinear"
@@ -136,7 +136,7 @@ def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_label_is_looked_at_unless_asked_for(model_file: Path) -> None:
+def test_no_label_is_read_unless_requested(model_file: Path) -> None:
     config = small_config(
         model_file,
         data={"stratified": False},

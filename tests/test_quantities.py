@@ -90,7 +90,7 @@ def test_macs_and_parameters_are_those_that_the_dependency_graph_counts(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_memory_is_what_is_alive_as_the_cut_network_runs(
+def test_memory_equals_the_live_tensors_of_the_running_cut_network(
     name: str, generator: torch.Generator
 ) -> None:
     model, dependencies = network_and_graph(name)

@@ -188,7 +188,7 @@ def test_the_same_seed_draws_the_same_positions() -> None:
     assert not torch.equal(other.get_parameter("conv2.weight"), first.get_parameter("conv2.weight"))
 
 
-def test_only_readers_are_refitted_where_that_is_asked_for() -> None:
+def test_only_consumers_are_refitted_on_request() -> None:
     model = make_network("residual")
     plan = plan_of(conv1__0=(0,))
     _, readers = cut_and_refit(model, plan, settings=RefitSection(layers="consumers"))
@@ -756,7 +756,7 @@ def test_a_computed_kernel_is_left_with_a_note() -> None:
     assert results[1].ridge is not None
 
 
-def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
+def test_a_constant_channel_can_be_removed_without_a_change() -> None:
     model = make_network("chain")
     with torch.no_grad():
         for tensor in tensors_of(model.get_submodule("bn1")).values():
@@ -1007,7 +1007,7 @@ class BatchStatistics(nn.Module):
         return logits
 
 
-def test_a_norm_without_running_statistics_is_no_place_for_an_offset() -> None:
+def test_a_norm_without_running_statistics_cannot_hold_an_offset() -> None:
     model = BatchStatistics().eval()
     duplicate(model.conv1, nn.Identity(), 0, 2)
     smaller, _ = cut_and_refit(model, plan_of(conv1=(2,)))

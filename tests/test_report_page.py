@@ -1,4 +1,4 @@
-"""The report in a real browser: what a click, a key and a word do, and who can read it."""
+"""The report in a real browser: clicks, keys, search, and accessibility."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def title_of(result: RunResult, group: int, filter_: int) -> str:
     return f"{result.groups[group].name}, filter {filter_}"
 
 
-def test_it_says_nothing_and_asks_for_nothing(report: Watched) -> None:
+def test_the_page_logs_nothing_and_requests_nothing(report: Watched) -> None:
     cards(report.page).last.scroll_into_view_if_needed()
     expect(cards(report.page).last.locator("canvas[data-drawn=yes]")).to_have_count(5)
     assert report.said == []
@@ -146,7 +146,7 @@ def test_a_concept_lists_the_filters_that_see_it(page: Page) -> None:
         assert text.startswith(f"Overlaps {concept} (IoU ")
 
 
-def test_more_filters_come_when_asked_for(page: Page) -> None:
+def test_more_filters_are_shown_on_request(page: Page) -> None:
     before = cards(page).count()
     page.get_by_role("button", name="Show more").click()
     assert cards(page).count() > before

@@ -227,7 +227,7 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_what_is_followed_can_be_cut(name: str) -> None:
+def test_followed_channels_can_be_cut(name: str) -> None:
     size, make = CUT[name]
     assert len(check(make()).groups["second"]) == size
 
@@ -347,7 +347,7 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_what_is_not_followed_is_frozen_and_says_why(name: str) -> None:
+def test_other_channels_are_frozen_with_the_reason(name: str) -> None:
     reason, make = FROZEN[name]
     dependencies = check(make())
     assert any(reason in frozen.reason for frozen in dependencies.frozen if frozen.name == "second")

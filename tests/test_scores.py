@@ -74,7 +74,7 @@ def assert_same(one: dict[str, FilterScores], other: dict[str, FilterScores]) ->
             assert torch.equal(score, other[name].scores[group]), (name, group)
 
 
-def test_one_pass_for_all_gives_what_each_one_gives_alone(
+def test_one_pass_for_all_criteria_equals_a_pass_for_each(
     network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     together = scores_by(EVERY_CRITERION, network)

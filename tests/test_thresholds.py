@@ -70,7 +70,7 @@ def assert_close_to_exact(statistics: ActivationStatistics, maps: Tensor, quanti
     scale=SCALES,
     spread=st.sampled_from([0.0, 1.0, 6.0]),
 )
-def test_threshold_is_what_a_sort_of_each_filter_finds_to_within_a_bin(
+def test_threshold_equals_the_sorted_quantile_to_within_a_bin(
     size: tuple[int, ...], quantile: float, seed: int, scale: float, spread: float
 ) -> None:
     maps = maps_of(size, seed, scale, spread)
@@ -189,7 +189,7 @@ def test_the_sample_meets_every_column_of_a_large_map(side: int) -> None:
     assert statistics.mean.mean().item() == pytest.approx(1 / side, rel=1e-5)
 
 
-def test_what_was_added_does_not_follow_later_changes_of_the_maps(
+def test_sums_do_not_follow_later_changes_of_the_maps(
     generator: torch.Generator,
 ) -> None:
     maps = torch.randn(2, 3, 4, 4, generator=generator)

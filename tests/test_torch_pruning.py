@@ -90,7 +90,7 @@ def test_the_network_is_scored_anew_after_each_step() -> None:
     assert_lowest_go(halfway["conv2"], cut_and_watch(model, pruner)["conv2"])
 
 
-def test_what_secateur_can_not_cut_is_left_whole_and_named() -> None:
+def test_frozen_layers_are_left_whole_and_named() -> None:
     model = make_network("view_fixed")
     importance = CriterionImportance(model, IMAGES[:2], "l2")
     pruner_of(model, importance).step()

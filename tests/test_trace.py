@@ -32,7 +32,7 @@ class Forward(nn.Module):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_graph_computes_what_the_network_computes(name: str, count: int) -> None:
+def test_the_graph_has_the_outputs_of_the_network(name: str, count: int) -> None:
     model, dependencies = wired(name)
     images = random_images(count)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Training: what it learns, what it leaves alone, and that it can be repeated."""
+"""Training: it learns, changes nothing else, and is repeatable."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def is_equal(one: Chain, other: Chain) -> bool:
     return all(torch.equal(a, b) for a, b in states)
 
 
-def test_loss_falls_and_every_epoch_is_told_of(images: TensorImages) -> None:
+def test_loss_falls_and_every_epoch_is_reported(images: TensorImages) -> None:
     _, epochs = trained(chain(), None, images, settings(epochs=6, learning_rate=0.1))
     assert [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     assert epochs[-1].loss < 0.8 * epochs[0].loss
@@ -189,7 +189,7 @@ def test_label_outside_the_head_is_an_error(images: TensorImages) -> None:
         train(chain(), None, TrainingData(wrong, PREPARE), settings(), seed=0)
 
 
-def test_precision_is_what_was_asked_for() -> None:
+def test_precision_is_the_requested_one() -> None:
     product = torch.nn.Linear(4, 4)
     expected = {
         "float32": torch.float32,
@@ -243,7 +243,7 @@ def test_mixing_without_labels_needs_none(images: TensorImages) -> None:
     assert len(epochs) == 3
 
 
-def test_the_average_of_the_weights_is_what_stays(images: TensorImages) -> None:
+def test_the_averaged_weights_are_kept(images: TensorImages) -> None:
     decay = 0.5
     section = settings(
         epochs=1, batch_size=30, freeze_batchnorm=True, momentum=0, learning_rate=0.1

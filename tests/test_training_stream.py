@@ -1,4 +1,4 @@
-"""Batches to train on: what comes, in which order, and how it is changed."""
+"""Batches to train on: their images, their order, and their augmentation."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_fewer_images_than_processes_is_an_error(count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_left_out_where_asked_for(workers: int, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_on_request(workers: int, tmp_path: Path) -> None:
     paths = tuple(tmp_path / f"{number}.png" for number in range(12))
     for number, path in enumerate(paths):
         Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(path)
@@ -195,7 +195,9 @@ def moved(augmentation: Augmentation, images: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_moving_is_what_one_would_do_image_by_image(flip: bool, generator: torch.Generator) -> None:
+def test_shifts_and_flips_equal_those_image_by_image(
+    flip: bool, generator: torch.Generator
+) -> None:
     images = torch.randn(16, 3, 16, 16, generator=generator)
     flipped = moved(Augmentation(flip=flip), images, seed=3)
     draws = torch.Generator().manual_seed(3)

@@ -123,7 +123,7 @@ def test_whatever_the_damage_it_is_an_error_of_ours_or_none(
     assert refused > (30 if kind == "cut" else 0)
 
 
-def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
+def test_readable_images_come_in_order(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 8, {0, 5})
     unreadable = Unreadable()
     asked: list[list[int]] = []
@@ -168,7 +168,7 @@ def test_other_errors_reach_the_caller() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_batches_come_without_what_can_not_be_read(size: int, tmp_path: Path) -> None:
+def test_batches_skip_unreadable_images(size: int, tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 9, {2, 3, 8})
     whole = write_numbered(tmp_path / "whole", 9, set())
     unreadable = Unreadable()
@@ -190,7 +190,7 @@ def test_files_are_counted_once_however_often_they_are_read(tmp_path: Path) -> N
     assert unreadable.names == (str(tmp_path / "01.jpg"),)
 
 
-def test_a_score_counts_what_was_read(tmp_path: Path) -> None:
+def test_a_score_counts_readable_images(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 7, {1, 5})
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 7))
     shown = batches(images, 3, SMALL, unreadable=Unreadable())
@@ -216,7 +216,7 @@ def test_by_default_a_run_ends_at_the_first_one(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_names_what_it_left_out(folder: Path, model_file: Path, tmp_path: Path) -> None:
+def test_a_run_names_the_skipped_images(folder: Path, model_file: Path, tmp_path: Path) -> None:
     lost = damaged(folder)
     options = {"skip_unreadable": True, "batch_size": 3}
     result = prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", **options)

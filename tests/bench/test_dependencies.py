@@ -40,7 +40,7 @@ def test_every_module_is_imported_without_extras() -> None:
 
 
 def test_bounds_are_lower_ones() -> None:
-    """But for what is compared with in a release of its own."""
+    """Except Torch-Pruning, which benches compare with in a pinned release."""
     kinds = {
         dependency.name: {s.operator for s in dependency.specifier}
         for dependency in dependencies.direct()
