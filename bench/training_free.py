@@ -10,8 +10,8 @@ Torch-Pruning, the batch-norm statistics are recalibrated on the calibration ima
 time and memory of secateur, each network in its own process; its `--data` is the folder of
 `cifar10`, `imagenet_sample` and `imagenette_subset`. Each measurement adds a line to
 `results/training_free.jsonl`; rows that it holds are not measured again, so the bench can be
-interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only writes the
-tables in docs/explanation/training_free.md and the README.
+interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
+writes the tables in docs/explanation/training_free.md and the README.
 """
 
 from __future__ import annotations
