@@ -43,7 +43,7 @@ class AnnotatedImages(Images, Protocol):
         """Return the regions of the images at `indices`, in the geometry of what `read` returns.
 
         An image has regions only for the concepts that it shows, by index; `UNLABELLED` regions
-        fill up where one image shows fewer than another. Raises `DataError`.
+        fill up if one image shows fewer than another. Raises `DataError`.
         """
 
     def take(self, indices: Indices) -> AnnotatedImages:

@@ -113,7 +113,7 @@ def _prepare_worker(number: int) -> None:
 def _end_with_parent() -> None:
     """End a worker when the process that it reads for has ended.
 
-    PyTorch's workers watch their parent by its process id. Where Python starts processes from a
+    PyTorch's workers watch their parent by its process id. If Python starts processes from a
     server, the default from 3.14 on, the parent is that server, which lives as long as they do.
     """
     parent = multiprocessing.parent_process()

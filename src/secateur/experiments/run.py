@@ -69,7 +69,7 @@ def run(
     The folder is there as soon as the network is cut and refitted, and is replaced when it has been
     fine-tuned; in between it holds the checkpoints of the training. `resume` continues what an
     interrupted run with the same configuration has left there, if anything. Raises `SecateurError`,
-    also where another run is writing to the folder; the folder then stays as it was.
+    also if another run is writing to the folder; the folder then stays as it was.
     """
     run_context = run_context or RunContext()
     check_names(config)

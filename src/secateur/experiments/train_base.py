@@ -69,7 +69,7 @@ def train_base(
     """Train the network that `config` names, and leave its weights in a folder with their recipe.
 
     Training starts from the weights that `config` names, or from random ones. During training the
-    folder holds the configuration, the log and the checkpoints that `resume` continues from; where
+    folder holds the configuration, the log and the checkpoints that `resume` continues from; if
     training is complete `resume` returns its result. Raises `RunFolderError` if the folder is
     not empty and is not to be resumed, or holds a run, or another training writes there, and
     `UsageError` if the folder holds a training with another configuration.

@@ -144,7 +144,7 @@ def finetune(
     """Train `pruned.model` in place as its configuration says, with `original` as its teacher.
 
     The last epoch's weights stay, or those of the epoch that was best on the validation images;
-    both are scored on the test images. Where training has broken the network (see `has_collapsed`)
+    both are scored on the test images. If training has broken the network (see `has_collapsed`)
     the weights from before it stay.
     """
     config, smaller = pruned.result.config, pruned.model

@@ -31,7 +31,7 @@ def quantize(
 ) -> Float[Tensor, "*row value"]:
     """Return a tap's values as whole multiples of their units.
 
-    Raises `DataError` that names the tap where a value is not finite.
+    Raises `DataError` that names the tap if a value is not finite.
     """
     whole = (values.float() / unit).round_().clamp_(-LEVELS, LEVELS)
     if not bool(whole.isfinite().all()):

@@ -16,7 +16,7 @@ from secateur.graph.channel_ids import Axes, Ids, index_table
 from secateur.graph.groups import Group
 
 Dimension = Ids | int
-"""Prunable channel of each index, negative where the index must stay; or a size that never
+"""Prunable channel of each index, negative if the index must stay; or a size that never
 changes."""
 
 

@@ -40,7 +40,7 @@ class ConceptInput:
     annotations: ConceptMasks | None
     """Regions that came with the images."""
     value: Float[Tensor, "image channel h w"] | None
-    """The value of the source's `node`: a leaf that the logits depend on where the source
+    """The value of the source's `node`: a leaf that the logits depend on if the source
     `needs_gradient`, else detached."""
     logits: Float[Tensor, "image class"]
 

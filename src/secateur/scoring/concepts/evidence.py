@@ -1,8 +1,8 @@
 """Class-evidence maps: where in an image the network finds evidence for a class.
 
-Where the head is global average pooling and one linear layer this is the class activation map
+If the head is global average pooling and one linear layer this is the class activation map
 (Zhou et al., CVPR 2016, eq. 2), which needs no gradient; elsewhere Grad-CAM (Selvaraju et al.,
-ICCV 2017, eqs. 1 and 2, without the final ReLU, which equals CAM where both exist).
+ICCV 2017, eqs. 1 and 2, without the final ReLU, which equals CAM if both exist).
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     """Return what the votes for each filter are multiplied by, or None for no weights.
 
     There are none without a batch norm, since then activations are as large as the kernels make
-    them, and where no kernel produces a filter.
+    them, and if no kernel produces a filter.
     """
     if not kernels.norm_scales:
         return None
