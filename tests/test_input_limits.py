@@ -255,7 +255,7 @@ import os, re, sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1].split(":")
 import test_input_limits
-from secateur.errors import SecateurError
+from secateur.runtime.errors import SecateurError
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -46,33 +46,45 @@ def test_a_file_names_existing_weights_and_its_command(path: Path) -> None:
     assert spec.score_on == "test"
 
 
-@pytest.mark.parametrize("path", FILES, ids=names(FILES))
-def test_a_file_runs_in_miniature(path: Path, model_file: Path, tmp_path: Path) -> None:
+def test_the_files_run_in_miniature(model_file: Path, tmp_path: Path) -> None:
+    """All in one benchmark, of which each is a variant, to its own targets."""
     for part, count in (("train", 16), ("test", 4)):
         write_classes(tmp_path / "images" / part, ["bird", "cat"], count)
-    tables: dict[str, Any] = read_tables(path)
-    tables["networks"] = [{"name": f"{model_file}:small", "label": "small"}]
-    tables["criteria"], tables["seeds"], tables["threads"] = ["vote"], 1, 1
-    source = f"folder:{tmp_path / 'images'}"
-    tables["data"] |= {"source": source, "image_size": 16, "calibration_images": 8}
-    tables["data"]["validation_fraction"] = 0.1
-    tables["finetune"] |= {"epochs": 1, "batch_size": 8, "workers": 0}
-    spec = from_dict(tables, BenchmarkSpec)
-    (job,) = jobs_of(spec)
-    (tmp_path / "out" / JOBS).mkdir(parents=True)
-    replace_file(tmp_path / "out" / SPEC, tomli_w.dumps(tables))
+    files: dict[str, dict[str, Any]] = {path.stem: read_tables(path) for path in FILES}
+    content = {
+        "criteria": ["vote"],
+        "targets": sorted({target for file in files.values() for target in file["targets"]}),
+        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "data": {
+            "source": f"folder:{tmp_path / 'images'}",
+            "image_size": 16,
+            "calibration_images": 8,
+            "validation_fraction": 0.1,
+        },
+        "variants": {
+            name: {
+                "data.stratified": file["data"].get("stratified", True),
+                "finetune": {**file["finetune"], "epochs": 1, "batch_size": 8, "workers": 0},
+            }
+            for name, file in files.items()
+        },
+    }
+    spec = from_dict(content, BenchmarkSpec)
+    jobs = [job for job in jobs_of(spec) if job.target in files[job.variant]["targets"]]
+    assert [job.variant for job in jobs] == list(files)
+    out = tmp_path / "out"
+    (out / JOBS).mkdir(parents=True)
+    replace_file(out / SPEC, tomli_w.dumps(content))
     with (tmp_path / "messages").open("w") as messages:
-        run_jobs(tmp_path / "out", [job.id], messages)  # as a worker does
-    result = read_job(tmp_path / "out", job)
-    assert result is not None
-    assert result.outcome == "done", result.reason
-    assert result.result is not None
-    assert [stage.stage for stage in result.result.stages] == [
-        "before",
-        "cut",
-        "refit",
-        "finetuned",
-    ]
-    assert (tmp_path / "messages").read_text() == f"started {job.id}\nended {job.id}\n"
-    write_benchmark(tmp_path / "out", spec, [result])
-    assert "| vote |" in (tmp_path / "out" / MARKDOWN).read_text()
+        run_jobs(out, [job.id for job in jobs], messages)  # as a worker does
+    results = [result for job in jobs if (result := read_job(out, job)) is not None]
+    assert [(result.outcome, result.reason) for result in results] == [("done", "")] * len(files)
+    for result in results:
+        assert result.result is not None
+        stages = [stage.stage for stage in result.result.stages]
+        assert stages == ["before", "cut", "refit", "finetuned"]
+    words = [f"{event} {job.id}" for job in jobs for event in ("started", "ended")]
+    assert (tmp_path / "messages").read_text().splitlines() == words
+    write_benchmark(out, spec, results)
+    text = (out / MARKDOWN).read_text()
+    assert [name for name in files if f"| vote, {name} |" not in text] == []
