@@ -20,7 +20,7 @@ RESULTS = {
 
 
 def main() -> None:
-    """Measure what is missing."""
+    """Measure the missing rows."""
     arguments = benchmarks.make_parser(__doc__).parse_args()
     for config, results in RESULTS.items():
         benchmarks.measure(benchmarks.configured(config, arguments), results, arguments.workers)

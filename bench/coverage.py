@@ -465,7 +465,7 @@ def is_there(rows: list[Row], member: Member, tool: str) -> bool:
 
 
 def main() -> None:
-    """Measures what is missing and writes the tables."""
+    """Measure the missing rows and write the tables."""
     parser = bench_parser(__doc__, limit=300)
     parser.add_argument("--tool", choices=[*PACKAGES, "both"], default="both")
     arguments = parser.parse_args()

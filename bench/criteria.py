@@ -6,7 +6,7 @@ This scores the filters of each network by every criterion in one pass over the 
 prunes to each target with the same fraction in every layer, refits the kernels on the same images
 and scores the result on validation images, which are held out of the training images and are
 neither calibration nor test images. No label is used before that score. Each measurement adds a
-line to `results/criteria.jsonl`; what is there is not measured again, so the bench can be
+line to `results/criteria.jsonl`; rows that it holds are not measured again, so the bench can be
 interrupted. `--workers` sets the number of processes. `--tables` only writes the tables in
 docs/explanation/criteria.md.
 """
@@ -45,7 +45,7 @@ SEEDS = 5
 
 
 def measured() -> list[Measurement]:
-    """Return what has been measured."""
+    """Return the rows measured so far."""
     return read_measurements(RESULTS, KEY)
 
 
@@ -189,7 +189,7 @@ def table(study: str, measurements: list[Measurement]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and write the tables."""
+    """Measure the missing rows and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=list(TARGETS))
     parser.add_argument("--data", help="the folder of CIFAR-10, or of the ImageNet samples")

@@ -2,7 +2,7 @@
 
     python bench/dependencies.py
 
-names the packages that are newer than their lower bound, and fails where there are any; for
+names the packages that are newer than their lower bound, and fails if there are any; for
 `scripts/test-lowest`.
 """
 

@@ -231,7 +231,7 @@ def top_of(detectors: list[Row]) -> list[Row]:
 
 
 def ordered_rows() -> list[Row]:
-    """Return what has been measured, in the order of the tables."""
+    """Return the rows measured so far, in the order of the tables."""
     networks = list(NETWORKS)
 
     def place(row: Row) -> tuple[int, int, float]:

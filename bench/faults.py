@@ -185,8 +185,8 @@ def _kill_job(case: Case, job: str, kills: int) -> dict[str, Any]:
         counts["runs"] += 1
         different = differences(outcome(folder), expected)
         counts["other_results"] += bool(different)
-        for each in different[:5]:
-            print(f"{job}: {each}", flush=True)
+        for difference in different[:5]:
+            print(f"{job}: {difference}", flush=True)
     keys = ("kills", "runs", "damaged_folders", "errors", "other_results")
     return {**{key: counts[key] for key in keys}, "seconds_alone": round(seconds, 1)}
 

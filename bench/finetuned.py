@@ -98,7 +98,7 @@ def measure_peer(job: Job) -> Row:
 
 
 def main() -> None:
-    """Measure what is missing, or the one job of Torch-Pruning that this process is for."""
+    """Measure the missing rows, or the one job of Torch-Pruning that this process is for."""
     parser = benchmarks.make_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="train the compiled networks")
     parser.add_argument("--peer", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """Result files with one measurement a line, as JSON, which several processes can append to.
 
-A process that is killed loses only its current measurement; what is in the file is not measured
+A process that is killed loses only its current measurement; rows in the file are not measured
 again.
 """
 

@@ -400,7 +400,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def main() -> None:
-    """Measure what is missing and write the table."""
+    """Measure the missing rows and write the table."""
     parser = bench_parser(__doc__, limit=3600)
     parser.set_defaults(threads=2)
     parser.add_argument("--mode", choices=["time", "memory", "both"], default="both")

@@ -326,7 +326,7 @@ def is_there(rows: list[Row], name: str, mode: str, threads: int) -> bool:
 
 
 def main() -> None:
-    """Measure what is missing and write the tables."""
+    """Measure the missing rows and write the tables."""
     parser = bench_parser(__doc__, limit=1800)
     parser.add_argument("--mode", choices=[*NETWORKS, "both"], default="both")
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@
 Runs `secateur --version`, `--help`, `prune --help`, a mistyped command, a shell completion and
 `import secateur`, each in a process of its own, and interleaved with `import torch`: so a busy
 machine slows all of them alike. Prints the median processor seconds (user and system) of each and
-their ratio to those of `import torch`. Exits with 1 where a ratio exceeds its limit.
+their ratio to those of `import torch`. Exits with 1 if a ratio exceeds its limit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Start:
     def run(self, source: Path) -> float:
         """Run it once and return its processor seconds.
 
-        Raises `RuntimeError` where it exits or prints otherwise than it should.
+        Raises `RuntimeError` if it exits or prints otherwise than it should.
         """
         environment = {**os.environ, "PYTHONPATH": str(source.resolve()), **self.variables}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)

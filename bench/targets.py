@@ -44,7 +44,7 @@ NO_RESIDUAL = ("vgg16_bn", "latency=0.6 prune-residual")
 
 
 def measured() -> list[Measurement]:
-    """Return what has been measured."""
+    """Return the rows measured so far."""
     return read_measurements(RESULTS, KEY)
 
 
@@ -145,7 +145,7 @@ def page(text: str, measurements: list[Measurement]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and write the table."""
+    """Measure the missing rows and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -9,9 +9,9 @@ the same unlabelled calibration images, and scores the test images, which choose
 Torch-Pruning, the batch-norm statistics are recalibrated on the calibration images. `cost` measures
 time and memory of secateur, each network in its own process; its `--data` is the folder of
 `cifar10`, `imagenet_sample` and `imagenette_subset`. Each measurement adds a line to
-`results/training_free.jsonl`; what is there is not measured again, so the bench can be interrupted.
-`--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only writes the
-tables in docs/explanation/training_free.md and the README.
+`results/training_free.jsonl`; rows that it holds are not measured again, so the bench can be
+interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
+writes the tables in docs/explanation/training_free.md and the README.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _none(reason: str) -> Measurement:
 
 
 def measured() -> list[Measurement]:
-    """Return what has been measured."""
+    """Return the rows measured so far."""
     return read_measurements(RESULTS, KEY)
 
 
@@ -559,7 +559,7 @@ def readme(text: str, measurements: list[Measurement]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and write the tables."""
+    """Measure the missing rows and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -165,7 +165,7 @@ def front(text: str, measurements: list[Measurement]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and write the tables."""
+    """Measure the missing rows and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

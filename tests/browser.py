@@ -1,4 +1,4 @@
-"""Pages in a real browser: Debian's Chromium, or whatever Playwright has installed."""
+"""Open pages in a real browser: Debian's Chromium, or the one that Playwright has installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERIOUS = ("serious", "critical")
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
     """A browser without a window; skips the test where there is none."""
-    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    path = next((executable for name in NAMES if (executable := shutil.which(name))), None)
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(
@@ -46,15 +46,16 @@ class Watched:
     @property
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""
-        found: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        return found
+        overflow: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        return overflow
 
     def findings(self) -> list[str]:
         """What axe calls serious or critical."""
         return [
-            f"{found['id']}: {found['nodes'][0]['target']} {found['nodes'][0]['failureSummary']}"
-            for found in Axe().run(self.page).response["violations"]
-            if found["impact"] in SERIOUS
+            f"{violation['id']}: {node['target']} {node['failureSummary']}"
+            for violation in Axe().run(self.page).response["violations"]
+            if violation["impact"] in SERIOUS
+            for node in violation["nodes"][:1]
         ]
 
 
@@ -63,18 +64,18 @@ def opened(browser: Browser, path: Path, size: tuple[int, int] = DESK) -> Iterat
     """The page in a file, in a window of a size."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     page.set_default_timeout(10_000)
-    found = Watched(page)
-    page.on("console", lambda message: found.said.append(message.text))
-    page.on("pageerror", lambda error: found.said.append(str(error)))
+    watched = Watched(page)
+    page.on("console", lambda message: watched.said.append(message.text))
+    page.on("pageerror", lambda error: watched.said.append(str(error)))
     address = path.resolve().as_uri()
 
     def note(url: str) -> None:
         if url != address and not url.startswith("data:"):
-            found.requests.append(url)
+            watched.requests.append(url)
 
     page.on("request", lambda request: note(request.url))
     page.goto(address)
     try:
-        yield found
+        yield watched
     finally:
         page.close()

@@ -1,4 +1,4 @@
-"""What concept sources are shown, made by hand from a network and images."""
+"""Make the inputs of concept sources by hand, from a network and images."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ def concept_input_of(
 
 def select_inputs(concept_input: ConceptInput, images: slice) -> ConceptInput:
     """Some images of a concept_input whose value needs no gradient."""
-    found = concept_input.annotations
+    annotations = concept_input.annotations
     return ConceptInput(
         concept_input.images[images],
         concept_input.indices[images],
         None if concept_input.labels is None else concept_input.labels[images],
-        None if found is None else ConceptMasks(found.masks[images], found.concepts[images]),
+        None
+        if annotations is None
+        else ConceptMasks(annotations.masks[images], annotations.concepts[images]),
         None if concept_input.value is None else concept_input.value[images].clone(),
         concept_input.logits[images],
     )

@@ -1,4 +1,4 @@
-"""What every test module shares: checked shapes, one thread, a seed and the staged data."""
+"""Fixtures of every test module: checked shapes, one thread, a seed and the staged data."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def digits_run(
         if not made.exists():
             (shared / "digits").mkdir()
             made.write_bytes(pickle.dumps(make_digits_run(shared / "digits")))
-    found: DigitsRun = pickle.loads(made.read_bytes())
+    digits: DigitsRun = pickle.loads(made.read_bytes())
     folder = tmp_path_factory.mktemp("digits") / "run"
-    shutil.copytree(found.folder, folder)
-    return dataclasses.replace(found, folder=folder)
+    shutil.copytree(digits.folder, folder)
+    return dataclasses.replace(digits, folder=folder)
 
 
 @pytest.fixture

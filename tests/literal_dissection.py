@@ -1,4 +1,4 @@
-"""Network Dissection as it is written, slow and by itself: the reference that ours is held against.
+"""Network Dissection as it is written, slow and independent: the reference for ours.
 
 Bau et al., Network Dissection, CVPR 2017, section 2.2: a filter's threshold is the exact quantile
 of all its activations at all positions of all images; each feature map is up-sampled bilinearly to
@@ -65,11 +65,11 @@ class LiteralTally:
         # What is up-sampled is never above its largest value: most filters are nowhere active.
         able = (image.amax(dim=(1, 2)) > self._thresholds).nonzero()[:, 0]
         for start in range(0, len(able), FILTERS_AT_A_TIME):
-            some = able[start : start + FILTERS_AT_A_TIME]
-            fine = F.interpolate(image[some][None], size, mode="bilinear", align_corners=False)[0]
-            active = (fine > self._thresholds[some, None, None]).flatten(1).float()
+            chunk = able[start : start + FILTERS_AT_A_TIME]
+            fine = F.interpolate(image[chunk][None], size, mode="bilinear", align_corners=False)[0]
+            active = (fine > self._thresholds[chunk, None, None]).flatten(1).float()
             both = (active @ inside.T).long()  # exact: an image has fewer than 2^24 pixels
-            rows, columns = some[:, None], numbers[None]
+            rows, columns = chunk[:, None], numbers[None]
             self.intersection[rows, columns] += both
             self.union[rows, columns] += active.sum(1).long()[:, None] - both
 

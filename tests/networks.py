@@ -312,8 +312,8 @@ def assert_cut_is_equivalent(
     """Return the cut network, checked against the masked one, `macs`, `params`, `shapes_after`."""
     cut = apply_plan(model, dependencies, plan)
     with torch.no_grad():
-        found, masked = cut(images), masked_network(model, dependencies, plan)(images)
-    for one, other in zip(several(found), several(masked), strict=True):
+        outputs, masked = cut(images), masked_network(model, dependencies, plan)(images)
+    for one, other in zip(several(outputs), several(masked), strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()
         assert relative_error(one, other) < limit

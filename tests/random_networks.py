@@ -249,13 +249,13 @@ class Shuffle(Block):
         if self.how == "module":
             return self.shuffle(x)
         images, channels, height, width = x.shape
-        each = self.each if self.how == "kept" else channels // self.groups
+        group_width = self.each if self.how == "kept" else channels // self.groups
         if self.how == "flattened":
-            x = x.reshape(images, self.groups, each, height * width).permute(0, 2, 1, 3)
+            x = x.reshape(images, self.groups, group_width, height * width).permute(0, 2, 1, 3)
             return x.reshape(images, channels, height, width)
         x = (
             x.contiguous()
-            .view(images, self.groups, each, height, width)
+            .view(images, self.groups, group_width, height, width)
             .transpose(1, 2)
             .contiguous()
         )

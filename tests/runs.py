@@ -1,4 +1,4 @@
-"""One short real run on the digits, shared by every test that looks at what a run leaves."""
+"""One short real run on the digits, shared by every test of run folders."""
 
 from __future__ import annotations
 

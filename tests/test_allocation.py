@@ -26,8 +26,8 @@ def additive(sizes: dict[str, int], prices: dict[str, float], limit: float) -> S
 
 def all_counts(space: SearchSpace) -> list[Counts]:
     return [
-        dict(zip(space.steps, each, strict=True))
-        for each in itertools.product(*space.steps.values())
+        dict(zip(space.steps, counts, strict=True))
+        for counts in itertools.product(*space.steps.values())
     ]
 
 
@@ -51,7 +51,9 @@ def test_little_is_lost_and_the_target_is_met(data: st.DataObject) -> None:
     space = additive(sizes, prices, limit)
     counts = lowest_sensitivity(space, sensitivity)
     assert space.fits(counts)
-    best = min(total(sensitivity, space, each) for each in all_counts(space) if space.fits(each))
+    best = min(
+        total(sensitivity, space, counts) for counts in all_counts(space) if space.fits(counts)
+    )
     largest_step = max(
         sensitivity[name][removed + 1] - sensitivity[name][removed]
         for name, size in sizes.items()
@@ -66,7 +68,7 @@ def test_with_equal_prices_the_cheapest_channels_go() -> None:
     assert lowest_sensitivity(space, sensitivity) == {"a": 3, "b": 1}
 
 
-def test_what_brings_more_goes_first() -> None:
+def test_steps_with_a_smaller_loss_come_first() -> None:
     space = additive({"a": 3, "b": 3}, {"a": 4.0, "b": 1.0}, 11.0)
     sensitivity = {"a": [0.0, 2.0, 4.0, 6.0], "b": [0.0, 1.0, 2.0, 3.0]}
     assert lowest_sensitivity(space, sensitivity) == {"a": 2, "b": 3}
@@ -109,8 +111,8 @@ def test_the_lowest_scores_go_in_any_group() -> None:
 
 def test_given_fractions_are_kept() -> None:
     space = additive({"layer1.a": 8, "layer1.b": 5, "head": 4}, {}, math.inf)
-    found = keep_fractions(space, {"layer1.b": 0.2, "layer1.*": 0.5})
-    assert found == {"layer1.a": 4, "layer1.b": 1, "head": 4}
+    fractions = keep_fractions(space, {"layer1.b": 0.2, "layer1.*": 0.5})
+    assert fractions == {"layer1.a": 4, "layer1.b": 1, "head": 4}
     with pytest.raises(TargetError, match=r"no prunable group is called 'layer9\.\*'"):
         keep_fractions(space, {"layer9.*": 0.5})
 

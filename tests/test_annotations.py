@@ -71,16 +71,16 @@ def everything(images: AnnotatedImages, preprocessing: Preprocessing = NATIVE) -
     return images.regions(torch.arange(len(images.labels)), preprocessing)
 
 
-def planes_of(found: ConceptMasks, concepts: int) -> Tensor:
+def planes_of(regions: ConceptMasks, concepts: int) -> Tensor:
     """`[image, concept, height, width]`, with every concept at its number."""
-    count, _, height, width = found.masks.shape
+    count, _, height, width = regions.masks.shape
     planes = torch.zeros(count, concepts, height, width, dtype=torch.bool)
     for image in range(count):
-        for region, number in enumerate(found.concepts[image].tolist()):
+        for region, number in enumerate(regions.concepts[image].tolist()):
             if number == UNLABELLED:
-                assert not found.masks[image, region].any()
+                assert not regions.masks[image, region].any()
             else:
-                planes[image, number] = found.masks[image, region]
+                planes[image, number] = regions.masks[image, region]
     return planes
 
 
@@ -99,17 +99,17 @@ def test_masks_have_the_geometry_of_their_images(
     directory = tmp_path_factory.mktemp("masks")
     _, (mask,) = write_masks(directory, [(height, width)])
     name_values(directory, ["void", "a", "b", "c"])
-    found = everything(read_masks(directory), Preprocessing(size, size + margin))
+    regions = everything(read_masks(directory), Preprocessing(size, size + margin))
     for number in range(3):
         plane = torch.from_numpy(mask == number + 1)[None]
         resized = v2.functional.resize(
             plane, [size + margin], interpolation=v2.InterpolationMode.NEAREST_EXACT
         )
         expected = v2.functional.center_crop(resized, [size])[0]
-        shown = (found.concepts[0] == number).nonzero()[:, 0].tolist()
+        shown = (regions.concepts[0] == number).nonzero()[:, 0].tolist()
         assert len(shown) == int(expected.any())
         if shown:
-            assert torch.equal(found.masks[0, shown[0]], expected)
+            assert torch.equal(regions.masks[0, shown[0]], expected)
 
 
 @pytest.mark.parametrize("preprocessing", [NATIVE, CROPPED, Preprocessing(13, 29)])
@@ -130,26 +130,26 @@ def test_a_mask_of_the_images_own_values_lies_on_the_image(
     assert torch.equal(planes.sum(0), torch.ones_like(pixels).long())
 
 
-def test_what_a_crop_adds_around_a_small_image_shows_nothing(tmp_path: Path) -> None:
+def test_the_margin_of_a_crop_shows_no_concept(tmp_path: Path) -> None:
     save(tmp_path / "images" / "0.png", picture(8, 8))
     save(tmp_path / "masks" / "0.png", np.ones((8, 8), dtype=np.uint8))
     name_values(tmp_path, ["void", "a"])
-    found = everything(read_masks(tmp_path), Preprocessing(12, 8))
-    assert int(found.masks.sum()) == 64
-    assert found.masks[0, 0, 2:10, 2:10].all()
+    regions = everything(read_masks(tmp_path), Preprocessing(12, 8))
+    assert int(regions.masks.sum()) == 64
+    assert regions.masks[0, 0, 2:10, 2:10].all()
 
 
-def test_only_what_an_image_shows_is_a_region(tmp_path: Path) -> None:
+def test_only_concepts_that_an_image_shows_are_regions(tmp_path: Path) -> None:
     _, masks = write_masks(tmp_path, [(16, 16), (16, 16), (16, 16)])
     masks[1][:] = 2
     masks[2][:] = 0
     for number in (1, 2):
         save(tmp_path / "masks" / f"{number}.png", masks[number])
     name_values(tmp_path, ["void", "a", "b", "c"])
-    found = everything(read_masks(tmp_path))
-    assert found.concepts.tolist() == [[0, 1, 2], [1, UNLABELLED, UNLABELLED], 3 * [UNLABELLED]]
+    regions = everything(read_masks(tmp_path))
+    assert regions.concepts.tolist() == [[0, 1, 2], [1, UNLABELLED, UNLABELLED], 3 * [UNLABELLED]]
     assert torch.equal(
-        planes_of(found, 3),
+        planes_of(regions, 3),
         torch.stack([torch.from_numpy(np.stack(masks)) == n for n in (1, 2, 3)], 1),
     )
     alone = read_masks(tmp_path).regions(torch.tensor([2]), NATIVE)
@@ -162,13 +162,13 @@ def test_taking_images_takes_their_regions(tmp_path: Path) -> None:
     name_values(tmp_path, ["void", "a", "b", "c"])
     images = read_masks(tmp_path)
     assert isinstance(images, AnnotatedImages)
-    taken = images.take(torch.tensor([4, 1])).take(torch.tensor([1, 0]))
-    assert taken.concepts == images.concepts
-    assert taken.labels.tolist() == [NO_CLASS, NO_CLASS]
+    selected = images.take(torch.tensor([4, 1])).take(torch.tensor([1, 0]))
+    assert selected.concepts == images.concepts
+    assert selected.labels.tolist() == [NO_CLASS, NO_CLASS]
     order = torch.tensor([1, 4])
-    assert torch.equal(taken.read(torch.arange(2), CROPPED), images.read(order, CROPPED))
-    found, expected = everything(taken, CROPPED), images.regions(order, CROPPED)
-    assert torch.equal(planes_of(found, 3), planes_of(expected, 3))
+    assert torch.equal(selected.read(torch.arange(2), CROPPED), images.read(order, CROPPED))
+    regions, expected = everything(selected, CROPPED), images.regions(order, CROPPED)
+    assert torch.equal(planes_of(regions, 3), planes_of(expected, 3))
 
 
 # --- several annotations of the same images -------------------------------------------------------
@@ -237,12 +237,12 @@ def numbered(count: int) -> TensorImages:
 def test_numbers_say_where_an_image_is_in_the_list(count: int, size: int, shards: int) -> None:
     images, seen = numbered(count), []
     for rank in range(shards):
-        found = list(batches(images, size, PREPROCESSING, shard=(rank, shards)))
-        for batch in found:
+        shard_batches = list(batches(images, size, PREPROCESSING, shard=(rank, shards)))
+        for batch in shard_batches:
             assert torch.equal(batch.indices, batch.labels)
             assert 0 < len(batch.indices) <= size
             assert batch.annotations is None
-        numbers = [number for batch in found for number in batch.indices.tolist()]
+        numbers = [number for batch in shard_batches for number in batch.indices.tolist()]
         assert numbers == list(range(count))[rank::shards]
         seen += numbers
     assert sorted(seen) == list(range(count))
@@ -427,12 +427,12 @@ def shares_of(images: AnnotatedFiles, preprocessing: Preprocessing) -> tuple[Ten
     pixels, shown = (torch.zeros(len(images.concepts), dtype=torch.int64) for _ in range(2))
     total = 0
     for indices in torch.arange(len(images.labels)).split(16):
-        found = images.regions(indices, preprocessing)
-        is_there = found.concepts != UNLABELLED
-        counts = found.masks.sum((2, 3))
-        pixels.index_add_(0, found.concepts[is_there], counts[is_there])
-        shown += torch.bincount(found.concepts[is_there], minlength=len(shown))
-        total += found.masks[:, 0].numel()
+        regions = images.regions(indices, preprocessing)
+        is_there = regions.concepts != UNLABELLED
+        counts = regions.masks.sum((2, 3))
+        pixels.index_add_(0, regions.concepts[is_there], counts[is_there])
+        shown += torch.bincount(regions.concepts[is_there], minlength=len(shown))
+        total += regions.masks[:, 0].numel()
     return pixels / total, shown
 
 
@@ -544,16 +544,16 @@ def write_broden(directory: Path) -> dict[str, np.ndarray]:
     for name, size in (("ade/0", (16, 20)), ("dtd/1", (16, 16)), ("dtd/2", (16, 16))):
         save(directory / "images" / f"{name}.jpg", picture(*size))
     draw = np.random.default_rng(0)
-    found = {
+    concepts = {
         "ade/0_color": draw.choice([0, 1], (8, 10)),
         "ade/0_object": draw.choice([0, 2], (8, 10)),
         "ade/0_part_1": draw.choice([0, 300], (8, 10)),
         "ade/0_part_2": draw.choice([0, 300, 2], (8, 10)),
         "dtd/1_color": draw.choice([0, 1], (16, 16)),
     }
-    for name, labels in found.items():
+    for name, labels in concepts.items():
         save(directory / "images" / f"{name}.png", encoded(labels))
-    return found
+    return concepts
 
 
 def test_broden_is_read_in_its_published_layout(tmp_path: Path) -> None:
@@ -642,7 +642,7 @@ def _unlisted_whole_label(directory: Path) -> None:
         (_no_column, r"label.csv has no column 'category'"),
         (_no_rows, r"index.csv has no column 'image' or no rows"),
         (_no_labels, r"no image in .*index.csv has a label"),
-        (_no_number, r"Broden's tables hold 'five' where a number of at most 65535 is expected"),
+        (_no_number, r"numbers of at most 65535; they hold 'five'"),
         (_no_picture, r"1 of 2 Broden images are missing: .*dtd/1.jpg"),
         (_no_label_image, r"no mask .*0_part_2.png"),
         (_small_label_image, r"0_part_2.png is 9×8; index.csv says 10×8"),
@@ -723,20 +723,20 @@ def test_a_disc_lies_around_every_visible_part(tmp_path: Path) -> None:
 
 def test_overlapping_parts_keep_all_of_their_discs(tmp_path: Path) -> None:
     write_birds(tmp_path)
-    found = read_parts(tmp_path).regions(torch.tensor([1]), Preprocessing(20, 20))
-    assert found.concepts.tolist() == [[0, 1]]
-    assert (found.masks[0, 0] & found.masks[0, 1]).any()
+    regions = read_parts(tmp_path).regions(torch.tensor([1]), Preprocessing(20, 20))
+    assert regions.concepts.tolist() == [[0, 1]]
+    assert (regions.masks[0, 0] & regions.masks[0, 1]).any()
 
 
 def test_a_box_is_the_region_of_the_bird(tmp_path: Path) -> None:
     write_birds(tmp_path)
     images = read_boxes(tmp_path)
     assert images.concepts == (Concept("bird", "object"),)
-    found = everything(images)
+    regions = everything(images)
     expected = torch.zeros(16, 20, dtype=torch.bool)
     expected[4:12, 2:12] = True
-    assert torch.equal(found.masks[0, 0], expected[:, 2:18])
-    assert found.concepts.tolist() == [[0], [0]]
+    assert torch.equal(regions.masks[0, 0], expected[:, 2:18])
+    assert regions.concepts.tolist() == [[0], [0]]
 
 
 def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
@@ -749,7 +749,7 @@ def test_parts_and_boxes_are_used_at_once(tmp_path: Path) -> None:
     assert not (planes[:, 0] & ~planes[:, 2]).any()  # the beak is on the bird
 
 
-def test_probe_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
+def test_calibration_images_are_drawn_with_their_annotations(tmp_path: Path) -> None:
     write_birds(tmp_path)
     calibration = draw_calibration_images(read_boxes(tmp_path), 2)
     assert isinstance(calibration, AnnotatedImages)

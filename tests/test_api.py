@@ -27,8 +27,8 @@ class Tall(nn.Module):
         self.head = nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
-        return found
+        logits: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_images_come_in_any_form(model: nn.Module, images: Tensor, labels: Tenso
         images.split(7),
         list(images),
         DataLoader(TensorDataset(images), batch_size=16),
-        (some for some in images.split(50)),
+        (batch for batch in images.split(50)),
     ]
     first, *others = (secateur.prune(model, form) for form in forms)
     for other in others:
@@ -116,9 +116,7 @@ def test_the_network_gets_smaller_and_works(model: nn.Module, images: Tensor) ->
     assert result.model(images).shape == (100, 3)
 
 
-def test_own_test_images_are_what_is_scored(
-    model: nn.Module, images: Tensor, labels: Tensor
-) -> None:
+def test_a_test_split_is_scored(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     result = secateur.prune(model, [images[:60]], test=[(images[60:], labels[60:])])
     assert result.scores["before"].images == 40
     assert not result.has_labels  # those that it was pruned with had none
@@ -180,9 +178,9 @@ def test_a_network_of_this_package_does_as_well() -> None:
     ("images", "message"),
     [
         ([], "images: there are none"),
-        (["a.png"], "images: str found where a tensor"),
-        ([torch.zeros(4, 1, 24, 16, dtype=torch.uint8)], "torch.uint8 found where a floating"),
-        ([torch.zeros(24, 16)], r"a tensor \[24, 16\]"),
+        (["a.png"], "got str"),
+        ([torch.zeros(4, 1, 24, 16, dtype=torch.uint8)], r"got \[4, 1, 24, 16\] of torch.uint8"),
+        ([torch.zeros(24, 16)], r"got \[24, 16\]"),
         ([torch.zeros(4, 1, 24, 16), torch.zeros(4, 1, 16, 16)], "all must have one size"),
         ([torch.full((4, 1, 24, 16), torch.nan)], "not finite"),
         ([(torch.zeros(4, 1, 24, 16), torch.zeros(3))], "4 images with 3 labels"),
@@ -193,12 +191,12 @@ def test_a_network_of_this_package_does_as_well() -> None:
         ([torch.zeros(8, 1, 24, 16)], "too few"),
     ],
 )
-def test_what_is_no_image_is_told_of(model: nn.Module, images: Any, message: str) -> None:
+def test_wrong_images_are_an_error(model: nn.Module, images: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         secateur.prune(model, images)
 
 
-def test_settings_that_do_not_exist_are_told_of(model: nn.Module, images: Tensor) -> None:
+def test_unknown_settings_are_an_error(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(UsageError, match=r"plan\.roundto"):
         secateur.prune(model, [images], settings={"plan.roundto": 8})
     with pytest.raises(UsageError, match=r"SECTION\.KEY"):
@@ -209,7 +207,7 @@ def test_settings_that_do_not_exist_are_told_of(model: nn.Module, images: Tensor
         secateur.prune(model, [images], settings={"finetune.randaugment": True})
 
 
-def test_its_run_folder_says_that_the_network_has_no_name(
+def test_its_run_folder_records_that_the_network_has_no_name(
     model: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     folder = secateur.prune(model, [images]).save(tmp_path / "run")
@@ -219,7 +217,7 @@ def test_its_run_folder_says_that_the_network_has_no_name(
         zoo.load("memory:Tall")
 
 
-def test_progress_is_shown_where_it_is_asked_for(
+def test_progress_is_shown_on_request(
     model: nn.Module, images: Tensor, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secateur.prune(model, [images])

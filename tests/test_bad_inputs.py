@@ -1,4 +1,4 @@
-"""Every message of docs/reference/errors.md is what the input beside it leads to, in full."""
+"""Every input in docs/reference/errors.md leads to the message beside it, word for word."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Row:
 
 def rows() -> list[Row]:
     """All lines of the page's tables, whose code is between one backquote or two."""
-    found = []
+    rows = []
     for line in PAGE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if not line.startswith("|") or cells == [*COLUMNS] or set(line) <= set("|-"):
@@ -77,8 +77,8 @@ def rows() -> list[Row]:
         wrong, code, remedy = cells
         quoted = re.fullmatch(r"(`+) ?(.+?) ?\1", code)
         assert quoted, line
-        found.append(Row(wrong, quoted[2], remedy))
-    return found
+        rows.append(Row(wrong, quoted[2], remedy))
+    return rows
 
 
 ROWS = rows()
@@ -102,7 +102,7 @@ class Desk:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def own_code(self, text: str) -> str:
+    def user_code(self, text: str) -> str:
         """The name of a network that a file of such a text makes."""
         return f"{self.write('net.py', text)}:small"
 
@@ -112,8 +112,8 @@ class Desk:
 
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
-        given = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
-        secateur_command("prune", *given, *options)
+        common = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        secateur_command("prune", *common, *options)
 
 
 def secateur_command(*arguments: object) -> None:
@@ -303,7 +303,7 @@ def weights_of_another(desk: Desk) -> None:
 
 def made_from_other_weights(desk: Desk) -> None:
     code = (desk.files.folder / "own.py").read_text()
-    name = desk.own_code(f"import torch\ntorch.manual_seed(5)\n{code}")
+    name = desk.user_code(f"import torch\ntorch.manual_seed(5)\n{code}")
     run = desk.run()
     runs.finetune(run, run, {"epochs": 1}, model_name=name)
 
@@ -434,9 +434,9 @@ def masked(desk: Desk, mask: Pixels | None) -> None:
     if mask is not None:
         write_image(desk.folder / "masks" / "0.png", mask)
     desk.write("classes.txt", "background\nroad\n")
-    found = annotated_images(f"masks:{desk.folder}")
-    assert found is not None
-    found.regions(torch.tensor([0]), Preprocessing(8, 8))
+    annotated = annotated_images(f"masks:{desk.folder}")
+    assert annotated is not None
+    annotated.regions(torch.tensor([0]), Preprocessing(8, 8))
 
 
 def broden(desk: Desk) -> None:
@@ -489,10 +489,12 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the target can't be reached": lambda desk: secateur.prune(
         network(), [images()], target="macs=0.01"
     ),
-    "no layer has the name that is to stay": lambda desk: secateur.prune(
+    "no layer has the name to exclude": lambda desk: secateur.prune(
         network(), [images()], settings={"plan.exclude": ["conv4"]}
     ),
-    "the configuration is not there": lambda desk: desk.prune("-c", desk.folder / "run.toml"),
+    "the configuration file does not exist": lambda desk: desk.prune(
+        "-c", desk.folder / "run.toml"
+    ),
     "the configuration is not TOML": lambda desk: read_config(
         desk.write("run.toml", "[model]\nname = resnet20\n")
     ),
@@ -502,15 +504,17 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the configuration is too large": large_config,
     "an extra is not installed": missing_extra,
     # a network of one's own
-    "its file is not there": lambda desk: zoo.load(f"{desk.folder / 'net.py'}:small"),
+    "its file does not exist": lambda desk: zoo.load(f"{desk.folder / 'net.py'}:small"),
     "its file has no such function": lambda desk: zoo.load(desk.files.model_name.removesuffix("l")),
-    "its file fails": lambda desk: zoo.load(desk.own_code("import not_there")),
+    "its file fails": lambda desk: zoo.load(desk.user_code("import not_there")),
     "its function fails": lambda desk: zoo.load(
-        desk.own_code("import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n")
+        desk.user_code(
+            "import torch\ndef small():\n    torch.nn.Linear(2, 2).load_state_dict({})\n"
+        )
     ),
-    "its code decides by what it computes": lambda desk: labelled(Branching()),
+    "its code branches on computed values": lambda desk: labelled(Branching()),
     # weights
-    "the file is not there": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
+    "the file does not exist": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
     "the file is of another format": lambda desk: weights.read_weights(
         desk.write("weights.onnx", b"")
     ),
@@ -529,12 +533,12 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the folder for the results is in use": not_empty,
     "the folder holds something else": something_else,
     "the folder for the results is a file": lambda desk: desk.prune("-o", desk.write("run", "")),
-    "the folder for the results is a disk": mounted,
-    "another run is at work in the folder": two_at_once,
+    "the folder for the results is a mount point": mounted,
+    "another run is using the folder": two_at_once,
     "a run is resumed with other settings": resumed_otherwise,
     "a base network is trained in a run's folder": base_in_run,
     "the folder holds no run": lambda desk: secateur_command("export", desk.folder),
-    "a file of the run is gone": missing_member,
+    "a file of the run is missing": missing_member,
     "a file of the run was changed": lambda desk: run_folder.load_program(
         changed(desk, PLAN, lambda text: text.replace("0.6", "0.7"))
     ),
@@ -544,8 +548,8 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the run was written by an earlier secateur": lambda desk: run_folder.load_program(
         changed(desk, MANIFEST, lambda text: text.replace('version": 2', 'version": 1'))
     ),
-    "the manifest lists a file that is no run's": listed_outside,
-    "the program calls what it may not": unknown_call,
+    "the manifest lists a file that is not of a run": listed_outside,
+    "the program calls a forbidden operation": unknown_call,
     "the plan is for another network": lambda desk: load_run(desk.whole, desk, classes=4),
     "the weights are not those of the plan": weights_of_another,
     "the network before the cut has other weights": made_from_other_weights,
@@ -554,7 +558,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     ),
     "the network is in code that loading won't run": lambda desk: run_folder.load(desk.whole),
     # data sets
-    "the folder is not there": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
+    "the folder does not exist": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
     "the folder has no classes": lambda desk: data.load(folder_of(desk)),
     "a class has no images": empty_class,
     "a class has too few images": lambda desk: data.load(folder_of(desk, "ant/0.png")),
@@ -565,7 +569,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
         folder_of(desk, "Train/ant/0.png", "Test/ant/0.png")
     ),
     "an image was cut off": cut_image,
-    "several files are no images": lambda desk: read_images(
+    "several files are not images": lambda desk: read_images(
         desk.write("0.png", "none"), desk.write("1.png", "none")
     ),
     "greys have no known range": grey_of_floats,
@@ -597,7 +601,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the folder is a symbolic link": linked_folder,
     "a training step would not fit into memory": too_large_a_step,
     "memory has run out": lambda desk: failing_run(desk, torch.OutOfMemoryError("out of memory")),
-    "another process of the run has gone": lambda desk: failing_run(
+    "another process of the run has ended": lambda desk: failing_run(
         desk, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     ),
     "the network has parameters that it does not use": lambda desk: failing_run(
@@ -625,7 +629,7 @@ def test_every_row_has_a_case_and_every_case_a_row() -> None:
     assert [row.wrong for row in ROWS] == list(CASES)
 
 
-def test_every_row_says_what_to_do() -> None:
+def test_every_row_has_a_remedy() -> None:
     assert all(row.remedy for row in ROWS)
 
 

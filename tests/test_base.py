@@ -1,4 +1,4 @@
-"""Training a base network: what its folder holds is looked at before anything is written there."""
+"""Training a base network: its folder is checked before anything is written to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch-norm statistics: their new values, when they move, and what stays as it was."""
+"""Batch-norm statistics: their new values, when they change, and what they leave unchanged."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_correct_statistics_stay(
     assert all(torch.equal(model.state_dict()[n], t) for n, t in smaller.state_dict().items())
 
 
-def test_a_gain_that_one_image_makes_is_no_gain(generator: torch.Generator) -> None:
+def test_a_gain_due_to_one_image_does_not_count(generator: torch.Generator) -> None:
     before = torch.ones(100).double() + 0.01 * torch.randn(100, generator=generator)
     one_better = before.clone()
     one_better[7] -= 0.9
@@ -166,8 +166,8 @@ def test_a_batch_of_one_image_is_left_out() -> None:
     images = random_images(9)
     one = _reestimated(model, _norms(model), in_batches(images, 4))
     other = _reestimated(model, _norms(model), in_batches(images[:8], 4))
-    for found, expected in zip(one, other, strict=True):
-        assert all(map(torch.equal, found, expected))
+    for value, expected in zip(one, other, strict=True):
+        assert all(map(torch.equal, value, expected))
 
 
 def test_a_network_without_running_statistics_is_left_alone(fit: list[Batch]) -> None:

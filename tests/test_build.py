@@ -1,4 +1,4 @@
-"""Wheel and sdist are the same bytes anywhere, and hold and need what they must and no more."""
+"""Wheel and sdist are reproducible, and hold the right files and dependencies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(folder: Path) -> dict[str, bytes]:
     """Wheel and sdist of the project in a folder, by their suffix."""
     out = folder / "dist"
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(out)]
-    variables = {key: each for key, each in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+    variables = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True)
     return {path.suffix: path.read_bytes() for path in out.iterdir()}
 

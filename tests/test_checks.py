@@ -1,4 +1,4 @@
-"""The checks of words and structure find what they are for."""
+"""The checks of words and structure find violations."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_a_retired_word_is_found_in_any_form(line: str, word: str, tmp_path: Pat
     folder = tmp_path / "src" / "secateur" / "graph"
     folder.mkdir(parents=True)
     (folder / "module.py").write_text(f"\n{line}\n")
-    found = printed("vocabulary", "--root", str(tmp_path), "--no-help")
-    assert f"src/secateur/graph/module.py:2: {word} → " in found
+    output = printed("vocabulary", "--root", str(tmp_path), "--no-help")
+    assert f"src/secateur/graph/module.py:2: {word} → " in output
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_the_network_climbs_where_a_higher_package_is_called_after_a_lower_one(
         "def prune(model, other):\n    size(other)\n    smaller = middle.cut(model)\n"
         "    smaller.total()\n    return middle.refit(smaller, model)\n"
     )
-    found = printed("architecture", "--source", str(package), "--journey")
-    assert "longest chain of imports: 4 of" in found
-    assert "`model` enters 3 modules and 4 functions, and climbs 1 times" in found
-    assert "up from small.low.sizes to small.middle" in found
-    assert "small.low.sizes  Sizes.total" not in found  # `cut` does not say what it returns
+    output = printed("architecture", "--source", str(package), "--journey")
+    assert "longest chain of imports: 4 of" in output
+    assert "`model` enters 3 modules and 4 functions, and climbs 1 times" in output
+    assert "up from small.low.sizes to small.middle" in output
+    assert "small.low.sizes  Sizes.total" not in output  # `cut` does not say what it returns
 
 
-def test_what_is_too_long_is_told(tmp_path: Path) -> None:
+def test_a_function_that_is_too_long_is_reported(tmp_path: Path) -> None:
     package = tmp_path / "small"
     package.mkdir()
     lines = ["def prune(model):", *["    model += 1"] * 90]
     (package / "api.py").write_text("\n".join(lines))
-    found = printed("architecture", "--source", str(package))
-    assert "small.api.prune: 91 lines, at most 80" in found
+    output = printed("architecture", "--source", str(package))
+    assert "small.api.prune: 91 lines, at most 80" in output

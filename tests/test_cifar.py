@@ -58,8 +58,8 @@ def test_fine_labels_and_their_names_are_read(
         assert splits.class_names == NAMES
         assert splits.train.labels.tolist() == labels
         assert splits.test.labels.tolist() == [7, 5, 3]
-        found = splits.train.read(torch.arange(200), NATIVE)
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = splits.train.read(torch.arange(200), NATIVE)
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def test_one_image_of_each_class_is_held_out(
@@ -103,7 +103,7 @@ def test_names_must_be_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         data.load(f"cifar100:{tmp_path}")
 
 
-def test_a_folder_without_it_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_it_is_an_error_with_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(DataError, match=r"no CIFAR-100 in .*: expected .* cifar-100-python"):
         data.load(f"cifar100:{tmp_path}")

@@ -136,8 +136,8 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
     scored = call("evaluate", run, "--json")
     assert scored.code == 0
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
-    found = json.loads(scored.out)
-    assert {**found, "latency_ms": 0} == {**recorded, "latency_ms": 0}
+    printed = json.loads(scored.out)
+    assert {**printed, "latency_ms": 0} == {**recorded, "latency_ms": 0}
 
 
 def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Pa
     assert json.loads(outcome.out) == json.loads((run / "result.json").read_text())
 
 
-def test_prune_distills_and_leaves_batch_norm_alone_if_asked(
+def test_prune_distills_and_skips_batch_norm_on_request(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
@@ -198,7 +198,7 @@ def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
     assert f"{100 * before.top1_fraction:.2f} %" in outcome.out
 
 
-def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None:
+def test_inspect_lists_frozen_layers_with_reasons(call: Call, digits_run: DigitsRun) -> None:
     weights = digits_run.config.model.weights
     common = [
         "inspect",
@@ -214,22 +214,24 @@ def test_inspect_tells_what_is_frozen(call: Call, digits_run: DigitsRun) -> None
     outcome = call(*common)
     assert outcome.code == 0
     assert "written to the network's output" in " ".join(outcome.out.split())
-    found = json.loads(call(*common, "--criterion", "l2", "--criterion", "vote-iou", "--json").out)
-    assert {group["layer"] for group in found["groups"]} == {
+    printed = json.loads(
+        call(*common, "--criterion", "l2", "--criterion", "vote-iou", "--json").out
+    )
+    assert {group["layer"] for group in printed["groups"]} == {
         group.name for group in digits_run.result.groups
     }
-    first = found["groups"][0]
+    first = printed["groups"][0]
     assert set(first["scores"]) == {"l2", "vote-iou"}
     assert len(first["concepts"]) == first["filters"] == 16
     assert all(0 <= seen["iou"] <= 1 for seen in first["concepts"])
-    for group in found["groups"]:
+    for group in printed["groups"]:
         counts = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
         assert group["detectors"] == {name: counts.count(name) for name in counts}
         assert group["unique_detectors"] == len(set(counts))
         assert len(group["top_images"]) == group["filters"]
         for numbers in group["top_images"]:
             assert len(set(numbers)) == len(numbers) == 5
-            assert all(0 <= number < found["calibration_images"] for number in numbers)
+            assert all(0 <= number < printed["calibration_images"] for number in numbers)
 
 
 def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -> None:
@@ -269,10 +271,10 @@ def test_inspect_with_annotated_concepts_needs_no_data(
     source = ["--concepts", f"masks:{masks}"]
     outcome = call(*common, *source, "--num-classes", 4, "--json")
     assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out)
-    assert found["calibration_images"] == 6
-    assert found["concept_source"] == f"masks:{masks}"
-    seen = {each["concept"] for group in found["groups"] for each in group["concepts"]}
+    printed = json.loads(outcome.out)
+    assert printed["calibration_images"] == 6
+    assert printed["concept_source"] == f"masks:{masks}"
+    seen = {concept["concept"] for group in printed["groups"] for concept in group["concepts"]}
     assert seen <= {"left", "right"}
     outcome = call(*common, *source)
     assert outcome.code == 2
@@ -292,8 +294,8 @@ def test_inspect_one_layer(call: Call, model_file: Path) -> None:
 def test_inspect_one_filter(call: Call, model_file: Path) -> None:
     common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
     common += ["--calibration-images", 60]
-    found = json.loads(call(*common, "--json").out)
-    (group,) = (group for group in found["groups"] if group["layer"] == "conv1")
+    printed = json.loads(call(*common, "--json").out)
+    (group,) = (group for group in printed["groups"] if group["layer"] == "conv1")
     outcome = call(*common, "--layer", "conv1", "--filter", 3)
     assert outcome.code == 0
     lines = outcome.out.splitlines()
@@ -373,7 +375,7 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "completions"),
     [
         ("secateur rep", {"report"}),
         ("secateur prune --criterion vote-", {"vote-response", "vote-iou"}),
@@ -384,13 +386,13 @@ def test_inspect_a_head_with_more_classes_than_the_data(call: Call, images: Path
     ],
 )
 def test_shells_complete_names(
-    call: Call, monkeypatch: pytest.MonkeyPatch, words: str, found: set[str]
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: str, completions: set[str]
 ) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # as the installed command
     monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
-    assert set(call().out.split()) == found
+    assert set(call().out.split()) == completions
 
 
 def test_every_command_can_print_json() -> None:
@@ -442,7 +444,7 @@ def test_export_writes_a_file_and_times_both_networks(
     ]
 
 
-def test_run_of_own_code_is_scored_and_exported_without_the_code(
+def test_run_of_user_code_is_scored_and_exported_without_the_code(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
@@ -457,11 +459,11 @@ def test_run_of_own_code_is_scored_and_exported_without_the_code(
     assert exported["error"] < 1e-4
     assert exported["latency"] == []
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
-    found = json.loads(call("evaluate", run, "--json").out)
-    assert {**found, "latency_ms": 0} == {**recorded, "latency_ms": 0}
+    printed = json.loads(call("evaluate", run, "--json").out)
+    assert {**printed, "latency_ms": 0} == {**recorded, "latency_ms": 0}
 
 
-def test_export_of_what_is_no_run(call: Call, tmp_path: Path) -> None:
+def test_export_of_a_folder_without_a_run_is_an_error(call: Call, tmp_path: Path) -> None:
     outcome = call("export", tmp_path)
     assert outcome.code == 1
     assert "no manifest.json" in outcome.err
@@ -469,19 +471,19 @@ def test_export_of_what_is_no_run(call: Call, tmp_path: Path) -> None:
 
 
 def test_models_lists_what_can_be_named(call: Call) -> None:
-    found = json.loads(call("models", "--json").out)
-    assert "resnet56" in found["networks"]
-    assert "torchvision:resnet50" in found["networks"]
-    assert "vote-response" in found["criteria"]
-    assert found["networks"] == zoo.names()
-    assert set(found["concepts"]) == set(concepts.sources())
-    assert {"evidence", "saliency", "factors", "colours", "masks"} <= set(found["concepts"])
+    printed = json.loads(call("models", "--json").out)
+    assert "resnet56" in printed["networks"]
+    assert "torchvision:resnet50" in printed["networks"]
+    assert "vote-response" in printed["criteria"]
+    assert printed["networks"] == zoo.names()
+    assert set(printed["concepts"]) == set(concepts.sources())
+    assert {"evidence", "saliency", "factors", "colours", "masks"} <= set(printed["concepts"])
     kinds = {f"{kind}:DIR" for kind in data.READERS}
-    assert set(found["data"]) == kinds | {"hf:NAME_OR_PATH", "digits"}
+    assert set(printed["data"]) == kinds | {"hf:NAME_OR_PATH", "digits"}
     assert "resnet56" in call("models").out
 
 
-def test_unreadable_images_are_left_out_if_asked(
+def test_unreadable_images_are_skipped_on_request(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
     for name in ("cat", "dog"):
@@ -499,8 +501,8 @@ def test_unreadable_images_are_left_out_if_asked(
     assert line in outcome.out.splitlines()
     scored = call("evaluate", *common, "--json", "--skip-unreadable")
     assert scored.code == 0
-    found = json.loads(scored.out)
-    assert found["images"] + len(found["unreadable"]) == 2
+    printed = json.loads(scored.out)
+    assert printed["images"] + len(printed["unreadable"]) == 2
     assert call("inspect", *common, "--skip-unreadable").code == 0
 
 
@@ -510,7 +512,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     weights = tmp_path / "w.safetensors"
     save_file(zoo.load("resnet20").state_dict(), weights)
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
-    words = "for 10 classes, but the data or --num-classes asks for 2"
+    words = "are for 10 classes, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
     words = f"folder:{images} has 2 classes but --num-classes is 1"
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
@@ -561,7 +563,7 @@ def test_target_out_of_range(call: Call, tmp_path: Path, target: str) -> None:
     fails(call, tmp_path / "run", 2, target, *common)
 
 
-def test_folder_in_the_way(call: Call, tmp_path: Path) -> None:
+def test_output_folder_that_exists(call: Call, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     outcome = call("prune", "-m", "resnet20", "-d", "digits", "--allow-untrained", "-o", tmp_path)
     assert outcome.code == 1
@@ -617,7 +619,7 @@ def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signa
 
 
 @pytest.mark.slow
-def test_an_interrupted_fine_tuning_is_gone_on_with(
+def test_an_interrupted_fine_tuning_is_resumed(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     def arguments(out: Path) -> list[str]:
@@ -646,7 +648,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == f"interrupted; the same command with --resume goes on from {stopped}\n"
+    assert said == f"interrupted; the same command with --resume resumes from {stopped}\n"
     assert call("evaluate", stopped).code == 0  # what is there is a network that was repaired
     refused = call(*arguments(stopped), "--resume", "--learning-rate", 0.01)
     assert refused.code == 2
@@ -659,7 +661,7 @@ def test_an_interrupted_fine_tuning_is_gone_on_with(
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (alone, stopped)
     ]
-    told = [[each for each in lines if each["event"] == "epoch"] for lines in epochs]
+    told = [[event for event in lines if event["event"] == "epoch"] for lines in epochs]
     assert told[0] == told[1]
 
 
@@ -748,8 +750,8 @@ def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict
     common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
     few = ["--calibration-images", 60, "--no-finetune", "--set", "report.images=0", "-o", out]
     assert call("prune", *common, *few, *options).code == 0
-    found: dict[str, Any] = json.loads((out / "result.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
 
 
 def test_shares_come_from_a_file(call: Call, model_file: Path, tmp_path: Path) -> None:
@@ -815,7 +817,7 @@ def test_every_allocation_meets_every_target(
         assert cut[quantity] <= 0.6 * before[quantity]
 
 
-def test_comparing_prints_tables_and_says_where_the_page_is(
+def test_comparing_prints_tables_and_the_path_of_the_page(
     call: Call, images: Path, model_file: Path, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "benchmark.toml", tmp_path / "comparison"
@@ -851,11 +853,13 @@ def test_comparing_prints_tables_and_says_where_the_page_is(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["model=3"], "configuration, model: 3 found where a table is needed"),
-        (["finetune=3", "finetune.epochs=1"], "configuration, finetune: 3 found where a table"),
+        (["model=3"], "configuration, model: must be a table; got 3"),
+        (["finetune=3", "finetune.epochs=1"], "configuration, finetune: must be a table; got 3"),
     ],
 )
-def test_a_section_that_is_no_table_is_named(settings: list[str], words: str, call: Call) -> None:
+def test_a_section_that_is_not_a_table_is_named(
+    settings: list[str], words: str, call: Call
+) -> None:
     options = [word for setting in settings for word in ("--set", setting)]
     outcome = call("prune", "-m", "resnet20", "-d", "digits", *options)
     assert outcome.code == 2

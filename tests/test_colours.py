@@ -51,11 +51,11 @@ def slow_lab(red: float, green: float, blue: float) -> tuple[float, float, float
 
 
 def slow_name(red: float, green: float, blue: float) -> str:
-    found = slow_lab(red, green, blue)
+    converted = slow_lab(red, green, blue)
 
     def distance(value: str) -> float:
         parts = [int(value[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        return sum((a - b) ** 2 for a, b in zip(found, slow_lab(*parts), strict=True))
+        return sum((a - b) ** 2 for a, b in zip(converted, slow_lab(*parts), strict=True))
 
     return min(
         (min(distance(value) for value in values.split()), name)
@@ -75,11 +75,11 @@ def slow_name(red: float, green: float, blue: float) -> str:
     ],
 )
 def test_lab_values_are_the_published_ones(value: str, expected: tuple[float, ...]) -> None:
-    found = lab(torch.tensor([ImageColor.getrgb(value)]).double() / 255)[0]
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=0.05)
+    colour = lab(torch.tensor([ImageColor.getrgb(value)]).double() / 255)[0]
+    torch.testing.assert_close(colour, torch.tensor(expected).double(), rtol=0, atol=0.05)
 
 
-def test_lab_is_what_the_formula_gives_colour_by_colour(generator: torch.Generator) -> None:
+def test_lab_equals_the_formula_colour_by_colour(generator: torch.Generator) -> None:
     values = torch.rand(50, 3, generator=generator, dtype=torch.float64)
     values[:10] *= 0.01  # below both knees
     expected = [slow_lab(*value) for value in values.tolist()]
@@ -104,16 +104,16 @@ def test_a_prototype_has_its_own_name(term: str) -> None:
 
 def test_pixels_are_named_like_the_middle_of_their_bin(generator: torch.Generator) -> None:
     pixels = torch.randint(256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    found = colours().find(concept_input(pixels))
-    assert found.masks.shape == (2, 11, 8, 8)
-    assert torch.equal(found.masks.sum(1), torch.ones(2, 8, 8).long())
+    masks = colours().find(concept_input(pixels))
+    assert masks.masks.shape == (2, 11, 8, 8)
+    assert torch.equal(masks.masks.sum(1), torch.ones(2, 8, 8).long())
     width = 256 // STEPS
     for image in range(2):
         for row in range(8):
             for column in range(8):
                 bins = [int(value) // width for value in pixels[image, :, row, column]]
-                name = slow_name(*((each + 0.5) / STEPS for each in bins))
-                assert found.masks[image, NAMES.index(name), row, column]
+                name = slow_name(*((index + 0.5) / STEPS for index in bins))
+                assert masks.masks[image, NAMES.index(name), row, column]
 
 
 def test_bins_rarely_change_a_name(generator: torch.Generator) -> None:
@@ -131,20 +131,20 @@ def test_colours_that_an_image_does_not_show_are_absent() -> None:
     pixels = flat((250, 250, 250), (200, 20, 20))
     pixels = pixels.clone()
     pixels[1, :, :4] = torch.tensor([20, 20, 200], dtype=torch.uint8)[:, None, None]
-    found = colours().find(concept_input(pixels))
-    shown = [{NAMES[n] for n in row if n != UNLABELLED} for row in found.concepts.tolist()]
+    masks = colours().find(concept_input(pixels))
+    shown = [{NAMES[n] for n in row if n != UNLABELLED} for row in masks.concepts.tolist()]
     assert shown == [{"white"}, {"red", "blue"}]
-    assert found.masks[1, NAMES.index("blue"), :4].all()
-    assert found.masks[1, NAMES.index("red"), 4:].all()
+    assert masks.masks[1, NAMES.index("blue"), :4].all()
+    assert masks.masks[1, NAMES.index("red"), 4:].all()
 
 
 def test_large_images_are_averaged_first() -> None:
     tiles = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     tiles[0, :, 0, 0] = tiles[0, :, 1, 1] = 255
-    board = tiles.repeat(1, 1, LARGEST_GRID, LARGEST_GRID)  # black and white, pixel by pixel
-    found = colours().find(concept_input(board))
-    assert found.masks.shape == (1, 11, LARGEST_GRID, LARGEST_GRID)
-    assert found.masks[0, NAMES.index("grey")].all()
+    pixels = tiles.repeat(1, 1, LARGEST_GRID, LARGEST_GRID)  # black and white, pixel by pixel
+    masks = colours().find(concept_input(pixels))
+    assert masks.masks.shape == (1, 11, LARGEST_GRID, LARGEST_GRID)
+    assert masks.masks[0, NAMES.index("grey")].all()
     odd = colours().find(concept_input(flat((0, 0, 0), side=75)[..., :40])).masks
     assert odd.shape == (1, 11, LARGEST_GRID, 40)
     assert odd[0, NAMES.index("black")].all()

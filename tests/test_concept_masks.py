@@ -34,7 +34,7 @@ def test_masks_at_their_own_resolution_stay_as_they_are(height: int, width: int,
 @given(h=st.integers(1, 3), w=st.integers(1, 3), cell=st.integers(1, 4), seed=SEEDS)
 def test_a_cell_is_inside_where_half_of_it_is(h: int, w: int, cell: int, seed: int) -> None:
     masks = random_masks(2, 2, h * cell, w * cell, seed)
-    found = at_resolution(masks, (h, w))
+    coarse = at_resolution(masks, (h, w))
     for i in range(2):
         for r in range(2):
             covered = {
@@ -49,7 +49,7 @@ def test_a_cell_is_inside_where_half_of_it_is(h: int, w: int, cell: int, seed: i
             most = max(covered.values())
             needed = cell * cell / 2 if 2 * most >= cell * cell else most
             for (y, x), count in covered.items():
-                assert bool(found[i, r, y, x]) == (count > 0 and count >= needed)
+                assert bool(coarse[i, r, y, x]) == (count > 0 and count >= needed)
 
 
 @settings(deadline=None, max_examples=40)
@@ -75,10 +75,10 @@ def test_no_region_is_lost_and_it_stays_where_it_was(
     column = data.draw(st.integers(0, width - 1))
     masks = torch.zeros(1, 1, height, width, dtype=torch.bool)
     masks[0, 0, row, column] = True  # one pixel
-    found = at_resolution(masks, (h, w))
-    assert found.shape == (1, 1, h, w)
-    assert found.any()
-    for y, x in found[0, 0].nonzero().tolist():  # the pixel lies in every cell that is inside
+    coarse = at_resolution(masks, (h, w))
+    assert coarse.shape == (1, 1, h, w)
+    assert coarse.any()
+    for y, x in coarse[0, 0].nonzero().tolist():  # the pixel lies in every cell that is inside
         assert y * height // h <= row <= -(-(y + 1) * height // h) - 1
         assert x * width // w <= column <= -(-(x + 1) * width // w) - 1
 
@@ -90,17 +90,17 @@ def test_nothing_stays_nothing_and_everything_everything(
 ) -> None:
     masks = torch.zeros(1, 2, height, width, dtype=torch.bool)
     masks[:, 1] = True
-    found = at_resolution(masks, (h, w))
-    assert not found[:, 0].any()
-    assert found[:, 1].all()
+    coarse = at_resolution(masks, (h, w))
+    assert not coarse[:, 0].any()
+    assert coarse[:, 1].all()
 
 
 def test_batches_with_fewer_regions_are_filled_up_with_absent_ones() -> None:
     few, many = random_masks(2, 1, 3, 4, 0), random_masks(3, 4, 3, 4, 1)
     numbers = torch.arange(12).reshape(3, 4)
-    found = join_masks([ConceptMasks(few, torch.tensor([[7], [8]])), ConceptMasks(many, numbers)])
-    assert torch.equal(found.masks[2:], many)
-    assert torch.equal(found.concepts[2:], numbers)
-    assert torch.equal(found.masks[:2, :1], few)
-    assert not found.masks[:2, 1:].any()
-    assert found.concepts[:2].tolist() == [[7, *3 * [UNLABELLED]], [8, *3 * [UNLABELLED]]]
+    joined = join_masks([ConceptMasks(few, torch.tensor([[7], [8]])), ConceptMasks(many, numbers)])
+    assert torch.equal(joined.masks[2:], many)
+    assert torch.equal(joined.concepts[2:], numbers)
+    assert torch.equal(joined.masks[:2, :1], few)
+    assert not joined.masks[:2, 1:].any()
+    assert joined.concepts[:2].tolist() == [[7, *3 * [UNLABELLED]], [8, *3 * [UNLABELLED]]]

@@ -117,7 +117,7 @@ def test_evidence_of_a_flattening_network_is_its_grad_cam(with_labels: bool) -> 
     torch.testing.assert_close(heat, torch.stack(expected))
 
 
-def test_the_gradient_can_be_asked_for_again() -> None:
+def test_the_gradient_can_be_computed_again() -> None:
     context = context_of(make_network("flattened"))
     evidence = Evidence(context)
     concept_input = concept_input_of(evidence, context, random_images(3))
@@ -128,11 +128,11 @@ def test_the_gradient_can_be_asked_for_again() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_evidence_is_the_top_quarter_of_each_image(name: str) -> None:
     model, images = make_network(name), random_images(5)
-    found = found_by("evidence", model, images)
+    regions = found_by("evidence", model, images)
     heat, _ = heat_of(model, images)
-    assert found.masks.shape == (5, 1, *heat.shape[1:])
+    assert regions.masks.shape == (5, 1, *heat.shape[1:])
     count = round(heat[0].numel() / 4)
-    for mask, value in zip(found.masks[:, 0], heat, strict=True):
+    for mask, value in zip(regions.masks[:, 0], heat, strict=True):
         lowest = value[mask].min()
         assert int((value > lowest).sum()) < count <= int(mask.sum())
         assert torch.equal(mask, value >= lowest)  # all that ties with the last one, and no more
@@ -143,12 +143,12 @@ def test_class_is_the_label_or_else_the_prediction() -> None:
     with torch.no_grad():
         predicted = model(images).argmax(1)
     labels = (predicted + 1) % CLASSES
-    found = found_by("evidence", model, images)
-    assert torch.equal(found.concepts, predicted[:, None])
+    regions = found_by("evidence", model, images)
+    assert torch.equal(regions.concepts, predicted[:, None])
     labelled = found_by("evidence", model, images, labels)
     assert torch.equal(labelled.concepts, labels[:, None])
-    assert torch.equal(found.masks, found_by("evidence", model, images, predicted).masks)
-    assert not torch.equal(labelled.masks, found.masks)
+    assert torch.equal(regions.masks, found_by("evidence", model, images, predicted).masks)
+    assert not torch.equal(labelled.masks, regions.masks)
 
 
 def test_labels_of_images_without_classes_are_refused() -> None:
@@ -179,14 +179,14 @@ def test_evidence_leaves_no_gradient_behind(name: str) -> None:
 # --- saliency -------------------------------------------------------------------------------------
 
 
-def test_saliency_is_what_lies_above_the_mean_of_the_summed_map() -> None:
+def test_saliency_covers_cells_above_the_mean_of_the_summed_map() -> None:
     model, images = chain(), random_images(4)
-    found = found_by("saliency", model, images)
+    regions = found_by("saliency", model, images)
     maps = last_maps_of_chain(model, images)
     for i in range(4):
         total = torch.stack(list(maps[i])).sum(0)
-        assert torch.equal(found.masks[i, 0], total > total.mean())
-        assert 0 < int(found.masks[i].sum()) < 16
+        assert torch.equal(regions.masks[i, 0], total > total.mean())
+        assert 0 < int(regions.masks[i].sum()) < 16
 
 
 def test_saliency_ignores_labels() -> None:
@@ -306,9 +306,9 @@ def test_an_image_is_found_alike_in_any_batch(text: str, network: str) -> None:
     for size in (1, 2, 5):
         for start in range(0, 11, size):
             images = slice(start, start + size)
-            found = source.find(select_inputs(concept_input, images))
-            assert torch.equal(found.masks, whole.masks[images])
-            assert torch.equal(found.concepts, whole.concepts[images])
+            regions = source.find(select_inputs(concept_input, images))
+            assert torch.equal(regions.masks, whole.masks[images])
+            assert torch.equal(regions.concepts, whole.concepts[images])
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 2048), (8, 8, 64), (3, 5, 13), (1, 9, 100), (14, 14, 33)])
@@ -352,9 +352,9 @@ def test_a_region_is_empty_where_and_only_where_it_is_absent(text: str) -> None:
     if "factors" in text:
         pytest.importorskip("sklearn")
     source, concept_input = source_and_input(text, "chain", 6)
-    found = source.find(concept_input)
-    assert torch.equal(found.masks.any(dim=3).any(dim=2), found.concepts != UNLABELLED)
-    assert int(found.concepts.max()) < len(source.concepts)
+    regions = source.find(concept_input)
+    assert torch.equal(regions.masks.any(dim=3).any(dim=2), regions.concepts != UNLABELLED)
+    assert int(regions.concepts.max()) < len(source.concepts)
 
 
 @pytest.mark.parametrize("text", ["evidence", "saliency", "factors:3"])
@@ -363,8 +363,8 @@ def test_maps_in_half_precision_will_do(text: str) -> None:
         pytest.importorskip("sklearn")
     source, concept_input = source_and_input(text, "chain", 4)
     assert concept_input.value is not None
-    found = source.find(replace(concept_input, value=concept_input.value.bfloat16()))
-    assert found.masks.shape == source.find(concept_input).masks.shape
+    regions = source.find(replace(concept_input, value=concept_input.value.bfloat16()))
+    assert regions.masks.shape == source.find(concept_input).masks.shape
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -437,21 +437,21 @@ def test_regions_of_several_sources_lie_side_by_side_at_the_finest_resolution(
     other = Marked("cde", fine, torch.tensor([[0, 2], [UNLABELLED, 1]]))
     both = Combined((one, other))
     assert [concept.name for concept in both.concepts] == list("abcde")
-    found = both.find(empty_input(random_images(2)))
-    assert found.concepts.tolist() == [[1, 2, 4], [UNLABELLED, UNLABELLED, 3]]
-    assert torch.equal(found.masks[:, 1:], fine)
-    assert torch.equal(found.masks[:, :1], at_resolution(coarse, (4, 4)))
-    assert torch.equal(at_resolution(found.masks[:, :1], (2, 2)), coarse)
+    regions = both.find(empty_input(random_images(2)))
+    assert regions.concepts.tolist() == [[1, 2, 4], [UNLABELLED, UNLABELLED, 3]]
+    assert torch.equal(regions.masks[:, 1:], fine)
+    assert torch.equal(regions.masks[:, :1], at_resolution(coarse, (4, 4)))
+    assert torch.equal(at_resolution(regions.masks[:, :1], (2, 2)), coarse)
 
 
 def test_no_resolution_is_finer_than_the_image() -> None:
     too_fine = Marked("a", torch.ones(2, 1, 32, 32).bool(), torch.zeros(2, 1).long())
-    found = Combined((too_fine, too_fine)).find(empty_input(random_images(2)))
-    assert found.masks.shape == (2, 2, 8, 8)
+    regions = Combined((too_fine, too_fine)).find(empty_input(random_images(2)))
+    assert regions.masks.shape == (2, 2, 8, 8)
 
 
 @pytest.mark.parametrize("network", ["chain", "flattened"])
-def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> None:
+def test_each_source_finds_the_same_regions_combined_and_alone(network: str) -> None:
     images = random_images(5)
     context = context_of(make_network(network))
     combined = make(
@@ -460,16 +460,16 @@ def test_each_source_finds_in_combination_what_it_finds_alone(network: str) -> N
     alone = [sources()[name](context) for name in ("evidence", "saliency", "colours")]
     assert combined.node is alone[0].node
     assert combined.needs_gradient == alone[0].needs_gradient == (network == "flattened")
-    found = combined.find(concept_input_of(combined, context, images))
+    regions = combined.find(concept_input_of(combined, context, images))
     expected = [source.find(concept_input_of(source, context, images)) for source in alone]
-    masks = torch.cat([at_resolution(each.masks, (8, 8)) for each in expected], dim=1)
-    assert torch.equal(found.masks, masks)
-    assert torch.equal(found.concepts[:, :1], expected[0].concepts)
-    assert torch.equal(found.concepts[:, 1:2], expected[1].concepts + CLASSES)
+    masks = torch.cat([at_resolution(part.masks, (8, 8)) for part in expected], dim=1)
+    assert torch.equal(regions.masks, masks)
+    assert torch.equal(regions.concepts[:, :1], expected[0].concepts)
+    assert torch.equal(regions.concepts[:, 1:2], expected[1].concepts + CLASSES)
     numbers = expected[2].concepts
     shown = numbers != UNLABELLED
-    assert torch.equal(found.concepts[:, 2:] != UNLABELLED, shown)
-    assert torch.equal(found.concepts[:, 2:][shown], numbers[shown] + CLASSES + 1)
+    assert torch.equal(regions.concepts[:, 2:] != UNLABELLED, shown)
+    assert torch.equal(regions.concepts[:, 2:][shown], numbers[shown] + CLASSES + 1)
 
 
 def test_only_those_who_learn_are_taught() -> None:
@@ -499,7 +499,7 @@ def test_annotations_are_those_of_the_batch() -> None:
     assert source.concepts == (Concept("a", "letter"),)
 
 
-def test_images_without_annotations_are_an_error_that_says_what_to_do() -> None:
+def test_images_without_annotations_are_an_error_with_a_remedy() -> None:
     source = Annotations((Concept("a", "letter"),))
     with pytest.raises(DataError, match="without annotated regions: take those that the concept"):
         source.find(empty_input(random_images(2)))

@@ -18,7 +18,7 @@ def test_toml_round_trip() -> None:
     assert from_dict(tomllib.loads(to_toml(config)), RunConfig) == config
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_field_has_a_docstring() -> None:
     sections: list[type[Section]] = [RunConfig, *Section.__subclasses__()]
     undocumented = [
         f"{section.__name__}.{name}"

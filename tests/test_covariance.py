@@ -13,8 +13,8 @@ def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:
     zero = torch.zeros(3)
     unit = quantization_unit(ActivationStatistics(zero, zero, rows.abs().amax(0)))
     moments = SecondMoments(3)
-    for some in rows.split(7):
-        moments.update(quantize(some, unit, "conv"))
+    for chunk in rows.split(7):
+        moments.update(quantize(chunk, unit, "conv"))
     exact = rows.double()
     torch.testing.assert_close(moments.raw(unit), exact.T @ exact / 40, rtol=1e-3, atol=1e-3)
     expected = torch.cov(exact.T, correction=0)
@@ -27,8 +27,8 @@ def test_a_weight_counts_a_row_several_times(generator: torch.Generator) -> None
     weighted, repeated = SecondMoments(4), SecondMoments(4)
     weighted.update(rows, weights.float())
     repeated.update(rows.repeat_interleave(weights, 0))
-    assert [each.tolist() for each in weighted.state()] == [
-        each.tolist() for each in repeated.state()
+    assert [sums.tolist() for sums in weighted.state()] == [
+        sums.tolist() for sums in repeated.state()
     ]
 
 
@@ -36,10 +36,10 @@ def test_the_order_of_rows_does_not_matter(generator: torch.Generator) -> None:
     rows = torch.randint(-LEVELS, LEVELS, (1000, 4), generator=generator).float()
     one, other = SecondMoments(4), SecondMoments(4)
     one.update(rows)
-    for some in rows.flip(0).split(13):
-        other.update(some)
-    for own, its in zip(one.state(), other.state(), strict=True):
-        assert torch.equal(own, its)
+    for chunk in rows.flip(0).split(13):
+        other.update(chunk)
+    for sums, its in zip(one.state(), other.state(), strict=True):
+        assert torch.equal(sums, its)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
@@ -52,7 +52,7 @@ def test_values_keep_their_size_whatever_it_is(size: float) -> None:
     assert whole.abs().max() <= LEVELS
 
 
-def test_what_is_no_number_is_refused() -> None:
+def test_nan_is_refused() -> None:
     rows = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(DataError, match="'conv1' holds values that are not finite"):
         quantize(rows, torch.ones(2), "conv1")

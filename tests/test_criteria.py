@@ -96,11 +96,11 @@ def scores_of(
     weights: dict[int, float] | None = None,
 ) -> dict[str, Tensor]:
     criterion = make(name, settings, 0, weights or {})
-    found = score_filters(
+    scores = score_filters(
         model, dependencies, calibration_batches, {name: criterion}, TwoRegions(), settings
     )
-    assert found[name].criterion == name
-    return found[name].scores
+    assert scores[name].criterion == name
+    return scores[name].scores
 
 
 def maps_by_hand(model: Chain) -> dict[str, Tensor]:
@@ -195,13 +195,13 @@ def test_weights_count_votes_by_concept(
 ) -> None:
     weights = [0.25, 3.0]
     settings = SETTINGS.model_copy(update={"vote_mode": "plurality"})
-    found = scores_of("vote-response", chain, dependencies, settings, dict(enumerate(weights)))[
+    scores = scores_of("vote-response", chain, dependencies, settings, dict(enumerate(weights)))[
         group
     ]
-    votes = [0.0] * len(found)
+    votes = [0.0] * len(scores)
     for concept, strength in response_strengths(chain, group):
-        votes[max(range(len(found)), key=lambda c: strength[c])] += weights[concept]
-    assert found.tolist() == votes
+        votes[max(range(len(scores)), key=lambda c: strength[c])] += weights[concept]
+    assert scores.tolist() == votes
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -283,7 +283,7 @@ def test_an_absent_region_has_no_vote() -> None:
     seed=st.integers(0, 2**31),
     has_norm_weights=st.booleans(),
 )
-def test_filters_go_in_the_order_of_what_is_missed(
+def test_filters_are_removed_in_the_order_of_their_loss(
     filters: int, taps: int, outputs: int, seed: int, has_norm_weights: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -481,7 +481,7 @@ def test_norms_are_those_of_each_kernel(
 
 
 @pytest.mark.parametrize("name", ["l1", "l2"])
-def test_norms_of_tied_layers_add_up(name: str) -> None:
+def test_norms_of_tied_layers_are_summed(name: str) -> None:
     model = make_network("residual")
     dependencies = build_dependency_graph(model, random_images(2), prune_residual=True)
     scores = scores_of(name, model, dependencies)["stem.0"]
@@ -518,7 +518,7 @@ def test_statistics_are_those_of_every_position(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_independence_is_what_the_nuclear_norm_loses(
+def test_independence_equals_the_drop_of_the_nuclear_norm(
     chain: Chain, dependencies: DependencyGraph, group: str
 ) -> None:
     maps = maps_by_hand(chain)[group].double()
@@ -622,13 +622,13 @@ def test_without_a_batch_norm_there_is_no_scale() -> None:
 
 
 def test_filters_without_a_batch_norm_or_a_kernel_are_not_guessed() -> None:
-    some = (torch.ones(2, 3), torch.tensor([0, 3]))
+    regions = (torch.ones(2, 3), torch.tensor([0, 3]))
     scales = (torch.ones(2), torch.tensor([0, 3]))
     for criterion, what in (
         (make("bn_scale", SETTINGS, 0, {}), "batch norm whose scale could rank"),
         (KernelFunction(l2), "kernel that produces"),
     ):
-        criterion.reset({"a": Kernels((some,), torch.arange(4), (), (scales,))})
+        criterion.reset({"a": Kernels((regions,), torch.arange(4), (), (scales,))})
         with pytest.raises(UsageError, match=f"'a' has no {what} 2 of its 4 filters"):
             criterion.compute("a")
         criterion.reset({"a": Kernels((), torch.arange(5), (), ())})
@@ -756,11 +756,11 @@ def test_every_criterion_scores_every_filter_and_leaves_the_network_alone(name: 
 def test_every_criterion_says_what_it_needs(name: str) -> None:
     criterion: Criterion = make(name, SETTINGS, 0, {})
     needs: dict[str, set[Need]] = {"taylor": {"maps", "gradients"}}
-    needs |= {each: set() for each in ("random", "l1", "l2", "fpgm", "bn_scale")}
+    needs |= {name: set() for name in ("random", "l1", "l2", "fpgm", "bn_scale")}
     needs |= {
-        each: {"maps", "statistics"} for each in ("activation_entropy", "chip", "reconstruction")
+        name: {"maps", "statistics"} for name in ("activation_entropy", "chip", "reconstruction")
     }
-    needs |= {each: {"maps", "statistics", "concepts"} for each in ("vote", "vote-response")}
+    needs |= {name: {"maps", "statistics", "concepts"} for name in ("vote", "vote-response")}
     needs["vote-iou"] = {"maps", "thresholds", "concepts"}
     assert criterion.needs == needs.get(name, {"maps"})
 
@@ -808,7 +808,7 @@ def test_a_filter_that_does_nothing_scores_nothing(
 
 
 @pytest.mark.parametrize("name", [n for n in CRITERIA if make(n, SETTINGS, 0, {}).needs])
-def test_what_is_no_number_is_an_error(name: str) -> None:
+def test_nan_is_an_error(name: str) -> None:
     model = make_network("chain")
     assert isinstance(model, Chain)
     with torch.no_grad():

@@ -55,9 +55,9 @@ def test_the_official_split_is_read(tmp_path: Path) -> None:
     assert splits.test.labels.tolist() == 3 * [0] + 3 * [1] + 3 * [2]
     assert isinstance(splits.test, FileImages)
     assert [path.stem[-2:] for path in splits.test.paths[:3]] == ["_5", "_6", "_7"]
-    found = splits.train.read(torch.arange(15), Preprocessing(16, 18))
-    assert found.shape == (15, 3, 16, 16)
-    assert torch.equal(found[1, 0], found[1, 2])
+    pixels = splits.train.read(torch.arange(15), Preprocessing(16, 18))
+    assert pixels.shape == (15, 3, 16, 16)
+    assert torch.equal(pixels[1, 0], pixels[1, 2])
 
 
 def test_the_whole_method_runs_on_it(model_file: Path, tmp_path: Path) -> None:

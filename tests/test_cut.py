@@ -56,9 +56,11 @@ def test_any_plan_gives_an_equivalent_network(data: st.DataObject) -> None:
     model, dependencies = wired(name, data.draw(st.booleans()))
     removed = {
         group: tuple(
-            sorted(data.draw(st.sets(st.integers(0, len(each) - 1), max_size=len(each) - 1)))
+            sorted(
+                data.draw(st.sets(st.integers(0, len(channels) - 1), max_size=len(channels) - 1))
+            )
         )
-        for group, each in dependencies.groups.items()
+        for group, channels in dependencies.groups.items()
     }
     plan = plan_of(removed)
     assert_cut_is_equivalent(model, dependencies, plan, random_images(2))
@@ -67,7 +69,9 @@ def test_any_plan_gives_an_equivalent_network(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_filter_may_be_left_in_every_group(name: str) -> None:
     model, dependencies = wired(name, True)
-    removed = {group: tuple(range(1, len(each))) for group, each in dependencies.groups.items()}
+    removed = {
+        group: tuple(range(1, len(channels))) for group, channels in dependencies.groups.items()
+    }
     assert_cut_is_equivalent(model, dependencies, plan_of(removed), random_images())
 
 

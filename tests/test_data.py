@@ -132,8 +132,8 @@ def test_stacked_columns_are_read_in_the_order_of_the_labels(tmp_path: Path) -> 
         (splits.train, train, train_labels),
         (splits.test, test, test_labels),
     ):
-        found = whole(part, Preprocessing(32, 32))
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = whole(part, Preprocessing(32, 32))
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
         assert part.labels.tolist() == labels
         assert part.labels.dtype == torch.int64
 
@@ -155,8 +155,8 @@ def test_torchvisions_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pixels, labels = write_torchvision(tmp_path, monkeypatch)
     for directory in (tmp_path, tmp_path / "cifar-10-batches-py"):
         splits = data.READERS["cifar10"](directory)
-        found = whole(splits.train, Preprocessing(32, 32))
-        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        images = whole(splits.train, Preprocessing(32, 32))
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
         assert splits.train.labels.tolist() == labels
         assert len(splits.test.labels) == 4
 
@@ -243,7 +243,7 @@ def test_damaged_columns_are_refused(
         data.load(f"cifar10:{tmp_path}")
 
 
-def test_a_folder_without_cifar_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_cifar_is_an_error_with_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no CIFAR-10 .*: expected train_labels.npy .* or torch"):
         data.load(f"cifar10:{tmp_path}")
 
@@ -272,7 +272,7 @@ def test_a_folder_with_parts_is_read_as_it_is_split(scored: str, tmp_path: Path)
     assert splits.test.labels.tolist() == [0, 1, 2, 2]
 
 
-def test_test_goes_before_val(tmp_path: Path) -> None:
+def test_test_is_preferred_to_val(tmp_path: Path) -> None:
     for part, count in (("train", 2), ("test", 3), ("val", 4)):
         write_folder(tmp_path / part, {"ant": count})
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
@@ -286,7 +286,7 @@ def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path:
     assert len(data.READERS["folder"](tmp_path).test.labels) == 3
 
 
-def test_what_programs_hide_in_folders_is_neither_class_nor_image(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_neither_class_nor_image(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "bee": 5, "__MACOSX": 1, ".ipynb_checkpoints": 1})
     write_folder(tmp_path / "ant", {"winged": 2, ".ipynb_checkpoints": 3})
     (tmp_path / "bee" / "._0.png").write_bytes(b"what macOS leaves")
@@ -298,7 +298,7 @@ def test_what_programs_hide_in_folders_is_neither_class_nor_image(tmp_path: Path
 @pytest.mark.parametrize(
     "parts", [("Test", "Train"), ("Testing", "Training"), ("test", "val"), ("VALID", "wasp")]
 )
-def test_parts_of_other_names_are_not_read_as_classes(
+def test_folders_of_other_names_are_not_read_as_classes(
     parts: tuple[str, str], tmp_path: Path
 ) -> None:
     for part in parts:
@@ -333,28 +333,28 @@ def test_images_of_any_mode_and_depth_of_folder_are_read_as_rgb(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
-def test_images_come_to_a_network_as_its_published_weights_say(name: str) -> None:
+def test_images_are_preprocessed_as_for_the_published_weights(name: str) -> None:
     pixels = random_pixels(1, 300, 280)
     prepare = zoo.preprocessing(f"torchvision:{name}")
     images = TensorImages(torch.from_numpy(pixels).movedim(-1, 1), torch.zeros(1).long())
-    found = prepare.normalise(images.read(torch.tensor([0]), prepare))
+    normalised = prepare.normalise(images.read(torch.tensor([0]), prepare))
     published = next(iter(torchvision.models.get_model_weights(name))).transforms()
     level = 1 / 255 / min(prepare.std)  # Pillow rounds otherwise, in each direction
     expected = published(Image.fromarray(pixels[0]))[None]
-    torch.testing.assert_close(found, expected, atol=2.01 * level, rtol=0)
+    torch.testing.assert_close(normalised, expected, atol=2.01 * level, rtol=0)
 
 
 def test_files_are_resized_and_cropped_as_torchvision_does(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 3})
     paths = tuple(sorted((tmp_path / "ant").iterdir()))
     images = FileImages(paths, torch.zeros(3, dtype=torch.int64))
-    found = images.read(torch.tensor([2, 0]), Preprocessing(6, 7))
+    batch = images.read(torch.tensor([2, 0]), Preprocessing(6, 7))
     expected = []
     for path in (paths[2], paths[0]):
         pixels = v2.functional.pil_to_tensor(Image.open(path))
         resized = v2.functional.resize(pixels, [7], antialias=True)
         expected.append(v2.functional.center_crop(resized, [6]))
-    assert torch.equal(found, torch.stack(expected))
+    assert torch.equal(batch, torch.stack(expected))
 
 
 def test_images_in_memory_are_resized_like_those_in_files(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ LABELS = st.lists(st.integers(2, 12), min_size=1, max_size=4).map(
 
 @given(LABELS, st.floats(0, 0.6), st.integers(0, 99))
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
-def test_what_is_held_out_is_a_share_of_each_class(
+def test_a_fraction_of_each_class_is_held_out(
     labels: list[int], fraction: float, seed: int
 ) -> None:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -560,10 +560,10 @@ def test_a_calibration_set_larger_than_the_data_is_all_of_it(stratified: bool) -
 
 def test_without_stratifying_labels_are_ignored() -> None:
     one, other = data_set_of(20 * [0, 1, 2]), data_set_of(60 * [0])
-    found = [
+    shard_batches = [
         numbers_of(data.draw_calibration_images(d.train, 7, stratified=False)) for d in (one, other)
     ]
-    assert found[0] == found[1]
+    assert shard_batches[0] == shard_batches[1]
 
 
 # Batches
@@ -573,12 +573,12 @@ def test_without_stratifying_labels_are_ignored() -> None:
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
 def test_every_image_comes_once_and_the_last_batch_may_be_small(count: int, size: int) -> None:
     images = numbered(list(range(count)))
-    found = list(batches(images, size, SMALL))
+    all_batches = list(batches(images, size, SMALL))
     full, rest = divmod(count, size)
-    assert [len(batch.labels) for batch in found] == full * [size] + ([rest] if rest else [])
-    labels = torch.cat([batch.labels for batch in found]).tolist()
+    assert [len(batch.labels) for batch in all_batches] == full * [size] + ([rest] if rest else [])
+    labels = torch.cat([batch.labels for batch in all_batches]).tolist()
     assert labels == list(range(count))
-    for batch in found:
+    for batch in all_batches:
         expected = SMALL.normalise(whole(images, SMALL)[batch.labels])
         assert torch.equal(batch.images, expected)
 
@@ -607,6 +607,6 @@ def test_taking_images_takes_their_labels(tmp_path: Path) -> None:
     paths = tuple(sorted((tmp_path / "ant").iterdir()))
     in_files = FileImages(paths, torch.arange(4))
     for images in (numbered([4, 5, 6, 7]), in_files):
-        taken = images.take(torch.tensor([3, 1]))
-        assert taken.labels.tolist() == images.labels[[3, 1]].tolist()
-        assert torch.equal(whole(taken, SMALL), whole(images, SMALL)[[3, 1]])
+        selected = images.take(torch.tensor([3, 1]))
+        assert selected.labels.tolist() == images.labels[[3, 1]].tolist()
+        assert torch.equal(whole(selected, SMALL), whole(images, SMALL)[[3, 1]])

@@ -117,17 +117,17 @@ def test_groups_are_the_known_ones(name: str, prune_residual: bool) -> None:
 
 @pytest.mark.parametrize("prune_residual", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_says_why(name: str, prune_residual: bool) -> None:
+def test_frozen_channels_carry_the_reason(name: str, prune_residual: bool) -> None:
     dependencies = wired(name, prune_residual)[1]
     reasons = {"linear": OUTPUT, **FROZEN.get(name, {})}
     if prune_residual:
         reasons = {layer: why for layer, why in reasons.items() if why != RESIDUAL}
-    found: dict[str, str] = {}
+    reason_of: dict[str, str] = {}
     for group in dependencies.frozen:
-        found[f"{group.name} (2)" if group.name in found else group.name] = group.reason
+        reason_of[f"{group.name} (2)" if group.name in reason_of else group.name] = group.reason
     if prune_residual and name == "channel_pad":
         reasons = {"stem.0": PADDED, "linear": OUTPUT}
-    assert found == reasons
+    assert reason_of == reasons
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -158,9 +158,9 @@ def test_every_filter_is_in_one_group_or_frozen(name: str) -> None:
 def test_a_group_knows_its_producers_and_consumers(
     name: str, group: str, producers: set[str], consumers: set[str]
 ) -> None:
-    found = wired(name, True)[1].groups[group]
-    assert {layer.name for layer in found.layers} == producers
-    assert {consumer.layer for consumer in found.consumers} == consumers
+    coupled = wired(name, True)[1].groups[group]
+    assert {layer.name for layer in coupled.layers} == producers
+    assert {consumer.layer for consumer in coupled.consumers} == consumers
 
 
 def test_a_tap_is_where_a_group_still_has_positions() -> None:
@@ -199,7 +199,7 @@ def test_a_tap_holds_each_channel_where_its_index_says(name: str) -> None:
             assert differs.tolist() == [changed]
 
 
-def test_branches_are_found_behind_one_another_in_what_is_joined() -> None:
+def test_joined_branches_follow_one_another() -> None:
     dependencies = wired("concat")[1]
     left, right = dependencies.groups["left.0"], dependencies.groups["right.0"]
     assert left.taps[0].node is right.taps[0].node
@@ -262,12 +262,12 @@ def test_shapes_after_a_cut_are_those_of_the_cut_network(
 ) -> None:
     model, dependencies = wired(name, True)
     plan = random_plan(dependencies, generator)
-    found = {
+    reasons = {
         name: tuple(one.shape)
         for name, one in apply_plan(model, dependencies, plan).state_dict().items()
     }
     shapes = dependencies.shapes_after(plan.removed)
-    assert {name: shapes[name] for name in found} == found
+    assert {name: shapes[name] for name in reasons} == reasons
     assert dependencies.shapes_after({}) == dependencies.shapes
 
 
@@ -304,7 +304,7 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
         (lambda self, x: x.flatten(0, 1).view(-1, 6, 8, 8), "which mixes dimensions"),
     ],
 )
-def test_what_is_not_understood_is_frozen_and_says_why(
+def test_unknown_operations_freeze_channels_with_the_reason(
     then: Callable[[Between, Tensor], Tensor], reason: str, generator: torch.Generator
 ) -> None:
     model, dependencies = between(then)
@@ -345,7 +345,7 @@ def test_what_is_not_understood_is_frozen_and_says_why(
         _chunked,
     ],
 )
-def test_what_is_understood_can_be_cut(
+def test_channels_of_known_operations_can_be_cut(
     then: Callable[[Between, Tensor], Tensor], generator: torch.Generator
 ) -> None:
     model, dependencies = between(then)
@@ -370,7 +370,7 @@ def test_channels_joined_with_the_networks_input_are_prunable(generator: torch.G
     assert_any_cut(model, dependencies, generator)
 
 
-def test_a_layer_whose_output_goes_nowhere_is_frozen() -> None:
+def test_a_layer_whose_output_is_unused_is_frozen() -> None:
     _, dependencies = between(lambda self, x: x * self.to_one(x))
     assert {"to_one": "one channel that is spread over others"}.items() <= {
         group.name: group.reason for group in dependencies.frozen

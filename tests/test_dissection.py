@@ -52,7 +52,7 @@ def dissected(names: tuple[str, ...], *concept_inputs: tuple[Tensor, Tensor, Ten
     return dissection
 
 
-def test_filters_are_told_by_what_they_lie_on() -> None:
+def test_filters_are_identified_by_the_concepts_they_lie_on() -> None:
     top = torch.zeros(4, 4, dtype=torch.bool)
     top[:2] = True
     # Filter 0 lies on the first concept, filter 1 on the second, filter 2 nowhere.
@@ -78,14 +78,14 @@ def test_a_detector_is_above_the_bound_not_at_it() -> None:
     assert FilterConcept("sky", DETECTOR_IOU + 1e-9).is_detector
 
 
-def test_batches_add_up(generator: torch.Generator) -> None:
+def test_batches_are_summed(generator: torch.Generator) -> None:
     maps = torch.rand(6, 3, 4, 4, generator=generator)
     masks = torch.rand(6, 2, 4, 4, generator=generator) < 0.4
     concepts = torch.randint(0, 3, (6, 2), generator=generator)
     names = ("a", "b", "c")
     whole = dissected(names, (maps, masks, concepts))
-    some = (slice(4, 6), slice(0, 1), slice(1, 4))
-    parts = dissected(names, *((maps[part], masks[part], concepts[part]) for part in some))
+    chunks = (slice(4, 6), slice(0, 1), slice(1, 4))
+    parts = dissected(names, *((maps[part], masks[part], concepts[part]) for part in chunks))
     assert whole.best(whole.iou("layer")) == parts.best(parts.iou("layer"))
     for one, other in zip(whole.state(), parts.state(), strict=True):
         assert one.dtype == torch.int64
@@ -101,7 +101,7 @@ def test_masks_are_brought_to_the_maps() -> None:
     assert dissection.best(dissection.iou("layer")) == [FilterConcept("sky", 1.0)]
 
 
-def test_a_channel_is_told_by_the_best_of_its_filters() -> None:
+def test_a_channel_is_described_by_the_best_of_its_filters() -> None:
     model = make_network("grouped")
     dependencies = build_dependency_graph(model, random_images(2))
     group = dependencies.groups["stem.0"]
@@ -153,15 +153,15 @@ def best_by_sorting(largest: Tensor, numbers: Tensor, count: int) -> list[list[i
 def test_top_images_are_those_of_a_sort(count: int, generator: torch.Generator) -> None:
     largest = torch.randint(-3, 4, (12, 5), generator=generator).float()  # with many ties
     numbers = torch.randperm(40, generator=generator)[:12]
-    found = top_of(count, (largest, numbers)).top("layer").indices
-    assert found.tolist() == best_by_sorting(largest, numbers, count)
-    assert found.shape == (5, min(count, 12))
+    top = top_of(count, (largest, numbers)).top("layer").indices
+    assert top.tolist() == best_by_sorting(largest, numbers, count)
+    assert top.shape == (5, min(count, 12))
 
 
 def test_between_equal_activations_the_smaller_number_is_kept() -> None:
     ones = torch.ones(4, 1)
-    found = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).top("layer").indices
-    assert found.tolist() == [[3, 5]]
+    top = top_of(2, (ones, torch.tensor([7, 3, 9, 5]))).top("layer").indices
+    assert top.tolist() == [[3, 5]]
     later = top_of(2, (ones[:2], torch.tensor([7, 9])), (ones[:2], torch.tensor([3, 5])))
     assert later.top("layer").indices.tolist() == [[3, 5]]
 
@@ -174,13 +174,13 @@ def test_top_images_do_not_depend_on_batches_or_their_order(
     numbers = torch.arange(12)
     expected = top_of(4, (largest, numbers)).top("layer").indices
     order = torch.randperm(12, generator=generator)
-    parts = [(largest[some], numbers[some]) for some in order.split(list(sizes))]
+    parts = [(largest[chunk], numbers[chunk]) for chunk in order.split(list(sizes))]
     assert torch.equal(top_of(4, *parts).top("layer").indices, expected)
 
 
 def gathers(others: list[TopImages]) -> Callable[[object], list[object]]:
     """Return a fake `all_gather` over several processes."""
-    return lambda own: [own, *(other._top for other in others)]
+    return lambda local: [local, *(other._top for other in others)]
 
 
 def test_merging_keeps_the_best_of_all_processes(
@@ -190,18 +190,18 @@ def test_merging_keeps_the_best_of_all_processes(
     numbers = torch.arange(12)
     expected = top_of(4, (largest, numbers)).top("layer").indices
     for order in itertools.permutations(range(3)):
-        own, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
+        local, *others = (top_of(4, (largest[i::3], numbers[i::3])) for i in order)
         monkeypatch.setattr(distributed, "all_gather", gathers(others))
-        own.merge()
-        assert torch.equal(own.top("layer").indices, expected)
+        local.merge()
+        assert torch.equal(local.top("layer").indices, expected)
 
 
 def test_where_a_filter_is_active_comes_along(generator: torch.Generator) -> None:
     largest, numbers = torch.rand(12, 5, generator=generator), torch.arange(12)
     maps = maps_with(largest)
     for parts in ([12], [5, 7]):
-        some = zip(largest.split(parts), numbers.split(parts), strict=True)
-        top = top_of(3, *some).top("layer")
+        chunks = zip(largest.split(parts), numbers.split(parts), strict=True)
+        top = top_of(3, *chunks).top("layer")
         for filter_, images in enumerate(top.indices.tolist()):
             assert torch.equal(top.regions[filter_], maps[images, filter_] > 0.5)
             assert top.values[filter_].tolist() == largest[images, filter_].tolist()

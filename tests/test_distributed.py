@@ -1,4 +1,4 @@
-"""A whole run over several processes: as one process would have it."""
+"""A whole run over several processes equals that of one process."""
 
 from __future__ import annotations
 
@@ -82,26 +82,26 @@ def score_of(count: int, size: int) -> Tensor:
     chunks = distributed.shard(torch.arange(count).split(size))
     try:
         score = evaluate(
-            model, (batch for own in chunks for batch in batches(images.take(own), size, SMALL))
+            model, (batch for chunk in chunks for batch in batches(images.take(chunk), size, SMALL))
         )
     except DataError:
         return torch.full((5,), -1.0, dtype=torch.float64)
-    found = (score.images, score.macs, score.top1_fraction, score.top5_fraction, score.loss)
-    return torch.tensor(found, dtype=torch.float64)
+    values = (score.images, score.macs, score.top1_fraction, score.top5_fraction, score.loss)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("count", "size"), [(23, 4), (2, 1), (0, 4)])
 def test_every_image_is_scored_once(count: int, size: int) -> None:
     expected = score_of(count, size)
     assert expected[0] == (count or -1)
-    for found in in_group(score_of, 3, count, size):
-        assert torch.equal(found, expected)
+    for values in in_group(score_of, 3, count, size):
+        assert torch.equal(values, expected)
 
 
 def shares() -> Tensor:
     rank, size = distributed.rank_and_world_size()
-    dealt = distributed.shard(list(range(7)))
-    assert distributed.gather_shards(dealt) == list(range(7))
+    shard = distributed.shard(list(range(7)))
+    assert distributed.gather_shards(shard) == list(range(7))
     assert distributed.on_main_process(lambda: rank) == 0
     assert distributed.any_process(rank == size - 1)
     assert distributed.sum_over_processes([float(rank), 1.0]) == [sum(range(size)), size]
@@ -109,10 +109,10 @@ def shares() -> Tensor:
     distributed.broadcast([tensor])
     assert int(tensor) == 0
     assert distributed.is_main_process() == (rank == 0)
-    return torch.tensor(dealt)
+    return torch.tensor(shard)
 
 
-def test_a_list_is_dealt_out_and_put_together_again() -> None:
+def test_a_sharded_list_is_gathered_in_order() -> None:
     assert [share.tolist() for share in in_group(shares, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert shares().tolist() == list(range(7))
 

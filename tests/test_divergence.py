@@ -1,4 +1,4 @@
-"""Agreement: what it measures, image by image, and what it leaves alone."""
+"""Divergence of two networks, image by image, against a slow reference."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def two_networks(generator: torch.Generator) -> tuple[Chain, Chain]:
     return one, other
 
 
-def by_hand(expected: Tensor, given: Tensor) -> tuple[float, float]:
+def by_hand(expected: Tensor, other: Tensor) -> tuple[float, float]:
     """Mean divergence and share of equal predictions, image by image."""
     divergence, equal = 0.0, 0
-    for wanted, found in zip(expected.double().tolist(), given.double().tolist(), strict=True):
+    for wanted, row in zip(expected.double().tolist(), other.double().tolist(), strict=True):
         p, q = (
-            [math.exp(v) / sum(map(math.exp, logits)) for v in logits] for logits in (wanted, found)
+            [math.exp(v) / sum(map(math.exp, logits)) for v in logits] for logits in (wanted, row)
         )
         divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
         equal += max(range(len(p)), key=p.__getitem__) == max(range(len(q)), key=q.__getitem__)
@@ -47,38 +47,38 @@ def test_divergence_and_predictions_are_those_of_each_image(
     one, other = two_networks(generator)
     images = random_images(11)
     batches = in_batches(images, size)
-    found = divergence_from(logits_of(one, batches), other, batches)
+    result = divergence_from(logits_of(one, batches), other, batches)
     with torch.inference_mode():
         divergence, top1 = by_hand(one(images), other(images))
-    assert found.divergence == pytest.approx(divergence, rel=1e-5)
-    assert found.top1_fraction == pytest.approx(top1)
+    assert result.divergence == pytest.approx(divergence, rel=1e-5)
+    assert result.top1_fraction == pytest.approx(top1)
 
 
 def test_softening_divides_the_logits(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    found = divergence_from(logits_of(one, batches), other, batches, temperature=3.0)
+    result = divergence_from(logits_of(one, batches), other, batches, temperature=3.0)
     with torch.inference_mode():
         images = torch.cat([batch.images for batch in batches])
         divergence, top1 = by_hand(one(images) / 3, other(images) / 3)
-    assert found.divergence == pytest.approx(9 * divergence, rel=1e-5)
-    assert found.top1_fraction == pytest.approx(top1)
+    assert result.divergence == pytest.approx(9 * divergence, rel=1e-5)
+    assert result.top1_fraction == pytest.approx(top1)
 
 
 def test_a_network_agrees_with_itself(generator: torch.Generator) -> None:
     one, _ = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    found = divergence_from(logits_of(one, batches), copy.deepcopy(one), batches)
-    assert found.divergence == pytest.approx(0, abs=1e-9)
-    assert found.top1_fraction == 1.0
+    result = divergence_from(logits_of(one, batches), copy.deepcopy(one), batches)
+    assert result.divergence == pytest.approx(0, abs=1e-9)
+    assert result.top1_fraction == 1.0
 
 
 def test_labels_are_ignored(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
     strange = [replace(batch, labels=batch.labels - 9) for batch in batches]
-    found = divergence_from(logits_of(one, batches), other, batches)
-    assert divergence_from(logits_of(one, strange), other, strange) == found
+    result = divergence_from(logits_of(one, batches), other, batches)
+    assert divergence_from(logits_of(one, strange), other, strange) == result
 
 
 def test_networks_are_compared_in_evaluation_mode_and_left_as_they_were(

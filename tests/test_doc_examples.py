@@ -41,8 +41,8 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    found = re.findall(r"^```([a-z]*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [Block(page, language, text) for language, text in found]
+    blocks = re.findall(r"^```([a-z]*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [Block(page, language, text) for language, text in blocks]
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -81,15 +81,15 @@ def test_commands_name_options_that_exist(command: str) -> None:
     if arguments == ["secateur"]:  # pip install secateur
         return
     group = get_command(app.app)
-    name, found, rest = group.resolve_command(  # type: ignore[attr-defined]
+    name, subcommand, rest = group.resolve_command(  # type: ignore[attr-defined]
         group.make_context("secateur", list(arguments), resilient_parsing=True), arguments
     )
-    context = found.make_context(name, list(rest), resilient_parsing=True)
+    context = subcommand.make_context(name, list(rest), resilient_parsing=True)
     assert not context.args
-    options = {text for parameter in found.params for text in parameter.opts}
-    options |= {text for parameter in found.params for text in parameter.secondary_opts}
-    given = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
-    assert given <= options
+    options = {text for parameter in subcommand.params for text in parameter.opts}
+    options |= {text for parameter in subcommand.params for text in parameter.secondary_opts}
+    flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+    assert flags <= options
 
 
 def test_every_command_line_is_marked_as_one() -> None:
@@ -130,9 +130,10 @@ def run_all(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commands_of_the_readme_are_those_of_the_tutorial() -> None:
     tutorial = [
-        " ".join(each.split()) for each in commands(ROOT / "docs" / "tutorial" / "first_prune.md")
+        " ".join(command.split())
+        for command in commands(ROOT / "docs" / "tutorial" / "first_prune.md")
     ]
-    readme = [" ".join(each.split()) for each in commands(ROOT / "README.md")]
+    readme = [" ".join(command.split()) for command in commands(ROOT / "README.md")]
     assert len(readme) > 4
     assert [command for command in tutorial if command in readme] == readme
 

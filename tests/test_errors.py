@@ -9,8 +9,8 @@ from secateur.runtime.errors import SecateurError, UnknownName, UsageError
 
 
 def test_every_error_is_one_of_ours_and_drawn_in_the_tree() -> None:
-    found = [value for value in vars(errors).values() if isinstance(value, type)]
-    classes = [one for one in found if one.__module__ == errors.__name__]
+    error_classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    classes = [one for one in error_classes if one.__module__ == errors.__name__]
     assert all(issubclass(one, SecateurError) for one in classes)
     assert errors.__doc__ is not None
     drawn = re.findall(r"^[│├└─ ]*([A-Z]\w+)  ", errors.__doc__, re.MULTILINE)
@@ -21,13 +21,13 @@ def test_the_tree_shows_who_inherits_from_whom() -> None:
     assert errors.__doc__ is not None
     parents: list[str] = []
     for line in errors.__doc__.splitlines():
-        found = re.match(r"^([│├└─ ]*)([A-Z]\w+)  ", line)
-        if found is None:
+        entry = re.match(r"^([│├└─ ]*)([A-Z]\w+)  ", line)
+        if entry is None:
             continue
-        depth = len(found[1]) // 4 - 1  # the drawing is indented once
-        parents[depth:] = [found[2]]
+        depth = len(entry[1]) // 4 - 1  # the drawing is indented once
+        parents[depth:] = [entry[2]]
         if depth:
-            assert getattr(errors, found[2]).__base__ is getattr(errors, parents[depth - 1])
+            assert getattr(errors, entry[2]).__base__ is getattr(errors, parents[depth - 1])
 
 
 def test_an_unknown_name_is_a_wrong_request() -> None:

@@ -58,6 +58,6 @@ def test_equal_sums_have_equal_values() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
-def test_what_is_no_number_or_too_large_is_refused(bad: float) -> None:
+def test_nan_and_large_numbers_are_refused(bad: float) -> None:
     with pytest.raises(DataError, match="not finite or beyond"):
         ExactSum(()).update(torch.tensor([1.0, bad], dtype=torch.float64))

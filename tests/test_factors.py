@@ -65,16 +65,16 @@ def dictionary_of(factors: Factors) -> Tensor:
     return factors._dictionary
 
 
-def test_disjoint_parts_are_told_apart(generator: torch.Generator) -> None:
+def test_disjoint_parts_become_different_factors(generator: torch.Generator) -> None:
     parts = torch.zeros(3, 12)
     for number in range(3):
         parts[number, 4 * number : 4 * number + 4] = 0.2 + torch.rand(4, generator=generator)
     value, which = mixture(8, parts, generator)
     factors = taught(factors_of(12), value)
-    found = factors.find(concept_input(value))
-    assert found.masks.shape == (8, 3, 6, 6)
-    named = found.masks.int().argmax(1)  # [image, h, w]
-    assert torch.equal(found.masks.sum(1), torch.ones(8, 6, 6).long())  # each cell is one part's
+    regions = factors.find(concept_input(value))
+    assert regions.masks.shape == (8, 3, 6, 6)
+    named = regions.masks.int().argmax(1)  # [image, h, w]
+    assert torch.equal(regions.masks.sum(1), torch.ones(8, 6, 6).long())  # each cell is one part's
     pairs = set(zip(which.flatten().tolist(), named.flatten().tolist(), strict=True))
     assert len(pairs) == 3
 
@@ -95,22 +95,24 @@ def slow_strengths(row: list[float], dictionary: list[list[float]]) -> list[floa
     products = [
         [sum(dictionary[i][c] * dictionary[j][c] for c in channels) for j in count] for i in count
     ]
-    found = list(projected)
+    strengths = list(projected)
     for _ in range(module.UPDATES):
-        explained = [sum(products[i][j] * found[j] for j in count) for i in count]
-        found = [found[i] * projected[i] / explained[i] if projected[i] > 0 else 0.0 for i in count]
-    return found
+        explained = [sum(products[i][j] * strengths[j] for j in count) for i in count]
+        strengths = [
+            strengths[i] * projected[i] / explained[i] if projected[i] > 0 else 0.0 for i in count
+        ]
+    return strengths
 
 
-def test_strengths_are_what_the_updates_of_each_position_give(generator: torch.Generator) -> None:
+def test_strengths_equal_the_updates_position_by_position(generator: torch.Generator) -> None:
     value = torch.randn(3, 9, 4, 5, generator=generator)
     factors = taught(factors_of(9), value)
-    found = factors.strengths(concept_input(value))
+    strengths = factors.strengths(concept_input(value))
     dictionary = dictionary_of(factors).tolist()
     for image, row, column in ((0, 0, 0), (1, 3, 4), (2, 2, 1), (2, 0, 4)):
         expected = slow_strengths(value[image, :, row, column].tolist(), dictionary)
         torch.testing.assert_close(
-            found[image, :, row, column], torch.tensor(expected), rtol=1e-4, atol=1e-5
+            strengths[image, :, row, column], torch.tensor(expected), rtol=1e-4, atol=1e-5
         )
 
 
@@ -120,11 +122,11 @@ def test_strengths_come_near_the_least_squares_optimum(generator: torch.Generato
     value = torch.rand(2, 9, 4, 4, generator=generator)
     factors = taught(factors_of(9), value)
     dictionary = dictionary_of(factors).double()
-    found = factors.strengths(concept_input(value)).double()
+    strengths = factors.strengths(concept_input(value)).double()
     for place in range(16):
         row = value[1].flatten(1)[:, place].double()
         _, best = nnls(dictionary.T.numpy(), row.numpy())
-        error = (row - found[1].flatten(1)[:, place] @ dictionary).norm()
+        error = (row - strengths[1].flatten(1)[:, place] @ dictionary).norm()
         assert best - 1e-6 <= error <= best * 1.02 + 1e-3
 
 
@@ -156,10 +158,10 @@ def test_a_factor_that_is_nowhere_strongest_is_absent() -> None:
     factors._dictionary = torch.eye(3, 4)
     value = torch.zeros(2, 4, 2, 2)
     value[0, 1] = 1.0
-    found = factors.find(concept_input(value))
-    assert found.concepts.tolist() == [[UNLABELLED, 1, UNLABELLED], 3 * [UNLABELLED]]
-    assert found.masks[0, 1].all()
-    assert int(found.masks.sum()) == 4
+    regions = factors.find(concept_input(value))
+    assert regions.concepts.tolist() == [[UNLABELLED, 1, UNLABELLED], 3 * [UNLABELLED]]
+    assert regions.masks[0, 1].all()
+    assert int(regions.masks.sum()) == 4
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -173,8 +175,8 @@ def spread(value: Tensor, shares: list[list[int]], monkeypatch: pytest.MonkeyPat
             factors.learn(concept_input(value[numbers], numbers))
     rows = [factors._rows for factors in several]
 
-    def gathered(own: Any) -> list[Any]:
-        return rows if isinstance(own, dict) else [own]
+    def gathered(local: Any) -> list[Any]:
+        return rows if isinstance(local, dict) else [local]
 
     monkeypatch.setattr(distributed, "all_gather", gathered)
     for factors in several:
@@ -192,8 +194,8 @@ def test_the_dictionary_does_not_depend_on_how_images_were_spread(
         [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]],
         [[11, 3], [], [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 10, 10]],
     ):
-        for found in spread(value, shares, monkeypatch):
-            assert torch.equal(found, whole)
+        for factors in spread(value, shares, monkeypatch):
+            assert torch.equal(factors, whole)
 
 
 def test_no_more_than_some_positions_of_some_images_are_kept(
@@ -213,7 +215,7 @@ def test_no_more_than_some_positions_of_some_images_are_kept(
         assert rows.untyped_storage().nbytes() == rows.nbytes  # and nothing larger behind them
 
 
-def test_negative_features_are_no_part(generator: torch.Generator) -> None:
+def test_negative_features_belong_to_no_factor(generator: torch.Generator) -> None:
     value = torch.randn(5, 6, 4, 4, generator=generator)
     one, other = taught(factors_of(6), value), taught(factors_of(6), value.clamp(min=0))
     assert torch.equal(dictionary_of(one), dictionary_of(other))

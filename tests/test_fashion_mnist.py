@@ -46,12 +46,12 @@ def test_every_layout_is_read(compressed: bool, below: str, tmp_path: Path) -> N
     assert splits.class_names == CLASS_NAMES
     assert splits.train.labels.tolist() == 5 * list(range(10))
     assert splits.test.labels.tolist() == 2 * list(range(10))
-    found = splits.train.read(torch.arange(50), NATIVE)
+    pixels = splits.train.read(torch.arange(50), NATIVE)
     expected = torch.from_numpy(random_pixels(50, 28, 28, seed=5))
-    assert torch.equal(found, expected[:, None].expand(-1, 3, -1, -1))
+    assert torch.equal(pixels, expected[:, None].expand(-1, 3, -1, -1))
 
 
-def test_it_is_what_torchvision_reads(tmp_path: Path) -> None:
+def test_images_equal_those_that_torchvision_reads(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path / "FashionMNIST" / "raw", compressed=False)
     splits = data.READERS["fashion-mnist"](tmp_path)
     for images, is_training in ((splits.train, True), (splits.test, False)):

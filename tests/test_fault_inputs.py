@@ -1,4 +1,4 @@
-"""Changed files of every format: a little of what `bench/faults.py inputs` does at length."""
+"""Changed files of every format: a small part of `bench/faults.py inputs`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def all_readers(tmp_path_factory: pytest.TempPathFactory) -> list[Reader]:
     return readers(folder)
 
 
-def test_changed_files_are_refused_in_one_line_or_are_what_they_were(
+def test_changed_files_are_refused_in_one_line_or_read_the_same(
     all_readers: list[Reader], tmp_path: Path
 ) -> None:
     said = []

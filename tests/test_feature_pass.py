@@ -129,7 +129,7 @@ class CalibrationSet:
 
     def __call__(self) -> Iterator[Batch]:
         self.reads += 1
-        return (Batch(images, labels, own) for images, labels, own in self._parts)
+        return (Batch(images, labels, indices) for images, labels, indices in self._parts)
 
 
 def network(name: str) -> tuple[nn.Module, DependencyGraph]:
@@ -243,7 +243,7 @@ def test_gradients_are_those_of_the_summed_loss(name: str, use_labels: bool) -> 
         torch.testing.assert_close(recorder.maps(group), maps[group].detach())
 
 
-def test_only_those_who_ask_for_gradients_get_them() -> None:
+def test_only_observers_that_need_gradients_get_them() -> None:
     model, dependencies = network("chain")
     with_gradients, without = Recorder(GRADIENTS), Recorder()
     run(model, dependencies, CalibrationSet(random_images(7), LABELS), [without, with_gradients])
@@ -282,7 +282,7 @@ def test_no_sampled_pass_comes_first_unless_needed(needs: set[Need]) -> None:
     assert all(features.statistics is None for features in recorder.batches_of["conv1"])
 
 
-def test_without_anyone_who_asks_for_concepts_no_source_is_needed() -> None:
+def test_no_source_is_needed_if_no_observer_needs_concepts() -> None:
     model, dependencies = network("chain")
     recorder, source = Recorder(GRADIENTS), Bright(needs_learning=True)
     run(model, dependencies, CalibrationSet(random_images(7), LABELS), [recorder], source=source)
@@ -397,7 +397,9 @@ def test_outgoing_norms_behind_a_flattening_cover_every_position() -> None:
     model, dependencies = network("units")
     assert isinstance(model, Units)
     state = tensors_of(model)
-    norms = {name: found.outgoing_norm for name, found in kernels_of(dependencies, state).items()}
+    norms = {
+        name: kernels.outgoing_norm for name, kernels in kernels_of(dependencies, state).items()
+    }
     hidden = model.hidden.weight.reshape(7, 6, 8)  # [unit, channel, position]
     torch.testing.assert_close(norms["conv"], norms_by_hand(hidden))
     torch.testing.assert_close(norms["hidden"], norms_by_hand(model.linear.weight))
@@ -417,8 +419,8 @@ def test_incoming_kernels_are_those_that_write_the_filters() -> None:
     expected = [state[f"{layer}.0.weight"] for layer in ("stem", "conv2", "conv4")]
     assert len(incoming) == 3
     for kernel in expected:
-        same_shape = [found for found, _ in incoming if found.shape == kernel.shape]
-        assert any(torch.equal(kernel, found) for found in same_shape)
+        same_shape = [other for other, _ in incoming if other.shape == kernel.shape]
+        assert any(torch.equal(kernel, other) for other in same_shape)
     assert all(channel.tolist() == list(range(6)) for _, channel in incoming)
 
 
@@ -486,7 +488,7 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
         for criterion in CRITERIA
         if criterion != "bn_scale" or name == "residual"  # where every layer has a batch norm
     }
-    dissection, top = Dissection(tuple(each.name for each in source.concepts)), TopImages(3)
+    dissection, top = Dissection(tuple(concept.name for concept in source.concepts)), TopImages(3)
     observers: list[Observer] = [*watching.values(), dissection, top]
 
     def share() -> Iterator[Batch]:
@@ -495,21 +497,23 @@ def everything(name: str, precision: Precision, size: int) -> dict[str, list[Ten
     run_feature_pass(model, dependencies, share, observers, source, settings)
     top.merge()
     taps = list(kernels_of(dependencies, tensors_of(model)))
-    found = {f"{criterion} state": list(each.state()) for criterion, each in watching.items()}
-    found |= {
-        f"{criterion} scores": [each.compute(tap) for tap in taps]
-        for criterion, each in watching.items()
+    states = {
+        f"{criterion} state": list(observer.state()) for criterion, observer in watching.items()
     }
-    found["dissection"] = [*dissection.state(), *(dissection.thresholds[tap] for tap in taps)]
-    found["top images"] = [top.top(tap).indices for tap in taps]
-    found["top regions"] = [top.top(tap).regions for tap in taps]
-    return found
+    states |= {
+        f"{criterion} scores": [observer.compute(tap) for tap in taps]
+        for criterion, observer in watching.items()
+    }
+    states["dissection"] = [*dissection.state(), *(dissection.thresholds[tap] for tap in taps)]
+    states["top images"] = [top.top(tap).indices for tap in taps]
+    states["top regions"] = [top.top(tap).regions for tap in taps]
+    return states
 
 
 def assert_bit_equal(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> None:
     assert one.keys() == other.keys()
-    for name, found in one.items():
-        for number, (value, same) in enumerate(zip(found, other[name], strict=True)):
+    for name, values in one.items():
+        for number, (value, same) in enumerate(zip(values, other[name], strict=True)):
             assert value.dtype == same.dtype
             assert torch.equal(value, same), (name, number)
 
@@ -524,7 +528,7 @@ def test_states_do_not_depend_on_how_the_calibration_set_is_cut_into_batches(
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", AT_A_TIME)
     expected = everything(name, precision, size=100)
-    assert all(any(bool(each.any()) for each in found) for found in expected.values() if found)
+    assert all(any(bool(value.any()) for value in values) for values in expected.values() if values)
     for size in (1, 7):
         assert_bit_equal(everything(name, precision, size), expected)
 
@@ -543,8 +547,8 @@ def work(rank: int, folder: Path) -> None:
             world_size=processes,
         )
         for precision in PRECISIONS:
-            found = everything("residual", precision, size=10)
-            torch.save(found, folder / f"{precision}_{processes}_{rank}.pt")
+            states = everything("residual", precision, size=10)
+            torch.save(states, folder / f"{precision}_{processes}_{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
 
@@ -558,5 +562,5 @@ def test_states_do_not_depend_on_the_number_of_processes(
         expected = everything("residual", precision, size=10)
         for processes in (2, 4):
             for rank in range(processes):
-                found = torch.load(tmp_path / f"{precision}_{processes}_{rank}.pt")
-                assert_bit_equal(found, expected)
+                states = torch.load(tmp_path / f"{precision}_{processes}_{rank}.pt")
+                assert_bit_equal(states, expected)

@@ -64,7 +64,7 @@ def test_the_second_is_refused(
     model_file: Path,
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(RunFolderError, match=f"another run is at work in {tmp_path / 'run'}"):
+    with pytest.raises(RunFolderError, match=f"another run is using {tmp_path / 'run'}"):
         work(tmp_path / "run", model_file)
     assert sorted(tmp_path.iterdir()) == before
     holder.kill()
@@ -76,7 +76,7 @@ def test_the_second_is_refused(
 
 def test_fine_tuning_locks_both_folders(digits_run: DigitsRun, tmp_path: Path) -> None:
     for folder in (digits_run.folder, tmp_path / "finetuned"):
-        with lock_folder(folder), pytest.raises(RunFolderError, match="another run is at work"):
+        with lock_folder(folder), pytest.raises(RunFolderError, match="another run is using"):
             finetune(digits_run.folder, tmp_path / "finetuned", {"epochs": 1})
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What would be worse than before is not kept, and what was made of another network is refused."""
+"""Results that are worse than before are dropped, and files of another network are refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from secateur.training.outcome import Epoch, has_collapsed
 
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
-    found = Case(tmp_path, report_images=0)
-    found.write()
-    return found
+    small_case = Case(tmp_path, report_images=0)
+    small_case.write()
+    return small_case
 
 
 # --- the better one stays ----------------------------------------------------------------------
@@ -71,16 +71,16 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
     parts = RefitImages(lambda: batches, lambda: batches[:3], lambda: batches[3:])
     with monkeypatch.context() as patch:
         patch.setattr(refit_and_check, "refit", spoil)
-        found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
-    assert found.check is not None
-    assert not found.check.is_kept
-    assert found.check.divergence_refit > found.check.divergence_cut > 0
+        result = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
+    assert result.check is not None
+    assert not result.check.is_kept
+    assert result.check.divergence_refit > result.check.divergence_cut > 0
     assert all(torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
-    found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
-    assert found.check is not None
-    assert found.check.is_kept
-    assert found.check.divergence_refit < found.check.divergence_cut
+    result = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
+    assert result.check is not None
+    assert result.check.is_kept
+    assert result.check.divergence_refit < result.check.divergence_cut
     assert any(not torch.equal(before[name], t) for name, t in smaller.state_dict().items())
 
 
@@ -96,9 +96,9 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
     inputs = RefitInputs(model, smaller, dependencies, plan.removed)
     parts = RefitImages(lambda: batches, lambda: batches[:3], lambda: batches[3:])
     settings = RefitSection(recalibrate_batchnorm=False)
-    found = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
-    assert found.check is not None
-    assert not found.check.is_kept
+    result = refit_and_check.refit_and_check(inputs, parts, settings, seed=0)
+    assert result.check is not None
+    assert not result.check.is_kept
     assert all(bool(tensor.isfinite().all()) for tensor in smaller.state_dict().values())
 
 
@@ -115,17 +115,17 @@ def test_a_refit_that_gives_no_numbers_is_taken_back(monkeypatch: pytest.MonkeyP
 def test_a_collapse_is_a_large_fall_at_the_end(
     validations: tuple[float | None, ...], collapsed: bool
 ) -> None:
-    epochs = [Epoch(number, 1.0, 0.1, found) for number, found in enumerate(validations, 1)]
+    epochs = [Epoch(number, 1.0, 0.1, accuracy) for number, accuracy in enumerate(validations, 1)]
     assert has_collapsed(0.9, epochs) == collapsed
 
 
 def first_grades(*fractions: float) -> Callable[..., Score]:
     """`evaluate`, but its first calls, on the validation images before and after, find these."""
-    evaluate, given = vars(stages)["evaluate"], iter(fractions)
+    evaluate, remaining = vars(stages)["evaluate"], iter(fractions)
 
     def graded(*arguments: Any, **options: Any) -> Score:
         score: Score = evaluate(*arguments, **options)
-        return replace(score, top1_fraction=next(given, score.top1_fraction))
+        return replace(score, top1_fraction=next(remaining, score.top1_fraction))
 
     return graded
 
@@ -169,7 +169,7 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
     assert result.stages[-1].score == came
 
 
-def test_a_finished_run_is_not_gone_on_with_by_other_rules(case: Case) -> None:
+def test_a_finished_run_is_not_resumed_with_other_rules(case: Case) -> None:
     run = case.folder / "run"
     runs.run(case.config(epochs=1), run)
     changed = case.config(epochs=1)
@@ -198,7 +198,7 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
 # --- of another network ------------------------------------------------------------------------
 
 
-def test_hashes_tell_architectures_and_weights_apart() -> None:
+def test_hashes_of_other_architectures_and_weights_differ() -> None:
     shapes = {"a": (2, 3), "b": (4,)}
     assert architecture_hash(shapes) == architecture_hash(dict(reversed(shapes.items())))
     assert architecture_hash(shapes) != architecture_hash({**shapes, "b": (5,)})
@@ -262,8 +262,8 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     runs.report(run, images=0)
     assert not (run / "ran").exists()
     moved = f"{case.folder / 'mine.py'}:small"
-    text, own = (run / "result.json").read_text(), f'"criterion": "{run / "own.py"}:make"'
-    changed = re.sub(r'"criterion": "vote"', own, text)
+    text, factory = (run / "result.json").read_text(), f'"criterion": "{run / "own.py"}:make"'
+    changed = re.sub(r'"criterion": "vote"', factory, text)
     assert changed != text
     (run / "result.json").write_text(changed)
     runs.report(run, model_name=moved, images=8)

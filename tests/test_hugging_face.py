@@ -66,7 +66,7 @@ def write(hub: Any, folder: Path, **splits: Any) -> str:
     return f"hf:{folder}"
 
 
-def write_usual(hub: Any, folder: Path, second: str = "test") -> str:
+def write_data_set(hub: Any, folder: Path, second: str = "test") -> str:
     """Five images a class to train with, two to test with."""
     train = make_split(hub, 5 * [0, 1, 2], pictures(15))
     return write(
@@ -75,19 +75,19 @@ def write_usual(hub: Any, folder: Path, second: str = "test") -> str:
 
 
 def test_columns_are_found_by_their_type(hub: Any, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored")
+    source = write_data_set(hub, tmp_path / "stored")
     dataset = data.load(source)
     assert dataset.name == source
     assert dataset.class_names == tuple(NAMES)
     assert dataset.test.labels.tolist() == 2 * [2, 1, 0]
     assert dataset.train.labels.bincount().tolist() == [4, 4, 4]
     assert dataset.validation.labels.bincount().tolist() == [1, 1, 1]
-    found = dataset.test.read(torch.tensor([4, 0]), NATIVE)
+    pixels = dataset.test.read(torch.tensor([4, 0]), NATIVE)
     expected = torch.from_numpy(random_pixels(6, 16, 16, 3, seed=1)).permute(0, 3, 1, 2)
-    assert torch.equal(found, expected[[4, 0]])
-    taken = dataset.test.take(torch.tensor([5, 4]))
-    assert torch.equal(taken.read(torch.tensor([1]), NATIVE), expected[[4]])
-    assert taken.labels.tolist() == [0, 1]
+    assert torch.equal(pixels, expected[[4, 0]])
+    selected = dataset.test.take(torch.tensor([5, 4]))
+    assert torch.equal(selected.read(torch.tensor([1]), NATIVE), expected[[4]])
+    assert selected.labels.tolist() == [0, 1]
 
 
 def test_a_folder_that_the_library_can_read_is_read(hub: Any, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_folder_that_the_library_can_read_is_read(hub: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("second", ["test", "validation", "valid", "val"])
 def test_any_of_these_splits_is_the_test_part(hub: Any, second: str, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored", second)
+    source = write_data_set(hub, tmp_path / "stored", second)
     assert len(data.load(source).test.labels) == 6
 
 
@@ -133,7 +133,7 @@ def test_a_split_without_a_column_of_labels_is_passed_over(hub: Any, tmp_path: P
 
 
 def test_the_whole_method_runs_on_it(hub: Any, model_file: Path, tmp_path: Path) -> None:
-    source = write_usual(hub, tmp_path / "stored")
+    source = write_data_set(hub, tmp_path / "stored")
     result = prune_briefly(model_file, source, tmp_path / "run")
     assert result.class_names == tuple(NAMES)
     assert {stage.score.images for stage in result.stages} == {6}
@@ -157,7 +157,7 @@ def test_an_image_that_can_not_be_read_is_named_by_its_row(hub: Any, tmp_path: P
     assert unreadable.names == (f"{source}, test[2]",)
 
 
-def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
+def test_tables_without_images_and_labels_are_refused(hub: Any, tmp_path: Path) -> None:
     train = make_split(hub, 3 * [0, 1, 2], pictures(9))
     test = make_split(hub, [0, 1, 2], pictures(3))
     two_labels = test.add_column("sort", [0, 1, 2]).cast_column("sort", hub.ClassLabel(names=NAMES))
@@ -196,7 +196,7 @@ def test_what_makes_no_data_set_is_refused(hub: Any, tmp_path: Path) -> None:
             data.load(source)
 
 
-def test_what_can_not_be_loaded_is_an_error_of_one_line(hub: Any, tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_of_one_line(hub: Any, tmp_path: Path) -> None:
     for name in ("no-such/data-set", str(tmp_path / "nowhere")):
         with pytest.raises(DataError, match=f"hf:{name} can't be loaded: ") as caught:
             data.load(f"hf:{name}")

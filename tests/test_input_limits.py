@@ -1,4 +1,4 @@
-"""Hostile files are refused before anything is believed of them: fast, and in little memory."""
+"""Hostile files are refused before they are parsed: fast, and in little memory."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ FILES: list[tuple[Make, Read, type[SecateurError], str]] = [
 RUNS: list[tuple[Make, Read, type[SecateurError], str]] = [
     (many_indices, load_run, RunFolderError, "2000000000 bytes"),
     (indices_that_fit, load_run, RunFolderError, "plan can't be read"),
-    (outside_member, load_run, RunFolderError, "lists '../../x', which is no file of a run"),
+    (outside_member, load_run, RunFolderError, "lists '../../x', which is not a file of a run"),
     (header_in_run, load_run, RunFolderError, "header claims 1000000000 bytes"),
     (deep_manifest, load_run, RunFolderError, "manifest.json can't be read"),
     (large_manifest, load_run, RunFolderError, "1000000000 bytes"),
@@ -285,14 +285,14 @@ def test_they_are_refused_fast_and_in_little_memory(digits_run: DigitsRun, tmp_p
     command = [sys.executable, "-c", MEASURE, paths, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
-    assert len(found) == len(FILES) + len(RUNS), done.stdout
-    for (seconds, mib), name in zip(found, names([*FILES, *RUNS]), strict=True):
+    measurements = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert len(measurements) == len(FILES) + len(RUNS), done.stdout
+    for (seconds, mib), name in zip(measurements, names([*FILES, *RUNS]), strict=True):
         assert seconds < SECONDS, name
         assert mib < MIB, name
 
 
-def test_what_is_usual_is_read(tmp_path: Path) -> None:
+def test_ordinary_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('[model]\nname = "a.b.c"\n[plan.shares]\n"layer1.0.conv1" = 0.5\n')
     assert read_tables(path)["plan"]["shares"] == {"layer1.0.conv1": 0.5}

@@ -118,8 +118,10 @@ def test_tallies_do_not_depend_on_batches_or_their_order(
     whole = IoUAccumulator(filters, 5)
     whole.update(overlap(binarise(maps, thresholds), masks), concepts)
     parts = IoUAccumulator(filters, 5)
-    for some in torch.randperm(images, generator=drawn(seed)).split(chunk):
-        parts.update(overlap(binarise(maps[some], thresholds), masks[some]), concepts[some])
+    for indices in torch.randperm(images, generator=drawn(seed)).split(chunk):
+        parts.update(
+            overlap(binarise(maps[indices], thresholds), masks[indices]), concepts[indices]
+        )
     assert parts.intersection.dtype == parts.union.dtype == torch.int64
     assert torch.equal(parts.intersection, whole.intersection)
     assert torch.equal(parts.union, whole.union)

@@ -1,4 +1,4 @@
-"""What is timed, and that times come back; no test asserts how long anything takes."""
+"""The profiler times the right layers; no test asserts how long anything takes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_two_networks_are_timed_interleaved(monkeypatch: pytest.MonkeyPatch) -> 
         return next(durations)
 
     monkeypatch.setattr(timing, "seconds", seconds)
-    monkeypatch.setattr(profiler, "COMPARISON_ROUNDS", Rounds(9, 9))
+    monkeypatch.setattr(profiler, "INTERLEAVED_ROUNDS", Rounds(9, 9))
     model, smaller = Chain(), Chain().train()
     # Each pass takes twice the time of the one before it: so does the second network, and no more.
     assert profiler.measure_fraction_left(model.eval(), smaller, random_images(2)) == 2

@@ -35,24 +35,28 @@ def kernels_of(filters: int) -> Kernels:
 
 
 def dissected(
-    maps: Tensor, masks: Tensor, concepts: Tensor, usual: ActivationStatistics, batches: list[slice]
+    maps: Tensor,
+    masks: Tensor,
+    concepts: Tensor,
+    statistics: ActivationStatistics,
+    batches: list[slice],
 ) -> Dissection:
     filters = maps.shape[1]
-    found = Dissection(NAMES)
-    found.reset({"layer": kernels_of(filters)})
+    dissection = Dissection(NAMES)
+    dissection.reset({"layer": kernels_of(filters)})
     for batch in batches:
         seen = FeatureBatch(
             tap="layer",
             maps=maps[batch],
             indices=torch.arange(len(maps))[batch],
             kernels=kernels_of(filters),
-            statistics=usual,
+            statistics=statistics,
             grid=(1, 1),
             gradients=None,
         )
-        vote = found.update(seen)
+        vote = dissection.update(seen)
         vote(Regions(ConceptMasks(masks[batch], concepts[batch])))
-    return found
+    return dissection
 
 
 def literal(
@@ -79,12 +83,12 @@ def test_ours_is_the_literal_one_where_maps_are_as_fine_as_the_masks(
 ) -> None:
     maps, masks, concepts = concept_input(seed, images, 3, (height, width), (height, width))
     # Thresholds too: whole numbers up to 40 in size have a bin of the histogram each.
-    usual = StatisticsAccumulator(3, height * width)
-    usual.update(maps)
-    found = dissected(
-        maps, masks, concepts, usual.compute(quantile), [slice(0, 1), slice(1, images)]
+    statistics = StatisticsAccumulator(3, height * width)
+    statistics.update(maps)
+    dissection = dissected(
+        maps, masks, concepts, statistics.compute(quantile), [slice(0, 1), slice(1, images)]
     )
-    assert torch.equal(found.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
+    assert torch.equal(dissection.iou("layer"), literal(maps, masks, concepts, quantile)[1].iou)
 
 
 @settings(deadline=None, max_examples=40)
@@ -101,19 +105,19 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     size = (height * factor, width * factor)
     maps, masks, concepts = concept_input(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
-    usual = ActivationStatistics(thresholds, thresholds, thresholds)
-    found = dissected(maps, masks, concepts, usual, [slice(0, 3)])
-    assert torch.equal(found.iou("layer"), tally.iou)
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
+    dissection = dissected(maps, masks, concepts, statistics, [slice(0, 3)])
+    assert torch.equal(dissection.iou("layer"), tally.iou)
 
 
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
     maps, masks, concepts = concept_input(3, 2, 3, (8, 8), (2, 2))
     thresholds = torch.full((3,), 5.0)
-    usual = ActivationStatistics(thresholds, thresholds, thresholds)
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    found = dissected(maps, masks, concepts, usual, [slice(0, 2)])
-    expected = dissected(maps, fine, concepts, usual, [slice(0, 2)])
-    assert torch.equal(found.iou("layer"), expected.iou("layer"))
+    dissection = dissected(maps, masks, concepts, statistics, [slice(0, 2)])
+    expected = dissected(maps, fine, concepts, statistics, [slice(0, 2)])
+    assert torch.equal(dissection.iou("layer"), expected.iou("layer"))
 
 
 def interpolated(row: list[float], size: int, place: int) -> tuple[int, int, float]:

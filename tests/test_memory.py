@@ -27,7 +27,7 @@ from secateur.training import memory_check, trainer
 from secateur.training.memory_check import check_training
 
 
-def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_that_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes(torch.device("cpu"))
     assert 2**20 < free < 2**50
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
@@ -39,12 +39,12 @@ def test_free_memory_is_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert free_bytes(torch.device("cpu")) > 2_400_000
 
 
-def test_batches_fit_into_what_is_free() -> None:
+def test_batches_fit_into_free_memory() -> None:
     dependencies = build_dependency_graph(Residual(), random_images(2))
-    each = peak_bytes(dependencies)({})
-    assert 0 < each < total_bytes(dependencies)
+    activations = peak_bytes(dependencies)({})
+    assert 0 < activations < total_bytes(dependencies)
     assert batch_that_fits(dependencies, 100, 2**40, with_gradients=False) == 100
-    tight = int(10 * each / USABLE_FRACTION)
+    tight = int(10 * activations / USABLE_FRACTION)
     assert batch_that_fits(dependencies, 100, tight, with_gradients=False) == 10
     assert LEAST_BATCH <= batch_that_fits(dependencies, 100, tight, with_gradients=True) < 10
     assert batch_that_fits(dependencies, 100, 0, with_gradients=False) == LEAST_BATCH
@@ -58,16 +58,16 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     plenty = run(case.config(epochs=0), tmp_path / "plenty")
     assert plenty.notices == ()
     monkeypatch.setattr(scoring_context, "batch_that_fits", lambda *_, **__: 5)
-    found = run(case.config(epochs=0), tmp_path / "little")
-    assert found.config.data.batch_size == 5
-    assert found.requested_batch_size == 12
-    assert "12" in found.notices[0]
-    assert found.plan_hash == plenty.plan_hash
+    result = run(case.config(epochs=0), tmp_path / "little")
+    assert result.config.data.batch_size == 5
+    assert result.requested_batch_size == 12
+    assert "12" in result.notices[0]
+    assert result.plan_hash == plenty.plan_hash
     log = (tmp_path / "little" / "log.jsonl").read_text()
     events = [json.loads(line) for line in log.splitlines()]
     assert {"event": "batch_size", "requested": 12, "used": 5} in events
     monkeypatch.undo()
-    # It goes on with the configuration that it was begun with.
+    # It resumes with the configuration that it was started with.
     resumed = run(case.config(epochs=0), tmp_path / "little", resume=True)
     assert resumed.config.data.batch_size == 5
 
@@ -117,7 +117,7 @@ def test_nothing_of_the_measured_step_stays_in_memory() -> None:
     assert model.seen() is None
 
 
-def test_what_a_step_takes_grows_with_what_is_computed_at_once(
+def test_memory_of_a_step_grows_with_the_images_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(tmp_path, report_images=0)

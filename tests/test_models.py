@@ -57,7 +57,7 @@ def test_vgg_has_thirteen_convolutions_and_its_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "torchvision:resnet18"])
-def test_the_number_of_classes_is_the_one_asked_for(name: str) -> None:
+def test_the_number_of_classes_is_the_requested_one(name: str) -> None:
     model = load(name, num_classes=7)
     assert not model.training
     with torch.no_grad():
@@ -70,9 +70,9 @@ def test_the_shortcut_pads_with_zeros_on_both_sides() -> None:
     with torch.no_grad():
         block.bn2.weight.zero_()
         images = torch.rand(2, 4, 6, 6)
-        found = block(images)
-    assert torch.equal(found[:, 2:6], images[:, :, ::2, ::2])
-    assert found[:, :2].abs().max() == found[:, 6:].abs().max() == 0
+        maps = block(images)
+    assert torch.equal(maps[:, 2:6], images[:, :, ::2, ::2])
+    assert maps[:, :2].abs().max() == maps[:, 6:].abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet56"])
@@ -190,9 +190,9 @@ def test_a_new_head_is_left_as_it_is_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     state = zoo.load("resnet20", num_classes=100, seed=3).state_dict()
     save_file(state, path)
-    found = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
+    loaded = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
     untrained = zoo.load("resnet20", num_classes=7).state_dict()
-    for name, tensor in found.items():
+    for name, tensor in loaded.items():
         expected = untrained if name.startswith("linear.") else state
         assert torch.equal(tensor, expected[name]), name
     same = zoo.load("resnet20", path, num_classes=100, new_head=True).state_dict()
@@ -360,13 +360,13 @@ def test_a_network_comes_from_a_factory_in_a_file(
     assert not model.training
 
 
-def test_a_class_is_a_factory_too_and_told_the_number_of_classes(network_file: Path) -> None:
+def test_a_class_is_a_factory_and_gets_the_number_of_classes(network_file: Path) -> None:
     linear = load(f"{network_file}:Net", num_classes=7).get_submodule("linear")
     assert isinstance(linear, nn.Linear)
     assert linear.out_features == 7
 
 
-def test_a_factory_that_takes_any_argument_is_told_the_number_of_classes(
+def test_a_factory_with_keyword_arguments_gets_the_number_of_classes(
     network_file: Path,
 ) -> None:
     model = load(f"{network_file}:with_any", num_classes=7)
@@ -450,10 +450,10 @@ def test_weights_are_loaded_into_a_network_of_ones_own(network_file: Path, tmp_p
         ("torchvision:efficientnet_b3", 300, 320),
     ],
 )
-def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resize: int) -> None:
-    found = preprocessing(name)
-    assert (found.image_size, found.resize) == (image_size, resize)
-    assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
+def test_preprocessing_is_that_of_the_origin(name: str, image_size: int, resize: int) -> None:
+    prepare = preprocessing(name)
+    assert (prepare.image_size, prepare.resize) == (image_size, resize)
+    assert (prepare.mean, prepare.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @pytest.mark.parametrize(
@@ -466,11 +466,11 @@ def test_preprocessing_is_what_the_origin_says(name: str, image_size: int, resiz
         ("timm:vgg11_bn", "bilinear"),
     ],
 )
-def test_images_are_resized_as_the_origin_says(name: str, interpolation: str) -> None:
+def test_images_are_resized_as_by_the_origin(name: str, interpolation: str) -> None:
     assert preprocessing(name).interpolation == interpolation
 
 
-def test_a_network_of_ones_own_takes_images_of_the_usual_size(network_file: Path) -> None:
+def test_a_user_network_takes_images_of_the_default_size(network_file: Path) -> None:
     assert preprocessing(f"{network_file}:without") == Preprocessing(224, 256)
     assert preprocessing("nowhere.py:without") == Preprocessing(224, 256)
 
@@ -480,7 +480,7 @@ def test_preprocessing_of_an_unknown_network_names_near_ones() -> None:
         preprocessing("torchvision:resnet51")
 
 
-def test_normalising_is_what_torchvision_does(generator: torch.Generator) -> None:
+def test_normalising_equals_torchvision(generator: torch.Generator) -> None:
     images = torch.randint(256, (2, 3, 5, 4), generator=generator, dtype=torch.uint8)
     transform = v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

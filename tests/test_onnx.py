@@ -25,7 +25,7 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.mark.parametrize("name", ["chain", "concat", "depthwise", "view_rest", "gated"])
-def test_file_of_a_cut_network_answers_alike(
+def test_file_of_a_pruned_network_has_the_same_outputs(
     name: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
     model, dependencies = wired(name)
@@ -39,9 +39,9 @@ def test_file_of_a_cut_network_answers_alike(
     session = onnxruntime.InferenceSession(str(path))
     for count in (1, 2, 7):
         images = random_images(count)
-        (found,) = session.run(None, {"images": images.numpy()})
+        (outputs,) = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
-            assert relative_error(torch.from_numpy(found), smaller(images)) < 1e-5
+            assert relative_error(torch.from_numpy(outputs), smaller(images)) < 1e-5
 
 
 def test_weights_are_inside_and_the_batch_is_open(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's tables: each file loads, names what exists, and runs in miniature."""
+"""The paper's tables: each file loads, names existing weights, and runs in miniature."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_row_of_the_paper_is_there() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
-def test_a_file_names_what_exists_and_how_to_run_it(path: Path) -> None:
+def test_a_file_names_existing_weights_and_its_command(path: Path) -> None:
     spec = read_spec(path)
     assert {"vote", "l1", "random"} <= set(spec.criteria)
     (network,) = spec.networks

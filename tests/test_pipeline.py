@@ -1,4 +1,4 @@
-"""The whole method on real digits: what it finds, what it leaves, what it leaves alone."""
+"""The whole method on real digits: its result, its files, and what it must not change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None
     assert 0.45 * before.macs < tuned.macs <= 0.5 * before.macs
 
 
-def test_refit_repairs_most_of_what_the_cut_broke(digits_run: DigitsRun) -> None:
+def test_refit_removes_most_of_the_error_of_the_cut(digits_run: DigitsRun) -> None:
     before, cut, refit = (digits_run.result.score(s) for s in ("before", "cut", "refit"))
     assert before is not None
     assert cut is not None
@@ -78,7 +78,7 @@ def test_result_is_read_back_as_it_was(digits_run: DigitsRun) -> None:
     assert RunResult.model_validate_json(text) == digits_run.result
 
 
-def test_result_says_what_is_needed_to_do_it_again(digits_run: DigitsRun) -> None:
+def test_result_holds_all_that_a_repetition_needs(digits_run: DigitsRun) -> None:
     result = digits_run.result
     assert result.config.data.image_size == 32
     assert result.config.data.interpolation == "bilinear"
@@ -115,7 +115,7 @@ def test_a_cut_network_is_timed_beside_the_first_one(
     monkeypatch.setattr(stages, "measure_fraction_left", measured)
     before, *others = pipeline.prune(model, data.load("digits"), config).result.stages
     assert before.score.latency_ms > 0
-    shares = {(each.round, each.score.latency_ms / before.score.latency_ms) for each in others}
+    shares = {(stage.round, stage.score.latency_ms / before.score.latency_ms) for stage in others}
     assert shares == {(1, 0.5), (2, 0.25)}
 
 
@@ -136,7 +136,7 @@ def test_network_that_is_pruned_stays_as_it_was(model_file: Path) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_label_is_looked_at_unless_asked_for(model_file: Path) -> None:
+def test_no_label_is_read_unless_requested(model_file: Path) -> None:
     config = small_config(
         model_file,
         data={"stratified": False},
@@ -243,17 +243,17 @@ def test_distillation_is_a_stage_of_its_own(model_file: Path) -> None:
     assert len(result.finetuning.epochs) == 1
     kept = [result.distillation.before, *(epoch.held_out for epoch in result.distillation.epochs)]
     best = kept[result.distillation.chosen]
-    assert best.divergence == min(each.divergence for each in kept)
+    assert best.divergence == min(candidate.divergence for candidate in kept)
 
 
 def test_consumers_alone_can_be_refitted(model_file: Path) -> None:
     dataset = data.load("digits")
     everywhere = {"allocation": "uniform"}  # so that both groups lose something
     config = small_config(model_file, plan=everywhere, refit={"layers": "consumers"})
-    some = [layer.layer for layer in prune_small(config, dataset).result.refit]
+    refitted = [layer.layer for layer in prune_small(config, dataset).result.refit]
     config = small_config(model_file, plan=everywhere)
     every = [layer.layer for layer in prune_small(config, dataset).result.refit]
-    assert some == ["conv2", "head"]
+    assert refitted == ["conv2", "head"]
     assert every == ["conv2", "conv3", "head"]
 
 
@@ -261,14 +261,14 @@ def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
     dataset = data.load("digits")
     assert isinstance(dataset.validation, TensorImages)
     assert isinstance(dataset.test, TensorImages)
-    probe = data.draw_calibration_images(dataset.train, 300)
-    assert isinstance(probe, TensorImages)
+    calibration = data.draw_calibration_images(dataset.train, 300)
+    assert isinstance(calibration, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:
         return {image.numpy().tobytes() for image in images.pixels}
 
-    assert keys(probe).isdisjoint(keys(dataset.validation))
-    assert keys(probe).isdisjoint(keys(dataset.test))
+    assert keys(calibration).isdisjoint(keys(dataset.validation))
+    assert keys(calibration).isdisjoint(keys(dataset.test))
 
 
 @pytest.mark.parametrize(

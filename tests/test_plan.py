@@ -106,7 +106,7 @@ def test_between_equal_scores_the_smaller_number_stays() -> None:
         assert filters == tuple(range(size - len(filters), size))
 
 
-def test_scores_closer_than_float32_can_tell_still_count() -> None:
+def test_scores_that_differ_by_less_than_float32_resolves_still_count() -> None:
     dependencies = wired("chain")[1]
     scores = {
         name: 1 - 1e-12 * torch.arange(len(group), dtype=torch.float64).flip(0)
@@ -217,7 +217,7 @@ def test_targets_are_parsed(text: str, target: Budget) -> None:
         ("macs=inf", "is out of range"),
     ],
 )
-def test_a_wrong_target_is_refused_with_what_was_expected(text: str, message: str) -> None:
+def test_a_wrong_target_is_refused_with_the_expected_form(text: str, message: str) -> None:
     expected = "give macs=F, params=F, filters=F, memory=F or latency=F with the fraction"
     with pytest.raises(TargetError, match=f"target '{text}' {message}: {expected}"):
         parse_budget(text)
@@ -288,7 +288,7 @@ def test_a_changed_plan_is_refused(key: str, value: object, message: str) -> Non
 @pytest.mark.parametrize(
     "text", ["", "no json", "null", "3", "[]", '"text"', "{}", '{"removed": {}}', "[" * 100_000]
 )
-def test_what_is_no_plan_is_refused(text: str) -> None:
+def test_a_file_that_is_not_a_plan_is_refused(text: str) -> None:
     with pytest.raises(RunFolderError, match="the plan can't be read"):
         PruningPlan.from_json(text)
 
@@ -339,7 +339,7 @@ def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Gener
     assert dependencies.shapes_after(plan.removed)["grouped.0.weight"][0] in (4, 8)
 
 
-def test_every_group_keeps_the_least_that_is_asked_for(generator: torch.Generator) -> None:
+def test_every_group_keeps_the_requested_minimum(generator: torch.Generator) -> None:
     dependencies = wired("chain")[1]
     scores = random_scores(dependencies, generator)
     plan = make_plan(scores, dependencies, Budget("filters", 0.7), "random", min_filters=4)

@@ -1,4 +1,4 @@
-"""A program names nothing but tensor arithmetic, and is refused where it makes no sense."""
+"""A program names only tensor arithmetic, and is refused if it is malformed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_tensor_does_not_take_the_place_of_anything_else(name: str) -> None:
         *(("parameters", []), ("operations", [["v", "aten.relu.default", 1, {}]])),
     ],
 )
-def test_text_that_is_no_program_is_refused(key: str, value: Any) -> None:
+def test_text_that_is_not_a_program_is_refused(key: str, value: Any) -> None:
     content = json.loads(program_of(("aten.relu.default", [{"value": "x"}])).to_json())
     with pytest.raises(RunFolderError, match="schema version 2" if value == 2 else "can't be read"):
         Program.from_json(json.dumps({**content, key: value}), {})

@@ -1,4 +1,4 @@
-"""Guards what users import."""
+"""The public names, which users import, as `__all__` lists them."""
 
 from __future__ import annotations
 

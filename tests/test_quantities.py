@@ -28,7 +28,9 @@ def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> 
     values: dict[Any, Any] = {graph.image: image}
     values |= {node: state[name] for node, name in graph.tensor_names.items()}
     values |= graph.constants
-    own = {tensor.untyped_storage().data_ptr() for n, tensor in values.items() if n != graph.image}
+    storages = {
+        tensor.untyped_storage().data_ptr() for n, tensor in values.items() if n != graph.image
+    }
     most = 0
     for now, node in enumerate(graph.nodes):
         if node.op == "call_function":
@@ -42,7 +44,7 @@ def live_bytes(graph: NetworkGraph, state: dict[str, Tensor], image: Tensor) -> 
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(tensor, Tensor):
                     memory[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        most = max(most, sum(size for place, size in memory.items() if place not in own))
+        most = max(most, sum(size for place, size in memory.items() if place not in storages))
     return most
 
 
@@ -88,7 +90,7 @@ def test_macs_and_parameters_are_those_that_the_dependency_graph_counts(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_memory_is_what_is_alive_as_the_cut_network_runs(
+def test_memory_equals_the_live_tensors_of_the_running_cut_network(
     name: str, generator: torch.Generator
 ) -> None:
     model, dependencies = network_and_graph(name)

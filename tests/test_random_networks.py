@@ -87,5 +87,5 @@ def test_the_cut_is_equivalent_for_random_networks(
 
 
 @pytest.mark.parametrize("case", REGRESSIONS, ids=range(len(REGRESSIONS)))
-def test_what_once_failed(case: tuple[Spec, bool, int]) -> None:
+def test_specs_that_once_failed(case: tuple[Spec, bool, int]) -> None:
     assert_all_holds(*case)

@@ -51,10 +51,10 @@ ALL_ERRORS = RefitSection(positions=10_000, rectified=False)
 def in_batches(images: Tensor, size: int = 16) -> list[Batch]:
     numbers = torch.arange(len(images)).split(size)
     parts = zip(images.split(size), numbers, strict=True)
-    return [Batch(some, torch.zeros(len(some)).long(), own) for some, own in parts]
+    return [Batch(images, torch.zeros(len(images)).long(), indices) for images, indices in parts]
 
 
-PROBE = in_batches(random_images(96, seed=3))
+CALIBRATION = in_batches(random_images(96, seed=3))
 """Six batches; every fifth image is held out of the fit."""
 
 
@@ -92,7 +92,7 @@ def graph_of(model: nn.Module) -> DependencyGraph:
 def cut_and_refit(
     model: nn.Module,
     plan: PruningPlan,
-    batches: list[Batch] = PROBE,
+    batches: list[Batch] = CALIBRATION,
     settings: RefitSection = ALL_POSITIONS,
     *,
     seed: int = 0,
@@ -132,13 +132,13 @@ def assert_finite(smaller: nn.Module, results: tuple[LayerRefit, ...]) -> None:
         assert math.isfinite(result.error_refit), result.layer
 
 
-# --- laws over every network ----------------------------------------------------------------------
+# --- what holds for every network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_with_nothing_removed_nothing_changes(name: str) -> None:
     model = make_network(name)
-    smaller, results = cut_and_refit(model, plan_of(), PROBE[:2])
+    smaller, results = cut_and_refit(model, plan_of(), CALIBRATION[:2])
     assert results == ()
     assert_same_state(smaller, state_of(model))
 
@@ -160,8 +160,8 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
         if result.ridge is not None:
             assert result.error_refit < result.error_cut
     assert_same_state(model, before)
-    for own, other in zip(smaller.modules(), cut.modules(), strict=True):
-        assert own.training == other.training
+    for module, other in zip(smaller.modules(), cut.modules(), strict=True):
+        assert module.training == other.training
     for parameter, as_cut in zip(smaller.parameters(), cut.parameters(), strict=True):
         assert parameter.shape == as_cut.shape
         assert parameter.requires_grad == as_cut.requires_grad
@@ -169,7 +169,7 @@ def test_no_layer_gets_worse_and_the_original_is_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "in_place"])
-def test_refit_brings_the_answers_closer_on_new_images(name: str) -> None:
+def test_refit_brings_the_outputs_closer_on_new_images(name: str) -> None:
     model = make_network(name)
     plan = half_of(graph_of(model))
     smaller, _ = cut_and_refit(model, plan)
@@ -190,7 +190,7 @@ def test_the_same_seed_draws_the_same_positions() -> None:
     assert not torch.equal(other.get_parameter("conv2.weight"), first.get_parameter("conv2.weight"))
 
 
-def test_only_readers_are_refitted_where_that_is_asked_for() -> None:
+def test_only_consumers_are_refitted_on_request() -> None:
     model = make_network("residual")
     plan = plan_of(conv1__0=(0,))
     _, readers = cut_and_refit(model, plan, settings=RefitSection(layers="consumers"))
@@ -312,8 +312,8 @@ def test_a_constant_channel_moves_into_the_bias_or_the_running_mean(kind: str, s
     expected = tensors_of(model)[name] + sign * lost
     torch.testing.assert_close(tensors_of(smaller)[name], expected, atol=1e-4, rtol=1e-4)
     kept = model.conv2.weight.detach()[:, [0, 1, 2, 3, 5]]
-    found = tensors_of(smaller)["conv2.weight"]
-    torch.testing.assert_close(found, kept, atol=1e-4, rtol=1e-4)
+    weight = tensors_of(smaller)["conv2.weight"]
+    torch.testing.assert_close(weight, kept, atol=1e-4, rtol=1e-4)
     assert error_on_new_images(model, smaller) < 1e-4
 
 
@@ -361,7 +361,7 @@ def test_without_a_ridge_it_is_ordinary_least_squares(monkeypatch: pytest.Monkey
 
 def of_images(wanted: Callable[[Tensor], Tensor]) -> list[Batch]:
     """One batch of those calibration images whose number is wanted."""
-    images = torch.cat([batch.images for batch in PROBE])
+    images = torch.cat([batch.images for batch in CALIBRATION])
     chosen = wanted(torch.arange(len(images)))
     return in_batches(images[chosen], size=len(images))
 
@@ -436,8 +436,8 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        found = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
-    torch.testing.assert_close(found.movedim(-1, 1), expected.flatten(2))
+        outputs = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
+    torch.testing.assert_close(outputs.movedim(-1, 1), expected.flatten(2))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -480,8 +480,8 @@ def test_kernels_of_dead_channels_stay_as_they_are() -> None:
     smaller, results = cut_and_refit(model, plan_of(conv1=(1,)))
     assert_finite(smaller, results)
     assert results[0].ridge is not None
-    found, old = tensors_of(smaller)["conv2.weight"], model.conv2.weight.detach()
-    torch.testing.assert_close(found[:, [0, 2]], old[:, [0, 3]])  # 3 moved down one place
+    weight, old = tensors_of(smaller)["conv2.weight"], model.conv2.weight.detach()
+    torch.testing.assert_close(weight[:, [0, 2]], old[:, [0, 3]])  # 3 moved down one place
 
 
 def test_a_network_whose_kept_channels_are_all_dead_stays_finite() -> None:
@@ -560,8 +560,8 @@ class Along(nn.Module):
             maps = maps.unflatten(3, (2, 4))
         else:
             maps = maps.flatten(2).transpose(1, 2)
-        answer: Tensor = self.layer(maps)
-        return answer
+        output: Tensor = self.layer(maps)
+        return output
 
 
 class FlattenedTokens(nn.Module):
@@ -572,8 +572,8 @@ class FlattenedTokens(nn.Module):
         self.layer = nn.Linear(8 * 4, 6)
 
     def forward(self, maps: Tensor) -> Tensor:
-        answer: Tensor = self.layer(F.adaptive_avg_pool2d(maps, 2).flatten(1))
-        return answer
+        output: Tensor = self.layer(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+        return output
 
 
 CONSUMERS: dict[str, Callable[[], nn.Module]] = {
@@ -758,7 +758,7 @@ def test_a_computed_kernel_is_left_with_a_note() -> None:
     assert results[1].ridge is not None
 
 
-def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
+def test_a_constant_channel_can_be_removed_without_a_change() -> None:
     model = make_network("chain")
     with torch.no_grad():
         for tensor in tensors_of(model.get_submodule("bn1")).values():
@@ -778,12 +778,12 @@ def test_a_channel_that_says_nothing_can_go_without_a_change() -> None:
 
 
 def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generator) -> None:
-    wanted, level, found = torch.randn(3, 40, 6, generator=generator)
+    wanted, level, output_now = torch.randn(3, 40, 6, generator=generator)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
-    renewed = RegressionTargets(wanted, level, sign).renewed(found)
+    renewed = RegressionTargets(wanted, level, sign).renewed(output_now)
     for row in range(40):
         for output in range(6):
-            t, n, z = (float(each[row, output]) for each in (wanted, level, found))
+            t, n, z = (float(values[row, output]) for values in (wanted, level, output_now))
             if sign[output] < 0:
                 t, n, z = -t, -n, -z
             expected = t if t > n else min(z, n)
@@ -792,7 +792,7 @@ def test_targets_are_renewed_where_the_rectifier_is_off(generator: torch.Generat
 
 @pytest.mark.parametrize("name", ["chain", "residual"])
 def test_where_a_rectifier_turns_on_is_known(name: str) -> None:
-    """A layer's answer, less its bias, is at the level where the rectifier reads a zero."""
+    """A layer's output, less its bias, is at the level where the rectifier reads a zero."""
     model = make_network(name)
     with torch.no_grad():  # norms that turn a channel over, too
         for module in model.modules():
@@ -834,11 +834,11 @@ def test_errors_behind_the_rectifier_get_smaller() -> None:
         smaller, _ = cut_and_refit(model, plan, batches, settings)
         assert isinstance(smaller, Chain)
         with torch.no_grad():
-            wanted, found = (
-                F.relu(each.bn2(each.conv2(F.relu(each.bn1(each.conv1(images))))))
-                for each in (model, smaller)
+            wanted, outputs = (
+                F.relu(net.bn2(net.conv2(F.relu(net.bn1(net.conv1(images))))))
+                for net in (model, smaller)
             )
-        errors[rectified] = float((wanted - found).square().mean())
+        errors[rectified] = float((wanted - outputs).square().mean())
     assert errors[True] < 0.98 * errors[False]
 
 
@@ -848,7 +848,7 @@ FEW = RefitSection(positions=5)
 
 
 def assert_almost_equal(one: nn.Module, other: nn.Module) -> None:
-    """Equal but for what is left of rounding in float64 when float32 has been written."""
+    """Equal up to the rounding of float64 sums that are stored as float32."""
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-6)
 
@@ -903,10 +903,10 @@ def test_the_number_of_processes_makes_no_difference(
         settings = RefitSection(positions=5, form=form)
         batches = in_batches(random_images(75, seed=3))
         alone, _ = cut_and_refit(model, half_of(graph_of(model)), batches, settings)
-        found = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
+        results = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
         for name, tensor in alone.state_dict().items():
-            assert torch.equal(found[0][name], found[1][name]), name
-            torch.testing.assert_close(found[0][name], tensor, rtol=1e-5, atol=1e-6)
+            assert torch.equal(results[0][name], results[1][name]), name
+            torch.testing.assert_close(results[0][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_no_image_is_an_error() -> None:
@@ -1009,7 +1009,7 @@ class BatchStatistics(nn.Module):
         return logits
 
 
-def test_a_norm_without_running_statistics_is_no_place_for_an_offset() -> None:
+def test_a_norm_without_running_statistics_cannot_hold_an_offset() -> None:
     model = BatchStatistics().eval()
     duplicate(model.conv1, nn.Identity(), 0, 2)
     smaller, _ = cut_and_refit(model, plan_of(conv1=(2,)))

@@ -1,4 +1,4 @@
-"""Many runs in one process leave it, and the user's network, as they were."""
+"""Many runs in one process leave its state, and the user's network, unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a click, a key and a word do, and who can read it."""
+"""The report in a real browser: clicks, keys, search, and accessibility."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ IN_A_COLUMN = 500
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with open_browser() as found:
-        yield found
+    with open_browser() as opened_browser:
+        yield opened_browser
 
 
 @pytest.fixture
 def report(browser: Browser, digits_run: DigitsRun) -> Iterator[Watched]:
-    with opened(browser, digits_run.folder / "report.html") as found:
-        yield found
+    with opened(browser, digits_run.folder / "report.html") as watched:
+        yield watched
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def title_of(result: RunResult, group: int, filter_: int) -> str:
     return f"{result.groups[group].name}, filter {filter_}"
 
 
-def test_it_says_nothing_and_asks_for_nothing(report: Watched) -> None:
+def test_the_page_logs_nothing_and_requests_nothing(report: Watched) -> None:
     cards(report.page).last.scroll_into_view_if_needed()
     expect(cards(report.page).last.locator("canvas[data-drawn=yes]")).to_have_count(5)
     assert report.said == []
@@ -146,7 +146,7 @@ def test_a_concept_lists_the_filters_that_see_it(page: Page) -> None:
         assert text.startswith(f"Overlaps {concept} (IoU ")
 
 
-def test_more_filters_come_when_asked_for(page: Page) -> None:
+def test_more_filters_are_shown_on_request(page: Page) -> None:
     before = cards(page).count()
     page.get_by_role("button", name="Show more").click()
     assert cards(page).count() > before
@@ -201,23 +201,23 @@ def test_a_benchmark_page_is_in_the_same_style(
     }
     write_benchmark(tmp_path, from_dict(content, BenchmarkSpec), results, "secateur compare")
     for size in (DESK, PHONE):
-        with opened(browser, tmp_path / PAGE, size) as found:
-            expect(found.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
-            assert found.findings() == []
-            light = background(found.page)
+        with opened(browser, tmp_path / PAGE, size) as watched:
+            expect(watched.page.get_by_role("rowheader", name=EVIL).first).to_be_visible()
+            assert watched.findings() == []
+            light = background(watched.page)
             for _ in range(2):
-                found.page.locator("#theme").click()
-            expect(found.page.locator("#theme")).to_have_text("Theme: dark")
-            assert background(found.page) != light
-            assert found.findings() == []
-            assert found.overflow == 0
-            assert found.said == []
-            assert found.requests == []
+                watched.page.locator("#theme").click()
+            expect(watched.page.locator("#theme")).to_have_text("Theme: dark")
+            assert background(watched.page) != light
+            assert watched.findings() == []
+            assert watched.overflow == 0
+            assert watched.said == []
+            assert watched.requests == []
 
 
 def background(page: Page) -> str:
-    found: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return found
+    colour: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return colour
 
 
 def test_the_theme_is_the_systems_until_one_is_chosen(page: Page) -> None:
@@ -321,15 +321,15 @@ def test_the_report_of_resnet20_on_cifar10(
         RunConfig,
     )
     dataset, model = load_inputs(config)
-    some = data.DataSet(
+    subset = data.DataSet(
         dataset.name,
         dataset.class_names,
         dataset.train,
         dataset.validation,
         dataset.test.take(torch.arange(200)),
     )
-    pruned = prune(model, some, config)
-    gallery = make_gallery(model, pruned.model, some, pruned.result)
+    pruned = prune(model, subset, config)
+    gallery = make_gallery(model, pruned.model, subset, pruned.result)
     write_report(pruned.result, tmp_path / "report.html", gallery)
     look_through(browser, tmp_path / "report.html", pruned.result, "frog")
 

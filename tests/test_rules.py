@@ -227,7 +227,7 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_what_is_followed_can_be_cut(name: str) -> None:
+def test_followed_channels_can_be_cut(name: str) -> None:
     size, make = CUT[name]
     assert len(check(make()).groups["second"]) == size
 
@@ -347,10 +347,10 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_what_is_not_followed_is_frozen_and_says_why(name: str) -> None:
+def test_other_channels_are_frozen_with_the_reason(name: str) -> None:
     reason, make = FROZEN[name]
     dependencies = check(make())
-    assert any(reason in each.reason for each in dependencies.frozen if each.name == "second")
+    assert any(reason in frozen.reason for frozen in dependencies.frozen if frozen.name == "second")
     assert "stem" in dependencies.groups
 
 
@@ -365,8 +365,8 @@ def test_attention_of_torch_is_frozen() -> None:
     assert set(dependencies.groups) == {"stem", "attend.out_proj"}
     plan = random_plan(dependencies, 1)
     with torch.no_grad():
-        found = apply_plan(model, dependencies, plan)(images)
-    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
+        outputs = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(outputs, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
@@ -377,11 +377,11 @@ def test_a_squeeze_without_dimensions_never_meets_a_single_channel() -> None:
     assert len(group) == 7
     plan = PruningPlan({"second": tuple(range(6))}, Budget("macs", 0.5), "by hand")
     with torch.no_grad():
-        found = apply_plan(model, dependencies, plan)(images)
-    assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-6
+        outputs = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(outputs, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
-def test_two_channels_counted_alike_are_told_apart() -> None:
+def test_two_channels_of_one_index_are_distinguished() -> None:
     """A reshape to the shape of a map that another layer wrote, of as many channels."""
 
     class Two(nn.Module):
@@ -421,7 +421,7 @@ def test_one_attribute_with_two_numbers_is_not_changed() -> None:
             return logits
 
     dependencies = check(Halves().double().eval())
-    assert any(NUMBER in each.reason for each in dependencies.frozen)
+    assert any(NUMBER in frozen.reason for frozen in dependencies.frozen)
 
 
 def test_one_parameter_under_three_names() -> None:
@@ -483,13 +483,13 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
     dependencies = build_dependency_graph(model, images[:2])
     plan = random_plan(dependencies, 1)
     with torch.no_grad():
-        found, expected = (
+        outputs, expected = (
             apply_plan(model, dependencies, plan)(images),
             masked_network(model, dependencies, plan)(images),
         )
-    assert found.dtype is torch.bfloat16
+    assert outputs.dtype is torch.bfloat16
     assert isinstance(expected, Tensor)
-    assert relative_error(found.float(), expected.float()) < 0.05
+    assert relative_error(outputs.float(), expected.float()) < 0.05
 
 
 def test_an_example_of_another_type_is_refused() -> None:
@@ -525,7 +525,7 @@ def doubling() -> Callable[[Tensor], Tensor]:
 
 def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tensor]) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(3).double()
-    reasons = [each.reason for each in build_dependency_graph(model, images[:2]).frozen]
+    reasons = [frozen.reason for frozen in build_dependency_graph(model, images[:2]).frozen]
     assert "no rule for the operation 'secateur_test::double'" in reasons
 
     dependencies = build_dependency_graph(

@@ -46,11 +46,11 @@ def folder(digits_run: DigitsRun, tmp_path: Path) -> Path:
 IN_A_NEW_PROCESS = """
 import sys, torch, secateur
 torch.set_num_threads(1)
-named, own, answers = sys.argv[1:]
+named, own, outputs = sys.argv[1:]
 images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 with torch.inference_mode():
     found = [model(images) for model in (secateur.load(named), secateur.load_program(own))]
-torch.save(found, answers)
+torch.save(found, outputs)
 """
 
 
@@ -59,14 +59,14 @@ def test_loaded_in_a_new_process_outputs_are_bit_equal(
 ) -> None:
     config = small_config(model_file)
     run(config, tmp_path / "own")
-    own = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
+    loaded = run_folder.load(tmp_path / "own", architecture=zoo.load(config.model.name))
     model_file.unlink()  # the program needs no code
-    answers = tmp_path / "answers.pt"
-    arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", answers)]
+    saved = tmp_path / "outputs.pt"
+    arguments = [str(path) for path in (digits_run.folder, tmp_path / "own", saved)]
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], check=True)
-    found = torch.load(answers, weights_only=True)
-    assert torch.equal(found[0], outputs(run_folder.load(digits_run.folder)))
-    assert torch.equal(found[1], outputs(own))
+    stored = torch.load(saved, weights_only=True)
+    assert torch.equal(stored[0], outputs(run_folder.load(digits_run.folder)))
+    assert torch.equal(stored[1], outputs(loaded))
 
 
 def test_program_of_a_run_is_bit_equal(digits_run: DigitsRun) -> None:
@@ -125,7 +125,7 @@ def test_save_with_a_named_architecture(tmp_path: Path, generator: torch.Generat
     assert torch.equal(outputs(run_folder.load(folder)), outputs(smaller))
 
 
-def test_save_keeps_what_is_in_the_way(tmp_path: Path, generator: torch.Generator) -> None:
+def test_save_keeps_files_that_exist(tmp_path: Path, generator: torch.Generator) -> None:
     model, dependencies = wired("chain")
     plan = random_plan(dependencies, generator)
     smaller = apply_plan(model, dependencies, plan)
@@ -232,7 +232,7 @@ def test_a_manifest_that_names_other_files_is_refused(folder: Path, name: str) -
     (folder.parent / "secret.txt").write_text("mine")
     files = read_manifest(folder).files
     rewrite(folder, files={**files, name: sha256(b"mine")})
-    with pytest.raises(RunFolderError, match=f"lists '{name}', which is no file of a run"):
+    with pytest.raises(RunFolderError, match=f"lists '{name}', which is not a file of a run"):
         run_folder.load(folder)
 
 

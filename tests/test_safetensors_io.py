@@ -1,4 +1,4 @@
-"""Tensors in safetensors files of ours: the same bytes each time, and damage is noticed."""
+"""secateur's safetensors files: the same bytes each time, and damage is noticed."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ TENSORS = {
 }
 
 
-def same(found: dict[str, Tensor]) -> bool:
-    return found.keys() == TENSORS.keys() and all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+def same(tensors: dict[str, Tensor]) -> bool:
+    return tensors.keys() == TENSORS.keys() and all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
         for name, tensor in TENSORS.items()
     )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_tensors_are_read_back(tmp_path: Path) -> None:
     content = safetensors_io.to_bytes(TENSORS, {"facts": '{"epoch": 1}'})
     assert same(safetensors_io.from_bytes(content))
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    found, facts = safetensors_io.read(path)
-    assert same(found)
+    tensors, facts = safetensors_io.read(path)
+    assert same(tensors)
     assert facts["facts"] == '{"epoch": 1}'
 
 
@@ -60,7 +60,7 @@ def test_a_bit_that_has_flipped_is_noticed_wherever_it_is(tmp_path: Path) -> Non
             weights.read_weights(path)
 
 
-def test_a_hash_that_is_gone_is_missed(tmp_path: Path) -> None:
+def test_a_missing_hash_is_an_error(tmp_path: Path) -> None:
     content = safetensors_io.to_bytes(TENSORS)
     with pytest.raises(ValueError, match="damaged"):
         safetensors_io.from_bytes(content.replace(b".sha256", b".sha255"))
@@ -83,7 +83,7 @@ def test_files_of_others_have_no_hash_and_are_read() -> None:
         save({"a": TENSORS["half"]})[:-1],
     ],
 )
-def test_what_is_no_such_file_is_a_value_error(content: bytes, tmp_path: Path) -> None:
+def test_another_file_is_a_value_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r".+"):
         safetensors_io.from_bytes(content)
     path = tmp_path / "w.safetensors"
@@ -92,7 +92,7 @@ def test_what_is_no_such_file_is_a_value_error(content: bytes, tmp_path: Path) -
         safetensors_io.read(path)
 
 
-def test_metadata_is_what_safetensors_itself_reads(tmp_path: Path) -> None:
+def test_metadata_equals_that_read_by_safetensors(tmp_path: Path) -> None:
     content = safetensors_io.to_bytes(TENSORS)
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])

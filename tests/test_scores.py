@@ -35,7 +35,7 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, DependencyGraph]
 def calibration_batches(size: int, labels: Tensor) -> Callable[[], Iterable[Batch]]:
     numbers = torch.arange(len(IMAGES))
     split = zip(IMAGES.split(size), labels.split(size), numbers.split(size), strict=True)
-    parts = [Batch(*some) for some in split]
+    parts = [Batch(*parts) for parts in split]
     return lambda: iter(parts)
 
 
@@ -69,13 +69,13 @@ WITHOUT_LABELS = SETTINGS.model_copy(update={"use_labels": False})
 
 def assert_same(one: dict[str, FilterScores], other: dict[str, FilterScores]) -> None:
     assert one.keys() == other.keys()
-    for name, found in one.items():
-        assert found.scores.keys() == other[name].scores.keys()
-        for group, score in found.scores.items():
+    for name, scores in one.items():
+        assert scores.scores.keys() == other[name].scores.keys()
+        for group, score in scores.scores.items():
             assert torch.equal(score, other[name].scores[group]), (name, group)
 
 
-def test_one_pass_for_all_gives_what_each_one_gives_alone(
+def test_one_pass_for_all_criteria_equals_a_pass_for_each(
     network: tuple[nn.Module, DependencyGraph],
 ) -> None:
     together = scores_by(EVERY_CRITERION, network)
@@ -95,9 +95,9 @@ def test_batch_size_does_not_change_scores(
     network: tuple[nn.Module, DependencyGraph], size: int
 ) -> None:
     expected = scores_by(EVERY_CRITERION, network, size=5)
-    found = scores_by(EVERY_CRITERION, network, size=size)
+    scores = scores_by(EVERY_CRITERION, network, size=size)
     for name in EVERY_CRITERION:
-        for group, score in found[name].scores.items():
+        for group, score in scores[name].scores.items():
             assert torch.equal(score, expected[name].scores[group]), (name, group)
 
 
@@ -137,7 +137,7 @@ def test_predictions_taken_as_labels_give_the_scores_without_labels(
 def test_the_order_of_the_filters_is_that_of_the_layer(
     network: tuple[nn.Module, DependencyGraph],
 ) -> None:
-    """Silencing the last filter of a group takes all of its votes, and only its."""
+    """Masking the last filter of a group takes all of its votes, and only its."""
     model, dependencies = network
     name, group = next(iter(dependencies.groups.items()))
     last = len(group) - 1
@@ -179,7 +179,7 @@ def test_onlookers_see_every_image_in_the_same_pass(
 ) -> None:
     dependencies = network[1]
     counting = Counting()
-    found = score_filters(
+    scores = score_filters(
         *network,
         calibration_batches(4, LABELS),
         {name: criteria.make(name, SETTINGS, 1, {}) for name in names},
@@ -188,4 +188,4 @@ def test_onlookers_see_every_image_in_the_same_pass(
         observers=(counting,),
     )
     assert counting.images == dict.fromkeys(dependencies.groups, len(IMAGES))
-    assert_same(found, scores_by(names, network))
+    assert_same(scores, scores_by(names, network))

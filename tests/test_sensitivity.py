@@ -61,7 +61,7 @@ def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> Non
     assert any(curve[-1] > 0 for curve in sensitivity.values())
 
 
-def test_batches_do_not_change_the_slopes() -> None:
+def test_batches_do_not_change_the_error_gains() -> None:
     model, dependencies, moments, ranking = moments_and_ranking("residual")
     state = tensors_of(model)
     few_batches = measure_sensitivity(state, dependencies, moments, ranking, batches(96))
@@ -105,7 +105,7 @@ def test_divergence_of_logits_and_of_maps() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     assert output_error([logits], [logits]) == 0
     other = logits + torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    p, q = ((each.double() / TEMPERATURE).softmax(1) for each in (logits, other))
+    p, q = ((values.double() / TEMPERATURE).softmax(1) for values in (logits, other))
     expected = TEMPERATURE**2 * float((p * (p / q).log()).sum() / 2)
     assert output_error([logits], [other]) == pytest.approx(expected)
     maps: Tensor = torch.arange(16.0).reshape(1, 1, 4, 4)

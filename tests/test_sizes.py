@@ -1,5 +1,4 @@
-"""Reading a network's dependency graph: what is excluded, what is tried, and what is left
-behind."""
+"""Building a dependency graph: excluded layers, verified groups, and an unchanged network."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def any_plan(dependencies: DependencyGraph) -> PruningPlan:
     return random_plan(dependencies, torch.Generator().manual_seed(0))
 
 
-def test_excluded_layers_keep_their_filters_and_say_by_which_pattern() -> None:
+def test_excluded_layers_keep_their_filters_and_name_the_pattern() -> None:
     dependencies = build_dependency_graph(
         make_network("concat"), random_images(1), exclude=("left.*", "join.0")
     )
@@ -93,7 +92,7 @@ class Cached(nn.Module):
         return self.linear(self.conv(x).relu().mean((2, 3))) + self.cache["bias"]  # type: ignore[no-any-return]
 
 
-def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it() -> None:
+def test_tensors_that_a_network_stores_while_traced_are_removed() -> None:
     model = Cached().eval()
     dependencies = build_dependency_graph(model, random_images(1))
     assert model.cache == {}

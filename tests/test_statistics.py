@@ -332,7 +332,7 @@ def test_a_target_out_of_reach_leaves_the_verdicts_of_the_others(
     assert second.get_legend() is not None
 
 
-def test_a_loss_that_is_no_number_is_read_back(digits_run: DigitsRun) -> None:
+def test_a_loss_of_nan_is_read_back(digits_run: DigitsRun) -> None:
     stages = list(digits_run.result.stages)
     score = replace(stages[-1].score, loss=math.nan)
     stages[-1] = stages[-1].model_copy(update={"score": score})

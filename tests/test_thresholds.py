@@ -40,11 +40,11 @@ def sorted_values(maps: Tensor, channel: int) -> list[float]:
 
 def exact_thresholds(maps: Tensor, quantile: float) -> list[float]:
     """The largest value of each filter that at least the share `quantile` reach."""
-    found = []
+    statistics = []
     for channel in range(maps.shape[1]):
         values = sorted_values(maps, channel)
-        found.append(values[max(1, round(quantile * len(values))) - 1])
-    return found
+        statistics.append(values[max(1, round(quantile * len(values))) - 1])
+    return statistics
 
 
 def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
@@ -56,10 +56,10 @@ def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
 def assert_close_to_exact(statistics: ActivationStatistics, maps: Tensor, quantile: float) -> None:
     """Never below the exact quantile; above it by as much as the docstring says."""
     for channel, exact in enumerate(exact_thresholds(maps, quantile)):
-        found = statistics.threshold[channel].item()
+        threshold = statistics.threshold[channel].item()
         largest = maps[:, channel].abs().max().item()
         margin = max(abs(exact) / 64, largest / 2**9)
-        assert exact <= found <= exact + margin, (channel, exact, found, largest)
+        assert exact <= threshold <= exact + margin, (channel, exact, threshold, largest)
 
 
 @settings(deadline=None, max_examples=100)
@@ -70,7 +70,7 @@ def assert_close_to_exact(statistics: ActivationStatistics, maps: Tensor, quanti
     scale=SCALES,
     spread=st.sampled_from([0.0, 1.0, 6.0]),
 )
-def test_threshold_is_what_a_sort_of_each_filter_finds_to_within_a_bin(
+def test_threshold_equals_the_sorted_quantile_to_within_a_bin(
     size: tuple[int, ...], quantile: float, seed: int, scale: float, spread: float
 ) -> None:
     maps = maps_of(size, seed, scale, spread)
@@ -189,7 +189,7 @@ def test_the_sample_meets_every_column_of_a_large_map(side: int) -> None:
     assert statistics.mean.mean().item() == pytest.approx(1 / side, rel=1e-5)
 
 
-def test_what_was_added_does_not_follow_later_changes_of_the_maps(
+def test_sums_do_not_follow_later_changes_of_the_maps(
     generator: torch.Generator,
 ) -> None:
     maps = torch.randn(2, 3, 4, 4, generator=generator)
@@ -246,8 +246,8 @@ def test_values_that_are_not_finite_are_an_error(value: float, place: int) -> No
 def test_without_thresholds_the_rest_is_the_same(generator: torch.Generator) -> None:
     maps = torch.randn(6, 3, 5, 5, generator=generator)
     tally = StatisticsAccumulator(3, ALL_POSITIONS, with_thresholds=False)
-    for some in maps.split(2):
-        tally.update(some)
+    for chunk in maps.split(2):
+        tally.update(chunk)
     statistics, whole = tally.compute(0.1), tally_of(maps).compute(0.1)
     assert torch.equal(statistics.mean, whole.mean)
     assert torch.equal(statistics.largest, whole.largest)

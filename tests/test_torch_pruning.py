@@ -40,7 +40,7 @@ def scores_of(model: nn.Module, name: str = "l2") -> dict[str, Tensor]:
     source = concepts.make(settings.concepts, dependencies.graph, state, tuple("abcde"), size)
     criterion = criteria.make(name, settings, 0, {})
     numbers = torch.arange(len(IMAGES)).split(4)
-    batches = [Batch(*some, own) for some, own in zip(BATCHES, numbers, strict=True)]
+    batches = [Batch(*tensors, indices) for tensors, indices in zip(BATCHES, numbers, strict=True)]
     scored = score_filters(
         model, dependencies, lambda: batches, {name: criterion}, source, settings
     )
@@ -90,7 +90,7 @@ def test_the_network_is_scored_anew_after_each_step() -> None:
     assert_lowest_go(halfway["conv2"], cut_and_watch(model, pruner)["conv2"])
 
 
-def test_what_secateur_can_not_cut_is_left_whole_and_named() -> None:
+def test_frozen_layers_are_left_whole_and_named() -> None:
     model = make_network("view_fixed")
     importance = CriterionImportance(model, IMAGES[:2], "l2")
     pruner_of(model, importance).step()

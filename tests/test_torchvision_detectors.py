@@ -83,10 +83,10 @@ def test_backbone_and_heads_of_a_detector_are_cut(
     forward = traceable_forward(model)
     assert forward is not None
     with torch.no_grad():
-        found = tuple(tree_leaves(forward(smaller, images)))
-        assert relative_error(found, masked_network(model, dependencies, plan)(images)) < 1e-4
+        leaves = tuple(tree_leaves(forward(smaller, images)))
+        assert relative_error(leaves, masked_network(model, dependencies, plan)(images)) < 1e-4
         boxes = smaller(list(images))
-    assert [set(each) for each in boxes] == 2 * [{"boxes", "scores", "labels"}]
+    assert [set(detection) for detection in boxes] == 2 * [{"boxes", "scores", "labels"}]
 
 
 def test_a_network_that_segments_is_cut_like_any_other() -> None:
@@ -98,6 +98,6 @@ def test_a_network_that_segments_is_cut_like_any_other() -> None:
     assert frozen.name == "classifier.low_classifier"
     plan = random_plan(dependencies, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        answer: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
+        outputs: dict[str, Tensor] = apply_plan(model, dependencies, plan)(images)
         expected = masked_network(model, dependencies, plan)(images)
-    assert relative_error(answer["out"], expected) < 1e-4
+    assert relative_error(outputs["out"], expected) < 1e-4

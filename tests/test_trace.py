@@ -32,12 +32,12 @@ class Forward(nn.Module):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_graph_computes_what_the_network_computes(name: str, count: int) -> None:
+def test_the_graph_has_the_outputs_of_the_network(name: str, count: int) -> None:
     model, dependencies = wired(name)
     images = random_images(count)
     with torch.no_grad():
-        found = run(dependencies.graph, tensors_of(model), images)
-        assert relative_error(found, model(images)) < 1e-6
+        outputs = run(dependencies.graph, tensors_of(model), images)
+        assert relative_error(outputs, model(images)) < 1e-6
 
 
 def test_the_graph_runs_with_the_parameters_that_it_is_given() -> None:
@@ -170,8 +170,8 @@ def test_a_part_of_a_network_is_traced_by_a_function() -> None:
     assert "conv1.weight" in used
     assert "linear.weight" not in used
     with torch.no_grad():
-        found = run(graph, tensors_of(model), images)
-        assert relative_error(found, first_half(model, images)) < 1e-6
+        outputs = run(graph, tensors_of(model), images)
+        assert relative_error(outputs, first_half(model, images)) < 1e-6
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -1,4 +1,4 @@
-"""Training: what it learns, what it leaves alone, and that it can be repeated."""
+"""Training: it learns, changes nothing else, and is repeatable."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def is_equal(one: Chain, other: Chain) -> bool:
     return all(torch.equal(a, b) for a, b in states)
 
 
-def test_loss_falls_and_every_epoch_is_told_of(images: TensorImages) -> None:
+def test_loss_falls_and_every_epoch_is_reported(images: TensorImages) -> None:
     _, epochs = trained(chain(), None, images, settings(epochs=6, learning_rate=0.1))
     assert [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     assert epochs[-1].loss < 0.8 * epochs[0].loss
@@ -118,8 +118,8 @@ def loss_of(
     model: Chain, teacher: Chain | None, images: Tensor, labels: Tensor, **changes: object
 ) -> float:
     section = settings(**changes)
-    lesson = DistillationLoss(model, teacher, section, accelerator_for(section.precision))
-    return float(lesson.loss(images, labels).detach())
+    distillation = DistillationLoss(model, teacher, section, accelerator_for(section.precision))
+    return float(distillation.loss(images, labels).detach())
 
 
 def test_loss_is_the_weighted_sum_of_its_parts(generator: torch.Generator) -> None:
@@ -189,7 +189,7 @@ def test_label_outside_the_head_is_an_error(images: TensorImages) -> None:
         train(chain(), None, TrainingData(wrong, PREPARE), settings(), seed=0)
 
 
-def test_precision_is_what_was_asked_for() -> None:
+def test_precision_is_the_requested_one() -> None:
     product = torch.nn.Linear(4, 4)
     expected = {
         "float32": torch.float32,
@@ -214,7 +214,7 @@ def test_precision_of_half_needs_an_accelerator(images: TensorImages) -> None:
         trained(chain(), None, images, settings(precision="float16"))
 
 
-def test_parts_of_a_step_add_up_to_the_step(images: TensorImages) -> None:
+def test_split_steps_equal_the_whole_step(images: TensorImages) -> None:
     whole, _ = trained(chain(), None, images, settings(freeze_batchnorm=True))
     parts, _ = trained(
         chain(), None, images, settings(freeze_batchnorm=True, gradient_accumulation_steps=3)
@@ -243,7 +243,7 @@ def test_mixing_without_labels_needs_none(images: TensorImages) -> None:
     assert len(epochs) == 3
 
 
-def test_the_average_of_the_weights_is_what_stays(images: TensorImages) -> None:
+def test_the_averaged_weights_are_kept(images: TensorImages) -> None:
     decay = 0.5
     section = settings(
         epochs=1, batch_size=30, freeze_batchnorm=True, momentum=0, learning_rate=0.1
@@ -415,8 +415,8 @@ def test_resumed_training_ends_where_an_undisturbed_one_does(
     expected, whole = resumed(tmp_path / "whole", images, section)
     for steps in (1, 3, 2, 4):
         stopped_after(steps, tmp_path / "parts", images, section)
-    found, training = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, training = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
     assert training.epochs == whole.epochs
     assert (training.before, training.best_epoch) == (whole.before, whole.best_epoch)
     for name in whole.best:
@@ -426,19 +426,19 @@ def test_resumed_training_ends_where_an_undisturbed_one_does(
 def test_a_finished_training_is_not_trained_again(images: TensorImages, tmp_path: Path) -> None:
     section = settings(**LONG)
     expected, whole = resumed(tmp_path, images, section)
-    found, again = resumed(tmp_path, images, section)
-    assert is_equal(found, expected)
+    model, again = resumed(tmp_path, images, section)
+    assert is_equal(model, expected)
     assert again.epochs == whole.epochs
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_a_training_that_time_has_ended_is_not_gone_on_with(
+def test_a_training_that_time_has_ended_is_not_resumed(
     images: TensorImages, tmp_path: Path, epochs: int
 ) -> None:
     section = settings(**{**LONG, "epochs": epochs, "max_minutes": 1e-9})
     expected, first = resumed(tmp_path, images, section)
-    found, again = resumed(tmp_path, images, section)
-    assert is_equal(found, expected)
+    model, again = resumed(tmp_path, images, section)
+    assert is_equal(model, expected)
     assert again.epochs == first.epochs
     assert (first.ended, again.ended) == ("time", "time")
     _, longer = resumed(tmp_path, images, settings(**{**LONG, "epochs": epochs}))
@@ -494,8 +494,8 @@ def test_a_request_to_stop_leaves_a_checkpoint(
     assert checkpoint is not None
     position = checkpoint.facts["position"]
     assert (position["epoch"], position["step"]) == (2, 2)
-    found, _ = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, _ = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
 
 
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_stepped_over(
@@ -506,8 +506,8 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_stepped_over(
     stopped_after(7, tmp_path / "parts", images, section)
     older, newest = sorted((tmp_path / "parts").iterdir())
     newest.write_bytes(newest.read_bytes()[:100])
-    found, _ = resumed(tmp_path / "parts", images, section)
-    assert is_equal(found, expected)
+    model, _ = resumed(tmp_path / "parts", images, section)
+    assert is_equal(model, expected)
     for path in (tmp_path / "whole").iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(RunFolderError, match=r"\.safetensors can't be read"):

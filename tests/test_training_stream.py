@@ -1,4 +1,4 @@
-"""Batches to train on: what comes, in which order, and how it is changed."""
+"""Batches to train on: their images, their order, and their augmentation."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def numbered(count: int, side: int = 16) -> TensorImages:
 
 
 def stream(images: TensorImages | FileImages, size: int = 7, **changes: object) -> TrainingStream:
-    given: dict[str, object] = {"augmentation": Augmentation(), "batch_size": size, "seed": 3}
-    return TrainingStream(images, NATIVE, **{**given, **changes})  # type: ignore[arg-type]
+    options: dict[str, object] = {"augmentation": Augmentation(), "batch_size": size, "seed": 3}
+    return TrainingStream(images, NATIVE, **{**options, **changes})  # type: ignore[arg-type]
 
 
 def labels_of(batches: list[Batch]) -> list[int]:
@@ -53,12 +53,12 @@ def test_readers_leave_a_request_to_stop_to_the_process_they_read_for() -> None:
     """Of `scancel` or `torchrun` it goes to all processes; the step in hand still needs images."""
     expected = list(stream(numbered(60)).epoch(1))
     batches = stream(numbered(60), workers=2).epoch(1)
-    found = [next(batches)]
+    drawn = [next(batches)]
     workers = psutil.Process().children()
     assert len(workers) >= 2
     for worker in workers:
         worker.terminate()
-    assert is_equal([*found, *batches], expected)
+    assert is_equal([*drawn, *batches], expected)
 
 
 def _read_and_wait(note: Path) -> None:
@@ -116,7 +116,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(randaugment=True)])
-def test_going_on_in_the_middle_sees_what_would_have_come(augmentation: Augmentation) -> None:
+def test_resuming_mid_epoch_yields_the_remaining_batches(augmentation: Augmentation) -> None:
     whole = stream(numbered(40), augmentation=augmentation)
     assert is_equal(list(whole.epoch(2))[3:], list(whole.epoch(2, first_step=3)))
 
@@ -128,8 +128,8 @@ def test_changes_do_not_depend_on_processes_or_workers(augmentation: Augmentatio
     assert is_equal(whole, list(stream(images, augmentation=augmentation, workers=2).epoch(1)))
     for rank in range(2):
         local_shard = list(stream(images, augmentation=augmentation, shard=(rank, 2)).epoch(1))
-        for all_images, own in zip(whole, local_shard, strict=True):
-            assert torch.equal(all_images.images[rank::2], own.images)
+        for all_images, shard in zip(whole, local_shard, strict=True):
+            assert torch.equal(all_images.images[rank::2], shard.images)
 
 
 def test_global_random_numbers_are_left_alone() -> None:
@@ -152,7 +152,7 @@ def test_fewer_images_than_processes_is_an_error(count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_left_out_where_asked_for(workers: int, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_on_request(workers: int, tmp_path: Path) -> None:
     paths = tuple(tmp_path / f"{number}.png" for number in range(12))
     for number, path in enumerate(paths):
         Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(path)
@@ -161,11 +161,13 @@ def test_unreadable_images_are_left_out_where_asked_for(workers: int, tmp_path: 
     paths[5].write_bytes(b"")
     unreadable = Unreadable()
     for augmentation in (Augmentation(), Augmentation("random_resized_crop")):
-        given = stream(images, 4, workers=workers, unreadable=unreadable, augmentation=augmentation)
-        found = list(given.epoch(1))
-        assert sorted(labels_of(found)) == [number for number in range(12) if number != 5]
+        training = stream(
+            images, 4, workers=workers, unreadable=unreadable, augmentation=augmentation
+        )
+        drawn = list(training.epoch(1))
+        assert sorted(labels_of(drawn)) == [number for number in range(12) if number != 5]
         if augmentation == Augmentation():
-            for one, other in zip(whole, found, strict=True):
+            for one, other in zip(whole, drawn, strict=True):
                 stays = one.labels != 5
                 assert torch.equal(one.images[stays], other.images)
     assert unreadable.names == (str(paths[5]),)
@@ -181,7 +183,7 @@ def test_an_unreadable_image_is_one_line_that_names_it(workers: int, tmp_path: P
     with pytest.raises(DataError, match=r"2\.png can't be read") as error:
         list(stream(images, 2, workers=workers).epoch(1))
     assert "\n" not in str(error.value)
-    assert not multiprocessing.active_children()  # whoever still holds the error
+    assert not multiprocessing.active_children()  # even while the error is referenced
 
 
 # --- changes ------------------------------------------------------------------------------------
@@ -193,9 +195,11 @@ def moved(augmentation: Augmentation, images: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_moving_is_what_one_would_do_image_by_image(flip: bool, generator: torch.Generator) -> None:
+def test_shifts_and_flips_equal_those_image_by_image(
+    flip: bool, generator: torch.Generator
+) -> None:
     images = torch.randn(16, 3, 16, 16, generator=generator)
-    found = moved(Augmentation(flip=flip), images, seed=3)
+    flipped = moved(Augmentation(flip=flip), images, seed=3)
     draws = torch.Generator().manual_seed(3)
     top = torch.randint(5, (16, 1), generator=draws)
     left = torch.randint(5, (16, 1), generator=draws)
@@ -206,14 +210,14 @@ def test_moving_is_what_one_would_do_image_by_image(flip: bool, generator: torch
         y, x = int(top[number]), int(left[number])
         window = canvas[:, y : y + 16, x : x + 16]
         expected = window.flip(2) if flip and mirrored[number] else window
-        assert torch.equal(found[number], expected)
+        assert torch.equal(flipped[number], expected)
 
 
 def test_moving_draws_for_each_image_and_reaches_every_shift() -> None:
     image = torch.zeros(1, 1, 8, 8)
     image[..., 4, 3] = 1
-    found = moved(Augmentation(), image.expand(400, 1, 8, 8))
-    places = {tuple(place) for place in found[:, 0].nonzero()[:, 1:].tolist()}
+    shifted = moved(Augmentation(), image.expand(400, 1, 8, 8))
+    places = {tuple(place) for place in shifted[:, 0].nonzero()[:, 1:].tolist()}
     assert places == {(y, x) for y in (3, 4, 5) for x in (2, 3, 4, 5)}
 
 
@@ -254,8 +258,8 @@ def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
     changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
-    found = [changed.read(torch.arange(4), way) for way in (NATIVE, bicubic)]
-    assert 0 < (found[0].int() - found[1].int()).abs().float().mean() < 30  # of the same parts
+    results = [changed.read(torch.arange(4), preprocessing) for preprocessing in (NATIVE, bicubic)]
+    assert 0 < (results[0].int() - results[1].int()).abs().float().mean() < 30  # of the same parts
 
 
 def test_randaugment_changes_pixels_and_nothing_else() -> None:

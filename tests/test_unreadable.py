@@ -38,12 +38,12 @@ def write_numbered(directory: Path, count: int, broken: set[int]) -> FileImages:
 
 def damaged(folder: Path) -> set[Path]:
     """Cuts one image of each class off, in every part, and returns them."""
-    found = set()
+    names = set()
     for directory in (*folder.glob("train/*"), *folder.glob("test/*")):
         file = min(directory.iterdir())
         file.write_bytes(file.read_bytes()[:200])
-        found.add(file)
-    return found
+        names.add(file)
+    return names
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_values_without_a_known_range_are_refused(kind: type, tmp_path: Path) ->
         FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
 
 
-def damage_of(content: bytes, way: str, generator: np.random.Generator) -> bytes:
-    if way == "cut":
+def damage_of(content: bytes, kind: str, generator: np.random.Generator) -> bytes:
+    if kind == "cut":
         return content[: int(generator.integers(len(content)))]
     changed = bytearray(content)
     for place in generator.integers(0, min(len(changed), 200), 12):
@@ -105,9 +105,9 @@ def damage_of(content: bytes, way: str, generator: np.random.Generator) -> bytes
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("way", ["cut", "changed"])
+@pytest.mark.parametrize("kind", ["cut", "changed"])
 def test_whatever_the_damage_it_is_an_error_of_ours_or_none(
-    suffix: str, way: str, tmp_path: Path
+    suffix: str, kind: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(random_pixels(12, 14, 3)).save(path)
@@ -115,15 +115,15 @@ def test_whatever_the_damage_it_is_an_error_of_ours_or_none(
     generator = np.random.default_rng(5)
     refused = 0
     for _ in range(40):
-        path.write_bytes(damage_of(whole, way, generator))
+        path.write_bytes(damage_of(whole, kind, generator))
         try:
             FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
         except UnreadableImage:
             refused += 1
-    assert refused > (30 if way == "cut" else 0)
+    assert refused > (30 if kind == "cut" else 0)
 
 
-def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
+def test_readable_images_come_in_order(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 8, {0, 5})
     unreadable = Unreadable()
     asked: list[list[int]] = []
@@ -132,9 +132,9 @@ def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
         asked.append(indices.tolist())
         return images.read(indices, SMALL)
 
-    found = read_batch(read, torch.tensor([7, 5, 3, 0, 1]), unreadable)
-    assert found is not None
-    indices, pixels = found
+    batch = read_batch(read, torch.tensor([7, 5, 3, 0, 1]), unreadable)
+    assert batch is not None
+    indices, pixels = batch
     assert indices.tolist() == [7, 3, 1]
     assert torch.equal(pixels, images.read(torch.tensor([7, 3, 1]), SMALL))
     assert asked == [[7, 5, 3, 0, 1], [7, 3, 1]]
@@ -144,17 +144,19 @@ def test_what_can_be_read_comes_in_order(tmp_path: Path) -> None:
 def test_without_a_counter_it_is_an_error(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 3, {2})
     with pytest.raises(UnreadableImage, match=r"02\.jpg"):
-        read_batch(lambda some: images.read(some, SMALL), torch.arange(3))
+        read_batch(lambda indices: images.read(indices, SMALL), torch.arange(3))
 
 
 def test_nothing_is_left_of_a_batch_of_damaged_files(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 3, {0, 1, 2})
     unreadable = Unreadable()
-    assert read_batch(lambda some: images.read(some, SMALL), torch.arange(3), unreadable) is None
+    assert (
+        read_batch(lambda indices: images.read(indices, SMALL), torch.arange(3), unreadable) is None
+    )
     assert len(unreadable.names) == 3
 
 
-def test_other_errors_go_on_to_the_caller() -> None:
+def test_other_errors_reach_the_caller() -> None:
     def read(indices: Tensor) -> Tensor:
         raise DataError("no table of numbers")
 
@@ -166,17 +168,17 @@ def test_other_errors_go_on_to_the_caller() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_batches_come_without_what_can_not_be_read(size: int, tmp_path: Path) -> None:
+def test_batches_skip_unreadable_images(size: int, tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 9, {2, 3, 8})
     whole = write_numbered(tmp_path / "whole", 9, set())
     unreadable = Unreadable()
-    found = list(batches(images, size, SMALL, unreadable=unreadable))
-    assert all(len(batch.labels) for batch in found)
-    labels = torch.cat([batch.labels for batch in found])
+    all_batches = list(batches(images, size, SMALL, unreadable=unreadable))
+    assert all(len(batch.labels) for batch in all_batches)
+    labels = torch.cat([batch.labels for batch in all_batches])
     assert labels.tolist() == [0, 1, 4, 5, 6, 7]
-    assert torch.equal(labels, torch.cat([batch.indices for batch in found]))
+    assert torch.equal(labels, torch.cat([batch.indices for batch in all_batches]))
     expected = SMALL.normalise(whole.read(labels, SMALL))
-    assert torch.equal(torch.cat([batch.images for batch in found]), expected)
+    assert torch.equal(torch.cat([batch.images for batch in all_batches]), expected)
     assert [Path(name).stem for name in unreadable.names] == ["02", "03", "08"]
 
 
@@ -188,7 +190,7 @@ def test_files_are_counted_once_however_often_they_are_read(tmp_path: Path) -> N
     assert unreadable.names == (str(tmp_path / "01.jpg"),)
 
 
-def test_a_score_counts_what_was_read(tmp_path: Path) -> None:
+def test_a_score_counts_readable_images(tmp_path: Path) -> None:
     images = write_numbered(tmp_path, 7, {1, 5})
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 7))
     shown = batches(images, 3, SMALL, unreadable=Unreadable())
@@ -214,7 +216,7 @@ def test_by_default_a_run_ends_at_the_first_one(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_names_what_it_left_out(folder: Path, model_file: Path, tmp_path: Path) -> None:
+def test_a_run_names_the_skipped_images(folder: Path, model_file: Path, tmp_path: Path) -> None:
     lost = damaged(folder)
     options = {"skip_unreadable": True, "batch_size": 3}
     result = prune_briefly(model_file, f"folder:{folder}", tmp_path / "run", **options)
@@ -249,7 +251,7 @@ def test_it_is_as_if_the_files_were_not_there(
     assert other.unreadable == ()
 
 
-def test_a_probe_set_of_damaged_files_is_an_error(
+def test_a_calibration_set_of_damaged_files_is_an_error(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
     for file in folder.glob("train/*/*"):
@@ -299,10 +301,10 @@ def test_inspecting_filters_leaves_them_out_too(folder: Path, model_file: Path) 
 
     with pytest.raises(UnreadableImage, match="can't be read"):
         inspect()
-    found = inspect(skip_unreadable=True)["unreadable"]
-    assert isinstance(found, list)
-    assert found
-    assert all("train" in name for name in found)
+    listed = inspect(skip_unreadable=True)["unreadable"]
+    assert isinstance(listed, list)
+    assert listed
+    assert all("train" in name for name in listed)
 
 
 def test_training_a_base_network_leaves_them_out_too(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""secateur makes a trained convolutional network smaller and faster by what its filters see."""
+"""secateur prunes trained convolutional networks by what their filters respond to."""
 
 from __future__ import annotations
 

@@ -68,11 +68,11 @@ class PruneResult:
     _shape: tuple[int, int, int]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a run folder, whose report has no gallery; return the folder.
+        """Write a run folder, whose report has no gallery, and return its path.
 
         `secateur.load(folder, architecture=model)` loads the network again, where `model` is the
         original with any weights; `secateur.load_program(folder)` needs no code. Raises
-        `RunFolderError` where the folder is not empty (see `overwrite`), and `WriteError`.
+        `RunFolderError` if the folder is not empty (see `overwrite`), and `WriteError`.
         """
         config = self.result.config
         origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
@@ -155,12 +155,12 @@ def prune(
             the scores say how often the two networks agree.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
-        max_images: only so many of `images` are read; they are held in memory.
+        max_images: the most images to read; they are kept in memory.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
         progress: whether to show progress bars on stderr.
 
-    Raises `DataError` where the images are not such tensors, `UsageError` or `UnknownName` for
-    settings that don't exist, and `SecateurError` where the network can't be traced or pruned.
+    Raises `DataError` if the images are not such tensors, `UsageError` or `UnknownName` for
+    settings that don't exist, and `SecateurError` if the network can't be traced or pruned.
 
     >>> import secateur, torch
     >>> model = secateur.load_model("resnet20", num_classes=10)
@@ -291,7 +291,7 @@ def _make_config(
 
 
 def _collect(batches: ImageBatches, most: int | None, name: str) -> _Images:
-    """Return the first `most` images, and their labels where each batch has them."""
+    """Return the first `most` images, and their labels if each batch has them."""
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
@@ -329,14 +329,14 @@ def _only(batch: Any) -> Any:
 def _checked(pixels: Any, name: str) -> Tensor:
     if not isinstance(pixels, Tensor):
         raise DataError(
-            f"{name}: {type(pixels).__name__} found where a tensor [image, channel, height, width] "
-            "is needed; with a Dataset, its transform must end in a tensor"
+            f"{name} must be tensors [image, channel, height, width]; got {type(pixels).__name__}: "
+            "the transform of a Dataset must end in a tensor"
         )
     batch: Tensor = pixels[None] if pixels.ndim == 3 else pixels
     if batch.ndim != 4 or not batch.is_floating_point():
         raise DataError(
-            f"{name}: a tensor {list(batch.shape)} of {batch.dtype} found where a floating one "
-            "[image, channel, height, width] is needed, as the network takes it"
+            f"{name} must be floating-point tensors [image, channel, height, width], as the "
+            f"network takes them; got {list(batch.shape)} of {batch.dtype}"
         )
     if not bool(batch.isfinite().all()):
         raise DataError(f"{name}: an image holds a number that is not finite")

@@ -70,7 +70,7 @@ def parse_budget(text: str) -> Budget:
     """
     quantity, equals, number = text.partition("=")
     *names, last = (f"{name}=F" for name in get_args(Quantity))
-    expected = f"give {', '.join(names)} or {last} with the fraction F that stays, 0 < F <= 1"
+    expected = f"give {', '.join(names)} or {last} with the fraction F to keep, 0 < F <= 1"
     if quantity not in get_args(Quantity) or not equals:
         raise TargetError(f"target {text!r} is not understood: {expected}")
     try:

@@ -22,8 +22,12 @@ for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
 
 @pytest.mark.slow
 def test_every_module_is_imported_without_extras() -> None:
-    extra = {each.name for each in dependencies.direct() if each.extras}
-    extra -= {each.name for each in dependencies.direct() if each.extras in [("dev",), ("docs",)]}
+    extra = {dependency.name for dependency in dependencies.direct() if dependency.extras}
+    extra -= {
+        dependency.name
+        for dependency in dependencies.direct()
+        if dependency.extras in [("dev",), ("docs",)]
+    }
     modules = [
         module
         for module, distributions in metadata.packages_distributions().items()
@@ -36,7 +40,10 @@ def test_every_module_is_imported_without_extras() -> None:
 
 
 def test_bounds_are_lower_ones() -> None:
-    """But for what is compared with in a release of its own."""
-    kinds = {each.name: {s.operator for s in each.specifier} for each in dependencies.direct()}
+    """Except Torch-Pruning, which benches compare with in a pinned release."""
+    kinds = {
+        dependency.name: {s.operator for s in dependency.specifier}
+        for dependency in dependencies.direct()
+    }
     assert kinds.pop("torch-pruning") == {"=="}
     assert {name: kind for name, kind in kinds.items() if kind != {">="}} == {}

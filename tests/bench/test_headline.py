@@ -1,4 +1,4 @@
-"""README and front page show what the result files say."""
+"""README and front page show the figures of the result files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def test_the_page_says_what_the_installed_packages_say() -> None:
     assert licences.differences(licences.PAGE.read_text()) == []
 
 
-def test_what_the_page_leaves_out_or_says_otherwise_is_told() -> None:
+def test_omissions_and_errors_of_the_page_are_reported() -> None:
     lines = licences.PAGE.read_text().splitlines()
     [rich] = [line for line in lines if line.startswith("| rich |")]
     lines.remove(rich)
@@ -37,7 +37,7 @@ def test_what_the_page_leaves_out_or_says_otherwise_is_told() -> None:
         ("Classifier: License :: OSI Approved :: BSD License", "BSD-2-Clause"),
     ],
 )
-def test_a_licence_is_read_from_what_is_stated(
+def test_a_licence_is_read_from_the_metadata(
     stated: str, licence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = tmp_path / "nobody-1.0.dist-info"

@@ -42,7 +42,7 @@ def test_a_network_of_the_zoo_depends_on_its_seed_alone() -> None:
     assert not torch.equal(one["fc.weight"], different["fc.weight"])
 
 
-def test_what_starts_constant_becomes_random(generator: torch.Generator) -> None:
+def test_constant_initial_weights_become_random(generator: torch.Generator) -> None:
     norm, linear = nn.BatchNorm2d(50), nn.Linear(3, 4)
     scale = nn.Parameter(torch.full((50,), 1e-6))
     before = linear.weight.detach().clone()
@@ -116,7 +116,7 @@ def test_rows_replace_those_of_the_same_network_and_tool(tmp_path: Path) -> None
     assert [entry.name for entry in path.parent.iterdir()] == ["rows.json"]
 
 
-def test_what_counts_as_cut() -> None:
+def test_channels_that_count_as_cut() -> None:
     good = row_of("one", "secateur")
     assert is_cut(good)
     assert not is_cut(None)
@@ -130,7 +130,7 @@ def test_what_counts_as_cut() -> None:
     assert not is_equivalent({**good, "equivalence_error": 1e-4, "change": 0.01})
 
 
-def test_the_page_shows_what_failed() -> None:
+def test_the_page_shows_failures() -> None:
     rows = [
         row_of("torchvision:alexnet", "secateur", frozen_channels={"no rule for 'x'": 10}),
         row_of("torchvision:alexnet", "torch-pruning", outcome="failed", reason="It | broke"),

@@ -1,4 +1,4 @@
-"""Where the command line prints: results on stdout, the rest on stderr."""
+"""Consoles of the command line: results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 

@@ -138,18 +138,18 @@ def command(
     The function's first parameter is the configuration (of type `kind`); the others stand on the
     command line as they are annotated. The command gets an option for each of the `keys`, and
     `--config` and `--set`. With `is_made=False` the first parameter is a `ConfigOptions`, for
-    commands that decide by themselves what the options go on top of. With `default` (such as "the
+    commands that choose the configuration which the options override. With `default` (such as "the
     run's") the configuration comes from elsewhere: help shows that text instead of the fields'
     defaults, and there is no `--config`.
     """
 
     def register(function: AnyFunction) -> AnyFunction:
         signature = inspect.signature(function, eval_str=True)
-        _, *own = signature.parameters.values()
+        _, *declared = signature.parameters.values()
         generated = [_parameter(kind, key, default) for key in keys]
         shared = [("settings", Set)] if default else [("config", Config), ("settings", Set)]
-        arguments = [parameter for parameter in own if _is_argument(parameter)]
-        others = [parameter for parameter in own if not _is_argument(parameter)]
+        arguments = [parameter for parameter in declared if _is_argument(parameter)]
+        others = [parameter for parameter in declared if not _is_argument(parameter)]
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in (*arguments, *generated, *others)
@@ -228,7 +228,7 @@ class ConfigOptions:
 
 
 def put(tables: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested tables; raises `UsageError` where a table is needed."""
+    """Set a dotted key in nested tables; raises `UsageError` if a table is needed."""
     section, dot, name = key.partition(".")
     if dot:
         tables[section] = {**_section(tables, section), name: value}
@@ -264,10 +264,10 @@ def processes() -> Iterator[None]:
 
 
 def _section(tables: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a table of the configuration, empty where it is missing."""
+    """Return a table of the configuration, empty if it is missing."""
     table = tables.get(name, {})
     if not isinstance(table, dict):
-        raise UsageError(f"configuration, {name}: {table!r} found where a table is needed")
+        raise UsageError(f"configuration, {name}: must be a table; got {table!r}")
     return table
 
 
@@ -276,7 +276,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter stands on the command line by its place."""
+    """Return whether a parameter is a positional argument of the command."""
     extras = getattr(parameter.annotation, "__metadata__", ())
     return any(isinstance(extra, typer.models.ArgumentInfo) for extra in extras)
 
@@ -333,7 +333,7 @@ def _help(field: FieldInfo, default: str | None) -> str:
 
 
 def _default(field: FieldInfo) -> str | None:
-    """Return the field's default as the help shows it, None if it is no value."""
+    """Return the field's default as the help shows it, or None if there is nothing to show."""
     default = field.default
     if field.is_required() or default in (None, (), {}) or isinstance(default, BaseModel):
         return None

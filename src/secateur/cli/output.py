@@ -48,7 +48,7 @@ def command_line() -> str:
 
 
 def progress() -> ProgressCallback:
-    """Progress bars on stderr where it is a terminal, else nothing."""
+    """Return progress bars on stderr if it is a terminal, else no progress."""
     return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
 
 
@@ -58,7 +58,7 @@ def run_context(tracker: Tracker | None = None) -> RunContext:
 
 
 def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
-    """What a run came to, stage by stage."""
+    """Print the result of a run, stage by stage."""
     if as_json:
         print(result.model_dump_json(indent=1))
         return
@@ -84,9 +84,9 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
-def show_benchmark(found: Sequence[TextTable]) -> None:
-    """The tables of a comparison."""
-    for table in found:
+def show_benchmark(tables: Sequence[TextTable]) -> None:
+    """Print the tables of a benchmark."""
+    for table in tables:
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
         for number, head in enumerate(table.heads):
             shown.add_column(escaped(head), justify="left" if number == 0 else "right")
@@ -97,7 +97,7 @@ def show_benchmark(found: Sequence[TextTable]) -> None:
 
 
 def show_unreadable(names: Sequence[str]) -> None:
-    """How many images were left out, and some of their names."""
+    """Print how many images were skipped, and some of their names."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         out().print(
@@ -109,7 +109,7 @@ def show_unreadable(names: Sequence[str]) -> None:
 
 
 def show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool) -> None:
-    """With the images that were left out, where that was asked for."""
+    """Print a score, with the skipped images if they were recorded."""
     if as_json:
         skipped = {} if unreadable is None else {"unreadable": unreadable}
         print(json.dumps({**asdict(score), **skipped}, indent=1))
@@ -130,7 +130,7 @@ def show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool)
 
 
 def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:
-    """What was written, and how fast the networks are."""
+    """Print which file was written, and the latency of both networks."""
     if as_json:
         facts = {**asdict(result), "path": str(result.path)}
         print(json.dumps({**facts, "latency": [asdict(one) for one in times]}, indent=1))
@@ -160,16 +160,16 @@ def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bo
     out().print(table)
 
 
-def show_groups(found: dict[str, Any]) -> None:
-    """A line a layer that can be cut, then those that can't, and why."""
+def show_groups(inspection: dict[str, Any]) -> None:
+    """Print a line for each prunable layer, then for each frozen one with the reason."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for title in ("filters", "needed", "MACs %"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("detectors", justify="right", no_wrap=True)
-    largest = max((group["macs_share"] for group in found["groups"]), default=1.0)
-    for group in found["groups"]:
+    largest = max((group["macs_share"] for group in inspection["groups"]), default=1.0)
+    for group in inspection["groups"]:
         detected = [seen["concept"] for seen in group["concepts"] if seen["is_detector"]]
         table.add_row(
             escaped(group["layer"]),
@@ -185,20 +185,20 @@ def show_groups(found: dict[str, Any]) -> None:
         "overlap a concept, and of how many concepts",
         highlight=False,
     )
-    if not found["frozen"]:
+    if not inspection["frozen"]:
         return
     frozen = Table(box=None, pad_edge=False)
     frozen.add_column("frozen", overflow="fold")
     frozen.add_column("filters", justify="right", no_wrap=True)
     frozen.add_column("because")
-    for group in found["frozen"]:
+    for group in inspection["frozen"]:
         reason = escaped(group["reason"])
         frozen.add_row(escaped(group["layer"]), str(group["filters"]), reason)
     out().print(frozen)
 
 
 def show_filters(group: dict[str, Any]) -> None:
-    """A line a filter of a layer."""
+    """Print a line for each filter of a layer."""
     table = Table(box=None, pad_edge=False)
     table.add_column("filter", justify="right")
     for name in group["scores"]:
@@ -212,7 +212,7 @@ def show_filters(group: dict[str, Any]) -> None:
 
 
 def show_filter(group: dict[str, Any], number: int) -> None:
-    """What one filter sees, and where in the image that it responds to most."""
+    """Print one filter's concepts, top images, and where it is active in the first of them."""
     if number >= group["filters"]:
         raise UsageError(f"{group['layer']} has filters 0 to {group['filters'] - 1}, not {number}")
     lines = [f"{group['layer']}, filter {number} of {group['filters']}"]

@@ -111,7 +111,7 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
 def draw_calibration_images(
     images: Images, count: int, *, stratified: bool = True, seed: int = 0
 ) -> Images:
-    """Return `count` random images, or all of them where there are fewer.
+    """Return `count` random images, or all of them if there are fewer.
 
     `stratified` draws equally from every class, as far as `count` divides; without it no labels are
     used. Which images are drawn depends on `seed` alone.

@@ -28,12 +28,12 @@ from secateur.runtime.errors import DataError, UsageError
 NO_CLASS = -1
 """Label of the images of a list without classes."""
 UNKNOWN = -2
-"""Concept index of a mask's value that has no meaning."""
+"""Concept index of a mask's value without a meaning."""
 
 
 @runtime_checkable
 class AnnotatedImages(Images, Protocol):
-    """A fixed list of images with regions; `labels` are `NO_CLASS` where there are no classes."""
+    """A fixed list of images with regions; `labels` are `NO_CLASS` if there are no classes."""
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -43,11 +43,11 @@ class AnnotatedImages(Images, Protocol):
         """Return the regions of the images at `indices`, in the geometry of what `read` returns.
 
         An image has regions only for the concepts that it shows, by index; `UNLABELLED` regions
-        fill up where one image shows fewer than another. Raises `DataError`.
+        fill up if one image shows fewer than another. Raises `DataError`.
         """
 
     def take(self, indices: Indices) -> AnnotatedImages:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
 
 
 @runtime_checkable
@@ -73,15 +73,15 @@ class AnnotatedFiles:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """See `Images.read`."""
+        """Return the images at `indices`, resized and cropped; see `Images.read`."""
         return FileImages(self.paths, self.labels).read(indices, preprocessing)
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
-        """See `Images.originals`."""
+        """Return the images at `indices` as they are stored; see `Images.originals`."""
         return FileImages(self.paths, self.labels).originals(indices)
 
     def take(self, indices: Indices) -> AnnotatedFiles:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
         return AnnotatedFiles(
             tuple(self.paths[index] for index in indices.tolist()),
             self.labels[indices],
@@ -90,7 +90,7 @@ class AnnotatedFiles:
         )
 
     def regions(self, indices: Indices, preprocessing: Preprocessing) -> ConceptMasks:
-        """See `AnnotatedImages.regions`."""
+        """Return the regions of the images at `indices`; see `AnnotatedImages.regions`."""
 
         def draw(index: int) -> ConceptMasks:
             planes = self.annotations[index].planes(*_size_of(self.paths[index]))
@@ -103,7 +103,7 @@ class AnnotatedFiles:
 def join_annotations(parts: Sequence[AnnotatedFiles]) -> AnnotatedFiles:
     """Return one list with the annotations of several, whose concepts follow one another.
 
-    Raises `UsageError` where the lists don't have the same images.
+    Raises `UsageError` if the lists don't have the same images.
     """
     first, *others = parts
     for other in others:
@@ -142,7 +142,7 @@ def look_up(values: np.ndarray, table: np.ndarray, origin: Path) -> Int[Tensor, 
 def read_index_image(path: Path) -> np.ndarray:
     """Return the values of an image with one number for each pixel, `[height, width]`.
 
-    Palette images count: their values are the palette's indices. Raises `DataError` where the file
+    Palette images count: their values are the palette's indices. Raises `DataError` if the file
     is missing, damaged or in colours.
     """
     pixels = read_pixels(path)
@@ -169,7 +169,7 @@ class _JoinedAnnotation:
     parts: tuple[tuple[int, Annotation], ...]
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`."""
+        """Return each pixel's concept index; see `Annotation.planes`."""
         shifted = []
         for start, annotation in self.parts:
             planes = annotation.planes(height, width)
@@ -185,7 +185,7 @@ def _to_size(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _regions(planes: Tensor) -> ConceptMasks:
-    """Return the regions of one image, an `UNLABELLED` one where it shows nothing."""
+    """Return the regions of one image, an `UNLABELLED` one if it shows nothing."""
     # Sorting all values, as `unique` does, takes longer than decoding the image.
     concepts = (planes.flatten() - UNLABELLED).bincount()[1:].nonzero()[:, 0]
     if not len(concepts):

@@ -103,7 +103,7 @@ class AugmentedImages:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> Num[Tensor, "image rgb height width"]:
-        """See `Images.read`."""
+        """Return the images at `indices`, resized and cropped; see `Images.read`."""
         changed = []
         with torch.random.fork_rng(devices=[]):
             originals = self.images.originals(indices)

@@ -35,7 +35,7 @@ class BatchReader:
     def read_first(self, images: Images, count: int) -> Tensor:
         """Return at most `count` of the first images `[image, channel, height, width]`.
 
-        Raises `DataError` where none of `images` can be read.
+        Raises `DataError` if none of `images` can be read.
         """
         few = replace(self, batch_size=min(count, self.batch_size))
         batch = next(iter(few.read(images)), None)

@@ -78,7 +78,7 @@ def batches(
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise `DataError` where a label lies outside the network's classes."""
+    """Raise `DataError` if a label lies outside the network's classes."""
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise DataError(

@@ -30,7 +30,7 @@ def read_cifar10(directory: Path) -> Splits:
 
     Stacked: `train_labels.npy`, `test_labels.npy` and, in `train*/` and `test/`, lossless WebP
     files, each a column of 32×32 images, in the order of the labels. torchvision's: the folder
-    `cifar-10-batches-py`. Raises `DataError` where there is neither, or one is incomplete.
+    `cifar-10-batches-py`. Raises `DataError` if there is neither, or one is incomplete.
     """
     if (directory / "train_labels.npy").is_file():
         return Splits(CLASS_NAMES, _stacked(directory, "train"), _stacked(directory, "test"))
@@ -48,7 +48,7 @@ def read_cifar10(directory: Path) -> Splits:
 def read_cifar100(directory: Path) -> Splits:
     """Return CIFAR-100 with its hundred fine labels, from torchvision's `cifar-100-python`.
 
-    Raises `DataError` where it is missing, incomplete or damaged.
+    Raises `DataError` if it is missing, incomplete or damaged.
     """
     root = _root(directory, "cifar-100-python")
     if root is None:

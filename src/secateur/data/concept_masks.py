@@ -13,7 +13,7 @@ from torch import Tensor
 UNLABELLED = -1
 """Concept index of a region that only fills up the tensor: its mask is empty, its vote is 0."""
 CELL = 64
-"""What a cell counts that is inside as a whole, where coverage is counted."""
+"""The count of a cell that is wholly inside, when coverage is counted."""
 
 
 @dataclass(frozen=True)

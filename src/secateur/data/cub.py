@@ -54,7 +54,7 @@ def read_cub(directory: Path) -> Splits:
 def image_files(
     directory: Path, birds: Birds, indices: Int[Tensor, "image"], title: str
 ) -> tuple[Path, ...]:
-    """Return the files of the images at `indices`; raises `DataError` where some are missing."""
+    """Return the files of the images at `indices`; raises `DataError` if some are missing."""
     folder = directory / "images"
     paths = tuple(inside(folder, birds.files[index], DataError) for index in indices.tolist())
     missing = [path for path in paths if not path.is_file()]
@@ -69,7 +69,7 @@ def image_files(
 def read_birds(directory: Path) -> Birds:
     """Return every annotation, from the published folder or a flat one, as `.txt` or `.txt.gz`.
 
-    Images need not be there. Raises `DataError` where a file is missing or files disagree.
+    Images need not be there. Raises `DataError` if a file is missing or files disagree.
     """
     files = _names(directory, "images")
     classes, parts = _names(directory, "classes"), _names(directory, "parts")

@@ -29,8 +29,8 @@ def read_folder(directory: Path) -> Splits:
 
     With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the splits. With `CLASS/`
     alone a fixed fifth of each class is for testing. Classes are numbered in the order of their
-    names. A `test` without classes, such as one whose labels are withheld, is skipped where `val`
-    has some. Raises `DataError` where there are no images, or the splits have different classes or
+    names. A `test` without classes, such as one whose labels are withheld, is skipped if `val`
+    has some. Raises `DataError` if there are no images, or the splits have different classes or
     other names.
     """
     if not (directory / "train").is_dir():
@@ -69,19 +69,19 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
-    """Raise `DataError` where class folders are named like splits."""
+    """Raise `DataError` if class folders are named like splits."""
     parts = [name for name in classes if name.lower() in PARTS]
     if parts:
         raise DataError(
             f"{directory} has no folder train, and {', '.join(parts)} would be read as classes: "
-            "parts must be called train/CLASS/ and test/CLASS/ or val/CLASS/, classes otherwise"
+            "call the parts train/CLASS/ and test/CLASS/ or val/CLASS/, or rename these classes"
         )
 
 
 def check_same_classes(
     directory: Path, part: str, classes: Iterable[str], expected: Iterable[str]
 ) -> None:
-    """Raise `DataError` where a split has other classes than `train`."""
+    """Raise `DataError` if a split has other classes than `train`."""
     odd = sorted(set(classes) ^ set(expected))
     if odd:
         raise DataError(f"{directory}: train and {part} have different classes: {brief(odd)}")
@@ -96,7 +96,7 @@ def images_of(directory: Path, labels: Mapping[str, int]) -> FileImages:
     """Return the images of the folders named in `labels`, each with the label of its folder.
 
     Folders come in the order of `labels`, with their subfolders, but without hidden files. Raises
-    `DataError` where a folder has no images.
+    `DataError` if a folder has no images.
     """
     paths: list[Path] = []
     path_labels: list[int] = []

@@ -40,11 +40,11 @@ class HuggingFaceImages:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """See `Images.read`."""
+        """Return the images at `indices`, resized and cropped; see `Images.read`."""
         return torch.stack(self._decode(indices, lambda pixels: to_size(pixels, preprocessing)))
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
-        """See `Images.originals`."""
+        """Return the images at `indices` as they are stored; see `Images.originals`."""
         return self._decode(indices, lambda pixels: pixels)
 
     def _decode(self, indices: Indices, prepare: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -61,7 +61,7 @@ class HuggingFaceImages:
         return decode_all(indices, find, prepare)
 
     def take(self, indices: Indices) -> HuggingFaceImages:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
         return HuggingFaceImages(
             self.name, self.rows, self.column, self.row_indices[indices], self.labels[indices]
         )

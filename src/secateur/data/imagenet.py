@@ -22,7 +22,7 @@ TEST = "val"
 def read_imagenet(directory: Path) -> Splits:
     """Return all of ILSVRC-2012 from `train/WNID/` and `val/WNID/`, torchvision's layout.
 
-    Raises `DataError` where a class is missing from either split, is empty, or is unknown.
+    Raises `DataError` if a class is missing from either split, is empty, or is unknown.
     """
     names = class_names()
     for part in ("train", TEST):
@@ -39,7 +39,7 @@ def read_imagenette(directory: Path) -> Splits:
     """Return some classes of ImageNet, such as Imagenette's ten (fast.ai, 2019), in that layout.
 
     Labels and names are those of all 1,000 classes, so that a network trained on ImageNet can be
-    scored as it is. Raises `DataError` where a folder is not a class of ImageNet, a class is empty,
+    scored as it is. Raises `DataError` if a folder is not a class of ImageNet, a class is empty,
     or the splits have different classes.
     """
     folders = _known_folders(directory, "train")

@@ -52,18 +52,18 @@ class TensorImages:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """See `Images.read`."""
+        """Return the images at `indices`, resized and cropped; see `Images.read`."""
         pixels = self.pixels[indices]
         if pixels.shape[-2:] != (preprocessing.image_size, preprocessing.image_size):
             pixels = to_size(pixels, preprocessing)
         return pixels
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
-        """See `Images.originals`."""
+        """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.pixels[indices])
 
     def take(self, indices: Indices) -> TensorImages:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
         return TensorImages(self.pixels[indices], self.labels[indices])
 
 
@@ -82,11 +82,11 @@ class NormalisedImages:
         return self.tensors[indices]
 
     def originals(self, indices: Indices) -> list[Float[Tensor, "channel height width"]]:
-        """See `Images.originals`."""
+        """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.tensors[indices])
 
     def take(self, indices: Indices) -> NormalisedImages:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
         return NormalisedImages(self.tensors[indices], self.labels[indices])
 
 
@@ -100,19 +100,19 @@ class FileImages:
     def read(
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
-        """See `Images.read`."""
+        """Return the images at `indices`, resized and cropped; see `Images.read`."""
         prepare = functools.partial(to_size, preprocessing=preprocessing)
         return torch.stack(decode_all(indices, self._find, prepare))
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
-        """See `Images.originals`."""
+        """Return the images at `indices` as they are stored; see `Images.originals`."""
         return decode_all(indices, self._find, lambda pixels: pixels)
 
     def _find(self, index: int) -> tuple[str, Path]:
         return str(self.paths[index]), self.paths[index]
 
     def take(self, indices: Indices) -> FileImages:
-        """See `Images.take`."""
+        """Return a list of the images at `indices`; see `Images.take`."""
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
 

@@ -40,7 +40,7 @@ def check_labelling(
 def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tuple[Images, Images]:
     """Return the images without a stratified random fraction of them, and that fraction.
 
-    At least one image of each class is held out. Raises `DataError` where a class has too few.
+    At least one image of each class is held out. Raises `DataError` if a class has too few.
     """
     chosen: list[Tensor] = []
     for label in images.labels.unique().tolist():

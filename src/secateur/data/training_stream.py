@@ -53,9 +53,9 @@ class TrainingStream:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch; a last, incomplete batch counts where every process gets enough of it.
+        """Steps of an epoch; a last, incomplete batch counts if every process gets enough of it.
 
-        Raises `UsageError` where a batch has fewer images than there are processes.
+        Raises `UsageError` if a batch has fewer images than there are processes.
         """
         count, processes = len(self.images.labels), self.shard[1]
         if min(count, self.batch_size) < processes:
@@ -73,7 +73,7 @@ class TrainingStream:
     def epoch(self, number: int, first_step: int = 0) -> Generator[Batch]:
         """Yield this process's shard of each step's batch, from `first_step` of the epoch on.
 
-        Closing the generator ends the workers. Raises `DataError` where an image can't be read.
+        Closing the generator ends the workers. Raises `DataError` if an image can't be read.
         """
         loader: DataLoader[_ReadStep] = DataLoader(
             _Epoch(self, number),
@@ -113,7 +113,7 @@ def _prepare_worker(number: int) -> None:
 def _end_with_parent() -> None:
     """End a worker when the process that it reads for has ended.
 
-    PyTorch's workers watch their parent by its process id. Where Python starts processes from a
+    PyTorch's workers watch their parent by its process id. If Python starts processes from a
     server, the default from 3.14 on, the parent is that server, which lives as long as they do.
     """
     parent = multiprocessing.parent_process()

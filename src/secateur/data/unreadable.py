@@ -25,7 +25,7 @@ T = TypeVar("T")
 DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,  # where warnings are errors
+    Image.DecompressionBombWarning,  # if warnings are errors
 )
 """What Pillow raises for damaged files, depending on the format and the damage."""
 
@@ -55,7 +55,7 @@ def read_batch(
 
     `read` is called with all of `indices`. If it raises `UnreadableImage`, so does this function,
     unless there is an `Unreadable`: then the files are noted there, and `read` is called with the
-    remaining indices. Returns None where none remain.
+    remaining indices. Returns None if none remain.
     """
     while len(indices):
         try:
@@ -80,8 +80,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     """Return the image with 8 bits for each colour; Pillow's conversion clips wider values at 255.
 
     Of 16 bits the upper 8 are kept, as Pillow does for coloured images. PNG and PGM have at most 16
-    bits, also where Pillow opens them in its 32-bit mode (PNG before version 10.3). Raises
-    `ValueError` where the range of the values is unknown.
+    bits, also if Pillow opens them in its 32-bit mode (PNG before version 10.3). Raises
+    `ValueError` if the range of the values is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

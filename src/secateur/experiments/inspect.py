@@ -39,8 +39,8 @@ def _as_rows(region: Bool[Tensor, "h w"]) -> list[str]:
     """Return where a filter is active, one text per row: `#`, or `.` where it is not."""
     side = min(ROWS, max(region.shape))
     size = tuple(-(-length * side // max(region.shape)) for length in region.shape)
-    cells = F.adaptive_max_pool2d(region[None].float(), size)[0]
-    return ["".join("#" if cell else "." for cell in row) for row in cells.tolist()]
+    pixels = F.adaptive_max_pool2d(region[None].float(), size)[0]
+    return ["".join("#" if pixel else "." for pixel in row) for row in pixels.tolist()]
 
 
 def inspect_network(
@@ -120,7 +120,7 @@ def _group_facts(
 
 
 def group_of(inspection: dict[str, Any], layer: str) -> dict[str, Any]:
-    """Return the facts of a layer; raise `UnknownName` where no prunable layer has the name."""
+    """Return the facts of a layer; raise `UnknownName` if no prunable layer has the name."""
     groups = {group["layer"]: group for group in inspection["groups"]}
     if layer not in groups:
         raise UnknownName("prunable layer", layer, groups)

@@ -44,9 +44,9 @@ class Manifest(VersionedRecord):
     versions: dict[str, str]
     """Of secateur, torch and torchvision when the folder was written."""
     architecture: str | None
-    """The unpruned network, as `load_model` takes it; None where it must be passed."""
+    """The unpruned network, as `load_model` takes it; None if it must be passed."""
     num_classes: PositiveInt | None
-    """Outputs of the network's head; None where the network does not return one tensor."""
+    """Outputs of the network's head; None if the network does not return one tensor."""
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """`(rgb, height, width)` of the images that the dependency graph was built with."""
     prune_residual: bool
@@ -54,7 +54,7 @@ class Manifest(VersionedRecord):
     """Both: how the dependency graph was built; see `build_dependency_graph`."""
     plan_hash: str
     no_program: str | None
-    """Why the folder has no program; None where it has one."""
+    """Why the folder has no program; None if it has one."""
     files: dict[str, str]
     """File -> SHA-256 of its content, for every file that loading depends on."""
 
@@ -94,7 +94,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a run folder; raise `RunFolderError` where it is missing or damaged."""
+    """Read the manifest of a run folder; raise `RunFolderError` if it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
@@ -109,7 +109,7 @@ def read_contents(folder: Path) -> Contents:
     """
     manifest = read_manifest(folder)
     for name in sorted(manifest.files.keys() - HASHED):
-        raise RunFolderError(f"{folder / MANIFEST} lists {name!r}, which is no file of a run")
+        raise RunFolderError(f"{folder / MANIFEST} lists {name!r}, which is not a file of a run")
     for name in sorted(NEEDED - manifest.files.keys()):
         raise RunFolderError(f"{folder / MANIFEST} does not list {name}")
     files: dict[str, bytes] = {}

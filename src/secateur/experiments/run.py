@@ -63,7 +63,7 @@ def run(
     The folder is there as soon as the network is cut and refitted, and is replaced when it has been
     fine-tuned; in between it holds the checkpoints of the training. `resume` continues what an
     interrupted run with the same configuration has left there, if anything. Raises `SecateurError`,
-    also where another run is writing to the folder; the folder then stays as it was.
+    also if another run is writing to the folder; the folder then stays as it was.
     """
     run_context = run_context or RunContext()
     check_names(config)
@@ -102,7 +102,7 @@ def finetune(
 
     The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
     of the run's configuration. `source` is where the data is now, and `model_name` what the network
-    is called now, which is needed where it is your own code. `resume` continues from the
+    is called now, which is needed if it is user code. `resume` continues from the
     checkpoints that an interrupted call with the same changes has left in `folder`. Raises
     `SecateurError`; the folders then stay as they were.
     """
@@ -189,7 +189,7 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 
 def origin_of(config: RunConfig) -> Origin:
-    """Return what a resolved configuration says of the unpruned network."""
+    """Return the unpruned network as a resolved configuration names it."""
     size = config.data.image_size
     assert size is not None
     return Origin(
@@ -231,7 +231,7 @@ def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> Non
 
 @contextlib.contextmanager
 def _new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path | None]:
-    """See `run_folder.new_run_folder`; None except in the main process, which alone writes.
+    """Return `run_folder.new_run_folder` in the main process, which alone writes; else None.
 
     All processes leave the block when the folder is there.
     """
@@ -301,7 +301,7 @@ def _sections(
 ) -> dict[str, Any]:
     """Return the configuration of a run, whose network and data may have other names now.
 
-    Raises `UsageError` where the folder alone says which file with code is to be run.
+    Raises `UsageError` if the folder alone says which file with code is to be run.
     """
     sections = result.config.model_dump(mode="json", exclude_none=True)
     name = result.config.model.name
@@ -316,7 +316,7 @@ def _sections(
 
 
 def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:
-    """Load what a run with the same configuration has left; raise `UsageError` where it differs."""
+    """Load an unfinished result; raise `UsageError` if its configuration differs."""
     result = read_result(folder)
     place = f"the run in {folder}"
     check_same(place, config, result.config, FREE_KEYS)

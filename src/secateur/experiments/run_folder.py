@@ -50,10 +50,10 @@ REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", 
 
 @dataclass(frozen=True)
 class Origin:
-    """The unpruned network, as far as cutting it again needs it."""
+    """What it takes to cut the unpruned network again."""
 
     architecture: str | None
-    """As `load_model` takes it; None where only the user can build it."""
+    """As `load_model` takes it; None if only the user can build it."""
     image_shape: tuple[int, int, int]
     """`(rgb, height, width)`."""
     prune_residual: bool = False
@@ -71,7 +71,7 @@ class Origin:
 def new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a new folder that takes the place of `folder`, which is locked: see `replacing_folder`.
 
-    Raises `RunFolderError` where `folder` is a file, or holds something that is not a run, or is
+    Raises `RunFolderError` if `folder` is a file, or holds something that is not a run, or is
     not empty and `overwrite` is not set.
     """
     check_free(folder, overwrite=overwrite)
@@ -80,7 +80,7 @@ def new_run_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise `RunFolderError` where a run can't be written to `folder`."""
+    """Raise `RunFolderError` if a run can't be written to `folder`."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a folder for a run")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -117,8 +117,8 @@ def save(
     `model` is what `apply_plan` returned; it may have been trained since. `image_shape` `(rgb,
     height, width)`, `prune_residual` and `exclude` are what the dependency graph was built with.
     `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
-    without it `load` must be given the network. Raises `RunFolderError` where the folder can't be
-    taken (see `new_run_folder`) and `UsageError` where weights are not float32.
+    without it `load` must be given the network. Raises `RunFolderError` if the folder can't be
+    taken (see `new_run_folder`) and `UsageError` if weights are not float32.
 
     >>> import secateur, tempfile, torch
     >>> model = secateur.load_model("resnet20", num_classes=10, seed=0)
@@ -153,7 +153,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
     """Write what loading needs into an existing folder, and return the manifest.
 
     A network that can't be written as a program (see `make_program`) is saved without one, and the
-    manifest says why. Raises `UsageError` where weights are not float32.
+    manifest says why. Raises `UsageError` if weights are not float32.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
@@ -196,10 +196,10 @@ def load(
     """Load the pruned network of a run folder, in evaluation mode.
 
     It is a module of the same class as the unpruned network, with fewer filters. `architecture` is
-    the unpruned network, with any weights. Pass it where the run was made from your own code
+    the unpruned network, with any weights. Pass it if the run was made from your own code
     (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
-    `dependencies` where you built the dependency graph with your own rules. Raises `RunFolderError`
-    where a file is missing, damaged, changed or does not fit the others, and `UsageError` where the
+    `dependencies` if you built the dependency graph with your own rules. Raises `RunFolderError`
+    if a file is missing, damaged, changed or does not fit the others, and `UsageError` if the
     network must be passed.
     """
     contents = read_contents(Path(folder))
@@ -237,10 +237,11 @@ def _unpruned(manifest: Manifest) -> nn.Module:
 def load_program(folder: str | Path) -> nn.Module:
     """Load the pruned network of a run folder as a program, in evaluation mode.
 
-    A program is a list of tensor operations, to run, export or time; none of the network's own code
-    is needed. To prune or train the network further, use `load`. The outputs are those of the
-    network that `load` returns, bit for bit where its weights lie in contiguous memory, for batches
-    of any size. Raises `RunFolderError` as `load` does, and where the folder has no program.
+    A program is a list of tensor operations, to run, export or time; the code that defines the
+    network is not needed. To prune or train the network further, use `load`. The outputs equal
+    those of the network that `load` returns, bit for bit if its weights lie in contiguous memory,
+    for batches of any size. Raises `RunFolderError` as `load` does, and if the folder has no
+    program.
     """
     contents = read_contents(Path(folder))
     if PROGRAM not in contents.files:
@@ -268,7 +269,7 @@ def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
 def load_pruned(folder: Path) -> nn.Module:
     """Return the pruned network of a run folder without running code of the user's.
 
-    That is its exported program where the network comes from a user's file or from memory.
+    That is its exported program if the network comes from a user's file or from memory.
     """
     architecture = read_manifest(folder).architecture
     if architecture is None or user_code.is_user_code(architecture):

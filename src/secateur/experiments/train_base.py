@@ -36,11 +36,11 @@ SCHEMA_VERSION = 2
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
-"""Keys that may differ where an unfinished training is resumed."""
+"""Keys that may differ when an unfinished training is resumed."""
 
 
 class BaseResult(Record):
-    """The content of `training.json`: how the weights came about, and their score."""
+    """The content of `training.json`: how the weights were trained, and their score."""
 
     schema_version: int = SCHEMA_VERSION
     command: str | None
@@ -69,10 +69,10 @@ def train_base(
     """Train the network that `config` names, and leave its weights in a folder with their recipe.
 
     Training starts from the weights that `config` names, or from random ones. During training the
-    folder holds the configuration, the log and the checkpoints that `resume` continues from; where
-    training is complete `resume` returns its result. Raises `RunFolderError` where the folder is
+    folder holds the configuration, the log and the checkpoints that `resume` continues from; if
+    training is complete `resume` returns its result. Raises `RunFolderError` if the folder is
     not empty and is not to be resumed, or holds a run, or another training writes there, and
-    `UsageError` where the folder holds a training with another configuration.
+    `UsageError` if the folder holds a training with another configuration.
     """
     run_context = run_context or RunContext()
     run_config = config.as_run()
@@ -107,7 +107,7 @@ def train_base(
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
-    """Raise `RunFolderError` where a training can't be in the folder."""
+    """Raise `RunFolderError` if a training can't be in the folder."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a folder for weights")
     if not resume and folder.is_dir() and any(folder.iterdir()):

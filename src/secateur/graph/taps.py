@@ -128,7 +128,7 @@ def _consumer_kernels(
 ) -> list[tuple[Window, Tensor]]:
     """Return the window and the weights, `[output, offset, channel]`, of each consumer of a group.
 
-    `position` gives the group's channel for each channel of the network, -1 where there is none.
+    `position` gives the group's channel for each channel of the network, -1 if there is none.
     """
     kernels: list[tuple[Window, Tensor]] = []
     for layer in dependencies.layers:

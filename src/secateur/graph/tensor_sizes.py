@@ -1,6 +1,6 @@
 """Sizes of tensors in a cut network: products of numbers of channels, for many tensors at once.
 
-An allocation asks for sizes thousands of times. So everything that does not depend on the cut is
+An allocation needs sizes thousands of times. So everything that does not depend on the cut is
 computed once, and dimensions that several tensors share are counted once.
 """
 
@@ -16,7 +16,7 @@ from secateur.graph.channel_ids import Axes, Ids, index_table
 from secateur.graph.groups import Group
 
 Dimension = Ids | int
-"""Prunable channel of each index, negative where the index must stay; or a size that never
+"""Prunable channel of each index, negative if the index must stay; or a size that never
 changes."""
 
 

@@ -1,4 +1,4 @@
-"""Networks by name, their weights, and what they are worth.
+"""Networks by name, their weights, and their evaluation.
 
 - `zoo`: networks by name (built-in, torchvision, timm, user code), and their preprocessing.
 - `cifar`: the built-in ResNets and VGG-16 for CIFAR.

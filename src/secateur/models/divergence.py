@@ -47,7 +47,7 @@ def divergence_from(
 
     `expected` are those of the same batches. Both logits are softened by the temperature T, and the
     divergence is multiplied by T², as in distillation (Hinton et al., 2015). Raises `DataError`
-    where there are no images.
+    if there are no images.
     """
     actual = logits_of(network, batches)
     divergences = divergence_by_image(expected, actual, temperature)
@@ -62,7 +62,7 @@ def divergence_by_image(
     """Return KL(expected ‖ logits) of each image, softened as in `divergence_from`.
 
     It is computed in float64: a small divergence is a small difference of large terms. Raises
-    `DataError` where there are no images.
+    `DataError` if there are no images.
     """
     if not sum(map(len, expected)):
         raise DataError("there are no images to compare outputs on")

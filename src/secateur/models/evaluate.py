@@ -30,7 +30,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     The network is timed unless `known_ms` says what a forward pass takes. Each process passes its
     shard of the batches (`distributed.shard`) and gets the score on all of them, with the main
     process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
-    where a label lies outside the network's classes.
+    if a label lies outside the network's classes.
     """
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
@@ -86,7 +86,7 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
         raise UsageError(f"the network can't be run on images {shape}: {words}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(f"the network returns {what} where logits [image, class] are needed")
+        raise UsageError(f"the network must return logits [image, class]; it returns {what}")
     return logits
 
 

@@ -21,7 +21,7 @@ def is_user_code(name: str) -> bool:
 
 
 def check_file(name: str, kind: str) -> None:
-    """Raise `UsageError` where there is no such file; `kind` says what it should define."""
+    """Raise `UsageError` if there is no such file; `kind` says what it should define."""
     path, _, factory = name.rpartition(":")
     if not Path(path).is_file():
         raise UsageError(f"no file {path} to take the {kind} {factory!r} from")
@@ -30,7 +30,7 @@ def check_file(name: str, kind: str) -> None:
 def find(name: str, kind: str) -> Callable[..., Any]:
     """Run the file and return its factory; `kind` says what that builds, for errors.
 
-    Raises `UsageError` where the file can't be run, and `UnknownName` where it has no such factory.
+    Raises `UsageError` if the file can't be run, and `UnknownName` if it has no such factory.
     """
     check_file(name, kind)
     path, _, factory = name.rpartition(":")

@@ -27,7 +27,7 @@ def load_weights(
 
     With `new_head`, a head for another number of classes than `num_classes` is skipped: that of
     `model` stays as it is. Raises `WeightsError` that names the missing, unexpected and misshapen
-    keys or, where only the head differs in its number of classes, both numbers. See `read_weights`
+    keys or, if only the head differs in its number of classes, both numbers. See `read_weights`
     for the files.
     """
     weights = read_weights(Path(path))
@@ -75,7 +75,7 @@ def _is_pickled(path: Path) -> bool:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise `ValueError` where a zip file's checksums don't match; `torch.load` ignores them."""
+    """Raise `ValueError` if a zip file's checksums don't match; `torch.load` ignores them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -91,7 +91,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Reads `.safetensors`, and `.pth`, `.pt` and `.th` with `weights_only=True`. A state dict may lie
     inside a dict (`state_dict`, `model`, …), and the prefixes of data-parallel and compiled
-    networks are removed. Raises `WeightsError` where the file is missing, damaged or would need to
+    networks are removed. Raises `WeightsError` if the file is missing, damaged or would need to
     run code.
     """
     if not path.is_file():

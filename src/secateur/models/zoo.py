@@ -75,7 +75,7 @@ def load(
 
 
 def check_name(name: str) -> None:
-    """Raise `UnknownName` or `UsageError` where `load` doesn't know the name."""
+    """Raise `UnknownName` or `UsageError` if `load` doesn't know the name."""
     kind, colon, rest = name.rpartition(":")
     if user_code.is_user_code(name):
         user_code.check_file(name, "network")

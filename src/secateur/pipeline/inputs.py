@@ -16,14 +16,14 @@ from secateur.scoring import concepts, criteria
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UnknownName` where the network, criterion or concept source does not exist."""
+    """Raise `UnknownName` if the network, criterion or concept source does not exist."""
     zoo.check_name(config.model.name)
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
 
 
 def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
-    """Raise `UsageError` where a network that needs a weight file has none."""
+    """Raise `UsageError` if a network that needs a weight file has none."""
     is_user_code = user_code.is_user_code(config.model.name)
     if config.model.weights is None and not is_user_code and not allow_untrained:
         raise UsageError(

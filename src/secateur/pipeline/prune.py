@@ -31,7 +31,7 @@ def prune(
     run_context: RunContext | None = None,
     checkpoints: Path | None = None,
 ) -> Pruned:
-    """Return a smaller copy of `model`, fine-tuned where `config` says so.
+    """Return a smaller copy of `model`, fine-tuned if `config` says so.
 
     `config.model` only names the network; `model` is what is pruned, and it is not changed.
     `baseline` is what is known of it already. Fine-tuning resumes from the folder `checkpoints`,
@@ -52,7 +52,7 @@ def take_next_step(
     run_context: RunContext,
     checkpoints: Path | None = None,
 ) -> Pruned:
-    """Fine-tune the network after its last cut or, where that is done, prune another round."""
+    """Fine-tune the network after its last cut; if that is done, prune another round."""
     if pruned.is_finetuned:
         return prune_round(original, dataset, pruned.result.config, run_context, earlier=pruned)
     return finetune(pruned, original, dataset, run_context, checkpoints)
@@ -67,7 +67,7 @@ def prune_round(
     baseline: Baseline | None = None,
     earlier: Pruned | None = None,
 ) -> Pruned:
-    """Score, cut, refit and distill: one round, but for the fine-tuning.
+    """Score, cut, refit and distill: one round, without the fine-tuning.
 
     The round cuts `original`, for which there may be a `baseline`, or else the network of the round
     before, `earlier`.
@@ -112,7 +112,7 @@ def finetune(
 def _collect(
     this: Round, cut: CutStage, refit: RefitStage | None, distilled: DistillStage | None
 ) -> Pruned:
-    """Return what the stages of a round came to, with filters numbered as in its network."""
+    """Return the result of a round, with filters numbered as in its network."""
     plan = replace(cut.plan, weights=this.weights)
     dependencies = this.context.dependencies
     outcome = RefitOutcome() if refit is None else refit.outcome
@@ -154,7 +154,7 @@ def _collect(
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:
-    """Return the later round's network with its cuts told as cuts of the original network."""
+    """Return the later round's network, its removed filters numbered as in the original."""
     groups = merge_rounds(earlier.result.groups, later.result.groups)
     plan = replace(
         earlier.plan,

@@ -18,10 +18,10 @@ class Pruned:
 
     model: nn.Module
     plan: PruningPlan
-    """What went from the original network, over all rounds."""
+    """The filters removed from the original network, over all rounds."""
     result: RunResult
     latency: LatencyTable | None
-    """Times of the layers before the cut, where the budget is one of latency."""
+    """Times of the layers before the cut, if the budget is one of latency."""
     dependencies: DependencyGraph
     """Of the network before the first cut."""
 

@@ -25,7 +25,7 @@ IDLE_KEYS = frozenset(
 )
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
-"""Keys that may differ where an unfinished run is resumed."""
+"""Keys that may differ when an unfinished run is resumed."""
 Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
 
 
@@ -64,7 +64,7 @@ KeptWeights = Literal["last", "best", "start"]
 
 
 class FinetuneResult(Record):
-    """How fine-tuning went."""
+    """The outcome of fine-tuning."""
 
     epochs: tuple[Epoch, ...]
     before_top1_fraction: float
@@ -86,7 +86,7 @@ class RunResult(Record):
 
     schema_version: int = SCHEMA_VERSION
     command: str | None
-    """The command line, where there was one."""
+    """The command line, if there was one."""
     config: RunConfig
     environment: Environment
     class_names: tuple[str, ...]
@@ -98,12 +98,12 @@ class RunResult(Record):
     groups: tuple[GroupResult, ...]
     frozen: tuple[FrozenResult, ...]
     size_trials: tuple[SizeTrial, ...] = ()
-    """The sizes that were tried, where `plan.max_drop` asked for the smallest network."""
+    """The sizes that were tried, if `plan.max_drop` asked for the smallest network."""
     refit: tuple[LayerRefit, ...]
     refit_check: RefitCheck | None = None
-    """None where no kernel was to be re-estimated."""
+    """None if no kernel was to be re-estimated."""
     batchnorm_recalibration: BatchNormRecalibration | None
-    """None where it was switched off, or the network has no batch norm."""
+    """None if it was switched off, or the network has no batch norm."""
     distillation: Distillation | None
     """None without distillation."""
     finetuning: FinetuneResult | None
@@ -111,10 +111,10 @@ class RunResult(Record):
     unreadable: tuple[str, ...] = ()
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
-    """The batch size that was asked for, where it did not fit into memory."""
+    """The batch size that was requested, if it did not fit into memory."""
 
     def score(self, stage: Stage) -> Score | None:
-        """Return the score of a stage in the last round; None where the run has no such stage."""
+        """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
 
     @property
@@ -190,7 +190,7 @@ def _merge_group(earlier: GroupResult, later: GroupResult) -> GroupResult:
 
 
 def read_result(folder: Path) -> RunResult:
-    """Read the result in a run folder; raise `RunFolderError` where it is missing or damaged."""
+    """Read the result in a run folder; raise `RunFolderError` if it is missing or damaged."""
     path = folder / RESULT
     text = read_bounded(path, TEXT, RunFolderError)
     return parse_record(RunResult, text, SCHEMA_VERSION, str(path))
@@ -210,7 +210,7 @@ def comparable(config: Section) -> dict[str, object]:
 def check_same(
     place: str, config: Section, earlier_config: Section, free_keys: frozenset[str]
 ) -> None:
-    """Raise `UsageError` where two configurations differ in a key that is not free to differ.
+    """Raise `UsageError` if two configurations differ in a key that is not free to differ.
 
     `place` names what was made with `earlier_config`.
     """
@@ -219,5 +219,5 @@ def check_same(
         if asked.get(key) != earlier.get(key):
             raise UsageError(
                 f"{place} was made with {key} = {earlier.get(key)}, not {asked.get(key)}: resume "
-                "it as it was begun, or choose another folder"
+                "it with that configuration, or choose another folder"
             )

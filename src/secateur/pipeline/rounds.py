@@ -31,7 +31,7 @@ class Round:
     config: RunConfig
     """Resolved, with a batch size that fits into memory."""
     requested_batch_size: int | None
-    """The batch size that was asked for, where it does not fit."""
+    """The batch size that was requested, if it does not fit."""
     context: ScoringContext
     """Of `network`."""
     plan_inputs: PlanInputs
@@ -55,7 +55,7 @@ def begin_round(
     baseline: Baseline | None = None,
     earlier: Pruned | None = None,
 ) -> Round:
-    """Prepare to cut `original`, or what the earlier rounds have left of it."""
+    """Prepare to cut `original`, or the network that the earlier rounds made of it."""
     network = original if earlier is None else earlier.model
     if baseline is None:
         score = None if earlier is None else earlier.result.stages[-1].score

@@ -15,7 +15,7 @@ from secateur.runtime.trackers import Tracker, open_log
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """Where a run reports to; the default reports nowhere."""
+    """The reporting of a run: progress, log, tracker and skipped images; by default none."""
 
     progress: ProgressCallback = no_progress
     command: str | None = None

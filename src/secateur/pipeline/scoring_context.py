@@ -1,4 +1,4 @@
-"""What the filters of a network are scored with, and what plans are made from."""
+"""The context that the filters of a network are scored in, and the inputs of plans."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ScoringContext:
     reader: BatchReader
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
-    """By name: what the filters are to be scored by."""
+    """Criteria by name, which the filters are scored by."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -146,7 +146,7 @@ def make_baseline(
 ) -> Baseline:
     """Score the filters of `model`, by the named criteria or else by that of `config`.
 
-    `model` is scored on the test images, too, where its `score` is not known.
+    `model` is scored on the test images, too, if its `score` is not known.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     config = resolve_config(config, dataset)

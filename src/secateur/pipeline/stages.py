@@ -1,4 +1,4 @@
-"""The stages of a round: cut, refit, distill, finetune. Each returns what came of it.
+"""The stages of a round: cut, refit, distill, finetune. Each returns its outcome.
 
 Every stage ends with a score on the test images, which nothing else reads.
 """
@@ -113,7 +113,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
 
 
 def distill(this: Round, cut_stage: CutStage) -> DistillStage:
-    """Train the cut network in place to answer as the original does, without labels."""
+    """Train the cut network in place towards the original's outputs, without labels."""
     since = time.perf_counter()
     smaller, reader = cut_stage.network, this.context.reader
     fit, held_out = this.context.parts
@@ -146,7 +146,7 @@ def finetune(
     """Train `pruned.model` in place as its configuration says, with `original` as its teacher.
 
     The last epoch's weights stay, or those of the epoch that was best on the validation images;
-    both are scored on the test images. Where training has broken the network (see `has_collapsed`)
+    both are scored on the test images. If training has broken the network (see `has_collapsed`)
     the weights from before it stay.
     """
     config, smaller = pruned.result.config, pruned.model

@@ -172,7 +172,7 @@ def keep_fractions(space: SearchSpace, fractions: Mapping[str, float]) -> Counts
 
 
 def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Counts:
-    """Give each group one step more, in the order of `names`, where that fits."""
+    """Give each group one step more, in the order of `names`, if it fits."""
     for name in names:
         place = bisect.bisect_right(space.steps[name], counts[name])
         if place == len(space.steps[name]):

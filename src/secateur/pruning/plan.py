@@ -194,8 +194,8 @@ def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budg
     residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
     hint = f"; prune_residual would free {residual} of them" if residual else ""
     raise TargetError(
-        f"target {target} is out of reach: {least:.3f} of the {target.quantity} stay even with the "
-        f"fewest filters in each of {len(space.steps)} prunable groups "
+        f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
+        f"with the fewest filters in each of {len(space.steps)} prunable groups "
         f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
     )
 

@@ -89,7 +89,7 @@ def make_plan_inputs(
     *,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, PlanInputs]:
-    """Return, by the name of each criterion, the filters' scores and what else a plan needs.
+    """Return the filters' scores, and all else that a plan needs, by criterion.
 
     All criteria are computed in one pass over the images. With `allocation = "sensitivity"` the
     second moments for the error curves come from the same pass.

@@ -37,7 +37,7 @@ def rank(
 ) -> Ranking:
     """Return the channels of every group in descending order of `{group: score [channel]}`.
 
-    Between equal scores the higher score in `ties` wins, then the smaller channel number. Where
+    Between equal scores the higher score in `ties` wins, then the smaller channel number. If
     channels make up a whole dimension of some tensor, the best of them must stay, so it comes
     first in any case. Raises `UsageError` if a score is missing or not finite; the message names
     the `criterion`.

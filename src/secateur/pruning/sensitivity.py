@@ -5,9 +5,9 @@ Two factors make up the sensitivity of a group:
 - The *error curve*: the squared error in what the group's consumers compute when the worst 1, 2, …
   channels are removed and reconstructed from the others. It follows from the second moments of the
   scoring pass (`Reconstruction.errors`).
-- The *slope*: how much such an error matters at the network's output. It is measured on some
+- The *error gain*: how much such an error matters at the network's output. It is measured on some
   calibration images. Channels are reconstructed from the others in the inputs of one group's
-  consumers at a time; the slope is the error of the output over the error of the consumers.
+  consumers at a time; the gain is the error of the output over the error of the consumers.
 
 The sensitivity is their product. So the curves of all groups have one unit, and they are smooth,
 unlike direct measurements on few images.
@@ -40,7 +40,7 @@ from secateur.scoring.criteria.reconstruction import (
 )
 
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Fractions of a group that are removed to measure its slope."""
+"""Fractions of a group that are removed to measure its gain."""
 
 Sensitivity = Mapping[str, Sequence[float]]
 """`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
@@ -57,7 +57,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Return the sensitivity of every group.
 
-    `moments` are those of the scoring pass. A slope is the geometric mean over the `SNAPSHOTS`, and
+    `moments` are those of the scoring pass. A gain is the geometric mean over the `SNAPSHOTS`, and
     0 if no removal makes a difference. All processes pass batches that begin with the same images;
     each measures its shard of the groups.
     """
@@ -99,6 +99,6 @@ def measure_sensitivity(
                 sums += len(images) * torch.tensor(
                     [output_error(expected, outputs), consumer_error]
                 )
-    slopes = distributed.gather_shards([error_ratio(errors[group.name]) for group in shard])
-    slope_of = {group.name: slope for group, slope in zip(ordered, slopes, strict=True)}
-    return {name: (slope_of[name] * curve).tolist() for name, curve in curves.items()}
+    gains = distributed.gather_shards([error_ratio(errors[group.name]) for group in shard])
+    gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
+    return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}

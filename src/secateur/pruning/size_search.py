@@ -72,7 +72,7 @@ def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> fl
 
 
 def bisect(attempt: Callable[[float], float], limit: float, least: float) -> tuple[SizeTrial, ...]:
-    """Return trials between `least` and 1 whose accuracy approaches the limit, by bisection.
+    """Return sizes tried between `least` and 1, whose accuracy approaches the limit, by bisection.
 
     `attempt(fraction)` makes the network that keeps a fraction of the budget's quantity, and
     returns its top-1 fraction. Bisection assumes that a larger network is not less accurate, which

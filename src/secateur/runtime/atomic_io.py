@@ -83,7 +83,7 @@ def check_replaceable(folder: Path) -> None:
     `replacing_folder` checks this too; long computations call it before they start.
     """
     if os.path.ismount(os.path.realpath(folder)):
-        raise WriteError(f"{folder} is where a disk is mounted: name a folder inside it")
+        raise WriteError(f"{folder} is a mount point: name a folder inside it")
 
 
 @contextlib.contextmanager

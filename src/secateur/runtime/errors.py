@@ -1,4 +1,4 @@
-"""What can go wrong, and whose turn it is to act.
+"""The errors that secateur raises, by what went wrong.
 
 ::
 
@@ -7,13 +7,13 @@
     │   ├── UnknownName      a model, criterion or other name that does not exist
     │   └── TargetError      a target that no plan can meet or that makes no sense
     ├── DataError            a data set that is missing, empty or unreadable
-    │   └── UnreadableImage  image files that are damaged or gone; may be left out on request
+    │   └── UnreadableImage  image files that are damaged or missing; may be skipped
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
     ├── TraceError           a network whose dependency graph can't be read
-    ├── CutError             a cut network that answers otherwise than it must
+    ├── CutError             a pruned network whose outputs are wrong
     ├── NotFiniteError       weights or activations that are NaN or Inf
-    ├── ExportError          a network that can't be written as ONNX, or answers otherwise there
-    ├── RunFolderError       an output folder that is in the way, or a damaged run folder
+    ├── ExportError          a network that can't be written as ONNX, or whose outputs differ there
+    ├── RunFolderError       an output folder that exists already, or a damaged run folder
     └── WriteError           a file or folder that can't be written
 """
 
@@ -44,7 +44,7 @@ class UnknownName(UsageError):
 
 
 def _same_start(one: str, other: str) -> int:
-    """How many characters two names have in common from their start."""
+    """Return the length of the longest common prefix of two names."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return sum(1 for _ in pairs)
 
@@ -58,7 +58,7 @@ class DataError(SecateurError):
 
 
 class UnreadableImage(DataError):
-    """Images that were asked for are damaged or gone; see `data.unreadable`."""
+    """Requested images are damaged or missing; see `data.unreadable`."""
 
     def __init__(self, files: dict[int, str], reason: object) -> None:
         self.files = files
@@ -76,7 +76,7 @@ class TraceError(SecateurError):
 
 
 class CutError(SecateurError):
-    """The cut network does not answer as the original does with the same channels silenced."""
+    """The outputs of the pruned network differ from those of the masked original."""
 
 
 class NotFiniteError(SecateurError):
@@ -84,11 +84,11 @@ class NotFiniteError(SecateurError):
 
 
 class ExportError(SecateurError):
-    """The network can't be written as ONNX, or the file does not answer as the network does."""
+    """The network can't be written as ONNX, or the file's outputs differ from the network's."""
 
 
 class RunFolderError(SecateurError):
-    """The run folder is in the way, incomplete or has been changed."""
+    """The run folder exists already, is incomplete, or has been changed."""
 
 
 class WriteError(SecateurError):

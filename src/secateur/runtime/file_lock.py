@@ -52,7 +52,7 @@ def lock_exclusively(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         raise RunFolderError(
-            f"another run is at work in {folder}: wait for its end, or choose another folder"
+            f"another run is using {folder}: wait until it ends, or choose another folder"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -63,5 +63,5 @@ def lock_exclusively(folder: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):
-                path.unlink()  # while it is locked: whoever opened it before can't lock it later
+                path.unlink()  # while locked: a process that has opened it can't lock it later
             lock.release()

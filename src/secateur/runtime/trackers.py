@@ -35,7 +35,7 @@ class Tracker:
     name: str
     """One of `TRACKERS`."""
     folder: Path | None = None
-    """Where it keeps its files. By default, TensorBoard's are in `RUN-logs` beside the run folder
+    """The folder of its files. By default, TensorBoard's are in `RUN-logs` beside the run folder
     RUN, and the others' where they choose; Trackio always chooses."""
 
 

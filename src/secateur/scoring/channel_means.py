@@ -12,7 +12,7 @@ from torch import Tensor
 def mean_by_channel(
     rows: Iterable[tuple[Int[Tensor, "row"], Float[Tensor, "row"]]], channels: int
 ) -> tuple[Float[Tensor, "channel"], Float[Tensor, "channel"]]:
-    """Return each channel's mean value in float64, NaN where it has none, and how many it has.
+    """Return each channel's mean value in float64, NaN if it has none, and how many it has.
 
     `rows` holds tensors of channel indices, each with the values that belong to them.
     """

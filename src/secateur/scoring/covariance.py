@@ -31,7 +31,7 @@ def quantize(
 ) -> Float[Tensor, "*row value"]:
     """Return a tap's values as whole multiples of their units.
 
-    Raises `DataError` that names the tap where a value is not finite.
+    Raises `DataError` that names the tap if a value is not finite.
     """
     whole = (values.float() / unit).round_().clamp_(-LEVELS, LEVELS)
     if not bool(whole.isfinite().all()):
@@ -57,7 +57,7 @@ class SecondMoments:
         self._sums.addmm_(weighted.T, values)
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (self._sums,)
 
     def raw(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:

@@ -54,7 +54,7 @@ class Dissection:
         """By tap, the threshold above which each filter is active."""
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._accumulators = {
             tap: IoUAccumulator(kernels.filters, len(self._names)) for tap, kernels in taps.items()
         }
@@ -80,7 +80,7 @@ class Dissection:
         return count
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         for accumulator in self._accumulators.values():
             yield from accumulator.state()
 
@@ -171,7 +171,7 @@ class TopImages:
         self._top: dict[str, TopFeatures] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._top = {}
 
     def update(self, features: FeatureBatch) -> None:

@@ -26,7 +26,7 @@ class ExactSum:
         """The state: add the limbs of two sums to add the sums."""
 
     def update(self, values: Float[Tensor, "image ..."]) -> None:
-        """Add float64 values over their first axis; raises `DataError` where one isn't finite."""
+        """Add float64 values over their first axis; raises `DataError` if one isn't finite."""
         if not bool((values.abs() < LARGEST).all()):
             raise DataError("a feature map holds values that are not finite or beyond 2^79")
         for limb, unit in zip(self.limbs, UNITS, strict=True):

@@ -53,9 +53,9 @@ def run_feature_pass(
 
     `batches()` returns the calibration set, or this process's shard of it, each time it is called;
     at the end the observers' states are those of all processes. Every `settings.sample_every`-th
-    image goes through the network once before, where an observer needs activation statistics. With
+    image goes through the network once before, if an observer needs activation statistics. With
     `settings.use_labels` the concepts and the loss are those of the true class, without it those of
-    the predicted class. `source` may be None where no observer needs concepts.
+    the predicted class. `source` may be None if no observer needs concepts.
     """
     state = tensors_of(model)
     kernels = kernels_of(dependencies, state)
@@ -182,7 +182,7 @@ def _activation_statistics(
 ) -> dict[str, ActivationStatistics]:
     """Return each tap's activation statistics from a sample of the images.
 
-    The concept source learns from the same sample. Where no image of the sample can be read, all
+    The concept source learns from the same sample. If no image of the sample can be read, all
     images are used.
     """
     settings, source = forward_pass.settings, forward_pass.source

@@ -27,7 +27,7 @@ class Overlap:
 
     @property
     def iou(self) -> Float[Tensor, "image filter region"]:
-        """Intersection over union; 0 where both are empty."""
+        """Intersection over union; 0 if both are empty."""
         return self.intersection.double() / self.union.clamp_min(1)
 
 
@@ -45,7 +45,7 @@ def overlap(
 ) -> Overlap:
     """Return the overlap of each filter's active positions with each region.
 
-    Masks are booleans, or how much of each position is inside, where `cell` is all of it.
+    Masks are booleans, or how much of each position is inside, out of `cell`.
     """
     exact = torch.float32 if cell * active.shape[2:].numel() <= 2**24 else torch.float64
     inside = masks.flatten(2).to(exact)
@@ -90,5 +90,5 @@ class IoUAccumulator:
         return (self.intersection, self.union)
 
     def compute(self) -> Float[Tensor, "filter concept"]:
-        """Return the IoU in float64; 0 where a concept never occurred."""
+        """Return the IoU in float64; 0 if a concept never occurred."""
         return self.intersection.double() / self.union.clamp_min(1)

@@ -46,7 +46,7 @@ def score_filters(
 ) -> dict[str, FilterScores]:
     """Return the scores by each criterion; see `feature_pass.run_feature_pass` for the arguments.
 
-    `observers` see the same pass. `source` may be None where no criterion needs concepts.
+    `observers` see the same pass. `source` may be None if no criterion needs concepts.
     """
     watching = [*criteria.values(), *observers]
     run_feature_pass(model, dependencies, batches, watching, source, settings)
@@ -61,7 +61,7 @@ def scores_of(
 ) -> dict[str, Float[Tensor, "channel"]]:
     """Return `{group: the scores of its channels}` by a criterion that has seen all images.
 
-    A channel of several filters gets their mean score. Raises `UsageError` where the criterion
+    A channel of several filters gets their mean score. Raises `UsageError` if the criterion
     doesn't return one finite number for each filter.
     """
     return {group.name: _channel_scores(criterion, group) for group in dependencies.groups.values()}

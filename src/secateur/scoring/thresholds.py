@@ -38,7 +38,7 @@ class ActivationStatistics:
 
     mean: Float[Tensor, "filter"]
     threshold: Float[Tensor, "filter"]
-    """Infinite, so that nothing is above it, where no observer needs thresholds."""
+    """Infinite, so that nothing is above it, if no observer needs thresholds."""
     largest: Float[Tensor, "filter"]
     """Bound on the absolute values of the sample, at most twice the largest of them."""
 
@@ -47,7 +47,7 @@ class StatisticsAccumulator:
     """Accumulates each filter's activation statistics, batch by batch."""
 
     def __init__(self, filters: int, positions: int, *, with_thresholds: bool = True) -> None:
-        """Sample `positions` positions of each map, evenly spaced, or all where there are fewer."""
+        """Sample `positions` positions of each map, evenly spaced, or all if there are fewer."""
         self._positions = positions
         self._with_thresholds = with_thresholds
         self._images = torch.zeros((), dtype=torch.int64)
@@ -59,7 +59,7 @@ class StatisticsAccumulator:
         """`[filter, bin]`, from the most negative to the largest; the middle bin holds zero."""
 
     def update(self, maps: Float[Tensor, "image filter h w"]) -> None:
-        """Add the feature maps of a batch; raises `DataError` where a value is not finite."""
+        """Add the feature maps of a batch; raises `DataError` if a value is not finite."""
         self._images += len(maps)
         self._mean.update(maps.float().mean(dim=(2, 3)).double())
         values = maps.flatten(2)
@@ -107,7 +107,7 @@ class StatisticsAccumulator:
         """Return the statistics, with thresholds that a fraction `quantile` of the sample exceeds.
 
         A threshold is never below the exact quantile of the sample, and above it by at most 1/64 of
-        its size or, where it is smaller than 2^-10 of the filter's largest activation, by 2^-9 of
+        its size or, if it is smaller than 2^-10 of the filter's largest activation, by 2^-9 of
         that: such small values, of both signs, share one bin. The exact quantile is the largest
         value that at least the fraction q reaches. For n independent values q itself is known to
         within about sqrt(q (1 - q) / n).

@@ -14,7 +14,7 @@ KEYS_FREE_ON_RESUME = KEYS_WITHOUT_EFFECT | {"max_minutes", "keep", "patience"}
 
 COLLAPSE = 0.1
 """Loss of top-1 fraction on the validation images from which training counts as broken. Smaller
-losses are common where the original network was trained on these images: it forgets them while it
+losses are common if the original network was trained on these images: it forgets them while it
 improves on the test images."""
 
 

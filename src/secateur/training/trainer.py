@@ -66,7 +66,7 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class TrainingCallbacks:
-    """What is called while training goes on."""
+    """Functions that the trainer calls."""
 
     progress: ProgressCallback = no_progress
     validate: Callable[[nn.Module], float] | None = None

@@ -23,7 +23,7 @@ class TrainingData:
     images: Images
     preprocessing: Preprocessing
     unreadable: Unreadable | None = None
-    """Where to record image files that can't be read, which are then skipped; None: an error."""
+    """Records image files that can't be read, which are then skipped; None makes them an error."""
 
 
 def training_stream(data: TrainingData, settings: TrainingSection, seed: int) -> TrainingStream:

@@ -19,7 +19,7 @@ KEYS = (
 
 
 def evaluate(
-    given: ConfigOptions,
+    config_options: ConfigOptions,
     run: Annotated[
         Path | None, typer.Argument(help="A run folder; or name a network with --model.")
     ] = None,
@@ -28,7 +28,9 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a network, or the pruned network of a run folder, on the test images."""
-    if (run is None) == ("model.name" not in given.changes() and given.file is None):
+    if (run is None) == (
+        "model.name" not in config_options.changes() and config_options.file is None
+    ):
         raise UsageError("name either a run folder or a network with --model")
 
     from secateur import data
@@ -38,7 +40,7 @@ def evaluate(
     from secateur.models.evaluate import evaluate as evaluate_network
     from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
 
-    config = given.make(RunConfig, base=None if run is None else run / CONFIG)
+    config = config_options.make(RunConfig, base=None if run is None else run / CONFIG)
     if run is not None:
         network = load_pruned(run)
         dataset = data.load(config.data.source)

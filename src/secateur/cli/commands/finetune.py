@@ -22,7 +22,7 @@ KEYS = (
 
 
 def finetune(
-    given: ConfigOptions,
+    config_options: ConfigOptions,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[
         Path | None,
@@ -44,7 +44,7 @@ def finetune(
 
     Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
     """
-    keys = given.changes()
+    keys = config_options.changes()
     model, source = keys.pop("model.name", None), keys.pop("data.source", None)
     changes: dict[str, Any] = {}
     for key, value in keys.items():

@@ -21,7 +21,7 @@ KEYS = (
 
 
 def inspect(
-    given: ConfigOptions,
+    config_options: ConfigOptions,
     criterion: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,11 +77,11 @@ def inspect(
 
     names = tuple(criterion or ["vote"])
     changes: dict[str, Any] = {"score.criterion": names[0]}
-    asked = given.changes()
-    has_source = given.file is not None or "data.source" in asked
+    asked = config_options.changes()
+    has_source = config_options.file is not None or "data.source" in asked
     if not has_source and annotated_images(asked.get("score.concepts", "evidence")):
         changes["data.source"] = data.NONE
-    config = given.make(RunConfig, changes=changes)
+    config = config_options.make(RunConfig, changes=changes)
     check_weights(config, allow_untrained=allow_untrained)
     inspection = inspect_network(config, names, output.run_context(), pictures=pictures)
     if as_json:

@@ -38,7 +38,7 @@ KEYS = (
 
 
 def prune(
-    given: ConfigOptions,
+    config_options: ConfigOptions,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="New run folder.", rich_help_panel=options.OUTPUT),
@@ -76,14 +76,14 @@ def prune(
     """
     changes: dict[str, Any] = {}
     if finetune is False:
-        if given.changes().get("finetune.epochs"):
+        if config_options.changes().get("finetune.epochs"):
             raise UsageError("--no-finetune and --epochs exclude each other")
         changes["finetune.epochs"] = 0
     if shares is not None:
-        if "plan.allocation" in given.changes():
+        if "plan.allocation" in config_options.changes():
             raise UsageError("--shares and --allocation exclude each other")
         changes |= {"plan.allocation": "shares", "plan.shares": read_tables(shares, "shares")}
-    config = given.make(RunConfig, changes=changes)
+    config = config_options.make(RunConfig, changes=changes)
 
     from secateur.cli import output
     from secateur.experiments import run as runs

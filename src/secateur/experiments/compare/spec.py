@@ -76,7 +76,7 @@ class NetworkSection(ModelSection):
 
     @property
     def title(self) -> str:
-        """See `label`."""
+        """Return the name; see `label`."""
         return self.label or self.name
 
 
@@ -154,7 +154,7 @@ class BenchmarkSpec(Section):
 
     @property
     def compared_with(self) -> str:
-        """See `baseline`."""
+        """Return the name of the baseline; see `baseline`."""
         return self.baseline or method_name(self.criteria[0], self.all_variants[0])
 
 

@@ -1,6 +1,6 @@
 """A worker process of a benchmark: `python -m secateur.experiments.compare.worker`.
 
-It reads its order from stdin, and ends when stdin closes, which means that the runner has gone.
+It reads its order from stdin, and ends when stdin closes, which means that the runner has ended.
 """
 
 from __future__ import annotations

@@ -175,11 +175,11 @@ def embedding(propagation: ChannelPropagation, node: Node) -> Axes:
 
 
 def prelu(propagation: ChannelPropagation, node: Node) -> Axes:
-    """PReLU has a slope for each channel along dimension 1, or one for all."""
-    axes, slopes = propagation.axes[first_input(node)], first_input(node, 1)
-    if int(shape_of(slopes)[0]) > 1:
+    """PReLU has a weight for each channel along dimension 1, or one for all."""
+    axes, weights = propagation.axes[first_input(node)], first_input(node, 1)
+    if int(shape_of(weights)[0]) > 1:
         propagation.couple(
-            axes[1], propagation.axes[slopes][0], "multiplied by slopes of fixed size"
+            axes[1], propagation.axes[weights][0], "multiplied by weights of fixed size"
         )
     return axes
 

@@ -82,7 +82,7 @@ class LayerWidths:
     """The numbers of channels that the time of a layer depends on."""
 
     read: Dimension
-    """Input channels that it sums over; 1 where these are the same channels as those produced, as
+    """Input channels that it sums over; 1 if these are the same channels as those produced, as
     in a depthwise convolution."""
     produced: Dimension
     """Output channels."""

@@ -50,7 +50,7 @@ FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 """Fractions of filters kept by the networks that are timed whole, besides the uncut one."""
 TABLE_ROUNDS = Rounds(fewest=3, most=15, seconds=12.0)
 """Rounds in which a latency table is measured."""
-COMPARISON_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
+INTERLEAVED_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
 """Forward passes of each of two networks that are compared."""
 
 Times = Mapping[Key, float]
@@ -98,7 +98,7 @@ def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) 
     passes = {"before": lambda: model(batch), "after": lambda: smaller(batch)}
     with evaluating(model), evaluating(smaller), torch.inference_mode():
         medians = distributed.on_main_process(
-            lambda: interleaved_medians(passes, COMPARISON_ROUNDS)
+            lambda: interleaved_medians(passes, INTERLEAVED_ROUNDS)
         )
     return medians["after"] / medians["before"]
 

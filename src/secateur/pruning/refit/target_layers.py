@@ -136,8 +136,8 @@ def offset_place(targets: Sequence[TargetLayer]) -> OffsetPlace | None:
         return None
     names = targets[0].layer.kept.dependencies.graph.tensor_names
     (holder,) = (node for node, name in names.items() if name == place.name)
-    readers = {target.layer.node for target in targets} | {target.norm for target in targets}
-    return place if set(holder.users) <= readers else None
+    consumers = {target.layer.node for target in targets} | {target.norm for target in targets}
+    return place if set(holder.users) <= consumers else None
 
 
 def _offset_place(target: TargetLayer) -> OffsetPlace | None:

@@ -1,4 +1,4 @@
-"""Concept sources, which say which part of an image shows which concept.
+"""Concept sources: they find which part of an image shows which concept.
 
 A source gets a batch of images with what the network computed for it (`ConceptInput`) and returns
 masks: one or more regions for each image, each with the index of the concept that it shows.
@@ -36,11 +36,11 @@ class ConceptInput:
     indices: Int[Tensor, "image"]
     """Index of each image in the calibration set."""
     labels: Int[Tensor, "image"] | None
-    """The true classes, where they may be used."""
+    """The true classes, if they may be used."""
     annotations: ConceptMasks | None
     """Regions that came with the images."""
     value: Float[Tensor, "image channel h w"] | None
-    """The value of the source's `node`: a leaf that the logits depend on where the source
+    """The value of the source's `node`: a leaf that the logits depend on if the source
     `needs_gradient`, else detached."""
     logits: Float[Tensor, "image class"]
 
@@ -132,7 +132,7 @@ def parse(text: str) -> list[tuple[str, str]]:
     """Return name and argument of each source in, say, `evidence,factors:8` or `masks:DIR`.
 
     The name of a folder can't hold a comma. No folder is read. Raises `UnknownName`, or
-    `UsageError` where an argument is missing, wrong or superfluous.
+    `UsageError` if an argument is missing, wrong or superfluous.
     """
     from secateur.scoring.concepts.factors import factor_count
 
@@ -186,7 +186,7 @@ def make(
 def annotated_images(text: str) -> AnnotatedImages | None:
     """Return the images that the annotated sources in a text bring, or None.
 
-    Raises `UsageError` where they bring different images, and `DataError`.
+    Raises `UsageError` if they bring different images, and `DataError`.
     """
     image_sets = []
     for name, argument in parse(text):

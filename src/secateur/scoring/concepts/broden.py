@@ -83,7 +83,7 @@ class BrodenLabels:
     """The file that the labels are from, for errors."""
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`; a pixel shows what the label image shows at its centre."""
+        """Return each pixel's concept index: that of the label image at the pixel's centre."""
         rows, columns = (
             ((np.arange(side) + 0.5) * labelled / side).astype(np.int64)
             for side, labelled in zip((height, width), self.size, strict=True)
@@ -125,6 +125,6 @@ def _rows(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > DIGITS or int(text) > LARGEST:
         raise DataError(
-            f"Broden's tables hold {text[:20]!r} where a number of at most {LARGEST} is expected"
+            f"Broden's tables must hold numbers of at most {LARGEST}; they hold {text[:20]!r}"
         )
     return int(text)

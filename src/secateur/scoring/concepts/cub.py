@@ -52,7 +52,7 @@ class BirdParts:
     radius: float
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`: one plane for each visible part."""
+        """Return each pixel's concept index: one plane for each visible part."""
         rows, columns = torch.arange(height)[:, None], torch.arange(width)
         layers = [torch.full((height, width), UNLABELLED)]
         for part in self.is_visible.nonzero()[:, 0].tolist():
@@ -69,7 +69,7 @@ class BirdBox:
     box: Float[Tensor, "4"]
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`."""
+        """Return each pixel's concept index; see `Annotation.planes`."""
         left, top, across, down = self.box.tolist()
         rows, columns = torch.arange(height)[:, None], torch.arange(width)
         inside = (rows >= top) & (rows < top + down)

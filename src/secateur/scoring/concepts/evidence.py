@@ -1,8 +1,8 @@
 """Class-evidence maps: where in an image the network finds evidence for a class.
 
-Where the head is global average pooling and one linear layer this is the class activation map
+If the head is global average pooling and one linear layer this is the class activation map
 (Zhou et al., CVPR 2016, eq. 2), which needs no gradient; elsewhere Grad-CAM (Selvaraju et al.,
-ICCV 2017, eqs. 1 and 2, without the final ReLU, which equals CAM where both exist).
+ICCV 2017, eqs. 1 and 2, without the final ReLU, which equals CAM if both exist).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HEAD = {"flatten", "view", "reshape", "mean", "adaptive_avg_pool2d", "avg_pool2
 class Evidence(ConceptSource):
     """The quarter of the last feature map's cells that is the strongest evidence for the class.
 
-    The class is the label where there is one, else the network's prediction.
+    The class is the label if there is one, else the network's prediction.
     """
 
     def __init__(self, context: SourceContext) -> None:
@@ -43,7 +43,7 @@ class Evidence(ConceptSource):
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """One concept for each class of the network's head, named where the data names it."""
+        """One concept for each class of the network's head, named if the data names it."""
         return tuple(Concept(name, "class evidence") for name in self._classes)
 
     @property
@@ -53,7 +53,7 @@ class Evidence(ConceptSource):
 
     @property
     def needs_gradient(self) -> bool:
-        """False where the classifier's rows are the weights of the map."""
+        """False if the classifier's rows are the weights of the map."""
         return self._rows is None
 
     def find(self, concept_input: ConceptInput) -> ConceptMasks:
@@ -72,7 +72,7 @@ class Evidence(ConceptSource):
     ) -> tuple[Float[Tensor, "image h w"], Int[Tensor, "image"]]:
         """Return the evidence for the class at each position of the last map, and the class.
 
-        Raises `DataError` where a label is not one of the network's classes.
+        Raises `DataError` if a label is not one of the network's classes.
         """
         assert concept_input.value is not None
         classes = (
@@ -95,7 +95,7 @@ class Evidence(ConceptSource):
 def last_map(graph: NetworkGraph) -> Node:
     """Return the last feature map before the output that has more than one position.
 
-    Raises `TraceError` where there is none.
+    Raises `TraceError` if there is none.
     """
     node = graph.output
     while isinstance(node, Node) and node is not graph.image:

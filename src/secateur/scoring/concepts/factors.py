@@ -76,7 +76,7 @@ class Factors(ConceptSource):
         """Factorise the rows of all processes.
 
         The dictionary doesn't depend on how the images were spread over processes. Raises
-        `DataError` where the maps hold nothing to factorise, `UsageError` without scikit-learn.
+        `DataError` if the maps hold nothing to factorise, `UsageError` without scikit-learn.
         """
         all_rows: dict[int, Tensor] = {}
         for rows in distributed.all_gather(self._rows):

@@ -65,7 +65,7 @@ class MaskFile:
     """Index of the concept by value; see `look_up`."""
 
     def planes(self, height: int, width: int) -> Tensor:
-        """See `Annotation.planes`."""
+        """Return each pixel's concept index; see `Annotation.planes`."""
         values = _values(self.path)
         if values.shape != (height, width):
             size = f"{values.shape[1]}×{values.shape[0]}"

@@ -86,7 +86,7 @@ class Observer(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `update` needs; where it needs nothing it is never called."""
+        """What `update` needs; if it needs nothing it is never called."""
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew, before the first image; `taps` holds the weights around each tap."""
@@ -107,7 +107,7 @@ class Criterion(Observer, Protocol):
 
 
 def check_name(name: str) -> None:
-    """Raise `UnknownName` or `UsageError` where there is no such criterion."""
+    """Raise `UnknownName` or `UsageError` if there is no such criterion."""
     if user_code.is_user_code(name):
         user_code.check_file(name, "criterion")
     elif name not in CRITERIA:

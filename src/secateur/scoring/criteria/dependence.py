@@ -38,7 +38,7 @@ class ChannelIndependence:
         self._units: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._moments = {tap: SecondMoments(kernels.filters) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -51,7 +51,7 @@ class ChannelIndependence:
         self._moments[features.tap].update(quantize(rows, self._units[features.tap], features.tap))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for moments in self._moments.values() for tensor in moments.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:

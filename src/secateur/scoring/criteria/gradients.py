@@ -25,7 +25,7 @@ class Taylor:
         self._sums: dict[str, ExactSum] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._sums = {tap: ExactSum((kernels.filters,)) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -37,7 +37,7 @@ class Taylor:
         self._sums[features.tap].update(change.double().square())
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (total.limbs for total in self._sums.values())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:

@@ -26,7 +26,7 @@ class _WithoutImages:
         self._kernels: Mapping[str, Kernels] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._kernels = taps
 
     def update(self, features: FeatureBatch) -> None:
@@ -66,7 +66,7 @@ class KernelFunction(_WithoutImages):
 def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:
     """Return the mean of a function over the kernels that produce each filter's channel.
 
-    Raises `UsageError` where a filter has none.
+    Raises `UsageError` if a filter has none.
     """
     rows = [
         (channels, function(kernel.double().flatten(1).cpu()))
@@ -82,7 +82,7 @@ class NormScale(_WithoutImages):
     """
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
-        """Return the mean size over the batch norms; raises `UsageError` where there is none."""
+        """Return the mean size over the batch norms; raises `UsageError` if there is none."""
         kernels = self._kernels[tap]
         rows = [(channels, scale.double().abs().cpu()) for scale, channels in kernels.norm_scales]
         return _by_filter(tap, kernels, rows, "batch norm whose scale could rank")
@@ -94,7 +94,7 @@ def _by_filter(
     rows: list[tuple[Int[Tensor, "row"], Float[Tensor, "row"]]],
     missing: str,
 ) -> Float[Tensor, "filter"]:
-    """Return the mean value of each filter's channel; raises `UsageError` where it has none."""
+    """Return the mean value of each filter's channel; raises `UsageError` if it has none."""
     indices = (kernels.channel, *(channels for channels, _ in rows))
     means, count = mean_by_channel(rows, 1 + max(int(index.max()) for index in indices))
     without = int((count[kernels.channel] == 0).sum())

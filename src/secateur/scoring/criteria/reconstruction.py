@@ -67,7 +67,7 @@ class Reconstruction:
         self._moments: dict[str, SecondMoments] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._kernels = taps
         self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
         self._moments = {
@@ -100,7 +100,7 @@ class Reconstruction:
         return add_weighted
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for moments in self._moments.values() for tensor in moments.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -225,7 +225,7 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     """Return what the votes for each filter are multiplied by, or None for no weights.
 
     There are none without a batch norm, since then activations are as large as the kernels make
-    them, and where no kernel produces a filter.
+    them, and if no kernel produces a filter.
     """
     if not kernels.norm_scales:
         return None

@@ -34,7 +34,7 @@ class ActivationMean:
         self._means: dict[str, _ImageMeans] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._means = {tap: _ImageMeans(1, kernels.filters) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -42,7 +42,7 @@ class ActivationMean:
         self._means[features.tap].update(features.maps.float().abs().mean(dim=(2, 3)))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -62,7 +62,7 @@ class ActivationStd:
         self._means: dict[str, _ImageMeans] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._means = {tap: _ImageMeans(3, kernels.filters) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
@@ -77,7 +77,7 @@ class ActivationStd:
         self._means[features.tap].update(mean, mean.square(), variance.clamp_min(0))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return (tensor for means in self._means.values() for tensor in means.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -121,7 +121,7 @@ class Apoz:
         """`[2, filter]` by tap: positive positions, and all of them."""
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._counts = {
             tap: torch.zeros(2, kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
@@ -136,7 +136,7 @@ class Apoz:
         self._counts[features.tap][1] += len(positive) * maps.shape[2:].numel()
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._counts.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -160,7 +160,7 @@ class ActivationEntropy:
         self._counts: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._counts = {
             tap: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
             for tap, kernels in taps.items()
@@ -175,7 +175,7 @@ class ActivationEntropy:
         counts.scatter_add_(1, bins.T.contiguous(), torch.ones_like(bins.T.contiguous()))
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._counts.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -210,7 +210,7 @@ class MapRank:
         self._ranks: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._ranks = {
             tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
@@ -226,7 +226,7 @@ class MapRank:
             self._ranks[features.tap] += torch.linalg.matrix_rank(maps)
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._ranks.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:

@@ -53,7 +53,7 @@ class VoteSettings:
         return winners(strength, top)
 
     def weigh(self, concepts: Int[Tensor, "image region"]) -> Float[Tensor, "image region"]:
-        """Return what the vote of each region counts: 0 where it only fills up the tensor."""
+        """Return what the vote of each region counts: 0 if it only fills up the tensor."""
         weights = (concepts != UNLABELLED).double()
         for concept, weight in self.weights.items():
             weights[concepts == concept] = weight
@@ -84,13 +84,13 @@ class VoteCounts:
         self._votes: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         self._votes = {
             tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
         }
 
     def state(self) -> Iterable[Tensor]:
-        """See `Observer.state`."""
+        """Return the sums over images; see `Observer.state`."""
         return self._votes.values()
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
@@ -116,7 +116,7 @@ class ResponseVotes(VoteCounts):
         self._norms: dict[str, Tensor] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
-        """See `Observer.reset`."""
+        """Start anew; see `Observer.reset`."""
         super().reset(taps)
         self._norms = {tap: kernels.outgoing_norm.float() for tap, kernels in taps.items()}
 
