@@ -162,9 +162,9 @@ def prune(
     Raises `DataError` where the images are not such tensors, `UsageError` or `UnknownName` for
     settings that don't exist, and `SecateurError` where the network can't be traced or pruned.
 
-    >>> import secateur, torch, torchvision
-    >>> model = torchvision.models.resnet18(num_classes=10).eval()
-    >>> images = torch.rand(100, 3, 64, 64)
+    >>> import secateur, torch
+    >>> model = secateur.load_model("resnet20", num_classes=10)
+    >>> images = torch.rand(100, 3, 32, 32)
     >>> pruned = secateur.prune(model, [images], target="macs=0.5")
     >>> pruned.scores["refit"].macs / pruned.scores["before"].macs <= 0.5
     True
