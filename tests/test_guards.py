@@ -42,6 +42,15 @@ def case(tmp_path: Path) -> Case:
     return small_case
 
 
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained nothing, to be copied."""
+    case = Case(tmp_path_factory.mktemp("cut"), report_images=0)
+    case.write()
+    runs.run(case.config(epochs=0), case.folder / "run")
+    return case.folder / "run"
+
+
 # --- the better one stays ----------------------------------------------------------------------
 
 
@@ -131,10 +140,9 @@ def first_grades(*fractions: float) -> Callable[..., Score]:
 
 
 def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, cut_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = case.folder / "run"
-    runs.run(case.config(epochs=0), run)
+    run = Path(shutil.copytree(cut_run, case.folder / "run"))
     before = load_file(run / "model.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", first_grades(0.9, 0.4))
@@ -182,10 +190,9 @@ def test_a_finished_run_is_not_resumed_with_other_rules(case: Case) -> None:
 
 
 def test_a_small_fall_is_said_and_the_last_epoch_stays(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, cut_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = case.folder / "run"
-    runs.run(case.config(epochs=0), run)
+    run = Path(shutil.copytree(cut_run, case.folder / "run"))
     monkeypatch.setattr(stages, "evaluate", first_grades(0.9, 0.85))
     result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
     assert result.finetuning is not None
@@ -272,9 +279,10 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     assert not (run / "ran").exists()
 
 
-def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(case: Case) -> None:
-    run = case.folder / "run"
-    runs.run(case.config(epochs=0), run)
+def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(
+    case: Case, cut_run: Path
+) -> None:
+    run = Path(shutil.copytree(cut_run, case.folder / "run"))
     copy = case.folder / "copy"
     shutil.copytree(run, copy)
     changes = {"epochs": 1}
@@ -288,9 +296,8 @@ def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(case: Case)
     assert (copy / "model.safetensors").read_bytes() == weights
 
 
-def test_a_mistyped_path_of_the_data_loses_no_checkpoints(case: Case) -> None:
-    run = case.folder / "run"
-    runs.run(case.config(epochs=0), run)
+def test_a_mistyped_path_of_the_data_loses_no_checkpoints(case: Case, cut_run: Path) -> None:
+    run = Path(shutil.copytree(cut_run, case.folder / "run"))
     left = run / "checkpoints" / "000000001.safetensors"
     left.parent.mkdir()
     left.touch()

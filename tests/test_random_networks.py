@@ -86,6 +86,10 @@ def test_the_cut_is_equivalent_for_random_networks(
     assert_all_holds(spec, prune_residual, seed)
 
 
-@pytest.mark.parametrize("case", REGRESSIONS, ids=range(len(REGRESSIONS)))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow if len(c[0]) > 4 else ()) for c in REGRESSIONS],
+    ids=range(len(REGRESSIONS)),
+)
 def test_specs_that_once_failed(case: tuple[Spec, bool, int]) -> None:
     assert_all_holds(*case)

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tomli_w
 
@@ -122,9 +123,10 @@ def test_a_benchmark_that_is_killed_twice_has_the_results_of_one_that_was_not(
 
     process = started(call_compare, file, killed)
     wait_for(killed, 2, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     assert end_of(process) == -signal.SIGKILL
-    time.sleep(1)  # the processes that worked for it end when they find it gone
+    assert psutil.wait_procs(workers, timeout=60)[1] == []  # they end when they find it gone
     after = {path: path.stat().st_mtime_ns for path in killed.glob("jobs/*.json")}
     assert 2 <= len(after) < 12
 

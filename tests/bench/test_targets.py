@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import pytest
-
 import targets
 from measurements import Measurement
 from targets import measured, page, table
-
-pytestmark = pytest.mark.bench
 
 
 def test_the_table_shows_what_was_measured() -> None:
