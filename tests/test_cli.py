@@ -834,8 +834,8 @@ def test_comparing_prints_tables_and_the_path_of_the_page(
     assert outcome.code == 0, outcome.err
     assert max(map(len, outcome.out.splitlines()[:-1])) <= 80
     lines = [line.split() for line in outcome.out.splitlines()]
-    assert ["way", "own", "macs=0.6", "mean"] in lines
-    assert ["way", "own", "macs=0.6", "all", "settings", "verdict"] in lines
+    assert ["method", "own", "macs=0.6", "mean"] in lines
+    assert ["method", "own", "macs=0.6", "all", "settings", "verdict"] in lines
     assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]
