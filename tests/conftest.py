@@ -60,7 +60,7 @@ def short_timing() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("secateur.models.evaluate.LATENCY_RUNS", 1)
-        patch.setattr("secateur.pruning.cost.latency_profiler.COMPARISON_ROUNDS", Rounds(1, 1))
+        patch.setattr("secateur.pruning.cost.latency_profiler.INTERLEAVED_ROUNDS", Rounds(1, 1))
         yield
 
 
