@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runs import DigitsRun
 
 # Before the first `import secateur`: its annotated shapes are checked from here on.
-jaxtyping.install_import_hook("secateur", "beartype.beartype")
+jaxtyping.install_import_hook("secateur", "shape_checks.check_shapes")
 
 torch.set_num_threads(1)
 
