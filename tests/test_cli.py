@@ -176,6 +176,17 @@ def test_prune_distills_and_skips_batch_norm_on_request(
     assert sum(json.loads(line)["event"] == "distill" for line in log) == 2
 
 
+def test_the_demonstration_takes_data_and_weights_of_ones_own(
+    call: Call, images: Path, tmp_path: Path
+) -> None:
+    weights, run = tmp_path / "weights.safetensors", tmp_path / "run"
+    save_file(zoo.load("resnet20", num_classes=2).state_dict(), weights)
+    assert call("demo", "-w", weights, "-o", run).code == 2  # without data
+    outcome = call("demo", "-d", f"folder:{images}", "-w", weights, "-o", run)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == f"report: {run / 'report.html'}"
+
+
 def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
@@ -830,7 +841,7 @@ def test_comparing_prints_tables_and_the_path_of_the_page(
         data = {{ source = "cifar10:elsewhere", image_size = 16, calibration_images = 6 }}
         """
     )
-    options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path]
+    options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path, "-j", 1]
     outcome = call("compare", file, "-o", out, *options)
     assert outcome.code == 0, outcome.err
     assert max(map(len, outcome.out.splitlines()[:-1])) <= 80

@@ -175,7 +175,6 @@ def test_if_a_process_is_killed_torchrun_ends_the_others() -> None:
     assert time.monotonic() - start < 60
 
 
-@pytest.mark.slow
 def test_the_command_line_runs_under_torchrun(model_file: Path, tmp_path: Path) -> None:
     config = small_config(model_file)
     run(config, tmp_path / "alone")

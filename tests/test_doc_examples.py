@@ -62,7 +62,14 @@ def arguments_of(command: str) -> list[str] | None:
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block.language == "python"], ids=str
+    "block",
+    [
+        # The front page's prunes a ResNet-18.
+        pytest.param(block, marks=pytest.mark.slow if block.page.stem == "index" else ())
+        for block in BLOCKS
+        if block.language == "python"
+    ],
+    ids=str,
 )
 def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if 'secateur.load("runs/tuned")' in block.text:

@@ -300,6 +300,7 @@ def test_names_from_data_are_shown_as_text(
         assert report.requests == []
 
 
+@pytest.mark.slow
 def test_the_report_of_resnet20_on_cifar10(
     browser: Browser, shared_data: Path, tmp_path: Path
 ) -> None:
