@@ -72,7 +72,7 @@ def test_a_piece_of_a_split_is_never_emptied() -> None:
     scores = {name: torch.arange(len(group)).float() for name, group in dependencies.groups.items()}
     plan = make_plan(scores, dependencies, Budget("macs", 0.35), "by hand")
     assert 0 < sum(number < 3 for number in plan.removed["stem"]) < 3
-    with pytest.raises(RunFolderError, match="leaves nothing of a part of 'stem'"):
+    with pytest.raises(RunFolderError, match="removes all channels of a part of 'stem'"):
         check_plan(dependencies, PruningPlan({"stem": (0, 1, 2)}, Budget("macs", 0.5), "by hand"))
 
 
