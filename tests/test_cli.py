@@ -829,18 +829,24 @@ def test_every_allocation_meets_every_target(
         assert cut[quantity] <= 0.6 * before[quantity]
 
 
-def test_comparing_prints_tables_and_the_path_of_the_page(
-    call: Call, images: Path, model_file: Path, tmp_path: Path
-) -> None:
-    file, out = tmp_path / "benchmark.toml", tmp_path / "comparison"
-    file.write_text(
+def write_benchmark_file(folder: Path, model_file: Path, criterion: str) -> Path:
+    """Write a benchmark of the L1 norm and another criterion on a few small images."""
+    path = folder / "benchmark.toml"
+    path.write_text(
         f"""
-        criteria = ["l1", "random"]
+        criteria = ["l1", "{criterion}"]
         targets = ["macs=0.6"]
         networks = [{{ name = "{model_file}:small", label = "own" }}]
         data = {{ source = "cifar10:elsewhere", image_size = 16, calibration_images = 6 }}
         """
     )
+    return path
+
+
+def test_comparing_prints_tables_and_the_path_of_the_page(
+    call: Call, images: Path, model_file: Path, tmp_path: Path
+) -> None:
+    file, out = write_benchmark_file(tmp_path, model_file, "random"), tmp_path / "comparison"
     options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path, "-j", 1]
     outcome = call("compare", file, "-o", out, *options)
     assert outcome.code == 0, outcome.err
@@ -851,15 +857,21 @@ def test_comparing_prints_tables_and_the_path_of_the_page(
     assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
     assert [row["criterion"] for row in as_json] == ["l1", "random"]
+    assert call("compare", tmp_path / "none.toml").code == 2
 
-    file.write_text(file.read_text().replace("random", "bn_scale"))
-    (tmp_path / "own.py").write_text(model_file.read_text().replace("BatchNorm2d", "Identity"))
+
+@pytest.mark.slow
+def test_comparing_ends_with_an_error_if_a_job_fails(
+    call: Call, images: Path, model_file: Path, tmp_path: Path
+) -> None:
+    file = write_benchmark_file(tmp_path, model_file, "bn_scale")
+    model_file.write_text(model_file.read_text().replace("BatchNorm2d", "Identity"))
+    options = ["-d", f"folder:{images}", "--set", "finetune.epochs=0", "-w", tmp_path, "-j", 1]
     failed = call("compare", file, "-o", tmp_path / "other", *options)
     assert failed.code == 1
     assert "--retry" in failed.err
     assert "Failed" in failed.out
     assert call("compare", file, "-o", tmp_path / "other", *options, "--json").code == 1
-    assert call("compare", tmp_path / "none.toml").code == 2
 
 
 @pytest.mark.parametrize(
