@@ -183,6 +183,7 @@ def raise_reset() -> None:
     raise ConnectionResetError
 
 
+@pytest.mark.slow
 def test_a_run_on_a_disk_that_fails_loses_nothing_and_resumes(tmp_path: Path) -> None:
     """At one of its writes; `bench/faults.py disk` does all of them."""
     case = Case(tmp_path, checkpoint_minutes=60.0, report_images=0)

@@ -66,6 +66,7 @@ def test_every_class_has_its_number(imagenet: Path) -> None:
     assert [path.parent.name for path in splits.test.paths] == WNIDS
 
 
+@pytest.mark.slow
 def test_the_whole_method_runs_on_imagenet(
     imagenet: Path, model_file: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_labels_are_numbers_among_the_thousand(tmp_path: Path) -> None:
     assert sorted(calibration.labels.unique(return_counts=True)[1].tolist()) == [2, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_whole_method_runs_on_imagenette(model_file: Path, tmp_path: Path) -> None:
     write_imagenette(tmp_path)
     result = prune_briefly(model_file, f"imagenette:{tmp_path}", tmp_path / "run")

@@ -20,6 +20,7 @@ from secateur.experiments.run import run
 from secateur.runtime.error_messages import explain
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """`bench/faults.py repeats` does it a hundred times, and looks at the memory."""
     case = Case(tmp_path)

@@ -103,6 +103,7 @@ def test_names_from_data_are_escaped(digits_run: DigitsRun, tmp_path: Path) -> N
     assert evil in " ".join(page.texts)
 
 
+@pytest.mark.slow
 def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(digits_run.folder, folder)

@@ -54,6 +54,7 @@ torch.save(found, outputs)
 """
 
 
+@pytest.mark.slow
 def test_loaded_in_a_new_process_outputs_are_bit_equal(
     model_file: Path, digits_run: DigitsRun, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_benchmark_that_is_killed_twice_has_the_results_of_one_that_was_not(
     assert not (killed / CHECKPOINTS).exists()
 
 
+@pytest.mark.slow
 def test_a_job_has_the_result_of_a_single_run(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def nothing():
 """
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_reported_and_the_others_run(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

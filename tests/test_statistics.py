@@ -205,6 +205,7 @@ def test_tables_show_the_statistics(spec: BenchmarkSpec, results: list[JobResult
     assert "\\|" in failed.markdown()
 
 
+@pytest.mark.slow
 def test_the_page_shows_text_from_outside_as_text(
     spec: BenchmarkSpec, results: list[JobResult], tmp_path: Path
 ) -> None:

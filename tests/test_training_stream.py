@@ -69,6 +69,7 @@ def _read_and_wait(note: Path) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_readers_end_with_the_process_they_read_for(tmp_path: Path) -> None:
     """However it ended, and where a server of processes started them and is still there."""
     note = tmp_path / "workers"

@@ -232,6 +232,7 @@ def test_a_run_names_the_skipped_images(folder: Path, model_file: Path, tmp_path
     assert '"unreadable"' in log
 
 
+@pytest.mark.slow
 def test_it_is_as_if_the_files_were_not_there(
     folder: Path, model_file: Path, tmp_path: Path
 ) -> None:
