@@ -63,8 +63,11 @@ options.command(app, RunConfig, FINETUNE_KEYS, is_made=False, default="the run's
 options.command(app, BaseConfig, TRAIN_KEYS)(train)
 options.command(app, RunConfig, EVALUATE_KEYS, is_made=False)(evaluate)
 options.command(app, RunConfig, INSPECT_KEYS, is_made=False)(inspect)
-for function in (export, report, models, compare, demo):
-    app.command()(options.with_processes(function))
+app.command()(options.with_processes(export))
+app.command()(options.with_processes(report))
+app.command()(options.with_processes(models))
+app.command()(options.with_processes(compare))
+app.command()(options.with_processes(demo))
 
 
 def main() -> None:

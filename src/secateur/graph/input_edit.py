@@ -31,8 +31,8 @@ class InputEdit:
     """Feeds one consumer of a group with reconstructed channels."""
 
     def __init__(self, dependencies: DependencyGraph, consumer: Consumer, group: Group) -> None:
-        self.node = consumer.node
-        self.error = 0.0
+        self.node: Node = consumer.node
+        self.error: float = 0.0
         """Squared error of the consumer's last output: a sum over channels, a mean over rest."""
         self._dim = consumer.dim
         table = dependencies.index_table(group.channels)
