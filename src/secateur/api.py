@@ -26,12 +26,13 @@ from secateur.models import zoo
 from secateur.models.evaluate import predict_classes
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import no_progress, progress_bars
+from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
 from secateur.scoring import criteria
 
 ImageBatches = Iterable[Any] | Dataset[Any]
@@ -157,7 +158,8 @@ def prune(
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
         max_images: the most images to read; they are kept in memory.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
-        progress: whether to show progress bars on stderr.
+        progress: whether to print the stages with their times to stderr, with bars where it is a
+            terminal or a notebook with ipywidgets.
 
     Raises `DataError` if the images are not such tensors, `UsageError` or `UnknownName` for
     settings that don't exist, and `SecateurError` if the network can't be traced or pruned.
@@ -182,7 +184,10 @@ def prune(
     dataset, has_labels = _make_dataset(
         original, calibration, test_images, class_names, config.data.batch_size
     )
-    run_context = RunContext(progress_bars if progress else no_progress)
+    run_context = RunContext()
+    if progress:
+        run_context = RunContext(bars_if_live(), StageLines(print_to_stderr))
+        show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     channels, height, width = calibration.pixels.shape[1:]
     return PruneResult(

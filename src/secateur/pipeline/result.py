@@ -27,6 +27,13 @@ IDLE_KEYS = frozenset(
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished run is resumed."""
 Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
+_TITLES: dict[Stage, str] = {
+    "before": "score original",
+    "cut": "score filters and cut",
+    "refit": "refit",
+    "distilled": "distill",
+    "finetuned": "fine-tune",
+}
 
 
 class StageResult(Record):
@@ -163,6 +170,11 @@ class RunResult(Record):
             f"Fine-tuning ended worse than it began: {loss}. Expect this where the original "
             "network was trained on these images; otherwise --keep best keeps the best epoch."
         )
+
+
+def stage_title(stage: Stage, round_number: int) -> str:
+    """Return what people call a stage."""
+    return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
 
 
 def merge_rounds(
