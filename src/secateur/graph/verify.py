@@ -31,6 +31,7 @@ from secateur.graph.network_graph import (
 )
 from secateur.graph.trace import trace
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 
 def is_cut_as_predicted(
@@ -203,9 +204,9 @@ def _are_arguments_predicted(
 
 def _filled(node: Node, args: Sequence[Any]) -> list[Any]:
     """Return all arguments, including those that were left at their defaults."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return list(args)
-    rest = node.target._schema.arguments[len(args) :]
+    rest = schema_of(node.target).arguments[len(args) :]
     return [*args, *(a.default_value for a in rest if not a.kwarg_only)]
 
 
