@@ -69,7 +69,7 @@ def set_module_stack(stack: Mapping[str, str]) -> None:
 def cpu_capabilities() -> Mapping[str, Any]:
     """Return what torch knows of the CPU: `cpu_name`, and whether it has `avx512_bf16` and more.
 
-    Releases before 2.11 answer a few questions only.
+    Older releases answer a few questions only.
     """
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
