@@ -69,9 +69,7 @@ def with_forward(model: nn.Module, forward: Forward | None) -> nn.Module:
 
 def without_forward(model: nn.Module) -> nn.Module:
     """Return the network in its own class, whose modules and tensors it shares."""
-    return (
-        _view(model, model.original_class) if isinstance(model, RunsThroughForward) else model
-    )
+    return _view(model, model.original_class) if isinstance(model, RunsThroughForward) else model
 
 
 def forward_of(model: nn.Module) -> Forward | None:
