@@ -77,6 +77,14 @@ def forward_of(model: nn.Module) -> Forward | None:
     return type(model).function if isinstance(model, RunsThroughForward) else None
 
 
+def name_of(forward: Forward | None) -> str | None:
+    """Return the name of a function, for records: `my_module.my_forward`."""
+    if forward is None:
+        return None
+    name = getattr(forward, "__qualname__", type(forward).__qualname__)
+    return f"{getattr(forward, '__module__', None) or type(forward).__module__}.{name}"
+
+
 def _view(model: Any, kind: type[nn.Module]) -> nn.Module:
     """Return an object of another class with the same attributes, shared and not copied."""
     view: nn.Module = object.__new__(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,31 +28,48 @@ def form_of(model: nn.Module, forward: Forward | None = None) -> Form:
 
 def logits_of(model: nn.Module, images: Tensor) -> Any:
     """Return the logits of a network whose output names them, as those of `transformers` do."""
-    output = model(images)
-    return output["logits"] if isinstance(output, Mapping) else output.logits
+    return _named_logits(model(images))
+
+
+def through_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
+    """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
+
+    It is tried on a few of the images; a network that can't take them is returned as it is.
+    """
+    network = with_forward(model, forward)
+    if forward is None:
+        with contextlib.suppress(UsageError):
+            if isinstance(_named_logits(_try(network, images)), Tensor):
+                return with_forward(model, logits_of)
+    return network
 
 
 def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
     """Return the network that returns logits: `model`, through `forward` or `logits_of` if need be.
 
-    It is tried on a few of the images. Raises `UsageError` that says what to do where the network
-    can't take them, or returns several things without saying which are the logits.
+    Raises `UsageError` that says what to do where the network can't take the images, or returns
+    several things without saying which are the logits.
     """
-    network = with_forward(model, forward)
-    output = _try(network, images[:FEW].to(device_of(model)))
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    network = through_logits(model, forward, images)
+    output = _try(network, images)
     if isinstance(output, Tensor):
         return network
-    if forward is None and isinstance(named, Tensor):
-        return with_forward(model, logits_of)
     raise UsageError(
         f"the network must return logits [image, class]; it returns {_description(output)}: say "
         f"which they are, {_remedy(output, has_forward=forward is not None)}"
     )
 
 
+def _named_logits(output: object) -> object:
+    """Return what an output calls logits; None if it has no such part."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    return getattr(output, "logits", None)
+
+
 def _try(network: nn.Module, images: Tensor) -> object:
     """Return the network's output; raise `UsageError` that says why it can't take the images."""
+    images = images[:FEW].to(device_of(network))
     try:
         with evaluating(network), torch.inference_mode():
             output: object = network(images)
