@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
 from secateur.graph.module_state import copy_of, tensors_of, unwrapped
+from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
 
 
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
@@ -94,7 +95,7 @@ def _update_size_attributes(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         rows, columns = weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = rows, columns * module.groups
@@ -102,7 +103,7 @@ def _update_size_attributes(module: nn.Module) -> None:
             module.out_channels, module.in_channels = rows, columns * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, BatchOrInstanceNorm):
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)

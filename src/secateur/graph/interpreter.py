@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.node import Node, map_arg
 
@@ -18,6 +17,7 @@ from secateur.graph.network_graph import (
     Tensors,
     operation_name,
 )
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 
 class GraphInterpreter:
@@ -146,8 +146,8 @@ def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[st
     args: list[Any] = list(node.args)
     for position, value in sizes.items():
         while len(args) <= position:  # arguments left at their defaults
-            assert isinstance(node.target, torch._ops.OpOverload)
-            args.append(node.target._schema.arguments[len(args)].default_value)
+            assert isinstance(node.target, OpOverload)
+            args.append(schema_of(node.target).arguments[len(args)].default_value)
         args[position] = value
     return args, dict(node.kwargs)
 

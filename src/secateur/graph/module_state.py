@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import COMPILED_NETWORK
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -17,7 +18,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Both share their modules and tensors; the wrapper's names have a prefix.
     """
-    network: nn.Module = getattr(model, "_orig_mod", model)
+    network: nn.Module = getattr(model, COMPILED_NETWORK, model)
     return network
 
 

@@ -21,9 +21,10 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Count, Ids, Resize
 from secateur.graph.coupling import CoupledChannels, assemble
 from secateur.graph.dependency import DependencyGraph, SizedAttribute
-from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.network_graph import operation_name, position_of
 from secateur.graph.propagation import ChannelPropagation
 from secateur.graph.verify import choose_test_cuts, is_cut_as_predicted
+from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
 
 CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"
 SIZE_ATTRIBUTE = "with fewer channels the network's code does something else"
@@ -42,15 +43,13 @@ class _SizeUse:
     nodes: tuple[Node, ...]
 
 
-def resolve_sizes(
-    coupled: CoupledChannels, example: Tensor, forward: Forward | None
-) -> DependencyGraph:
+def resolve_sizes(coupled: CoupledChannels, example: Tensor) -> DependencyGraph:
     """Return the dependency graph, with channels frozen if their sizes don't follow a cut."""
     model, propagation = coupled.model, coupled.propagation
     known, uses = _size_uses(model, propagation)
 
     def is_verified(candidate: DependencyGraph) -> bool:
-        return is_cut_as_predicted(model, example, forward, candidate, thorough=bool(uses))
+        return is_cut_as_predicted(model, example, candidate, thorough=bool(uses))
 
     dependencies = assemble(coupled, attributes=known)
     if is_verified(dependencies):
@@ -149,12 +148,12 @@ def _sizes_in_module(
 ) -> list[SizedAttribute]:
     """Return the attributes of one of torch's own modules that hold its operation's sizes."""
     name, resize = operation_name(node), propagation.resizes.get(node)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, BatchOrInstanceNorm):
         ids = propagation.axes[node][1] if name in ("batch_norm", "instance_norm") else None
         if ids is not None:
             return [_channel_count(path, "num_features", ids)]
     elif resize is not None:
-        if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
+        if isinstance(module, Convolution) and name.startswith("conv"):
             return [_argument(path, "groups", None, resize, position_of(node, "groups"), None)]
         if isinstance(module, nn.GroupNorm) and name == "group_norm":
             position = position_of(node, "num_groups")

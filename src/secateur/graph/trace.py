@@ -7,7 +7,6 @@ original network, the same network with smaller kernels, and the network with ma
 from __future__ import annotations
 
 import itertools
-import logging
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,28 +15,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import Graph
 from torch.fx.node import Node
-from torch.utils._pytree import tree_leaves
 
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
-from secateur.graph.network_graph import Forward, NetworkGraph, is_view
+from secateur.graph.network_graph import NetworkGraph, is_view
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    make_fx,
+    preserve_node_meta,
+    schema_of,
+    set_module_stack,
+    tracing_quietly,
+    tree_leaves,
+)
 
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
-def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
+def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
-    `example` is a batch `[image, rgb, height, width]`; only the shape of an image matters. With
-    `forward`, `forward(model, images)` is traced, for networks such as detectors whose whole output
-    can't be. Raises `TraceError` if the network can't be traced.
+    `example` is a batch `[image, channel, …]`; only the shape of an image matters. Raises
+    `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
@@ -47,20 +52,18 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     names, fakes, batch = _fake_inputs(model, example, images)
-    traced = model if forward is None else _ForwardModule(model, forward)
-    prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
         state = {
-            prefix + alias: tensor
+            alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
             for alias in aliases
         }
-        output = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), _tracing_quietly():
+        with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
             module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
@@ -132,18 +135,6 @@ def _fake_inputs(
 
 
 @contextmanager
-def _tracing_quietly() -> Iterator[None]:
-    """Inside the block, run compiled parts uncompiled, and don't log errors that are raised."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-            yield
-    finally:
-        logger.disabled = was_disabled
-
-
-@contextmanager
 def _recording_modules(model: nn.Module) -> Iterator[None]:
     """Inside the block, record with every traced operation the modules that it is called in.
 
@@ -155,17 +146,17 @@ def _recording_modules(model: nn.Module) -> Iterator[None]:
 
     def enter(name: str, *_: object) -> None:
         stack[f"{name}@{next(calls)}"] = name
-        traceback.current_meta["nn_module_stack"] = dict(stack)
+        set_module_stack(stack)
 
     def leave(*_: object) -> None:
         stack.popitem()
-        traceback.current_meta["nn_module_stack"] = dict(stack)
+        set_module_stack(stack)
 
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(partial(enter, name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with traceback.preserve_node_meta():
+        with preserve_node_meta():
             yield
     finally:
         for hook in hooks:
@@ -232,25 +223,12 @@ def _trace_error(error: Exception) -> TraceError:
     return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
 
 
-class _ForwardModule(nn.Module):
-    """Runs `forward(model, images)` as a module."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, images: Tensor) -> object:
-        """Return the function's output."""
-        return self._forward(self.model, images)
-
-
 def _name_arguments_by_position(node: Node) -> None:
     """Move arguments that were passed by name to their position in the operation's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return
     args, kwargs = list(node.args), dict(node.kwargs)
-    for argument in node.target._schema.arguments[len(args) :]:
+    for argument in schema_of(node.target).arguments[len(args) :]:
         if argument.kwarg_only or not kwargs:
             break
         args.append(kwargs.pop(argument.name, argument.default_value))
@@ -266,11 +244,12 @@ def _replace_in_place_operations(graph: Graph) -> None:
     position = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        if not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
             continue
-        name = target._schema.name.split("::")[1]
+        schema = schema_of(target)
+        name = schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        variant = getattr(packet, target._overloadname, None)
+        variant = getattr(packet, schema.overload_name or "default", None)
         changed = node.args[0]
         if not name.endswith("_") or variant is None or not isinstance(changed, Node):
             raise TraceError(f"the operation {name!r} writes in place and has no other form")

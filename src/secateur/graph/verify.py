@@ -21,7 +21,6 @@ from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.network_graph import (
-    Forward,
     NetworkGraph,
     argument,
     first_input,
@@ -31,12 +30,12 @@ from secateur.graph.network_graph import (
 )
 from secateur.graph.trace import trace
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 
 def is_cut_as_predicted(
     model: nn.Module,
     example: Tensor,
-    forward: Forward | None,
     dependencies: DependencyGraph,
     *,
     thorough: bool,
@@ -53,7 +52,7 @@ def is_cut_as_predicted(
         except SizeConflict:
             return False
         try:
-            graph = trace(smaller, example, forward)
+            graph = trace(smaller, example)
         except TraceError:
             return False
         if not _is_graph_predicted(dependencies, removed, graph):
@@ -203,9 +202,9 @@ def _are_arguments_predicted(
 
 def _filled(node: Node, args: Sequence[Any]) -> list[Any]:
     """Return all arguments, including those that were left at their defaults."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return list(args)
-    rest = node.target._schema.arguments[len(args) :]
+    rest = schema_of(node.target).arguments[len(args) :]
     return [*args, *(a.default_value for a in rest if not a.kwarg_only)]
 
 

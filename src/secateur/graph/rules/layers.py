@@ -8,7 +8,13 @@ import numpy as np
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer
-from secateur.graph.network_graph import argument, first_input, position_of, shape_of
+from secateur.graph.network_graph import (
+    argument,
+    first_input,
+    operation_name,
+    position_of,
+    shape_of,
+)
 from secateur.graph.propagation import ChannelPropagation, positions_per_image
 
 MIXED_POSITIONS = "convolved over as if they were positions"
@@ -66,7 +72,7 @@ def convolution(propagation: ChannelPropagation, node: Node) -> Axes:
         return propagation.freeze_inputs(node, COMPUTED)  # type: ignore[no-any-return]
     groups = argument(node, "groups", 1)
     bias = argument(node, "bias")
-    is_transposed = "transpose" in node.target._schema.name  # type: ignore[union-attr]
+    is_transposed = "transpose" in operation_name(node)
     shape, kernel = shape_of(node), propagation.axes[weight]
     channel_dim = len(shape) - len(kernel) + 1
     # A transposed convolution applies its kernel at each position of its input.

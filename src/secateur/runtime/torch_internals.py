@@ -1,0 +1,90 @@
+"""What PyTorch offers without documenting it, in one place for when a release changes it.
+
+No other module names such an interface; `scripts/architecture` checks that.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as BatchOrInstanceNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "COMPILED_NETWORK",
+    "BatchNorm",
+    "BatchOrInstanceNorm",
+    "Convolution",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "cpu_capabilities",
+    "make_fx",
+    "preserve_node_meta",
+    "schema_of",
+    "set_module_stack",
+    "tracing_quietly",
+    "tree_leaves",
+]
+
+
+COMPILED_NETWORK = "_orig_mod"
+"""Attribute of a module that `torch.compile` made: the network that it compiles."""
+
+schema_of: Callable[[OpOverload], torch.FunctionSchema] = operator.attrgetter("_schema")
+"""Return the schema of an ATen or custom operation: its name, arguments and returns."""
+
+
+@contextmanager
+def tracing_quietly() -> Iterator[None]:
+    """Inside the block, run compiled parts uncompiled, and don't log errors that are raised."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def set_module_stack(stack: Mapping[str, str]) -> None:
+    """Record with every operation that is traced from now on the modules that it is called in."""
+    traceback.current_meta["nn_module_stack"] = dict(stack)
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Return what torch knows of the CPU: `cpu_name`, and whether it has `avx512_bf16` and more.
+
+    Older releases answer a few questions only.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {
+        "cpu_name": _cpu_name(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        # Every CPU with AMX tiles has their bfloat16 products too.
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
+
+
+def _cpu_name() -> str:
+    """Return the CPU's name as Linux tells it, empty elsewhere."""
+    if platform.system() != "Linux":
+        return ""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "")
