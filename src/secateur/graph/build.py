@@ -42,7 +42,8 @@ def build_dependency_graph(
     """
     model = unwrapped(model)
     forward = forward or traceable_forward(model)
-    propagation = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
+    rules = {**RULES, **(rules or {})}
+    propagation = ChannelPropagation(trace(model, example, forward, rules), rules)
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")
