@@ -43,7 +43,8 @@ def build_dependency_graph(
     """
     model = unwrapped(model)
     model = with_forward(model, forward or traceable_forward(model))
-    propagation = ChannelPropagation(trace(model, example), {**RULES, **(rules or {})})
+    rules = {**RULES, **(rules or {})}
+    propagation = ChannelPropagation(trace(model, example, rules), rules)
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")

@@ -52,7 +52,7 @@ def is_cut_as_predicted(
         except SizeConflict:
             return False
         try:
-            graph = trace(smaller, example)
+            graph = trace(smaller, example, dependencies.graph.whole)
         except TraceError:
             return False
         if not _is_graph_predicted(dependencies, removed, graph):
