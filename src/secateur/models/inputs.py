@@ -98,11 +98,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     remedy = "pass images with the channels that it was trained with"
     if channels == 1:
         remedy = f"repeat it, images.repeat_interleave({wanted}, dim=1)"
-    return f"they have {channels} {_plural(channels)}, and its first convolution takes {wanted}: {remedy}"
-
-
-def _plural(channels: int) -> str:
-    return "channel" if channels == 1 else "channels"
+    have = f"they have {channels} channel{'s' if channels > 1 else ''}"
+    return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
 def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
