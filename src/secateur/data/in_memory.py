@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from secateur.runtime.errors import DataError
@@ -48,6 +48,13 @@ class Form:
     def axes(self) -> str:
         """The shape of a batch, in words."""
         return AXES[self.dims]
+
+
+def form_of(model: nn.Module, *, is_free: bool) -> Form:
+    """Return what an image is for a network, as its first convolution tells."""
+    kind = nn.modules.conv._ConvNd
+    first = next((module for module in model.modules() if isinstance(module, kind)), None)
+    return Form(2 if first is None else len(first.kernel_size), is_free)
 
 
 @dataclass(frozen=True, eq=False)

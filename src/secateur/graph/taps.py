@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,8 @@ def maps_of(tap: Tap, value: Tensor) -> Tensor:
 def as_maps(value: Float[Tensor, "image filter ..."]) -> Float[Tensor, "image filter h w"]:
     """Return a value as maps: 1×1 of linear layers, and a column of those of signals."""
     sides = value.shape[2:]
-    return value.reshape(*value.shape[:2], sides[0] if len(sides) else 1, -1)
+    height = sides[0] if len(sides) else 1
+    return value.reshape(*value.shape[:2], height, math.prod(sides[1:]))
 
 
 def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
