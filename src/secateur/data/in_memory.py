@@ -151,7 +151,7 @@ def read_batches(
         raw_images, raw_labels = _parts(batch, form, name)
         pixels = _tensor_of(raw_images, form, name)
         labels = None if raw_labels is None else _class_numbers(raw_labels, name)
-        images = _as_batch(pixels, labels, form, name)
+        images = _as_batch(pixels, labels, form, name, is_single=batch is not source)
         if shape is not None and images.shape[1:] != shape:
             raise DataError(
                 f"{name}: tensors {list(shape)} and {list(images.shape[1:])} of one image each: "
@@ -284,7 +284,7 @@ def _is_floats(part: object, dims: int | None = None) -> bool:
 
 def _is_class_numbers(part: object) -> bool:
     if isinstance(part, Tensor | np.ndarray):
-        return part.ndim <= 1 and not _is_floats(part)
+        return not _is_floats(part) and (part.ndim <= 1 or part.shape[1:] == (1,))
     return isinstance(part, int | np.integer)
 
 
@@ -323,12 +323,15 @@ def _tensor_of(images: Any, form: Form, name: str) -> Tensor:
     return pixels
 
 
-def _as_batch(pixels: Tensor, labels: Tensor | None, form: Form, name: str) -> Tensor:
-    """Return a batch of images as it is, and a single image as a batch of one."""
+def _as_batch(
+    pixels: Tensor, labels: Tensor | None, form: Form, name: str, *, is_single: bool
+) -> Tensor:
+    """Return a batch of images as it is, and what may be a single image as a batch of one."""
     is_labelled_batch = labels is not None and labels.ndim > 0 and len(labels) == len(pixels)
     if pixels.ndim == form.dims + 2 or (form.is_free and pixels.ndim > 1 and is_labelled_batch):
         return pixels
-    if pixels.ndim == form.dims + 1 and not (is_labelled_batch and len(pixels) > 1):
+    is_single &= not is_labelled_batch or len(pixels) == 1
+    if pixels.ndim == form.dims + 1 and is_single:
         return pixels[None]
     if form.is_free and pixels.ndim > 1:
         return pixels

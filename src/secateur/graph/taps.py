@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -79,7 +79,7 @@ def maps_of(tap: Tap, value: Tensor) -> Tensor:
     return maps[:, torch.from_numpy(tap.index)]
 
 
-def as_maps(value: Float[Tensor, "image filter ..."]) -> Float[Tensor, "image filter h w"]:
+def as_maps(value: Num[Tensor, "image filter ..."]) -> Num[Tensor, "image filter h w"]:
     """Return a value as maps: 1×1 of linear layers, and a column of those of signals."""
     sides = value.shape[2:]
     height = sides[0] if len(sides) else 1
