@@ -20,6 +20,7 @@ from secateur.data.in_memory import (
     ImageBatches,
     ImagesInMemory,
     Parts,
+    form_of,
     read_batches,
     read_images,
     split_images,
@@ -31,9 +32,9 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
 from secateur.graph.module_state import device_of
 from secateur.graph.network_graph import Forward
+from secateur.graph.outputs import with_logits
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.inputs import form_of, with_logits
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
@@ -154,25 +155,22 @@ def prune(
     """Return a smaller copy of an image classifier; `model` itself is not changed.
 
     Arguments:
-        model: any network that takes images and returns logits `[image, class]`, alone or as the
-            `logits` of its output.
-        images: what the network takes, floats `[image, channel, height, width]` of one size, in
-            batches or one by one, with class numbers or without; see `ImageBatches`. They score the
-            filters and refit the remaining kernels. Signals `[image, channel, time]` and volumes
-            work, too.
+        model: any network that takes images and returns logits `[image, class]`, or names them.
+        images: what the network takes, floats `[image, channel, height, width]` of one size (or
+            signals, or volumes), in batches or one by one, with class numbers or without; see
+            `ImageBatches`. They score the filters and refit the remaining kernels.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
-        criterion: how filters are ranked: a name that `secateur models` lists, a `Criterion`, or a
-            function of a layer's weights that returns one score a filter.
-        concepts: what filters are compared with, as `secateur models` lists it.
+        criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
+            may be a `Criterion`, or a function of a layer's weights that scores each filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
         forward: `forward(model, images)` returns the logits, for networks that take or return
             anything else, such as `lambda model, images: model(images)[0]`.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
-        max_images: the most images to read, kept in memory: a random sample of a larger `Dataset`,
-            the first images of any other iterable.
+        max_images: the most images to read: a random sample of a larger `Dataset`, the first of
+            any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
         progress: whether to print the stages with their times to stderr, with bars where it is a
             terminal or a notebook with ipywidgets.
@@ -189,11 +187,11 @@ def prune(
     >>> pruned.model(images[:1]).shape
     torch.Size([1, 10])
     """
+    _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = _tables(model, name, concepts, epochs, seed)
-    tables["plan"] = {"target": str(parse_budget(target))}
-    _check_counts(epochs=epochs, max_images=max_images)
-    form = form_of(model, forward)
+    tables = _tables(type(model).__name__, target, name, concepts)
+    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
@@ -202,8 +200,7 @@ def prune(
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         on_cpu = copy.deepcopy(model).cpu()
     original = with_logits(on_cpu, forward, calibration.pixels)
-    notes = _notes(original, calibration)
-    dataset = _labelled(parts, original, config.data.batch_size, class_names)
+    dataset, notes = _make_dataset(original, parts, config.data.batch_size, class_names)
     run_context = RunContext(criterion=passed_criterion)
     if progress:
         lines = StageLines(print_to_stderr)
@@ -263,7 +260,9 @@ def _labelled_batches(
         labels.clear()
         return batch
 
-    for batch_pixels, batch_labels in read_batches(images, form_of(model, forward), "images"):
+    for batch_pixels, batch_labels in read_batches(
+        images, form_of(model, is_free=forward is not None), "images"
+    ):
         if batch_labels is None:
             raise DataError(
                 "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
@@ -277,10 +276,14 @@ def _labelled_batches(
         yield joined()
 
 
-def _labelled(
-    parts: Parts, original: nn.Module, batch_size: int, class_names: Sequence[str]
-) -> DataSet:
-    """Return the parts as a data set, labelled with the original's classes if need be."""
+def _make_dataset(
+    original: nn.Module, parts: Parts, batch_size: int, class_names: Sequence[str]
+) -> tuple[DataSet, tuple[str, ...]]:
+    """Return the parts as a data set, and what to know of them.
+
+    Images without labels get the original's classes. Raises `UsageError` if the network returns no
+    logits.
+    """
 
     def labelled(images: ImagesInMemory) -> NormalisedImages:
         labels = images.labels if parts.has_labels else None
@@ -288,33 +291,35 @@ def _labelled(
             labels = evaluation.predict_classes(original, images.pixels, batch_size)
         return NormalisedImages(images.pixels, labels)
 
-    return DataSet(
+    with torch.no_grad():
+        classes = evaluation.compute_logits(original, parts.score.pixels[:2]).shape[1]
+    dataset = DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
         train=labelled(parts.score),
         validation=labelled(parts.validation),
         test=labelled(parts.test),
     )
+    return dataset, _notes(parts.score, classes)
 
 
-def _check_counts(**counts: int) -> None:
-    """Raise `UsageError` if an argument is not a number of things."""
+def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
+    """Raise `UsageError` if an argument is not a list of names or a number of things."""
+    if isinstance(class_names, str):
+        raise UsageError(f"class_names={class_names!r} must be a list of names, one for each class")
     for name, count in counts.items():
         least = 0 if name == "epochs" else 1
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
 
 
-def _tables(
-    model: nn.Module, criterion: str, concepts: str, epochs: int, seed: int
-) -> dict[str, Any]:
+def _tables(network: str, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name."""
     return {
-        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
+        "model": {"name": f"{zoo.IN_MEMORY}:{network}"},
         "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
-        "finetune": {"epochs": epochs},
-        "seed": seed,
+        "plan": {"target": str(parse_budget(target))},
     }
 
 
@@ -329,12 +334,8 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     if not is_pictures:
         tables["finetune"] |= {"crop": "none", "flip": False}
         tables["distill"] = {"flip": False}
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if not dot:
-            near = configuration.nearest_key(key)
-            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
-        tables[section] = {**tables.get(section, {}), name: value}
+    for section, values in _by_section(settings).items():
+        tables[section] = {**tables.get(section, {}), **values}
     config = configuration.from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
@@ -349,19 +350,32 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     return config
 
 
-def _notes(original: nn.Module, images: ImagesInMemory) -> tuple[str, ...]:
-    """Return what to know of the images; raises `UsageError` if the network returns no logits."""
-    with torch.no_grad():
-        classes = evaluation.compute_logits(original, images.pixels[:2]).shape[1]
+def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings as tables; raises `UsageError` for a key without a section."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if isinstance(value, Mapping) and not dot:
+            tables[section] = {**tables.get(section, {}), **value}
+            continue
+        if not dot:
+            near = configuration.nearest_key(key)
+            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
+        tables.setdefault(section, {})[name] = value
+    return tables
+
+
+def _notes(images: ImagesInMemory, classes: int) -> tuple[str, ...]:
+    """Return what to know of images that a network of so many classes is pruned with."""
     if images.labels is None or not images.is_from_front:
         return ()
     shown = len(images.labels.unique())
     if shown >= FEW_CLASSES * classes:
         return ()
     return (
-        f"The {len(images.labels)} images show {shown} of the network's {classes} classes, and "
-        "filters that only the others need look useless. If the images come sorted by class, shuffle "
-        "them, or pass the Dataset itself, of which a random sample is read.",
+        f"The images show {shown} of the network's {classes} classes, and filters that only the "
+        "others need look useless. If the images come sorted by class, shuffle them, or pass the "
+        "Dataset itself, of which a random sample is read.",
     )
 
 

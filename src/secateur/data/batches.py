@@ -22,7 +22,7 @@ from secateur.runtime.errors import DataError
 class Batch:
     """Normalised images with their labels, indices and annotations."""
 
-    images: Float[Tensor, "image rgb height width"]
+    images: Float[Tensor, "image channel *position"]
     labels: Int[Tensor, "image"]
     indices: Int[Tensor, "image"]
     """Index of each image in the list that the batches are made from."""

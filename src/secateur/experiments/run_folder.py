@@ -39,8 +39,8 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
+from secateur.graph.outputs import logits_of, through_logits
 from secateur.models import user_code, zoo
-from secateur.models.inputs import logits_of, through_logits
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -218,8 +218,13 @@ def load(
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
-        network = with_forward(model, forward or _known_forward(manifest, contents.folder))
-        dependencies = _origin(manifest).build_dependency_graph(network)
+        forward = forward or _known_forward(manifest, contents.folder)
+        try:
+            dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
+        except TraceError as error:
+            if forward is not None:
+                raise
+            raise TraceError(f"{error}; if the run was made with forward=, pass it here") from error
     smaller = apply_plan(model, dependencies, plan)
     try:
         smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)

@@ -31,7 +31,7 @@ from secateur.runtime.errors import DataError, UnknownName, UsageError
 class ConceptInput:
     """A batch of images and what the network computed for it."""
 
-    images: Float[Tensor, "image rgb height width"]
+    images: Float[Tensor, "image band *position"]
     """Normalised, as the network gets them."""
     indices: Int[Tensor, "image"]
     """Index of each image in the calibration set."""
@@ -39,7 +39,7 @@ class ConceptInput:
     """The true classes, if they may be used."""
     annotations: ConceptMasks | None
     """Regions that came with the images."""
-    value: Float[Tensor, "image channel h w"] | None
+    value: Float[Tensor, "image channel *cell"] | None
     """The value of the source's `node`: a leaf that the logits depend on if the source
     `needs_gradient`, else detached."""
     logits: Float[Tensor, "image class"]

@@ -1,4 +1,4 @@
-"""What a network takes and returns, as its modules and one pass over a few images tell."""
+"""The logits among what a network returns, as one pass over a few images tells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.in_memory import Form
 from secateur.graph.forward import with_forward
 from secateur.graph.module_state import device_of, evaluating
 from secateur.graph.network_graph import Forward
@@ -18,12 +17,6 @@ from secateur.runtime.errors import UsageError
 
 FEW = 2
 """Images that a network is tried on."""
-
-
-def form_of(model: nn.Module, forward: Forward | None = None) -> Form:
-    """Return the form of the images that a network takes, from its first convolution."""
-    first = _first_convolution(model)
-    return Form(2 if first is None else len(first.kernel_size), is_free=forward is not None)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Any:
@@ -98,11 +91,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     remedy = "pass images with the channels that it was trained with"
     if channels == 1:
         remedy = f"repeat it, images.repeat_interleave({wanted}, dim=1)"
-    return f"they have {channels} {_plural(channels)}, and its first convolution takes {wanted}: {remedy}"
-
-
-def _plural(channels: int) -> str:
-    return "channel" if channels == 1 else "channels"
+    have = f"they have {channels} channel{'s' if channels > 1 else ''}"
+    return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
 def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
