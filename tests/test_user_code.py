@@ -52,7 +52,7 @@ def names_of(before: set[str]) -> set[str]:
     return {name for name in sys.modules.keys() - before if not name.startswith("secateur_user_")}
 
 
-WAYS = {
+STATEMENTS = {
     "of the package": "from .blocks import Block",
     "beside the file": "from blocks import Block",
     "from the working folder": "from nets.blocks import Block",
@@ -67,13 +67,13 @@ WAYS = {
 
 
 @pytest.mark.parametrize("is_package", [True, False], ids=["package", "plain folder"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("statement", STATEMENTS)
 def test_a_file_may_import_its_neighbours(
-    way: str, is_package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    statement: str, is_package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "project"
     write(root / "nets" / "blocks.py", BLOCKS)
-    write(root / "nets" / "small.py", NET.format(statement=WAYS[way]))
+    write(root / "nets" / "small.py", NET.format(statement=STATEMENTS[statement]))
     if is_package:
         write(root / "nets" / "__init__.py", "")
     monkeypatch.chdir(root)
@@ -154,7 +154,7 @@ def test_a_package_that_imports_the_file_runs_it_once(tmp_path: Path) -> None:
 def test_a_file_needs_no_more_of_its_package_than_it_imports(tmp_path: Path) -> None:
     write(tmp_path / "nets" / "__init__.py", "import not_there")
     write(tmp_path / "nets" / "blocks.py", BLOCKS)
-    file = write(tmp_path / "nets" / "small.py", NET.format(statement=WAYS["of the package"]))
+    file = write(tmp_path / "nets" / "small.py", NET.format(statement=STATEMENTS["of the package"]))
     assert isinstance(zoo.load(f"{file}:net"), nn.Module)
 
 

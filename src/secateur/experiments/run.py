@@ -75,7 +75,7 @@ def run(
             run_folder.check_free(folder, overwrite=overwrite)
         dataset, model = load_inputs(config)
         if is_resumed:
-            pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
+            pruned = _read_unfinished(folder, model, resolve_config(config, dataset, model))
         else:
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
@@ -190,11 +190,11 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
-    size = config.data.image_size
+    size, mean = config.data.image_size, config.data.mean
     assert size is not None
-    return Origin(
-        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
-    )
+    assert mean is not None
+    shape = (len(mean), size, size)
+    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
 
 
 def _begin(
