@@ -210,7 +210,7 @@ def data_folders(directory: Path) -> list[Path]:
         path, depth = waiting.popleft()
         inner = _readable_folders(path)
         if any(role_of(part.name) == "train" and _readable_folders(part) for part in inner) or (
-            len(inner) > 1 and sum(map(_holds_images, inner)) > 1
+            sum(role_of(part.name) is None and _holds_images(part) for part in inner) > 1
         ):
             results.append(path)
         elif depth < DEEPEST_SEARCH:
