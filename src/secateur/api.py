@@ -207,6 +207,7 @@ def prune(
         run_context = replace(run_context, progress=bars_if_live(), lines=lines)
         show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
+    notes = (*pruned.result.notes, *notes)
     pruned = replace(pruned, result=pruned.result.model_copy(update={"notes": notes}))
     smaller = copy.deepcopy(without_forward(pruned.model))
     return PruneResult(

@@ -90,9 +90,14 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     filters = sum(group.filters for group in result.groups)
     out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     show_unreadable(result.unreadable)
-    for notice in result.notices:
-        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
+    show_notices(result.notices)
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
+
+
+def show_notices(notices: Sequence[str]) -> None:
+    """Print notices, a line each."""
+    for notice in notices:
+        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
 
 
 def show_benchmark(tables: Sequence[TextTable]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.config import RunConfig
 from secateur.experiments.filter_pictures import draw_layer
 from secateur.pipeline.dissect import VOTES, NetworkDissection, dissect_network
-from secateur.pipeline.inputs import check_names, load_inputs
+from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.runtime import distributed
@@ -62,6 +62,7 @@ def inspect_network(
     config = _with_score(config, sample_every=1)
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     dataset, network = load_inputs(config)
+    asked, config = config, resolve_config(config, dataset, network)
     context = make_scoring_context(network, dataset, config, run_context)
     names = tuple(dict.fromkeys((*criterion_names, VOTES)))
     dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
@@ -76,6 +77,7 @@ def inspect_network(
         "macs": dependencies.macs(),
         "parameters": dependencies.params(),
         "calibration_images": len(context.calibration.labels),
+        "notices": list(describe_inputs(asked, config, dataset)),
         "unreadable": list(run_context.unreadable_files),
         "concept_source": config.score.concepts,
         "groups": [_group_facts(name, dissection, criterion_names) for name in dependencies.groups],

@@ -77,7 +77,7 @@ def run(
             run_folder.check_free(folder, overwrite=overwrite)
         dataset, model = load_inputs(config)
         if is_resumed:
-            pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
+            pruned = _read_unfinished(folder, model, resolve_config(config, dataset, model))
             done = {stage_title(stage.stage, stage.round) for stage in pruned.result.stages}
             show_plan(run_context, model, dataset, config, lambda title: title not in done)
         else:
@@ -199,11 +199,11 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
-    size = config.data.image_size
+    size, mean = config.data.image_size, config.data.mean
     assert size is not None
-    return Origin(
-        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
-    )
+    assert mean is not None
+    shape = (len(mean), size, size)
+    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
 
 
 def _begin(

@@ -15,7 +15,13 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
-from secateur.pipeline.inputs import check_names, load_inputs, make_reader, resolve_config
+from secateur.pipeline.inputs import (
+    check_names,
+    describe_inputs,
+    load_inputs,
+    make_reader,
+    resolve_config,
+)
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed, safetensors_io
@@ -56,6 +62,8 @@ class BaseResult(Record):
     """On the test images, with the weights that were kept."""
     unreadable: tuple[str, ...] = ()
     """Image files that were left out because they can't be read."""
+    notices: tuple[str, ...] = ()
+    """What to know of the images and of how they were read."""
 
 
 def train_base(
@@ -79,7 +87,8 @@ def train_base(
     with lock_folder(folder):
         _check_folder(folder, resume=resume)
         dataset, model = load_inputs(run_config, new_head=config.new_head)
-        run_config = resolve_config(run_config, dataset)
+        asked, run_config = run_config, resolve_config(run_config, dataset, model)
+        notices = describe_inputs(asked, run_config, dataset)
         config = config.model_copy(update={"model": run_config.model, "data": run_config.data})
         if resume and (folder / RECIPE).is_file():
             return _read_finished(folder, config)
@@ -96,6 +105,7 @@ def train_base(
             text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
             replace_file(folder / CONFIG, text)
         result = _train(config, model, dataset, folder, run_context)
+        result = result.model_copy(update={"notices": notices})
         if distributed.is_main_process():
             replace_file(folder / WEIGHTS, safetensors_io.to_bytes(model.state_dict()))
             replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")

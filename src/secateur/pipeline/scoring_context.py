@@ -153,7 +153,7 @@ def make_baseline(
     `model` is scored on the test images, too, if its `score` is not known.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
-    config = resolve_config(config, dataset)
+    config = resolve_config(config, dataset, model)
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
     context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)

@@ -38,7 +38,13 @@ def evaluate(
     from secateur.experiments.manifest import CONFIG
     from secateur.experiments.run_folder import load_pruned
     from secateur.models.evaluate import evaluate as evaluate_network
-    from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
+    from secateur.pipeline.inputs import (
+        check_weights,
+        describe_inputs,
+        load_inputs,
+        make_reader,
+        resolve_config,
+    )
 
     config = config_options.make(RunConfig, base=None if run is None else run / CONFIG)
     if run is not None:
@@ -47,8 +53,11 @@ def evaluate(
     else:
         check_weights(config, allow_untrained=allow_untrained)
         dataset, network = load_inputs(config)
+    asked, config = config, resolve_config(config, dataset, network)
     run_context = output.run_context().collecting_unreadable(config)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score = evaluate_network(network, batches)
     names = None if run_context.unreadable is None else run_context.unreadable_files
     output.show_score(score, names, as_json=as_json)
+    if not as_json:
+        output.show_notices(describe_inputs(asked, config, dataset))

@@ -94,3 +94,4 @@ def inspect(
     else:
         output.show_filter(group_of(inspection, layer), filter_number)
     output.show_unreadable(inspection["unreadable"])
+    output.show_notices(inspection["notices"])

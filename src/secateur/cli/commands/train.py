@@ -52,4 +52,5 @@ def train(
         print(result.model_dump_json(indent=1))
         return
     output.show_score(result.score, result.unreadable, as_json=False)
+    output.show_notices(result.notices)
     console.say(f"weights: {out / WEIGHTS}")
