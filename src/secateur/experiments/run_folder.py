@@ -37,7 +37,8 @@ from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import evaluating
-from secateur.models import user_code, zoo
+from secateur.models import published, user_code, zoo
+from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -46,6 +47,8 @@ from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
+TRANSFORM = "transform_input"
+"""Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         architecture=origin.architecture,
         num_classes=outputs.shape[1] if isinstance(outputs, Tensor) else None,
         image_shape=origin.image_shape,
+        transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         plan_hash=plan.hash,
@@ -210,7 +214,7 @@ def load(
         dependencies = _origin(manifest).build_dependency_graph(model)
     smaller = apply_plan(model, dependencies, plan)
     try:
-        smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
+        load_state(smaller, _tensors(contents, WEIGHTS))
     except RuntimeError as error:
         cause = str(error).splitlines()
         raise RunFolderError(
@@ -231,7 +235,11 @@ def _unpruned(manifest: Manifest) -> nn.Module:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    return zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    published.set_image_size(model, manifest.image_shape[1])
+    if hasattr(model, TRANSFORM):
+        setattr(model, TRANSFORM, manifest.transform_input)
+    return model
 
 
 def load_program(folder: str | Path) -> nn.Module:
