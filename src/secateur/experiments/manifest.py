@@ -49,6 +49,8 @@ class Manifest(VersionedRecord):
     """Outputs of the network's head; None if the network does not return one tensor."""
     image_shape: tuple[PositiveInt, ...]
     """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say."""
+    transform_input: bool = False
+    """Whether torchvision's GoogLeNet or Inception v3 maps its images to [-1, 1]."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
     """Both: how the dependency graph was built; see `build_dependency_graph`."""

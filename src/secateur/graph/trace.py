@@ -20,9 +20,9 @@ from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
-from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.call_sites import RecordCallSites
-from secateur.graph.network_graph import NetworkGraph, is_view
+from secateur.graph.module_state import copy_of, evaluating, tensors_of
+from secateur.graph.network_graph import NetworkGraph
 from secateur.graph.products import products_as_layers
 from secateur.graph.rules import RULES
 from secateur.graph.writes import remove_writes

@@ -17,6 +17,7 @@ from secateur.config import Budget
 from secateur.data import DataSet
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
+from secateur.models.state_dict import load_state
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
@@ -163,7 +164,7 @@ def finetune(
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy.deepcopy(smaller)
-        network.load_state_dict(state)
+        load_state(network, state)
         batches = reader.read_shard(dataset.test, "scoring (finetuned)")
         return evaluate(network, batches, known_ms=start_score.latency_ms)
 
@@ -187,7 +188,7 @@ def finetune(
     kept: KeptWeights = config.finetune.keep
     if kept == "last" and has_collapsed(training.before, training.epochs):
         kept = "start"
-        smaller.load_state_dict(start)
+        load_state(smaller, start)
     finetuning = FinetuneResult(
         epochs=training.epochs,
         before_top1_fraction=training.before,

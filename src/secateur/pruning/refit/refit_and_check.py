@@ -10,6 +10,7 @@ import torch
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.models.divergence import DivergenceFrom, logits_of
+from secateur.models.state_dict import load_state
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
@@ -51,7 +52,7 @@ def refit_and_check(
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
         if not is_kept:
-            smaller.load_state_dict(before)
+            load_state(smaller, before)
     batchnorm = (
         recalibrate_batchnorm(smaller, images.fit, divergence)
         if settings.recalibrate_batchnorm
