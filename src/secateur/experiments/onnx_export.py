@@ -36,6 +36,8 @@ CHECKED_BATCHES = (1, 3, 8)
 """Batch sizes with which the file is checked, besides that of the example."""
 LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights in one ONNX file: protobuf's limit, less some space for the graph."""
+FIRST_WITH_EXPORTER = (2, 8)
+"""First torch whose exporter works with onnxscript 0.6; older ones use that of TorchScript."""
 LATENCY_BATCHES = (1, 16)
 """Batch sizes that are timed."""
 LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
@@ -184,19 +186,37 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
         example = repeat_to_batch(example, 2)
     try:
         with _quiet(), evaluating(model), torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path, external_data=False)
+            return _export(model, example, path)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"the network can't be exported to ONNX: {_cause(error)}") from error
+
+
+def _export(model: nn.Module, example: Images, path: Path) -> int:
+    """Let torch write the file, and return its opset."""
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    if torch.__version__ < FIRST_WITH_EXPORTER:
+        import onnx
+
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            dynamo=False,
+            dynamic_axes={"images": {0: "batch"}},
+            **names,
+        )
+        opsets = onnx.load(str(path)).opset_import
+        return next(opset.version for opset in opsets if opset.domain in ("", "ai.onnx"))
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+        **names,
+    )
+    assert program is not None
+    program.save(path, external_data=False)
     return int(program.model.opset_imports[""])
 
 

@@ -91,6 +91,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
+            node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
             _name_arguments_by_position(node)
     returned = nodes[-1].args[0]
