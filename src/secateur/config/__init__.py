@@ -452,4 +452,5 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply for a secateur {content}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+        example = "" if path.suffix == ".toml" else '; write it as [model] name = "resnet20"'
+        raise UsageError(f"{path} is not TOML: {error}{example}") from error

@@ -19,7 +19,7 @@ from secateur.data import DataSet
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
-from secateur.experiments.manifest import CONFIG
+from secateur.experiments.manifest import CONFIG, check_run_folder
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -119,6 +119,7 @@ def finetune(
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
+        check_run_folder(folder)
         result = read_result(folder)
         sections = _sections(folder, result, model_name, source)
         sections["finetune"] = {**sections["finetune"], **changes}
@@ -166,6 +167,7 @@ def report(
     link. Raises `SecateurError`.
     """
     run_context = run_context or RunContext()
+    check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
     sections = _sections(folder, result, model_name, source, runs_code=count > 0)

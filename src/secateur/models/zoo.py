@@ -89,7 +89,26 @@ def check_name(name: str) -> None:
         if not published.import_timm().is_model(rest):
             raise UnknownName("timm model", rest, published.import_timm().list_models())
     elif colon or name not in BUILT_IN:
-        raise UnknownName("model", name, names())
+        raise _unknown_name(name)
+
+
+def _unknown_name(name: str) -> UsageError:
+    """Return the error for a name that no network has."""
+    path = Path(name)
+    if path.suffix == ".py":
+        defined = (
+            f" (it defines {', '.join(user_code.defined_names(path))})" if path.is_file() else ""
+        )
+        return UsageError(
+            f"{name}: add the function that returns the network: {name}:NAME{defined}"
+        )
+    if path.is_file():
+        return UsageError(
+            f"{name} is a file: pass weights with --weights, and the network that they belong to "
+            "with --model"
+        )
+    same = [known for known in names() if known.rpartition(":")[2] == name.lower()]
+    return UnknownName("model", name, same or names())
 
 
 def names() -> list[str]:

@@ -33,6 +33,10 @@ class UsageError(SecateurError):
     """The request can't be carried out as written."""
 
 
+MOST_NAMES = 20
+"""Names that a message lists."""
+
+
 class UnknownName(UsageError):
     """A name that is not in its table; the message names the near matches."""
 
@@ -40,7 +44,9 @@ class UnknownName(UsageError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         near.sort(key=lambda match: -_same_start(match, name))
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        more = ", …" if len(names) > MOST_NAMES else ""
+        known_names = f"known: {', '.join(names[:MOST_NAMES])}{more}"
+        hint = f"did you mean {' or '.join(near)}?" if near else known_names
         super().__init__(f"unknown {kind} {name!r}: {hint}")
 
 

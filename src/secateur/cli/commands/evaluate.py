@@ -28,14 +28,13 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a network, or the pruned network of a run folder, on the test images."""
-    if (run is None) == (
-        "model.name" not in config_options.changes() and config_options.file is None
-    ):
+    names = {"model.name", "model.weights"} & config_options.changes().keys()
+    if (run is None) != bool(names or config_options.file):
         raise UsageError("name either a run folder or a network with --model")
 
     from secateur import data
     from secateur.cli import output
-    from secateur.experiments.manifest import CONFIG
+    from secateur.experiments.manifest import CONFIG, check_run_folder
     from secateur.experiments.run_folder import load_pruned
     from secateur.models.evaluate import evaluate as evaluate_network
     from secateur.pipeline.inputs import (
@@ -46,6 +45,8 @@ def evaluate(
         resolve_config,
     )
 
+    if run is not None:
+        check_run_folder(run)
     config = config_options.make(RunConfig, base=None if run is None else run / CONFIG)
     if run is not None:
         network = load_pruned(run)
