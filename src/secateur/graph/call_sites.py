@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jaxtyping
 import torch
 from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ _LIBRARIES = tuple(
     for path in (
         Path(torch.__file__).parent,
         Path(__file__).parents[1],
+        Path(jaxtyping.__file__).parent,  # wraps functions of this package
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
     )
 )

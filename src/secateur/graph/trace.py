@@ -122,8 +122,11 @@ def _recorded(
     def is_replaced(operation: object) -> bool:
         if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
             return False
-        name = schema_of(operation).name.removeprefix("aten::").removesuffix("_")
-        return name not in whole and is_composite(operation)
+        written = schema_of(operation).name.removeprefix("aten::")
+        name = written if written.startswith("__") else written.removesuffix("_")
+        # What writes in place and has no other form would be composed by memory addresses.
+        has_other_form = name == written or hasattr(torch.ops.aten, name)
+        return name not in whole and has_other_form and is_composite(operation)
 
     module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
     # Most networks have none, and listing all that there are takes longer than a look for them.
