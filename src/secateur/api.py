@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.module_state import device_of
+from secateur.graph.working_copy import like_original, working_copy
+from secateur.graph.wrappers import unwrapped
 from secateur.models import zoo
 from secateur.models.evaluate import predict_classes
 from secateur.models.score import Score
@@ -171,14 +171,13 @@ def prune(
     >>> pruned.model(images[:1]).shape
     torch.Size([1, 10])
     """
+    model = unwrapped(model)
     calibration = _collect(images, max_images, "images")
     test_images = None if test is None else _collect(test, None, "test")
     config = _make_config(
         model, calibration, target, criterion, concepts, epochs, seed, settings or {}
     )
-    original = model
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        original = copy.deepcopy(model).cpu()
+    original = working_copy(model, calibration.pixels[:2])
     dataset, has_labels = _make_dataset(
         original, calibration, test_images, class_names, config.data.batch_size
     )
@@ -186,7 +185,7 @@ def prune(
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     channels, height, width = calibration.pixels.shape[1:]
     return PruneResult(
-        model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),
+        model=like_original(pruned.model, model).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,14 @@ from torch.export import ExportedProgram
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
+import secateur
+from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import Forward, NetworkGraph, is_view
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import (
+    VALUES_NEEDED,
     FakeTensor,
-    FakeTensorMode,
     OpOverload,
     make_fx,
     preserve_node_meta,
@@ -34,6 +38,7 @@ from secateur.runtime.torch_internals import (
     tree_leaves,
 )
 
+READS_VALUES = "its code reads a number, or branches, on values computed from the images"
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
@@ -52,11 +57,15 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     # A copy, since a network may keep values that it computed, and here these are fake.
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
-    names, fakes, batch = _fake_inputs(model, example, images)
+    mode = ConstantReadingMode(images)
+    names, fakes, batch = _fake_inputs(model, example, images, mode)
+    real_tensors = tensors_of(model)
     traced = model if forward is None else _ForwardModule(model, forward)
     prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        for name, tensor in zip(names, tensors, strict=True):
+            mode.add(tensor, real_tensors[name])
         state = {
             prefix + alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
@@ -67,9 +76,13 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
 
     try:
         with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
-            module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+            module = make_fx(
+                body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
+            )(fakes, batch)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
+    finally:
+        mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
     _replace_in_place_operations(graph)
@@ -82,6 +95,7 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
+            _check_is_outside(constants[node], model)
         elif node.op == "call_function":
             _name_arguments_by_position(node)
     returned = nodes[-1].args[0]
@@ -97,6 +111,17 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
 
 
+def _check_is_outside(constant: Tensor, model: nn.Module) -> None:
+    """Raise `TraceError` if a constant is a kernel of the network that was copied for the trace."""
+    for name, tensor in model.named_parameters():
+        if tensor is constant and tensor.dim() > 1:
+            raise TraceError(
+                f"the network's code reads {name} of another object than the network that it is "
+                "called for: a function that was assigned to .forward, or a hook, holds "
+                "the network itself: make it a method of the class"
+            )
+
+
 def _batch_size(model: nn.Module, example: Tensor) -> int:
     """Return a prime that divides no size of the network or of its images."""
     shapes = [example.shape[1:], *(tensor.shape for tensor in tensors_of(model).values())]
@@ -108,10 +133,9 @@ def _batch_size(model: nn.Module, example: Tensor) -> int:
 
 
 def _fake_inputs(
-    model: nn.Module, example: Tensor, images: int
+    model: nn.Module, example: Tensor, images: int, mode: ConstantReadingMode
 ) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
     """Return the aliases of each parameter and buffer by its first name, fakes of them, a batch."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -222,8 +246,24 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def _trace_error(error: Exception) -> TraceError:
-    cause = str(error).strip().splitlines() or [type(error).__name__]
-    return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cause = READS_VALUES if isinstance(error, VALUES_NEEDED) else lines[0]
+    message = f"the network can't be traced with an open batch dimension: {cause}{_place(error)}"
+    return TraceError(message)
+
+
+def _place(error: Exception) -> str:
+    """Return the line of the network's code that raised an error, in brackets; empty if unknown."""
+    libraries = tuple(str(Path(file).parent) for file in (torch.__file__, secateur.__file__))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.line and not frame.filename.startswith(libraries)
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f" (`{frame.line}`, {Path(frame.filename).name}:{frame.lineno})"
 
 
 class _ForwardModule(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
@@ -75,7 +75,7 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
 
     Raises `UsageError` where the network fails or returns anything else.
     """
-    images = images.to(device_of(model))
+    images = as_input(model, images)
     try:
         with evaluating(model):
             logits: object = model(images)
@@ -107,6 +107,7 @@ def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    # In inference mode the counter fails in modules that take parameters, as parametrizations do.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         compute_logits(model, image)
     return int(counter.get_total_flops()) // 2
