@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.trace import open_batch
+from secateur.graph.wrappers import unwrapped
 from secateur.models.divergence import relative_error
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
@@ -82,7 +84,8 @@ def export_onnx(
         UsageError: the extra `export` is not installed.
     """
     _check_packages()
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
+    example = as_input(model, example)
     check_free(path, overwrite=overwrite)
     with _folder_beside(path) as folder:
         draft = folder / path.name
@@ -179,7 +182,7 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
                 model,
                 (example,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
                 input_names=["images"],
                 output_names=["logits"],
                 verbose=False,

@@ -37,6 +37,7 @@ from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import evaluating
+from secateur.graph.wrappers import unwrapped
 from secateur.models import user_code, zoo
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -133,7 +134,7 @@ def save(
     True
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
-    folder = Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, model, plan, origin)
 

@@ -101,6 +101,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[None]:
+    """Let a network be trained in a block: one whose parameters are all frozen thaws for it.
+
+    If some parameters are trainable the others stay frozen.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    frozen = [] if any(parameter.requires_grad for parameter in parameters) else parameters
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(requires_grad=False)
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer, detached, by each of its dotted names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,6 +6,7 @@ original network, the same network with smaller kernels, and the network with ma
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import traceback
@@ -239,10 +240,20 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         with evaluating(model):
             return torch.export.export(
-                model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                model,
+                (images,),
+                dynamic_shapes=open_batch(model, torch.export.Dim.DYNAMIC),
+                strict=False,
             )
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
+
+
+def open_batch(model: nn.Module, size: Any) -> tuple[object, ...]:
+    """Return the `dynamic_shapes` of `torch.export` for a network whose only input is a batch."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    shape = {0: size}
+    return ((shape,),) if first.kind is first.VAR_POSITIONAL else (shape,)
 
 
 def _trace_error(error: Exception) -> TraceError:

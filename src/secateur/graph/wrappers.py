@@ -43,18 +43,24 @@ def unwrapped(model: object) -> nn.Module:
 
     It shares all modules and tensors with what wraps it. Raises `UsageError` that says what to pass
     if `model` is something else, such as a state dict, and `TraceError` if it is a network that
-    can't be pruned in its present state, such as a quantised one.
+    can't be cut in its present state, such as a quantised one.
     """
-    while isinstance(model, nn.Module):
-        attribute = next((WRAPPERS[name] for name in _class_names(model) if name in WRAPPERS), None)
-        inner = None if attribute is None else getattr(model, attribute, None)
+    network = require_module(model)
+    while True:
+        names = [name for name in _class_names(network) if name in WRAPPERS]
+        inner = getattr(network, WRAPPERS[names[0]], None) if names else None
         if not isinstance(inner, nn.Module):
             break
-        model = inner
+        network = inner
+    _check_modules(network)
+    _check_tensors(network)
+    return network
+
+
+def require_module(model: object) -> nn.Module:
+    """Return `model`; raise `UsageError` that says what to pass if it is no module."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"the network must be an nn.Module: {_what_it_is(model)}")
-    _check_modules(model)
-    _check_tensors(model)
     return model
 
 
@@ -64,52 +70,51 @@ def _class_names(value: object) -> list[str]:
 
 def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        place = f"its layer {name!r}" if name else "it"
+        subject = f"the network's layer {name!r}" if name else "the network"
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
-                f"the network can't be pruned: {place} is TorchScript ({kind.__name__}): pass the "
-                "Python module that it was made from"
+                f"{subject} is TorchScript ({kind.__name__}), which can't be cut: pass the Python "
+                "module that it was made from"
             )
         if any(base in SHARDED for base in _class_names(module)):
             raise TraceError(
-                f"the network can't be pruned: {place} is sharded ({kind.__name__}): gather its "
-                "weights into an unsharded network and pass that"
+                f"{subject} is sharded over processes ({kind.__name__}): gather its weights into "
+                "a network of one process and pass that"
             )
         if kind.__module__.startswith(QUANTISED) and kind.__module__ != FLOAT_FUNCTIONS:
             raise TraceError(
-                f"the network can't be pruned: {place} is quantised, or prepared for it "
-                f"({kind.__name__}): prune the float network, and quantise the result"
+                f"{subject} is quantised, or prepared for it ({kind.__name__}): prune the float "
+                "network, and quantise the result"
             )
     if isinstance(model, torch.fx.GraphModule) and "eval" in vars(model):
         raise TraceError(
-            "the network can't be pruned: it is a program of torch.export: pass the Python module "
-            "that was exported"
+            "the network is a program of torch.export: pass the Python module that was exported"
         )
 
 
 def _check_tensors(model: nn.Module) -> None:
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        subject = f"the network's tensor {name!r}"
         if is_lazy(tensor):
             raise TraceError(
-                f"the network can't be pruned: {name} has no shape yet, it is of a lazy layer: run "
-                "the network on a batch of images once, model(images)"
+                f"{subject} has no shape yet, as it belongs to a lazy layer: run the network on a "
+                "batch of images once, model(images)"
             )
         if tensor.is_meta:
             raise TraceError(
-                f"the network can't be pruned: {name} has no values, it is on the meta device: "
-                "call model.to_empty(device='cpu') and load its weights"
+                f"{subject} has no values, as it is on the meta device: call "
+                "model.to_empty(device='cpu') and load its weights"
             )
         if any(base in SHARDED for base in _class_names(tensor)):
             raise TraceError(
-                f"the network can't be pruned: {name} is sharded: gather its weights into an "
-                "unsharded network and pass that"
+                f"{subject} is sharded over processes: gather the weights into a network of one "
+                "process and pass that"
             )
         if _is_quantised(tensor):
             raise TraceError(
-                f"the network can't be pruned: {name} is quantised ({type(tensor).__name__} of "
-                f"{tensor.dtype}): prune the float network, and quantise the result"
+                f"{subject} is quantised ({type(tensor).__name__} of {tensor.dtype}): prune the "
+                "float network, and quantise the result"
             )
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.data import Batch
 from secateur.data.batches import check_labels
 from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.wrappers import require_module
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
@@ -32,6 +33,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
     if a label lies outside the network's classes.
     """
+    model = require_module(model)
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
     count = 0
@@ -46,7 +48,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
         for batch in batches:
             logits = compute_logits(model, batch.images)
             labels = batch.labels.to(logits.device)
-            example = batch.images.to(logits.device) if example is None else example
+            example = as_input(model, batch.images) if example is None else example
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
