@@ -44,6 +44,8 @@ class NetworkGraph:
     """Node -> the last node that reads its value."""
     images: int
     """Images in the traced batch; sizes in the graph that depend on the batch are multiples."""
+    whole: frozenset[str]
+    """Operations that stay whole; others that torch composes of several are replaced by these."""
 
     @property
     def output(self) -> Node:

@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
+from secateur.graph.groups import Reason
 from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.runtime.errors import UsageError
 
+POINTWISE = "pointwise"
+"""In a table of rules: operations without a rule that PyTorch tags as pointwise."""
 Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
 """Returns the ids along each dimension of an operation's value, or of each of its values."""
 
@@ -49,7 +53,10 @@ class ChannelPropagation:
         self._rules = rules
         self._id_count = 0
         self._couplings: list[tuple[Ids, Ids]] = []
-        self._frozen: list[tuple[Ids, str]] = []
+        self._frozen: list[tuple[Ids, Reason]] = []
+        self._copied_ids: set[int] = set()
+        self._copies: list[Node] = []
+        self._visited: Node | None = None
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._ancestors: dict[Node, int] = {}
         """Node -> bit mask of the nodes that it is computed from, itself included."""
@@ -63,9 +70,11 @@ class ChannelPropagation:
                 ancestors |= self._ancestors[source]
             self._ancestors[node] = ancestors
             self._visit(node)
+        self._visited = None
 
     def _visit(self, node: Node) -> None:
         value = node.meta.get("val")
+        self._visited = node
         if node in self.graph.tensor_names:
             assert isinstance(value, Tensor)
             tracked = 2 if node in self._kernels else value.dim()
@@ -74,8 +83,7 @@ class ChannelPropagation:
                 for dim, size in enumerate(value.shape)
             )
         elif node.op == "call_function" and isinstance(value, Tensor | list | tuple):
-            rule = self._rules.get(operation_name(node))
-            axes = rule(self, node) if rule else self._freeze_unknown(node)
+            axes = self._rule_of(node)(self, node)
             self._check_rule(node, axes)
             if isinstance(axes, list):
                 self.multi_output_axes[node] = axes
@@ -84,6 +92,12 @@ class ChannelPropagation:
                 self.axes[node] = axes
         elif isinstance(value, Tensor):
             self.axes[node] = (None,) * value.dim()
+
+    def _rule_of(self, node: Node) -> Rule:
+        rule = self._rules.get(operation_name(node))
+        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            rule = self._rules[POINTWISE]
+        return rule or ChannelPropagation._freeze_unknown
 
     def _check_rule(self, node: Node, axes: Axes | list[Axes]) -> None:
         """Raise `UsageError` if a rule does not return ids for every dimension of a value."""
@@ -112,6 +126,29 @@ class ChannelPropagation:
         self.freeze((ids,), reason)
         return ids
 
+    def new_copied_ids(self, size: int) -> Ids:
+        """Return new ids along a dimension that holds copies of one value, as after `expand`.
+
+        So its size may follow that of any value which this one is combined with.
+        """
+        ids = self.new_ids(size)
+        self._copied_ids.update(ids.tolist())
+        assert self._visited is not None
+        self._copies.append(self._visited)
+        return ids
+
+    def are_copies(self, ids: Ids) -> bool:
+        """Return whether ids are of a dimension that holds copies of one value."""
+        return len(ids) > 0 and int(ids[0]) in self._copied_ids
+
+    def drop_idle_sizes(self, roots: Ids) -> None:
+        """Forget sizes of dimensions with copies of one value that no channel is coupled to."""
+        sizes = np.bincount(roots, minlength=len(roots))
+        for node in self._copies:
+            known = [ids for ids in self.axes[node] if ids is not None]
+            if all(self.are_copies(ids) and (sizes[roots[ids]] == 1).all() for ids in known):
+                self.resizes.pop(node, None)
+
     def couple(self, one: Ids | None, other: Ids | None, reason: str) -> None:
         """Record that two dimensions hold the same channels, index by index.
 
@@ -131,7 +168,17 @@ class ChannelPropagation:
 
     def freeze(self, axes: Iterable[Ids | None], reason: str) -> None:
         """Record that no channel of these axes can be cut."""
-        self._frozen.extend((ids, reason) for ids in axes if ids is not None)
+        known = [ids for ids in axes if ids is not None]
+        if known:
+            place = call_site(self._visited) if self._visited is not None else ""
+            self._frozen.extend((ids, Reason(reason, place)) for ids in known)
+
+    def keep_two(self, axes: Iterable[Ids], reason: str) -> None:
+        """Record that of the channels along each of these axes at least two must stay."""
+        for ids in axes:
+            if len(ids) > 1:  # the frozen one, and one of its group
+                self.freeze((ids[:1],), reason)
+                self.covers.append(ids[1:])
 
     def freeze_inputs(self, node: Node, reason: str) -> Any:
         """Freeze all inputs of a node; return axes of fixed size for its value."""
@@ -189,12 +236,12 @@ class ChannelPropagation:
         roots: Ids = smallest.astype(np.int64)[component]
         return roots
 
-    def reasons(self, roots: Ids, frozen: Iterable[tuple[Ids, str]] = ()) -> dict[int, str]:
+    def reasons(self, roots: Ids, frozen: Iterable[tuple[Ids, Reason]] = ()) -> dict[int, Reason]:
         """Return `{root: why the channel must stay}`, the first reason of each.
 
         `frozen` are further ids that must stay, with the reason.
         """
-        reasons: dict[int, str] = {}
+        reasons: dict[int, Reason] = {}
         for ids, reason in (*self._frozen, *frozen):
             for channel in np.unique(roots[ids]).tolist():
                 reasons.setdefault(channel, reason)

@@ -18,10 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Count, Ids, Resize
 from secateur.graph.coupling import CoupledChannels, assemble
 from secateur.graph.dependency import DependencyGraph, SizedAttribute
-from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.groups import Reason
+from secateur.graph.network_graph import operation_name, position_of
 from secateur.graph.propagation import ChannelPropagation
 from secateur.graph.verify import choose_test_cuts, is_cut_as_predicted
 from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
@@ -29,7 +31,7 @@ from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
 CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"
 SIZE_ATTRIBUTE = "with fewer channels the network's code does something else"
 
-_Frozen = tuple[Ids, str]
+_Frozen = tuple[Ids, Reason]
 """Ids to freeze, and the reason."""
 _Attributes = tuple[SizedAttribute, ...]
 
@@ -43,15 +45,13 @@ class _SizeUse:
     nodes: tuple[Node, ...]
 
 
-def resolve_sizes(
-    coupled: CoupledChannels, example: Tensor, forward: Forward | None
-) -> DependencyGraph:
+def resolve_sizes(coupled: CoupledChannels, example: Tensor) -> DependencyGraph:
     """Return the dependency graph, with channels frozen if their sizes don't follow a cut."""
     model, propagation = coupled.model, coupled.propagation
     known, uses = _size_uses(model, propagation)
 
     def is_verified(candidate: DependencyGraph) -> bool:
-        return is_cut_as_predicted(model, example, forward, candidate, thorough=bool(uses))
+        return is_cut_as_predicted(model, example, candidate, thorough=bool(uses))
 
     dependencies = assemble(coupled, attributes=known)
     if is_verified(dependencies):
@@ -119,7 +119,8 @@ def _uncuttable_groups(
         return [*in_first, *search(second_half, [*others, *in_first])]
 
     groups = assemble(coupled, frozen, attributes).groups
-    channels = {name: [(group.channels, SIZE_ATTRIBUTE)] for name, group in groups.items()}
+    reason = Reason(SIZE_ATTRIBUTE)
+    channels = {name: [(group.channels, reason)] for name, group in groups.items()}
     return search(list(groups), []) if groups else []
 
 
@@ -285,11 +286,11 @@ def _numbers(value: object) -> Iterable[tuple[int | None, int]]:
 def _channels_at(propagation: ChannelPropagation, use: _SizeUse) -> list[_Frozen]:
     """Return the input channels of a use's operations, with the reason to freeze them."""
     class_name, operation, _ = use.kind
-    reason = CONSTANT_SIZE.format(operation=operation, module=class_name)
+    cause = CONSTANT_SIZE.format(operation=operation, module=class_name)
     return [
-        (ids, reason)
+        (ids, Reason(cause, call_site(node)))
         for node in use.nodes
-        for source in node.all_input_nodes
-        for ids in propagation.axes.get(source, ())
-        if ids is not None
+        for value in (*node.all_input_nodes, node)
+        for ids in propagation.axes.get(value, ())
+        if ids is not None and (value is not node or propagation.are_copies(ids))
     ]

@@ -9,32 +9,37 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
-import secateur
+from secateur.graph.call_sites import RecordCallSites, raised_at
 from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
-from secateur.graph.network_graph import Forward, NetworkGraph, is_view
+from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.products import products_as_layers
+from secateur.graph.rules import RULES
+from secateur.graph.writes import remove_writes
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import (
     VALUES_NEEDED,
     FakeTensor,
     OpOverload,
+    composite_operations,
+    is_composite,
     make_fx,
     preserve_node_meta,
     schema_of,
     set_module_stack,
+    share_parameters_with_recurrent_layer,
     tracing_quietly,
     tree_leaves,
 )
@@ -44,50 +49,49 @@ BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
-def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
+def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
-    `example` is a batch `[image, rgb, height, width]`; only the shape of an image matters. With
-    `forward`, `forward(model, images)` is traced, for networks such as detectors whose whole output
-    can't be. Raises `TraceError` if the network can't be traced.
+    `example` is a batch `[image, channel, …]`; only the shape of an image matters. Operations that
+    torch composes of others are replaced by these, unless they are among `whole`: those that have a
+    rule. Raises `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
     other one (`NetworkGraph.images`): sizes that depend on the batch are its multiples.
     """
+    whole = frozenset(whole)
     # A copy, since a network may keep values that it computed, and here these are fake.
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     mode = ConstantReadingMode(images)
     names, fakes, batch = _fake_inputs(model, example, images, mode)
     real_tensors = tensors_of(model)
-    traced = model if forward is None else _ForwardModule(model, forward)
-    prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
         for name, tensor in zip(names, tensors, strict=True):
             mode.add(tensor, real_tensors[name])
         state = {
-            prefix + alias: tensor
+            alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
             for alias in aliases
         }
-        output = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        with RecordCallSites():
+            output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
     try:
         with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
-            module = make_fx(
-                body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
-            )(fakes, batch)
+            module = _recorded(body, fakes, batch, whole)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
     finally:
         mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
-    _replace_in_place_operations(graph)
+    remove_writes(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
+    products_as_layers(graph, image)
     _open_batch(graph, image, images)
     nodes = tuple(graph.nodes)
     constants: dict[Node, Tensor] = {}
@@ -109,7 +113,29 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
         for source in node.all_input_nodes:
             last_use[source] = node
     tensor_names = dict(zip(placeholders, names, strict=True))
-    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images, whole)
+
+
+def _recorded(
+    body: Callable[..., object], fakes: list[Tensor], batch: Tensor, whole: frozenset[str]
+) -> GraphModule:
+    """Return what `body` computes as a graph, with composite operations composed of others."""
+
+    def is_replaced(operation: object) -> bool:
+        if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
+            return False
+        name = schema_of(operation).name.removeprefix("aten::").removesuffix("_")
+        return name not in whole and is_composite(operation)
+
+    record = partial(
+        make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
+    )
+    module = record()(fakes, batch)
+    # Most networks have none, and listing all that there are takes longer than a look for them.
+    if any(is_replaced(node.target) for node in module.graph.nodes):
+        composed = {op: make for op, make in composite_operations().items() if is_replaced(op)}
+        module = record(decomposition_table=composed)(fakes, batch)
+    return module
 
 
 def _check_is_outside(constant: Tensor, model: nn.Module) -> None:
@@ -181,6 +207,12 @@ def _recording_modules(model: nn.Module) -> Iterator[None]:
         set_module_stack(stack)
 
     for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda layer, _: share_parameters_with_recurrent_layer(layer)
+                )
+            )
         hooks.append(module.register_forward_pre_hook(partial(enter, name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -259,35 +291,8 @@ def open_batch(model: nn.Module, size: Any) -> tuple[object, ...]:
 def _trace_error(error: Exception) -> TraceError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     cause = READS_VALUES if isinstance(error, VALUES_NEEDED) else lines[0]
-    message = f"the network can't be traced with an open batch dimension: {cause}{_place(error)}"
+    message = f"the network can't be traced with an open batch dimension: {cause}{raised_at(error)}"
     return TraceError(message)
-
-
-def _place(error: Exception) -> str:
-    """Return the line of the network's code that raised an error, in brackets; empty if unknown."""
-    libraries = tuple(str(Path(file).parent) for file in (torch.__file__, secateur.__file__))
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.line and not frame.filename.startswith(libraries)
-    ]
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return f" (`{frame.line}`, {Path(frame.filename).name}:{frame.lineno})"
-
-
-class _ForwardModule(nn.Module):
-    """Runs `forward(model, images)` as a module."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, images: Tensor) -> object:
-        """Return the function's output."""
-        return self._forward(self.model, images)
 
 
 def _name_arguments_by_position(node: Node) -> None:
@@ -300,42 +305,3 @@ def _name_arguments_by_position(node: Node) -> None:
             break
         args.append(kwargs.pop(argument.name, argument.default_value))
     node.args, node.kwargs = tuple(args), kwargs
-
-
-def _replace_in_place_operations(graph: Graph) -> None:
-    """Turn `x.relu_()` into `y = x.relu()`, and use `y` in place of `x` from there on.
-
-    Raises `TraceError` if another view of `x` would have to show the change, or if an operation has
-    no variant that leaves its input alone.
-    """
-    position = {node: number for number, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        target = node.target
-        if not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
-            continue
-        schema = schema_of(target)
-        name = schema.name.split("::")[1]
-        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        variant = getattr(packet, schema.overload_name or "default", None)
-        changed = node.args[0]
-        if not name.endswith("_") or variant is None or not isinstance(changed, Node):
-            raise TraceError(f"the operation {name!r} writes in place and has no other form")
-        others = _sharing_memory(changed) - {changed}
-        if any(position[user] > position[node] for value in others for user in value.users):
-            raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
-        node.target = variant
-        for user in list(changed.users):
-            if position[user] > position[node]:
-                user.replace_input_with(changed, node)
-
-
-def _sharing_memory(node: Node) -> set[Node]:
-    """Return the values that share memory with a node's: its base, and all views of that."""
-    while is_view(node) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    sharing, pending = {node}, [node]
-    while pending:
-        views = [user for user in pending.pop().users if is_view(user)]
-        pending += views
-        sharing.update(views)
-    return sharing

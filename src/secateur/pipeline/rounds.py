@@ -74,7 +74,7 @@ def begin_round(
     stages: tuple[StageResult, ...]
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
-        run_context.log.write("stage", **before.model_dump())
+        run_context.end_stage(before)
         number, stages, unreadable = 1, (before,), baseline.unreadable
     else:
         number, stages = earlier.round + 1, earlier.result.stages

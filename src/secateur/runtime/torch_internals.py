@@ -5,6 +5,7 @@ No other module names such an interface; `scripts/architecture` checks that.
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import platform
@@ -44,12 +45,16 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "TensorKeyDictionary",
+    "composite_operations",
     "cpu_capabilities",
     "is_compiled_in_place",
+    "is_composite",
     "make_fx",
     "preserve_node_meta",
     "schema_of",
     "set_module_stack",
+    "set_stack_trace",
+    "share_parameters_with_recurrent_layer",
     "tracing_quietly",
     "tree_leaves",
     "tree_map",
@@ -93,6 +98,42 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called, or its `forward` was compiled."""
     has_compiled_call = getattr(module, "_compiled_call_impl", None) is not None
     return has_compiled_call or hasattr(vars(module).get("forward"), UNCOMPILED_FUNCTION)
+
+
+def set_stack_trace(text: str) -> None:
+    """Record with every operation that is traced from now on where it was called."""
+    traceback.current_meta["stack_trace"] = text
+
+
+def is_composite(operation: OpOverload) -> bool:
+    """Return whether torch composes an operation of others."""
+    return bool(
+        operation.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    )
+
+
+@functools.cache
+def composite_operations() -> dict[OpOverload, Callable[..., Any]]:
+    """Return the ATen operations that torch composes of others, each with what composes it."""
+    operations: dict[OpOverload, Callable[..., Any]] = {}
+    key = "CompositeImplicitAutograd"
+    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+        name, _, overload = qualified.removeprefix("aten::").partition(".")
+        packet = getattr(torch.ops.aten, name, None) if qualified.startswith("aten::") else None
+        operation = getattr(packet, overload or "default", None)
+        if operation is not None and any(
+            "Tensor" in str(value.type) for value in schema_of(operation).returns
+        ):
+            operations[operation] = operation.decompose
+    return operations
+
+
+def share_parameters_with_recurrent_layer(module: nn.RNNBase) -> None:
+    """Let an RNN, LSTM or GRU compute with its current parameters, also where they were replaced.
+
+    It holds them in a list of its own, which `torch.func.functional_call` does not know.
+    """
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
 from secateur.graph.module_state import evaluating, trainable
 from secateur.runtime import distributed
-from secateur.runtime.errors import SecateurError, UsageError
+from secateur.runtime.errors import NotFiniteLoss, UsageError
 from secateur.runtime.precision import accelerator_for, on_device
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.seeding import seed_generators, seed_of
@@ -98,7 +98,8 @@ def train(
     more checkpoint before they raise `KeyboardInterrupt`.
 
     Raises:
-        SecateurError: the loss is no longer finite, or a step would take too much memory.
+        NotFiniteLoss: the loss is no longer finite.
+        SecateurError: a step would take too much memory.
         UsageError: the checkpoint belongs to another training.
 
     Source:
@@ -316,7 +317,7 @@ class _Run:
         """Add up the losses of the last steps; reading them makes an accelerator wait."""
         for loss in map(float, self._losses):
             if not math.isfinite(loss):
-                raise SecateurError(
+                raise NotFiniteLoss(
                     f"the loss became {loss} in epoch {self._position.epoch}: try a smaller "
                     "learning rate"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,11 +16,12 @@ from secateur.graph.network_graph import (
     position_of,
     shape_of,
 )
-from secateur.graph.propagation import ChannelPropagation, positions_per_image
+from secateur.graph.propagation import ChannelPropagation, fixed_axes, positions_per_image
 
 MIXED_POSITIONS = "convolved over as if they were positions"
 FIXED_KERNEL = "read by a kernel of fixed size"
 FIXED_GROUPS = "a grouped convolution over channels that can't be cut"
+STATE = "the state of a recurrent layer"
 COMPUTED = "a kernel that is computed from feature maps"
 
 
@@ -169,6 +171,44 @@ def linear(propagation: ChannelPropagation, node: Node) -> Axes:
     if isinstance(bias, Node):
         propagation.couple(filters, propagation.axes[bias][0], "added to a bias of fixed size")
     return (*before, filters)
+
+
+def deformable_convolution(propagation: ChannelPropagation, node: Node) -> Axes:
+    """As a convolution; its offsets and its mask stay whole, as do groups that share offsets."""
+    for name in ("offset", "mask"):
+        propagation.freeze(propagation.axes[argument(node, name)], "places that a kernel reads")
+    consumed = propagation.axes[first_input(node)][1]
+    groups = argument(node, "offset_groups")
+    if consumed is not None and groups > 1:
+        propagation.couple_rows(consumed.reshape(groups, -1).T)
+    return convolution(propagation, node)
+
+
+def recurrent(propagation: ChannelPropagation, node: Node) -> list[Axes]:
+    """RNN, LSTM and GRU: the channels they read can be cut; their state stays whole."""
+    inputs, parameters = first_input(node), argument(node, "params")
+    axes, state = propagation.axes[inputs], argument(node, "hx")
+    propagation.freeze(axes[:-1], MIXED_POSITIONS)
+    directions = 2 if argument(node, "bidirectional") else 1
+    each = len(parameters) // (argument(node, "num_layers") * directions)
+    kernels = parameters[: each * directions : each]
+    for source in (*parameters, *(state if isinstance(state, list | tuple) else (state,))):
+        dims = propagation.axes[source]
+        propagation.freeze(dims[:1] if source in kernels else dims, STATE)
+    for kernel in kernels:
+        propagation.couple(axes[-1], propagation.axes[kernel][1], FIXED_KERNEL)
+    positions = positions_per_image(propagation, shape_of(inputs)[:-1])
+    for source in parameters:
+        if source not in kernels and len(shape_of(source)) == 2:
+            propagation.product_macs += positions * math.prod(map(int, shape_of(source)))
+    layer = _add_layer(propagation, node, kernels[0], positions, (), None)
+    rows = sum(int(shape_of(kernel)[0]) for kernel in kernels)
+    columns = propagation.axes[kernels[0]][1]
+    propagation.layers[-1] = dataclasses.replace(
+        layer, kernel=(None, columns), shape=(rows, int(shape_of(kernels[0])[1]))
+    )
+    _add_consumer(propagation, layer, len(axes) - 1)
+    return fixed_axes(node)  # type: ignore[no-any-return]
 
 
 def embedding(propagation: ChannelPropagation, node: Node) -> Axes:

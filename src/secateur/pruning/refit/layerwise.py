@@ -242,6 +242,9 @@ def _why_not(graph: NetworkGraph, uses: list[Layer]) -> str:
         return "its kernel is computed in the forward"
     if uses[0].weight not in graph.tensor_names.values():
         return "its kernel is not a parameter"
+    operation = operation_name(uses[0].node)
+    if operation != "linear" and not operation.startswith("conv"):
+        return f"{operation} is neither a convolution nor a linear layer"
     kernel = uses[0].node.args[1]
     assert isinstance(kernel, Node)
     nodes = [use.node for use in uses]
