@@ -24,7 +24,13 @@ from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed
 from secateur.runtime.errors import UsageError
-from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
+from secateur.runtime.progress import (
+    ProgressCallback,
+    StageLines,
+    bars_if_live,
+    no_progress,
+    print_to_stderr,
+)
 from secateur.runtime.trackers import Tracker
 
 BAR = 8
@@ -49,12 +55,17 @@ def command_line() -> str:
 
 def progress() -> ProgressCallback:
     """Return progress bars on stderr if it is a terminal, else no progress."""
-    return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
+    return bars_if_live() if distributed.is_main_process() else no_progress
+
+
+def stage_lines() -> StageLines:
+    """Return what prints a line to stderr when a stage or an epoch has ended."""
+    return StageLines(print_to_stderr if distributed.is_main_process() else None)
 
 
 def run_context(tracker: Tracker | None = None) -> RunContext:
     """Return where a run of this command reports to."""
-    return RunContext(progress(), command_line(), tracker)
+    return RunContext(progress(), stage_lines(), command_line(), tracker)
 
 
 def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:

@@ -44,7 +44,10 @@ def train_digits(weights: Path, run_context: RunContext | None = None) -> None:
         TrainingData(dataset.train, preprocessing_of(config)),
         TRAINING,
         seed=config.seed,
-        callbacks=TrainingCallbacks(run_context.progress),
+        callbacks=TrainingCallbacks(
+            run_context.progress,
+            after_epoch=lambda epoch: run_context.end_epoch(epoch, TRAINING.epochs),
+        ),
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
-from secateur.runtime.errors import RunFolderError
+from secateur.runtime.errors import NotFiniteLoss, RunFolderError
 from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
@@ -129,19 +128,25 @@ def _train(
     def validate(network: nn.Module) -> float:
         return evaluate(network, reader.read_shard(dataset.validation, "validating")).top1_fraction
 
-    training = train(
-        model,
-        None,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
-        config.train,
-        seed=config.seed,
-        callbacks=TrainingCallbacks(
-            run_context.progress,
-            validate,
-            lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
-        ),
-        checkpoints=Checkpoints(folder / CHECKPOINTS),
-    )
+    try:
+        training = train(
+            model,
+            None,
+            TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
+            config.train,
+            seed=config.seed,
+            callbacks=TrainingCallbacks(
+                run_context.progress,
+                validate,
+                lambda epoch: run_context.end_epoch(epoch, config.train.epochs),
+            ),
+            checkpoints=Checkpoints(folder / CHECKPOINTS),
+        )
+    except NotFiniteLoss as error:
+        raise NotFiniteLoss(
+            f"{error}; {folder} holds no weights: train in another folder with --learning-rate "
+            f"{config.train.learning_rate / 10:g}"
+        ) from error
     score = evaluate(model, reader.read_shard(dataset.test, "scoring"))
     return BaseResult(
         command=run_context.command,

@@ -22,7 +22,6 @@ from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.network_graph import (
-    Forward,
     NetworkGraph,
     argument,
     first_input,
@@ -38,7 +37,6 @@ from secateur.runtime.torch_internals import OpOverload, schema_of
 def find_difference(
     model: nn.Module,
     example: Tensor,
-    forward: Forward | None,
     dependencies: DependencyGraph,
     *,
     thorough: bool,
@@ -55,7 +53,7 @@ def find_difference(
         except SizeConflict:
             return ""
         try:
-            graph = trace(smaller, example, forward, dependencies.graph.whole)
+            graph = trace(smaller, example, dependencies.graph.whole)
         except TraceError:
             return ""
         node = _first_difference(dependencies, removed, graph)
@@ -174,9 +172,13 @@ def _is_same_constant(constant: Tensor | None, expected: Tensor | None) -> bool:
 
 def _shapes(node: Node) -> list[Sequence[int]]:
     """Return the shapes of an operation's values."""
+    return [output.shape for output in _values(node) if isinstance(output, Tensor)]
+
+
+def _values(node: Node) -> Sequence[object]:
+    """Return an operation's values, in the traced batch."""
     value = node.meta.get("val") if node.op == "call_function" else None
-    values = value if isinstance(value, list | tuple) else [value]
-    return [output.shape for output in values if isinstance(output, Tensor)]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _predicted_shapes(
@@ -185,8 +187,10 @@ def _predicted_shapes(
     """Yield the shapes of an operation's values after a cut, for a batch of `images`."""
     before = dependencies.graph.images
     outputs = dependencies.multi_output_axes.get(original, [dependencies.axes.get(original, ())])
-    outputs = [axes for axes in outputs if axes] if len(outputs) > 1 else outputs
-    for shape, axes in zip(_shapes(original), outputs, strict=False):
+    for value, axes in zip(_values(original), outputs, strict=False):
+        if not isinstance(value, Tensor):
+            continue
+        shape = value.shape
         known_axes = axes or (None,) * len(shape)
         yield [
             size // before * images if ids is None and size % before == 0 else count(ids, size)

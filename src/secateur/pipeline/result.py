@@ -27,6 +27,13 @@ IDLE_KEYS = frozenset(
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished run is resumed."""
 Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
+_TITLES: dict[Stage, str] = {
+    "before": "score original",
+    "cut": "score filters and cut",
+    "refit": "refit",
+    "distilled": "distill",
+    "finetuned": "fine-tune",
+}
 
 
 class StageResult(Record):
@@ -112,6 +119,8 @@ class RunResult(Record):
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
     """The batch size that was requested, if it did not fit into memory."""
+    notes: tuple[str, ...] = ()
+    """What to know of the images, a sentence or two each."""
 
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
@@ -121,6 +130,7 @@ class RunResult(Record):
     def notices(self) -> tuple[str, ...]:
         """What to know before the network is deployed, a sentence or two each."""
         notices = (
+            *self.notes,
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),
@@ -163,6 +173,11 @@ class RunResult(Record):
             f"Fine-tuning ended worse than it began: {loss}. Expect this where the original "
             "network was trained on these images; otherwise --keep best keeps the best epoch."
         )
+
+
+def stage_title(stage: Stage, round_number: int) -> str:
+    """Return what people call a stage."""
+    return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
 
 
 def merge_rounds(

@@ -5,7 +5,6 @@ Every stage ends with a score on the test images, which nothing else reads.
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.config import Budget
 from secateur.data import DataSet
+from secateur.graph.module_state import copy_of
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.pipeline.inputs import make_reader
@@ -87,7 +87,7 @@ def cut(this: Round) -> CutStage:
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
     score = evaluate(smaller, batches, known_ms=latency_ms)
     result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result)
     return CutStage(smaller, plan, size_trials, error, result)
 
 
@@ -108,7 +108,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     latency_ms = cut_stage.result.score.latency_ms
     score = evaluate(cut_stage.network, batches, known_ms=latency_ms)
     result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result)
     return RefitStage(outcome, result)
 
 
@@ -125,6 +125,9 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         this.config.distill,
         seed=this.config.seed,
         progress=reader.progress,
+        after_epoch=lambda epoch: this.run_context.lines.end_step(
+            "epoch", epoch.number, this.config.distill.epochs, f"loss {epoch.loss:.3f}"
+        ),
     )
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))
@@ -132,7 +135,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     batches = reader.read_shard(this.dataset.test, "scoring (distilled)")
     score = evaluate(smaller, batches, known_ms=cut_stage.result.score.latency_ms)
     result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result)
     return DistillStage(outcome, result)
 
 
@@ -159,12 +162,12 @@ def finetune(
         return evaluate(network, batches).top1_fraction
 
     def score(state: dict[str, Tensor]) -> Score:
-        network = copy.deepcopy(smaller)
+        network = copy_of(smaller, share_tensors=False)
         network.load_state_dict(state)
         batches = reader.read_shard(dataset.test, "scoring (finetuned)")
         return evaluate(network, batches, known_ms=start_score.latency_ms)
 
-    has_features = config.finetune.feature_weight > 0
+    has_features, epochs = config.finetune.feature_weight > 0, config.finetune.epochs
     training = train(
         smaller,
         original,
@@ -175,7 +178,7 @@ def finetune(
         callbacks=TrainingCallbacks(
             run_context.progress,
             validate,
-            lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
+            lambda epoch: run_context.end_epoch(epoch, epochs, round=pruned.round),
         ),
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
@@ -200,7 +203,7 @@ def finetune(
         score={"last": last, "best": best, "start": start_score}[kept],
         seconds=training.seconds,
     )
-    run_context.log.write("stage", **result.model_dump())
+    run_context.end_stage(result)
     return FinetuneStage(finetuning, result)
 
 

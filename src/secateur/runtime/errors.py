@@ -12,6 +12,7 @@
     ├── TraceError           a network whose dependency graph can't be read
     ├── CutError             a pruned network whose outputs are wrong
     ├── NotFiniteError       weights or activations that are NaN or Inf
+    │   └── NotFiniteLoss    the loss of a training
     ├── ExportError          a network that can't be written as ONNX, or whose outputs differ there
     ├── RunFolderError       an output folder that exists already, or a damaged run folder
     └── WriteError           a file or folder that can't be written
@@ -81,6 +82,10 @@ class CutError(SecateurError):
 
 class NotFiniteError(SecateurError):
     """Weights, or what a network computes from images, hold NaN or Inf."""
+
+
+class NotFiniteLoss(NotFiniteError):
+    """The loss of a training became NaN or Inf."""
 
 
 class ExportError(SecateurError):

@@ -14,7 +14,7 @@ from secateur.data import Batch
 from secateur.models.divergence import Logits, divergence_from, logits_of
 from secateur.models.score import OutputDivergence
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.outcome import Distillation, DistillEpoch
+from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -28,6 +28,7 @@ def distill(
     *,
     seed: int,
     progress: ProgressCallback = no_progress,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> Distillation:
     """Train `smaller` in place towards the outputs of `model`, and return the divergences.
 
@@ -42,7 +43,7 @@ def distill(
         data,
         as_training(settings),
         seed=seed,
-        callbacks=TrainingCallbacks(progress, validation),
+        callbacks=TrainingCallbacks(progress, validation, after_epoch),
     )
     before, *after = validation.divergences
     epochs = zip(training.epochs, after, strict=True)

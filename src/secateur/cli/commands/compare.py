@@ -61,7 +61,14 @@ def compare(
     from secateur.experiments.report.benchmark import tables as text_tables
 
     spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights)
-    jobs = run_benchmark(spec, out, workers=workers, retry=retry, progress=output.progress())
+    jobs = run_benchmark(
+        spec,
+        out,
+        workers=workers,
+        retry=retry,
+        progress=output.progress(),
+        lines=output.stage_lines(),
+    )
     write_benchmark(out, spec, jobs, output.command_line())
     rows = [row_of(job) for job in jobs]
     if as_json:

@@ -107,9 +107,7 @@ def gather(propagation: ChannelPropagation, node: Node) -> Axes:
     axes, before, after = propagation.axes[source], shape_of(source), shape_of(node)
     dim = argument(node, "dim") % max(len(axes), 1)
     _side_by_side(propagation, node, dim)
-    return tuple(
-        ids if d != dim and before[d] == after[d] else None for d, ids in enumerate(axes)
-    )
+    return tuple(ids if d != dim and before[d] == after[d] else None for d, ids in enumerate(axes))
 
 
 def scatter(propagation: ChannelPropagation, node: Node) -> Axes:
