@@ -27,6 +27,7 @@ from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
 from secateur.graph.products import products_as_layers
 from secateur.graph.rules import RULES
+from secateur.graph.unknown_sizes import replace_unknown_sizes
 from secateur.graph.writes import remove_writes
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import (
@@ -89,6 +90,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
         mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
+    replace_unknown_sizes(graph)
     remove_writes(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
     products_as_layers(graph, image)
