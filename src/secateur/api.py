@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +29,10 @@ from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
-from secateur.graph.module_state import device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.outputs import with_logits
+from secateur.graph.working_copy import like_original, working_copy
+from secateur.graph.wrappers import unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.score import Score
@@ -187,6 +187,7 @@ def prune(
     >>> pruned.model(images[:1]).shape
     torch.Size([1, 10])
     """
+    model = unwrapped(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = _tables(type(model).__name__, target, name, concepts)
@@ -196,10 +197,7 @@ def prune(
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = _make_config(tables, settings or {}, parts)
-    on_cpu = model
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        on_cpu = copy.deepcopy(model).cpu()
-    original = with_logits(on_cpu, forward, calibration.pixels)
+    original = with_logits(working_copy(model, calibration.pixels[:2]), forward, calibration.pixels)
     dataset, notes = _make_dataset(original, parts, config.data.batch_size, class_names)
     run_context = RunContext(criterion=passed_criterion)
     if progress:
@@ -209,9 +207,8 @@ def prune(
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     notes = (*pruned.result.notes, *notes)
     pruned = replace(pruned, result=pruned.result.model_copy(update={"notes": notes}))
-    smaller = copy.deepcopy(without_forward(pruned.model))
     return PruneResult(
-        model=smaller.to(device_of(model)).eval(),
+        model=like_original(without_forward(pruned.model), model).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,

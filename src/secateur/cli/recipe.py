@@ -26,8 +26,8 @@ def fill_in_recipe(tables: dict[str, Any], kind: type[Section]) -> None:
     trained on, `kind` says, may get another number of classes. Raises `UsageError`.
     """
     weights = table_of(tables, "model").get("weights")
-    path = None if weights is None else Path(weights).parent / RECIPE_CONFIG
-    if path is None or not (path.parent / RECIPE).is_file() or not path.is_file():
+    path = Path(weights or "").parent / CONFIG
+    if weights is None or not path.is_file() or not (path.parent / RECIPE).is_file():
         return
     recipe = read_tables(path)
     filled = []

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.outputs import through_logits
+from secateur.graph.trace import open_batch
+from secateur.graph.wrappers import unwrapped
 from secateur.models.divergence import relative_error
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
@@ -92,7 +94,8 @@ def export_onnx(
         UsageError: the extra `export` is not installed.
     """
     _check_packages()
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
+    example = as_input(model, example)
     check_free(path, overwrite=overwrite)
     model = through_logits(model, forward, example)
     with _folder_beside(path) as folder:
@@ -211,7 +214,7 @@ def _export(model: nn.Module, example: Images, path: Path) -> int:
         model,
         (example,),
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
         verbose=False,
         **names,
     )

@@ -40,6 +40,7 @@ from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.outputs import logits_of, through_logits
+from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
 from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
@@ -141,7 +142,7 @@ def save(
     True
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
-    folder = Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     network = through_logits(model, forward, torch.zeros(2, *image_shape))
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jaxtyping
 import torch
 from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
@@ -22,6 +24,7 @@ _LIBRARIES = tuple(
     for path in (
         Path(torch.__file__).parent,
         Path(__file__).parents[1],
+        Path(jaxtyping.__file__).parent,  # wraps functions of this package
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
     )
 )
@@ -59,6 +62,15 @@ def call_site(node: Node) -> str:
     if not place:
         place = f"in module {modules[-1]!r}" if modules else ""
     return f"{function or operation_name(node)}() {place}".rstrip()
+
+
+def raised_at(error: BaseException) -> str:
+    """Return the user's line that raised an error, as ` (`x + y` at net.py:12)`; empty if none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = _shown(frame.filename)
+        if file is not None and frame.line:
+            return f" (`{frame.line}` at {file or 'line '}{':' if file else ''}{frame.lineno})"
+    return ""
 
 
 def _name_of(func: Callable[..., Any]) -> str:

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
-from secateur.graph.module_state import copy_of, tensors_of, unwrapped
+from secateur.graph.module_state import copy_of, tensors_of
 from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
 
 
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
     """Return a copy of `model` without the channels `removed`."""
     kept = dependencies.kept_indices(removed)
-    original = unwrapped(model)
-    tensors = tensors_of(original)
-    smaller = copy_of(original, share_tensors=False)
+    tensors = tensors_of(model)
+    smaller = copy_of(model, share_tensors=False)
     aliases = aliases_of(smaller)
     for module, name, index, value in attribute_values(dependencies, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)

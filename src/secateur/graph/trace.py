@@ -6,6 +6,7 @@ original network, the same network with smaller kernels, and the network with ma
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -20,16 +21,18 @@ from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
-from secateur.graph.call_sites import RecordCallSites
+from secateur.graph.call_sites import RecordCallSites, raised_at
+from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
 from secateur.graph.products import products_as_layers
 from secateur.graph.rules import RULES
+from secateur.graph.unknown_sizes import replace_unknown_sizes
 from secateur.graph.writes import remove_writes
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import (
+    VALUES_NEEDED,
     FakeTensor,
-    FakeTensorMode,
     OpOverload,
     composite_operations,
     is_composite,
@@ -42,6 +45,7 @@ from secateur.runtime.torch_internals import (
     tree_leaves,
 )
 
+READS_VALUES = "its code reads a number, or branches, on values computed from the images"
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
@@ -61,9 +65,13 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     # A copy, since a network may keep values that it computed, and here these are fake.
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
-    names, fakes, batch = _fake_inputs(model, example, images)
+    mode = ConstantReadingMode(images)
+    names, fakes, batch = _fake_inputs(model, example, images, mode)
+    real_tensors = tensors_of(model)
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        for name, tensor in zip(names, tensors, strict=True):
+            mode.add(tensor, real_tensors[name])
         state = {
             alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
@@ -78,8 +86,11 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             module = _recorded(body, fakes, batch, whole)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
+    finally:
+        mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
+    replace_unknown_sizes(graph)
     remove_writes(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
     products_as_layers(graph, image)
@@ -91,6 +102,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
+            _check_is_outside(constants[node], model)
             node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
             _name_arguments_by_position(node)
@@ -115,15 +127,32 @@ def _recorded(
     def is_replaced(operation: object) -> bool:
         if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
             return False
-        name = schema_of(operation).name.removeprefix("aten::").removesuffix("_")
-        return name not in whole and is_composite(operation)
+        written = schema_of(operation).name.removeprefix("aten::")
+        name = written if written.startswith("__") else written.removesuffix("_")
+        # What writes in place and has no other form would be composed by memory addresses.
+        has_other_form = name == written or hasattr(torch.ops.aten, name)
+        return name not in whole and has_other_form and is_composite(operation)
 
-    module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+    record = partial(
+        make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
+    )
+    module = record()(fakes, batch)
     # Most networks have none, and listing all that there are takes longer than a look for them.
     if any(is_replaced(node.target) for node in module.graph.nodes):
         composed = {op: make for op, make in composite_operations().items() if is_replaced(op)}
-        module = make_fx(body, composed, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+        module = record(decomposition_table=composed)(fakes, batch)
     return module
+
+
+def _check_is_outside(constant: Tensor, model: nn.Module) -> None:
+    """Raise `TraceError` if a constant is a kernel of the network that was copied for the trace."""
+    for name, tensor in model.named_parameters():
+        if tensor is constant and tensor.dim() > 1:
+            raise TraceError(
+                f"the network's code reads {name} of another object than the network that it is "
+                "called for: a function that was assigned to .forward, or a hook, holds "
+                "the network itself: make it a method of the class"
+            )
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:
@@ -137,10 +166,9 @@ def _batch_size(model: nn.Module, example: Tensor) -> int:
 
 
 def _fake_inputs(
-    model: nn.Module, example: Tensor, images: int
+    model: nn.Module, example: Tensor, images: int, mode: ConstantReadingMode
 ) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
     """Return the aliases of each parameter and buffer by its first name, fakes of them, a batch."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -250,15 +278,27 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         with evaluating(model):
             return torch.export.export(
-                model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                model,
+                (images,),
+                dynamic_shapes=open_batch(model, torch.export.Dim.DYNAMIC),
+                strict=False,
             )
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
 
 
+def open_batch(model: nn.Module, size: Any) -> tuple[object, ...]:
+    """Return the `dynamic_shapes` of `torch.export` for a network whose only input is a batch."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    shape = {0: size}
+    return ((shape,),) if first.kind is first.VAR_POSITIONAL else (shape,)
+
+
 def _trace_error(error: Exception) -> TraceError:
-    cause = str(error).strip().splitlines() or [type(error).__name__]
-    return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cause = READS_VALUES if isinstance(error, VALUES_NEEDED) else lines[0]
+    message = f"the network can't be traced with an open batch dimension: {cause}{raised_at(error)}"
+    return TraceError(message)
 
 
 def _name_arguments_by_position(node: Node) -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
 from secateur.data.batches import check_labels
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.wrappers import require_module
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
@@ -32,6 +33,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
     if a label lies outside the network's classes.
     """
+    model = require_module(model)
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
     count = 0
@@ -46,7 +48,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
         for batch in batches:
             logits = compute_logits(model, batch.images)
             labels = batch.labels.to(logits.device)
-            example = batch.images.to(logits.device) if example is None else example
+            example = as_input(model, batch.images) if example is None else example
             check_labels(batch.labels, logits.shape[1])
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
@@ -75,7 +77,7 @@ def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image cla
 
     Raises `UsageError` where the network fails or returns anything else.
     """
-    images = images.to(device_of(model))
+    images = as_input(model, images)
     try:
         with evaluating(model):
             logits: object = model(images)
@@ -107,6 +109,7 @@ def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    # In inference mode the counter fails in modules that take parameters, as parametrizations do.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         compute_logits(model, image)
     return int(counter.get_total_flops()) // 2

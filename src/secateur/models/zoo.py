@@ -17,10 +17,12 @@ import torchvision
 from torch import nn
 
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.working_copy import working_copy
+from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
-from secateur.runtime.errors import UnknownName, UsageError
+from secateur.runtime.errors import SecateurError, UnknownName, UsageError
 
 IN_MEMORY = "memory"
 """Prefix of networks passed from Python, `memory:NAME`, which can't be built by name."""
@@ -166,6 +168,7 @@ def _from_file(name: str, num_classes: int) -> nn.Module:
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     options = {"num_classes": num_classes} if takes_classes else {}
     model = user_code.call(name, build, **options)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} returned {type(model).__name__}, not an nn.Module")
-    return model
+    try:
+        return working_copy(unwrapped(model))
+    except SecateurError as error:
+        raise UsageError(f"{name}: {error}") from error

@@ -8,7 +8,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.graph.module_state import tensors_of, unwrapped
+from secateur.graph.module_state import tensors_of
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
@@ -63,7 +63,7 @@ def begin_round(
     reader = baseline.context.reader
     weights: str | None = None
     if earlier is None:
-        state = tensors_of(unwrapped(original))
+        state = tensors_of(original)
         weights = weights_hash(state)
     requested = None if earlier is None else earlier.result.requested_batch_size
     if reader.batch_size < config.data.batch_size:

@@ -5,7 +5,6 @@ Every stage ends with a score on the test images, which nothing else reads.
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.config import Budget
 from secateur.data import DataSet
+from secateur.graph.module_state import copy_of
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.models.state_dict import load_state
@@ -163,7 +163,7 @@ def finetune(
         return evaluate(network, batches).top1_fraction
 
     def score(state: dict[str, Tensor]) -> Score:
-        network = copy.deepcopy(smaller)
+        network = copy_of(smaller, share_tensors=False)
         load_state(network, state)
         batches = reader.read_shard(dataset.test, "scoring (finetuned)")
         return evaluate(network, batches, known_ms=start_score.latency_ms)

@@ -17,25 +17,38 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as BatchOrInstanceNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary as TensorKeyDictionary
 
 __all__ = [
     "COMPILED_NETWORK",
+    "UNCOMPILED_FUNCTION",
+    "VALUES_NEEDED",
     "BatchNorm",
     "BatchOrInstanceNorm",
     "Convolution",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "ShapeEnv",
+    "TensorKeyDictionary",
     "composite_operations",
     "cpu_capabilities",
+    "is_compiled_in_place",
     "is_composite",
     "make_fx",
     "preserve_node_meta",
@@ -45,11 +58,21 @@ __all__ = [
     "share_parameters_with_recurrent_layer",
     "tracing_quietly",
     "tree_leaves",
+    "tree_map",
+    "unset_fake_temporarily",
 ]
 
 
 COMPILED_NETWORK = "_orig_mod"
 """Attribute of a module that `torch.compile` made: the network that it compiles."""
+UNCOMPILED_FUNCTION = "_torchdynamo_orig_callable"
+"""Attribute of a function that `torch.compile` made: the function that it compiles."""
+VALUES_NEEDED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+"""What torch raises if code needs the values of a tensor that is traced, not its shape alone."""
 
 schema_of: Callable[[OpOverload], torch.FunctionSchema] = operator.attrgetter("_schema")
 """Return the schema of an ATen or custom operation: its name, arguments and returns."""
@@ -70,6 +93,12 @@ def tracing_quietly() -> Iterator[None]:
 def set_module_stack(stack: Mapping[str, str]) -> None:
     """Record with every operation that is traced from now on the modules that it is called in."""
     traceback.current_meta["nn_module_stack"] = dict(stack)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called, or its `forward` was compiled."""
+    has_compiled_call = getattr(module, "_compiled_call_impl", None) is not None
+    return has_compiled_call or hasattr(vars(module).get("forward"), UNCOMPILED_FUNCTION)
 
 
 def set_stack_trace(text: str) -> None:

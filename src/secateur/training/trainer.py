@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import evaluating, trainable
 from secateur.models.state_dict import load_state
 from secateur.runtime import distributed
 from secateur.runtime.errors import NotFiniteLoss, UsageError
@@ -111,6 +111,7 @@ def train(
         networks = [network for network in (model, teacher) if network is not None]
         for network in networks:
             stack.enter_context(evaluating(network))  # restores the modes at the end
+        stack.enter_context(trainable(model))
         accelerator = accelerator_for(settings.precision)
         for network in networks:
             stack.enter_context(on_device(network, accelerator.device))
@@ -279,6 +280,11 @@ class _Run:
             is_last = number == count - 1
             with contextlib.nullcontext() if is_last else self._loss.without_gradient_sync():
                 loss = self._loss.loss(images, labels)
+                if not loss.requires_grad:
+                    raise UsageError(
+                        "the network can't be trained, as its output has no gradient: its forward "
+                        "must not run under torch.no_grad or torch.inference_mode, or detach"
+                    )
                 # Gradients are averaged over processes, whose shards may differ by an image.
                 self._accelerator.backward(loss * (len(labels) * processes / size))
             loss_sum += loss.detach() * len(labels)

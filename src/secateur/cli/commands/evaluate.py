@@ -28,8 +28,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a network, or the pruned network of a run folder, on the test images."""
-    names = {"model.name", "model.weights"} & config_options.changes().keys()
-    if (run is None) != bool(names or config_options.file):
+    named = {"model.name", "model.weights"} & config_options.changes().keys()
+    if (run is None) != bool(named or config_options.file):
         raise UsageError("name either a run folder or a network with --model")
 
     from secateur import data
