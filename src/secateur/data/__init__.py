@@ -59,6 +59,10 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
+    has_labels: bool = True
+    """Whether the labels are true ones, not those that the network predicts."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user of how it was read."""
 
 
 READERS: dict[str, Callable[[Path], Splits]] = {

@@ -32,7 +32,7 @@ from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
@@ -127,12 +127,13 @@ def _train(
     reader = make_reader(config.as_run(), run_context)
 
     def validate(network: nn.Module) -> float:
-        return evaluate(network, reader.read_shard(dataset.validation, "validating")).top1_fraction
+        batches = reader.read_shard(dataset.validation, "validating")
+        return evaluate(network, batches, task=task).top1_fraction
 
     training = train(
         model,
         None,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
         config.train,
         seed=config.seed,
         callbacks=TrainingCallbacks(
@@ -142,7 +143,7 @@ def _train(
         ),
         checkpoints=Checkpoints(folder / CHECKPOINTS),
     )
-    score = evaluate(model, reader.read_shard(dataset.test, "scoring"))
+    score = evaluate(model, reader.read_shard(dataset.test, "scoring"), task=task)
     return BaseResult(
         command=run_context.command,
         config=config,

@@ -22,10 +22,10 @@ def check_names(config: RunConfig) -> None:
     concepts.parse(config.score.concepts)
 
 
-def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
-    """Raise `UsageError` if a network that needs a weight file has none."""
+def check_weights(config: RunConfig) -> None:
+    """Raise `UsageError` if a network that needs a weight file has none, unless that is allowed."""
     is_user_code = user_code.is_user_code(config.model.name)
-    if config.model.weights is None and not is_user_code and not allow_untrained:
+    if config.model.weights is None and not is_user_code and not config.model.allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
         )
@@ -44,7 +44,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     num_classes = config.model.num_classes or len(dataset.class_names)
     if not num_classes:
         raise UsageError("without data the number of classes must be given: --num-classes")
-    if num_classes < len(dataset.class_names):
+    is_binary = num_classes == 1 and len(dataset.class_names) == 2
+    if num_classes < len(dataset.class_names) and not is_binary:
         raise DataError(
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"

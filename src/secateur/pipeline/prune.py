@@ -121,6 +121,9 @@ def _collect(
     if unreadable:
         this.run_context.log.write("unreadable", files=unreadable)
     result = RunResult(
+        task=this.context.task,
+        has_labels=this.dataset.has_labels,
+        notes=this.notes,
         command=this.run_context.command,
         config=this.config,
         environment=environment(),
@@ -150,7 +153,7 @@ def _collect(
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
     )
-    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies)
+    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions)
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:
@@ -168,7 +171,7 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
         "frozen": earlier.result.frozen,
     }
     result = later.result.model_copy(update=changes)
-    return Pruned(later.model, plan, result, earlier.latency, earlier.dependencies)
+    return replace(earlier, model=later.model, plan=plan, result=result)
 
 
 def _sorted_union(*names: Iterable[str]) -> tuple[str, ...]:

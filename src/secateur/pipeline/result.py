@@ -8,6 +8,7 @@ from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.models.score import Score
+from secateur.models.task import Task
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
@@ -15,12 +16,13 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
         *(f"finetune.{name}" for name in KEYS_WITHOUT_EFFECT),
         *(f"report.{name}" for name in ReportSection.model_fields),
+        "model.allow_untrained",
     ]
 )
 """Keys of a configuration that change no result."""
@@ -90,6 +92,13 @@ class RunResult(Record):
     config: RunConfig
     environment: Environment
     class_names: tuple[str, ...]
+    task: Task
+    """How the network's outputs are read."""
+    has_labels: bool
+    """Whether the labels are true ones. If not, they are the original network's predictions, and
+    accuracy is agreement with them."""
+    notes: tuple[str, ...]
+    """What to know of how images, labels and outputs were read, and of the original's accuracy."""
     plan_hash: str
     equivalence_error: float
     """Largest relative difference between the cut network and the original with the removed
@@ -121,6 +130,7 @@ class RunResult(Record):
     def notices(self) -> tuple[str, ...]:
         """What to know before the network is deployed, a sentence or two each."""
         notices = (
+            *self.notes,
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),
