@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
+from secateur.graph.forward import with_forward
 from secateur.graph.interpreter import GraphInterpreter, run
 from secateur.graph.module_state import evaluating, tensors_of
 from secateur.graph.network_graph import operation_name
@@ -165,7 +166,7 @@ def test_a_part_of_a_network_is_traced_by_a_function() -> None:
     def first_half(model: Chain, images: Tensor) -> Tensor:
         return F.relu(model.bn1(model.conv1(images)))
 
-    graph = trace(model, images, first_half)
+    graph = trace(with_forward(model, first_half), images)
     used = {name for node, name in graph.tensor_names.items() if node.users}
     assert "conv1.weight" in used
     assert "linear.weight" not in used

@@ -47,11 +47,13 @@ class Manifest(VersionedRecord):
     """The unpruned network, as `load_model` takes it; None if it must be passed."""
     num_classes: PositiveInt | None
     """Outputs of the network's head; None if the network does not return one tensor."""
-    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """`(rgb, height, width)` of the images that the dependency graph was built with."""
+    image_shape: tuple[PositiveInt, ...]
+    """Shape of an image that the dependency graph was built with, such as `(rgb, height, width)`."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
     """Both: how the dependency graph was built; see `build_dependency_graph`."""
+    forward: str | None = None
+    """Name of the function that the network runs through; None for its own forward pass."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None if it has one."""
@@ -89,7 +91,8 @@ def _hash(content: bytes) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
-    text = manifest.model_dump_json(indent=1)
+    without = None if manifest.forward else {"forward"}  # earlier releases don't know the key
+    text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")
 
 

@@ -23,10 +23,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.graph.module_state import evaluating
+from secateur.graph.network_graph import Forward
 from secateur.models.divergence import relative_error
+from secateur.models.inputs import through_logits
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
-from secateur.runtime.timing import Rounds, interleaved_medians
+from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
 
 TOLERANCE = 1e-4
 """Relative difference from PyTorch's outputs below which a file is kept."""
@@ -39,7 +41,7 @@ LATENCY_BATCHES = (1, 16)
 LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
 
 Engine = Literal["pytorch", "onnxruntime"]
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 Runner = Callable[[Tensor], object]
 
 
@@ -68,11 +70,17 @@ class Latency:
 
 
 def export_onnx(
-    model: nn.Module, example: Images, path: str | Path, *, overwrite: bool = False
+    model: nn.Module,
+    example: Images,
+    path: str | Path,
+    *,
+    forward: Forward | None = None,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Export `model`, in evaluation mode, to an ONNX file that takes any number of images.
 
-    `example` is a batch of images for the network. The file is checked in onnxruntime on `example`
+    `example` is a batch of images for the network, and `forward(model, images)` returns the logits
+    if the network takes or returns anything else. The file is checked in onnxruntime on `example`
     and on uniform and normal noise in `CHECKED_BATCHES`, and kept only if its outputs differ from
     PyTorch's by less than `TOLERANCE`. Its input is called `images`, its output `logits`.
 
@@ -84,6 +92,7 @@ def export_onnx(
     _check_packages()
     path = Path(path)
     check_free(path, overwrite=overwrite)
+    model = through_logits(model, forward, example)
     with _folder_beside(path) as folder:
         draft = folder / path.name
         opset = _write(model, example, draft)
@@ -172,7 +181,7 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
             f"the network's weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB"
         )
     if len(example) < 2:  # one image would fix the batch size in the graph
-        example = example.repeat(2, 1, 1, 1)
+        example = repeat_to_batch(example, 2)
     try:
         with _quiet(), evaluating(model), torch.no_grad():
             program = torch.onnx.export(

@@ -79,7 +79,7 @@ class Program:
     image: str
     """The value that stands for the images."""
     image_shape: tuple[int, ...]
-    """`(rgb, height, width)`; any number of images."""
+    """Shape of an image, such as `(rgb, height, width)`; any number of images."""
     parameters: dict[str, str]
     """Name of a value -> dotted name of the parameter."""
     buffers: dict[str, str]
@@ -192,7 +192,7 @@ class ProgramNetwork(nn.Module):
             raise RunFolderError(f"the program can't name a tensor {name!r}: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the network's output for images `[image, rgb, height, width]`, any number of them.
+        """Return the network's output for images `[image, channel, …]`, any number of them.
 
         Raises:
             UsageError: The images don't have the size that the program was made for.

@@ -32,7 +32,7 @@ CHECKED_BATCHES = (1, 2, 3)
 CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"})
 """Operations that only check assumptions; a program leaves them out."""
 
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 
 
 def make_program(model: nn.Module, example: Images) -> Program:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.forward import with_forward
 from secateur.graph.module_state import unwrapped
 from secateur.graph.network_graph import Forward
 from secateur.graph.propagation import ChannelPropagation, Rule
@@ -28,7 +29,7 @@ def build_dependency_graph(
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
 ) -> DependencyGraph:
-    """Return the dependency graph of `model` for images like `example` `[image, rgb, h, w]`.
+    """Return the dependency graph of `model` for images like `example` `[image, channel, …]`.
 
     Channels that are coupled by skip connections over a whole stage are frozen unless
     `prune_residual`. `exclude` are name patterns, such as `layer1.*`, of layers whose filters must
@@ -41,15 +42,15 @@ def build_dependency_graph(
     and `UsageError` if one of `rules` does not return ids for its operation's value.
     """
     model = unwrapped(model)
-    forward = forward or traceable_forward(model)
-    propagation = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
+    model = with_forward(model, forward or traceable_forward(model))
+    propagation = ChannelPropagation(trace(model, example), {**RULES, **(rules or {})})
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")
     if not prune_residual:
         propagation.freeze_residual_channels(RESIDUAL)
     _exclude(propagation, tuple(exclude))
-    return resolve_sizes(couple_channels(model, propagation), example, forward)
+    return resolve_sizes(couple_channels(model, propagation), example)
 
 
 def _exclude(propagation: ChannelPropagation, patterns: tuple[str, ...]) -> None:

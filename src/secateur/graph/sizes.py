@@ -21,7 +21,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Count, Ids, Resize
 from secateur.graph.coupling import CoupledChannels, assemble
 from secateur.graph.dependency import DependencyGraph, SizedAttribute
-from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.network_graph import operation_name, position_of
 from secateur.graph.propagation import ChannelPropagation
 from secateur.graph.verify import choose_test_cuts, is_cut_as_predicted
 
@@ -42,15 +42,13 @@ class _SizeUse:
     nodes: tuple[Node, ...]
 
 
-def resolve_sizes(
-    coupled: CoupledChannels, example: Tensor, forward: Forward | None
-) -> DependencyGraph:
+def resolve_sizes(coupled: CoupledChannels, example: Tensor) -> DependencyGraph:
     """Return the dependency graph, with channels frozen if their sizes don't follow a cut."""
     model, propagation = coupled.model, coupled.propagation
     known, uses = _size_uses(model, propagation)
 
     def is_verified(candidate: DependencyGraph) -> bool:
-        return is_cut_as_predicted(model, example, forward, candidate, thorough=bool(uses))
+        return is_cut_as_predicted(model, example, candidate, thorough=bool(uses))
 
     dependencies = assemble(coupled, attributes=known)
     if is_verified(dependencies):

@@ -25,19 +25,18 @@ from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
-from secateur.graph.network_graph import Forward, NetworkGraph, is_view
+from secateur.graph.network_graph import NetworkGraph, is_view
 from secateur.runtime.errors import TraceError
 
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
-def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
+def trace(model: nn.Module, example: Tensor) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
-    `example` is a batch `[image, rgb, height, width]`; only the shape of an image matters. With
-    `forward`, `forward(model, images)` is traced, for networks such as detectors whose whole output
-    can't be. Raises `TraceError` if the network can't be traced.
+    `example` is a batch `[image, channel, …]`; only the shape of an image matters. Raises
+    `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
@@ -47,16 +46,14 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     names, fakes, batch = _fake_inputs(model, example, images)
-    traced = model if forward is None else _ForwardModule(model, forward)
-    prefix = "" if forward is None else "model."
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
         state = {
-            prefix + alias: tensor
+            alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
             for alias in aliases
         }
-        output = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
     try:
@@ -230,19 +227,6 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
 def _trace_error(error: Exception) -> TraceError:
     cause = str(error).strip().splitlines() or [type(error).__name__]
     return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
-
-
-class _ForwardModule(nn.Module):
-    """Runs `forward(model, images)` as a module."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, images: Tensor) -> object:
-        """Return the function's output."""
-        return self._forward(self.model, images)
 
 
 def _name_arguments_by_position(node: Node) -> None:

@@ -21,7 +21,6 @@ from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.network_graph import (
-    Forward,
     NetworkGraph,
     argument,
     first_input,
@@ -36,7 +35,6 @@ from secateur.runtime.errors import TraceError
 def is_cut_as_predicted(
     model: nn.Module,
     example: Tensor,
-    forward: Forward | None,
     dependencies: DependencyGraph,
     *,
     thorough: bool,
@@ -53,7 +51,7 @@ def is_cut_as_predicted(
         except SizeConflict:
             return False
         try:
-            graph = trace(smaller, example, forward)
+            graph = trace(smaller, example)
         except TraceError:
             return False
         if not _is_graph_predicted(dependencies, removed, graph):

@@ -121,6 +121,8 @@ class RunResult(Record):
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
     """The batch size that was requested, if it did not fit into memory."""
+    notes: tuple[str, ...] = ()
+    """What to know of the images, a sentence or two each."""
 
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""

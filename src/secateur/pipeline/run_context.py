@@ -11,11 +11,12 @@ from secateur.runtime import distributed
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.trackers import Tracker, open_log
+from secateur.scoring.criteria import Criterion
 
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """The reporting of a run: progress, log, tracker and skipped images; by default none."""
+    """What accompanies a run: progress, log, tracker, skipped images, a criterion of the user's."""
 
     progress: ProgressCallback = no_progress
     command: str | None = None
@@ -23,6 +24,8 @@ class RunContext:
     tracker: Tracker | None = None
     """Gets the curves of training."""
     log: EventLog = field(default_factory=lambda: EventLog(None))
+    criterion: Criterion | None = None
+    """Scores the filters, if it was passed from Python and has no name."""
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
 

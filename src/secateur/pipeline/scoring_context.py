@@ -117,7 +117,11 @@ def make_scoring_context(
         reader.preprocessing,
         task,
     )
-    scored_by = {name: make_criterion(name, source, config) for name in criterion_names}
+    passed = None if run_context is None else run_context.criterion
+    scored_by = {
+        name: make_criterion(name, source, config) if passed is None else passed
+        for name in criterion_names
+    }
     batch_size = batch_that_fits(
         dependencies,
         config.data.batch_size,

@@ -72,7 +72,7 @@ def scores_of(
 def _channel_scores(criterion: Criterion, group: Group) -> Float[Tensor, "channel"]:
     rows = []
     for name, tap in taps_of(group).items():
-        scores = criterion.compute(name)
+        scores = torch.as_tensor(criterion.compute(name))
         filters = len(tap.channel)
         if scores.shape != (filters,) or not bool(scores.isfinite().all()):
             raise UsageError(

@@ -16,6 +16,10 @@ from secateur.scoring.criteria import FeatureBatch, Need
 
 OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
 
+OfWeights = Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row"]]
+"""A function of a layer's weights `[filter, input, height, width]`, or `[unit, input]` of a linear
+layer, that returns one score for each filter; the higher stay."""
+
 
 class _WithoutImages:
     """The observer's part of a criterion that needs no images: it keeps the kernels."""
@@ -61,6 +65,36 @@ class KernelFunction(_WithoutImages):
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the function's means."""
         return mean_over_producers(self._function, tap, self._kernels[tap])
+
+
+class WeightFunction(_WithoutImages):
+    """A function of the user's of each layer's weights, averaged over the layers that produce a
+    channel."""
+
+    def __init__(self, function: OfWeights, name: str) -> None:
+        super().__init__()
+        self._function, self._name = function, name
+
+    def compute(self, tap: str) -> Float[Tensor, "filter"]:
+        """Return the function's means; raises `UsageError` if it fails or returns other shapes."""
+        kernels = self._kernels[tap]
+        rows = [(channels, self._rows(kernel, tap)) for kernel, channels in kernels.incoming]
+        return _by_filter(tap, kernels, rows, "kernel that produces")
+
+    def _rows(self, kernel: Tensor, tap: str) -> Float[Tensor, "row"]:
+        shape = list(kernel.shape)
+        what = f"the criterion {self._name} gets the weights {shape} of {tap!r}"
+        try:
+            scores = torch.as_tensor(self._function(kernel.detach().double().cpu()))
+        except Exception as error:  # the function is the user's: it may raise anything
+            words = " ".join(str(error).split())
+            raise UsageError(f"{what} and fails: {type(error).__name__}: {words}") from error
+        if scores.shape != (shape[0],):
+            raise UsageError(
+                f"{what} and must return one score for each of {shape[0]} filters; it returned "
+                f"{list(scores.shape)}: as weights.flatten(1).abs().sum(1) does"
+            )
+        return scores.double()
 
 
 def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:
