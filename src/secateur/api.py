@@ -34,7 +34,10 @@ from secateur.graph.network_graph import Forward
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.inputs import form_of, with_logits
+from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
+from secateur.models.task import look_at_outputs, make_task
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
@@ -63,7 +66,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels top-1 is the fraction of images that get the original network's class."""
+    Without labels `top1_fraction` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -200,18 +203,16 @@ def prune(
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         on_cpu = copy.deepcopy(model).cpu()
     original = with_logits(on_cpu, forward, calibration.pixels)
-    notes = _notes(original, calibration)
-    dataset = _labelled(parts, original, config.data.batch_size, class_names)
+    dataset = _labelled(parts, original, config, class_names)
     run_context = RunContext(progress_bars if progress else no_progress, criterion=passed_criterion)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
-    pruned = replace(pruned, result=pruned.result.model_copy(update={"notes": notes}))
     smaller = copy.deepcopy(without_forward(pruned.model))
     return PruneResult(
         model=smaller.to(device_of(model)).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,
-        has_labels=parts.has_labels,
+        has_labels=dataset.has_labels,
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
@@ -239,7 +240,16 @@ def evaluate(
     if first is None:
         raise DataError("images: there are none")
     network = with_logits(model, forward, first.images)
-    return evaluation.evaluate(network, itertools.chain([first], batches), known_ms=known_ms)
+    outputs = look_at_outputs(network, first.images)
+    labels, _ = read_labels(first.labels, outputs)
+    task = make_task(outputs, [labels])
+
+    def read() -> Iterator[Batch]:
+        for batch in itertools.chain([first], batches):
+            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            yield replace(batch, labels=labels)
+
+    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
 
 
 def _labelled_batches(
@@ -272,22 +282,30 @@ def _labelled_batches(
 
 
 def _labelled(
-    parts: Parts, original: nn.Module, batch_size: int, class_names: Sequence[str]
+    parts: Parts, original: nn.Module, config: RunConfig, class_names: Sequence[str]
 ) -> DataSet:
     """Return the parts as a data set, labelled with the original's classes if need be."""
-
-    def labelled(images: ImagesInMemory) -> NormalisedImages:
-        labels = images.labels if parts.has_labels else None
-        if labels is None:
-            labels = evaluation.predict_classes(original, images.pixels, batch_size)
-        return NormalisedImages(images.pixels, labels)
-
+    outputs = look_at_outputs(original, parts.score.pixels)
+    images = (parts.score, parts.validation, parts.test)
+    notes: tuple[str, ...] = ()
+    if parts.has_labels:
+        raw_labels = [part.labels for part in images if part.labels is not None]
+        labels, notes = read_all_labels(raw_labels, outputs, config.model.task)
+        notes += _class_notes(labels[0], outputs.columns, parts.score)
+    else:
+        task, size = make_task(outputs, kind=config.model.task), config.data.batch_size
+        labels = tuple(evaluation.predict_classes(original, p.pixels, size, task) for p in images)
+    train, validation, test = (
+        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
+    )
     return DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
-        train=labelled(parts.score),
-        validation=labelled(parts.validation),
-        test=labelled(parts.test),
+        train=train,
+        validation=validation,
+        test=test,
+        has_labels=parts.has_labels,
+        notes=notes,
     )
 
 
@@ -304,7 +322,10 @@ def _tables(
 ) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name."""
     return {
-        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
+        "model": {
+            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
+            "allow_untrained": looks_untrained(model),
+        },
         "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
         "finetune": {"epochs": epochs},
@@ -343,19 +364,15 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     return config
 
 
-def _notes(original: nn.Module, images: ImagesInMemory) -> tuple[str, ...]:
-    """Return what to know of the images; raises `UsageError` if the network returns no logits."""
-    with torch.no_grad():
-        classes = evaluation.compute_logits(original, images.pixels[:2]).shape[1]
-    if images.labels is None or not images.is_from_front:
-        return ()
-    shown = len(images.labels.unique())
-    if shown >= FEW_CLASSES * classes:
+def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:
+    """Return what to say if images that were not drawn at random show few of the classes."""
+    shown = len(labels.unique())
+    if labels.ndim > 1 or not images.is_from_front or shown >= FEW_CLASSES * outputs:
         return ()
     return (
-        f"The {len(images.labels)} images show {shown} of the network's {classes} classes, and "
-        "filters that only the others need look useless. If the images come sorted by class, shuffle "
-        "them, or pass the Dataset itself, of which a random sample is read.",
+        f"The {len(labels)} images show {shown} of the network's {outputs} classes, and filters "
+        "that only the others need look useless. If the images come sorted by class, shuffle them, "
+        "or pass the Dataset itself, of which a random sample is read.",
     )
 
 
@@ -365,7 +382,7 @@ def _summary(result: PruneResult) -> str:
     config = result.result.config
     name = config.model.name.partition(":")[2]
     criterion = config.score.criterion.removeprefix(f"{zoo.IN_MEMORY}:")
-    unit = "" if result.has_labels else "; top-1 is agreement with the original network"
+    unit = "" if result.has_labels else " (no labels: agreement alone is known)"
     return (
         f"{name} pruned to {config.plan.target} by {criterion}: {removed} of "
         f"{filters} prunable filters removed{unit}"

@@ -40,7 +40,8 @@ from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
 from secateur.models import user_code, zoo
-from secateur.models.inputs import logits_of, through_logits
+from secateur.models.inputs import through_logits
+from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io

@@ -16,9 +16,11 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
+from secateur.models.task import Task
 from secateur.pipeline.inputs import check_names, load_inputs, make_reader, resolve_config
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import EXAMPLE_IMAGES, find_task
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -53,6 +55,8 @@ class BaseResult(Record):
     """The first of the epochs that were best on the validation images."""
     ended: Literal["whole", "patience", "time"]
     seconds: float
+    task: Task
+    """How the network's outputs are read."""
     score: Score
     """On the test images, with the weights that were kept."""
     unreadable: tuple[str, ...] = ()
@@ -87,16 +91,20 @@ def train_base(
         if (folder / CONFIG).is_file():
             earlier = from_dict(read_tables(folder / CONFIG), BaseConfig)
             check_same(f"the training in {folder}", config, earlier, FREE_KEYS)
+        run_context = run_context.collecting_unreadable(run_config)
+        reader = make_reader(run_config, run_context)
+        example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
+        task = find_task(model, example, dataset, run_config)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
-        run_context = run_context.logging_to(folder / LOG).collecting_unreadable(run_config)
+        run_context = run_context.logging_to(folder / LOG)
         run_context.log.write(
             "start", command=run_context.command, config=config.model_dump(mode="json")
         )
         if distributed.is_main_process():
             text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
             replace_file(folder / CONFIG, text)
-        result = _train(config, model, dataset, folder, run_context)
+        result = _train(config, model, dataset, folder, run_context, task)
         if distributed.is_main_process():
             replace_file(folder / WEIGHTS, safetensors_io.to_bytes(model.state_dict()))
             replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
@@ -122,6 +130,7 @@ def _train(
     dataset: DataSet,
     folder: Path,
     run_context: RunContext,
+    task: Task,
 ) -> BaseResult:
     """Train the network in place and score it on the test images."""
     reader = make_reader(config.as_run(), run_context)
@@ -153,6 +162,7 @@ def _train(
         best_epoch=training.best_epoch,
         ended=training.ended,
         seconds=training.seconds,
+        task=task,
         score=score,
         unreadable=run_context.unreadable_files,
     )

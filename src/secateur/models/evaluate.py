@@ -47,7 +47,7 @@ class Predictions:
 
     def of_all_processes(self) -> tuple[Int[Tensor, "image *label"], Int[Tensor, "image *label"]]:
         """Return the predictions and the labels of every image that could be read."""
-        is_read = self.classes.flatten(1).amax(1) >= 0 if len(self.classes) else slice(None)
+        is_read = (self.classes >= 0).reshape(len(self.classes), -1).all(1)
         parts = distributed.all_gather((self.classes[is_read], self.labels[is_read]))
         parts = [part for part in parts if len(part[0])]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -167,7 +167,7 @@ class _Tally:
     def predictions(self) -> Predictions:
         """Return the predictions of this process's images, in the order of their indices."""
         if not self._seen:
-            nothing = torch.zeros(0, dtype=torch.int64)
+            nothing = torch.zeros(0, 1, dtype=torch.int64)
             return Predictions(nothing, nothing, self.class_count)
         indices, predicted, labels = map(torch.cat, zip(*self._seen, strict=True))
         classes = predicted.new_full((int(indices.max()) + 1, *predicted.shape[1:]), -1)

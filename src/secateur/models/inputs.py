@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from secateur.data.in_memory import Form
 from secateur.graph.forward import with_forward
 from secateur.graph.module_state import device_of, evaluating
 from secateur.graph.network_graph import Forward
+from secateur.models.task import logits_of, select_logits
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
 
@@ -26,11 +26,6 @@ def form_of(model: nn.Module, forward: Forward | None = None) -> Form:
     return Form(2 if first is None else len(first.kernel_size), is_free=forward is not None)
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Any:
-    """Return the logits of a network whose output names them, as those of `transformers` do."""
-    return _named_logits(model(images))
-
-
 def through_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
     """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
 
@@ -39,7 +34,8 @@ def through_logits(model: nn.Module, forward: Forward | None, images: Tensor) ->
     network = with_forward(model, forward)
     if forward is None:
         with contextlib.suppress(UsageError):
-            if isinstance(_named_logits(_try(network, images)), Tensor):
+            output = _try(network, images)
+            if select_logits(output) is not output:
                 return with_forward(model, logits_of)
     return network
 
@@ -58,13 +54,6 @@ def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn
         f"the network must return logits [image, class]; it returns {_description(output)}: say "
         f"which they are, {_remedy(output, has_forward=forward is not None)}"
     )
-
-
-def _named_logits(output: object) -> object:
-    """Return what an output calls logits; None if it has no such part."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    return getattr(output, "logits", None)
 
 
 def _try(network: nn.Module, images: Tensor) -> object:

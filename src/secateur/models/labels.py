@@ -7,7 +7,7 @@ of classes; rows of 0 and 1 are several labels for an image. What has no class i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -22,33 +22,19 @@ SUM_TOLERANCE = 1e-3
 """How far from 1 the sum of probabilities may be."""
 
 
-def as_tensor(labels: Any, class_names: Sequence[str]) -> Tensor:
-    """Return labels as a tensor, those that are texts by their place among the class names.
-
-    Raises `DataError` for labels of another kind.
-    """
-    texts = [labels] if isinstance(labels, str) else labels
-    if isinstance(texts, tuple | list) and texts and all(isinstance(text, str) for text in texts):
-        unknown = [text for text in texts if text not in class_names]
-        if unknown:
-            known = f"class_names have no {unknown[0]!r}" if class_names else "there are none"
-            raise DataError(
-                f"labels are texts, such as {unknown[0]!r}: give class_names in the order of the "
-                f"network's outputs; {known}"
-            )
-        numbers = [class_names.index(text) for text in texts]
-        return torch.tensor(numbers[0] if isinstance(labels, str) else numbers)
-    try:
-        tensor: Tensor = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"labels must be class numbers, as a tensor or a list; got {type(labels).__name__}"
-        ) from error
-    return tensor
+def read_all_labels(
+    parts: Sequence[Tensor], outputs: Outputs, kind: TaskKind | Literal["auto"] = "auto"
+) -> tuple[tuple[Int[Tensor, "image *label"], ...], tuple[str, ...]]:
+    """Return `read_labels` of several sets of images, which must have labels of one form."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = " and ".join(dict.fromkeys(str(list(part.shape)) for part in parts))
+        raise DataError(f"labels are {shapes}: those for scoring and for the test need one form")
+    labels, notes = read_labels(torch.cat(list(parts)), outputs, kind)
+    return labels.split([len(part) for part in parts]), notes
 
 
 def read_labels(
-    labels: Tensor, outputs: Outputs, kind: TaskKind | str = "auto"
+    labels: Tensor, outputs: Outputs, kind: TaskKind | Literal["auto"] = "auto"
 ) -> tuple[Int[Tensor, "image *label"], tuple[str, ...]]:
     """Return class numbers, or 0 or 1 for each of several labels, and what to tell the user.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from secateur.runtime.errors import AccuracyError
 
@@ -35,30 +38,35 @@ class Doubt:
     text: str
     remedy: str = ""
     """What to do before pruning makes sense; empty if it does anyway."""
+    is_final: bool = False
+    """Whether nothing can be measured before that is done."""
 
     def raise_unless(self, *, allowed: bool) -> str:
         """Return the note for the user; raise `AccuracyError` if there is a remedy to try first."""
-        if self.remedy and not allowed:
-            raise AccuracyError(f"{self.text}: {self.remedy}; {GO_ON}")
+        if self.is_final or (self.remedy and not allowed):
+            go_on = "" if self.is_final else f"; {GO_ON}"
+            raise AccuracyError(f"{self.text}: {self.remedy}{go_on}")
         remedy = f": {self.remedy}" if self.remedy else ""
         return f"{self.text[0].upper()}{self.text[1:]}{remedy}."
 
 
-def find_doubt(predicted: Labels, labels: Labels, classes: int) -> Doubt | None:
-    """Return why the predictions for labelled test images look wrong, if they do.
+def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:
+    """Return why the predictions for labelled images of a `kind` look wrong, if they do.
 
     `classes` is how many the network tells apart.
     """
-    doubt = _shuffled(predicted, labels, classes) or _chance(predicted, labels, classes)
+    doubt = _shuffled(predicted, labels, classes, kind) or _chance(predicted, labels, classes, kind)
     if doubt is not None:
         return doubt
     if labels.ndim == 1 and len(labels.unique()) == 1 < len(labels):
-        text = f"all {len(labels)} test images are of class {int(labels[0])}"
+        text = f"all {len(labels)} {kind} images are of class {int(labels[0])}"
         return Doubt(f"{text}, so their accuracy says nothing of the other classes")
-    return find_constant(predicted)
+    return find_constant(predicted, kind)
 
 
-def find_constant(predicted: Labels, *, is_binary: bool = False) -> Doubt | None:
+def find_constant(
+    predicted: Labels, kind: str = "test", *, is_binary: bool = False
+) -> Doubt | None:
     """Return a doubt if the predictions for all images are the same.
 
     Without labels nothing else can be noticed; the agreement with a single output of one sign would
@@ -70,16 +78,17 @@ def find_constant(predicted: Labels, *, is_binary: bool = False) -> Doubt | None
     if is_binary:
         sign = "above" if int(predicted[0]) else "not above"
         return Doubt(
-            f"the network's one output is {sign} 0 for all {count} test images, so their agreement "
+            f"the network's one output is {sign} 0 for all {count} {kind} images, so agreement "
             "with it would be 100 % whatever is cut",
             "give images of both classes, with labels 0 and 1 if possible (an output that is not "
             "the logit of a class, as in regression, is not supported)",
+            is_final=True,
         )
-    text = f"the original network predicts the same for all {count} test images"
+    text = f"the network predicts the same for all {count} {kind} images"
     return Doubt(f"{text}, so agreement with it says little")
 
 
-def _chance(predicted: Tensor, labels: Tensor, classes: int) -> Doubt | None:
+def _chance(predicted: Tensor, labels: Tensor, classes: int, kind: str) -> Doubt | None:
     """Return a doubt if no more is right than by chance, or at most twice as much."""
     hits, count = int((predicted == labels).sum()), labels.numel()
     chance = expected_agreement(predicted, labels, classes)
@@ -89,7 +98,7 @@ def _chance(predicted: Tensor, labels: Tensor, classes: int) -> Doubt | None:
         return None
     what = "images" if labels.ndim == 1 else "labels"
     return Doubt(
-        f"the original network is right on {100 * hits / count:.1f} % of {count} test {what}, and "
+        f"the network is right on {100 * hits / count:.1f} % of {count} {kind} {what}, and "
         f"chance is {100 * chance:.1f} %",
         CHECK,
     )
@@ -129,7 +138,7 @@ def expected_agreement(predicted: Labels, labels: Labels, classes: int) -> float
     return float((often * true).sum()) / len(labels) ** 2
 
 
-def _shuffled(predicted: Tensor, labels: Tensor, classes: int) -> Doubt | None:
+def _shuffled(predicted: Tensor, labels: Tensor, classes: int, kind: str) -> Doubt | None:
     """Return a doubt if far more is right once the network's classes are put in another order.
 
     The order is the best for every other image, and the others decide.
@@ -140,7 +149,9 @@ def _shuffled(predicted: Tensor, labels: Tensor, classes: int) -> Doubt | None:
     columns = columns.unique()
     if not 2 <= len(columns) <= MOST_CLASSES:
         return None
-    outputs = _best_order(predicted[::2], labels[::2], columns)  # of each column
+    outputs = _best_order(
+        predicted[::2].contiguous(), labels[::2].contiguous(), columns
+    )  # of each column
     predicted, labels = predicted[1::2], labels[1::2]
     if labels.ndim > 1:
         reordered = predicted[:, outputs]
@@ -160,7 +171,7 @@ def _shuffled(predicted: Tensor, labels: Tensor, classes: int) -> Doubt | None:
     more = f" and {len(moved) - NAMED_CLASSES} more" if len(moved) > NAMED_CLASSES else ""
     before, now = (100 * float(hits.double().mean()) for hits in (direct, after))
     return Doubt(
-        f"the original network is right on {before:.1f} % of the test images, but on {now:.1f} % "
+        f"the network is right on {before:.1f} % of the {kind} images, but on {now:.1f} % "
         f"with its classes in another order (label {', '.join(moved[:NAMED_CLASSES])}{more})",
         CHECK,
     )
@@ -178,3 +189,28 @@ def _best_order(predicted: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
     _, matched = linear_sum_assignment(table.numpy(), maximize=True)
     order: Tensor = columns[torch.from_numpy(matched)]
     return order
+
+
+def looks_untrained(model: nn.Module) -> bool:
+    """Return whether a network's tensors are as torch initialises them.
+
+    Its batch norms have seen no image or, if it has none, no weight of a convolution or a linear
+    layer is beyond the bounds that torch draws them from.
+    """
+    norms = [
+        norm
+        for norm in model.modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    ]
+    if norms:
+        return not any(bool(norm.running_mean.any()) for norm in norms)
+    layers = [layer for layer in model.modules() if isinstance(layer, _ConvNd | nn.Linear)]
+    return all(_is_within_bounds(layer) for layer in layers)
+
+
+def _is_within_bounds(layer: _ConvNd | nn.Linear) -> bool:
+    """Return whether weights and biases are as small as Kaiming's uniform draw leaves them."""
+    weight = layer.weight.detach()
+    bound = 1.0001 / math.sqrt(weight[0].numel())
+    tensors = [weight] if layer.bias is None else [weight, layer.bias.detach()]
+    return all(float(tensor.abs().max()) <= bound for tensor in tensors)

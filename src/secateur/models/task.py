@@ -20,6 +20,7 @@ from torch.fx.node import Node
 
 from secateur.config import TaskKind
 from secateur.data.batches import check_labels
+from secateur.graph.forward import forward_of, without_forward
 from secateur.graph.module_state import device_of, evaluating, unwrapped
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import DataError, NotFiniteError, UsageError
@@ -246,7 +247,7 @@ def look_at_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Out
     if not bool(rows.isfinite().all()):
         raise NotFiniteError("the network's outputs hold numbers that are not finite")
     scale = _scale(logits, rows)
-    notes = [*_container_notes(output, logits)]
+    notes = _container_notes(model, images)
     if scale in ("softmax", "sigmoid"):
         notes.append(
             f"The network ends in a {scale}: it is undone where logits are needed, as in the loss."
@@ -254,18 +255,26 @@ def look_at_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Out
     return Outputs(rows.shape[1], scale, tuple(notes))
 
 
-def _container_notes(output: object, logits: Tensor) -> list[str]:
-    """Return what to say of an output that is not a tensor."""
-    if isinstance(output, Tensor):
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits among what a network returns for images; see `select_logits`."""
+    return select_logits(model(images))
+
+
+def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
+    """Return what to say of a network that runs through `logits_of`."""
+    if forward_of(model) is not logits_of:
         return []
-    count = len(tensors_in(output))
+    with torch.no_grad():
+        output = run_network(without_forward(model), images)
     name = type(output).__name__
-    if isinstance(output, tuple | list) and not hasattr(output, "logits"):
-        which = f"the first of the {count} tensors in the {name} that it returns"
+    if isinstance(output, Mapping) or hasattr(output, "logits"):
+        where = f"in the {name}"
     else:
-        which = f"those in the {name} that it returns"
-    others = "" if count == 1 else ", and pruning may take channels from the other tensors"
-    return [f"The network's logits are {which}{others}."]
+        assert isinstance(output, tuple | list)
+        where = f"the first of the {len(output)} entries of the {name}"
+    return [
+        f"The network's logits are {where} that it returns; what else it returns may lose channels."
+    ]
 
 
 def _scale(logits: Tensor, rows: Float[Tensor, "image output"]) -> Scale:

@@ -153,7 +153,9 @@ def _collect(
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
     )
-    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions)
+    return Pruned(
+        cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
+    )
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:

@@ -121,12 +121,15 @@ class RunResult(Record):
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
     """The batch size that was requested, if it did not fit into memory."""
-    notes: tuple[str, ...] = ()
-    """What to know of the images, a sentence or two each."""
 
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
+
+    @property
+    def accuracy_name(self) -> str:
+        """What `Score.top1_fraction` is called in tables and charts."""
+        return self.task.accuracy_name if self.has_labels else "agreement"
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -165,7 +168,7 @@ class RunResult(Record):
         before, last = finetuning.before_top1_fraction, finetuning.epochs[-1].validation
         if last is None or last >= before or finetuning.kept == "best":
             return ""
-        loss = f"top-1 on the validation images fell from {100 * before:.2f} to {100 * last:.2f} %"
+        loss = f"{self.accuracy_name} on the validation images fell from {100 * before:.2f} to {100 * last:.2f} %"
         if finetuning.kept == "start":
             return (
                 f"Fine-tuning broke the network ({loss}), so the weights from before it stayed. A "

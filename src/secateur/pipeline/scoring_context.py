@@ -90,7 +90,8 @@ def make_scoring_context(
     """Draw the calibration images, build the dependency graph and make the concept source.
 
     First the network runs on a few images, to tell how its outputs are read. Criteria that need
-    gradients take more memory, so smaller batches. `dependencies` saves building the graph again. Annotated concepts bring their own images, which are then the calibration set.
+    gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
+    Annotated concepts bring their own images, which are then the calibration set.
     Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
@@ -189,7 +190,8 @@ def make_baseline(
         )
         doubt = find_doubt_about(predictions, dataset, context.task)
         if doubt is not None:
-            notes = (*notes, doubt.raise_unless(allowed=config.model.allow_untrained))
+            text = doubt.raise_unless(allowed=config.model.allow_untrained)
+            notes = (*notes, f"Before pruning: {text}")
     since = time.perf_counter()
     plan_inputs = make_plan_inputs(
         model,
@@ -207,9 +209,11 @@ def make_baseline(
     )
 
 
-def find_doubt_about(predictions: Predictions, dataset: DataSet, task: Task) -> Doubt | None:
-    """Return why a network's predictions of the test images look wrong, if they do."""
+def find_doubt_about(
+    predictions: Predictions, dataset: DataSet, task: Task, kind: str = "test"
+) -> Doubt | None:
+    """Return why a network's predictions of images of this `kind` look wrong, if they do."""
     predicted, labels = predictions.of_all_processes()
     if dataset.has_labels:
-        return find_doubt(predicted, labels, predictions.class_count)
-    return find_constant(predicted, is_binary=task.kind == "binary")
+        return find_doubt(predicted, labels, predictions.class_count, kind)
+    return find_constant(predicted, kind, is_binary=task.kind == "binary")

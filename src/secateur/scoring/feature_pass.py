@@ -157,9 +157,7 @@ class _ForwardPass:
             labels=batch.labels if self.settings.use_labels else None,
             annotations=batch.annotations,
             value=captured[0] if captured else None,
-            logits=self.task.read(
-                interpreter.value(self.dependencies.graph.output), len(images)
-            ),
+            logits=self.task.read(interpreter.value(self.dependencies.graph.output), len(images)),
         )
 
 
