@@ -194,6 +194,8 @@ def prune(
     tables = _tables(model, name, concepts, epochs, seed)
     tables["plan"] = {"target": str(parse_budget(target))}
     _check_counts(epochs=epochs, max_images=max_images)
+    if isinstance(class_names, str):
+        raise UsageError(f"class_names={class_names!r} must be a list of names, one for each class")
     form = form_of(model, forward)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
@@ -344,12 +346,8 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     if not is_pictures:
         tables["finetune"] |= {"crop": "none", "flip": False}
         tables["distill"] = {"flip": False}
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if not dot:
-            near = configuration.nearest_key(key)
-            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
-        tables[section] = {**tables.get(section, {}), name: value}
+    for section, values in _by_section(settings).items():
+        tables[section] = {**tables.get(section, {}), **values}
     config = configuration.from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
@@ -362,6 +360,21 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
             "leave them out"
         )
     return config
+
+
+def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings as tables; raises `UsageError` for a key without a section."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if isinstance(value, Mapping) and not dot:
+            tables[section] = {**tables.get(section, {}), **value}
+            continue
+        if not dot:
+            near = configuration.nearest_key(key)
+            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
+        tables.setdefault(section, {})[name] = value
+    return tables
 
 
 def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:

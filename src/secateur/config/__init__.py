@@ -23,7 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from secateur.config.budget import Budget, BudgetLike, Quantity, parse_budget
+from secateur.config.budget import Budget as Budget
+from secateur.config.budget import BudgetLike as BudgetLike
+from secateur.config.budget import Quantity as Quantity
+from secateur.config.budget import parse_budget as parse_budget
 from secateur.runtime.errors import UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
@@ -426,7 +429,7 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 def nearest_key(name: str) -> str | None:
     """Return the key of a run's configuration, with its section, that a name is most like."""
-    keys = _keys(RunConfig)
+    keys = [key for key in _keys(RunConfig) if "." in key]
     same = [key for key in keys if key.rpartition(".")[2] == name]
     near = same or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
     return near[0] if near else None

@@ -22,7 +22,7 @@ from secateur.runtime.errors import DataError
 class Batch:
     """Normalised images with their labels, indices and annotations."""
 
-    images: Float[Tensor, "image rgb height width"]
+    images: Float[Tensor, "image channel *position"]
     labels: Int[Tensor, "image *label"]
     """Class numbers, or 0 or 1 for each of several labels."""
     indices: Int[Tensor, "image"]

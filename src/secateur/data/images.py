@@ -71,17 +71,17 @@ class TensorImages:
 class NormalisedImages:
     """Images in memory, as a network takes them: with any channels and sides."""
 
-    tensors: Float[Tensor, "image channel height width"]
+    tensors: Float[Tensor, "image channel *position"]
     labels: Int[Tensor, "image *label"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
-    ) -> Float[Tensor, "image channel height width"]:
+    ) -> Float[Tensor, "image channel *position"]:
         """Return the images as they are: they are neither resized nor normalised later."""
         del preprocessing
         return self.tensors[indices]
 
-    def originals(self, indices: Indices) -> list[Float[Tensor, "channel height width"]]:
+    def originals(self, indices: Indices) -> list[Float[Tensor, "channel *position"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.tensors[indices])
 

@@ -18,8 +18,8 @@ from secateur.runtime.errors import DataError
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
-one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a dict,
-a named tuple or another object."""
+one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a
+dict, a named tuple or another object."""
 IMAGE_NAMES = ("pixel_values", "images", "image", "img", "inputs", "input", "x")
 """What images are called in batches with names; the first that a batch has is taken."""
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -142,7 +142,7 @@ def read_images(
 def read_batches(
     source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield float32 images `[image, channel, …]` of one size on the CPU, with labels or None.
+    """Yield float32 images `[image, channel, …]` of one size, with labels or None.
 
     Of a `Dataset` of more than `most` items only a random sample is read.
     """
@@ -170,8 +170,8 @@ def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]
     """Yield what a source holds, batch by batch or image by image."""
     if isinstance(source, str | Path):
         raise DataError(
-            f"{name}: {str(source)!r} is a text: pass tensors, a DataLoader or a Dataset; the command "
-            f"line reads folders: secateur prune --data folder:{source}"
+            f"{name}: {str(source)!r} is a text: pass tensors, a DataLoader or a Dataset; the "
+            f"command line reads folders: secateur prune --data folder:{source}"
         )
     if _is_map_style(source):
         count = len(source)
@@ -188,7 +188,7 @@ def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]
             items = iter(source)
         except TypeError as error:
             raise DataError(
-                f"{name}: a {type(source).__name__} holds no batches: pass a tensor, a list of "
+                f"{name}: {type(source).__name__} holds no batches: pass a tensor, a list of "
                 "tensors, a DataLoader or a Dataset"
             ) from error
         yield from items
@@ -264,7 +264,7 @@ def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
 def _names_of(batch: Any) -> frozenset[str]:
     """Return the names in a batch: keys of a mapping, or attributes of an object with such."""
     if hasattr(batch, "keys"):
-        return frozenset(key for key in batch.keys() if isinstance(key, str))
+        return frozenset(map(str, batch.keys()))
     fields = getattr(batch, "_fields", None)
     if fields is not None:
         return frozenset(map(str, fields))

@@ -48,7 +48,7 @@ class Manifest(VersionedRecord):
     num_classes: PositiveInt | None
     """Outputs of the network's head; None if the network does not return one tensor."""
     image_shape: tuple[PositiveInt, ...]
-    """Shape of an image that the dependency graph was built with, such as `(rgb, height, width)`."""
+    """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
     """Both: how the dependency graph was built; see `build_dependency_graph`."""

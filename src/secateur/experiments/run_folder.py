@@ -140,7 +140,8 @@ def save(
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     folder = Path(folder)
-    network = through_logits(model, forward, torch.zeros(2, *image_shape))
+    example = torch.zeros(2, *image_shape)
+    network = through_logits(model, forward, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 

@@ -26,16 +26,19 @@ def form_of(model: nn.Module, forward: Forward | None = None) -> Form:
     return Form(2 if first is None else len(first.kernel_size), is_free=forward is not None)
 
 
-def through_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
+def through_logits(
+    model: nn.Module, forward: Forward | None, images: Tensor, *, takes_first: bool = True
+) -> nn.Module:
     """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
 
-    It is tried on a few of the images; a network that can't take them is returned as it is.
+    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. It is tried on a few of the images; a network that can't take them is returned as it is.
     """
     network = with_forward(model, forward)
     if forward is None:
         with contextlib.suppress(UsageError):
             output = _try(network, images)
-            if select_logits(output) is not output:
+            is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
+            if select_logits(output) is not output and (takes_first or not is_tuple):
                 return with_forward(model, logits_of)
     return network
 
@@ -87,11 +90,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     remedy = "pass images with the channels that it was trained with"
     if channels == 1:
         remedy = f"repeat it, images.repeat_interleave({wanted}, dim=1)"
-    return f"they have {channels} {_plural(channels)}, and its first convolution takes {wanted}: {remedy}"
-
-
-def _plural(channels: int) -> str:
-    return "channel" if channels == 1 else "channels"
+    have = f"they have {channels} channel{'s' if channels > 1 else ''}"
+    return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
 def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:

@@ -160,22 +160,15 @@ def select_logits(output: object) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    is_mapping = isinstance(output, Mapping)
-    logits = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    )
-    if isinstance(logits, Tensor):
-        return logits
-    entries: Sequence[Any] = ()
-    if isinstance(output, Mapping):
-        entries = list(output.values())
-    elif isinstance(output, tuple | list):
-        entries = output
-    if entries and isinstance(entries[0], Tensor) and (len(entries) == 1 or not is_mapping):
-        return entries[0]
+    logits: object = getattr(output, "logits", None)
     what = type(output).__name__
     if isinstance(output, Mapping):
-        what += f" with {', '.join(map(str, output))}"
+        logits = next(iter(output.values())) if len(output) == 1 else output.get("logits")
+        what += f" of {', '.join(map(str, output))}"
+    elif isinstance(output, tuple | list) and output and not isinstance(logits, Tensor):
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
     raise UsageError(
         f"the network must return logits [image, class]; it returns {what}, which has no logits"
     )

@@ -168,7 +168,10 @@ class RunResult(Record):
         before, last = finetuning.before_top1_fraction, finetuning.epochs[-1].validation
         if last is None or last >= before or finetuning.kept == "best":
             return ""
-        loss = f"{self.accuracy_name} on the validation images fell from {100 * before:.2f} to {100 * last:.2f} %"
+        loss = (
+            f"{self.accuracy_name} on the validation images fell from {100 * before:.2f} to "
+            f"{100 * last:.2f} %"
+        )
         if finetuning.kept == "start":
             return (
                 f"Fine-tuning broke the network ({loss}), so the weights from before it stayed. A "

@@ -8,6 +8,7 @@ spread over processes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -316,7 +317,8 @@ def _grid(forward_pass: _ForwardPass) -> tuple[int, int]:
     node = None if forward_pass.source is None else forward_pass.source.node
     if node is None:
         return LARGEST_GRID, LARGEST_GRID
-    height, width = (int(size) for size in node.meta["val"].shape[2:])
+    height, *sides = (int(size) for size in node.meta["val"].shape[2:])
+    width = math.prod(sides)
     return min(height, LARGEST_GRID), min(width, LARGEST_GRID)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
-from secateur.models.divergence import Logits, divergence_from, logits_of
+from secateur.models.divergence import divergence_from, logits_of
 from secateur.models.score import OutputDivergence
-from secateur.models.task import Task
+from secateur.models.task import Logits, Task
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.training.outcome import Distillation, DistillEpoch
 from secateur.training.trainer import TrainingCallbacks, train

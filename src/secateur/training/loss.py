@@ -75,7 +75,8 @@ class DistillationLoss:
         settings, device = self._settings, self._accelerator.device
         images = images.to(device, non_blocking=True)
         images, classes = self._mix(images, labels)
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         with observe(self._model, self._sums) as maps:
             logits = self._read(self._student(images), images)
         loss = torch.zeros((), device=device)

@@ -133,8 +133,8 @@ def from_python(criterion: CriterionLike) -> tuple[str, Criterion | None]:
         missing = [part for part in PARTS if not hasattr(criterion, part)]
         raise UsageError(
             f"criterion: {name} is not one: it lacks {', '.join(missing)}; pass a name, such as "
-            "'vote' or 'l1', a Criterion, or a function of a layer's weights that returns one score a "
-            "filter: lambda weights: weights.flatten(1).abs().sum(1)"
+            "'vote' or 'l1', a Criterion, or a function of a layer's weights that returns one "
+            "score a filter: lambda weights: weights.flatten(1).abs().sum(1)"
         )
     return f"{zoo.IN_MEMORY}:{name}", WeightFunction(criterion, name)
 
