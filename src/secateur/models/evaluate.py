@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from secateur.data import Batch
 from secateur.graph.module_state import evaluating
 from secateur.models.score import Score
 from secateur.models.task import (
+    Labels,
     Logits,
     Task,
     cross_entropy,
@@ -38,14 +38,14 @@ TOP = 5
 class Predictions:
     """What a network predicts of a list of images; of this process's shard of them."""
 
-    classes: Int[Tensor, "image *label"]
+    classes: Labels
     """By `Batch.indices`; -1 for images that could not be read."""
-    labels: Int[Tensor, "image *label"]
+    labels: Labels
     """The labels beside them."""
     class_count: int
     """How many classes the network tells apart; 2 where each image has several labels."""
 
-    def of_all_processes(self) -> tuple[Int[Tensor, "image *label"], Int[Tensor, "image *label"]]:
+    def of_all_processes(self) -> tuple[Labels, Labels]:
         """Return the predictions and the labels of every image that could be read."""
         is_read = (self.classes >= 0).reshape(len(self.classes), -1).all(1)
         parts = distributed.all_gather((self.classes[is_read], self.labels[is_read]))
@@ -184,9 +184,7 @@ def compute_logits(model: nn.Module, images: Tensor, task: Task) -> Logits:
     return task.read(run_network(model, images), len(images))
 
 
-def predict_classes(
-    model: nn.Module, images: Tensor, batch_size: int, task: Task
-) -> Int[Tensor, "image *label"]:
+def predict_classes(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Labels:
     """Return the network's own class of each image, or its labels."""
     with torch.no_grad():
         batches = images.split(batch_size)

@@ -31,7 +31,8 @@ def through_logits(
 ) -> nn.Module:
     """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
 
-    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. It is tried on a few of the images; a network that can't take them is returned as it is.
+    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. The network
+    is tried on a few of the images; one that can't take them is returned as it is.
     """
     network = with_forward(model, forward)
     if forward is None:

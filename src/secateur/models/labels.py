@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from secateur.config import TaskKind
 from secateur.data.batches import check_labels
-from secateur.models.task import Outputs
+from secateur.models.task import Labels, Outputs
 from secateur.runtime.errors import DataError
 
 SUM_TOLERANCE = 1e-3
@@ -24,7 +23,7 @@ SUM_TOLERANCE = 1e-3
 
 def read_all_labels(
     parts: Sequence[Tensor], outputs: Outputs, kind: TaskKind | Literal["auto"] = "auto"
-) -> tuple[tuple[Int[Tensor, "image *label"], ...], tuple[str, ...]]:
+) -> tuple[tuple[Labels, ...], tuple[str, ...]]:
     """Return `read_labels` of several sets of images, which must have labels of one form."""
     if len({part.shape[1:] for part in parts}) > 1:
         shapes = " and ".join(dict.fromkeys(str(list(part.shape)) for part in parts))
@@ -35,7 +34,7 @@ def read_all_labels(
 
 def read_labels(
     labels: Tensor, outputs: Outputs, kind: TaskKind | Literal["auto"] = "auto"
-) -> tuple[Int[Tensor, "image *label"], tuple[str, ...]]:
+) -> tuple[Labels, tuple[str, ...]]:
     """Return class numbers, or 0 or 1 for each of several labels, and what to tell the user.
 
     `kind` is `ModelSection.task`. Raises `DataError` if labels have no class among the outputs.

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from secateur.models.task import Labels
 from secateur.runtime.errors import AccuracyError
 
 FEWEST_IMAGES = 20
@@ -27,8 +27,6 @@ CHECK = (
     "deviation and other preprocessing of the images"
 )
 GO_ON = "to go on all the same, add --allow-untrained (model.allow_untrained = true)"
-
-Labels = Int[Tensor, "image *label"]
 
 
 @dataclass(frozen=True)
@@ -197,13 +195,13 @@ def looks_untrained(model: nn.Module) -> bool:
     Its batch norms have seen no image or, if it has none, no weight of a convolution or a linear
     layer is beyond the bounds that torch draws them from.
     """
-    norms = [
-        norm
+    means = [
+        norm.running_mean
         for norm in model.modules()
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None
     ]
-    if norms:
-        return not any(bool(norm.running_mean.any()) for norm in norms)
+    if means:
+        return not any(bool(mean.any()) for mean in means)
     layers = [layer for layer in model.modules() if isinstance(layer, _ConvNd | nn.Linear)]
     return all(_is_within_bounds(layer) for layer in layers)
 

@@ -26,7 +26,10 @@ from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import DataError, NotFiniteError, UsageError
 
 Scale = Literal["logits", "log-softmax", "softmax", "sigmoid"]
-Logits = Float[Tensor, "image *label class"]
+Logits = Float[Tensor, "_ ... class"]
+"""`[image, class]` or `[image, label, class]`; batches may have different numbers of images."""
+Labels = Int[Tensor, "_ ..."]
+"""Class numbers `[image]`, or 0 or 1 for each label, `[image, label]`."""
 FIRST_IMAGES = 8
 """Images that are enough to tell how outputs are to be read."""
 SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-4, 2e-2
@@ -110,7 +113,7 @@ SINGLE_LABEL = Task()
 """One logit for each class, and one class for each image."""
 
 
-def predict(logits: Logits) -> Int[Tensor, "image *label"]:
+def predict(logits: Logits) -> Labels:
     """Return the predicted class of each image, or 0 or 1 for each of its labels."""
     return logits.detach().argmax(-1)
 
@@ -288,7 +291,7 @@ def _scale(logits: Tensor, rows: Float[Tensor, "image output"]) -> Scale:
 
 def make_task(
     outputs: Outputs,
-    labels: Sequence[Int[Tensor, "image *label"]] = (),
+    labels: Sequence[Labels] = (),
     kind: TaskKind | Literal["auto"] = "auto",
 ) -> Task:
     """Return how to read outputs, in view of all the labels that they will be compared with.
