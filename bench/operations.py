@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import torchvision.ops
-from torch import Tensor, nn
+from torch import Tensor
 
 CHANNELS = 8
 SIDE = 6

@@ -60,6 +60,7 @@ class Key:
 MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
 NUM_CLASSES = Key("model.num_classes", DATA)
+ALLOW_UNTRAINED = Key("model.allow_untrained", DATA)
 SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)
 IMAGE_SIZE = Key("data.image_size", DATA)
 SKIP_UNREADABLE = Key("data.skip_unreadable", DATA)
@@ -97,14 +98,6 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Resume an interrupted run.", rich_help_panel=OUTPUT),
-]
-AllowUntrained = Annotated[
-    bool,
-    typer.Option(
-        "--allow-untrained",
-        help="Run without weight file, on randomly initialised weights.",
-        rich_help_panel=DATA,
-    ),
 ]
 Tracker = Annotated[
     str | None,

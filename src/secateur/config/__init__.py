@@ -44,6 +44,9 @@ ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
+TaskKind = Literal["single-label", "binary", "multi-label"]
+"""What a network's outputs are: one logit for each class, one for two classes, or one for each of
+several labels."""
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -92,6 +95,13 @@ class ModelSection(Section):
     weights."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
+    task: Literal["auto"] | TaskKind = "auto"
+    """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
+    the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
+    the labels."""
+    allow_untrained: bool = False
+    """Go on without a weight file, and with a network that is no better than chance on the test
+    images."""
 
 
 def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -62,6 +62,8 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
+    has_labels: bool = True
+    """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
 
@@ -114,7 +116,7 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
         counts = [len(images.labels) for images in (train, validation, splits.test)]
         uses = "{} images to score filters and train on, {} for choices, {} to test".format(*counts)
         notes = (f"{splits.origin}. Used: {uses}.", *notes)
-    return DataSet(name, splits.class_names, train, validation, splits.test, notes)
+    return DataSet(name, splits.class_names, train, validation, splits.test, notes=notes)
 
 
 def _read(name: str, kind: str, directory: str) -> Splits:

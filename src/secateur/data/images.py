@@ -25,8 +25,8 @@ class Images(Protocol):
     """A fixed list of labelled images."""
 
     @property
-    def labels(self) -> Int[Tensor, "image"]:
-        """Class indices, int64."""
+    def labels(self) -> Int[Tensor, "image *label"]:
+        """Class indices, int64; or 0 or 1 for each of several labels."""
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -74,7 +74,7 @@ class NormalisedImages:
     """Images in memory, as a network takes them: with any channels and sides."""
 
     tensors: Float[Tensor, "image channel *position"]
-    labels: Int[Tensor, "image"]
+    labels: Int[Tensor, "image *label"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
-from secateur.graph.outputs import through_logits
 from secateur.graph.trace import open_batch
 from secateur.graph.wrappers import unwrapped
 from secateur.models.divergence import relative_error
+from secateur.models.outputs import through_logits
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch

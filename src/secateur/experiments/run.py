@@ -58,7 +58,6 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    allow_untrained: bool = False,
 ) -> RunResult:
     """Prune the network that `config` names, and write a run folder; see `run_folder`.
 
@@ -69,7 +68,7 @@ def run(
     """
     run_context = run_context or RunContext()
     check_names(config)
-    check_weights(config, allow_untrained=allow_untrained)
+    check_weights(config)
     with lock_folder(folder):
         check_replaceable(folder)
         is_resumed = resume and run_folder.is_run(folder)

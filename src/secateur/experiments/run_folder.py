@@ -39,10 +39,11 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
-from secateur.graph.outputs import logits_of, through_logits
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
+from secateur.models.outputs import through_logits
 from secateur.models.state_dict import load_state
+from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -143,7 +144,8 @@ def save(
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     model, folder = unwrapped(model), Path(folder)
-    network = through_logits(model, forward, torch.zeros(2, *image_shape))
+    example = torch.zeros(2, *image_shape)
+    network = through_logits(model, forward, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 

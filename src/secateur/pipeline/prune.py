@@ -126,6 +126,8 @@ def _collect(
     if unreadable:
         this.run_context.log.write("unreadable", files=unreadable)
     result = RunResult(
+        task=this.context.task,
+        has_labels=this.dataset.has_labels,
         command=this.run_context.command,
         config=this.config,
         environment=environment(),
@@ -154,9 +156,11 @@ def _collect(
         finetuning=None,
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
-        notes=notes,
+        notes=(*notes, *this.notes),
     )
-    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies)
+    return Pruned(
+        cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
+    )
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:
@@ -175,7 +179,7 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
         "notes": earlier.result.notes,
     }
     result = later.result.model_copy(update=changes)
-    return Pruned(later.model, plan, result, earlier.latency, earlier.dependencies)
+    return replace(earlier, model=later.model, plan=plan, result=result)
 
 
 def _sorted_union(*names: Iterable[str]) -> tuple[str, ...]:

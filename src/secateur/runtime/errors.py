@@ -9,6 +9,7 @@
     ├── DataError            a data set that is missing, empty or unreadable
     │   └── UnreadableImage  image files that are damaged or missing; may be skipped
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
+    ├── AccuracyError        an original network that does not fit its test images
     ├── TraceError           a network whose dependency graph can't be read
     ├── CutError             a pruned network whose outputs are wrong
     ├── NotFiniteError       weights or activations that are NaN or Inf
@@ -76,6 +77,10 @@ class UnreadableImage(DataError):
 
 class WeightsError(SecateurError):
     """The weight file is missing, can't be read safely, or does not fit the network."""
+
+
+class AccuracyError(SecateurError):
+    """The original network is no better than chance, or its classes are in another order."""
 
 
 class TraceError(SecateurError):

@@ -119,7 +119,7 @@ def train(
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
         stream = training_stream(data, settings, seed)
-        loss = DistillationLoss(model, teacher, settings, accelerator, sums)
+        loss = DistillationLoss(model, teacher, settings, accelerator, sums, data.task)
         run = _Run(model, loss, stream, settings, accelerator, callbacks, checkpoints)
         run.resume()
         try:
