@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from secateur import data
@@ -9,6 +10,7 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.outputs import through_logits
 from secateur.models import user_code, zoo
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime.errors import DataError, UsageError
@@ -56,6 +58,9 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         new_head=new_head,
         seed=config.seed,
     )
+    if user_code.is_user_code(config.model.name):
+        size = preprocessing_of(config).image_size
+        model = through_logits(model, None, torch.zeros(2, 3, size, size))
     return dataset, model
 
 
