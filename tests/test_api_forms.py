@@ -108,8 +108,8 @@ def test_a_target_that_is_none_is_refused_at_once(target: Any) -> None:
 @pytest.mark.parametrize(
     ("criterion", "name"),
     [
-        (lambda weights: weights.flatten(1).abs().sum(1), "<lambda>"),
-        (lambda weights: weights.abs().sum((1, 2, 3)).tolist(), "<lambda>"),
+        (lambda kernels: kernels.abs().sum(1), "<lambda>"),
+        (lambda kernels: kernels.flatten(1).abs().sum(1).tolist(), "<lambda>"),
         (PositiveWeights(), "PositiveWeights"),
         (PositiveWeights, "PositiveWeights"),
     ],
@@ -125,8 +125,8 @@ def test_a_criterion_is_an_object_or_a_function(images: Tensor, criterion: Any, 
     ("criterion", "message"),
     [
         (5, "int is not one: it lacks needs, reset, update, state, compute"),
-        (lambda weights: weights.sum(), r"one score for each of 8 filters; it returned \[\]"),
-        (lambda weights: weights.abs().sum(9), r"weights \[8, 3, 3, 3\] of '0' and fails: IndexE"),
+        (lambda kernels: kernels.sum(), r"must return 8 scores, .*; it returned \[\]"),
+        (lambda kernels: kernels.sum((1, 2)), r"gets kernels \[8, 27\], .* and fails: IndexError"),
         ("memory:mine", "was passed from Python"),
     ],
 )

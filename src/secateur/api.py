@@ -165,7 +165,7 @@ def prune(
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
-            may be a `Criterion`, or a function of a layer's weights that scores each filter.
+            may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
         forward: `forward(model, images)` returns the logits, for networks that take or return

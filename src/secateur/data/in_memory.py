@@ -262,8 +262,8 @@ def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
     shapes = " and ".join(str(list(part.shape)) for part in inputs)
     channels = batch[0].shape[batch[0].ndim - form.dims - 1]
     return (
-        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and secateur.prune takes "
-        "one: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
+        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and one is "
+        "needed: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
         f"model(x[:, :{channels}], x[:, {channels}:])"
     )
 
