@@ -19,7 +19,7 @@ from secateur.data import FileImages, TensorImages
 from secateur.data.images import stored_size
 from secateur.data.preprocessing import Preprocessing, to_grey
 from secateur.experiments import run as runs
-from secateur.experiments import run_folder
+from secateur.experiments.manifest import read_manifest
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.inputs import describe_inputs, load_inputs, resolve_config
 from secateur.runtime.errors import DataError, UsageError
@@ -204,7 +204,7 @@ def test_grey_networks_are_pruned_saved_and_loaded_as_from_python(tmp_path: Path
     result = runs.run(config, tmp_path / "run")
     assert any("grey" in notice for notice in result.notices)
     dataset, model = load_inputs(config)
-    manifest = run_folder.read_manifest(tmp_path / "run")
+    manifest = read_manifest(tmp_path / "run")
     assert manifest.image_shape == (1, 16, 16)
     images = torch.rand(2, 1, 16, 16)
     program = secateur.load_program(tmp_path / "run")

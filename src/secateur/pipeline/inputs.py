@@ -10,7 +10,6 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
-from secateur.graph.outputs import through_logits
 from secateur.models import user_code, zoo
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
