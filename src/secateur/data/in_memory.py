@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from secateur.runtime.errors import DataError
+from secateur.runtime.torch_internals import Convolution
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
@@ -52,8 +53,7 @@ class Form:
 
 def form_of(model: nn.Module, *, is_free: bool) -> Form:
     """Return what an image is for a network, as its first convolution tells."""
-    kind = nn.modules.conv._ConvNd
-    first = next((module for module in model.modules() if isinstance(module, kind)), None)
+    first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
     return Form(2 if first is None else len(first.kernel_size), is_free)
 
 
