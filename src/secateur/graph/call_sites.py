@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jaxtyping
 import torch
 from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
@@ -24,9 +25,11 @@ _LIBRARIES = tuple(
         Path(torch.__file__).parent,
         Path(__file__).parents[1],
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
+        Path(jaxtyping.__file__).parent,
     )
 )
-"""Their lines are not the user's; the functions of torchvision.ops are operations themselves."""
+"""Their lines are not the user's; the functions of torchvision.ops are operations themselves, and
+jaxtyping wraps functions of this package."""
 
 
 class RecordCallSites(TorchFunctionMode):

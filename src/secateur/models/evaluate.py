@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.data import Batch
 from secateur.data.batches import check_labels
 from secateur.graph.module_state import as_input, evaluating
-from secateur.graph.wrappers import require_module
+from secateur.graph.wrappers import without_wrappers
 from secateur.models.score import Score
 from secateur.runtime import distributed
 from secateur.runtime.error_messages import explain
@@ -33,7 +33,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
     process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
     if a label lies outside the network's classes.
     """
-    model = require_module(model)
     correct = torch.zeros(2, dtype=torch.int64)
     losses: list[float] = []
     count = 0
@@ -41,7 +40,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | No
 
     def measure() -> tuple[int, float]:
         assert example is not None
-        macs = count_macs(model, example[:1])
+        macs = count_macs(without_wrappers(model), example[:1])
         return macs, latency_ms(model, example) if known_ms is None else known_ms
 
     with torch.inference_mode():

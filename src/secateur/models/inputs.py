@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.data.in_memory import Form
 from secateur.graph.forward import with_forward
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
@@ -69,7 +69,7 @@ def _named_logits(output: object) -> object:
 
 def _try(network: nn.Module, images: Tensor) -> object:
     """Return the network's output; raise `UsageError` that says why it can't take the images."""
-    images = images[:FEW].to(device_of(network))
+    images = as_input(network, images[:FEW])
     try:
         with evaluating(network), torch.inference_mode():
             output: object = network(images)
