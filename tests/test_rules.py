@@ -32,7 +32,7 @@ Step = Callable[[Any, Tensor], Tensor]
 FIXED = "combined with a value of fixed size"
 NUMBER = "sized by a number in the network's code"
 ELSE = "with fewer channels the network's code does something else"
-REORDERED = "reordered by number in the network's code"
+ORDER = "the order or the number of the channels matters"
 UNREAD = "read by no convolution or linear layer"
 POSITIONS = "pooled over as if they were positions"
 KERNEL = "read by a kernel of fixed size"
@@ -169,6 +169,12 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             w=parameter(8, 8, 1, 1),
         ),
     ),
+    "backwards": (8, lambda: network(lambda m, x: x.flip(1))),
+    "normalised by a function": (8, lambda: network(lambda m, x: F.normalize(x))),
+    "a product with a matrix": (
+        8,
+        lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
+    ),
     "one minus": (8, lambda: network(lambda m, x: 1 - x)),
     "a lower bound that is a parameter": (
         8,
@@ -245,13 +251,13 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         NUMBER,
         lambda: network(lambda m, x: torch.cat([x[:, 4:], x[:, :4]], 1)),
     ),
-    "a tensor of a fixed size": (FIXED, lambda: network(lambda m, x: x + torch.zeros(8, 1, 1))),
+    "a tensor of a fixed size": (NUMBER, lambda: network(lambda m, x: x + torch.zeros(8, 1, 1))),
     "a tensor that is no parameter": (
         FIXED,
         lambda: network(lambda m, x: x * m.q, q=torch.rand(8, 1, 1, dtype=torch.float64)),
     ),
     "expanded to a number": (
-        FIXED,
+        NUMBER,
         lambda: network(lambda m, x: x * x.mean(1, keepdim=True).expand(-1, 8, -1, -1)),
     ),
     "an offset repeated": (
@@ -260,7 +266,7 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     ),
     "every other channel": ("every n-th channel", lambda: network(lambda m, x: x[:, ::2], 4)),
     "picked by a list": (
-        "no rule for the operation 'index'",
+        ORDER,
         lambda: network(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
     ),
     "another operation for eight channels": (
@@ -291,22 +297,16 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
             conv=nn.Conv2d(8, 8, 1),
         ),
     ),
-    "rolled over channels": (REORDERED, lambda: network(lambda m, x: torch.roll(x, 1, 1))),
-    "backwards": (REORDERED, lambda: network(lambda m, x: x.flip(1))),
+    "rolled over channels": (ORDER, lambda: network(lambda m, x: torch.roll(x, 1, 1))),
     "mean over channels": (UNREAD, lambda: network(lambda m, x: x.mean(1, keepdim=True), 1)),
-    "sorted": ("no rule for the operation 'sort'", lambda: network(lambda m, x: x.sort(1)[0])),
+    "sorted": (ORDER, lambda: network(lambda m, x: x.sort(1)[0])),
     "summed one after the other": (
-        "no rule for the operation 'cumsum'",
+        ORDER,
         lambda: network(lambda m, x: x.cumsum(1)),
     ),
     "divided by the sum of all": (
         "reduced over every dimension",
         lambda: network(lambda m, x: x / x.sum()),
-    ),
-    "normalised by a function": (FIXED, lambda: network(lambda m, x: F.normalize(x))),
-    "a product with a matrix": (
-        PRODUCT,
-        lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
     ),
     "a product with itself": (
         PRODUCT,
@@ -523,7 +523,7 @@ def doubling() -> Callable[[Tensor], Tensor]:
 def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tensor]) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(3).double()
     reasons = [frozen.reason for frozen in build_dependency_graph(model, images[:2]).frozen]
-    assert "no rule for the operation 'secateur_test::double'" in reasons
+    assert any("no rule for the operation 'secateur_test::double'" in why for why in reasons)
 
     dependencies = build_dependency_graph(
         model, images[:2], rules={"secateur_test::double": elementwise.keep}

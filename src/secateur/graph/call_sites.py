@@ -24,6 +24,7 @@ _LIBRARIES = tuple(
     for path in (
         Path(torch.__file__).parent,
         Path(__file__).parents[1],
+        Path(jaxtyping.__file__).parent,  # wraps functions of this package
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
         Path(jaxtyping.__file__).parent,
     )

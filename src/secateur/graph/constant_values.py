@@ -18,6 +18,7 @@ from secateur.runtime.torch_internals import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
+    ShapeEnv,
     TensorKeyDictionary,
     schema_of,
     tree_leaves,
@@ -45,7 +46,7 @@ class ConstantReadingMode(FakeTensorMode):
     """
 
     def __init__(self, images: int) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self._images = images
         self._constants: Any = TensorKeyDictionary()
         """Fake tensor -> its real values, or the operation that computes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def call_like(
     node = graph.call_function(target, args, kwargs)
     node.meta = {**like.meta}
     values = [source.meta["val"] for source in node.all_input_nodes]
-    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
     fake_args, fake_kwargs = map_arg((args, kwargs), lambda source: source.meta["val"])
-    with mode, torch.no_grad():
+    with next(modes, nullcontext()), torch.no_grad():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node

@@ -22,11 +22,13 @@ from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
 from secateur.graph.groups import Reason
 from secateur.graph.network_graph import NetworkGraph, operation_name
+from secateur.graph.unknown_sizes import has_unknown_size
 from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.errors import UsageError
 
 POINTWISE = "pointwise"
 """In a table of rules: operations without a rule that PyTorch tags as pointwise."""
+UNKNOWN_SIZE = "of a size that depends on the values"
 Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
 """Returns the ids along each dimension of an operation's value, or of each of its values."""
 
@@ -104,6 +106,8 @@ class ChannelPropagation:
             self.axes[node] = (None,) * value.dim()
 
     def _rule_of(self, node: Node) -> Rule:
+        if has_unknown_size(node):
+            return lambda propagation, node: propagation.freeze_inputs(node, UNKNOWN_SIZE)
         rule = self._rules.get(operation_name(node))
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = self._rules[POINTWISE]

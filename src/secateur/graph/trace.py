@@ -27,6 +27,7 @@ from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
 from secateur.graph.products import products_as_layers
 from secateur.graph.rules import RULES
+from secateur.graph.unknown_sizes import replace_unknown_sizes
 from secateur.graph.writes import remove_writes
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import (
@@ -89,6 +90,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
         mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
+    replace_unknown_sizes(graph)
     remove_writes(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
     products_as_layers(graph, image)
@@ -101,6 +103,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
             _check_is_outside(constants[node], model)
+            node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
             _name_arguments_by_position(node)
     returned = nodes[-1].args[0]
@@ -124,8 +127,11 @@ def _recorded(
     def is_replaced(operation: object) -> bool:
         if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
             return False
-        name = schema_of(operation).name.removeprefix("aten::").removesuffix("_")
-        return name not in whole and is_composite(operation)
+        written = schema_of(operation).name.removeprefix("aten::")
+        name = written if written.startswith("__") else written.removesuffix("_")
+        # What writes in place and has no other form would be composed by memory addresses.
+        has_other_form = name == written or hasattr(torch.ops.aten, name)
+        return name not in whole and has_other_form and is_composite(operation)
 
     record = partial(
         make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False

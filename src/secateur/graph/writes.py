@@ -28,6 +28,7 @@ def remove_writes(graph: Graph) -> None:
     """
     written: set[Node] = set()
     position = {node: number for number, node in enumerate(graph.nodes)}
+    has_new_views = False
     for node in list(graph.nodes):
         target = node.target
         if not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
@@ -43,6 +44,7 @@ def remove_writes(graph: Graph) -> None:
             others = [view for view in others if position.get(view, -1) < position[node]]
             if any(_is_read_after(node, view, position) for view in others if view is not value):
                 result = _replace_all_views(graph, node, value, new, written)
+                has_new_views = True
                 position = {n: number for number, n in enumerate(graph.nodes)}
             else:
                 result = new
@@ -51,6 +53,8 @@ def remove_writes(graph: Graph) -> None:
                 for user in [user for user in node.users if user in position]:
                     if position[user] > position.get(result, position[node]):
                         user.replace_input_with(node, result)
+    if has_new_views:
+        graph.eliminate_dead_code()
 
 
 def _changed_values(node: Node) -> list[Node]:
@@ -194,24 +198,33 @@ def _replace_all_views(
         whole = _put_back(add, current, source, whole)
         written.add(whole)
         current = source
-    replacements = {base: whole}
-    for view in views[1:]:
-        source = _viewed(view, written)
-        assert source is not None
-        if view.target is operator.getitem:
-            pieces = add(
-                first_input(view).target, replacements[source], *first_input(view).args[1:]
-            )
-            replacements[view] = add(operator.getitem, pieces, view.args[1])
-        elif gives_its_input(view):
-            replacements[view] = replacements[source]
-        else:
-            replacements[view] = add(view.target, replacements[source], *view.args[1:])
-    for view, replacement in replacements.items():
-        for user in list(view.users):
-            if user not in added and position.get(user, -1) > position[write]:
-                user.replace_input_with(view, replacement)
-    return replacements[value]
+    replacements = {base: _standing_for(base, whole)}
+
+    def replacement(view: Node) -> Node:
+        """Return a view, taken from the new value."""
+        if view not in replacements:
+            source = _viewed(view, written)
+            assert source is not None
+            new = replacement(source)
+            if view.target is operator.getitem:
+                pieces = first_input(view)
+                new = add(operator.getitem, add(pieces.target, new, *pieces.args[1:]), view.args[1])
+            elif not gives_its_input(view):
+                new = add(view.target, new, *view.args[1:])
+            replacements[view] = _standing_for(view, new)
+        return replacements[view]
+
+    for view in views:
+        users = [user for user in view.users if position.get(user, -1) > position[write]]
+        for user in users:
+            user.replace_input_with(view, replacement(view))
+    return replacement(value)
+
+
+def _standing_for(node: Node, new: Node) -> Node:
+    """Return a new node with another one's value, whose memory tells what its views are."""
+    new.meta["val"] = node.meta["val"]
+    return new
 
 
 def _put_back(add: Callable[..., Node], view: Node, source: Node, new: Node) -> Node:

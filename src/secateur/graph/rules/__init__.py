@@ -24,7 +24,6 @@ _POOLING = (
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
     *("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
-    *("fractional_max_pool2d", "fractional_max_pool3d"),
 )
 _UPSAMPLING = (
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
@@ -39,8 +38,8 @@ _REDUCING = (
 )
 _PICKING = ("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue")
 _ALONG = (
-    *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", "renorm"),
-    *("_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_cross", "unfold_backward", "index_fill"),
+    *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk"),
+    *("_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_cross", "index_fill"),
 )
 _PRODUCTS = (
     *("matmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "tensordot", "inner"),
@@ -63,10 +62,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), layers.recurrent),
     POINTWISE: elementwise.combine,
     **dict.fromkeys(_KEEPING, elementwise.keep),
+    **dict.fromkeys(("floor_divide", "complex", "polar"), elementwise.combine),
     **dict.fromkeys(("copy", "fill"), elementwise.copy),
     **dict.fromkeys(("bucketize", "searchsorted"), elementwise.lookup),
     **dict.fromkeys(("add", "sub"), elementwise.add),
     **dict.fromkeys(_POOLING, elementwise.pool),
+    **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), elementwise.random_pool),
     **dict.fromkeys(_UPSAMPLING, elementwise.upsample),
     **dict.fromkeys(_REDUCING, elementwise.reduce),
     **dict.fromkeys(("softmax", "log_softmax"), elementwise.normalise),
@@ -83,7 +84,7 @@ RULES: dict[str, Rule] = {
     "unbind": shapes.unbind,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), shapes.split),
     "slice": shapes.slice_,
-    "pad": shapes.pad,
+    **dict.fromkeys(("pad", "constant_pad_nd"), shapes.pad),
     "flatten": shapes.flatten,
     "unflatten": shapes.unflatten,
     **dict.fromkeys(("view", "reshape", "reshape_as", "view_as", "_unsafe_view"), shapes.reshape),

@@ -48,7 +48,10 @@ def _combined(
         if known:
             result[-dim] = known[0]
             for ids in known[1:]:
-                couple(known[0], ids)
+                if propagation.are_copies(ids):
+                    propagation.couple(known[0], ids, "")
+                else:
+                    couple(known[0], ids)
     return tuple(result)
 
 
@@ -114,6 +117,15 @@ def lookup(propagation: ChannelPropagation, node: Node) -> Axes:
 def pool(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
     """Pooling: channels must lie along dimension 1."""
     return _over_positions(propagation, node, "pooled over as if they were positions")
+
+
+def random_pool(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
+    """Pooling over windows that random numbers choose for each channel."""
+    axes, samples = propagation.axes[first_input(node)], argument(node, "random_samples")
+    propagation.couple(axes[1], propagation.axes[samples][1], "pooled at random for each channel")
+    propagation.freeze(axes[2:], "pooled over as if they were positions")
+    value: Any = node.meta["val"]
+    return [(*axes[:2], *(None for _ in axes[2:]))] * len(value)
 
 
 def upsample(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
