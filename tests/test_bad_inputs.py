@@ -162,11 +162,15 @@ def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
 
 
-class Twice(nn.Sequential):
+class Twice(nn.Module):
     """Returns its output twice."""
 
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = super().forward(images)
+        outputs = self.body(images)
         return outputs, outputs
 
 
@@ -620,7 +624,11 @@ CASES: dict[str, Callable[[Desk], object]] = {
         network(), images(), settings={"round_to": 8}
     ),
     "a number of epochs is none": lambda desk: secateur.prune(network(), images(), epochs=True),
-    "the criterion is none": lambda desk: secateur.prune(network(), images(), criterion=5),
+    "the criterion is none": lambda desk: secateur.prune(
+        network(),
+        images(),
+        criterion=5,  # type: ignore[arg-type]
+    ),
     "a criterion returns other scores": lambda desk: secateur.prune(
         network(), images(), criterion=lambda kernels: kernels.sum()
     ),
