@@ -225,4 +225,8 @@ def test_progress_is_shown_on_request(
     secateur.prune(model, [images])
     assert capfd.readouterr() == ("", "")
     secateur.prune(model, [images], progress=True)
-    assert capfd.readouterr().out == ""
+    out, err = capfd.readouterr()
+    assert out == ""
+    stages, *lines = err.splitlines()
+    assert stages.startswith("stages: score original → score filters and cut → refit; about ")
+    assert len(lines) == 3

@@ -133,9 +133,10 @@ def message_of(case: Callable[[Desk], object], desk: Desk) -> str:
     error = raised.value
     if isinstance(error, SystemExit):
         assert error.code in (1, 2)
-        start, _, message = said.getvalue().partition(" ")
+        last = said.getvalue().splitlines()[-1]  # after the lines of the stages that have ended
+        start, _, message = last.partition(" ")
         assert start == "error:"
-        return message.removesuffix("\n")
+        return message
     return str(error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,19 +29,24 @@ from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
-from secateur.graph.module_state import device_of
 from secateur.graph.network_graph import Forward
-from secateur.graph.outputs import with_logits
+from secateur.graph.working_copy import like_original, working_copy
+from secateur.graph.wrappers import unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
+from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.outputs import with_logits
+from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
+from secateur.models.task import look_at_outputs, make_task
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import no_progress, progress_bars
+from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
 
@@ -64,7 +68,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels top-1 is the fraction of images that get the original network's class."""
+    Without labels `top1_fraction` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -171,7 +175,8 @@ def prune(
         max_images: the most images to read: a random sample of a larger `Dataset`, the first of
             any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
-        progress: whether to show progress bars on stderr.
+        progress: whether to print the stages with their times to stderr, with bars where it is a
+            terminal or a notebook with ipywidgets.
 
     Raises `DataError` if the images are not such tensors, `UsageError` or `UnknownName` for
     settings that don't exist, and `SecateurError` if the network can't be traced or pruned.
@@ -185,31 +190,30 @@ def prune(
     >>> pruned.model(images[:1]).shape
     torch.Size([1, 10])
     """
+    model = unwrapped(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = _tables(type(model).__name__, target, name, concepts)
+    tables = _tables(model, target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = _make_config(tables, settings or {}, parts)
-    on_cpu = model
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        on_cpu = copy.deepcopy(model).cpu()
-    original = with_logits(on_cpu, forward, calibration.pixels)
-    dataset, notes = _make_dataset(original, parts, config.data.batch_size, class_names)
-    show = progress_bars if progress else no_progress
-    run_context = RunContext(show, criterion=passed_criterion)
+    original = with_logits(working_copy(model, calibration.pixels[:2]), forward, calibration.pixels)
+    dataset = _labelled(parts, original, config, class_names)
+    run_context = RunContext(criterion=passed_criterion)
+    if progress:
+        lines = StageLines(print_to_stderr)
+        run_context = replace(run_context, progress=bars_if_live(), lines=lines)
+        show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
-    pruned = replace(pruned, result=pruned.result.model_copy(update={"notes": notes}))
-    smaller = copy.deepcopy(without_forward(pruned.model))
     return PruneResult(
-        model=smaller.to(device_of(model)).eval(),
+        model=like_original(without_forward(pruned.model), model).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,
-        has_labels=parts.has_labels,
+        has_labels=dataset.has_labels,
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
@@ -237,7 +241,16 @@ def evaluate(
     if first is None:
         raise DataError("images: there are none")
     network = with_logits(model, forward, first.images)
-    return evaluation.evaluate(network, itertools.chain([first], batches), known_ms=known_ms)
+    outputs = look_at_outputs(network, first.images)
+    labels, _ = read_labels(first.labels, outputs)
+    task = make_task(outputs, [labels])
+
+    def read() -> Iterator[Batch]:
+        for batch in itertools.chain([first], batches):
+            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            yield replace(batch, labels=labels)
+
+    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
 
 
 def _labelled_batches(
@@ -271,31 +284,32 @@ def _labelled_batches(
         yield joined()
 
 
-def _make_dataset(
-    original: nn.Module, parts: Parts, batch_size: int, class_names: Sequence[str]
-) -> tuple[DataSet, tuple[str, ...]]:
-    """Return the parts as a data set, and what to know of them.
-
-    Images without labels get the original's classes. Raises `UsageError` if the network returns no
-    logits.
-    """
-
-    def labelled(images: ImagesInMemory) -> NormalisedImages:
-        labels = images.labels if parts.has_labels else None
-        if labels is None:
-            labels = evaluation.predict_classes(original, images.pixels, batch_size)
-        return NormalisedImages(images.pixels, labels)
-
-    with torch.no_grad():
-        classes = evaluation.compute_logits(original, parts.score.pixels[:2]).shape[1]
-    dataset = DataSet(
+def _labelled(
+    parts: Parts, original: nn.Module, config: RunConfig, class_names: Sequence[str]
+) -> DataSet:
+    """Return the parts as a data set, labelled with the original's classes if need be."""
+    outputs = look_at_outputs(original, parts.score.pixels)
+    images = (parts.score, parts.validation, parts.test)
+    notes: tuple[str, ...] = ()
+    if parts.has_labels:
+        raw_labels = [part.labels for part in images if part.labels is not None]
+        labels, notes = read_all_labels(raw_labels, outputs, config.model.task)
+        notes += _class_notes(labels[0], outputs.columns, parts.score)
+    else:
+        task, size = make_task(outputs, kind=config.model.task), config.data.batch_size
+        labels = tuple(evaluation.predict_classes(original, p.pixels, size, task) for p in images)
+    train, validation, test = (
+        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
+    )
+    return DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
-        train=labelled(parts.score),
-        validation=labelled(parts.validation),
-        test=labelled(parts.test),
+        train=train,
+        validation=validation,
+        test=test,
+        has_labels=parts.has_labels,
+        notes=notes,
     )
-    return dataset, _notes(parts.score, classes)
 
 
 def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
@@ -308,10 +322,13 @@ def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
             raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
 
 
-def _tables(network: str, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
+def _tables(model: nn.Module, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name."""
     return {
-        "model": {"name": f"{zoo.IN_MEMORY}:{network}"},
+        "model": {
+            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
+            "allow_untrained": looks_untrained(model),
+        },
         "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": str(parse_budget(target))},
@@ -360,17 +377,15 @@ def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _notes(images: ImagesInMemory, classes: int) -> tuple[str, ...]:
-    """Return what to know of images that a network of so many classes is pruned with."""
-    if images.labels is None or not images.is_from_front:
-        return ()
-    shown = len(images.labels.unique())
-    if shown >= FEW_CLASSES * classes:
+def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:
+    """Return what to say if images that were not drawn at random show few of the classes."""
+    shown = len(labels.unique())
+    if labels.ndim > 1 or not images.is_from_front or shown >= FEW_CLASSES * outputs:
         return ()
     return (
-        f"The images show {shown} of the network's {classes} classes, and filters that only the "
-        "others need look useless. If the images come sorted by class, shuffle them, or pass the "
-        "Dataset itself, of which a random sample is read.",
+        f"The {len(labels)} images show {shown} of the network's {outputs} classes, and filters "
+        "that only the others need look useless. If the images come sorted by class, shuffle them, "
+        "or pass the Dataset itself, of which a random sample is read.",
     )
 
 
@@ -380,7 +395,7 @@ def _summary(result: PruneResult) -> str:
     config = result.result.config
     name = config.model.name.partition(":")[2]
     criterion = config.score.criterion.removeprefix(f"{zoo.IN_MEMORY}:")
-    unit = "" if result.has_labels else "; top-1 is agreement with the original network"
+    unit = "" if result.has_labels else " (no labels: agreement alone is known)"
     return (
         f"{name} pruned to {config.plan.target} by {criterion}: {removed} of "
         f"{filters} prunable filters removed{unit}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -62,7 +62,8 @@ class ImagesInMemory:
     """Images as the network takes them."""
 
     pixels: Float[Tensor, "image channel *position"]
-    labels: Int[Tensor, "image"] | None
+    labels: Shaped[Tensor, "image *label"] | None
+    """As they were passed; see `models.labels`."""
     is_from_front: bool = False
     """Whether they came in the order of an iterable, which may be sorted by class."""
 
@@ -132,6 +133,12 @@ def read_images(
         raise DataError(f"{name}: there are none")
     if labels and len(labels) < len(pixels):
         raise DataError(f"{name}: some come with labels and some without")
+    shapes = sorted({tuple(part.shape[1:]) for part in labels})
+    if len(shapes) > 1:
+        raise DataError(
+            f"{name}: labels {list(shapes[0])} and {list(shapes[-1])} of one image each: all must "
+            "have one form"
+        )
     return ImagesInMemory(
         torch.cat(pixels)[:most],
         torch.cat(labels)[:most] if labels else None,
@@ -142,7 +149,7 @@ def read_images(
 def read_batches(
     source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield float32 images `[image, channel, …]` of one size, with class numbers or None.
+    """Yield float32 images `[image, channel, …]` of one size, with labels or None.
 
     Of a `Dataset` of more than `most` items only a random sample is read.
     """
@@ -150,7 +157,7 @@ def read_batches(
     for batch in _items(source, name, most, seed):
         raw_images, raw_labels = _parts(batch, form, name)
         pixels = _tensor_of(raw_images, form, name)
-        labels = None if raw_labels is None else _class_numbers(raw_labels, name)
+        labels = None if raw_labels is None else _as_tensor(raw_labels, name)
         images = _as_batch(pixels, labels, form, name, is_single=batch is not source)
         if shape is not None and images.shape[1:] != shape:
             raise DataError(
@@ -159,7 +166,8 @@ def read_batches(
             )
         shape = images.shape[1:]
         if labels is not None:
-            labels = labels.reshape(-1)
+            if not labels.ndim or (len(images) == 1 and len(labels) != 1):
+                labels = labels[None]  # of a single image
             if len(labels) != len(images):
                 raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
         yield images, labels
@@ -211,7 +219,8 @@ def _is_batch(source: object) -> bool:
         isinstance(images, Tensor | np.ndarray)
         and isinstance(labels, Tensor | np.ndarray)
         and images.ndim > 2
-        and labels.shape == images.shape[:1]
+        and labels.shape[:1] == images.shape[:1]
+        and labels.ndim <= 2
     )
 
 
@@ -343,8 +352,8 @@ def _as_batch(
     )
 
 
-def _class_numbers(labels: Any, name: str) -> Tensor:
-    """Return labels as class numbers, one or a batch of them."""
+def _as_tensor(labels: Any, name: str) -> Tensor:
+    """Return labels of one image or of a batch as they are, as a tensor."""
     if isinstance(labels, list | tuple) and any(isinstance(label, Tensor) for label in labels):
         labels = [label.item() if label.numel() == 1 else label for label in labels]
     try:
@@ -354,4 +363,4 @@ def _class_numbers(labels: Any, name: str) -> Tensor:
         raise DataError(
             f"{name}: labels must be class numbers, not {first!r} ({type(first).__name__})"
         ) from error
-    return numbers.detach().cpu().long()
+    return numbers.detach().cpu()

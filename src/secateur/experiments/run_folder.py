@@ -39,8 +39,11 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
-from secateur.graph.outputs import logits_of, through_logits
-from secateur.models import user_code, zoo
+from secateur.graph.wrappers import unwrapped
+from secateur.models import published, user_code, zoo
+from secateur.models.outputs import through_logits
+from secateur.models.state_dict import load_state
+from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -49,6 +52,8 @@ from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
+TRANSFORM = "transform_input"
+"""Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,9 @@ def save(
     True
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
-    folder = Path(folder)
-    network = through_logits(model, forward, torch.zeros(2, *image_shape))
+    model, folder = unwrapped(model), Path(folder)
+    example = torch.zeros(2, *image_shape)
+    network = through_logits(model, forward, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 
@@ -186,6 +192,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
         ),
         image_shape=origin.image_shape,
+        transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         forward=name_of(forward_of(model)),
@@ -227,7 +234,7 @@ def load(
             raise TraceError(f"{error}; if the run was made with forward=, pass it here") from error
     smaller = apply_plan(model, dependencies, plan)
     try:
-        smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
+        load_state(smaller, _tensors(contents, WEIGHTS))
     except RuntimeError as error:
         cause = str(error).splitlines()
         raise RunFolderError(
@@ -248,7 +255,11 @@ def _unpruned(manifest: Manifest) -> nn.Module:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    return zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    published.set_image_size(model, manifest.image_shape[1])
+    if hasattr(model, TRANSFORM):
+        setattr(model, TRANSFORM, manifest.transform_input)
+    return model
 
 
 def _known_forward(manifest: Manifest, folder: Path) -> Forward | None:

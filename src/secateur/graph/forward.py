@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from secateur.graph.module_state import unwrapped
 from secateur.graph.network_graph import Forward
+from secateur.graph.wrappers import unwrapped
 from secateur.runtime.errors import UsageError
 
 

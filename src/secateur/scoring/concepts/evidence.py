@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.graph.taps import as_maps
@@ -30,17 +29,21 @@ _HEAD = {"flatten", "view", "reshape", "dropout"}
 class Evidence(ConceptSource):
     """The quarter of the last feature map's cells that is the strongest evidence for the class.
 
-    The class is the label if there is one, else the network's prediction.
+    The class is the label if there is one, else the network's prediction; of several labels it is
+    the surest, see `Task.evidence`.
     """
 
     def __init__(self, context: SourceContext) -> None:
-        outputs = int(context.graph.output.meta["val"].shape[1])
+        outputs = context.task.concept_count(context.graph.output)
         names = context.class_names
         unnamed = (f"class {number}" for number in range(len(names), outputs))
+        self._task = context.task
         self._classes = (*names, *unnamed)
         self._map = last_map(context.graph)
         kernel = _linear_head(context.graph, self._map)
-        self._rows = None if kernel is None else context.state[kernel].float()
+        self._rows = (
+            None if kernel is None else context.task.concept_rows(context.state[kernel].float())
+        )
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -76,17 +79,11 @@ class Evidence(ConceptSource):
         Raises `DataError` if a label is not one of the network's classes.
         """
         assert concept_input.value is not None
-        classes = (
-            concept_input.logits.detach().argmax(1)
-            if concept_input.labels is None
-            else concept_input.labels
-        )
-        check_labels(classes, concept_input.logits.shape[1])
+        logits, classes = self._task.evidence(concept_input.logits, concept_input.labels)
         if self._rows is not None:
             weights = self._rows[classes]  # [image, channel]
         else:
-            chosen = concept_input.logits.gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, concept_input.value, retain_graph=True)
+            (gradient,) = torch.autograd.grad(logits.sum(), concept_input.value, retain_graph=True)
             weights = as_maps(gradient).float().mean(dim=(2, 3))
         value = as_maps(concept_input.value.detach())
         # A matrix product may round differently in batches of another size.
