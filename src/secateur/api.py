@@ -44,6 +44,7 @@ from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
@@ -121,7 +122,8 @@ class PruneResult:
             )
             for line in (head, *rows)
         ]
-        return "\n".join([_summary(self), *lines, _counts(self), *self.result.notices])
+        outcome = verdict(self.result)
+        return "\n".join([_summary(self), *lines, outcome, _counts(self), *self.result.notices])
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -135,7 +137,7 @@ class PruneResult:
         table = Markup(
             "<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
         ).format(_summary(self), heads, body)
-        notes = (_counts(self), *self.result.notices)
+        notes = (verdict(self.result), _counts(self), *self.result.notices)
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 

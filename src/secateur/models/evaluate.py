@@ -109,6 +109,8 @@ def evaluate_and_predict(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         latency_ms=time_ms,
         agreement_fraction=None if original is None else counts.agreed / counts.decisions,
+        lost=None if original is None else counts.lost,
+        gained=None if original is None else counts.gained,
     )
     return score, tally.predictions()
 
@@ -120,6 +122,8 @@ class _Counts(NamedTuple):
     top1: int
     top5: int
     agreed: int
+    lost: int
+    gained: int
 
 
 class _Tally:
@@ -151,11 +155,17 @@ class _Tally:
         self.class_count = logits.shape[-1]
         hits = ranked == labels[..., None]
         predicted = predict(logits)
-        agreed = torch.zeros((), dtype=torch.int64)
+        compared = [torch.zeros((), dtype=torch.int64)] * 3
         if self._original is not None:
-            agreed = (self._original.classes[batch.indices] == predicted.cpu()).sum()
+            before, now = self._original.classes[batch.indices], predicted.cpu()
+            was_right, is_right = before == batch.labels, now == batch.labels
+            compared = [
+                (before == now).sum(),
+                (was_right & ~is_right).sum(),
+                (is_right & ~was_right).sum(),
+            ]
         top1, top5 = hits[..., 0].sum().cpu(), hits.sum().cpu()
-        self._counts += torch.stack([torch.tensor(labels.numel()), top1, top5, agreed])
+        self._counts += torch.stack([torch.tensor(labels.numel()), top1, top5, *compared])
         self._losses.append(float(loss))
         self._images += len(labels)
         self._seen.append((batch.indices, predicted.cpu(), batch.labels))
