@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.runtime.errors import TargetError, UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
@@ -110,13 +102,6 @@ class ModelSection(Section):
     """Number of outputs of the classifier; by default the number of classes of the data."""
 
 
-def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the values; raise `ValueError` unless there are one, for grey, or three."""
-    if len(values) not in (1, 3):
-        raise ValueError(f"give three values, or one for grey images; got {len(values)}")
-    return values
-
-
 class DataSection(Section):
     """The images."""
 
@@ -132,12 +117,10 @@ class DataSection(Section):
     image_size: int | None = Field(default=None, ge=8)
     """Side of the square input images in pixels; by default the size the network was made for, or
     for a network from a file of your own the size that all images are stored in, else 224."""
-    mean: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Mean per colour channel, or the one of grey, of values from 0 to 1; by default the
-    network's."""
-    std: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Standard deviation per colour channel, or the one of grey, of values from 0 to 1; by default
-    the network's."""
+    mean: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Mean per channel (three, or one of grey) of values from 0 to 1; by default the network's."""
+    std: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Standard deviation per channel, of values from 0 to 1; by default the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)

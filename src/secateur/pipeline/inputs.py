@@ -131,8 +131,9 @@ def _by_channel(
     """
     if len(values) == channels:
         return values
-    if channels == 1 and is_own and len(set(values)) > 1:
-        raise UsageError(f"data.{key} has 3 values, but the network takes one channel: give one")
+    if is_own and len(set(values)) > 1:
+        needed = "one channel: give one" if channels == 1 else "three channels: give three, or one"
+        raise UsageError(f"data.{key} has {len(values)} values, but the network takes {needed}")
     return channels * (round(sum(values) / len(values), 6),)
 
 
