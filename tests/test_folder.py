@@ -89,7 +89,7 @@ def test_test_is_preferred_and_what_is_not_used_is_said(tmp_path: Path) -> None:
         write(tmp_path / part, {"ant": count, "bee": count})
     splits = read_folder(tmp_path)
     assert sizes(splits) == (4, 6)
-    assert splits.notices == (f"Not used: {tmp_path}/valid/ (8 images).",)
+    assert splits.notes == (f"Not used: {tmp_path}/valid/ (8 images).",)
 
 
 def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_test_part_without_classes_is_passed_over_where_val_has_some(tmp_path:
     write(tmp_path, {"test": 5})
     splits = read_folder(tmp_path)
     assert sizes(splits) == (8, 6)
-    assert splits.notices == (f"Not used: {tmp_path}/test/ (5 images).",)
+    assert splits.notes == (f"Not used: {tmp_path}/test/ (5 images).",)
 
 
 @pytest.mark.parametrize("unlabelled", [0, 6], ids=["alone", "with an unlabelled test part"])
@@ -118,7 +118,7 @@ def test_the_counts_of_images_are_those_that_are_used(tmp_path: Path) -> None:
     write(tmp_path, {"ant": 20, "bee": 10})
     dataset = data.load(f"folder:{tmp_path}")
     counts = [len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)]
-    (notice,) = dataset.notices
+    (notice,) = dataset.notes
     assert counts == [21, 3, 6]
     assert notice == (
         f"{tmp_path} has no test part: a fifth of each class is held out for it. Used: 21 images "
@@ -126,7 +126,7 @@ def test_the_counts_of_images_are_those_that_are_used(tmp_path: Path) -> None:
     )
     write(tmp_path / "split" / "train", {"ant": 20, "bee": 10})
     write(tmp_path / "split" / "test", {"ant": 2, "bee": 1})
-    assert data.load(f"folder:{tmp_path}/split").notices == ()
+    assert data.load(f"folder:{tmp_path}/split").notes == ()
 
 
 def test_a_flat_folder_gives_a_fifth_of_each_class_always_the_same(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_part_may_hold_a_folder_of_its_name(tmp_path: Path) -> None:
     splits = read_folder(tmp_path)
     assert splits.class_names == ("ice", "sea")
     assert sizes(splits) == (7, 2)
-    assert splits.notices == (f"Not used: {tmp_path}/seg_pred/ (2 images).",)
+    assert splits.notes == (f"Not used: {tmp_path}/seg_pred/ (2 images).",)
 
 
 def test_a_class_may_be_called_train_where_it_is_one_of_several(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_all_that_pillow_opens_is_read(tmp_path: Path) -> None:
         write(tmp_path, {"ant": 2, "bee": 2}, suffix, format=formats[suffix])
     splits = read_folder(tmp_path)
     assert sum(sizes(splits)) == 4 * len(readable)
-    assert splits.notices == ()
+    assert splits.notes == ()
     images = splits.train.read(torch.arange(sizes(splits)[0]), Preprocessing(8, 8))
     assert images.shape[1:] == (3, 8, 8)
 
@@ -179,7 +179,7 @@ def test_other_files_are_counted_by_suffix(tmp_path: Path) -> None:
         for name in ("a.txt", "b.TXT", "c.xml", "notes", ".hidden", "Thumbs.db"):
             (tmp_path / part / "ant" / name).write_text("no image")
     write(tmp_path, {"train": 3})
-    assert read_folder(tmp_path).notices == (
+    assert read_folder(tmp_path).notes == (
         f"3 images were passed over beside the class folders of {tmp_path}/train: their class is "
         "unknown.",
         "8 files were passed over: 4 .txt, 2 without suffix, 2 .xml.",
@@ -191,7 +191,7 @@ def test_photos_in_heif_need_a_package(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "ant" / "IMG_1.HEIC").write_bytes(b"a photo")
     monkeypatch.setattr(image_files, "_has_heif", lambda: False)
     image_files.image_suffixes.cache_clear()
-    assert read_folder(tmp_path).notices == (
+    assert read_folder(tmp_path).notes == (
         "1 file was passed over: 1 .heic; pip install pillow-heif reads photos in HEIF.",
     )
     monkeypatch.undo()

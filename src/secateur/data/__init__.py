@@ -5,6 +5,7 @@ and may be used to choose settings; `test` is for final scores only.
 
 - `cifar`, `imagenet`, `fashion_mnist`, `cub`, `digits`: readers of these data sets
 - `folder`, `hugging_face`: readers of your own images
+- `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
@@ -61,7 +62,9 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
-    notices: tuple[str, ...] = ()
+    has_labels: bool = True
+    """Whether the labels are true ones, not those that the network predicts."""
+    notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
 
     @functools.cached_property
@@ -108,12 +111,12 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     splits = _read(name, kind, directory)
     generator = torch.Generator().manual_seed(seed)
     train, validation = hold_out(splits.train, validation_fraction, generator)
-    notices = splits.notices
+    notes = splits.notes
     if splits.origin:
         counts = [len(images.labels) for images in (train, validation, splits.test)]
         uses = "{} images to score filters and train on, {} for choices, {} to test".format(*counts)
-        notices = (f"{splits.origin}. Used: {uses}.", *notices)
-    return DataSet(name, splits.class_names, train, validation, splits.test, notices)
+        notes = (f"{splits.origin}. Used: {uses}.", *notes)
+    return DataSet(name, splits.class_names, train, validation, splits.test, notes=notes)
 
 
 def _read(name: str, kind: str, directory: str) -> Splits:

@@ -37,7 +37,7 @@ def read_folder(directory: Path) -> Splits:
     With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the parts; `folder_layout`
     has their other names. With `CLASS/` or `train/CLASS/` alone a fixed fifth of each class is for
     testing. Classes are numbered in the order of their names. A `test` without class folders, such
-    as one whose labels are withheld, is passed over. The notices say which folders and files were
+    as one whose labels are withheld, is passed over. The notes say which folders and files were
     not read. Raises `DataError` if there are no images or only one class, or the parts have
     different classes.
     """
@@ -46,7 +46,7 @@ def read_folder(directory: Path) -> Splits:
     check_classes(layout.train, classes, KIND)
     labels = {name: index for index, name in enumerate(classes)}
     train, passed_over = images_of(layout.train, labels)
-    notices = [_describe_unused(layout)]
+    notes = [_describe_unused(layout)]
     parts: tuple[Images, Images]
     if layout.test is None:
         origin = f"{layout.train} has no test part: a fifth of each class is held out for it"
@@ -58,9 +58,9 @@ def read_folder(directory: Path) -> Splits:
         test, others = images_of(layout.test, labels)
         parts = train, test
         passed_over += others
-        notices.append(_describe_loose(layout.test))
-    notices += [_describe_loose(layout.train), describe_passed_over(passed_over)]
-    return Splits(classes, *parts, tuple(filter(None, notices)), origin)
+        notes.append(_describe_loose(layout.test))
+    notes += [_describe_loose(layout.train), describe_passed_over(passed_over)]
+    return Splits(classes, *parts, tuple(filter(None, notes)), origin)
 
 
 def images_of(directory: Path, labels: Mapping[str, int]) -> tuple[FileImages, Counter[str]]:

@@ -73,8 +73,8 @@ def _read(directory: Path, kind: str) -> Splits:
     else:
         test, others = images_of(root / TEST, labels)
         passed_over += others
-    notices = filter(None, [describe_passed_over(passed_over)])
-    return Splits(tuple(names.values()), train, test, tuple(notices))
+    notes = filter(None, [describe_passed_over(passed_over)])
+    return Splits(tuple(names.values()), train, test, tuple(notes))
 
 
 def _image_root(directory: Path) -> Path:

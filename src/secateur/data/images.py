@@ -25,8 +25,8 @@ class Images(Protocol):
     """A fixed list of labelled images."""
 
     @property
-    def labels(self) -> Int[Tensor, "image"]:
-        """Class indices, int64."""
+    def labels(self) -> Int[Tensor, "image *label"]:
+        """Class indices, int64; or 0 or 1 for each of several labels."""
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -73,17 +73,17 @@ class TensorImages:
 class NormalisedImages:
     """Images in memory, as a network takes them: with any channels and sides."""
 
-    tensors: Float[Tensor, "image channel height width"]
-    labels: Int[Tensor, "image"]
+    tensors: Float[Tensor, "image channel *position"]
+    labels: Int[Tensor, "image *label"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
-    ) -> Float[Tensor, "image channel height width"]:
+    ) -> Float[Tensor, "image channel *position"]:
         """Return the images as they are: they are neither resized nor normalised later."""
         del preprocessing
         return self.tensors[indices]
 
-    def originals(self, indices: Indices) -> list[Float[Tensor, "channel height width"]]:
+    def originals(self, indices: Indices) -> list[Float[Tensor, "channel *position"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.tensors[indices])
 

@@ -23,7 +23,7 @@ class Splits:
     class_names: tuple[str, ...]
     train: Images
     test: Images
-    notices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """What was not read, a sentence each."""
     origin: str = ""
     """Where the test part comes from, if not from a part of that name."""

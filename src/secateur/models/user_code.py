@@ -6,6 +6,7 @@ may do that: no file that secateur reads can name code to run.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def check_file(name: str, kind: str) -> None:
     path, _, factory = name.rpartition(":")
     if not Path(path).is_file():
         raise UsageError(f"no file {path} to take the {kind} {factory!r} from")
+
+
+def defined_names(path: Path) -> list[str]:
+    """Return the functions and classes that a file defines, without running it."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    return [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
 def find(name: str, kind: str) -> Callable[..., Any]:

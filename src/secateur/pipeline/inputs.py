@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from secateur import data
@@ -10,6 +11,7 @@ from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
 from secateur.models import user_code, zoo
+from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime.errors import DataError, UsageError
@@ -23,10 +25,10 @@ def check_names(config: RunConfig) -> None:
     concepts.parse(config.score.concepts)
 
 
-def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
-    """Raise `UsageError` if a network that needs a weight file has none."""
+def check_weights(config: RunConfig) -> None:
+    """Raise `UsageError` if a network that needs a weight file has none, unless that is allowed."""
     is_user_code = user_code.is_user_code(config.model.name)
-    if config.model.weights is None and not is_user_code and not allow_untrained:
+    if config.model.weights is None and not is_user_code and not config.model.allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
         )
@@ -45,7 +47,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     num_classes = config.model.num_classes or len(dataset.class_names)
     if not num_classes:
         raise UsageError("without data the number of classes must be given: --num-classes")
-    if num_classes < len(dataset.class_names):
+    is_binary = num_classes == 1 and len(dataset.class_names) == 2
+    if num_classes < len(dataset.class_names) and not is_binary:
         raise DataError(
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"
@@ -57,6 +60,12 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         new_head=new_head,
         seed=config.seed,
     )
+    if user_code.is_user_code(config.model.name):
+        section = resolve_config(config, dataset, model).data
+        assert section.image_size is not None
+        assert section.mean is not None
+        shape = len(section.mean), section.image_size, section.image_size
+        model = through_logits(model, None, torch.zeros(2, *shape))
     return dataset, model
 
 
@@ -93,29 +102,29 @@ def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> Run
 def describe_inputs(
     config: RunConfig, resolved_config: RunConfig, dataset: DataSet
 ) -> tuple[str, ...]:
-    """Return notices on the images and on how they are read, if that was not said in `config`."""
-    notices = list(dataset.notices)
+    """Return notes on how images are read, where that was not said in `config`."""
+    notes: list[str] = []
     size, mean, std = (getattr(resolved_config.data, key) for key in ("image_size", "mean", "std"))
     if config.data.image_size is None and user_code.is_user_code(config.model.name):
         stored = dataset.stored_size
         if stored == (size, size):
-            notices.append(
+            notes.append(
                 f"Images are read at {size}×{size}, the size that they are stored in: --image-size "
                 "sets another."
             )
         else:
             sizes = "of several sizes" if stored is None else f"of {stored[1]}×{stored[0]}"
-            notices.append(
+            notes.append(
                 f"Images {sizes} are read at {size}×{size}: if the network was trained at another "
                 "size, pass it as --image-size."
             )
     if len(mean) == 1 and config.data.mean is None:
-        notices.append(
+        notes.append(
             "The network takes one channel, so images are read in grey, with mean "
             f"{mean[0]:.3f} and deviation {std[0]:.3f}: if it was trained with others, set "
             "data.mean and data.std."
         )
-    return tuple(notices)
+    return tuple(notes)
 
 
 def _with_data(config: RunConfig, **values: object) -> RunConfig:

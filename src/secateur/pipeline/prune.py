@@ -74,12 +74,12 @@ def prune_round(
     """
     run_context = run_context.collecting_unreadable(config)
     asked, config = config, resolve_config(config, dataset, original)
-    notices = describe_inputs(asked, config, dataset)
+    notes = describe_inputs(asked, config, dataset)
     this = begin_round(original, dataset, config, run_context, baseline=baseline, earlier=earlier)
     cut = stages.cut(this)
     refit = stages.refit(this, cut) if config.refit.is_any else None
     distilled = stages.distill(this, cut) if config.distill.epochs else None
-    pruned = _collect(this, notices, cut, refit, distilled)
+    pruned = _collect(this, notes, cut, refit, distilled)
     return pruned if earlier is None else _merge(earlier, pruned)
 
 
@@ -112,7 +112,7 @@ def finetune(
 
 def _collect(
     this: Round,
-    notices: tuple[str, ...],
+    notes: tuple[str, ...],
     cut: CutStage,
     refit: RefitStage | None,
     distilled: DistillStage | None,
@@ -126,6 +126,8 @@ def _collect(
     if unreadable:
         this.run_context.log.write("unreadable", files=unreadable)
     result = RunResult(
+        task=this.context.task,
+        has_labels=this.dataset.has_labels,
         command=this.run_context.command,
         config=this.config,
         environment=environment(),
@@ -154,9 +156,11 @@ def _collect(
         finetuning=None,
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
-        data_notices=notices,
+        notes=(*notes, *this.notes),
     )
-    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies)
+    return Pruned(
+        cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
+    )
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:
@@ -172,10 +176,10 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
         "equivalence_error": max(later.result.equivalence_error, earlier.result.equivalence_error),
         "groups": groups,
         "frozen": earlier.result.frozen,
-        "data_notices": earlier.result.data_notices,
+        "notes": earlier.result.notes,
     }
     result = later.result.model_copy(update=changes)
-    return Pruned(later.model, plan, result, earlier.latency, earlier.dependencies)
+    return replace(earlier, model=later.model, plan=plan, result=result)
 
 
 def _sorted_union(*names: Iterable[str]) -> tuple[str, ...]:
