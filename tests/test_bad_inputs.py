@@ -167,7 +167,7 @@ class Twice(nn.Sequential):
     """Returns its output twice."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = super().forward(images)
+        outputs: Tensor = super().forward(images)
         return outputs, outputs
 
 
@@ -655,7 +655,11 @@ CASES: dict[str, Callable[[Desk], object]] = {
         network(), images(), settings={"round_to": 8}
     ),
     "a number of epochs is none": lambda desk: secateur.prune(network(), images(), epochs=True),
-    "the criterion is none": lambda desk: secateur.prune(network(), images(), criterion=5),
+    "the criterion is none": lambda desk: secateur.prune(
+        network(),
+        images(),
+        criterion=5,  # type: ignore[arg-type]
+    ),
     "a criterion returns other scores": lambda desk: secateur.prune(
         network(), images(), criterion=lambda kernels: kernels.sum()
     ),

@@ -196,8 +196,8 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
 
 def _export(model: nn.Module, example: Images, path: Path) -> int:
     """Let torch write the file, and return its opset."""
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    if torch.__version__ < FIRST_WITH_EXPORTER:
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    if _torch_release() < FIRST_WITH_EXPORTER:
         import onnx
 
         torch.onnx.export(
@@ -209,7 +209,7 @@ def _export(model: nn.Module, example: Images, path: Path) -> int:
             **names,
         )
         opsets = onnx.load(str(path)).opset_import
-        return next(opset.version for opset in opsets if opset.domain in ("", "ai.onnx"))
+        return int(next(one.version for one in opsets if one.domain in ("", "ai.onnx")))
     program = torch.onnx.export(
         model,
         (example,),
@@ -221,6 +221,12 @@ def _export(model: nn.Module, example: Images, path: Path) -> int:
     assert program is not None
     program.save(path, external_data=False)
     return int(program.model.opset_imports[""])
+
+
+def _torch_release() -> tuple[int, int]:
+    """Return torch's major and minor version."""
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _cause(error: BaseException) -> str:
