@@ -39,13 +39,19 @@ class Doubt:
     is_final: bool = False
     """Whether nothing can be measured before that is done."""
 
-    def raise_unless(self, *, allowed: bool) -> str:
-        """Return the note for the user; raise `AccuracyError` if there is a remedy to try first."""
+    def raise_unless(self, *, allowed: bool) -> None:
+        """Raise `AccuracyError` if there is a remedy to try first, and it is not `allowed` not to.
+
+        What can't be measured at all is never allowed.
+        """
         if self.is_final or (self.remedy and not allowed):
             go_on = "" if self.is_final else f"; {GO_ON}"
             raise AccuracyError(f"{self.text}: {self.remedy}{go_on}")
-        remedy = f": {self.remedy}" if self.remedy else ""
-        return f"{self.text[0].upper()}{self.text[1:]}{remedy}."
+
+    def note(self, start: str = "") -> str:
+        """Return the doubt as a sentence for the user, with a `start` before it."""
+        text = f"{start}{self.text}{f': {self.remedy}' if self.remedy else ''}."
+        return text[0].upper() + text[1:]
 
 
 def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:
@@ -57,8 +63,8 @@ def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "tes
     if doubt is not None:
         return doubt
     if labels.ndim == 1 and len(labels.unique()) == 1 < len(labels):
-        text = f"all {len(labels)} {kind} images are of class {int(labels[0])}"
-        return Doubt(f"{text}, so their accuracy says nothing of the other classes")
+        text = f"the network is scored on {len(labels)} {kind} images of class {int(labels[0])} alone"
+        return Doubt(f"{text}, so accuracy says nothing of the other classes")
     return find_constant(predicted, kind)
 
 

@@ -10,7 +10,6 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
-from secateur.graph.outputs import through_logits
 from secateur.models import user_code, zoo
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
@@ -62,8 +61,11 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         seed=config.seed,
     )
     if user_code.is_user_code(config.model.name):
-        size = preprocessing_of(config).image_size
-        model = through_logits(model, None, torch.zeros(2, 3, size, size))
+        images = resolve_config(config, dataset, model).data
+        assert images.image_size is not None
+        assert images.mean is not None
+        side, channels = images.image_size, len(images.mean)
+        model = through_logits(model, None, torch.zeros(2, channels, side, side))
     return dataset, model
 
 
