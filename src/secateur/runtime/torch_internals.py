@@ -32,7 +32,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as BatchOrInstanceNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary as TensorKeyDictionary
 
 __all__ = [
     "COMPILED_NETWORK",
@@ -45,7 +44,6 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "ShapeEnv",
-    "TensorKeyDictionary",
     "composite_operations",
     "cpu_capabilities",
     "is_compiled_in_place",
