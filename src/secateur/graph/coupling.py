@@ -94,6 +94,7 @@ def assemble(
         parameters=frozenset(name for name, _ in model.named_parameters()),
         product_macs=propagation.product_macs,
         resizes=propagation.resizes,
+        weight_norms=tuple(propagation.weight_norms),
     )
 
 

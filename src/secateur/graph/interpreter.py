@@ -141,6 +141,21 @@ def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -
     return node.target(*map_arg(tuple(args), lookup), **map_arg(kwargs, lookup))
 
 
+def value_of(graph: NetworkGraph, node: Node, state: Tensors) -> Any:
+    """Return the value of a node that no image goes into."""
+    values: dict[Node, Any] = dict(graph.constants)
+
+    def lookup(source: Node) -> Any:
+        name = graph.tensor_names.get(source)
+        if name is not None:
+            return state[name]
+        if source not in values:
+            values[source] = apply(source, lookup, {})
+        return values[source]
+
+    return lookup(node)
+
+
 def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Return an operation's arguments with some of them replaced, by position."""
     args: list[Any] = list(node.args)

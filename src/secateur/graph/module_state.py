@@ -125,6 +125,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
 
 
+def owner_of(parameter: str) -> str:
+    """Return the dotted name of the module that a parameter belongs to, by the parameter's name."""
+    layer, is_parametrized, _ = f".{parameter}".partition(".parametrizations.")
+    return layer[1:] if is_parametrized else parameter.rpartition(".")[0]
+
+
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """Return images on the network's device, and of the type that all its parameters have."""
     types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}

@@ -7,14 +7,14 @@ the ids of its inputs become those of its value, which ids it couples and which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +23,7 @@ from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
 from secateur.graph.groups import Reason
 from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.graph.unknown_sizes import has_unknown_size
+from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.errors import UsageError
 
 POINTWISE = "pointwise"
@@ -62,7 +63,16 @@ class ChannelPropagation:
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._ancestors: dict[Node, int] = {}
         """Node -> bit mask of the nodes that it is computed from, itself included."""
-        self._kernels = _kernel_parameters(graph)
+        self.weight_norms: list[WeightNorm] = []
+        self._kernels = {
+            node
+            for node in _kernel_ancestors(graph, ("conv",))
+            if node in graph.tensor_names and node.meta["val"].dim() > 2
+        }
+        """Parameters that are the kernel of a convolution, or that one is computed from."""
+        self._kernel_ancestors = _kernel_ancestors(graph, ("conv", "linear"))
+        self._needing_whole: dict[Node, str] = {}
+        """Operations without a rule that compute kernels, with the reason to freeze these."""
 
     def visit_all(self) -> None:
         """Find the axes of every node's value, in the order of execution."""
@@ -193,7 +203,44 @@ class ChannelPropagation:
         return fixed_axes(node)
 
     def _freeze_unknown(self, node: Node) -> Any:
-        return self.freeze_inputs(node, f"no rule for the operation {operation_name(node)!r}")
+        reason = f"no rule for the operation {operation_name(node)!r}"
+        if node in self._kernel_ancestors and not self.depends_on(node, self.graph.image):
+            reason = f"{reason}, which computes the kernel{self._remedy(node)}"
+            self._needing_whole[node] = reason
+        return self.freeze_inputs(node, reason)
+
+    def _remedy(self, node: Node) -> str:
+        """Return how to make the kernel a plain parameter; empty if that is not known."""
+        names = (self.graph.tensor_names.get(source, "") for source in _sources(node))
+        for name in names:
+            layer, is_parametrized, tensor = f".{name}".partition(".parametrizations.")
+            function = "parametrize.remove_parametrizations"
+            if not is_parametrized and name.endswith("_orig"):
+                layer, _, tensor = f".{name.removesuffix('_orig')}".rpartition(".")
+                function = "remove_spectral_norm"
+            if tensor:
+                place = f"model.get_submodule({layer[1:]!r})" if layer else "model"
+                tensor = tensor.partition(".")[0]
+                return f": call torch.nn.utils.{function}({place}, {tensor!r}) before pruning"
+        return ""
+
+    def kernel_source(self, weight: Node) -> Node:
+        """Return the parameter that a kernel is, or is computed from; else a constant."""
+        shape = weight.meta["val"].shape
+        for source in _sources(weight):
+            value = source.meta["val"]
+            is_parameter = source in self.graph.tensor_names and isinstance(value, nn.Parameter)
+            if is_parameter and value.shape == shape:
+                return source
+        source = weight
+        while source not in self.graph.tensor_names and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        return source
+
+    def why_kernel_is_whole(self, weight: Node) -> str:
+        """Return why a kernel that is computed can't be cut; empty if it can."""
+        known = self._needing_whole
+        return next((known[source] for source in _sources(weight) if source in known), "")
 
     def count_product(self, node: Node) -> None:
         """Add the multiply-accumulates of an operation that is not a layer."""
@@ -261,12 +308,24 @@ def fixed_axes(node: Node) -> Any:
     return [(None,) * v.dim() if isinstance(v, Tensor) else () for v in value]
 
 
-def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
-    """Return parameters that are the kernel of a convolution, or that one is computed from."""
+def _sources(node: Node) -> Iterator[Node]:
+    """Yield a node and all that it is computed from, the first input of each operation first."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        if source not in seen:
+            seen.add(source)
+            yield source
+            pending.extend(reversed(source.all_input_nodes))
+
+
+def _kernel_ancestors(graph: NetworkGraph, kinds: tuple[str, ...]) -> set[Node]:
+    """Return the kernels of layers of some kinds, and all values that these are computed from."""
     pending = [
         node.args[1]
         for node in graph.nodes
-        if operation_name(node).startswith("conv") and len(node.args) > 1
+        if operation_name(node).startswith(kinds) and len(node.args) > 1
     ]
     ancestors: set[Node] = set()
     while pending:
@@ -274,7 +333,7 @@ def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
         if isinstance(node, Node) and node not in ancestors:
             ancestors.add(node)
             pending.extend(node.all_input_nodes)
-    return {n for n in ancestors if n in graph.tensor_names and n.meta["val"].dim() > 2}
+    return ancestors
 
 
 def positions_per_image(propagation: ChannelPropagation, *sizes: Sequence[int]) -> int:

@@ -31,6 +31,9 @@ from torch.fx.traceback import preserve_node_meta
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as BatchOrInstanceNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "is_composite",
     "make_fx",
     "preserve_node_meta",
+    "recompute_kernels",
     "schema_of",
     "set_module_stack",
     "set_stack_trace",
@@ -97,6 +101,16 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called, or its `forward` was compiled."""
     has_compiled_call = getattr(module, "_compiled_call_impl", None) is not None
     return has_compiled_call or hasattr(vars(module).get("forward"), UNCOMPILED_FUNCTION)
+
+
+def recompute_kernels(module: nn.Module) -> None:
+    """Compute the tensors of a module again that a hook of `torch.nn.utils` computes in a forward.
+
+    These are the older weight and spectral norm, and the masks of `torch.nn.utils.prune`.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+            hook(module, ())
 
 
 def set_stack_trace(text: str) -> None:

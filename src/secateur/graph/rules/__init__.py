@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
         ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), layers.convolution
     ),
     "linear": layers.linear,
+    "_weight_norm": layers.weight_norm,
     "embedding": layers.embedding,
     **dict.fromkeys(("batch_norm", "instance_norm"), layers.channel_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
