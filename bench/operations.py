@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import torchvision.ops
-from torch import Tensor, nn
+from torch import Tensor
 
 CHANNELS = 8
 SIDE = 6
@@ -264,7 +264,9 @@ POSITIONS: dict[str, Function] = {
     "torch.masked_select": lambda x: x * torch.masked_select(x, x > 0).sum(),
     "torch.take": lambda x: x * torch.take(x, torch.tensor([0])),
     "torch.bucketize": lambda x: torch.bucketize(x, torch.tensor([0.0, 1.0])).to(x.dtype),
-    "torch.searchsorted": lambda x: torch.searchsorted(torch.tensor([0.0, 1.0]).to(x), x).to(x.dtype),
+    "torch.searchsorted": lambda x: torch.searchsorted(torch.tensor([0.0, 1.0]).to(x), x).to(
+        x.dtype
+    ),
     "torch.fft.fft": lambda x: torch.fft.fft(x, dim=-1).real,
     "torch.fft.fft2": lambda x: torch.fft.fft2(x).real,
     "torch.fft.rfft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:]),
@@ -333,7 +335,9 @@ SHAPES: dict[str, Function] = {
     "F.unfold": lambda x: F.unfold(x, 2),
     "F.fold": lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[-2:], 2, stride=2),
     "Tensor.unfold": lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).mean(-1),
-    "torch.meshgrid": lambda x: x + torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")[0],
+    "torch.meshgrid": lambda x: (
+        x + torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")[0]
+    ),
     "torch.zeros_like": lambda x: x + torch.zeros_like(x),
     "torch.full_like": lambda x: x + torch.full_like(x, 2),
     "Tensor.new_zeros": lambda x: x + x.new_zeros(x.shape),
@@ -375,8 +379,12 @@ RESIZING: dict[str, Function] = {
         x, size=(3, 3), mode="bilinear", antialias=True
     ),
     "F.interpolate linear": lambda x: F.interpolate(x.flatten(2), size=9, mode="linear"),
-    "F.interpolate trilinear": lambda x: F.interpolate(x[:, :, None], size=(2, 3, 3), mode="trilinear"),
-    "F.interpolate nearest-exact 1d": lambda x: F.interpolate(x.flatten(2), size=9, mode="nearest-exact"),
+    "F.interpolate trilinear": lambda x: F.interpolate(
+        x[:, :, None], size=(2, 3, 3), mode="trilinear"
+    ),
+    "F.interpolate nearest-exact 1d": lambda x: F.interpolate(
+        x.flatten(2), size=9, mode="nearest-exact"
+    ),
     "F.grid_sample": lambda x: F.grid_sample(
         x, F.affine_grid(torch.eye(2, 3).to(x).expand(x.shape[0], -1, -1), (x.shape[0], 1, 4, 4))
     ),
@@ -422,9 +430,7 @@ WRITES: dict[str, Function] = {
     "x[:, :, :2] = number": lambda x: _written(x, lambda y: y[:, :, :2].fill_(0.5)),
     "x[..., 1:] += value": lambda x: _written(x, lambda y: y[..., 1:].add_(x[..., :-1])),
     "x[mask] = number": lambda x: _written(x, lambda y: y.__setitem__(x < 0, 0.0)),
-    "x[:, half:] = value": lambda x: _written(
-        x, lambda y: y[:, x.shape[1] // 2 :].mul_(2)
-    ),
+    "x[:, half:] = value": lambda x: _written(x, lambda y: y[:, x.shape[1] // 2 :].mul_(2)),
     "x[:, 0] = 0": lambda x: _written(x, lambda y: y[:, 0].zero_()),
     "x[..., list] = value": lambda x: _written(x, lambda y: y.__setitem__((..., [0, 2]), 1.0)),
     "a view relu_'d": lambda x: _written(x, lambda y: y.flatten(1).relu_()),
@@ -454,7 +460,10 @@ def _filled_by_slices(x: Tensor) -> Tensor:
 
 VISION: dict[str, Function] = {
     "torchvision.ops.deform_conv2d": lambda x: torchvision.ops.deform_conv2d(
-        x, torch.zeros(x.shape[0], 18, SIDE, SIDE).to(x), torch.ones(4, CHANNELS, 3, 3).to(x), padding=1
+        x,
+        torch.zeros(x.shape[0], 18, SIDE, SIDE).to(x),
+        torch.ones(4, CHANNELS, 3, 3).to(x),
+        padding=1,
     ),
     "torchvision.ops.roi_align": lambda x: torchvision.ops.roi_align(
         x, torch.tensor([[0.0, 0, 0, 4, 4]]).to(x), 2

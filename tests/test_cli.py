@@ -542,7 +542,9 @@ def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> N
     outcome = call("prune", *arguments, "-o", out)
     assert outcome.code == code
     assert outcome.out == ""
-    assert len(outcome.err.strip().splitlines()) == 1
+    *stages, error = outcome.err.strip().splitlines()
+    assert error.startswith("error: ")
+    assert all(line.startswith(("stages: ", "score ")) for line in stages)
     assert words in outcome.err
     assert not out.exists()
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
@@ -601,8 +603,8 @@ def test_unknown_names_bring_the_near_ones(call: Call, tmp_path: Path) -> None:
 
 def test_usage_errors(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    fails(call, out, 2, "--model is missing", "-d", "digits")
-    fails(call, out, 2, "--data is missing", "-m", "resnet20")
+    fails(call, out, 2, "no network is named", "-d", "digits")
+    fails(call, out, 2, "no data is named", "-m", "resnet20")
     fails(call, out, 2, "needs --weights", "-m", "resnet20", "-d", "digits")
     contradiction = ["--no-finetune", "--epochs", 3]
     fails(call, out, 2, "exclude each other", "-m", "resnet20", "-d", "digits", *contradiction)

@@ -290,7 +290,10 @@ def _chunked(self: Between, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("then", "reason"),
     [
-        (lambda self, x: x.cumsum(1), r"channels matters, in cumsum\(\) at .*test_dependency.py:\d"),
+        (
+            lambda self, x: x.cumsum(1),
+            r"channels matters, in cumsum\(\) at .*test_dependency.py:\d",
+        ),
         (lambda self, x: x[:, [1, 0, 2, 4, 3, 5]], r"channels matters, in getitem\(\) at "),
         (lambda self, x: x.take(torch.arange(6)).mean() * x, "no rule for the operation 'take'"),
         (lambda self, x: x - x.mean(), "reduced over every dimension"),

@@ -100,7 +100,7 @@ def test_notebooks_have_bars_only_with_ipywidgets(
 ) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     spec = object() if has_widgets else None
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     assert (bars_if_live() is not no_progress) == has_widgets
 
 

@@ -19,6 +19,7 @@ from secateur.data.in_memory import (
     ImageBatches,
     ImagesInMemory,
     Parts,
+    form_of,
     read_batches,
     read_images,
     split_images,
@@ -33,8 +34,11 @@ from secateur.graph.working_copy import like_original, working_copy
 from secateur.graph.wrappers import unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.inputs import form_of, with_logits
+from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.outputs import with_logits
+from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
+from secateur.models.task import look_at_outputs, make_task
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
@@ -64,7 +68,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels top-1 is the fraction of images that get the original network's class."""
+    Without labels `top1_fraction` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -154,25 +158,22 @@ def prune(
     """Return a smaller copy of an image classifier; `model` itself is not changed.
 
     Arguments:
-        model: any network that takes images and returns logits `[image, class]`, alone or as the
-            `logits` of its output.
-        images: what the network takes, floats `[image, channel, height, width]` of one size, in
-            batches or one by one, with class numbers or without; see `ImageBatches`. They score the
-            filters and refit the remaining kernels. Signals `[image, channel, time]` and volumes
-            work, too.
+        model: any network that takes images and returns logits `[image, class]`, or names them.
+        images: what the network takes, floats `[image, channel, height, width]` of one size (or
+            signals, or volumes), in batches or one by one, with class numbers or without; see
+            `ImageBatches`. They score the filters and refit the remaining kernels.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
-        criterion: how filters are ranked: a name that `secateur models` lists, a `Criterion`, or a
-            function of a layer's weights that returns one score a filter.
-        concepts: what filters are compared with, as `secateur models` lists it.
+        criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
+            may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
         forward: `forward(model, images)` returns the logits, for networks that take or return
             anything else, such as `lambda model, images: model(images)[0]`.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
-        max_images: the most images to read, kept in memory: a random sample of a larger `Dataset`,
-            the first images of any other iterable.
+        max_images: the most images to read: a random sample of a larger `Dataset`, the first of
+            any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
         progress: whether to print the stages with their times to stderr, with bars where it is a
             terminal or a notebook with ipywidgets.
@@ -190,31 +191,29 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
+    _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = _tables(model, name, concepts, epochs, seed)
-    tables["plan"] = {"target": str(parse_budget(target))}
-    _check_counts(epochs=epochs, max_images=max_images)
-    form = form_of(model, forward)
+    tables = _tables(model, target, name, concepts)
+    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = _make_config(tables, settings or {}, parts)
     original = with_logits(working_copy(model, calibration.pixels[:2]), forward, calibration.pixels)
-    notes = _notes(original, calibration)
-    dataset = _labelled(parts, original, config.data.batch_size, class_names)
+    dataset = _labelled(parts, original, config, class_names)
     run_context = RunContext(criterion=passed_criterion)
     if progress:
         lines = StageLines(print_to_stderr)
         run_context = replace(run_context, progress=bars_if_live(), lines=lines)
         show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
-    pruned = replace(pruned, result=pruned.result.model_copy(update={"notes": notes}))
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,
-        has_labels=parts.has_labels,
+        has_labels=dataset.has_labels,
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
@@ -242,7 +241,16 @@ def evaluate(
     if first is None:
         raise DataError("images: there are none")
     network = with_logits(model, forward, first.images)
-    return evaluation.evaluate(network, itertools.chain([first], batches), known_ms=known_ms)
+    outputs = look_at_outputs(network, first.images)
+    labels, _ = read_labels(first.labels, outputs)
+    task = make_task(outputs, [labels])
+
+    def read() -> Iterator[Batch]:
+        for batch in itertools.chain([first], batches):
+            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            yield replace(batch, labels=labels)
+
+    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
 
 
 def _labelled_batches(
@@ -260,7 +268,9 @@ def _labelled_batches(
         labels.clear()
         return batch
 
-    for batch_pixels, batch_labels in read_batches(images, form_of(model, forward), "images"):
+    for batch_pixels, batch_labels in read_batches(
+        images, form_of(model, is_free=forward is not None), "images"
+    ):
         if batch_labels is None:
             raise DataError(
                 "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
@@ -275,43 +285,53 @@ def _labelled_batches(
 
 
 def _labelled(
-    parts: Parts, original: nn.Module, batch_size: int, class_names: Sequence[str]
+    parts: Parts, original: nn.Module, config: RunConfig, class_names: Sequence[str]
 ) -> DataSet:
     """Return the parts as a data set, labelled with the original's classes if need be."""
-
-    def labelled(images: ImagesInMemory) -> NormalisedImages:
-        labels = images.labels if parts.has_labels else None
-        if labels is None:
-            labels = evaluation.predict_classes(original, images.pixels, batch_size)
-        return NormalisedImages(images.pixels, labels)
-
+    outputs = look_at_outputs(original, parts.score.pixels)
+    images = (parts.score, parts.validation, parts.test)
+    notes: tuple[str, ...] = ()
+    if parts.has_labels:
+        raw_labels = [part.labels for part in images if part.labels is not None]
+        labels, notes = read_all_labels(raw_labels, outputs, config.model.task)
+        notes += _class_notes(labels[0], outputs.columns, parts.score)
+    else:
+        task, size = make_task(outputs, kind=config.model.task), config.data.batch_size
+        labels = tuple(evaluation.predict_classes(original, p.pixels, size, task) for p in images)
+    train, validation, test = (
+        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
+    )
     return DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
-        train=labelled(parts.score),
-        validation=labelled(parts.validation),
-        test=labelled(parts.test),
+        train=train,
+        validation=validation,
+        test=test,
+        has_labels=parts.has_labels,
+        notes=notes,
     )
 
 
-def _check_counts(**counts: int) -> None:
-    """Raise `UsageError` if an argument is not a number of things."""
+def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
+    """Raise `UsageError` if an argument is not a list of names or a number of things."""
+    if isinstance(class_names, str):
+        raise UsageError(f"class_names={class_names!r} must be a list of names, one for each class")
     for name, count in counts.items():
         least = 0 if name == "epochs" else 1
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
 
 
-def _tables(
-    model: nn.Module, criterion: str, concepts: str, epochs: int, seed: int
-) -> dict[str, Any]:
+def _tables(model: nn.Module, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name."""
     return {
-        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
+        "model": {
+            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
+            "allow_untrained": looks_untrained(model),
+        },
         "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
-        "finetune": {"epochs": epochs},
-        "seed": seed,
+        "plan": {"target": str(parse_budget(target))},
     }
 
 
@@ -326,12 +346,8 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     if not is_pictures:
         tables["finetune"] |= {"crop": "none", "flip": False}
         tables["distill"] = {"flip": False}
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if not dot:
-            near = configuration.nearest_key(key)
-            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
-        tables[section] = {**tables.get(section, {}), name: value}
+    for section, values in _by_section(settings).items():
+        tables[section] = {**tables.get(section, {}), **values}
     config = configuration.from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
@@ -346,19 +362,30 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
     return config
 
 
-def _notes(original: nn.Module, images: ImagesInMemory) -> tuple[str, ...]:
-    """Return what to know of the images; raises `UsageError` if the network returns no logits."""
-    with torch.no_grad():
-        classes = evaluation.compute_logits(original, images.pixels[:2]).shape[1]
-    if images.labels is None or not images.is_from_front:
-        return ()
-    shown = len(images.labels.unique())
-    if shown >= FEW_CLASSES * classes:
+def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings as tables; raises `UsageError` for a key without a section."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if isinstance(value, Mapping) and not dot:
+            tables[section] = {**tables.get(section, {}), **value}
+            continue
+        if not dot:
+            near = configuration.nearest_key(key)
+            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
+        tables.setdefault(section, {})[name] = value
+    return tables
+
+
+def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:
+    """Return what to say if images that were not drawn at random show few of the classes."""
+    shown = len(labels.unique())
+    if labels.ndim > 1 or not images.is_from_front or shown >= FEW_CLASSES * outputs:
         return ()
     return (
-        f"The {len(images.labels)} images show {shown} of the network's {classes} classes, and "
-        "filters that only the others need look useless. If the images come sorted by class, shuffle "
-        "them, or pass the Dataset itself, of which a random sample is read.",
+        f"The {len(labels)} images show {shown} of the network's {outputs} classes, and filters "
+        "that only the others need look useless. If the images come sorted by class, shuffle them, "
+        "or pass the Dataset itself, of which a random sample is read.",
     )
 
 
@@ -368,7 +395,7 @@ def _summary(result: PruneResult) -> str:
     config = result.result.config
     name = config.model.name.partition(":")[2]
     criterion = config.score.criterion.removeprefix(f"{zoo.IN_MEMORY}:")
-    unit = "" if result.has_labels else "; top-1 is agreement with the original network"
+    unit = "" if result.has_labels else " (no labels: agreement alone is known)"
     return (
         f"{name} pruned to {config.plan.target} by {criterion}: {removed} of "
         f"{filters} prunable filters removed{unit}"

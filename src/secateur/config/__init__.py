@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from secateur.config.budget import Budget, BudgetLike, Quantity, parse_budget
+from secateur.config.budget import Budget as Budget
+from secateur.config.budget import BudgetLike as BudgetLike
+from secateur.config.budget import Quantity as Quantity
+from secateur.config.budget import parse_budget as parse_budget
 from secateur.runtime.errors import UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
@@ -40,6 +44,9 @@ ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
+TaskKind = Literal["single-label", "binary", "multi-label"]
+"""What a network's outputs are: one logit for each class, one for two classes, or one for each of
+several labels."""
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -88,6 +95,20 @@ class ModelSection(Section):
     weights."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
+    task: Literal["auto"] | TaskKind = "auto"
+    """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
+    the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
+    the labels."""
+    allow_untrained: bool = False
+    """Go on without a weight file, and with a network that is no better than chance on the test
+    images."""
+
+
+def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the values; raise `ValueError` unless there are one, for grey, or three."""
+    if len(values) not in (1, 3):
+        raise ValueError(f"give three values, or one for grey images; got {len(values)}")
+    return values
 
 
 class DataSection(Section):
@@ -103,11 +124,14 @@ class DataSection(Section):
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input images in pixels; by default the size the network was made for."""
-    mean: tuple[float, float, float] | None = None
-    """Mean per colour channel, of values from 0 to 1; by default the network's."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation per colour channel, of values from 0 to 1; by default the network's."""
+    """Side of the square input images in pixels; by default the size the network was made for, or
+    for a network from a file of your own the size that all images are stored in, else 224."""
+    mean: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
+    """Mean per colour channel, or the one of grey, of values from 0 to 1; by default the
+    network's."""
+    std: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
+    """Standard deviation per colour channel, or the one of grey, of values from 0 to 1; by default
+    the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)
@@ -416,7 +440,7 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 def nearest_key(name: str) -> str | None:
     """Return the key of a run's configuration, with its section, that a name is most like."""
-    keys = _keys(RunConfig)
+    keys = [key for key in _keys(RunConfig) if "." in key]
     same = [key for key in keys if key.rpartition(".")[2] == name]
     near = same or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
     return near[0] if near else None
@@ -438,4 +462,5 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply for a secateur {content}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+        example = "" if path.suffix == ".toml" else '; write it as [model] name = "resnet20"'
+        raise UsageError(f"{path} is not TOML: {error}{example}") from error

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from secateur.runtime.errors import DataError
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
-one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a dict,
-a named tuple or another object."""
+one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a
+dict, a named tuple or another object."""
 IMAGE_NAMES = ("pixel_values", "images", "image", "img", "inputs", "input", "x")
 """What images are called in batches with names; the first that a batch has is taken."""
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -50,12 +50,20 @@ class Form:
         return AXES[self.dims]
 
 
+def form_of(model: nn.Module, *, is_free: bool) -> Form:
+    """Return what an image is for a network, as its first convolution tells."""
+    kind = nn.modules.conv._ConvNd
+    first = next((module for module in model.modules() if isinstance(module, kind)), None)
+    return Form(2 if first is None else len(first.kernel_size), is_free)
+
+
 @dataclass(frozen=True, eq=False)
 class ImagesInMemory:
     """Images as the network takes them."""
 
     pixels: Float[Tensor, "image channel *position"]
-    labels: Int[Tensor, "image"] | None
+    labels: Shaped[Tensor, "image *label"] | None
+    """As they were passed; see `models.labels`."""
     is_from_front: bool = False
     """Whether they came in the order of an iterable, which may be sorted by class."""
 
@@ -125,6 +133,12 @@ def read_images(
         raise DataError(f"{name}: there are none")
     if labels and len(labels) < len(pixels):
         raise DataError(f"{name}: some come with labels and some without")
+    shapes = sorted({tuple(part.shape[1:]) for part in labels})
+    if len(shapes) > 1:
+        raise DataError(
+            f"{name}: labels {list(shapes[0])} and {list(shapes[-1])} of one image each: all must "
+            "have one form"
+        )
     return ImagesInMemory(
         torch.cat(pixels)[:most],
         torch.cat(labels)[:most] if labels else None,
@@ -135,7 +149,7 @@ def read_images(
 def read_batches(
     source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield float32 images `[image, channel, …]` of one size on the CPU, with class numbers or None.
+    """Yield float32 images `[image, channel, …]` of one size, with labels or None.
 
     Of a `Dataset` of more than `most` items only a random sample is read.
     """
@@ -143,8 +157,8 @@ def read_batches(
     for batch in _items(source, name, most, seed):
         raw_images, raw_labels = _parts(batch, form, name)
         pixels = _tensor_of(raw_images, form, name)
-        labels = None if raw_labels is None else _class_numbers(raw_labels, name)
-        images = _as_batch(pixels, labels, form, name)
+        labels = None if raw_labels is None else _as_tensor(raw_labels, name)
+        images = _as_batch(pixels, labels, form, name, is_single=batch is not source)
         if shape is not None and images.shape[1:] != shape:
             raise DataError(
                 f"{name}: tensors {list(shape)} and {list(images.shape[1:])} of one image each: "
@@ -152,7 +166,8 @@ def read_batches(
             )
         shape = images.shape[1:]
         if labels is not None:
-            labels = labels.reshape(-1)
+            if not labels.ndim or (len(images) == 1 and len(labels) != 1):
+                labels = labels[None]  # of a single image
             if len(labels) != len(images):
                 raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
         yield images, labels
@@ -162,8 +177,8 @@ def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]
     """Yield what a source holds, batch by batch or image by image."""
     if isinstance(source, str | Path):
         raise DataError(
-            f"{name}: {str(source)!r} is a text: pass tensors, a DataLoader or a Dataset; the command "
-            f"line reads folders: secateur prune --data folder:{source}"
+            f"{name}: {str(source)!r} is a text: pass tensors, a DataLoader or a Dataset; the "
+            f"command line reads folders: secateur prune --data folder:{source}"
         )
     if _is_map_style(source):
         count = len(source)
@@ -180,7 +195,7 @@ def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]
             items = iter(source)
         except TypeError as error:
             raise DataError(
-                f"{name}: a {type(source).__name__} holds no batches: pass a tensor, a list of "
+                f"{name}: {type(source).__name__} holds no batches: pass a tensor, a list of "
                 "tensors, a DataLoader or a Dataset"
             ) from error
         yield from items
@@ -204,7 +219,8 @@ def _is_batch(source: object) -> bool:
         isinstance(images, Tensor | np.ndarray)
         and isinstance(labels, Tensor | np.ndarray)
         and images.ndim > 2
-        and labels.shape == images.shape[:1]
+        and labels.shape[:1] == images.shape[:1]
+        and labels.ndim <= 2
     )
 
 
@@ -246,8 +262,8 @@ def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
     shapes = " and ".join(str(list(part.shape)) for part in inputs)
     channels = batch[0].shape[batch[0].ndim - form.dims - 1]
     return (
-        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and secateur.prune takes "
-        "one: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
+        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and one is "
+        "needed: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
         f"model(x[:, :{channels}], x[:, {channels}:])"
     )
 
@@ -255,7 +271,7 @@ def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
 def _names_of(batch: Any) -> frozenset[str]:
     """Return the names in a batch: keys of a mapping, or attributes of an object with such."""
     if hasattr(batch, "keys"):
-        return frozenset(key for key in batch.keys() if isinstance(key, str))
+        return frozenset(map(str, batch.keys()))
     fields = getattr(batch, "_fields", None)
     if fields is not None:
         return frozenset(map(str, fields))
@@ -277,7 +293,7 @@ def _is_floats(part: object, dims: int | None = None) -> bool:
 
 def _is_class_numbers(part: object) -> bool:
     if isinstance(part, Tensor | np.ndarray):
-        return part.ndim <= 1 and not _is_floats(part)
+        return not _is_floats(part) and (part.ndim <= 1 or part.shape[1:] == (1,))
     return isinstance(part, int | np.integer)
 
 
@@ -316,12 +332,15 @@ def _tensor_of(images: Any, form: Form, name: str) -> Tensor:
     return pixels
 
 
-def _as_batch(pixels: Tensor, labels: Tensor | None, form: Form, name: str) -> Tensor:
-    """Return a batch of images as it is, and a single image as a batch of one."""
+def _as_batch(
+    pixels: Tensor, labels: Tensor | None, form: Form, name: str, *, is_single: bool
+) -> Tensor:
+    """Return a batch of images as it is, and what may be a single image as a batch of one."""
     is_labelled_batch = labels is not None and labels.ndim > 0 and len(labels) == len(pixels)
     if pixels.ndim == form.dims + 2 or (form.is_free and pixels.ndim > 1 and is_labelled_batch):
         return pixels
-    if pixels.ndim == form.dims + 1 and not (is_labelled_batch and len(pixels) > 1):
+    is_single &= not is_labelled_batch or len(pixels) == 1
+    if pixels.ndim == form.dims + 1 and is_single:
         return pixels[None]
     if form.is_free and pixels.ndim > 1:
         return pixels
@@ -333,8 +352,8 @@ def _as_batch(pixels: Tensor, labels: Tensor | None, form: Form, name: str) -> T
     )
 
 
-def _class_numbers(labels: Any, name: str) -> Tensor:
-    """Return labels as class numbers, one or a batch of them."""
+def _as_tensor(labels: Any, name: str) -> Tensor:
+    """Return labels of one image or of a batch as they are, as a tensor."""
     if isinstance(labels, list | tuple) and any(isinstance(label, Tensor) for label in labels):
         labels = [label.item() if label.numel() == 1 else label for label in labels]
     try:
@@ -344,4 +363,4 @@ def _class_numbers(labels: Any, name: str) -> Tensor:
         raise DataError(
             f"{name}: labels must be class numbers, not {first!r} ({type(first).__name__})"
         ) from error
-    return numbers.detach().cpu().long()
+    return numbers.detach().cpu()

@@ -27,7 +27,7 @@ from secateur.graph.network_graph import Forward
 from secateur.graph.trace import open_batch
 from secateur.graph.wrappers import unwrapped
 from secateur.models.divergence import relative_error
-from secateur.models.inputs import through_logits
+from secateur.models.outputs import through_logits
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
@@ -38,6 +38,8 @@ CHECKED_BATCHES = (1, 3, 8)
 """Batch sizes with which the file is checked, besides that of the example."""
 LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights in one ONNX file: protobuf's limit, less some space for the graph."""
+FIRST_WITH_EXPORTER = (2, 8)
+"""First torch whose exporter works with onnxscript 0.6; older ones use that of TorchScript."""
 LATENCY_BATCHES = (1, 16)
 """Batch sizes that are timed."""
 LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
@@ -187,20 +189,44 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
         example = repeat_to_batch(example, 2)
     try:
         with _quiet(), evaluating(model), torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
-                input_names=["images"],
-                output_names=["logits"],
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path, external_data=False)
+            return _export(model, example, path)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"the network can't be exported to ONNX: {_cause(error)}") from error
+
+
+def _export(model: nn.Module, example: Images, path: Path) -> int:
+    """Let torch write the file, and return its opset."""
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    if _torch_release() < FIRST_WITH_EXPORTER:
+        import onnx
+
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            dynamo=False,
+            dynamic_axes={"images": {0: "batch"}},
+            **names,
+        )
+        opsets = onnx.load(str(path)).opset_import
+        return int(next(one.version for one in opsets if one.domain in ("", "ai.onnx")))
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
+        verbose=False,
+        **names,
+    )
+    assert program is not None
+    program.save(path, external_data=False)
     return int(program.model.opset_imports[""])
+
+
+def _torch_release() -> tuple[int, int]:
+    """Return torch's major and minor version."""
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _cause(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from secateur.data import DataSet
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
-from secateur.experiments.manifest import CONFIG
+from secateur.experiments.manifest import CONFIG, check_run_folder
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -58,7 +58,6 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    allow_untrained: bool = False,
 ) -> RunResult:
     """Prune the network that `config` names, and write a run folder; see `run_folder`.
 
@@ -69,7 +68,7 @@ def run(
     """
     run_context = run_context or RunContext()
     check_names(config)
-    check_weights(config, allow_untrained=allow_untrained)
+    check_weights(config)
     with lock_folder(folder):
         check_replaceable(folder)
         is_resumed = resume and run_folder.is_run(folder)
@@ -77,7 +76,7 @@ def run(
             run_folder.check_free(folder, overwrite=overwrite)
         dataset, model = load_inputs(config)
         if is_resumed:
-            pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
+            pruned = _read_unfinished(folder, model, resolve_config(config, dataset, model))
             done = {stage_title(stage.stage, stage.round) for stage in pruned.result.stages}
             show_plan(run_context, model, dataset, config, lambda title: title not in done)
         else:
@@ -119,6 +118,7 @@ def finetune(
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
+        check_run_folder(folder)
         result = read_result(folder)
         sections = _sections(folder, result, model_name, source)
         sections["finetune"] = {**sections["finetune"], **changes}
@@ -166,6 +166,7 @@ def report(
     link. Raises `SecateurError`.
     """
     run_context = run_context or RunContext()
+    check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
     sections = _sections(folder, result, model_name, source, runs_code=count > 0)
@@ -199,11 +200,11 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
-    size = config.data.image_size
+    size, mean = config.data.image_size, config.data.mean
     assert size is not None
-    return Origin(
-        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
-    )
+    assert mean is not None
+    shape = (len(mean), size, size)
+    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
 
 
 def _begin(

@@ -40,8 +40,10 @@ from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
-from secateur.models import user_code, zoo
-from secateur.models.inputs import logits_of, through_logits
+from secateur.models import published, user_code, zoo
+from secateur.models.outputs import through_logits
+from secateur.models.state_dict import load_state
+from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -50,6 +52,8 @@ from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
+TRANSFORM = "transform_input"
+"""Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def save(
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     model, folder = unwrapped(model), Path(folder)
-    network = through_logits(model, forward, torch.zeros(2, *image_shape))
+    example = torch.zeros(2, *image_shape)
+    network = through_logits(model, forward, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 
@@ -187,6 +192,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
         ),
         image_shape=origin.image_shape,
+        transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         forward=name_of(forward_of(model)),
@@ -219,11 +225,16 @@ def load(
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
-        network = with_forward(model, forward or _known_forward(manifest, contents.folder))
-        dependencies = _origin(manifest).build_dependency_graph(network)
+        forward = forward or _known_forward(manifest, contents.folder)
+        try:
+            dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
+        except TraceError as error:
+            if forward is not None:
+                raise
+            raise TraceError(f"{error}; if the run was made with forward=, pass it here") from error
     smaller = apply_plan(model, dependencies, plan)
     try:
-        smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
+        load_state(smaller, _tensors(contents, WEIGHTS))
     except RuntimeError as error:
         cause = str(error).splitlines()
         raise RunFolderError(
@@ -244,7 +255,11 @@ def _unpruned(manifest: Manifest) -> nn.Module:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    return zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    published.set_image_size(model, manifest.image_shape[1])
+    if hasattr(model, TRANSFORM):
+        setattr(model, TRANSFORM, manifest.transform_input)
+    return model
 
 
 def _known_forward(manifest: Manifest, folder: Path) -> Forward | None:

@@ -18,7 +18,7 @@ from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
 from secateur.graph.wrappers import unwrapped
-from secateur.runtime.errors import UnknownName
+from secateur.runtime.errors import UnknownName, UsageError
 
 
 def build_dependency_graph(
@@ -44,6 +44,12 @@ def build_dependency_graph(
     and `UsageError` if `model` is no network or if one of `rules` does not return ids for its
     operation's value.
     """
+    if not isinstance(example, Tensor):
+        raise UsageError(
+            f"example must be one tensor [image, channel, …], not {type(example).__name__}: join "
+            "several inputs, torch.cat(inputs, dim=1), and split them in forward=, such as "
+            "lambda model, x: model(x[:, :3], x[:, 3:])"
+        )
     model = unwrapped(model)
     example = as_input(model, example)
     model = with_forward(model, forward or traceable_forward(model))

@@ -34,9 +34,9 @@ def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn
             replaced.update(dict.fromkeys(aliases[name]))
     with torch.no_grad():
         for layer in dict.fromkeys(map(owner_of, replaced)):
-            module = smaller.get_submodule(layer)
-            recompute_kernels(module)
-            _update_size_attributes(module)
+            owner = smaller.get_submodule(layer)
+            recompute_kernels(owner)
+            _update_size_attributes(owner)
     return smaller
 
 

@@ -115,7 +115,7 @@ def trainable(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -73,13 +74,17 @@ def all_taps(dependencies: DependencyGraph) -> dict[str, Tap]:
 
 def maps_of(tap: Tap, value: Tensor) -> Tensor:
     """Return a tap's feature maps, `[image, filter, h, w]`, from the value of its node."""
-    maps = value.movedim(tap.dim, 1)
-    places = maps.shape[2:]
-    height = places[0] if len(places) else 1
-    maps = maps.reshape(*maps.shape[:2], height, -1)
+    maps = as_maps(value.movedim(tap.dim, 1))
     if len(tap.index) == maps.shape[1]:
         return maps
     return maps[:, torch.from_numpy(tap.index)]
+
+
+def as_maps(value: Num[Tensor, "image filter ..."]) -> Num[Tensor, "image filter h w"]:
+    """Return a value as maps: 1×1 of linear layers, and a column of those of signals."""
+    sides = value.shape[2:]
+    height = sides[0] if len(sides) else 1
+    return value.reshape(*value.shape[:2], height, math.prod(sides[1:]))
 
 
 def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:

@@ -103,6 +103,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
             _check_is_outside(constants[node], model)
+            node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
             _name_arguments_by_position(node)
     returned = nodes[-1].args[0]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.models.published import Remap, adapt
+from secateur.models.state_dict import load_state
 from secateur.runtime import safetensors_io
 from secateur.runtime.errors import WeightsError
 
@@ -22,15 +24,16 @@ def load_weights(
     num_classes: int | None = None,
     *,
     new_head: bool = False,
+    remap: Remap | None = None,
 ) -> None:
-    """Copy the weights of a file into `model`; every key must fit.
+    """Copy the weights of a file into `model`; every key must fit, after `adapt`.
 
     With `new_head`, a head for another number of classes than `num_classes` is skipped: that of
     `model` stays as it is. Raises `WeightsError` that names the missing, unexpected and misshapen
     keys or, if only the head differs in its number of classes, both numbers. See `read_weights`
     for the files.
     """
-    weights = read_weights(Path(path))
+    weights = adapt(model, read_weights(Path(path)), remap)
     expected = model.state_dict()
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     missing = [name for name in expected if name not in weights and name not in optional]
@@ -65,7 +68,7 @@ def load_weights(
     ]
     if complaints:
         raise WeightsError(f"the weights in {path} don't fit the network: {'; '.join(complaints)}")
-    model.load_state_dict(weights, strict=False)
+    load_state(model, weights, strict=False)
 
 
 def _is_pickled(path: Path) -> bool:

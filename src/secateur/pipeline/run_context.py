@@ -7,6 +7,8 @@ from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
+from secateur.models.score import Score
+from secateur.models.task import Task
 from secateur.pipeline.result import StageResult, stage_title
 from secateur.runtime import distributed
 from secateur.runtime.event_log import EventLog
@@ -44,18 +46,22 @@ class RunContext:
             return replace(self, log=EventLog(None))
         return replace(self, log=open_log(path, self.tracker))
 
-    def end_stage(self, result: StageResult) -> None:
+    def end_stage(self, result: StageResult, task: Task) -> None:
         """Log a stage that has ended, and print its line."""
         self.log.write("stage", **result.model_dump())
-        top1 = f"top-1 {100 * result.score.top1_fraction:.2f} %"
-        self.lines.end_stage(stage_title(result.stage, result.round), top1)
+        self.print_stage(stage_title(result.stage, result.round), result.score, task)
 
-    def end_epoch(self, epoch: Epoch, epochs: int, **facts: object) -> None:
+    def print_stage(self, title: str, score: Score, task: Task) -> None:
+        """Print the line of a stage that has ended."""
+        self.lines.end_stage(title, f"{task.accuracy_name} {100 * score.top1_fraction:.2f} %")
+
+    def end_epoch(self, epoch: Epoch, epochs: int, task: Task, **facts: object) -> None:
         """Log an epoch of training that has ended, with more facts, and print its line."""
         self.log.write("epoch", **facts, **asdict(epoch))
-        validation = epoch.validation
-        top1 = "" if validation is None else f", validation top-1 {100 * validation:.2f} %"
-        self.lines.end_step("epoch", epoch.number, epochs, f"loss {epoch.loss:.3f}{top1}")
+        text = f"loss {epoch.loss:.3f}"
+        if epoch.validation is not None:
+            text += f", validation {task.accuracy_name} {100 * epoch.validation:.2f} %"
+        self.lines.end_step("epoch", epoch.number, epochs, text)
 
     @property
     def unreadable_files(self) -> tuple[str, ...]:

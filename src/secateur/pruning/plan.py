@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from secateur.config import AllocationRule, Budget, BudgetLike, parse_budget
+from secateur.config import AllocationRule, Budget, parse_budget
 from secateur.graph.dependency import RESIDUAL, DependencyGraph, Removed
 from secateur.pruning.allocation import (
     SearchSpace,
@@ -114,7 +114,7 @@ class Allocation:
 def make_plan(  # public: one keyword for each thing that a user may set
     scores: Mapping[str, Tensor],
     dependencies: DependencyGraph,
-    target: BudgetLike,
+    target: Budget,
     criterion: str,
     *,
     allocation: Allocation | None = None,
@@ -134,7 +134,6 @@ def make_plan(  # public: one keyword for each thing that a user may set
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
     """
     allocation = allocation or Allocation()
-    target = target if isinstance(target, Budget) else parse_budget(target)
     architecture = dependencies.architecture
     ranking = rank(scores, dependencies, criterion, ties=ties)
     space = make_space(

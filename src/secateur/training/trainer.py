@@ -25,6 +25,7 @@ from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
 from secateur.graph.module_state import evaluating, trainable
+from secateur.models.state_dict import load_state
 from secateur.runtime import distributed
 from secateur.runtime.errors import NotFiniteLoss, UsageError
 from secateur.runtime.precision import accelerator_for, on_device
@@ -118,7 +119,7 @@ def train(
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
         stream = training_stream(data, settings, seed)
-        loss = DistillationLoss(model, teacher, settings, accelerator, sums)
+        loss = DistillationLoss(model, teacher, settings, accelerator, sums, data.task)
         run = _Run(model, loss, stream, settings, accelerator, callbacks, checkpoints)
         run.resume()
         try:
@@ -129,7 +130,7 @@ def train(
             raise
         finally:
             model.zero_grad(set_to_none=True)
-    model.load_state_dict(result.best if settings.keep == "best" else result.last)
+    load_state(model, result.best if settings.keep == "best" else result.last)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import completion, options
+from secateur.cli.tables import put
 from secateur.config import from_dict, read_tables
 from secateur.runtime.errors import SecateurError
 
@@ -48,9 +49,9 @@ def compare(
     """
     tables = read_tables(benchmark)
     if data_source is not None:
-        options.put(tables, "data.source", data_source)
+        put(tables, "data.source", data_source)
     for key, value in options.assigned(settings or ()):
-        options.put(tables, key, value)
+        put(tables, key, value)
 
     from secateur.cli import console, output
     from secateur.experiments.compare.results import row_of

@@ -13,8 +13,8 @@ from secateur.config import RunConfig, read_tables
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
-    options.CALIBRATION_IMAGES,
+    *(options.MODEL, options.WEIGHTS, options.ALLOW_UNTRAINED, options.SOURCE),
+    *(options.NUM_CLASSES, options.IMAGE_SIZE, options.CALIBRATION_IMAGES),
     Key("data.stratified", options.DATA),
     options.SKIP_UNREADABLE,
     Key("plan.target", BUDGET, ("--target", "-t")),
@@ -62,7 +62,6 @@ def prune(
         ),
     ] = None,
     *,
-    allow_untrained: options.AllowUntrained = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     tracker: options.Tracker = None,
@@ -96,6 +95,5 @@ def prune(
             output.run_context(make_tracker(tracker, tracker_dir)),
             overwrite=overwrite,
             resume=resume,
-            allow_untrained=allow_untrained,
         )
     output.show_run(result, out, as_json=as_json)

@@ -71,7 +71,7 @@ def run_benchmark(
     jobs = [job for job in jobs_of(spec) if not skip(job)]
     for job in jobs:
         check_names(job.config)
-        check_weights(job.config, allow_untrained=False)
+        check_weights(job.config)
     with lock_folder(folder):
         prepare_folder(folder, spec)
         results = {job.id: read_job(folder, job) for job in jobs}

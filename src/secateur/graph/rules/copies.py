@@ -19,7 +19,7 @@ def expand(propagation: ChannelPropagation, node: Node) -> Axes:
     axes, before, after = propagation.axes[source], shape_of(source), shape_of(node)
     missing = len(after) - len(before)
     sizes = [1] * missing + list(before)
-    result: list[Ids | None] = [None] * missing + list(axes)
+    result: list[Ids | None] = [*missing * [None], *axes]
     like = argument(node, "other")
     for dim, (old, new) in enumerate(zip(sizes, after, strict=True)):
         if old == 1 and new != 1:

@@ -111,7 +111,7 @@ PARTS = ("needs", "reset", "update", "state", "compute")
 """Attributes of a criterion."""
 CriterionLike = str | Criterion | Callable[..., Any]
 """A criterion's name, a criterion, a class or function that makes one, or a function of a layer's
-weights, `kernels.OfWeights`."""
+kernels `[filter, value]`, see `kernels.KernelFunction`."""
 
 
 def from_python(criterion: CriterionLike) -> tuple[str, Criterion | None]:
@@ -119,7 +119,7 @@ def from_python(criterion: CriterionLike) -> tuple[str, Criterion | None]:
 
     Raises `UnknownName` or `UsageError` if it is none.
     """
-    from secateur.scoring.criteria.kernels import WeightFunction
+    from secateur.scoring.criteria.kernels import KernelFunction, checked
 
     if isinstance(criterion, str):
         check_name(criterion)
@@ -133,10 +133,10 @@ def from_python(criterion: CriterionLike) -> tuple[str, Criterion | None]:
         missing = [part for part in PARTS if not hasattr(criterion, part)]
         raise UsageError(
             f"criterion: {name} is not one: it lacks {', '.join(missing)}; pass a name, such as "
-            "'vote' or 'l1', a Criterion, or a function of a layer's weights that returns one score a "
-            "filter: lambda weights: weights.flatten(1).abs().sum(1)"
+            "'vote' or 'l1', a Criterion, or a function of a layer's kernels [filter, value] that "
+            "returns one score a filter: lambda kernels: kernels.abs().sum(1)"
         )
-    return f"{zoo.IN_MEMORY}:{name}", WeightFunction(criterion, name)
+    return f"{zoo.IN_MEMORY}:{name}", KernelFunction(checked(criterion, name))
 
 
 def _needs_no_arguments(function: Callable[..., Any]) -> bool:

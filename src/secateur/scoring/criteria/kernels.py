@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +16,6 @@ from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.criteria import FeatureBatch, Need
 
 OfRows = Callable[[Float[Tensor, "row value"]], Float[Tensor, "row"]]
-
-OfWeights = Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row"]]
-"""A function of a layer's weights `[filter, input, height, width]`, or `[unit, input]` of a linear
-layer, that returns one score for each filter; the higher stay."""
 
 
 class _WithoutImages:
@@ -67,34 +64,24 @@ class KernelFunction(_WithoutImages):
         return mean_over_producers(self._function, tap, self._kernels[tap])
 
 
-class WeightFunction(_WithoutImages):
-    """A function of the user's of each layer's weights, averaged over the layers that produce a
-    channel."""
+def checked(function: Callable[[Tensor], Any], name: str) -> OfRows:
+    """Return a function of the user's that raises `UsageError` if it returns no score a kernel."""
 
-    def __init__(self, function: OfWeights, name: str) -> None:
-        super().__init__()
-        self._function, self._name = function, name
-
-    def compute(self, tap: str) -> Float[Tensor, "filter"]:
-        """Return the function's means; raises `UsageError` if it fails or returns other shapes."""
-        kernels = self._kernels[tap]
-        rows = [(channels, self._rows(kernel, tap)) for kernel, channels in kernels.incoming]
-        return _by_filter(tap, kernels, rows, "kernel that produces")
-
-    def _rows(self, kernel: Tensor, tap: str) -> Float[Tensor, "row"]:
-        shape = list(kernel.shape)
-        what = f"the criterion {self._name} gets the weights {shape} of {tap!r}"
+    def scores_of(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
+        what = f"the criterion {name} gets kernels {list(kernels.shape)}, one row a filter, and"
         try:
-            scores = torch.as_tensor(self._function(kernel.detach().double().cpu()))
+            scores = torch.as_tensor(function(kernels.detach()), dtype=torch.float64)
         except Exception as error:  # the function is the user's: it may raise anything
             words = " ".join(str(error).split())
-            raise UsageError(f"{what} and fails: {type(error).__name__}: {words}") from error
-        if scores.shape != (shape[0],):
+            raise UsageError(f"{what} fails: {type(error).__name__}: {words}") from error
+        if scores.shape != kernels.shape[:1]:
             raise UsageError(
-                f"{what} and must return one score for each of {shape[0]} filters; it returned "
-                f"{list(scores.shape)}: as weights.flatten(1).abs().sum(1) does"
+                f"{what} must return {len(kernels)} scores, as kernels.abs().sum(1) does; it "
+                f"returned {list(scores.shape)}"
             )
-        return scores.double()
+        return scores
+
+    return scores_of
 
 
 def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:

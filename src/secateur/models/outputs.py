@@ -1,18 +1,17 @@
-"""What a network takes and returns, as its modules and one pass over a few images tell."""
+"""The logits among what a network returns, as one pass over a few images tells."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.data.in_memory import Form
 from secateur.graph.forward import with_forward
 from secateur.graph.module_state import device_of, evaluating
 from secateur.graph.network_graph import Forward
+from secateur.models.task import logits_of, select_logits
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
 
@@ -20,26 +19,20 @@ FEW = 2
 """Images that a network is tried on."""
 
 
-def form_of(model: nn.Module, forward: Forward | None = None) -> Form:
-    """Return the form of the images that a network takes, from its first convolution."""
-    first = _first_convolution(model)
-    return Form(2 if first is None else len(first.kernel_size), is_free=forward is not None)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Any:
-    """Return the logits of a network whose output names them, as those of `transformers` do."""
-    return _named_logits(model(images))
-
-
-def through_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
+def through_logits(
+    model: nn.Module, forward: Forward | None, images: Tensor, *, takes_first: bool = True
+) -> nn.Module:
     """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
 
-    It is tried on a few of the images; a network that can't take them is returned as it is.
+    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. The network
+    is tried on a few of the images; one that can't take them is returned as it is.
     """
     network = with_forward(model, forward)
     if forward is None:
         with contextlib.suppress(UsageError):
-            if isinstance(_named_logits(_try(network, images)), Tensor):
+            output = _try(network, images)
+            is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
+            if select_logits(output) is not output and (takes_first or not is_tuple):
                 return with_forward(model, logits_of)
     return network
 
@@ -58,13 +51,6 @@ def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn
         f"the network must return logits [image, class]; it returns {_description(output)}: say "
         f"which they are, {_remedy(output, has_forward=forward is not None)}"
     )
-
-
-def _named_logits(output: object) -> object:
-    """Return what an output calls logits; None if it has no such part."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    return getattr(output, "logits", None)
 
 
 def _try(network: nn.Module, images: Tensor) -> object:
@@ -98,11 +84,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     remedy = "pass images with the channels that it was trained with"
     if channels == 1:
         remedy = f"repeat it, images.repeat_interleave({wanted}, dim=1)"
-    return f"they have {channels} {_plural(channels)}, and its first convolution takes {wanted}: {remedy}"
-
-
-def _plural(channels: int) -> str:
-    return "channel" if channels == 1 else "channels"
+    have = f"they have {channels} channel{'s' if channels > 1 else ''}"
+    return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
 def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
