@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.config import RunConfig
 from secateur.experiments.filter_pictures import draw_layer
-from secateur.pipeline.dissect import VOTES, NetworkDissection, dissect_network
+from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, load_inputs
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import make_scoring_context
@@ -25,6 +25,8 @@ TOP_IMAGES = 5
 """Images shown of each filter."""
 NEEDED = 0.9
 """Share of a layer's votes that the filters counted as needed hold together."""
+NEEDED_BY = "vote-response"
+"""The criterion that gives those votes: the scores of `vote` are places, not numbers of votes."""
 ROWS = 14
 """Largest number of rows and columns that a region is shown in."""
 
@@ -52,9 +54,9 @@ def inspect_network(
 ) -> dict[str, Any]:
     """Return what `secateur inspect --json` prints: facts of each layer and of each filter.
 
-    `needed` counts the filters that hold `NEEDED` of a layer's votes; `top_regions` is where each
-    filter is active in its first top image. Every calibration image counts for statistics and
-    thresholds. `pictures` is a folder for one PNG per layer, made if need be. Raises
+    `needed` counts the filters that hold `NEEDED` of a layer's votes by `NEEDED_BY`; `top_regions`
+    is where each filter is active in its first top image. Every calibration image counts for
+    statistics and thresholds. `pictures` is a folder for one PNG per layer, made if need be. Raises
     `SecateurError`.
     """
     for name in criterion_names:
@@ -63,7 +65,7 @@ def inspect_network(
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     dataset, network = load_inputs(config)
     context = make_scoring_context(network, dataset, config, run_context)
-    names = tuple(dict.fromkeys((*criterion_names, VOTES)))
+    names = tuple(dict.fromkeys((*criterion_names, NEEDED_BY)))
     dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
     dependencies = context.dependencies
     if pictures is not None and distributed.is_main_process():
@@ -107,7 +109,7 @@ def _group_facts(
             criterion: dissection.scores[criterion].scores[name].tolist()
             for criterion in criterion_names
         },
-        "needed": filters_needed(dissection.scores[VOTES].scores[name].tolist()),
+        "needed": filters_needed(dissection.scores[NEEDED_BY].scores[name].tolist()),
         "detectors": dict(detectors.most_common()),
         "unique_detectors": len(detectors),
         "concepts": [
