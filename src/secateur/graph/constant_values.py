@@ -25,7 +25,6 @@ from secateur.runtime.torch_internals import (
     unset_fake_temporarily,
 )
 
-
 _NUMBER = "_secateur_constant"
 """Attribute of a fake tensor whose values are known."""
 
@@ -105,11 +104,7 @@ class ConstantReadingMode(FakeTensorMode):
     def _without_mask(self, index: Tensor | None) -> list[Tensor | None]:
         """Return the indices that a constant mask selects; the number of others is not known."""
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        if (
-            index is None
-            or not is_mask
-            or (self.is_our_fake(index) and not self._is_known(index))
-        ):
+        if index is None or not is_mask or (self.is_our_fake(index) and not self._is_known(index)):
             return [index]
         return [self._fake_constant(places) for places in self._real(index).nonzero(as_tuple=True)]
 
