@@ -163,11 +163,15 @@ def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
 
 
-class Twice(nn.Sequential):
+class Twice(nn.Module):
     """Returns its output twice."""
 
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs: Tensor = super().forward(images)
+        outputs = self.body(images)
         return outputs, outputs
 
 

@@ -31,7 +31,7 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.working_copy import like_original, working_copy
-from secateur.graph.wrappers import unwrapped
+from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.labels import read_all_labels, read_labels
@@ -44,6 +44,7 @@ from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
@@ -121,7 +122,8 @@ class PruneResult:
             )
             for line in (head, *rows)
         ]
-        return "\n".join([_summary(self), *lines, _counts(self), *self.result.notices])
+        outcome = verdict(self.result)
+        return "\n".join([_summary(self), *lines, outcome, _counts(self), *self.result.notices])
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -135,7 +137,7 @@ class PruneResult:
         table = Markup(
             "<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
         ).format(_summary(self), heads, body)
-        notes = (_counts(self), *self.result.notices)
+        notes = (verdict(self.result), _counts(self), *self.result.notices)
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
@@ -236,6 +238,7 @@ def evaluate(
     `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
     if the network can't be run on the images.
     """
+    model = require_module(model)
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:
