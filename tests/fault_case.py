@@ -103,7 +103,7 @@ class Case:
         """Return a run of all steps that takes a second."""
         return from_dict(
             {
-                "model": {"name": self.model_name},
+                "model": {"name": self.model_name, "allow_untrained": True},
                 "data": {
                     "source": self.source,
                     "image_size": SIDE,
