@@ -141,6 +141,8 @@ class PruneResult:
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
+@torch.inference_mode(False)  # also where the caller has switched gradients off
+@torch.enable_grad()
 def prune(
     model: nn.Module,
     images: ImageBatches,
