@@ -114,7 +114,8 @@ class Desk:
 
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
-        common = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        common = ("-m", self.files.model_name, "--allow-untrained", "-d", self.files.source)
+        common = (*common, "-o", self.folder / "run")
         secateur_command("prune", *common, *options)
 
 
