@@ -161,11 +161,18 @@ def _record(
         return tuple(tree_leaves(output))
 
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            _recording_modules(model),
+            tracing_quietly(),
+            mode,
+        ):
+            # The tensors are fake already; in the mode "fake" each would be copied.
             module = make_fx(
                 body,
                 decomposition_table=composed,
-                tracing_mode="fake",
+                tracing_mode="real",
                 pre_dispatch=True,
                 _error_on_data_dependent_ops=False,
             )(fakes, batch)
