@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
@@ -66,6 +67,11 @@ class DataSet:
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
+
+    @property
+    def all_labels(self) -> tuple[Tensor, ...]:
+        """The labels of the training, validation and test images."""
+        return self.train.labels, self.validation.labels, self.test.labels
 
     @functools.cached_property
     def stored_size(self) -> tuple[int, int] | None:

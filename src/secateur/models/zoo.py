@@ -83,6 +83,8 @@ def check_name(name: str) -> None:
         user_code.check_file(name, "network")
     elif kind == IN_MEMORY:
         raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
+    elif kind not in ("torchvision", "timm") and (colon or name not in BUILT_IN):
+        raise _unknown_name(name)
     elif kind == "torchvision":
         known = _torchvision_names()
         if rest not in known:
@@ -90,8 +92,6 @@ def check_name(name: str) -> None:
     elif kind == "timm":
         if not published.import_timm().is_model(rest):
             raise UnknownName("timm model", rest, published.import_timm().list_models())
-    elif colon or name not in BUILT_IN:
-        raise _unknown_name(name)
 
 
 def _unknown_name(name: str) -> UsageError:

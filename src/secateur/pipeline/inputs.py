@@ -65,7 +65,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         assert section.image_size is not None
         assert section.mean is not None
         shape = len(section.mean), section.image_size, section.image_size
-        model = through_logits(model, None, torch.zeros(2, *shape))
+        model = through_logits(model, torch.zeros(2, *shape))
     return dataset, model
 
 
