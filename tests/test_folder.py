@@ -385,7 +385,7 @@ def _no_train(folder: Path) -> None:
         (_data_set_beside_documents, "DIR/photos would be .* class, .*: name folder:DIR/photos$"),
         (
             _other_classes,
-            "classes: only train has bee, and only test has wasp; both need the same class folders$",
+            "classes: only train has bee, and only test has wasp; both need the same class fold",
         ),
         (
             _fewer_classes,
