@@ -415,8 +415,8 @@ PARTS, CLASSES = ("train", "test"), ("ant", "bee")
 
 
 def unsorted_images(desk: Desk) -> None:
-    desk.write("labels.csv", "file,label")
-    data.load(folder_of(desk, "0.png", "1.png"))
+    desk.write("photos/labels.csv", "file,label")
+    data.load(folder_of(desk, "photos/0.png", "photos/1.png") + "/photos")
 
 
 def empty_class(desk: Desk) -> None:
