@@ -62,14 +62,12 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     other one (`NetworkGraph.images`): sizes that depend on the batch are its multiples.
     """
     whole = frozenset(whole)
-    # A copy, since a network may keep values that it computed, and here these are fake.
-    model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
     mode = ConstantReadingMode(images)
     names, fakes, batch = _fake_inputs(model, example, images, mode)
     real_tensors = tensors_of(model)
 
-    def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+    def body(network: nn.Module, tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
         for name, tensor in zip(names, tensors, strict=True):
             mode.add(tensor, real_tensors[name])
         state = {
@@ -78,12 +76,12 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             for alias in aliases
         }
         with RecordCallSites():
-            output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
+            output = torch.func.functional_call(network, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
-            module = _recorded(body, fakes, batch, whole)
+        with torch.no_grad(), tracing_quietly():
+            module = _recorded(model, body, (fakes, batch), whole)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
     finally:
@@ -120,7 +118,10 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
 
 
 def _recorded(
-    body: Callable[..., object], fakes: list[Tensor], batch: Tensor, whole: frozenset[str]
+    model: nn.Module,
+    body: Callable[..., object],
+    inputs: tuple[list[Tensor], Tensor],
+    whole: frozenset[str],
 ) -> GraphModule:
     """Return what `body` computes as a graph, with composite operations composed of others."""
 
@@ -133,14 +134,23 @@ def _recorded(
         has_other_form = name == written or hasattr(torch.ops.aten, name)
         return name not in whole and has_other_form and is_composite(operation)
 
-    record = partial(
-        make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
-    )
-    module = record()(fakes, batch)
+    def record(composed: dict[OpOverload, Callable[..., Any]] | None = None) -> GraphModule:
+        # A copy, since a network may keep values that it computed, and here these are fake.
+        network = copy_of(model, share_tensors=True)
+        with evaluating(network), _recording_modules(network):
+            return make_fx(
+                partial(body, network),
+                composed,
+                tracing_mode="fake",
+                pre_dispatch=True,
+                _error_on_data_dependent_ops=False,
+            )(*inputs)
+
+    module = record()
     # Most networks have none, and listing all that there are takes longer than a look for them.
     if any(is_replaced(node.target) for node in module.graph.nodes):
         composed = {op: make for op, make in composite_operations().items() if is_replaced(op)}
-        module = record(decomposition_table=composed)(fakes, batch)
+        module = record(composed)
     return module
 
 
@@ -237,7 +247,10 @@ def _drop_context_switches(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "")
         if name == "_enter_autocast" and node.args[2]:
-            raise TraceError("the network switches automatic mixed precision on by itself")
+            raise TraceError(
+                "the network switches automatic mixed precision on by itself: take torch.autocast "
+                "out of its forward (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+            )
         if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
             graph.erase_node(node)
 
