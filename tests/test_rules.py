@@ -329,12 +329,6 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "convolved over as if they were positions",
         lambda: network(lambda m, x: m.conv(x.permute(0, 2, 1, 3)), conv=nn.Conv2d(8, 8, 1)),
     ),
-    "weight norm": (
-        KERNEL,
-        lambda: network(
-            lambda m, x: m.conv(x), conv=parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
-        ),
-    ),
     "spectral norm": (
         "no rule for the operation 'mv'",
         lambda: network(
