@@ -600,7 +600,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "a value is out of bounds": lambda desk: desk.prune("--learning-rate", 0),
     "no network is named": lambda desk: secateur_command("prune", "-d", desk.files.source),
     "no data set is named": lambda desk: secateur_command("prune", "-m", "resnet20"),
-    "no weights are named": lambda desk: desk.prune("-m", "resnet20"),
+    "no weights are named": lambda desk: desk.prune("-m", "resnet20", "--no-allow-untrained"),
     "a setting has no value": lambda desk: desk.prune("--set", "finetune.mixup"),
     "the target is of an unknown quantity": lambda desk: desk.prune("-t", "speed=0.5"),
     "the target is out of range": lambda desk: desk.prune("-t", "macs=70"),

@@ -137,7 +137,7 @@ def make_scoring_context(
 def find_task(model: nn.Module, example: Tensor, dataset: DataSet, config: RunConfig) -> Task:
     """Return what the outputs of `model` and the labels of a data set mean.
 
-    Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
+    Raises `UsageError` or `DataError` where they don't go together.
     """
     parts = (dataset.train, dataset.validation, dataset.test)
     labels = [part.labels for part in parts]
