@@ -166,6 +166,40 @@ def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
 
 
+class ByName(nn.Module):
+    """Returns a dict of two tensors, of which neither is called logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"a": self.network(images), "b": images}
+
+
+def colours(shift: int) -> list[tuple[Tensor, Tensor]]:
+    """Images of three colours, with labels that are so many numbers from the colour's."""
+    numbers = torch.arange(60) % 3
+    return [(images() * 0.1 + torch.eye(3)[numbers][:, :, None, None], (numbers + shift) % 3)]
+
+
+def colour_network() -> nn.Module:
+    """Its logits are the colours of an image."""
+    convolution = nn.Conv2d(3, 3, 1, bias=False)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.eye(3)[:, :, None, None])
+    return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def one_output() -> nn.Module:
+    return nn.Sequential(network(), nn.Linear(4, 1))
+
+
+def prune_strictly(model: nn.Module, batches: Any) -> None:
+    """Prunes as if the network had been trained."""
+    secateur.prune(model, batches, settings={"model.allow_untrained": False})
+
+
 class Twice(nn.Module):
     """Returns its output twice."""
 
@@ -237,6 +271,10 @@ def quantised() -> nn.Module:
             WithoutGradients(), {nn.Linear}, dtype=torch.qint8
         )
     return model
+
+
+def labelled_by(labels: Tensor) -> None:
+    secateur.prune(network(), [(images(), labels)])
 
 
 def labelled(model: Any, **options: Any) -> None:
@@ -562,7 +600,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "a value is out of bounds": lambda desk: desk.prune("--learning-rate", 0),
     "no network is named": lambda desk: secateur_command("prune", "-d", desk.files.source),
     "no data set is named": lambda desk: secateur_command("prune", "-m", "resnet20"),
-    "no weights are named": lambda desk: desk.prune("-m", "resnet20"),
+    "no weights are named": lambda desk: desk.prune("-m", "resnet20", "--no-allow-untrained"),
     "a setting has no value": lambda desk: desk.prune("--set", "finetune.mixup"),
     "the target is of an unknown quantity": lambda desk: desk.prune("-t", "speed=0.5"),
     "the target is out of range": lambda desk: desk.prune("-t", "macs=70"),
@@ -593,6 +631,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
         )
     ),
     "its code branches on computed values": lambda desk: labelled(Branching()),
+    "it returns a map": lambda desk: labelled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())),
+    "it guesses": lambda desk: prune_strictly(network(), [(images(200), torch.randint(4, (200,)))]),
+    "its classes are in another order": lambda desk: prune_strictly(colour_network(), colours(1)),
     "it is TorchScript": lambda desk: labelled(scripted()),
     "it is quantised": lambda desk: labelled(quantised()),
     "it is on the `meta` device": lambda desk: labelled(Branching().to("meta")),
@@ -718,8 +759,18 @@ CASES: dict[str, Callable[[Desk], object]] = {
         network(), [{"foo": images(), "bar": torch.zeros(60)}]
     ),
     "labels are names": lambda desk: secateur.prune(network(), [(images(), ["cat"] * 60)]),
+    "labels are those of a regression": lambda desk: secateur.prune(
+        one_output(), [(images(), torch.full((60,), 0.37))]
+    ),
+    "labels count from 1": lambda desk: labelled_by(1 + torch.arange(60) % 4),
+    "images without a class have a label": lambda desk: labelled_by(-torch.ones(60)),
+    "labels have other columns than the outputs": lambda desk: labelled_by(torch.ones(60, 3)),
+    "labels are no probabilities": lambda desk: labelled_by(torch.full((60, 4), 0.4)),
+    "one output is always above 0": lambda desk: secateur.prune(
+        nn.Sequential(one_output(), nn.Softplus()), images()
+    ),
     "a network takes two inputs": lambda desk: secateur.prune(network(), [(images(), images())]),
-    "a network returns several things": lambda desk: secateur.prune(Twice(network()), images()),
+    "a network returns several things": lambda desk: secateur.prune(ByName(), images()),
     "images have other channels": lambda desk: secateur.prune(network(), images()[:, :1]),
     "channels come last": lambda desk: secateur.prune(network(), images().movedim(1, -1)),
     "a run was made with `forward`": made_with_forward,

@@ -1066,7 +1066,7 @@ def test_a_network_with_one_output_is_pruned_with_two_classes(
     options = ["--allow-untrained", "--no-finetune", "-o", out, "--set", "report.images=0"]
     outcome = call("prune", *common, "--num-classes", 1, *options)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.splitlines()[0].split()[:4] == ["stage", "accuracy", "%", "agreement"]
+    assert outcome.out.splitlines()[0].split()[:4] == ["stage", "accuracy", "%", "agree"]
     assert "one output: above 0 it means class 1" in outcome.out
 
 

@@ -26,7 +26,7 @@ from secateur.models.task import (
     run_network,
 )
 from secateur.runtime import distributed
-from secateur.runtime.errors import DataError
+from secateur.runtime.errors import DataError, NotFiniteError
 from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
 
 LATENCY_RUNS = 11
@@ -153,6 +153,12 @@ class _Tally:
                 outputs = look_at_outputs(model, batch.images)
             self._task = make_task(outputs, [batch.labels])
         logits = compute_logits(model, batch.images, self._task)
+        is_undefined = logits.isnan().flatten(1).any(1)
+        if bool(is_undefined.any()):
+            count = int(is_undefined.sum())
+            raise NotFiniteError(
+                f"the network's outputs are NaN for {count} of {len(logits)} images"
+            )
         labels = batch.labels.to(logits.device)
         loss = cross_entropy(logits, labels, reduction="sum")
         if self.example is None:
