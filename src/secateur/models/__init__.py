@@ -5,7 +5,8 @@
 - `weights`: weight files, safetensors and PyTorch checkpoints.
 - `published`: torchvision's and timm's networks as their published weights want them.
 - `state_dict`: load tensors into the network whose `state_dict()` they are from.
-- `user_code`: factories in a user's own file, `path/to/file.py:factory`.
+- `user_code`, `user_modules`: factories in a user's own file, `path/to/file.py:factory`, which may
+  import its neighbours.
 - `evaluate`, `score`: accuracy, loss, MACs, parameters and latency.
 - `divergence`: how far the outputs of two networks are apart, without labels.
 """

@@ -17,10 +17,12 @@ import torchvision
 from torch import nn
 
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.working_copy import working_copy
+from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
-from secateur.runtime.errors import UnknownName, UsageError
+from secateur.runtime.errors import SecateurError, UnknownName, UsageError
 
 IN_MEMORY = "memory"
 """Prefix of networks passed from Python, `memory:NAME`, which can't be built by name."""
@@ -89,7 +91,26 @@ def check_name(name: str) -> None:
         if not published.import_timm().is_model(rest):
             raise UnknownName("timm model", rest, published.import_timm().list_models())
     elif colon or name not in BUILT_IN:
-        raise UnknownName("model", name, names())
+        raise _unknown_name(name)
+
+
+def _unknown_name(name: str) -> UsageError:
+    """Return the error for a name that no network has."""
+    path = Path(name)
+    if path.suffix == ".py":
+        defined = (
+            f" (it defines {', '.join(user_code.defined_names(path))})" if path.is_file() else ""
+        )
+        return UsageError(
+            f"{name}: add the function that returns the network: {name}:NAME{defined}"
+        )
+    if path.is_file():
+        return UsageError(
+            f"{name} is a file: pass weights with --weights, and the network that they belong to "
+            "with --model"
+        )
+    same = [known for known in names() if known.rpartition(":")[2] == name.lower()]
+    return UnknownName("model", name, same or names())
 
 
 def names() -> list[str]:
@@ -147,6 +168,7 @@ def _from_file(name: str, num_classes: int) -> nn.Module:
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     options = {"num_classes": num_classes} if takes_classes else {}
     model = user_code.call(name, build, **options)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} returned {type(model).__name__}, not an nn.Module")
-    return model
+    try:
+        return working_copy(unwrapped(model))
+    except SecateurError as error:
+        raise UsageError(f"{name}: {error}") from error
