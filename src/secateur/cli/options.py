@@ -57,6 +57,7 @@ class Key:
 
 MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
+WEIGHTS_KEY = Key("model.weights_key", DATA)
 NUM_CLASSES = Key("model.num_classes", DATA)
 SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)
 IMAGE_SIZE = Key("data.image_size", DATA)

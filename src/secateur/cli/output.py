@@ -79,8 +79,7 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     filters = sum(group.filters for group in result.groups)
     out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     show_unreadable(result.unreadable)
-    for notice in result.notices:
-        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
+    show_notices(result.notices)
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
@@ -108,11 +107,19 @@ def show_unreadable(names: Sequence[str]) -> None:
         )
 
 
-def show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool) -> None:
-    """Print a score, with the skipped images if they were recorded."""
+def show_notices(notices: Sequence[str]) -> None:
+    """Print what to know about a run, a line each."""
+    for notice in notices:
+        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
+
+
+def show_score(
+    score: Score, unreadable: Sequence[str] | None, notices: Sequence[str], *, as_json: bool
+) -> None:
+    """Print a score, with the skipped images if they were recorded, and the notices."""
     if as_json:
         skipped = {} if unreadable is None else {"unreadable": unreadable}
-        print(json.dumps({**asdict(score), **skipped}, indent=1))
+        print(json.dumps({**asdict(score), **skipped, "notices": list(notices)}, indent=1))
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for title, text in (
@@ -127,6 +134,7 @@ def show_score(score: Score, unreadable: Sequence[str] | None, *, as_json: bool)
         table.add_row(title, text)
     out().print(table)
     show_unreadable(unreadable or ())
+    show_notices(notices)
 
 
 def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:

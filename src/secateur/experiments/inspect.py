@@ -61,7 +61,7 @@ def inspect_network(
         check_names(_with_score(config, criterion=name))
     config = _with_score(config, sample_every=1)
     run_context = (run_context or RunContext()).collecting_unreadable(config)
-    dataset, network = load_inputs(config)
+    dataset, network = load_inputs(config, run_context)
     context = make_scoring_context(network, dataset, config, run_context)
     names = tuple(dict.fromkeys((*criterion_names, VOTES)))
     dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
@@ -77,6 +77,7 @@ def inspect_network(
         "parameters": dependencies.params(),
         "calibration_images": len(context.calibration.labels),
         "unreadable": list(run_context.unreadable_files),
+        "notices": run_context.notices,
         "concept_source": config.score.concepts,
         "groups": [_group_facts(name, dissection, criterion_names) for name in dependencies.groups],
         "frozen": [

@@ -73,7 +73,7 @@ def run(
         is_resumed = resume and run_folder.is_run(folder)
         if not is_resumed:
             run_folder.check_free(folder, overwrite=overwrite)
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context)
         if is_resumed:
             pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
         else:
@@ -119,7 +119,7 @@ def finetune(
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context)
         if resume and out == folder and _is_finetuned(folder, result, config):
             pruned = _load(folder, model, result)
         else:
@@ -169,7 +169,7 @@ def report(
         statistics = compute_statistics(rows, rows[0].method if rows else "")
     gallery: Gallery | None = None
     if config.report.images:
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context)
         gallery = _gallery(_load(folder, model, result), model, dataset, run_context)
     if not distributed.is_main_process():
         return ()

@@ -57,6 +57,8 @@ class BaseResult(Record):
     """On the test images, with the weights that were kept."""
     unreadable: tuple[str, ...] = ()
     """Image files that were left out because they can't be read."""
+    input_notices: tuple[str, ...] = ()
+    """What to know about the inputs, such as which network in a weight file training began from."""
 
 
 def train_base(
@@ -79,7 +81,7 @@ def train_base(
     check_names(run_config)
     with lock_folder(folder):
         _check_folder(folder, resume=resume)
-        dataset, model = load_inputs(run_config, new_head=config.new_head)
+        dataset, model = load_inputs(run_config, run_context, new_head=config.new_head)
         run_config = resolve_config(run_config, dataset)
         config = config.model_copy(update={"model": run_config.model, "data": run_config.data})
         if resume and (folder / RECIPE).is_file():
@@ -154,6 +156,7 @@ def _train(
         seconds=training.seconds,
         score=score,
         unreadable=run_context.unreadable_files,
+        input_notices=tuple(run_context.notices),
     )
 
 

@@ -31,10 +31,12 @@ def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
         )
 
 
-def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
+def load_inputs(
+    config: RunConfig, run_context: RunContext | None = None, *, new_head: bool = False
+) -> tuple[DataSet, nn.Module]:
     """Load the data set and the network that a configuration names.
 
-    For `new_head` see `load_weights`. Raises `SecateurError`.
+    Notices go to `run_context`. For `new_head` see `load_weights`. Raises `SecateurError`.
     """
     dataset = data.load(
         config.data.source,
@@ -55,6 +57,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         num_classes=num_classes,
         new_head=new_head,
         seed=config.seed,
+        weights_key=config.model.weights_key,
+        notify=(run_context or RunContext()).notices.append,
     )
     return dataset, model
 

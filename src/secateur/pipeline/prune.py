@@ -149,6 +149,7 @@ def _collect(
         finetuning=None,
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
+        input_notices=tuple(this.run_context.notices),
     )
     return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies)
 

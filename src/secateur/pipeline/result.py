@@ -112,6 +112,8 @@ class RunResult(Record):
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
     """The batch size that was requested, if it did not fit into memory."""
+    input_notices: tuple[str, ...] = ()
+    """What to know about the inputs, such as which network in a weight file was pruned."""
 
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
@@ -121,6 +123,7 @@ class RunResult(Record):
     def notices(self) -> tuple[str, ...]:
         """What to know before the network is deployed, a sentence or two each."""
         notices = (
+            *self.input_notices,
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),

@@ -25,6 +25,8 @@ class RunContext:
     log: EventLog = field(default_factory=lambda: EventLog(None))
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
+    notices: list[str] = field(default_factory=list)
+    """Collects what to know about the inputs, a sentence each."""
 
     def collecting_unreadable(self, config: RunConfig) -> RunContext:
         """Return a copy with an empty collector, or none, as the configuration says."""

@@ -13,7 +13,8 @@ from secateur.config import RunConfig
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
+    *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
 )
 
@@ -41,14 +42,14 @@ def evaluate(
     from secateur.pipeline.inputs import check_weights, load_inputs, make_reader
 
     config = config_options.make(RunConfig, base=None if run is None else run / CONFIG)
+    run_context = output.run_context().collecting_unreadable(config)
     if run is not None:
         network = load_pruned(run)
         dataset = data.load(config.data.source)
     else:
         check_weights(config, allow_untrained=allow_untrained)
-        dataset, network = load_inputs(config)
-    run_context = output.run_context().collecting_unreadable(config)
+        dataset, network = load_inputs(config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score = evaluate_network(network, batches)
     names = None if run_context.unreadable is None else run_context.unreadable_files
-    output.show_score(score, names, as_json=as_json)
+    output.show_score(score, names, run_context.notices, as_json=as_json)

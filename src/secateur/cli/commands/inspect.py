@@ -14,7 +14,8 @@ from secateur.config import RunConfig
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
+    *(options.NUM_CLASSES, options.IMAGE_SIZE),
     *(options.CALIBRATION_IMAGES, options.SKIP_UNREADABLE, options.CONCEPTS),
     *(options.PRUNE_RESIDUAL, options.EXCLUDE, options.SEED),
 )
@@ -94,3 +95,4 @@ def inspect(
     else:
         output.show_filter(group_of(inspection, layer), filter_number)
     output.show_unreadable(inspection["unreadable"])
+    output.show_notices(inspection["notices"])

@@ -12,7 +12,8 @@ from secateur.cli.options import TRAINING, Key
 from secateur.config import BaseConfig
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
+    *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
     Key("new_head", TRAINING),
     *(
@@ -51,5 +52,5 @@ def train(
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    output.show_score(result.score, result.unreadable, as_json=False)
+    output.show_score(result.score, result.unreadable, result.input_notices, as_json=False)
     console.say(f"weights: {out / WEIGHTS}")

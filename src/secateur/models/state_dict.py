@@ -1,0 +1,349 @@
+"""Find a network's tensors in what a checkpoint holds.
+
+All tensors get one dotted name, made from the keys of the dicts that they are in and from their
+name in the state dict: `state_dict.model.conv1.weight`. Names of wrappers (`module`, `_orig_mod`)
+are left out wherever they are. What stands before the network's names, here `state_dict.model.`,
+is found by comparing with these names, so that keys and prefixes of any kind are understood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+)
+"""Names that wrappers of networks put into the names of tensors: data parallelism, compilation,
+sharding and recomputed activations."""
+COUNTERS = frozenset(("num_batches_tracked", "n_averaged", "total_ops", "total_params"))
+"""Last names of tensors that count something: batches, averaged steps, a profiler's operations."""
+AVERAGED = frozenset(("ema", "swa", "averaged", "average", "avg", "shadow"))
+"""Words in the name of an averaged network, which is preferred."""
+RAW = frozenset(("online", "current"))
+"""Words in the name of the network that an average is of."""
+LOSS = re.compile(r"criterion|loss")
+"""In the first name of tensors that a loss function holds."""
+DEPTH, MOST_DICTS = 32, 20_000
+"""Levels of dicts and lists in each other, and how many of them are looked at."""
+
+Rename = Callable[[str], str | None]
+"""Returns a network's name for a tensor of a file; None if the network has no use for it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a checkpoint."""
+
+    place: tuple[str, ...]
+    """Keys of the dict that it is in."""
+    name: str
+    """Its key there, a dotted name in the state dict."""
+    tensor: Tensor
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the whole name."""
+        return tuple(".".join((*self.place, self.name)).split("."))
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The tensors of a checkpoint."""
+
+    entries: tuple[Entry, ...]
+    versions: Mapping[tuple[str, ...], Mapping[str, Any]] = field(default_factory=dict)
+    """Versions of modules (`_metadata` of a state dict), by the keys of the dict."""
+
+    def below(self, key: str) -> Contents:
+        """Return what lies below a key or a prefix, which may itself lie below others."""
+        wanted = tuple(key.split("."))
+        starts = [entry for entry in self.entries if entry.parts[: len(wanted)] == wanted]
+        inner = [entry for entry in self.entries if _contains(entry.parts, wanted)]
+        return Contents(tuple(starts or inner), self.versions)
+
+    def keys(self) -> list[str]:
+        """Return the keys under which there are tensors."""
+        return sorted({".".join(entry.place) for entry in self.entries})
+
+
+def _contains(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    length = len(wanted)
+    return any(parts[start : start + length] == wanted for start in range(len(parts) - length))
+
+
+def read_contents(content: Any) -> Contents:
+    """Return the tensors, and NumPy's arrays as tensors, in nested dicts and lists.
+
+    Raises `ValueError` if there is no end of them.
+    """
+    versions: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    entries: list[Entry] = []
+    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    count = 0
+    while pending:
+        count += 1
+        place, values = pending.pop()
+        if len(place) > DEPTH or count > MOST_DICTS:
+            raise ValueError("its dicts nest too deeply")
+        metadata = getattr(values, "_metadata", None)
+        if isinstance(metadata, Mapping):
+            versions[place] = metadata
+        inner = []
+        for key, value in _items(values):
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+                value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+            if isinstance(value, Tensor):
+                entries.append(Entry(place, str(key), value.detach()))
+            elif isinstance(value, Mapping | list | tuple):
+                inner.append(((*place, str(key)), value))
+        pending += reversed(inner)
+    return Contents(tuple(entries), versions)
+
+
+def _items(values: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(values, Mapping):
+        return values.items()
+    return enumerate(values) if isinstance(values, list | tuple) else ()
+
+
+@dataclass(frozen=True, eq=False)
+class StateDict:
+    """The tensors of a checkpoint that are meant for a network."""
+
+    tensors: OrderedDict[str, Tensor]
+    """By the network's names; those that the network lacks by what follows the prefix."""
+    key: str
+    """The key or prefix that they were under; empty if there is none."""
+    others: tuple[str, ...] = ()
+    """Keys of other tensors that would fit too."""
+    left_aside: tuple[str, ...] = ()
+    """Names of tensors beside these, under another prefix."""
+
+
+class Ambiguous(ValueError):
+    """Several parts of a checkpoint fit a network, and none is preferred."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys = tuple(keys)
+        super().__init__(", ".join(self.keys))
+
+
+def pick(contents: Contents, model: nn.Module, rename: Rename | None = None) -> StateDict:
+    """Return the tensors that fit a network, or nearly fit it, without their prefix.
+
+    Of several that fit, an average (EMA) is preferred. Raises `Ambiguous`.
+    """
+    names = NetworkNames.of(model)
+    table = _table(contents.entries, names, rename)
+    prefixes = _prefixes(table, names)
+    fitting = [prefix for prefix in prefixes if names.are_in(table, prefix)]
+    shaped = [prefix for prefix in fitting if names.shapes_fit(table, prefix)]
+    fitting = shaped or fitting
+    if not fitting:
+        return _state_dict(contents, table, names, _nearest(prefixes, table, names))
+    labels = {prefix: _label(table, names, prefix) for prefix in fitting}
+    ranks = {prefix: _rank(labels[prefix], table, prefix) for prefix in fitting}
+    best = [prefix for prefix in fitting if ranks[prefix] == max(ranks.values())]
+    if not all(names.are_equal(table, best[0], other) for other in best[1:]):
+        raise Ambiguous(label for label in labels.values())
+    others = tuple(labels[prefix] for prefix in fitting if prefix not in best)
+    return _state_dict(contents, table, names, best[0], others)
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkNames:
+    """The names of a network's tensors."""
+
+    wrappers: Collection[str]
+    """Names of wrappers that are left out of all names."""
+    names: Mapping[str, str]
+    """The network's names by the same name without wrappers."""
+    tensors: Mapping[str, Tensor]
+    """By the name without wrappers."""
+    tied: tuple[tuple[str, ...], ...]
+    """Names of one tensor, without wrappers; a file needs one of them."""
+    versions: Mapping[str, Any]
+    """Versions of the network's modules."""
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the network itself is in a wrapper."""
+        return any(plain != name for plain, name in self.names.items())
+
+    @staticmethod
+    def of(model: nn.Module) -> NetworkNames:
+        """Return the names of a network."""
+        state_dict = model.state_dict()
+        state = {n: t for n, t in state_dict.items() if isinstance(t, Tensor)}
+        wrappers: Collection[str] = WRAPPERS
+        plain = [_without(name.split("."), wrappers) for name in state]
+        if len(set(plain)) < len(plain):  # the network itself has both names
+            wrappers, plain = (), list(state)
+        tied: dict[object, list[str]] = {}
+        for name, tensor in zip(plain, state.values(), strict=True):
+            if name.rpartition(".")[2] in COUNTERS:
+                continue
+            is_memory = tensor.numel() > 0 and not tensor.is_meta
+            memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if is_memory else name
+            tied.setdefault(memory, []).append(name)
+        return NetworkNames(
+            wrappers,
+            dict(zip(plain, state, strict=True)),
+            dict(zip(plain, state.values(), strict=True)),
+            tuple(map(tuple, tied.values())),
+            getattr(state_dict, "_metadata", {}),
+        )
+
+    def are_in(self, table: Mapping[str, Entry], prefix: str) -> bool:
+        """Return whether the file has all tensors that the network needs below a prefix."""
+        return all(any(prefix + name in table for name in names) for names in self.tied)
+
+    def shapes_fit(self, table: Mapping[str, Entry], prefix: str) -> bool:
+        """Return whether all tensors below a prefix have the network's shapes."""
+        return all(
+            table[prefix + name].tensor.shape == tensor.shape
+            for name, tensor in self.tensors.items()
+            if prefix + name in table and tensor.ndim
+        )
+
+    def are_equal(self, table: Mapping[str, Entry], one: str, other: str) -> bool:
+        """Return whether two prefixes have the same values below them."""
+        pairs = (
+            (table.get(one + name), table.get(other + name))
+            for names in self.tied
+            for name in names
+        )
+        return all(
+            a is not None
+            and b is not None
+            and a.tensor.dtype == b.tensor.dtype
+            and torch.equal(a.tensor, b.tensor)
+            for a, b in pairs
+            if a is not b
+        )
+
+
+def _without(parts: Iterable[str], wrappers: Collection[str]) -> str:
+    return ".".join(part for part in parts if part not in wrappers)
+
+
+def _table(
+    entries: Iterable[Entry], names: NetworkNames, rename: Rename | None
+) -> dict[str, Entry]:
+    """Return the tensors by their whole name without wrappers."""
+    table: dict[str, Entry] = {}
+    for entry in entries:
+        name: str | None = _without(entry.parts, names.wrappers)
+        assert name is not None
+        if rename is not None:
+            name = rename(name)
+        if name is not None:
+            table[".".join(entry.parts) if name in table else name] = entry
+    return table
+
+
+def _prefixes(table: Mapping[str, Entry], names: NetworkNames) -> Counter[str]:
+    """Return how many of the network's names stand behind each prefix in the file."""
+    prefixes: Counter[str] = Counter()
+    for name in table:
+        for prefix, rest in _splits(name):
+            if rest in names.names:
+                prefixes[prefix] += 1
+    return prefixes
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Yield a name in two, at its start and behind each dot."""
+    yield "", name
+    for match in list(re.finditer(r"\.", name))[: 2 * DEPTH]:
+        yield name[: match.end()], name[match.end() :]
+
+
+def _nearest(prefixes: Counter[str], table: Mapping[str, Entry], names: NetworkNames) -> str:
+    """Return the prefix with most of the network's names, or the dict with most tensors."""
+    if prefixes:
+        return prefixes.most_common(1)[0][0]
+    places = Counter(entry.place for entry in table.values())
+    place = places.most_common(1)[0][0] if places else ()
+    return _with_dot(_without(place, names.wrappers))
+
+
+def _with_dot(key: str) -> str:
+    return f"{key}." if key else ""
+
+
+def _label(table: Mapping[str, Entry], names: NetworkNames, prefix: str) -> str:
+    """Return the key and the prefix that stand before the network's names in the file."""
+    place = next((table[prefix + name].place for name in names.names if prefix + name in table), ())
+    start = _with_dot(_without(place, names.wrappers))
+    if not prefix.startswith(start):  # the names begin with keys of dicts
+        return prefix.removesuffix(".")
+    return ".".join((*place, *filter(None, prefix.removeprefix(start).split("."))))
+
+
+def _rank(label: str, table: Mapping[str, Entry], prefix: str) -> int:
+    """Return 1 for an average, -1 for the network that it is of, and 0 for others."""
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)}
+    is_average = bool(words & AVERAGED) or f"{prefix}n_averaged" in table
+    return is_average - bool(words & RAW)
+
+
+def _state_dict(
+    contents: Contents,
+    table: Mapping[str, Entry],
+    names: NetworkNames,
+    prefix: str,
+    others: tuple[str, ...] = (),
+) -> StateDict:
+    """Return the tensors below a prefix, and the names of those beside it in the same dicts."""
+    below = {name: entry for name, entry in table.items() if name.startswith(prefix)}
+    ours = {n: entry for n, entry in below.items() if n.removeprefix(prefix) in names.names}
+    places = {entry.place for entry in (ours or below).values()}
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    left_aside: list[str] = []
+    for name, entry in table.items():
+        rest = name.removeprefix(prefix)
+        if name in ours:
+            tensors[names.names[rest]] = entry.tensor
+        elif entry.place not in places or _is_counter(rest, entry.tensor):
+            continue
+        elif name in below and not _is_of_loss(rest, names):
+            tensors[rest] = entry.tensor
+        elif not any(".".join(entry.parts).startswith(_with_dot(other)) for other in others):
+            left_aside.append(entry.name)
+    tensors._metadata = _versions(contents, names, places, prefix)  # type: ignore[attr-defined]
+    return StateDict(tensors, _label(table, names, prefix), others, tuple(left_aside))
+
+
+def _is_counter(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor counts something, such as epochs, and is of no use to a network."""
+    is_number = tensor.numel() == 1 and (tensor.ndim == 0 or not tensor.is_floating_point())
+    return name.rpartition(".")[2] in COUNTERS or (is_number and "." not in name)
+
+
+def _is_of_loss(name: str, names: NetworkNames) -> bool:
+    """Return whether a tensor is of a loss function beside the network's layers."""
+    first = name.partition(".")[0]
+    is_layer = any(other.partition(".")[0] == first for other in names.names)
+    return not is_layer and LOSS.search(first.lower()) is not None
+
+
+def _versions(
+    contents: Contents, names: NetworkNames, places: Iterable[tuple[str, ...]], prefix: str
+) -> Mapping[str, Any]:
+    """Return the versions of modules that the file has, by the network's names, or else today's."""
+    versions: OrderedDict[str, Any] = OrderedDict()
+    for place in places:
+        for module, version in contents.versions.get(place, {}).items():
+            name = _with_dot(_without((*place, *str(module).split(".")), names.wrappers))
+            if name.startswith(prefix) and isinstance(version, Mapping):
+                versions[name.removeprefix(prefix).removesuffix(".")] = version
+    return versions if versions and not names.is_wrapped else names.versions
