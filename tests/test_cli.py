@@ -530,6 +530,56 @@ def test_weights_for_another_number_of_classes_than_the_data(
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
+EMA_IS_LOADED = "'state_dict_ema' was loaded"
+
+
+@pytest.fixture
+def two_networks(images: Path, model_file: Path, tmp_path: Path) -> list[object]:
+    """Options for a file that holds a network and its average."""
+    name = f"{model_file}:small"
+    raw, average = (dict(zoo.load(name, num_classes=2, seed=s).state_dict()) for s in (0, 1))
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "last.pth.tar")
+    weights = tmp_path / "last.pth.tar"
+    return ["-m", name, "-w", weights, "-d", f"folder:{images}", "--image-size", 16]
+
+
+def test_which_network_of_a_file_is_evaluated_is_said_and_can_be_chosen(
+    call: Call, two_networks: list[object]
+) -> None:
+    assert EMA_IS_LOADED in call("evaluate", *two_networks).out
+    scores = {
+        key: json.loads(call("evaluate", *two_networks, *options, "--json").out)
+        for key, options in (
+            ("default", []),
+            ("average", ["--weights-key", "state_dict_ema"]),
+            ("raw", ["--weights-key", "state_dict"]),
+        )
+    }
+    assert scores["default"]["loss"] == scores["average"]["loss"] != scores["raw"]["loss"]
+    assert EMA_IS_LOADED in scores["default"]["notices"][0]
+    assert scores["average"]["notices"] == scores["raw"]["notices"] == []
+
+
+@pytest.mark.slow
+def test_which_network_of_a_file_is_pruned_or_trained_is_said_and_recorded(
+    call: Call, two_networks: list[object], tmp_path: Path
+) -> None:
+    outcome = call("prune", *two_networks, "--no-finetune", "-o", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert EMA_IS_LOADED in outcome.out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert EMA_IS_LOADED in result["input_notices"][0]
+    assert EMA_IS_LOADED in json.loads(call("inspect", *two_networks, "--json").out)["notices"][0]
+    assert EMA_IS_LOADED in call("inspect", *two_networks).out
+    options = ["--epochs", 1, "--set", "train.workers=0", "-o", tmp_path / "base"]
+    assert EMA_IS_LOADED in call("train", *two_networks, *options).out
+    trained = json.loads((tmp_path / "base" / "training.json").read_text())
+    assert EMA_IS_LOADED in trained["input_notices"][0]
+    two_networks[3] = tmp_path / "base"  # the folder
+    scored = json.loads(call("evaluate", *two_networks, "--json").out)
+    assert scored["loss"] == trained["score"]["loss"]
+
+
 def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> None:
     """One clear line, the right exit code, and no trace of a run folder."""
     outcome = call("prune", *arguments, "-o", out)

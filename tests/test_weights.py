@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from secateur.models import zoo
 from secateur.models.weights import load_weights
-from secateur.runtime.errors import WeightsError
+from secateur.runtime.errors import UsageError, WeightsError
 
 Tensors = dict[str, Tensor]
 
@@ -300,6 +301,39 @@ def test_a_wrapped_network_takes_plain_weights(tmp_path: Path) -> None:
     assert_same(model.module, state())
 
 
+class Holder(nn.Module):
+    """Holds a network, as modules of Lightning do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.model = inner
+
+
+def test_a_network_that_holds_another_takes_the_weights_of_that(tmp_path: Path) -> None:
+    for content in (state(), {"state_dict": renamed("net.{}".format)}):
+        torch.save(content, tmp_path / "w.pth")
+        model = Holder(Holder(Network()))
+        load_weights(model, tmp_path / "w.pth")
+        assert_same(model.model.model, state())  # type: ignore[arg-type]
+
+
+def test_masks_of_pruning_are_applied(tmp_path: Path) -> None:
+    masked = trained()
+    for layer in (masked.features[0], masked.head):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    assert "features.0.weight_mask" in masked.state_dict()
+    torch.save({"state_dict": nn.DataParallel(masked).state_dict()}, tmp_path / "w.pth")
+    model = Network()
+    load_weights(model, tmp_path / "w.pth")
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.eval()(images), masked.eval()(images))
+    again = Network()
+    for layer in (again.features[0], again.head):
+        prune.identity(layer, "weight")
+    load_weights(again, tmp_path / "w.pth")
+    assert_same(again, dict(masked.state_dict()))
+
+
 def test_a_layer_with_a_wrappers_name_keeps_it(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
@@ -480,6 +514,13 @@ def test_python_is_warned_of_what_the_file_left_open(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="'state_dict_ema' was loaded") as caught:
         zoo.load("resnet20", tmp_path / "two.pth", num_classes=7)
     assert len(caught) == 1
+
+
+def test_a_key_or_a_name_without_a_file_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match=r"weights_key = 'ema' needs weights \(--weights\)$"):
+        zoo.load("resnet20", weights_key="ema")
+    with pytest.raises(WeightsError, match="the weights have an empty name"):
+        zoo.load("resnet20", "")
 
 
 def test_an_error_of_the_network_itself_is_one_line(

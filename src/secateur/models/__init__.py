@@ -4,7 +4,7 @@
 - `cifar`: the built-in ResNets and VGG-16 for CIFAR.
 - `weights`: loads the weights of a checkpoint into a network.
 - `checkpoint_files`, `file_formats`, `torch_files`: find and read files, shards and folders.
-- `state_dict`: finds a network's tensors in what a checkpoint holds.
+- `checkpoint_contents`, `state_dict`: find a network's tensors in what a checkpoint holds.
 - `user_code`: factories in a user's own file, `path/to/file.py:factory`.
 - `evaluate`, `score`: accuracy, loss, MACs, parameters and latency.
 - `divergence`: how far the outputs of two networks are apart, without labels.

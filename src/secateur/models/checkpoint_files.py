@@ -96,7 +96,10 @@ def _find(path: Path) -> Path:
         is_address = str(path).startswith(("http:/", "https:/"))
         hint = ": weights are not fetched from the network, so download the file first"
         raise WeightsError(f"no weights file {path}{hint if is_address else ''}")
-    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise WeightsError(f"the folder {path} can't be read: {error}") from error
     _check_folder(path, names)
     standard = [name for name in STANDARD if name in names]
     if standard:

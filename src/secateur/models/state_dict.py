@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from secateur.models.checkpoint_contents import DEPTH, Contents, Entry
 
 WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -31,87 +32,8 @@ RAW = frozenset(("online", "current"))
 """Words in the name of the network that an average is of."""
 LOSS = re.compile(r"criterion|loss")
 """In the first name of tensors that a loss function holds."""
-DEPTH, MOST_DICTS = 32, 20_000
-"""Levels of dicts and lists in each other, and how many of them are looked at."""
-
 Rename = Callable[[str], str | None]
 """Returns a network's name for a tensor of a file; None if the network has no use for it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a checkpoint."""
-
-    place: tuple[str, ...]
-    """Keys of the dict that it is in."""
-    name: str
-    """Its key there, a dotted name in the state dict."""
-    tensor: Tensor
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of the whole name."""
-        return tuple(".".join((*self.place, self.name)).split("."))
-
-
-@dataclass(frozen=True, eq=False)
-class Contents:
-    """The tensors of a checkpoint."""
-
-    entries: tuple[Entry, ...]
-    versions: Mapping[tuple[str, ...], Mapping[str, Any]] = field(default_factory=dict)
-    """Versions of modules (`_metadata` of a state dict), by the keys of the dict."""
-
-    def below(self, key: str) -> Contents:
-        """Return what lies below a key or a prefix, which may itself lie below others."""
-        wanted = tuple(key.split("."))
-        starts = [entry for entry in self.entries if entry.parts[: len(wanted)] == wanted]
-        inner = [entry for entry in self.entries if _contains(entry.parts, wanted)]
-        return Contents(tuple(starts or inner), self.versions)
-
-    def keys(self) -> list[str]:
-        """Return the keys under which there are tensors."""
-        return sorted({".".join(entry.place) for entry in self.entries})
-
-
-def _contains(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
-    length = len(wanted)
-    return any(parts[start : start + length] == wanted for start in range(len(parts) - length))
-
-
-def read_contents(content: Any) -> Contents:
-    """Return the tensors, and NumPy's arrays as tensors, in nested dicts and lists.
-
-    Raises `ValueError` if there is no end of them.
-    """
-    versions: dict[tuple[str, ...], Mapping[str, Any]] = {}
-    entries: list[Entry] = []
-    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    count = 0
-    while pending:
-        count += 1
-        place, values = pending.pop()
-        if len(place) > DEPTH or count > MOST_DICTS:
-            raise ValueError("its dicts nest too deeply")
-        metadata = getattr(values, "_metadata", None)
-        if isinstance(metadata, Mapping):
-            versions[place] = metadata
-        inner = []
-        for key, value in _items(values):
-            if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-                value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-            if isinstance(value, Tensor):
-                entries.append(Entry(place, str(key), value.detach()))
-            elif isinstance(value, Mapping | list | tuple):
-                inner.append(((*place, str(key)), value))
-        pending += reversed(inner)
-    return Contents(tuple(entries), versions)
-
-
-def _items(values: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(values, Mapping):
-        return values.items()
-    return enumerate(values) if isinstance(values, list | tuple) else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +54,7 @@ class Ambiguous(ValueError):
     """Several parts of a checkpoint fit a network, and none is preferred."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self.keys = tuple(keys)
+        self.keys: tuple[str, ...] = tuple(keys)
         super().__init__(", ".join(self.keys))
 
 
@@ -143,12 +65,13 @@ def pick(contents: Contents, model: nn.Module, rename: Rename | None = None) -> 
     """
     names = NetworkNames.of(model)
     table = _table(contents.entries, names, rename)
-    prefixes = _prefixes(table, names)
-    fitting = [prefix for prefix in prefixes if names.are_in(table, prefix)]
-    shaped = [prefix for prefix in fitting if names.shapes_fit(table, prefix)]
-    fitting = shaped or fitting
+    fitting = _fitting(table, names)
+    for inner in names.without_prefix():
+        if not fitting:
+            fitting = _fitting(table, inner)
+            names = inner if fitting else names
     if not fitting:
-        return _state_dict(contents, table, names, _nearest(prefixes, table, names))
+        return _state_dict(contents, table, names, _nearest(table, names))
     labels = {prefix: _label(table, names, prefix) for prefix in fitting}
     ranks = {prefix: _rank(labels[prefix], table, prefix) for prefix in fitting}
     best = [prefix for prefix in fitting if ranks[prefix] == max(ranks.values())]
@@ -172,11 +95,34 @@ class NetworkNames:
     """Names of one tensor, without wrappers; a file needs one of them."""
     versions: Mapping[str, Any]
     """Versions of the network's modules."""
+    prefix: str = ""
+    """What all the network's names begin with, if it is left out of `names`."""
 
     @property
     def is_wrapped(self) -> bool:
         """Whether the network itself is in a wrapper."""
-        return any(plain != name for plain, name in self.names.items())
+        return any(self.prefix + plain != name for plain, name in self.names.items())
+
+    def without_prefix(self) -> Iterator[NetworkNames]:
+        """Yield the names without what all of them begin with, one part more each time.
+
+        A network that only holds another one as `self.model` may get that one's weights.
+        """
+        prefix, names = self.prefix, self
+        while len(starts := {name.partition(".")[:2] for name in names.names}) == 1:
+            [(first, dot)] = starts
+            if not dot:
+                return
+            prefix += f"{first}."
+            names = NetworkNames(
+                self.wrappers,
+                {name.removeprefix(prefix): whole for name, whole in self.names.items()},
+                {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()},
+                tuple(tuple(n.removeprefix(prefix) for n in group) for group in self.tied),
+                self.versions,
+                prefix,
+            )
+            yield names
 
     @staticmethod
     def of(model: nn.Module) -> NetworkNames:
@@ -247,7 +193,27 @@ def _table(
             name = rename(name)
         if name is not None:
             table[".".join(entry.parts) if name in table else name] = entry
+    return _with_masks_applied(table, names)
+
+
+def _with_masks_applied(table: dict[str, Entry], names: NetworkNames) -> dict[str, Entry]:
+    """Return the tensors with the masks of `torch.nn.utils.prune` applied, as the network would."""
+    for name in [name for name in table if name.endswith("_mask")]:
+        base = name.removesuffix("_mask")
+        entry, mask = table.get(f"{base}_orig"), table[name].tensor
+        if entry is None or base in table or any(rest in names.names for _, rest in _splits(name)):
+            continue
+        if entry.tensor.shape == mask.shape:
+            product = Entry(entry.place, entry.name.removesuffix("_orig"), entry.tensor * mask)
+            del table[name], table[f"{base}_orig"]
+            table[base] = product
     return table
+
+
+def _fitting(table: Mapping[str, Entry], names: NetworkNames) -> list[str]:
+    """Return the prefixes below which all tensors of the network are, with its shapes if any."""
+    fitting = [prefix for prefix in _prefixes(table, names) if names.are_in(table, prefix)]
+    return [prefix for prefix in fitting if names.shapes_fit(table, prefix)] or fitting
 
 
 def _prefixes(table: Mapping[str, Entry], names: NetworkNames) -> Counter[str]:
@@ -267,8 +233,9 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield name[: match.end()], name[match.end() :]
 
 
-def _nearest(prefixes: Counter[str], table: Mapping[str, Entry], names: NetworkNames) -> str:
+def _nearest(table: Mapping[str, Entry], names: NetworkNames) -> str:
     """Return the prefix with most of the network's names, or the dict with most tensors."""
+    prefixes = _prefixes(table, names)
     if prefixes:
         return prefixes.most_common(1)[0][0]
     places = Counter(entry.place for entry in table.values())
@@ -345,5 +312,5 @@ def _versions(
         for module, version in contents.versions.get(place, {}).items():
             name = _with_dot(_without((*place, *str(module).split(".")), names.wrappers))
             if name.startswith(prefix) and isinstance(version, Mapping):
-                versions[name.removeprefix(prefix).removesuffix(".")] = version
+                versions[(names.prefix + name.removeprefix(prefix)).removesuffix(".")] = version
     return versions if versions and not names.is_wrapped else names.versions

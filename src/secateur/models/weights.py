@@ -13,16 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur.models.checkpoint_contents import Contents, read_contents
 from secateur.models.checkpoint_files import read_checkpoint
-from secateur.models.state_dict import (
-    COUNTERS,
-    Ambiguous,
-    Contents,
-    Rename,
-    StateDict,
-    pick,
-    read_contents,
-)
+from secateur.models.state_dict import COUNTERS, Ambiguous, Rename, StateDict, pick
 from secateur.runtime.errors import WeightsError
 
 COMMON_KEYS = frozenset(
@@ -51,6 +44,8 @@ def load_weights(
     the missing, unexpected and misshapen keys or, if only the head differs in its number of
     classes, both numbers. See `read_checkpoint` for the files.
     """
+    if path == "":  # it would be the current folder
+        raise WeightsError("the weights have an empty name: check --weights")
     path = Path(path)
     state = _find(model, path, key, rename)
     weights = state.tensors

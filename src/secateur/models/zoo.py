@@ -64,6 +64,8 @@ def load(
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
+    if weights is None and weights_key is not None:
+        raise UsageError(f"weights_key = {weights_key!r} needs weights (--weights)")
     if user_code.is_user_code(name) and not allow_code:
         raise UsageError(
             f"{name!r} is user code: build the network and pass it, or use load_program"
