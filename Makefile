@@ -5,6 +5,7 @@
 # make test-lowest   runs them in .venv-lowest with the oldest releases that pyproject.toml allows
 # make test-wheel    builds the wheel, installs it without extras elsewhere and prunes there
 
+# With Python 3.11 to 3.14: make demo PYTHON=python3.14 VENV=.venv-3.14
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= runs/demo

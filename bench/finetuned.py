@@ -52,7 +52,7 @@ def measure_peer(job: Job) -> Row:
     """Return the row of a job with Torch-Pruning in place of its criterion."""
     config = job.config
     dataset, model = load_inputs(config)
-    config = resolve_config(config, dataset)
+    config = resolve_config(config, dataset, model)
     context = make_scoring_context(model, dataset, config)
     image = context.example[:1]
     settings = replace(PEER, whole=all_but_inner(model, context.dependencies))

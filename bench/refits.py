@@ -49,7 +49,7 @@ def measure(
     config = studies.cifar10(arguments.network, arguments)
     dataset, model = load_inputs(config)
     # The validation images are the same for every seed; the calibration set is what differs.
-    config = resolve_config(config, dataset).model_copy(update={"seed": seed})
+    config = resolve_config(config, dataset, model).model_copy(update={"seed": seed})
     context = make_scoring_context(model, dataset, config)
     scores = score_filters(
         model,

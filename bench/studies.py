@@ -45,7 +45,7 @@ def load_inputs(
         from imagenet import load_study
 
         config, dataset, model = load_study(network, arguments)
-    return inputs.resolve_config(config, dataset), dataset, model
+    return inputs.resolve_config(config, dataset, model), dataset, model
 
 
 def cifar10(network: str, arguments: argparse.Namespace) -> RunConfig:

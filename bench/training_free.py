@@ -379,7 +379,7 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
     )
     dataset = read_images(data)
     model = zoo.load(network, None, num_classes=len(dataset.class_names), seed=config.seed)
-    return resolve_config(config, dataset), dataset, model
+    return resolve_config(config, dataset, model), dataset, model
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -134,8 +134,10 @@ def test_it_shows_itself(model: nn.Module, images: Tensor) -> None:
     assert "top-1 is agreement with the original network" in text
     lines = text.splitlines()
     assert lines[1].split() == ["stage", "top-1", "%", "MACs", "params", "latency", "ms"]
-    assert [line.split()[0] for line in lines[2:]] == ["before", "cut", "refit"]
-    assert len({len(line) for line in lines[1:]}) == 1
+    *rows, counts = lines[2:]
+    assert [row.split()[0] for row in rows] == ["before", "cut", "refit"]
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert counts == "images: 72 to score, 8 to choose, 20 to test"
     page = result._repr_html_()
     assert page.count("<tr>") == 4
     assert "<td>refit</td>" in page
@@ -223,4 +225,8 @@ def test_progress_is_shown_on_request(
     secateur.prune(model, [images])
     assert capfd.readouterr() == ("", "")
     secateur.prune(model, [images], progress=True)
-    assert capfd.readouterr().out == ""
+    out, err = capfd.readouterr()
+    assert out == ""
+    stages, *lines = err.splitlines()
+    assert stages.startswith("stages: score original → score filters and cut → refit; about ")
+    assert len(lines) == 3

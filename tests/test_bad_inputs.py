@@ -134,9 +134,10 @@ def message_of(case: Callable[[Desk], object], desk: Desk) -> str:
     error = raised.value
     if isinstance(error, SystemExit):
         assert error.code in (1, 2)
-        start, _, message = said.getvalue().partition(" ")
+        last = said.getvalue().splitlines()[-1]  # after the lines of the stages that have ended
+        start, _, message = last.partition(" ")
         assert start == "error:"
-        return message.removesuffix("\n")
+        return message
     return str(error)
 
 
@@ -161,6 +162,25 @@ def network() -> nn.Module:
 
 def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
+
+
+class Twice(nn.Sequential):
+    """Returns its output twice."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs: Tensor = super().forward(images)
+        return outputs, outputs
+
+
+def halves(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)[0]
+    return logits
+
+
+def made_with_forward(desk: Desk) -> None:
+    model = Twice(network())
+    secateur.prune(model, images(), forward=halves).save(desk.folder / "run")
+    secateur.load(desk.folder / "run", architecture=model)
 
 
 def large_config(desk: Desk) -> None:
@@ -658,7 +678,33 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "a mask holds a number without a name": lambda desk: masked(desk, np.full((8, 8), 7, np.uint8)),
     "Broden: images are missing": broden,
     # from Python
+    "the target names two quantities": lambda desk: secateur.prune(
+        network(), images(), target={"macs": 0.5, "latency": 0.7}
+    ),
+    "a setting has no section": lambda desk: secateur.prune(
+        network(), images(), settings={"round_to": 8}
+    ),
+    "a number of epochs is none": lambda desk: secateur.prune(network(), images(), epochs=True),
+    "the criterion is none": lambda desk: secateur.prune(
+        network(),
+        images(),
+        criterion=5,  # type: ignore[arg-type]
+    ),
+    "a criterion returns other scores": lambda desk: secateur.prune(
+        network(), images(), criterion=lambda kernels: kernels.sum()
+    ),
+    "images are a folder": lambda desk: secateur.prune(network(), "photos"),
     "images are bytes": lambda desk: secateur.prune(network(), [(255 * images()).byte()]),
+    "images are pictures": lambda desk: secateur.prune(network(), [Image.new("RGB", (8, 8))]),
+    "batches have other names": lambda desk: secateur.prune(
+        network(), [{"foo": images(), "bar": torch.zeros(60)}]
+    ),
+    "labels are names": lambda desk: secateur.prune(network(), [(images(), ["cat"] * 60)]),
+    "a network takes two inputs": lambda desk: secateur.prune(network(), [(images(), images())]),
+    "a network returns several things": lambda desk: secateur.prune(Twice(network()), images()),
+    "images have other channels": lambda desk: secateur.prune(network(), images()[:, :1]),
+    "channels come last": lambda desk: secateur.prune(network(), images().movedim(1, -1)),
+    "a run was made with `forward`": made_with_forward,
     "there are too few images": lambda desk: secateur.prune(network(), [images(10)]),
     # the machine
     "the disk is full": full_disk,

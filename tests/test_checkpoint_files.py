@@ -183,5 +183,5 @@ def test_linked_shards_are_read(state: dict[str, Tensor], tmp_path: Path) -> Non
         (snapshot / file.name).symlink_to(file)
     assert_loads(snapshot, state)
     shutil.rmtree(blobs)
-    with pytest.raises(WeightsError, match=r"index\.json can't be read"):
+    with pytest.raises(WeightsError, match=r"no file .*index\.json"):
         read_checkpoint(snapshot)

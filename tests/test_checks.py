@@ -87,3 +87,45 @@ def test_a_function_that_is_too_long_is_reported(tmp_path: Path) -> None:
     (package / "api.py").write_text("\n".join(lines))
     output = printed("architecture", "--source", str(package))
     assert "small.api.prune: 91 lines, at most 80" in output
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from torch.utils._pytree import tree_map", "torch.utils._pytree.tree_map"),
+        ("import torch\n\ntorch._dynamo.reset()", "torch._dynamo"),
+        ("from torch.nn import modules as m\n\nm.conv._ConvNd", "torch.nn.modules.conv._ConvNd"),
+        ("from torch.fx.experimental import proxy_tensor", "torch.fx.experimental.proxy_tensor"),
+        ("def name(node):\n    return node.target._schema.name", "._schema"),
+        ("network = lambda model: getattr(model, '_orig_mod')", "._orig_mod"),
+        ("NAME = 'torch._subclasses.fake_tensor'", "torch._subclasses.fake_tensor"),
+    ],
+)
+def test_what_torch_does_not_document_is_named_in_one_module(
+    line: str, name: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "small"
+    (package / "runtime").mkdir(parents=True)
+    internals = package / "runtime" / "torch_internals.py"
+    internals.write_text(f"{line}\n")
+    assert "uses, 0 elsewhere" in printed("architecture", "--source", str(package))
+    internals.rename(package / "graph.py")
+    output = printed("architecture", "--source", str(package))
+    number = len(line.splitlines())
+    assert f"graph.py:{number}: {name} is not documented by torch" in output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\n\nprint(torch.__version__)",
+        "import os\n\nos._exit(1)",
+        "class Tally:\n    def __init__(self):\n        self._count = 0\n        other._count = 1",
+        "PREFIX = '_orig_mod.'",
+    ],
+)
+def test_other_names_with_an_underscore_are_let_alone(line: str, tmp_path: Path) -> None:
+    package = tmp_path / "small"
+    package.mkdir()
+    (package / "graph.py").write_text(f"{line}\n")
+    assert "0 uses, 0 elsewhere" in printed("architecture", "--source", str(package))

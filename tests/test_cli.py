@@ -129,7 +129,14 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
     options = ["--allow-untrained", "--no-finetune", "--set", "report.images=0", "-o", run]
     outcome = call(*arguments, *options)
     assert outcome.code == 0
-    assert outcome.err == ""
+    first, *stages = outcome.err.splitlines()
+    assert first.startswith("stages: score original → score filters and cut → refit; about ")
+    assert [line.partition(":")[0].partition(" ·")[0] for line in stages] == [
+        "score original",
+        "score filters and cut",
+        "refit",
+        "report",
+    ]
     lines = outcome.out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["before", "cut", "refit"]
     assert max(len(line) for line in lines[:4]) <= 80
@@ -556,8 +563,8 @@ def test_which_network_of_a_file_is_evaluated_is_said_and_can_be_chosen(
         )
     }
     assert scores["default"]["loss"] == scores["average"]["loss"] != scores["raw"]["loss"]
-    assert EMA_IS_LOADED in scores["default"]["notices"][0]
-    assert scores["average"]["notices"] == scores["raw"]["notices"] == []
+    assert EMA_IS_LOADED in str(scores["default"]["notes"])
+    assert EMA_IS_LOADED not in str([scores["average"]["notes"], scores["raw"]["notes"]])
 
 
 @pytest.mark.slow
@@ -568,13 +575,13 @@ def test_which_network_of_a_file_is_pruned_or_trained_is_said_and_recorded(
     assert outcome.code == 0, outcome.err
     assert EMA_IS_LOADED in outcome.out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert EMA_IS_LOADED in result["input_notices"][0]
-    assert EMA_IS_LOADED in json.loads(call("inspect", *two_networks, "--json").out)["notices"][0]
+    assert EMA_IS_LOADED in str(result["notes"])
+    assert EMA_IS_LOADED in call("inspect", *two_networks, "--json").out
     assert EMA_IS_LOADED in call("inspect", *two_networks).out
     options = ["--epochs", 1, "--set", "train.workers=0", "-o", tmp_path / "base"]
     assert EMA_IS_LOADED in call("train", *two_networks, *options).out
     trained = json.loads((tmp_path / "base" / "training.json").read_text())
-    assert EMA_IS_LOADED in trained["input_notices"][0]
+    assert EMA_IS_LOADED in str(trained["notes"])
     two_networks[3] = tmp_path / "base"  # the folder
     scored = json.loads(call("evaluate", *two_networks, "--json").out)
     assert scored["loss"] == trained["score"]["loss"]
@@ -585,7 +592,9 @@ def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> N
     outcome = call("prune", *arguments, "-o", out)
     assert outcome.code == code
     assert outcome.out == ""
-    assert len(outcome.err.strip().splitlines()) == 1
+    *stages, error = outcome.err.strip().splitlines()
+    assert error.startswith("error: ")
+    assert all(line.startswith(("stages: ", "score ")) for line in stages)
     assert words in outcome.err
     assert not out.exists()
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
@@ -644,8 +653,8 @@ def test_unknown_names_bring_the_near_ones(call: Call, tmp_path: Path) -> None:
 
 def test_usage_errors(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    fails(call, out, 2, "--model is missing", "-d", "digits")
-    fails(call, out, 2, "--data is missing", "-m", "resnet20")
+    fails(call, out, 2, "no network is named", "-d", "digits")
+    fails(call, out, 2, "no data is named", "-m", "resnet20")
     fails(call, out, 2, "needs --weights", "-m", "resnet20", "-d", "digits")
     contradiction = ["--no-finetune", "--epochs", 3]
     fails(call, out, 2, "exclude each other", "-m", "resnet20", "-d", "digits", *contradiction)
@@ -710,7 +719,9 @@ def test_an_interrupted_fine_tuning_is_resumed(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == f"interrupted; the same command with --resume resumes from {stopped}\n"
+    *lines, last = said.splitlines()
+    assert last == f"interrupted; the same command with --resume resumes from {stopped}"
+    assert all(line.startswith(("stages: ", "score ", "refit: ", "epoch ")) for line in lines)
     assert call("evaluate", stopped).code == 0  # what is there is a network that was repaired
     refused = call(*arguments(stopped), "--resume", "--learning-rate", 0.01)
     assert refused.code == 2
@@ -725,6 +736,27 @@ def test_an_interrupted_fine_tuning_is_resumed(
     ]
     told = [[event for event in lines if event["event"] == "epoch"] for lines in epochs]
     assert told[0] == told[1]
+
+
+def test_a_training_that_diverges_says_what_remains_and_how_to_continue(
+    call: Call, digits_run: DigitsRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run.folder, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    outcome = call("finetune", folder, "--epochs", 1, "--learning-rate", 1e30)
+    assert outcome.code == 1
+    assert "in epoch 1: try a smaller learning rate; " in outcome.err
+    advice = f"secateur finetune {folder} --learning-rate 1e+29"
+    assert outcome.err.splitlines()[-1].endswith(advice)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    other = tmp_path / "base"
+    arguments = ["-m", "resnet20", "-d", "digits", "--epochs", 1, "--learning-rate", 1e30]
+    outcome = call("train", *arguments, "-o", other)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].endswith(
+        f"{other} holds no weights: train in another folder with --learning-rate 1e+29"
+    )
 
 
 def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path) -> None:

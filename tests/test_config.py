@@ -55,7 +55,7 @@ def test_errors_name_the_key(change: dict[str, object], key: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "near"),
-    [({"modle": {}}, "model.name"), ({"plan": {"roundto": 8}}, "plan.round_to")],
+    [({"modle": {}}, "model.task or model.name"), ({"plan": {"roundto": 8}}, "plan.round_to")],
 )
 def test_errors_name_the_key_that_was_meant(change: dict[str, object], near: str) -> None:
     with pytest.raises(UnknownName, match=f"did you mean {near}"):

@@ -95,7 +95,9 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
         for wnid in WNIDS:
             (tmp_path / part / wnid).mkdir(parents=True)
     write_classes(tmp_path / "train", WNIDS[:1], 2)
-    with pytest.raises(DataError, match=f"no images in .*train/{WNIDS[1]} "):
+    with pytest.raises(
+        DataError, match=f"no images in .*train/{WNIDS[1]}: add some, or delete the folder"
+    ):
         data.load(f"imagenet:{tmp_path}")
 
 
@@ -168,7 +170,10 @@ def _one_image(directory: Path) -> None:
         (_no_val, "no folder val in .*: expected train/WNID/ and val/WNID/"),
         (_no_train, "no folder train in .*: expected train/WNID/ and val/WNID/"),
         (_empty_val, "no class folders in .*val"),
-        (_other_classes, f"train and val have different classes: {SOME[0]}, {WNIDS[1]}"),
+        (
+            _other_classes,
+            f"different classes: only train has {SOME[0]}, and only val has {WNIDS[1]}",
+        ),
         (_name_for_id, "train has folders .* WordNet ids of .* classes: tench"),
         (_empty_class, f"no images in .*val/{SOME[2]}"),
         (_one_image, "class 217 has 1 images: too few to hold out 1 of them"),
@@ -228,3 +233,62 @@ def test_the_staged_images_of_every_class_have_its_number(
     names = [path.name for path in test.paths]
     assert list(zip(test.labels.tolist(), names, strict=True)) == sorted(expected)
     assert test.read(torch.tensor([0, 999]), Preprocessing(8, 8)).shape == (2, 3, 8, 8)
+
+
+# Kaggle's archive
+
+
+def write_kaggle(directory: Path) -> Path:
+    """Imagenette's miniature with `val` as Kaggle has it: unsorted, with a table."""
+    root = directory / "ILSVRC" / "Data" / "CLS-LOC"
+    write_imagenette(root)
+    lines = ["ImageId,PredictionString"]
+    for number, file in enumerate(sorted((root / "val").rglob("*.JPEG"), reverse=True)):
+        name = f"ILSVRC2012_val_{number:08}"
+        lines.append(f"{name},{file.parent.name} 1 2 3 4 {file.parent.name} 1 1 9 9 ")
+        file.rename(root / "val" / f"{name}.JPEG")
+    for wnid in SOME:
+        (root / "val" / wnid).rmdir()
+    (directory / "LOC_val_solution.csv").write_text("\n".join(lines))
+    (directory / "ILSVRC" / "Annotations").mkdir()
+    return root
+
+
+def test_kaggles_archive_is_read_with_its_table(tmp_path: Path) -> None:
+    root = write_kaggle(tmp_path)
+    write_imagenette(tmp_path / "sorted")
+    expected = data.READERS["imagenette"](tmp_path / "sorted")
+    for directory in (tmp_path, tmp_path / "ILSVRC", root):
+        splits = data.READERS["imagenette"](directory)
+        assert splits.train.labels.tolist() == expected.train.labels.tolist()
+        assert splits.test.labels.tolist() == [label for label in THEIR_NUMBERS for _ in range(2)]
+        assert isinstance(splits.test, FileImages)
+        assert [path.name[-7:-5] for path in splits.test.paths] == [
+            "04",
+            "05",
+            "02",
+            "03",
+            "00",
+            "01",
+        ]
+
+
+def test_an_incomplete_table_is_refused(tmp_path: Path) -> None:
+    write_kaggle(tmp_path)
+    table = tmp_path / "LOC_val_solution.csv"
+    table.write_text(table.read_text().replace(SOME[0], "n000"))
+    message = (
+        "LOC_val_solution.csv has no class of ImageNet for 2 of 6 images, ILSVRC2012_val_00000004"
+    )
+    with pytest.raises(DataError, match=message):
+        data.load(f"imagenette:{tmp_path}")
+    table.unlink()
+    with pytest.raises(DataError, match="not sorted into class folders"):
+        data.load(f"imagenette:{tmp_path}")
+
+
+def test_the_folder_inside_is_named(tmp_path: Path) -> None:
+    write_imagenette(tmp_path / "imagenette2-160")
+    message = f"no folder train in {tmp_path}: .*; name imagenette:{tmp_path}/imagenette2-160$"
+    with pytest.raises(DataError, match=message):
+        data.load(f"imagenette:{tmp_path}")

@@ -181,7 +181,7 @@ def test_a_factory_with_keyword_arguments_gets_the_number_of_classes(
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("number", "mine.py:number returned int, not an nn.Module"),
+        ("number", "mine.py:number: the network must be an nn.Module: got int"),
         ("withou", "unknown factory in .*mine.py 'withou': did you mean without"),
         ("failing", "mine.py.*failing.*ValueError: no luck"),
         ("demanding", "mine.py.*demanding.*width"),

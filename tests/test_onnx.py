@@ -72,7 +72,7 @@ class Talking(nn.Module):
     """Prints, warns and logs while it is exported."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
+        if torch.onnx.is_in_onnx_export():
             print("to stdout")
             print("to stderr", file=sys.stderr)
             warnings.warn("a warning", stacklevel=1)
@@ -92,7 +92,7 @@ class Forked(nn.Module):
     """Another function while it is exported."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3)) * (1.001 if torch.compiler.is_exporting() else 1.0)
+        return x.mean((2, 3)) * (1.001 if torch.onnx.is_in_onnx_export() else 1.0)
 
 
 def test_a_file_with_other_outputs_is_not_kept(tmp_path: Path) -> None:

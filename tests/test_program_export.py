@@ -102,7 +102,7 @@ def test_operation_outside_the_table_is_refused_by_name() -> None:
 def test_network_that_does_something_else_for_one_image_is_refused() -> None:
     class Squeezing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.mean((2, 3)) * (2.0 if torch.compiler.is_exporting() else 1.0)
+            return x.mean((2, 3)) * (2.0 if torch.compiler.is_compiling() else 1.0)
 
     with pytest.raises(TraceError, match="batch of 1"):
         make_program(Squeezing(), random_images(2))

@@ -32,7 +32,7 @@ Step = Callable[[Any, Tensor], Tensor]
 FIXED = "combined with a value of fixed size"
 NUMBER = "sized by a number in the network's code"
 ELSE = "with fewer channels the network's code does something else"
-REORDERED = "reordered by number in the network's code"
+ORDER = "the order or the number of the channels matters"
 UNREAD = "read by no convolution or linear layer"
 POSITIONS = "pooled over as if they were positions"
 KERNEL = "read by a kernel of fixed size"
@@ -169,6 +169,12 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             w=parameter(8, 8, 1, 1),
         ),
     ),
+    "backwards": (8, lambda: network(lambda m, x: x.flip(1))),
+    "normalised by a function": (8, lambda: network(lambda m, x: F.normalize(x))),
+    "a product with a matrix": (
+        8,
+        lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
+    ),
     "one minus": (8, lambda: network(lambda m, x: 1 - x)),
     "a lower bound that is a parameter": (
         8,
@@ -245,13 +251,13 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         NUMBER,
         lambda: network(lambda m, x: torch.cat([x[:, 4:], x[:, :4]], 1)),
     ),
-    "a tensor of a fixed size": (FIXED, lambda: network(lambda m, x: x + torch.zeros(8, 1, 1))),
+    "a tensor of a fixed size": (NUMBER, lambda: network(lambda m, x: x + torch.zeros(8, 1, 1))),
     "a tensor that is no parameter": (
         FIXED,
         lambda: network(lambda m, x: x * m.q, q=torch.rand(8, 1, 1, dtype=torch.float64)),
     ),
     "expanded to a number": (
-        FIXED,
+        NUMBER,
         lambda: network(lambda m, x: x * x.mean(1, keepdim=True).expand(-1, 8, -1, -1)),
     ),
     "an offset repeated": (
@@ -260,7 +266,7 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     ),
     "every other channel": ("every n-th channel", lambda: network(lambda m, x: x[:, ::2], 4)),
     "picked by a list": (
-        "no rule for the operation 'index'",
+        ORDER,
         lambda: network(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
     ),
     "another operation for eight channels": (
@@ -291,22 +297,16 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
             conv=nn.Conv2d(8, 8, 1),
         ),
     ),
-    "rolled over channels": (REORDERED, lambda: network(lambda m, x: torch.roll(x, 1, 1))),
-    "backwards": (REORDERED, lambda: network(lambda m, x: x.flip(1))),
+    "rolled over channels": (ORDER, lambda: network(lambda m, x: torch.roll(x, 1, 1))),
     "mean over channels": (UNREAD, lambda: network(lambda m, x: x.mean(1, keepdim=True), 1)),
-    "sorted": ("no rule for the operation 'sort'", lambda: network(lambda m, x: x.sort(1)[0])),
+    "sorted": (ORDER, lambda: network(lambda m, x: x.sort(1)[0])),
     "summed one after the other": (
-        "no rule for the operation 'cumsum'",
+        ORDER,
         lambda: network(lambda m, x: x.cumsum(1)),
     ),
     "divided by the sum of all": (
         "reduced over every dimension",
         lambda: network(lambda m, x: x / x.sum()),
-    ),
-    "normalised by a function": (FIXED, lambda: network(lambda m, x: F.normalize(x))),
-    "a product with a matrix": (
-        PRODUCT,
-        lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
     ),
     "a product with itself": (
         PRODUCT,
@@ -472,7 +472,7 @@ def test_a_compiled_network_is_cut_as_it_was_before(how: str) -> None:
     cut = apply_plan(model, dependencies, plan)
     assert type(cut) is Network
     assert (
-        relative_error(cut.forward(images), masked_network(model, dependencies, plan)(images))
+        relative_error(cut.forward(images), masked_network(plain, dependencies, plan)(images))
         < 1e-6
     )
 
@@ -492,23 +492,20 @@ def test_a_network_of_half_precision_with_channels_last() -> None:
     assert relative_error(outputs.float(), expected.float()) < 0.05
 
 
-def test_an_example_of_another_type_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"Input type .* should be the same"):
-        build_dependency_graph(CUT["one minus"][1]().bfloat16(), random_images(2))
+def test_of_an_example_only_the_shape_matters() -> None:
+    model = CUT["one minus"][1]().bfloat16()
+    of_floats = build_dependency_graph(model, random_images(2))
+    of_its_own_type = build_dependency_graph(model, random_images(2).bfloat16())
+    assert list(of_floats.groups) == list(of_its_own_type.groups) != []
 
 
 def test_a_network_that_can_not_be_copied_is_refused() -> None:
-    class Uncopied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
-            self.kernel = self.conv.weight * 2  # as of the older weight norm
+    class Uncopied(nn.Conv2d):
+        def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+            raise NotImplementedError("there is only one of it")
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.conv(x)).mean((2, 3))
-
-    with pytest.raises(TraceError, match="can't be copied: Only Tensors created explicitly"):
-        build_dependency_graph(Uncopied(), random_images(2))
+    with pytest.raises(TraceError, match="can't be copied: there is only one of it"):
+        build_dependency_graph(nn.Sequential(Uncopied(3, 8, 3)), random_images(2))
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +523,7 @@ def doubling() -> Callable[[Tensor], Tensor]:
 def test_an_operation_of_ones_own_needs_a_rule(doubling: Callable[[Tensor], Tensor]) -> None:
     model, images = network(lambda m, x: doubling(x)), random_images(3).double()
     reasons = [frozen.reason for frozen in build_dependency_graph(model, images[:2]).frozen]
-    assert "no rule for the operation 'secateur_test::double'" in reasons
+    assert any("no rule for the operation 'secateur_test::double'" in why for why in reasons)
 
     dependencies = build_dependency_graph(
         model, images[:2], rules={"secateur_test::double": elementwise.keep}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -355,34 +357,21 @@ def test_names_that_the_network_itself_understands_are_read(tmp_path: Path) -> N
     assert torch.equal(model(images), stored(images))
 
 
-def test_versions_of_modules_reach_the_network(tmp_path: Path) -> None:
-    seen = []
-
-    class Versioned(nn.Linear):
-        _version = 2
-
-        def _load_from_state_dict(
-            self, state_dict: Any, prefix: str, meta: Any, *rest: Any
-        ) -> None:
-            seen.append(meta.get("version"))
-            super()._load_from_state_dict(state_dict, prefix, meta, *rest)
-
-    stored = nn.Sequential(Versioned(2, 2)).state_dict()
-    stored._metadata["0"]["version"] = 1  # type: ignore[attr-defined]
-    torch.save({"state_dict": stored}, tmp_path / "old.pth")
-    load_weights(nn.Sequential(Versioned(2, 2)), tmp_path / "old.pth")
-    save_file(dict(stored), tmp_path / "none.safetensors")
-    load_weights(nn.Sequential(Versioned(2, 2)), tmp_path / "none.safetensors")
-    assert seen == [1, 2]
-
-
-def test_published_names_are_renamed_or_left_out(tmp_path: Path) -> None:
-    old = {**renamed(lambda name: name.replace("head.", "fc.")), "aux.weight": torch.ones(2)}
-    names: dict[str, str | None] = {"fc.weight": "head.weight", "fc.bias": "head.bias"}
-    names["aux.weight"] = None
-    model, notices = load(old, tmp_path, rename=lambda name: names.get(name, name))
-    assert_same(model, state())
-    assert not notices
+def test_published_names_are_understood_under_any_key(tmp_path: Path) -> None:
+    new = torchvision.models.densenet121(num_classes=3).state_dict()
+    pattern = re.compile(r"(denselayer\d+\.(?:norm|conv))(\d)\.")
+    old = {pattern.sub(r"\1.\2.", name): tensor for name, tensor in new.items()}
+    assert old.keys() != new.keys()
+    other = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in old.items()}
+    torch.save({"model": other, "model_ema": old}, tmp_path / "w.pth")
+    notes: list[str] = []
+    model = zoo.load("torchvision:densenet121", tmp_path / "w.pth", num_classes=3,
+                     notify=notes.append)  # fmt: skip
+    assert_same(model, dict(new))
+    assert "'model_ema' was loaded" in notes[0]
+    torch.save({"a": other, "b": old}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"with weights_key \(--weights-key\) one of a, b$"):
+        zoo.load("torchvision:densenet121", tmp_path / "w.pth", num_classes=3)
 
 
 def test_kernels_of_whole_numbers_are_refused(tmp_path: Path) -> None:

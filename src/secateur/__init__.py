@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from secateur.api import PruneResult, prune
+    from secateur.api import PruneResult, evaluate, prune
     from secateur.config import Budget, RunConfig
     from secateur.data import DataSet
     from secateur.data import load as load_data
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from secateur.experiments.run_folder import load, load_program, save
     from secateur.graph.build import build_dependency_graph
     from secateur.graph.dependency import DependencyGraph
-    from secateur.models.evaluate import evaluate
     from secateur.models.score import Score
     from secateur.models.zoo import load as load_model
     from secateur.pipeline.result import RunResult
@@ -63,7 +62,7 @@ _PLACES = {
     "SecateurError": "runtime.errors",
     "apply_plan": "pruning.apply",
     "build_dependency_graph": "graph.build",
-    "evaluate": "models.evaluate",
+    "evaluate": "api",
     "export_onnx": "experiments.onnx_export",
     "load": "experiments.run_folder",
     "load_data": "data:load",

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from markupsafe import Markup
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from secateur.config import RunConfig, from_dict
-from secateur.data import DataSet, NormalisedImages
+from secateur import config as configuration
+from secateur.config import BudgetLike, RunConfig, parse_budget
+from secateur.data import Batch, DataSet, NormalisedImages
+from secateur.data.in_memory import (
+    ImageBatches,
+    ImagesInMemory,
+    Parts,
+    form_of,
+    read_batches,
+    read_images,
+    split_images,
+)
 from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.module_state import device_of
+from secateur.graph.forward import without_forward
+from secateur.graph.network_graph import Forward
+from secateur.graph.working_copy import like_original, working_copy
+from secateur.graph.wrappers import unwrapped
+from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.evaluate import predict_classes
+from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.outputs import with_logits
+from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
+from secateur.models.task import look_at_outputs, make_task
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import no_progress, progress_bars
+from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
 from secateur.scoring import criteria
+from secateur.scoring.criteria import CriterionLike
 
-ImageBatches = Iterable[Any] | Dataset[Any]
-"""Images as a `DataLoader`, a `Dataset` or a list yields them: tensors `[image, channel, height,
-width]` or `[channel, height, width]`, or pairs `(images, labels)` of such a tensor and class
-numbers."""
-TEST_EVERY, VALIDATION_EVERY = 5, 10
-"""Without `test` every n-th image is held out for the scores, and every n-th of the others for
-choices on validation images."""
 SOURCE = "images in memory"
+FEW_CLASSES = 0.5
+"""A note says so if the images show less than this fraction of the network's classes."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +69,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels top-1 is the fraction of images that get the original network's class."""
+    Without labels `top1_fraction` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -65,14 +77,15 @@ class PruneResult:
     _original: nn.Module
     _dataset: DataSet
     _pruned: Pruned
-    _shape: tuple[int, int, int]
+    _shape: tuple[int, ...]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a run folder, whose report has no gallery, and return its path.
 
         `secateur.load(folder, architecture=model)` loads the network again, where `model` is the
-        original with any weights; `secateur.load_program(folder)` needs no code. Raises
-        `RunFolderError` if the folder is not empty (see `overwrite`), and `WriteError`.
+        original with any weights; a `forward` must be passed to it again. `load_program(folder)`
+        needs no code. Raises `RunFolderError` if the folder is not empty (see `overwrite`), and
+        `WriteError`.
         """
         config = self.result.config
         origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
@@ -109,7 +122,8 @@ class PruneResult:
             )
             for line in (head, *rows)
         ]
-        return "\n".join([_summary(self), *lines, *self.result.notices])
+        outcome = verdict(self.result)
+        return "\n".join([_summary(self), *lines, outcome, _counts(self), *self.result.notices])
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -123,17 +137,19 @@ class PruneResult:
         table = Markup(
             "<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
         ).format(_summary(self), heads, body)
-        return Markup("").join([table, *map(Markup("<p>{}</p>").format, self.result.notices)])
+        notes = (verdict(self.result), _counts(self), *self.result.notices)
+        return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
 def prune(
     model: nn.Module,
     images: ImageBatches,
     *,
-    target: str = "macs=0.5",
-    criterion: str = "vote",
+    target: BudgetLike = "macs=0.5",
+    criterion: CriterionLike = "vote",
     concepts: str = "evidence",
     test: ImageBatches | None = None,
+    forward: Forward | None = None,
     class_names: Sequence[str] = (),
     epochs: int = 0,
     max_images: int = 2500,
@@ -144,20 +160,25 @@ def prune(
     """Return a smaller copy of an image classifier; `model` itself is not changed.
 
     Arguments:
-        model: any network that takes images and returns logits `[image, class]`.
-        images: what the network takes, float `[image, channel, height, width]` of one size, in
-            batches or one by one, with class numbers or without; see `ImageBatches`. They score the
-            filters and refit the remaining kernels.
-        target: the budget, the fraction that may stay: `macs=F`, `params=F`, `filters=F`,
-            `memory=F` or `latency=F`.
-        criterion, concepts: how filters are ranked, as `secateur models` lists them.
+        model: any network that takes images and returns logits `[image, class]`, or names them.
+        images: what the network takes, floats `[image, channel, height, width]` of one size (or
+            signals, or volumes), in batches or one by one, with class numbers or without; see
+            `ImageBatches`. They score the filters and refit the remaining kernels.
+        target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
+            `"latency=0.7"`; also of `filters` or `memory`.
+        criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
+            may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
+        forward: `forward(model, images)` returns the logits, for networks that take or return
+            anything else, such as `lambda model, images: model(images)[0]`.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
-        max_images: the most images to read; they are kept in memory.
+        max_images: the most images to read: a random sample of a larger `Dataset`, the first of
+            any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
-        progress: whether to show progress bars on stderr.
+        progress: whether to print the stages with their times to stderr, with bars where it is a
+            terminal or a notebook with ipywidgets.
 
     Raises `DataError` if the images are not such tensors, `UsageError` or `UnknownName` for
     settings that don't exist, and `SecateurError` if the network can't be traced or pruned.
@@ -165,182 +186,209 @@ def prune(
     >>> import secateur, torch
     >>> model = secateur.load_model("resnet20", num_classes=10)
     >>> images = torch.rand(100, 3, 32, 32)
-    >>> pruned = secateur.prune(model, [images], target="macs=0.5")
+    >>> pruned = secateur.prune(model, images, target=0.5)
     >>> pruned.scores["refit"].macs / pruned.scores["before"].macs <= 0.5
     True
     >>> pruned.model(images[:1]).shape
     torch.Size([1, 10])
     """
-    calibration = _collect(images, max_images, "images")
-    test_images = None if test is None else _collect(test, None, "test")
-    config = _make_config(
-        model, calibration, target, criterion, concepts, epochs, seed, settings or {}
-    )
-    original = model
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        original = copy.deepcopy(model).cpu()
-    dataset, has_labels = _make_dataset(
-        original, calibration, test_images, class_names, config.data.batch_size
-    )
-    run_context = RunContext(progress_bars if progress else no_progress)
+    model = unwrapped(model)
+    _check_arguments(class_names, epochs=epochs, max_images=max_images)
+    name, passed_criterion = criteria.from_python(criterion)
+    tables = _tables(model, target, name, concepts)
+    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    form = form_of(model, is_free=forward is not None)
+    calibration = read_images(images, form, "images", most=max_images, seed=seed)
+    test_images = None if test is None else read_images(test, form, "test")
+    parts = split_images(calibration, test_images)
+    config = _make_config(tables, settings or {}, parts)
+    original = with_logits(working_copy(model, calibration.pixels[:2]), forward, calibration.pixels)
+    dataset = _labelled(parts, original, config, class_names)
+    run_context = RunContext(criterion=passed_criterion)
+    if progress:
+        lines = StageLines(print_to_stderr)
+        run_context = replace(run_context, progress=bars_if_live(), lines=lines)
+        show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
-    channels, height, width = calibration.pixels.shape[1:]
     return PruneResult(
-        model=copy.deepcopy(pruned.model).to(device_of(model)).eval(),
+        model=like_original(without_forward(pruned.model), model).eval(),
         plan=pruned.plan,
         scores={stage.stage: stage.score for stage in pruned.result.stages},
         result=pruned.result,
-        has_labels=has_labels,
+        has_labels=dataset.has_labels,
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
-        _shape=(channels, height, width),
+        _shape=tuple(calibration.pixels.shape[1:]),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Images:
-    """Images in memory, as the network takes them."""
+def evaluate(
+    model: nn.Module,
+    images: ImageBatches,
+    *,
+    forward: Forward | None = None,
+    batch_size: int = 100,
+    known_ms: float | None = None,
+) -> Score:
+    """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
-    pixels: Float[Tensor, "image channel height width"]
-    labels: Int[Tensor, "image"] | None
+    `images` and `forward` are as for `prune`; images that come one by one are scored `batch_size`
+    at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
+    `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
+    if the network can't be run on the images.
+    """
+    batches = _labelled_batches(model, images, forward, batch_size)
+    first = next(batches, None)
+    if first is None:
+        raise DataError("images: there are none")
+    network = with_logits(model, forward, first.images)
+    outputs = look_at_outputs(network, first.images)
+    labels, _ = read_labels(first.labels, outputs)
+    task = make_task(outputs, [labels])
 
-    def take(self, chosen: Tensor) -> _Images:
-        """Return the images where `chosen` is true."""
-        labels = None if self.labels is None else self.labels[chosen]
-        return _Images(self.pixels[chosen], labels)
+    def read() -> Iterator[Batch]:
+        for batch in itertools.chain([first], batches):
+            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            yield replace(batch, labels=labels)
+
+    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
 
 
-def _every(step: int, count: int) -> Tensor:
-    """Return for each of `count` images whether it is the last of `step` in a row."""
-    return torch.arange(count) % step == step - 1
+def _labelled_batches(
+    model: nn.Module, images: ImageBatches, forward: Forward | None, batch_size: int
+) -> Iterator[Batch]:
+    """Yield labelled batches as they come, but single images in batches of `batch_size`."""
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+
+    def joined() -> Batch:
+        indices = torch.arange(count - sum(map(len, pixels)), count)
+        batch = Batch(torch.cat(pixels), torch.cat(labels), indices)
+        pixels.clear()
+        labels.clear()
+        return batch
+
+    for batch_pixels, batch_labels in read_batches(
+        images, form_of(model, is_free=forward is not None), "images"
+    ):
+        if batch_labels is None:
+            raise DataError(
+                "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
+            )
+        pixels.append(batch_pixels)
+        labels.append(batch_labels)
+        count += len(batch_pixels)
+        if len(batch_pixels) > 1 or len(pixels) >= batch_size:
+            yield joined()
+    if pixels:
+        yield joined()
 
 
-def _make_dataset(
-    original: nn.Module,
-    calibration: _Images,
-    test: _Images | None,
-    class_names: Sequence[str],
-    batch_size: int,
-) -> tuple[DataSet, bool]:
-    """Return the images in three parts, and whether their labels were given."""
-    count = len(calibration.pixels)
-    test_every = TEST_EVERY if test is None else count + 1
-    if test is None:
-        is_test = _every(TEST_EVERY, count)
-        calibration, test = calibration.take(~is_test), calibration.take(is_test)
-    is_validation = _every(VALIDATION_EVERY, len(calibration.pixels))
-    labels, test_labels = calibration.labels, test.labels
-    has_labels = labels is not None and test_labels is not None
-    if labels is None or test_labels is None:
-        labels, test_labels = (
-            predict_classes(original, images.pixels, batch_size) for images in (calibration, test)
-        )
-    if not len(test.pixels) or not is_validation.any():
-        least = next(
-            n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
-        )
-        raise DataError(f"{count} images are too few: give at least {least}")
-    pixels = calibration.pixels
-    dataset = DataSet(
+def _labelled(
+    parts: Parts, original: nn.Module, config: RunConfig, class_names: Sequence[str]
+) -> DataSet:
+    """Return the parts as a data set, labelled with the original's classes if need be."""
+    outputs = look_at_outputs(original, parts.score.pixels)
+    images = (parts.score, parts.validation, parts.test)
+    notes: tuple[str, ...] = ()
+    if parts.has_labels:
+        raw_labels = [part.labels for part in images if part.labels is not None]
+        labels, notes = read_all_labels(raw_labels, outputs, config.model.task)
+        notes += _class_notes(labels[0], outputs.columns, parts.score)
+    else:
+        task, size = make_task(outputs, kind=config.model.task), config.data.batch_size
+        labels = tuple(evaluation.predict_classes(original, p.pixels, size, task) for p in images)
+    train, validation, test = (
+        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
+    )
+    return DataSet(
         name=SOURCE,
         class_names=tuple(class_names),
-        train=NormalisedImages(pixels[~is_validation], labels[~is_validation]),
-        validation=NormalisedImages(pixels[is_validation], labels[is_validation]),
-        test=NormalisedImages(test.pixels, test_labels),
+        train=train,
+        validation=validation,
+        test=test,
+        has_labels=parts.has_labels,
+        notes=notes,
     )
-    return dataset, has_labels
 
 
-def _make_config(
-    model: nn.Module,
-    calibration: _Images,
-    target: str,
-    criterion: str,
-    concepts: str,
-    epochs: int,
-    seed: int,
-    settings: Mapping[str, Any],
-) -> RunConfig:
+def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
+    """Raise `UsageError` if an argument is not a list of names or a number of things."""
+    if isinstance(class_names, str):
+        raise UsageError(f"class_names={class_names!r} must be a list of names, one for each class")
+    for name, count in counts.items():
+        least = 0 if name == "epochs" else 1
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
+
+
+def _tables(model: nn.Module, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name."""
-    criteria.check_name(criterion)
-    tables: dict[str, Any] = {
-        "model": {"name": f"{zoo.IN_MEMORY}:{type(model).__name__}"},
-        "data": {
-            "source": SOURCE,
-            "stratified": False,
-            "image_size": min(calibration.pixels.shape[2:]),
-            "calibration_images": len(calibration.pixels),
+    return {
+        "model": {
+            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
+            "allow_untrained": looks_untrained(model),
         },
+        "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
-        "plan": {"target": target},
-        "finetune": {"epochs": epochs},
-        "seed": seed,
+        "plan": {"target": str(parse_budget(target))},
     }
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if not dot:
-            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as plan.round_to")
-        tables[section] = {**tables.get(section, {}), name: value}
-    config = from_dict(tables, RunConfig)
+
+
+def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Parts) -> RunConfig:
+    """Return the configuration for these images, with the settings that the user changes."""
+    shape = parts.score.pixels.shape
+    is_pictures = len(shape) == 4
+    tables["data"] |= {
+        "image_size": min(shape[2:] or shape[1:]),
+        "calibration_images": len(parts.score.pixels),
+    }
+    if not is_pictures:
+        tables["finetune"] |= {"crop": "none", "flip": False}
+        tables["distill"] = {"flip": False}
+    for section, values in _by_section(settings).items():
+        tables[section] = {**tables.get(section, {}), **values}
+    config = configuration.from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
             "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
         )
+    changes = config.finetune.crop != "none" or config.finetune.flip or config.distill.flip
+    if changes and not is_pictures:
+        raise UsageError(
+            f"crop and flip change pictures [image, channel, height, width], not {list(shape)}: "
+            "leave them out"
+        )
     return config
 
 
-def _collect(batches: ImageBatches, most: int | None, name: str) -> _Images:
-    """Return the first `most` images, and their labels if each batch has them."""
-    pixels: list[Tensor] = []
-    labels: list[Tensor] = []
-    count = 0
-    for batch in cast("Iterable[Any]", batches):  # a Dataset is iterated by index
-        images, batch_labels = batch if _is_pair(batch) else (_only(batch), None)
-        images = _checked(images, name)
-        if pixels and images.shape[1:] != pixels[0].shape[1:]:
-            raise DataError(
-                f"{name}: tensors {list(pixels[0].shape[1:])} and {list(images.shape[1:])} of one "
-                "image each: all must have one size"
-            )
-        pixels.append(images.detach().cpu().float())
-        if batch_labels is not None:
-            labels.append(torch.as_tensor(batch_labels).detach().cpu().reshape(-1).long())
-            if len(labels[-1]) != len(images):
-                raise DataError(f"{name}: {len(images)} images with {len(labels[-1])} labels")
-        count += len(images)
-        if most is not None and count >= most:
-            break
-    if not pixels:
-        raise DataError(f"{name}: there are none")
-    if labels and len(labels) < len(pixels):
-        raise DataError(f"{name}: some come with labels and some without")
-    return _Images(torch.cat(pixels)[:most], torch.cat(labels)[:most] if labels else None)
+def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings as tables; raises `UsageError` for a key without a section."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if isinstance(value, Mapping) and not dot:
+            tables[section] = {**tables.get(section, {}), **value}
+            continue
+        if not dot:
+            near = configuration.nearest_key(key)
+            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
+        tables.setdefault(section, {})[name] = value
+    return tables
 
 
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, tuple | list) and len(batch) == 2
-
-
-def _only(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
-
-
-def _checked(pixels: Any, name: str) -> Tensor:
-    if not isinstance(pixels, Tensor):
-        raise DataError(
-            f"{name} must be tensors [image, channel, height, width]; got {type(pixels).__name__}: "
-            "the transform of a Dataset must end in a tensor"
-        )
-    batch: Tensor = pixels[None] if pixels.ndim == 3 else pixels
-    if batch.ndim != 4 or not batch.is_floating_point():
-        raise DataError(
-            f"{name} must be floating-point tensors [image, channel, height, width], as the "
-            f"network takes them; got {list(batch.shape)} of {batch.dtype}"
-        )
-    if not bool(batch.isfinite().all()):
-        raise DataError(f"{name}: an image holds a number that is not finite")
-    return batch
+def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:
+    """Return what to say if images that were not drawn at random show few of the classes."""
+    shown = len(labels.unique())
+    if labels.ndim > 1 or not images.is_from_front or shown >= FEW_CLASSES * outputs:
+        return ()
+    return (
+        f"The {len(labels)} images show {shown} of the network's {outputs} classes, and filters "
+        "that only the others need look useless. If the images come sorted by class, shuffle them, "
+        "or pass the Dataset itself, of which a random sample is read.",
+    )
 
 
 def _summary(result: PruneResult) -> str:
@@ -348,11 +396,21 @@ def _summary(result: PruneResult) -> str:
     removed, filters = sum(len(g.removed) for g in groups), sum(g.filters for g in groups)
     config = result.result.config
     name = config.model.name.partition(":")[2]
-    unit = "" if result.has_labels else "; top-1 is agreement with the original network"
+    criterion = config.score.criterion.removeprefix(f"{zoo.IN_MEMORY}:")
+    unit = "" if result.has_labels else " (no labels: agreement alone is known)"
     return (
-        f"{name} pruned to {config.plan.target} by {config.score.criterion}: {removed} of "
+        f"{name} pruned to {config.plan.target} by {criterion}: {removed} of "
         f"{filters} prunable filters removed{unit}"
     )
+
+
+def _counts(result: PruneResult) -> str:
+    """Return how many images were used, and for what."""
+    dataset = result._dataset
+    score, validation, test = (
+        len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)
+    )
+    return f"images: {score} to score, {validation} to choose, {test} to test"
 
 
 def _table(result: PruneResult) -> list[list[str]]:
@@ -361,4 +419,4 @@ def _table(result: PruneResult) -> list[list[str]]:
     return [shown, *([row[key] for key in shown] for row in rows)]
 
 
-__all__ = ["ImageBatches", "PruneResult", "prune"]
+__all__ = ["ImageBatches", "PruneResult", "evaluate", "prune"]

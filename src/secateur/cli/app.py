@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -78,17 +78,20 @@ def main() -> None:
     """
     try:
         with repeat_signals():
-            app()
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except SecateurError as error:
         if "--debug" in sys.argv:
             raise
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-    except (KeyboardInterrupt, SystemExit) as error:  # typer turns the former into the latter
-        sys.exit(error.code if isinstance(error, SystemExit) else INTERRUPTED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if hasattr(error, "format_message"):  # typer's errors, whose class has no public name
+            _fail_usage(error)
         from secateur.runtime.error_messages import explain
 
         reason = explain(error)
@@ -97,7 +100,21 @@ def main() -> None:
         _fail(reason, 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail_usage(error: Any) -> NoReturn:
+    """Print an error of typer's in one line that says what to do, or the help where it asks so."""
+    command = "secateur" if error.ctx is None else error.ctx.command_path
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    for words, shorter in (("Value error, ", ""), ("Input should be", "must be")):
+        message = message.replace(words, shorter)  # pydantic's words, through typer
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.ctx.get_help())
+        sys.exit(2)
+    if message.startswith("Got unexpected extra argument"):
+        message += ": options need their names, such as --model resnet20 --data digits"
+    _fail(f"{message} ({command} --help lists the options)", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     from secateur.cli.console import show_error
 
     show_error(message)

@@ -25,6 +25,11 @@ def show_error(text: str) -> None:
     err().print(f"[bold red]error:[/] {escaped(text)}")
 
 
+def show_note(text: str) -> None:
+    """Print a note as one line on stderr."""
+    err().print(f"[yellow]note:[/] {escaped(text)}", highlight=False)
+
+
 def escaped(text: str) -> str:
     """Return text from outside such that rich does not read its brackets as style."""
     return text.replace("[", r"\[")

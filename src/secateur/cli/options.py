@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from secateur.cli import completion
+from secateur.cli.recipe import fill_in_recipe
+from secateur.cli.tables import put, table_of
 from secateur.config import AnyConfig, Section, from_dict, read_tables
 from secateur.runtime.errors import UsageError
 
@@ -59,6 +61,7 @@ MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
 WEIGHTS_KEY = Key("model.weights_key", DATA)
 NUM_CLASSES = Key("model.num_classes", DATA)
+ALLOW_UNTRAINED = Key("model.allow_untrained", DATA)
 SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)
 IMAGE_SIZE = Key("data.image_size", DATA)
 SKIP_UNREADABLE = Key("data.skip_unreadable", DATA)
@@ -96,14 +99,6 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Resume an interrupted run.", rich_help_panel=OUTPUT),
-]
-AllowUntrained = Annotated[
-    bool,
-    typer.Option(
-        "--allow-untrained",
-        help="Run without weight file, on randomly initialised weights.",
-        rich_help_panel=DATA,
-    ),
 ]
 Tracker = Annotated[
     str | None,
@@ -222,19 +217,26 @@ class ConfigOptions:
         tables = read_tables(path) if path else {}
         for key, value in {**(changes or {}), **self.changes()}.items():
             put(tables, key, value)
-        for section, key, option in (("model", "name", "--model"), ("data", "source", "--data")):
-            if key not in _section(tables, section):
-                raise UsageError(f"{option} is missing")
+        fill_in_recipe(tables, kind)
+        for section, key, advice in REQUIRED:
+            if key not in table_of(tables, section):
+                raise UsageError(advice)
         return from_dict(tables, kind)
 
 
-def put(tables: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested tables; raises `UsageError` if a table is needed."""
-    section, dot, name = key.partition(".")
-    if dot:
-        tables[section] = {**_section(tables, section), name: value}
-    else:
-        tables[section] = value
+REQUIRED = (
+    (
+        *("model", "name"),
+        "no network is named: --model resnet20, --model torchvision:resnet18 or "
+        "--model path/to/file.py:function; `secateur models` lists the names",
+    ),
+    (
+        *("data", "source"),
+        "no data is named: --data folder:photos (a folder for each class), --data cifar10:DIR or "
+        "--data digits; `secateur models` lists the kinds",
+    ),
+)
+"""Keys that a configuration needs, and what to do without."""
 
 
 def assigned(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -262,14 +264,6 @@ def processes() -> Iterator[None]:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield
-
-
-def _section(tables: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a table of the configuration, empty if it is missing."""
-    table = tables.get(name, {})
-    if not isinstance(table, dict):
-        raise UsageError(f"configuration, {name}: must be a table; got {table!r}")
-    return table
 
 
 def _plain(value: Any) -> Any:

@@ -15,16 +15,26 @@ from rich.table import Table
 
 from secateur.cli.console import err, escaped, out
 from secateur.experiments import run_folder
+from secateur.experiments.evaluate import Evaluation
 from secateur.experiments.inspect import NEEDED
 from secateur.experiments.onnx_export import ExportResult, Latency
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
 from secateur.models.score import Score
+from secateur.models.task import Task
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.runtime import distributed
 from secateur.runtime.errors import UsageError
-from secateur.runtime.progress import ProgressCallback, no_progress, progress_bars
+from secateur.runtime.progress import (
+    ProgressCallback,
+    StageLines,
+    bars_if_live,
+    duration_text,
+    no_progress,
+    print_to_stderr,
+)
 from secateur.runtime.trackers import Tracker
 
 BAR = 8
@@ -49,16 +59,21 @@ def command_line() -> str:
 
 def progress() -> ProgressCallback:
     """Return progress bars on stderr if it is a terminal, else no progress."""
-    return progress_bars if sys.stderr.isatty() and distributed.is_main_process() else no_progress
+    return bars_if_live() if distributed.is_main_process() else no_progress
+
+
+def stage_lines() -> StageLines:
+    """Return what prints a line to stderr when a stage or an epoch has ended."""
+    return StageLines(print_to_stderr if distributed.is_main_process() else None)
 
 
 def run_context(tracker: Tracker | None = None) -> RunContext:
     """Return where a run of this command reports to."""
-    return RunContext(progress(), command_line(), tracker)
+    return RunContext(progress(), stage_lines(), command_line(), tracker)
 
 
-def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
-    """Print the result of a run, stage by stage."""
+def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) -> None:
+    """Print the result of a run, stage by stage, and in how many seconds it was there."""
     if as_json:
         print(result.model_dump_json(indent=1))
         return
@@ -79,7 +94,9 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     filters = sum(group.filters for group in result.groups)
     out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     show_unreadable(result.unreadable)
-    show_notices(result.notices)
+    show_notes(result.notices)
+    summary = f"{verdict(result)}; {duration_text(seconds)} in all"
+    out().print(summary, soft_wrap=True, highlight=False, style="bold")
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
@@ -107,25 +124,33 @@ def show_unreadable(names: Sequence[str]) -> None:
         )
 
 
-def show_notices(notices: Sequence[str]) -> None:
-    """Print what to know about a run, a line each."""
-    for notice in notices:
-        out().print(f"[yellow]note:[/] {escaped(notice)}", soft_wrap=True, highlight=False)
+def show_notes(notes: Sequence[str]) -> None:
+    """Print what to know of a result."""
+    for note in notes:
+        out().print(f"[yellow]note:[/] {escaped(note)}", soft_wrap=True, highlight=False)
 
 
-def show_score(
-    score: Score, unreadable: Sequence[str] | None, notices: Sequence[str], *, as_json: bool
-) -> None:
-    """Print a score, with the skipped images if they were recorded, and the notices."""
+def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
+    """Print the score of a network, the skipped images if they were recorded, and notes."""
     if as_json:
-        skipped = {} if unreadable is None else {"unreadable": unreadable}
-        print(json.dumps({**asdict(score), **skipped, "notices": list(notices)}, indent=1))
+        skipped = {} if evaluation.unreadable is None else {"unreadable": evaluation.unreadable}
+        facts = {**asdict(evaluation.score), **skipped, "notes": evaluation.notes}
+        print(json.dumps(facts, indent=1))
         return
+    show_score(evaluation.score, evaluation.task)
+    show_unreadable(evaluation.unreadable or ())
+    show_notes(evaluation.notes)
+
+
+def show_score(score: Score, task: Task) -> None:
+    """Print a score."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    top5, agreement = score.top5_fraction, score.agreement_fraction
     for title, text in (
         ("images", str(score.images)),
-        ("top-1", f"{100 * score.top1_fraction:.2f} %"),
-        ("top-5", f"{100 * score.top5_fraction:.2f} %"),
+        (task.accuracy_name, f"{100 * score.top1_fraction:.2f} %"),
+        *([] if top5 is None else [("top-5", f"{100 * top5:.2f} %")]),
+        *([] if agreement is None else [("agreement", f"{100 * agreement:.2f} %")]),
         ("loss", f"{score.loss:.4f}"),
         ("MACs", count_text(score.macs)),
         ("parameters", count_text(score.parameters)),
@@ -133,8 +158,6 @@ def show_score(
     ):
         table.add_row(title, text)
     out().print(table)
-    show_unreadable(unreadable or ())
-    show_notices(notices)
 
 
 def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:

@@ -5,6 +5,7 @@ and may be used to choose settings; `test` is for final scores only.
 
 - `cifar`, `imagenet`, `fashion_mnist`, `cub`, `digits`: readers of these data sets
 - `folder`, `hugging_face`: readers of your own images
+- `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
@@ -14,6 +15,7 @@ and may be used to choose settings; `test` is for final scores only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,10 @@ from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
 from secateur.data.fashion_mnist import read_fashion_mnist
 from secateur.data.folder import read_folder
+from secateur.data.folder_layout import is_archive
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
-from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages
+from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages, stored_size
 from secateur.data.splits import Splits, draw, hold_out, is_held_out, split_calibration
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.runtime.errors import DataError, UnknownName, UsageError
@@ -59,6 +62,15 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
+    has_labels: bool = True
+    """Whether the labels are true ones, not those that the network predicts."""
+    notes: tuple[str, ...] = ()
+    """What to know of how the images were read, a sentence or two each."""
+
+    @functools.cached_property
+    def stored_size(self) -> tuple[int, int] | None:
+        """Height and width of the training images, if all that are looked at have the same."""
+        return stored_size(self.train)
 
 
 READERS: dict[str, Callable[[Path], Splits]] = {
@@ -72,6 +84,13 @@ READERS: dict[str, Callable[[Path], Splits]] = {
 }
 """Readers by the kind of data set, for those in a folder: `KIND:DIR`."""
 
+CONTENTS = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "fashion-mnist": "FashionMNIST",
+    "cub": "train_test_split.txt",
+}
+"""A file or folder by which a kind of data set can be told."""
 DIGITS = "digits"
 HUGGING_FACE = "hf"
 NONE = "none"
@@ -85,27 +104,52 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
     `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
-    kind, colon, directory = name.partition(":")
+    kind, _, directory = name.partition(":")
     if name == NONE:
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         return DataSet(name, (), nothing, nothing, nothing)
-    if name == DIGITS:
-        splits = read_digits()
-    elif kind == HUGGING_FACE:
-        if not directory:
-            raise UsageError(f"data set {name!r} needs a name or a folder: hf:NAME_OR_PATH")
-        splits = read_hugging_face(directory)
-    elif kind not in READERS:
-        raise UnknownName("data set", kind, [*READERS, HUGGING_FACE, DIGITS])
-    elif not colon or not directory:
-        raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
-    elif not Path(directory).is_dir():
-        raise DataError(f"no folder {directory} to read {kind} from")
-    else:
-        splits = READERS[kind](Path(directory))
+    splits = _read(name, kind, directory)
     generator = torch.Generator().manual_seed(seed)
     train, validation = hold_out(splits.train, validation_fraction, generator)
-    return DataSet(name, splits.class_names, train, validation, splits.test)
+    notes = splits.notes
+    if splits.origin:
+        counts = [len(images.labels) for images in (train, validation, splits.test)]
+        uses = "{} images to score filters and train on, {} for choices, {} to test".format(*counts)
+        notes = (f"{splits.origin}. Used: {uses}.", *notes)
+    return DataSet(name, splits.class_names, train, validation, splits.test, notes=notes)
+
+
+def _read(name: str, kind: str, directory: str) -> Splits:
+    """Return the splits of the data set `kind:directory`, which is called `name`."""
+    if name == DIGITS:
+        return read_digits()
+    if kind == HUGGING_FACE:
+        if not directory:
+            raise UsageError(f"data set {name!r} needs a name or a folder: hf:NAME_OR_PATH")
+        return read_hugging_face(directory)
+    if kind not in READERS:
+        if Path(name).expanduser().exists():
+            raise UsageError(f"data set {name!r} has no kind: {_advise_kind(Path(name))}")
+        raise UnknownName("data set", kind, [*READERS, HUGGING_FACE, DIGITS])
+    if not directory:
+        raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
+    path = Path(directory).expanduser()
+    if path.is_file():
+        archive = ": unpack it, and name the folder that it makes" if is_archive(path) else ""
+        raise DataError(f"{directory} is a file, not a folder to read {kind} from{archive}")
+    if not path.is_dir():
+        raise DataError(f"no folder {directory} to read {kind} from")
+    return READERS[kind](path)
+
+
+def _advise_kind(path: Path) -> str:
+    """Return what to write for a data set that was named by its folder alone."""
+    if is_archive(path):
+        return "unpack it, and write folder:DIR with the folder that it makes"
+    if path.is_file():
+        return "write folder:DIR with the folder that holds the images of each class in a folder"
+    kinds = (kind for kind, file in CONTENTS.items() if (path / file).exists())
+    return f"write {next(kinds, 'folder')}:{path}"
 
 
 def draw_calibration_images(

@@ -79,9 +79,14 @@ class ShiftsAndFlips:
         )
 
     def apply(
-        self, images: Float[Tensor, "image rgb height width"]
-    ) -> Float[Tensor, "image rgb height width"]:
-        """Return the shifted and flipped images, with zeros beyond their edges."""
+        self, images: Float[Tensor, "image channel *position"]
+    ) -> Float[Tensor, "image channel *position"]:
+        """Return the shifted and flipped images, with zeros beyond their edges.
+
+        Only pictures are changed: signals and volumes have no sides that may be mirrored.
+        """
+        if images.ndim != 4:
+            return images
         count, channels, height, width = images.shape
         padded = torch.nn.functional.pad(images, 4 * [self.border])
         columns = self.left + torch.arange(width)  # [image, width]

@@ -22,8 +22,9 @@ from secateur.runtime.errors import DataError
 class Batch:
     """Normalised images with their labels, indices and annotations."""
 
-    images: Float[Tensor, "image rgb height width"]
-    labels: Int[Tensor, "image"]
+    images: Float[Tensor, "image channel *position"]
+    labels: Int[Tensor, "image *label"]
+    """Class numbers, or 0 or 1 for each of several labels."""
     indices: Int[Tensor, "image"]
     """Index of each image in the list that the batches are made from."""
     annotations: ConceptMasks | None = None
@@ -80,8 +81,14 @@ def batches(
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise `DataError` if a label lies outside the network's classes."""
     outside = labels[(labels < 0) | (labels >= classes)]
-    if len(outside):
-        raise DataError(
-            f"the data has a label {int(outside[0])}, but the network has {classes} classes, "
-            f"0 to {classes - 1}"
-        )
+    if not len(outside):
+        return
+    hint = ""
+    if int(labels.min()) < 0:
+        hint = ": leave out images without a label"
+    elif int(labels.min()) >= 1 and int(labels.max()) == classes:
+        hint = f": subtract 1 from labels that count from 1 to {classes}"
+    raise DataError(
+        f"the data has a label {int(outside[0])}, but the network has {classes} classes, "
+        f"0 to {classes - 1}{hint}"
+    )

@@ -2,117 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from secateur.data.images import FileImages
-from secateur.data.splits import Splits, hold_out
-from secateur.runtime.errors import DataError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
-TEST_FRACTION = 0.2
-PARTS = frozenset(
-    {
-        *("train", "training", "test", "testing", "val", "valid", "validation"),
-        *("dev", "eval", "evaluation"),
-    }
+from secateur.data.folder_layout import (
+    Layout,
+    check_classes,
+    check_same_classes,
+    class_folders,
+    read_layout,
 )
-"""Usual names of splits; a class of such a name is taken for a mistake in the layout."""
-ARCHIVERS = "__MACOSX"
-"""A folder that the archiver of macOS leaves."""
+from secateur.data.image_files import (
+    count_images,
+    describe_passed_over,
+    is_hidden,
+    is_image,
+    list_images,
+)
+from secateur.data.images import FileImages, Images
+from secateur.data.splits import Splits, hold_out
+
+KIND = "folder"
+"""How `--data` names these."""
+TEST_FRACTION = 0.2
 
 
 def read_folder(directory: Path) -> Splits:
-    """Return the images of class folders, in the splits that the folder has.
+    """Return the images of class folders, in the parts that the folder has.
 
-    With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the splits. With `CLASS/`
-    alone a fixed fifth of each class is for testing. Classes are numbered in the order of their
-    names. A `test` without classes, such as one whose labels are withheld, is skipped if `val`
-    has some. Raises `DataError` if there are no images, or the splits have different classes or
-    other names.
+    With `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`) those are the parts; `folder_layout`
+    has their other names. With `CLASS/` or `train/CLASS/` alone a fixed fifth of each class is for
+    testing. Classes are numbered in the order of their names. A `test` without class folders, such
+    as one whose labels are withheld, is passed over. The notes say which folders and files were
+    not read. Raises `DataError` if there are no images or only one class, or the parts have
+    different classes.
     """
-    if not (directory / "train").is_dir():
-        classes = class_folders(directory)
-        _check_no_parts(directory, classes)
+    layout = read_layout(directory)
+    classes = class_folders(layout.train, KIND)
+    check_classes(layout.train, classes, KIND)
+    labels = {name: index for index, name in enumerate(classes)}
+    train, passed_over = images_of(layout.train, labels)
+    notes = [_describe_unused(layout)]
+    parts: tuple[Images, Images]
+    if layout.test is None:
+        origin = f"{layout.train} has no test part: a fifth of each class is held out for it"
         generator = torch.Generator().manual_seed(0)
-        train, test = hold_out(_numbered(directory, classes), TEST_FRACTION, generator)
-        return Splits(classes, train, test)
-    classes = class_folders(directory / "train")
-    scored = [part for part in ("test", "val") if (directory / part).is_dir()]
-    if not scored:
-        raise DataError(f"{directory} has a train folder but neither test nor val")
-    part = next((part for part in scored if _folders(directory / part)), scored[0])
-    check_same_classes(directory, part, class_folders(directory / part), classes)
-    train = _numbered(directory / "train", classes)
-    return Splits(classes, train, _numbered(directory / part, classes))
+        parts = hold_out(train, TEST_FRACTION, generator)
+    else:
+        check_same_classes(directory, layout.test.name, class_folders(layout.test, KIND), classes)
+        origin = "" if layout.test.name == "test" else f"{layout.test} is the test part"
+        test, others = images_of(layout.test, labels)
+        parts = train, test
+        passed_over += others
+        notes.append(_describe_loose(layout.test))
+    notes += [_describe_loose(layout.train), describe_passed_over(passed_over)]
+    return Splits(classes, *parts, tuple(filter(None, notes)), origin)
 
 
-def class_folders(directory: Path) -> tuple[str, ...]:
-    """Return the names of a folder's subfolders, sorted; raises `DataError` without any."""
-    names = _folders(directory)
-    if not names:
-        raise DataError(f"no class folders in {directory}")
-    return names
-
-
-def _folders(directory: Path) -> tuple[str, ...]:
-    """Return the names of a folder's subfolders, sorted, without hidden ones and archivers'."""
-    names = (entry.name for entry in directory.iterdir() if entry.is_dir())
-    return tuple(sorted(name for name in names if not _is_hidden(Path(name))))
-
-
-def _is_hidden(path: Path) -> bool:
-    """Return whether any part of the path is hidden or left by an archiver."""
-    return any(part.startswith(".") or part == ARCHIVERS for part in path.parts)
-
-
-def _check_no_parts(directory: Path, classes: Iterable[str]) -> None:
-    """Raise `DataError` if class folders are named like splits."""
-    parts = [name for name in classes if name.lower() in PARTS]
-    if parts:
-        raise DataError(
-            f"{directory} has no folder train, and {', '.join(parts)} would be read as classes: "
-            "call the parts train/CLASS/ and test/CLASS/ or val/CLASS/, or rename these classes"
-        )
-
-
-def check_same_classes(
-    directory: Path, part: str, classes: Iterable[str], expected: Iterable[str]
-) -> None:
-    """Raise `DataError` if a split has other classes than `train`."""
-    odd = sorted(set(classes) ^ set(expected))
-    if odd:
-        raise DataError(f"{directory}: train and {part} have different classes: {brief(odd)}")
-
-
-def brief(names: list[str]) -> str:
-    """Return the first five names as text."""
-    return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-
-
-def images_of(directory: Path, labels: Mapping[str, int]) -> FileImages:
+def images_of(directory: Path, labels: Mapping[str, int]) -> tuple[FileImages, Counter[str]]:
     """Return the images of the folders named in `labels`, each with the label of its folder.
 
-    Folders come in the order of `labels`, with their subfolders, but without hidden files. Raises
-    `DataError` if a folder has no images.
+    Folders come in the order of `labels`, with their subfolders; see `list_images`. The count is
+    that of the files that were passed over, by suffix. Raises `DataError` if a folder has no
+    images.
     """
     paths: list[Path] = []
     path_labels: list[int] = []
+    passed_over: Counter[str] = Counter()
     for name, label in labels.items():
-        inside = directory / name
-        files = sorted(
-            path
-            for path in inside.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(inside))
-        )
-        if not files:
-            raise DataError(f"no images in {inside} ({', '.join(sorted(SUFFIXES))})")
-        paths += files
-        path_labels += [label] * len(files)
-    return FileImages(tuple(paths), torch.tensor(path_labels))
+        listing = list_images(directory / name)
+        paths += listing.images
+        path_labels += [label] * len(listing.images)
+        passed_over += listing.passed_over
+    return FileImages(tuple(paths), torch.tensor(path_labels)), passed_over
 
 
-def _numbered(directory: Path, classes: tuple[str, ...]) -> FileImages:
-    return images_of(directory, {name: index for index, name in enumerate(classes)})
+def _describe_unused(layout: Layout) -> str:
+    """Return the notice on folders beside the parts, as far as they hold images."""
+    counts = {path: count_images(path) for path in layout.unused}
+    names = [f"{path}/ ({count} images)" for path, count in counts.items() if count]
+    return f"Not used: {', '.join(names)}." if names else ""
+
+
+def _describe_loose(directory: Path) -> str:
+    """Return the notice on images beside class folders, whose class is unknown."""
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if entry.is_file()]
+    count = sum(is_image(Path(name)) and not is_hidden(name) for name in names)
+    if not count:
+        return ""
+    images = "1 image was" if count == 1 else f"{count} images were"
+    return f"{images} passed over beside the class folders of {directory}: their class is unknown."

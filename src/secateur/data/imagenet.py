@@ -11,28 +11,34 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from secateur.data.folder import brief, check_same_classes, class_folders, images_of
+import torch
+
+from secateur.data.folder import images_of
+from secateur.data.folder_layout import (
+    brief,
+    check_same_classes,
+    class_folders,
+    data_folders,
+)
+from secateur.data.image_files import describe_passed_over
+from secateur.data.images import FileImages
 from secateur.data.splits import Splits
 from secateur.runtime.errors import DataError
+from secateur.runtime.input_limits import TEXT, read_bounded
 
 TEST = "val"
 """ILSVRC's validation images are for final scores: the labels of its test images aren't public."""
+SOLUTION = "LOC_val_solution.csv"
+"""Kaggle's table of the classes of `val`."""
 
 
 def read_imagenet(directory: Path) -> Splits:
     """Return all of ILSVRC-2012 from `train/WNID/` and `val/WNID/`, torchvision's layout.
 
-    Raises `DataError` if a class is missing from either split, is empty, or is unknown.
+    Kaggle's layout is read, too: see `_read_solution`. Raises `DataError` if a class is missing
+    from either split, is empty, or is unknown.
     """
-    names = class_names()
-    for part in ("train", TEST):
-        missing = sorted(names.keys() - set(_known_folders(directory, part)))
-        if missing:
-            raise DataError(
-                f"{directory / part} lacks {len(missing)} of ImageNet's 1,000 classes: "
-                f"{brief(missing)}; to use some of the classes, pass imagenette:DIR"
-            )
-    return _splits(directory, list(names))
+    return _read(directory, "imagenet")
 
 
 def read_imagenette(directory: Path) -> Splits:
@@ -42,9 +48,7 @@ def read_imagenette(directory: Path) -> Splits:
     scored as it is. Raises `DataError` if a folder is not a class of ImageNet, a class is empty,
     or the splits have different classes.
     """
-    folders = _known_folders(directory, "train")
-    check_same_classes(directory, TEST, _known_folders(directory, TEST), folders)
-    return _splits(directory, folders)
+    return _read(directory, "imagenette")
 
 
 def class_names() -> dict[str, str]:
@@ -53,28 +57,93 @@ def class_names() -> dict[str, str]:
     return {wnid: name for wnid, _, name in (line.partition(" ") for line in text.splitlines())}
 
 
-def _splits(directory: Path, folders: list[str]) -> Splits:
+def _read(directory: Path, kind: str) -> Splits:
+    """Return the splits of `imagenet` with all of the classes, or of `imagenette` with some."""
     names = class_names()
+    root = _image_root(directory)
+    solution = _read_solution(root)
+    folders = _known_folders(root, "train", kind)
+    tested = sorted(set(solution.values())) if solution else _known_folders(root, TEST, kind)
+    if kind == "imagenet":
+        for part, known in (("train", folders), (TEST, tested)):
+            _check_all(root / part, known)
+    check_same_classes(directory, TEST, tested, folders)
     label_of = {wnid: label for label, wnid in enumerate(names)}
     labels = {wnid: label_of[wnid] for wnid in folders}
-    train, test = (images_of(directory / part, labels) for part in ("train", TEST))
-    return Splits(tuple(names.values()), train, test)
+    train, passed_over = images_of(root / "train", labels)
+    if solution:
+        test = _unsorted(root / TEST, solution, labels)
+    else:
+        test, others = images_of(root / TEST, labels)
+        passed_over += others
+    notes = filter(None, [describe_passed_over(passed_over)])
+    return Splits(tuple(names.values()), train, test, tuple(notes))
 
 
-def _known_folders(directory: Path, part: str) -> list[str]:
-    """Return the WordNet ids in a split, in order; raises `DataError` for any other folder."""
-    if not (directory / part).is_dir():
-        raise DataError(f"no folder {part} in {directory}: expected train/WNID/ and {TEST}/WNID/")
-    if any((directory / part).glob("ILSVRC2012_val_*")):
+def _image_root(directory: Path) -> Path:
+    """Return the folder around `train` and `val`: this one, or the one in Kaggle's archive."""
+    inner = (directory, directory / "Data" / "CLS-LOC", directory / "ILSVRC" / "Data" / "CLS-LOC")
+    return next((path for path in inner if (path / "train").is_dir()), directory)
+
+
+def _read_solution(root: Path) -> dict[str, str]:
+    """Return the WordNet id of each image of `val` by its name, in Kaggle's layout, else nothing.
+
+    There `val` holds the images themselves, and `LOC_val_solution.csv`, at most three folders
+    above, their ids. Raises `DataError` if it is missing, incomplete or damaged.
+    """
+    files = sorted((root / TEST).glob("ILSVRC2012_val_*"))
+    if not files:
+        return {}
+    tables = (folder / SOLUTION for folder in (root, *root.resolve().parents[:3]))
+    table = next((path for path in tables if path.is_file()), None)
+    if table is None:
         raise DataError(
-            f"the images of {directory / part} are not sorted into class folders: "
+            f"the images of {root / TEST} are not sorted into class folders: "
             "torchvision.datasets.ImageNet sorts them from the published archives"
         )
-    folders = class_folders(directory / part)
+    lines = read_bounded(table, TEXT, DataError).decode("utf-8", "replace").splitlines()[1:]
+    ids = {name: rest.split(" ")[0] for name, _, rest in (line.partition(",") for line in lines)}
+    unknown = [path.name for path in files if ids.get(path.stem) not in class_names()]
+    if unknown:
+        raise DataError(
+            f"{table} has no class of ImageNet for {len(unknown)} of {len(files)} images, "
+            f"{unknown[0]} among them"
+        )
+    return {path.name: ids[path.stem] for path in files}
+
+
+def _unsorted(part: Path, solution: dict[str, str], labels: dict[str, int]) -> FileImages:
+    """Return the images of a part without class folders, in the order that sorted ones have."""
+    names = sorted(solution, key=lambda name: (labels[solution[name]], name))
+    return FileImages(
+        tuple(part / name for name in names),
+        torch.tensor([labels[solution[name]] for name in names]),
+    )
+
+
+def _check_all(part: Path, folders: list[str]) -> None:
+    missing = sorted(class_names().keys() - set(folders))
+    if missing:
+        raise DataError(
+            f"{part} lacks {len(missing)} of ImageNet's 1,000 classes: {brief(missing)}; to use "
+            "some of the classes, pass imagenette:DIR"
+        )
+
+
+def _known_folders(root: Path, part: str, kind: str) -> list[str]:
+    """Return the WordNet ids in a split, in order; raises `DataError` for any other folder."""
+    if not (root / part).is_dir():
+        inside = data_folders(root)
+        advice = f"; name {kind}:{inside[0]}" if inside else ""
+        raise DataError(
+            f"no folder {part} in {root}: expected train/WNID/ and {TEST}/WNID/{advice}"
+        )
+    folders = class_folders(root / part, kind)
     unknown = sorted(set(folders) - class_names().keys())
     if unknown:
         raise DataError(
-            f"{directory / part} has folders that are not among the WordNet ids of ImageNet's "
-            f"1,000 classes: {brief(unknown)}"
+            f"{root / part} has folders that are not among the WordNet ids of ImageNet's 1,000 "
+            f"classes: {brief(unknown)}"
         )
     return list(folders)

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from secateur.data.preprocessing import Preprocessing
-from secateur.data.unreadable import decode_all
+from secateur.data.unreadable import Unreadable, decode_all, read_batch
 
+SIZES_LOOKED_AT = 64
+"""Images that `stored_size` decodes at most."""
 Indices = Int[Tensor, "image"]
 
 
@@ -23,8 +25,8 @@ class Images(Protocol):
     """A fixed list of labelled images."""
 
     @property
-    def labels(self) -> Int[Tensor, "image"]:
-        """Class indices, int64."""
+    def labels(self) -> Int[Tensor, "image *label"]:
+        """Class indices, int64; or 0 or 1 for each of several labels."""
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -71,17 +73,17 @@ class TensorImages:
 class NormalisedImages:
     """Images in memory, as a network takes them: with any channels and sides."""
 
-    tensors: Float[Tensor, "image channel height width"]
-    labels: Int[Tensor, "image"]
+    tensors: Float[Tensor, "image channel *position"]
+    labels: Int[Tensor, "image *label"]
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
-    ) -> Float[Tensor, "image channel height width"]:
+    ) -> Float[Tensor, "image channel *position"]:
         """Return the images as they are: they are neither resized nor normalised later."""
         del preprocessing
         return self.tensors[indices]
 
-    def originals(self, indices: Indices) -> list[Float[Tensor, "channel height width"]]:
+    def originals(self, indices: Indices) -> list[Float[Tensor, "channel *position"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.tensors[indices])
 
@@ -126,9 +128,33 @@ def to_size(
     `interpolation` replaces the network's for tensors that aren't pictures. Bilinear and bicubic
     are antialiased. The crop is zero beyond an image's edges.
     """
+    side = preprocessing.image_size
+    if preprocessing.keeps_exact and pixels.shape[-2:] == (side, side):
+        return pixels
     interpolation = interpolation or v2.InterpolationMode(preprocessing.interpolation)
     resized = v2.functional.resize(
         pixels, [preprocessing.resize], interpolation=interpolation, antialias=True
     )
-    cropped: Tensor = v2.functional.center_crop(resized, [preprocessing.image_size])
+    cropped: Tensor = v2.functional.center_crop(resized, [side])
     return cropped
+
+
+def stored_size(images: Images) -> tuple[int, int] | None:
+    """Return the height and width of images, or None if they differ or there are none.
+
+    At most `SIZES_LOOKED_AT` are looked at, spread evenly, without those that can't be read.
+    """
+    count = len(images.labels)
+    if not count:
+        return None
+    if isinstance(images, TensorImages):
+        return int(images.pixels.shape[2]), int(images.pixels.shape[3])
+    indices = torch.linspace(0, count - 1, min(count, SIZES_LOOKED_AT)).long()
+    sizes: set[tuple[int, int]] = set()
+    for few in indices.split(4):
+        readable = read_batch(images.originals, few, Unreadable())
+        for pixels in () if readable is None else readable[1]:
+            sizes.add((int(pixels.shape[1]), int(pixels.shape[2])))
+        if len(sizes) > 1:
+            return None
+    return next(iter(sizes), None)

@@ -23,6 +23,10 @@ class Splits:
     class_names: tuple[str, ...]
     train: Images
     test: Images
+    notes: tuple[str, ...] = ()
+    """What was not read, a sentence each."""
+    origin: str = ""
+    """Where the test part comes from, if not from a part of that name."""
 
 
 def check_labelling(

@@ -13,10 +13,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.data.image_files import HEIF, register_heif
 from secateur.runtime.errors import UnreadableImage
 from secateur.runtime.input_limits import check_pixels
 
@@ -71,9 +72,25 @@ def read_batch(
 @contextlib.contextmanager
 def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
     """Open an image without decoding it; raises one of `DECODING_ERRORS`, for huge images too."""
-    with Image.open(source) as image:
+    if isinstance(source, Path) and source.suffix.lower() in HEIF:
+        register_heif()
+    try:
+        image = Image.open(source)
+    except UnidentifiedImageError as error:
+        if isinstance(source, Path) and _starts_as_tiff(source):
+            raise ValueError(
+                "it is a TIFF whose bands or depth Pillow can't read: convert it to 8-bit RGB or "
+                "grey, or pass tensors to secateur.prune from Python"
+            ) from error
+        raise
+    with image:
         check_pixels(image)
         yield image
+
+
+def _starts_as_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

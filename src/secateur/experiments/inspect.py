@@ -7,24 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.config import RunConfig
+from secateur.data import DataSet
 from secateur.experiments.filter_pictures import draw_layer
+from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline.dissect import VOTES, NetworkDissection, dissect_network
-from secateur.pipeline.inputs import check_names, load_inputs
+from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.pipeline.scoring_context import (
+    ScoringContext,
+    find_doubt_about,
+    make_scoring_context,
+)
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import UnknownName
+from secateur.scoring.concepts import annotated_images
 
 TOP_IMAGES = 5
 """Images shown of each filter."""
 NEEDED = 0.9
 """Share of a layer's votes that the filters counted as needed hold together."""
+CHECKED_IMAGES = 500
+"""Most images that a network's accuracy is looked at on."""
 ROWS = 14
 """Largest number of rows and columns that a region is shown in."""
 
@@ -61,8 +71,15 @@ def inspect_network(
         check_names(_with_score(config, criterion=name))
     config = _with_score(config, sample_every=1)
     run_context = (run_context or RunContext()).collecting_unreadable(config)
-    dataset, network = load_inputs(config, run_context)
+    dataset, network = load_inputs(config)
+    asked, config = config, resolve_config(config, dataset, network)
     context = make_scoring_context(network, dataset, config, run_context)
+    notes = (
+        *describe_inputs(asked, config, dataset),
+        *dataset.notes,
+        *context.task.notes,
+        *_doubts(network, context, dataset, config),
+    )
     names = tuple(dict.fromkeys((*criterion_names, VOTES)))
     dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
     dependencies = context.dependencies
@@ -77,7 +94,7 @@ def inspect_network(
         "parameters": dependencies.params(),
         "calibration_images": len(context.calibration.labels),
         "unreadable": list(run_context.unreadable_files),
-        "notices": run_context.notices,
+        "notes": list(notes),
         "concept_source": config.score.concepts,
         "groups": [_group_facts(name, dissection, criterion_names) for name in dependencies.groups],
         "frozen": [
@@ -85,6 +102,20 @@ def inspect_network(
             for group in dependencies.frozen
         ],
     }
+
+
+def _doubts(
+    network: nn.Module, context: ScoringContext, dataset: DataSet, config: RunConfig
+) -> tuple[str, ...]:
+    """Return what looks wrong about the predictions for the first calibration images, if any."""
+    if annotated_images(config.score.concepts) is not None:
+        return ()  # their labels are not classes
+    count = min(CHECKED_IMAGES, len(context.calibration.labels))
+    few = context.calibration.take(torch.arange(count))
+    batches = context.reader.read_shard(few)
+    _, predictions = evaluate_and_predict(network, batches, task=context.task, known_ms=0.0)
+    doubt = find_doubt_about(predictions, dataset, context.task, "calibration")
+    return () if doubt is None else (doubt.raise_unless(allowed=True),)
 
 
 def _with_score(config: RunConfig, **values: object) -> RunConfig:

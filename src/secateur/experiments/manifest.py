@@ -47,11 +47,15 @@ class Manifest(VersionedRecord):
     """The unpruned network, as `load_model` takes it; None if it must be passed."""
     num_classes: PositiveInt | None
     """Outputs of the network's head; None if the network does not return one tensor."""
-    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """`(rgb, height, width)` of the images that the dependency graph was built with."""
+    image_shape: tuple[PositiveInt, ...]
+    """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say."""
+    transform_input: bool = False
+    """Whether torchvision's GoogLeNet or Inception v3 maps its images to [-1, 1]."""
     prune_residual: bool
     exclude: tuple[str, ...] = ()
     """Both: how the dependency graph was built; see `build_dependency_graph`."""
+    forward: str | None = None
+    """Name of the function that the network runs through; None for its own forward pass."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None if it has one."""
@@ -89,15 +93,40 @@ def _hash(content: bytes) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
-    text = manifest.model_dump_json(indent=1)
+    without = None if manifest.forward else {"forward"}  # earlier releases don't know the key
+    text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `RunFolderError`, which says what to name instead, if this is not a run folder."""
+    if (folder / MANIFEST).is_file():
+        return
+    if folder.is_file():
+        inside = (folder.parent / MANIFEST).is_file()
+        advice = f"name {folder.parent}" if inside else "name a folder that secateur prune wrote"
+        raise RunFolderError(f"{folder} is a file, not a run folder: {advice}")
+    if not folder.exists():
+        raise RunFolderError(
+            f"no run folder {folder}: name one that secateur prune wrote (its -o option)"
+        )
+    if (folder / PLAN).is_file():
+        raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
+    names = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if names:
+        more = f" (or {', '.join(names[1:4])})" if names[1:] else ""
+        advice = f"name {folder / names[0]}{more}"
+    elif (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        advice = f"it holds a base network: secateur prune --weights {folder / WEIGHTS}"
+    else:
+        advice = f"it has no {MANIFEST}; secateur prune writes run folders"
+    raise RunFolderError(f"{folder} is not a run folder: {advice}")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a run folder; raise `RunFolderError` if it is missing or damaged."""
+    check_run_folder(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        raise RunFolderError(f"no {MANIFEST} in {folder}: it is not a complete run folder")
     text = read_bounded(path, SMALL_TEXT, RunFolderError)
     return parse_record(Manifest, text, SCHEMA_VERSION, str(path))
 

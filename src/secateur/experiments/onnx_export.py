@@ -22,11 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.network_graph import Forward
+from secateur.graph.trace import open_batch
+from secateur.graph.wrappers import unwrapped
 from secateur.models.divergence import relative_error
+from secateur.models.outputs import through_logits
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
-from secateur.runtime.timing import Rounds, interleaved_medians
+from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
 
 TOLERANCE = 1e-4
 """Relative difference from PyTorch's outputs below which a file is kept."""
@@ -34,12 +38,14 @@ CHECKED_BATCHES = (1, 3, 8)
 """Batch sizes with which the file is checked, besides that of the example."""
 LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights in one ONNX file: protobuf's limit, less some space for the graph."""
+FIRST_WITH_EXPORTER = (2, 8)
+"""First torch whose exporter works with onnxscript 0.6; older ones use that of TorchScript."""
 LATENCY_BATCHES = (1, 16)
 """Batch sizes that are timed."""
 LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
 
 Engine = Literal["pytorch", "onnxruntime"]
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 Runner = Callable[[Tensor], object]
 
 
@@ -68,11 +74,17 @@ class Latency:
 
 
 def export_onnx(
-    model: nn.Module, example: Images, path: str | Path, *, overwrite: bool = False
+    model: nn.Module,
+    example: Images,
+    path: str | Path,
+    *,
+    forward: Forward | None = None,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Export `model`, in evaluation mode, to an ONNX file that takes any number of images.
 
-    `example` is a batch of images for the network. The file is checked in onnxruntime on `example`
+    `example` is a batch of images for the network, and `forward(model, images)` returns the logits
+    if the network takes or returns anything else. The file is checked in onnxruntime on `example`
     and on uniform and normal noise in `CHECKED_BATCHES`, and kept only if its outputs differ from
     PyTorch's by less than `TOLERANCE`. Its input is called `images`, its output `logits`.
 
@@ -82,8 +94,10 @@ def export_onnx(
         UsageError: the extra `export` is not installed.
     """
     _check_packages()
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
+    example = as_input(model, example)
     check_free(path, overwrite=overwrite)
+    model = through_logits(model, forward, example)
     with _folder_beside(path) as folder:
         draft = folder / path.name
         opset = _write(model, example, draft)
@@ -172,23 +186,47 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
             f"the network's weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB"
         )
     if len(example) < 2:  # one image would fix the batch size in the graph
-        example = example.repeat(2, 1, 1, 1)
+        example = repeat_to_batch(example, 2)
     try:
         with _quiet(), evaluating(model), torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path, external_data=False)
+            return _export(model, example, path)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"the network can't be exported to ONNX: {_cause(error)}") from error
+
+
+def _export(model: nn.Module, example: Images, path: Path) -> int:
+    """Let torch write the file, and return its opset."""
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    if _torch_release() < FIRST_WITH_EXPORTER:
+        import onnx
+
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            dynamo=False,
+            dynamic_axes={"images": {0: "batch"}},
+            **names,
+        )
+        opsets = onnx.load(str(path)).opset_import
+        return int(next(one.version for one in opsets if one.domain in ("", "ai.onnx")))
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
+        verbose=False,
+        **names,
+    )
+    assert program is not None
+    program.save(path, external_data=False)
     return int(program.model.opset_imports[""])
+
+
+def _torch_release() -> tuple[int, int]:
+    """Return torch's major and minor version."""
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _cause(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.runtime.errors import RunFolderError, UsageError
+from secateur.runtime.torch_internals import schema_of
 
 SCHEMA_VERSION = 1
 
@@ -79,7 +80,7 @@ class Program:
     image: str
     """The value that stands for the images."""
     image_shape: tuple[int, ...]
-    """`(rgb, height, width)`; any number of images."""
+    """Shape of an image, such as `(rgb, height, width)`; any number of images."""
     parameters: dict[str, str]
     """Name of a value -> dotted name of the parameter."""
     buffers: dict[str, str]
@@ -180,7 +181,7 @@ class ProgramNetwork(nn.Module):
         owner: nn.Module = self
         try:
             for part in path.split(".") if path else []:
-                if part not in owner._modules:
+                if part not in dict(owner.named_children()):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             tensor = tensors[name].detach()
@@ -192,7 +193,7 @@ class ProgramNetwork(nn.Module):
             raise RunFolderError(f"the program can't name a tensor {name!r}: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the network's output for images `[image, rgb, height, width]`, any number of them.
+        """Return the network's output for images `[image, channel, …]`, any number of them.
 
         Raises:
             UsageError: The images don't have the size that the program was made for.
@@ -255,7 +256,7 @@ def _function(call: str) -> Callable[..., Any]:
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None and overload in packet.overloads():
             operation: Any = getattr(packet, overload)
-            if not any(argument.is_out for argument in operation._schema.arguments):
+            if not any(argument.is_out for argument in schema_of(operation).arguments):
                 function: Callable[..., Any] = operation
                 return function
     raise RunFolderError(

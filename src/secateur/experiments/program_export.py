@@ -25,6 +25,7 @@ from secateur.graph.module_state import evaluating
 from secateur.graph.trace import export_program
 from secateur.models.divergence import relative_error
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 TOLERANCE = 1e-5
 """Largest relative difference between the outputs of a program and of its network."""
@@ -32,7 +33,7 @@ CHECKED_BATCHES = (1, 2, 3)
 CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"})
 """Operations that only check assumptions; a program leaves them out."""
 
-Images = Float[Tensor, "image rgb height width"]
+Images = Float[Tensor, "image channel *position"]
 
 
 def make_program(model: nn.Module, example: Images) -> Program:
@@ -95,12 +96,12 @@ def _operations(nodes: list[Node]) -> Iterator[Operation]:
 def _call_of(node: Node) -> str | None:
     """Return the name of the node's operation in a program; None for a check."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        space, _, name = target._schema.name.partition("::")
+    if isinstance(target, OpOverload):
+        space, _, name = schema_of(target).name.partition("::")
         if space == "aten" and name in CHECKS:
             return None
         if space == "aten" and name.removesuffix("_") in OPERATIONS:
-            return f"aten.{name}.{target._schema.overload_name or 'default'}"
+            return f"aten.{name}.{schema_of(target).overload_name or 'default'}"
         raise TraceError(f"the operation {space}.{name} can't be part of a program")
     for name, function in ARITHMETIC.items():
         if target is function:

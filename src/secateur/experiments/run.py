@@ -19,7 +19,7 @@ from secateur.data import DataSet
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
-from secateur.experiments.manifest import CONFIG
+from secateur.experiments.manifest import CONFIG, check_run_folder
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -27,6 +27,7 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import check_names, check_weights, load_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
@@ -37,12 +38,13 @@ from secateur.pipeline.result import (
     check_same,
     comparable,
     read_result,
+    stage_title,
 )
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import check_replaceable, make_inner_folder, replace_file
-from secateur.runtime.errors import RunFolderError, UsageError
+from secateur.runtime.errors import NotFiniteLoss, RunFolderError, UsageError
 from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
@@ -56,7 +58,6 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    allow_untrained: bool = False,
 ) -> RunResult:
     """Prune the network that `config` names, and write a run folder; see `run_folder`.
 
@@ -67,21 +68,25 @@ def run(
     """
     run_context = run_context or RunContext()
     check_names(config)
-    check_weights(config, allow_untrained=allow_untrained)
+    check_weights(config)
     with lock_folder(folder):
         check_replaceable(folder)
         is_resumed = resume and run_folder.is_run(folder)
         if not is_resumed:
             run_folder.check_free(folder, overwrite=overwrite)
-        dataset, model = load_inputs(config, run_context)
+        dataset, model = load_inputs(config)
         if is_resumed:
-            pruned = _read_unfinished(folder, model, resolve_config(config, dataset))
+            pruned = _read_unfinished(folder, model, resolve_config(config, dataset, model))
+            done = {stage_title(stage.stage, stage.round) for stage in pruned.result.stages}
+            show_plan(run_context, model, dataset, config, lambda title: title not in done)
         else:
+            show_plan(run_context, model, dataset, config)
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
         while not pruned.is_finished:
             checkpoints = folder / run_folder.CHECKPOINTS
-            pruned = pipeline.take_next_step(pruned, model, dataset, run_context, checkpoints)
+            with _saying_what_remains(folder, config):
+                pruned = pipeline.take_next_step(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, folder, pruned, overwrite=True)
         _report(folder, pruned, model, dataset, run_context)
         return pruned.result
@@ -113,25 +118,29 @@ def finetune(
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
+        check_run_folder(folder)
         result = read_result(folder)
         sections = _sections(folder, result, model_name, source)
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        dataset, model = load_inputs(config, run_context)
+        dataset, model = load_inputs(config)
         if resume and out == folder and _is_finetuned(folder, result, config):
             pruned = _load(folder, model, result)
         else:
             update = {"config": config, "finetuning": None}
             pruned = _load(folder, model, result.model_copy(update=update))
+            ahead = (stage_title("finetuned", pruned.round), REPORT_STAGE)
+            show_plan(run_context, model, dataset, config, lambda title: title in ahead)
             run_context = run_context.logging_to(folder / run_folder.LOG)
             run_context.log.write("finetune", command=run_context.command, changes=dict(changes))
             if not resume:
                 _remove_checkpoints(folder)
             distributed.barrier()
             checkpoints = folder / run_folder.CHECKPOINTS
-            pruned = pipeline.finetune(pruned, model, dataset, run_context, checkpoints)
+            with _saying_what_remains(folder, config):
+                pruned = pipeline.finetune(pruned, model, dataset, run_context, checkpoints)
             _rewrite(folder, out, pruned, overwrite=overwrite or out == folder)
             if out != folder:
                 _remove_checkpoints(folder)
@@ -157,6 +166,7 @@ def report(
     link. Raises `SecateurError`.
     """
     run_context = run_context or RunContext()
+    check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
     sections = _sections(folder, result, model_name, source, runs_code=count > 0)
@@ -169,7 +179,7 @@ def report(
         statistics = compute_statistics(rows, rows[0].method if rows else "")
     gallery: Gallery | None = None
     if config.report.images:
-        dataset, model = load_inputs(config, run_context)
+        dataset, model = load_inputs(config)
         gallery = _gallery(_load(folder, model, result), model, dataset, run_context)
     if not distributed.is_main_process():
         return ()
@@ -190,11 +200,11 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
-    size = config.data.image_size
+    size, mean = config.data.image_size, config.data.mean
     assert size is not None
-    return Origin(
-        config.model.name, (3, size, size), config.plan.prune_residual, config.plan.exclude
-    )
+    assert mean is not None
+    shape = (len(mean), size, size)
+    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
 
 
 def _begin(
@@ -227,6 +237,19 @@ def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> Non
             replace_file(new / run_folder.LOG, log.read_bytes())
         origin = origin_of(pruned.result.config)
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
+
+
+@contextlib.contextmanager
+def _saying_what_remains(folder: Path, config: RunConfig) -> Iterator[None]:
+    """If the training in the block diverges, say what the folder holds and how to continue."""
+    try:
+        yield
+    except NotFiniteLoss as error:
+        rate = config.finetune.learning_rate / 10
+        raise NotFiniteLoss(
+            f"{error}; {folder} holds the pruned network from before this training: secateur "
+            f"finetune {folder} --learning-rate {rate:g}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -264,6 +287,7 @@ def _report(
     gallery = _gallery(pruned, model, dataset, run_context)
     if distributed.is_main_process():
         write_report(pruned.result, folder / run_folder.REPORT, gallery)
+    run_context.lines.end_stage(REPORT_STAGE)
 
 
 def _gallery(

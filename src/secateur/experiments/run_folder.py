@@ -36,8 +36,14 @@ from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.forward import forward_of, name_of, with_forward
 from secateur.graph.module_state import evaluating
-from secateur.models import user_code, zoo
+from secateur.graph.network_graph import Forward
+from secateur.graph.wrappers import unwrapped
+from secateur.models import published, user_code, zoo
+from secateur.models.outputs import through_logits
+from secateur.models.state_dict import load_state
+from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -46,6 +52,8 @@ from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
+TRANSFORM = "transform_input"
+"""Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Origin:
 
     architecture: str | None
     """As `load_model` takes it; None if only the user can build it."""
-    image_shape: tuple[int, int, int]
-    """`(rgb, height, width)`."""
+    image_shape: tuple[int, ...]
+    """Shape of an image, such as `(rgb, height, width)`."""
     prune_residual: bool = False
     exclude: tuple[str, ...] = ()
 
@@ -106,19 +114,21 @@ def save(
     model: nn.Module,
     plan: PruningPlan,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     architecture: str | None = None,
     prune_residual: bool = False,
     exclude: tuple[str, ...] = (),
+    forward: Forward | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder from which `load` and `load_program` return `model`.
 
-    `model` is what `apply_plan` returned; it may have been trained since. `image_shape` `(rgb,
-    height, width)`, `prune_residual` and `exclude` are what the dependency graph was built with.
-    `architecture` names the unpruned network as `load_model` takes it (`torchvision:resnet50`);
-    without it `load` must be given the network. Raises `RunFolderError` if the folder can't be
-    taken (see `new_run_folder`) and `UsageError` if weights are not float32.
+    `model` is what `apply_plan` returned; it may have been trained since. `image_shape`, such as
+    `(rgb, height, width)`, `prune_residual`, `exclude` and `forward` are what the dependency graph
+    was built with. `architecture` names the unpruned network as `load_model` takes it
+    (`torchvision:resnet50`); without it `load` must be given the network. Of `forward` the name is
+    kept: `load` must be given the function. Raises `RunFolderError` if the folder can't be taken
+    (see `new_run_folder`) and `UsageError` if weights are not float32.
 
     >>> import secateur, tempfile, torch
     >>> model = secateur.load_model("resnet20", num_classes=10, seed=0)
@@ -133,9 +143,11 @@ def save(
     True
     """
     origin = Origin(architecture, image_shape, prune_residual, exclude)
-    folder = Path(folder)
+    model, folder = unwrapped(model), Path(folder)
+    example = torch.zeros(2, *image_shape)
+    network = through_logits(model, forward, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
-        write(new, model, plan, origin)
+        write(new, network, plan, origin)
 
 
 def read_origin(folder: Path) -> Origin:
@@ -170,15 +182,20 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             replace_file(folder / CONSTANTS, safetensors_io.to_bytes(program.constants))
     except TraceError as error:
         no_program = str(error)
-    with evaluating(model), torch.inference_mode():
-        outputs = model(example)
+    outputs: object = None
+    with evaluating(model), torch.inference_mode(), contextlib.suppress(Exception):
+        outputs = model(example)  # fails where `forward` is missing; there is no program then
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
-        num_classes=outputs.shape[1] if isinstance(outputs, Tensor) else None,
+        num_classes=(
+            outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
+        ),
         image_shape=origin.image_shape,
+        transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
+        forward=name_of(forward_of(model)),
         plan_hash=plan.hash,
         no_program=no_program,
         files=hashes(folder),
@@ -192,25 +209,32 @@ def load(
     *,
     architecture: nn.Module | None = None,
     dependencies: DependencyGraph | None = None,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """Load the pruned network of a run folder, in evaluation mode.
 
     It is a module of the same class as the unpruned network, with fewer filters. `architecture` is
     the unpruned network, with any weights. Pass it if the run was made from your own code
     (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
-    `dependencies` if you built the dependency graph with your own rules. Raises `RunFolderError`
-    if a file is missing, damaged, changed or does not fit the others, and `UsageError` if the
-    network must be passed.
+    `dependencies` if you built the dependency graph with your own rules, and `forward` if the run
+    was made with one. Raises `RunFolderError` if a file is missing, damaged, changed or does not
+    fit the others, and `UsageError` if the network or `forward` must be passed.
     """
     contents = read_contents(Path(folder))
     manifest = contents.manifest
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
-        dependencies = _origin(manifest).build_dependency_graph(model)
+        forward = forward or _known_forward(manifest, contents.folder)
+        try:
+            dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
+        except TraceError as error:
+            if forward is not None:
+                raise
+            raise TraceError(f"{error}; if the run was made with forward=, pass it here") from error
     smaller = apply_plan(model, dependencies, plan)
     try:
-        smaller.load_state_dict(_tensors(contents, WEIGHTS), strict=True)
+        load_state(smaller, _tensors(contents, WEIGHTS))
     except RuntimeError as error:
         cause = str(error).splitlines()
         raise RunFolderError(
@@ -231,7 +255,24 @@ def _unpruned(manifest: Manifest) -> nn.Module:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    return zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    published.set_image_size(model, manifest.image_shape[1])
+    if hasattr(model, TRANSFORM):
+        setattr(model, TRANSFORM, manifest.transform_input)
+    return model
+
+
+def _known_forward(manifest: Manifest, folder: Path) -> Forward | None:
+    """Return the function that the network runs through, if it is one of secateur's own.
+
+    Raises `UsageError` if it is the user's.
+    """
+    if manifest.forward in (None, name_of(logits_of)):
+        return None if manifest.forward is None else logits_of
+    raise UsageError(
+        f"the run in {folder} was made with forward={manifest.forward}: pass that function, "
+        "secateur.load(folder, architecture=model, forward=…), or use load_program"
+    )
 
 
 def load_program(folder: str | Path) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +15,21 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
-from secateur.pipeline.inputs import check_names, load_inputs, make_reader, resolve_config
+from secateur.models.task import Task
+from secateur.pipeline.inputs import (
+    check_names,
+    describe_inputs,
+    load_inputs,
+    make_reader,
+    resolve_config,
+)
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import EXAMPLE_IMAGES, find_task
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
-from secateur.runtime.errors import RunFolderError
+from secateur.runtime.errors import NotFiniteLoss, RunFolderError
 from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
@@ -32,7 +39,7 @@ from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
@@ -53,12 +60,14 @@ class BaseResult(Record):
     """The first of the epochs that were best on the validation images."""
     ended: Literal["whole", "patience", "time"]
     seconds: float
+    task: Task
+    """How the network's outputs are read."""
     score: Score
     """On the test images, with the weights that were kept."""
     unreadable: tuple[str, ...] = ()
     """Image files that were left out because they can't be read."""
-    input_notices: tuple[str, ...] = ()
-    """What to know about the inputs, such as which network in a weight file training began from."""
+    notes: tuple[str, ...] = ()
+    """What to know of the images and of how they were read."""
 
 
 def train_base(
@@ -81,24 +90,30 @@ def train_base(
     check_names(run_config)
     with lock_folder(folder):
         _check_folder(folder, resume=resume)
-        dataset, model = load_inputs(run_config, run_context, new_head=config.new_head)
-        run_config = resolve_config(run_config, dataset)
+        dataset, model = load_inputs(run_config, new_head=config.new_head)
+        asked, run_config = run_config, resolve_config(run_config, dataset, model)
+        notes = (*dataset.notes, *describe_inputs(asked, run_config, dataset))
         config = config.model_copy(update={"model": run_config.model, "data": run_config.data})
         if resume and (folder / RECIPE).is_file():
             return _read_finished(folder, config)
         if (folder / CONFIG).is_file():
             earlier = from_dict(read_tables(folder / CONFIG), BaseConfig)
             check_same(f"the training in {folder}", config, earlier, FREE_KEYS)
+        run_context = run_context.collecting_unreadable(run_config)
+        reader = make_reader(run_config, run_context)
+        example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
+        task = find_task(model, example, dataset, run_config)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
-        run_context = run_context.logging_to(folder / LOG).collecting_unreadable(run_config)
+        run_context = run_context.logging_to(folder / LOG)
         run_context.log.write(
             "start", command=run_context.command, config=config.model_dump(mode="json")
         )
         if distributed.is_main_process():
             text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
             replace_file(folder / CONFIG, text)
-        result = _train(config, model, dataset, folder, run_context)
+        result = _train(config, model, dataset, folder, run_context, task)
+        result = result.model_copy(update={"notes": notes})
         if distributed.is_main_process():
             replace_file(folder / WEIGHTS, safetensors_io.to_bytes(model.state_dict()))
             replace_file(folder / RECIPE, result.model_dump_json(indent=1) + "\n")
@@ -124,27 +139,35 @@ def _train(
     dataset: DataSet,
     folder: Path,
     run_context: RunContext,
+    task: Task,
 ) -> BaseResult:
     """Train the network in place and score it on the test images."""
     reader = make_reader(config.as_run(), run_context)
 
     def validate(network: nn.Module) -> float:
-        return evaluate(network, reader.read_shard(dataset.validation, "validating")).top1_fraction
+        batches = reader.read_shard(dataset.validation, "validating")
+        return evaluate(network, batches, task=task).top1_fraction
 
-    training = train(
-        model,
-        None,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
-        config.train,
-        seed=config.seed,
-        callbacks=TrainingCallbacks(
-            run_context.progress,
-            validate,
-            lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
-        ),
-        checkpoints=Checkpoints(folder / CHECKPOINTS),
-    )
-    score = evaluate(model, reader.read_shard(dataset.test, "scoring"))
+    try:
+        training = train(
+            model,
+            None,
+            TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
+            config.train,
+            seed=config.seed,
+            callbacks=TrainingCallbacks(
+                run_context.progress,
+                validate,
+                lambda epoch: run_context.end_epoch(epoch, config.train.epochs, task),
+            ),
+            checkpoints=Checkpoints(folder / CHECKPOINTS),
+        )
+    except NotFiniteLoss as error:
+        raise NotFiniteLoss(
+            f"{error}; {folder} holds no weights: train in another folder with --learning-rate "
+            f"{config.train.learning_rate / 10:g}"
+        ) from error
+    score = evaluate(model, reader.read_shard(dataset.test, "scoring"), task=task)
     return BaseResult(
         command=run_context.command,
         config=config,
@@ -154,9 +177,9 @@ def _train(
         best_epoch=training.best_epoch,
         ended=training.ended,
         seconds=training.seconds,
+        task=task,
         score=score,
         unreadable=run_context.unreadable_files,
-        input_notices=tuple(run_context.notices),
     )
 
 

@@ -5,6 +5,8 @@ In the order in which `build` uses them:
 - `build`: `build_dependency_graph`, the entry point.
 - `network_graph`: a traced network as a value; reads operations and their arguments.
 - `trace`: traces a network into its ATen operations; exports it with `torch.export`.
+- `forward`: networks that run through a function of the user's.
+- `outputs`: the logits among what a network returns.
 - `torchvision_detectors`: the traceable part of torchvision's detectors.
 - `channel_ids`: ids that stand for channels; layers that produce and consume them.
 - `propagation`: follows channel ids through the network; records what is coupled and frozen.

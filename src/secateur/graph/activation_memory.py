@@ -146,4 +146,4 @@ def _shares_memory(node: Node) -> bool:
     before = source.meta.get("val")
     if not is_view(node) or not isinstance(first, Tensor) or not isinstance(before, Tensor):
         return False
-    return bool(first.untyped_storage()._cdata == before.untyped_storage()._cdata)
+    return first.untyped_storage() is before.untyped_storage()

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
-from secateur.graph.module_state import unwrapped
+from secateur.graph.forward import with_forward
+from secateur.graph.module_state import as_input
 from secateur.graph.network_graph import Forward
 from secateur.graph.propagation import ChannelPropagation, Rule
 from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
-from secateur.runtime.errors import UnknownName
+from secateur.graph.wrappers import unwrapped
+from secateur.runtime.errors import UnknownName, UsageError
 
 
 def build_dependency_graph(
@@ -28,28 +30,38 @@ def build_dependency_graph(
     rules: Mapping[str, Rule] | None = None,
     forward: Forward | None = None,
 ) -> DependencyGraph:
-    """Return the dependency graph of `model` for images like `example` `[image, rgb, h, w]`.
+    """Return the dependency graph of `model` for images like `example` `[image, channel, …]`.
 
     Channels that are coupled by skip connections over a whole stage are frozen unless
     `prune_residual`. `exclude` are name patterns, such as `layer1.*`, of layers whose filters must
     stay. `rules` are added to `rules.RULES`: name of an operation (`namespace::name` outside of
     ATen) -> rule. With `forward`, `forward(model, images)` is traced, for networks whose whole
-    output can't be; torchvision's detectors have one (`torchvision_detectors`). Of a compiled
-    network the original is traced.
+    output can't be; torchvision's detectors have one (`torchvision_detectors`). A network that is
+    compiled or wrapped in `DataParallel` is taken out first (`wrappers.unwrapped`), and layers have
+    the names that they have there. Of `example` only the shape matters.
 
     Raises `TraceError` if the network can't be traced, `UnknownName` if a pattern matches no layer,
-    and `UsageError` if one of `rules` does not return ids for its operation's value.
+    and `UsageError` if `model` is no network or if one of `rules` does not return ids for its
+    operation's value.
     """
+    if not isinstance(example, Tensor):
+        raise UsageError(
+            f"example must be one tensor [image, channel, …], not {type(example).__name__}: join "
+            "several inputs, torch.cat(inputs, dim=1), and split them in forward=, such as "
+            "lambda model, x: model(x[:, :3], x[:, 3:])"
+        )
     model = unwrapped(model)
-    forward = forward or traceable_forward(model)
-    propagation = ChannelPropagation(trace(model, example, forward), {**RULES, **(rules or {})})
+    example = as_input(model, example)
+    model = with_forward(model, forward or traceable_forward(model))
+    rules = {**RULES, **(rules or {})}
+    propagation = ChannelPropagation(trace(model, example, rules), rules)
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")
     if not prune_residual:
         propagation.freeze_residual_channels(RESIDUAL)
     _exclude(propagation, tuple(exclude))
-    return resolve_sizes(couple_channels(model, propagation), example, forward)
+    return resolve_sizes(couple_channels(model, propagation), example)
 
 
 def _exclude(propagation: ChannelPropagation, patterns: tuple[str, ...]) -> None:

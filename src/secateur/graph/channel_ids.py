@@ -53,6 +53,7 @@ class Layer:
     position_channels: tuple[Ids, ...]
     """Ids along dimensions that this layer treats as positions, as in token mixing."""
     node: Node
+    kernel_node: Node
     kernel: Axes
     """Ids along each dimension of the kernel."""
     shape: tuple[int, ...]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.fx.node import Node
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Consumer, Ids, Layer, index_table
 from secateur.graph.dependency import (
     NOT_PRUNABLE,
@@ -18,7 +19,7 @@ from secateur.graph.dependency import (
     Slots,
     aliases_of,
 )
-from secateur.graph.groups import FrozenGroup, Group, Tap
+from secateur.graph.groups import FrozenGroup, Group, Reason, Tap
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import first_input, operation_name, shape_of
 from secateur.graph.propagation import ChannelPropagation
@@ -50,12 +51,14 @@ def couple_channels(model: nn.Module, propagation: ChannelPropagation) -> Couple
             if first is not node:
                 for one, other in zip(propagation.axes[first], propagation.axes[node], strict=True):
                     propagation.couple(one, other, "one parameter in two roles")
-    return CoupledChannels(model, propagation, propagation.roots(), nodes)
+    roots = propagation.roots()
+    propagation.drop_idle_sizes(roots)
+    return CoupledChannels(model, propagation, roots, nodes)
 
 
 def assemble(
     coupled: CoupledChannels,
-    frozen_ids: Iterable[tuple[Ids, str]] = (),
+    frozen_ids: Iterable[tuple[Ids, Reason]] = (),
     attributes: tuple[SizedAttribute, ...] = (),
 ) -> DependencyGraph:
     """Return the dependency graph with further ids frozen, each with the reason."""
@@ -90,6 +93,7 @@ def assemble(
         parameters=frozenset(name for name, _ in model.named_parameters()),
         product_macs=propagation.product_macs,
         resizes=propagation.resizes,
+        weight_norms=tuple(propagation.weight_norms),
     )
 
 
@@ -104,7 +108,7 @@ class _Draft:
 
 
 def _group_channels(
-    coupled: CoupledChannels, reasons: Mapping[int, str]
+    coupled: CoupledChannels, reasons: Mapping[int, Reason]
 ) -> tuple[dict[str, Group], tuple[FrozenGroup, ...]]:
     """Return the groups of channels that can be cut, and those that can't, with the reason.
 
@@ -119,7 +123,7 @@ def _group_channels(
         free = np.array([c for c in draft.channels if c not in why_frozen], dtype=np.int64)
         taps: list[Tap] = []
         if len(free) == 1 and len(draft.channels) > 1 and not why_frozen:
-            why_frozen = dict.fromkeys(free.tolist(), SINGLE)
+            why_frozen = dict.fromkeys(free.tolist(), Reason(SINGLE))
         elif len(free):
             taps, problem = _find_taps(coupled, draft.consumers, free)
             tapped = set().union(*(set(tap.channel.tolist()) for tap in taps))
@@ -129,7 +133,7 @@ def _group_channels(
                 taps = _find_taps(coupled, draft.consumers, free)[0] if len(free) else []
         for reason in dict.fromkeys(why_frozen.values()):
             size = sum(other == reason for other in why_frozen.values())
-            frozen.append(FrozenGroup(first.name, size, reason))
+            frozen.append(FrozenGroup(first.name, size, str(reason), reason.cause))
         if taps:
             layers, consumers = tuple(draft.layers.values()), tuple(draft.consumers)
             groups[name] = Group(name, free, layers, consumers, tuple(taps))
@@ -167,17 +171,17 @@ def _draft_groups(coupled: CoupledChannels) -> list[_Draft]:
 
 def _find_taps(
     coupled: CoupledChannels, consumers: list[Consumer], channels: Ids
-) -> tuple[list[Tap], str]:
+) -> tuple[list[Tap], Reason]:
     """Return few taps that together show every channel, and why channels without one have none."""
     propagation = coupled.propagation
     table = index_table(channels, propagation.id_count)
     is_missing = np.ones(len(channels), dtype=bool)
     taps: list[Tap] = []
-    problem = NO_CONSUMER
+    problem = Reason(NO_CONSUMER, _last_use(coupled, channels))
     for consumer in consumers:
         node = _feature_map(first_input(consumer.node))
         if shape_of(node)[0] != propagation.graph.images:
-            problem = NOT_IN_IMAGES
+            problem = Reason(NOT_IN_IMAGES, call_site(consumer.node))
             continue
         numbers_by_dim = [
             (dim, table[coupled.roots[ids]])
@@ -196,6 +200,17 @@ def _find_taps(
         if not is_missing.any():
             break
     return taps, problem
+
+
+def _last_use(coupled: CoupledChannels, channels: Ids) -> str:
+    """Return the last operation that reads channels, and where it is called."""
+    propagation = coupled.propagation
+    for node in reversed(propagation.graph.nodes):
+        for source in node.all_input_nodes if node.op == "call_function" else ():
+            for ids in propagation.axes.get(source, ()):
+                if ids is not None and np.isin(coupled.roots[ids], channels).any():
+                    return call_site(node)
+    return ""
 
 
 def _feature_map(node: Node) -> Node:

@@ -9,23 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed, aliases_of
-from secateur.graph.module_state import copy_of, tensors_of, unwrapped
+from secateur.graph.module_state import copy_of, owner_of, tensors_of
+from secateur.graph.weight_norm import with_kernels
+from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution, recompute_kernels
 
 
 def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn.Module:
     """Return a copy of `model` without the channels `removed`."""
     kept = dependencies.kept_indices(removed)
-    original = unwrapped(model)
-    tensors = tensors_of(original)
-    smaller = copy_of(original, share_tensors=False)
+    tensors = tensors_of(model)
+    norms = [norm for norm in dependencies.weight_norms if norm.direction in kept]
+    kernels = with_kernels(norms, tensors)
+    smaller = copy_of(model, share_tensors=False)
     aliases = aliases_of(smaller)
     for module, name, index, value in attribute_values(dependencies, removed):
         _set_attribute(smaller.get_submodule(module), name, index, value)
-    replaced: set[str] = set()
-    for name, dims in kept.items():
+    cut_tensors = {name: _select(kernels[name], dims) for name, dims in kept.items()}
+    for norm in norms:
+        cut_tensors.update(norm.parts(cut_tensors[norm.direction]))
+    replaced: dict[str, None] = {}
+    for name, tensor in cut_tensors.items():
         if name not in replaced:
-            _replace_tensor(smaller, aliases[name], _select(tensors[name], dims))
-            replaced.update(aliases[name])
+            _replace_tensor(smaller, aliases[name], tensor)
+            replaced.update(dict.fromkeys(aliases[name]))
+    with torch.no_grad():
+        for layer in dict.fromkeys(map(owner_of, replaced)):
+            owner = smaller.get_submodule(layer)
+            recompute_kernels(owner)
+            _update_size_attributes(owner)
     return smaller
 
 
@@ -74,7 +85,7 @@ def _set_attribute(module: nn.Module, name: str, index: int | None, value: int) 
 
 
 def _replace_tensor(model: nn.Module, names: tuple[str, ...], tensor: Tensor) -> None:
-    """Replace a tensor under each of its names, and update the size attributes of the modules."""
+    """Replace a tensor under each of its names."""
     replacement: Tensor | None = None
     for name in names:
         path, _, attribute = name.rpartition(".")
@@ -86,7 +97,6 @@ def _replace_tensor(model: nn.Module, names: tuple[str, ...], tensor: Tensor) ->
                 nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
             )
         setattr(owner, attribute, replacement)
-        _update_size_attributes(owner)
 
 
 def _update_size_attributes(module: nn.Module) -> None:
@@ -94,7 +104,7 @@ def _update_size_attributes(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         rows, columns = weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = rows, columns * module.groups
@@ -102,7 +112,7 @@ def _update_size_attributes(module: nn.Module) -> None:
             module.out_channels, module.in_channels = rows, columns * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, BatchOrInstanceNorm):
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)

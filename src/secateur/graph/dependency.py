@@ -20,6 +20,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Axes, Consumer, Count, Ids, Layer, Resize, index_table
 from secateur.graph.groups import FrozenGroup, Group
 from secateur.graph.network_graph import NetworkGraph, Sizes
+from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.hashing import architecture_hash
 
 NOT_PRUNABLE = -1
@@ -78,6 +79,8 @@ class DependencyGraph:
     """Multiply-accumulates per image in products of feature maps (attention), never cut."""
     resizes: Mapping[Node, Resize]
     """Operations whose arguments hold numbers of channels."""
+    weight_norms: tuple[WeightNorm, ...]
+    """Kernels with weight norm, each as often as it is computed."""
 
     @property
     def architecture(self) -> str:

@@ -11,7 +11,7 @@ from torch.fx.node import Node
 
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.module_state import tensors_of, unwrapped
+from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import operation_name
 from secateur.runtime.errors import NotFiniteError
 
@@ -28,7 +28,7 @@ def check_finite(
 
     Parameters and buffers of `model` are checked first, then what it computes from `images`.
     """
-    state = tensors_of(unwrapped(model))
+    state = tensors_of(model)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NotFiniteError(f"the weights hold numbers that are not finite: {name}")

@@ -43,9 +43,25 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why channels can't be cut."""
+
+    cause: str
+    place: str = ""
+    """The operation that is the cause, and where it is called: `add() at net.py:12`."""
+
+    def __str__(self) -> str:
+        """Return the cause and the place."""
+        return f"{self.cause}, in {self.place}" if self.place else self.cause
+
+
+@dataclass(frozen=True)
 class FrozenGroup:
     """Filters of a layer, and of layers coupled to it, that can't be cut, and the reason."""
 
     name: str
     size: int
     reason: str
+    """The cause, the operation that is, and the line that calls it."""
+    cause: str
+    """The cause alone."""

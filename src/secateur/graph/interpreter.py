@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.node import Node, map_arg
 
@@ -18,6 +17,7 @@ from secateur.graph.network_graph import (
     Tensors,
     operation_name,
 )
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 
 class GraphInterpreter:
@@ -141,13 +141,28 @@ def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -
     return node.target(*map_arg(tuple(args), lookup), **map_arg(kwargs, lookup))
 
 
+def value_of(graph: NetworkGraph, node: Node, state: Tensors) -> Any:
+    """Return the value of a node that no image goes into."""
+    values: dict[Node, Any] = dict(graph.constants)
+
+    def lookup(source: Node) -> Any:
+        name = graph.tensor_names.get(source)
+        if name is not None:
+            return state[name]
+        if source not in values:
+            values[source] = apply(source, lookup, {})
+        return values[source]
+
+    return lookup(node)
+
+
 def with_sizes(node: Node, sizes: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Return an operation's arguments with some of them replaced, by position."""
     args: list[Any] = list(node.args)
     for position, value in sizes.items():
         while len(args) <= position:  # arguments left at their defaults
-            assert isinstance(node.target, torch._ops.OpOverload)
-            args.append(node.target._schema.arguments[len(args)].default_value)
+            assert isinstance(node.target, OpOverload)
+            args.append(schema_of(node.target).arguments[len(args)].default_value)
         args[position] = value
     return args, dict(node.kwargs)
 

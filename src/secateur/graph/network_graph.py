@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 NodeHook = Callable[[Tensor], Tensor | None]
 """Sees the value of an operation, and replaces it unless it returns None."""
@@ -44,6 +44,8 @@ class NetworkGraph:
     """Node -> the last node that reads its value."""
     images: int
     """Images in the traced batch; sizes in the graph that depend on the batch are multiples."""
+    whole: frozenset[str]
+    """Operations that stay whole; others that torch composes of several are replaced by these."""
 
     @property
     def output(self) -> Node:
@@ -55,9 +57,9 @@ class NetworkGraph:
 
 def operation_name(node: Node) -> str:
     """Return the name without overload: `add` for `aten.add.Tensor`; `own::op` outside of ATen."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return getattr(node.target, "__name__", str(node.target))
-    return node.target._schema.name.removeprefix("aten::")
+    return schema_of(node.target).name.removeprefix("aten::")
 
 
 def is_view(node: Node) -> bool:
@@ -65,9 +67,9 @@ def is_view(node: Node) -> bool:
 
     `reshape` and others that may copy are not views. The schema decides, except for dropout.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if not isinstance(node.target, OpOverload) or schema_of(node.target).is_mutable:
         return False
-    returns = node.target._schema.returns
+    returns = schema_of(node.target).returns
     return gives_its_input(node) or (bool(returns) and returns[0].alias_info is not None)
 
 
@@ -85,7 +87,7 @@ def first_input(node: Node, index: int = 0) -> Node:
 
 @functools.cache
 def _argument_names(target: Any) -> tuple[str, ...]:
-    return tuple(argument.name for argument in target._schema.arguments)
+    return tuple(argument.name for argument in schema_of(target).arguments)
 
 
 def position_of(node: Node, name: str) -> int:

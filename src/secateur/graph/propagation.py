@@ -7,21 +7,28 @@ the ids of its inputs become those of its value, which ids it couples and which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer, Resize
+from secateur.graph.groups import Reason
 from secateur.graph.network_graph import NetworkGraph, operation_name
+from secateur.graph.unknown_sizes import has_unknown_size
+from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.errors import UsageError
 
+POINTWISE = "pointwise"
+"""In a table of rules: operations without a rule that PyTorch tags as pointwise."""
+UNKNOWN_SIZE = "of a size that depends on the values"
 Rule = Callable[["ChannelPropagation", Node], Axes | list[Axes]]
 """Returns the ids along each dimension of an operation's value, or of each of its values."""
 
@@ -49,11 +56,23 @@ class ChannelPropagation:
         self._rules = rules
         self._id_count = 0
         self._couplings: list[tuple[Ids, Ids]] = []
-        self._frozen: list[tuple[Ids, str]] = []
+        self._frozen: list[tuple[Ids, Reason]] = []
+        self._copied_ids: set[int] = set()
+        self._copies: list[Node] = []
+        self._visited: Node | None = None
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._ancestors: dict[Node, int] = {}
         """Node -> bit mask of the nodes that it is computed from, itself included."""
-        self._kernels = _kernel_parameters(graph)
+        self.weight_norms: list[WeightNorm] = []
+        self._kernels = {
+            node
+            for node in _kernel_ancestors(graph, ("conv",))
+            if node in graph.tensor_names and node.meta["val"].dim() > 2
+        }
+        """Parameters that are the kernel of a convolution, or that one is computed from."""
+        self._kernel_ancestors = _kernel_ancestors(graph, ("conv", "linear"))
+        self._needing_whole: dict[Node, str] = {}
+        """Operations without a rule that compute kernels, with the reason to freeze these."""
 
     def visit_all(self) -> None:
         """Find the axes of every node's value, in the order of execution."""
@@ -63,9 +82,11 @@ class ChannelPropagation:
                 ancestors |= self._ancestors[source]
             self._ancestors[node] = ancestors
             self._visit(node)
+        self._visited = None
 
     def _visit(self, node: Node) -> None:
         value = node.meta.get("val")
+        self._visited = node
         if node in self.graph.tensor_names:
             assert isinstance(value, Tensor)
             tracked = 2 if node in self._kernels else value.dim()
@@ -74,8 +95,7 @@ class ChannelPropagation:
                 for dim, size in enumerate(value.shape)
             )
         elif node.op == "call_function" and isinstance(value, Tensor | list | tuple):
-            rule = self._rules.get(operation_name(node))
-            axes = rule(self, node) if rule else self._freeze_unknown(node)
+            axes = self._rule_of(node)(self, node)
             self._check_rule(node, axes)
             if isinstance(axes, list):
                 self.multi_output_axes[node] = axes
@@ -84,6 +104,14 @@ class ChannelPropagation:
                 self.axes[node] = axes
         elif isinstance(value, Tensor):
             self.axes[node] = (None,) * value.dim()
+
+    def _rule_of(self, node: Node) -> Rule:
+        if has_unknown_size(node):
+            return lambda propagation, node: propagation.freeze_inputs(node, UNKNOWN_SIZE)
+        rule = self._rules.get(operation_name(node))
+        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            rule = self._rules[POINTWISE]
+        return rule or ChannelPropagation._freeze_unknown
 
     def _check_rule(self, node: Node, axes: Axes | list[Axes]) -> None:
         """Raise `UsageError` if a rule does not return ids for every dimension of a value."""
@@ -112,6 +140,29 @@ class ChannelPropagation:
         self.freeze((ids,), reason)
         return ids
 
+    def new_copied_ids(self, size: int) -> Ids:
+        """Return new ids along a dimension that holds copies of one value, as after `expand`.
+
+        So its size may follow that of any value which this one is combined with.
+        """
+        ids = self.new_ids(size)
+        self._copied_ids.update(ids.tolist())
+        assert self._visited is not None
+        self._copies.append(self._visited)
+        return ids
+
+    def are_copies(self, ids: Ids) -> bool:
+        """Return whether ids are of a dimension that holds copies of one value."""
+        return len(ids) > 0 and int(ids[0]) in self._copied_ids
+
+    def drop_idle_sizes(self, roots: Ids) -> None:
+        """Forget sizes of dimensions with copies of one value that no channel is coupled to."""
+        sizes = np.bincount(roots, minlength=len(roots))
+        for node in self._copies:
+            known = [ids for ids in self.axes[node] if ids is not None]
+            if all(self.are_copies(ids) and (sizes[roots[ids]] == 1).all() for ids in known):
+                self.resizes.pop(node, None)
+
     def couple(self, one: Ids | None, other: Ids | None, reason: str) -> None:
         """Record that two dimensions hold the same channels, index by index.
 
@@ -131,7 +182,17 @@ class ChannelPropagation:
 
     def freeze(self, axes: Iterable[Ids | None], reason: str) -> None:
         """Record that no channel of these axes can be cut."""
-        self._frozen.extend((ids, reason) for ids in axes if ids is not None)
+        known = [ids for ids in axes if ids is not None]
+        if known:
+            place = call_site(self._visited) if self._visited is not None else ""
+            self._frozen.extend((ids, Reason(reason, place)) for ids in known)
+
+    def keep_two(self, axes: Iterable[Ids], reason: str) -> None:
+        """Record that of the channels along each of these axes at least two must stay."""
+        for ids in axes:
+            if len(ids) > 1:  # the frozen one, and one of its group
+                self.freeze((ids[:1],), reason)
+                self.covers.append(ids[1:])
 
     def freeze_inputs(self, node: Node, reason: str) -> Any:
         """Freeze all inputs of a node; return axes of fixed size for its value."""
@@ -141,7 +202,44 @@ class ChannelPropagation:
         return fixed_axes(node)
 
     def _freeze_unknown(self, node: Node) -> Any:
-        return self.freeze_inputs(node, f"no rule for the operation {operation_name(node)!r}")
+        reason = f"no rule for the operation {operation_name(node)!r}"
+        if node in self._kernel_ancestors and not self.depends_on(node, self.graph.image):
+            reason = f"{reason}, which computes the kernel{self._remedy(node)}"
+            self._needing_whole[node] = reason
+        return self.freeze_inputs(node, reason)
+
+    def _remedy(self, node: Node) -> str:
+        """Return how to make the kernel a plain parameter; empty if that is not known."""
+        names = (self.graph.tensor_names.get(source, "") for source in _sources(node))
+        for name in names:
+            layer, is_parametrized, tensor = f".{name}".partition(".parametrizations.")
+            function = "parametrize.remove_parametrizations"
+            if not is_parametrized and name.endswith("_orig"):
+                layer, _, tensor = f".{name.removesuffix('_orig')}".rpartition(".")
+                function = "remove_spectral_norm"
+            if tensor:
+                place = f"model.get_submodule({layer[1:]!r})" if layer else "model"
+                tensor = tensor.partition(".")[0]
+                return f": call torch.nn.utils.{function}({place}, {tensor!r}) before pruning"
+        return ""
+
+    def kernel_source(self, weight: Node) -> Node:
+        """Return the parameter that a kernel is, or is computed from; else a constant."""
+        shape = weight.meta["val"].shape
+        for source in _sources(weight):
+            value = source.meta["val"]
+            is_parameter = source in self.graph.tensor_names and isinstance(value, nn.Parameter)
+            if is_parameter and value.shape == shape:
+                return source
+        source = weight
+        while source not in self.graph.tensor_names and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        return source
+
+    def why_kernel_is_whole(self, weight: Node) -> str:
+        """Return why a kernel that is computed can't be cut; empty if it can."""
+        known = self._needing_whole
+        return next((known[source] for source in _sources(weight) if source in known), "")
 
     def count_product(self, node: Node) -> None:
         """Add the multiply-accumulates of an operation that is not a layer."""
@@ -189,12 +287,12 @@ class ChannelPropagation:
         roots: Ids = smallest.astype(np.int64)[component]
         return roots
 
-    def reasons(self, roots: Ids, frozen: Iterable[tuple[Ids, str]] = ()) -> dict[int, str]:
+    def reasons(self, roots: Ids, frozen: Iterable[tuple[Ids, Reason]] = ()) -> dict[int, Reason]:
         """Return `{root: why the channel must stay}`, the first reason of each.
 
         `frozen` are further ids that must stay, with the reason.
         """
-        reasons: dict[int, str] = {}
+        reasons: dict[int, Reason] = {}
         for ids, reason in (*self._frozen, *frozen):
             for channel in np.unique(roots[ids]).tolist():
                 reasons.setdefault(channel, reason)
@@ -209,12 +307,24 @@ def fixed_axes(node: Node) -> Any:
     return [(None,) * v.dim() if isinstance(v, Tensor) else () for v in value]
 
 
-def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
-    """Return parameters that are the kernel of a convolution, or that one is computed from."""
+def _sources(node: Node) -> Iterator[Node]:
+    """Yield a node and all that it is computed from, the first input of each operation first."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        if source not in seen:
+            seen.add(source)
+            yield source
+            pending.extend(reversed(source.all_input_nodes))
+
+
+def _kernel_ancestors(graph: NetworkGraph, kinds: tuple[str, ...]) -> set[Node]:
+    """Return the kernels of layers of some kinds, and all values that these are computed from."""
     pending = [
         node.args[1]
         for node in graph.nodes
-        if operation_name(node).startswith("conv") and len(node.args) > 1
+        if operation_name(node).startswith(kinds) and len(node.args) > 1
     ]
     ancestors: set[Node] = set()
     while pending:
@@ -222,7 +332,7 @@ def _kernel_parameters(graph: NetworkGraph) -> set[Node]:
         if isinstance(node, Node) and node not in ancestors:
             ancestors.add(node)
             pending.extend(node.all_input_nodes)
-    return {n for n in ancestors if n in graph.tensor_names and n.meta["val"].dim() > 2}
+    return ancestors
 
 
 def positions_per_image(propagation: ChannelPropagation, *sizes: Sequence[int]) -> int:

@@ -18,17 +18,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Count, Ids, Resize
 from secateur.graph.coupling import CoupledChannels, assemble
 from secateur.graph.dependency import DependencyGraph, SizedAttribute
-from secateur.graph.network_graph import Forward, operation_name, position_of
+from secateur.graph.groups import Reason
+from secateur.graph.network_graph import operation_name, position_of
 from secateur.graph.propagation import ChannelPropagation
-from secateur.graph.verify import choose_test_cuts, is_cut_as_predicted
+from secateur.graph.verify import choose_test_cuts, find_difference
+from secateur.runtime.torch_internals import BatchOrInstanceNorm, Convolution
 
 CONSTANT_SIZE = "sized by a number in the network's code ({operation} in {module})"
 SIZE_ATTRIBUTE = "with fewer channels the network's code does something else"
 
-_Frozen = tuple[Ids, str]
+_Frozen = tuple[Ids, Reason]
 """Ids to freeze, and the reason."""
 _Attributes = tuple[SizedAttribute, ...]
 
@@ -42,27 +45,25 @@ class _SizeUse:
     nodes: tuple[Node, ...]
 
 
-def resolve_sizes(
-    coupled: CoupledChannels, example: Tensor, forward: Forward | None
-) -> DependencyGraph:
+def resolve_sizes(coupled: CoupledChannels, example: Tensor) -> DependencyGraph:
     """Return the dependency graph, with channels frozen if their sizes don't follow a cut."""
     model, propagation = coupled.model, coupled.propagation
     known, uses = _size_uses(model, propagation)
 
-    def is_verified(candidate: DependencyGraph) -> bool:
-        return is_cut_as_predicted(model, example, forward, candidate, thorough=bool(uses))
+    def difference(candidate: DependencyGraph) -> str | None:
+        return find_difference(model, example, candidate, thorough=bool(uses))
 
     dependencies = assemble(coupled, attributes=known)
-    if is_verified(dependencies):
+    if difference(dependencies) is None:
         return dependencies
     active = _active_uses(dependencies, uses)
     candidates = {use.kind: _candidate_attributes(model, dependencies, use) for use in active}
     likeliest = tuple(a for options in candidates.values() for a in (options[:1] or [()])[0])
     if likeliest:
         dependencies = assemble(coupled, attributes=(*known, *likeliest))
-        if is_verified(dependencies):
+        if difference(dependencies) is None:
             return dependencies
-    return _resolve_one_by_one(coupled, known, active, candidates, is_verified)
+    return _resolve_one_by_one(coupled, known, active, candidates, difference)
 
 
 def _resolve_one_by_one(
@@ -70,11 +71,11 @@ def _resolve_one_by_one(
     known: _Attributes,
     uses: list[_SizeUse],
     candidates: dict[tuple[str, str, int], list[_Attributes]],
-    is_verified: Callable[[DependencyGraph], bool],
+    difference: Callable[[DependencyGraph], str | None],
 ) -> DependencyGraph:
     """Return the dependency graph with the channels of every use frozen that no candidate fits."""
     at_uses = [pair for use in uses for pair in _channels_at(coupled.propagation, use)]
-    not_cuttable = _uncuttable_groups(coupled, at_uses, known, is_verified)
+    not_cuttable = _uncuttable_groups(coupled, at_uses, known, difference)
     accepted = known
     rejected: list[_SizeUse] = []
     for number, use in enumerate(uses):
@@ -84,7 +85,7 @@ def _resolve_one_by_one(
             *(pair for other in unresolved for pair in _channels_at(coupled.propagation, other)),
         ]
         for attributes in [(), *candidates[use.kind]]:
-            if is_verified(assemble(coupled, frozen, (*accepted, *attributes))):
+            if difference(assemble(coupled, frozen, (*accepted, *attributes))) is None:
                 accepted = (*accepted, *attributes)
                 break
         else:
@@ -100,7 +101,7 @@ def _uncuttable_groups(
     coupled: CoupledChannels,
     frozen: list[_Frozen],
     attributes: _Attributes,
-    is_verified: Callable[[DependencyGraph], bool],
+    difference: Callable[[DependencyGraph], str | None],
 ) -> list[_Frozen]:
     """Return the channels of groups that can't be cut even while those at every use are frozen.
 
@@ -108,17 +109,18 @@ def _uncuttable_groups(
     """
 
     def search(names: list[str], others: list[_Frozen]) -> list[_Frozen]:
-        if is_verified(assemble(coupled, [*frozen, *others], attributes)):
+        place = difference(assemble(coupled, [*frozen, *others], attributes))
+        if place is None:
             return []
         if len(names) == 1:
-            return channels[names[0]]
+            return [(channels[names[0]], Reason(SIZE_ATTRIBUTE, place))]
         first_half, second_half = names[: len(names) // 2], names[len(names) // 2 :]
-        untested = [pair for name in second_half for pair in channels[name]]
+        untested = [(channels[name], Reason(SIZE_ATTRIBUTE)) for name in second_half]
         in_first = search(first_half, [*others, *untested])
         return [*in_first, *search(second_half, [*others, *in_first])]
 
     groups = assemble(coupled, frozen, attributes).groups
-    channels = {name: [(group.channels, SIZE_ATTRIBUTE)] for name, group in groups.items()}
+    channels = {name: group.channels for name, group in groups.items()}
     return search(list(groups), []) if groups else []
 
 
@@ -149,12 +151,12 @@ def _sizes_in_module(
 ) -> list[SizedAttribute]:
     """Return the attributes of one of torch's own modules that hold its operation's sizes."""
     name, resize = operation_name(node), propagation.resizes.get(node)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, BatchOrInstanceNorm):
         ids = propagation.axes[node][1] if name in ("batch_norm", "instance_norm") else None
         if ids is not None:
             return [_channel_count(path, "num_features", ids)]
     elif resize is not None:
-        if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
+        if isinstance(module, Convolution) and name.startswith("conv"):
             return [_argument(path, "groups", None, resize, position_of(node, "groups"), None)]
         if isinstance(module, nn.GroupNorm) and name == "group_norm":
             position = position_of(node, "num_groups")
@@ -284,11 +286,11 @@ def _numbers(value: object) -> Iterable[tuple[int | None, int]]:
 def _channels_at(propagation: ChannelPropagation, use: _SizeUse) -> list[_Frozen]:
     """Return the input channels of a use's operations, with the reason to freeze them."""
     class_name, operation, _ = use.kind
-    reason = CONSTANT_SIZE.format(operation=operation, module=class_name)
+    cause = CONSTANT_SIZE.format(operation=operation, module=class_name)
     return [
-        (ids, reason)
+        (ids, Reason(cause, call_site(node)))
         for node in use.nodes
-        for source in node.all_input_nodes
-        for ids in propagation.axes.get(source, ())
-        if ids is not None
+        for value in (*node.all_input_nodes, node)
+        for ids in propagation.axes.get(value, ())
+        if ids is not None and (value is not node or propagation.are_copies(ids))
     ]

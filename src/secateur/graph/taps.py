@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.graph.channel_ids import Layer
-from secateur.graph.dependency import DependencyGraph
+from secateur.graph.channel_ids import Ids, Layer
+from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph
 from secateur.graph.groups import Group, Tap
+from secateur.graph.interpreter import value_of
 from secateur.graph.network_graph import Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
 
@@ -72,18 +74,23 @@ def all_taps(dependencies: DependencyGraph) -> dict[str, Tap]:
 
 def maps_of(tap: Tap, value: Tensor) -> Tensor:
     """Return a tap's feature maps, `[image, filter, h, w]`, from the value of its node."""
-    maps = value.movedim(tap.dim, 1)
-    places = maps.shape[2:]
-    height = places[0] if len(places) else 1
-    maps = maps.reshape(*maps.shape[:2], height, -1)
+    maps = as_maps(value.movedim(tap.dim, 1))
     if len(tap.index) == maps.shape[1]:
         return maps
     return maps[:, torch.from_numpy(tap.index)]
 
 
+def as_maps(value: Num[Tensor, "image filter ..."]) -> Num[Tensor, "image filter h w"]:
+    """Return a value as maps: 1×1 of linear layers, and a column of those of signals."""
+    sides = value.shape[2:]
+    height = sides[0] if len(sides) else 1
+    return value.reshape(*value.shape[:2], height, math.prod(sides[1:]))
+
+
 def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
     """Return the weights that produce and consume the filters of each tap, by its name."""
     slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
+    state = _with_computed_kernels(dependencies, state)
     scales = {
         dependencies.graph.tensor_names[node.args[1]]
         for node in dependencies.graph.nodes
@@ -103,7 +110,11 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
             rows = torch.from_numpy(np.flatnonzero(channels >= 0))
             return state[name].movedim(dim, 0)[rows], torch.from_numpy(channels[channels >= 0])
 
-        incoming = [rows_of(layer.weight, layer.filter_dim) for layer in group.layers]
+        incoming = [
+            rows_of(layer.weight, layer.filter_dim)
+            for layer in group.layers
+            if layer.weight in state
+        ]
         norms = [rows_of(name, 0) for name in sorted(scales)]
         consumers = _consumer_kernels(dependencies, state, position, len(group))
         for name, tap in taps_of(group).items():
@@ -123,6 +134,32 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
     return kernels
 
 
+def _with_computed_kernels(dependencies: DependencyGraph, state: Tensors) -> dict[str, Tensor]:
+    """Return a state with kernels in place of the parameters that they are computed from.
+
+    Left out are kernels in which the channels lie otherwise than in the parameter.
+    """
+    slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
+    result = dict(state)
+    for layer in dependencies.layers:
+        if layer.kernel_node in dependencies.graph.tensor_names:
+            continue
+        result.pop(layer.weight, None)
+        if layer.weight in state and all(
+            np.array_equal(
+                slots.get((layer.weight, dim), _no_channels(size)),
+                _no_channels(size) if ids is None else dependencies.channel_of[ids],
+            )
+            for dim, (ids, size) in enumerate(zip(layer.kernel, layer.shape, strict=True))
+        ):
+            result[layer.weight] = value_of(dependencies.graph, layer.kernel_node, state)
+    return result
+
+
+def _no_channels(size: int) -> Ids:
+    return np.full(size, NOT_PRUNABLE)
+
+
 def _consumer_kernels(
     dependencies: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
 ) -> list[tuple[Window, Tensor]]:
@@ -133,7 +170,7 @@ def _consumer_kernels(
     kernels: list[tuple[Window, Tensor]] = []
     for layer in dependencies.layers:
         read = layer.kernel[1 - layer.filter_dim]
-        if layer.is_computed or read is None or len(read) == 1:
+        if layer.weight not in state or read is None or len(read) == 1:
             continue
         read_channels = position[dependencies.channel_of[read]]
         inputs = torch.from_numpy(np.flatnonzero(read_channels >= 0))

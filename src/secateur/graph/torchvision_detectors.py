@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
 
+from secateur.graph.forward import forward_of
 from secateur.graph.network_graph import Forward
 
 _ONE_STAGE = (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
@@ -21,7 +22,12 @@ _SECOND_STAGE = ("box", "mask", "keypoint")
 
 
 def traceable_forward(model: nn.Module) -> Forward | None:
-    """Return the traceable part of a torchvision detector; None for other networks."""
+    """Return the traceable part of a torchvision detector; None for other networks.
+
+    A detector that runs through a function of the user's counts as another network.
+    """
+    if forward_of(model) is not None:
+        return None
     if isinstance(model, _ONE_STAGE):
         return _one_stage
     return _two_stages if isinstance(model, detection.FasterRCNN) else None

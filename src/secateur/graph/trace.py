@@ -6,68 +6,94 @@ original network, the same network with smaller kernels, and the network with ma
 
 from __future__ import annotations
 
+import inspect
 import itertools
-import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
-from torch.utils._pytree import tree_leaves
 
+from secateur.graph.call_sites import RecordCallSites, raised_at
+from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
-from secateur.graph.network_graph import Forward, NetworkGraph, is_view
+from secateur.graph.network_graph import NetworkGraph
+from secateur.graph.products import products_as_layers
+from secateur.graph.rules import RULES
+from secateur.graph.unknown_sizes import replace_unknown_sizes
+from secateur.graph.writes import remove_writes
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import (
+    VALUES_NEEDED,
+    FakeTensor,
+    OpOverload,
+    composite_operations,
+    is_composite,
+    make_fx,
+    preserve_node_meta,
+    schema_of,
+    set_module_stack,
+    share_parameters_with_recurrent_layer,
+    tracing_quietly,
+    tree_leaves,
+)
 
+READS_VALUES = "its code reads a number, or branches, on values computed from the images"
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
-def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> NetworkGraph:
+def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
-    `example` is a batch `[image, rgb, height, width]`; only the shape of an image matters. With
-    `forward`, `forward(model, images)` is traced, for networks such as detectors whose whole output
-    can't be. Raises `TraceError` if the network can't be traced.
+    `example` is a batch `[image, channel, …]`; only the shape of an image matters. Operations that
+    torch composes of others are replaced by these, unless they are among `whole`: those that have a
+    rule. Raises `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
     other one (`NetworkGraph.images`): sizes that depend on the batch are its multiples.
     """
+    whole = frozenset(whole)
     # A copy, since a network may keep values that it computed, and here these are fake.
     model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
-    names, fakes, batch = _fake_inputs(model, example, images)
-    traced = model if forward is None else _ForwardModule(model, forward)
-    prefix = "" if forward is None else "model."
+    mode = ConstantReadingMode(images)
+    names, fakes, batch = _fake_inputs(model, example, images, mode)
+    real_tensors = tensors_of(model)
 
     def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        for name, tensor in zip(names, tensors, strict=True):
+            mode.add(tensor, real_tensors[name])
         state = {
-            prefix + alias: tensor
+            alias: tensor
             for aliases, tensor in zip(names.values(), tensors, strict=True)
             for alias in aliases
         }
-        output = torch.func.functional_call(traced, state, (batch,), tie_weights=False)
+        with RecordCallSites():
+            output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), _tracing_quietly():
-            module = make_fx(body, tracing_mode="fake", pre_dispatch=True)(fakes, batch)
+        with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
+            module = _recorded(body, fakes, batch, whole)
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
+    finally:
+        mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
-    _replace_in_place_operations(graph)
+    replace_unknown_sizes(graph)
+    remove_writes(graph)
     *placeholders, image = (node for node in graph.nodes if node.op == "placeholder")
+    products_as_layers(graph, image)
     _open_batch(graph, image, images)
     nodes = tuple(graph.nodes)
     constants: dict[Node, Tensor] = {}
@@ -76,6 +102,8 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
                 raise TraceError("the network makes a tensor of values that the graph can't hold")
+            _check_is_outside(constants[node], model)
+            node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
             _name_arguments_by_position(node)
     returned = nodes[-1].args[0]
@@ -88,7 +116,43 @@ def trace(model: nn.Module, example: Tensor, forward: Forward | None = None) -> 
         for source in node.all_input_nodes:
             last_use[source] = node
     tensor_names = dict(zip(placeholders, names, strict=True))
-    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images)
+    return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images, whole)
+
+
+def _recorded(
+    body: Callable[..., object], fakes: list[Tensor], batch: Tensor, whole: frozenset[str]
+) -> GraphModule:
+    """Return what `body` computes as a graph, with composite operations composed of others."""
+
+    def is_replaced(operation: object) -> bool:
+        if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
+            return False
+        written = schema_of(operation).name.removeprefix("aten::")
+        name = written if written.startswith("__") else written.removesuffix("_")
+        # What writes in place and has no other form would be composed by memory addresses.
+        has_other_form = name == written or hasattr(torch.ops.aten, name)
+        return name not in whole and has_other_form and is_composite(operation)
+
+    record = partial(
+        make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
+    )
+    module = record()(fakes, batch)
+    # Most networks have none, and listing all that there are takes longer than a look for them.
+    if any(is_replaced(node.target) for node in module.graph.nodes):
+        composed = {op: make for op, make in composite_operations().items() if is_replaced(op)}
+        module = record(decomposition_table=composed)(fakes, batch)
+    return module
+
+
+def _check_is_outside(constant: Tensor, model: nn.Module) -> None:
+    """Raise `TraceError` if a constant is a kernel of the network that was copied for the trace."""
+    for name, tensor in model.named_parameters():
+        if tensor is constant and tensor.dim() > 1:
+            raise TraceError(
+                f"the network's code reads {name} of another object than the network that it is "
+                "called for: a function that was assigned to .forward, or a hook, holds "
+                "the network itself: make it a method of the class"
+            )
 
 
 def _batch_size(model: nn.Module, example: Tensor) -> int:
@@ -102,10 +166,9 @@ def _batch_size(model: nn.Module, example: Tensor) -> int:
 
 
 def _fake_inputs(
-    model: nn.Module, example: Tensor, images: int
+    model: nn.Module, example: Tensor, images: int, mode: ConstantReadingMode
 ) -> tuple[dict[str, tuple[str, ...]], list[Tensor], Tensor]:
     """Return the aliases of each parameter and buffer by its first name, fakes of them, a batch."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -132,18 +195,6 @@ def _fake_inputs(
 
 
 @contextmanager
-def _tracing_quietly() -> Iterator[None]:
-    """Inside the block, run compiled parts uncompiled, and don't log errors that are raised."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-            yield
-    finally:
-        logger.disabled = was_disabled
-
-
-@contextmanager
 def _recording_modules(model: nn.Module) -> Iterator[None]:
     """Inside the block, record with every traced operation the modules that it is called in.
 
@@ -155,17 +206,23 @@ def _recording_modules(model: nn.Module) -> Iterator[None]:
 
     def enter(name: str, *_: object) -> None:
         stack[f"{name}@{next(calls)}"] = name
-        traceback.current_meta["nn_module_stack"] = dict(stack)
+        set_module_stack(stack)
 
     def leave(*_: object) -> None:
         stack.popitem()
-        traceback.current_meta["nn_module_stack"] = dict(stack)
+        set_module_stack(stack)
 
     for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda layer, _: share_parameters_with_recurrent_layer(layer)
+                )
+            )
         hooks.append(module.register_forward_pre_hook(partial(enter, name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with traceback.preserve_node_meta():
+        with preserve_node_meta():
             yield
     finally:
         for hook in hooks:
@@ -221,75 +278,36 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         with evaluating(model):
             return torch.export.export(
-                model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                model,
+                (images,),
+                dynamic_shapes=open_batch(model, torch.export.Dim.DYNAMIC),
+                strict=False,
             )
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
 
 
+def open_batch(model: nn.Module, size: Any) -> tuple[object, ...]:
+    """Return the `dynamic_shapes` of `torch.export` for a network whose only input is a batch."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    shape = {0: size}
+    return ((shape,),) if first.kind is first.VAR_POSITIONAL else (shape,)
+
+
 def _trace_error(error: Exception) -> TraceError:
-    cause = str(error).strip().splitlines() or [type(error).__name__]
-    return TraceError(f"the network can't be traced with an open batch dimension: {cause[0]}")
-
-
-class _ForwardModule(nn.Module):
-    """Runs `forward(model, images)` as a module."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, images: Tensor) -> object:
-        """Return the function's output."""
-        return self._forward(self.model, images)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cause = READS_VALUES if isinstance(error, VALUES_NEEDED) else lines[0]
+    message = f"the network can't be traced with an open batch dimension: {cause}{raised_at(error)}"
+    return TraceError(message)
 
 
 def _name_arguments_by_position(node: Node) -> None:
     """Move arguments that were passed by name to their position in the operation's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return
     args, kwargs = list(node.args), dict(node.kwargs)
-    for argument in node.target._schema.arguments[len(args) :]:
+    for argument in schema_of(node.target).arguments[len(args) :]:
         if argument.kwarg_only or not kwargs:
             break
         args.append(kwargs.pop(argument.name, argument.default_value))
     node.args, node.kwargs = tuple(args), kwargs
-
-
-def _replace_in_place_operations(graph: Graph) -> None:
-    """Turn `x.relu_()` into `y = x.relu()`, and use `y` in place of `x` from there on.
-
-    Raises `TraceError` if another view of `x` would have to show the change, or if an operation has
-    no variant that leaves its input alone.
-    """
-    position = {node: number for number, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-            continue
-        name = target._schema.name.split("::")[1]
-        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        variant = getattr(packet, target._overloadname, None)
-        changed = node.args[0]
-        if not name.endswith("_") or variant is None or not isinstance(changed, Node):
-            raise TraceError(f"the operation {name!r} writes in place and has no other form")
-        others = _sharing_memory(changed) - {changed}
-        if any(position[user] > position[node] for value in others for user in value.users):
-            raise TraceError(f"the operation {name!r} writes into a view of a value still in use")
-        node.target = variant
-        for user in list(changed.users):
-            if position[user] > position[node]:
-                user.replace_input_with(changed, node)
-
-
-def _sharing_memory(node: Node) -> set[Node]:
-    """Return the values that share memory with a node's: its base, and all views of that."""
-    while is_view(node) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    sharing, pending = {node}, [node]
-    while pending:
-        views = [user for user in pending.pop().users if is_view(user)]
-        pending += views
-        sharing.update(views)
-    return sharing

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Count
 from secateur.graph.cut import SizeConflict, attribute_values, cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import with_sizes
 from secateur.graph.network_graph import (
-    Forward,
     NetworkGraph,
     argument,
     first_input,
@@ -31,34 +31,35 @@ from secateur.graph.network_graph import (
 )
 from secateur.graph.trace import trace
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import OpOverload, schema_of
 
 
-def is_cut_as_predicted(
+def find_difference(
     model: nn.Module,
     example: Tensor,
-    forward: Forward | None,
     dependencies: DependencyGraph,
     *,
     thorough: bool,
-) -> bool:
-    """Return whether networks after test cuts have the predicted operations and sizes.
+) -> str | None:
+    """Return where networks after test cuts don't have the predicted operations and sizes.
 
-    `thorough`: see `choose_test_cuts`.
+    None if they have, empty if the place is not known. `thorough`: see `choose_test_cuts`.
     """
     if not _is_consistent(dependencies):
-        return False
+        return ""
     for removed in choose_test_cuts(dependencies, thorough=thorough):
         try:
             smaller = cut(model, dependencies, removed)
         except SizeConflict:
-            return False
+            return ""
         try:
-            graph = trace(smaller, example, forward)
+            graph = trace(smaller, example, dependencies.graph.whole)
         except TraceError:
-            return False
-        if not _is_graph_predicted(dependencies, removed, graph):
-            return False
-    return True
+            return ""
+        node = _first_difference(dependencies, removed, graph)
+        if node is not None:
+            return call_site(node)
+    return None
 
 
 def choose_test_cuts(
@@ -132,31 +133,35 @@ def _is_consistent(dependencies: DependencyGraph) -> bool:
     return True
 
 
-def _is_graph_predicted(
+def _first_difference(
     dependencies: DependencyGraph, removed: Removed, graph: NetworkGraph
-) -> bool:
-    """Return whether the graph of the cut network is the predicted one, operation by operation."""
+) -> Node | None:
+    """Return the first operation of the original that the cut network's graph does not have."""
     before = dependencies.graph
     count, sizes = dependencies.count_after(removed), dependencies.sizes_after(removed)
-    if len(before.nodes) != len(graph.nodes):
-        return False
-    originals = dict(zip(graph.nodes, before.nodes, strict=True))
-    return all(
-        node.op == original.op
-        and node.target == original.target
-        and graph.tensor_names.get(node) == before.tensor_names.get(original)
-        and _is_same_constant(graph.constants.get(node), before.constants.get(original))
-        and all(
-            list(shape) == predicted
-            for shape, predicted in zip(
-                _shapes(node),
-                _predicted_shapes(dependencies, original, count, graph.images),
-                strict=True,
+    originals = dict(zip(graph.nodes, before.nodes, strict=False))
+
+    def is_predicted(node: Node, original: Node) -> bool:
+        return (
+            node.op == original.op
+            and node.target == original.target
+            and graph.tensor_names.get(node) == before.tensor_names.get(original)
+            and _is_same_constant(graph.constants.get(node), before.constants.get(original))
+            and all(
+                list(shape) == predicted
+                for shape, predicted in zip(
+                    _shapes(node),
+                    _predicted_shapes(dependencies, original, count, graph.images),
+                    strict=True,
+                )
             )
+            and _are_arguments_predicted(node, original, sizes.get(original, {}), originals)
         )
-        and _are_arguments_predicted(node, original, sizes.get(original, {}), originals)
-        for node, original in originals.items()
-    )
+
+    for node, original in originals.items():
+        if not is_predicted(node, original):
+            return original
+    return None if len(before.nodes) == len(graph.nodes) else before.nodes[-1]
 
 
 def _is_same_constant(constant: Tensor | None, expected: Tensor | None) -> bool:
@@ -167,9 +172,13 @@ def _is_same_constant(constant: Tensor | None, expected: Tensor | None) -> bool:
 
 def _shapes(node: Node) -> list[Sequence[int]]:
     """Return the shapes of an operation's values."""
+    return [output.shape for output in _values(node) if isinstance(output, Tensor)]
+
+
+def _values(node: Node) -> Sequence[object]:
+    """Return an operation's values, in the traced batch."""
     value = node.meta.get("val") if node.op == "call_function" else None
-    values = value if isinstance(value, list | tuple) else [value]
-    return [output.shape for output in values if isinstance(output, Tensor)]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _predicted_shapes(
@@ -178,8 +187,10 @@ def _predicted_shapes(
     """Yield the shapes of an operation's values after a cut, for a batch of `images`."""
     before = dependencies.graph.images
     outputs = dependencies.multi_output_axes.get(original, [dependencies.axes.get(original, ())])
-    outputs = [axes for axes in outputs if axes] if len(outputs) > 1 else outputs
-    for shape, axes in zip(_shapes(original), outputs, strict=False):
+    for value, axes in zip(_values(original), outputs, strict=False):
+        if not isinstance(value, Tensor):
+            continue
+        shape = value.shape
         known_axes = axes or (None,) * len(shape)
         yield [
             size // before * images if ids is None and size % before == 0 else count(ids, size)
@@ -203,9 +214,9 @@ def _are_arguments_predicted(
 
 def _filled(node: Node, args: Sequence[Any]) -> list[Any]:
     """Return all arguments, including those that were left at their defaults."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return list(args)
-    rest = node.target._schema.arguments[len(args) :]
+    rest = schema_of(node.target).arguments[len(args) :]
     return [*args, *(a.default_value for a in rest if not a.kwarg_only)]
 
 

@@ -4,8 +4,10 @@
 - `cifar`: the built-in ResNets and VGG-16 for CIFAR.
 - `weights`: loads the weights of a checkpoint into a network.
 - `checkpoint_files`, `file_formats`, `torch_files`: find and read files, shards and folders.
-- `checkpoint_contents`, `state_dict`: find a network's tensors in what a checkpoint holds.
-- `user_code`: factories in a user's own file, `path/to/file.py:factory`.
+- `checkpoint_contents`, `checkpoint_matching`: find a network's tensors in what was read.
+- `published`, `state_dict`: the names that published files have, and versions of modules.
+- `user_code`, `user_modules`: factories in a user's own file, `path/to/file.py:factory`, which may
+  import its neighbours.
 - `evaluate`, `score`: accuracy, loss, MACs, parameters and latency.
 - `divergence`: how far the outputs of two networks are apart, without labels.
 """

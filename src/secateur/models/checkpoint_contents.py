@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,13 @@ class Contents:
     """The tensors of a checkpoint."""
 
     entries: tuple[Entry, ...]
-    versions: Mapping[tuple[str, ...], Mapping[str, Any]] = field(default_factory=dict)
-    """Versions of modules (`_metadata` of a state dict), by the keys of the dict."""
 
     def below(self, key: str) -> Contents:
         """Return what lies below a key or a prefix, which may itself lie below others."""
         wanted = tuple(key.split("."))
         starts = [entry for entry in self.entries if entry.parts[: len(wanted)] == wanted]
         inner = [entry for entry in self.entries if _contains(entry.parts, wanted)]
-        return Contents(tuple(starts or inner), self.versions)
+        return Contents(tuple(starts or inner))
 
     def keys(self) -> list[str]:
         """Return the keys under which there are tensors."""
@@ -60,7 +58,6 @@ def read_contents(content: Any) -> Contents:
 
     Raises `ValueError` if there is no end of them.
     """
-    versions: dict[tuple[str, ...], Mapping[str, Any]] = {}
     entries: list[Entry] = []
     pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
     count = 0
@@ -69,9 +66,6 @@ def read_contents(content: Any) -> Contents:
         place, values = pending.pop()
         if len(place) > DEPTH or count > MOST_DICTS:
             raise ValueError("its dicts nest too deeply")
-        metadata = getattr(values, "_metadata", None)
-        if isinstance(metadata, Mapping):
-            versions[place] = metadata
         inner = []
         for key, value in _items(values):
             if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -81,7 +75,7 @@ def read_contents(content: Any) -> Contents:
             elif isinstance(value, Mapping | list | tuple):
                 inner.append(((*place, *str(key).split(".")), value))
         pending += reversed(inner)
-    return Contents(tuple(entries), versions)
+    return Contents(tuple(entries))
 
 
 def _items(values: Any) -> Iterable[tuple[Any, Any]]:

@@ -4,97 +4,203 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
-from secateur.data.batches import check_labels
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import evaluating
+from secateur.graph.wrappers import require_module
 from secateur.models.score import Score
+from secateur.models.task import (
+    Labels,
+    Logits,
+    Task,
+    cross_entropy,
+    look_at_outputs,
+    make_task,
+    predict,
+    run_network,
+)
 from secateur.runtime import distributed
-from secateur.runtime.error_messages import explain
-from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.errors import DataError
 from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
 
 LATENCY_RUNS = 11
 WARM_UP_RUNS = 2
+TOP = 5
+"""Classes that `Score.top5_fraction` looks at."""
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, known_ms: float | None = None) -> Score:
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a network predicts of a list of images; of this process's shard of them."""
+
+    classes: Labels
+    """By `Batch.indices`; -1 for images that could not be read."""
+    labels: Labels
+    """The labels beside them."""
+    class_count: int
+    """How many classes the network tells apart; 2 where each image has several labels."""
+
+    def of_all_processes(self) -> tuple[Labels, Labels]:
+        """Return the predictions and the labels of every image that could be read."""
+        is_read = (self.classes >= 0).reshape(len(self.classes), -1).all(1)
+        parts = distributed.all_gather((self.classes[is_read], self.labels[is_read]))
+        parts = [part for part in parts if len(part[0])]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    task: Task | None = None,
+    original: Predictions | None = None,
+    known_ms: float | None = None,
+) -> Score:
     """Return the score of `model`, on its device and in evaluation mode, on all batches.
 
-    The network is timed unless `known_ms` says what a forward pass takes. Each process passes its
-    shard of the batches (`distributed.shard`) and gets the score on all of them, with the main
-    process's latency. With fewer than five classes top-5 counts all of them. Raises `DataError`
-    if a label lies outside the network's classes.
+    `task` says how outputs are read; by default the first batch tells. `original` are the original
+    network's predictions of the same images. The network is timed unless `known_ms` says what a
+    forward pass takes. Each process passes its shard of the batches (`distributed.shard`) and gets
+    the score on all of them, with the main process's latency. Raises `DataError` if a label lies
+    outside the network's classes.
     """
-    correct = torch.zeros(2, dtype=torch.int64)
-    losses: list[float] = []
-    count = 0
-    example: Tensor | None = None
+    score, _ = evaluate_and_predict(model, batches, task=task, original=original, known_ms=known_ms)
+    return score
+
+
+def evaluate_and_predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    task: Task | None = None,
+    original: Predictions | None = None,
+    known_ms: float | None = None,
+) -> tuple[Score, Predictions]:
+    """Return the score of `model`, and what it predicts; see `evaluate`."""
+    model = require_module(model)
+    tally = _Tally(task, original)
+    with torch.inference_mode():
+        for batch in batches:
+            tally.add(model, batch)
+    counts, loss, images = tally.sums()
+    if not images:
+        raise DataError("there are no images to score")
+    has_top5 = distributed.any_process(tally.class_count > TOP)
 
     def measure() -> tuple[int, float]:
+        example = tally.example
         assert example is not None
         macs = count_macs(model, example[:1])
         return macs, latency_ms(model, example) if known_ms is None else known_ms
 
-    with torch.inference_mode():
-        for batch in batches:
-            logits = compute_logits(model, batch.images)
-            labels = batch.labels.to(logits.device)
-            example = batch.images.to(logits.device) if example is None else example
-            check_labels(batch.labels, logits.shape[1])
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = ranked == labels[:, None]
-            correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
-            losses.append(float(F.cross_entropy(logits, labels, reduction="sum")))
-            count += len(batch.labels)
-    distributed.all_reduce_sum([correct])
-    total: int = sum(distributed.all_gather(count))
-    loss = math.fsum(distributed.gather_shards(losses))
-    if not total:
-        raise DataError("there are no images to score")
     macs, time_ms = distributed.on_main_process(measure)
-    return Score(
-        top1_fraction=int(correct[0]) / total,
-        top5_fraction=int(correct[1]) / total,
-        loss=loss / total,
-        images=total,
+    score = Score(
+        top1_fraction=counts.top1 / counts.decisions,
+        top5_fraction=counts.top5 / counts.decisions if has_top5 else None,
+        loss=loss / counts.decisions,
+        images=images,
         macs=macs,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         latency_ms=time_ms,
+        agreement_fraction=None if original is None else counts.agreed / counts.decisions,
+        lost=None if original is None else counts.lost,
+        gained=None if original is None else counts.gained,
     )
+    return score, tally.predictions()
 
 
-def compute_logits(model: nn.Module, images: Tensor) -> Float[Tensor, "image class"]:
+class _Counts(NamedTuple):
+    """Decisions, one for each image or each of its labels: all, right ones, and so on."""
+
+    decisions: int
+    top1: int
+    top5: int
+    agreed: int
+    lost: int
+    gained: int
+
+
+class _Tally:
+    """Adds up what is scored, batch by batch."""
+
+    def __init__(self, task: Task | None, original: Predictions | None) -> None:
+        self._task, self._original = task, original
+        self._counts = torch.zeros(len(_Counts._fields), dtype=torch.int64)
+        self._losses: list[float] = []
+        self._images = 0
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Indices, predictions and labels of each batch."""
+        self.example: Tensor | None = None
+        """The images of the first batch, on the network's device."""
+        self.class_count = 0
+
+    def add(self, model: nn.Module, batch: Batch) -> None:
+        """Score a batch; the first one tells the task, if it is not known."""
+        if self._task is None:
+            with torch.inference_mode(False):
+                outputs = look_at_outputs(model, batch.images)
+            self._task = make_task(outputs, [batch.labels])
+        logits = compute_logits(model, batch.images, self._task)
+        labels = batch.labels.to(logits.device)
+        loss = cross_entropy(logits, labels, reduction="sum")
+        if self.example is None:
+            self.example = batch.images.to(logits.device)
+        ranked = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+        self.class_count = logits.shape[-1]
+        hits = ranked == labels[..., None]
+        predicted = predict(logits)
+        compared = [torch.zeros((), dtype=torch.int64)] * 3
+        if self._original is not None:
+            before, now = self._original.classes[batch.indices], predicted.cpu()
+            was_right, is_right = before == batch.labels, now == batch.labels
+            compared = [
+                (before == now).sum(),
+                (was_right & ~is_right).sum(),
+                (is_right & ~was_right).sum(),
+            ]
+        top1, top5 = hits[..., 0].sum().cpu(), hits.sum().cpu()
+        self._counts += torch.stack([torch.tensor(labels.numel()), top1, top5, *compared])
+        self._losses.append(float(loss))
+        self._images += len(labels)
+        self._seen.append((batch.indices, predicted.cpu(), batch.labels))
+
+    def sums(self) -> tuple[_Counts, float, int]:
+        """Return the counts, the summed loss and the number of images of all processes."""
+        distributed.all_reduce_sum([self._counts])
+        loss = math.fsum(distributed.gather_shards(self._losses))
+        return _Counts(*self._counts.tolist()), loss, sum(distributed.all_gather(self._images))
+
+    def predictions(self) -> Predictions:
+        """Return the predictions of this process's images, in the order of their indices."""
+        if not self._seen:
+            nothing = torch.zeros(0, 1, dtype=torch.int64)
+            return Predictions(nothing, nothing, self.class_count)
+        indices, predicted, labels = map(torch.cat, zip(*self._seen, strict=True))
+        classes = predicted.new_full((int(indices.max()) + 1, *predicted.shape[1:]), -1)
+        beside = classes.clone()
+        classes[indices], beside[indices] = predicted, labels.to(beside.dtype)
+        return Predictions(classes, beside, self.class_count)
+
+
+def compute_logits(model: nn.Module, images: Tensor, task: Task) -> Logits:
     """Return the network's logits, computed on its device and in evaluation mode.
 
     Raises `UsageError` where the network fails or returns anything else.
     """
-    images = images.to(device_of(model))
-    try:
-        with evaluating(model):
-            logits: object = model(images)
-    except Exception as error:
-        if explain(error) is not None:  # the machine's fault, not the network's
-            raise
-        shape, words = list(images.shape), " ".join(str(error).split())
-        raise UsageError(f"the network can't be run on images {shape}: {words}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(f"the network must return logits [image, class]; it returns {what}")
-    return logits
+    return task.read(run_network(model, images), len(images))
 
 
-def predict_classes(model: nn.Module, images: Tensor, batch_size: int) -> Int[Tensor, "image"]:
-    """Return the network's own class of each image."""
+def predict_classes(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Labels:
+    """Return the network's own class of each image, or its labels."""
     with torch.no_grad():
         batches = images.split(batch_size)
-        return torch.cat([compute_logits(model, batch).argmax(1) for batch in batches])
+        return torch.cat([predict(compute_logits(model, batch, task)) for batch in batches])
 
 
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
@@ -107,6 +213,7 @@ def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-accumulates for one image `[1, rgb, height, width]`, by torch's count."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        compute_logits(model, image)
+    # In inference mode the counter fails in modules that take parameters, as parametrizations do.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run_network(model, image)
     return int(counter.get_total_flops()) // 2

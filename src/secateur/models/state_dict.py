@@ -1,316 +1,60 @@
-"""Find a network's tensors in what a checkpoint holds.
-
-All tensors get one dotted name, made from the keys of the dicts that they are in and from their
-name in the state dict: `state_dict.model.conv1.weight`. Names of wrappers (`module`, `_orig_mod`)
-are left out wherever they are. What stands before the network's names, here `state_dict.model.`,
-is found by comparing with these names, so that keys and prefixes of any kind are understood.
-"""
+"""State dicts: names and versions of modules, as they are today and as they were."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from secateur.models.checkpoint_contents import DEPTH, Contents, Entry
+from secateur.graph.module_state import copy_of
 
-WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-)
-"""Names that wrappers of networks put into the names of tensors: data parallelism, compilation,
-sharding and recomputed activations."""
-COUNTERS = frozenset(("num_batches_tracked", "n_averaged", "total_ops", "total_params"))
-"""Last names of tensors that count something: batches, averaged steps, a profiler's operations."""
-AVERAGED = frozenset(("ema", "swa", "averaged", "average", "avg", "shadow"))
-"""Words in the name of an averaged network, which is preferred."""
-RAW = frozenset(("online", "current"))
-"""Words in the name of the network that an average is of."""
-LOSS = re.compile(r"criterion|loss")
-"""In the first name of tensors that a loss function holds."""
-Rename = Callable[[str], str | None]
-"""Returns a network's name for a tensor of a file; None if the network has no use for it."""
+COUNTER = "num_batches_tracked"
+"""Of batch norms: files older than PyTorch 0.4.1 lack it."""
 
 
-@dataclass(frozen=True, eq=False)
-class StateDict:
-    """The tensors of a checkpoint that are meant for a network."""
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Copy tensors, named as in `model.state_dict()`, into a network.
 
-    tensors: OrderedDict[str, Tensor]
-    """By the network's names; those that the network lacks by what follows the prefix."""
-    key: str
-    """The key or prefix that they were under; empty if there is none."""
-    others: tuple[str, ...] = ()
-    """Keys of other tensors that would fit too."""
-    left_aside: tuple[str, ...] = ()
-    """Names of tensors beside these, under another prefix."""
-
-
-class Ambiguous(ValueError):
-    """Several parts of a checkpoint fit a network, and none is preferred."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self.keys: tuple[str, ...] = tuple(keys)
-        super().__init__(", ".join(self.keys))
-
-
-def pick(contents: Contents, model: nn.Module, rename: Rename | None = None) -> StateDict:
-    """Return the tensors that fit a network, or nearly fit it, without their prefix.
-
-    Of several that fit, an average (EMA) is preferred. Raises `Ambiguous`.
+    `state_dict()` notes the version of every module beside the tensors; a plain dict or a
+    safetensors file has lost it, and modules that look at it refuse the tensors (MNASNet) or take
+    them for old ones. Here they count as what the modules' classes write today.
     """
-    names = NetworkNames.of(model)
-    table = _table(contents.entries, names, rename)
-    fitting = _fitting(table, names)
-    for inner in names.without_prefix():
-        if not fitting:
-            fitting = _fitting(table, inner)
-            names = inner if fitting else names
-    if not fitting:
-        return _state_dict(contents, table, names, _nearest(table, names))
-    labels = {prefix: _label(table, names, prefix) for prefix in fitting}
-    ranks = {prefix: _rank(labels[prefix], table, prefix) for prefix in fitting}
-    best = [prefix for prefix in fitting if ranks[prefix] == max(ranks.values())]
-    if not all(names.are_equal(table, best[0], other) for other in best[1:]):
-        raise Ambiguous(label for label in labels.values())
-    others = tuple(labels[prefix] for prefix in fitting if prefix not in best)
-    return _state_dict(contents, table, names, best[0], others)
+    state = OrderedDict(tensors)
+    metadata = getattr(model.state_dict(), "_metadata", {})
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in metadata:
+            metadata[name]["version"] = type(module)._version
+    state._metadata = metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=strict)
 
 
-@dataclass(frozen=True, eq=False)
-class NetworkNames:
-    """The names of a network's tensors."""
-
-    wrappers: Collection[str]
-    """Names of wrappers that are left out of all names."""
-    names: Mapping[str, str]
-    """The network's names by the same name without wrappers."""
-    tensors: Mapping[str, Tensor]
-    """By the name without wrappers."""
-    tied: tuple[tuple[str, ...], ...]
-    """Names of one tensor, without wrappers; a file needs one of them."""
-    versions: Mapping[str, Any]
-    """Versions of the network's modules."""
-    prefix: str = ""
-    """What all the network's names begin with, if it is left out of `names`."""
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether the network itself is in a wrapper."""
-        return any(self.prefix + plain != name for plain, name in self.names.items())
-
-    def without_prefix(self) -> Iterator[NetworkNames]:
-        """Yield the names without what all of them begin with, one part more each time.
-
-        A network that only holds another one as `self.model` may get that one's weights.
-        """
-        prefix, names = self.prefix, self
-        while len(starts := {name.partition(".")[:2] for name in names.names}) == 1:
-            [(first, dot)] = starts
-            if not dot:
-                return
-            prefix += f"{first}."
-            names = NetworkNames(
-                self.wrappers,
-                {name.removeprefix(prefix): whole for name, whole in self.names.items()},
-                {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()},
-                tuple(tuple(n.removeprefix(prefix) for n in group) for group in self.tied),
-                self.versions,
-                prefix,
-            )
-            yield names
-
-    @staticmethod
-    def of(model: nn.Module) -> NetworkNames:
-        """Return the names of a network."""
-        state_dict = model.state_dict()
-        state = {n: t for n, t in state_dict.items() if isinstance(t, Tensor)}
-        wrappers: Collection[str] = WRAPPERS
-        plain = [_without(name.split("."), wrappers) for name in state]
-        if len(set(plain)) < len(plain):  # the network itself has both names
-            wrappers, plain = (), list(state)
-        tied: dict[object, list[str]] = {}
-        for name, tensor in zip(plain, state.values(), strict=True):
-            if name.rpartition(".")[2] in COUNTERS:
-                continue
-            is_memory = tensor.numel() > 0 and not tensor.is_meta
-            memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if is_memory else name
-            tied.setdefault(memory, []).append(name)
-        return NetworkNames(
-            wrappers,
-            dict(zip(plain, state, strict=True)),
-            dict(zip(plain, state.values(), strict=True)),
-            tuple(map(tuple, tied.values())),
-            getattr(state_dict, "_metadata", {}),
-        )
-
-    def are_in(self, table: Mapping[str, Entry], prefix: str) -> bool:
-        """Return whether the file has all tensors that the network needs below a prefix."""
-        return all(any(prefix + name in table for name in names) for names in self.tied)
-
-    def shapes_fit(self, table: Mapping[str, Entry], prefix: str) -> bool:
-        """Return whether all tensors below a prefix have the network's shapes."""
-        return all(
-            table[prefix + name].tensor.shape == tensor.shape
-            for name, tensor in self.tensors.items()
-            if prefix + name in table and tensor.ndim
-        )
-
-    def are_equal(self, table: Mapping[str, Entry], one: str, other: str) -> bool:
-        """Return whether two prefixes have the same values below them."""
-        pairs = (
-            (table.get(one + name), table.get(other + name))
-            for names in self.tied
-            for name in names
-        )
-        return all(
-            a is not None
-            and b is not None
-            and a.tensor.dtype == b.tensor.dtype
-            and torch.equal(a.tensor, b.tensor)
-            for a, b in pairs
-            if a is not b
-        )
+def count_misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many tensors are missing, unexpected or of another shape than the network's."""
+    expected: dict[str, Tensor] = model.state_dict()
+    counted = {name for name in expected.keys() ^ tensors.keys() if not name.endswith(COUNTER)}
+    common = expected.keys() & tensors.keys()
+    return len(counted) + sum(expected[name].shape != tensors[name].shape for name in common)
 
 
-def _without(parts: Iterable[str], wrappers: Collection[str]) -> str:
-    return ".".join(part for part in parts if part not in wrappers)
+def renamed_by_modules(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the names that the network's modules give to those of old files.
 
-
-def _table(
-    entries: Iterable[Entry], names: NetworkNames, rename: Rename | None
-) -> dict[str, Entry]:
-    """Return the tensors by their whole name without wrappers."""
-    table: dict[str, Entry] = {}
-    for entry in entries:
-        name: str | None = _without(entry.parts, names.wrappers)
-        assert name is not None
-        if rename is not None:
-            name = rename(name)
-        if name is not None:
-            table[".".join(entry.parts) if name in table else name] = entry
-    return _with_masks_applied(table, names)
-
-
-def _with_masks_applied(table: dict[str, Entry], names: NetworkNames) -> dict[str, Entry]:
-    """Return the tensors with the masks of `torch.nn.utils.prune` applied, as the network would."""
-    for name in [name for name in table if name.endswith("_mask")]:
-        base = name.removesuffix("_mask")
-        entry, mask = table.get(f"{base}_orig"), table[name].tensor
-        if entry is None or base in table or any(rest in names.names for _, rest in _splits(name)):
-            continue
-        if entry.tensor.shape == mask.shape:
-            product = Entry(entry.place, entry.name.removesuffix("_orig"), entry.tensor * mask)
-            del table[name], table[f"{base}_orig"]
-            table[base] = product
-    return table
-
-
-def _fitting(table: Mapping[str, Entry], names: NetworkNames) -> list[str]:
-    """Return the prefixes below which all tensors of the network are, with its shapes if any."""
-    fitting = [prefix for prefix in _prefixes(table, names) if names.are_in(table, prefix)]
-    return [prefix for prefix in fitting if names.shapes_fit(table, prefix)] or fitting
-
-
-def _prefixes(table: Mapping[str, Entry], names: NetworkNames) -> Counter[str]:
-    """Return how many of the network's names stand behind each prefix in the file."""
-    prefixes: Counter[str] = Counter()
-    for name in table:
-        for prefix, rest in _splits(name):
-            if rest in names.names:
-                prefixes[prefix] += 1
-    return prefixes
-
-
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Yield a name in two, at its start and behind each dot."""
-    yield "", name
-    for match in list(re.finditer(r"\.", name))[: 2 * DEPTH]:
-        yield name[: match.end()], name[match.end() :]
-
-
-def _nearest(table: Mapping[str, Entry], names: NetworkNames) -> str:
-    """Return the prefix with most of the network's names, or the dict with most tensors."""
-    prefixes = _prefixes(table, names)
-    if prefixes:
-        return prefixes.most_common(1)[0][0]
-    places = Counter(entry.place for entry in table.values())
-    place = places.most_common(1)[0][0] if places else ()
-    return _with_dot(_without(place, names.wrappers))
-
-
-def _with_dot(key: str) -> str:
-    return f"{key}." if key else ""
-
-
-def _label(table: Mapping[str, Entry], names: NetworkNames, prefix: str) -> str:
-    """Return the key and the prefix that stand before the network's names in the file."""
-    place = next((table[prefix + name].place for name in names.names if prefix + name in table), ())
-    start = _with_dot(_without(place, names.wrappers))
-    if not prefix.startswith(start):  # the names begin with keys of dicts
-        return prefix.removesuffix(".")
-    return ".".join((*place, *filter(None, prefix.removeprefix(start).split("."))))
-
-
-def _rank(label: str, table: Mapping[str, Entry], prefix: str) -> int:
-    """Return 1 for an average, -1 for the network that it is of, and 0 for others."""
-    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)}
-    is_average = bool(words & AVERAGED) or f"{prefix}n_averaged" in table
-    return is_average - bool(words & RAW)
-
-
-def _state_dict(
-    contents: Contents,
-    table: Mapping[str, Entry],
-    names: NetworkNames,
-    prefix: str,
-    others: tuple[str, ...] = (),
-) -> StateDict:
-    """Return the tensors below a prefix, and the names of those beside it in the same dicts."""
-    below = {name: entry for name, entry in table.items() if name.startswith(prefix)}
-    ours = {n: entry for n, entry in below.items() if n.removeprefix(prefix) in names.names}
-    places = {entry.place for entry in (ours or below).values()}
-    tensors: OrderedDict[str, Tensor] = OrderedDict()
-    left_aside: list[str] = []
-    for name, entry in table.items():
-        rest = name.removeprefix(prefix)
-        if name in ours:
-            tensors[names.names[rest]] = entry.tensor
-        elif entry.place not in places or _is_counter(rest, entry.tensor):
-            continue
-        elif name in below and not _is_of_loss(rest, names):
-            tensors[rest] = entry.tensor
-        elif not any(".".join(entry.parts).startswith(_with_dot(other)) for other in others):
-            left_aside.append(entry.name)
-    tensors._metadata = _versions(contents, names, places, prefix)  # type: ignore[attr-defined]
-    return StateDict(tensors, _label(table, names, prefix), others, tuple(left_aside))
-
-
-def _is_counter(name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor counts something, such as epochs, and is of no use to a network."""
-    is_number = tensor.numel() == 1 and (tensor.ndim == 0 or not tensor.is_floating_point())
-    return name.rpartition(".")[2] in COUNTERS or (is_number and "." not in name)
-
-
-def _is_of_loss(name: str, names: NetworkNames) -> bool:
-    """Return whether a tensor is of a loss function beside the network's layers."""
-    first = name.partition(".")[0]
-    is_layer = any(other.partition(".")[0] == first for other in names.names)
-    return not is_layer and LOSS.search(first.lower()) is not None
-
-
-def _versions(
-    contents: Contents, names: NetworkNames, places: Iterable[tuple[str, ...]], prefix: str
-) -> Mapping[str, Any]:
-    """Return the versions of modules that the file has, by the network's names, or else today's."""
-    versions: OrderedDict[str, Any] = OrderedDict()
-    for place in places:
-        for module, version in contents.versions.get(place, {}).items():
-            name = _with_dot(_without((*place, *str(module).split(".")), names.wrappers))
-            if name.startswith(prefix) and isinstance(version, Mapping):
-                versions[(names.prefix + name.removeprefix(prefix)).removesuffix(".")] = version
-    return versions if versions and not names.is_wrapped else names.versions
+    PyTorch lets a module translate an older state dict while it loads it
+    (`_load_from_state_dict`, hooks); this loads into a copy of the network. The tensors are
+    returned as they are if the network can't be copied or a module refuses them.
+    """
+    expected = model.state_dict()
+    misshapen = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name].shape
+    }
+    others = {name: tensor for name, tensor in tensors.items() if name not in misshapen}
+    try:
+        trial = copy_of(model, share_tensors=True)
+        missing, unexpected = trial.load_state_dict(others, strict=False, assign=True)
+    except Exception:  # modules of the user's may raise anything
+        return dict(tensors)
+    loaded = {name: t.detach() for name, t in trial.state_dict().items() if name not in missing}
+    return loaded | misshapen | {name: tensors[name] for name in unexpected if name in tensors}

@@ -1,17 +1,17 @@
 """Networks and criteria from user code: `path/to/file.py:factory`.
 
-The file is run. Only a name from the user may do that: no file that secateur reads can name code
-to run.
+The file is run, and may import the files around it: see `user_modules`. Only a name from the user
+may do that: no file that secateur reads can name code to run.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import ast
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from secateur.models.user_modules import UserModules
 from secateur.runtime.errors import UnknownName, UsageError
 
 
@@ -27,6 +27,15 @@ def check_file(name: str, kind: str) -> None:
         raise UsageError(f"no file {path} to take the {kind} {factory!r} from")
 
 
+def defined_names(path: Path) -> list[str]:
+    """Return the functions and classes that a file defines, without running it."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    return [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
 def find(name: str, kind: str) -> Callable[..., Any]:
     """Run the file and return its factory; `kind` says what that builds, for errors.
 
@@ -34,17 +43,12 @@ def find(name: str, kind: str) -> Callable[..., Any]:
     """
     check_file(name, kind)
     path, _, factory = name.rpartition(":")
-    module_name = f"secateur_own_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses, among others, look up their module there
+    modules = UserModules(Path(path))
     try:
-        spec.loader.exec_module(module)
+        module = modules.run()
     except (Exception, SystemExit) as error:  # user code may raise anything
-        del sys.modules[module_name]
-        reason = " ".join(str(error).split())
+        modules.remove()
+        reason = " ".join(str(error).split()).replace(f"{modules.root}.", "")
         raise UsageError(f"{path} can't be run: {type(error).__name__}: {reason}") from error
     build = getattr(module, factory, None)
     if not callable(build):

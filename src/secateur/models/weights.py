@@ -1,11 +1,11 @@
 """Load the weights of a checkpoint into a network.
 
-`checkpoint_files` finds and reads the files, `state_dict` finds the network's tensors in them.
+`checkpoint_files` finds and reads the files, `checkpoint_matching` finds the network's tensors in
+what they hold, and `published` gives those of published files the network's names.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from secateur.models.checkpoint_contents import Contents, read_contents
 from secateur.models.checkpoint_files import read_checkpoint
-from secateur.models.state_dict import COUNTERS, Ambiguous, Rename, StateDict, pick
+from secateur.models.checkpoint_matching import COUNTERS, StateDict, pick
+from secateur.models.published import Remap, adapt
+from secateur.models.state_dict import load_state
 from secateur.runtime.errors import WeightsError
 
 COMMON_KEYS = frozenset(
@@ -33,50 +35,50 @@ def load_weights(
     *,
     key: str | None = None,
     new_head: bool = False,
-    rename: Rename | None = None,
+    remap: Remap | None = None,
 ) -> tuple[str, ...]:
     """Copy the weights of a file or folder into `model`; return what to know about it, if anything.
 
-    Every tensor of the network must be there, and no other below the same prefix. `key` names the
-    dict or the prefix to look in, where a file holds several networks. With `new_head`, a head for
-    another number of classes than `num_classes` is skipped: that of `model` stays as it is.
-    `rename` maps the names of published files to the network's. Raises `WeightsError` that names
-    the missing, unexpected and misshapen keys or, if only the head differs in its number of
-    classes, both numbers. See `read_checkpoint` for the files.
+    Every tensor of the network must be there, and no other below the same prefix, after `adapt`.
+    `key` names the dict or the prefix to look in, where a file holds several networks. With
+    `new_head`, a head for another number of classes than `num_classes` is skipped: that of `model`
+    stays as it is. Raises `WeightsError` that names the missing, unexpected and misshapen keys or,
+    if only the head differs in its number of classes, both numbers. See `read_checkpoint` for the
+    files.
     """
     if path == "":  # it would be the current folder
         raise WeightsError("the weights have an empty name: check --weights")
     path = Path(path)
-    state = _find(model, path, key, rename)
-    weights = state.tensors
-    versions = getattr(weights, "_metadata", {})
+    state = _find(model, path, key)
+    weights = adapt(model, state.tensors, remap)
     expected = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     complaints = _complaints(weights, expected)
     if set(complaints) == {"misshapen"}:
         heads = _heads(weights, expected, num_classes)
         if heads:
             _check_head(path, weights[heads[0]].shape[0], num_classes, new_head=new_head)
-            weights = type(weights)((n, t) for n, t in weights.items() if n not in heads)
+            weights = {name: weights[name] for name in weights if name not in heads}
             complaints = {}
-    elif set(complaints) <= {"missing", "unexpected"} and complaints:
-        complaints = {} if _is_accepted(model, weights) else complaints
     if complaints:
         place = f"{path}, under {state.key!r}," if state.key else str(path)
         hint = ": it is one of several shards: name their folder" if SHARD.search(path.name) else ""
         texts = "; ".join(_counted(title, names) for title, names in complaints.items())
         raise WeightsError(f"the weights in {place} don't fit the network: {texts}{hint}")
-    weights._metadata = versions  # type: ignore[attr-defined]
-    for name, tensor in weights.items():
-        weights[name] = _dense(tensor)
+    if state.rivals:
+        keys = ", ".join((state.key, *state.rivals, *state.others))
+        raise WeightsError(
+            f"{path} holds several networks that fit: choose with weights_key (--weights-key) one "
+            f"of {keys}"
+        )
     try:
-        model.load_state_dict(weights, strict=False)
+        load_state(model, {n: _dense(t) for n, t in weights.items()}, strict=False)
     except (RuntimeError, ValueError) as error:  # of the network's code
         reason = " ".join(str(error).split())
         raise WeightsError(f"the weights in {path} can't be loaded: {reason}") from error
-    return tuple(_notices(path, state, expected, key))
+    return tuple(_notes(path, state, weights, expected, key))
 
 
-def _find(model: nn.Module, path: Path, key: str | None, rename: Rename | None) -> StateDict:
+def _find(model: nn.Module, path: Path, key: str | None) -> StateDict:
     """Return the tensors of a checkpoint that are meant for a network."""
     content = read_checkpoint(path)
     try:
@@ -88,13 +90,7 @@ def _find(model: nn.Module, path: Path, key: str | None, rename: Rename | None) 
         raise WeightsError(f"{path} holds no state dict{f', but {names}' if names else ''}")
     if key is not None:
         contents = _below(contents, key, path)
-    try:
-        return pick(contents, model, rename)
-    except Ambiguous as error:
-        raise WeightsError(
-            f"{path} holds several networks that fit: choose with weights_key (--weights-key) one "
-            f"of {', '.join(error.keys)}"
-        ) from error
+    return pick(contents, model)
 
 
 def _below(contents: Contents, key: str, path: Path) -> Contents:
@@ -178,18 +174,6 @@ def _check_head(path: Path, classes: int, num_classes: int | None, *, new_head: 
         )
 
 
-def _is_accepted(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Return whether the network itself renames the tensors of a file when it loads them.
-
-    Weight normalisation, for one, reads the names of torch before 2.0.
-    """
-    try:
-        result = copy.deepcopy(model).load_state_dict(weights, strict=True)
-    except Exception:  # by the network's code
-        return False
-    return not (result.missing_keys or result.unexpected_keys)
-
-
 def _dense(tensor: Tensor) -> Tensor:
     if tensor.is_quantized:
         return tensor.dequantize()
@@ -204,8 +188,12 @@ def _shortened(names: Sequence[str]) -> str:
     return f"{', '.join(names[:MOST_NAMES])}{', …' if len(names) > MOST_NAMES else ''}"
 
 
-def _notices(
-    path: Path, state: StateDict, expected: Mapping[str, Tensor], key: str | None
+def _notes(
+    path: Path,
+    state: StateDict,
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    key: str | None,
 ) -> Iterator[str]:
     """Yield a sentence on each decision that the file left open."""
     if state.others:
@@ -220,7 +208,7 @@ def _notices(
         yield f"Not loaded from {path}: {_shortened(_groups(state.left_aside))}."
     narrow = {
         str(tensor.dtype).removeprefix("torch.")
-        for name, tensor in state.tensors.items()
+        for name, tensor in weights.items()
         if name in expected
         and tensor.is_floating_point()
         and tensor.dtype.itemsize < expected[name].dtype.itemsize

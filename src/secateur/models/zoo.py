@@ -12,17 +12,18 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 
 from secateur.data.preprocessing import Preprocessing
-from secateur.models import user_code
+from secateur.graph.working_copy import working_copy
+from secateur.graph.wrappers import unwrapped
+from secateur.models import published, user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
-from secateur.runtime.errors import UnknownName, UsageError
+from secateur.runtime.errors import SecateurError, UnknownName, UsageError
 
 IN_MEMORY = "memory"
 """Prefix of networks passed from Python, `memory:NAME`, which can't be built by name."""
@@ -37,8 +38,8 @@ BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
 """Networks for 32×32 images by name."""
 
 
-def _warn(notice: str) -> None:
-    warnings.warn(notice, stacklevel=3)
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)
 
 
 def load(
@@ -70,19 +71,22 @@ def load(
         raise UsageError(
             f"{name!r} is user code: build the network and pass it, or use load_program"
         )
+    remap: published.Remap | None = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if user_code.is_user_code(name):
             model = _from_file(name, num_classes)
         elif kind == "torchvision":
-            model = _from_torchvision(rest, num_classes)
+            model = published.build_torchvision(rest, num_classes)
         elif kind == "timm":
-            model = _timm().create_model(rest, pretrained=False, num_classes=num_classes)
+            model, remap = published.build_timm(rest, num_classes)
         else:
             model = BUILT_IN[name](num_classes)
     if weights is not None:
-        for notice in load_weights(model, weights, num_classes, key=weights_key, new_head=new_head):
-            notify(notice)
+        for note in load_weights(
+            model, weights, num_classes, key=weights_key, new_head=new_head, remap=remap
+        ):
+            notify(note)
     return model.eval()
 
 
@@ -98,10 +102,29 @@ def check_name(name: str) -> None:
         if rest not in known:
             raise UnknownName("torchvision model", rest, known)
     elif kind == "timm":
-        if not _timm().is_model(rest):
-            raise UnknownName("timm model", rest, _timm().list_models())
+        if not published.import_timm().is_model(rest):
+            raise UnknownName("timm model", rest, published.import_timm().list_models())
     elif colon or name not in BUILT_IN:
-        raise UnknownName("model", name, names())
+        raise _unknown_name(name)
+
+
+def _unknown_name(name: str) -> UsageError:
+    """Return the error for a name that no network has."""
+    path = Path(name)
+    if path.suffix == ".py":
+        defined = (
+            f" (it defines {', '.join(user_code.defined_names(path))})" if path.is_file() else ""
+        )
+        return UsageError(
+            f"{name}: add the function that returns the network: {name}:NAME{defined}"
+        )
+    if path.is_file():
+        return UsageError(
+            f"{name} is a file: pass weights with --weights, and the network that they belong to "
+            "with --model"
+        )
+    same = [known for known in names() if known.rpartition(":")[2] == name.lower()]
+    return UnknownName("model", name, same or names())
 
 
 def names() -> list[str]:
@@ -129,8 +152,8 @@ def preprocessing(name: str) -> Preprocessing:
     if name in BUILT_IN:
         return Preprocessing(32, 32)
     if kind == "torchvision":
-        published = torchvision.models.get_model_weights(rest)
-        preset = next(iter(published)).transforms()
+        weights = next(iter(torchvision.models.get_model_weights(rest)))
+        preset = weights.transforms()
         return Preprocessing(
             preset.crop_size[0],
             preset.resize_size[0],
@@ -139,7 +162,7 @@ def preprocessing(name: str) -> Preprocessing:
             "bicubic" if preset.interpolation.value == "bicubic" else "bilinear",
         )
     if kind == "timm":
-        settings = _timm().get_pretrained_cfg(rest)
+        settings = published.import_timm().get_pretrained_cfg(rest)
         if settings is not None:
             size = int(settings.input_size[-1])
             resize = round(size / float(settings.crop_pct))
@@ -153,31 +176,13 @@ def preprocessing(name: str) -> Preprocessing:
     return Preprocessing(224, 256)
 
 
-def _from_torchvision(name: str, num_classes: int) -> nn.Module:
-    if name in ("inception_v3", "googlenet"):
-        model = torchvision.models.get_model(
-            name, num_classes=num_classes, init_weights=True, aux_logits=False
-        )
-    else:
-        model = torchvision.models.get_model(name, num_classes=num_classes)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise UsageError("timm: networks need the extra: pip install 'secateur[timm]'") from error
-    return timm
-
-
 def _from_file(name: str, num_classes: int) -> nn.Module:
     build = user_code.find(name, "network")
     parameters = inspect.signature(build).parameters.values()
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     options = {"num_classes": num_classes} if takes_classes else {}
     model = user_code.call(name, build, **options)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} returned {type(model).__name__}, not an nn.Module")
-    return model
+    try:
+        return working_copy(unwrapped(model))
+    except SecateurError as error:
+        raise UsageError(f"{name}: {error}") from error

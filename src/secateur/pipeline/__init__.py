@@ -6,6 +6,8 @@
 - `scoring_context`: what scoring, planning and refit share, made once per round.
 - `inputs`: the network and the data that a configuration names.
 - `run_context`: progress, log and unreadable images of a run.
+- `estimate`: how long the stages will take.
 - `dissect`: what the filters see, for reports.
+- `verdict`: the outcome of a run in one sentence.
 - `result`: the record of a run, as it is saved.
 """

@@ -68,6 +68,7 @@ def dissect_network(
         context.source,
         config.score,
         observers=(dissection, top_images),
+        task=context.task,
     )
     top_images.merge()
     return NetworkDissection(context, dissection, top_images, scores)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
 from secateur import data
@@ -10,6 +13,8 @@ from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
 from secateur.models import user_code, zoo
+from secateur.models.outputs import through_logits
+from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
@@ -22,21 +27,20 @@ def check_names(config: RunConfig) -> None:
     concepts.parse(config.score.concepts)
 
 
-def check_weights(config: RunConfig, *, allow_untrained: bool) -> None:
-    """Raise `UsageError` if a network that needs a weight file has none."""
+def check_weights(config: RunConfig) -> None:
+    """Raise `UsageError` if a network that needs a weight file has none, unless that is allowed."""
     is_user_code = user_code.is_user_code(config.model.name)
-    if config.model.weights is None and not is_user_code and not allow_untrained:
+    if config.model.weights is None and not is_user_code and not config.model.allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
         )
 
 
-def load_inputs(
-    config: RunConfig, run_context: RunContext | None = None, *, new_head: bool = False
-) -> tuple[DataSet, nn.Module]:
+def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
     """Load the data set and the network that a configuration names.
 
-    Notices go to `run_context`. For `new_head` see `load_weights`. Raises `SecateurError`.
+    The notes of the data set say what the weight file left open, too. For `new_head` see
+    `load_weights`. Raises `SecateurError`.
     """
     dataset = data.load(
         config.data.source,
@@ -46,11 +50,13 @@ def load_inputs(
     num_classes = config.model.num_classes or len(dataset.class_names)
     if not num_classes:
         raise UsageError("without data the number of classes must be given: --num-classes")
-    if num_classes < len(dataset.class_names):
+    is_binary = num_classes == 1 and len(dataset.class_names) == 2
+    if num_classes < len(dataset.class_names) and not is_binary:
         raise DataError(
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"
         )
+    notes = list(dataset.notes)
     model = zoo.load(
         config.model.name,
         config.model.weights,
@@ -58,27 +64,89 @@ def load_inputs(
         new_head=new_head,
         seed=config.seed,
         weights_key=config.model.weights_key,
-        notify=(run_context or RunContext()).notices.append,
+        notify=notes.append,
     )
+    dataset = replace(dataset, notes=tuple(notes))
+    if user_code.is_user_code(config.model.name):
+        size = preprocessing_of(config).image_size
+        model = through_logits(model, None, torch.zeros(2, 3, size, size))
     return dataset, model
 
 
-def resolve_config(config: RunConfig, dataset: DataSet) -> RunConfig:
-    """Return the configuration with the defaults that depend on the network or data filled in."""
+def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> RunConfig:
+    """Return the configuration with the defaults that depend on the network or data filled in.
+
+    A network that is named is tried on black images: whether it takes colours or grey, see
+    `fit_channels`. Raises `UsageError` if it can't be run on images of that size.
+    """
+    if config.data.image_size is None and user_code.is_user_code(config.model.name):
+        height, width = dataset.stored_size or (0, 1)
+        if height == width:
+            config = _with_data(config, image_size=height)
     preprocessing = preprocessing_of(config)
-    data_values = {
-        "image_size": preprocessing.image_size,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "interpolation": preprocessing.interpolation,
-    }
-    num_classes = config.model.num_classes or len(dataset.class_names)
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update=data_values),
-            "model": config.model.model_copy(update={"num_classes": num_classes}),
-        }
+    mean, std = preprocessing.mean, preprocessing.std
+    keys = ("image_size", "mean", "std", "interpolation")
+    is_resolved = all(getattr(config.data, key) is not None for key in keys)
+    if not is_resolved and not config.model.name.startswith(f"{zoo.IN_MEMORY}:"):
+        channels = fit_channels(model, preprocessing.image_size)
+        mean = _by_channel("mean", mean, channels, is_own=config.data.mean is not None)
+        std = _by_channel("std", std, channels, is_own=config.data.std is not None)
+    config = _with_data(
+        config,
+        image_size=preprocessing.image_size,
+        mean=mean,
+        std=std,
+        interpolation=preprocessing.interpolation,
     )
+    num_classes = config.model.num_classes or len(dataset.class_names)
+    model_section = config.model.model_copy(update={"num_classes": num_classes})
+    return config.model_copy(update={"model": model_section})
+
+
+def describe_inputs(
+    config: RunConfig, resolved_config: RunConfig, dataset: DataSet
+) -> tuple[str, ...]:
+    """Return notes on how images are read, where that was not said in `config`."""
+    notes: list[str] = []
+    size, mean, std = (getattr(resolved_config.data, key) for key in ("image_size", "mean", "std"))
+    if config.data.image_size is None and user_code.is_user_code(config.model.name):
+        stored = dataset.stored_size
+        if stored == (size, size):
+            notes.append(
+                f"Images are read at {size}×{size}, the size that they are stored in: --image-size "
+                "sets another."
+            )
+        else:
+            sizes = "of several sizes" if stored is None else f"of {stored[1]}×{stored[0]}"
+            notes.append(
+                f"Images {sizes} are read at {size}×{size}: if the network was trained at another "
+                "size, pass it as --image-size."
+            )
+    if len(mean) == 1 and config.data.mean is None:
+        notes.append(
+            "The network takes one channel, so images are read in grey, with mean "
+            f"{mean[0]:.3f} and deviation {std[0]:.3f}: if it was trained with others, set "
+            "data.mean and data.std."
+        )
+    return tuple(notes)
+
+
+def _with_data(config: RunConfig, **values: object) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+
+def _by_channel(
+    key: str, values: tuple[float, ...], channels: int, *, is_own: bool
+) -> tuple[float, ...]:
+    """Return one value for each channel: those of colours average to that of grey.
+
+    Raises `UsageError` if the values are the user's own and differ.
+    """
+    if len(values) == channels:
+        return values
+    if channels == 1 and is_own and len(set(values)) > 1:
+        raise UsageError(f"data.{key} has 3 values, but the network takes one channel: give one")
+    return channels * (round(sum(values) / len(values), 6),)
 
 
 def preprocessing_of(config: RunConfig) -> Preprocessing:
@@ -91,6 +159,7 @@ def preprocessing_of(config: RunConfig) -> Preprocessing:
         mean=config.data.mean or published.mean,
         std=config.data.std or published.std,
         interpolation=config.data.interpolation or published.interpolation,
+        keeps_exact=user_code.is_user_code(config.model.name),
     )
 
 

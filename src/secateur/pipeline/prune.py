@@ -11,7 +11,7 @@ from torch import nn
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.pipeline import stages
-from secateur.pipeline.inputs import resolve_config
+from secateur.pipeline.inputs import describe_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FrozenResult, GroupResult, RunResult, merge_rounds
 from secateur.pipeline.rounds import Round, begin_round
@@ -73,12 +73,13 @@ def prune_round(
     before, `earlier`.
     """
     run_context = run_context.collecting_unreadable(config)
-    config = resolve_config(config, dataset)
+    asked, config = config, resolve_config(config, dataset, original)
+    notes = describe_inputs(asked, config, dataset)
     this = begin_round(original, dataset, config, run_context, baseline=baseline, earlier=earlier)
     cut = stages.cut(this)
     refit = stages.refit(this, cut) if config.refit.is_any else None
     distilled = stages.distill(this, cut) if config.distill.epochs else None
-    pruned = _collect(this, cut, refit, distilled)
+    pruned = _collect(this, notes, cut, refit, distilled)
     return pruned if earlier is None else _merge(earlier, pruned)
 
 
@@ -110,7 +111,11 @@ def finetune(
 
 
 def _collect(
-    this: Round, cut: CutStage, refit: RefitStage | None, distilled: DistillStage | None
+    this: Round,
+    notes: tuple[str, ...],
+    cut: CutStage,
+    refit: RefitStage | None,
+    distilled: DistillStage | None,
 ) -> Pruned:
     """Return the result of a round, with filters numbered as in its network."""
     plan = replace(cut.plan, weights=this.weights)
@@ -121,6 +126,8 @@ def _collect(
     if unreadable:
         this.run_context.log.write("unreadable", files=unreadable)
     result = RunResult(
+        task=this.context.task,
+        has_labels=this.dataset.has_labels,
         command=this.run_context.command,
         config=this.config,
         environment=environment(),
@@ -149,9 +156,11 @@ def _collect(
         finetuning=None,
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
-        input_notices=tuple(this.run_context.notices),
+        notes=(*notes, *this.notes),
     )
-    return Pruned(cut.network, plan, result, this.plan_inputs.latency, dependencies)
+    return Pruned(
+        cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
+    )
 
 
 def _merge(earlier: Pruned, later: Pruned) -> Pruned:
@@ -167,9 +176,10 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
         "equivalence_error": max(later.result.equivalence_error, earlier.result.equivalence_error),
         "groups": groups,
         "frozen": earlier.result.frozen,
+        "notes": earlier.result.notes,
     }
     result = later.result.model_copy(update=changes)
-    return Pruned(later.model, plan, result, earlier.latency, earlier.dependencies)
+    return replace(earlier, model=later.model, plan=plan, result=result)
 
 
 def _sorted_union(*names: Iterable[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from secateur.graph.dependency import DependencyGraph
+from secateur.models.evaluate import Predictions
 from secateur.pipeline.result import RunResult
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.plan import PruningPlan
@@ -24,6 +25,8 @@ class Pruned:
     """Times of the layers before the cut, if the budget is one of latency."""
     dependencies: DependencyGraph
     """Of the network before the first cut."""
+    predictions: Predictions | None = None
+    """What the network before the first cut predicts of the test images, if it is known."""
 
     @property
     def round(self) -> int:

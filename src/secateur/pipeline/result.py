@@ -8,6 +8,7 @@ from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.models.score import Score
+from secateur.models.task import Task
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
@@ -15,18 +16,26 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
         *(f"finetune.{name}" for name in KEYS_WITHOUT_EFFECT),
         *(f"report.{name}" for name in ReportSection.model_fields),
+        "model.allow_untrained",
     ]
 )
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished run is resumed."""
 Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
+_TITLES: dict[Stage, str] = {
+    "before": "score original",
+    "cut": "score filters and cut",
+    "refit": "refit",
+    "distilled": "distill",
+    "finetuned": "fine-tune",
+}
 
 
 class StageResult(Record):
@@ -90,6 +99,13 @@ class RunResult(Record):
     config: RunConfig
     environment: Environment
     class_names: tuple[str, ...]
+    task: Task
+    """How the network's outputs are read."""
+    has_labels: bool
+    """Whether the labels are true ones. If not, they are the original network's predictions, and
+    accuracy is agreement with them."""
+    notes: tuple[str, ...]
+    """What to know of how images, labels and outputs were read, and of the original's accuracy."""
     plan_hash: str
     equivalence_error: float
     """Largest relative difference between the cut network and the original with the removed
@@ -112,18 +128,21 @@ class RunResult(Record):
     """Image files that were left out because they can't be read."""
     requested_batch_size: int | None = None
     """The batch size that was requested, if it did not fit into memory."""
-    input_notices: tuple[str, ...] = ()
-    """What to know about the inputs, such as which network in a weight file was pruned."""
 
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
 
     @property
+    def accuracy_name(self) -> str:
+        """What `Score.top1_fraction` is called in tables and charts."""
+        return self.task.accuracy_name if self.has_labels else "agreement"
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What to know before the network is deployed, a sentence or two each."""
         notices = (
-            *self.input_notices,
+            *self.notes,
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),
@@ -156,7 +175,10 @@ class RunResult(Record):
         before, last = finetuning.before_top1_fraction, finetuning.epochs[-1].validation
         if last is None or last >= before or finetuning.kept == "best":
             return ""
-        loss = f"top-1 on the validation images fell from {100 * before:.2f} to {100 * last:.2f} %"
+        loss = (
+            f"{self.accuracy_name} on the validation images fell from {100 * before:.2f} to "
+            f"{100 * last:.2f} %"
+        )
         if finetuning.kept == "start":
             return (
                 f"Fine-tuning broke the network ({loss}), so the weights from before it stayed. A "
@@ -166,6 +188,11 @@ class RunResult(Record):
             f"Fine-tuning ended worse than it began: {loss}. Expect this where the original "
             "network was trained on these images; otherwise --keep best keeps the best epoch."
         )
+
+
+def stage_title(stage: Stage, round_number: int) -> str:
+    """Return what people call a stage."""
+    return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
 
 
 def merge_rounds(

@@ -8,7 +8,10 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.graph.module_state import tensors_of, unwrapped
+from secateur.data.batch_reader import BatchReader
+from secateur.graph.module_state import tensors_of
+from secateur.models.evaluate import Predictions, evaluate_and_predict
+from secateur.models.task import Task
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
@@ -43,6 +46,10 @@ class Round:
     """Hash of the original network's weights; None after the first round."""
     unreadable: tuple[str, ...]
     """Image files that were left out before."""
+    predictions: Predictions
+    """What the original network predicts of the test images."""
+    notes: tuple[str, ...]
+    """See `Baseline`; of the first round."""
     run_context: RunContext
 
 
@@ -60,10 +67,10 @@ def begin_round(
     if baseline is None:
         score = None if earlier is None else earlier.result.stages[-1].score
         baseline = make_baseline(network, dataset, config, (), run_context, score=score)
-    reader = baseline.context.reader
+    reader, task = baseline.context.reader, baseline.context.task
     weights: str | None = None
     if earlier is None:
-        state = tensors_of(unwrapped(original))
+        state = tensors_of(original)
         weights = weights_hash(state)
     requested = None if earlier is None else earlier.result.requested_batch_size
     if reader.batch_size < config.data.batch_size:
@@ -79,6 +86,10 @@ def begin_round(
     else:
         number, stages = earlier.round + 1, earlier.result.stages
         unreadable = (*earlier.result.unreadable, *baseline.unreadable)
+    notes = baseline.notes if earlier is None else earlier.result.notes
+    predictions = baseline.predictions if earlier is None else earlier.predictions
+    if predictions is None:
+        predictions = predict_test_images(original, dataset, reader, task)
     plan_inputs = baseline.plan_inputs[config.score.criterion]
     if plan_inputs.latency is not None:
         run_context.log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
@@ -96,5 +107,15 @@ def begin_round(
         stages=stages,
         weights=weights,
         unreadable=unreadable,
+        predictions=predictions,
+        notes=notes,
         run_context=run_context,
     )
+
+
+def predict_test_images(
+    original: nn.Module, dataset: DataSet, reader: BatchReader, task: Task
+) -> Predictions:
+    """Return what the original network predicts of the test images."""
+    batches = reader.read_shard(dataset.test, "scoring (before)")
+    return evaluate_and_predict(original, batches, task=task, known_ms=0.0)[1]

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
+from secateur.models.score import Score
+from secateur.models.task import Task
+from secateur.pipeline.result import StageResult, stage_title
 from secateur.runtime import distributed
 from secateur.runtime.event_log import EventLog
-from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.trackers import Tracker, open_log
+from secateur.scoring.criteria import Criterion
+from secateur.training.outcome import Epoch
 
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """The reporting of a run: progress, log, tracker and skipped images; by default none."""
+    """What accompanies a run: progress, log, tracker, skipped images, a criterion of the user's."""
 
     progress: ProgressCallback = no_progress
+    lines: StageLines = field(default_factory=StageLines)
+    """Gets a line for every stage and epoch that has ended."""
     command: str | None = None
     """The command line, for the record."""
     tracker: Tracker | None = None
     """Gets the curves of training."""
     log: EventLog = field(default_factory=lambda: EventLog(None))
+    criterion: Criterion | None = None
+    """Scores the filters, if it was passed from Python and has no name."""
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
-    notices: list[str] = field(default_factory=list)
-    """Collects what to know about the inputs, a sentence each."""
 
     def collecting_unreadable(self, config: RunConfig) -> RunContext:
         """Return a copy with an empty collector, or none, as the configuration says."""
@@ -38,6 +45,23 @@ class RunContext:
         if path is None or not distributed.is_main_process():
             return replace(self, log=EventLog(None))
         return replace(self, log=open_log(path, self.tracker))
+
+    def end_stage(self, result: StageResult, task: Task) -> None:
+        """Log a stage that has ended, and print its line."""
+        self.log.write("stage", **result.model_dump())
+        self.print_stage(stage_title(result.stage, result.round), result.score, task)
+
+    def print_stage(self, title: str, score: Score, task: Task) -> None:
+        """Print the line of a stage that has ended."""
+        self.lines.end_stage(title, f"{task.accuracy_name} {100 * score.top1_fraction:.2f} %")
+
+    def end_epoch(self, epoch: Epoch, epochs: int, task: Task, **facts: object) -> None:
+        """Log an epoch of training that has ended, with more facts, and print its line."""
+        self.log.write("epoch", **facts, **asdict(epoch))
+        text = f"loss {epoch.loss:.3f}"
+        if epoch.validation is not None:
+            text += f", validation {task.accuracy_name} {100 * epoch.validation:.2f} %"
+        self.lines.end_step("epoch", epoch.number, epochs, text)
 
     @property
     def unreadable_files(self) -> tuple[str, ...]:

@@ -17,9 +17,12 @@ from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.finite import check_finite
 from secateur.graph.module_state import device_of, tensors_of
-from secateur.models.evaluate import evaluate
+from secateur.models.evaluate import Predictions, evaluate_and_predict
+from secateur.models.plausibility import Doubt, find_constant, find_doubt
 from secateur.models.score import Score
+from secateur.models.task import Task, look_at_outputs, make_task
 from secateur.pipeline.inputs import make_reader, resolve_config
+from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
@@ -46,6 +49,8 @@ class ScoringContext:
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
     """Criteria by name, which the filters are scored by."""
+    task: Task
+    """What the network's outputs and the labels mean."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -54,6 +59,7 @@ class ScoringContext:
             partial(self.reader.read_image_shard, self.calibration, "scoring filters"),
             partial(self.reader.read, self.calibration),
             self.example,
+            self.task,
         )
 
     @property
@@ -69,6 +75,7 @@ class ScoringContext:
             partial(self.reader.read_image_shard, self.calibration),
             partial(self.reader.read_shard, fit, "recalibrating batch norm"),
             partial(self.reader.read_shard, held_out),
+            self.task,
         )
 
 
@@ -83,8 +90,9 @@ def make_scoring_context(
 ) -> ScoringContext:
     """Draw the calibration images, build the dependency graph and make the concept source.
 
-    Criteria that need gradients take more memory, so smaller batches. `dependencies` saves building
-    the graph again. Annotated concepts bring their own images, which are then the calibration set.
+    First the network runs on a few images, to tell how its outputs are read. Criteria that need
+    gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
+    Annotated concepts bring their own images, which are then the calibration set.
     Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
@@ -96,6 +104,7 @@ def make_scoring_context(
         seed=config.seed,
     )
     example = reader.read_first(calibration, EXAMPLE_IMAGES)
+    task = find_task(model, example, dataset, config)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
@@ -108,8 +117,13 @@ def make_scoring_context(
         state,
         dataset.class_names,
         reader.preprocessing,
+        task,
     )
-    scored_by = {name: make_criterion(name, source, config) for name in criterion_names}
+    passed = None if run_context is None else run_context.criterion
+    scored_by = {
+        name: make_criterion(name, source, config) if passed is None else passed
+        for name in criterion_names
+    }
     batch_size = batch_that_fits(
         dependencies,
         config.data.batch_size,
@@ -117,7 +131,17 @@ def make_scoring_context(
         with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
     )
     reader = replace(reader, batch_size=batch_size)
-    return ScoringContext(calibration, example, dependencies, source, reader, scored_by)
+    return ScoringContext(calibration, example, dependencies, source, reader, scored_by, task)
+
+
+def find_task(model: nn.Module, example: Tensor, dataset: DataSet, config: RunConfig) -> Task:
+    """Return what the outputs of `model` and the labels of a data set mean.
+
+    Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
+    """
+    parts = (dataset.train, dataset.validation, dataset.test)
+    labels = [part.labels for part in parts]
+    return make_task(look_at_outputs(model, example), labels, config.model.task)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +150,10 @@ class Baseline:
 
     score: Score
     """On the test images."""
+    predictions: Predictions | None
+    """What the network predicts of them; None where they were not scored again."""
+    notes: tuple[str, ...]
+    """What to tell the user of the data, of the outputs and of that score."""
     context: ScoringContext
     plan_inputs: Mapping[str, PlanInputs]
     """By criterion."""
@@ -146,13 +174,27 @@ def make_baseline(
 ) -> Baseline:
     """Score the filters of `model`, by the named criteria or else by that of `config`.
 
-    `model` is scored on the test images, too, if its `score` is not known.
+    Before that `model` is scored on the test images, if its `score` is not known. Raises
+    `AccuracyError` if it is not worth pruning, unless `config` allows that.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
-    config = resolve_config(config, dataset)
+    config = resolve_config(config, dataset, model)
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
     context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
+    seconds = time.perf_counter() - since
+    predictions: Predictions | None = None
+    notes = (*dataset.notes, *context.task.notes)
+    if score is None:
+        score, predictions = evaluate_and_predict(
+            model, context.reader.read_shard(dataset.test, "scoring (before)"), task=context.task
+        )
+        run_context.print_stage(stage_title("before", 1), score, context.task)
+        doubt = find_doubt_about(predictions, dataset, context.task)
+        if doubt is not None:
+            text = doubt.raise_unless(allowed=config.model.allow_untrained)
+            notes = (*notes, f"Before pruning: {text}")
+    since = time.perf_counter()
     plan_inputs = make_plan_inputs(
         model,
         context.dependencies,
@@ -163,7 +205,17 @@ def make_baseline(
         config.plan,
         progress=run_context.progress,
     )
-    seconds = time.perf_counter() - since
-    if score is None:
-        score = evaluate(model, context.reader.read_shard(dataset.test, "scoring (before)"))
-    return Baseline(score, context, plan_inputs, seconds, run_context.unreadable_files)
+    seconds += time.perf_counter() - since
+    return Baseline(
+        score, predictions, notes, context, plan_inputs, seconds, run_context.unreadable_files
+    )
+
+
+def find_doubt_about(
+    predictions: Predictions, dataset: DataSet, task: Task, kind: str = "test"
+) -> Doubt | None:
+    """Return why a network's predictions of images of this `kind` look wrong, if they do."""
+    predicted, labels = predictions.of_all_processes()
+    if dataset.has_labels:
+        return find_doubt(predicted, labels, predictions.class_count, kind)
+    return find_constant(predicted, kind, is_binary=task.kind == "binary")

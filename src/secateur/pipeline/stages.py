@@ -5,7 +5,6 @@ Every stage ends with a score on the test images, which nothing else reads.
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 
 from secateur.config import Budget
 from secateur.data import DataSet
+from secateur.graph.module_state import copy_of
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
+from secateur.models.state_dict import load_state
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
-from secateur.pipeline.rounds import Round
+from secateur.pipeline.rounds import Round, predict_test_images
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
@@ -85,9 +86,15 @@ def cut(this: Round) -> CutStage:
     fraction_left = measure_fraction_left(this.original, smaller, example)
     latency_ms = fraction_left * this.stages[0].score.latency_ms
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
-    score = evaluate(smaller, batches, known_ms=latency_ms)
+    score = evaluate(
+        smaller,
+        batches,
+        task=this.context.task,
+        original=this.predictions,
+        known_ms=latency_ms,
+    )
     result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result, this.context.task)
     return CutStage(smaller, plan, size_trials, error, result)
 
 
@@ -106,9 +113,15 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     seconds = time.perf_counter() - since
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
     latency_ms = cut_stage.result.score.latency_ms
-    score = evaluate(cut_stage.network, batches, known_ms=latency_ms)
+    score = evaluate(
+        cut_stage.network,
+        batches,
+        task=this.context.task,
+        original=this.predictions,
+        known_ms=latency_ms,
+    )
     result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result, this.context.task)
     return RefitStage(outcome, result)
 
 
@@ -120,19 +133,28 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     outcome = distillation.distill(
         this.original,
         smaller,
-        TrainingData(fit, reader.preprocessing, reader.unreadable),
+        TrainingData(fit, reader.preprocessing, reader.unreadable, this.context.task),
         partial(reader.read_shard, held_out),
         this.config.distill,
         seed=this.config.seed,
         progress=reader.progress,
+        after_epoch=lambda epoch: this.run_context.lines.end_step(
+            "epoch", epoch.number, this.config.distill.epochs, f"loss {epoch.loss:.3f}"
+        ),
     )
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))
     seconds = time.perf_counter() - since
     batches = reader.read_shard(this.dataset.test, "scoring (distilled)")
-    score = evaluate(smaller, batches, known_ms=cut_stage.result.score.latency_ms)
+    score = evaluate(
+        smaller,
+        batches,
+        task=this.context.task,
+        original=this.predictions,
+        known_ms=cut_stage.result.score.latency_ms,
+    )
     result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
-    this.run_context.log.write("stage", **result.model_dump())
+    this.run_context.end_stage(result, this.context.task)
     return DistillStage(outcome, result)
 
 
@@ -149,33 +171,38 @@ def finetune(
     both are scored on the test images. If training has broken the network (see `has_collapsed`)
     the weights from before it stay.
     """
-    config, smaller = pruned.result.config, pruned.model
+    config, smaller, task = pruned.result.config, pruned.model, pruned.result.task
     reader = make_reader(config, run_context)
+    predictions = pruned.predictions
+    if predictions is None:
+        predictions = predict_test_images(original, dataset, reader, task)
     start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     start_score = pruned.result.stages[-1].score
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches).top1_fraction
+        return evaluate(network, batches, task=task).top1_fraction
 
     def score(state: dict[str, Tensor]) -> Score:
-        network = copy.deepcopy(smaller)
-        network.load_state_dict(state)
+        network = copy_of(smaller, share_tensors=False)
+        load_state(network, state)
         batches = reader.read_shard(dataset.test, "scoring (finetuned)")
-        return evaluate(network, batches, known_ms=start_score.latency_ms)
+        return evaluate(
+            network, batches, task=task, original=predictions, known_ms=start_score.latency_ms
+        )
 
-    has_features = config.finetune.feature_weight > 0
+    has_features, epochs = config.finetune.feature_weight > 0, config.finetune.epochs
     training = train(
         smaller,
         original,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable),
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
         config.finetune,
         seed=config.seed,
         sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),
         callbacks=TrainingCallbacks(
             run_context.progress,
             validate,
-            lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
+            lambda epoch: run_context.end_epoch(epoch, epochs, task, round=pruned.round),
         ),
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
@@ -184,7 +211,7 @@ def finetune(
     kept: KeptWeights = config.finetune.keep
     if kept == "last" and has_collapsed(training.before, training.epochs):
         kept = "start"
-        smaller.load_state_dict(start)
+        load_state(smaller, start)
     finetuning = FinetuneResult(
         epochs=training.epochs,
         before_top1_fraction=training.before,
@@ -200,7 +227,7 @@ def finetune(
         score={"last": last, "best": best, "start": start_score}[kept],
         seconds=training.seconds,
     )
-    run_context.log.write("stage", **result.model_dump())
+    run_context.end_stage(result, task)
     return FinetuneStage(finetuning, result)
 
 
@@ -254,7 +281,9 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
 
     def top1_fraction(network: nn.Module) -> float:
         return evaluate(
-            network, this.context.reader.read_shard(this.dataset.validation)
+            network,
+            this.context.reader.read_shard(this.dataset.validation),
+            task=this.context.task,
         ).top1_fraction
 
     before = top1_fraction(this.network)

@@ -6,6 +6,7 @@ from torch import nn
 
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.wrappers import unwrapped
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import RunFolderError
 
@@ -14,11 +15,12 @@ def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPla
     """Return a copy of `model` without the plan's filters and everything that depends on them.
 
     The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
-    changed. If `model` is compiled, its original is copied. Raises `RunFolderError` if the plan was
+    changed. Of a network that is compiled or wrapped in `DataParallel` the network itself is copied
+    and returned. Raises `RunFolderError` if the plan was
     made for another network, or names a group or filter that `dependencies` lacks.
     """
     check_plan(dependencies, plan)
-    return cut(model, dependencies, plan.removed)
+    return cut(unwrapped(model), dependencies, plan.removed)
 
 
 def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:

@@ -5,7 +5,6 @@ The masked original is the original network with the removed channels zeroed whe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from secateur.graph.channel_ids import Axes
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter, apply
-from secateur.graph.module_state import tensors_of, unwrapped
+from secateur.graph.module_state import copy_of, tensors_of
 from secateur.graph.network_graph import Compute
 from secateur.models.divergence import relative_error
 from secateur.pruning.plan import PruningPlan
@@ -48,7 +47,7 @@ def check_equivalence(
     error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
-    double = copy.deepcopy(unwrapped(model)).double()
+    double = copy_of(model, share_tensors=False).double()
 
     def error_in_float64(plan: PruningPlan) -> float:
         smaller = cut(double, dependencies, plan.removed)
@@ -101,7 +100,7 @@ def masked_network(
             overrides[consumer.node] = _masking(consumer.node, mask, consumer.dim)
     for node in dependencies.mixing:
         overrides[node] = _over_kept(node, dependencies, stays, sizes.get(node, {}))
-    state = tensors_of(unwrapped(model))
+    state = tensors_of(model)
 
     def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
         interpreter = GraphInterpreter(dependencies.graph, state, images)

@@ -14,6 +14,7 @@ from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import tensors_of
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
@@ -76,6 +77,8 @@ class CalibrationImages:
     """Returns batches that begin with the same images in every process."""
     example: Tensor
     """A few of the images, `[image, channel, height, width]`."""
+    task: Task = SINGLE_LABEL
+    """How the network's outputs on them are read."""
 
 
 def make_plan_inputs(
@@ -101,7 +104,14 @@ def make_plan_inputs(
         moments = Reconstruction()
     observers = () if moments is None else (moments,)
     scores = score_filters(
-        model, dependencies, images.batches, criteria, source, score, observers=observers
+        model,
+        dependencies,
+        images.batches,
+        criteria,
+        source,
+        score,
+        observers=observers,
+        task=images.task,
     )
     ties = None
     if moments is not None and any(filter_scores.has_ties for filter_scores in scores.values()):
@@ -125,6 +135,7 @@ def make_plan_inputs(
                 own_moments,
                 ranking,
                 images.sample(),
+                task=images.task,
                 progress=progress,
             )
             allocation = replace(allocation, sensitivity=sensitivity)

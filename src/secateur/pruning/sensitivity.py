@@ -12,9 +12,8 @@ Two factors make up the sensitivity of a group:
 The sensitivity is their product. So the curves of all groups have one unit, and they are smooth,
 unlike direct measurements on few images.
 
-No label is used. If the network returns one row of logits per image, the output's error is the
-divergence of its softened softmax from the original's; otherwise it is the squared difference over
-the variance.
+No label is used. The output's error is the divergence of its softened softmax from the original's
+(see `output_error` for networks that return no logits).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from secateur.graph.input_edit import InputEdit
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.network_graph import Tensors
 from secateur.models.divergence import error_ratio, output_error
+from secateur.models.task import Task
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress
@@ -53,13 +53,14 @@ def measure_sensitivity(
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
+    task: Task | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Sensitivity:
     """Return the sensitivity of every group.
 
     `moments` are those of the scoring pass. A gain is the geometric mean over the `SNAPSHOTS`, and
     0 if no removal makes a difference. All processes pass batches that begin with the same images;
-    each measures its shard of the groups.
+    each measures its shard of the groups. For `task` see `output_error`.
     """
     groups = dependencies.groups
     curves = {
@@ -97,7 +98,7 @@ def measure_sensitivity(
                 outputs = interpreter.copy().finish(overrides=overrides)
                 consumer_error = sum(edit.error for edit in edits)
                 sums += len(images) * torch.tensor(
-                    [output_error(expected, outputs), consumer_error]
+                    [output_error(expected, outputs, task), consumer_error]
                 )
     gains = distributed.gather_shards([error_ratio(errors[group.name]) for group in shard])
     gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}

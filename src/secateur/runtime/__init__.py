@@ -6,5 +6,6 @@
 - `safetensors_io`, `schema`, `hashing`, `input_limits`: reading files that strangers may have made.
 - `distributed`, `signals`: the processes of one run, and requests to stop them.
 - `memory`, `precision`, `timing`, `environment`, `seeding`: the machine and how it is used.
+- `torch_internals`: what PyTorch doesn't document and other packages need.
 - `progress`, `version`: small helpers.
 """

@@ -11,6 +11,7 @@ import torchvision
 
 from secateur.runtime.precision import accelerator_name
 from secateur.runtime.schema import Record
+from secateur.runtime.torch_internals import cpu_capabilities
 from secateur.runtime.version import __version__
 
 
@@ -32,7 +33,7 @@ class Environment(Record):
 
 def environment() -> Environment:
     """Return the description of this machine and of the installed versions."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return Environment(
         secateur=__version__,
         python=platform.python_version(),

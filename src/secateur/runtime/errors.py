@@ -9,9 +9,11 @@
     ├── DataError            a data set that is missing, empty or unreadable
     │   └── UnreadableImage  image files that are damaged or missing; may be skipped
     ├── WeightsError         a weight file that is missing, unsafe or does not fit
+    ├── AccuracyError        an original network that does not fit its test images
     ├── TraceError           a network whose dependency graph can't be read
     ├── CutError             a pruned network whose outputs are wrong
     ├── NotFiniteError       weights or activations that are NaN or Inf
+    │   └── NotFiniteLoss    the loss of a training
     ├── ExportError          a network that can't be written as ONNX, or whose outputs differ there
     ├── RunFolderError       an output folder that exists already, or a damaged run folder
     └── WriteError           a file or folder that can't be written
@@ -32,6 +34,10 @@ class UsageError(SecateurError):
     """The request can't be carried out as written."""
 
 
+MOST_NAMES = 20
+"""Names that a message lists."""
+
+
 class UnknownName(UsageError):
     """A name that is not in its table; the message names the near matches."""
 
@@ -39,7 +45,9 @@ class UnknownName(UsageError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         near.sort(key=lambda match: -_same_start(match, name))
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        more = ", …" if len(names) > MOST_NAMES else ""
+        known_names = f"known: {', '.join(names[:MOST_NAMES])}{more}"
+        hint = f"did you mean {' or '.join(near)}?" if near else known_names
         super().__init__(f"unknown {kind} {name!r}: {hint}")
 
 
@@ -71,6 +79,10 @@ class WeightsError(SecateurError):
     """The weight file is missing, can't be read safely, or does not fit the network."""
 
 
+class AccuracyError(SecateurError):
+    """The original network is no better than chance, or its classes are in another order."""
+
+
 class TraceError(SecateurError):
     """The network can't be exported to a graph."""
 
@@ -81,6 +93,10 @@ class CutError(SecateurError):
 
 class NotFiniteError(SecateurError):
     """Weights, or what a network computes from images, hold NaN or Inf."""
+
+
+class NotFiniteLoss(NotFiniteError):
+    """The loss of a training became NaN or Inf."""
 
 
 class ExportError(SecateurError):

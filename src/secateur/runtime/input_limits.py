@@ -30,6 +30,15 @@ DOTS = 64
 """Parts of a dotted key in TOML: the parser's time grows with the square of their number."""
 
 
+def describe_os_error(path: Path, error: OSError) -> str:
+    """Return in one line why the file can't be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"no file {path}"
+    if isinstance(error, IsADirectoryError):
+        return f"{path} is a folder, and a file is needed there"
+    return f"{path} can't be read: {(error.strerror or str(error)).lower()}"
+
+
 def read_bounded(path: Path, most: int, error: type[SecateurError]) -> bytes:
     """Return the bytes of a file.
 
@@ -44,7 +53,7 @@ def read_bounded(path: Path, most: int, error: type[SecateurError]) -> bytes:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as cause:
-        raise error(f"{path} can't be read: {cause}") from cause
+        raise error(describe_os_error(path, cause)) from cause
     if len(content) > most:  # a pipe, or a file that has grown
         raise error(f"{path} can't be read: it has more than {most} bytes")
     return content
@@ -60,7 +69,9 @@ def read_unzipped(path: Path, most: int, error: type[SecateurError]) -> bytes:
     try:
         with gzip.open(path) as file:
             content = file.read(most + 1)
-    except (OSError, EOFError, zlib.error) as cause:
+    except OSError as cause:
+        raise error(describe_os_error(path, cause)) from cause
+    except (EOFError, zlib.error) as cause:
         raise error(f"{path} can't be read: {cause}") from cause
     if len(content) > most:
         raise error(f"{path} can't be read: it unpacks to more than {most} bytes")

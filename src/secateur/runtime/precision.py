@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.runtime.distributed import rank_and_world_size
 from secateur.runtime.errors import UsageError
+from secateur.runtime.torch_internals import cpu_capabilities
 
 
 @contextlib.contextmanager
@@ -72,5 +73,5 @@ def accelerator_name() -> str | None:
 
 def has_fast_bfloat16() -> bool:
     """Return whether the CPU has instructions for bfloat16 products."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -22,11 +22,43 @@ class VersionedRecord(BaseModel):
 VALIDATOR = "Value error, "
 """Prefix that pydantic puts before the messages of our own validators."""
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+LONGEST_VALUE = 40
+"""Characters of a value that a message shows."""
+
+
+EXPECTED = {
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} values",
+    "too_long": "at most {max_length} values",
+    "literal_error": "{expected}",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text, in quotes in a TOML file",
+    "tuple_type": "a list, such as [1, 2]",
+    "list_type": "a list, such as [1, 2]",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+"""What a value must be, by the type of pydantic's error."""
 
 
 def describe_error(error: ErrorDetails) -> str:
-    """Return the message of one of pydantic's errors, in one line."""
-    return " ".join(error["msg"].removeprefix(VALIDATOR).split())
+    """Return what one of pydantic's errors asks for, in one line."""
+    template = EXPECTED.get(error["type"])
+    if template is None:
+        return " ".join(error["msg"].removeprefix(VALIDATOR).split())
+    value = repr(error["input"])
+    shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
+    return f"must be {template.format(**error.get('ctx', {}))}, not {shown}"
 
 
 def parse_record(kind: type[AnyRecord], text: str | bytes, version: int, name: str) -> AnyRecord:

@@ -64,8 +64,8 @@ def interleaved_seconds(
 
 
 def repeat_to_batch(images: Tensor, size: int) -> Tensor:
-    """Return `size` images: those given, `[image, rgb, height, width]`, over and over."""
-    return images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
+    """Return `size` images: those given, `[image, channel, …]`, over and over."""
+    return images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
 
 
 def seconds(action: Action) -> float:

@@ -9,6 +9,7 @@ another one may round differently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,9 +27,9 @@ FEWEST_IMAGES, MOST_IMAGES = 32, 256
 """…within these numbers of images."""
 
 
-def images_at_a_time(height: int, width: int) -> int:
-    """Return how many images go through the network at once: a power of two."""
-    fitting = max(1, PIXELS_AT_A_TIME // (height * width))
+def images_at_a_time(*sides: int) -> int:
+    """Return how many images with these sides go through the network at once: a power of two."""
+    fitting = max(1, PIXELS_AT_A_TIME // math.prod(sides))
     return min(MOST_IMAGES_AT_A_TIME, 1 << (fitting.bit_length() - 1))
 
 
@@ -65,12 +66,12 @@ def first_images(batches: Iterable[Batch]) -> Iterator[Tensor]:
     """Yield the first images, as `SAMPLE_PIXELS` allows, in batches that fit into memory."""
     left = -1
     for batch in batches:
-        height, width = batch.images.shape[2:]
+        sides = batch.images.shape[2:]
         if left < 0:
-            left = min(MOST_IMAGES, max(FEWEST_IMAGES, SAMPLE_PIXELS // (height * width)))
+            left = min(MOST_IMAGES, max(FEWEST_IMAGES, SAMPLE_PIXELS // math.prod(sides)))
         images = batch.images[:left]
         left -= len(images)
-        yield from images.split(images_at_a_time(height, width))
+        yield from images.split(images_at_a_time(*sides))
         if not left:
             return
 

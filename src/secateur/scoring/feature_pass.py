@@ -8,18 +8,17 @@ spread over processes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node, map_arg
 
 from secateur.config import ScoreSection
 from secateur.data import Batch
-from secateur.data.batches import check_labels
 from secateur.data.concept_masks import ConceptMasks
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
@@ -27,6 +26,7 @@ from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.graph.taps import Kernels, all_taps, kernels_of, maps_of
+from secateur.models.task import SINGLE_LABEL, Task, cross_entropy, predict
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
 from secateur.runtime.precision import autocast
@@ -48,6 +48,7 @@ def run_feature_pass(
     observers: Sequence[Observer],
     source: ConceptSource | None,
     settings: ScoreSection,
+    task: Task = SINGLE_LABEL,
 ) -> None:
     """Show every observer every tap in every batch, with the network in evaluation mode.
 
@@ -55,7 +56,8 @@ def run_feature_pass(
     at the end the observers' states are those of all processes. Every `settings.sample_every`-th
     image goes through the network once before, if an observer needs activation statistics. With
     `settings.use_labels` the concepts and the loss are those of the true class, without it those of
-    the predicted class. `source` may be None if no observer needs concepts.
+    the predicted class. `source` may be None if no observer needs concepts. `task` says how the
+    network's outputs are read.
     """
     state = tensors_of(model)
     kernels = kernels_of(dependencies, state)
@@ -68,7 +70,7 @@ def run_feature_pass(
     if "concepts" not in needs:
         source = None
     assert source is not None or "concepts" not in needs
-    forward_pass = _ForwardPass(dependencies, state, source, settings)
+    forward_pass = _ForwardPass(dependencies, state, source, settings, task)
     dispatcher = _Dispatcher(forward_pass, taps, kernels, observers)
     if needs & {"statistics", "thresholds"} or (source is not None and source.needs_learning):
         dispatcher.statistics = _activation_statistics(
@@ -92,6 +94,7 @@ class _ForwardPass:
     state: Tensors
     source: ConceptSource | None
     settings: ScoreSection
+    task: Task
 
     @functools.cached_property
     def _in_place(self) -> dict[Node, Compute]:
@@ -155,7 +158,7 @@ class _ForwardPass:
             labels=batch.labels if self.settings.use_labels else None,
             annotations=batch.annotations,
             value=captured[0] if captured else None,
-            logits=interpreter.value(self.dependencies.graph.output),
+            logits=self.task.read(interpreter.value(self.dependencies.graph.output), len(images)),
         )
 
 
@@ -274,10 +277,9 @@ class _Dispatcher:
         if self._gradient_observers:
             logits = concept_input.logits[:count].float()
             labels = concept_input.labels
-            labels = logits.detach().argmax(1) if labels is None else labels[:count]
-            check_labels(labels, logits.shape[1])
+            labels = predict(logits) if labels is None else labels[:count]
             self._is_loss = True
-            F.cross_entropy(logits, labels, reduction="sum").backward()
+            cross_entropy(logits, labels, reduction="sum").backward()
 
     def _on_value(self, name: str, tap: Tap, value: Tensor) -> None:
         maps = maps_of(tap, value.detach())[: self._count]
@@ -315,7 +317,8 @@ def _grid(forward_pass: _ForwardPass) -> tuple[int, int]:
     node = None if forward_pass.source is None else forward_pass.source.node
     if node is None:
         return LARGEST_GRID, LARGEST_GRID
-    height, width = (int(size) for size in node.meta["val"].shape[2:])
+    height, *sides = (int(size) for size in node.meta["val"].shape[2:])
+    width = math.prod(sides)
     return min(height, LARGEST_GRID), min(width, LARGEST_GRID)
 
 

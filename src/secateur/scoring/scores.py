@@ -14,6 +14,7 @@ from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.taps import taps_of
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime.errors import UsageError
 from secateur.scoring.channel_means import mean_by_channel
 from secateur.scoring.concepts import ConceptSource
@@ -43,13 +44,14 @@ def score_filters(
     settings: ScoreSection,
     *,
     observers: tuple[Observer, ...] = (),
+    task: Task = SINGLE_LABEL,
 ) -> dict[str, FilterScores]:
     """Return the scores by each criterion; see `feature_pass.run_feature_pass` for the arguments.
 
     `observers` see the same pass. `source` may be None if no criterion needs concepts.
     """
     watching = [*criteria.values(), *observers]
-    run_feature_pass(model, dependencies, batches, watching, source, settings)
+    run_feature_pass(model, dependencies, batches, watching, source, settings, task)
     return {
         name: FilterScores(name, scores_of(criterion, dependencies))
         for name, criterion in criteria.items()
@@ -70,7 +72,7 @@ def scores_of(
 def _channel_scores(criterion: Criterion, group: Group) -> Float[Tensor, "channel"]:
     rows = []
     for name, tap in taps_of(group).items():
-        scores = criterion.compute(name)
+        scores = torch.as_tensor(criterion.compute(name))
         filters = len(tap.channel)
         if scores.shape != (filters,) or not bool(scores.isfinite().all()):
             raise UsageError(

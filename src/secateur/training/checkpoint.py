@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from secateur.models.state_dict import load_state
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import UNFINISHED, make_inner_folder, replace_file
 from secateur.runtime.errors import RunFolderError, WriteError
@@ -68,9 +69,9 @@ class TrainedTensors:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state that `to_checkpoint` has saved, in place."""
-        self.model.load_state_dict(checkpoint.part("model"))
+        load_state(self.model, checkpoint.part("model"))
         if self.ema is not None:
-            self.ema.load_state_dict(checkpoint.part("ema"))
+            load_state(self.ema, checkpoint.part("ema"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.part("optimiser").items():
             number, key = name.split(".", 1)

@@ -11,10 +11,11 @@ from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
-from secateur.models.divergence import Logits, divergence_from, logits_of
+from secateur.models.divergence import divergence_from, logits_of
 from secateur.models.score import OutputDivergence
+from secateur.models.task import Logits, Task
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.outcome import Distillation, DistillEpoch
+from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -28,6 +29,7 @@ def distill(
     *,
     seed: int,
     progress: ProgressCallback = no_progress,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> Distillation:
     """Train `smaller` in place towards the outputs of `model`, and return the divergences.
 
@@ -35,14 +37,16 @@ def distill(
     included, so the divergence never grows. It is computed from outputs softened as in training.
     Batch norm stays in evaluation mode. Raises `SecateurError` if the loss is no longer finite.
     """
-    validation = _Validation(logits_of(model, held_out()), held_out, settings.temperature)
+    validation = _Validation(
+        logits_of(model, held_out(), data.task), held_out, settings.temperature, data.task
+    )
     training = train(
         smaller,
         model,
         data,
         as_training(settings),
         seed=seed,
-        callbacks=TrainingCallbacks(progress, validation),
+        callbacks=TrainingCallbacks(progress, validation, after_epoch),
     )
     before, *after = validation.divergences
     epochs = zip(training.epochs, after, strict=True)
@@ -56,11 +60,14 @@ class _Validation:
     expected: Sequence[Logits]
     held_out: Callable[[], Iterable[Batch]]
     temperature: float
+    task: Task
     divergences: list[OutputDivergence] = field(default_factory=list)
 
     def __call__(self, network: nn.Module) -> float:
         """Return the negative divergence: higher is better."""
-        divergence = divergence_from(self.expected, network, self.held_out(), self.temperature)
+        divergence = divergence_from(
+            self.expected, network, self.held_out(), self.temperature, self.task
+        )
         self.divergences.append(divergence)
         return -divergence.divergence
 

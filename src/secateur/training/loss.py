@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -13,6 +12,7 @@ from torchvision.transforms import v2
 from secateur.config import TrainingSection
 from secateur.data.batches import check_labels
 from secateur.graph.module_state import evaluating
+from secateur.models.task import SINGLE_LABEL, Logits, Task, cross_entropy, softened_divergence
 from secateur.runtime.errors import UsageError
 from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
 
@@ -20,7 +20,8 @@ from secateur.training.feature_distillation import ResidualSum, observe, relativ
 class DistillationLoss:
     """Cross-entropy with labels plus distillation from a teacher, on accelerate's device.
 
-    Raises `UsageError` if feature distillation lacks a teacher or residual sums.
+    Raises `UsageError` if feature distillation lacks a teacher or residual sums, and if images with
+    several labels should be mixed.
     """
 
     def __init__(
@@ -30,8 +31,15 @@ class DistillationLoss:
         settings: TrainingSection,
         accelerator: Accelerator,
         sums: tuple[ResidualSum, ...] = (),
+        task: Task = SINGLE_LABEL,
     ) -> None:
         self._model, self._settings, self._accelerator = model, settings, accelerator
+        self._task = task
+        if task.kind == "multi-label" and (settings.mixup or settings.cutmix):
+            raise UsageError(
+                "mixup and cutmix mix images of one class each, and these have several labels: set "
+                "both to 0"
+            )
         self._label_weight = 1.0 if teacher is None else settings.label_weight
         if settings.feature_weight and (teacher is None or not sums):
             raise UsageError(
@@ -60,20 +68,20 @@ class DistillationLoss:
         return context
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss in nats; images are `[image, rgb, height, width]`, labels `[image]`.
+        """Return the mean loss in nats, for images `[image, rgb, height, width]` with their labels.
 
         Raises `DataError` if a label is outside the network's classes.
         """
         settings, device = self._settings, self._accelerator.device
         images = images.to(device, non_blocking=True)
         images, classes = self._mix(images, labels)
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         with observe(self._model, self._sums) as maps:
-            logits = self._student(images).float()
+            logits = self._read(self._student(images), images)
         loss = torch.zeros((), device=device)
         if self._label_weight > 0:
-            check_labels(labels, logits.shape[1])
-            entropy = F.cross_entropy(
+            entropy = cross_entropy(
                 logits, classes.to(device), label_smoothing=settings.label_smoothing
             )
             loss = loss + self._label_weight * entropy
@@ -83,19 +91,17 @@ class DistillationLoss:
                 self._accelerator.autocast(),
                 observe(self._teacher, self._sums) as teacher_maps,
             ):
-                teacher_logits = self._teacher(images).float()
+                teacher_logits = self._read(self._teacher(images), images)
             if self._sums:
                 error = relative_feature_error(self._sums, maps.by_module, teacher_maps.by_module)
                 loss = loss + settings.feature_weight * error
             temperature = settings.temperature
-            divergence = F.kl_div(
-                F.log_softmax(logits / temperature, dim=1),
-                F.log_softmax(teacher_logits / temperature, dim=1),
-                reduction="batchmean",
-                log_target=True,
-            )
+            divergence = softened_divergence(logits, teacher_logits, temperature)
             loss = loss + (1 - self._label_weight) * temperature**2 * divergence
         return loss
+
+    def _read(self, output: object, images: Tensor) -> Logits:
+        return self._task.read(output, len(images)).float()
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return images mixed by MixUp or CutMix, and their class fractions `[image, class]`."""
@@ -104,7 +110,7 @@ class DistillationLoss:
             return images, labels
         if self._mixing is None:
             with evaluating(self._model), torch.inference_mode():
-                classes = self._model(images[:1]).shape[1]
+                classes = self._read(self._model(images[:1]), images[:1]).shape[1]
             transforms = [
                 mix(alpha=alpha, num_classes=classes)
                 for mix, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
@@ -123,6 +129,6 @@ class _Student(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        return logits
+    def forward(self, images: Tensor) -> object:
+        output: object = self.network(images)
+        return output

@@ -15,10 +15,10 @@ import torch
 import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from secateur.runtime import distributed
+from secateur.runtime.torch_internals import BatchNorm
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def sync_batchnorm(model: nn.Module) -> Iterator[None]:
     This concerns training mode only. Whatever else a subclass of batch norm does, such as an
     activation, it still does. With one process nothing changes.
     """
-    batchnorms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    batchnorms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     if distributed.rank_and_world_size()[1] == 1:
         yield
         return
@@ -41,7 +41,7 @@ def sync_batchnorm(model: nn.Module) -> Iterator[None]:
             del norm.forward  # uncovers the class's method
 
 
-def _forward(norm: _BatchNorm, values: Tensor) -> Tensor:
+def _forward(norm: BatchNorm, values: Tensor) -> Tensor:
     forward = type(norm).forward
     if not norm.training:  # processes may validate on different numbers of batches
         return forward(norm, values)

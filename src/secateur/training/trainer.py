@@ -24,9 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import evaluating, trainable
+from secateur.models.state_dict import load_state
 from secateur.runtime import distributed
-from secateur.runtime.errors import SecateurError, UsageError
+from secateur.runtime.errors import NotFiniteLoss, UsageError
 from secateur.runtime.precision import accelerator_for, on_device
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.seeding import seed_generators, seed_of
@@ -98,7 +99,8 @@ def train(
     more checkpoint before they raise `KeyboardInterrupt`.
 
     Raises:
-        SecateurError: the loss is no longer finite, or a step would take too much memory.
+        NotFiniteLoss: the loss is no longer finite.
+        SecateurError: a step would take too much memory.
         UsageError: the checkpoint belongs to another training.
 
     Source:
@@ -109,6 +111,7 @@ def train(
         networks = [network for network in (model, teacher) if network is not None]
         for network in networks:
             stack.enter_context(evaluating(network))  # restores the modes at the end
+        stack.enter_context(trainable(model))
         accelerator = accelerator_for(settings.precision)
         for network in networks:
             stack.enter_context(on_device(network, accelerator.device))
@@ -116,7 +119,7 @@ def train(
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
         stream = training_stream(data, settings, seed)
-        loss = DistillationLoss(model, teacher, settings, accelerator, sums)
+        loss = DistillationLoss(model, teacher, settings, accelerator, sums, data.task)
         run = _Run(model, loss, stream, settings, accelerator, callbacks, checkpoints)
         run.resume()
         try:
@@ -127,7 +130,7 @@ def train(
             raise
         finally:
             model.zero_grad(set_to_none=True)
-    model.load_state_dict(result.best if settings.keep == "best" else result.last)
+    load_state(model, result.best if settings.keep == "best" else result.last)
     return result
 
 
@@ -277,6 +280,11 @@ class _Run:
             is_last = number == count - 1
             with contextlib.nullcontext() if is_last else self._loss.without_gradient_sync():
                 loss = self._loss.loss(images, labels)
+                if not loss.requires_grad:
+                    raise UsageError(
+                        "the network can't be trained, as its output has no gradient: its forward "
+                        "must not run under torch.no_grad or torch.inference_mode, or detach"
+                    )
                 # Gradients are averaged over processes, whose shards may differ by an image.
                 self._accelerator.backward(loss * (len(labels) * processes / size))
             loss_sum += loss.detach() * len(labels)
@@ -310,7 +318,7 @@ class _Run:
         """Add up the losses of the last steps; reading them makes an accelerator wait."""
         for loss in map(float, self._losses):
             if not math.isfinite(loss):
-                raise SecateurError(
+                raise NotFiniteLoss(
                     f"the loss became {loss} in epoch {self._position.epoch}: try a smaller "
                     "learning rate"
                 )

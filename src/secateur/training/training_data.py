@@ -10,6 +10,7 @@ from secateur.data import Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime import distributed
 
 WORKERS_FOR_FILES = 4
@@ -24,6 +25,8 @@ class TrainingData:
     preprocessing: Preprocessing
     unreadable: Unreadable | None = None
     """Records image files that can't be read, which are then skipped; None makes them an error."""
+    task: Task = SINGLE_LABEL
+    """What the labels and the networks' outputs mean."""
 
 
 def training_stream(data: TrainingData, settings: TrainingSection, seed: int) -> TrainingStream:

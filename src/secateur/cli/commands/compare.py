@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import completion, options
+from secateur.cli.tables import put
 from secateur.config import from_dict, read_tables
 from secateur.runtime.errors import SecateurError
 
@@ -48,9 +49,9 @@ def compare(
     """
     tables = read_tables(benchmark)
     if data_source is not None:
-        options.put(tables, "data.source", data_source)
+        put(tables, "data.source", data_source)
     for key, value in options.assigned(settings or ()):
-        options.put(tables, key, value)
+        put(tables, key, value)
 
     from secateur.cli import console, output
     from secateur.experiments.compare.results import row_of
@@ -61,7 +62,14 @@ def compare(
     from secateur.experiments.report.benchmark import tables as text_tables
 
     spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights)
-    jobs = run_benchmark(spec, out, workers=workers, retry=retry, progress=output.progress())
+    jobs = run_benchmark(
+        spec,
+        out,
+        workers=workers,
+        retry=retry,
+        progress=output.progress(),
+        lines=output.stage_lines(),
+    )
     write_benchmark(out, spec, jobs, output.command_line())
     rows = [row_of(job) for job in jobs]
     if as_json:

@@ -14,9 +14,15 @@ from secateur.config import RunConfig
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
-    *(options.NUM_CLASSES, options.IMAGE_SIZE),
-    *(options.CALIBRATION_IMAGES, options.SKIP_UNREADABLE, options.CONCEPTS),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
+    options.SOURCE,
+    *(
+        options.NUM_CLASSES,
+        options.IMAGE_SIZE,
+        options.CALIBRATION_IMAGES,
+        options.SKIP_UNREADABLE,
+        options.CONCEPTS,
+    ),
     *(options.PRUNE_RESIDUAL, options.EXCLUDE, options.SEED),
 )
 
@@ -58,7 +64,6 @@ def inspect(
         ),
     ] = None,
     *,
-    allow_untrained: options.AllowUntrained = False,
     as_json: options.Json = False,
 ) -> None:
     """Score the filters of a network and show what they see. Changes nothing.
@@ -83,7 +88,7 @@ def inspect(
     if not has_source and annotated_images(asked.get("score.concepts", "evidence")):
         changes["data.source"] = data.NONE
     config = config_options.make(RunConfig, changes=changes)
-    check_weights(config, allow_untrained=allow_untrained)
+    check_weights(config)
     inspection = inspect_network(config, names, output.run_context(), pictures=pictures)
     if as_json:
         print(json.dumps(inspection, indent=1))
@@ -95,4 +100,4 @@ def inspect(
     else:
         output.show_filter(group_of(inspection, layer), filter_number)
     output.show_unreadable(inspection["unreadable"])
-    output.show_notices(inspection["notices"])
+    output.show_notes(inspection["notes"])

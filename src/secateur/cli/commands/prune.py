@@ -13,9 +13,9 @@ from secateur.config import RunConfig, read_tables
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
-    *(options.NUM_CLASSES, options.IMAGE_SIZE),
-    options.CALIBRATION_IMAGES,
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
+    options.SOURCE,
+    *(options.NUM_CLASSES, options.IMAGE_SIZE, options.CALIBRATION_IMAGES),
     Key("data.stratified", options.DATA),
     options.SKIP_UNREADABLE,
     Key("plan.target", BUDGET, ("--target", "-t")),
@@ -63,7 +63,6 @@ def prune(
         ),
     ] = None,
     *,
-    allow_untrained: options.AllowUntrained = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     tracker: options.Tracker = None,
@@ -90,13 +89,13 @@ def prune(
     from secateur.experiments import run as runs
     from secateur.runtime.trackers import make_tracker
 
+    run_context = output.run_context(make_tracker(tracker, tracker_dir))
     with output.resumable(out):
         result = runs.run(
             config,
             out,
-            output.run_context(make_tracker(tracker, tracker_dir)),
+            run_context,
             overwrite=overwrite,
             resume=resume,
-            allow_untrained=allow_untrained,
         )
-    output.show_run(result, out, as_json=as_json)
+    output.show_run(result, out, run_context.lines.seconds, as_json=as_json)

@@ -52,5 +52,7 @@ def train(
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    output.show_score(result.score, result.unreadable, result.input_notices, as_json=False)
+    output.show_score(result.score, result.task)
+    output.show_unreadable(result.unreadable)
+    output.show_notes(result.notes)
     console.say(f"weights: {out / WEIGHTS}")

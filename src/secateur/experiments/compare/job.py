@@ -9,7 +9,7 @@ from secateur.config import RunConfig
 from secateur.pipeline.result import RunResult
 from secateur.runtime.schema import Record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def method_name(criterion: str, variant: str) -> str:

@@ -31,6 +31,8 @@ class Row(JobRecord):
     finetuned_top1_fraction: float | None = None
     top1_fraction: float | None = None
     """After the last stage, whichever that is."""
+    agreement_fraction: float | None = None
+    """Fraction of images for which the original network predicts the same, after the last stage."""
     macs_left: float | None = None
     """MACs after pruning as a fraction of those before; so are parameters and latency."""
     parameters_left: float | None = None
@@ -80,6 +82,7 @@ def row_of(job: JobResult) -> Row:
         **environment_fields(result.environment),
         images=last.images,
         top1_fraction=last.top1_fraction,
+        agreement_fraction=last.agreement_fraction,
         macs_left=last.macs / before.macs,
         parameters_left=last.parameters / before.parameters,
         latency_left=last.latency_ms / before.latency_ms,

@@ -29,7 +29,7 @@ from secateur.experiments.compare.job_files import (
 from secateur.experiments.compare.spec import BenchmarkSpec, group_jobs, jobs_of
 from secateur.pipeline.inputs import check_names, check_weights
 from secateur.runtime.file_lock import lock_folder
-from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.signals import defer_signals
 
 GRACE_SECONDS = 3.0
@@ -51,6 +51,7 @@ def run_benchmark(
     retry: bool = False,
     skip: Callable[[Job], bool] = lambda job: False,
     progress: ProgressCallback = no_progress,
+    lines: StageLines | None = None,
 ) -> tuple[JobResult, ...]:
     """Run the jobs that have no result in the folder yet, and return all results, in order.
 
@@ -61,14 +62,16 @@ def run_benchmark(
         retry: Run failed jobs again.
         skip: Says of a job whether to leave it out altogether.
         progress: Shows how many jobs have ended.
+        lines: Gets a line when a job has ended.
 
     Raises:
         RunFolderError: The folder holds something else, or another run works in it.
     """
+    lines = lines or StageLines()
     jobs = [job for job in jobs_of(spec) if not skip(job)]
     for job in jobs:
         check_names(job.config)
-        check_weights(job.config, allow_untrained=False)
+        check_weights(job.config)
     with lock_folder(folder):
         prepare_folder(folder, spec)
         results = {job.id: read_job(folder, job) for job in jobs}
@@ -78,8 +81,10 @@ def run_benchmark(
             if (result := results[job.id]) is None or (retry and result.outcome == "failed")
         ]
         new_results = _run_jobs(folder, spec, pending, workers)
-        for result in progress(new_results, "jobs", len(pending)):
+        shown_results = progress(new_results, "jobs", len(pending))
+        for number, result in enumerate(shown_results, 1):
             results[result.id] = result
+            lines.end_step("job", number, len(pending), f"{result.id} {result.outcome}")
         # A worker may be killed before it removes them.
         done = [id for id, result in results.items() if result and result.outcome == "done"]
         remove_checkpoints(folder, done)

@@ -21,7 +21,6 @@ from secateur.experiments.compare.job_files import CHECKPOINTS, SPEC, write_job
 from secateur.experiments.compare.spec import jobs_of, read_spec
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
-from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import SecateurError
@@ -51,9 +50,8 @@ def run_jobs(folder: Path, ids: Sequence[str], messages: IO[str]) -> None:
     jobs = [job for job in jobs_of(spec) if job.id in ids]
     # Layers are timed only if the first job's target is one of latency.
     first = min(jobs, key=lambda job: not _is_timed(job)).config
-    run_context = RunContext()
     try:
-        dataset, model = load_inputs(first, run_context)
+        dataset, model = load_inputs(first)
     except SecateurError as error:
         for job in jobs:
             write_job(folder, job, spec, failed=str(error))
@@ -71,14 +69,7 @@ def run_jobs(folder: Path, ids: Sequence[str], messages: IO[str]) -> None:
         try:
             # Layers that are timed again may lead to another plan, which no checkpoint fits.
             checkpoints = None if _is_timed(job) else folder / CHECKPOINTS / job.id
-            pruned = prune(
-                model,
-                dataset,
-                job.config,
-                baseline=baseline,
-                run_context=run_context,
-                checkpoints=checkpoints,
-            )
+            pruned = prune(model, dataset, job.config, baseline=baseline, checkpoints=checkpoints)
             result = pruned.result
         except SecateurError as error:
             failed = str(error)

@@ -107,7 +107,8 @@ def accuracy_table(stats: BenchmarkStatistics) -> TextTable:
         # A mean over fewer settings can't be compared; such rows come last.
         mean = statistics.mean(means) if means and len(means) == len(stats.measured) else None
         texts = [_spread(percents) for percents in values]
-        lines.append((mean, (method, *texts, "–" if mean is None else f"{mean:.2f}")))
+        agreement = _mean_agreement(stats, method)
+        lines.append((mean, (method, *texts, *map(_two_digits, (mean, agreement)))))
     lines.sort(key=lambda line: -math.inf if line[0] is None else line[0], reverse=True)
     bases: dict[str, float] = {}
     for network, target in stats.settings:
@@ -122,14 +123,31 @@ def accuracy_table(stats: BenchmarkStatistics) -> TextTable:
     note = (
         f"Top-1 in % of {' or '.join(map(str, images))} {' or '.join(kinds)} images, mean ± "
         f"standard deviation over {seeds} seed{'' if counts[-1] == 1 else 's'}. Before pruning: "
-        f"{before}."
+        f"{before}. Agreement: images for which the network before pruning predicts the same, a "
+        "mean over all settings."
     )
     return TextTable(
         "Accuracy",
-        ("method", *map(_heading, stats.settings), "mean"),
+        ("method", *map(_heading, stats.settings), "mean", "agreement"),
         tuple(texts for _, texts in lines),
         note if images else "",
     )
+
+
+def _mean_agreement(stats: BenchmarkStatistics, method: str) -> float | None:
+    """Return a method's agreement with the original networks in %, a mean over all settings."""
+    means = []
+    for setting in stats.measured:
+        rows = stats.rows.get((method, setting), {}).values()
+        fractions = [row.agreement_fraction for row in rows if row.agreement_fraction is not None]
+        if not fractions:
+            return None
+        means.append(100 * statistics.mean(fractions))
+    return statistics.mean(means) if means else None
+
+
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def difference_table(stats: BenchmarkStatistics) -> TextTable:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.taps import as_maps
 from secateur.pipeline.dissect import VOTES, dissect_network
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
@@ -176,9 +177,13 @@ def _thumbnails(context: ScoringContext, shown: Tensor, batch_size: int) -> tupl
     return tuple(thumbnails)
 
 
-def _visible(pixels: Num[Tensor, "channel height width"]) -> UInt8[Tensor, "rgb height width"]:
-    """Return pixels as 8-bit RGB: floats are stretched to the full range, and images without three
-    channels become the grey mean of their channels."""
+def _visible(pixels: Num[Tensor, "channel *position"]) -> UInt8[Tensor, "rgb height width"]:
+    """Return pixels as 8-bit RGB.
+
+    Floats are stretched to the full range, and images without three channels become the grey mean
+    of their channels. A signal is a column.
+    """
+    pixels = as_maps(pixels[None])[0]
     if pixels.is_floating_point():
         low, high = pixels.amin(), pixels.amax()
         pixels = (255 * (pixels - low) / (high - low).clamp_min(1e-12)).round().byte()

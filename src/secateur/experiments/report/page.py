@@ -10,6 +10,7 @@ from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
@@ -37,6 +38,7 @@ def write_report(
     page = render(
         "report.html.j2",
         result=result,
+        verdict=verdict(result),
         cards=_cards(result),
         rows=score_rows(result),
         tradeoff=tradeoff(result, beside),
@@ -53,7 +55,10 @@ def write_report(
 
 
 def score_rows(result: RunResult) -> list[dict[str, str]]:
-    """Return the scores of each stage as text, with sizes relative to the first stage."""
+    """Return the scores of each stage as text, with sizes relative to the first stage.
+
+    Without labels there is no accuracy, only agreement with the original network.
+    """
     rows = []
     first = result.stages[0].score
     for stage in result.stages:
@@ -61,8 +66,15 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
         rows.append(
             {
                 "stage": stage.stage if stage.round == 1 else f"{stage.stage} ({stage.round})",
-                "top-1 %": f"{100 * score.top1_fraction:.2f}",
-                "top-5 %": f"{100 * score.top5_fraction:.2f}",
+                **(
+                    {f"{result.accuracy_name} %": percent(score.top1_fraction)}
+                    if result.has_labels
+                    else {}
+                ),
+                "agreement %": percent(score.agreement_fraction),
+                **(
+                    {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
+                ),
                 "loss": f"{score.loss:.3f}",
                 "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
                 "params": (
@@ -73,6 +85,11 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction in per cent with two digits, or a dash."""
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
 
 
 def count_text(number: int) -> str:
@@ -106,7 +123,7 @@ def _cards(result: RunResult) -> list[Card]:
 
     return [
         Card(
-            "Top-1",
+            result.accuracy_name.capitalize(),
             f"{100 * first.top1_fraction:.2f} %",
             f"{100 * last.top1_fraction:.2f} %",
             f"{points:+.2f} points".replace("-", "−"),

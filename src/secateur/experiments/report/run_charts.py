@@ -55,7 +55,7 @@ def tradeoff(result: RunResult, beside: BenchmarkStatistics | None = None) -> Ch
     _label_steps(axes, [stage.stage for stage in result.stages], macs, accuracy)
     axes.axhline(accuracy[0], color="#555555", ls="--", lw=1)
     axes.set_xlabel("remaining fraction of MACs")
-    axes.set_ylabel("top-1 in %")
+    axes.set_ylabel(f"{result.accuracy_name} in %")
     axes.margins(x=0.15)
     axes.legend()
     title = f"{short(name)}: accuracy against remaining MACs"

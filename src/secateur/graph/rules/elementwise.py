@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes, Ids
-from secateur.graph.network_graph import argument, first_input, shape_of
+from secateur.graph.network_graph import argument, first_input, operation_name, shape_of
 from secateur.graph.propagation import ChannelPropagation, fixed_axes
 
 
@@ -41,12 +41,17 @@ def _combined(
             else:
                 operands.append(axes[-dim])
         known = [ids for ids in operands if ids is not None]
+        known.sort(key=propagation.are_copies)  # copies take the channels of the others
+        if len(known) < len(operands):
+            propagation.freeze(known, "combined with a value of fixed size")
+            known = [ids for ids in known if not propagation.are_copies(ids)]
         if known:
             result[-dim] = known[0]
-            if len(known) < len(operands):
-                propagation.freeze(known, "combined with a value of fixed size")
             for ids in known[1:]:
-                couple(known[0], ids)
+                if propagation.are_copies(ids):
+                    propagation.couple(known[0], ids, "")
+                else:
+                    couple(known[0], ids)
     return tuple(result)
 
 
@@ -89,9 +94,38 @@ def _all_ids(axes: Axes) -> Ids:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(i for i in axes if i is not None)])
 
 
+def copy(propagation: ChannelPropagation, node: Node) -> Axes:
+    """`copy_` and `fill_` keep the shape of their first input, which the second is spread over."""
+    combine(propagation, node)
+    return propagation.axes[first_input(node)]
+
+
+def lookup(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Values that are looked up in a list: the list, of one dimension, stays whole."""
+    axes: dict[str, Axes] = {
+        name: propagation.axes[source]
+        for name in ("self", "boundaries", "sorted_sequence")
+        if isinstance(source := argument(node, name), Node)
+    }
+    table = axes.get("boundaries", axes.get("sorted_sequence", ()))
+    if len(table) != 1:
+        return propagation.freeze_inputs(node, "looked up in a list for each channel")  # type: ignore[no-any-return]
+    propagation.freeze(table, "a list that values are looked up in")
+    return axes.get("self", ())
+
+
 def pool(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
     """Pooling: channels must lie along dimension 1."""
     return _over_positions(propagation, node, "pooled over as if they were positions")
+
+
+def random_pool(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
+    """Pooling over windows that random numbers choose for each channel."""
+    axes, samples = propagation.axes[first_input(node)], argument(node, "random_samples")
+    propagation.couple(axes[1], propagation.axes[samples][1], "pooled at random for each channel")
+    propagation.freeze(axes[2:], "pooled over as if they were positions")
+    value: Any = node.meta["val"]
+    return [(*axes[:2], *(None for _ in axes[2:]))] * len(value)
 
 
 def upsample(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
@@ -105,6 +139,8 @@ def _over_positions(propagation: ChannelPropagation, node: Node, reason: str) ->
     has_several_values = not isinstance(value, Tensor)
     rank = (value[0] if has_several_values else value).dim()
     propagation.freeze(axes[2:], reason)
+    for source in node.all_input_nodes[1:]:  # such as the places that grid_sample reads
+        propagation.freeze(propagation.axes[source], reason)
     result = (*axes[:2], *(None for _ in range(2, rank)))
     return [result] * len(value) if has_several_values else result
 
@@ -128,8 +164,11 @@ def reduce(propagation: ChannelPropagation, node: Node) -> Axes | list[Axes]:
         return fixed_axes(node)  # type: ignore[no-any-return]
     reduced = {int(d) % len(axes) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     reduced = reduced or set(range(len(axes)))
-    if any(axes[dim] is not None for dim in reduced):
+    channels = [ids for dim in reduced if (ids := axes[dim]) is not None]
+    if channels:
         propagation.mixing.add(node)
+        if _needs_two(node):
+            propagation.keep_two(channels, "two channels must stay for a variance")
     if argument(node, "keepdim", False):
         result = tuple(None if dim in reduced else ids for dim, ids in enumerate(axes))
     else:
@@ -146,7 +185,17 @@ def normalise(propagation: ChannelPropagation, node: Node) -> Axes:
     return axes
 
 
+def _needs_two(node: Node) -> bool:
+    """Return whether an operation divides by one value less than there are, as a variance does."""
+    is_variance = operation_name(node).startswith(("var", "std"))
+    correction = argument(node, "correction", argument(node, "unbiased", 1))
+    return is_variance and correction not in (0, False)
+
+
 def product(propagation: ChannelPropagation, node: Node) -> Any:
-    """Products of feature maps, as in attention, freeze their inputs; their cost is counted."""
+    """Products of feature maps, as in attention, freeze their inputs; their cost is counted.
+
+    A product with a matrix that does not depend on the images is a linear layer (`products`).
+    """
     propagation.count_product(node)
     return propagation.freeze_inputs(node, "multiplied by other feature maps, as in attention")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes, Consumer, Ids, Layer
-from secateur.graph.network_graph import argument, first_input, position_of, shape_of
-from secateur.graph.propagation import ChannelPropagation, positions_per_image
+from secateur.graph.module_state import owner_of
+from secateur.graph.network_graph import (
+    argument,
+    first_input,
+    operation_name,
+    position_of,
+    shape_of,
+)
+from secateur.graph.propagation import (
+    ChannelPropagation,
+    fixed_axes,
+    positions_per_image,
+)
+from secateur.graph.weight_norm import WeightNorm
 
 MIXED_POSITIONS = "convolved over as if they were positions"
 FIXED_KERNEL = "read by a kernel of fixed size"
 FIXED_GROUPS = "a grouped convolution over channels that can't be cut"
+STATE = "the state of a recurrent layer"
+NORM_OF_COMPUTED = "weight norm of a kernel that is computed itself"
 COMPUTED = "a kernel that is computed from feature maps"
 
 
@@ -27,20 +42,20 @@ def _add_layer(
     filter_dim: int = 0,
 ) -> Layer:
     """Add a layer; `before` are the axes of its input before the channels: batch and positions."""
-    source = weight
-    while source not in propagation.graph.tensor_names and source.all_input_nodes:
-        source = source.all_input_nodes[0]
+    source = propagation.kernel_source(weight)
     parameter = propagation.graph.tensor_names.get(source, "")
+    is_normed = operation_name(weight) == "_weight_norm"
     position_channels = tuple(ids for ids in before if ids is not None)
     layer = Layer(
-        name=parameter.rpartition(".")[0] or parameter or node.name,
+        name=owner_of(parameter) or parameter or node.name,
         weight=parameter,
-        is_computed=weight is not source,
+        is_computed=weight is not source and not is_normed,
         produced=produced,
         filter_dim=filter_dim,
         positions=positions // math.prod(map(len, position_channels)),
         position_channels=position_channels,
         node=node,
+        kernel_node=weight,
         kernel=propagation.axes[weight],
         shape=tuple(int(size) for size in shape_of(weight)),
     )
@@ -58,15 +73,41 @@ def _is_computed(propagation: ChannelPropagation, weight: Node) -> bool:
     return propagation.depends_on(weight, propagation.graph.image)
 
 
+def _keep_whole(propagation: ChannelPropagation, weight: Node) -> None:
+    """Freeze a kernel that is computed by an operation which needs all of it."""
+    reason = propagation.why_kernel_is_whole(weight)
+    if reason and any(ids is None for ids in propagation.axes[weight][:2]):
+        shape = [int(size) for size in shape_of(weight)]
+        propagation.axes[weight] = (
+            *(propagation.new_frozen_ids(size, reason) for size in shape[:2]),
+            *(None for _ in shape[2:]),
+        )
+
+
+def weight_norm(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Weight norm has a norm for each index along one dimension of its kernel, or one for all."""
+    direction, magnitude = first_input(node), first_input(node, 1)
+    names = [propagation.graph.tensor_names.get(source) for source in (direction, magnitude)]
+    if names[0] is None or names[1] is None:
+        return propagation.freeze_inputs(node, NORM_OF_COMPUTED)  # type: ignore[no-any-return]
+    dim: int = argument(node, "dim", 0)
+    axes = propagation.axes[direction]
+    if dim >= 0:
+        propagation.couple(axes[dim], propagation.axes[magnitude][dim], FIXED_KERNEL)
+    propagation.weight_norms.append(WeightNorm(names[0], names[1], dim))
+    return axes
+
+
 def convolution(propagation: ChannelPropagation, node: Node) -> Axes:
     """Convolutions sum over input channels, or those of each group; their filters are new ones."""
     images, weight = first_input(node), first_input(node, 1)
     if _is_computed(propagation, weight):
         propagation.count_product(node)
         return propagation.freeze_inputs(node, COMPUTED)  # type: ignore[no-any-return]
+    _keep_whole(propagation, weight)
     groups = argument(node, "groups", 1)
     bias = argument(node, "bias")
-    is_transposed = "transpose" in node.target._schema.name  # type: ignore[union-attr]
+    is_transposed = "transpose" in operation_name(node)
     shape, kernel = shape_of(node), propagation.axes[weight]
     channel_dim = len(shape) - len(kernel) + 1
     # A transposed convolution applies its kernel at each position of its input.
@@ -154,6 +195,7 @@ def linear(propagation: ChannelPropagation, node: Node) -> Axes:
     if _is_computed(propagation, weight):
         propagation.count_product(node)
         return propagation.freeze_inputs(node, COMPUTED)  # type: ignore[no-any-return]
+    _keep_whole(propagation, weight)
     before = propagation.axes[inputs][:-1]
     filters, columns = propagation.axes[weight]
     positions = positions_per_image(propagation, shape_of(node)[:-1])
@@ -163,6 +205,44 @@ def linear(propagation: ChannelPropagation, node: Node) -> Axes:
     if isinstance(bias, Node):
         propagation.couple(filters, propagation.axes[bias][0], "added to a bias of fixed size")
     return (*before, filters)
+
+
+def deformable_convolution(propagation: ChannelPropagation, node: Node) -> Axes:
+    """As a convolution; its offsets and its mask stay whole, as do groups that share offsets."""
+    for name in ("offset", "mask"):
+        propagation.freeze(propagation.axes[argument(node, name)], "places that a kernel reads")
+    consumed = propagation.axes[first_input(node)][1]
+    groups = argument(node, "offset_groups")
+    if consumed is not None and groups > 1:
+        propagation.couple_rows(consumed.reshape(groups, -1).T)
+    return convolution(propagation, node)
+
+
+def recurrent(propagation: ChannelPropagation, node: Node) -> list[Axes]:
+    """RNN, LSTM and GRU: the channels they read can be cut; their state stays whole."""
+    inputs, parameters = first_input(node), argument(node, "params")
+    axes, state = propagation.axes[inputs], argument(node, "hx")
+    propagation.freeze(axes[:-1], MIXED_POSITIONS)
+    directions = 2 if argument(node, "bidirectional") else 1
+    each = len(parameters) // (argument(node, "num_layers") * directions)
+    kernels = parameters[: each * directions : each]
+    for source in (*parameters, *(state if isinstance(state, list | tuple) else (state,))):
+        dims = propagation.axes[source]
+        propagation.freeze(dims[:1] if source in kernels else dims, STATE)
+    for kernel in kernels:
+        propagation.couple(axes[-1], propagation.axes[kernel][1], FIXED_KERNEL)
+    positions = positions_per_image(propagation, shape_of(inputs)[:-1])
+    for source in parameters:
+        if source not in kernels and len(shape_of(source)) == 2:
+            propagation.product_macs += positions * math.prod(map(int, shape_of(source)))
+    layer = _add_layer(propagation, node, kernels[0], positions, (), None)
+    rows = sum(int(shape_of(kernel)[0]) for kernel in kernels)
+    columns = propagation.axes[kernels[0]][1]
+    propagation.layers[-1] = dataclasses.replace(
+        layer, kernel=(None, columns), shape=(rows, int(shape_of(kernels[0])[1]))
+    )
+    _add_consumer(propagation, layer, len(axes) - 1)
+    return fixed_axes(node)  # type: ignore[no-any-return]
 
 
 def embedding(propagation: ChannelPropagation, node: Node) -> Axes:

@@ -90,12 +90,9 @@ def squeeze(propagation: ChannelPropagation, node: Node) -> Axes:
     chosen = range(len(axes)) if dims is None else dims if isinstance(dims, list) else [dims]
     dropped = {dim % len(axes) for dim in chosen if shape[dim] == 1}
     propagation.freeze((axes[dim] for dim in dropped), "a single channel")
-    for ids in axes if dims is None else ():
-        if ids is not None and len(ids) > 1:  # the frozen one, and one of its group
-            propagation.freeze(
-                (ids[:1],), "two channels must stay where a squeeze() drops a single one"
-            )
-            propagation.covers.append(ids[1:])
+    if dims is None:
+        reason = "two channels must stay where a squeeze() drops a single one"
+        propagation.keep_two((ids for ids in axes if ids is not None), reason)
     return tuple(ids for dim, ids in enumerate(axes) if dim not in dropped)
 
 
@@ -213,7 +210,7 @@ def unflatten(propagation: ChannelPropagation, node: Node) -> Axes:
     axes = _regrouped(propagation, node)
     index = position_of(node, "sizes")
     first = argument(node, "dim") % _rank(first_input(node))
-    _record_sizes(propagation, node, index, axes[first : first + len(argument(node, "sizes"))])
+    record_sizes(propagation, node, index, axes[first : first + len(argument(node, "sizes"))])
     return axes
 
 
@@ -222,11 +219,11 @@ def reshape(propagation: ChannelPropagation, node: Node) -> Axes:
     axes = _regrouped(propagation, node)
     index = position_of(node, "size" if position_of(node, "size") >= 0 else "shape")
     if index >= 0:
-        _record_sizes(propagation, node, index, axes)
+        record_sizes(propagation, node, index, axes)
     return axes
 
 
-def _record_sizes(propagation: ChannelPropagation, node: Node, index: int, axes: Axes) -> None:
+def record_sizes(propagation: ChannelPropagation, node: Node, index: int, axes: Axes) -> None:
     """Record which of the sizes in an argument are numbers of channels."""
     shape = node.args[index]
     assert isinstance(shape, list | tuple)
@@ -294,6 +291,12 @@ def _segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[in
     return segments
 
 
+def _ids(before: list[tuple[Ids | None, int]], dim: int) -> Ids:
+    ids = before[dim][0]
+    assert ids is not None
+    return ids
+
+
 def _regroup(
     propagation: ChannelPropagation,
     before: list[tuple[Ids | None, int]],
@@ -312,6 +315,10 @@ def _regroup(
         for dim, (ids, size) in enumerate(before)
         if ids is not None and (len(before) == 1 or size > 1)
     ]
+    if len(before) > 1 or len(after) > 1:
+        copies = [dim for dim in tracked if propagation.are_copies(_ids(before, dim))]
+        propagation.freeze((_ids(before, dim) for dim in copies), "copies that are reshaped")
+        tracked = [dim for dim in tracked if dim not in copies]
     wide = [dim for dim, size in enumerate(after) if size > 1]
     result: list[Ids | None] = [None] * len(after)
     if not tracked:
@@ -319,8 +326,7 @@ def _regroup(
     if len(tracked) > 1 or any(size % propagation.graph.images == 0 for _, size in before):
         return None
     (tracked_dim,) = tracked
-    ids = before[tracked_dim][0]
-    assert ids is not None
+    ids = _ids(before, tracked_dim)
     if not wide:
         propagation.freeze((ids,), "a single channel")
         return result
@@ -337,37 +343,6 @@ def _regroup(
     chosen = next(whole, max(wide, key=lambda dim: grid.shape[dim]))
     result[chosen] = propagation.couple_rows(rows(chosen))
     return result
-
-
-def expand(propagation: ChannelPropagation, node: Node) -> Axes:
-    """Expanding repeats dimensions of size 1."""
-    source = first_input(node)
-    axes, before, after = propagation.axes[source], shape_of(source), shape_of(node)
-    missing = len(after) - len(before)
-    result: list[Ids | None] = [None] * missing
-    for ids, old, new in zip(axes, before, after[missing:], strict=True):
-        if old == 1 and new != 1:
-            propagation.freeze((ids,), "one channel that is spread over others")
-            ids = None
-        result.append(ids)
-    index = position_of(node, "size")
-    if index >= 0:
-        _record_sizes(propagation, node, index, tuple(result))
-    return tuple(result)
-
-
-def repeat(propagation: ChannelPropagation, node: Node) -> Axes:
-    """Repeating concatenates copies along each dimension."""
-    axes = propagation.axes[first_input(node)]
-    counts = list(argument(node, "repeats", argument(node, "dims")))
-    counts = [1] * (len(axes) - len(counts)) + counts
-    axes = (*(None for _ in range(len(counts) - len(axes))), *axes)
-    if any(ids is not None and isinstance(n, Node) for ids, n in zip(axes, counts, strict=True)):
-        return propagation.freeze_inputs(node, "repeated once for each image")  # type: ignore[no-any-return]
-    return tuple(
-        None if ids is None else np.tile(ids, count)
-        for ids, count in zip(axes, counts, strict=True)
-    )
 
 
 def pixel_shuffle(propagation: ChannelPropagation, node: Node) -> Axes:
@@ -400,12 +375,13 @@ def channel_shuffle(propagation: ChannelPropagation, node: Node) -> Axes:
     return (axes[0], np.repeat(rows, groups), *axes[2:])
 
 
-def flip(propagation: ChannelPropagation, node: Node) -> Axes:
-    """Flipping and rolling reorder channels, which are frozen."""
+def glu(propagation: ChannelPropagation, node: Node) -> Axes:
+    """A gated linear unit multiplies one half by the sigmoid of the other."""
     axes = propagation.axes[first_input(node)]
-    for dim in argument(node, "dims") or range(len(axes)):
-        propagation.freeze((axes[dim],), "reordered by number in the network's code")
-    return axes
+    dim = argument(node, "dim", -1) % len(axes)
+    ids = axes[dim]
+    half = None if ids is None else propagation.couple_rows(ids.reshape(2, -1).T)
+    return (*axes[:dim], half, *axes[dim + 1 :])
 
 
 def windows(propagation: ChannelPropagation, node: Node) -> Axes:
@@ -413,6 +389,15 @@ def windows(propagation: ChannelPropagation, node: Node) -> Axes:
     axes = propagation.axes[first_input(node)]
     propagation.freeze((axes[argument(node, "dimension")],), "unfolded as if they were positions")
     return (*axes, None)
+
+
+def fold(propagation: ChannelPropagation, node: Node) -> Axes:
+    """col2im is the other way round: the windows of each channel become its positions."""
+    axes = propagation.axes[first_input(node)]
+    ids = axes[1]
+    channels = int(shape_of(node)[1])
+    kept = None if ids is None else propagation.couple_rows(ids.reshape(channels, -1))
+    return (axes[0], kept, None, None)
 
 
 def patches(propagation: ChannelPropagation, node: Node) -> Axes:

@@ -11,10 +11,10 @@ from types import TracebackType
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.runtime.errors import WriteError
+from secateur.runtime.torch_internals import tree_leaves
 
 
 @dataclass(eq=False)

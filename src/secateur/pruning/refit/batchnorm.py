@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.data import Batch
 from secateur.graph.module_state import evaluating
 from secateur.pruning.outcome import BatchNormRecalibration, BatchNormStatistics
 from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime import distributed
+from secateur.runtime.torch_internals import BatchNorm
 
 _MeanAndVariance = tuple[Tensor, Tensor]
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
@@ -56,30 +56,30 @@ def recalibrate_batchnorm(
     return best
 
 
-def _norms(network: nn.Module) -> list[_BatchNorm]:
+def _norms(network: nn.Module) -> list[BatchNorm]:
     """Return batch norms with running statistics, except sync batch norms."""
     return [
         module
         for module in network.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         and not isinstance(module, nn.SyncBatchNorm)
         and module.running_mean is not None
     ]
 
 
-def _buffers(norm: _BatchNorm) -> _MeanAndVariance:
+def _buffers(norm: BatchNorm) -> _MeanAndVariance:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return norm.running_mean, norm.running_var
 
 
-def _statistics(norms: Sequence[_BatchNorm]) -> list[_MeanAndVariance]:
+def _statistics(norms: Sequence[BatchNorm]) -> list[_MeanAndVariance]:
     buffers = map(_buffers, norms)
     return [(mean.clone(), variance.clone()) for mean, variance in buffers]
 
 
 def _reestimated(
-    network: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Batch]
+    network: nn.Module, norms: Sequence[BatchNorm], batches: Iterable[Batch]
 ) -> list[_MeanAndVariance]:
     """Return the mean statistics of all batches, weighted by their number of images.
 
@@ -109,7 +109,7 @@ def _reestimated(
 
 
 @contextlib.contextmanager
-def _accumulating(network: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def _accumulating(network: nn.Module, norms: Sequence[BatchNorm]) -> Iterator[None]:
     """Let batch norms record each batch's statistics in the block, and restore them after it."""
     states = [{k: t.clone() for k, t in norm.named_buffers(recurse=False)} for norm in norms]
     momenta = [norm.momentum for norm in norms]
@@ -126,7 +126,7 @@ def _accumulating(network: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[N
 
 
 def _move(
-    norms: Sequence[_BatchNorm],
+    norms: Sequence[BatchNorm],
     old: Sequence[_MeanAndVariance],
     new: Sequence[_MeanAndVariance],
     statistics: BatchNormStatistics,

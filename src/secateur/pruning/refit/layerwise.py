@@ -41,6 +41,7 @@ from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
+from secateur.graph.weight_norm import with_kernels
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
@@ -97,8 +98,9 @@ def refit(
     kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
     tensors = tensors_of(inputs.smaller)
-    state = {name: tensors[name].clone() for name in names}
-    full_state = tensors_of(inputs.model)
+    norms = dependencies.weight_norms
+    state = with_kernels(norms, {name: tensors[name].clone() for name in names})
+    full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     with torch.inference_mode(), cache:
         count = 0
@@ -135,6 +137,9 @@ def refit(
             upstream_changed = settings.layers == "downstream" and bool(results)
             if lost_inputs or upstream_changed:
                 results.append(refitter.refit_kernel(layers))
+                for norm in norms:
+                    if norm.direction == layers[0].weight:
+                        state.update(norm.parts(state[norm.direction]))
     with torch.no_grad():
         for name in names:
             tensors[name].copy_(state[name])
@@ -242,6 +247,9 @@ def _why_not(graph: NetworkGraph, uses: list[Layer]) -> str:
         return "its kernel is computed in the forward"
     if uses[0].weight not in graph.tensor_names.values():
         return "its kernel is not a parameter"
+    operation = operation_name(uses[0].node)
+    if operation != "linear" and not operation.startswith("conv"):
+        return f"{operation} is neither a convolution nor a linear layer"
     kernel = uses[0].node.args[1]
     assert isinstance(kernel, Node)
     nodes = [use.node for use in uses]

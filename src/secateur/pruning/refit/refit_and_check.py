@@ -10,6 +10,8 @@ import torch
 from secateur.config import RefitSection
 from secateur.data import Batch
 from secateur.models.divergence import DivergenceFrom, logits_of
+from secateur.models.state_dict import load_state
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
@@ -24,6 +26,8 @@ class RefitImages:
     calibration: Callable[[], Iterable[Batch]]
     fit: Callable[[], Iterable[Batch]]
     held_out: Callable[[], Iterable[Batch]]
+    task: Task = SINGLE_LABEL
+    """How the network's outputs on them are read."""
 
 
 def refit_and_check(
@@ -42,7 +46,8 @@ def refit_and_check(
     smaller = inputs.smaller
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
-    divergence = DivergenceFrom(logits_of(inputs.model, images.held_out()), images.held_out)
+    expected = logits_of(inputs.model, images.held_out(), images.task)
+    divergence = DivergenceFrom(expected, images.held_out, images.task)
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
         cut = divergence(smaller)
@@ -51,7 +56,7 @@ def refit_and_check(
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
         if not is_kept:
-            smaller.load_state_dict(before)
+            load_state(smaller, before)
     batchnorm = (
         recalibrate_batchnorm(smaller, images.fit, divergence)
         if settings.recalibrate_batchnorm

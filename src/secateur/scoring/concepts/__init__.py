@@ -24,6 +24,7 @@ from secateur.data.annotated import AnnotatedFiles, AnnotatedImages, join_annota
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.network_graph import NetworkGraph, Tensors
+from secateur.models.task import SINGLE_LABEL, Logits, Task
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 
@@ -31,18 +32,18 @@ from secateur.runtime.errors import DataError, UnknownName, UsageError
 class ConceptInput:
     """A batch of images and what the network computed for it."""
 
-    images: Float[Tensor, "image rgb height width"]
+    images: Float[Tensor, "image band *position"]
     """Normalised, as the network gets them."""
     indices: Int[Tensor, "image"]
     """Index of each image in the calibration set."""
-    labels: Int[Tensor, "image"] | None
-    """The true classes, if they may be used."""
+    labels: Int[Tensor, "image *label"] | None
+    """The true classes or labels, if they may be used."""
     annotations: ConceptMasks | None
     """Regions that came with the images."""
-    value: Float[Tensor, "image channel h w"] | None
+    value: Float[Tensor, "image channel *cell"] | None
     """The value of the source's `node`: a leaf that the logits depend on if the source
     `needs_gradient`, else detached."""
-    logits: Float[Tensor, "image class"]
+    logits: Logits
 
 
 @runtime_checkable
@@ -94,6 +95,8 @@ class SourceContext:
     preprocessing: Preprocessing
     argument: str
     """What follows the colon in the source's name: a number, a folder, or nothing."""
+    task: Task = SINGLE_LABEL
+    """How the network's outputs are read."""
 
 
 SourceFactory = Callable[[SourceContext], ConceptSource]
@@ -160,6 +163,7 @@ def make(
     state: Tensors,
     class_names: tuple[str, ...],
     preprocessing: Preprocessing,
+    task: Task = SINGLE_LABEL,
 ) -> ConceptSource:
     """Return the source, or the combination of sources, that a text names; see `parse`.
 
@@ -173,7 +177,7 @@ def make(
     has_annotations = False
     for name, argument in parse(text):
         if name not in annotated_sources():
-            context = SourceContext(graph, state, class_names, preprocessing, argument)
+            context = SourceContext(graph, state, class_names, preprocessing, argument, task)
             made.append(sources()[name](context))
         elif not has_annotations:
             images = annotated_images(text)

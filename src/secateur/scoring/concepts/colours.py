@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
+from secateur.runtime.errors import UsageError
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 LARGEST_GRID = 56
@@ -51,8 +52,14 @@ class Colours(ConceptSource):
     """
 
     def __init__(self, context: SourceContext) -> None:
+        shape = context.graph.image.meta["val"].shape
+        if len(shape) != 4 or shape[1] not in (1, 3):
+            raise UsageError(
+                "the concept source colours needs pictures of 1 or 3 channels, and an image here "
+                f"is {list(shape[1:])}: use evidence, saliency or factors"
+            )
         self._mean, self._std = (
-            torch.tensor(values).reshape(3, 1, 1)
+            torch.tensor(values).reshape(-1, 1, 1)
             for values in (context.preprocessing.mean, context.preprocessing.std)
         )
         self._names = names_of_bins()
@@ -75,6 +82,7 @@ class Colours(ConceptSource):
         size = (min(LARGEST_GRID, images.shape[2]), min(LARGEST_GRID, images.shape[3]))
         cells = F.adaptive_avg_pool2d(images, size) * self._std + self._mean
         levels = (cells * 255).round().clamp(0, 255).long()
+        levels = levels.expand(-1, 3, -1, -1)  # of grey images
         red, green, blue = (levels * STEPS).div(256, rounding_mode="floor").unbind(1)
         return self._names[(red * STEPS + green) * STEPS + blue]
 

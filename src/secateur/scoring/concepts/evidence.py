@@ -14,32 +14,36 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.data.batches import check_labels
 from secateur.data.concept_masks import Concept, ConceptMasks
 from secateur.graph.network_graph import NetworkGraph, operation_name
+from secateur.graph.taps import as_maps
 from secateur.runtime.errors import TraceError
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 REGION_FRACTION = 0.25
 """Fraction of an image's positions that counts as evidence."""
 
-_HEAD = {"flatten", "view", "reshape", "mean", "adaptive_avg_pool2d", "avg_pool2d", "dropout"}
+_HEAD = {"flatten", "view", "reshape", "dropout"}
 
 
 class Evidence(ConceptSource):
     """The quarter of the last feature map's cells that is the strongest evidence for the class.
 
-    The class is the label if there is one, else the network's prediction.
+    The class is the label if there is one, else the network's prediction; of several labels it is
+    the surest, see `Task.evidence`.
     """
 
     def __init__(self, context: SourceContext) -> None:
-        outputs = int(context.graph.output.meta["val"].shape[1])
+        outputs = context.task.concept_count(context.graph.output)
         names = context.class_names
         unnamed = (f"class {number}" for number in range(len(names), outputs))
+        self._task = context.task
         self._classes = (*names, *unnamed)
         self._map = last_map(context.graph)
         kernel = _linear_head(context.graph, self._map)
-        self._rows = None if kernel is None else context.state[kernel].float()
+        self._rows = (
+            None if kernel is None else context.task.concept_rows(context.state[kernel].float())
+        )
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -75,37 +79,46 @@ class Evidence(ConceptSource):
         Raises `DataError` if a label is not one of the network's classes.
         """
         assert concept_input.value is not None
-        classes = (
-            concept_input.logits.detach().argmax(1)
-            if concept_input.labels is None
-            else concept_input.labels
-        )
-        check_labels(classes, concept_input.logits.shape[1])
+        logits, classes = self._task.evidence(concept_input.logits, concept_input.labels)
         if self._rows is not None:
             weights = self._rows[classes]  # [image, channel]
         else:
-            chosen = concept_input.logits.gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, concept_input.value, retain_graph=True)
-            weights = gradient.float().mean(dim=(2, 3))
+            (gradient,) = torch.autograd.grad(logits.sum(), concept_input.value, retain_graph=True)
+            weights = as_maps(gradient).float().mean(dim=(2, 3))
+        value = as_maps(concept_input.value.detach())
         # A matrix product may round differently in batches of another size.
-        heat = (concept_input.value.detach().float() * weights[:, :, None, None]).sum(1)
+        heat = (value.float() * weights[:, :, None, None]).sum(1)
         return heat, classes
 
 
 def last_map(graph: NetworkGraph) -> Node:
     """Return the last feature map before the output that has more than one position.
 
-    Raises `TraceError` if there is none.
+    It has as many dimensions as the images, if there is such a map. Raises `TraceError` if there
+    is none.
     """
+    for ranks in ({_rank(graph.image)}, {3, 4, 5}):
+        feature_map = _last_map_of(graph, ranks)
+        if feature_map is not None:
+            return feature_map
+    raise TraceError("the network has no feature map to look for class evidence in")
+
+
+def _rank(node: Node) -> int:
+    return len(node.meta["val"].shape)
+
+
+def _last_map_of(graph: NetworkGraph, ranks: set[int]) -> Node | None:
+    """Return the last feature map with one of these numbers of dimensions."""
     node = graph.output
     while isinstance(node, Node) and node is not graph.image:
         shape = getattr(node.meta["val"], "shape", ())
-        if len(shape) == 4 and math.prod(int(size) for size in shape[2:]) > 1:
+        if len(shape) in ranks and math.prod(int(size) for size in shape[2:]) > 1:
             return node
         if not node.args or not isinstance(node.args[0], Node):
             break
         node = node.args[0]
-    raise TraceError("the network has no feature map to look for class evidence in")
+    return None
 
 
 def _linear_head(graph: NetworkGraph, feature_map: Node) -> str | None:
@@ -115,20 +128,22 @@ def _linear_head(graph: NetworkGraph, feature_map: Node) -> str | None:
         return None
     weight = graph.tensor_names.get(node.args[1])
     averaged = False
+    rank = _rank(graph.image)
+    pooling = {"mean", f"adaptive_avg_pool{rank - 2}d", f"avg_pool{rank - 2}d"}
     source = node.args[0]
     while isinstance(source, Node) and source is not feature_map:
         name = operation_name(source)
-        if name not in _HEAD or (name == "mean" and not _is_over_positions(source)):
+        if name not in _HEAD | pooling or (name == "mean" and not _is_over_positions(source, rank)):
             return None
-        averaged |= name in ("mean", "adaptive_avg_pool2d", "avg_pool2d")
+        averaged |= name in pooling
         source = source.args[0]
     channels = feature_map.meta["val"].shape[1]
     fits = node.args[1].meta["val"].shape[1] == channels
     return weight if averaged and fits else None
 
 
-def _is_over_positions(mean: Node) -> bool:
+def _is_over_positions(mean: Node, rank: int) -> bool:
     dims = mean.args[1] if len(mean.args) > 1 else None
     if not isinstance(dims, list | tuple):
         return False
-    return {dim % 4 for dim in dims if isinstance(dim, int)} == {2, 3}
+    return {dim % rank for dim in dims if isinstance(dim, int)} == set(range(2, rank))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks
+from secateur.graph.taps import as_maps
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
@@ -136,7 +137,7 @@ def strongest(strengths: Float[Tensor, "image factor h w"]) -> Bool[Tensor, "ima
 def _features(concept_input: ConceptInput) -> Tensor:
     """Return the features, `[image, channel, h, w]`, with negative values set to zero."""
     assert concept_input.value is not None
-    return concept_input.value.detach().float().clamp(min=0)
+    return as_maps(concept_input.value.detach()).float().clamp(min=0)
 
 
 def _lowest(rows: dict[int, Tensor]) -> dict[int, Tensor]:

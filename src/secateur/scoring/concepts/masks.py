@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
 from secateur.data.concept_masks import UNLABELLED, Concept
-from secateur.data.folder import SUFFIXES
+from secateur.data.image_files import list_images
 from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
 
@@ -102,9 +102,7 @@ def _parts(directory: Path) -> list[tuple[Path, Path]]:
 
 
 def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    files = sorted(file for file in images.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"no images in {images} ({', '.join(sorted(SUFFIXES))})")
+    files = list_images(images).images
     pairs = [(file, (masks / file.relative_to(images)).with_suffix(".png")) for file in files]
     for file, mask in pairs:
         if not mask.is_file():

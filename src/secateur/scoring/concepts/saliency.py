@@ -6,6 +6,7 @@ import torch
 from torch.fx.node import Node
 
 from secateur.data.concept_masks import Concept, ConceptMasks
+from secateur.graph.taps import as_maps
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 from secateur.scoring.concepts.evidence import last_map
 
@@ -33,7 +34,9 @@ class Saliency(ConceptSource):
     def find(self, concept_input: ConceptInput) -> ConceptMasks:
         """Return one region for each image, on the last feature map's grid; labels are not used."""
         assert concept_input.value is not None
-        total = concept_input.value.detach().float().sum(1, keepdim=True)  # [image, 1, h, w]
+        total = (
+            as_maps(concept_input.value.detach()).float().sum(1, keepdim=True)
+        )  # [image, 1, h, w]
         masks = total > total.mean(dim=(2, 3), keepdim=True)
         # A flat map has no position above its mean: then all of it is the region.
         masks |= ~masks.any(dim=3, keepdim=True).any(dim=2, keepdim=True)

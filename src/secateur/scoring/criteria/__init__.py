@@ -15,9 +15,10 @@ over images only, never a feature map.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from secateur.config import CRITERIA, RunConfig, ScoreSection
 from secateur.data.concept_masks import ConceptMasks, at_resolution, coverage_at
 from secateur.graph.taps import Kernels
-from secateur.models import user_code
+from secateur.models import user_code, zoo
 from secateur.runtime.errors import UnknownName, UsageError
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.thresholds import ActivationStatistics
@@ -106,8 +107,57 @@ class Criterion(Observer, Protocol):
         """Return the scores of a tap's filters, in float64; the higher stay."""
 
 
+PARTS = ("needs", "reset", "update", "state", "compute")
+"""Attributes of a criterion."""
+CriterionLike = str | Criterion | Callable[..., Any]
+"""A criterion's name, a criterion, a class or function that makes one, or a function of a layer's
+kernels `[filter, value]`, see `kernels.KernelFunction`."""
+
+
+def from_python(criterion: CriterionLike) -> tuple[str, Criterion | None]:
+    """Return the name of a criterion, and the criterion itself if it was passed and not named.
+
+    Raises `UnknownName` or `UsageError` if it is none.
+    """
+    from secateur.scoring.criteria.kernels import KernelFunction, checked
+
+    if isinstance(criterion, str):
+        check_name(criterion)
+        return criterion, None
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    if callable(criterion) and _needs_no_arguments(criterion):
+        criterion = criterion()
+    if isinstance(criterion, Criterion) and not isinstance(criterion, type):
+        return f"{zoo.IN_MEMORY}:{name}", criterion
+    if not callable(criterion) or isinstance(criterion, type):
+        missing = [part for part in PARTS if not hasattr(criterion, part)]
+        raise UsageError(
+            f"criterion: {name} is not one: it lacks {', '.join(missing)}; pass a name, such as "
+            "'vote' or 'l1', a Criterion, or a function of a layer's kernels [filter, value] that "
+            "returns one score a filter: lambda kernels: kernels.abs().sum(1)"
+        )
+    return f"{zoo.IN_MEMORY}:{name}", KernelFunction(checked(criterion, name))
+
+
+def _needs_no_arguments(function: Callable[..., Any]) -> bool:
+    """Return whether a class or function can be called without arguments: it makes a criterion."""
+    if isinstance(function, Criterion) and not isinstance(function, type):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return False
+    return all(
+        parameter.default is not parameter.empty
+        or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in parameters
+    )
+
+
 def check_name(name: str) -> None:
     """Raise `UnknownName` or `UsageError` if there is no such criterion."""
+    if name.startswith(f"{zoo.IN_MEMORY}:"):
+        raise UsageError(f"{name}: the criterion was passed from Python: pass it again")
     if user_code.is_user_code(name):
         user_code.check_file(name, "criterion")
     elif name not in CRITERIA:
@@ -161,7 +211,7 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
     if not isinstance(criterion, Criterion):
         raise UsageError(
             f"{name} returned {type(criterion).__name__}, which is not a criterion: it needs "
-            "needs, reset, update, state and compute"
+            f"{', '.join(PARTS[:-1])} and {PARTS[-1]}"
         )
     return criterion
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -61,6 +62,26 @@ class KernelFunction(_WithoutImages):
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the function's means."""
         return mean_over_producers(self._function, tap, self._kernels[tap])
+
+
+def checked(function: Callable[[Tensor], Any], name: str) -> OfRows:
+    """Return a function of the user's that raises `UsageError` if it returns no score a kernel."""
+
+    def scores_of(kernels: Float[Tensor, "row value"]) -> Float[Tensor, "row"]:
+        what = f"the criterion {name} gets kernels {list(kernels.shape)}, one row a filter, and"
+        try:
+            scores = torch.as_tensor(function(kernels.detach()), dtype=torch.float64)
+        except Exception as error:  # the function is the user's: it may raise anything
+            words = " ".join(str(error).split())
+            raise UsageError(f"{what} fails: {type(error).__name__}: {words}") from error
+        if scores.shape != kernels.shape[:1]:
+            raise UsageError(
+                f"{what} must return {len(kernels)} scores, as kernels.abs().sum(1) does; it "
+                f"returned {list(scores.shape)}"
+            )
+        return scores
+
+    return scores_of
 
 
 def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[Tensor, "filter"]:

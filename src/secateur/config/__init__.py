@@ -6,15 +6,29 @@ module imports no torch, so that help and shell completion are quick.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from secateur.runtime.errors import TargetError, UnknownName, UsageError
+from secateur.config.budget import Budget as Budget
+from secateur.config.budget import BudgetLike as BudgetLike
+from secateur.config.budget import Quantity as Quantity
+from secateur.config.budget import parse_budget as parse_budget
+from secateur.runtime.errors import UnknownName, UsageError
 from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
 
@@ -28,9 +42,11 @@ Resizing = Literal["bilinear", "bicubic"]
 """Antialiased interpolation of resized images."""
 ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
-Quantity = Literal["macs", "params", "filters", "memory", "latency"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
+TaskKind = Literal["single-label", "binary", "multi-label"]
+"""What a network's outputs are: one logit for each class, one for two classes, or one for each of
+several labels."""
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -51,43 +67,22 @@ BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"
 """Networks for 32×32 images that come with secateur."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much of a quantity the pruned network may use: `macs=0.7` is at most 70 % of the MACs."""
-
-    quantity: Quantity
-    fraction_left: float
-
-    def __str__(self) -> str:
-        return f"{self.quantity}={self.fraction_left}"
-
-
-def parse_budget(text: str) -> Budget:
-    """Return the budget that a text such as `macs=0.7` names.
-
-    Raises:
-        TargetError: the text names no quantity, or a fraction outside of 0 < F <= 1.
-    """
-    quantity, equals, number = text.partition("=")
-    *names, last = (f"{name}=F" for name in get_args(Quantity))
-    expected = f"give {', '.join(names)} or {last} with the fraction F to keep, 0 < F <= 1"
-    if quantity not in get_args(Quantity) or not equals:
-        raise TargetError(f"target {text!r} is not understood: {expected}")
-    try:
-        fraction = float(number)
-    except ValueError:
-        raise TargetError(f"target {text!r} has no number: {expected}") from None
-    if not 0 < fraction <= 1:
-        raise TargetError(f"target {text!r} is out of range: {expected}")
-    return Budget(cast(Quantity, quantity), fraction)
-
-
 class Section(BaseModel):
     """A part of the configuration; unknown keys are an error."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, value: object, field: ValidationInfo) -> object:
+        """Refuse true and false where pydantic would read them as 1 and 0."""
+        assert field.field_name is not None
+        kind = cls.model_fields[field.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"{value} is not a number, a text or a table of these")
+        return value
 
 
 class ModelSection(Section):
@@ -102,6 +97,20 @@ class ModelSection(Section):
     """Which of several networks in the file to load, such as `model_ema`; by default an average."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
+    task: Literal["auto"] | TaskKind = "auto"
+    """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
+    the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
+    the labels."""
+    allow_untrained: bool = False
+    """Go on without a weight file, and with a network that is no better than chance on the test
+    images."""
+
+
+def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the values; raise `ValueError` unless there are one, for grey, or three."""
+    if len(values) not in (1, 3):
+        raise ValueError(f"give three values, or one for grey images; got {len(values)}")
+    return values
 
 
 class DataSection(Section):
@@ -116,12 +125,15 @@ class DataSection(Section):
     """Number of training images used to score filters and to refit the remaining weights."""
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
-    image_size: int | None = Field(default=None, ge=8)
-    """Side of the square input images in pixels; by default the size the network was made for."""
-    mean: tuple[float, float, float] | None = None
-    """Mean per colour channel, of values from 0 to 1; by default the network's."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation per colour channel, of values from 0 to 1; by default the network's."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input images in pixels; by default the size the network was made for, or
+    for a network from a file of your own the size that all images are stored in, else 224."""
+    mean: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
+    """Mean per colour channel, or the one of grey, of values from 0 to 1; by default the
+    network's."""
+    std: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
+    """Standard deviation per colour channel, or the one of grey, of values from 0 to 1; by default
+    the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)
@@ -163,7 +175,7 @@ class ScoreSection(Section):
 class PlanSection(Section):
     """How much is removed, and where."""
 
-    target: Annotated[str, BeforeValidator(lambda text: str(parse_budget(str(text))))] = "macs=0.5"
+    target: Annotated[str, BeforeValidator(lambda target: str(parse_budget(target)))] = "macs=0.5"
     """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
     allocation: AllocationRule = "sensitivity"
@@ -428,6 +440,14 @@ def _keys(kind: type[BaseModel]) -> list[str]:
     return keys
 
 
+def nearest_key(name: str) -> str | None:
+    """Return the key of a run's configuration, with its section, that a name is most like."""
+    keys = [key for key in _keys(RunConfig) if "." in key]
+    same = [key for key in keys if key.rpartition(".")[2] == name]
+    near = same or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a TOML file; raises `UsageError`."""
     return from_dict(read_tables(path), RunConfig)
@@ -444,4 +464,5 @@ def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply for a secateur {content}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+        example = "" if path.suffix == ".toml" else '; write it as [model] name = "resnet20"'
+        raise UsageError(f"{path} is not TOML: {error}{example}") from error

@@ -1,0 +1,366 @@
+"""Images that come from Python: tensors in batches of any common form, with labels or without."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from secateur.runtime.errors import DataError
+
+ImageBatches = Iterable[Any] | Dataset[Any]
+"""Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
+one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a
+dict, a named tuple or another object."""
+IMAGE_NAMES = ("pixel_values", "images", "image", "img", "inputs", "input", "x")
+"""What images are called in batches with names; the first that a batch has is taken."""
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+AXES = {
+    1: "[image, channel, time]",
+    2: "[image, channel, height, width]",
+    3: "[image, channel, depth, height, width]",
+}
+"""Shape of a batch, by the dimensions that a network's convolutions move along."""
+
+TEST_EVERY, VALIDATION_EVERY = 5, 10
+"""Without test images every n-th image is held out for the scores, and every n-th of the others for
+choices on validation images."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an image is, as the network that takes it tells."""
+
+    dims: int = 2
+    """Dimensions that the network's convolutions move along: 2 for images."""
+    is_free: bool = False
+    """Whether a function of the user's takes the images, so that they may have any shape."""
+
+    @property
+    def axes(self) -> str:
+        """The shape of a batch, in words."""
+        return AXES[self.dims]
+
+
+def form_of(model: nn.Module, *, is_free: bool) -> Form:
+    """Return what an image is for a network, as its first convolution tells."""
+    kind = nn.modules.conv._ConvNd
+    first = next((module for module in model.modules() if isinstance(module, kind)), None)
+    return Form(2 if first is None else len(first.kernel_size), is_free)
+
+
+@dataclass(frozen=True, eq=False)
+class ImagesInMemory:
+    """Images as the network takes them."""
+
+    pixels: Float[Tensor, "image channel *position"]
+    labels: Shaped[Tensor, "image *label"] | None
+    """As they were passed; see `models.labels`."""
+    is_from_front: bool = False
+    """Whether they came in the order of an iterable, which may be sorted by class."""
+
+    def take(self, chosen: Bool[Tensor, "image"]) -> ImagesInMemory:
+        """Return the images where `chosen` is true."""
+        labels = None if self.labels is None else self.labels[chosen]
+        return ImagesInMemory(self.pixels[chosen], labels, self.is_from_front)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Images to score filters with, to choose with, and to test with."""
+
+    score: ImagesInMemory
+    validation: ImagesInMemory
+    test: ImagesInMemory
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether all images came with labels."""
+        return self.score.labels is not None and self.test.labels is not None
+
+
+def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
+    """Return the images in three parts; raise `DataError` if there are too few.
+
+    Without `test` a part of `images` is held out; see `TEST_EVERY`.
+    """
+    count = len(images.pixels)
+    test_every = TEST_EVERY if test is None else count + 1
+    if test is None:
+        is_test = _every(TEST_EVERY, count)
+        images, test = images.take(~is_test), images.take(is_test)
+    is_validation = _every(VALIDATION_EVERY, len(images.pixels))
+    if not len(test.pixels) or not is_validation.any():
+        least = next(
+            n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
+        )
+        raise DataError(f"{count} images are too few: give at least {least}")
+    return Parts(images.take(~is_validation), images.take(is_validation), test)
+
+
+def _every(step: int, count: int) -> Tensor:
+    """Return for each of `count` images whether it is the last of `step` in a row."""
+    return torch.arange(count) % step == step - 1
+
+
+def read_images(
+    source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
+) -> ImagesInMemory:
+    """Return at most `most` images, and their labels if each batch has them.
+
+    Of a larger `Dataset` it is a random sample, in the order of the data set; of any other iterable
+    the first images. Raises `DataError`, whose message calls the images `name`.
+    """
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    for images, batch_labels in read_batches(source, form, name, most=most, seed=seed):
+        pixels.append(images)
+        if batch_labels is not None:
+            labels.append(batch_labels)
+        count += len(images)
+        if most is not None and count >= most:
+            break
+    if not pixels:
+        raise DataError(f"{name}: there are none")
+    if labels and len(labels) < len(pixels):
+        raise DataError(f"{name}: some come with labels and some without")
+    shapes = sorted({tuple(part.shape[1:]) for part in labels})
+    if len(shapes) > 1:
+        raise DataError(
+            f"{name}: labels {list(shapes[0])} and {list(shapes[-1])} of one image each: all must "
+            "have one form"
+        )
+    return ImagesInMemory(
+        torch.cat(pixels)[:most],
+        torch.cat(labels)[:most] if labels else None,
+        is_from_front=not _is_map_style(source),
+    )
+
+
+def read_batches(
+    source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield float32 images `[image, channel, …]` of one size, with labels or None.
+
+    Of a `Dataset` of more than `most` items only a random sample is read.
+    """
+    shape: torch.Size | None = None
+    for batch in _items(source, name, most, seed):
+        raw_images, raw_labels = _parts(batch, form, name)
+        pixels = _tensor_of(raw_images, form, name)
+        labels = None if raw_labels is None else _as_tensor(raw_labels, name)
+        images = _as_batch(pixels, labels, form, name, is_single=batch is not source)
+        if shape is not None and images.shape[1:] != shape:
+            raise DataError(
+                f"{name}: tensors {list(shape)} and {list(images.shape[1:])} of one image each: "
+                "all must have one size"
+            )
+        shape = images.shape[1:]
+        if labels is not None:
+            if not labels.ndim or (len(images) == 1 and len(labels) != 1):
+                labels = labels[None]  # of a single image
+            if len(labels) != len(images):
+                raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
+        yield images, labels
+
+
+def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]:
+    """Yield what a source holds, batch by batch or image by image."""
+    if isinstance(source, str | Path):
+        raise DataError(
+            f"{name}: {str(source)!r} is a text: pass tensors, a DataLoader or a Dataset; the "
+            f"command line reads folders: secateur prune --data folder:{source}"
+        )
+    if _is_map_style(source):
+        count = len(source)
+        order: Iterable[int] = range(count)
+        if most is not None and count > most:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(count, generator=generator)[:most].sort().values.tolist()
+        for index in order:
+            yield source[index]
+    elif _is_batch(source):
+        yield source
+    else:
+        try:
+            items = iter(source)
+        except TypeError as error:
+            raise DataError(
+                f"{name}: {type(source).__name__} holds no batches: pass a tensor, a list of "
+                "tensors, a DataLoader or a Dataset"
+            ) from error
+        yield from items
+
+
+def _is_map_style(source: object) -> bool:
+    """Return whether a source is read by index, as a `Dataset` of torch's or Hugging Face's."""
+    if isinstance(source, IterableDataset | Tensor | np.ndarray | Mapping | Sequence):
+        return False
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+def _is_batch(source: object) -> bool:
+    """Return whether a source is one batch itself: images, or images with labels."""
+    if isinstance(source, Tensor | np.ndarray | Mapping):
+        return True
+    if not isinstance(source, tuple | list) or len(source) != 2:
+        return False
+    images, labels = source
+    return (
+        isinstance(images, Tensor | np.ndarray)
+        and isinstance(labels, Tensor | np.ndarray)
+        and images.ndim > 2
+        and labels.shape[:1] == images.shape[:1]
+        and labels.ndim <= 2
+    )
+
+
+def _parts(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
+    """Return the images of a batch and its labels, None if it has none."""
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch, None
+    names = _names_of(batch)
+    image_name = next((known for known in IMAGE_NAMES if known in names), None)
+    if image_name is not None:
+        label_name = next((known for known in LABEL_NAMES if known in names), None)
+        return _value(batch, image_name), label_name and _value(batch, label_name)
+    if hasattr(batch, "keys"):
+        raise DataError(
+            f"{name}: batches hold {', '.join(map(str, batch.keys()))}: call the images "
+            f"{', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}, and the labels "
+            f"{', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}"
+        )
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch, None
+    if len(batch) == 1:
+        return _parts(batch[0], form, name)
+    if isinstance(batch, list) and all(_is_floats(part, form.dims + 1) for part in batch):
+        return batch, None  # images that are not stacked yet
+    first, second, *others = batch
+    if _is_floats(first) and _is_floats(second, first.ndim) and first.ndim > 2:
+        raise DataError(_several_inputs(batch, form, name))
+    if others and not _is_class_numbers(second):
+        parts = ", ".join(map(_description, batch))
+        raise DataError(f"{name}: batches hold {parts}: yield images, or images and labels")
+    if hasattr(first, "keys"):
+        first, _ = _parts(first, form, name)
+    return first, second
+
+
+def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
+    """Return what to do with batches that hold several tensors of images."""
+    inputs = [part for part in batch if _is_floats(part, batch[0].ndim)]
+    shapes = " and ".join(str(list(part.shape)) for part in inputs)
+    channels = batch[0].shape[batch[0].ndim - form.dims - 1]
+    return (
+        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and one is "
+        "needed: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
+        f"model(x[:, :{channels}], x[:, {channels}:])"
+    )
+
+
+def _names_of(batch: Any) -> frozenset[str]:
+    """Return the names in a batch: keys of a mapping, or attributes of an object with such."""
+    if hasattr(batch, "keys"):
+        return frozenset(map(str, batch.keys()))
+    fields = getattr(batch, "_fields", None)
+    if fields is not None:
+        return frozenset(map(str, fields))
+    if isinstance(batch, tuple | list) or not hasattr(batch, "__dict__"):
+        return frozenset()
+    return frozenset(name for name in (*IMAGE_NAMES, *LABEL_NAMES) if hasattr(batch, name))
+
+
+def _value(batch: Any, name: str) -> Any:
+    return batch[name] if hasattr(batch, "keys") else getattr(batch, name)
+
+
+def _is_floats(part: object, dims: int | None = None) -> bool:
+    """Return whether a part of a batch holds floats, with so many dimensions if they are named."""
+    if isinstance(part, np.ndarray):
+        return part.dtype.kind == "f" and dims in (None, part.ndim)
+    return isinstance(part, Tensor) and part.is_floating_point() and dims in (None, part.ndim)
+
+
+def _is_class_numbers(part: object) -> bool:
+    if isinstance(part, Tensor | np.ndarray):
+        return not _is_floats(part) and (part.ndim <= 1 or part.shape[1:] == (1,))
+    return isinstance(part, int | np.integer)
+
+
+def _description(part: object) -> str:
+    if isinstance(part, Tensor | np.ndarray):
+        return f"{type(part).__name__} {list(part.shape)}"
+    return type(part).__name__
+
+
+def _tensor_of(images: Any, form: Form, name: str) -> Tensor:
+    """Return images as a float32 tensor on the CPU."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "fiub":
+        images = torch.tensor(images)
+    if isinstance(images, list | tuple) and images and all(map(_is_floats, images)):
+        sizes = sorted({tuple(image.shape) for image in images})
+        if len(sizes) > 1:
+            raise DataError(
+                f"{name}: tensors {list(sizes[0])} and {list(sizes[-1])} of one image each: all "
+                "must have one size"
+            )
+        images = torch.stack([torch.as_tensor(image) for image in images])
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"{name} must be tensors {form.axes}; got {type(images).__name__}: the transform of a "
+            "Dataset must end in a tensor, as v2.ToImage() and v2.ToDtype(torch.float32, "
+            "scale=True) give one"
+        )
+    if not images.is_floating_point():
+        raise DataError(
+            f"{name} must be floating-point tensors {form.axes}, as the network takes them; got "
+            f"{list(images.shape)} of {images.dtype}: scale and normalise them as in training"
+        )
+    pixels: Tensor = images.detach().cpu().float()
+    if not bool(pixels.isfinite().all()):
+        raise DataError(f"{name}: an image holds a number that is not finite")
+    return pixels
+
+
+def _as_batch(
+    pixels: Tensor, labels: Tensor | None, form: Form, name: str, *, is_single: bool
+) -> Tensor:
+    """Return a batch of images as it is, and what may be a single image as a batch of one."""
+    is_labelled_batch = labels is not None and labels.ndim > 0 and len(labels) == len(pixels)
+    if pixels.ndim == form.dims + 2 or (form.is_free and pixels.ndim > 1 and is_labelled_batch):
+        return pixels
+    is_single &= not is_labelled_batch or len(pixels) == 1
+    if pixels.ndim == form.dims + 1 and is_single:
+        return pixels[None]
+    if form.is_free and pixels.ndim > 1:
+        return pixels
+    what = f"{list(pixels.shape)}" + (
+        f" with {labels.numel()} labels" if labels is not None else ""
+    )
+    raise DataError(
+        f"{name} must be floating-point tensors {form.axes}, as the network takes them; got {what}"
+    )
+
+
+def _as_tensor(labels: Any, name: str) -> Tensor:
+    """Return labels of one image or of a batch as they are, as a tensor."""
+    if isinstance(labels, list | tuple) and any(isinstance(label, Tensor) for label in labels):
+        labels = [label.item() if label.numel() == 1 else label for label in labels]
+    try:
+        numbers: Tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        first = labels[0] if isinstance(labels, list | tuple) and labels else labels
+        raise DataError(
+            f"{name}: labels must be class numbers, not {first!r} ({type(first).__name__})"
+        ) from error
+    return numbers.detach().cpu()

@@ -1,0 +1,101 @@
+"""Evaluate a network, or a run's pruned network beside its original, on the test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from secateur import data
+from secateur.config import RunConfig
+from secateur.data import DataSet
+from secateur.experiments.run_folder import load_pruned, read_plan
+from secateur.graph.module_state import tensors_of
+from secateur.models import user_code
+from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.models.score import Score
+from secateur.models.task import Task
+from secateur.pipeline.inputs import (
+    check_weights,
+    describe_inputs,
+    load_inputs,
+    make_reader,
+    resolve_config,
+)
+from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.scoring_context import EXAMPLE_IMAGES, find_doubt_about, find_task
+from secateur.runtime.errors import SecateurError
+from secateur.runtime.hashing import weights_hash
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `secateur evaluate` shows."""
+
+    score: Score
+    task: Task
+    notes: tuple[str, ...]
+    unreadable: tuple[str, ...] | None
+    """Image files that were left out; None if none may be."""
+
+
+def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
+    """Score the network that `config` names; raises `SecateurError`."""
+    check_weights(config)
+    dataset, network = load_inputs(config)
+    asked, config = config, resolve_config(config, dataset, network)
+    run_context = run_context.collecting_unreadable(config)
+    task = _task(network, dataset, config, run_context)
+    batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
+    score, predictions = evaluate_and_predict(network, batches, task=task)
+    doubt = find_doubt_about(predictions, dataset, task)
+    notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
+    if doubt is not None:
+        notes = (*notes, doubt.raise_unless(allowed=True))
+    return Evaluation(score, task, notes, _unreadable(run_context))
+
+
+def evaluate_run(run: Path, config: RunConfig, run_context: RunContext) -> Evaluation:
+    """Score the pruned network of a run folder, and its agreement with the original.
+
+    `config` is the run's configuration, with the data where they are now. Agreement is not known if
+    the original can't be loaded; a note says why. Raises `SecateurError`.
+    """
+    network = load_pruned(run)
+    dataset = data.load(config.data.source)
+    config = resolve_config(config, dataset, network)
+    run_context = run_context.collecting_unreadable(config)
+    reader = make_reader(config, run_context)
+    original, notes = _load_original(run, config)
+    task = _task(network, dataset, config, run_context)
+    predictions: Predictions | None = None
+    if original is not None:
+        batches = reader.read_shard(dataset.test, "scoring the original")
+        _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
+    batches = reader.read_shard(dataset.test, "scoring")
+    score = evaluate(network, batches, task=task, original=predictions)
+    return Evaluation(score, task, (*dataset.notes, *task.notes, *notes), _unreadable(run_context))
+
+
+def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tuple[str, ...]]:
+    """Return the network before a run, or None and a note that says why it is not known."""
+    unknown = "Agreement with the original network is not known:"
+    if user_code.is_user_code(config.model.name):
+        return None, (f"{unknown} its code, {config.model.name}, is not run here.",)
+    try:
+        _, original = load_inputs(config)
+    except SecateurError as error:
+        return None, (f"{unknown} {error}.",)
+    if read_plan(run).weights not in (None, weights_hash(tensors_of(original))):
+        return None, (f"{unknown} {config.model.weights} holds other weights now.",)
+    return original, ()
+
+
+def _task(network: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext) -> Task:
+    example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
+    return find_task(network, example, dataset, config)
+
+
+def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:
+    return None if run_context.unreadable is None else run_context.unreadable_files

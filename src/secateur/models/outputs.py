@@ -1,0 +1,117 @@
+"""The logits among what a network returns, as one pass over a few images tells."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from secateur.graph.forward import with_forward
+from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.network_graph import Forward
+from secateur.models.task import logits_of, select_logits
+from secateur.runtime.error_messages import explain
+from secateur.runtime.errors import UsageError
+
+FEW = 2
+"""Images that a network is tried on."""
+
+
+def through_logits(
+    model: nn.Module, forward: Forward | None, images: Tensor, *, takes_first: bool = True
+) -> nn.Module:
+    """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
+
+    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. The network
+    is tried on a few of the images; one that can't take them is returned as it is.
+    """
+    network = with_forward(model, forward)
+    if forward is None:
+        with contextlib.suppress(UsageError):
+            output = _try(network, images)
+            is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
+            if select_logits(output) is not output and (takes_first or not is_tuple):
+                return with_forward(model, logits_of)
+    return network
+
+
+def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
+    """Return the network that returns logits: `model`, through `forward` or `logits_of` if need be.
+
+    Raises `UsageError` that says what to do where the network can't take the images, or returns
+    several things without saying which are the logits.
+    """
+    network = through_logits(model, forward, images)
+    output = _try(network, images)
+    if isinstance(output, Tensor):
+        return network
+    raise UsageError(
+        f"the network must return logits [image, class]; it returns {_description(output)}: say "
+        f"which they are, {_remedy(output, has_forward=forward is not None)}"
+    )
+
+
+def _try(network: nn.Module, images: Tensor) -> object:
+    """Return the network's output; raise `UsageError` that says why it can't take the images."""
+    images = images[:FEW].to(device_of(network))
+    try:
+        with evaluating(network), torch.inference_mode():
+            output: object = network(images)
+    except Exception as error:
+        if explain(error) is not None:  # the machine's fault, not the network's
+            raise
+        shape, words = list(images.shape), " ".join(str(error).split())
+        remedy = _channel_remedy(network, images) or words
+        raise UsageError(f"the network can't be run on images {shape}: {remedy}") from error
+    return output
+
+
+def _channel_remedy(network: nn.Module, images: Tensor) -> str:
+    """Return what to do if the images have other channels than the first convolution takes."""
+    first = _first_convolution(network)
+    if first is None or images.ndim != len(first.kernel_size) + 2:
+        return ""
+    wanted, channels = first.in_channels, images.shape[1]
+    if channels == wanted:
+        return ""
+    if images.shape[-1] == wanted:
+        return (
+            f"they look like [image, height, width, channel]: pass images.movedim(-1, 1), with the "
+            f"{wanted} channels second"
+        )
+    remedy = "pass images with the channels that it was trained with"
+    if channels == 1:
+        remedy = f"repeat it, images.repeat_interleave({wanted}, dim=1)"
+    have = f"they have {channels} channel{'s' if channels > 1 else ''}"
+    return f"{have}, and its first convolution takes {wanted}: {remedy}"
+
+
+def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
+    kind = nn.modules.conv._ConvNd
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def _description(output: object) -> str:
+    """Return what an output holds, in words."""
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with {', '.join(map(str, output))}"
+    if isinstance(output, tuple | list):
+        parts = (
+            str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+            for part in output
+        )
+        return f"a {type(output).__name__} of {' and '.join(parts)}"
+    return type(output).__name__
+
+
+def _remedy(output: object, *, has_forward: bool) -> str:
+    part = ""
+    if isinstance(output, Mapping) and output:
+        part = f"[{next(iter(output))!r}]"
+    elif isinstance(output, tuple | list):
+        part = "[0]"
+    if has_forward:
+        return f"by letting forward return one tensor{part and f', such as its output{part}'}"
+    return f"such as forward=lambda model, images: model(images){part or '.logits'}"
