@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,14 @@ def write_image(path: Path, pixels: Pixels) -> None:
     """`[height, width, rgb]` or `[height, width]`, in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def tiff_of(bands: int) -> bytes:
+    """A TIFF of 8×8 pixels with so many bands of 8 bits."""
+    sizes = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: bands, 278: 8, 279: 64 * bands}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items())
+    start = struct.pack("<4sI", b"II*\0", 8 + 64 * bands)
+    return start + bytes(64 * bands) + struct.pack("<H", len(sizes)) + tags + bytes(4)
 
 
 def write_classes(directory: Path, names: list[str], count: int, *, seed: int = 0) -> None:

@@ -131,12 +131,13 @@ def test_it_shows_itself(model: nn.Module, images: Tensor) -> None:
     result = secateur.prune(model, [images], class_names=("a", "<b>", "c"))
     text = repr(result)
     assert text.startswith("Tall pruned to macs=0.5 by vote: ")
-    assert "top-1 is agreement with the original network" in text
+    assert "no labels: agreement alone is known" in text
     lines = text.splitlines()
-    assert lines[1].split() == ["stage", "top-1", "%", "MACs", "params", "latency", "ms"]
-    *rows, counts = lines[2:]
+    assert lines[1].split() == ["stage", "agreement", "%", "MACs", "params", "latency", "ms"]
+    *rows, counts, note = lines[2:]
     assert [row.split()[0] for row in rows] == ["before", "cut", "refit"]
-    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert len({len(line) for line in lines[1:-2]}) == 1
+    assert note.startswith("Before pruning, the network predicts the same for all 20 test images")
     assert counts == "images: 72 to score, 8 to choose, 20 to test"
     page = result._repr_html_()
     assert page.count("<tr>") == 4

@@ -91,7 +91,7 @@ class PositiveWeights:
 
 
 @pytest.mark.parametrize("target", [0.7, "70%", " macs = 70 %", {"macs": 0.7}, {"macs": "70%"}])
-def test_a_target_is_written_in_any_way(images: Tensor, target: Any) -> None:
+def test_a_target_has_many_forms(images: Tensor, target: Any) -> None:
     result = secateur.prune(
         classifier(), images, target=target, criterion="l1", settings={"refit": {"layers": "none"}}
     )

@@ -201,7 +201,7 @@ def test_photos_in_heif_need_a_package(tmp_path: Path, monkeypatch: pytest.Monke
 def test_photos_in_heif_are_read_with_that_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the package registers a reader of such files that are PNG inside."""
+    """A replacement of the package registers a reader of such files that are PNG inside."""
     registered = []
     package = types.ModuleType("pillow_heif")
     package.__spec__ = importlib.machinery.ModuleSpec("pillow_heif", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_its_mode_is_that_of_the_network() -> None:
 
 def test_any_kind_of_module_can_be_copied_and_run() -> None:
     model, images = Chain().eval(), random_images()
-    for original in (symbolic_trace(model), torch.compile(model), nn.Sequential(model)):
+    compiled = cast("nn.Module", torch.compile(model))
+    for original in (symbolic_trace(model), compiled, nn.Sequential(model)):
         network = copy.deepcopy(with_forward(original, doubled))
         assert torch.equal(network(images), 2 * model(images))
 
@@ -74,7 +76,7 @@ def test_functions_have_names() -> None:
     assert name_of(None) is None
 
 
-class Answers(nn.Module):
+class Returning(nn.Module):
     """Returns whatever a test makes of the logits."""
 
     def __init__(self, kind: str) -> None:
@@ -96,7 +98,7 @@ class Answers(nn.Module):
 
 @pytest.mark.parametrize("kind", ["object", "dict"])
 def test_logits_are_taken_by_their_name(kind: str) -> None:
-    network = with_logits(Answers(kind), None, random_images())
+    network = with_logits(Returning(kind), None, random_images())
     assert forward_of(network) is logits_of
     assert network(random_images(3)).shape == (3, 4)
 
@@ -110,11 +112,11 @@ def test_logits_are_taken_by_their_name(kind: str) -> None:
 )
 def test_what_has_no_such_name_is_never_guessed(kind: str, message: str) -> None:
     images = random_images()
-    assert forward_of(through_logits(Answers(kind), None, images)) is None
+    assert forward_of(through_logits(Returning(kind), None, images)) is None
     with pytest.raises(UsageError, match=message):
-        with_logits(Answers(kind), None, images)
+        with_logits(Returning(kind), None, images)
     with pytest.raises(UsageError, match="by letting forward return one tensor"):
-        with_logits(Answers(kind), lambda model, images: model(images), images)
+        with_logits(Returning(kind), lambda model, images: model(images), images)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +130,4 @@ def test_what_has_no_such_name_is_never_guessed(kind: str, message: str) -> None
 )
 def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        with_logits(Answers("tensor"), None, torch.rand(shape))
+        with_logits(Returning("tensor"), None, torch.rand(shape))

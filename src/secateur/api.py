@@ -31,7 +31,7 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.working_copy import like_original, working_copy
-from secateur.graph.wrappers import unwrapped
+from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.labels import read_all_labels, read_labels
@@ -238,6 +238,7 @@ def evaluate(
     `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
     if the network can't be run on the images.
     """
+    model = require_module(model)
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:

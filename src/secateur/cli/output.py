@@ -16,7 +16,7 @@ from rich.table import Table
 from secateur.cli.console import err, escaped, out
 from secateur.experiments import run_folder
 from secateur.experiments.evaluate import Evaluation
-from secateur.experiments.inspect import NEEDED
+from secateur.experiments.inspect import NEEDED, NEEDED_BY
 from secateur.experiments.onnx_export import ExportResult, Latency
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
@@ -212,8 +212,8 @@ def show_groups(inspection: dict[str, Any]) -> None:
         )
     out().print(table)
     out().print(
-        f"needed: filters that hold {NEEDED:.0%} of the layer's votes; detectors: filters that "
-        "overlap a concept, and of how many concepts",
+        f"needed: filters that hold {NEEDED:.0%} of the layer's votes by {NEEDED_BY}; detectors: "
+        "filters that overlap a concept, and of how many concepts",
         highlight=False,
     )
     if not inspection["frozen"]:

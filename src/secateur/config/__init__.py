@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -106,13 +105,6 @@ class ModelSection(Section):
     images."""
 
 
-def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the values; raise `ValueError` unless there are one, for grey, or three."""
-    if len(values) not in (1, 3):
-        raise ValueError(f"give three values, or one for grey images; got {len(values)}")
-    return values
-
-
 class DataSection(Section):
     """The images."""
 
@@ -128,12 +120,10 @@ class DataSection(Section):
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input images in pixels; by default the size the network was made for, or
     for a network from a file of your own the size that all images are stored in, else 224."""
-    mean: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Mean per colour channel, or the one of grey, of values from 0 to 1; by default the
-    network's."""
-    std: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Standard deviation per colour channel, or the one of grey, of values from 0 to 1; by default
-    the network's."""
+    mean: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Mean per channel (three, or one of grey) of values from 0 to 1; by default the network's."""
+    std: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Standard deviation per channel, of values from 0 to 1; by default the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)

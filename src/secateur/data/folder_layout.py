@@ -190,8 +190,10 @@ def _contents(directory: Path, kind: str) -> str:
         )
     if archives:
         return f"it holds {brief(archives)}: unpack it, and name the folder that it makes"
-    held = count_suffixes(Counter(path.suffix.lower() for path in files))
-    return f"it holds other files ({held}): put the images of each class into {directory}/CLASS/"
+    suffixes = count_suffixes(Counter(path.suffix.lower() for path in files))
+    return (
+        f"it holds other files ({suffixes}): put the images of each class into {directory}/CLASS/"
+    )
 
 
 def _advice(directory: Path, kind: str) -> str:

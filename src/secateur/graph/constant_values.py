@@ -7,6 +7,7 @@ nevertheless if nothing but parameters, buffers and other constants went into th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ from secateur.runtime.torch_internals import (
     FakeTensorMode,
     OpOverload,
     ShapeEnv,
-    TensorKeyDictionary,
     schema_of,
-    tree_leaves,
     tree_map,
     unset_fake_temporarily,
 )
+
+_NUMBER = "_secateur_constant"
+"""Attribute of a fake tensor whose values are known."""
 
 
 @dataclass(eq=False)
@@ -48,12 +50,21 @@ class ConstantReadingMode(FakeTensorMode):
     def __init__(self, images: int) -> None:
         super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self._images = images
-        self._constants: Any = TensorKeyDictionary()
-        """Fake tensor -> its real values, or the operation that computes them."""
+        self._constants: dict[int, Tensor | _Constant] = {}
+        """Number of a fake tensor -> its real values, or the operation that computes them."""
+        self._numbers = itertools.count()
 
     def add(self, fake: Tensor, real: Tensor) -> None:
         """Record the values of a parameter or buffer."""
-        self._constants[fake] = real
+        self._set(fake, real)
+
+    def _set(self, fake: Tensor, constant: Tensor | _Constant) -> None:
+        number = next(self._numbers)
+        setattr(fake, _NUMBER, number)
+        self._constants[number] = constant
+
+    def _is_known(self, fake: Tensor) -> bool:
+        return getattr(fake, _NUMBER, None) in self._constants
 
     def forget_constants(self) -> None:
         """Release all values: the fake tensors of a graph keep their mode alive."""
@@ -87,42 +98,40 @@ class ConstantReadingMode(FakeTensorMode):
         if not isinstance(real, Tensor):
             return real
         fake = self.from_tensor(real)
-        self._constants[fake] = real
+        self._set(fake, real)
         return fake
 
     def _without_mask(self, index: Tensor | None) -> list[Tensor | None]:
         """Return the indices that a constant mask selects; the number of others is not known."""
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        if (
-            index is None
-            or not is_mask
-            or (self.is_our_fake(index) and index not in self._constants)
-        ):
+        if index is None or not is_mask or (self.is_our_fake(index) and not self._is_known(index)):
             return [index]
         return [self._fake_constant(places) for places in self._real(index).nonzero(as_tuple=True)]
 
     def _record(self, value: object, constant: _Constant) -> None:
         if isinstance(value, FakeTensor):
-            self._constants[value] = constant
+            self._set(value, constant)
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):
                 if isinstance(item, FakeTensor):
-                    self._constants[item] = _Constant(
-                        constant.operation, constant.args, constant.kwargs, index
-                    )
+                    operation = constant.operation, constant.args, constant.kwargs
+                    self._set(item, _Constant(*operation, index))
 
     def _is_constant(
         self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> bool:
         if torch.Tag.nondeterministic_seeded in func.tags:
             return False
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, FakeTensor):
-                if leaf not in self._constants:
-                    return False
-            elif type(leaf) is int and leaf and leaf % self._images == 0:
-                return False
-        return True
+        return all(map(self._is_constant_leaf, args)) and all(
+            map(self._is_constant_leaf, kwargs.values())
+        )
+
+    def _is_constant_leaf(self, value: object) -> bool:
+        if isinstance(value, FakeTensor):
+            return self._is_known(value)
+        if isinstance(value, list | tuple):
+            return all(map(self._is_constant_leaf, value))
+        return type(value) is not int or value == 0 or value % self._images != 0
 
     def _compute(self, constant: _Constant) -> Any:
         with unset_fake_temporarily():
@@ -134,7 +143,8 @@ class ConstantReadingMode(FakeTensorMode):
         """Return the values of a fake tensor that holds constants; anything else as it is."""
         if not isinstance(leaf, FakeTensor):
             return leaf
-        constant = self._constants[leaf]
+        constant = self._constants[getattr(leaf, _NUMBER)]
         if isinstance(constant, _Constant):
-            constant = self._constants[leaf] = self._compute(constant).detach()
+            constant = self._compute(constant).detach()
+            self._set(leaf, constant)
         return constant

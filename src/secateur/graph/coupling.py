@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -131,8 +132,7 @@ def _group_channels(
             if len(tapped) < len(free):
                 free = np.array([c for c in free.tolist() if c not in why_frozen], dtype=np.int64)
                 taps = _find_taps(coupled, draft.consumers, free)[0] if len(free) else []
-        for reason in dict.fromkeys(why_frozen.values()):
-            size = sum(other == reason for other in why_frozen.values())
+        for reason, size in Counter(why_frozen.values()).items():
             frozen.append(FrozenGroup(first.name, size, str(reason), reason.cause))
         if taps:
             layers, consumers = tuple(draft.layers.values()), tuple(draft.consumers)
@@ -177,7 +177,7 @@ def _find_taps(
     table = index_table(channels, propagation.id_count)
     is_missing = np.ones(len(channels), dtype=bool)
     taps: list[Tap] = []
-    problem = Reason(NO_CONSUMER, _last_use(coupled, channels))
+    problem = Reason(NO_CONSUMER)
     for consumer in consumers:
         node = _feature_map(first_input(consumer.node))
         if shape_of(node)[0] != propagation.graph.images:
@@ -199,6 +199,8 @@ def _find_taps(
             is_missing[numbers[index]] = False
         if not is_missing.any():
             break
+    if is_missing.any() and problem.cause == NO_CONSUMER:
+        problem = Reason(NO_CONSUMER, _last_use(coupled, channels[is_missing]))
     return taps, problem
 
 

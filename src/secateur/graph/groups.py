@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.fx.node import Node
 
@@ -42,8 +43,7 @@ class Group:
         return len(self.channels)
 
 
-@dataclass(frozen=True)
-class Reason:
+class Reason(NamedTuple):
     """Why channels can't be cut."""
 
     cause: str

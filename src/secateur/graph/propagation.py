@@ -185,7 +185,8 @@ class ChannelPropagation:
         known = [ids for ids in axes if ids is not None]
         if known:
             place = call_site(self._visited) if self._visited is not None else ""
-            self._frozen.extend((ids, Reason(reason, place)) for ids in known)
+            why = Reason(reason, place)
+            self._frozen.extend((ids, why) for ids in known)
 
     def keep_two(self, axes: Iterable[Ids], reason: str) -> None:
         """Record that of the channels along each of these axes at least two must stay."""

@@ -19,8 +19,7 @@ def replace_unknown_sizes(graph: Graph) -> None:
     """Give a size to every value whose size is not known, and mark it."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        sizes = (size for item in _items(value) if isinstance(item, Tensor) for size in item.shape)
-        if not all(type(size) is int for size in sizes):
+        if any(type(item.numel()) is not int for item in _items(value) if isinstance(item, Tensor)):
             node.meta["val"] = _with_sizes(value)
             node.meta[_MARK] = True
         elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):

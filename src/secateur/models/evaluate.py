@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
-from secateur.graph.module_state import evaluating
-from secateur.graph.wrappers import require_module
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.wrappers import require_module, without_wrappers
 from secateur.models.score import Score
 from secateur.models.task import (
     Labels,
@@ -96,7 +96,7 @@ def evaluate_and_predict(
     def measure() -> tuple[int, float]:
         example = tally.example
         assert example is not None
-        macs = count_macs(model, example[:1])
+        macs = count_macs(without_wrappers(model), example[:1])
         return macs, latency_ms(model, example) if known_ms is None else known_ms
 
     macs, time_ms = distributed.on_main_process(measure)
@@ -150,7 +150,7 @@ class _Tally:
         labels = batch.labels.to(logits.device)
         loss = cross_entropy(logits, labels, reduction="sum")
         if self.example is None:
-            self.example = batch.images.to(logits.device)
+            self.example = as_input(model, batch.images)
         ranked = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
         self.class_count = logits.shape[-1]
         hits = ranked == labels[..., None]

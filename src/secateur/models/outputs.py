@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.forward import with_forward
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.models.task import logits_of, select_logits
 from secateur.runtime.error_messages import explain
@@ -55,7 +55,7 @@ def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn
 
 def _try(network: nn.Module, images: Tensor) -> object:
     """Return the network's output; raise `UsageError` that says why it can't take the images."""
-    images = images[:FEW].to(device_of(network))
+    images = as_input(network, images[:FEW])
     try:
         with evaluating(network), torch.inference_mode():
             output: object = network(images)

@@ -39,13 +39,19 @@ class Doubt:
     is_final: bool = False
     """Whether nothing can be measured before that is done."""
 
-    def raise_unless(self, *, allowed: bool) -> str:
-        """Return the note for the user; raise `AccuracyError` if there is a remedy to try first."""
+    def raise_unless(self, *, allowed: bool) -> None:
+        """Raise `AccuracyError` if there is a remedy to try first, and it is not `allowed` not to.
+
+        What can't be measured at all is never allowed.
+        """
         if self.is_final or (self.remedy and not allowed):
             go_on = "" if self.is_final else f"; {GO_ON}"
             raise AccuracyError(f"{self.text}: {self.remedy}{go_on}")
-        remedy = f": {self.remedy}" if self.remedy else ""
-        return f"{self.text[0].upper()}{self.text[1:]}{remedy}."
+
+    def note(self, start: str = "") -> str:
+        """Return the doubt as a sentence for the user, with a `start` before it."""
+        text = f"{start}{self.text}{f': {self.remedy}' if self.remedy else ''}."
+        return text[0].upper() + text[1:]
 
 
 def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:
@@ -57,8 +63,9 @@ def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "tes
     if doubt is not None:
         return doubt
     if labels.ndim == 1 and len(labels.unique()) == 1 < len(labels):
-        text = f"all {len(labels)} {kind} images are of class {int(labels[0])}"
-        return Doubt(f"{text}, so their accuracy says nothing of the other classes")
+        images = f"{len(labels)} {kind} images of class {int(labels[0])}"
+        text = f"the network is scored on {images} alone, so accuracy says nothing of other classes"
+        return Doubt(text)
     return find_constant(predicted, kind)
 
 
@@ -165,12 +172,12 @@ def _shuffled(predicted: Tensor, labels: Tensor, classes: int, kind: str) -> Dou
     if not (is_large and is_significant and is_beyond_chance(reordered, labels, classes)):
         return None
     moves = zip(columns.tolist(), outputs.tolist(), strict=True)
-    moved = [f"{label} is output {output}" for label, output in moves if label != output]
+    moved = [f"label {label} is output {output}" for label, output in moves if label != output]
     more = f" and {len(moved) - NAMED_CLASSES} more" if len(moved) > NAMED_CLASSES else ""
     before, now = (100 * float(hits.double().mean()) for hits in (direct, after))
     return Doubt(
         f"the network is right on {before:.1f} % of the {kind} images, but on {now:.1f} % "
-        f"with its classes in another order (label {', '.join(moved[:NAMED_CLASSES])}{more})",
+        f"with its classes in another order ({', '.join(moved[:NAMED_CLASSES])}{more})",
         CHECK,
     )
 

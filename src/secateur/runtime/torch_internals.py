@@ -35,7 +35,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary as TensorKeyDictionary
 
 __all__ = [
     "COMPILED_NETWORK",
@@ -48,7 +47,6 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "ShapeEnv",
-    "TensorKeyDictionary",
     "composite_operations",
     "cpu_capabilities",
     "is_compiled_in_place",
