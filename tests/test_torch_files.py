@@ -54,6 +54,7 @@ SETTINGS: dict[str, object] = {
     "NumPy scalars": [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)],
     "NumPy arrays": [np.arange(3), np.zeros((2, 2), np.float16), np.array(["a", "b"])],
     "random states": [np.random.get_state(), random.getstate(), torch.get_rng_state()],
+    "generators": [np.random.default_rng(0), np.random.RandomState(0), random.Random(0)],
     "torch": [torch.Size([2, 3]), torch.float16, torch.device("cpu")],
     "torch.__version__": torch.__version__,
 }
@@ -212,6 +213,15 @@ def test_what_holds_code_is_named_with_a_command_that_converts_it(
         exec(command_in(str(caught.value)))
     load_weights(model, "weights.pth")
     assert_same(model, dict(stored.state_dict()))
+
+
+def test_what_torch_says_is_cut_to_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": [torch.ones(1)]}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"e}q", b"a}q", 1).replace(b"]q", b"}q", 1))
+    with pytest.raises(WeightsError, match=r"w\.pth can't be read: [^\n\x1b]{5,120}$"):
+        read_checkpoint(path)
 
 
 def test_an_object_without_a_network_gets_no_command(tmp_path: Path) -> None:

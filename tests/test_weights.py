@@ -303,6 +303,19 @@ def test_a_wrapped_network_takes_plain_weights(tmp_path: Path) -> None:
     assert_same(model.module, state())
 
 
+def test_the_parts_of_a_network_may_have_prefixes_of_their_own(tmp_path: Path) -> None:
+    def name(key: str) -> str:
+        return f"head.{key}" if key.startswith("head.") else f"backbone.{key}"
+
+    content = {"meta": {"epoch": 3}, "state_dict": renamed(name)}
+    model, [note] = load(content, tmp_path)  # as OpenMMLab's image classifiers
+    assert_same(model, state())
+    assert "taken from 'state_dict.backbone'" in note
+    other = {f"neck.{key}": tensor for key, tensor in state(1).items() if "head" in key}
+    with pytest.raises(WeightsError, match=r"2 missing: head\.weight, head\.bias"):
+        load({"state_dict": {**renamed(name), **other}}, tmp_path)
+
+
 class Holder(nn.Module):
     """Holds a network, as modules of Lightning do."""
 

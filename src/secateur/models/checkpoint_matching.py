@@ -58,7 +58,7 @@ def pick(contents: Contents, model: nn.Module) -> StateDict:
     """
     names = NetworkNames.of(model)
     table = _table(contents.entries, names)
-    fitting = _fitting(table, names)
+    fitting = _fitting(table, names) or _join_parts(table, names)
     for inner in names.without_prefix():
         if not fitting:
             fitting = _fitting(table, inner)
@@ -191,6 +191,26 @@ def _fitting(table: Mapping[str, Entry], names: NetworkNames) -> list[str]:
     """Return the prefixes below which all tensors of the network are, with its shapes if any."""
     fitting = [prefix for prefix in _prefixes(table, names) if names.are_in(table, prefix)]
     return [prefix for prefix in fitting if names.shapes_fit(table, prefix)] or fitting
+
+
+def _join_parts(table: dict[str, Entry], names: NetworkNames) -> list[str]:
+    """Give the tensors of two parts, such as `backbone.` and `head.`, the first one's prefix.
+
+    Returns that prefix, or nothing if there are no two prefixes, or more, that fit together.
+    """
+    [first, *others] = _nearest(table, names)
+    missing = [group for group in names.tied if not any(first + name in table for name in group)]
+    seconds = [
+        prefix
+        for prefix in _prefixes(table, names)
+        if all(any(prefix + name in table for name in group) for group in missing)
+    ]
+    if others or not missing or len(seconds) != 1:
+        return []
+    for name in (name for group in missing for name in group):
+        if seconds[0] + name in table:
+            table[first + name] = table.pop(seconds[0] + name)
+    return [first]
 
 
 def _prefixes(table: Mapping[str, Entry], names: NetworkNames) -> Counter[str]:

@@ -107,7 +107,7 @@ def _describe_zip(path: Path, names: list[str], *, is_script: bool) -> str:
     if is_script:
         command = conversion(path, 'torch.jit.load(FILE, map_location="cpu").state_dict()')
         return f"is a TorchScript archive, which holds code: convert it with {command}"
-    if any(name.endswith("archive_format") for name in names):
+    if any(name.endswith(("archive_format", "serialized_state_dict.pt")) for name in names):
         command = conversion(path, "torch.export.load(FILE).state_dict")
         return f"is a program of torch.export, which holds code: convert it with {command}"
     if "model.weights.h5" in names:

@@ -55,6 +55,10 @@ OBJECTS = {
     "fastcore.foundation": "L",
     "fractions": "Fraction",
     "ml_collections.config_dict.config_dict": "ConfigDict FieldReference FrozenConfigDict",
+    "numpy.random._mt19937": "MT19937",
+    "numpy.random._pcg64": "PCG64",
+    "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
+    "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
     "omegaconf.base": "ContainerMetadata Metadata SCMode",
     "omegaconf.dictconfig": "DictConfig",
     "omegaconf.listconfig": "ListConfig",
@@ -64,9 +68,10 @@ OBJECTS = {
         ("pathlib", "pathlib._local"),
         "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
     ),
+    "random": "Random",
     "torch.torch_version": "TorchVersion",
     "types": "SimpleNamespace",
-    "typing": "Any Optional Union",
+    "typing": "Any Dict List Optional Tuple Union",
     "uuid": "SafeUUID UUID",
 }
 """Classes of plain data by module, which placeholders replace."""
@@ -164,7 +169,8 @@ def _refusal(path: Path, reason: str) -> WeightsError:
         )
     unknown = UNKNOWN.search(reason)
     if unknown is None:
-        return WeightsError(f"{path} can't be read: {' '.join(reason.split())}")
+        inner = reason.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()
+        return WeightsError(f"{path} can't be read: {inner[0] if inner else 'it is damaged'}")
     expression = _expression(path)
     remedy = "name another file, with the network's state_dict()"
     if expression:
