@@ -47,7 +47,7 @@ def prune_briefly(model_file: Path, source: str, folder: Path, **data: object) -
     return run(
         from_dict(
             {
-                "model": {"name": f"{model_file}:small"},
+                "model": {"name": f"{model_file}:small", "allow_untrained": True},
                 "data": {"source": source, "image_size": 16, "calibration_images": 60, **data},
                 "plan": {"target": "macs=0.7"},
                 "finetune": {"epochs": 0},

@@ -12,10 +12,12 @@ import re
 import shutil
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -113,7 +115,8 @@ class Desk:
 
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
-        common = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        common = ("-m", self.files.model_name, "--allow-untrained", "-d", self.files.source)
+        common = (*common, "-o", self.folder / "run")
         secateur_command("prune", *common, *options)
 
 
@@ -209,8 +212,41 @@ class Branching(nn.Module):
         return y.mean((2, 3)) if y.sum() > 0 else y.amax((2, 3))
 
 
-def labelled(model: nn.Module) -> None:
-    secateur.prune(model, [(images(), torch.arange(60) % 4)])
+class WithoutGradients(nn.Module):
+    """Switches gradients off for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.conv(x).relu().mean((2, 3)))
+        return logits
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(Branching())
+
+
+def quantised() -> nn.Module:
+    supported = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "qnnpack" if "qnnpack" in supported else "fbgemm"
+    with warnings.catch_warnings(action="ignore"):
+        model: nn.Module = torch.ao.quantization.quantize_dynamic(
+            WithoutGradients(), {nn.Linear}, dtype=torch.qint8
+        )
+    return model
+
+
+def labelled(model: Any, **options: Any) -> None:
+    secateur.prune(
+        model,
+        [(images(), torch.arange(60) % 4)],
+        settings={"model.allow_untrained": True},
+        **options,
+    )
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -599,6 +635,14 @@ CASES: dict[str, Callable[[Desk], object]] = {
         )
     ),
     "its code branches on computed values": lambda desk: labelled(Branching()),
+    "it is TorchScript": lambda desk: labelled(scripted()),
+    "it is quantised": lambda desk: labelled(quantised()),
+    "it is on the `meta` device": lambda desk: labelled(Branching().to("meta")),
+    "it has a lazy layer": lambda desk: labelled(nn.Sequential(nn.LazyConv2d(4, 3))),
+    "a state dict is passed": lambda desk: labelled(Branching().state_dict()),
+    "a list of layers is passed": lambda desk: labelled([nn.Conv2d(3, 4, 3), nn.ReLU()]),
+    "a name is passed": lambda desk: labelled("resnet20"),
+    "it is trained without gradients": lambda desk: labelled(WithoutGradients(), epochs=1),
     "its images have another size": lambda desk: fit(desk, FIXED_SIZE),
     "its images are too small": lambda desk: fit(desk, LARGE_KERNEL, "--image-size", 8),
     "its images have more channels than files": lambda desk: fit(desk, FOUR_CHANNELS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import nn
 import secateur
 from layouts import random_pixels, tiff_of, write_image
 from secateur import data
+from secateur.cli import app
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, TensorImages
 from secateur.data.images import stored_size
 from secateur.data.preprocessing import Preprocessing, to_grey
-from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_manifest
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.inputs import describe_inputs, load_inputs, resolve_config
@@ -201,11 +202,18 @@ def test_more_channels_are_for_python(tmp_path: Path) -> None:
         resolved(config_of(FLEXIBLE.format(channels=4), source, tmp_path))
 
 
-def test_grey_networks_are_pruned_saved_and_loaded_as_from_python(tmp_path: Path) -> None:
+def test_grey_networks_are_pruned_saved_and_loaded_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_folder(tmp_path / "photos", 16, 16)
-    config = config_of(FLEXIBLE.format(channels=1), source, tmp_path, calibration_images=20)
-    result = runs.run(config, tmp_path / "run")
-    assert any("grey" in notice for notice in result.notices)
+    config = config_of(FLEXIBLE.format(channels=1), source, tmp_path)
+    arguments = ["-m", config.model.name, "-d", source, "-o", tmp_path / "run", "--no-finetune"]
+    options = ["--calibration-images", 20, "--allow-untrained", "--set", "report.images=0"]
+    monkeypatch.setattr(sys, "argv", ["secateur", "prune", *map(str, (*arguments, *options))])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 0
+    assert "images are read in grey" in " ".join(capsys.readouterr().out.split())
     dataset, model = load_inputs(config)
     manifest = read_manifest(tmp_path / "run")
     assert manifest.image_shape == (1, 16, 16)

@@ -12,8 +12,8 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur import config as configuration
-from secateur.config import BudgetLike, RunConfig, parse_budget
+from secateur.config import BudgetLike, RunConfig, from_dict, parse_budget
+from secateur.config.tables import nearest_key
 from secateur.data import Batch, DataSet, NormalisedImages
 from secateur.data.in_memory import (
     ImageBatches,
@@ -141,6 +141,8 @@ class PruneResult:
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
+@torch.inference_mode(False)  # also where the caller has switched gradients off
+@torch.enable_grad()
 def prune(
     model: nn.Module,
     images: ImageBatches,
@@ -351,7 +353,7 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
         tables["distill"] = {"flip": False}
     for section, values in _by_section(settings).items():
         tables[section] = {**tables.get(section, {}), **values}
-    config = configuration.from_dict(tables, RunConfig)
+    config = from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
             "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
@@ -374,7 +376,7 @@ def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             tables[section] = {**tables.get(section, {}), **value}
             continue
         if not dot:
-            near = configuration.nearest_key(key)
+            near = nearest_key(key, RunConfig)
             raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
         tables.setdefault(section, {})[name] = value
     return tables

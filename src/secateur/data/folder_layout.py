@@ -152,7 +152,8 @@ def check_same_classes(
     ]
     if sides:
         raise DataError(
-            f"{directory}: train and {part} have different classes: {', and '.join(sides)}"
+            f"{directory}: train and {part} have different classes: {', and '.join(sides)}; "
+            "both need the same class folders"
         )
 
 

@@ -110,8 +110,8 @@ def _doubts(
     network: nn.Module, context: ScoringContext, dataset: DataSet, config: RunConfig
 ) -> tuple[str, ...]:
     """Return what looks wrong about the predictions for the first calibration images, if any."""
-    if annotated_images(config.score.concepts) is not None:
-        return ()  # their labels are not classes
+    if config.model.allow_untrained or annotated_images(config.score.concepts) is not None:
+        return ()  # labels of annotated images are not classes
     count = min(CHECKED_IMAGES, len(context.calibration.labels))
     few = context.calibration.take(torch.arange(count))
     batches = context.reader.read_shard(few)

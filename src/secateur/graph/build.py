@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.fixed_kernels import freeze_fixed_kernels
 from secateur.graph.forward import with_forward
 from secateur.graph.module_state import as_input
 from secateur.graph.network_graph import Forward
@@ -58,6 +59,7 @@ def build_dependency_graph(
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")
+    freeze_fixed_kernels(model, propagation)
     if not prune_residual:
         propagation.freeze_residual_channels(RESIDUAL)
     _exclude(propagation, tuple(exclude))

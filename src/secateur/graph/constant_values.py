@@ -7,6 +7,7 @@ nevertheless if nothing but parameters, buffers and other constants went into th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ class ConstantReadingMode(FakeTensorMode):
     """Traces with fake tensors, and computes the values of those that no image has gone into.
 
     `images` is the number of images in the traced batch: what is made of a size that depends on it
-    is no constant.
+    is no constant. `sizes` keeps account of sizes that depend on values; without it, these raise.
     """
 
-    def __init__(self, images: int) -> None:
-        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    def __init__(self, images: int, sizes: ShapeEnv | None) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=sizes)
         self._images = images
         self._constants: dict[int, Tensor | _Constant] = {}
         """Number of a fake tensor -> its real values, or the operation that computes them."""
@@ -78,6 +79,8 @@ class ConstantReadingMode(FakeTensorMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         """Run an operation on fake tensors; return the number if it reads one from constants."""
+        if _is_plain(func) and args and not self._is_constant_leaf(args[0]):
+            return super().__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         is_constant = self._is_constant(func, args, kwargs)
         if is_constant and torch.Tag.data_dependent_output in func.tags:
@@ -97,7 +100,7 @@ class ConstantReadingMode(FakeTensorMode):
         """Return a fake tensor with known values in place of a real tensor."""
         if not isinstance(real, Tensor):
             return real
-        fake = self.from_tensor(real)
+        fake = self.from_tensor(real, static_shapes=True)
         self._set(fake, real)
         return fake
 
@@ -148,3 +151,9 @@ class ConstantReadingMode(FakeTensorMode):
             constant = self._compute(constant).detach()
             self._set(leaf, constant)
         return constant
+
+
+@functools.cache
+def _is_plain(func: OpOverload) -> bool:
+    """Return whether an operation leaves its inputs alone and may not read a constant mask."""
+    return not schema_of(func).is_mutable and func is not torch.ops.aten.index.Tensor

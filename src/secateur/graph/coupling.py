@@ -179,7 +179,7 @@ def _find_taps(
     taps: list[Tap] = []
     problem = Reason(NO_CONSUMER)
     for consumer in consumers:
-        node = _feature_map(first_input(consumer.node))
+        node = _image_first(_feature_map(first_input(consumer.node)), propagation.graph.images)
         if shape_of(node)[0] != propagation.graph.images:
             problem = Reason(NOT_IN_IMAGES, call_site(consumer.node))
             continue
@@ -225,6 +225,17 @@ def _feature_map(node: Node) -> Node:
             return node
         source = source.args[0]
     return source
+
+
+def _image_first(node: Node, images: int) -> Node:
+    """Return the value, or the one before it was permuted, of which the first dimension is images.
+
+    Recurrent layers, for one, read positions first.
+    """
+    source = node
+    while shape_of(source)[0] != images and operation_name(source) in ("permute", "transpose"):
+        source = first_input(source)
+    return source if shape_of(source)[0] == images else node
 
 
 _FLATTENING = {

@@ -101,6 +101,10 @@ def _replace_tensor(model: nn.Module, names: tuple[str, ...], tensor: Tensor) ->
 
 def _update_size_attributes(module: nn.Module) -> None:
     """Update the size attributes of torch's own modules to the shape of their weight."""
+    if isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size = module.weight_ih.shape[1]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return

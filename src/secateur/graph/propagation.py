@@ -180,11 +180,15 @@ class ChannelPropagation:
             self._couplings.append((np.repeat(first, ids.shape[1] - 1), ids[:, 1:].reshape(-1)))
         return first
 
-    def freeze(self, axes: Iterable[Ids | None], reason: str) -> None:
-        """Record that no channel of these axes can be cut."""
+    def freeze(self, axes: Iterable[Ids | None], reason: str, node: Node | None = None) -> None:
+        """Record that no channel of these axes can be cut, because of an operation.
+
+        That is the one whose rule is running, unless another one is passed.
+        """
         known = [ids for ids in axes if ids is not None]
         if known:
-            place = call_site(self._visited) if self._visited is not None else ""
+            node = node or self._visited
+            place = "" if node is None else call_site(node)
             why = Reason(reason, place)
             self._frozen.extend((ids, why) for ids in known)
 

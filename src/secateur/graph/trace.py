@@ -34,6 +34,7 @@ from secateur.runtime.torch_internals import (
     VALUES_NEEDED,
     FakeTensor,
     OpOverload,
+    ShapeEnv,
     composite_operations,
     is_composite,
     make_fx,
@@ -62,32 +63,13 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     other one (`NetworkGraph.images`): sizes that depend on the batch are its multiples.
     """
     whole = frozenset(whole)
-    # A copy, since a network may keep values that it computed, and here these are fake.
-    model = copy_of(model, share_tensors=True)
     images = _batch_size(model, example)
-    mode = ConstantReadingMode(images)
-    names, fakes, batch = _fake_inputs(model, example, images, mode)
-    real_tensors = tensors_of(model)
-
-    def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
-        for name, tensor in zip(names, tensors, strict=True):
-            mode.add(tensor, real_tensors[name])
-        state = {
-            alias: tensor
-            for aliases, tensor in zip(names.values(), tensors, strict=True)
-            for alias in aliases
-        }
-        with RecordCallSites():
-            output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
-        return tuple(tree_leaves(output))
-
     try:
-        with evaluating(model), torch.no_grad(), _recording_modules(model), tracing_quietly():
-            module = _recorded(body, fakes, batch, whole)
+        module, names = _recorded(partial(_record, model, example, images), whole)
+    except TraceError:
+        raise
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
-    finally:
-        mode.forget_constants()
     graph = module.graph
     _drop_context_switches(graph)
     replace_unknown_sizes(graph)
@@ -119,10 +101,15 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images, whole)
 
 
+_Names = dict[str, tuple[str, ...]]
+"""Name of a parameter or buffer -> all its names, in the order of the graph's placeholders."""
+
+
 def _recorded(
-    body: Callable[..., object], fakes: list[Tensor], batch: Tensor, whole: frozenset[str]
-) -> GraphModule:
-    """Return what `body` computes as a graph, with composite operations composed of others."""
+    record: Callable[[dict[OpOverload, Callable[..., Any]], bool], tuple[GraphModule, _Names]],
+    whole: frozenset[str],
+) -> tuple[GraphModule, _Names]:
+    """Return what `record` does, with composite operations composed of others."""
 
     def is_replaced(operation: object) -> bool:
         if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
@@ -133,15 +120,65 @@ def _recorded(
         has_other_form = name == written or hasattr(torch.ops.aten, name)
         return name not in whole and has_other_form and is_composite(operation)
 
-    record = partial(
-        make_fx, body, tracing_mode="fake", pre_dispatch=True, _error_on_data_dependent_ops=False
-    )
-    module = record()(fakes, batch)
+    def attempt(composed: dict[OpOverload, Callable[..., Any]]) -> tuple[GraphModule, _Names]:
+        # Sizes that depend on values are rare, and to expect them takes longer.
+        try:
+            return record(composed, False)
+        except VALUES_NEEDED:
+            return record(composed, True)
+
+    recorded = attempt({})
     # Most networks have none, and listing all that there are takes longer than a look for them.
-    if any(is_replaced(node.target) for node in module.graph.nodes):
-        composed = {op: make for op, make in composite_operations().items() if is_replaced(op)}
-        module = record(decomposition_table=composed)(fakes, batch)
-    return module
+    if any(is_replaced(node.target) for node in recorded[0].graph.nodes):
+        return attempt({op: make for op, make in composite_operations().items() if is_replaced(op)})
+    return recorded
+
+
+def _record(
+    model: nn.Module,
+    example: Tensor,
+    images: int,
+    composed: dict[OpOverload, Callable[..., Any]],
+    has_unknown_sizes: bool,
+) -> tuple[GraphModule, _Names]:
+    """Return what a network computes as a graph, and the names of the tensors that it reads."""
+    # A copy, since a network may keep values that it computed, and here these are fake.
+    model = copy_of(model, share_tensors=True)
+    mode = ConstantReadingMode(images, ShapeEnv() if has_unknown_sizes else None)
+    names, fakes, batch = _fake_inputs(model, example, images, mode)
+    real_tensors = tensors_of(model)
+
+    def body(tensors: list[Tensor], batch: Tensor) -> tuple[object, ...]:
+        for name, tensor in zip(names, tensors, strict=True):
+            mode.add(tensor, real_tensors[name])
+        state = {
+            alias: tensor
+            for aliases, tensor in zip(names.values(), tensors, strict=True)
+            for alias in aliases
+        }
+        with RecordCallSites():
+            output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
+        return tuple(tree_leaves(output))
+
+    try:
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            _recording_modules(model),
+            tracing_quietly(),
+            mode,
+        ):
+            # The tensors are fake already; in the mode "fake" each would be copied.
+            module = make_fx(
+                body,
+                decomposition_table=composed,
+                tracing_mode="real",
+                pre_dispatch=True,
+                _error_on_data_dependent_ops=False,
+            )(fakes, batch)
+    finally:
+        mode.forget_constants()
+    return module, names
 
 
 def _check_is_outside(constant: Tensor, model: nn.Module) -> None:

@@ -187,7 +187,7 @@ def _replace_all_views(
     last, current, whole = new, value, new
     added: list[Node] = []
 
-    def add(target: Callable[..., Any], *args: Any) -> Node:
+    def add(target: Any, *args: Any) -> Node:
         nonlocal last
         with graph.inserting_after(last):
             last = call_like(graph, write, target, *args)

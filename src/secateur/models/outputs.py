@@ -14,6 +14,7 @@ from secateur.graph.network_graph import Forward
 from secateur.models.task import logits_of, select_logits
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
+from secateur.runtime.torch_internals import Convolution
 
 FEW = 2
 """Images that a network is tried on."""
@@ -88,9 +89,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
-def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
-    kind = nn.modules.conv._ConvNd
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
+def _first_convolution(model: nn.Module) -> Convolution | None:
+    return next((module for module in model.modules() if isinstance(module, Convolution)), None)
 
 
 def _description(output: object) -> str:

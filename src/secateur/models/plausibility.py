@@ -9,11 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from secateur.models.task import Labels
 from secateur.runtime.errors import AccuracyError
+from secateur.runtime.torch_internals import BatchNorm, Convolution
 
 FEWEST_IMAGES = 20
 """From this number on classes in another order are looked for."""
@@ -205,15 +204,15 @@ def looks_untrained(model: nn.Module) -> bool:
     means = [
         norm.running_mean
         for norm in model.modules()
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        if isinstance(norm, BatchNorm) and norm.running_mean is not None
     ]
     if means:
         return not any(bool(mean.any()) for mean in means)
-    layers = [layer for layer in model.modules() if isinstance(layer, _ConvNd | nn.Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Convolution | nn.Linear)]
     return all(_is_within_bounds(layer) for layer in layers)
 
 
-def _is_within_bounds(layer: _ConvNd | nn.Linear) -> bool:
+def _is_within_bounds(layer: Convolution | nn.Linear) -> bool:
     """Return whether weights and biases are as small as Kaiming's uniform draw leaves them."""
     weight = layer.weight.detach()
     bound = 1.0001 / math.sqrt(weight[0].numel())

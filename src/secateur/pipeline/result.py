@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
+from secateur.models.published import transform_notice
 from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
@@ -149,6 +150,7 @@ class RunResult(Record):
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),
+            transform_notice(self.config.model.name),
             latency_notice(self.stages[0].score, self.stages[-1].score, self.config.plan.round_to),
         )
         return tuple(notice for notice in notices if notice)
