@@ -908,6 +908,9 @@ def test_training_a_base_network_leaves_weights_that_can_be_pruned(
         "evaluate", "-m", "resnet20", "-w", out / "model.safetensors", "-d", "digits", "--json"
     )
     assert json.loads(scored.out)["top1_fraction"] == recipe["score"]["top1_fraction"]
+    named_by_folder = call("evaluate", "-w", out, "--json")
+    assert json.loads(named_by_folder.out)["loss"] == json.loads(scored.out)["loss"]
+    assert "beside the weights: model.name = resnet20" in named_by_folder.err
     again = call("train", *options, "--epochs", 1, "-o", out)
     assert again.code == 1
     assert "--resume" in again.err
