@@ -130,7 +130,7 @@ def _diagonal_in_place(self: nn.Module, x: Tensor) -> Tensor:
 
 def _into_out(self: nn.Module, x: Tensor) -> Tensor:
     y, values, places = x.clone(), x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1]).long()
-    torch.multiply(x, 2, out=y)
+    torch.multiply(x, x, out=y)
     torch.max(x, -1, out=(values, places))
     return F.conv2d(y + values[..., None], self.get_parameter("spatial.weight"))
 

@@ -26,7 +26,6 @@ from secateur.runtime.torch_internals import (
     unset_fake_temporarily,
 )
 
-
 _NUMBER = "_secateur_constant"
 """Attribute of a fake tensor whose values are known."""
 
@@ -81,7 +80,7 @@ class ConstantReadingMode(FakeTensorMode):
     ) -> object:
         """Run an operation on fake tensors; return the number if it reads one from constants."""
         if _is_plain(func) and args and not self._is_constant_leaf(args[0]):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
         kwargs = kwargs or {}
         is_constant = self._is_constant(func, args, kwargs)
         if is_constant and torch.Tag.data_dependent_output in func.tags:
@@ -108,11 +107,7 @@ class ConstantReadingMode(FakeTensorMode):
     def _without_mask(self, index: Tensor | None) -> list[Tensor | None]:
         """Return the indices that a constant mask selects; the number of others is not known."""
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        if (
-            index is None
-            or not is_mask
-            or (self.is_our_fake(index) and not self._is_known(index))
-        ):
+        if index is None or not is_mask or (self.is_our_fake(index) and not self._is_known(index)):
             return [index]
         return [self._fake_constant(places) for places in self._real(index).nonzero(as_tuple=True)]
 

@@ -123,9 +123,9 @@ def _recorded(
     def attempt(composed: dict[OpOverload, Callable[..., Any]]) -> tuple[GraphModule, _Names]:
         # Sizes that depend on values are rare, and to expect them takes longer.
         try:
-            return record(composed, False)  # noqa: FBT003 - of a function that is passed on
+            return record(composed, False)
         except VALUES_NEEDED:
-            return record(composed, True)  # noqa: FBT003
+            return record(composed, True)
 
     recorded = attempt({})
     # Most networks have none, and listing all that there are takes longer than a look for them.

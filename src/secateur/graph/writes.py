@@ -13,7 +13,13 @@ from torch.fx.graph import Graph
 from torch.fx.node import Node, map_arg
 
 from secateur.graph.graph_edits import call_like
-from secateur.graph.network_graph import argument, first_input, gives_its_input, operation_name
+from secateur.graph.network_graph import (
+    argument,
+    first_input,
+    gives_its_input,
+    operation_name,
+    schema_of_node,
+)
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import OpOverload, schema_of
 
@@ -60,7 +66,7 @@ def remove_writes(graph: Graph) -> None:
 def _changed_values(node: Node) -> list[Node]:
     """Return the values that an operation writes into, in the order of what it returns."""
     changed: list[Node] = []
-    for index, parameter in enumerate(schema_of(node.target).arguments):
+    for index, parameter in enumerate(schema_of_node(node).arguments):
         value = node.kwargs.get(parameter.name)
         if value is None and index < len(node.args):
             value = node.args[index]
@@ -78,7 +84,7 @@ def _use_functional_variant(graph: Graph, node: Node) -> None:
 
     If there is none, the node writes into a copy that nothing else reads.
     """
-    schema = schema_of(node.target)
+    schema = schema_of_node(node)
     name = schema.name.split("::")[1]
     outs = {p.name for p in schema.arguments if _is_written(p) and p.kwarg_only}
     packet = getattr(torch.ops.aten, name if outs else name.removesuffix("_"), None)
@@ -187,7 +193,7 @@ def _replace_all_views(
     last, current, whole = new, value, new
     added: list[Node] = []
 
-    def add(target: Callable[..., Any], *args: Any) -> Node:
+    def add(target: Any, *args: Any) -> Node:
         nonlocal last
         with graph.inserting_after(last):
             last = call_like(graph, write, target, *args)
