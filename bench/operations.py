@@ -1,4 +1,4 @@
-"""Tensor functions to call between two convolutions, for `operation_sweep`."""
+"""Tensor functions to call between two convolutions, for `operation_outcomes`."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _mask_and_list_in_place(self: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, self.get_parameter("spatial.weight"))
 
 
-def _comparison_in_place(self: nn.Module, x: Tensor) -> Tensor:
+def _truth_in_place(self: nn.Module, x: Tensor) -> Tensor:
     y = x.gt_(0) + 0.5
     return F.conv2d(x + y, self.get_parameter("spatial.weight"))
 
@@ -153,7 +153,7 @@ def _in_place_variants(self: nn.Module, x: Tensor) -> Tensor:
         _chunk_in_place,
         _slices_in_place,
         _mask_and_list_in_place,
-        _comparison_in_place,
+        _truth_in_place,
         _diagonal_in_place,
         _into_out,
         _in_place_variants,

@@ -1,6 +1,6 @@
 """Which tensor functions are followed between two convolutions, and which freeze the channels.
 
-    python bench/operation_sweep.py
+    python bench/operation_outcomes.py
 
 Each function of `operations` is put between two convolutions of random weights. If channels of the
 first one can be cut, the cut network is compared with the masked original. The rows are written to
