@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def write_image(path: Path, pixels: Pixels) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def tiff_of(bands: int) -> bytes:
+    """A TIFF of 8×8 pixels with so many bands of 8 bits."""
+    sizes = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: bands, 278: 8, 279: 64 * bands}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items())
+    start = struct.pack("<4sI", b"II*\0", 8 + 64 * bands)
+    return start + bytes(64 * bands) + struct.pack("<H", len(sizes)) + tags + bytes(4)
+
+
 def write_classes(directory: Path, names: list[str], count: int, *, seed: int = 0) -> None:
     """So many JPEGs of 18×16 in the folder of each class."""
     pixels = random_pixels(len(names), count, 16, 18, 3, seed=seed)
@@ -38,7 +47,7 @@ def prune_briefly(model_file: Path, source: str, folder: Path, **data: object) -
     return run(
         from_dict(
             {
-                "model": {"name": f"{model_file}:small"},
+                "model": {"name": f"{model_file}:small", "allow_untrained": True},
                 "data": {"source": source, "image_size": 16, "calibration_images": 60, **data},
                 "plan": {"target": "macs=0.7"},
                 "finetune": {"epochs": 0},

@@ -131,13 +131,16 @@ def test_it_shows_itself(model: nn.Module, images: Tensor) -> None:
     result = secateur.prune(model, [images], class_names=("a", "<b>", "c"))
     text = repr(result)
     assert text.startswith("Tall pruned to macs=0.5 by vote: ")
-    assert "top-1 is agreement with the original network" in text
+    assert "no labels: agreement alone is known" in text
     lines = text.splitlines()
-    assert lines[1].split() == ["stage", "top-1", "%", "MACs", "params", "latency", "ms"]
-    *rows, counts = lines[2:]
+    assert lines[1].split() == ["stage", "agreement", "%", "MACs", "params", "latency", "ms"]
+    rows, (verdict, counts, *notes) = lines[2:5], lines[5:]
     assert [row.split()[0] for row in rows] == ["before", "cut", "refit"]
-    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert len({len(line) for line in lines[1:5]}) == 1
+    assert verdict.startswith("MACs −")
     assert counts == "images: 72 to score, 8 to choose, 20 to test"
+    start = "Before pruning, the network predicts the same for all 20 test images"
+    assert any(note.startswith(start) for note in notes)
     page = result._repr_html_()
     assert page.count("<tr>") == 4
     assert "<td>refit</td>" in page

@@ -12,10 +12,12 @@ import re
 import shutil
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 import secateur
 from fault_case import Case, FailingDisk
-from layouts import Pixels, random_pixels, write_classes, write_image
+from layouts import Pixels, random_pixels, tiff_of, write_classes, write_image
 from secateur import data
 from secateur.cli import app
 from secateur.config import BaseConfig, read_config
@@ -112,7 +114,8 @@ class Desk:
 
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
-        common = ("-m", self.files.model_name, "-d", self.files.source, "-o", self.folder / "run")
+        common = ("-m", self.files.model_name, "--allow-untrained", "-d", self.files.source)
+        common = (*common, "-o", self.folder / "run")
         secateur_command("prune", *common, *options)
 
 
@@ -163,11 +166,15 @@ def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
 
 
-class Twice(nn.Sequential):
+class Twice(nn.Module):
     """Returns its output twice."""
 
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs: Tensor = super().forward(images)
+        outputs = self.body(images)
         return outputs, outputs
 
 
@@ -204,8 +211,41 @@ class Branching(nn.Module):
         return y.mean((2, 3)) if y.sum() > 0 else y.amax((2, 3))
 
 
-def labelled(model: nn.Module) -> None:
-    secateur.prune(model, [(images(), torch.arange(60) % 4)])
+class WithoutGradients(nn.Module):
+    """Switches gradients off for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.conv(x).relu().mean((2, 3)))
+        return logits
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(Branching())
+
+
+def quantised() -> nn.Module:
+    supported = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "qnnpack" if "qnnpack" in supported else "fbgemm"
+    with warnings.catch_warnings(action="ignore"):
+        model: nn.Module = torch.ao.quantization.quantize_dynamic(
+            WithoutGradients(), {nn.Linear}, dtype=torch.qint8
+        )
+    return model
+
+
+def labelled(model: Any, **options: Any) -> None:
+    secateur.prune(
+        model,
+        [(images(), torch.arange(60) % 4)],
+        settings={"model.allow_untrained": True},
+        **options,
+    )
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -260,6 +300,18 @@ def not_finite(desk: Desk) -> None:
     model = network()
     model.get_parameter("conv2.bias").data[1] = float("nan")
     labelled(model)
+
+
+FIXED_SIZE = "nn.Conv2d(3, 4, 3, 4, 1), nn.Flatten(), nn.Linear(256, 3)"
+LARGE_KERNEL = "nn.Conv2d(3, 4, 21), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)"
+FOUR_CHANNELS = "nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)"
+
+
+def fit(desk: Desk, layers: str, *options: object) -> None:
+    """`secateur evaluate` of a network of such layers, on images that are not square."""
+    text = f"from torch import nn\ndef small():\n    return nn.Sequential({layers})\n"
+    name = desk.user_code(text)
+    secateur_command("evaluate", "-m", name, "-d", desk.files.source, *options)
 
 
 # --- run folders -------------------------------------------------------------------------------
@@ -357,6 +409,14 @@ def folder_of(desk: Desk, *names: str) -> str:
     for name, pixels in zip(names, random_pixels(len(names), 8, 8, 3), strict=True):
         write_image(desk.folder / name, pixels)
     return f"folder:{desk.folder}"
+
+
+PARTS, CLASSES = ("train", "test"), ("ant", "bee")
+
+
+def unsorted_images(desk: Desk) -> None:
+    desk.write("labels.csv", "file,label")
+    data.load(folder_of(desk, "0.png", "1.png"))
 
 
 def empty_class(desk: Desk) -> None:
@@ -533,6 +593,17 @@ CASES: dict[str, Callable[[Desk], object]] = {
         )
     ),
     "its code branches on computed values": lambda desk: labelled(Branching()),
+    "it is TorchScript": lambda desk: labelled(scripted()),
+    "it is quantised": lambda desk: labelled(quantised()),
+    "it is on the `meta` device": lambda desk: labelled(Branching().to("meta")),
+    "it has a lazy layer": lambda desk: labelled(nn.Sequential(nn.LazyConv2d(4, 3))),
+    "a state dict is passed": lambda desk: labelled(Branching().state_dict()),
+    "a list of layers is passed": lambda desk: labelled([nn.Conv2d(3, 4, 3), nn.ReLU()]),
+    "a name is passed": lambda desk: labelled("resnet20"),
+    "it is trained without gradients": lambda desk: labelled(WithoutGradients(), epochs=1),
+    "its images have another size": lambda desk: fit(desk, FIXED_SIZE),
+    "its images are too small": lambda desk: fit(desk, LARGE_KERNEL, "--image-size", 8),
+    "its images have more channels than files": lambda desk: fit(desk, FOUR_CHANNELS),
     # weights
     "the file does not exist": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
     "the file is of another format": lambda desk: weights.read_weights(
@@ -579,19 +650,30 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "the network is in code that loading won't run": lambda desk: run_folder.load(desk.whole),
     # data sets
     "the folder does not exist": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
+    "the kind of data set is not named": lambda desk: data.load(str(desk.folder)),
+    "the data set is an archive": lambda desk: data.load(f"folder:{desk.write('photos.zip', '')}"),
     "the folder has no classes": lambda desk: data.load(folder_of(desk)),
+    "the images are not sorted into classes": unsorted_images,
+    "the folder around the data set is named": lambda desk: data.load(
+        folder_of(desk, *(f"photos/{part}/{name}/0.png" for part in PARTS for name in CLASSES))
+    ),
+    "there is only one class": lambda desk: data.load(folder_of(desk, "ant/0.png")),
+    "each class has parts": lambda desk: data.load(
+        folder_of(desk, *(f"{name}/{part}/0.png" for part in PARTS for name in CLASSES))
+    ),
     "a class has no images": empty_class,
-    "a class has too few images": lambda desk: data.load(folder_of(desk, "ant/0.png")),
+    "a class has too few images": lambda desk: data.load(folder_of(desk, "ant/0.png", "bee/0.png")),
     "the parts have different classes": lambda desk: data.load(
         folder_of(desk, "train/ant/0.png", "train/bee/0.png", "test/ant/0.png")
     ),
-    "the parts have other names": lambda desk: data.load(
-        folder_of(desk, "Train/ant/0.png", "Test/ant/0.png")
+    "there is no training part": lambda desk: data.load(
+        folder_of(desk, "test/ant/0.png", "val/ant/0.png")
     ),
     "an image was cut off": cut_image,
     "several files are not images": lambda desk: read_images(
         desk.write("0.png", "none"), desk.write("1.png", "none")
     ),
+    "a TIFF has many bands": lambda desk: read_images(desk.write("0.tif", tiff_of(bands=5))),
     "greys have no known range": grey_of_floats,
     "an image has too many pixels": lambda desk: read_images(desk.write("0.png", large_image())),
     "the head has fewer classes than the data": lambda desk: desk.prune("--num-classes", 2),

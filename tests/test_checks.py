@@ -98,6 +98,7 @@ def test_a_function_that_is_too_long_is_reported(tmp_path: Path) -> None:
         ("from torch.fx.experimental import proxy_tensor", "torch.fx.experimental.proxy_tensor"),
         ("def name(node):\n    return node.target._schema.name", "._schema"),
         ("network = lambda model: getattr(model, '_orig_mod')", "._orig_mod"),
+        ("def mark(state):\n    state._metadata = {}", "._metadata"),
         ("NAME = 'torch._subclasses.fake_tensor'", "torch._subclasses.fake_tensor"),
     ],
 )
@@ -122,6 +123,8 @@ def test_what_torch_does_not_document_is_named_in_one_module(
         "import os\n\nos._exit(1)",
         "class Tally:\n    def __init__(self):\n        self._count = 0\n        other._count = 1",
         "PREFIX = '_orig_mod.'",
+        "import torch\n\naten = torch.ops.aten\naten._to_copy",
+        "def names(batch):\n    return batch._fields",
     ],
 )
 def test_other_names_with_an_underscore_are_let_alone(line: str, tmp_path: Path) -> None:

@@ -145,12 +145,22 @@ def test_prune_on_a_folder_of_images(call: Call, images: Path, tmp_path: Path) -
     assert scored.code == 0
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
     printed = json.loads(scored.out)
+    assert "has no test part" in printed.pop("notes")[0]
     assert {**printed, "latency_ms": 0} == {**recorded, "latency_ms": 0}
 
 
 def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    arguments = [
+        "prune",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     options = ["--calibration-images", 60, "--no-finetune", "--set", "report.images=0"]
     outcome = call(*arguments, *options, "--json", "-o", run)
     assert outcome.code == 0
@@ -160,7 +170,16 @@ def test_json_on_stdout_is_the_result(call: Call, model_file: Path, tmp_path: Pa
 def test_prune_distills_and_skips_batch_norm_on_request(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
-    arguments = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    arguments = [
+        "prune",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     options = [
         "--calibration-images",
         60,
@@ -197,7 +216,7 @@ def test_the_demonstration_takes_data_and_weights_of_ones_own(
 def test_options_go_before_the_file(call: Call, model_file: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
-        f'seed = 3\n[model]\nname = "{model_file}:small"\n'
+        f'seed = 3\n[model]\nname = "{model_file}:small"\nallow_untrained = true\n'
         '[data]\nsource = "digits"\nimage_size = 32\ncalibration_images = 60\n'
         '[plan]\ntarget = "macs=0.9"\n[finetune]\nepochs = 0\n[report]\nimages = 0\n'
     )
@@ -255,7 +274,16 @@ def test_inspect_lists_frozen_layers_with_reasons(call: Call, digits_run: Digits
 
 def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
-    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "inspect",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     outcome = call(*common, "--calibration-images", 60, "--pictures", folder, "--json")
     assert outcome.code == 0
     layers = {group["layer"] for group in json.loads(outcome.out)["groups"]}
@@ -286,7 +314,7 @@ def masks(tmp_path: Path) -> Path:
 def test_inspect_with_annotated_concepts_needs_no_data(
     call: Call, model_file: Path, masks: Path
 ) -> None:
-    common = ["inspect", "-m", f"{model_file}:small", "--image-size", 32]
+    common = ["inspect", "-m", f"{model_file}:small", "--allow-untrained", "--image-size", 32]
     source = ["--concepts", f"masks:{masks}"]
     outcome = call(*common, *source, "--num-classes", 4, "--json")
     assert outcome.code == 0, outcome.err
@@ -301,7 +329,16 @@ def test_inspect_with_annotated_concepts_needs_no_data(
 
 
 def test_inspect_one_layer(call: Call, model_file: Path) -> None:
-    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "inspect",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     outcome = call(*common, "--calibration-images", 60, "--layer", "conv1")
     assert outcome.code == 0
     assert len(outcome.out.splitlines()) == 1 + 12
@@ -311,7 +348,16 @@ def test_inspect_one_layer(call: Call, model_file: Path) -> None:
 
 
 def test_inspect_one_filter(call: Call, model_file: Path) -> None:
-    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "inspect",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     common += ["--calibration-images", 60]
     printed = json.loads(call(*common, "--json").out)
     (group,) = (group for group in printed["groups"] if group["layer"] == "conv1")
@@ -338,7 +384,16 @@ def test_inspect_one_filter(call: Call, model_file: Path) -> None:
 
 
 def test_the_picture_of_a_network_fits_a_terminal(call: Call, model_file: Path) -> None:
-    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "inspect",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     outcome = call(*common, "--calibration-images", 60)
     lines = outcome.out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -359,7 +414,16 @@ def test_filters_that_hold_most_of_the_votes(votes: list[float], needed: int) ->
 
 
 def test_inspect_names_the_pattern_that_excludes_a_layer(call: Call, model_file: Path) -> None:
-    common = ["inspect", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "inspect",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     outcome = call(*common, "--calibration-images", 60, "--exclude", "conv1", "--json")
     assert outcome.code == 0
     frozen = {group["layer"]: group["reason"] for group in json.loads(outcome.out)["frozen"]}
@@ -373,7 +437,16 @@ def test_prune_excludes_rounds_and_keeps_a_minimum(
     call: Call, model_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    common = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = [
+        "prune",
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        "digits",
+        "--image-size",
+        32,
+    ]
     options = ["--exclude", "conv1", "--round-to", 4, "--min-filters", 8, "--no-finetune"]
     target = ["--target", "filters=0.5", "--calibration-images", 60, "--refit", "none"]
     outcome = call(*common, *options, *target, "-o", folder, "--json")
@@ -508,7 +581,15 @@ def test_unreadable_images_are_skipped_on_request(
     for name in ("cat", "dog"):
         file = images / name / "0.png"
         file.write_bytes(file.read_bytes()[:50])
-    common = ["-m", f"{model_file}:small", "-d", f"folder:{images}", "--image-size", 16]
+    common = [
+        "-m",
+        f"{model_file}:small",
+        "--allow-untrained",
+        "-d",
+        f"folder:{images}",
+        "--image-size",
+        16,
+    ]
     options = [*common, "--no-finetune"]
     fails(call, tmp_path / "run", 1, "0.png can't be read", *options)
     outcome = call("prune", *options, "--skip-unreadable", "-o", tmp_path / "run")
@@ -533,7 +614,7 @@ def test_weights_for_another_number_of_classes_than_the_data(
     common = ["-m", "resnet20", "-w", weights, "-d", f"folder:{images}"]
     words = "are for 10 classes, but the data or --num-classes asks for 2"
     fails(call, tmp_path / "run", 1, words, *common)
-    words = f"folder:{images} has 2 classes but --num-classes is 1"
+    words = "are for 10 classes, but the data or --num-classes asks for 1"  # the sign says which
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
@@ -655,7 +736,16 @@ def test_an_interrupted_fine_tuning_is_resumed(
             "6",
         ]
         keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
-        return ["prune", "-m", f"{model_file}:small", *options, *keys, "-o", str(out)]
+        return [
+            "prune",
+            "-m",
+            f"{model_file}:small",
+            "--allow-untrained",
+            *options,
+            *keys,
+            "-o",
+            str(out),
+        ]
 
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     assert call(*arguments(alone)).code == 0
@@ -714,9 +804,22 @@ def test_a_run_is_fine_tuned_later(call: Call, model_file: Path, tmp_path: Path)
     options = ["-d", "digits", "--image-size", 32, "--calibration-images", 100]
     options += ["--set", "report.images=0"]
     at_once = ["--epochs", 2, "--set", "finetune.flip=false", "-o", tmp_path / "at once"]
-    assert call("prune", "-m", f"{model_file}:small", *options, *at_once).code == 0
     assert (
-        call("prune", "-m", f"{model_file}:small", *options, "--no-finetune", "-o", run).code == 0
+        call("prune", "-m", f"{model_file}:small", "--allow-untrained", *options, *at_once).code
+        == 0
+    )
+    assert (
+        call(
+            "prune",
+            "-m",
+            f"{model_file}:small",
+            "--allow-untrained",
+            *options,
+            "--no-finetune",
+            "-o",
+            run,
+        ).code
+        == 0
     )
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.jsonl"}
     arguments = ["-o", tuned, "--epochs", 2, "--set", "finetune.flip=false"]
@@ -791,7 +894,7 @@ def test_threads_are_left_as_they_are(call: Call) -> None:
 
 def small_run(call: Call, model_file: Path, out: Path, *options: object) -> dict[str, Any]:
     """The result of a run of the small network on digits that trains nothing."""
-    common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = ["-m", f"{model_file}:small", "--allow-untrained", "-d", "digits", "--image-size", 32]
     few = ["--calibration-images", 60, "--no-finetune", "--set", "report.images=0", "-o", out]
     assert call("prune", *common, *few, *options).code == 0
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
@@ -810,7 +913,7 @@ def test_shares_come_from_a_file(call: Call, model_file: Path, tmp_path: Path) -
 
 
 def test_shares_that_can_not_be_used(call: Call, model_file: Path, tmp_path: Path) -> None:
-    common = ["-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    common = ["-m", f"{model_file}:small", "--allow-untrained", "-d", "digits", "--image-size", 32]
     shares, out = tmp_path / "shares.toml", tmp_path / "run"
     fails(call, out, 2, "can't be read", *common, "--shares", shares)
     shares.write_text('"conv1" = ')
@@ -868,7 +971,7 @@ def write_benchmark_file(folder: Path, model_file: Path, criterion: str) -> Path
         f"""
         criteria = ["l1", "{criterion}"]
         targets = ["macs=0.6"]
-        networks = [{{ name = "{model_file}:small", label = "own" }}]
+        networks = [{{ name = "{model_file}:small", label = "own", allow_untrained = true }}]
         data = {{ source = "cifar10:elsewhere", image_size = 16, calibration_images = 6 }}
         """
     )
@@ -884,7 +987,7 @@ def test_comparing_prints_tables_and_the_path_of_the_page(
     assert outcome.code == 0, outcome.err
     assert max(map(len, outcome.out.splitlines()[:-1])) <= 80
     lines = [line.split() for line in outcome.out.splitlines()]
-    assert ["method", "own", "macs=0.6", "mean"] in lines
+    assert ["method", "own", "macs=0.6", "mean", "agreement"] in lines
     assert ["method", "own", "macs=0.6", "all", "settings", "verdict"] in lines
     assert outcome.out.splitlines()[-1] == f"page: {out / 'benchmark.html'}"
     as_json = json.loads(call("compare", file, "-o", out, *options, "--json").out)
@@ -920,3 +1023,73 @@ def test_a_section_that_is_not_a_table_is_named(
     outcome = call("prune", "-m", "resnet20", "-d", "digits", *options)
     assert outcome.code == 2
     assert words in outcome.err
+
+
+SINGLE_OUTPUT = """
+import torch
+from torch import nn
+
+def small(num_classes=1):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+
+def maps(num_classes=2):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune", "evaluate", "train"])
+def test_a_network_that_returns_maps_is_refused_before_any_work(
+    call: Call, images: Path, tmp_path: Path, command: str
+) -> None:
+    file, out = tmp_path / "net.py", tmp_path / "out"
+    file.write_text(SINGLE_OUTPUT)
+    options = {"prune": ["--no-finetune", "-o", out], "train": ["-o", out]}.get(command, [])
+    if command != "train":
+        options.append("--allow-untrained")
+    common = ["-m", f"{file}:maps", "-d", f"folder:{images}", "--image-size", 16]
+    outcome = call(command, *common, *options)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "must return logits [image, class]; for " in outcome.err
+    assert "(one for each position: segmentation is not supported)" in outcome.err
+    assert not out.exists()
+
+
+def test_a_network_with_one_output_is_pruned_with_two_classes(
+    call: Call, images: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "net.py", tmp_path / "out"
+    file.write_text(SINGLE_OUTPUT)
+    common = ["-m", f"{file}:small", "-d", f"folder:{images}", "--image-size", 16]
+    options = ["--allow-untrained", "--no-finetune", "-o", out, "--set", "report.images=0"]
+    outcome = call("prune", *common, "--num-classes", 1, *options)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[0].split()[:4] == ["stage", "accuracy", "%", "agreement"]
+    assert "one output: above 0 it means class 1" in outcome.out
+
+
+def test_prune_stops_where_the_network_is_no_better_than_chance(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    common = ["prune", "-m", f"{model_file}:small", "-d", "digits", "--image-size", 32]
+    options = ["--calibration-images", 60, "--no-finetune", "-o", tmp_path / "run"]
+    outcome = call(*common, *options)
+    assert outcome.code == 1
+    assert "% of 450 test images, and chance is" in outcome.err
+    assert "class order, image size, mean and deviation" in outcome.err
+    assert outcome.err.endswith("add --allow-untrained (model.allow_untrained = true)\n")
+    assert not (tmp_path / "run").exists()
+    noted = call("evaluate", *common[1:])
+    assert noted.code == 0
+    assert "note: The network is right on" in noted.out
+
+
+def test_evaluate_a_run_beside_its_original(call: Call, digits_run: DigitsRun) -> None:
+    outcome = call("evaluate", digits_run.folder)
+    last = digits_run.result.stages[-1].score
+    assert last.agreement_fraction is not None
+    assert ["agreement", f"{100 * last.agreement_fraction:.2f}", "%"] in [
+        line.split() for line in outcome.out.splitlines()
+    ]

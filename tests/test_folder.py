@@ -201,7 +201,7 @@ def test_photos_in_heif_need_a_package(tmp_path: Path, monkeypatch: pytest.Monke
 def test_photos_in_heif_are_read_with_that_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the package registers a reader of such files that are PNG inside."""
+    """A replacement of the package registers a reader of such files that are PNG inside."""
     registered = []
     package = types.ModuleType("pillow_heif")
     package.__spec__ = importlib.machinery.ModuleSpec("pillow_heif", None)
@@ -354,7 +354,7 @@ def _no_train(folder: Path) -> None:
     ("arrange", "message"),
     [
         (_nothing, "no class folders in DIR: it is empty"),
-        (_no_image_in_a_class, "no images in DIR/bee: add some, or delete the folder"),
+        (_no_image_in_a_class, "no images in DIR/bee: add some, or delete the class"),
         (
             _texts_in_a_class,
             r"no images in DIR/bee: .* read as images \(2 .txt, 1 .heix\): convert",
@@ -372,8 +372,14 @@ def _no_train(folder: Path) -> None:
             "train/ant/$",
         ),
         (_data_set_beside_documents, "DIR/photos would be .* class, .*: name folder:DIR/photos$"),
-        (_other_classes, "different classes: only train has bee, and only test has wasp$"),
-        (_fewer_classes, "train and Validation have different classes: only train has bee$"),
+        (
+            _other_classes,
+            "different classes: only train has bee, and only test has wasp; both need the same class folders$",
+        ),
+        (
+            _fewer_classes,
+            "train and Validation have different classes: only train has bee; both need",
+        ),
         (_train_without_classes, "no class folders in DIR/train: it is empty"),
         (
             _train_of_images,

@@ -96,7 +96,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
             (tmp_path / part / wnid).mkdir(parents=True)
     write_classes(tmp_path / "train", WNIDS[:1], 2)
     with pytest.raises(
-        DataError, match=f"no images in .*train/{WNIDS[1]}: add some, or delete the folder"
+        DataError, match=f"no images in .*train/{WNIDS[1]}: add some, or delete the class"
     ):
         data.load(f"imagenet:{tmp_path}")
 

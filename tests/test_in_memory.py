@@ -81,7 +81,7 @@ def test_labelled_batches_of_every_form_are_read_alike(source: Any) -> None:
     images = read_images(source, PICTURES, "images")
     assert torch.equal(images.pixels, IMAGES)
     assert images.labels is not None
-    assert torch.equal(images.labels, LABELS)
+    assert torch.equal(images.labels.flatten(), LABELS)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,15 @@ def test_signals_are_batches_for_a_network_of_signals(labels: Tensor | None) -> 
     assert read_images([batch], SIGNALS, "images").pixels.shape == (12, 1, 64)
     single = signals[0] if labels is None else (signals[0], 1)
     assert read_images([single], SIGNALS, "images").pixels.shape == (1, 1, 64)
+
+
+def test_an_image_with_as_many_labels_as_channels_is_one_image() -> None:
+    rows = Rows(12, lambda index: (IMAGES[index], torch.tensor([0.0, 1.0, 1.0])))
+    form = form_of(nn.Conv2d(3, 4, 3), is_free=False)
+    images = read_images(rows, form, "images")
+    assert torch.equal(images.pixels, IMAGES)
+    assert images.labels is not None
+    assert images.labels.shape == (12, 3)
 
 
 def test_a_function_of_the_users_takes_images_of_any_shape() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 
 import secateur
-from layouts import random_pixels, write_image
+from layouts import random_pixels, tiff_of, write_image
 from secateur import data
+from secateur.cli import app
 from secateur.config import RunConfig, from_dict
 from secateur.data import FileImages, TensorImages
 from secateur.data.images import stored_size
 from secateur.data.preprocessing import Preprocessing, to_grey
-from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_manifest
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.inputs import describe_inputs, load_inputs, resolve_config
@@ -82,7 +82,7 @@ def test_images_of_one_size_are_read_at_that_size(side: int, tmp_path: Path) -> 
     assert torch.equal(images[0], dataset.train.originals(torch.tensor([0]))[0])
 
 
-def test_images_of_several_sizes_are_read_at_the_usual_size(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_read_at_224(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "photos", 32, 32, 3)
     write_image(tmp_path / "photos" / "ant" / "0.png", random_pixels(40, 40, 3))
     config, notices = resolved(config_of(FLEXIBLE.format(channels=3), source, tmp_path))
@@ -90,7 +90,7 @@ def test_images_of_several_sizes_are_read_at_the_usual_size(tmp_path: Path) -> N
     assert "Images of several sizes are read at 224×224: if the network" in notices[-1]
 
 
-def test_images_that_are_not_square_are_read_at_the_usual_size(tmp_path: Path) -> None:
+def test_images_that_are_not_square_are_read_at_224(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "photos", 30, 40, 3)
     config, notices = resolved(config_of(FLEXIBLE.format(channels=3), source, tmp_path))
     assert config.data.image_size == 224
@@ -102,11 +102,11 @@ def test_a_size_that_is_given_and_networks_of_the_zoo_keep_theirs(tmp_path: Path
     text = FLEXIBLE.format(channels=3)
     config, notices = resolved(config_of(text, source, tmp_path, image_size=48))
     assert config.data.image_size == 48
-    assert len(notices) == 1
+    assert notices == ()
     config = from_dict({"model": {"name": "resnet20"}, "data": {"source": source}}, RunConfig)
     config, notices = resolved(config)
     assert config.data.image_size == 32
-    assert len(notices) == 1
+    assert notices == ()
 
 
 def test_sizes_of_images_in_memory_in_files_and_of_none(tmp_path: Path) -> None:
@@ -187,8 +187,12 @@ def test_means_of_grey_and_of_colours(tmp_path: Path) -> None:
     assert config.data.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UsageError, match=r"data\.std has 3 values, but the network takes one chan"):
         resolved(config_of(grey, source, tmp_path, std=[0.1, 0.2, 0.3]))
-    with pytest.raises(UsageError, match=r"data\.mean: give three values, or one for grey"):
-        config_of(grey, source, tmp_path, mean=[0.5, 0.5])
+    for text, needed in ((grey, "one channel: give one"), (colour, "three channels: give three")):
+        config = config_of(text, source, tmp_path, mean=[0.5, 0.4])
+        with pytest.raises(UsageError, match=f"data.mean has 2 values, but .* takes {needed}"):
+            resolved(config)
+    with pytest.raises(UsageError, match=r"data\.mean: must be at most 3 values"):
+        config_of(grey, source, tmp_path, mean=[0.5, 0.5, 0.5, 0.5])
 
 
 def test_more_channels_are_for_python(tmp_path: Path) -> None:
@@ -198,11 +202,18 @@ def test_more_channels_are_for_python(tmp_path: Path) -> None:
         resolved(config_of(FLEXIBLE.format(channels=4), source, tmp_path))
 
 
-def test_grey_networks_are_pruned_saved_and_loaded_as_from_python(tmp_path: Path) -> None:
+def test_grey_networks_are_pruned_saved_and_loaded_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_folder(tmp_path / "photos", 16, 16)
-    config = config_of(FLEXIBLE.format(channels=1), source, tmp_path, calibration_images=20)
-    result = runs.run(config, tmp_path / "run")
-    assert any("grey" in notice for notice in result.notices)
+    config = config_of(FLEXIBLE.format(channels=1), source, tmp_path)
+    arguments = ["-m", config.model.name, "-d", source, "-o", tmp_path / "run", "--no-finetune"]
+    options = ["--calibration-images", 20, "--allow-untrained", "--set", "report.images=0"]
+    monkeypatch.setattr(sys, "argv", ["secateur", "prune", *map(str, (*arguments, *options))])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 0
+    assert "images are read in grey" in " ".join(capsys.readouterr().out.split())
     dataset, model = load_inputs(config)
     manifest = read_manifest(tmp_path / "run")
     assert manifest.image_shape == (1, 16, 16)
@@ -233,11 +244,3 @@ def test_files_of_other_depths_are_read_or_named(tmp_path: Path) -> None:
         path.write_bytes(tiff_of(bands=5))
     with pytest.raises(DataError, match=r"ant/\d.tif can't be read: it is a TIFF whose bands or"):
         dataset.train.read(torch.arange(count), Preprocessing(8, 8))
-
-
-def tiff_of(bands: int) -> bytes:
-    """A TIFF of 8×8 pixels with so many bands of 8 bits."""
-    sizes = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: bands, 278: 8, 279: 64 * bands}
-    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items())
-    start = struct.pack("<4sI", b"II*\0", 8 + 64 * bands)
-    return start + bytes(64 * bands) + struct.pack("<H", len(sizes)) + tags + bytes(4)

@@ -54,7 +54,7 @@ def test_the_files_run_in_miniature(model_file: Path, tmp_path: Path) -> None:
     content = {
         "criteria": ["vote"],
         "targets": sorted({target for file in files.values() for target in file["targets"]}),
-        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "networks": [{"name": f"{model_file}:small", "label": "small", "allow_untrained": True}],
         "data": {
             "source": f"folder:{tmp_path / 'images'}",
             "image_size": 16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from secateur.pipeline import prune as pipeline
 from secateur.pipeline import stages
 from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.pruned import Pruned
-from secateur.pipeline.result import RunResult
+from secateur.pipeline.result import RunResult, latency_notice
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.runtime.errors import DataError, SecateurError, UnknownName, UsageError
 
@@ -371,3 +372,38 @@ def test_rounds_resume_where_they_were_interrupted(
     run(config, parts, resume=True)
     for name in ("plan.json", "model.safetensors"):
         assert (parts / name).read_bytes() == (alone / name).read_bytes()
+
+
+def cost(macs: int, latency_ms: float) -> Score:
+    return Score(0.9, 1.0, 0.1, 100, macs, 10, latency_ms)
+
+
+@pytest.mark.parametrize(
+    ("after", "round_to", "words"),
+    [
+        (cost(50, 9.2), 1, "Latency fell by only 8% while the MACs fell by 50% (16 images"),
+        (cost(50, 7.6), 1, "can help: --round-to 16, another batch size, torch.compile or"),
+        (cost(50, 9.9), 16, "can help: another batch size, torch.compile or onnxruntime"),
+        (cost(50, 12.0), 1, "Latency did not fall while the MACs fell by 50%"),
+        (cost(90, 9.96), 1, "Latency did not fall while the MACs fell by 10%"),
+    ],
+)
+def test_a_latency_that_lags_behind_the_macs_is_said(
+    after: Score, round_to: int, words: str
+) -> None:
+    assert words in latency_notice(cost(100, 10.0), after, round_to)
+
+
+@pytest.mark.parametrize(
+    "after", [cost(50, 7.5), cost(50, 5.0), cost(96, 10.5), cost(100, 10.0), cost(50, math.nan)]
+)
+def test_a_latency_that_follows_the_macs_is_not_commented(after: Score) -> None:
+    assert latency_notice(cost(100, 10.0), after, 1) == ""
+
+
+def test_a_run_says_where_it_got_smaller_but_not_faster(digits_run: DigitsRun) -> None:
+    first, last = digits_run.result.stages[0], digits_run.result.stages[-1]
+    slow = replace(last.score, latency_ms=first.score.latency_ms)
+    slower = (*digits_run.result.stages[:-1], last.model_copy(update={"score": slow}))
+    result = digits_run.result.model_copy(update={"stages": slower})
+    assert any(notice.startswith("Latency did not fall") for notice in result.notices)

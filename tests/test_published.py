@@ -108,6 +108,23 @@ def test_a_run_folder_says_whether_googlenet_transforms_its_images(
     )
     smaller = saved_smaller(model, tmp_path / "run", architecture="torchvision:googlenet")
     assert torch.equal(outputs(secateur.load(tmp_path / "run")), outputs(smaller))
+    assert torch.equal(outputs(secateur.load_program(tmp_path / "run")), outputs(smaller))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_said"),
+    [
+        ("torchvision:googlenet", True),
+        ("torchvision:inception_v3", True),
+        ("timm:inception_v3", False),
+        ("torchvision:resnet18", False),
+        ("googlenet", False),
+        ("memory:googlenet", False),
+        ("googlenet.py:googlenet", False),
+    ],
+)
+def test_it_is_said_that_a_network_transforms_its_images(name: str, is_said: bool) -> None:
+    assert ("transform_input=True" in published.transform_notice(name)) == is_said
 
 
 def saved_smaller(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from runs import DigitsRun
 from secateur.experiments.compare.results import Row, to_lines
 from secateur.experiments.report.benchmark import ROWS
+from secateur.experiments.report.layers import SHORTEST, filter_heights
 from secateur.experiments.report.page import count_text, score_rows, write_report
 from secateur.experiments.report.run_charts import tradeoff
 from secateur.experiments.run import report
@@ -69,6 +71,33 @@ def test_every_stage_layer_and_reason_is_there(page: Page, digits_run: DigitsRun
     for frozen in digits_run.result.frozen:
         assert frozen.reason in text
     assert digits_run.result.plan_hash[:16] in text
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (0.0, 4.0, 1.0),
+        (1e-9, 5.0, 1e-3, 1e-6),  # uneven, as gradients are
+        (-3.0, -1.0, -2.0, -1.0),
+        (2.0, 2.0),
+        (7.0,),
+    ],
+)
+def test_bars_fall_from_the_best_filter_on_and_all_are_seen(
+    scores: tuple[float, ...], digits_run: DigitsRun
+) -> None:
+    group = digits_run.result.groups[0].model_copy(
+        update={"scores": scores, "filters": len(scores), "removed": (0,)}
+    )
+    bars = filter_heights(group)
+    heights = [height for _, height in bars]
+    ranked = [scores[filter_] for filter_, _ in bars]
+    assert ranked == sorted(scores, reverse=True)
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] == 1
+    assert min(heights) >= SHORTEST
+    for one, other in itertools.pairwise(range(len(scores))):
+        assert (ranked[one] > ranked[other]) == (heights[one] > heights[other])
 
 
 def test_recalibration_and_distillation_are_shown(digits_run: DigitsRun, tmp_path: Path) -> None:
@@ -143,7 +172,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
     (benchmark / ROWS).write_text(to_lines([row]))
     written = report(digits_run.folder, images=30, beside=benchmark, pictures=tmp_path / "charts")
     assert [path.name for path in written] == [
-        f"resnet20-{name}.png" for name in ("tradeoff", "filters", "votes", "concepts")
+        f"resnet20-{name}.png" for name in ("tradeoff", "filters", "scores", "concepts")
     ]
     for path in written:
         with Image.open(path) as picture:

@@ -108,7 +108,11 @@ def test_sorting_by_rank_is_by_score(page: Page, digits_run: DigitsRun) -> None:
     choice(page, "Layer").select_option(group.name)
     choice(page, "Sort by").select_option("best")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in order]
-    expect(cards(page).first).to_contain_text(f"Rank 1 of {group.filters} by vote")
+    below = round(100 - 100 / group.filters)
+    expect(cards(page).first).to_contain_text(
+        f"Rank 1 of {group.filters} by vote, above {below} % of the layer; the plan keeps the best "
+    )
+    expect(page.locator("#filters")).not_to_contain_text("votes")
     choice(page, "Sort by").select_option("worst")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in reversed(order)]
     choice(page, "Sort by").select_option("cutoff")

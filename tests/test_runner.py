@@ -55,7 +55,7 @@ def content(tmp_path: Path, model_file: Path) -> dict[str, Any]:
         "criteria": ["l1", "vote"],
         "targets": ["macs=0.8", "macs=0.7", "macs=0.5"],
         "seeds": 2,
-        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "networks": [{"name": f"{model_file}:small", "label": "small", "allow_untrained": True}],
         "data": {
             "source": f"folder:{tmp_path / 'images'}",
             "image_size": 16,

@@ -52,7 +52,7 @@ def logged(path: Path) -> list[dict[str, float]]:
 
 def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_path: Path) -> None:
     content = {
-        "model": {"name": f"{model_file}:small"},
+        "model": {"name": f"{model_file}:small", "allow_untrained": True},
         "data": {"source": source, "image_size": 16, "calibration_images": 24},
         "plan": {"target": "macs=0.6", "rounds": 2},
         "finetune": BRIEF,

@@ -272,7 +272,7 @@ def test_where_the_sample_is_damaged_all_images_are_used(
     def scores(every: int) -> list[tuple[float, ...]]:
         config = from_dict(
             {
-                "model": {"name": f"{model_file}:small"},
+                "model": {"name": f"{model_file}:small", "allow_untrained": True},
                 "data": {
                     "source": source,
                     "image_size": 16,
@@ -294,7 +294,7 @@ def test_where_the_sample_is_damaged_all_images_are_used(
 def test_inspecting_filters_leaves_them_out_too(folder: Path, model_file: Path) -> None:
     damaged(folder)
     source: dict[str, object] = {"source": f"folder:{folder}", "image_size": 16}
-    network = {"name": f"{model_file}:small"}
+    network = {"name": f"{model_file}:small", "allow_untrained": True}
 
     def inspect(**options: object) -> dict[str, object]:
         config = from_dict({"model": network, "data": {**source, **options}}, RunConfig)

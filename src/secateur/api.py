@@ -12,8 +12,8 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur import config as configuration
-from secateur.config import BudgetLike, RunConfig, parse_budget
+from secateur.config import BudgetLike, RunConfig, from_dict, parse_budget
+from secateur.config.tables import nearest_key
 from secateur.data import Batch, DataSet, NormalisedImages
 from secateur.data.in_memory import (
     ImageBatches,
@@ -31,7 +31,7 @@ from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.working_copy import like_original, working_copy
-from secateur.graph.wrappers import unwrapped
+from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.labels import read_all_labels, read_labels
@@ -44,6 +44,7 @@ from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
@@ -121,7 +122,8 @@ class PruneResult:
             )
             for line in (head, *rows)
         ]
-        return "\n".join([_summary(self), *lines, _counts(self), *self.result.notices])
+        outcome = verdict(self.result)
+        return "\n".join([_summary(self), *lines, outcome, _counts(self), *self.result.notices])
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -135,10 +137,12 @@ class PruneResult:
         table = Markup(
             "<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
         ).format(_summary(self), heads, body)
-        notes = (_counts(self), *self.result.notices)
+        notes = (verdict(self.result), _counts(self), *self.result.notices)
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
+@torch.inference_mode(False)  # also where the caller has switched gradients off
+@torch.enable_grad()
 def prune(
     model: nn.Module,
     images: ImageBatches,
@@ -236,6 +240,7 @@ def evaluate(
     `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
     if the network can't be run on the images.
     """
+    model = require_module(model)
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:
@@ -348,7 +353,7 @@ def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Par
         tables["distill"] = {"flip": False}
     for section, values in _by_section(settings).items():
         tables[section] = {**tables.get(section, {}), **values}
-    config = configuration.from_dict(tables, RunConfig)
+    config = from_dict(tables, RunConfig)
     if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
         raise UsageError(
             "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
@@ -371,7 +376,7 @@ def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             tables[section] = {**tables.get(section, {}), **value}
             continue
         if not dot:
-            near = configuration.nearest_key(key)
+            near = nearest_key(key, RunConfig)
             raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
         tables.setdefault(section, {})[name] = value
     return tables

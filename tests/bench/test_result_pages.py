@@ -39,7 +39,7 @@ def spec(tmp_path: Path, model_file: Path) -> BenchmarkSpec:
     content = {
         "criteria": ["l1"],
         "targets": ["macs=0.7"],
-        "networks": [{"name": f"{model_file}:small", "label": "small"}],
+        "networks": [{"name": f"{model_file}:small", "label": "small", "allow_untrained": True}],
         "data": {"source": "folder:data", "image_size": 16, "calibration_images": 20},
         "finetune": {"epochs": 1, "batch_size": 8, "workers": 0, "warmup_steps": 0},
     }

@@ -30,7 +30,7 @@ from secateur.runtime.signals import INTERRUPTED, repeat_signals
 from secateur.runtime.version import __version__
 
 app: typer.Typer = typer.Typer(
-    help="Prune trained convolutional networks: smaller and faster, without labels or retraining.",
+    help="Prune trained convolutional networks to a size or time, without labels or retraining.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

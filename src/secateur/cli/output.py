@@ -16,7 +16,7 @@ from rich.table import Table
 from secateur.cli.console import err, escaped, out
 from secateur.experiments import run_folder
 from secateur.experiments.evaluate import Evaluation
-from secateur.experiments.inspect import NEEDED
+from secateur.experiments.inspect import NEEDED, NEEDED_BY
 from secateur.experiments.onnx_export import ExportResult, Latency
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
@@ -24,12 +24,14 @@ from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import verdict
 from secateur.runtime import distributed
 from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import (
     ProgressCallback,
     StageLines,
     bars_if_live,
+    duration_text,
     no_progress,
     print_to_stderr,
 )
@@ -70,8 +72,8 @@ def run_context(tracker: Tracker | None = None) -> RunContext:
     return RunContext(progress(), stage_lines(), command_line(), tracker)
 
 
-def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
-    """Print the result of a run, stage by stage."""
+def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) -> None:
+    """Print the result of a run, stage by stage, and in how many seconds it was there."""
     if as_json:
         print(result.model_dump_json(indent=1))
         return
@@ -93,6 +95,8 @@ def show_run(result: RunResult, folder: Path, *, as_json: bool) -> None:
     out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
     show_unreadable(result.unreadable)
     show_notes(result.notices)
+    summary = f"{verdict(result)}; {duration_text(seconds)} in all"
+    out().print(summary, soft_wrap=True, highlight=False, style="bold")
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
@@ -208,8 +212,8 @@ def show_groups(inspection: dict[str, Any]) -> None:
         )
     out().print(table)
     out().print(
-        f"needed: filters that hold {NEEDED:.0%} of the layer's votes; detectors: filters that "
-        "overlap a concept, and of how many concepts",
+        f"needed: filters that hold {NEEDED:.0%} of the layer's votes by {NEEDED_BY}; detectors: "
+        "filters that overlap a concept, and of how many concepts",
         highlight=False,
     )
     if not inspection["frozen"]:

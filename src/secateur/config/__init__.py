@@ -6,14 +6,11 @@ module imports no torch, so that help and shell completion are quick.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,8 +25,9 @@ from secateur.config.budget import Budget as Budget
 from secateur.config.budget import BudgetLike as BudgetLike
 from secateur.config.budget import Quantity as Quantity
 from secateur.config.budget import parse_budget as parse_budget
+from secateur.config.tables import keys_of
+from secateur.config.tables import read_tables as read_tables
 from secateur.runtime.errors import UnknownName, UsageError
-from secateur.runtime.input_limits import SMALL_TEXT, check_dots, read_bounded
 from secateur.runtime.schema import describe_error
 
 RefitLayers = Literal["downstream", "consumers", "none"]
@@ -104,13 +102,6 @@ class ModelSection(Section):
     images."""
 
 
-def _check_channels(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the values; raise `ValueError` unless there are one, for grey, or three."""
-    if len(values) not in (1, 3):
-        raise ValueError(f"give three values, or one for grey images; got {len(values)}")
-    return values
-
-
 class DataSection(Section):
     """The images."""
 
@@ -126,12 +117,10 @@ class DataSection(Section):
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input images in pixels; by default the size the network was made for, or
     for a network from a file of your own the size that all images are stored in, else 224."""
-    mean: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Mean per colour channel, or the one of grey, of values from 0 to 1; by default the
-    network's."""
-    std: Annotated[tuple[float, ...], AfterValidator(_check_channels)] | None = None
-    """Standard deviation per colour channel, or the one of grey, of values from 0 to 1; by default
-    the network's."""
+    mean: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Mean per channel (three, or one of grey) of values from 0 to 1; by default the network's."""
+    std: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Standard deviation per channel, of values from 0 to 1; by default the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
     batch_size: int = Field(default=100, ge=2)
@@ -419,48 +408,13 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UnknownName("key of the configuration", key, _keys(kind)) from error
+            raise UnknownName("key of the configuration", key, keys_of(kind)) from error
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
         place = f"configuration, {key}" if key else "configuration"
         raise UsageError(f"{place}: {describe_error(first)}{tail}") from error
 
 
-def _keys(kind: type[BaseModel]) -> list[str]:
-    """Return every key of a configuration, with its section."""
-    keys = []
-    for name, field in kind.model_fields.items():
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{key}" for key in _keys(section)]
-        else:
-            keys.append(name)
-    return keys
-
-
-def nearest_key(name: str) -> str | None:
-    """Return the key of a run's configuration, with its section, that a name is most like."""
-    keys = [key for key in _keys(RunConfig) if "." in key]
-    same = [key for key in keys if key.rpartition(".")[2] == name]
-    near = same or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    return near[0] if near else None
-
-
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a TOML file; raises `UsageError`."""
     return from_dict(read_tables(path), RunConfig)
-
-
-def read_tables(path: Path, content: str = "configuration") -> dict[str, Any]:
-    """Return the tables of a TOML file; error messages call it `content`. Raises `UsageError`."""
-    try:
-        text = read_bounded(path, SMALL_TEXT, UsageError).decode("utf-8")
-        check_dots(text)
-        return tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the {content} {path} can't be read: {error}") from error
-    except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply for a secateur {content}") from error
-    except ValueError as error:
-        example = "" if path.suffix == ".toml" else '; write it as [model] name = "resnet20"'
-        raise UsageError(f"{path} is not TOML: {error}{example}") from error

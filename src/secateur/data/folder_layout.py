@@ -152,7 +152,8 @@ def check_same_classes(
     ]
     if sides:
         raise DataError(
-            f"{directory}: train and {part} have different classes: {', and '.join(sides)}"
+            f"{directory}: train and {part} have different classes: {', and '.join(sides)}; "
+            "both need the same class folders"
         )
 
 
@@ -190,8 +191,10 @@ def _contents(directory: Path, kind: str) -> str:
         )
     if archives:
         return f"it holds {brief(archives)}: unpack it, and name the folder that it makes"
-    held = count_suffixes(Counter(path.suffix.lower() for path in files))
-    return f"it holds other files ({held}): put the images of each class into {directory}/CLASS/"
+    suffixes = count_suffixes(Counter(path.suffix.lower() for path in files))
+    return (
+        f"it holds other files ({suffixes}): put the images of each class into {directory}/CLASS/"
+    )
 
 
 def _advice(directory: Path, kind: str) -> str:

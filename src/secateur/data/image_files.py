@@ -92,7 +92,7 @@ def list_images(directory: Path) -> Listing:
     if listing.images:
         return listing
     if not listing.passed_over:
-        raise DataError(f"no images in {directory}: add some, or delete the folder")
+        raise DataError(f"no images in {directory}: add some, or delete the class")
     raise DataError(
         f"no images in {directory}: it holds files that can't be read as images "
         f"({count_suffixes(listing.passed_over)}): convert them to PNG or JPEG"

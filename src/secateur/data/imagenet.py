@@ -61,12 +61,9 @@ def _read(directory: Path, kind: str) -> Splits:
     """Return the splits of `imagenet` with all of the classes, or of `imagenette` with some."""
     names = class_names()
     root = _image_root(directory)
-    solution = _read_solution(root)
     folders = _known_folders(root, "train", kind)
+    solution = _read_solution(root, kind)
     tested = sorted(set(solution.values())) if solution else _known_folders(root, TEST, kind)
-    if kind == "imagenet":
-        for part, known in (("train", folders), (TEST, tested)):
-            _check_all(root / part, known)
     check_same_classes(directory, TEST, tested, folders)
     label_of = {wnid: label for label, wnid in enumerate(names)}
     labels = {wnid: label_of[wnid] for wnid in folders}
@@ -86,7 +83,7 @@ def _image_root(directory: Path) -> Path:
     return next((path for path in inner if (path / "train").is_dir()), directory)
 
 
-def _read_solution(root: Path) -> dict[str, str]:
+def _read_solution(root: Path, kind: str) -> dict[str, str]:
     """Return the WordNet id of each image of `val` by its name, in Kaggle's layout, else nothing.
 
     There `val` holds the images themselves, and `LOC_val_solution.csv`, at most three folders
@@ -110,6 +107,8 @@ def _read_solution(root: Path) -> dict[str, str]:
             f"{table} has no class of ImageNet for {len(unknown)} of {len(files)} images, "
             f"{unknown[0]} among them"
         )
+    if kind == "imagenet":
+        _check_all(root / TEST, sorted(ids.values()))
     return {path.name: ids[path.stem] for path in files}
 
 
@@ -146,4 +145,6 @@ def _known_folders(root: Path, part: str, kind: str) -> list[str]:
             f"{root / part} has folders that are not among the WordNet ids of ImageNet's 1,000 "
             f"classes: {brief(unknown)}"
         )
+    if kind == "imagenet":
+        _check_all(root / part, list(folders))
     return list(folders)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from secateur.runtime.errors import DataError
+from secateur.runtime.torch_internals import Convolution
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
@@ -43,6 +44,8 @@ class Form:
     """Dimensions that the network's convolutions move along: 2 for images."""
     is_free: bool = False
     """Whether a function of the user's takes the images, so that they may have any shape."""
+    channels: int | None = None
+    """Channels of an image, if the network tells."""
 
     @property
     def axes(self) -> str:
@@ -52,9 +55,11 @@ class Form:
 
 def form_of(model: nn.Module, *, is_free: bool) -> Form:
     """Return what an image is for a network, as its first convolution tells."""
-    kind = nn.modules.conv._ConvNd
-    first = next((module for module in model.modules() if isinstance(module, kind)), None)
-    return Form(2 if first is None else len(first.kernel_size), is_free)
+    layers = (module for module in model.modules() if isinstance(module, Convolution))
+    first = next(layers, None)
+    if first is None:
+        return Form(is_free=is_free)
+    return Form(len(first.kernel_size), is_free, first.in_channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,10 +277,7 @@ def _names_of(batch: Any) -> frozenset[str]:
     """Return the names in a batch: keys of a mapping, or attributes of an object with such."""
     if hasattr(batch, "keys"):
         return frozenset(map(str, batch.keys()))
-    fields = getattr(batch, "_fields", None)
-    if fields is not None:
-        return frozenset(map(str, fields))
-    if isinstance(batch, tuple | list) or not hasattr(batch, "__dict__"):
+    if type(batch) in (tuple, list):
         return frozenset()
     return frozenset(name for name in (*IMAGE_NAMES, *LABEL_NAMES) if hasattr(batch, name))
 
@@ -339,7 +341,7 @@ def _as_batch(
     is_labelled_batch = labels is not None and labels.ndim > 0 and len(labels) == len(pixels)
     if pixels.ndim == form.dims + 2 or (form.is_free and pixels.ndim > 1 and is_labelled_batch):
         return pixels
-    is_single &= not is_labelled_batch or len(pixels) == 1
+    is_single &= not is_labelled_batch or len(pixels) in (1, form.channels)
     if pixels.ndim == form.dims + 1 and is_single:
         return pixels[None]
     if form.is_free and pixels.ndim > 1:

@@ -16,7 +16,7 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.experiments.filter_pictures import draw_layer
 from secateur.models.evaluate import evaluate_and_predict
-from secateur.pipeline.dissect import VOTES, NetworkDissection, dissect_network
+from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import (
@@ -35,6 +35,8 @@ NEEDED = 0.9
 """Share of a layer's votes that the filters counted as needed hold together."""
 CHECKED_IMAGES = 500
 """Most images that a network's accuracy is looked at on."""
+NEEDED_BY = "vote-response"
+"""The criterion that gives those votes: the scores of `vote` are places, not numbers of votes."""
 ROWS = 14
 """Largest number of rows and columns that a region is shown in."""
 
@@ -62,9 +64,9 @@ def inspect_network(
 ) -> dict[str, Any]:
     """Return what `secateur inspect --json` prints: facts of each layer and of each filter.
 
-    `needed` counts the filters that hold `NEEDED` of a layer's votes; `top_regions` is where each
-    filter is active in its first top image. Every calibration image counts for statistics and
-    thresholds. `pictures` is a folder for one PNG per layer, made if need be. Raises
+    `needed` counts the filters that hold `NEEDED` of a layer's votes by `NEEDED_BY`; `top_regions`
+    is where each filter is active in its first top image. Every calibration image counts for
+    statistics and thresholds. `pictures` is a folder for one PNG per layer, made if need be. Raises
     `SecateurError`.
     """
     for name in criterion_names:
@@ -80,7 +82,7 @@ def inspect_network(
         *context.task.notes,
         *_doubts(network, context, dataset, config),
     )
-    names = tuple(dict.fromkeys((*criterion_names, VOTES)))
+    names = tuple(dict.fromkeys((*criterion_names, NEEDED_BY)))
     dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
     dependencies = context.dependencies
     if pictures is not None and distributed.is_main_process():
@@ -108,14 +110,14 @@ def _doubts(
     network: nn.Module, context: ScoringContext, dataset: DataSet, config: RunConfig
 ) -> tuple[str, ...]:
     """Return what looks wrong about the predictions for the first calibration images, if any."""
-    if annotated_images(config.score.concepts) is not None:
-        return ()  # their labels are not classes
+    if config.model.allow_untrained or annotated_images(config.score.concepts) is not None:
+        return ()  # labels of annotated images are not classes
     count = min(CHECKED_IMAGES, len(context.calibration.labels))
     few = context.calibration.take(torch.arange(count))
     batches = context.reader.read_shard(few)
     _, predictions = evaluate_and_predict(network, batches, task=context.task, known_ms=0.0)
     doubt = find_doubt_about(predictions, dataset, context.task, "calibration")
-    return () if doubt is None else (doubt.raise_unless(allowed=True),)
+    return () if doubt is None else (doubt.note(),)
 
 
 def _with_score(config: RunConfig, **values: object) -> RunConfig:
@@ -139,7 +141,7 @@ def _group_facts(
             criterion: dissection.scores[criterion].scores[name].tolist()
             for criterion in criterion_names
         },
-        "needed": filters_needed(dissection.scores[VOTES].scores[name].tolist()),
+        "needed": filters_needed(dissection.scores[NEEDED_BY].scores[name].tolist()),
         "detectors": dict(detectors.most_common()),
         "unique_detectors": len(detectors),
         "concepts": [

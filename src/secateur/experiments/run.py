@@ -75,12 +75,13 @@ def run(
         if not is_resumed:
             run_folder.check_free(folder, overwrite=overwrite)
         dataset, model = load_inputs(config)
+        resolved_config = resolve_config(config, dataset, model)
         if is_resumed:
-            pruned = _read_unfinished(folder, model, resolve_config(config, dataset, model))
+            pruned = _read_unfinished(folder, model, resolved_config)
             done = {stage_title(stage.stage, stage.round) for stage in pruned.result.stages}
-            show_plan(run_context, model, dataset, config, lambda title: title not in done)
+            show_plan(run_context, model, dataset, resolved_config, lambda title: title not in done)
         else:
-            show_plan(run_context, model, dataset, config)
+            show_plan(run_context, model, dataset, resolved_config)
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
         while not pruned.is_finished:

@@ -27,9 +27,11 @@ _LIBRARIES = tuple(
         Path(__file__).parent,
         Path(jaxtyping.__file__).parent,  # wraps functions of this package
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
+        Path(jaxtyping.__file__).parent,
     )
 )
-"""Their lines are not the user's; the functions of torchvision.ops are operations themselves."""
+"""Their lines are not the user's; the functions of torchvision.ops are operations themselves, and
+jaxtyping wraps functions of this package."""
 
 
 class RecordCallSites(TorchFunctionMode):

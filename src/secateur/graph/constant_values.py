@@ -100,7 +100,7 @@ class ConstantReadingMode(FakeTensorMode):
         """Return a fake tensor with known values in place of a real tensor."""
         if not isinstance(real, Tensor):
             return real
-        fake = self.from_tensor(real)
+        fake = self.from_tensor(real, static_shapes=True)
         self._set(fake, real)
         return fake
 

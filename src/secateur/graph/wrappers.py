@@ -45,16 +45,17 @@ def unwrapped(model: object) -> nn.Module:
     if `model` is something else, such as a state dict, and `TraceError` if it is a network that
     can't be cut in its present state, such as a quantised one.
     """
-    network = require_module(model)
-    while True:
-        names = [name for name in _class_names(network) if name in WRAPPERS]
-        inner = getattr(network, WRAPPERS[names[0]], None) if names else None
-        if not isinstance(inner, nn.Module):
-            break
-        network = inner
+    network = without_wrappers(require_module(model))
     _check_modules(network)
     _check_tensors(network)
     return network
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """Return the network that others wrap, or `model` itself; any network is taken."""
+    names = [name for name in _class_names(model) if name in WRAPPERS]
+    inner = getattr(model, WRAPPERS[names[0]], None) if names else None
+    return without_wrappers(inner) if isinstance(inner, nn.Module) else model
 
 
 def require_module(model: object) -> nn.Module:

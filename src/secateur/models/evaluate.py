@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data import Batch
-from secateur.graph.module_state import evaluating
-from secateur.graph.wrappers import require_module
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.wrappers import require_module, without_wrappers
 from secateur.models.score import Score
 from secateur.models.task import (
     Labels,
@@ -96,7 +96,7 @@ def evaluate_and_predict(
     def measure() -> tuple[int, float]:
         example = tally.example
         assert example is not None
-        macs = count_macs(model, example[:1])
+        macs = count_macs(without_wrappers(model), example[:1])
         return macs, latency_ms(model, example) if known_ms is None else known_ms
 
     macs, time_ms = distributed.on_main_process(measure)
@@ -109,6 +109,8 @@ def evaluate_and_predict(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         latency_ms=time_ms,
         agreement_fraction=None if original is None else counts.agreed / counts.decisions,
+        lost=None if original is None else counts.lost,
+        gained=None if original is None else counts.gained,
     )
     return score, tally.predictions()
 
@@ -120,6 +122,8 @@ class _Counts(NamedTuple):
     top1: int
     top5: int
     agreed: int
+    lost: int
+    gained: int
 
 
 class _Tally:
@@ -146,16 +150,22 @@ class _Tally:
         labels = batch.labels.to(logits.device)
         loss = cross_entropy(logits, labels, reduction="sum")
         if self.example is None:
-            self.example = batch.images.to(logits.device)
+            self.example = as_input(model, batch.images)
         ranked = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
         self.class_count = logits.shape[-1]
         hits = ranked == labels[..., None]
         predicted = predict(logits)
-        agreed = torch.zeros((), dtype=torch.int64)
+        compared = [torch.zeros((), dtype=torch.int64)] * 3
         if self._original is not None:
-            agreed = (self._original.classes[batch.indices] == predicted.cpu()).sum()
+            before, now = self._original.classes[batch.indices], predicted.cpu()
+            was_right, is_right = before == batch.labels, now == batch.labels
+            compared = [
+                (before == now).sum(),
+                (was_right & ~is_right).sum(),
+                (is_right & ~was_right).sum(),
+            ]
         top1, top5 = hits[..., 0].sum().cpu(), hits.sum().cpu()
-        self._counts += torch.stack([torch.tensor(labels.numel()), top1, top5, agreed])
+        self._counts += torch.stack([torch.tensor(labels.numel()), top1, top5, *compared])
         self._losses.append(float(loss))
         self._images += len(labels)
         self._seen.append((batch.indices, predicted.cpu(), batch.labels))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.forward import with_forward
-from secateur.graph.module_state import device_of, evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.models.task import logits_of, select_logits
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
+from secateur.runtime.torch_internals import Convolution
 
 FEW = 2
 """Images that a network is tried on."""
@@ -55,7 +56,7 @@ def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn
 
 def _try(network: nn.Module, images: Tensor) -> object:
     """Return the network's output; raise `UsageError` that says why it can't take the images."""
-    images = images[:FEW].to(device_of(network))
+    images = as_input(network, images[:FEW])
     try:
         with evaluating(network), torch.inference_mode():
             output: object = network(images)
@@ -88,9 +89,8 @@ def _channel_remedy(network: nn.Module, images: Tensor) -> str:
     return f"{have}, and its first convolution takes {wanted}: {remedy}"
 
 
-def _first_convolution(model: nn.Module) -> nn.modules.conv._ConvNd | None:
-    kind = nn.modules.conv._ConvNd
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
+def _first_convolution(model: nn.Module) -> Convolution | None:
+    return next((module for module in model.modules() if isinstance(module, Convolution)), None)
 
 
 def _description(output: object) -> str:

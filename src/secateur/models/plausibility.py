@@ -9,11 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from secateur.models.task import Labels
 from secateur.runtime.errors import AccuracyError
+from secateur.runtime.torch_internals import BatchNorm, Convolution
 
 FEWEST_IMAGES = 20
 """From this number on classes in another order are looked for."""
@@ -39,13 +38,19 @@ class Doubt:
     is_final: bool = False
     """Whether nothing can be measured before that is done."""
 
-    def raise_unless(self, *, allowed: bool) -> str:
-        """Return the note for the user; raise `AccuracyError` if there is a remedy to try first."""
+    def raise_unless(self, *, allowed: bool) -> None:
+        """Raise `AccuracyError` if there is a remedy to try first, and it is not `allowed` not to.
+
+        What can't be measured at all is never allowed.
+        """
         if self.is_final or (self.remedy and not allowed):
             go_on = "" if self.is_final else f"; {GO_ON}"
             raise AccuracyError(f"{self.text}: {self.remedy}{go_on}")
-        remedy = f": {self.remedy}" if self.remedy else ""
-        return f"{self.text[0].upper()}{self.text[1:]}{remedy}."
+
+    def note(self, start: str = "") -> str:
+        """Return the doubt as a sentence for the user, with a `start` before it."""
+        text = f"{start}{self.text}{f': {self.remedy}' if self.remedy else ''}."
+        return text[0].upper() + text[1:]
 
 
 def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:
@@ -57,8 +62,9 @@ def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "tes
     if doubt is not None:
         return doubt
     if labels.ndim == 1 and len(labels.unique()) == 1 < len(labels):
-        text = f"all {len(labels)} {kind} images are of class {int(labels[0])}"
-        return Doubt(f"{text}, so their accuracy says nothing of the other classes")
+        images = f"{len(labels)} {kind} images of class {int(labels[0])}"
+        text = f"the network is scored on {images} alone, so accuracy says nothing of other classes"
+        return Doubt(text)
     return find_constant(predicted, kind)
 
 
@@ -165,12 +171,12 @@ def _shuffled(predicted: Tensor, labels: Tensor, classes: int, kind: str) -> Dou
     if not (is_large and is_significant and is_beyond_chance(reordered, labels, classes)):
         return None
     moves = zip(columns.tolist(), outputs.tolist(), strict=True)
-    moved = [f"{label} is output {output}" for label, output in moves if label != output]
+    moved = [f"label {label} is output {output}" for label, output in moves if label != output]
     more = f" and {len(moved) - NAMED_CLASSES} more" if len(moved) > NAMED_CLASSES else ""
     before, now = (100 * float(hits.double().mean()) for hits in (direct, after))
     return Doubt(
         f"the network is right on {before:.1f} % of the {kind} images, but on {now:.1f} % "
-        f"with its classes in another order (label {', '.join(moved[:NAMED_CLASSES])}{more})",
+        f"with its classes in another order ({', '.join(moved[:NAMED_CLASSES])}{more})",
         CHECK,
     )
 
@@ -198,15 +204,15 @@ def looks_untrained(model: nn.Module) -> bool:
     means = [
         norm.running_mean
         for norm in model.modules()
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        if isinstance(norm, BatchNorm) and norm.running_mean is not None
     ]
     if means:
         return not any(bool(mean.any()) for mean in means)
-    layers = [layer for layer in model.modules() if isinstance(layer, _ConvNd | nn.Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Convolution | nn.Linear)]
     return all(_is_within_bounds(layer) for layer in layers)
 
 
-def _is_within_bounds(layer: _ConvNd | nn.Linear) -> bool:
+def _is_within_bounds(layer: Convolution | nn.Linear) -> bool:
     """Return whether weights and biases are as small as Kaiming's uniform draw leaves them."""
     weight = layer.weight.detach()
     bound = 1.0001 / math.sqrt(weight[0].numel())

@@ -48,6 +48,17 @@ def build_torchvision(name: str, num_classes: int) -> nn.Module:
     return model
 
 
+def transform_notice(name: str) -> str:
+    """Return what to know of a network that transforms its images; else nothing."""
+    if name.removeprefix("torchvision:") not in INPUT_TRANSFORMED or ":" not in name:
+        return ""
+    return (
+        f"{name} maps its images to [-1, 1] itself, as its published weights want it "
+        "(transform_input=True). If yours were trained without this, build the network in a file "
+        "of your own: -m net.py:build."
+    )
+
+
 def build_timm(name: str, num_classes: int) -> tuple[nn.Module, Remap]:
     """Return timm's network as `pretrained=True` would build it, untrained, and its renaming.
 

@@ -39,3 +39,7 @@ class Score:
     agreement_fraction: float | None = None
     """Fraction of images for which the original network predicts the same; of labels, if each image
     has several. None for the original network, and where that is not known."""
+    lost: int | None = None
+    """Images, or labels, that the original network predicts correctly and this one does not."""
+    gained: int | None = None
+    """Images, or labels, that this network predicts correctly and the original one does not."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from secateur.graph.module_state import copy_of
+from secateur.runtime.torch_internals import with_versions
 
 COUNTER = "num_batches_tracked"
 """Of batch norms: files older than PyTorch 0.4.1 lack it."""
@@ -16,17 +16,9 @@ COUNTER = "num_batches_tracked"
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """Copy tensors, named as in `model.state_dict()`, into a network.
 
-    `state_dict()` notes the version of every module beside the tensors; a plain dict or a
-    safetensors file has lost it, and modules that look at it refuse the tensors (MNASNet) or take
-    them for old ones. Here they count as what the modules' classes write today.
+    They count as what the modules' classes write today: see `with_versions`.
     """
-    state = OrderedDict(tensors)
-    metadata = getattr(model.state_dict(), "_metadata", {})
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name in metadata:
-            metadata[name]["version"] = type(module)._version
-    state._metadata = metadata  # type: ignore[attr-defined]
-    model.load_state_dict(state, strict=strict)
+    model.load_state_dict(with_versions(model, tensors), strict=strict)
 
 
 def count_misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:

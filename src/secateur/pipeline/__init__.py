@@ -8,5 +8,6 @@
 - `run_context`: progress, log and unreadable images of a run.
 - `estimate`: how long the stages will take.
 - `dissect`: what the filters see, for reports.
+- `verdict`: the outcome of a run in one sentence.
 - `result`: the record of a run, as it is saved.
 """

@@ -17,9 +17,6 @@ from secateur.scoring.criteria import make_criterion
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
 from secateur.scoring.scores import FilterScores, score_filters
 
-VOTES = "vote-response"
-"""The criterion whose scores are shown as votes: those of the other vote criteria are ranks."""
-
 
 @dataclass(frozen=True, eq=False)
 class NetworkDissection:

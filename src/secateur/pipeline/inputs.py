@@ -61,8 +61,11 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         seed=config.seed,
     )
     if user_code.is_user_code(config.model.name):
-        size = preprocessing_of(config).image_size
-        model = through_logits(model, None, torch.zeros(2, 3, size, size))
+        section = resolve_config(config, dataset, model).data
+        assert section.image_size is not None
+        assert section.mean is not None
+        shape = len(section.mean), section.image_size, section.image_size
+        model = through_logits(model, None, torch.zeros(2, *shape))
     return dataset, model
 
 
@@ -137,8 +140,9 @@ def _by_channel(
     """
     if len(values) == channels:
         return values
-    if channels == 1 and is_own and len(set(values)) > 1:
-        raise UsageError(f"data.{key} has 3 values, but the network takes one channel: give one")
+    if is_own and len(set(values)) > 1:
+        needed = "one channel: give one" if channels == 1 else "three channels: give three, or one"
+        raise UsageError(f"data.{key} has {len(values)} values, but the network takes {needed}")
     return channels * (round(sum(values) / len(values), 6),)
 
 

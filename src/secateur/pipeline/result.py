@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
+from secateur.models.published import transform_notice
 from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
@@ -14,6 +15,7 @@ from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
+from secateur.runtime.timing import LATENCY_BATCH
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
 SCHEMA_VERSION = 4
@@ -28,6 +30,8 @@ IDLE_KEYS = frozenset(
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished run is resumed."""
+LEAST_FALL = 0.05
+"""Least fall of the MACs, as a fraction, from which on latency is compared with it."""
 Stage = Literal["before", "cut", "refit", "distilled", "finetuned"]
 _TITLES: dict[Stage, str] = {
     "before": "score original",
@@ -146,6 +150,8 @@ class RunResult(Record):
             self._batch_size_notice(),
             self._refit_notice(),
             self._finetuning_notice(),
+            transform_notice(self.config.model.name),
+            latency_notice(self.stages[0].score, self.stages[-1].score, self.config.plan.round_to),
         )
         return tuple(notice for notice in notices if notice)
 
@@ -193,6 +199,28 @@ class RunResult(Record):
 def stage_title(stage: Stage, round_number: int) -> str:
     """Return what people call a stage."""
     return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
+
+
+def latency_notice(before: Score, after: Score, round_to: int) -> str:
+    """Return what to try if latency fell by less than half of what the MACs did; else nothing.
+
+    `round_to` is that of the plan. Falls of the MACs below `LEAST_FALL` are lost in the noise of
+    timing.
+    """
+    if before.macs == 0 or before.latency_ms == 0:
+        return ""
+    macs = 1 - after.macs / before.macs
+    latency = 1 - after.latency_ms / before.latency_ms
+    if macs < LEAST_FALL or not latency < macs / 2:
+        return ""
+    fell = f"fell by only {latency:.0%}" if round(latency, 2) > 0 else "did not fall"
+    remedies = [] if round_to % 8 == 0 else ["--round-to 16"]
+    remedies += ["another batch size", "torch.compile or onnxruntime (secateur export)"]
+    return (
+        f"Latency {fell} while the MACs fell by {macs:.0%} ({LATENCY_BATCH} images in PyTorch on "
+        f"this machine). What can help: {', '.join(remedies)}, or -t latency=F, which plans by "
+        "time."
+    )
 
 
 def merge_rounds(

@@ -192,8 +192,8 @@ def make_baseline(
         run_context.print_stage(stage_title("before", 1), score, context.task)
         doubt = find_doubt_about(predictions, dataset, context.task)
         if doubt is not None:
-            text = doubt.raise_unless(allowed=config.model.allow_untrained)
-            notes = (*notes, f"Before pruning: {text}")
+            doubt.raise_unless(allowed=config.model.allow_untrained)
+            notes = (*notes, doubt.note("before pruning, "))
     since = time.perf_counter()
     plan_inputs = make_plan_inputs(
         model,

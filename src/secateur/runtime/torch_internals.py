@@ -9,13 +9,14 @@ import functools
 import logging
 import operator
 import platform
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -62,6 +63,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "unset_fake_temporarily",
+    "with_versions",
 ]
 
 
@@ -76,7 +78,7 @@ VALUES_NEEDED = (
 )
 """What torch raises if code needs the values of a tensor that is traced, not its shape alone."""
 
-schema_of: Callable[[OpOverload], torch.FunctionSchema] = operator.attrgetter("_schema")
+schema_of: Callable[[Any], torch.FunctionSchema] = operator.attrgetter("_schema")
 """Return the schema of an ATen or custom operation: its name, arguments and returns."""
 
 
@@ -147,6 +149,22 @@ def share_parameters_with_recurrent_layer(module: nn.RNNBase) -> None:
     It holds them in a list of its own, which `torch.func.functional_call` does not know.
     """
     module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def with_versions(model: nn.Module, tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Return tensors of `model` as a state dict that its modules' classes would write today.
+
+    `state_dict()` notes the version of every module beside the tensors; a plain dict or a
+    safetensors file has lost it, and modules that look at it refuse the tensors (MNASNet) or take
+    them for old ones.
+    """
+    state = OrderedDict(tensors)
+    metadata = getattr(model.state_dict(), "_metadata", {})
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in metadata:
+            metadata[name]["version"] = type(module)._version
+    state._metadata = metadata  # type: ignore[attr-defined]
+    return state
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

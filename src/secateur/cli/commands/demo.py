@@ -49,4 +49,4 @@ def demo(
         model_table = {"name": model or MODEL, "weights": str(weights)}
         config = from_dict({"model": model_table, "data": {"source": data_source}}, RunConfig)
     result = runs.run(config, out, run_context, overwrite=True)
-    output.show_run(result, out, as_json=as_json)
+    output.show_run(result, out, run_context.lines.seconds, as_json=as_json)

@@ -57,15 +57,16 @@ def finetune(
     from secateur.experiments import run as runs
     from secateur.runtime.trackers import make_tracker
 
+    run_context = output.run_context(make_tracker(tracker, tracker_dir))
     with output.resumable(run):
         result = runs.finetune(
             run,
             out or run,
             changes,
-            output.run_context(make_tracker(tracker, tracker_dir)),
+            run_context,
             model_name=model,
             source=source,
             resume=resume,
             overwrite=overwrite,
         )
-    output.show_run(result, out or run, as_json=as_json)
+    output.show_run(result, out or run, run_context.lines.seconds, as_json=as_json)

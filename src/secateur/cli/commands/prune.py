@@ -88,12 +88,13 @@ def prune(
     from secateur.experiments import run as runs
     from secateur.runtime.trackers import make_tracker
 
+    run_context = output.run_context(make_tracker(tracker, tracker_dir))
     with output.resumable(out):
         result = runs.run(
             config,
             out,
-            output.run_context(make_tracker(tracker, tracker_dir)),
+            run_context,
             overwrite=overwrite,
             resume=resume,
         )
-    output.show_run(result, out, as_json=as_json)
+    output.show_run(result, out, run_context.lines.seconds, as_json=as_json)

@@ -19,7 +19,7 @@ from secateur.data import DataSet, Images
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.taps import as_maps
-from secateur.pipeline.dissect import VOTES, dissect_network
+from secateur.pipeline.dissect import dissect_network
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
@@ -45,8 +45,6 @@ class LayerGallery:
     """For each filter the concepts with the highest IoU, the highest first."""
     after: tuple[FilterConcept | None, ...]
     """For each filter its best concept in the pruned network; None if the filter was removed."""
-    votes: tuple[float, ...]
-    """Votes of each filter by the criterion `dissect.VOTES`."""
     images: tuple[tuple[int, ...], ...]
     """For each filter its top images, as indices of `Gallery.images`."""
     grid: tuple[int, int]
@@ -104,7 +102,7 @@ def make_gallery(
     )
     run_context = RunContext(progress).collecting_unreadable(config)
     context = make_scoring_context(model, dataset, config, run_context, dependencies=dependencies)
-    before = dissect_network(model, context, config, (VOTES,), images=config.report.top_images)
+    before = dissect_network(model, context, config, images=config.report.top_images)
     context_after = make_scoring_context(smaller, dataset, config, run_context)
     title = "dissecting the pruned network"
     after = dissect_network(smaller, context_after, config, images=1, title=title)
@@ -131,7 +129,6 @@ def make_gallery(
                     iou, [concept.name for concept in context.source.concepts]
                 ),
                 after=tuple(best),
-                votes=tuple(before.scores[VOTES].scores[name].tolist()),
                 images=tuple(tuple(place[index] for index in row) for row in top.indices.tolist()),
                 grid=grid,
                 regions=regions,
@@ -231,7 +228,6 @@ def to_json(result: RunResult, gallery: Gallery | None) -> dict[str, Any]:
                 "images": layer.images,
                 "grid": layer.grid,
                 "regions": base64.b64encode(layer.regions).decode(),
-                "votes": [float(f"{votes:.5g}") for votes in layer.votes],
             }
         layers.append(fields)
     images = gallery.images if gallery else ()

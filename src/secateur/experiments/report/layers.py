@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from secateur.experiments.report.gallery import Gallery, LayerGallery
 from secateur.pipeline.result import GroupResult, RunResult
 
+SHORTEST = 0.06
+"""Height of a layer's shortest bar, of 1."""
 MAX_CONCEPTS = 30
 """Rows of the concept map: the concepts with the most detectors before pruning."""
 
@@ -23,31 +26,32 @@ def layer_rows(result: RunResult, gallery: Gallery | None) -> list[dict[str, Any
             "filters": group.filters,
             "kept": group.filters - len(group.removed),
             "removed": len(group.removed),
-            **_strip_paths(group, galleries.get(group.name)),
+            **_strip_paths(group),
             **_detector_counts(galleries.get(group.name)),
         }
         for group in result.groups
     ]
 
 
-def filter_heights(group: GroupResult, layer: LayerGallery | None) -> list[tuple[int, float]]:
-    """Return the filters of a layer, the best by score first, each with a height from 0 to 1.
+def filter_heights(group: GroupResult) -> list[tuple[int, float]]:
+    """Return the filters of a layer, the best by score first, each with the height of its bar.
 
-    Heights are votes, or scores if there is no gallery, as a fraction of the layer's highest;
-    negative values are shifted so that the lowest is 0.
+    From the lowest score of the layer to its highest, heights rise with the square root of the
+    distance from the lowest, from `SHORTEST` to 1: the scores of most criteria are so uneven that
+    other bars would not be seen.
     """
-    values = group.scores if layer is None else layer.votes
-    low = min(0.0, *values)
-    high = max(values) - low or 1.0
+    low, high = min(group.scores), max(group.scores)
     order = sorted(range(group.filters), key=lambda f: (-group.scores[f], f))
-    return [(filter_, (values[filter_] - low) / high) for filter_ in order]
+    places = [(group.scores[f] - low) / (high - low) if high > low else 1.0 for f in order]
+    heights = [SHORTEST + (1 - SHORTEST) * math.sqrt(place) for place in places]
+    return list(zip(order, heights, strict=True))
 
 
-def _strip_paths(group: GroupResult, layer: LayerGallery | None) -> dict[str, str]:
+def _strip_paths(group: GroupResult) -> dict[str, str]:
     """Return SVG paths of the kept and the removed filters, each a column one unit wide."""
     removed = set(group.removed)
     paths = {"kept_path": "", "removed_path": ""}
-    for place, (filter_, height) in enumerate(filter_heights(group, layer)):
+    for place, (filter_, height) in enumerate(filter_heights(group)):
         key = "removed_path" if filter_ in removed else "kept_path"
         paths[key] += f"M{place} 1V{1 - height:.3g}h1V1"
     return paths

@@ -10,6 +10,7 @@ from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
 from secateur.pipeline.result import RunResult
+from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
@@ -37,6 +38,7 @@ def write_report(
     page = render(
         "report.html.j2",
         result=result,
+        verdict=verdict(result),
         cards=_cards(result),
         rows=score_rows(result),
         tradeoff=tradeoff(result, beside),

@@ -17,12 +17,11 @@
     const rank = [];
     order.forEach((filter, place) => { rank[filter] = place + 1; });
     const kept = layer.scores.length - removed.size;
-    layer.scores.forEach((score, number) => {
+    layer.scores.forEach((_, number) => {
       const concepts = layer.concepts ? layer.concepts[number] : [];
       filters.push({
         layer: layerNumber,
         number,
-        score,
         rank: rank[number],
         of: layer.scores.length,
         kept,
@@ -130,7 +129,6 @@
     if (name) node.className = name;
     return node;
   };
-  const number = (value) => String(Number(value.toPrecision(4)));
   const overlap = ([concept, iou]) => `${data.concepts[concept]} (IoU ${iou.toFixed(3)})`;
   const card = (filter) => {
     const layer = data.layers[filter.layer];
@@ -138,10 +136,10 @@
     item.append(make("h3", `${layer.name}, filter ${filter.number}`));
     const fate = filter.removed ? "Removed" : "Kept";
     item.append(make("p", fate, "fate"));
-    const votes = layer.votes ? `${number(layer.votes[filter.number])} votes. ` : "";
+    const below = Math.round((100 * (filter.of - filter.rank)) / filter.of);
     item.append(make("p",
-      `${votes}Rank ${filter.rank} of ${filter.of} by ${data.criterion} (${number(filter.score)}); ` +
-      `the plan keeps the best ${filter.kept} of this layer.`));
+      `Rank ${filter.rank} of ${filter.of} by ${data.criterion}, above ${below} % of the layer; ` +
+      `the plan keeps the best ${filter.kept}.`));
     if (layer.concepts) {
       item.append(make("p", filter.concepts.length
         ? `Overlaps ${filter.concepts.map(overlap).join(", ")}.`

@@ -1,4 +1,4 @@
-"""Charts of a run: accuracy against MACs, filters kept, votes, and detectors by concept."""
+"""Charts of a run: accuracy against MACs, filters kept, scores, and detectors by concept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from secateur.pipeline.result import RunResult
 
 KEPT, REMOVED, RUN = COLOURS[2], COLOURS[1], "#000000"
 STRIP_COLUMNS = 256
-"""Columns of the picture of a layer's votes."""
+"""Columns of the picture of a layer's scores."""
 MAX_LAYERS = 80
 
 
@@ -33,7 +33,7 @@ def run_charts(
     result: RunResult, gallery: Gallery | None = None, beside: BenchmarkStatistics | None = None
 ) -> tuple[Chart, ...]:
     """Return the charts of a run; that of concepts needs a gallery with detectors."""
-    charts = [tradeoff(result, beside), kept_filters(result), votes(result, gallery)]
+    charts = [tradeoff(result, beside), kept_filters(result), scores(result)]
     if gallery is not None and concept_map(gallery).concepts:
         charts.append(concepts(result, gallery))
     return tuple(charts)
@@ -106,23 +106,19 @@ def kept_filters(result: RunResult) -> Chart:
 
 
 @rc_context(STYLE)
-def votes(result: RunResult, gallery: Gallery | None = None) -> Chart:
-    """Draw each layer as a strip: its filters, the best first, with their votes or scores."""
+def scores(result: RunResult) -> Chart:
+    """Draw each layer as a strip: its filters, the best first, coloured by score."""
     groups = result.groups[:MAX_LAYERS]
-    galleries = {layer.name: layer for layer in gallery.layers} if gallery else {}
     figure, (axes,) = make_figure(1, rows=len(groups))
     strips = np.zeros((len(groups), STRIP_COLUMNS))
     for row, group in enumerate(groups):
-        heights = np.array(
-            [height for _, height in filter_heights(group, galleries.get(group.name))]
-        )
+        heights = np.array([height for _, height in filter_heights(group)])
         strips[row] = heights[np.arange(STRIP_COLUMNS) * len(heights) // STRIP_COLUMNS]
         kept = 1 - len(group.removed) / group.filters
         axes.plot([kept, kept], [row - 0.5, row + 0.5], color=REMOVED, lw=2)
     edges = (0, 1, len(groups) - 0.5, -0.5)
     image = axes.imshow(strips, aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1)
-    words = "votes" if gallery else "score"
-    figure.colorbar(image, label=f"{words} / highest of the layer")
+    figure.colorbar(image, label="score, from the layer's lowest to its highest, as square root")
     axes.set_yticks(range(len(groups)), [short(group.name) for group in groups], fontsize="x-small")
     axes.grid(visible=False)
     axes.set_xlabel(
@@ -130,7 +126,7 @@ def votes(result: RunResult, gallery: Gallery | None = None) -> Chart:
     )
     title = f"{short(result.config.model.name)}: filters by {short(result.config.score.criterion)}"
     figure.suptitle(title)
-    return Chart(file_name(short(result.config.model.name), "votes"), title, figure)
+    return Chart(file_name(short(result.config.model.name), "scores"), title, figure)
 
 
 @rc_context(STYLE)
