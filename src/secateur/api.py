@@ -12,8 +12,8 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike, parse_budget
-from secateur.config.in_memory import config_in_memory
+from secateur.config import BudgetLike
+from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
     ImageBatches,
@@ -32,7 +32,7 @@ from secateur.graph.working_copy import like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.labelled_images import SOURCE, label_images
+from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
@@ -45,7 +45,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
+from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
 
@@ -191,17 +191,14 @@ def prune(
     model = unwrapped(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = {
-        "model": {
-            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
-            "allow_untrained": looks_untrained(model),
-        },
-        "data": {"source": SOURCE, "stratified": False},
-        "score": {"criterion": name, "concepts": concepts},
-        "plan": {"target": str(parse_budget(target))},
-        "finetune": {"epochs": epochs},
-        "seed": seed,
-    }
+    tables = tables_in_memory(
+        f"{zoo.IN_MEMORY}:{type(model).__name__}",
+        target,
+        name,
+        concepts,
+        allow_untrained=looks_untrained(model),
+    )
+    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
@@ -214,7 +211,7 @@ def prune(
     run_context = RunContext(criterion=passed_criterion)
     if progress:
         lines = StageLines(print_to_stderr)
-        run_context = replace(run_context, progress=bars_if_live(), lines=lines)
+        run_context = replace(run_context, progress=live_progress(), lines=lines)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
