@@ -14,11 +14,11 @@ SOURCE = "images in memory"
 
 
 def tables_in_memory(
-    network: str, target: BudgetLike, criterion: str, concepts: str, *, allow_untrained: bool
+    network: str, target: BudgetLike, criterion: str, concepts: str
 ) -> dict[str, Any]:
     """Return the configuration of a run on a network and images that have no name, as tables."""
     return {
-        "model": {"name": network, "allow_untrained": allow_untrained},
+        "model": {"name": network},
         "data": {"source": SOURCE, "stratified": False},
         "score": {"criterion": criterion, "concepts": concepts},
         "plan": {"target": str(parse_budget(target))},
