@@ -161,7 +161,7 @@ def test_other_forms_give_the_figures_of_plain_logits(
 
 def test_a_network_that_returns_maps_is_refused(images: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    with pytest.raises(SecateurError, match=r"returns \[8, 4, 6, 6\] \(one for each position"):
+    with pytest.raises(SecateurError, match=r"returns \[4, 4, 6, 6\] \(one for each position"):
         secateur.prune(model, images)
 
 

@@ -192,8 +192,8 @@ def prune(
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
-    tables["model"]["allow_untrained"] = looks_untrained(model)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    tables["model"]["allow_untrained"] = looks_untrained(model)
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
