@@ -79,10 +79,11 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
         return
     rows = score_rows(result)
     table = Table(box=None, pad_edge=False)
-    for number, key in enumerate(rows[0]):
+    shown = [key for key in rows[0] if key != "top-5 %"]  # a line has 80 characters
+    for number, key in enumerate(shown):
         table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[key] for key in shown))
     out().print(table)
     for trial in result.size_trials:
         out().print(

@@ -275,7 +275,10 @@ def _drop_context_switches(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "")
         if name == "_enter_autocast" and node.args[2]:
-            raise TraceError("the network switches automatic mixed precision on by itself")
+            raise TraceError(
+                "the network switches automatic mixed precision on by itself: take torch.autocast "
+                "out of its forward (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+            )
         if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
             graph.erase_node(node)
 

@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
 from torch import Tensor, nn
 
-from secateur.models.task import Labels
+from secateur.models.evaluate import Predictions
+from secateur.models.task import Labels, Task
 from secateur.runtime.errors import AccuracyError
 from secateur.runtime.torch_internals import BatchNorm, Convolution
 
@@ -51,6 +52,16 @@ class Doubt:
         """Return the doubt as a sentence for the user, with a `start` before it."""
         text = f"{start}{self.text}{f': {self.remedy}' if self.remedy else ''}."
         return text[0].upper() + text[1:]
+
+
+def find_doubt_about(
+    predictions: Predictions, task: Task, *, has_labels: bool, kind: str = "test"
+) -> Doubt | None:
+    """Return why a network's predictions of images of this `kind` look wrong, if they do."""
+    predicted, labels = predictions.of_all_processes()
+    if has_labels:
+        return find_doubt(predicted, labels, predictions.class_count, kind)
+    return find_constant(predicted, kind, is_binary=task.kind == "binary")
 
 
 def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:

@@ -118,12 +118,10 @@ def scores(result: RunResult) -> Chart:
         axes.plot([kept, kept], [row - 0.5, row + 0.5], color=REMOVED, lw=2)
     edges = (0, 1, len(groups) - 0.5, -0.5)
     image = axes.imshow(strips, aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1)
-    figure.colorbar(image, label="score, from the layer's lowest to its highest, as square root")
+    figure.colorbar(image, label="score within the layer, on a scale of square roots")
     axes.set_yticks(range(len(groups)), [short(group.name) for group in groups], fontsize="x-small")
     axes.grid(visible=False)
-    axes.set_xlabel(
-        "fraction of the layer's filters, best first; those right of the mark are removed"
-    )
+    axes.set_xlabel("fraction of filters, best first; removed right of the mark")
     title = f"{short(result.config.model.name)}: filters by {short(result.config.score.criterion)}"
     figure.suptitle(title)
     return Chart(file_name(short(result.config.model.name), "scores"), title, figure)
