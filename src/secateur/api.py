@@ -203,10 +203,7 @@ def prune(
         with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
     )
     dataset = label_images(parts, original, config.model.task, config.data.batch_size, class_names)
-    run_context = RunContext(criterion=passed_criterion)
-    if progress:
-        lines = StageLines(print_to_stderr)
-        run_context = replace(run_context, progress=live_progress(), lines=lines)
+    run_context = replace(_run_context(shows_progress=progress), criterion=passed_criterion)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -252,6 +249,12 @@ def evaluate(
             yield replace(batch, labels=labels)
 
     return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+
+
+def _run_context(*, shows_progress: bool) -> RunContext:
+    if not shows_progress:
+        return RunContext()
+    return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
 def _labelled_batches(
