@@ -237,7 +237,7 @@ def evaluate(
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:
-        raise DataError("images: there are none")
+        raise DataError("images: there are none (a generator can be read only once)")
     network = with_logits(with_forward(model, forward), first.images)
     outputs = look_at_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs)
