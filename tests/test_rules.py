@@ -110,13 +110,17 @@ class Buffer(nn.Module):
         self.values = torch.rand(shape, dtype=torch.float64)
 
 
-@torch.library.custom_op("secateur_test::triple", mutates_args=(), tags=(torch.Tag.pointwise,))
-def tripled(x: Tensor) -> Tensor:
-    """An operation without a rule, which says that it is pointwise."""
+# An operation without a rule, which says that it is pointwise. torch 2.6's custom_op has no tags.
+torch.library.define("secateur_test::triple", "(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+
+
+@torch.library.impl("secateur_test::triple", "default")
+def triple(x: Tensor) -> Tensor:
     return x * 3
 
 
-tripled.register_fake(torch.empty_like)
+torch.library.register_fake("secateur_test::triple", torch.empty_like)
+tripled = torch.ops.secateur_test.triple
 
 CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "a view of rows of four": (
