@@ -30,7 +30,7 @@ Logits = Float[Tensor, "_ ... class"]
 """`[image, class]` or `[image, label, class]`; batches may have different numbers of images."""
 Labels = Int[Tensor, "_ ..."]
 """Class numbers `[image]`, or 0 or 1 for each label, `[image, label]`."""
-FIRST_IMAGES = 8
+FIRST_IMAGES = 4
 """Images that are enough to tell how outputs are to be read."""
 SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-4, 2e-2
 """How far from 1 the sum of probabilities may be, in float32 and in types of half its size."""
