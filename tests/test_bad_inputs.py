@@ -116,8 +116,7 @@ class Desk:
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
         common = ("-m", self.files.model_name, "--allow-untrained", "-d", self.files.source)
-        common = (*common, "-o", self.folder / "run")
-        secateur_command("prune", *common, *options)
+        secateur_command("prune", *common, "-o", self.folder / "run", *options)
 
 
 def secateur_command(*arguments: object) -> None:

@@ -68,7 +68,7 @@ OTHERS = [
     (b"\n\n<HTML><head>", r"is a web page \(HTML\)"),
     (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is an XML or HTML"),
     (b'{"error": "Repository not found"}', "is a JSON text"),
-    (gzip.compress(b"weights"), "is a gzip archive, not weights: unpack it"),
+    (gzip.compress(b"weights", mtime=0), "is a gzip archive, not weights: unpack it"),
     (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file, as Keras writes"),
     (b"\x1c\0\0\0TFL3" + bytes(9), "is a TensorFlow Lite file"),
     (b"\x08\x0a\x12\x07pytorch\x1a", "is an ONNX file"),

@@ -35,8 +35,8 @@ class Net(nn.Module):
         self.linear = nn.Linear(48, outputs)
         self.head = head
         with torch.no_grad():
-            for layer in (self.body[0], self.body[2], self.linear):
-                layer.weight.mul_(4)
+            for name in ("body.0.weight", "body.2.weight", "linear.weight"):
+                self.get_parameter(name).mul_(4)
             logits = self.linear(self.body(images))
             self.linear.bias.sub_(logits.median(0).values)
 

@@ -303,7 +303,7 @@ def test_a_wrapped_network_takes_plain_weights(tmp_path: Path) -> None:
     assert_same(model.module, state())
 
 
-def test_two_parts_of_a_network_may_have_a_prefix_each(tmp_path: Path) -> None:
+def test_backbone_and_head_may_have_a_prefix_each(tmp_path: Path) -> None:
     def name(key: str) -> str:
         return f"head.{key}" if key.startswith("head.") else f"backbone.{key}"
 

@@ -12,8 +12,8 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike, parse_budget
-from secateur.config.in_memory import config_in_memory
+from secateur.config import BudgetLike
+from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
     ImageBatches,
@@ -32,7 +32,7 @@ from secateur.graph.working_copy import like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.labelled_images import SOURCE, label_images
+from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
@@ -45,7 +45,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
+from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
 
@@ -191,17 +191,9 @@ def prune(
     model = unwrapped(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = {
-        "model": {
-            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
-            "allow_untrained": looks_untrained(model),
-        },
-        "data": {"source": SOURCE, "stratified": False},
-        "score": {"criterion": name, "concepts": concepts},
-        "plan": {"target": str(parse_budget(target))},
-        "finetune": {"epochs": epochs},
-        "seed": seed,
-    }
+    tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
+    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    tables["model"]["allow_untrained"] = looks_untrained(model)
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
@@ -211,10 +203,7 @@ def prune(
         with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
     )
     dataset = label_images(parts, original, config.model.task, config.data.batch_size, class_names)
-    run_context = RunContext(criterion=passed_criterion)
-    if progress:
-        lines = StageLines(print_to_stderr)
-        run_context = replace(run_context, progress=bars_if_live(), lines=lines)
+    run_context = replace(_run_context(shows_progress=progress), criterion=passed_criterion)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -248,7 +237,7 @@ def evaluate(
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:
-        raise DataError("images: there are none")
+        raise DataError("images: there are none (a generator can be read only once)")
     network = with_logits(with_forward(model, forward), first.images)
     outputs = look_at_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs)
@@ -260,6 +249,12 @@ def evaluate(
             yield replace(batch, labels=labels)
 
     return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+
+
+def _run_context(*, shows_progress: bool) -> RunContext:
+    if not shows_progress:
+        return RunContext()
+    return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
 def _labelled_batches(

@@ -30,8 +30,8 @@ from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import (
     ProgressCallback,
     StageLines,
-    bars_if_live,
     duration_text,
+    live_progress,
     no_progress,
     print_to_stderr,
 )
@@ -59,7 +59,7 @@ def command_line() -> str:
 
 def progress() -> ProgressCallback:
     """Return progress bars on stderr if it is a terminal, else no progress."""
-    return bars_if_live() if distributed.is_main_process() else no_progress
+    return live_progress() if distributed.is_main_process() else no_progress
 
 
 def stage_lines() -> StageLines:

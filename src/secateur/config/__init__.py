@@ -100,7 +100,7 @@ class ModelSection(Section):
     the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
     the labels."""
     allow_untrained: bool = False
-    """Go on without a weight file, and with a network that is no better than chance on the test
+    """Continue without a weight file, and with a network that is no better than chance on the test
     images."""
 
 

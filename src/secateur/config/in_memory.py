@@ -6,8 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.config import RunConfig, from_dict
+from secateur.config.budget import BudgetLike, parse_budget
 from secateur.config.tables import nearest_key
 from secateur.runtime.errors import UsageError
+
+SOURCE = "images in memory"
+
+
+def tables_in_memory(
+    network: str, target: BudgetLike, criterion: str, concepts: str
+) -> dict[str, Any]:
+    """Return the configuration of a run on a network and images that have no name, as tables."""
+    return {
+        "model": {"name": network},
+        "data": {"source": SOURCE, "stratified": False},
+        "score": {"criterion": criterion, "concepts": concepts},
+        "plan": {"target": str(parse_budget(target))},
+    }
 
 
 def config_in_memory(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -316,7 +317,9 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     """
     images = example[:1].expand(2, *example.shape[1:])
     try:
-        with evaluating(model):
+        with evaluating(model), warnings.catch_warnings():
+            # torch 2.6 says it of a network that runs through a user's function; newer ones log it.
+            warnings.filterwarnings("ignore", "Unable to find the path of the module")
             return torch.export.export(
                 model,
                 (images,),

@@ -44,7 +44,7 @@ class Predictions:
     labels: Labels
     """The labels beside them."""
     class_count: int
-    """How many classes the network tells apart; 2 where each image has several labels."""
+    """How many classes the network distinguishes; 2 where each image has several labels."""
 
     def of_all_processes(self) -> tuple[Labels, Labels]:
         """Return the predictions and the labels of every image that could be read."""

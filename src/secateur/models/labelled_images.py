@@ -8,13 +8,13 @@ from typing import Literal
 from torch import nn
 
 from secateur.config import TaskKind
+from secateur.config.in_memory import SOURCE
 from secateur.data import DataSet, NormalisedImages
 from secateur.data.in_memory import Parts
 from secateur.models.evaluate import predict_classes
 from secateur.models.labels import read_all_labels
 from secateur.models.task import find_task, look_at_outputs
 
-SOURCE = "images in memory"
 FEW_CLASSES = 0.5
 """A note says so if the images show less than this fraction of the network's classes."""
 

@@ -103,9 +103,8 @@ def check_name(name: str) -> None:
         known = _torchvision_names()
         if rest not in known:
             raise UnknownName("torchvision model", rest, known)
-    elif kind == "timm":
-        if not published.import_timm().is_model(rest):
-            raise UnknownName("timm model", rest, published.import_timm().list_models())
+    elif kind == "timm" and not published.import_timm().is_model(rest):
+        raise UnknownName("timm model", rest, published.import_timm().list_models())
 
 
 def _unknown_name(name: str) -> UsageError:
