@@ -69,7 +69,8 @@ def show_plan(
 
 def _seconds_per_image(model: nn.Module, images: Images, config: RunConfig) -> float:
     """Time one forward pass of a few images, after one to warm up."""
-    example = make_reader(config).read_first(images, EXAMPLE_IMAGES)
+    reader = make_reader(config, RunContext().collecting_unreadable(config))
+    example = reader.read_first(images, EXAMPLE_IMAGES)
     look_at_outputs(model, example)  # raises before anything is shown
     since = time.perf_counter()
     run_network(model, example)
