@@ -317,7 +317,7 @@ def test_a_row_is_flat(results: list[JobResult], digits_run: DigitsRun, tmp_path
 def test_a_benchmark_without_any_result_is_shown_too(spec: BenchmarkSpec) -> None:
     lost = [job_result(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
     text_tables = tables(compute_statistics(rows(lost), spec.compared_with))
-    assert text_tables[0].rows == (("vote", "–", "–", "–"), ("l1", "–", "–", "–"))
+    assert text_tables[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
     assert text_tables[-1].title == "Failed"
 
 

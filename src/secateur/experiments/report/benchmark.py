@@ -100,6 +100,7 @@ def tables(stats: BenchmarkStatistics) -> tuple[TextTable, ...]:
 
 def accuracy_table(stats: BenchmarkStatistics) -> TextTable:
     """Return mean ± standard deviation over seeds for each method, the best mean first."""
+    has_agreement = any(row.agreement_fraction is not None for row in stats.all_rows)
     lines = []
     for method in stats.methods:
         values = [list(stats.values(method, setting).values()) for setting in stats.settings]
@@ -107,8 +108,8 @@ def accuracy_table(stats: BenchmarkStatistics) -> TextTable:
         # A mean over fewer settings can't be compared; such rows come last.
         mean = statistics.mean(means) if means and len(means) == len(stats.measured) else None
         texts = [_spread(percents) for percents in values]
-        agreement = _mean_agreement(stats, method)
-        lines.append((mean, (method, *texts, *map(_two_digits, (mean, agreement)))))
+        summary = (mean, _mean_agreement(stats, method)) if has_agreement else (mean,)
+        lines.append((mean, (method, *texts, *map(_two_digits, summary))))
     lines.sort(key=lambda line: -math.inf if line[0] is None else line[0], reverse=True)
     bases: dict[str, float] = {}
     for network, target in stats.settings:
@@ -123,12 +124,16 @@ def accuracy_table(stats: BenchmarkStatistics) -> TextTable:
     note = (
         f"Top-1 in % of {' or '.join(map(str, images))} {' or '.join(kinds)} images, mean ± "
         f"standard deviation over {seeds} seed{'' if counts[-1] == 1 else 's'}. Before pruning: "
-        f"{before}. Agreement: images for which the network before pruning predicts the same, a "
-        "mean over all settings."
+        f"{before}."
     )
+    if has_agreement:
+        note += (
+            " Agreement: images for which the network before pruning predicts the same, a mean "
+            "over all settings."
+        )
     return TextTable(
         "Accuracy",
-        ("method", *map(_heading, stats.settings), "mean", "agreement"),
+        ("method", *map(_heading, stats.settings), "mean", *(["agreement"] * has_agreement)),
         tuple(texts for _, texts in lines),
         note if images else "",
     )
