@@ -202,7 +202,7 @@ def _groups(dependencies: DependencyGraph) -> Row:
     """Return how many channels can be removed, and how many can't, by reason."""
     frozen: Counter[str] = Counter()
     for group in dependencies.frozen:
-        frozen[group.reason] += group.size
+        frozen[group.cause] += group.size
     return {
         "channels": sum(len(group) for group in dependencies.groups.values()),
         "frozen_channels": dict(frozen.most_common()),

@@ -1,8 +1,4 @@
-"""Tensor functions between two convolutions: which are followed, and which freeze their channels.
-
-`python bench/operations.py` measures each, writes `results/operations.json` and the table of
-`docs/reference/operations.md`.
-"""
+"""Tensor functions to call between two convolutions, for `operation_outcomes`."""
 
 from __future__ import annotations
 
@@ -13,8 +9,8 @@ import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor
 
-CHANNELS = 8
 SIDE = 6
+"""Height and width of the feature maps."""
 
 Function = Callable[[Tensor], Tensor]
 
@@ -45,8 +41,9 @@ def _out(function: Callable[..., object]) -> Function:
     return write
 
 
-def _order(size: int) -> Tensor:
-    return torch.arange(size - 1, -1, -1)
+def _standardised(x: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, (2, 3), keepdim=True)
+    return (x - mean) / (deviation + 1)
 
 
 ARITHMETIC: dict[str, Function] = {
@@ -119,7 +116,7 @@ ARITHMETIC: dict[str, Function] = {
     "torch.maximum": lambda x: torch.maximum(x, x * 0.1),
     "torch.minimum": lambda x: torch.minimum(x, x * 0.1),
     "torch.fmax": lambda x: torch.fmax(x, x * 0.1),
-    "torch.max": lambda x: torch.max(x, x * 0.1),
+    "torch.max of two": lambda x: torch.max(x, x * 0.1),
     "torch.where": lambda x: torch.where(x > 0, x, x * 0.1),
     "Tensor.masked_fill": lambda x: x.masked_fill(x < 0, 0.5),
     "torch.greater": lambda x: torch.greater(x, 0).to(x.dtype),
@@ -139,9 +136,9 @@ ARITHMETIC: dict[str, Function] = {
     "Tensor.multiply_": lambda x: x.multiply_(2),
     "Tensor.clip_": lambda x: x.clip_(0, 6),
     "Tensor.neg_": lambda x: x.neg_(),
-    "Tensor.exponential function in place": lambda x: x.exp_(),
+    "Tensor.exp_": lambda x: x.exp_(),
     "torch.add(out=)": _out(lambda x, out: torch.add(x, x, out=out)),
-    "torch.multiply(out=)": _out(lambda x, out: torch.multiply(x, 2, out=out)),
+    "torch.multiply(out=)": _out(lambda x, out: torch.multiply(x, x, out=out)),
     "torch.sigmoid(out=)": _out(torch.sigmoid),
 }
 
@@ -174,12 +171,12 @@ ACTIVATIONS: dict[str, Function] = {
     "F.softmax": lambda x: F.softmax(x, 1),
     "F.softmin": lambda x: F.softmin(x, 1),
     "F.log_softmax": lambda x: F.log_softmax(x, 1),
-    "F.gumbel_softmax over positions": lambda x: x.flatten(2).softmax(-1).view_as(x),
+    "F.softmax over positions": lambda x: x.flatten(2).softmax(-1).view_as(x),
 }
 
 NORMS: dict[str, Function] = {
     "F.normalize": lambda x: F.normalize(x, dim=1),
-    "F.normalize over positions": lambda x: F.normalize(x, dim=(2, 3)),
+    "F.normalize over positions": lambda x: F.normalize(x, dim=-1),
     "F.layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
     "F.rms_norm": lambda x: F.rms_norm(x, x.shape[-2:]),
     "F.group_norm": lambda x: F.group_norm(x, 1),
@@ -188,9 +185,7 @@ NORMS: dict[str, Function] = {
     "torch.norm": lambda x: x / (torch.norm(x, dim=1, keepdim=True) + 1),
     "torch.linalg.norm": lambda x: x / (torch.linalg.norm(x, dim=(2, 3), keepdim=True) + 1),
     "torch.linalg.vector_norm": lambda x: x / (torch.linalg.vector_norm(x, dim=1, keepdim=True)),
-    "torch.std_mean": lambda x: (lambda s, m: (x - m) / (s + 1))(
-        *torch.std_mean(x, (2, 3), keepdim=True)
-    ),
+    "torch.std_mean": _standardised,
     "torch.var": lambda x: x / (torch.var(x, 1, keepdim=True) + 1),
     "torch.logsumexp": lambda x: x - torch.logsumexp(x, (2, 3), keepdim=True),
     "torch.renorm": lambda x: torch.renorm(x, 2, 0, 1.0),
@@ -314,7 +309,7 @@ SHAPES: dict[str, Function] = {
     "torch.select": lambda x: x.select(-1, 0),
     "slices": lambda x: x[:, :, ::2, 1:],
     "slices of channels": lambda x: x[:, : x.shape[1] // 2],
-    "torch.expand_copy": lambda x: _gate(x).expand(-1, -1, 4, 4),
+    "Tensor.expand": lambda x: _gate(x).expand(-1, -1, 4, 4),
     "Tensor.expand_as": lambda x: _gate(x).expand_as(x) * x,
     "torch.broadcast_to": lambda x: torch.broadcast_to(_gate(x), x.shape) * x,
     "torch.broadcast_tensors": lambda x: torch.broadcast_tensors(x, _gate(x))[1] * x,
@@ -366,9 +361,9 @@ RESIZING: dict[str, Function] = {
     "F.lp_pool1d": lambda x: F.lp_pool1d(x.flatten(2), 2, 2),
     "F.adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x[:, :, None], 2),
     "F.avg_pool3d": lambda x: F.avg_pool3d(x[:, :, None], (1, 2, 2)),
-    "F.max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "F.max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
     "F.max_unpool1d": lambda x: F.max_unpool1d(
-        *F.max_pool1d(x.flatten(2), 2, return_indices=True), 2
+        *F.max_pool1d(x.flatten(2), 2, return_indices=True), [2]
     ),
     "F.interpolate nearest": lambda x: F.interpolate(x, scale_factor=2),
     "F.interpolate nearest-exact": lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"),
@@ -386,7 +381,7 @@ RESIZING: dict[str, Function] = {
         x.flatten(2), size=9, mode="nearest-exact"
     ),
     "F.grid_sample": lambda x: F.grid_sample(
-        x, F.affine_grid(torch.eye(2, 3).to(x).expand(x.shape[0], -1, -1), (x.shape[0], 1, 4, 4))
+        x, F.affine_grid(torch.eye(2, 3).to(x).expand(x.shape[0], -1, -1), [x.shape[0], 1, 4, 4])
     ),
     "F.upsample_bilinear": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
 }
@@ -417,7 +412,7 @@ PRODUCTS: dict[str, Function] = {
     "F.conv2d, depthwise": lambda x: F.conv2d(
         x, torch.ones(1, 1, 3, 3).to(x).expand(x.shape[1], 1, 3, 3), groups=x.shape[1]
     ),
-    "F.conv2d, a fixed kernel": lambda x: F.conv2d(x, torch.ones(4, CHANNELS, 3, 3).to(x)),
+    "F.conv2d, a fixed kernel": lambda x: F.conv2d(x, torch.ones(4, x.shape[1], 3, 3).to(x)),
     "F.embedding": lambda x: x + F.embedding(torch.tensor([1]), torch.ones(4, SIDE).to(x)),
     "F.one_hot": lambda x: x * F.one_hot(torch.arange(SIDE), SIDE).to(x),
     "torch.linalg.inv": lambda x: torch.linalg.inv(x + 9 * torch.eye(SIDE).to(x)),
@@ -462,7 +457,7 @@ VISION: dict[str, Function] = {
     "torchvision.ops.deform_conv2d": lambda x: torchvision.ops.deform_conv2d(
         x,
         torch.zeros(x.shape[0], 18, SIDE, SIDE).to(x),
-        torch.ones(4, CHANNELS, 3, 3).to(x),
+        torch.ones(4, x.shape[1], 3, 3).to(x),
         padding=1,
     ),
     "torchvision.ops.roi_align": lambda x: torchvision.ops.roi_align(
@@ -482,15 +477,18 @@ VISION: dict[str, Function] = {
     ),
 }
 
+FAMILIES: dict[str, dict[str, Function]] = {
+    "Arithmetic": ARITHMETIC,
+    "Activations": ACTIVATIONS,
+    "Norms": NORMS,
+    "Reductions": REDUCTIONS,
+    "Order and places": POSITIONS,
+    "Shapes": SHAPES,
+    "Pooling and resizing": RESIZING,
+    "Products": PRODUCTS,
+    "Writes in place": WRITES,
+    "torchvision.ops": VISION,
+}
 FUNCTIONS: dict[str, Function] = {
-    **ARITHMETIC,
-    **ACTIVATIONS,
-    **NORMS,
-    **REDUCTIONS,
-    **POSITIONS,
-    **SHAPES,
-    **RESIZING,
-    **PRODUCTS,
-    **WRITES,
-    **VISION,
+    name: function for family in FAMILIES.values() for name, function in family.items()
 }

@@ -32,7 +32,7 @@ from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.experiments.manifest import MANIFEST
 from secateur.experiments.report.benchmark import write_benchmark
 from secateur.experiments.run_folder import Origin
-from secateur.models import weights, zoo
+from secateur.models import checkpoint_files, zoo
 from secateur.pipeline.result import read_result
 from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.runtime import safetensors_io
@@ -240,7 +240,7 @@ def _weight_readers(folder: Path, model: torch.nn.Module) -> list[Reader]:
         return expected if latest is None else weights_hash(latest.tensors)
 
     def read_from(name: str) -> Callable[[Path], object]:
-        return lambda at: weights_hash(weights.read_weights(at / name))
+        return lambda at: weights_hash(checkpoint_files.read_checkpoint(at / name))
 
     ours = {"w.safetensors": safetensors_io.to_bytes(tensors)}
     return [

@@ -133,7 +133,7 @@ def test_it_shows_itself(model: nn.Module, images: Tensor) -> None:
     assert text.startswith("Tall pruned to macs=0.5 by vote: ")
     assert "no labels: agreement alone is known" in text
     lines = text.splitlines()
-    assert lines[1].split() == ["stage", "agreement", "%", "MACs", "params", "latency", "ms"]
+    assert lines[1].split() == ["stage", "agree", "%", "MACs", "params", "latency", "ms"]
     rows, (verdict, counts, *notes) = lines[2:5], lines[5:]
     assert [row.split()[0] for row in rows] == ["before", "cut", "refit"]
     assert len({len(line) for line in lines[1:5]}) == 1

@@ -38,7 +38,8 @@ from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
 from secateur.experiments.train_base import train_base
-from secateur.models import weights, zoo
+from secateur.models import zoo
+from secateur.models.checkpoint_files import read_checkpoint
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 from secateur.runtime.errors import SecateurError
@@ -115,8 +116,7 @@ class Desk:
     def prune(self, *options: object) -> None:
         """`secateur prune` of the network on the images, so far as it comes."""
         common = ("-m", self.files.model_name, "--allow-untrained", "-d", self.files.source)
-        common = (*common, "-o", self.folder / "run")
-        secateur_command("prune", *common, *options)
+        secateur_command("prune", *common, "-o", self.folder / "run", *options)
 
 
 def secateur_command(*arguments: object) -> None:
@@ -164,6 +164,40 @@ def network() -> nn.Module:
 
 def images(count: int = 60) -> Tensor:
     return torch.rand(count, 3, 8, 8)
+
+
+class ByName(nn.Module):
+    """Returns a dict of two tensors, of which neither is called logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"a": self.network(images), "b": images}
+
+
+def colours(shift: int) -> list[tuple[Tensor, Tensor]]:
+    """Images of three colours, with labels that are so many numbers from the colour's."""
+    numbers = torch.arange(60) % 3
+    return [(images() * 0.1 + torch.eye(3)[numbers][:, :, None, None], (numbers + shift) % 3)]
+
+
+def colour_network() -> nn.Module:
+    """Its logits are the colours of an image."""
+    convolution = nn.Conv2d(3, 3, 1, bias=False)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.eye(3)[:, :, None, None])
+    return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def one_output() -> nn.Module:
+    return nn.Sequential(network(), nn.Linear(4, 1))
+
+
+def prune_strictly(model: nn.Module, batches: Any) -> None:
+    """Prunes as if the network had been trained."""
+    secateur.prune(model, batches, settings={"model.allow_untrained": False})
 
 
 class Twice(nn.Module):
@@ -239,6 +273,10 @@ def quantised() -> nn.Module:
     return model
 
 
+def labelled_by(labels: Tensor) -> None:
+    secateur.prune(network(), [(images(), labels)])
+
+
 def labelled(model: Any, **options: Any) -> None:
     secateur.prune(
         model,
@@ -261,18 +299,59 @@ class Payload:
 def pickled(desk: Desk) -> None:
     path = desk.folder / "weights.pth"
     torch.save({"weight": Payload()}, path)
-    weights.read_weights(path)
+    read_checkpoint(path)
+
+
+def whole_network(desk: Desk) -> None:
+    path = desk.folder / "weights.pth"
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)), path)
+    read_checkpoint(path)
+
+
+def state(desk: Desk, seed: int = 0) -> dict[str, Tensor]:
+    return dict(zoo.load(desk.files.model_name, num_classes=3, seed=seed).state_dict())
+
+
+def loaded_from(desk: Desk, content: object, *, key: str | None = None) -> None:
+    path = desk.folder / "weights.pth"
+    torch.save(content, path)
+    zoo.load(desk.files.model_name, path, num_classes=3, weights_key=key)
+
+
+def cut_zip(desk: Desk) -> None:
+    path = desk.folder / "weights.pth"
+    torch.save({"weight": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    read_checkpoint(path)
+
+
+def missing_shard(desk: Desk) -> None:
+    shards = {"weight_map": {"weight": "model-00002-of-00002.safetensors"}}
+    desk.write("model.safetensors.index.json", json.dumps(shards))
+    read_checkpoint(desk.folder)
+
+
+def several_files(desk: Desk) -> None:
+    for name in ("epoch1.pth", "epoch2.pth"):
+        desk.write(name, b"")
+    read_checkpoint(desk.folder)
+
+
+def other_folder(desk: Desk) -> None:
+    for name in (".metadata", "__0_0.distcp"):
+        desk.write(name, b"")
+    read_checkpoint(desk.folder)
 
 
 def large_header(desk: Desk) -> None:
     path = desk.write("weights.safetensors", struct.pack("<Q", 10**9))
-    weights.read_weights(path)
+    read_checkpoint(path)
 
 
 def flipped_value(desk: Desk) -> None:
     content = bytearray(safetensors_io.to_bytes({"weight": torch.ones(100)}))
     content[-50] ^= 1
-    weights.read_weights(desk.write("weights.safetensors", bytes(content)))
+    read_checkpoint(desk.write("weights.safetensors", bytes(content)))
 
 
 def flipped_in_zip(desk: Desk) -> None:
@@ -281,7 +360,7 @@ def flipped_in_zip(desk: Desk) -> None:
     content = bytearray(path.read_bytes())
     content[content.find(struct.pack("<ff", 1.0, 1.0)) + 50] ^= 1
     path.write_bytes(content)
-    weights.read_weights(path)
+    read_checkpoint(path)
 
 
 def other_weights(desk: Desk) -> None:
@@ -415,8 +494,8 @@ PARTS, CLASSES = ("train", "test"), ("ant", "bee")
 
 
 def unsorted_images(desk: Desk) -> None:
-    desk.write("labels.csv", "file,label")
-    data.load(folder_of(desk, "0.png", "1.png"))
+    desk.write("photos/labels.csv", "file,label")
+    data.load(folder_of(desk, "photos/0.png", "photos/1.png") + "/photos")
 
 
 def empty_class(desk: Desk) -> None:
@@ -562,7 +641,7 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "a value is out of bounds": lambda desk: desk.prune("--learning-rate", 0),
     "no network is named": lambda desk: secateur_command("prune", "-d", desk.files.source),
     "no data set is named": lambda desk: secateur_command("prune", "-m", "resnet20"),
-    "no weights are named": lambda desk: desk.prune("-m", "resnet20"),
+    "no weights are named": lambda desk: desk.prune("-m", "resnet20", "--no-allow-untrained"),
     "a setting has no value": lambda desk: desk.prune("--set", "finetune.mixup"),
     "the target is of an unknown quantity": lambda desk: desk.prune("-t", "speed=0.5"),
     "the target is out of range": lambda desk: desk.prune("-t", "macs=70"),
@@ -593,6 +672,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
         )
     ),
     "its code branches on computed values": lambda desk: labelled(Branching()),
+    "it returns a map": lambda desk: labelled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())),
+    "it guesses": lambda desk: prune_strictly(network(), [(images(200), torch.randint(4, (200,)))]),
+    "its classes are in another order": lambda desk: prune_strictly(colour_network(), colours(1)),
     "it is TorchScript": lambda desk: labelled(scripted()),
     "it is quantised": lambda desk: labelled(quantised()),
     "it is on the `meta` device": lambda desk: labelled(Branching().to("meta")),
@@ -605,16 +687,38 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "its images are too small": lambda desk: fit(desk, LARGE_KERNEL, "--image-size", 8),
     "its images have more channels than files": lambda desk: fit(desk, FOUR_CHANNELS),
     # weights
-    "the file does not exist": lambda desk: weights.read_weights(desk.folder / "weights.pth"),
-    "the file is of another format": lambda desk: weights.read_weights(
-        desk.write("weights.onnx", b"")
+    "the weight file does not exist": lambda desk: read_checkpoint(desk.folder / "weights.pth"),
+    "an address in place of a file": lambda desk: read_checkpoint(
+        Path("https://download.pytorch.org/models/resnet18-f37072fd.pth")
     ),
-    "the file holds more than tensors": pickled,
-    "a `.pth` file is empty": lambda desk: weights.read_weights(desk.write("weights.pth", b"")),
-    "a `.pth` file was damaged": flipped_in_zip,
-    "a safetensors file was cut off": lambda desk: weights.read_weights(
+    "the file is empty": lambda desk: read_checkpoint(desk.write("weights.pth", b"")),
+    "the file is of another format": lambda desk: read_checkpoint(
+        desk.write("weights.pth", b"no pickle at all")
+    ),
+    "the file is a web page": lambda desk: read_checkpoint(
+        desk.write("weights.pth", b"<!DOCTYPE html><html>")
+    ),
+    "the file is a pointer to a larger one": lambda desk: read_checkpoint(
+        desk.write("weights.pth", b"version https://git-lfs.github.com/spec/v1")
+    ),
+    "the file is compressed": lambda desk: read_checkpoint(
+        desk.write("weights.pth", gzip.compress(b"weights"))
+    ),
+    "the file holds objects of other classes": pickled,
+    "the file holds a whole network": whole_network,
+    "the file holds no tensors": lambda desk: loaded_from(desk, {"epoch": 3}),
+    "the file holds several networks": lambda desk: loaded_from(
+        desk, {"student": state(desk), "teacher": state(desk, seed=1)}
+    ),
+    "the key is not in the file": lambda desk: loaded_from(desk, {"net": state(desk)}, key="ema"),
+    "the download of a file broke off": cut_zip,
+    "a file of torch.save was damaged": flipped_in_zip,
+    "a safetensors file was cut off": lambda desk: read_checkpoint(
         desk.write("weights.safetensors", safetensors_io.to_bytes({"weight": torch.zeros(9)})[:-4])
     ),
+    "a shard is missing": missing_shard,
+    "a folder holds several weight files": several_files,
+    "a folder of another kind": other_folder,
     "a safetensors file claims too much": large_header,
     "a safetensors file of ours was damaged": flipped_value,
     "the weights are for another network": other_weights,
@@ -718,8 +822,18 @@ CASES: dict[str, Callable[[Desk], object]] = {
         network(), [{"foo": images(), "bar": torch.zeros(60)}]
     ),
     "labels are names": lambda desk: secateur.prune(network(), [(images(), ["cat"] * 60)]),
+    "labels are those of a regression": lambda desk: secateur.prune(
+        one_output(), [(images(), torch.full((60,), 0.37))]
+    ),
+    "labels count from 1": lambda desk: labelled_by(1 + torch.arange(60) % 4),
+    "images without a class have a label": lambda desk: labelled_by(-torch.ones(60)),
+    "labels have other columns than the outputs": lambda desk: labelled_by(torch.ones(60, 3)),
+    "labels are no probabilities": lambda desk: labelled_by(torch.full((60, 4), 0.4)),
+    "one output is always above 0": lambda desk: secateur.prune(
+        nn.Sequential(one_output(), nn.Softplus()), images()
+    ),
     "a network takes two inputs": lambda desk: secateur.prune(network(), [(images(), images())]),
-    "a network returns several things": lambda desk: secateur.prune(Twice(network()), images()),
+    "a network returns several things": lambda desk: secateur.prune(ByName(), images()),
     "images have other channels": lambda desk: secateur.prune(network(), images()[:, :1]),
     "channels come last": lambda desk: secateur.prune(network(), images().movedim(1, -1)),
     "a run was made with `forward`": made_with_forward,

@@ -618,6 +618,56 @@ def test_weights_for_another_number_of_classes_than_the_data(
     fails(call, tmp_path / "run", 1, words, *common, "--num-classes", 1)
 
 
+EMA_IS_LOADED = "'state_dict_ema' was loaded"
+
+
+@pytest.fixture
+def two_networks(images: Path, model_file: Path, tmp_path: Path) -> list[object]:
+    """Options for a file that holds a network and its average."""
+    name = f"{model_file}:small"
+    raw, average = (dict(zoo.load(name, num_classes=2, seed=s).state_dict()) for s in (0, 1))
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "last.pth.tar")
+    weights = tmp_path / "last.pth.tar"
+    return ["-m", name, "-w", weights, "-d", f"folder:{images}", "--image-size", 16]
+
+
+def test_which_network_of_a_file_is_evaluated_is_said_and_can_be_chosen(
+    call: Call, two_networks: list[object]
+) -> None:
+    assert EMA_IS_LOADED in call("evaluate", *two_networks).out
+    scores = {
+        key: json.loads(call("evaluate", *two_networks, *options, "--json").out)
+        for key, options in (
+            ("default", []),
+            ("average", ["--weights-key", "state_dict_ema"]),
+            ("raw", ["--weights-key", "state_dict"]),
+        )
+    }
+    assert scores["default"]["loss"] == scores["average"]["loss"] != scores["raw"]["loss"]
+    assert EMA_IS_LOADED in str(scores["default"]["notes"])
+    assert EMA_IS_LOADED not in str([scores["average"]["notes"], scores["raw"]["notes"]])
+
+
+@pytest.mark.slow
+def test_which_network_of_a_file_is_pruned_or_trained_is_said_and_recorded(
+    call: Call, two_networks: list[object], tmp_path: Path
+) -> None:
+    outcome = call("prune", *two_networks, "--no-finetune", "-o", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert EMA_IS_LOADED in outcome.out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert EMA_IS_LOADED in str(result["notes"])
+    assert EMA_IS_LOADED in call("inspect", *two_networks, "--json").out
+    assert EMA_IS_LOADED in call("inspect", *two_networks).out
+    options = ["--epochs", 1, "--set", "train.workers=0", "-o", tmp_path / "base"]
+    assert EMA_IS_LOADED in call("train", *two_networks, *options).out
+    trained = json.loads((tmp_path / "base" / "training.json").read_text())
+    assert EMA_IS_LOADED in str(trained["notes"])
+    two_networks[3] = tmp_path / "base"  # the folder
+    scored = json.loads(call("evaluate", *two_networks, "--json").out)
+    assert scored["loss"] == trained["score"]["loss"]
+
+
 def fails(call: Call, out: Path, code: int, words: str, *arguments: object) -> None:
     """One clear line, the right exit code, and no trace of a run folder."""
     outcome = call("prune", *arguments, "-o", out)
@@ -858,6 +908,9 @@ def test_training_a_base_network_leaves_weights_that_can_be_pruned(
         "evaluate", "-m", "resnet20", "-w", out / "model.safetensors", "-d", "digits", "--json"
     )
     assert json.loads(scored.out)["top1_fraction"] == recipe["score"]["top1_fraction"]
+    named_by_folder = call("evaluate", "-w", out, "--json")
+    assert json.loads(named_by_folder.out)["loss"] == json.loads(scored.out)["loss"]
+    assert "beside the weights: model.name = resnet20" in named_by_folder.err
     again = call("train", *options, "--epochs", 1, "-o", out)
     assert again.code == 1
     assert "--resume" in again.err
@@ -1066,7 +1119,7 @@ def test_a_network_with_one_output_is_pruned_with_two_classes(
     options = ["--allow-untrained", "--no-finetune", "-o", out, "--set", "report.images=0"]
     outcome = call("prune", *common, "--num-classes", 1, *options)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.splitlines()[0].split()[:4] == ["stage", "accuracy", "%", "agreement"]
+    assert outcome.out.splitlines()[0].split()[:4] == ["stage", "accuracy", "%", "agree"]
     assert "one output: above 0 it means class 1" in outcome.out
 
 

@@ -110,6 +110,23 @@ def test_a_number_read_from_a_kernel_that_shrinks_freezes_it() -> None:
     assert {group.name for group in dependencies.frozen} >= {"stem", "body"}
 
 
+def test_a_grid_that_is_kept_for_the_next_call_is_made_anew_in_every_trace() -> None:
+    class Gridded(Reading):
+        shape: object = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            if self.shape != y.shape[2:]:  # as ultralytics' Detect keeps its anchors
+                self.shape, self.grid = y.shape[2:], torch.arange(y.shape[3]) * 0.1
+            y = torch.hstack([F.relu(y) + self.grid, y])  # is composed: the trace runs twice
+            logits: Tensor = self.head(F.relu(self.body(y[:, :8]))).mean((2, 3))
+            return logits
+
+    model = Gridded().eval()
+    assert list(build_dependency_graph(model, random_images(2)).groups) == ["body"]
+    assert model.shape is None
+
+
 def test_no_values_outlive_the_trace() -> None:
     graph = trace(Items().eval(), random_images(2))
     mode = graph.image.meta["val"].fake_mode

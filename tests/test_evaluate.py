@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from secateur.data import Batch
-from secateur.data.batches import check_labels
 from secateur.models.evaluate import count_macs, evaluate, latency_ms
+from secateur.models.task import check_labels
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.timing import LATENCY_BATCH
 

@@ -153,6 +153,13 @@ def test_a_class_may_be_called_train_where_it_is_one_of_several(tmp_path: Path) 
     assert read_folder(tmp_path).class_names == ("bus", "car", "train")
 
 
+def test_a_training_part_that_is_named_itself_has_no_test_part(tmp_path: Path) -> None:
+    for part in ("train", "valid"):
+        write(tmp_path / part, {"ant": 5, "bee": 5})
+    (note,) = data.load(f"folder:{tmp_path}/train").notes
+    assert f"held out for it (folder:{tmp_path} reads valid/ beside it). Used: 6 " in note
+
+
 # Files
 
 
@@ -341,6 +348,10 @@ def _archive(folder: Path) -> None:
     (folder / "photos.zip").write_bytes(b"")
 
 
+def _class_itself(folder: Path) -> None:
+    write(folder.parent, {folder.name: 4, "bee": 4})
+
+
 def _documents(folder: Path) -> None:
     (folder / "notes.txt").write_text("")
 
@@ -374,7 +385,7 @@ def _no_train(folder: Path) -> None:
         (_data_set_beside_documents, "DIR/photos would be .* class, .*: name folder:DIR/photos$"),
         (
             _other_classes,
-            "different classes: only train has bee, and only test has wasp; both need the same class folders$",
+            "classes: only train has bee, and only test has wasp; both need the same class fold",
         ),
         (
             _fewer_classes,
@@ -386,6 +397,7 @@ def _no_train(folder: Path) -> None:
             "no class folders in DIR/train: it holds 4 images and labels.csv, which",
         ),
         (_images_and_table, "it holds 4 images and labels.csv, which .* each class, DIR/CLASS/$"),
+        (_class_itself, "it holds 4 images: sort .*/CLASS/; if they are one class, name folder:"),
         (_archive, "it holds photos.zip: unpack it, and name the folder that it makes"),
         (_documents, r"other files \(1 .txt\): put the images of each class into DIR/CLASS/"),
         (_no_train, "DIR has no folder train, and test, val would be read as classes"),

@@ -100,18 +100,18 @@ class Returning(nn.Module):
 
 @pytest.mark.parametrize("kind", ["object", "dict", "tuple", "one entry"])
 def test_logits_are_taken_by_their_name_or_place(kind: str) -> None:
-    network = with_logits(Returning(kind), None, random_images())
+    network = with_logits(Returning(kind), random_images())
     assert forward_of(network) is logits_of
     assert network(random_images(3)).shape == (3, 4)
 
 
 def test_what_may_be_the_logits_is_not_guessed() -> None:
     images, model = random_images(), Returning("other dict")
-    assert forward_of(through_logits(model, None, images)) is None
+    assert forward_of(through_logits(model, images)) is None
     with pytest.raises(UsageError, match=r"dict with out, aux: .* model\(images\)\['out'\]$"):
-        with_logits(model, None, images)
+        with_logits(model, images)
     with pytest.raises(UsageError, match="by letting forward return one tensor"):
-        with_logits(model, lambda model, images: model(images), images)
+        with_logits(with_forward(model, lambda model, images: model(images)), images)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_what_may_be_the_logits_is_not_guessed() -> None:
 )
 def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        with_logits(Returning("tensor"), None, torch.rand(shape))
+        with_logits(Returning("tensor"), torch.rand(shape))

@@ -25,7 +25,7 @@ from secateur.data.annotated import read_pixels
 from secateur.data.preprocessing import Preprocessing
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, WEIGHTS
-from secateur.models import weights
+from secateur.models import checkpoint_files
 from secateur.runtime import input_limits
 from secateur.runtime.errors import (
     DataError,
@@ -76,7 +76,7 @@ def claimed_header(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> None:
-    weights.read_weights(path)
+    checkpoint_files.read_checkpoint(path)
 
 
 def large_png(folder: Path) -> Path:

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from secateur.models import cifar, weights, zoo
-from secateur.models.weights import read_weights
+from secateur.models import cifar, zoo
 from secateur.models.zoo import load, preprocessing
-from secateur.runtime.errors import UnknownName, UsageError, WeightsError
+from secateur.runtime.errors import UnknownName, UsageError
 
 
 def residual_parameters(depth: int, classes: int) -> int:
@@ -87,201 +86,6 @@ def test_published_checkpoints_fit(name: str, shared_data: Path) -> None:
     assert torch.equal(
         model.get_parameter("layer3.0.conv1.weight"), stored["layer3.0.conv1.weight"]
     )
-
-
-def tiny() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-
-
-def assert_same(model: nn.Module, state: dict[str, Tensor]) -> None:
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".th"])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model", "net"])
-def test_state_dicts_are_read_with_and_without_a_wrapper(
-    suffix: str, wrapper: str | None, tmp_path: Path
-) -> None:
-    state, model = tiny().state_dict(), tiny()
-    content = state if wrapper is None else {wrapper: state, "epoch": 3, "best": 0.9}
-    torch.save(content, tmp_path / f"w{suffix}")
-    weights.load_weights(model, tmp_path / f"w{suffix}")
-    assert_same(model, state)
-
-
-@pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
-)
-def test_the_prefixes_of_parallel_and_compiled_networks_are_taken_off(
-    prefix: str, tmp_path: Path
-) -> None:
-    state, model = tiny().state_dict(), tiny()
-    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "w.pth")
-    weights.load_weights(model, str(tmp_path / "w.pth"))
-    assert_same(model, state)
-
-
-def test_a_prefix_that_only_some_names_have_belongs_to_them(tmp_path: Path) -> None:
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pth")
-    assert set(read_weights(tmp_path / "w.pth")) == {"module.a", "b"}
-
-
-def test_safetensors_and_the_old_format_are_read(tmp_path: Path) -> None:
-    state, model = tiny().state_dict(), tiny()
-    save_file(state, tmp_path / "w.safetensors")
-    torch.save(state, tmp_path / "old.th", _use_new_zipfile_serialization=False)
-    for file in ("w.safetensors", "old.th"):
-        weights.load_weights(model, tmp_path / file)
-        assert_same(model, state)
-
-
-def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
-    state, model = tiny().half().state_dict(), tiny()
-    save_file(state, tmp_path / "w.safetensors")
-    weights.load_weights(model, tmp_path / "w.safetensors")
-    assert model.state_dict()["0.weight"].dtype == torch.float32
-    assert torch.equal(model.state_dict()["0.weight"], state["0.weight"].float())
-
-
-def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
-    state = {k: v for k, v in tiny().state_dict().items() if not k.endswith("batches_tracked")}
-    save_file(state, tmp_path / "w.safetensors")
-    model = tiny()
-    weights.load_weights(model, tmp_path / "w.safetensors")
-    assert torch.equal(model.state_dict()["1.running_var"], state["1.running_var"])
-
-
-def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    state = tiny().state_dict()
-    del state["2.bias"]
-    state["head.weight"] = torch.zeros(1)
-    state["0.weight"] = torch.zeros(5, 3, 3, 3)
-    save_file(state, tmp_path / "w.safetensors")
-    model = tiny()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(WeightsError) as caught:
-        weights.load_weights(model, tmp_path / "w.safetensors")
-    message = str(caught.value)
-    assert "don't fit the network" in message
-    assert "1 missing: 2.bias" in message
-    assert "1 unexpected: head.weight" in message
-    assert "1 misshapen: 0.weight is [5, 3, 3, 3], not [4, 3, 3, 3]" in message
-    assert_same(model, before)
-
-
-def test_a_head_for_another_number_of_classes_is_said_to_be_that(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    state = zoo.load("resnet20", num_classes=100).state_dict()
-    save_file(state, path)
-    message = r"w\.safetensors are for 100 classes, but the data or --num-classes asks for 7$"
-    with pytest.raises(WeightsError, match=message):
-        zoo.load("resnet20", path, num_classes=7)
-    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
-    save_file(state, path)
-    with pytest.raises(WeightsError, match="don't fit the network: 3 misshapen"):
-        zoo.load("resnet20", path, num_classes=7)
-    del state["conv1.weight"]
-    save_file(state, path)
-    with pytest.raises(WeightsError, match=r"don't fit the network: 1 missing: conv1\.weight"):
-        zoo.load("resnet20", path, num_classes=7)
-
-
-def test_a_new_head_is_left_as_it_is_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    state = zoo.load("resnet20", num_classes=100, seed=3).state_dict()
-    save_file(state, path)
-    loaded = zoo.load("resnet20", path, num_classes=7, new_head=True).state_dict()
-    untrained = zoo.load("resnet20", num_classes=7).state_dict()
-    for name, tensor in loaded.items():
-        expected = untrained if name.startswith("linear.") else state
-        assert torch.equal(tensor, expected[name]), name
-    same = zoo.load("resnet20", path, num_classes=100, new_head=True).state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in same.items())
-    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
-    save_file(state, path)
-    with pytest.raises(WeightsError, match="3 misshapen"):
-        zoo.load("resnet20", path, num_classes=7, new_head=True)
-
-
-def test_many_wrong_keys_are_cut_short(tmp_path: Path) -> None:
-    save_file({"nothing": torch.zeros(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"\d+ missing: conv1.weight, .*, …; 1 unexpected"):
-        load("resnet20", tmp_path / "w.safetensors")
-
-
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("new_format", [True, False])
-def test_a_file_that_would_run_code_is_refused_and_does_not(
-    new_format: bool, tmp_path: Path
-) -> None:
-    state = {**tiny().state_dict(), "bomb": Bomb(tmp_path / "exploded")}
-    path = tmp_path / "w.pth"
-    torch.save(state, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(WeightsError, match="holds more than tensors and is not read"):
-        load("resnet20", path)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_whole_network_in_a_pickle_is_refused(tmp_path: Path) -> None:
-    torch.save(tiny(), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"save the network's state_dict\(\) instead"):
-        read_weights(tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize("kept", [0, 1, 10, 100, 1000, -10])
-@pytest.mark.parametrize("file", ["w.pth", "w.th", "w.safetensors"])
-def test_a_file_cut_short_is_refused_by_its_name(file: str, kept: int, tmp_path: Path) -> None:
-    path, state = tmp_path / file, load("resnet20").state_dict()
-    if file == "w.safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=file == "w.pth")
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(WeightsError, match=file):
-        read_weights(path)
-
-
-@pytest.mark.parametrize("content", [b"no pickle at all", b".", b"XsX", b"\x80}\x01so", b"<html>"])
-def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
-    for suffix in (".pth", ".safetensors"):
-        path = tmp_path / f"w{suffix}"
-        path.write_bytes(content)
-        with pytest.raises(WeightsError, match=path.name):
-            read_weights(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "holds no state dict"),
-        ([torch.zeros(1)], "holds no state dict"),
-        (torch.zeros(1), "holds no state dict"),
-        ({"epoch": 3}, "holds more than tensors"),
-    ],
-)
-def test_a_file_without_a_state_dict_is_refused(
-    content: object, message: str, tmp_path: Path
-) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=message):
-        read_weights(tmp_path / "w.pth")
-
-
-def test_missing_files_and_other_formats_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no weights file"):
-        load("resnet20", tmp_path / "none.pth")
-    (tmp_path / "w.onnx").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"read from \.safetensors, \.pth, \.pt or \.th"):
-        load("resnet20", tmp_path / "w.onnx")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +242,7 @@ def test_weights_are_loaded_into_a_network_of_ones_own(network_file: Path, tmp_p
     state = nn.Linear(2, 7).state_dict()
     save_file(state, tmp_path / "w.safetensors")
     model = load(f"{network_file}:with_classes", tmp_path / "w.safetensors", num_classes=7)
-    assert_same(model, state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

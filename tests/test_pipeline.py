@@ -278,7 +278,11 @@ def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
         ({"score": {"criterion": "vote-respond"}}, UnknownName, "did you mean vote-response"),
         ({"score": {"concepts": "evidense"}}, UnknownName, "did you mean evidence"),
         ({"model": {"name": "resnet21"}}, UnknownName, "did you mean resnet20"),
-        ({"model": {"name": "resnet20"}}, UsageError, "resnet20 needs --weights"),
+        (
+            {"model": {"name": "resnet20", "allow_untrained": False}},
+            UsageError,
+            "resnet20 needs --weights",
+        ),
         ({"data": {"source": "folder:nowhere"}}, DataError, "no folder nowhere"),
         ({"plan": {"target": "macs=0.000001"}}, UsageError, "out of reach"),
     ],

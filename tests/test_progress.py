@@ -10,11 +10,11 @@ from secateur.config import RunConfig, from_dict
 from secateur.pipeline.estimate import REPORT_STAGE, estimate_stages
 from secateur.pipeline.inputs import load_inputs
 from secateur.runtime import progress
-from secateur.runtime.progress import StageLines, bars_if_live, duration_text, no_progress
+from secateur.runtime.progress import StageLines, duration_text, live_progress, no_progress
 
 
 class Clock:
-    """A clock that stands still unless it is told to go on."""
+    """A clock that stands still unless it is set forward."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -91,7 +91,7 @@ def test_durations_are_said_as_people_do(seconds: float, text: str) -> None:
 
 def test_outside_a_terminal_there_are_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert bars_if_live() is no_progress
+    assert live_progress() is no_progress
 
 
 @pytest.mark.parametrize("has_widgets", [False, True])
@@ -101,7 +101,7 @@ def test_notebooks_have_bars_only_with_ipywidgets(
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     spec = object() if has_widgets else None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    assert (bars_if_live() is not no_progress) == has_widgets
+    assert (live_progress() is not no_progress) == has_widgets
 
 
 def test_the_plan_names_the_stages_that_the_configuration_asks_for() -> None:

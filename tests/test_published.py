@@ -371,5 +371,5 @@ def test_timm_loads_its_weights_again_after_a_network_was_built() -> None:
     from timm.models import _builder
 
     loader = _builder.load_pretrained
-    secateur.load_model("timm:test_convnext", num_classes=3)
+    secateur.load_model("timm:mobilenetv3_small_050", num_classes=3)
     assert _builder.load_pretrained is loader

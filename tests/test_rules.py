@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.ops
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -47,7 +48,10 @@ class Network(nn.Module):
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         self.second = nn.Conv2d(6, 8, 3, padding=1)
         for name, part in parts.items():
-            setattr(self, name, part)
+            if isinstance(part, Buffer):
+                self.register_buffer(name, part.values)
+            else:
+                setattr(self, name, part)
         self.head = nn.Conv2d(width, 5, 1)
         self.step = step
 
@@ -88,6 +92,31 @@ class Joined(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([module(x) for module in self.values()], 1)
 
+
+def filled_by_slices(model: Any, x: Tensor) -> Tensor:
+    """A tensor of zeros that two parts are written into, and one of their rows again."""
+    value = x.new_zeros(x.shape)
+    value[:, :, :4] = x[:, :, 4:]
+    value[:, :, 4:] = x[:, :, :4]
+    value[..., 1] *= 2
+    return value
+
+
+class Buffer(nn.Module):
+    """Takes the place of a tensor that is registered as a buffer."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.values = torch.rand(shape, dtype=torch.float64)
+
+
+@torch.library.custom_op("secateur_test::triple", mutates_args=(), tags=(torch.Tag.pointwise,))
+def tripled(x: Tensor) -> Tensor:
+    """An operation without a rule, which says that it is pointwise."""
+    return x * 3
+
+
+tripled.register_fake(torch.empty_like)
 
 CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "a view of rows of four": (
@@ -175,6 +204,74 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
         8,
         lambda: network(lambda m, x: maps(tokens(x) @ m.w), w=parameter(8, 8)),
     ),
+    "a gated linear unit": (4, lambda: network(lambda m, x: F.glu(x, 1), 4)),
+    "unpooled": (
+        8,
+        lambda: network(
+            lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2])
+        ),
+    ),
+    "an LSTM over positions": (
+        8,
+        lambda: network(
+            lambda m, x: m.lstm(tokens(x))[0].transpose(1, 2)[..., None],
+            4,
+            lstm=nn.LSTM(8, 4, batch_first=True),
+        ),
+    ),
+    "a GRU in both directions, positions first": (
+        8,
+        lambda: network(
+            lambda m, x: m.gru(x.mean(2).permute(2, 0, 1))[0].permute(1, 2, 0)[..., None],
+            8,
+            gru=nn.GRU(8, 4, 2, bidirectional=True),
+        ),
+    ),
+    "an RNN whose last state is read": (
+        8,
+        lambda: network(
+            lambda m, x: m.rnn(x.mean(3).transpose(1, 2))[1][0][:, :, None, None],
+            4,
+            rnn=nn.RNN(8, 4, batch_first=True),
+        ),
+    ),
+    "a blur in a buffer": (
+        8,
+        lambda: network(
+            lambda m, x: F.conv2d(x, m.blur, groups=x.shape[1]), blur=Buffer(8, 1, 3, 3)
+        ),
+    ),
+    "a blur that is expanded": (
+        8,
+        lambda: network(
+            lambda m, x: F.conv2d(x, m.blur.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]),
+            blur=Buffer(1, 1, 3, 3),
+        ),
+    ),
+    "read by a kernel in a buffer": (
+        8,
+        lambda: network(lambda m, x: F.conv2d(x, m.k), 6, k=Buffer(6, 8, 3, 3)),
+    ),
+    "a mean expanded to the number of channels": (
+        8,
+        lambda: network(lambda m, x: x * x.mean(1, keepdim=True).expand(-1, x.shape[1], -1, -1)),
+    ),
+    "zeros of a shape, filled by slices": (8, lambda: network(filled_by_slices)),
+    "one channel at a time repeated": (
+        8,
+        lambda: network(lambda m, x: x.repeat_interleave(3, 1), 24),
+    ),
+    "a parameter in an equation": (
+        8,
+        lambda: network(lambda m, x: torch.einsum("bchw,cd->bdhw", x, m.w), 6, w=parameter(8, 6)),
+    ),
+    "a parameter on the left": (
+        8,
+        lambda: network(
+            lambda m, x: (m.w @ x.flatten(2)).view(x.shape[0], -1, 8, 8), 6, w=parameter(6, 8)
+        ),
+    ),
+    "an operation of one's own that is tagged": (8, lambda: network(lambda m, x: tripled(x))),
     "one minus": (8, lambda: network(lambda m, x: 1 - x)),
     "a lower bound that is a parameter": (
         8,
@@ -329,11 +426,13 @@ FROZEN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "convolved over as if they were positions",
         lambda: network(lambda m, x: m.conv(x.permute(0, 2, 1, 3)), conv=nn.Conv2d(8, 8, 1)),
     ),
-    "weight norm": (
-        KERNEL,
-        lambda: network(
-            lambda m, x: m.conv(x), conv=parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
-        ),
+    "picked by a mask": (
+        "of a size that depends on the values",
+        lambda: network(lambda m, x: x * x[x > 0.5].mean()),
+    ),
+    "places of values": (
+        "of a size that depends on the values",
+        lambda: network(lambda m, x: x + torch.nonzero(x > 0.5).shape[0]),
     ),
     "spectral norm": (
         "no rule for the operation 'mv'",
@@ -352,6 +451,98 @@ def test_other_channels_are_frozen_with_the_reason(name: str) -> None:
     dependencies = check(make())
     assert any(reason in frozen.reason for frozen in dependencies.frozen if frozen.name == "second")
     assert "stem" in dependencies.groups
+
+
+def test_filters_of_a_kernel_in_a_buffer_stay() -> None:
+    model = network(
+        lambda m, x: m.last(F.conv2d(x, m.edges)), last=nn.Conv2d(4, 8, 1), edges=Buffer(4, 8, 3, 3)
+    )
+    dependencies = check(model)
+    assert "edges" not in dependencies.groups
+    (frozen,) = [frozen for frozen in dependencies.frozen if frozen.name == "edges"]
+    assert frozen.size == 4
+    assert frozen.cause == "filters of a kernel that never trains, as it is in a buffer"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_convolutions_over_the_images_own_colours_stay(groups: int) -> None:
+    """As the shift of the mean in networks for super-resolution."""
+    shift = nn.Conv2d(3, 3, 1, groups=groups)
+    model = nn.Sequential(shift, CUT["one minus"][1]()).double().eval()
+    dependencies = check(model)
+    assert "0" not in dependencies.groups
+    assert "1.stem" in dependencies.groups
+    assert any(frozen.name == "0" and frozen.size == 3 for frozen in dependencies.frozen)
+
+
+def test_reasons_name_the_function_and_the_line_of_the_networks_code() -> None:
+    def reason_of(step: Step) -> str:
+        (reason,) = (f.reason for f in check(network(step)).frozen if f.name == "second")
+        return reason
+
+    place = "at tests/test_rules.py:"
+    assert f"'renorm', in renorm() {place}" in reason_of(lambda m, x: x.renorm(2, 0, 1.0))
+    assert f"in cdist() {place}" in reason_of(lambda m, x: torch.cdist(x, x) + x)
+    assert f"in getitem() {place}" in reason_of(lambda m, x: x[:, [0, 2, 1, 3, 4, 5, 6, 7]])
+
+
+def test_without_a_line_of_its_own_the_module_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(2), nn.Conv2d(8, 5, 1))
+    (reason, _) = (
+        frozen.reason for frozen in build_dependency_graph(model, random_images()).frozen
+    )
+    assert reason.endswith("in local_response_norm() in module '1'")
+
+
+def test_code_without_a_file_is_named_by_its_line() -> None:
+    code = "\n\ndef step(model, x):\n    return x.cumsum(1)\n"
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "<string>", "exec"), namespace)
+    reasons = [f.reason for f in check(network(namespace["step"])).frozen if f.name == "second"]
+    assert reasons == ["the order or the number of the channels matters, in cumsum() at line 4"]
+
+
+def test_what_a_test_cut_changes_is_named() -> None:
+    dependencies = check(network(lambda m, x: x.tanh() if x.shape[1] == 8 else x.sin()))
+    (reason,) = [frozen.reason for frozen in dependencies.frozen if frozen.name == "second"]
+    assert f"{ELSE}, in tanh() at tests/test_rules.py:" in reason
+
+
+DEFORMABLE: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "a deformable convolution": (
+        8,
+        lambda: network(
+            lambda m, x: m.conv(x, m.places(x)),
+            7,
+            conv=torchvision.ops.DeformConv2d(8, 7, 3, padding=1),
+            places=nn.Conv2d(8, 18, 3, padding=1),
+        ),
+    ),
+    "a deformable convolution with two sets of places": (
+        4,
+        lambda: network(
+            lambda m, x: m.conv(x, m.places(x), m.mask(x).sigmoid()),
+            conv=torchvision.ops.DeformConv2d(8, 8, 3, padding=1, groups=8),
+            places=nn.Conv2d(8, 36, 3, padding=1),
+            mask=nn.Conv2d(8, 18, 3, padding=1),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_deformable_convolutions_are_followed(name: str) -> None:
+    """Only the outputs: PyTorch's counter does not know the operation."""
+    size, make = DEFORMABLE[name]
+    model, images = make(), random_images(3).double()
+    dependencies = build_dependency_graph(model, images[:2])
+    assert len(dependencies.groups["second"]) == size
+    (places,) = (f.cause for f in dependencies.frozen if f.name == "places")
+    assert places == "places that a kernel reads"
+    plan = random_plan(dependencies, 1)
+    with torch.no_grad():
+        outputs = apply_plan(model, dependencies, plan)(images)
+    assert relative_error(outputs, masked_network(model, dependencies, plan)(images)) < 1e-6
 
 
 def test_attention_of_torch_is_frozen() -> None:

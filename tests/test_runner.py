@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import tomli_w
+import torch
 
 from fault_case import FailingDisk
 from layouts import write_classes
@@ -38,6 +39,7 @@ from secateur.experiments.compare.runner import _record_failures, _Worker, run_b
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of, read_spec
 from secateur.experiments.compare.worker import run_jobs
 from secateur.experiments.report.benchmark import CSV, MARKDOWN, PAGE, ROWS, write_benchmark
+from secateur.models import zoo
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 from secateur.runtime.errors import RunFolderError, UnknownName, WriteError
@@ -326,6 +328,23 @@ def test_an_error_of_one_criterion_does_not_affect_the_others(
     assert results[0].reason == "ValueError: a bug of its author's"
     lines = [f"{event} {job.id}" for job in jobs for event in ("started", "ended")]
     assert (tmp_path / "messages").read_text().splitlines() == lines
+
+
+@pytest.mark.slow
+def test_a_job_records_which_network_of_a_file_it_pruned(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    name = content["networks"][0]["name"]
+    raw, average = (dict(zoo.load(name, num_classes=2, seed=s).state_dict()) for s in (0, 1))
+    torch.save({"net": raw, "net_ema": average}, tmp_path / "last.ckpt")
+    content["networks"][0] |= {"weights": str(tmp_path / "last.ckpt"), "allow_untrained": True}
+    changes = {"criteria": ["l1"], "targets": ["macs=0.8"], "seeds": 1}
+    spec = from_dict({**content, **changes, "finetune": {"epochs": 0}}, BenchmarkSpec)
+    run_rows_here(spec, tmp_path / "out")
+    result = read_job(tmp_path / "out", jobs_of(spec)[0])
+    assert result is not None
+    assert result.result is not None
+    assert "'net_ema' was loaded" in str(result.result.notes)
 
 
 def test_no_checkpoint_is_kept_for_a_plan_that_may_not_come_again(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.models import weights
+from secateur.models import checkpoint_files
 from secateur.runtime import safetensors_io
 from secateur.runtime.errors import WeightsError
 
@@ -57,7 +57,7 @@ def test_a_bit_that_has_flipped_is_noticed_wherever_it_is(tmp_path: Path) -> Non
             safetensors_io.from_bytes(bytes(damaged))
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match="damaged"):
-            weights.read_weights(path)
+            checkpoint_files.read_checkpoint(path)
 
 
 def test_a_missing_hash_is_an_error(tmp_path: Path) -> None:

@@ -180,16 +180,17 @@ def test_a_job_does_not_change_with_anything_else(content: dict[str, Any], edit:
 def test_a_job_depends_on_the_content_of_the_weights_not_on_their_path(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    def ids(name: str, value: float) -> list[str]:
+    def ids(name: str, value: float, key: str | None = None) -> list[str]:
         path = tmp_path / name
         save_file({"weight": torch.full((2,), value)}, path)
-        content["networks"][0]["weights"] = str(path)
+        content["networks"][0] |= {"weights": str(path), "weights_key": key}
         return [job.id for job in jobs_of(from_dict(content, BenchmarkSpec))]
 
     assert ids("one.safetensors", 1.0) == ids("other.safetensors", 1.0)
     assert ids("one.safetensors", 1.0) != ids("one.safetensors", 2.0)
+    assert ids("one.safetensors", 1.0) != ids("one.safetensors", 1.0, "ema")
     content["networks"][0]["weights"] = str(tmp_path / "none.safetensors")
-    with pytest.raises(WeightsError, match=r"none\.safetensors can't be read"):
+    with pytest.raises(WeightsError, match=r"no weights file .*none\.safetensors"):
         jobs_of(from_dict(content, BenchmarkSpec))
 
 

@@ -190,10 +190,15 @@ def test_statistics_by_hand(results: list[JobResult]) -> None:
 
 def test_tables_show_the_statistics(spec: BenchmarkSpec, results: list[JobResult]) -> None:
     accuracy, difference, *_, failed = tables(compute_statistics(rows(results), spec.compared_with))
+    last = results[0].result.stages[-1].score if results[0].result else None
+    assert last is not None
+    assert last.agreement_fraction is not None
+    agreement = f"{100 * last.agreement_fraction:.2f}"  # the same in every job
+    assert accuracy.heads[-1] == "agreement"
     assert accuracy.rows == (
-        ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00"),
-        ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50"),
-        ("random", "70.00 ± 0.00", "61.00 ± 1.00", "65.50"),
+        ("vote", "92.00 ± 0.95", "80.00 ± 1.00", "86.00", agreement),
+        ("l1", "91.00 ± 1.00", "80.00 ± 0.00", "85.50", agreement),
+        ("random", "70.00 ± 0.00", "61.00 ± 1.00", "65.50", agreement),
     )
     assert "2 to 3 seeds" in accuracy.note
     assert difference.title == "Difference to l1"
@@ -312,7 +317,7 @@ def test_a_row_is_flat(results: list[JobResult], digits_run: DigitsRun, tmp_path
 def test_a_benchmark_without_any_result_is_shown_too(spec: BenchmarkSpec) -> None:
     lost = [job_result(criterion, "macs=0.7", 0, None) for criterion in ("vote", "l1")]
     text_tables = tables(compute_statistics(rows(lost), spec.compared_with))
-    assert text_tables[0].rows == (("vote", "–", "–"), ("l1", "–", "–"))
+    assert text_tables[0].rows == (("vote", "–", "–", "–"), ("l1", "–", "–", "–"))
     assert text_tables[-1].title == "Failed"
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.data import Batch
+from secateur.models.evaluate import evaluate
 from secateur.models.labels import read_all_labels, read_labels
 from secateur.models.task import (
     Outputs,
@@ -112,9 +114,11 @@ def test_the_scale_is_told_of_a_network_that_runs_without_gradients(images: Tens
     assert look_at_outputs(network, images).scale == "softmax"
 
 
-def test_outputs_that_are_not_finite_are_refused(images: Tensor) -> None:
-    with pytest.raises(NotFiniteError):
-        look_at_outputs(Give(lambda x: x / 0), images)
+def test_outputs_that_are_not_numbers_are_not_scored(images: Tensor) -> None:
+    network = Give(lambda x: torch.where(x > 0, x, x * torch.nan))
+    batch = Batch(images, torch.zeros(8).long(), torch.arange(8))
+    with pytest.raises(NotFiniteError, match="outputs are NaN for 8 of 8 images"):
+        evaluate(network, [batch])
 
 
 @pytest.mark.parametrize(("scale", "undone"), [("softmax", True), ("log-softmax", True)])

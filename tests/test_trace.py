@@ -114,7 +114,7 @@ def _mask_and_list_in_place(self: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, self.get_parameter("spatial.weight"))
 
 
-def _comparison_in_place(self: nn.Module, x: Tensor) -> Tensor:
+def _truth_in_place(self: nn.Module, x: Tensor) -> Tensor:
     y = x.gt_(0) + 0.5
     return F.conv2d(x + y, self.get_parameter("spatial.weight"))
 
@@ -130,7 +130,7 @@ def _diagonal_in_place(self: nn.Module, x: Tensor) -> Tensor:
 
 def _into_out(self: nn.Module, x: Tensor) -> Tensor:
     y, values, places = x.clone(), x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1]).long()
-    torch.multiply(x, 2, out=y)
+    torch.multiply(x, x, out=y)
     torch.max(x, -1, out=(values, places))
     return F.conv2d(y + values[..., None], self.get_parameter("spatial.weight"))
 
@@ -153,7 +153,7 @@ def _in_place_variants(self: nn.Module, x: Tensor) -> Tensor:
         _chunk_in_place,
         _slices_in_place,
         _mask_and_list_in_place,
-        _comparison_in_place,
+        _truth_in_place,
         _diagonal_in_place,
         _into_out,
         _in_place_variants,

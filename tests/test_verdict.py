@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from secateur.pipeline.result import RunResult
 from secateur.pipeline.verdict import verdict
 
 
-def with_scores(result: RunResult, **after: object) -> RunResult:
+def with_scores(result: RunResult, **after: Any) -> RunResult:
     """The result with two stages, the original's and one that differs from it as told."""
     first = result.stages[0]
     score = replace(first.score, **after)
@@ -96,8 +97,9 @@ def test_lost_and_gained_images_are_counted() -> None:
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4)),
     )
     with torch.no_grad():
-        other[1].bias.zero_()
-        other[1].weight.copy_(torch.eye(4)[[1, 0, 2, 3]])  # mistakes 0 for 1 and 1 for 0
+        for parameter in other.parameters():
+            parameter.zero_()
+        next(other.parameters()).copy_(torch.eye(4)[[1, 0, 2, 3]])  # mistakes 0 for 1 and 1 for 0
     batches = [Batch(images, torch.tensor([0, 0, 2, 1]), torch.arange(4))]
     _, predictions = evaluate_and_predict(original, batches, known_ms=1.0)
     score = evaluate(other, batches, original=predictions, known_ms=1.0)

@@ -105,7 +105,7 @@ def test_prune_and_every_other_function_take_wrapped_networks(
 ) -> None:
     model = Net().eval()
     wrapped = wrap(model)
-    pruned = secateur.prune(wrapped, [(PIXELS, LABELS)], target=0.6, epochs=1)
+    pruned = secateur.prune(wrapped, PIXELS, target=0.6, epochs=1)
     assert type(pruned.model) is Net
     pruned.save(tmp_path / "a")
     loaded = secateur.load(tmp_path / "a", architecture=wrap(Net()))
@@ -283,7 +283,7 @@ def test_float_networks_that_can_be_quantised_are_taken() -> None:
 def test_networks_of_other_types_are_pruned_and_come_back_in_theirs(dtype: torch.dtype) -> None:
     model = Net().to(dtype).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruned = secateur.prune(model, [(PIXELS, LABELS)], target=0.6)
+    pruned = secateur.prune(model, PIXELS, target=0.6)
     assert {parameter.dtype for parameter in pruned.model.parameters()} == {dtype}
     assert pruned.model(PIXELS[:2].to(dtype)).dtype is dtype
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -412,7 +412,7 @@ def test_a_frozen_network_is_scored_and_finetuned_and_stays_frozen() -> None:
     settings = {"plan.allocation": "sensitivity"}
     pruned = secateur.prune(
         model,
-        [(PIXELS, LABELS)],
+        PIXELS,
         target=0.6,
         criterion="taylor",
         epochs=1,
@@ -449,7 +449,7 @@ def test_a_network_without_gradients_is_pruned_but_not_trained(mode: Callable[[]
 def test_weights_made_in_inference_mode_can_have_gradients() -> None:
     with torch.inference_mode():
         model = Net().eval()
-    pruned = secateur.prune(model, [(PIXELS, LABELS)], target=0.6, criterion="taylor", epochs=1)
+    pruned = secateur.prune(model, PIXELS, target=0.6, criterion="taylor", epochs=1)
     assert not next(pruned.model.parameters()).is_inference()
     assert next(model.parameters()).is_inference()
 

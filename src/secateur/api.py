@@ -12,13 +12,11 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike, RunConfig, from_dict, parse_budget
-from secateur.config.tables import nearest_key
-from secateur.data import Batch, DataSet, NormalisedImages
+from secateur.config import BudgetLike
+from secateur.config.in_memory import config_in_memory, tables_in_memory
+from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
     ImageBatches,
-    ImagesInMemory,
-    Parts,
     form_of,
     read_batches,
     read_images,
@@ -28,32 +26,28 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.forward import without_forward
+from secateur.graph.forward import with_forward, without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.working_copy import like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.labelled_images import label_images
+from secateur.models.labels import read_labels
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
 from secateur.models.task import look_at_outputs, make_task
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
-from secateur.runtime.progress import StageLines, bars_if_live, print_to_stderr
+from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
-
-SOURCE = "images in memory"
-FEW_CLASSES = 0.5
-"""A note says so if the images show less than this fraction of the network's classes."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,20 +191,19 @@ def prune(
     model = unwrapped(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
-    tables = _tables(model, target, name, concepts)
+    tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    tables["model"]["allow_untrained"] = looks_untrained(model)
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
-    config = _make_config(tables, settings or {}, parts)
-    original = with_logits(working_copy(model, calibration.pixels[:2]), forward, calibration.pixels)
-    dataset = _labelled(parts, original, config, class_names)
-    run_context = RunContext(criterion=passed_criterion)
-    if progress:
-        lines = StageLines(print_to_stderr)
-        run_context = replace(run_context, progress=bars_if_live(), lines=lines)
-        show_plan(run_context, original, dataset, config, lambda title: title != REPORT_STAGE)
+    config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
+    original = with_logits(
+        with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
+    )
+    dataset = label_images(parts, original, config.model.task, config.data.batch_size, class_names)
+    run_context = replace(_run_context(shows_progress=progress), criterion=passed_criterion)
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -244,8 +237,8 @@ def evaluate(
     batches = _labelled_batches(model, images, forward, batch_size)
     first = next(batches, None)
     if first is None:
-        raise DataError("images: there are none")
-    network = with_logits(model, forward, first.images)
+        raise DataError("images: there are none (a generator can be read only once)")
+    network = with_logits(with_forward(model, forward), first.images)
     outputs = look_at_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs)
     task = make_task(outputs, [labels])
@@ -256,6 +249,12 @@ def evaluate(
             yield replace(batch, labels=labels)
 
     return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+
+
+def _run_context(*, shows_progress: bool) -> RunContext:
+    if not shows_progress:
+        return RunContext()
+    return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
 def _labelled_batches(
@@ -289,34 +288,6 @@ def _labelled_batches(
         yield joined()
 
 
-def _labelled(
-    parts: Parts, original: nn.Module, config: RunConfig, class_names: Sequence[str]
-) -> DataSet:
-    """Return the parts as a data set, labelled with the original's classes if need be."""
-    outputs = look_at_outputs(original, parts.score.pixels)
-    images = (parts.score, parts.validation, parts.test)
-    notes: tuple[str, ...] = ()
-    if parts.has_labels:
-        raw_labels = [part.labels for part in images if part.labels is not None]
-        labels, notes = read_all_labels(raw_labels, outputs, config.model.task)
-        notes += _class_notes(labels[0], outputs.columns, parts.score)
-    else:
-        task, size = make_task(outputs, kind=config.model.task), config.data.batch_size
-        labels = tuple(evaluation.predict_classes(original, p.pixels, size, task) for p in images)
-    train, validation, test = (
-        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
-    )
-    return DataSet(
-        name=SOURCE,
-        class_names=tuple(class_names),
-        train=train,
-        validation=validation,
-        test=test,
-        has_labels=parts.has_labels,
-        notes=notes,
-    )
-
-
 def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
     """Raise `UsageError` if an argument is not a list of names or a number of things."""
     if isinstance(class_names, str):
@@ -325,73 +296,6 @@ def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
         least = 0 if name == "epochs" else 1
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
-
-
-def _tables(model: nn.Module, target: BudgetLike, criterion: str, concepts: str) -> dict[str, Any]:
-    """Return the configuration of a run on a network and images that have no name."""
-    return {
-        "model": {
-            "name": f"{zoo.IN_MEMORY}:{type(model).__name__}",
-            "allow_untrained": looks_untrained(model),
-        },
-        "data": {"source": SOURCE, "stratified": False},
-        "score": {"criterion": criterion, "concepts": concepts},
-        "plan": {"target": str(parse_budget(target))},
-    }
-
-
-def _make_config(tables: dict[str, Any], settings: Mapping[str, Any], parts: Parts) -> RunConfig:
-    """Return the configuration for these images, with the settings that the user changes."""
-    shape = parts.score.pixels.shape
-    is_pictures = len(shape) == 4
-    tables["data"] |= {
-        "image_size": min(shape[2:] or shape[1:]),
-        "calibration_images": len(parts.score.pixels),
-    }
-    if not is_pictures:
-        tables["finetune"] |= {"crop": "none", "flip": False}
-        tables["distill"] = {"flip": False}
-    for section, values in _by_section(settings).items():
-        tables[section] = {**tables.get(section, {}), **values}
-    config = from_dict(tables, RunConfig)
-    if config.finetune.randaugment or config.finetune.crop == "random_resized_crop":
-        raise UsageError(
-            "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
-        )
-    changes = config.finetune.crop != "none" or config.finetune.flip or config.distill.flip
-    if changes and not is_pictures:
-        raise UsageError(
-            f"crop and flip change pictures [image, channel, height, width], not {list(shape)}: "
-            "leave them out"
-        )
-    return config
-
-
-def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return settings as tables; raises `UsageError` for a key without a section."""
-    tables: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if isinstance(value, Mapping) and not dot:
-            tables[section] = {**tables.get(section, {}), **value}
-            continue
-        if not dot:
-            near = nearest_key(key, RunConfig)
-            raise UsageError(f"settings: {key!r} must be SECTION.KEY, as {near or 'plan.round_to'}")
-        tables.setdefault(section, {})[name] = value
-    return tables
-
-
-def _class_notes(labels: Tensor, outputs: int, images: ImagesInMemory) -> tuple[str, ...]:
-    """Return what to say if images that were not drawn at random show few of the classes."""
-    shown = len(labels.unique())
-    if labels.ndim > 1 or not images.is_from_front or shown >= FEW_CLASSES * outputs:
-        return ()
-    return (
-        f"The {len(labels)} images show {shown} of the network's {outputs} classes, and filters "
-        "that only the others need look useless. If the images come sorted by class, shuffle them, "
-        "or pass the Dataset itself, of which a random sample is read.",
-    )
 
 
 def _summary(result: PruneResult) -> str:

@@ -78,7 +78,7 @@ def main() -> None:
     """
     try:
         with repeat_signals():
-            code = app(standalone_mode=False)
+            code = app(prog_name="secateur", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except SecateurError as error:
         if "--debug" in sys.argv:

@@ -59,6 +59,7 @@ class Key:
 
 MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
+WEIGHTS_KEY = Key("model.weights_key", DATA)
 NUM_CLASSES = Key("model.num_classes", DATA)
 ALLOW_UNTRAINED = Key("model.allow_untrained", DATA)
 SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)

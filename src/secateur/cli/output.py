@@ -30,8 +30,8 @@ from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import (
     ProgressCallback,
     StageLines,
-    bars_if_live,
     duration_text,
+    live_progress,
     no_progress,
     print_to_stderr,
 )
@@ -59,7 +59,7 @@ def command_line() -> str:
 
 def progress() -> ProgressCallback:
     """Return progress bars on stderr if it is a terminal, else no progress."""
-    return bars_if_live() if distributed.is_main_process() else no_progress
+    return live_progress() if distributed.is_main_process() else no_progress
 
 
 def stage_lines() -> StageLines:
@@ -79,10 +79,11 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
         return
     rows = score_rows(result)
     table = Table(box=None, pad_edge=False)
-    for number, key in enumerate(rows[0]):
+    shown = [key for key in rows[0] if key != "top-5 %"]  # a line has 80 characters
+    for number, key in enumerate(shown):
         table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[key] for key in shown))
     out().print(table)
     for trial in result.size_trials:
         out().print(

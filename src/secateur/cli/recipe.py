@@ -26,7 +26,8 @@ def fill_in_recipe(tables: dict[str, Any], kind: type[Section]) -> None:
     trained on, `kind` says, may get another number of classes. Raises `UsageError`.
     """
     weights = table_of(tables, "model").get("weights")
-    path = Path(weights or "").parent / CONFIG
+    place = Path(weights or "")
+    path = (place if place.is_dir() else place.parent) / CONFIG
     if weights is None or not path.is_file() or not (path.parent / RECIPE).is_file():
         return
     recipe = read_tables(path)

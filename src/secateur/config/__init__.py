@@ -89,8 +89,10 @@ class ModelSection(Section):
     name: str
     """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
     weights: str | None = None
-    """Weight file: .safetensors, .pth, .pt or .th. If omitted, the network keeps its initial
-    weights."""
+    """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
+    suffix. If omitted, the network keeps its initial weights."""
+    weights_key: str | None = None
+    """Which of several networks in the file to load, such as `model_ema`; by default an average."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
     task: Literal["auto"] | TaskKind = "auto"
@@ -98,7 +100,7 @@ class ModelSection(Section):
     the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
     the labels."""
     allow_untrained: bool = False
-    """Go on without a weight file, and with a network that is no better than chance on the test
+    """Continue without a weight file, and with a network that is no better than chance on the test
     images."""
 
 

@@ -5,6 +5,7 @@ and may be used to choose settings; `test` is for final scores only.
 
 - `cifar`, `imagenet`, `fashion_mnist`, `cub`, `digits`: readers of these data sets
 - `folder`, `hugging_face`: readers of your own images
+- `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
 - `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
 - `annotated`, `concept_masks`: images with annotated regions
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
@@ -66,6 +68,11 @@ class DataSet:
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
+
+    @property
+    def all_labels(self) -> tuple[Tensor, ...]:
+        """The labels of the training, validation and test images."""
+        return self.train.labels, self.validation.labels, self.test.labels
 
     @functools.cached_property
     def stored_size(self) -> tuple[int, int] | None:

@@ -15,7 +15,6 @@ from secateur.data.concept_masks import ConceptMasks
 from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
-from secateur.runtime.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,19 +75,3 @@ def batches(
             if batch is None:
                 continue
             yield batch
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise `DataError` if a label lies outside the network's classes."""
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if not len(outside):
-        return
-    hint = ""
-    if int(labels.min()) < 0:
-        hint = ": leave out images without a label"
-    elif int(labels.min()) >= 1 and int(labels.max()) == classes:
-        hint = f": subtract 1 from labels that count from 1 to {classes}"
-    raise DataError(
-        f"the data has a label {int(outside[0])}, but the network has {classes} classes, "
-        f"0 to {classes - 1}{hint}"
-    )

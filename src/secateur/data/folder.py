@@ -14,7 +14,9 @@ from secateur.data.folder_layout import (
     check_classes,
     check_same_classes,
     class_folders,
+    folders,
     read_layout,
+    role_of,
 )
 from secateur.data.image_files import (
     count_images,
@@ -50,6 +52,7 @@ def read_folder(directory: Path) -> Splits:
     parts: tuple[Images, Images]
     if layout.test is None:
         origin = f"{layout.train} has no test part: a fifth of each class is held out for it"
+        origin += _describe_siblings(directory)
         generator = torch.Generator().manual_seed(0)
         parts = hold_out(train, TEST_FRACTION, generator)
     else:
@@ -79,6 +82,15 @@ def images_of(directory: Path, labels: Mapping[str, int]) -> tuple[FileImages, C
         path_labels += [label] * len(listing.images)
         passed_over += listing.passed_over
     return FileImages(tuple(paths), torch.tensor(path_labels)), passed_over
+
+
+def _describe_siblings(directory: Path) -> str:
+    """Return what to name for the test part beside a training part that was named itself."""
+    parent = directory.resolve().parent
+    parts = [path for path in folders(parent) if role_of(path.name) in ("test", "val")]
+    if role_of(directory.resolve().name) != "train" or not parts:
+        return ""
+    return f" ({KIND}:{directory.parent} reads {parts[0].name}/ beside it)"
 
 
 def _describe_unused(layout: Layout) -> str:

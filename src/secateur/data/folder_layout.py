@@ -186,8 +186,12 @@ def _contents(directory: Path, kind: str) -> str:
         tables = [name for name in names if Path(name).suffix.lower() in TABLES]
         count = "1 image" if len(images) == 1 else f"{len(images)} images"
         beside = f" and {brief(tables)}, which is not read" if tables else ""
+        siblings = _readable_folders(directory.resolve().parent)
+        is_class = role_of(directory.name) is None and sum(map(_holds_images, siblings)) > 1
+        other = f"; if they are one class, name {kind}:{directory.parent}" if is_class else ""
         return (
-            f"it holds {count}{beside}: sort them into a folder for each class, {directory}/CLASS/"
+            f"it holds {count}{beside}: sort them into a folder for each class, "
+            f"{directory}/CLASS/{other}"
         )
     if archives:
         return f"it holds {brief(archives)}: unpack it, and name the folder that it makes"

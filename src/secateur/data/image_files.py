@@ -15,7 +15,7 @@ from PIL import Image
 
 from secateur.runtime.errors import DataError
 
-FORMATS = {
+FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),

@@ -135,7 +135,7 @@ def read_images(
         if most is not None and count >= most:
             break
     if not pixels:
-        raise DataError(f"{name}: there are none")
+        raise DataError(f"{name}: there are none (a generator can be read only once)")
     if labels and len(labels) < len(pixels):
         raise DataError(f"{name}: some come with labels and some without")
     shapes = sorted({tuple(part.shape[1:]) for part in labels})

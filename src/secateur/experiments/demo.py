@@ -7,7 +7,6 @@ from pathlib import Path
 from secateur import data
 from secateur.config import RunConfig, TrainingSection, from_dict
 from secateur.models import zoo
-from secateur.models.task import SINGLE_LABEL
 from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime import safetensors_io
@@ -45,10 +44,7 @@ def train_digits(weights: Path, run_context: RunContext | None = None) -> None:
         TrainingData(dataset.train, preprocessing_of(config)),
         TRAINING,
         seed=config.seed,
-        callbacks=TrainingCallbacks(
-            run_context.progress,
-            after_epoch=lambda epoch: run_context.end_epoch(epoch, TRAINING.epochs, SINGLE_LABEL),
-        ),
+        callbacks=TrainingCallbacks(run_context.progress, lines=run_context.lines),
     )
     make_folder(weights.parent)
     replace_file(weights, safetensors_io.to_bytes(model.state_dict()))

@@ -14,8 +14,9 @@ from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task
+from secateur.models.task import Task, find_task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
@@ -24,7 +25,7 @@ from secateur.pipeline.inputs import (
     resolve_config,
 )
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES, find_doubt_about, find_task
+from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
 
@@ -49,7 +50,7 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     task = _task(network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score, predictions = evaluate_and_predict(network, batches, task=task)
-    doubt = find_doubt_about(predictions, dataset, task)
+    doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
     notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
     if doubt is not None:
         notes = (*notes, doubt.note())
@@ -94,7 +95,7 @@ def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tupl
 
 def _task(network: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext) -> Task:
     example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
-    return find_task(network, example, dataset, config)
+    return find_task(network, example, dataset.all_labels, config.model.task)
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

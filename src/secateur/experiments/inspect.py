@@ -16,14 +16,11 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.experiments.filter_pictures import draw_layer
 from secateur.models.evaluate import evaluate_and_predict
+from secateur.models.plausibility import find_doubt_about
 from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import (
-    ScoringContext,
-    find_doubt_about,
-    make_scoring_context,
-)
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import UnknownName
@@ -116,7 +113,9 @@ def _doubts(
     few = context.calibration.take(torch.arange(count))
     batches = context.reader.read_shard(few)
     _, predictions = evaluate_and_predict(network, batches, task=context.task, known_ms=0.0)
-    doubt = find_doubt_about(predictions, dataset, context.task, "calibration")
+    doubt = find_doubt_about(
+        predictions, context.task, has_labels=dataset.has_labels, kind="calibration"
+    )
     return () if doubt is None else (doubt.note(),)
 
 

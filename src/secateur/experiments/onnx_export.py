@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.graph.forward import with_forward
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.trace import open_batch
@@ -97,7 +98,7 @@ def export_onnx(
     model, path = unwrapped(model), Path(path)
     example = as_input(model, example)
     check_free(path, overwrite=overwrite)
-    model = through_logits(model, forward, example)
+    model = through_logits(with_forward(model, forward), example)
     with _folder_beside(path) as folder:
         draft = folder / path.name
         opset = _write(model, example, draft)

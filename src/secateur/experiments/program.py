@@ -25,8 +25,9 @@ SCHEMA_VERSION = 1
 
 OPERATIONS = frozenset(
     """
-    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d
-    add addcmul addmm alias alpha_dropout amax amin arange argmax argmin avg_pool1d avg_pool2d avg_pool3d
+    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    adaptive_max_pool2d add addcmul addmm alias alpha_dropout amax amin arange argmax argmin
+    avg_pool1d avg_pool2d avg_pool3d
     baddbmm batch_norm bitwise_and bitwise_not bitwise_or bmm broadcast_to cat ceil celu
     channel_shuffle chunk clamp clamp_max clamp_min clone constant_pad_nd contiguous conv1d conv2d
     conv3d conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp

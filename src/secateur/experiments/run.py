@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
+from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
-from secateur.pipeline.inputs import check_names, check_weights, load_inputs, resolve_config
+from secateur.pipeline.inputs import (
+    check_names,
+    check_weights,
+    load_inputs,
+    make_reader,
+    resolve_config,
+)
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
     FREE_KEYS,
@@ -84,6 +92,8 @@ def run(
             show_plan(run_context, model, dataset, resolved_config)
             pruned = _begin(folder, model, dataset, config, run_context, overwrite=overwrite)
         run_context = run_context.logging_to(folder / run_folder.LOG)
+        if not pruned.is_finished:
+            pruned = _predict_test_images(pruned, model, dataset, run_context)
         while not pruned.is_finished:
             checkpoints = folder / run_folder.CHECKPOINTS
             with _saying_what_remains(folder, config):
@@ -132,6 +142,7 @@ def finetune(
         else:
             update = {"config": config, "finetuning": None}
             pruned = _load(folder, model, result.model_copy(update=update))
+            pruned = _predict_test_images(pruned, model, dataset, run_context)
             ahead = (stage_title("finetuned", pruned.round), REPORT_STAGE)
             show_plan(run_context, model, dataset, config, lambda title: title in ahead)
             run_context = run_context.logging_to(folder / run_folder.LOG)
@@ -352,6 +363,19 @@ def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Prune
     if pruned.is_finished:
         check_same(place, config, result.config, IDLE_KEYS)
     return pruned
+
+
+def _predict_test_images(
+    pruned: Pruned, original: nn.Module, dataset: DataSet, run_context: RunContext
+) -> Pruned:
+    """Return a network that may come from a folder with what its original predicts."""
+    if pruned.predictions is not None:
+        return pruned
+    reader = make_reader(pruned.result.config, run_context)
+    batches = reader.read_shard(dataset.test, "scoring (before)")
+    task = pruned.result.task
+    _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
+    return replace(pruned, predictions=predictions)
 
 
 def _load(folder: Path, model: nn.Module, result: RunResult) -> Pruned:

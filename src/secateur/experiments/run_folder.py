@@ -145,7 +145,7 @@ def save(
     origin = Origin(architecture, image_shape, prune_residual, exclude)
     model, folder = unwrapped(model), Path(folder)
     example = torch.zeros(2, *image_shape)
-    network = through_logits(model, forward, example, takes_first=False)
+    network = through_logits(with_forward(model, forward), example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 

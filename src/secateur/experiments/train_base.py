@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
-from secateur.models.task import Task
+from secateur.models.task import Task, find_task
 from secateur.pipeline.inputs import (
     check_names,
     describe_inputs,
@@ -25,7 +26,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES, find_task
+from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -102,7 +103,7 @@ def train_base(
         run_context = run_context.collecting_unreadable(run_config)
         reader = make_reader(run_config, run_context)
         example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-        task = find_task(model, example, dataset, run_config)
+        task = find_task(model, example, dataset.all_labels, run_config.model.task)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
         run_context = run_context.logging_to(folder / LOG)
@@ -158,7 +159,9 @@ def _train(
             callbacks=TrainingCallbacks(
                 run_context.progress,
                 validate,
-                lambda epoch: run_context.end_epoch(epoch, config.train.epochs, task),
+                lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
+                run_context.lines,
+                task.accuracy_name,
             ),
             checkpoints=Checkpoints(folder / CHECKPOINTS),
         )

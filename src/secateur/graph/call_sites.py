@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from secateur.graph.network_graph import operation_name
 from secateur.runtime.torch_internals import set_stack_trace
 
+_OWN = f"{Path(__file__).parent}{os.sep}"
 _LIBRARIES = tuple(
     f"{path}{os.sep}"
     for path in (
         Path(torch.__file__).parent,
-        Path(__file__).parents[1],
+        Path(__file__).parent,
         Path(jaxtyping.__file__).parent,  # wraps functions of this package
         Path(torch.__file__).parents[1] / "torchvision" / "ops",
         Path(jaxtyping.__file__).parent,
@@ -83,8 +84,8 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Return the innermost line of a stack that is the user's: `at net.py:12`."""
-    while frame is not None:
+    """Return the innermost line of a stack that is the network's: `at net.py:12`."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_OWN):
         file = _shown(frame.f_code.co_filename)
         if file is not None:
             return f"at {file}:{frame.f_lineno}" if file else f"at line {frame.f_lineno}"

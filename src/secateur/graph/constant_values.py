@@ -80,7 +80,7 @@ class ConstantReadingMode(FakeTensorMode):
     ) -> object:
         """Run an operation on fake tensors; return the number if it reads one from constants."""
         if _is_plain(func) and args and not self._is_constant_leaf(args[0]):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
         kwargs = kwargs or {}
         is_constant = self._is_constant(func, args, kwargs)
         if is_constant and torch.Tag.data_dependent_output in func.tags:

@@ -34,9 +34,7 @@ def cut(model: nn.Module, dependencies: DependencyGraph, removed: Removed) -> nn
             replaced.update(dict.fromkeys(aliases[name]))
     with torch.no_grad():
         for layer in dict.fromkeys(map(owner_of, replaced)):
-            owner = smaller.get_submodule(layer)
-            recompute_kernels(owner)
-            _update_size_attributes(owner)
+            _update_to_tensors(smaller.get_submodule(layer))
     return smaller
 
 
@@ -99,8 +97,9 @@ def _replace_tensor(model: nn.Module, names: tuple[str, ...], tensor: Tensor) ->
         setattr(owner, attribute, replacement)
 
 
-def _update_size_attributes(module: nn.Module) -> None:
-    """Update the size attributes of torch's own modules to the shape of their weight."""
+def _update_to_tensors(module: nn.Module) -> None:
+    """Update what a module derives from its tensors: computed kernels, and size attributes."""
+    recompute_kernels(module)
     if isinstance(module, nn.RNNBase):
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
     elif isinstance(module, nn.RNNCellBase):

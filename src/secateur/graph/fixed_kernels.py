@@ -1,4 +1,4 @@
-"""Kernels whose filters stay whole: those that never train, and those of the image's own colours."""
+"""Kernels whose filters stay: those that never train, and those of the image's own colours."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def freeze_fixed_kernels(model: nn.Module, propagation: ChannelPropagation) -> N
         kernel = first_input(layer.node, 1)
         if _keeps_colours(propagation, layer, propagation.layers[:number]):
             propagation.freeze((layer.produced,), COLOURS, layer.node)
-        elif layer.weight not in parameters and not is_by_group:
-            if not any(propagation.depends_on(kernel, node) for node in trained):
-                propagation.freeze((layer.produced,), NEVER_TRAINED, layer.node)
+        elif (
+            layer.weight not in parameters
+            and not is_by_group
+            and not any(propagation.depends_on(kernel, node) for node in trained)
+        ):
+            propagation.freeze((layer.produced,), NEVER_TRAINED, layer.node)
 
 
 def _keeps_colours(propagation: ChannelPropagation, layer: Layer, before: list[Layer]) -> bool:

@@ -45,7 +45,7 @@ def with_forward(model: nn.Module, forward: Forward | None) -> nn.Module:
     Nothing is copied: both share their modules and tensors. Of a compiled network it is the
     original. Raises `UsageError` if `forward` can't be called.
     """
-    if forward is None:
+    if forward is None or forward is forward_of(model):
         return model
     if not callable(forward):
         raise UsageError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import FunctionSchema, Tensor
 from torch.fx.node import Node
 
 from secateur.runtime.errors import TraceError
@@ -60,6 +60,12 @@ def operation_name(node: Node) -> str:
     if not isinstance(node.target, OpOverload):
         return getattr(node.target, "__name__", str(node.target))
     return schema_of(node.target).name.removeprefix("aten::")
+
+
+def schema_of_node(node: Node) -> FunctionSchema:
+    """Return the schema of a node's operation: its name, arguments and returns."""
+    assert isinstance(node.target, OpOverload)
+    return schema_of(node.target)
 
 
 def is_view(node: Node) -> bool:

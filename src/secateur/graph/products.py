@@ -16,7 +16,7 @@ from torch.fx.node import Node
 from secateur.graph.graph_edits import call_like
 from secateur.graph.network_graph import argument, operation_name, shape_of
 
-aten = torch.ops.aten
+_ATEN = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Product:
 
 def products_as_layers(graph: Graph, image: Node) -> None:
     """Replace each product of feature maps with a matrix that is not computed from the images."""
-    products = [node for node in graph.nodes if operation_name(node) in _READERS]
+    products = [node for node in graph.nodes if operation_name(node) in _DIMENSIONS]
     if not products:
         return
     computed = {image}
@@ -38,7 +38,7 @@ def products_as_layers(graph: Graph, image: Node) -> None:
         if not computed.isdisjoint(node.all_input_nodes):
             computed.add(node)
     for node in products:
-        product = _READERS[operation_name(node)](node)
+        product = _DIMENSIONS[operation_name(node)](node)
         is_computed = tuple(t in computed for t in product.tensors) if product else ()
         if product is not None and sum(is_computed) == 1:
             _replace(graph, node, product, is_computed.index(True))
@@ -61,13 +61,13 @@ def _replace(graph: Graph, node: Node, product: _Product, first: int) -> None:
     with graph.inserting_before(node):
         order = [names.index(name) for name in (*kept, *summed)]
         if order != sorted(order):
-            maps = call_like(graph, node, aten.permute.default, maps, order)
+            maps = call_like(graph, node, _ATEN.permute.default, maps, order)
         if sides[1] != summed[0]:
-            matrix = call_like(graph, node, aten.t.default, matrix)
-        value = call_like(graph, node, aten.linear.default, maps, matrix)
+            matrix = call_like(graph, node, _ATEN.t.default, matrix)
+        value = call_like(graph, node, _ATEN.linear.default, maps, matrix)
         order = [(*kept, *new).index(name) for name in product.output]
         if order != sorted(order):
-            value = call_like(graph, node, aten.permute.default, value, order)
+            value = call_like(graph, node, _ATEN.permute.default, value, order)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
 
@@ -119,7 +119,7 @@ def _einsum(node: Node) -> _Product | None:
     return _Product((tensors[0], tensors[1]), (names[0], names[1]), list(output))
 
 
-_READERS: dict[str, Callable[[Node], _Product | None]] = {
+_DIMENSIONS: dict[str, Callable[[Node], _Product | None]] = {
     "matmul": _matmul,
     "mm": _matmul,
     "inner": _inner,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -274,7 +275,10 @@ def _drop_context_switches(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "")
         if name == "_enter_autocast" and node.args[2]:
-            raise TraceError("the network switches automatic mixed precision on by itself")
+            raise TraceError(
+                "the network switches automatic mixed precision on by itself: take torch.autocast "
+                "out of its forward (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+            )
         if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
             graph.erase_node(node)
 
@@ -313,7 +317,9 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     """
     images = example[:1].expand(2, *example.shape[1:])
     try:
-        with evaluating(model):
+        with evaluating(model), warnings.catch_warnings():
+            # torch 2.6 says it of a network that runs through a user's function; newer ones log it.
+            warnings.filterwarnings("ignore", "Unable to find the path of the module")
             return torch.export.export(
                 model,
                 (images,),

@@ -1,4 +1,4 @@
-"""Sizes that depend on the values of a tensor, as after `x[x > 0]`: a traced graph can't know them."""
+"""Sizes that depend on the values of a tensor, as after `x[x > 0]`, and are not known before."""
 
 from __future__ import annotations
 

@@ -202,10 +202,12 @@ def _are_arguments_predicted(
     node: Node, original: Node, sizes: Mapping[int, Any], originals: Mapping[Node, Node]
 ) -> bool:
     args, kwargs = with_sizes(original, sizes)
-    if operation_name(original) == "slice" and _range(node, node.args) is not None:
+    has_range = operation_name(original) in ("slice", "slice_scatter")
+    if has_range and _range(node, node.args) is not None:
+        inputs = [argument for argument in args if isinstance(argument, Node)]
         return (
             _range(node, node.args) == _range(node, args)
-            and originals[first_input(node)] is args[0]
+            and [originals[source] for source in node.args if isinstance(source, Node)] == inputs
         )
     return _is_same(_filled(node, node.args), _filled(original, args), originals) and _is_same(
         list(node.kwargs.values()), list(kwargs.values()), originals

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.module_state import copy_of, evaluating
+from secateur.graph.module_state import as_input, copy_of, evaluating
 from secateur.runtime.torch_internals import is_compiled_in_place
 
 
@@ -49,7 +49,7 @@ def _candidates(model: nn.Module, types: set[torch.dtype]) -> Iterator[nn.Module
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
         with evaluating(model), torch.no_grad():
-            model(images)
+            model(as_input(model, images))
     except Exception:  # the network is the user's: it may raise anything
         return False
     return True

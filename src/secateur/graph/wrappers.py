@@ -121,9 +121,9 @@ def _check_tensors(model: nn.Module) -> None:
 
 def _is_quantised(tensor: Tensor) -> bool:
     """Return whether a tensor holds quantised numbers: torch's, torchao's or bitsandbytes'."""
-    is_packed = isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.int8, torch.uint8)
+    has_integers = isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.int8, torch.uint8)
     is_subclass = type(tensor).__module__.startswith("torchao.")
-    return tensor.is_quantized or is_subclass or (is_packed and tensor.dim() > 1)
+    return tensor.is_quantized or is_subclass or (has_integers and tensor.dim() > 1)
 
 
 def _what_it_is(value: Any) -> str:

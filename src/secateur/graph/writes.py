@@ -13,11 +13,17 @@ from torch.fx.graph import Graph
 from torch.fx.node import Node, map_arg
 
 from secateur.graph.graph_edits import call_like
-from secateur.graph.network_graph import argument, first_input, gives_its_input, operation_name
+from secateur.graph.network_graph import (
+    argument,
+    first_input,
+    gives_its_input,
+    operation_name,
+    schema_of_node,
+)
 from secateur.runtime.errors import TraceError
 from secateur.runtime.torch_internals import OpOverload, schema_of
 
-aten = torch.ops.aten
+_ATEN = torch.ops.aten
 
 
 def remove_writes(graph: Graph) -> None:
@@ -60,7 +66,7 @@ def remove_writes(graph: Graph) -> None:
 def _changed_values(node: Node) -> list[Node]:
     """Return the values that an operation writes into, in the order of what it returns."""
     changed: list[Node] = []
-    for index, parameter in enumerate(schema_of(node.target).arguments):
+    for index, parameter in enumerate(schema_of_node(node).arguments):
         value = node.kwargs.get(parameter.name)
         if value is None and index < len(node.args):
             value = node.args[index]
@@ -78,7 +84,7 @@ def _use_functional_variant(graph: Graph, node: Node) -> None:
 
     If there is none, the node writes into a copy that nothing else reads.
     """
-    schema = schema_of(node.target)
+    schema = schema_of_node(node)
     name = schema.name.split("::")[1]
     outs = {p.name for p in schema.arguments if _is_written(p) and p.kwarg_only}
     packet = getattr(torch.ops.aten, name if outs else name.removesuffix("_"), None)
@@ -94,7 +100,7 @@ def _use_functional_variant(graph: Graph, node: Node) -> None:
             return
     changed = _changed_values(node)
     with graph.inserting_before(node):
-        copies = {value: call_like(graph, node, aten.clone.default, value) for value in changed}
+        copies = {value: call_like(graph, node, _ATEN.clone.default, value) for value in changed}
     for value, copied in copies.items():
         node.replace_input_with(value, copied)
 
@@ -106,7 +112,7 @@ def _item_of(graph: Graph, node: Node, number: int) -> Node:
     return item
 
 
-_COMPARISONS = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
+_BOOLEAN = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
 
 
 def _with_type_of(graph: Graph, new: Node, value: Node) -> Node:
@@ -115,7 +121,7 @@ def _with_type_of(graph: Graph, new: Node, value: Node) -> Node:
     types = {tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)}
     dtype = value.meta["val"].dtype
     name = operation_name(new)
-    if types <= {dtype} and name not in _COMPARISONS and "logical" not in name:
+    if types <= {dtype} and name not in _BOOLEAN and "logical" not in name:
         return new
     if new.target is operator.getitem:
         return new
@@ -125,7 +131,7 @@ def _with_type_of(graph: Graph, new: Node, value: Node) -> Node:
     if new.meta["val"].dtype == dtype:
         return new
     with graph.inserting_after(new):
-        return call_like(graph, new, aten._to_copy.default, new, dtype=dtype)
+        return call_like(graph, new, _ATEN.to.dtype, new, dtype)
 
 
 def _viewed(node: Node, written: set[Node]) -> Node | None:
@@ -198,7 +204,7 @@ def _replace_all_views(
         whole = _put_back(add, current, source, whole)
         written.add(whole)
         current = source
-    replacements = {base: _standing_for(base, whole)}
+    replacements = {base: _with_memory_of(base, whole)}
 
     def replacement(view: Node) -> Node:
         """Return a view, taken from the new value."""
@@ -211,7 +217,7 @@ def _replace_all_views(
                 new = add(operator.getitem, add(pieces.target, new, *pieces.args[1:]), view.args[1])
             elif not gives_its_input(view):
                 new = add(view.target, new, *view.args[1:])
-            replacements[view] = _standing_for(view, new)
+            replacements[view] = _with_memory_of(view, new)
         return replacements[view]
 
     for view in views:
@@ -221,7 +227,7 @@ def _replace_all_views(
     return replacement(value)
 
 
-def _standing_for(node: Node, new: Node) -> Node:
+def _with_memory_of(node: Node, new: Node) -> Node:
     """Return a new node with another one's value, whose memory tells what its views are."""
     new.meta["val"] = node.meta["val"]
     return new
@@ -235,28 +241,28 @@ def _put_back(add: Callable[..., Node], view: Node, source: Node, new: Node) -> 
     if gives_its_input(view) or name in ("alias", "detach", "contiguous", "to", "lift_fresh"):
         return new
     if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"):
-        return add(aten.reshape_as.default, new, source)
+        return add(_ATEN.reshape_as.default, new, source)
     if name in ("view_as", "reshape_as"):
-        return add(aten.reshape_as.default, new, source)
+        return add(_ATEN.reshape_as.default, new, source)
     if name == "transpose":
-        return add(aten.transpose.int, new, *view.args[1:])
+        return add(_ATEN.transpose.int, new, *view.args[1:])
     if name == "t":
-        return add(aten.t.default, new)
+        return add(_ATEN.t.default, new)
     if name == "permute":
         order = np.argsort([dim % len(argument(view, "dims")) for dim in argument(view, "dims")])
-        return add(aten.permute.default, new, order.tolist())
+        return add(_ATEN.permute.default, new, order.tolist())
     if name in _SCATTERS:
         return add(_SCATTERS[name], source, new, *view.args[1:])
     if name == "view_as_real":
-        return add(aten.view_as_complex.default, new)
+        return add(_ATEN.view_as_complex.default, new)
     raise TraceError(f"the network writes in place into what {name!r} returns")
 
 
 _SCATTERS: dict[str, Callable[..., Any]] = {
-    "slice": aten.slice_scatter.default,
-    "select": aten.select_scatter.default,
-    "diagonal": aten.diagonal_scatter.default,
-    "as_strided": aten.as_strided_scatter.default,
+    "slice": _ATEN.slice_scatter.default,
+    "select": _ATEN.select_scatter.default,
+    "diagonal": _ATEN.diagonal_scatter.default,
+    "as_strided": _ATEN.as_strided_scatter.default,
 }
 
 
@@ -266,7 +272,7 @@ def _put_back_piece(add: Callable[..., Node], view: Node, source: Node, new: Nod
     assert isinstance(number, int)
     dim = argument(pieces, "dim", 0)
     if operation_name(pieces) == "unbind":
-        return add(aten.select_scatter.default, source, new, dim, number)
+        return add(_ATEN.select_scatter.default, source, new, dim, number)
     sizes = [int(piece.shape[dim]) for piece in pieces.meta["val"]]
     start = sum(sizes[:number])
-    return add(aten.slice_scatter.default, source, new, dim, start, start + sizes[number])
+    return add(_ATEN.slice_scatter.default, source, new, dim, start, start + sizes[number])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from secateur.models.task import (
     run_network,
 )
 from secateur.runtime import distributed
-from secateur.runtime.errors import DataError
+from secateur.runtime.errors import DataError, NotFiniteError
 from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
 
 LATENCY_RUNS = 11
@@ -44,7 +44,7 @@ class Predictions:
     labels: Labels
     """The labels beside them."""
     class_count: int
-    """How many classes the network tells apart; 2 where each image has several labels."""
+    """How many classes the network distinguishes; 2 where each image has several labels."""
 
     def of_all_processes(self) -> tuple[Labels, Labels]:
         """Return the predictions and the labels of every image that could be read."""
@@ -81,17 +81,23 @@ def evaluate_and_predict(
     task: Task | None = None,
     original: Predictions | None = None,
     known_ms: float | None = None,
+    check: Callable[[Predictions], None] | None = None,
 ) -> tuple[Score, Predictions]:
-    """Return the score of `model`, and what it predicts; see `evaluate`."""
+    """Return the score of `model`, and what it predicts; see `evaluate`.
+
+    `check` may raise an error in view of the predictions, before the network is timed.
+    """
     model = require_module(model)
     tally = _Tally(task, original)
     with torch.inference_mode():
         for batch in batches:
             tally.add(model, batch)
-    counts, loss, images = tally.sums()
+    predictions = tally.predictions()
+    if check is not None and len(predictions.classes):
+        check(predictions)
+    counts, loss, images, has_top5 = tally.sums()
     if not images:
         raise DataError("there are no images to score")
-    has_top5 = distributed.any_process(tally.class_count > TOP)
 
     def measure() -> tuple[int, float]:
         example = tally.example
@@ -112,7 +118,7 @@ def evaluate_and_predict(
         lost=None if original is None else counts.lost,
         gained=None if original is None else counts.gained,
     )
-    return score, tally.predictions()
+    return score, predictions
 
 
 class _Counts(NamedTuple):
@@ -147,6 +153,12 @@ class _Tally:
                 outputs = look_at_outputs(model, batch.images)
             self._task = make_task(outputs, [batch.labels])
         logits = compute_logits(model, batch.images, self._task)
+        is_undefined = logits.isnan().flatten(1).any(1)
+        if bool(is_undefined.any()):
+            count = int(is_undefined.sum())
+            raise NotFiniteError(
+                f"the network's outputs are NaN for {count} of {len(logits)} images"
+            )
         labels = batch.labels.to(logits.device)
         loss = cross_entropy(logits, labels, reduction="sum")
         if self.example is None:
@@ -170,11 +182,13 @@ class _Tally:
         self._images += len(labels)
         self._seen.append((batch.indices, predicted.cpu(), batch.labels))
 
-    def sums(self) -> tuple[_Counts, float, int]:
-        """Return the counts, the summed loss and the number of images of all processes."""
+    def sums(self) -> tuple[_Counts, float, int, bool]:
+        """Return the counts, summed loss, number of images and whether there is a top 5, of all."""
         distributed.all_reduce_sum([self._counts])
         loss = math.fsum(distributed.gather_shards(self._losses))
-        return _Counts(*self._counts.tolist()), loss, sum(distributed.all_gather(self._images))
+        images = sum(distributed.all_gather(self._images))
+        has_top5 = distributed.any_process(self.class_count > TOP)
+        return _Counts(*self._counts.tolist()), loss, images, has_top5
 
     def predictions(self) -> Predictions:
         """Return the predictions of this process's images, in the order of their indices."""

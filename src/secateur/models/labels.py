@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.config import TaskKind
-from secateur.data.batches import check_labels
-from secateur.models.task import Labels, Outputs
+from secateur.models.task import Labels, Outputs, check_labels
 from secateur.runtime.errors import DataError
 
 SUM_TOLERANCE = 1e-3
@@ -48,15 +47,15 @@ def read_labels(
         raise DataError("labels hold a number that is not finite")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim == 1:
-        return _class_numbers(labels, outputs.columns)
-    if labels.shape[1] != outputs.columns:
+    if labels.ndim == 2 and labels.shape[1] != outputs.columns:
         raise DataError(
             f"labels are {list(labels.shape)}, but the network has {outputs.columns} outputs for "
             "each image: expected a class number for each image, or one column for each output"
         )
     is_several = kind == "multi-label" or (kind == "auto" and outputs.scale == "sigmoid")
-    return _rows(labels.double(), is_several=is_several)
+    if labels.ndim == 2:
+        return _rows(labels.double(), is_several=is_several)
+    return _class_numbers(labels, outputs.columns)
 
 
 def _class_numbers(labels: Tensor, columns: int) -> tuple[Tensor, tuple[str, ...]]:

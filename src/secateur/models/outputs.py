@@ -8,11 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.forward import with_forward
-from secateur.graph.module_state import as_input, evaluating
-from secateur.graph.network_graph import Forward
-from secateur.models.task import logits_of, select_logits
-from secateur.runtime.error_messages import explain
+from secateur.graph.forward import forward_of, with_forward
+from secateur.models.task import logits_of, run_network, select_logits
 from secateur.runtime.errors import UsageError
 from secateur.runtime.torch_internals import Convolution
 
@@ -20,53 +17,50 @@ FEW = 2
 """Images that a network is tried on."""
 
 
-def through_logits(
-    model: nn.Module, forward: Forward | None, images: Tensor, *, takes_first: bool = True
-) -> nn.Module:
-    """Return `model` as it runs through `forward`, or through `logits_of` if it needs that.
+def through_logits(network: nn.Module, images: Tensor, *, takes_first: bool = True) -> nn.Module:
+    """Return a network as it is, or as it runs through `logits_of` if it needs that.
 
     With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. The network
-    is tried on a few of the images; one that can't take them is returned as it is.
+    is tried on a few of the images; one that can't take them, or that runs through a function of
+    the user's, is returned as it is.
     """
-    network = with_forward(model, forward)
-    if forward is None:
+    if forward_of(network) is None:
         with contextlib.suppress(UsageError):
             output = _try(network, images)
             is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
             if select_logits(output) is not output and (takes_first or not is_tuple):
-                return with_forward(model, logits_of)
+                return with_forward(network, logits_of)
     return network
 
 
-def with_logits(model: nn.Module, forward: Forward | None, images: Tensor) -> nn.Module:
-    """Return the network that returns logits: `model`, through `forward` or `logits_of` if need be.
+def with_logits(network: nn.Module, images: Tensor) -> nn.Module:
+    """Return the network that returns logits: as it is, or through `logits_of` if need be.
 
     Raises `UsageError` that says what to do where the network can't take the images, or returns
     several things without saying which are the logits.
     """
-    network = through_logits(model, forward, images)
+    original, network = network, through_logits(network, images)
     output = _try(network, images)
     if isinstance(output, Tensor):
         return network
     raise UsageError(
         f"the network must return logits [image, class]; it returns {_description(output)}: say "
-        f"which they are, {_remedy(output, has_forward=forward is not None)}"
+        f"which they are, {_remedy(output, has_forward=forward_of(original) is not None)}"
     )
 
 
 def _try(network: nn.Module, images: Tensor) -> object:
     """Return the network's output; raise `UsageError` that says why it can't take the images."""
-    images = as_input(network, images[:FEW])
+    images = images[:FEW]
     try:
-        with evaluating(network), torch.inference_mode():
-            output: object = network(images)
-    except Exception as error:
-        if explain(error) is not None:  # the machine's fault, not the network's
+        with torch.inference_mode():
+            return run_network(network, images)
+    except UsageError as error:
+        remedy = _channel_remedy(network, images)
+        if not remedy:
             raise
-        shape, words = list(images.shape), " ".join(str(error).split())
-        remedy = _channel_remedy(network, images) or words
+        shape = list(images.shape)
         raise UsageError(f"the network can't be run on images {shape}: {remedy}") from error
-    return output
 
 
 def _channel_remedy(network: nn.Module, images: Tensor) -> str:

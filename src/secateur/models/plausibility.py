@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import bdtr, bdtrc
 from torch import Tensor, nn
 
-from secateur.models.task import Labels
+from secateur.models.evaluate import Predictions
+from secateur.models.task import Labels, Task
 from secateur.runtime.errors import AccuracyError
 from secateur.runtime.torch_internals import BatchNorm, Convolution
 
@@ -25,7 +26,7 @@ CHECK = (
     "check that the weights belong to the network, and the class order, image size, mean and "
     "deviation and other preprocessing of the images"
 )
-GO_ON = "to go on all the same, add --allow-untrained (model.allow_untrained = true)"
+CONTINUE_ANYWAY = "to continue anyway, add --allow-untrained (model.allow_untrained = true)"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Doubt:
         What can't be measured at all is never allowed.
         """
         if self.is_final or (self.remedy and not allowed):
-            go_on = "" if self.is_final else f"; {GO_ON}"
-            raise AccuracyError(f"{self.text}: {self.remedy}{go_on}")
+            advice = "" if self.is_final else f"; {CONTINUE_ANYWAY}"
+            raise AccuracyError(f"{self.text}: {self.remedy}{advice}")
 
     def note(self, start: str = "") -> str:
         """Return the doubt as a sentence for the user, with a `start` before it."""
@@ -53,10 +54,20 @@ class Doubt:
         return text[0].upper() + text[1:]
 
 
+def find_doubt_about(
+    predictions: Predictions, task: Task, *, has_labels: bool, kind: str = "test"
+) -> Doubt | None:
+    """Return why a network's predictions of images of this `kind` look wrong, if they do."""
+    predicted, labels = predictions.of_all_processes()
+    if has_labels:
+        return find_doubt(predicted, labels, predictions.class_count, kind)
+    return find_constant(predicted, kind, is_binary=task.kind == "binary")
+
+
 def find_doubt(predicted: Labels, labels: Labels, classes: int, kind: str = "test") -> Doubt | None:
     """Return why the predictions for labelled images of a `kind` look wrong, if they do.
 
-    `classes` is how many the network tells apart.
+    `classes` is how many the network distinguishes.
     """
     doubt = _shuffled(predicted, labels, classes, kind) or _chance(predicted, labels, classes, kind)
     if doubt is not None:

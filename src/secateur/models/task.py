@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.config import TaskKind
-from secateur.data.batches import check_labels
 from secateur.graph.forward import forward_of, without_forward
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.wrappers import unwrapped
 from secateur.runtime.error_messages import explain
-from secateur.runtime.errors import DataError, NotFiniteError, UsageError
+from secateur.runtime.errors import DataError, UsageError
 
 Scale = Literal["logits", "log-softmax", "softmax", "sigmoid"]
 Logits = Float[Tensor, "_ ... class"]
 """`[image, class]` or `[image, label, class]`; batches may have different numbers of images."""
 Labels = Int[Tensor, "_ ..."]
 """Class numbers `[image]`, or 0 or 1 for each label, `[image, label]`."""
-FIRST_IMAGES = 8
+FIRST_IMAGES = 4
 """Images that are enough to tell how outputs are to be read."""
 SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-4, 2e-2
 """How far from 1 the sum of probabilities may be, in float32 and in types of half its size."""
@@ -112,6 +111,22 @@ class Task:
 
 SINGLE_LABEL = Task()
 """One logit for each class, and one class for each image."""
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise `DataError` if a label lies outside the network's classes."""
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if not len(outside):
+        return
+    hint = ""
+    if int(labels.min()) < 0:
+        hint = ": leave out images without a label"
+    elif int(labels.min()) >= 1 and int(labels.max()) == classes:
+        hint = f": subtract 1 from labels that count from 1 to {classes}"
+    raise DataError(
+        f"the data has a label {int(outside[0])}, but the network has {classes} classes, "
+        f"0 to {classes - 1}{hint}"
+    )
 
 
 def predict(logits: Logits) -> Labels:
@@ -229,7 +244,7 @@ class Outputs:
 def look_at_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Outputs:
     """Run the network on a few of the images, and return how its outputs look.
 
-    Raises `UsageError` if they are not numbers for each image, and `NotFiniteError`.
+    Raises `UsageError` if they are not numbers for each image.
     """
     images, network = images[:FIRST_IMAGES].detach(), unwrapped(model)
     try:
@@ -241,8 +256,6 @@ def look_at_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Out
             output = run_network(network, images.clone())
     logits = select_logits(output)
     rows = as_rows(logits, len(images)).detach().float()
-    if not bool(rows.isfinite().all()):
-        raise NotFiniteError("the network's outputs hold numbers that are not finite")
     scale = _scale(logits, rows)
     notes = _container_notes(model, images)
     if scale in ("softmax", "sigmoid"):
@@ -288,6 +301,19 @@ def _scale(logits: Tensor, rows: Float[Tensor, "image output"]) -> Scale:
         return "softmax"
     is_log = bool((rows <= 0).all()) and bool((rows.logsumexp(1).abs() < tolerance).all())
     return "log-softmax" if is_log else "logits"
+
+
+def find_task(
+    model: nn.Module,
+    images: Float[Tensor, "image ..."],
+    labels: Sequence[Labels] = (),
+    kind: TaskKind | Literal["auto"] = "auto",
+) -> Task:
+    """Return what the network's outputs for a few images and all the labels mean.
+
+    Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
+    """
+    return make_task(look_at_outputs(model, images), labels, kind)
 
 
 def make_task(

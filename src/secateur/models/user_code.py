@@ -64,4 +64,7 @@ def call(name: str, build: Callable[..., Any], **options: object) -> object:
         return build(**options)
     except Exception as error:  # user code may raise anything
         reason = " ".join(str(error).split())
-        raise UsageError(f"{name} failed: {type(error).__name__}: {reason}") from error
+        advice = ""
+        if isinstance(error, TypeError) and "required positional argument" in reason:
+            advice = ": name a function that needs no argument but num_classes"
+        raise UsageError(f"{name} failed: {type(error).__name__}: {reason}{advice}") from error

@@ -9,6 +9,7 @@ checkpoints.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,10 @@ BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
 """Networks for 32×32 images by name."""
 
 
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)
+
+
 def load(
     name: str,
     weights: str | Path | None = None,
@@ -45,17 +50,23 @@ def load(
     allow_code: bool = True,
     new_head: bool = False,
     seed: int = 0,
+    weights_key: str | None = None,
+    notify: Callable[[str], None] = _warn,
 ) -> nn.Module:
     """Return the named network in evaluation mode, with a file's weights or untrained.
 
     `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
     `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
     `allow_code=False` refuses the last form: a run folder must not choose code to run. Untrained
-    weights depend on `seed` alone. See `load_weights` for `new_head`. Raises `UnknownName`,
-    `UsageError` or `WeightsError`.
+    weights depend on `seed` alone. `weights` is a file or a folder; `weights_key` names one of
+    several networks in it (`model_ema`). `notify` gets a sentence on what the file left open, such
+    as which network was loaded; by default it is a warning. See `load_weights` for `new_head`.
+    Raises `UnknownName`, `UsageError` or `WeightsError`.
     """
     check_name(name)
     kind, _, rest = name.rpartition(":")
+    if weights is None and weights_key is not None:
+        raise UsageError(f"weights_key = {weights_key!r} needs weights (--weights)")
     if user_code.is_user_code(name) and not allow_code:
         raise UsageError(
             f"{name!r} is user code: build the network and pass it, or use load_program"
@@ -72,7 +83,10 @@ def load(
         else:
             model = BUILT_IN[name](num_classes)
     if weights is not None:
-        load_weights(model, weights, num_classes, new_head=new_head, remap=remap)
+        for note in load_weights(
+            model, weights, num_classes, key=weights_key, new_head=new_head, remap=remap
+        ):
+            notify(note)
     return model.eval()
 
 
@@ -83,15 +97,14 @@ def check_name(name: str) -> None:
         user_code.check_file(name, "network")
     elif kind == IN_MEMORY:
         raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
+    elif kind not in ("torchvision", "timm") and (colon or name not in BUILT_IN):
+        raise _unknown_name(name)
     elif kind == "torchvision":
         known = _torchvision_names()
         if rest not in known:
             raise UnknownName("torchvision model", rest, known)
-    elif kind == "timm":
-        if not published.import_timm().is_model(rest):
-            raise UnknownName("timm model", rest, published.import_timm().list_models())
-    elif colon or name not in BUILT_IN:
-        raise _unknown_name(name)
+    elif kind == "timm" and not published.import_timm().is_model(rest):
+        raise UnknownName("timm model", rest, published.import_timm().list_models())
 
 
 def _unknown_name(name: str) -> UsageError:

@@ -4,7 +4,7 @@
 - `stages`: one function per stage: cut, refit, distill, fine-tune.
 - `rounds`, `pruned`: what a round starts from, and what it returns.
 - `scoring_context`: what scoring, planning and refit share, made once per round.
-- `inputs`: the network and the data that a configuration names.
+- `inputs`, `input_fit`: the network and the data that a configuration names, and whether they fit.
 - `run_context`: progress, log and unreadable images of a run.
 - `estimate`: how long the stages will take.
 - `dissect`: what the filters see, for reports.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -37,7 +39,8 @@ def check_weights(config: RunConfig) -> None:
 def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
     """Load the data set and the network that a configuration names.
 
-    For `new_head` see `load_weights`. Raises `SecateurError`.
+    The notes of the data set say what the weight file left open, too. For `new_head` see
+    `load_weights`. Raises `SecateurError`.
     """
     dataset = data.load(
         config.data.source,
@@ -53,19 +56,23 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"
         )
+    notes = list(dataset.notes)
     model = zoo.load(
         config.model.name,
         config.model.weights,
         num_classes=num_classes,
         new_head=new_head,
         seed=config.seed,
+        weights_key=config.model.weights_key,
+        notify=notes.append,
     )
+    dataset = replace(dataset, notes=tuple(notes))
     if user_code.is_user_code(config.model.name):
         section = resolve_config(config, dataset, model).data
         assert section.image_size is not None
         assert section.mean is not None
         shape = len(section.mean), section.image_size, section.image_size
-        model = through_logits(model, None, torch.zeros(2, *shape))
+        model = through_logits(model, torch.zeros(2, *shape))
     return dataset, model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.pipeline import stages
+from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import describe_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FrozenResult, GroupResult, RunResult, merge_rounds
@@ -38,6 +39,7 @@ def prune(
     if one is given. The test images are scored, and used for nothing else. Raises `SecateurError`.
     """
     run_context = run_context or RunContext()
+    show_plan(run_context, model, dataset, config, lambda title: title != REPORT_STAGE)
     pruned = prune_round(model, dataset, config, run_context, baseline=baseline)
     while not pruned.is_finished:
         folder = None if checkpoints is None else checkpoints / f"round-{pruned.round}"

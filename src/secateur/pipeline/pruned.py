@@ -26,7 +26,8 @@ class Pruned:
     dependencies: DependencyGraph
     """Of the network before the first cut."""
     predictions: Predictions | None = None
-    """What the network before the first cut predicts of the test images, if it is known."""
+    """What the network before the first cut predicts of the test images; None until it is known:
+    the next step needs it."""
 
     @property
     def round(self) -> int:

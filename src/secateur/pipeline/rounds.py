@@ -8,10 +8,8 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.data.batch_reader import BatchReader
 from secateur.graph.module_state import tensors_of
-from secateur.models.evaluate import Predictions, evaluate_and_predict
-from secateur.models.task import Task
+from secateur.models.evaluate import Predictions
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
@@ -67,7 +65,12 @@ def begin_round(
     if baseline is None:
         score = None if earlier is None else earlier.result.stages[-1].score
         baseline = make_baseline(network, dataset, config, (), run_context, score=score)
-    reader, task = baseline.context.reader, baseline.context.task
+    elif earlier is None:  # which another run may have logged
+        before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
+        run_context.log.write("stage", **before.model_dump())
+    reader = baseline.context.reader
+    predictions = baseline.predictions if earlier is None else earlier.predictions
+    assert predictions is not None
     weights: str | None = None
     if earlier is None:
         state = tensors_of(original)
@@ -81,15 +84,11 @@ def begin_round(
     stages: tuple[StageResult, ...]
     if earlier is None:
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
-        run_context.log.write("stage", **before.model_dump())
         number, stages, unreadable = 1, (before,), baseline.unreadable
     else:
         number, stages = earlier.round + 1, earlier.result.stages
         unreadable = (*earlier.result.unreadable, *baseline.unreadable)
     notes = baseline.notes if earlier is None else earlier.result.notes
-    predictions = baseline.predictions if earlier is None else earlier.predictions
-    if predictions is None:
-        predictions = predict_test_images(original, dataset, reader, task)
     plan_inputs = baseline.plan_inputs[config.score.criterion]
     if plan_inputs.latency is not None:
         run_context.log.write("latency", **plan_inputs.latency.model_dump(exclude={"layers"}))
@@ -111,11 +110,3 @@ def begin_round(
         notes=notes,
         run_context=run_context,
     )
-
-
-def predict_test_images(
-    original: nn.Module, dataset: DataSet, reader: BatchReader, task: Task
-) -> Predictions:
-    """Return what the original network predicts of the test images."""
-    batches = reader.read_shard(dataset.test, "scoring (before)")
-    return evaluate_and_predict(original, batches, task=task, known_ms=0.0)[1]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
-from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pipeline.result import StageResult, stage_title
 from secateur.runtime import distributed
@@ -15,7 +14,6 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.trackers import Tracker, open_log
 from secateur.scoring.criteria import Criterion
-from secateur.training.outcome import Epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,20 +46,10 @@ class RunContext:
 
     def end_stage(self, result: StageResult, task: Task) -> None:
         """Log a stage that has ended, and print its line."""
+        title = stage_title(result.stage, result.round)
+        accuracy = f"{task.accuracy_name} {100 * result.score.top1_fraction:.2f} %"
         self.log.write("stage", **result.model_dump())
-        self.print_stage(stage_title(result.stage, result.round), result.score, task)
-
-    def print_stage(self, title: str, score: Score, task: Task) -> None:
-        """Print the line of a stage that has ended."""
-        self.lines.end_stage(title, f"{task.accuracy_name} {100 * score.top1_fraction:.2f} %")
-
-    def end_epoch(self, epoch: Epoch, epochs: int, task: Task, **facts: object) -> None:
-        """Log an epoch of training that has ended, with more facts, and print its line."""
-        self.log.write("epoch", **facts, **asdict(epoch))
-        text = f"loss {epoch.loss:.3f}"
-        if epoch.validation is not None:
-            text += f", validation {task.accuracy_name} {100 * epoch.validation:.2f} %"
-        self.lines.end_step("epoch", epoch.number, epochs, text)
+        self.lines.end_stage(title, accuracy)
 
     @property
     def unreadable_files(self) -> tuple[str, ...]:

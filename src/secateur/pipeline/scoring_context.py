@@ -18,11 +18,11 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.finite import check_finite
 from secateur.graph.module_state import device_of, tensors_of
 from secateur.models.evaluate import Predictions, evaluate_and_predict
-from secateur.models.plausibility import Doubt, find_constant, find_doubt
+from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task, look_at_outputs, make_task
+from secateur.models.task import Task, find_task
 from secateur.pipeline.inputs import make_reader, resolve_config
-from secateur.pipeline.result import stage_title
+from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
@@ -104,7 +104,7 @@ def make_scoring_context(
         seed=config.seed,
     )
     example = reader.read_first(calibration, EXAMPLE_IMAGES)
-    task = find_task(model, example, dataset, config)
+    task = find_task(model, example, dataset.all_labels, config.model.task)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
@@ -132,16 +132,6 @@ def make_scoring_context(
     )
     reader = replace(reader, batch_size=batch_size)
     return ScoringContext(calibration, example, dependencies, source, reader, scored_by, task)
-
-
-def find_task(model: nn.Module, example: Tensor, dataset: DataSet, config: RunConfig) -> Task:
-    """Return what the outputs of `model` and the labels of a data set mean.
-
-    Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
-    """
-    parts = (dataset.train, dataset.validation, dataset.test)
-    labels = [part.labels for part in parts]
-    return make_task(look_at_outputs(model, example), labels, config.model.task)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,14 +176,23 @@ def make_baseline(
     predictions: Predictions | None = None
     notes = (*dataset.notes, *context.task.notes)
     if score is None:
+        doubts: list[str] = []
+
+        def check(predictions: Predictions) -> None:
+            doubt = find_doubt_about(predictions, context.task, has_labels=dataset.has_labels)
+            if doubt is not None:
+                doubt.raise_unless(allowed=config.model.allow_untrained)
+                doubts.append(doubt.note("before pruning, "))
+
         score, predictions = evaluate_and_predict(
-            model, context.reader.read_shard(dataset.test, "scoring (before)"), task=context.task
+            model,
+            context.reader.read_shard(dataset.test, "scoring (before)"),
+            task=context.task,
+            check=check,
         )
-        run_context.print_stage(stage_title("before", 1), score, context.task)
-        doubt = find_doubt_about(predictions, dataset, context.task)
-        if doubt is not None:
-            doubt.raise_unless(allowed=config.model.allow_untrained)
-            notes = (*notes, doubt.note("before pruning, "))
+        notes = (*notes, *doubts)
+        before = StageResult(stage="before", round=1, score=score, seconds=0.0)
+        run_context.end_stage(before, context.task)
     since = time.perf_counter()
     plan_inputs = make_plan_inputs(
         model,
@@ -209,13 +208,3 @@ def make_baseline(
     return Baseline(
         score, predictions, notes, context, plan_inputs, seconds, run_context.unreadable_files
     )
-
-
-def find_doubt_about(
-    predictions: Predictions, dataset: DataSet, task: Task, kind: str = "test"
-) -> Doubt | None:
-    """Return why a network's predictions of images of this `kind` look wrong, if they do."""
-    predicted, labels = predictions.of_all_processes()
-    if dataset.has_labels:
-        return find_doubt(predicted, labels, predictions.class_count, kind)
-    return find_constant(predicted, kind, is_binary=task.kind == "binary")

@@ -21,7 +21,7 @@ from secateur.models.state_dict import load_state
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
-from secateur.pipeline.rounds import Round, predict_test_images
+from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
@@ -138,9 +138,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         this.config.distill,
         seed=this.config.seed,
         progress=reader.progress,
-        after_epoch=lambda epoch: this.run_context.lines.end_step(
-            "epoch", epoch.number, this.config.distill.epochs, f"loss {epoch.loss:.3f}"
-        ),
+        lines=this.run_context.lines,
     )
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))
@@ -173,9 +171,7 @@ def finetune(
     """
     config, smaller, task = pruned.result.config, pruned.model, pruned.result.task
     reader = make_reader(config, run_context)
-    predictions = pruned.predictions
-    if predictions is None:
-        predictions = predict_test_images(original, dataset, reader, task)
+    assert pruned.predictions is not None
     start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     start_score = pruned.result.stages[-1].score
 
@@ -188,10 +184,14 @@ def finetune(
         load_state(network, state)
         batches = reader.read_shard(dataset.test, "scoring (finetuned)")
         return evaluate(
-            network, batches, task=task, original=predictions, known_ms=start_score.latency_ms
+            network,
+            batches,
+            task=task,
+            original=pruned.predictions,
+            known_ms=start_score.latency_ms,
         )
 
-    has_features, epochs = config.finetune.feature_weight > 0, config.finetune.epochs
+    has_features = config.finetune.feature_weight > 0
     training = train(
         smaller,
         original,
@@ -202,7 +202,9 @@ def finetune(
         callbacks=TrainingCallbacks(
             run_context.progress,
             validate,
-            lambda epoch: run_context.end_epoch(epoch, epochs, task, round=pruned.round),
+            lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
+            run_context.lines,
+            task.accuracy_name,
         ),
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
@@ -261,6 +263,7 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
 
     `max_drop` is how many points of top-1 may be lost.
     """
+    least = this.plan_inputs.least(budget)
 
     def attempt(fraction_left: float) -> float:
         plan = this.plan_inputs.plan(replace(budget, fraction_left=fraction_left))
@@ -288,5 +291,5 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
 
     before = top1_fraction(this.network)
     limit = before - max_drop / 100
-    trials = bisect(attempt, limit, this.plan_inputs.least(budget))
+    trials = bisect(attempt, limit, least)
     return (SizeTrial(1.0, before, kept=True), *trials)

@@ -11,6 +11,7 @@ Plan and removal are Torch-Pruning's; nothing else of secateur takes part.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,8 @@ from secateur.data import Batch
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.module_state import evaluating, tensors_of
+from secateur.graph.module_state import tensors_of
+from secateur.models.task import Task, look_at_outputs, make_task
 from secateur.runtime.errors import UsageError
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -120,6 +122,8 @@ class CriterionImportance:
         self._shapes = shapes
         dependencies = build_dependency_graph(self._model, self._example, prune_residual=True)
         criterion = self._make_criterion(self._seed)
+        labels = [batch.labels for batch in itertools.islice(self._labelled_batches(), 1)]
+        task = make_task(look_at_outputs(self._model, self._example), labels)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
             scores = score_filters(
@@ -127,8 +131,9 @@ class CriterionImportance:
                 dependencies,
                 self._labelled_batches,
                 {name: criterion},
-                self._source(dependencies) if "concepts" in criterion.needs else None,
+                self._source(dependencies, task) if "concepts" in criterion.needs else None,
                 settings,
+                task=task,
             )[name].scores
         self._scores, self._reasons = {}, {}
         for group in dependencies.groups.values():
@@ -146,10 +151,8 @@ class CriterionImportance:
         settings = self._settings
         return criteria.make(settings.criterion, settings, seed, {})
 
-    def _source(self, dependencies: DependencyGraph) -> ConceptSource:
-        with evaluating(self._model), torch.inference_mode():
-            classes = self._model(self._example).shape[1]
-        class_names = tuple(map(str, range(classes)))
+    def _source(self, dependencies: DependencyGraph, task: Task) -> ConceptSource:
+        class_names = tuple(map(str, range(task.concept_count(dependencies.graph.output))))
         size = int(self._example.shape[-1])
         return concepts.make(
             self._settings.concepts,
@@ -157,6 +160,7 @@ class CriterionImportance:
             tensors_of(self._model),
             class_names,
             Preprocessing(size, size),
+            task,
         )
 
     def _labelled_batches(self) -> Iterator[Batch]:

@@ -74,7 +74,7 @@ def has_live_display() -> bool:
     return console.is_terminal
 
 
-def bars_if_live() -> ProgressCallback:
+def live_progress() -> ProgressCallback:
     """Return progress bars where they can be shown, else a callback that shows nothing."""
     return progress_bars if has_live_display() else no_progress
 
@@ -133,17 +133,19 @@ class StageLines:
         if stage in self._estimates:
             self._estimated_done += self._estimates.pop(stage)
             self._seconds_done += seconds + sum(self._step_seconds)
-        taken = duration_text(seconds + sum(self._step_seconds))
+        duration = duration_text(seconds + sum(self._step_seconds))
         self._step_seconds.clear()
         left = self._seconds_left() if self._estimates else 0.0
-        self._print(self._line(f"{stage}: {text}" if text else stage, taken, left))
+        self._print(self._line(f"{stage}: {text}" if text else stage, duration, left))
 
     def end_step(self, name: str, number: int, total: int, text: str) -> None:
         """Print that a step of a stage has ended: epoch or job `number` of `total`."""
         self._step_seconds.append(self._lap())
         mean = math.fsum(self._step_seconds) / len(self._step_seconds)
-        taken = duration_text(self._step_seconds[-1])
-        self._print(self._line(f"{name} {number}/{total}: {text}", taken, mean * (total - number)))
+        duration = duration_text(self._step_seconds[-1])
+        self._print(
+            self._line(f"{name} {number}/{total}: {text}", duration, mean * (total - number))
+        )
 
     def _lap(self) -> float:
         """Return the seconds since the last line, and start anew."""
@@ -156,8 +158,8 @@ class StageLines:
         correction = self._seconds_done / self._estimated_done if is_known else 1.0
         return sum(self._estimates.values()) * correction
 
-    def _line(self, text: str, taken: str, left: float) -> str:
-        return f"{text} · {taken}" + (f", about {duration_text(left)} left" if left > 0 else "")
+    def _line(self, text: str, duration: str, left: float) -> str:
+        return f"{text} · {duration}" + (f", about {duration_text(left)} left" if left > 0 else "")
 
     def _print(self, line: str) -> None:
         if self._write is not None:

@@ -14,8 +14,8 @@ from secateur.data import Batch
 from secateur.models.divergence import divergence_from, logits_of
 from secateur.models.score import OutputDivergence
 from secateur.models.task import Logits, Task
-from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.training.outcome import Distillation, DistillEpoch, Epoch
+from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
+from secateur.training.outcome import Distillation, DistillEpoch
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -29,7 +29,7 @@ def distill(
     *,
     seed: int,
     progress: ProgressCallback = no_progress,
-    after_epoch: Callable[[Epoch], None] | None = None,
+    lines: StageLines | None = None,
 ) -> Distillation:
     """Train `smaller` in place towards the outputs of `model`, and return the divergences.
 
@@ -46,7 +46,7 @@ def distill(
         data,
         as_training(settings),
         seed=seed,
-        callbacks=TrainingCallbacks(progress, validation, after_epoch),
+        callbacks=TrainingCallbacks(progress, validation, lines=lines or StageLines()),
     )
     before, *after = validation.divergences
     epochs = zip(training.epochs, after, strict=True)

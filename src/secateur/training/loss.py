@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from secateur.config import TrainingSection
-from secateur.data.batches import check_labels
 from secateur.graph.module_state import evaluating
-from secateur.models.task import SINGLE_LABEL, Logits, Task, cross_entropy, softened_divergence
+from secateur.models.task import (
+    SINGLE_LABEL,
+    Logits,
+    Task,
+    check_labels,
+    cross_entropy,
+    softened_divergence,
+)
 from secateur.runtime.errors import UsageError
 from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
 

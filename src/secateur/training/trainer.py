@@ -29,7 +29,7 @@ from secateur.models.state_dict import load_state
 from secateur.runtime import distributed
 from secateur.runtime.errors import NotFiniteLoss, UsageError
 from secateur.runtime.precision import accelerator_for, on_device
-from secateur.runtime.progress import ProgressCallback, no_progress
+from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.seeding import seed_generators, seed_of
 from secateur.runtime.signals import defer_signals
 from secateur.training.checkpoint import Checkpoint, Checkpoints, TrainedTensors
@@ -73,6 +73,10 @@ class TrainingCallbacks:
     validate: Callable[[nn.Module], float] | None = None
     """Returns how good a network is (higher is better); called before and after each epoch."""
     after_epoch: Callable[[Epoch], None] | None = None
+    lines: StageLines = field(default_factory=StageLines)
+    """Gets a line when an epoch has ended."""
+    accuracy_name: str = ""
+    """What `validate` returns, if it is a fraction of the images; empty leaves it out."""
 
 
 def train(
@@ -256,6 +260,10 @@ class _Run:
             self.save()
         if callbacks.after_epoch is not None:
             callbacks.after_epoch(epoch)
+        text = f"loss {epoch.loss:.3f}"
+        if callbacks.accuracy_name and validation is not None:
+            text += f", validation {callbacks.accuracy_name} {100 * validation:.2f} %"
+        callbacks.lines.end_step("epoch", epoch.number, self._settings.epochs, text)
         if signals.is_pending:
             raise KeyboardInterrupt
 

@@ -21,6 +21,9 @@ def demo(
     weights: Annotated[
         Path | None, typer.Option("--weights", "-w", help="Weight file of the network.")
     ] = None,
+    weights_key: Annotated[
+        str | None, typer.Option("--weights-key", help="Which network in the file to load.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", autocompletion=completion.networks, help="Network."),
@@ -46,7 +49,7 @@ def demo(
         train_digits(weights, run_context)
         config = digits_config(weights)
     else:
-        model_table = {"name": model or MODEL, "weights": str(weights)}
+        model_table = {"name": model or MODEL, "weights": str(weights), "weights_key": weights_key}
         config = from_dict({"model": model_table, "data": {"source": data_source}}, RunConfig)
     result = runs.run(config, out, run_context, overwrite=True)
     output.show_run(result, out, run_context.lines.seconds, as_json=as_json)

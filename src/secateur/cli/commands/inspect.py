@@ -14,7 +14,8 @@ from secateur.config import RunConfig
 from secateur.runtime.errors import UsageError
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.ALLOW_UNTRAINED, options.SOURCE),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
+    options.SOURCE,
     *(
         options.NUM_CLASSES,
         options.IMAGE_SIZE,

@@ -12,7 +12,8 @@ from secateur.cli.options import TRAINING, Key
 from secateur.config import BaseConfig
 
 KEYS = (
-    *(options.MODEL, options.WEIGHTS, options.SOURCE, options.NUM_CLASSES, options.IMAGE_SIZE),
+    *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
+    *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
     Key("new_head", TRAINING),
     *(

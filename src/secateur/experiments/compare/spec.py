@@ -28,9 +28,10 @@ from secateur.config import (
     read_tables,
 )
 from secateur.experiments.compare.job import Job, method_name
-from secateur.models import user_code
+from secateur.models import checkpoint_files, user_code
 from secateur.pipeline.result import comparable
-from secateur.runtime.errors import UsageError, WeightsError
+from secateur.runtime.errors import UsageError
+from secateur.runtime.hashing import file_hash
 
 Changes = dict[str, Any]
 """Keys of a run's configuration and their values: `{"refit.layers": "none"}`."""
@@ -178,9 +179,9 @@ def jobs_of(spec: BenchmarkSpec) -> tuple[Job, ...]:
     digests: dict[str | None, str] = {None: ""}
     jobs = []
     for network, variant, seed in itertools.product(spec.networks, spec.all_variants, spec.seeds):
-        path = network.weights
+        path, key = network.weights, network.weights_key
         if path not in digests:
-            digests[path] = _digest(Path(str(path)))
+            digests[path] = checkpoint_files.digest(Path(str(path)))
         targets = network.targets or spec.targets
         for criterion, target in itertools.product(spec.criteria, targets):
             content = copy.deepcopy(common)
@@ -192,7 +193,9 @@ def jobs_of(spec: BenchmarkSpec) -> tuple[Job, ...]:
             content["score"]["criterion"] = criterion
             config = from_dict(content, RunConfig)
             codes = [_code_digest(name) for name in (config.model.name, criterion)]
-            values = {**comparable(config), "model.weights": digests[path], "codes": codes}
+            weights = digests[path] if key is None else f"{digests[path]} {key}"
+            values = {**comparable(config), "model.weights": weights, "codes": codes}
+            del values["model.weights_key"]  # it counts with the weights
             labels = [network.title, variant]
             identity = [labels, values, spec.score_on, spec.threads]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -200,18 +203,10 @@ def jobs_of(spec: BenchmarkSpec) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"the weights {path} can't be read: {error}") from error
-
-
 def _code_digest(name: str) -> str:
     """Return the digest of the code file in a name such as `file.py:factory`; empty if none."""
     file = Path(name.rpartition(":")[0])
-    return _digest(file) if user_code.is_user_code(name) and file.is_file() else ""
+    return file_hash(file) if user_code.is_user_code(name) and file.is_file() else ""
 
 
 def _change(content: dict[str, Any], changes: Changes) -> None:

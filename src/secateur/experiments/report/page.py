@@ -71,7 +71,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                     if result.has_labels
                     else {}
                 ),
-                "agreement %": percent(score.agreement_fraction),
+                "agree %": percent(score.agreement_fraction),
                 **(
                     {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
                 ),

@@ -224,8 +224,8 @@ def recurrent(propagation: ChannelPropagation, node: Node) -> list[Axes]:
     axes, state = propagation.axes[inputs], argument(node, "hx")
     propagation.freeze(axes[:-1], MIXED_POSITIONS)
     directions = 2 if argument(node, "bidirectional") else 1
-    each = len(parameters) // (argument(node, "num_layers") * directions)
-    kernels = parameters[: each * directions : each]
+    per_direction = len(parameters) // (argument(node, "num_layers") * directions)
+    kernels = parameters[: per_direction * directions : per_direction]
     for source in (*parameters, *(state if isinstance(state, list | tuple) else (state,))):
         dims = propagation.axes[source]
         propagation.freeze(dims[:1] if source in kernels else dims, STATE)

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes, Count, Ids
-from secateur.graph.network_graph import argument, first_input, position_of, shape_of
+from secateur.graph.network_graph import (
+    argument,
+    first_input,
+    position_of,
+    schema_of_node,
+    shape_of,
+)
 from secateur.graph.propagation import ChannelPropagation, Rule
-from secateur.runtime.torch_internals import schema_of
 
 BY_NUMBER = "the order or the number of the channels matters"
 WRITTEN = "written together with a value of fixed size"
@@ -52,7 +57,7 @@ def _dims(node: Node, names: Iterable[str], rank: int) -> set[int]:
 
 def _default(node: Node, name: str) -> Any:
     index = position_of(node, name)
-    return schema_of(node.target).arguments[index].default_value if index >= 0 else None
+    return schema_of_node(node).arguments[index].default_value if index >= 0 else None
 
 
 def _fixed(propagation: ChannelPropagation, axes: Axes, dims: Iterable[int]) -> Axes:
@@ -160,13 +165,15 @@ def index_write(propagation: ChannelPropagation, node: Node) -> Axes:
 def index(propagation: ChannelPropagation, node: Node) -> Axes:
     """Indexing with lists or tensors: dimensions that are not indexed keep their channels."""
     axes = propagation.axes[first_input(node)]
-    indices = list(argument(node, "indices"))
-    if any(_is_mask(item) for item in indices):
-        return propagation.freeze_inputs(node, BY_NUMBER)  # type: ignore[no-any-return]
-    dims = [dim for dim, item in enumerate(indices) if item is not None]
-    for item in indices:
+    dims: list[int] = []
+    dim = 0
+    for item in argument(node, "indices"):
+        width = 1
         if item is not None:
+            width = len(shape_of(item)) if _is_mask(item) else 1
             propagation.freeze(propagation.axes[item], BY_NUMBER)
+            dims += range(dim, dim + width)
+        dim += width
     axes = _fixed(propagation, axes, dims)
     new = len(shape_of(node)) - (len(axes) - len(dims))
     kept = [ids for dim, ids in enumerate(axes) if dim not in dims]

@@ -1,0 +1,80 @@
+"""Every mistake in docs/reference/common_mistakes.md is answered as the page says, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import secateur
+from mistakes import python_names, write_desk
+from secateur.cli import app
+from secateur.runtime.errors import SecateurError
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "common_mistakes.md"
+FEWEST = 40
+"""Mistakes that the page must list."""
+
+
+def mistakes() -> list[tuple[str, str]]:
+    """What is typed and what is answered, as the page's tables say."""
+    rows = re.findall(r"^\| (`+)(.+?)\1 \| (`+)(.+?)\3 \|$", PAGE.read_text(), re.M)
+    return [(typed.replace(r"\|", "|"), answer.replace(r"\|", "|")) for _, typed, _, answer in rows]
+
+
+ROWS = mistakes()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("desk")
+    write_desk(folder)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def answer_on_the_command_line(command: str) -> str:
+    """The only line on stderr, without the word `error:`."""
+    said = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", shlex.split(command)),
+        contextlib.redirect_stderr(said),
+        pytest.raises(SystemExit) as stop,
+    ):
+        app.main()
+    assert stop.value.code in (1, 2)
+    (line,) = said.getvalue().splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def answer_in_python(code: str) -> str:
+    with pytest.raises(SecateurError) as raised:
+        eval(code, {**python_names(), "secateur": secateur})
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def test_the_page_lists_enough_mistakes() -> None:
+    assert len(ROWS) == len(dict(ROWS)) >= FEWEST
+    assert len(ROWS) == len(re.findall(r"^\| `", PAGE.read_text(), re.M))
+
+
+@pytest.mark.parametrize(("typed", "answer"), ROWS, ids=[typed for typed, _ in ROWS])
+def test_a_mistake_is_answered_in_one_line(
+    typed: str, answer: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
+    before = files(desk)
+    is_command = typed.startswith("secateur ")
+    assert (answer_on_the_command_line if is_command else answer_in_python)(typed) == answer
+    assert [name for name in files(desk) if "__pycache__" not in name] == before
