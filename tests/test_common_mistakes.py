@@ -1,4 +1,4 @@
-"""Every mistake in docs/reference/common_mistakes.md is answered as the page says, in one line."""
+"""Every mistake in docs/reference/common_mistakes.md gets the message of the page, in one line."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FEWEST = 40
 
 
 def mistakes() -> list[tuple[str, str]]:
-    """What is typed and what is answered, as the page's tables say."""
+    """What is typed and the message, as the page's tables say."""
     rows = re.findall(r"^\| (`+)(.+?)\1 \| (`+)(.+?)\3 \|$", PAGE.read_text(), re.M)
-    return [(typed.replace(r"\|", "|"), answer.replace(r"\|", "|")) for _, typed, _, answer in rows]
+    return [(typed.replace(r"\|", "|"), text.replace(r"\|", "|")) for _, typed, _, text in rows]
 
 
 ROWS = mistakes()
@@ -42,7 +42,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
 
 
-def answer_on_the_command_line(command: str) -> str:
+def message_on_the_command_line(command: str) -> str:
     """The only line on stderr, without the word `error:`."""
     said = io.StringIO()
     with (
@@ -57,7 +57,7 @@ def answer_on_the_command_line(command: str) -> str:
     return line.removeprefix("error: ")
 
 
-def answer_in_python(code: str) -> str:
+def message_in_python(code: str) -> str:
     with pytest.raises(SecateurError) as raised:
         eval(code, {**python_names(), "secateur": secateur})
     assert len(str(raised.value).splitlines()) == 1
@@ -69,12 +69,12 @@ def test_the_page_lists_enough_mistakes() -> None:
     assert len(ROWS) == len(re.findall(r"^\| `", PAGE.read_text(), re.M))
 
 
-@pytest.mark.parametrize(("typed", "answer"), ROWS, ids=[typed for typed, _ in ROWS])
-def test_a_mistake_is_answered_in_one_line(
-    typed: str, answer: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("typed", "message"), ROWS, ids=[typed for typed, _ in ROWS])
+def test_a_mistake_gets_one_line(
+    typed: str, message: str, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(desk)
     before = files(desk)
     is_command = typed.startswith("secateur ")
-    assert (answer_on_the_command_line if is_command else answer_in_python)(typed) == answer
+    assert (message_on_the_command_line if is_command else message_in_python)(typed) == message
     assert [name for name in files(desk) if "__pycache__" not in name] == before
