@@ -20,7 +20,7 @@ from secateur.models.task import (
     Task,
     as_rows,
     cross_entropy,
-    look_at_outputs,
+    examine_outputs,
     make_task,
     predict,
     select_logits,
@@ -106,12 +106,12 @@ def test_an_output_without_logits_is_refused(output: object) -> None:
     ],
 )
 def test_the_scale_of_outputs_is_told(images: Tensor, function: Any, scale: Scale) -> None:
-    assert look_at_outputs(Give(function), images).scale == scale
+    assert examine_outputs(Give(function), images).scale == scale
 
 
 def test_the_scale_is_told_of_a_network_that_runs_without_gradients(images: Tensor) -> None:
     network = Give(torch.no_grad()(lambda x: x.softmax(1)))
-    assert look_at_outputs(network, images).scale == "softmax"
+    assert examine_outputs(network, images).scale == "softmax"
 
 
 def test_outputs_that_are_not_numbers_are_not_scored(images: Tensor) -> None:

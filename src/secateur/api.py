@@ -37,7 +37,7 @@ from secateur.models.labels import read_labels
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
-from secateur.models.task import look_at_outputs, make_task
+from secateur.models.task import examine_outputs, make_task
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
@@ -239,7 +239,7 @@ def evaluate(
     if first is None:
         raise DataError("images: there are none (a generator can be read only once)")
     network = with_logits(with_forward(model, forward), first.images)
-    outputs = look_at_outputs(network, first.images)
+    outputs = examine_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs)
     task = make_task(outputs, [labels])
 

@@ -20,7 +20,7 @@ from secateur.models.task import (
     Logits,
     Task,
     cross_entropy,
-    look_at_outputs,
+    examine_outputs,
     make_task,
     predict,
     run_network,
@@ -150,7 +150,7 @@ class _Tally:
         """Score a batch; the first one tells the task, if it is not known."""
         if self._task is None:
             with torch.inference_mode(False):
-                outputs = look_at_outputs(model, batch.images)
+                outputs = examine_outputs(model, batch.images)
             self._task = make_task(outputs, [batch.labels])
         logits = compute_logits(model, batch.images, self._task)
         is_undefined = logits.isnan().flatten(1).any(1)

@@ -13,7 +13,7 @@ from secateur.data import DataSet, NormalisedImages
 from secateur.data.in_memory import Parts
 from secateur.models.evaluate import predict_classes
 from secateur.models.labels import read_all_labels
-from secateur.models.task import find_task, look_at_outputs
+from secateur.models.task import examine_outputs, find_task
 
 FEW_CLASSES = 0.5
 """A note says so if the images show less than this fraction of the network's classes."""
@@ -33,7 +33,7 @@ def label_images(
         task = find_task(original, parts.score.pixels, kind=kind)
         labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
     else:
-        outputs = look_at_outputs(original, parts.score.pixels)
+        outputs = examine_outputs(original, parts.score.pixels)
         raw_labels = [part.labels for part in images if part.labels is not None]
         labels, notes = read_all_labels(raw_labels, outputs, kind)
         shown = len(labels[0].unique())

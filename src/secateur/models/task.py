@@ -241,7 +241,7 @@ class Outputs:
     notes: tuple[str, ...]
 
 
-def look_at_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Outputs:
+def examine_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Outputs:
     """Run the network on a few of the images, and return how its outputs look.
 
     Raises `UsageError` if they are not numbers for each image.
@@ -313,7 +313,7 @@ def find_task(
 
     Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
     """
-    return make_task(look_at_outputs(model, images), labels, kind)
+    return make_task(examine_outputs(model, images), labels, kind)
 
 
 def make_task(

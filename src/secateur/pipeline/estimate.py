@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images
-from secateur.models.task import look_at_outputs, run_network
+from secateur.models.task import examine_outputs, run_network
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
@@ -71,7 +71,7 @@ def _seconds_per_image(model: nn.Module, images: Images, config: RunConfig) -> f
     """Time one forward pass of a few images, after one to warm up."""
     reader = make_reader(config, RunContext().collecting_unreadable(config))
     example = reader.read_first(images, EXAMPLE_IMAGES)
-    look_at_outputs(model, example)  # raises before anything is shown
+    examine_outputs(model, example)  # raises before anything is shown
     since = time.perf_counter()
     run_network(model, example)
     return (time.perf_counter() - since) / len(example)

@@ -25,7 +25,7 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import tensors_of
-from secateur.models.task import Task, look_at_outputs, make_task
+from secateur.models.task import Task, examine_outputs, make_task
 from secateur.runtime.errors import UsageError
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -123,7 +123,7 @@ class CriterionImportance:
         dependencies = build_dependency_graph(self._model, self._example, prune_residual=True)
         criterion = self._make_criterion(self._seed)
         labels = [batch.labels for batch in itertools.islice(self._labelled_batches(), 1)]
-        task = make_task(look_at_outputs(self._model, self._example), labels)
+        task = make_task(examine_outputs(self._model, self._example), labels)
         name, settings = self._settings.criterion, self._settings
         with torch.enable_grad():  # the pruner switches it off, and some criteria need it
             scores = score_filters(
