@@ -12,6 +12,7 @@ import torchvision
 
 import published
 from published import Case, cases, compare, is_missing
+from rows import ROOT
 
 LARGEST = 100
 """Million parameters; larger networks are left to the bench."""
@@ -49,7 +50,7 @@ def test_no_builder_of_timm_is_loaded_differently() -> None:
 
 def test_the_page_has_the_figures_of_the_results() -> None:
     same = sum(name.startswith("timm:") for name in RESULTS)
-    page = Path(published.__file__).parents[1] / "docs" / "how_to" / "your_network.md"
+    page = ROOT / "docs" / "how_to" / "your_network.md"
     assert f"and of {same} of timm's 1,371 so far" in " ".join(page.read_text().split())
 
 
