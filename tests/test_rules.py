@@ -734,6 +734,7 @@ def test_a_rule_that_does_not_fit_its_operation_is_refused(
         )
 
 
+@pytest.mark.slow
 def test_a_network_with_a_recurrent_layer_is_pruned_from_scores_to_refit() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
@@ -748,4 +749,4 @@ def test_a_network_with_a_recurrent_layer_is_pruned_from_scores_to_refit() -> No
     result = secateur.prune(Reader(), [random_images(40)], target="macs=0.7")
     lstm = result.model.get_submodule("lstm")
     assert isinstance(lstm, nn.LSTM)
-    assert lstm.input_size == lstm.weight_ih_l0.shape[1] < 12
+    assert lstm.input_size == lstm.get_parameter("weight_ih_l0").shape[1] < 12
