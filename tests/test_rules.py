@@ -738,6 +738,7 @@ def test_a_rule_that_does_not_fit_its_operation_is_refused(
         )
 
 
+@pytest.mark.slow
 def test_a_network_with_a_recurrent_layer_is_pruned_from_scores_to_refit() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
