@@ -62,7 +62,7 @@ def test_a_run_with_little_memory_takes_fewer_images_at_a_time_and_says_so(
     result = run(case.config(epochs=0), tmp_path / "little")
     assert result.config.data.batch_size == 5
     assert result.requested_batch_size == 12
-    assert any("Batches of" in notice and "12" in notice for notice in result.notices)
+    assert any("did not fit" in notice and "12" in notice for notice in result.notices)
     assert result.plan_hash == plenty.plan_hash
     log = (tmp_path / "little" / "log.jsonl").read_text()
     events = [json.loads(line) for line in log.splitlines()]

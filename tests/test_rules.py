@@ -16,6 +16,7 @@ import torchvision.ops
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import secateur
 from networks import assert_cut_is_equivalent, random_images
 from random_networks import random_plan
 from secateur.config import Budget
@@ -110,13 +111,17 @@ class Buffer(nn.Module):
         self.values = torch.rand(shape, dtype=torch.float64)
 
 
-@torch.library.custom_op("secateur_test::triple", mutates_args=(), tags=(torch.Tag.pointwise,))
-def tripled(x: Tensor) -> Tensor:
-    """An operation without a rule, which says that it is pointwise."""
+# An operation without a rule, which says that it is pointwise. torch 2.6's custom_op has no tags.
+torch.library.define("secateur_test::triple", "(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+
+
+@torch.library.impl("secateur_test::triple", "default")
+def triple(x: Tensor) -> Tensor:
     return x * 3
 
 
-tripled.register_fake(torch.empty_like)
+torch.library.register_fake("secateur_test::triple", torch.empty_like)
+tripled = torch.ops.secateur_test.triple
 
 CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "a view of rows of four": (
@@ -731,3 +736,20 @@ def test_a_rule_that_does_not_fit_its_operation_is_refused(
         build_dependency_graph(
             model, images, rules={"secateur_test::double": lambda propagation, node: ()}
         )
+
+
+def test_a_network_with_a_recurrent_layer_is_pruned_from_scores_to_refit() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lstm = nn.Conv2d(3, 12, 3), nn.LSTM(12, 4, batch_first=True)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            states, _ = self.lstm(F.relu(self.conv(x)).mean(2).transpose(1, 2))
+            return self.head(states[:, -1])
+
+    result = secateur.prune(Reader(), [random_images(40)], target="macs=0.7")
+    lstm = result.model.get_submodule("lstm")
+    assert isinstance(lstm, nn.LSTM)
+    assert lstm.input_size == lstm.weight_ih_l0.shape[1] < 12

@@ -142,6 +142,18 @@ def _in_place_variants(self: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, self.get_parameter("spatial.weight"))
 
 
+@torch.library.custom_op("secateur_test::halve", mutates_args={"x"})
+def halve(x: Tensor) -> None:
+    """An operation of one's own that writes in place and returns nothing."""
+    x.div_(2)
+
+
+def _own_operation_in_place(self: nn.Module, x: Tensor) -> Tensor:
+    halve(x)
+    halve(x[:, :2])
+    return F.conv2d(x, self.get_parameter("spatial.weight"))
+
+
 @pytest.mark.parametrize(
     "then",
     [
@@ -157,6 +169,7 @@ def _in_place_variants(self: nn.Module, x: Tensor) -> Tensor:
         _diagonal_in_place,
         _into_out,
         _in_place_variants,
+        _own_operation_in_place,
     ],
 )
 def test_a_value_written_in_place_is_followed(then: Callable[[nn.Module, Tensor], Tensor]) -> None:

@@ -46,6 +46,12 @@ def test_no_builder_of_timm_is_loaded_differently() -> None:
     assert all(row["outcome"] == "same" for row in rows)
 
 
+def test_the_page_has_the_figures_of_the_results() -> None:
+    same = sum(name.startswith("timm:") for name in RESULTS)
+    page = published.ROOT / "docs" / "how_to" / "your_network.md"
+    assert f"and of {same} of timm's 1,371 so far" in " ".join(page.read_text().split())
+
+
 def test_a_case_is_run_until_it_is_the_same_and_its_outputs_are_compared() -> None:
     same = {"outcome": "same", "outputs": False, "million_parameters": 70.0}
     assert is_missing(None, 60)

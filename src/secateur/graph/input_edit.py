@@ -19,6 +19,12 @@ from secateur.graph.interpreter import apply
 from secateur.graph.network_graph import Compute
 
 
+def _first(output: Any) -> Tensor:
+    """Return a layer's output, without the states that a recurrent layer returns behind it."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelReconstruction:
     """Linear estimate of a group's channels from the kept ones: `matrix x + offset`."""
@@ -58,7 +64,7 @@ class InputEdit:
                 return self._reconstructed(value, snapshot) if node is source else value
 
             output = apply(self.node, reconstructed, {})
-            error = (output - expected).square()
+            error = (_first(output) - _first(expected)).square()
             self.error = float(error.mean()) * error.shape[1 if error.dim() > 2 else -1]
             return output
 

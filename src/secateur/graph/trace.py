@@ -102,6 +102,11 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     return NetworkGraph(nodes, tensor_names, constants, image, outputs, last_use, images, whole)
 
 
+def _is_pointwise(packet: Any) -> bool:
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return any(torch.Tag.pointwise in operation.tags for operation in overloads)
+
+
 _Names = dict[str, tuple[str, ...]]
 """Name of a parameter or buffer -> all its names, in the order of the graph's placeholders."""
 
@@ -117,9 +122,12 @@ def _recorded(
             return False
         written = schema_of(operation).name.removeprefix("aten::")
         name = written if written.startswith("__") else written.removesuffix("_")
-        # What writes in place and has no other form would be composed by memory addresses.
-        has_other_form = name == written or hasattr(torch.ops.aten, name)
-        return name not in whole and has_other_form and is_composite(operation)
+        if name != written:
+            # What writes in place and has no other form would be composed by memory addresses.
+            form = getattr(torch.ops.aten, name, None)
+            if form is None or _is_pointwise(form):
+                return False
+        return name not in whole and is_composite(operation)
 
     def attempt(composed: dict[OpOverload, Callable[..., Any]]) -> tuple[GraphModule, _Names]:
         # Sizes that depend on values are rare, and to expect them takes longer.

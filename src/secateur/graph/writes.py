@@ -40,11 +40,9 @@ def remove_writes(graph: Graph) -> None:
         if not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
             continue
         changed = _changed_values(node)
-        _use_functional_variant(graph, node)
-        for number, value in enumerate(changed):
-            new = node if len(changed) == 1 else _item_of(graph, node, number)
+        for value, new in zip(changed, _new_values(graph, node, changed), strict=True):
             written.add(new)
-            new = _with_type_of(graph, new, value)
+            new = _with_memory_of(value, _with_type_of(graph, new, value))
             written.add(new)
             others = _views_of(_base_of(value, written), written)
             others = [view for view in others if position.get(view, -1) < position[node]]
@@ -55,7 +53,8 @@ def remove_writes(graph: Graph) -> None:
             else:
                 result = new
                 _replace_after(node, value, new, position)
-            if len(changed) == 1 and result is not node:  # what the operation itself returned
+            if len(changed) == 1 and node.target is not target and result is not node:
+                # What the operation itself returned.
                 for user in [user for user in node.users if user in position]:
                     if position[user] > position.get(result, position[node]):
                         user.replace_input_with(node, result)
@@ -79,30 +78,33 @@ def _is_written(parameter: Any) -> bool:
     return parameter.alias_info is not None and parameter.alias_info.is_write
 
 
-def _use_functional_variant(graph: Graph, node: Node) -> None:
-    """Replace a node's operation by the one that returns what this one writes.
+def _new_values(graph: Graph, node: Node, changed: list[Node]) -> list[Node]:
+    """Return what an operation makes of the values that it writes into, and leave these alone.
 
-    If there is none, the node writes into a copy that nothing else reads.
+    The operation is replaced by the one that returns what this one writes. If there is none, it
+    writes into copies.
     """
     schema = schema_of_node(node)
     name = schema.name.split("::")[1]
     outs = {p.name for p in schema.arguments if _is_written(p) and p.kwarg_only}
     packet = getattr(torch.ops.aten, name if outs else name.removesuffix("_"), None)
-    wanted = [(p.name, str(p.type)) for p in schema.arguments if p.name not in outs]
+    # Only the types: `dropout_(self, …)` is `dropout(input, …)` elsewhere.
+    wanted = [str(p.type) for p in schema.arguments if p.name not in outs]
     overloads = [schema.overload_name or "default", *(packet.overloads() if packet else [])]
     for overload in overloads:
         variant = getattr(packet, overload, None)
         if variant is None or schema_of(variant).is_mutable:
             continue
-        if [(p.name, str(p.type)) for p in schema_of(variant).arguments] == wanted:
+        if [str(parameter.type) for parameter in schema_of(variant).arguments] == wanted:
             node.target = variant
             node.kwargs = {name: v for name, v in node.kwargs.items() if name not in outs}
-            return
-    changed = _changed_values(node)
+            count = len(changed)
+            return [node] if count == 1 else [_item_of(graph, node, i) for i in range(count)]
     with graph.inserting_before(node):
         copies = {value: call_like(graph, node, _ATEN.clone.default, value) for value in changed}
     for value, copied in copies.items():
         node.replace_input_with(value, copied)
+    return list(copies.values())
 
 
 def _item_of(graph: Graph, node: Node, number: int) -> Node:
@@ -190,7 +192,7 @@ def _replace_all_views(
     position = {node: number for number, node in enumerate(graph.nodes)}
     base = _base_of(value, written)
     views = [view for view in _views_of(base, written) if position[view] <= position[write]]
-    last, current, whole = new, value, new
+    last, current, whole = max(new, write, key=position.__getitem__), value, new
     added: list[Node] = []
 
     def add(target: Any, *args: Any) -> Node:

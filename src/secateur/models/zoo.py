@@ -122,8 +122,9 @@ def _unknown_name(name: str) -> UsageError:
             f"{name} is a file: pass weights with --weights, and the network that they belong to "
             "with --model"
         )
-    same = [known for known in names() if known.rpartition(":")[2] == name.lower()]
-    return UnknownName("model", name, same or names())
+    stem = name.rpartition(":")[2].lower()
+    same = [known for known in names() if known.startswith(stem) or known.endswith(f":{stem}")]
+    return UnknownName("model", name, names(), same)
 
 
 def names() -> list[str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SecateurError(Exception):
@@ -41,10 +41,13 @@ MOST_NAMES = 20
 class UnknownName(UsageError):
     """A name that is not in its table; the message names the near matches."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], near: Sequence[str] = ()
+    ) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        near.sort(key=lambda match: -_same_start(match, name))
+        if not near:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            near.sort(key=lambda match: -_same_start(match, name))
         more = ", …" if len(names) > MOST_NAMES else ""
         known_names = f"known: {', '.join(names[:MOST_NAMES])}{more}"
         hint = f"did you mean {' or '.join(near)}?" if near else known_names

@@ -56,9 +56,16 @@ def describe_error(error: ErrorDetails) -> str:
     template = EXPECTED.get(error["type"])
     if template is None:
         return " ".join(error["msg"].removeprefix(VALIDATOR).split())
-    value = repr(error["input"])
+    value = _text_of(error["input"])
     shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
-    return f"must be {template.format(**error.get('ctx', {}))}, not {shown}"
+    limits = {name: _text_of(limit) for name, limit in error.get("ctx", {}).items()}
+    if "expected" in limits:
+        limits["expected"] = error["ctx"]["expected"]
+    return f"must be {template.format(**limits)}, not {shown}"
+
+
+def _text_of(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def parse_record(kind: type[AnyRecord], text: str | bytes, version: int, name: str) -> AnyRecord:
