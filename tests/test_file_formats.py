@@ -86,7 +86,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
-@pytest.mark.parametrize(("content", "message"), OTHERS)
+@pytest.mark.parametrize(("content", "message"), OTHERS, ids=[message for _, message in OTHERS])
 def test_other_files_are_said_to_be_that(
     content: bytes, message: str, suffix: str, tmp_path: Path
 ) -> None:
