@@ -179,8 +179,8 @@ class ByName(nn.Module):
 
 def colours(shift: int) -> list[tuple[Tensor, Tensor]]:
     """Images of three colours, with labels that are so many numbers from the colour's."""
-    numbers = torch.arange(60) % 3
-    return [(images() * 0.1 + torch.eye(3)[numbers][:, :, None, None], (numbers + shift) % 3)]
+    numbers = torch.arange(120) % 3
+    return [(images(120) * 0.1 + torch.eye(3)[numbers][:, :, None, None], (numbers + shift) % 3)]
 
 
 def colour_network() -> nn.Module:
