@@ -349,7 +349,10 @@ def test_each_network_is_compiled_however_many_there_were(
     images: TensorImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+    limit = "recompile" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size"
+    fail = "recompile" if limit == "recompile" else "cache"  # torch 2.6 has these names
+    patch = {f"{limit}_limit": 2, f"fail_on_{fail}_limit_hit": True}
+    with torch._dynamo.config.patch(patch):
         for width in (4, 5, 6):  # two compilations each: the last batch is not whole
             network = chain()
             network.conv2 = nn.Conv2d(6, width, 3)

@@ -25,6 +25,7 @@ from secateur.graph.network_graph import NetworkGraph, operation_name
 from secateur.graph.unknown_sizes import has_unknown_size
 from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.errors import UsageError
+from secateur.runtime.torch_internals import is_pointwise
 
 POINTWISE = "pointwise"
 """In a table of rules: operations without a rule that PyTorch tags as pointwise."""
@@ -109,7 +110,7 @@ class ChannelPropagation:
         if has_unknown_size(node):
             return lambda propagation, node: propagation.freeze_inputs(node, UNKNOWN_SIZE)
         rule = self._rules.get(operation_name(node))
-        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if rule is None and is_pointwise(node.target):
             rule = self._rules[POINTWISE]
         return rule or ChannelPropagation._freeze_unknown
 

@@ -38,6 +38,7 @@ from secateur.runtime.torch_internals import (
     ShapeEnv,
     composite_operations,
     is_composite,
+    is_pointwise,
     make_fx,
     preserve_node_meta,
     schema_of,
@@ -104,7 +105,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
 
 def _is_pointwise(packet: Any) -> bool:
     overloads = (getattr(packet, overload) for overload in packet.overloads())
-    return any(torch.Tag.pointwise in operation.tags for operation in overloads)
+    return any(is_pointwise(operation) for operation in overloads)
 
 
 _Names = dict[str, tuple[str, ...]]
@@ -118,7 +119,7 @@ def _recorded(
     """Return what `record` does, with composite operations composed of others."""
 
     def is_replaced(operation: object) -> bool:
-        if not isinstance(operation, OpOverload) or torch.Tag.pointwise in operation.tags:
+        if not isinstance(operation, OpOverload) or is_pointwise(operation):
             return False
         written = schema_of(operation).name.removeprefix("aten::")
         name = written if written.startswith("__") else written.removesuffix("_")

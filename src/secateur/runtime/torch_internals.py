@@ -52,6 +52,7 @@ __all__ = [
     "cpu_capabilities",
     "is_compiled_in_place",
     "is_composite",
+    "is_pointwise",
     "make_fx",
     "preserve_node_meta",
     "recompute_kernels",
@@ -71,6 +72,8 @@ COMPILED_NETWORK = "_orig_mod"
 """Attribute of a module that `torch.compile` made: the network that it compiles."""
 UNCOMPILED_FUNCTION = "_torchdynamo_orig_callable"
 """Attribute of a function that `torch.compile` made: the function that it compiles."""
+UNTAGGED = ("aten::leaky_relu", "aten::leaky_relu_")
+"""Pointwise operations that torch 2.6 does not say it of, and newer releases do."""
 VALUES_NEEDED = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -118,6 +121,13 @@ def recompute_kernels(module: nn.Module) -> None:
 def set_stack_trace(text: str) -> None:
     """Record with every operation that is traced from now on where it was called."""
     traceback.current_meta["stack_trace"] = text
+
+
+def is_pointwise(operation: Any) -> bool:
+    """Return whether an operation of a graph works on each element by itself, as torch says."""
+    if not isinstance(operation, OpOverload):
+        return False
+    return torch.Tag.pointwise in operation.tags or schema_of(operation).name in UNTAGGED
 
 
 def is_composite(operation: OpOverload) -> bool:
