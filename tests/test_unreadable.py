@@ -79,7 +79,10 @@ def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
 def test_of_16_bits_the_upper_8_are_read(suffix: str, tmp_path: Path) -> None:
     grey = random_pixels(1, 8, 8, 1)[0, ..., 0].astype(np.uint16)
     path = tmp_path / f"image.{suffix}"
-    Image.fromarray(grey << 8 | 77).save(path)
+    if suffix == "pgm":  # Pillow 10 does not write it
+        path.write_bytes(b"P5 8 8 65535\n" + (grey << 8 | 77).astype(">u2").tobytes())
+    else:
+        Image.fromarray(grey << 8 | 77).save(path)
     read = FileImages((path,), torch.zeros(1).long()).read(torch.tensor([0]), SMALL)
     assert torch.equal(read, torch.from_numpy(grey.astype(np.uint8)).expand(1, 3, 8, 8))
 
