@@ -34,7 +34,7 @@ def test_stages_leave_lines_with_the_time_taken_and_left(clock: Clock) -> None:
     written: list[str] = []
     lines = StageLines(written.append)
     lines.plan({"score": 10, "cut": 20, "report": 30})
-    clock.seconds += 20  # twice the estimate, so that the rest is expected to take twice as long
+    clock.seconds += 20  # twice the estimate
     lines.end_stage("score", "top-1 91.00 %")
     clock.seconds += 40
     lines.end_stage("cut")
@@ -42,8 +42,8 @@ def test_stages_leave_lines_with_the_time_taken_and_left(clock: Clock) -> None:
     lines.end_stage("report")
     assert written == [
         "stages: score → cut → report; about 60 s on this machine",
-        "score: top-1 91.00 % · 20 s, about 2 min left",
-        "cut · 40 s, about 60 s left",
+        "score: top-1 91.00 % · 20 s, about 58 s left",
+        "cut · 40 s, about 45 s left",
         "report · 15 s",
     ]
     assert lines.seconds == 75
@@ -62,8 +62,17 @@ def test_epochs_leave_lines_and_their_stage_has_the_time_of_all(clock: Clock) ->
         "epoch 1/3: loss 0.500 · 10 s, about 20 s left",
         "epoch 2/3: loss 0.500 · 30 s, about 20 s left",
         "epoch 3/3: loss 0.500 · 20 s",
-        "fine-tune · 63 s, about 21 s left",
+        "fine-tune · 63 s, about 18 s left",
     ]
+
+
+def test_a_small_first_stage_that_takes_long_does_not_spoil_the_estimate(clock: Clock) -> None:
+    written: list[str] = []
+    lines = StageLines(written.append)
+    lines.plan({"score": 1, "cut": 300})
+    clock.seconds += 50
+    lines.end_stage("score")
+    assert written[-1] == "score · 50 s, about 6 min left"  # not 50 times 300 s
 
 
 def test_without_a_plan_stages_have_no_time_left(clock: Clock) -> None:

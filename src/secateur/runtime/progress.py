@@ -135,7 +135,7 @@ class StageLines:
             self._seconds_done += seconds + sum(self._step_seconds)
         duration = duration_text(seconds + sum(self._step_seconds))
         self._step_seconds.clear()
-        left = self._seconds_left() if self._estimates else 0.0
+        left = self._seconds_left() if any(self._estimates.values()) else 0.0
         self._print(self._line(f"{stage}: {text}" if text else stage, duration, left))
 
     def end_step(self, name: str, number: int, total: int, text: str) -> None:
@@ -153,10 +153,13 @@ class StageLines:
         return self._since - since
 
     def _seconds_left(self) -> float:
-        """Return the estimate of the stages to come, corrected by that of the stages done."""
-        is_known = self._estimated_done > 0
-        correction = self._seconds_done / self._estimated_done if is_known else 1.0
-        return sum(self._estimates.values()) * correction
+        """Return the estimate of the stages to come, corrected by how long the others took.
+
+        The stages to come count as if they took as long as estimated: a first stage that is a small
+        part of the whole corrects little, however wrong its own estimate was.
+        """
+        estimate = sum(self._estimates.values())
+        return estimate * (self._seconds_done + estimate) / (self._estimated_done + estimate)
 
     def _line(self, text: str, duration: str, left: float) -> str:
         return f"{text} · {duration}" + (f", about {duration_text(left)} left" if left > 0 else "")
