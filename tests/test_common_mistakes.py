@@ -39,7 +39,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    """All files but the bytecode of `net.py`."""
+    paths = (path for path in folder.rglob("*.*") if path.parent.name != "__pycache__")
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def message_on_the_command_line(command: str) -> str:
@@ -77,4 +79,4 @@ def test_a_mistake_gets_one_line(
     before = files(desk)
     is_command = typed.startswith("secateur ")
     assert (message_on_the_command_line if is_command else message_in_python)(typed) == message
-    assert [name for name in files(desk) if "__pycache__" not in name] == before
+    assert files(desk) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,11 @@ def write_folder(folder: Path, *shape: int, count: int = 20) -> str:
 
 
 def config_of(text: str, source: str, folder: Path, **data_section: object) -> RunConfig:
-    (folder / "net.py").write_text(text)
+    # A name of its own for every text: Python's bytecode of a file is known by size and second.
+    path = folder / f"net_{zlib.crc32(text.encode()):x}.py"
+    path.write_text(text)
     tables = {
-        "model": {"name": f"{folder / 'net.py'}:net"},
+        "model": {"name": f"{path}:net"},
         "data": {"source": source, **data_section},
         "finetune": {"epochs": 0},
         "report": {"images": 0},
