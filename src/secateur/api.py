@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike
+from secateur.config import BudgetLike, TaskKind
 from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
@@ -32,12 +32,13 @@ from secateur.graph.working_copy import like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
+from secateur.models.examine import examine_outputs, make_task
 from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
+from secateur.models.output_values import OutputPart
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
-from secateur.models.task import examine_outputs, make_task
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
@@ -63,7 +64,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels `top1_fraction` is agreement with the original network."""
+    Without labels `metric` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -147,16 +148,19 @@ def prune(
     test: ImageBatches | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
+    task: Literal["auto"] | TaskKind = "auto",
+    outputs: Sequence[OutputPart] = (),
     epochs: int = 0,
     max_images: int = 2500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> PruneResult:
-    """Return a smaller copy of an image classifier; `model` itself is not changed.
+    """Return a smaller copy of a network; `model` itself is not changed.
 
     Arguments:
-        model: any network that takes images and returns logits `[image, class]`, or names them.
+        model: any network that takes images and returns tensors: logits `[image, class]`, a map of
+            them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
             `ImageBatches`. They score the filters and refit the remaining kernels.
@@ -166,8 +170,12 @@ def prune(
             may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
-        forward: `forward(model, images)` returns the logits, for networks that take or return
-            anything else, such as `lambda model, images: model(images)[0]`.
+        forward: `forward(model, images)` returns the outputs that count, for networks that take
+            or return anything else, such as `lambda model, images: model(images)[0]`.
+        task: what the outputs mean; by default their shape and the labels tell. `segmentation`
+            reads a map of class scores; `regression` compares outputs of any form as values.
+        outputs: with `regression`, which parts of the outputs are compared and how; by default all
+            of them, each by its relative squared error.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
         max_images: the most images to read: a random sample of a larger `Dataset`, the first of
@@ -193,7 +201,7 @@ def prune(
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
-    tables["model"]["allow_untrained"] = looks_untrained(model)
+    tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
     form = form_of(model, is_free=forward is not None)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
@@ -202,8 +210,11 @@ def prune(
     original = with_logits(
         with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
     )
-    dataset = label_images(parts, original, config.model.task, config.data.batch_size, class_names)
-    run_context = replace(_run_context(shows_progress=progress), criterion=passed_criterion)
+    dataset = label_images(
+        parts, original, config.model.task, config.data.batch_size, class_names, outputs
+    )
+    run_context = _run_context(shows_progress=progress)
+    run_context = replace(run_context, criterion=passed_criterion, outputs=tuple(outputs))
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),

@@ -20,6 +20,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ __all__ = [
     "FileImages",
     "Images",
     "NormalisedImages",
+    "Target",
     "TensorImages",
     "Unreadable",
     "batches",
@@ -55,6 +57,9 @@ __all__ = [
 ]
 
 
+Target = Literal["classes", "masks", "objects", "values"]
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Labelled images in three splits that share no image."""
@@ -64,6 +69,8 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
+    target: Target = "classes"
+    """What images are scored by: class numbers, masks, objects or numbers."""
     has_labels: bool = True
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()

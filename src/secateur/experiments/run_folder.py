@@ -41,9 +41,9 @@ from secateur.graph.module_state import evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
+from secateur.models.examine import logits_of
 from secateur.models.outputs import through_logits
 from secateur.models.state_dict import load_state
-from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
