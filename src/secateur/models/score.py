@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MetricUnit = Literal["%", "dB", ""]
+"""Unit of a metric; a metric in per cent is kept as a fraction."""
 
 
 @dataclass(frozen=True)
