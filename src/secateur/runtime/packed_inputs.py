@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,20 +115,20 @@ def describe(shapes: Sequence[Shape]) -> str:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many inputs a network's call takes, and under which names."""
+    """What a network's call takes."""
 
-    least: int = 1
+    needed: tuple[str, ...] = ("images",)
     """Positional parameters without a default."""
     most: int = 1
-    """Positional parameters."""
+    """How many positional parameters there are."""
     names: frozenset[str] = frozenset()
+    """All that can be passed by name."""
 
-    def passing_of(self, inputs: object) -> Passing:
-        """Return how a sequence or mapping of inputs is passed."""
+    def passing_of(self, inputs: Sequence[object] | Mapping[str, object]) -> Passing:
+        """Return how several inputs are passed."""
         if isinstance(inputs, Mapping):
             return "keywords" if self.names.issuperset(inputs) else "dict"
-        assert isinstance(inputs, Sequence)
-        return "arguments" if self.least <= len(inputs) <= self.most else "list"
+        return "arguments" if len(self.needed) <= len(inputs) <= self.most else "list"
 
 
 def parameters_of(network: Any, forward: Callable[..., Any] | None = None) -> Parameters:
@@ -143,40 +144,40 @@ def parameters_of(network: Any, forward: Callable[..., Any] | None = None) -> Pa
     named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return Parameters(
-        sum(p.default is p.empty for p in positional),
-        1_000 if is_open else len(positional),
+        tuple(p.name for p in positional if p.default is p.empty),
+        sys.maxsize if is_open else len(positional),
         frozenset(p.name for p in (*positional, *named) if p.kind is not p.POSITIONAL_ONLY),
     )
 
 
-def read_inputs(
-    example: object, parameters: Parameters
-) -> tuple[Tensor, Inputs | None]:
-    """Return a batch for a network as one tensor, and the inputs that it holds if there are several.
+def read_inputs(example: object, parameters: Parameters) -> tuple[Tensor, Inputs | None]:
+    """Return a batch for a network as one tensor, and the inputs in it if there are several.
 
     `example` is a tensor, or a sequence or a mapping of tensors `[image, …]`. Raises `UsageError`
     for anything else.
     """
     if isinstance(example, Tensor):
         return example, None
-    tensors: list[object] = []
+    parts: Sequence[object] = ()
     if isinstance(example, Mapping):
-        tensors = list(example.values())
+        parts = list(example.values())
     elif isinstance(example, list | tuple):
-        tensors = list(example)
-    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if not found or len(found) < len(tensors):
+        parts = example
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if not tensors or len(tensors) < len(parts):
         raise UsageError(
-            f"example must be a tensor [image, channel, …], or a tuple or dict of them, not "
-            f"{type(example).__name__}"
+            "example must be a tensor [image, channel, …], or a tuple or a dict of several inputs, "
+            f"not {type(example).__name__}"
         )
-    for tensor in found:
+    for tensor in tensors:
         if not tensor.is_floating_point() or not tensor.ndim:
             raise UsageError(
-                f"an input must be a floating-point tensor [image, …], not {list(tensor.shape)} "
-                f"of {tensor.dtype}: make it from one in forward="
+                f"each input must be floating-point [image, …], not {list(tensor.shape)} of "
+                f"{tensor.dtype}: make it from one in forward=, "
+                "lambda model, images, numbers: model(images, numbers.long())"
             )
+    assert isinstance(example, Mapping | Sequence)
     names = tuple(map(str, example)) if isinstance(example, Mapping) else ()
-    shapes = tuple(tuple(tensor.shape[1:]) for tensor in found)
+    shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
     inputs = Inputs(shapes, parameters.passing_of(example), names)
-    return inputs.pack(found), inputs
+    return inputs.pack(tensors), inputs
