@@ -153,13 +153,13 @@ class CriterionImportance:
 
     def _source(self, dependencies: DependencyGraph, task: Task) -> ConceptSource:
         class_names = tuple(map(str, range(task.concept_count(dependencies.graph.output))))
-        size = int(self._example.shape[-1])
+        height, width = self._example.shape[-2:]
         return concepts.make(
             self._settings.concepts,
             dependencies.graph,
             tensors_of(self._model),
             class_names,
-            Preprocessing(size, size),
+            Preprocessing((height, width), min(height, width)),
             task,
         )
 

@@ -406,10 +406,14 @@ class _Run:
             **self._settings.model_dump(mode="json", exclude=set(KEYS_FREE_ON_RESUME)),
             "seed": stream.seed,
             "training images": len(stream.images.labels),
-            "image size": stream.preprocessing.image_size,
+            "image size": _as_json(stream.preprocessing.image_size),
             "a teacher": self._loss.has_teacher,
             "weights": sum(tensor.numel() for tensor in self._model.state_dict().values()),
         }
+
+
+def _as_json(size: int | tuple[int, int]) -> int | list[int]:
+    return size if isinstance(size, int) else list(size)
 
 
 def _optimiser(model: nn.Module, settings: TrainingSection) -> torch.optim.Optimizer:
