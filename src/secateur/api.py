@@ -28,7 +28,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.forward import with_forward, with_inputs, without_forward
+from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.working_copy import can_run, like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
@@ -84,7 +84,13 @@ class PruneResult:
         `WriteError`.
         """
         config = self.result.config
-        origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
+        origin = Origin(
+            None,
+            self._shape,
+            config.plan.prune_residual,
+            config.plan.exclude,
+            inputs=inputs_of(self._original),
+        )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
