@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,9 @@ from secateur.config import BudgetLike, TaskKind
 from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
+    Form,
     ImageBatches,
+    ImagesInMemory,
     form_of,
     read_batches,
     read_images,
@@ -26,10 +28,10 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.forward import with_forward, without_forward
+from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
-from secateur.graph.working_copy import like_original, working_copy
-from secateur.graph.wrappers import require_module, unwrapped
+from secateur.graph.working_copy import can_run, like_original, working_copy
+from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
 from secateur.models.examine import examine_outputs, make_task
@@ -83,7 +85,13 @@ class PruneResult:
         `WriteError`.
         """
         config = self.result.config
-        origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
+        origin = Origin(
+            None,
+            self._shape,
+            config.plan.prune_residual,
+            config.plan.exclude,
+            inputs=inputs_of(self._original),
+        )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
@@ -202,14 +210,13 @@ def prune(
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
     tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
-    form = form_of(model, is_free=forward is not None)
+    form = _form(model, forward)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
-    original = with_logits(
-        with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
-    )
+    network = with_inputs(with_forward(model, forward), calibration.inputs)
+    original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
     dataset = label_images(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs
     )
@@ -245,11 +252,14 @@ def evaluate(
     if the network can't be run on the images.
     """
     model = require_module(model)
-    batches = _labelled_batches(model, images, forward, batch_size)
-    first = next(batches, None)
-    if first is None:
+    read_images = read_batches(images, _form(model, forward), "images")
+    in_memory = next(read_images, None)
+    if in_memory is None:
         raise DataError("images: there are none (a generator can be read only once)")
-    network = with_logits(with_forward(model, forward), first.images)
+    batches = _labelled_batches(itertools.chain([in_memory], read_images), batch_size)
+    first = next(batches)
+    network = with_inputs(with_forward(model, forward), in_memory.inputs)
+    network = with_logits(network, first.images)
     outputs = examine_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs)
     task = make_task(outputs, [labels])
@@ -268,9 +278,13 @@ def _run_context(*, shows_progress: bool) -> RunContext:
     return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
-def _labelled_batches(
-    model: nn.Module, images: ImageBatches, forward: Forward | None, batch_size: int
-) -> Iterator[Batch]:
+def _form(model: nn.Module, forward: Forward | None) -> Form:
+    """Return what an image is for a network that may run through a function of the user's."""
+    network = with_forward(without_wrappers(model), forward)
+    return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
+
+
+def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:
     """Yield labelled batches as they come, but single images in batches of `batch_size`."""
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
@@ -283,17 +297,15 @@ def _labelled_batches(
         labels.clear()
         return batch
 
-    for batch_pixels, batch_labels in read_batches(
-        images, form_of(model, is_free=forward is not None), "images"
-    ):
-        if batch_labels is None:
+    for in_memory in images:
+        if in_memory.labels is None:
             raise DataError(
                 "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
             )
-        pixels.append(batch_pixels)
-        labels.append(batch_labels)
-        count += len(batch_pixels)
-        if len(batch_pixels) > 1 or len(pixels) >= batch_size:
+        pixels.append(in_memory.pixels)
+        labels.append(in_memory.labels)
+        count += len(in_memory.pixels)
+        if len(in_memory.pixels) > 1 or len(pixels) >= batch_size:
             yield joined()
     if pixels:
         yield joined()

@@ -20,7 +20,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,8 +43,8 @@ __all__ = [
     "DataSet",
     "FileImages",
     "Images",
+    "LabelKind",
     "NormalisedImages",
-    "Target",
     "TensorImages",
     "Unreadable",
     "batches",
@@ -57,9 +56,6 @@ __all__ = [
 ]
 
 
-Target = Literal["classes", "masks", "objects", "values"]
-
-
 @dataclass(frozen=True)
 class DataSet:
     """Labelled images in three splits that share no image."""
@@ -69,8 +65,6 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
-    target: Target = "classes"
-    """What images are scored by: class numbers, masks, objects or numbers."""
     has_labels: bool = True
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()

@@ -80,7 +80,5 @@ def _settings(name: str) -> Any:
     try:
         from yolox.config import YoloxConfig
     except ImportError as error:
-        raise UsageError(
-            "yolox: networks need the extra: pip install 'secateur[yolox]'"
-        ) from error
+        raise UsageError("yolox: networks need the extra: pip install 'secateur[yolox]'") from error
     return YoloxConfig.get_named_config(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.config import TaskKind
 from secateur.config.in_memory import SOURCE
-from secateur.data import DataSet, NormalisedImages, Target
+from secateur.data import DataSet, LabelKind, NormalisedImages
 from secateur.data.in_memory import Parts
 from secateur.models.evaluate import predict_classes
 from secateur.models.examine import Outputs, examine_outputs, find_task
@@ -54,9 +54,9 @@ def label_images(
                 "useless. If the images come sorted by class, shuffle them, or pass the Dataset "
                 "itself, of which a random sample is read.",
             )
-    target = _target_of(labels[0], first_outputs if parts.has_labels else None)
+    label_kind = _label_kind(labels[0], first_outputs if parts.has_labels else None)
     train, validation, test = (
-        _images_with(part.pixels, numbers, target)
+        _images_with(part.pixels, numbers, label_kind)
         for part, numbers in zip(images, labels, strict=True)
     )
     return DataSet(
@@ -65,13 +65,13 @@ def label_images(
         train=train,
         validation=validation,
         test=test,
-        target=target,
+        kind=label_kind,
         has_labels=parts.has_labels,
         notes=notes,
     )
 
 
-def _target_of(labels: Tensor, outputs: Outputs | None) -> Target:
+def _label_kind(labels: Tensor, outputs: Outputs | None) -> LabelKind:
     """Return what labels are, in view of the network's outputs; None: there are no true ones."""
     if outputs is None:
         return "classes"
@@ -80,7 +80,7 @@ def _target_of(labels: Tensor, outputs: Outputs | None) -> Target:
     return "masks" if outputs.form == "maps" else "classes"
 
 
-def _images_with(pixels: Tensor, labels: Tensor, target: Target) -> NormalisedImages:
-    if target == "classes":
+def _images_with(pixels: Tensor, labels: Tensor, label_kind: LabelKind) -> NormalisedImages:
+    if label_kind == "classes":
         return NormalisedImages(pixels, labels)
     return NormalisedImages(pixels, torch.zeros(len(pixels), dtype=torch.int64), labels)

@@ -31,10 +31,10 @@ def task_of(
     Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
     """
     kind = config.model.task
-    if kind == "auto" and dataset.target == "objects":
+    if kind == "auto" and dataset.kind == "objects":
         kind = "detection"
     labels: tuple[Tensor, ...] = dataset.all_labels
-    if dataset.target in ("masks", "values"):
+    if dataset.kind in ("masks", "values"):
         labels = (_first_labels(dataset, reader),)
     return find_task(
         model,

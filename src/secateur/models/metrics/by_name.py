@@ -49,9 +49,7 @@ METRICS: dict[str, Callable[[MetricInputs], Metric]] = {
     "top-1": lambda inputs: TopK(inputs.task, 1),
     "top-5": lambda inputs: TopK(inputs.task, 5),
     "mAP": lambda inputs: MultiLabelAP(inputs.task, inputs.class_names),
-    "mIoU": lambda inputs: MapAgreement(
-        inputs.task, inputs.class_names, original=inputs.original
-    ),
+    "mIoU": lambda inputs: MapAgreement(inputs.task, inputs.class_names, original=inputs.original),
     "pixel accuracy": lambda inputs: MapAgreement(
         inputs.task, inputs.class_names, main="pixel accuracy", original=inputs.original
     ),
@@ -118,5 +116,7 @@ def _peak(name: str) -> float | None:
     except ValueError:
         peak = 0.0
     if not 0 < peak < float("inf"):
-        raise UsageError(f"metric {name!r}: after the colon comes the largest value, as in PSNR:255")
+        raise UsageError(
+            f"metric {name!r}: after the colon comes the largest value, as in PSNR:255"
+        )
     return peak

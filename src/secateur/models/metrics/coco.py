@@ -32,7 +32,6 @@ SIZES = ("small", "medium", "large")
 """Up to 32², up to 96² and above 96² square pixels of the stored image."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class ImageObjects:
     """The objects of one image, wanted and found, as COCO writes them."""

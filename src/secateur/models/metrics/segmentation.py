@@ -62,9 +62,7 @@ class MapAgreement:
         check_labels(wanted[wanted != IGNORED], classes)
         if logits.shape[2:] != wanted.shape[1:]:
             mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[logits.ndim]
-            logits = F.interpolate(
-                logits.float(), wanted.shape[1:], mode=mode, align_corners=False
-            )
+            logits = F.interpolate(logits.float(), wanted.shape[1:], mode=mode, align_corners=False)
         counts = wanted != IGNORED
         pairs = wanted[counts] * classes + logits.argmax(1)[counts]
         table = pairs.bincount(minlength=classes**2).reshape(classes, classes).cpu()
