@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
+from secateur.graph.output_values import OutputPart
 from secateur.graph.working_copy import can_run, like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
 from secateur.models import evaluate as evaluation
@@ -37,7 +39,8 @@ from secateur.models import zoo
 from secateur.models.examine import examine_outputs, make_task
 from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
-from secateur.models.output_values import OutputPart
+from secateur.models.metrics.by_name import MetricInputs, find_metric
+from secateur.models.metrics.user_function import NetworkFunction, UserMetric
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
@@ -158,6 +161,7 @@ def prune(
     class_names: Sequence[str] = (),
     task: Literal["auto"] | TaskKind = "auto",
     outputs: Sequence[OutputPart] = (),
+    metric: str | NetworkFunction = "auto",
     epochs: int = 0,
     max_images: int = 2500,
     seed: int = 0,
@@ -182,6 +186,8 @@ def prune(
             or return anything else, such as `lambda model, images: model(images)[0]`.
         task: what the outputs mean; by default their shape and the labels tell. `segmentation`
             reads a map of class scores; `regression` compares outputs of any form as values.
+        metric: how networks are scored: a name, as `secateur models` lists them, or a function of
+            the network that returns a number; higher is better.
         outputs: with `regression`, which parts of the outputs are compared and how; by default all
             of them, each by its relative squared error.
         class_names: for the report.
@@ -210,6 +216,10 @@ def prune(
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
     tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
+    if isinstance(metric, str):
+        tables["model"]["metric"] = metric
+    elif not callable(metric):
+        raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     form = _form(model, forward)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
@@ -221,7 +231,12 @@ def prune(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs
     )
     run_context = _run_context(shows_progress=progress)
-    run_context = replace(run_context, criterion=passed_criterion, outputs=tuple(outputs))
+    run_context = replace(
+        run_context,
+        criterion=passed_criterion,
+        outputs=tuple(outputs),
+        metric=None if isinstance(metric, str) else metric,
+    )
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -241,13 +256,15 @@ def evaluate(
     images: ImageBatches,
     *,
     forward: Forward | None = None,
+    task: Literal["auto"] | TaskKind = "auto",
+    metric: str | NetworkFunction = "auto",
     batch_size: int = 100,
     known_ms: float | None = None,
 ) -> Score:
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
-    `images` and `forward` are as for `prune`; images that come one by one are scored `batch_size`
-    at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
+    `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
     `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
     if the network can't be run on the images.
     """
@@ -261,15 +278,20 @@ def evaluate(
     network = with_inputs(with_forward(model, forward), in_memory.inputs)
     network = with_logits(network, first.images)
     outputs = examine_outputs(network, first.images)
-    labels, _ = read_labels(first.labels, outputs)
-    task = make_task(outputs, [labels])
+    labels, _ = read_labels(first.labels, outputs, task)
+    its_task = make_task(outputs, [labels], task)
 
     def read() -> Iterator[Batch]:
         for batch in itertools.chain([first], batches):
-            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            labels, _ = read_labels(batch.labels, outputs, its_task.kind)
             yield replace(batch, labels=labels)
 
-    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+    scored_by = (
+        find_metric(metric, MetricInputs(its_task))
+        if isinstance(metric, str)
+        else partial(UserMetric, metric)
+    )
+    return evaluation.evaluate(network, read(), task=its_task, metric=scored_by, known_ms=known_ms)
 
 
 def _run_context(*, shows_progress: bool) -> RunContext:

@@ -124,7 +124,8 @@ class ModelSection(Section):
     """The network to prune."""
 
     name: str
-    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
+    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
+    smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -141,6 +142,9 @@ class ModelSection(Section):
     """How the network is scored: `auto` (what is usual for the task and the labels), a metric that
     `secateur models` lists, or path/to/file.py:function, which returns a number for a network;
     higher is better."""
+    decoder: str | None = None
+    """For detectors from your own code: path/to/file.py:function, which makes boxes of the
+    network's output; see docs/how_to/detection.md."""
     allow_untrained: bool = False
     """Continue without a weight file, and with a network that is no better than chance on the test
     images."""

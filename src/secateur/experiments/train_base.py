@@ -26,7 +26,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -103,7 +103,8 @@ def train_base(
         run_context = run_context.collecting_unreadable(run_config)
         reader = make_reader(run_config, run_context)
         example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-        task = task_of(model, dataset, run_config, reader, example, run_context.outputs)
+        parts = output_parts(run_config, run_context)
+        task = task_of(model, dataset, run_config, reader, example, parts)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
         run_context = run_context.logging_to(folder / LOG)
@@ -144,10 +145,12 @@ def _train(
 ) -> BaseResult:
     """Train the network in place and score it on the test images."""
     reader = make_reader(config.as_run(), run_context)
+    metric = metric_of(task, dataset, config.as_run(), model, run_context)
+    task = with_metric(task, metric)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).metric
+        return evaluate(network, batches, task=task, metric=metric, known_ms=0.0).metric
 
     try:
         training = train(
@@ -170,7 +173,8 @@ def _train(
             f"{error}; {folder} holds no weights: train in another folder with --learning-rate "
             f"{config.train.learning_rate / 10:g}"
         ) from error
-    score = evaluate(model, reader.read_shard(dataset.test, "scoring"), task=task)
+    batches = reader.read_shard(dataset.test, "scoring")
+    score = evaluate(model, batches, task=task, metric=metric)
     return BaseResult(
         command=run_context.command,
         config=config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,8 +14,8 @@ from secateur.config import TaskKind
 from secateur.data.images import IGNORED
 from secateur.graph.forward import forward_of, without_forward
 from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.output_values import OutputPart, floating_leaves, measured
 from secateur.graph.wrappers import unwrapped
-from secateur.models.output_values import OutputPart, floating_leaves, measured
 from secateur.models.task import (
     Labels,
     Scale,
@@ -205,7 +205,7 @@ def make_task(
         return _values_task(kind, outputs, parts, has_labels=has_labels)
     if kind == "segmentation":
         return _segmentation_task(outputs, labels, has_labels=has_labels)
-    return _class_task(kind, outputs, labels)
+    return replace(_class_task(kind, outputs, labels), has_labels=has_labels)
 
 
 def _kind_of(outputs: Outputs, labels: Sequence[Labels], *, has_parts: bool) -> TaskKind:

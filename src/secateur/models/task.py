@@ -23,7 +23,7 @@ from torch.fx.node import Node
 
 from secateur.config import TaskKind
 from secateur.data.images import IGNORED
-from secateur.models.output_values import OutputPart, floating_leaves
+from secateur.graph.output_values import OutputPart, floating_leaves
 from secateur.models.score import MetricUnit, metric_text
 from secateur.runtime.errors import DataError, UsageError
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data import Batch
+from secateur.graph.output_values import floating_leaves
 from secateur.models.examine import run_network
 from secateur.models.metrics.requirements import require
-from secateur.models.output_values import floating_leaves
 from secateur.models.score import MetricUnit
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, UsageError
