@@ -156,9 +156,7 @@ def test_r2_is_that_of_torchmetrics_in_parts_and_processes(monkeypatch: pytest.M
     wanted = 1e4 + torch.randn(9, 3, generator=generator)
     actual = wanted + 0.3 * torch.randn(9, 3, generator=generator)
     images = torch.zeros(9, 3, 2, 2)
-    expected = functions.r2_score(
-        actual.double(), wanted.double(), multioutput="variance_weighted"
-    )
+    expected = functions.r2_score(actual.double(), wanted.double(), multioutput="variance_weighted")
     whole = figures(R2(), (actual, batch(images, wanted)))
     assert whole == {"R²": pytest.approx(float(expected))}
     parts = []
@@ -229,9 +227,7 @@ def objects(*rows: tuple[float, ...], size: tuple[int, int] = (100, 200)) -> Obj
 
 
 def found_in_input(wanted: Objects, scores: list[float]) -> Detections:
-    return Detections(
-        wanted.boxes_in_input().float(), torch.tensor(scores), wanted.classes.clone()
-    )
+    return Detections(wanted.boxes_in_input().float(), torch.tensor(scores), wanted.classes.clone())
 
 
 def decode_list(output: object, size: tuple[int, int]) -> list[Detections]:
@@ -402,9 +398,7 @@ def test_without_objects_there_is_no_ap():
     with pytest.raises(UsageError, match="detections of 0 images for 2 images"):
         metric.update(NETWORK, [], batch(IMAGES, targets=(TWO, ONE)))
     nothing = objects()
-    metric.update(
-        NETWORK, [found_in_input(nothing, [])], batch(IMAGES[:1], targets=(nothing,))
-    )
+    metric.update(NETWORK, [found_in_input(nothing, [])], batch(IMAGES[:1], targets=(nothing,)))
     with pytest.raises(DataError, match="no image shows any"):
         metric.compute()
 

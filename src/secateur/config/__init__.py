@@ -68,6 +68,16 @@ DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagen
 """Kinds of data sets that are read from a folder."""
 DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
 """How data sets are named."""
+METRICS = (
+    *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
+    *("PSNR", "SSIM", "R2"),
+)
+"""Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
+LIBRARY_NETWORKS = (
+    *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
+    "yolox:yolox_nano",
+)
+"""How networks of other libraries are named."""
 BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
 """Networks for 32×32 images that come with secateur."""
 

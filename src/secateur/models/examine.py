@@ -255,8 +255,9 @@ def _segmentation_task(outputs: Outputs, labels: Sequence[Labels], *, has_labels
     for part in labels:
         if part.ndim < 2:
             raise DataError(
-                f"labels are {list(part.shape)}, but a segmentation network needs a class for each "
-                "position, [image, height, width]"
+                f"labels are {list(part.shape)}, but the network returns class scores for each "
+                "position: give masks [image, height, width], or leave the labels out (--data "
+                "images:DIR)"
             )
         check_labels(part[part != IGNORED], classes)
     notes = list(outputs.notes)

@@ -18,12 +18,6 @@ LIBRARIES = {
     "yolox": "yolox",
 }
 """Prefix of the names -> module of `secateur.integrations`."""
-EXAMPLES = {
-    "smp": "smp:Unet/resnet34",
-    "transformers": "transformers:DIR",
-    "ultralytics": "ultralytics:yolo11n.yaml",
-    "yolox": "yolox:yolox_nano",
-}
 
 
 def is_library(name: str) -> bool:

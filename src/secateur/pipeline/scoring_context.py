@@ -95,8 +95,8 @@ def make_scoring_context(
 
     First the network runs on a few images, to tell how its outputs are read. Criteria that need
     gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
-    `original` is the network before the first cut, if `model` is not. Annotated concepts bring their own images, which are then the calibration set.
-    Raises `SecateurError`.
+    `original` is the network before the first cut, if `model` is not. Annotated concepts bring
+    their own images, which are then the calibration set. Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
     annotated = concepts.annotated_images(config.score.concepts)
