@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.experiments.flat_network import run_flat
 from secateur.experiments.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -35,7 +36,6 @@ from secateur.experiments.manifest import (
     versions,
     write_manifest,
 )
-from secateur.experiments.flat_network import run_flat
 from secateur.experiments.output_structure import names_of
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
@@ -45,8 +45,8 @@ from secateur.graph.forward import forward_of, name_of, with_forward, with_input
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
+from secateur.models.examine import logits_of
 from secateur.models.state_dict import load_state
-from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
@@ -166,9 +166,7 @@ def save(
     """
     model, folder = unwrapped(model), Path(folder)
     example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
-    origin = Origin(
-        architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs
-    )
+    origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
     network = with_inputs(with_forward(model, forward), inputs)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)

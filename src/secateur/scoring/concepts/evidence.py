@@ -98,9 +98,10 @@ def last_map(graph: NetworkGraph) -> Node:
     branches it is the last that any of them computes. Raises `TraceError` if there is none.
     """
     for ranks in ({_rank(graph.image)}, {3, 4, 5}):
-        feature_map = _last_map_of(graph, ranks)
-        if feature_map is not None:
-            return feature_map
+        for output in graph.outputs:
+            feature_map = _last_map_before(output, graph, ranks)
+            if feature_map is not None:
+                return feature_map
     feature_map = _last_map_of_branches(graph)
     if feature_map is not None:
         return feature_map
@@ -111,9 +112,11 @@ def _rank(node: Node) -> int:
     return len(node.meta["val"].shape)
 
 
-def _last_map_of(graph: NetworkGraph, ranks: set[int]) -> Node | None:
-    """Return the last feature map with one of these numbers of dimensions."""
-    node = graph.output
+def _last_map_before(output: Node, graph: NetworkGraph, ranks: set[int]) -> Node | None:
+    """Return the last feature map that an output is made from, with so many dimensions."""
+    node = output
+    if _rank(output) > 2 and output.args and isinstance(output.args[0], Node):
+        node = output.args[0]  # the output is a map itself
     while isinstance(node, Node) and node is not graph.image:
         shape = getattr(node.meta["val"], "shape", ())
         if len(shape) in ranks and math.prod(int(size) for size in shape[2:]) > 1:
@@ -126,7 +129,7 @@ def _last_map_of(graph: NetworkGraph, ranks: set[int]) -> Node | None:
 
 def _last_map_of_branches(graph: NetworkGraph) -> Node | None:
     """Return the last feature map, of any branch, that the output depends on."""
-    needed = {graph.output}
+    needed = set(graph.outputs)
     for node in reversed(graph.nodes):
         if node not in needed or node.op != "call_function":
             continue
