@@ -449,12 +449,10 @@ def _as_batches(
     """Return several inputs as batches, and whether they were those of a single image."""
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     rank = max(tensor.ndim for tensor in tensors)
-    is_one = (
-        labels is not None and not labels.ndim and not (rank == form.dims + 2 and counts == {1})
-    )
-    if not is_one and is_single:
-        is_labelled_batch = labels is not None and labels.ndim > 0 and counts == {len(labels)}
-        is_one = len(counts) > 1 or (rank <= form.dims + 1 and not is_labelled_batch)
+    has_many_labels = labels is not None and labels.ndim > 0 and len(labels) in counts
+    is_one = labels is not None and not labels.ndim and (rank != form.dims + 2 or counts != {1})
+    if not is_one and is_single and not has_many_labels:
+        is_one = len(counts) > 1 or rank <= form.dims + 1
     if is_one:
         return [tensor[None] for tensor in tensors], True
     if len(counts) > 1:

@@ -46,7 +46,6 @@ from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
 from secateur.models.examine import logits_of
-from secateur.models.outputs import through_logits
 from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -78,6 +77,13 @@ class Origin:
     """Classes that the architecture is built with; None if the network's outputs tell."""
     inputs: Inputs | None = None
     """The inputs of a network that takes several."""
+
+    def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+        """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
+        if self.inputs is None:
+            return batch
+        tensors = self.inputs.unpack(batch)
+        return dict(zip(self.inputs.names, tensors, strict=True)) if self.inputs.names else tensors
 
     def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
         """Build the dependency graph of the unpruned network as it was built for the plan."""
@@ -162,7 +168,6 @@ def save(
     example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
     origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
     network = with_inputs(with_forward(model, forward), inputs)
-    network = through_logits(network, example, takes_first=False)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 
@@ -354,9 +359,11 @@ def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
 def load_pruned(folder: Path) -> nn.Module:
     """Return the pruned network of a run folder without running code of the user's.
 
-    That is its exported program if the network comes from a user's file or from memory.
+    That is its exported program if the network, or the function that it runs through, comes from a
+    user's file or from memory.
     """
-    architecture = read_manifest(folder).architecture
-    if architecture is None or user_code.is_user_code(architecture):
+    manifest = read_manifest(folder)
+    is_own = manifest.architecture is None or user_code.is_user_code(manifest.architecture)
+    if is_own or manifest.forward not in (None, name_of(logits_of)):
         return load_program(folder)
     return load(folder)
