@@ -64,7 +64,10 @@ CONCEPT_SOURCES = (
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
-DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
+DATA_READERS = (
+    *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
+    *("segmentation",),
+)
 """Kinds of data sets that are read from a folder."""
 DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
 """How data sets are named."""
@@ -184,6 +187,9 @@ class DataSection(Section):
     value_range: Literal[1, 255] | None = None
     """What normalised values are multiplied by: 255, with a mean of 0 and a deviation of 1, for a
     network that takes values from 0 to 255; by default the network's, else 1."""
+    ignore_index: int | None = Field(default=None, ge=0, le=65535)
+    """Value of the pixels of masks that count for nothing; by default 255, and values that the data
+    calls `unlabelled`, `void` or `ignore`."""
     batch_size: int = Field(default=100, ge=2)
     """Images per batch in scoring, refit and evaluation."""
     skip_unreadable: bool = False

@@ -45,6 +45,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     dataset = data.load(
         config.data.source,
         validation_fraction=config.data.validation_fraction,
+        ignore_index=config.data.ignore_index,
         seed=config.seed,
     )
     num_classes = config.model.num_classes or len(dataset.class_names)
