@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from secateur.data import Batch
 from secateur.models.evaluate import evaluate
 from secateur.models.labels import read_all_labels, read_labels
+from secateur.models.examine import Outputs, examine_outputs, make_task
 from secateur.models.task import (
-    Outputs,
     Scale,
     Task,
     as_rows,
     cross_entropy,
-    examine_outputs,
-    make_task,
     predict,
     select_logits,
     softened_divergence,

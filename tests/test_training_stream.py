@@ -192,7 +192,8 @@ def test_an_unreadable_image_is_one_line_that_names_it(workers: int, tmp_path: P
 
 def moved(augmentation: Augmentation, images: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return augmentation.draw(len(images), images.shape[-1], generator).apply(images)
+    height, width = images.shape[-2:]
+    return augmentation.draw(len(images), (height, width), generator).apply(images)
 
 
 @pytest.mark.parametrize("flip", [False, True])

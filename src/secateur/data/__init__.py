@@ -34,7 +34,7 @@ from secateur.data.folder_layout import is_archive
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages, stored_size
-from secateur.data.splits import Splits, draw, hold_out, is_held_out, split_calibration
+from secateur.data.splits import LabelKind, Splits, draw, hold_out, is_held_out, split_calibration
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
@@ -43,6 +43,7 @@ __all__ = [
     "DataSet",
     "FileImages",
     "Images",
+    "LabelKind",
     "NormalisedImages",
     "TensorImages",
     "Unreadable",
@@ -68,6 +69,7 @@ class DataSet:
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
+    kind: LabelKind = "classes"
 
     @property
     def all_labels(self) -> tuple[Tensor, ...]:
@@ -123,7 +125,16 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
         counts = [len(images.labels) for images in (train, validation, splits.test)]
         uses = "{} images to score filters and train on, {} for choices, {} to test".format(*counts)
         notes = (f"{splits.origin}. Used: {uses}.", *notes)
-    return DataSet(name, splits.class_names, train, validation, splits.test, notes=notes)
+    return DataSet(
+        name,
+        splits.class_names,
+        train,
+        validation,
+        splits.test,
+        splits.kind != "none",
+        notes,
+        splits.kind,
+    )
 
 
 def _read(name: str, kind: str, directory: str) -> Splits:

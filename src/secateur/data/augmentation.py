@@ -43,7 +43,7 @@ class Augmentation:
         """Return a stored image, changed one by one; draws from torch's global generator."""
         if self.crop == "random_resized_crop":
             interpolation = v2.InterpolationMode(preprocessing.interpolation)
-            crop = v2.RandomResizedCrop(preprocessing.image_size, interpolation=interpolation)
+            crop = v2.RandomResizedCrop(preprocessing.size, interpolation=interpolation)
             pixels = crop(pixels)
         else:
             pixels = to_size(pixels, preprocessing)
@@ -51,11 +51,12 @@ class Augmentation:
             pixels = v2.RandAugment()(pixels)
         return pixels
 
-    def draw(self, count: int, side: int, generator: torch.Generator) -> ShiftsAndFlips:
-        """Return random shifts and flips for `count` images with sides of `side` pixels."""
-        border = side // 8 if self.crop == "random_crop" else 0
-        top = torch.randint(2 * border + 1, (count, 1), generator=generator)
-        left = torch.randint(2 * border + 1, (count, 1), generator=generator)
+    def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> ShiftsAndFlips:
+        """Return random shifts and flips for `count` images of this height and width."""
+        is_shifted = self.crop == "random_crop"
+        border = size[0] // 8 if is_shifted else 0, size[1] // 8 if is_shifted else 0
+        top = torch.randint(2 * border[0] + 1, (count, 1), generator=generator)
+        left = torch.randint(2 * border[1] + 1, (count, 1), generator=generator)
         flipped = torch.rand(count, 1, generator=generator) < 0.5
         return ShiftsAndFlips(border, top, left, flipped & self.flip)
 
@@ -64,7 +65,8 @@ class Augmentation:
 class ShiftsAndFlips:
     """How each image of a batch is shifted and whether it is flipped."""
 
-    border: int
+    border: tuple[int, int]
+    """Rows above and below each image, and columns at its sides."""
     top: Tensor
     """The first row that is kept of the image with its border, `[image, 1]`."""
     left: Tensor
@@ -88,12 +90,13 @@ class ShiftsAndFlips:
         if images.ndim != 4:
             return images
         count, channels, height, width = images.shape
-        padded = torch.nn.functional.pad(images, 4 * [self.border])
-        columns = self.left + torch.arange(width)  # [image, width]
-        columns = torch.where(self.flipped, columns.flip(1), columns)
-        rows = self.top + torch.arange(height)
-        row_index = rows[:, None, :, None].expand(count, channels, height, padded.shape[-1])
-        column_index = columns[:, None, None, :].expand(count, channels, height, width)
+        rows, columns = self.border
+        padded = torch.nn.functional.pad(images, (columns, columns, rows, rows))
+        x = self.left + torch.arange(width)  # [image, width]
+        x = torch.where(self.flipped, x.flip(1), x)
+        y = self.top + torch.arange(height)
+        row_index = y[:, None, :, None].expand(count, channels, height, padded.shape[-1])
+        column_index = x[:, None, None, :].expand(count, channels, height, width)
         return padded.gather(2, row_index).gather(3, column_index)
 
 

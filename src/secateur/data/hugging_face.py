@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from secateur.data.images import Indices, to_size
+from secateur.data.images import Indices, LabelledImages, to_size
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.splits import Splits, check_labelling
 from secateur.data.unreadable import decode_all
@@ -25,7 +25,7 @@ WITHHELD = -1
 
 
 @dataclass(frozen=True, eq=False)
-class HuggingFaceImages:
+class HuggingFaceImages(LabelledImages):
     """Images stored as files in the rows of a table, decoded when they are read."""
 
     name: str

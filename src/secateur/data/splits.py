@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +13,9 @@ from torch import Tensor
 from secateur.data.images import Images
 from secateur.runtime.errors import DataError
 
+LabelKind = Literal["classes", "masks", "objects", "values", "none"]
+"""What images come with: a class or several labels each; a mask of a class for each pixel; objects
+in boxes; numbers to regress; or nothing."""
 HELD_OUT_EVERY = 5
 """Every n-th calibration image is held out; the others are fitted to."""
 
@@ -27,6 +31,7 @@ class Splits:
     """What was not read, a sentence each."""
     origin: str = ""
     """Where the test part comes from, if not from a part of that name."""
+    kind: LabelKind = "classes"
 
 
 def check_labelling(

@@ -174,7 +174,7 @@ class _Epoch(Dataset["_ReadStep"]):
             raise DataError(f"none of the {len(local_shard)} images of a step can be read")
         read, pixels = readable
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
-        moves = augmentation.draw(len(indices), preprocessing.image_size, generator)
+        moves = augmentation.draw(len(indices), preprocessing.size, generator)
         moves = moves.select(shard)
         if len(read) < len(local_shard):
             moves = moves.select(torch.isin(local_shard, read))

@@ -16,7 +16,7 @@ from secateur.models import user_code
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
@@ -25,7 +25,7 @@ from secateur.pipeline.inputs import (
     resolve_config,
 )
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
+from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
 
@@ -94,8 +94,9 @@ def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tupl
 
 
 def _task(network: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext) -> Task:
-    example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
-    return find_task(network, example, dataset.all_labels, config.model.task)
+    reader = make_reader(config, run_context)
+    example = reader.read_first(dataset.test, EXAMPLE_IMAGES)
+    return task_of(network, dataset, config, reader, example, run_context.outputs)
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_names,
     describe_inputs,
@@ -26,7 +26,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
+from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -40,7 +40,7 @@ from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
@@ -56,7 +56,7 @@ class BaseResult(Record):
     environment: Environment
     class_names: tuple[str, ...]
     epochs: tuple[Epoch, ...]
-    """With the top-1 fraction on the validation images."""
+    """With the metric on the validation images."""
     best_epoch: int
     """The first of the epochs that were best on the validation images."""
     ended: Literal["whole", "patience", "time"]
@@ -103,7 +103,7 @@ def train_base(
         run_context = run_context.collecting_unreadable(run_config)
         reader = make_reader(run_config, run_context)
         example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-        task = find_task(model, example, dataset.all_labels, run_config.model.task)
+        task = task_of(model, dataset, run_config, reader, example, run_context.outputs)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
         run_context = run_context.logging_to(folder / LOG)
@@ -147,7 +147,7 @@ def _train(
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).top1_fraction
+        return evaluate(network, batches, task=task).metric
 
     try:
         training = train(
@@ -161,7 +161,7 @@ def _train(
                 validate,
                 lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
                 run_context.lines,
-                task.accuracy_name,
+                task.describe,
             ),
             checkpoints=Checkpoints(folder / CHECKPOINTS),
         )

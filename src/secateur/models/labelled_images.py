@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur.config import TaskKind
 from secateur.config.in_memory import SOURCE
-from secateur.data import DataSet, NormalisedImages
+from secateur.data import DataSet, LabelKind, NormalisedImages
 from secateur.data.in_memory import Parts
 from secateur.models.evaluate import predict_classes
+from secateur.models.examine import Outputs, examine_outputs, find_task
 from secateur.models.labels import read_all_labels
-from secateur.models.task import examine_outputs, find_task
+from secateur.models.output_values import OutputPart
 
 FEW_CLASSES = 0.5
 """A note says so if the images show less than this fraction of the network's classes."""
@@ -25,28 +27,37 @@ def label_images(
     kind: TaskKind | Literal["auto"],
     batch_size: int,
     class_names: Sequence[str],
+    outputs: Sequence[OutputPart] = (),
 ) -> DataSet:
-    """Return the parts as a data set, labelled with the original's classes if need be."""
+    """Return the parts as a data set, labelled with the original's classes if need be.
+
+    `outputs` are what is compared of outputs that are no class scores.
+    """
     images = (parts.score, parts.validation, parts.test)
     notes: tuple[str, ...] = ()
     if not parts.has_labels:
-        task = find_task(original, parts.score.pixels, kind=kind)
-        labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
+        task = find_task(original, parts.score.pixels, kind=kind, parts=outputs, has_labels=False)
+        if task.is_values or task.kind == "segmentation":  # scored by the original's outputs
+            labels = tuple(torch.zeros(len(p.pixels), dtype=torch.int64) for p in images)
+        else:
+            labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
     else:
-        outputs = examine_outputs(original, parts.score.pixels)
+        first_outputs = examine_outputs(original, parts.score.pixels)
         raw_labels = [part.labels for part in images if part.labels is not None]
-        labels, notes = read_all_labels(raw_labels, outputs, kind)
+        labels, notes = read_all_labels(raw_labels, first_outputs, kind)
         shown = len(labels[0].unique())
-        is_single = labels[0].ndim == 1
-        if is_single and parts.score.is_from_front and shown < FEW_CLASSES * outputs.columns:
+        is_single = labels[0].ndim == 1 and not labels[0].is_floating_point()
+        if is_single and parts.score.is_from_front and shown < FEW_CLASSES * first_outputs.columns:
             notes += (
-                f"The {len(labels[0])} images show {shown} of the network's {outputs.columns} "
-                "classes, and filters that only the others need look useless. If the images come "
-                "sorted by class, shuffle them, or pass the Dataset itself, of which a random "
-                "sample is read.",
+                f"The {len(labels[0])} images show {shown} of the network's "
+                f"{first_outputs.columns} classes, and filters that only the others need look "
+                "useless. If the images come sorted by class, shuffle them, or pass the Dataset "
+                "itself, of which a random sample is read.",
             )
+    label_kind = _label_kind(labels[0], first_outputs if parts.has_labels else None)
     train, validation, test = (
-        NormalisedImages(part.pixels, numbers) for part, numbers in zip(images, labels, strict=True)
+        _images_with(part.pixels, numbers, label_kind)
+        for part, numbers in zip(images, labels, strict=True)
     )
     return DataSet(
         name=SOURCE,
@@ -54,6 +65,22 @@ def label_images(
         train=train,
         validation=validation,
         test=test,
+        kind=label_kind,
         has_labels=parts.has_labels,
         notes=notes,
     )
+
+
+def _label_kind(labels: Tensor, outputs: Outputs | None) -> LabelKind:
+    """Return what labels are, in view of the network's outputs; None: there are no true ones."""
+    if outputs is None:
+        return "classes"
+    if labels.is_floating_point():
+        return "values"
+    return "masks" if outputs.form == "maps" else "classes"
+
+
+def _images_with(pixels: Tensor, labels: Tensor, label_kind: LabelKind) -> NormalisedImages:
+    if label_kind == "classes":
+        return NormalisedImages(pixels, labels)
+    return NormalisedImages(pixels, torch.zeros(len(pixels), dtype=torch.int64), labels)

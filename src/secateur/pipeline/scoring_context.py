@@ -20,10 +20,11 @@ from secateur.graph.module_state import device_of, tensors_of
 from secateur.models.evaluate import Predictions, evaluate_and_predict
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
 from secateur.pruning.refit.refit_and_check import RefitImages
@@ -32,8 +33,6 @@ from secateur.runtime.memory import free_bytes
 from secateur.scoring import concepts
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, make_criterion
-
-EXAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +103,8 @@ def make_scoring_context(
         seed=config.seed,
     )
     example = reader.read_first(calibration, EXAMPLE_IMAGES)
-    task = find_task(model, example, dataset.all_labels, config.model.task)
+    parts = () if run_context is None else run_context.outputs
+    task = task_of(model, dataset, config, reader, example, parts)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude

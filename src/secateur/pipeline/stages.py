@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from secateur.config import Budget
 from secateur.data import DataSet
+from secateur.data.batch_reader import BatchReader
 from secateur.graph.module_state import copy_of
-from secateur.models.evaluate import evaluate
+from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
 from secateur.models.score import Score
 from secateur.models.state_dict import load_state
+from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
@@ -175,9 +177,11 @@ def finetune(
     start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     start_score = pruned.result.stages[-1].score
 
+    expected = _expected_outputs(original, dataset, reader, task)
+
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).top1_fraction
+        return evaluate(network, batches, task=task, original=expected).metric
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy_of(smaller, share_tensors=False)
@@ -204,7 +208,7 @@ def finetune(
             validate,
             lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
             run_context.lines,
-            task.accuracy_name,
+            task.describe,
         ),
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
@@ -216,7 +220,7 @@ def finetune(
         load_state(smaller, start)
     finetuning = FinetuneResult(
         epochs=training.epochs,
-        before_top1_fraction=training.before,
+        before_metric=training.before,
         best_epoch=training.best_epoch,
         ended=training.ended,
         last=last,
@@ -231,6 +235,17 @@ def finetune(
     )
     run_context.end_stage(result, task)
     return FinetuneStage(finetuning, result)
+
+
+def _expected_outputs(
+    original: nn.Module, dataset: DataSet, reader: BatchReader, task: Task
+) -> Predictions | None:
+    """Return what to compare outputs for the validation images with; None: their labels."""
+    if task.has_labels:
+        return None
+    batches = reader.read_shard(dataset.validation)
+    _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
+    return predictions
 
 
 def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
@@ -261,7 +276,7 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
 def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTrial, ...]:
     """Cut and refit networks of several sizes, and measure them on the validation images.
 
-    `max_drop` is how many points of top-1 may be lost.
+    `max_drop` is how much of the metric may be lost: percentage points, or its own unit.
     """
     least = this.plan_inputs.least(budget)
 
@@ -276,20 +291,20 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
                 seed=this.config.seed,
                 progress=this.run_context.progress,
             )
-        after = top1_fraction(smaller)
+        after = metric(smaller)
         this.run_context.log.write(
-            "size_trial", fraction_left=fraction_left, validation_top1_fraction=after
+            "size_trial", fraction_left=fraction_left, validation_metric=after
         )
         return after
 
-    def top1_fraction(network: nn.Module) -> float:
-        return evaluate(
-            network,
-            this.context.reader.read_shard(this.dataset.validation),
-            task=this.context.task,
-        ).top1_fraction
+    reader, task = this.context.reader, this.context.task
+    expected = _expected_outputs(this.network, this.dataset, reader, task)
 
-    before = top1_fraction(this.network)
-    limit = before - max_drop / 100
+    def metric(network: nn.Module) -> float:
+        batches = reader.read_shard(this.dataset.validation)
+        return evaluate(network, batches, task=task, original=expected).metric
+
+    before = metric(this.network)
+    limit = before - (max_drop / 100 if task.metric_unit == "%" else max_drop)
     trials = bisect(attempt, limit, least)
     return (SizeTrial(1.0, before, kept=True), *trials)

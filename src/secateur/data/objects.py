@@ -1,0 +1,44 @@
+"""Annotated objects of an image: boxes, classes, segments and keypoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from secateur.data.preprocessing import Geometry
+
+Segment = list[list[float]] | Mapping[str, Any]
+"""Where an object is, as COCO writes it: polygons `[[x1, y1, x2, y2, …], …]` in pixels of the
+stored image, or a run-length encoding `{"size": [height, width], "counts": …}`, by columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The objects of one image, in pixels of the stored image, from its upper left corner."""
+
+    boxes: Float[Tensor, "object 4"]
+    """Left, top, right and bottom."""
+    classes: Int[Tensor, "object"]
+    """Class numbers, from 0 on."""
+    is_crowd: Bool[Tensor, "object"]
+    """Whether a box is around several objects that count as none."""
+    areas: Float[Tensor, "object"]
+    """In square pixels of the stored image."""
+    size: tuple[int, int]
+    """Height and width of the stored image."""
+    keypoints: Float[Tensor, "object keypoint 3"] | None = None
+    """x, y and 0 (not labelled), 1 (hidden) or 2 (visible)."""
+    segments: tuple[Segment | None, ...] | None = None
+    """One for each object; None for objects without."""
+    geometry: Geometry = field(default_factory=Geometry)
+    """Where the stored image lies in the network's input."""
+
+    def boxes_in_input(self) -> Float[Tensor, "object 4"]:
+        """Return the boxes in pixels of the network's input."""
+        corners = self.geometry.to_input(self.boxes.reshape(-1, 2, 2))
+        return torch.cat([corners.amin(1), corners.amax(1)], dim=1)  # a flip swaps the sides
