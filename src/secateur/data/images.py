@@ -69,6 +69,7 @@ class Images(Protocol):
         """Return a list of the images at `indices`."""
 
 
+@runtime_checkable
 class StoredImages(Images, Protocol):
     """Images whose sizes can be told without decoding them."""
 
