@@ -64,10 +64,13 @@ CONCEPT_SOURCES = (
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = (
     *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
-    *("segmentation",),
+    *("segmentation", "images"),
 )
 """Kinds of data sets that are read from a folder."""
-DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+DATA_FORMS = (
+    *(f"{kind}:DIR" for kind in DATA_READERS),
+    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+)
 """How data sets are named."""
 BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
 """Networks for 32×32 images that come with secateur."""
