@@ -47,9 +47,11 @@ ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
-TaskKind = Literal["single-label", "binary", "multi-label"]
-"""What a network's outputs are: one logit for each class, one for two classes, or one for each of
-several labels."""
+TaskKind = Literal[
+    "single-label", "binary", "multi-label", "segmentation", "detection", "regression"
+]
+"""What a network's outputs are: one logit for each class, one for two classes, one for each of
+several labels, a map of logits, or values of any form (boxes, key points, pictures, numbers)."""
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -72,6 +74,16 @@ DATA_FORMS = (
     *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
 )
 """How data sets are named."""
+METRICS = (
+    *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
+    *("PSNR", "SSIM", "R2"),
+)
+"""Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
+LIBRARY_NETWORKS = (
+    *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
+    "yolox:yolox_nano",
+)
+"""How networks of other libraries are named."""
 BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
 """Networks for 32×32 images that come with secateur."""
 
@@ -128,7 +140,8 @@ class ModelSection(Section):
     """The network to prune."""
 
     name: str
-    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
+    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
+    smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -138,8 +151,16 @@ class ModelSection(Section):
     """Number of outputs of the classifier; by default the number of classes of the data."""
     task: Literal["auto"] | TaskKind = "auto"
     """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
-    the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
-    the labels."""
+    the sign of one output, `multi-label` a label for each output, `segmentation` a class for each
+    position, `detection` and `regression` values of any form; `auto` tells from the outputs and the
+    labels."""
+    metric: str = "auto"
+    """How the network is scored: `auto` (what is usual for the task and the labels), a metric that
+    `secateur models` lists, or path/to/file.py:function, which returns a number for a network;
+    higher is better."""
+    decoder: str | None = None
+    """For detectors from your own code: path/to/file.py:function, which makes boxes of the
+    network's output; see docs/how_to/detection.md."""
     allow_untrained: bool = False
     """Continue without a weight file, and with a network that is no better than chance on the test
     images."""
@@ -239,8 +260,9 @@ class PlanSection(Section):
     """Number of rounds of score, cut, refit and fine-tune in which the target is reached, each by
     the same factor; 1 prunes in one shot."""
     max_drop: float | None = Field(default=None, ge=0, le=100)
-    """Find the smallest network that loses at most this many points of top-1 accuracy on the
-    validation images after the refit; the target then only names the quantity to minimise."""
+    """Find the smallest network that loses at most this much of the metric (percentage points of
+    top-1 accuracy or mIoU, dB, …) on the validation images after the refit; the target then only
+    names the quantity to minimise."""
     prune_residual: bool = False
     """Also prune channels that skip connections couple over a whole stage."""
     exclude: tuple[str, ...] = ()

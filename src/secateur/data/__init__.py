@@ -53,6 +53,7 @@ __all__ = [
     "DataSet",
     "FileImages",
     "Images",
+    "LabelKind",
     "NormalisedImages",
     "TensorImages",
     "Unreadable",

@@ -214,7 +214,8 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
     shape = preprocessing_of(config).shape
-    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
+    plan, model = config.plan, config.model
+    return Origin(model.name, shape, plan.prune_residual, plan.exclude, model.num_classes)
 
 
 def _begin(

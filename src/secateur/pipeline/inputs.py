@@ -12,7 +12,9 @@ from secateur.config import PREPROCESSING_KEYS, RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
-from secateur.models import user_code, zoo
+from secateur.graph.build import traceable_forward
+from secateur.graph.forward import with_forward
+from secateur.models import libraries, user_code, zoo
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
@@ -30,7 +32,8 @@ def check_names(config: RunConfig) -> None:
 def check_weights(config: RunConfig) -> None:
     """Raise `UsageError` if a network that needs a weight file has none, unless that is allowed."""
     is_user_code = user_code.is_user_code(config.model.name)
-    if config.model.weights is None and not is_user_code and not config.model.allow_untrained:
+    comes_with_them = is_user_code or libraries.has_weights(config.model.name)
+    if config.model.weights is None and not comes_with_them and not config.model.allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
         )
@@ -48,11 +51,9 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         ignore_index=config.data.ignore_index,
         seed=config.seed,
     )
-    num_classes = config.model.num_classes or len(dataset.class_names)
-    if not num_classes:
-        raise UsageError("without data the number of classes must be given: --num-classes")
+    num_classes = config.model.num_classes or len(dataset.class_names) or None
     is_binary = num_classes == 1 and len(dataset.class_names) == 2
-    if num_classes < len(dataset.class_names) and not is_binary:
+    if num_classes is not None and num_classes < len(dataset.class_names) and not is_binary:
         raise DataError(
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"
@@ -68,7 +69,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         notify=notes.append,
     )
     dataset = replace(dataset, notes=tuple(notes))
-    if user_code.is_user_code(config.model.name):
+    if zoo.may_return_more(config.model.name):
+        model = with_forward(model, traceable_forward(model))
         preprocessing = preprocessing_of(resolve_config(config, dataset, model))
         model = through_logits(model, torch.zeros(2, *preprocessing.shape))
     return dataset, model
@@ -93,7 +95,7 @@ def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> Run
         std = _by_channel("std", std, channels, is_own=config.data.std is not None)
     values = {key: getattr(preprocessing, key) for key in PREPROCESSING_KEYS}
     config = _with_data(config, **{**values, "mean": mean, "std": std})
-    num_classes = config.model.num_classes or len(dataset.class_names)
+    num_classes = config.model.num_classes or len(dataset.class_names) or None
     model_section = config.model.model_copy(update={"num_classes": num_classes})
     return config.model_copy(update={"model": model_section})
 

@@ -25,7 +25,8 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import tensors_of
-from secateur.models.task import Task, examine_outputs, make_task
+from secateur.models.examine import examine_outputs, make_task
+from secateur.models.task import Task
 from secateur.runtime.errors import UsageError
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
