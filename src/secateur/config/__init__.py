@@ -66,10 +66,13 @@ CONCEPT_SOURCES = (
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = (
     *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
-    *("segmentation",),
+    *("segmentation", "images"),
 )
 """Kinds of data sets that are read from a folder."""
-DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+DATA_FORMS = (
+    *(f"{kind}:DIR" for kind in DATA_READERS),
+    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+)
 """How data sets are named."""
 METRICS = (
     *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
