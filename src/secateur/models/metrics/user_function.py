@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
+import torch
 from torch import nn
 
 from secateur.data import Batch
@@ -52,7 +53,7 @@ class UserMetric:
     def _measure(self) -> float:
         network = self._network
         assert network is not None
-        with evaluating(network):
+        with evaluating(network), torch.no_grad():
             try:
                 value = self._function(network)
             except Exception as error:  # user code may raise anything
