@@ -142,6 +142,9 @@ class ModelSection(Section):
     name: str
     """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
     smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
+    forward: str | None = None
+    """For networks that take or return more than needed: path/to/file.py:function, which is called
+    with the network and the images, and returns the outputs that count."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -471,6 +474,16 @@ class BaseConfig(Section):
     def as_run(self) -> RunConfig:
         """Return the same network and data as the configuration of a run."""
         return RunConfig(model=self.model, data=self.data, seed=self.seed)
+
+
+OWN_CODE: dict[str, str] = {
+    "model.name": "--model",
+    "model.forward": "--forward",
+    "model.metric": "--metric",
+    "model.decoder": "--decoder",
+    "data.source": "--data",
+}
+"""Keys that may name code of the user's, path/to/file.py:function -> the option that sets them."""
 
 
 def to_toml(config: RunConfig) -> str:
