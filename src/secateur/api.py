@@ -156,7 +156,7 @@ def prune(
     *,
     target: BudgetLike = "macs=0.5",
     criterion: CriterionLike = "vote",
-    concepts: str = "evidence",
+    concepts: str = "auto",
     test: ImageBatches | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),

@@ -60,7 +60,7 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    *("evidence", "saliency", "factors", "colours"),
+    *("auto", "evidence", "outputs", "saliency", "factors", "colours"),
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
@@ -222,9 +222,10 @@ class ScoreSection(Section):
     criterion: str = "vote"
     """Criterion that ranks the filters: vote, l1, taylor, …, or path/to/file.py:factory;
     `secateur models` lists all."""
-    concepts: str = "evidence"
-    """Concept sources, separated by commas: evidence, saliency, factors:K, colours; or, with images
-    of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR."""
+    concepts: str = "auto"
+    """Concept sources, separated by commas: evidence, outputs, saliency, factors:K, colours; or,
+    with images of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR. `auto` is evidence for
+    classifiers, outputs for networks that return maps of classes, else saliency."""
     vote_mode: VoteMode = "share"
     """For `vote-response`: divide each vote among all filters in proportion to their strength, give
     one to each of the strongest, or give it to the strongest alone."""
