@@ -57,7 +57,7 @@ def measure(data: str, weights: Path) -> Row:
             "settings": result.config.train.model_dump(mode="json"),
             "seed": result.config.seed,
             "epochs": [[epoch.number, epoch.loss, epoch.validation] for epoch in result.epochs],
-            "test_fraction": result.score.top1_fraction,
+            "test_fraction": result.score.metric,
             "seconds": round(result.seconds, 1),
         }
         for file, result in zip(CONFIGS, results, strict=True)

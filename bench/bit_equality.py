@@ -41,7 +41,7 @@ QUANTITIES = ("scores", "plan", "figures", "weights", "outputs")
 TENSORS = ("scores", "weights", "outputs")
 """Quantities that are stored as tensors; the others are stored as JSON."""
 OUTPUTS = ".outputs.safetensors"
-UNTIMED = ("top1_fraction", "top5_fraction", "loss", "images", "macs", "parameters")
+UNTIMED = ("metric", "top5_fraction", "loss", "images", "macs", "parameters")
 """Fields of a stage's score that don't depend on how busy the machine is."""
 CALIBRATION_IMAGES = 256
 

@@ -49,7 +49,7 @@ from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.runtime.errors import TargetError
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
-from zoo import Member, build, members, outputs_of, random_images
+from zoo import Member, build, members, outputs_of, random_inputs
 
 RESULTS = ROOT / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "reference" / "coverage.md"
@@ -179,7 +179,7 @@ def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
     """Return the network and two images; raise `ValueError` if its output is zero or not finite."""
     note(stage="build")
     model = build(member, SEED)
-    images = random_images(2, member.side, SEED + 1)
+    images = random_inputs(member, 2, SEED + 1)
     with torch.no_grad():
         outputs = outputs_of(model, images)
     if not all(bool(value.isfinite().all()) and bool(value.any()) for value in outputs):
@@ -243,7 +243,7 @@ def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
             Path(directory) / "row.json",
             limit,
         )
-    head = {"network": member.name, "tool": tool, "part": member.part, "side": member.side}
+    head = {"network": member.name, "tool": tool, "part": member.part, "shapes": _shapes(member)}
     command = ["python", "bench/coverage.py", "--only", member.name, "--tool", tool]
     command += ["--limit", f"{limit:g}", "--threads", str(threads)]
     return {
@@ -456,10 +456,15 @@ def write_page() -> None:
     DOCS.write_text(page(read_rows(RESULTS)))
 
 
+def _shapes(member: Member) -> list[list[int]]:
+    """Return the shapes of a network's inputs as JSON holds them."""
+    return [list(shape) for shape in member.shapes]
+
+
 def is_there(rows: list[Row], member: Member, tool: str) -> bool:
     """Whether a row was measured with the versions that are installed, on the same images."""
     row = _find(rows, member.name, tool)
-    if row is None or "environment" not in row or row["side"] != member.side:
+    if row is None or "environment" not in row or row["shapes"] != _shapes(member):
         return False
     return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})
 

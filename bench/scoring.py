@@ -46,6 +46,7 @@ from rows import (
 )
 from secateur.config import CRITERIA, ScoreSection
 from secateur.data import Batch, batches
+from secateur.data.images import LabelledImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph import interpreter
 from secateur.graph.build import build_dependency_graph
@@ -103,7 +104,7 @@ ROUNDS = (1, 7)
 PACKAGES = ("torch-pruning",)
 
 
-class Noise:
+class Noise(LabelledImages):
     """A list of images of uniform noise, of which only a few are in memory."""
 
     def __init__(self, count: int, side: int) -> None:
@@ -139,7 +140,7 @@ class Subject:
 
     def batches(self, count: int) -> Iterator[Batch]:
         """Yield `count` images, in batches of the size that scoring uses."""
-        side = self.preprocessing.image_size
+        side = self.preprocessing.size[0]
         size = images_at_a_time(side, side)
         return batches(Noise(count, side), size, self.preprocessing)
 
@@ -166,7 +167,7 @@ def make_subject(name: str) -> Subject:
     """Return the named network, untrained; every layer that can be pruned is scored."""
     model = zoo.load(name, num_classes=CLASSES, seed=SEED)
     preprocessing = zoo.preprocessing(name)
-    side = preprocessing.image_size
+    side = preprocessing.size[0]
     example = next(batches(Noise(2, side), 2, preprocessing)).images
     dependencies = build_dependency_graph(model, example, prune_residual=True)
     return Subject(model, preprocessing, dependencies, ScoreSection())
@@ -178,7 +179,7 @@ def dissect(subject: Subject, count: int) -> None:
     This is eq. 1 of Bau et al. (Network Dissection, CVPR 2017) without finding thresholds, with one
     concept instead of many, and without reading masks.
     """
-    side = subject.preprocessing.image_size
+    side = subject.preprocessing.size[0]
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[: side // 2, : side // 2] = True
     state = tensors_of(subject.model)
@@ -259,7 +260,7 @@ def measure_time(network: str, count: int, seconds: float, note: Note) -> None:
         "literal dissection": partial(dissect, subject),
     }
     images_of = {name: min(count, FEW_IMAGES.get(name, count)) for name in methods}
-    if subject.preprocessing.image_size < SMALL:
+    if subject.preprocessing.size[0] < SMALL:
         images_of |= dict.fromkeys((*COMBINATIONS, "Torch-Pruning Taylor"), count)
     timings: dict[str, Row] = {
         name: {"images": images, "plain": [], "seconds": [], "plain_cpu": [], "seconds_cpu": []}

@@ -48,7 +48,7 @@ from secateur.models.divergence import relative_error
 from secateur.models.evaluate import count_macs
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
-from zoo import Member, build, random_images
+from zoo import Member, build, of_side, random_images
 
 RESULTS = ROOT / "results" / "speed.json"
 DOCS = ROOT / "docs" / "reference" / "speed.md"
@@ -185,7 +185,7 @@ def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:
 
 
 def _built(name: str) -> nn.Module:
-    return build(Member(f"torchvision:{name}", "torchvision", SIDE), SEED, disturbed=False)
+    return build(Member(f"torchvision:{name}", "torchvision", of_side(SIDE)), SEED, disturbed=False)
 
 
 def measure(name: str, mode: str, limit: float, threads: int) -> Row:

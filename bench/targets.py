@@ -75,9 +75,7 @@ def measure(data: str, network: str, target: str, weights: str) -> Measurement:
     config = pruned.result.config
     networks = {"before": model.eval(), "after": pruned.model.eval()}
     shown = list(make_reader(config).read_shard(dataset.validation))
-    validation = {
-        name: evaluate(network, shown).top1_fraction for name, network in networks.items()
-    }
+    validation = {name: evaluate(network, shown).metric for name, network in networks.items()}
     test = {
         "before": pruned.result.stages[0].score,
         "after": pruned.result.stages[-1].score,
@@ -91,14 +89,13 @@ def measure(data: str, network: str, target: str, weights: str) -> Measurement:
     return {
         **head,
         "validation_fraction": validation,
-        "test_fraction": {name: score.top1_fraction for name, score in test.items()},
+        "test_fraction": {name: score.metric for name, score in test.items()},
         "macs_left": test["after"].macs / test["before"].macs,
         "parameters_left": test["after"].parameters / test["before"].parameters,
         "seconds": seconds,
         "latency_left_predicted": predicted,
         "trials": [
-            [trial.fraction_left, trial.validation_top1_fraction]
-            for trial in pruned.result.size_trials
+            [trial.fraction_left, trial.validation_metric] for trial in pruned.result.size_trials
         ],
     }
 

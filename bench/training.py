@@ -139,7 +139,7 @@ def by_bare_loop(network: nn.Module, pixels: Tensor, labels: Tensor, _: Tensor) 
     network.train()
     augmentation = Augmentation()
     for indices in torch.randperm(len(labels), generator=generator).split(SETTINGS.batch_size):
-        moves = augmentation.draw(len(indices), pixels.shape[-1], generator)
+        moves = augmentation.draw(len(indices), (pixels.shape[-2], pixels.shape[-1]), generator)
         images = moves.apply(pixels[indices]).contiguous(memory_format=torch.channels_last)
         optimiser.zero_grad(set_to_none=True)
         with autocast("auto"):

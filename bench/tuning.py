@@ -79,13 +79,13 @@ def measure(
     finetuning, before = result.finetuning, result.score("before")
     assert finetuning is not None
     assert before is not None
-    stages = {stage.stage: stage.score.top1_fraction for stage in result.stages}
+    stages = {stage.stage: stage.score.metric for stage in result.stages}
     return {
         "network": network,
         "target": target,
         "seed": seed,
-        "test_fraction": {**stages, "last": finetuning.last.top1_fraction},
-        "best_epoch_test_fraction": finetuning.best.top1_fraction,
+        "test_fraction": {**stages, "last": finetuning.last.metric},
+        "best_epoch_test_fraction": finetuning.best.metric,
         "best_epoch": finetuning.best_epoch,
         "macs_left": finetuning.last.macs / before.macs,
         "parameters_left": finetuning.last.parameters / before.parameters,

@@ -11,18 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import third_party
+from secateur.graph.forward import with_forward
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.models import zoo
+from third_party import Shape
 
 CLASSES = 1000
-Part = Literal["torchvision", "timm", "dense", "bonus"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,16 @@ class Member:
     """One network of the zoo."""
 
     name: str
-    """As `secateur.load_model` takes it."""
-    part: Part
-    side: int
-    """Height and width of its images, in pixels."""
+    """`part:network`; of torchvision's and timm's as `secateur.load_model` takes it."""
+    part: str
+    """A part of `third_party`, or "torchvision", "timm", "dense", "bonus"."""
+    shapes: tuple[Shape, ...]
+    """The shape of each of its inputs, without the dimension of the batch."""
+
+
+def of_side(side: int) -> tuple[Shape]:
+    """Return the shape of colour images of equal height and width."""
+    return ((3, side, side),)
 
 
 TIMM_RELEASE = "1.0.31"
@@ -217,25 +225,30 @@ TORCHVISION_BONUS = ("vit_", "swin", "maxvit")
 
 
 def members() -> list[Member]:
-    """The whole zoo: torchvision's networks, timm's, then the bonus."""
+    """The whole zoo: torchvision's networks, timm's, those of other packages, then the bonus."""
     names = torchvision.models.list_models(module=torchvision.models)
     sides = {"inception_v3": 299}
     transformers = [name for name in names if name.startswith(TORCHVISION_BONUS)]
     bonus = [f"torchvision:{name}" for name in transformers]
     return [
         *(
-            Member(f"torchvision:{name}", "torchvision", sides.get(name, 224))
+            Member(f"torchvision:{name}", "torchvision", of_side(sides.get(name, 224)))
             for name in names
             if name not in transformers
         ),
-        *(Member(f"timm:{name}", "timm", side) for name, side in TIMM.items()),
-        *(Member(f"torchvision:{name}", "dense", side) for name, side in DENSE.items()),
+        *(Member(f"timm:{name}", "timm", of_side(side)) for name, side in TIMM.items()),
+        *(Member(f"torchvision:{name}", "dense", of_side(side)) for name, side in DENSE.items()),
         *(
-            Member(name, "bonus", 256 if "swin_v2" in name else 224)
+            Member(f"{part}:{name}", part, network.shapes)
+            for part, networks in third_party.PARTS.items()
+            for name, network in networks.items()
+        ),
+        *(
+            Member(name, "bonus", of_side(256 if "swin_v2" in name else 224))
             for name in bonus
             if not name.endswith(("_l_16", "_l_32", "_h_14"))  # as the base ones, but larger
         ),
-        *(Member(f"timm:{name}", "bonus", side) for name, side in TIMM_BONUS.items()),
+        *(Member(f"timm:{name}", "bonus", of_side(side)) for name, side in TIMM_BONUS.items()),
     ]
 
 
@@ -245,29 +258,53 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
     Without `disturbed`, batch norms have the statistics of their inputs, so that a deep network
     does not amplify rounding.
     """
-    if member.part == "dense":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if member.part in third_party.PARTS:
+            model = _built(member).eval()
+        elif member.part == "dense":
             name = member.name.removeprefix("torchvision:")
-            model: nn.Module = torchvision.models.get_model(
-                name, weights=None, weights_backbone=None
-            ).eval()
-    else:
-        model = zoo.load(member.name, num_classes=CLASSES, seed=seed)
+            model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+        else:
+            model = zoo.load(member.name, num_classes=CLASSES, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     randomise_constants(model.parameters(), generator)
     with torch.random.fork_rng(devices=[]):  # some networks draw noise
         torch.manual_seed(seed)
-        images = random_images(4, member.side, seed)
+        images = random_inputs(member, 4, seed)
         randomise_statistics(model, images, generator, disturbed=disturbed)
     return model
+
+
+def _built(member: Member) -> nn.Module:
+    """Return a network of `third_party` that takes one tensor: several inputs are joined."""
+    network = third_party.PARTS[member.part][member.name.partition(":")[2]]
+    is_joined = len(network.shapes) > 1
+    forward = partial(_run_on_parts, network.shapes) if is_joined else network.forward
+    return with_forward(network.build(), forward)
+
+
+def _run_on_parts(shapes: tuple[Shape, ...], model: nn.Module, joined: Tensor) -> object:
+    """Run a network on inputs that were joined to `[image, value]`."""
+    parts = joined.split([math.prod(shape) for shape in shapes], dim=1)
+    inputs = (part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
+    return model(*inputs)
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """Return all output tensors; of detectors those before boxes are selected."""
     forward = traceable_forward(model)
     outputs = model(images) if forward is None else forward(model, images)
-    return tuple(tree_leaves(outputs))
+    return tuple(value for value in tree_leaves(outputs) if isinstance(value, Tensor))
+
+
+def random_inputs(member: Member, count: int, seed: int) -> Tensor:
+    """Return what a network takes, of normal noise; several inputs are joined."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(count, *shape, generator=generator) for shape in member.shapes]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.reshape(count, -1) for part in parts], dim=1)
 
 
 def random_images(count: int, side: int, seed: int) -> Tensor:

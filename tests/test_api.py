@@ -76,7 +76,7 @@ def test_images_come_in_any_form(model: nn.Module, images: Tensor, labels: Tenso
     for other in others:
         assert_same(first, other)
     assert not first.has_labels
-    assert first.scores["before"].top1_fraction == 1.0
+    assert first.scores["before"].metric == 1.0
     assert first.scores["before"].images == 20
     with_labels: list[Any] = [
         zip(images.split(7), labels.split(7), strict=True),
@@ -90,7 +90,7 @@ def test_images_come_in_any_form(model: nn.Module, images: Tensor, labels: Tenso
     assert first.has_labels
     with torch.inference_mode():
         hits = model(images[4::5]).argmax(1) == labels[4::5]
-    assert first.scores["before"].top1_fraction == hits.float().mean()
+    assert first.scores["before"].metric == hits.float().mean()
 
 
 def test_nothing_of_the_users_is_changed(model: nn.Module, images: Tensor) -> None:

@@ -199,7 +199,7 @@ def test_a_network_runs_through_a_function(images: Tensor, tmp_path: Path) -> No
     assert torch.allclose(program(pairs), outputs, atol=1e-6)
     labels = outputs.argmax(1)
     score = secateur.evaluate(result.model, [(pairs, labels)], forward=halves, known_ms=1.0)
-    assert score.top1_fraction == 1.0
+    assert score.metric == 1.0
 
 
 @pytest.mark.slow
@@ -270,6 +270,6 @@ def test_labelled_images_of_any_form_are_scored(images: Tensor, form: Callable[.
     labels = model(images).argmax(1)
     one_by_one = map(form, images, labels)
     score = secateur.evaluate(model, one_by_one, batch_size=7, known_ms=1.0)
-    assert (score.top1_fraction, score.images) == (1.0, 60)
+    assert (score.metric, score.images) == (1.0, 60)
     with pytest.raises(secateur.SecateurError, match="no labels, which accuracy needs"):
         secateur.evaluate(model, images)

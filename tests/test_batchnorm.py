@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.models.divergence import DivergenceFrom, divergence_from, logits_of
+from secateur.models.divergence import DivergenceFrom, divergence_from, outputs_of
 from secateur.pruning.refit.batchnorm import FRACTIONS, _norms, _reestimated, recalibrate_batchnorm
 from secateur.pruning.refit.significance import is_smaller
 
@@ -59,11 +59,11 @@ def perturbed(model: Chain, generator: torch.Generator) -> Chain:
 
 
 def distance(model: nn.Module, smaller: nn.Module, batches: list[Batch]) -> float:
-    return divergence_from(logits_of(model, batches), smaller, batches).divergence
+    return divergence_from(outputs_of(model, batches), smaller, batches).divergence
 
 
 def divergence_of(model: nn.Module, batches: list[Batch]) -> DivergenceFrom:
-    return DivergenceFrom(logits_of(model, batches), again(batches))
+    return DivergenceFrom(outputs_of(model, batches), again(batches))
 
 
 def test_statistics_are_the_mean_of_those_of_batches_weighed_by_their_images(

@@ -233,7 +233,7 @@ def test_evaluate_a_named_network(call: Call, digits_run: DigitsRun) -> None:
     assert outcome.code == 0
     before = digits_run.result.score("before")
     assert before is not None
-    assert f"{100 * before.top1_fraction:.2f} %" in outcome.out
+    assert f"{100 * before.metric:.2f} %" in outcome.out
 
 
 def test_inspect_lists_frozen_layers_with_reasons(call: Call, digits_run: DigitsRun) -> None:
@@ -910,7 +910,7 @@ def test_training_a_base_network_leaves_weights_that_can_be_pruned(
     scored = call(
         "evaluate", "-m", "resnet20", "-w", out / "model.safetensors", "-d", "digits", "--json"
     )
-    assert json.loads(scored.out)["top1_fraction"] == recipe["score"]["top1_fraction"]
+    assert json.loads(scored.out)["metric"] == recipe["score"]["metric"]
     named_by_folder = call("evaluate", "-w", out, "--json")
     assert json.loads(named_by_folder.out)["loss"] == json.loads(scored.out)["loss"]
     assert "beside the weights: model.name = resnet20" in named_by_folder.err
@@ -985,9 +985,9 @@ def test_the_smallest_network_within_a_drop(call: Call, model_file: Path, tmp_pa
     everything = small_run(call, model_file, tmp_path / "all", "--max-drop", 100)
     assert all(trial["kept"] for trial in everything["size_trials"])
     nothing = small_run(call, model_file, tmp_path / "none", "--max-drop", 0)
-    limit = nothing["size_trials"][0]["validation_top1_fraction"]
+    limit = nothing["size_trials"][0]["validation_metric"]
     for trial in nothing["size_trials"]:
-        assert trial["kept"] == (trial["validation_top1_fraction"] >= limit)
+        assert trial["kept"] == (trial["validation_metric"] >= limit)
     for result in (everything, nothing):
         smallest = min(t["fraction_left"] for t in result["size_trials"] if t["kept"])
         before, cut = (stage["score"]["macs"] for stage in result["stages"][:2])

@@ -12,7 +12,7 @@ from networks import Chain, randomise_norms
 from secateur.config import DistillSection
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_calibration
 from secateur.data.preprocessing import Preprocessing
-from secateur.models.divergence import divergence_from, logits_of
+from secateur.models.divergence import divergence_from, outputs_of
 from secateur.training.distill import distill
 from secateur.training.outcome import Distillation
 from secateur.training.training_data import TrainingData
@@ -57,7 +57,7 @@ def held_out(calibration: TensorImages) -> Iterator[Batch]:
 
 
 def distance(model: Chain, smaller: Chain, calibration: TensorImages) -> float:
-    expected = logits_of(model, held_out(calibration))
+    expected = outputs_of(model, held_out(calibration))
     return divergence_from(expected, smaller, held_out(calibration), temperature=3.0).divergence
 
 

@@ -54,7 +54,7 @@ def test_scores_and_plan_are_those_of_one_process(
     assert [group.scores for group in one.groups] == [group.scores for group in other.groups]
     for before, after in zip(one.stages[:2], other.stages[:2], strict=True):
         assert before.score.loss == after.score.loss
-        assert before.score.top1_fraction == after.score.top1_fraction
+        assert before.score.metric == after.score.metric
         assert before.score.images == after.score.images
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(together / "model.safetensors").items():
@@ -87,7 +87,7 @@ def score_of(count: int, size: int) -> Tensor:
     except DataError:
         return torch.full((4,), -1.0, dtype=torch.float64)
     assert score.top5_fraction is None  # of five classes
-    values = (score.images, score.macs, score.top1_fraction, score.loss)
+    values = (score.images, score.macs, score.metric, score.loss)
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from networks import Chain, random_images, randomise_norms
 from secateur.data import Batch
-from secateur.models.divergence import divergence_from, logits_of
+from secateur.models.divergence import divergence_from, outputs_of
 from secateur.runtime.errors import DataError
 
 
@@ -47,38 +47,38 @@ def test_divergence_and_predictions_are_those_of_each_image(
     one, other = two_networks(generator)
     images = random_images(11)
     batches = in_batches(images, size)
-    result = divergence_from(logits_of(one, batches), other, batches)
+    result = divergence_from(outputs_of(one, batches), other, batches)
     with torch.inference_mode():
         divergence, top1 = by_hand(one(images), other(images))
     assert result.divergence == pytest.approx(divergence, rel=1e-5)
-    assert result.top1_fraction == pytest.approx(top1)
+    assert result.agreement_fraction == pytest.approx(top1)
 
 
 def test_softening_divides_the_logits(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    result = divergence_from(logits_of(one, batches), other, batches, temperature=3.0)
+    result = divergence_from(outputs_of(one, batches), other, batches, temperature=3.0)
     with torch.inference_mode():
         images = torch.cat([batch.images for batch in batches])
         divergence, top1 = by_hand(one(images) / 3, other(images) / 3)
     assert result.divergence == pytest.approx(9 * divergence, rel=1e-5)
-    assert result.top1_fraction == pytest.approx(top1)
+    assert result.agreement_fraction == pytest.approx(top1)
 
 
 def test_a_network_agrees_with_itself(generator: torch.Generator) -> None:
     one, _ = two_networks(generator)
     batches = in_batches(random_images(7), 3)
-    result = divergence_from(logits_of(one, batches), copy.deepcopy(one), batches)
+    result = divergence_from(outputs_of(one, batches), copy.deepcopy(one), batches)
     assert result.divergence == pytest.approx(0, abs=1e-9)
-    assert result.top1_fraction == 1.0
+    assert result.agreement_fraction == 1.0
 
 
 def test_labels_are_ignored(generator: torch.Generator) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(7), 3)
     strange = [replace(batch, labels=batch.labels - 9) for batch in batches]
-    result = divergence_from(logits_of(one, batches), other, batches)
-    assert divergence_from(logits_of(one, strange), other, strange) == result
+    result = divergence_from(outputs_of(one, batches), other, batches)
+    assert divergence_from(outputs_of(one, strange), other, strange) == result
 
 
 def test_networks_are_compared_in_evaluation_mode_and_left_as_they_were(
@@ -86,11 +86,11 @@ def test_networks_are_compared_in_evaluation_mode_and_left_as_they_were(
 ) -> None:
     one, other = two_networks(generator)
     batches = in_batches(random_images(8), 4)
-    expected = divergence_from(logits_of(one, batches), other, batches)
+    expected = divergence_from(outputs_of(one, batches), other, batches)
     before = copy.deepcopy(other.state_dict())
     one.train()
     other.train()
-    assert divergence_from(logits_of(one, batches), other, batches) == expected
+    assert divergence_from(outputs_of(one, batches), other, batches) == expected
     assert other.training
     assert all(torch.equal(before[name], t) for name, t in other.state_dict().items())
 

@@ -134,7 +134,7 @@ def first_grades(*fractions: float) -> Callable[..., Score]:
 
     def graded(*arguments: Any, **options: Any) -> Score:
         score: Score = evaluate(*arguments, **options)
-        return replace(score, top1_fraction=next(remaining, score.top1_fraction))
+        return replace(score, metric=next(remaining, score.metric))
 
     return graded
 
@@ -165,7 +165,7 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
 ) -> None:
     run = case.folder / "run"
     first = runs.run(case.config(epochs=1), run)
-    came = replace(first.stages[-1].score, top1_fraction=0.77)
+    came = replace(first.stages[-1].score, metric=0.77)
     changed = first.model_copy(
         update={"stages": (*first.stages[:-1], first.stages[-1].model_copy(update={"score": came}))}
     )

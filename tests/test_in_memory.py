@@ -111,9 +111,7 @@ def test_images_alone_are_read_alike(source: Any) -> None:
         (5, "int holds no batches"),
         ([{"foo": IMAGES, "bar": LABELS}], "hold foo, bar: call the images pixel_values"),
         ([[torch.rand(3, 8, 8), torch.rand(3, 8, 6)]], "all must have one size"),
-        ([(IMAGES, IMAGES)], r"2 tensors of images, .*forward=.*model\(x\[:, :3\], x\[:, 3:\]\)"),
-        ([(IMAGES, IMAGES[..., :4], LABELS)], "2 tensors of images"),
-        (Rows(3, lambda index: (IMAGES[index], IMAGES[index])), "2 tensors of images"),
+        ([(IMAGES, IMAGES[..., :4], LABELS)], r"Tensor \[12, 3, 8, 4\], Tensor \[12\]: yield"),
         ([(torch.arange(12), IMAGES, LABELS)], r"hold Tensor \[12\], Tensor \[12, 3, 8, 8\]"),
         ([Image.new("RGB", (8, 8))], r"got Image: .*v2.ToImage\(\)"),
         ([(255 * IMAGES).byte()], "torch.uint8: scale and normalise them as in training"),
@@ -139,15 +137,15 @@ def test_signals_are_batches_for_a_network_of_signals(labels: Tensor | None) -> 
 
 def test_an_image_with_as_many_labels_as_channels_is_one_image() -> None:
     rows = Rows(12, lambda index: (IMAGES[index], torch.tensor([0.0, 1.0, 1.0])))
-    form = form_of(nn.Conv2d(3, 4, 3), is_free=False)
+    form = form_of(nn.Conv2d(3, 4, 3))
     images = read_images(rows, form, "images")
     assert torch.equal(images.pixels, IMAGES)
     assert images.labels is not None
     assert images.labels.shape == (12, 3)
 
 
-def test_a_function_of_the_users_takes_images_of_any_shape() -> None:
-    free = Form(2, is_free=True)
+def test_images_of_any_shape_are_read_if_the_network_can_be_run_on_them() -> None:
+    free = Form(2, runs=lambda images: True)
     frames = torch.rand(6, 5, 3, 8, 8)
     assert read_images([(frames, torch.arange(6))], free, "images").pixels.shape == frames.shape
     assert read_images([frames.flatten(1)], free, "images").pixels.shape == (6, 960)
@@ -158,7 +156,7 @@ def test_a_function_of_the_users_takes_images_of_any_shape() -> None:
     [(nn.Conv1d(1, 2, 3), 1), (nn.Conv2d(1, 2, 3), 2), (nn.Conv3d(1, 2, 3), 3), (nn.ReLU(), 2)],
 )
 def test_the_first_convolution_tells_what_an_image_is(layer: nn.Module, dims: int) -> None:
-    assert form_of(nn.Sequential(layer, nn.Linear(2, 2)), is_free=False).dims == dims
+    assert form_of(nn.Sequential(layer, nn.Linear(2, 2))).dims == dims
 
 
 def test_a_large_data_set_is_sampled_with_the_seed_and_an_iterable_is_not() -> None:

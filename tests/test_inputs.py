@@ -148,16 +148,16 @@ def test_the_message_names_the_size_that_images_come_at(
 )
 def test_the_message_names_the_smallest_size(layers: tuple[nn.Module, ...], least: int) -> None:
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert fit_channels(network, least) == 3
+    assert fit_channels(network, (least, least)) == 3
     message = f"of 16×16 .*: it needs at least {least}×{least}, so pass --image-size {least} or"
     with pytest.raises(UsageError, match=message):
-        fit_channels(network, 16)
+        fit_channels(network, (16, 16))
 
 
 def test_a_network_that_runs_at_no_size_says_why() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(5, 4, 3))
     with pytest.raises(UsageError, match=r"of 32×32 .* 3 channels: .* expected input.* 5 channels"):
-        fit_channels(network, 32)
+        fit_channels(network, (32, 32))
 
 
 # Channels

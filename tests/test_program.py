@@ -10,6 +10,7 @@ import torch
 
 from secateur.experiments.program import OPERATIONS, Operation, Program, ProgramNetwork
 from secateur.runtime.errors import RunFolderError
+from secateur.runtime.packed_inputs import Inputs
 
 
 def test_every_operation_in_the_table_exists() -> None:
@@ -30,7 +31,13 @@ def test_no_operation_in_the_table_reaches_out_of_the_tensors() -> None:
 def program_of(*operations: tuple[str, list[Any]]) -> Program:
     """Runs operations on the images `x`; their values are `v0`, `v1`, …, the last is returned."""
     steps = tuple(Operation(f"v{i}", call, args, {}) for i, (call, args) in enumerate(operations))
-    return Program("x", (3, 4, 4), {}, {}, steps, f"v{len(steps) - 1}")
+    return one_tensor({}, steps, f"v{len(steps) - 1}")
+
+
+def one_tensor(parameters: dict[str, str], steps: tuple[Operation, ...], output: str) -> Program:
+    """Return a program with the images `x` as input and one tensor as output."""
+    inputs = Inputs(((3, 4, 4),))
+    return Program(("x",), inputs, parameters, {}, steps, (output,), {"tensor": 0})
 
 
 def test_a_program_written_by_hand_runs() -> None:
@@ -75,17 +82,17 @@ def test_values_come_before_they_are_read() -> None:
     later = program_of(("aten.relu.default", [{"value": "v1"}]), ("aten.relu.default", []))
     with pytest.raises(RunFolderError, match="reads 'v1' before it is there"):
         ProgramNetwork(later, {})
-    nothing = Program("x", (3, 4, 4), {}, {}, (), "y")
+    nothing = one_tensor({}, (), "y")
     with pytest.raises(RunFolderError, match="returns 'y'"):
         ProgramNetwork(nothing, {})
     relu = Operation("x", "aten.relu.default", [{"value": "x"}], {})
     with pytest.raises(RunFolderError, match="writes 'x' twice"):
-        ProgramNetwork(Program("x", (3, 4, 4), {}, {}, (relu,), "x"), {})
+        ProgramNetwork(one_tensor({}, (relu,), "x"), {})
 
 
 @pytest.mark.parametrize("name", ["forward", "training", "_steps", "__class__", "a..b", "", "a."])
 def test_a_tensor_does_not_take_the_place_of_anything_else(name: str) -> None:
-    program = Program("x", (3, 4, 4), {"p": name}, {}, (), "x")
+    program = one_tensor({"p": name}, (), "x")
     with pytest.raises(RunFolderError, match="can't name a tensor"):
         ProgramNetwork(program, {name: torch.zeros(1)})
 
@@ -93,13 +100,15 @@ def test_a_tensor_does_not_take_the_place_of_anything_else(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("schema_version", 2), ("image_shape", ["a"]), ("operations", [1]), ("operations", None)),
+        *(("schema_version", 3), ("operations", [1]), ("operations", None), ("inputs", {})),
+        *(("inputs", {"values": ["x"], "shapes": [["a"]]}), ("outputs", [])),
+        ("inputs", {"values": ["x"], "shapes": [[3, 4, 4]], "passing": "eval"}),
         *(("parameters", []), ("operations", [["v", "aten.relu.default", 1, {}]])),
     ],
 )
 def test_text_that_is_not_a_program_is_refused(key: str, value: Any) -> None:
     content = json.loads(program_of(("aten.relu.default", [{"value": "x"}])).to_json())
-    with pytest.raises(RunFolderError, match="schema version 2" if value == 2 else "can't be read"):
+    with pytest.raises(RunFolderError, match="schema version 3" if value == 3 else "can't be read"):
         Program.from_json(json.dumps({**content, key: value}), {})
     del content[key]
     with pytest.raises(RunFolderError, match="can't be read"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import UserDict, namedtuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +16,10 @@ from torch import Tensor, nn
 from networks import NETWORKS, SIDE, make_network, random_images, random_plan, wired
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
+from secateur.graph.forward import with_inputs
 from secateur.pruning.apply import apply_plan
 from secateur.runtime.errors import TraceError, UsageError
+from secateur.runtime.packed_inputs import Inputs
 
 
 def rebuilt(model: nn.Module) -> ProgramNetwork:
@@ -117,10 +123,110 @@ def test_network_that_fixes_its_batch_is_refused() -> None:
         make_program(Fixed(), random_images(2))
 
 
-def test_network_with_two_outputs_is_refused() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.mean((2, 3)), x
+class Outputs(UserDict[str, Tensor]):
+    pass
 
-    with pytest.raises(TraceError, match="return one tensor"):
-        make_program(Two(), random_images(2))
+
+@dataclass
+class Fields:
+    heat: Tensor
+    boxes: Tensor | None = None
+
+
+Pair = namedtuple("Pair", "logits feature_map")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda a, b: (a, b),
+        lambda a, b: [a, [b, a]],
+        lambda a, b: {"boxes": a, "levels": (b, None), 3: "text"},
+        lambda a, b: Pair(a, b),
+    ],
+)
+def test_a_program_returns_the_structure_of_the_network(kind: Callable[..., Any]) -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return kind(x.mean((2, 3)), 2 * x)
+
+    images = random_images(3)
+    actual, expected = rebuilt(Several())(images), Several()(images)
+    assert_same(actual, expected)
+    if isinstance(expected, Pair):
+        assert torch.equal(actual.feature_map, expected.feature_map)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert_same(actual[key], value)
+    elif isinstance(expected, tuple | list):
+        assert isinstance(actual, tuple) == isinstance(expected, tuple)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert actual == expected
+
+
+def test_outputs_with_attributes_have_them_in_a_program() -> None:
+    class Named(nn.Module):
+        def __init__(self, kind: Callable[..., Any]) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x: Tensor) -> Any:
+            return self.kind(heat=x.relu())
+
+    images = random_images(2)
+    for kind in (Fields, Outputs):
+        output = rebuilt(Named(kind))(images)
+        assert torch.equal(output.heat, images.relu())
+        assert torch.equal(output["heat"], output[0])
+        assert not hasattr(output, "feet")
+    with pytest.raises(TraceError, match="returns a SimpleNamespace: return tensors, or tuples"):
+        make_program(Named(SimpleNamespace), images)
+
+
+def test_several_inputs_are_those_of_the_program() -> None:
+    class Beside(nn.Module):
+        def forward(self, image: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            return image.mean((2, 3)) * features.sum(1, keepdim=True), image
+
+    images, features = random_images(3), torch.rand(3, 5)
+    for inputs in (
+        Inputs(((3, SIDE, SIDE), (5,))),
+        Inputs(((5,), (3, SIDE, SIDE)), "keywords", ("features", "image")),
+    ):
+        model = with_inputs(Beside(), inputs)
+        order = (features, images) if inputs.names else (images, features)
+        packed = inputs.pack(order)
+        program = make_program(model, packed)
+        read = Program.from_json(program.to_json(), {})
+        assert read == program
+        args, kwargs = inputs.arguments(order)
+        assert_same(ProgramNetwork(read, {})(*args, **kwargs), Beside()(images, features))
+        with pytest.raises(
+            UsageError, match=r"takes 2 tensors: network\((image=|features=|\[image)"
+        ):
+            ProgramNetwork(read, {})(images)
+
+
+def test_numbers_that_depend_on_the_batch_are_refused() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return x.relu(), 2 * x.shape[0]
+
+    with pytest.raises(TraceError, match="for a batch of 1 have another structure than for 2"):
+        make_program(Counting(), random_images(2))
+
+
+def test_a_program_of_version_1_is_read() -> None:
+    text = """{"schema_version": 1, "image": "x", "image_shape": [3, 8, 8], "parameters": {},
+    "buffers": {}, "output": "y",
+    "operations": [["y", "aten.relu.default", [{"value": "x"}], {}]]}"""
+    images = random_images(2)
+    assert torch.equal(ProgramNetwork(Program.from_json(text, {}), {})(images), images.relu())

@@ -162,7 +162,7 @@ def test_a_job_has_the_result_of_a_single_run(
         assert result.result.plan_hash == alone.plan_hash
         assert result.result.groups == alone.groups
         for one, other in zip(result.result.stages, alone.stages, strict=True):
-            assert (one.stage, one.score.top1_fraction) == (other.stage, other.score.top1_fraction)
+            assert (one.stage, one.score.metric) == (other.stage, other.score.metric)
             assert one.score.loss == pytest.approx(other.score.loss, rel=1e-5)
 
 

@@ -31,7 +31,7 @@ HOSTILE = "<img src=x onerror=alert(1)>|"
 def with_accuracy(result: RunResult, percent: float) -> RunResult:
     """The result with another accuracy at the end."""
     *earlier, last = result.stages
-    score = replace(last.score, top1_fraction=percent / 100)
+    score = replace(last.score, metric=percent / 100)
     return result.model_copy(
         update={"stages": (*earlier, last.model_copy(update={"score": score}))}
     )

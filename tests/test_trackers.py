@@ -75,7 +75,7 @@ def test_every_round_has_curves_of_its_own(source: str, model_file: Path, tmp_pa
         for fact, curve in (
             ("loss", "training/loss"),
             ("learning_rate", "training/learning_rate"),
-            ("validation", "validation/top1_fraction"),
+            ("validation", "validation/metric"),
         ):
             assert drawn[curve] == [
                 (epoch["number"], single(epoch[fact]))

@@ -250,7 +250,7 @@ def test_it_is_as_if_the_files_were_not_there(
     one, two = skipped.score("before"), other.score("before")
     assert one is not None
     assert two is not None
-    assert (one.top1_fraction, one.images) == (two.top1_fraction, two.images)
+    assert (one.metric, one.images) == (two.metric, two.images)
     assert one.loss == pytest.approx(two.loss, rel=1e-6)
     assert other.unreadable == ()
 

@@ -31,12 +31,12 @@ def test_half_the_network_without_a_significant_loss(digits_run: DigitsRun) -> N
         macs=first.macs // 2,
         parameters=first.parameters // 4,
         latency_ms=first.latency_ms / 1.2,
-        top1_fraction=first.top1_fraction - 0.01,
+        metric=first.metric - 0.01,
         agreement_fraction=0.98,
         lost=5,
         gained=2,
     )
-    before = 100 * first.top1_fraction
+    before = 100 * first.metric
     assert verdict(result) == (
         "MACs −50 %, parameters −75 %; 1.2× faster on this machine; "
         f"top-1 {before:.1f} → {before - 1:.1f} % (not significantly different, p = 0.45); "

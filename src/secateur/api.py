@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike
+from secateur.config import BudgetLike, TaskKind
 from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.in_memory import (
+    Form,
     ImageBatches,
+    ImagesInMemory,
     form_of,
     read_batches,
     read_images,
@@ -26,18 +29,21 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.forward import with_forward, without_forward
+from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
-from secateur.graph.working_copy import like_original, working_copy
-from secateur.graph.wrappers import require_module, unwrapped
+from secateur.graph.output_values import OutputPart
+from secateur.graph.working_copy import can_run, like_original, working_copy
+from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
+from secateur.models.examine import examine_outputs, make_task
 from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
+from secateur.models.metrics.by_name import MetricInputs, find_metric
+from secateur.models.metrics.user_function import NetworkFunction, UserMetric
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
-from secateur.models.task import examine_outputs, make_task
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
@@ -63,7 +69,7 @@ class PruneResult:
     """Which filters were removed."""
     scores: Mapping[str, Score]
     """By stage, as far as the run had it: `before`, `cut`, `refit`, `distilled`, `finetuned`.
-    Without labels `top1_fraction` is agreement with the original network."""
+    Without labels `metric` is agreement with the original network."""
     result: RunResult
     """Everything else: settings, filter scores, frozen groups, environment."""
     has_labels: bool
@@ -82,7 +88,13 @@ class PruneResult:
         `WriteError`.
         """
         config = self.result.config
-        origin = Origin(None, self._shape, config.plan.prune_residual, config.plan.exclude)
+        origin = Origin(
+            None,
+            self._shape,
+            config.plan.prune_residual,
+            config.plan.exclude,
+            inputs=inputs_of(self._original),
+        )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
@@ -147,16 +159,20 @@ def prune(
     test: ImageBatches | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
+    task: Literal["auto"] | TaskKind = "auto",
+    outputs: Sequence[OutputPart] = (),
+    metric: str | NetworkFunction = "auto",
     epochs: int = 0,
     max_images: int = 2500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> PruneResult:
-    """Return a smaller copy of an image classifier; `model` itself is not changed.
+    """Return a smaller copy of a network; `model` itself is not changed.
 
     Arguments:
-        model: any network that takes images and returns logits `[image, class]`, or names them.
+        model: any network that takes images and returns tensors: logits `[image, class]`, a map of
+            them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
             `ImageBatches`. They score the filters and refit the remaining kernels.
@@ -166,8 +182,14 @@ def prune(
             may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
-        forward: `forward(model, images)` returns the logits, for networks that take or return
-            anything else, such as `lambda model, images: model(images)[0]`.
+        forward: `forward(model, images)` returns the outputs that count, for networks that take
+            or return anything else, such as `lambda model, images: model(images)[0]`.
+        task: what the outputs mean; by default their shape and the labels tell. `segmentation`
+            reads a map of class scores; `regression` compares outputs of any form as values.
+        metric: how networks are scored: a name, as `secateur models` lists them, or a function of
+            the network that returns a number; higher is better.
+        outputs: with `regression`, which parts of the outputs are compared and how; by default all
+            of them, each by its relative squared error.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
         max_images: the most images to read: a random sample of a larger `Dataset`, the first of
@@ -193,17 +215,28 @@ def prune(
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
-    tables["model"]["allow_untrained"] = looks_untrained(model)
-    form = form_of(model, is_free=forward is not None)
+    tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
+    if isinstance(metric, str):
+        tables["model"]["metric"] = metric
+    elif not callable(metric):
+        raise UsageError(f"metric={metric!r} must be a name or a function of the network")
+    form = _form(model, forward)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
-    original = with_logits(
-        with_forward(working_copy(model, calibration.pixels[:2]), forward), calibration.pixels
+    network = with_inputs(with_forward(model, forward), calibration.inputs)
+    original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
+    dataset = label_images(
+        parts, original, config.model.task, config.data.batch_size, class_names, outputs
     )
-    dataset = label_images(parts, original, config.model.task, config.data.batch_size, class_names)
-    run_context = replace(_run_context(shows_progress=progress), criterion=passed_criterion)
+    run_context = _run_context(shows_progress=progress)
+    run_context = replace(
+        run_context,
+        criterion=passed_criterion,
+        outputs=tuple(outputs),
+        metric=None if isinstance(metric, str) else metric,
+    )
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -223,32 +256,42 @@ def evaluate(
     images: ImageBatches,
     *,
     forward: Forward | None = None,
+    task: Literal["auto"] | TaskKind = "auto",
+    metric: str | NetworkFunction = "auto",
     batch_size: int = 100,
     known_ms: float | None = None,
 ) -> Score:
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
-    `images` and `forward` are as for `prune`; images that come one by one are scored `batch_size`
-    at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
+    `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
     `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
     if the network can't be run on the images.
     """
     model = require_module(model)
-    batches = _labelled_batches(model, images, forward, batch_size)
-    first = next(batches, None)
-    if first is None:
+    read_images = read_batches(images, _form(model, forward), "images")
+    in_memory = next(read_images, None)
+    if in_memory is None:
         raise DataError("images: there are none (a generator can be read only once)")
-    network = with_logits(with_forward(model, forward), first.images)
+    batches = _labelled_batches(itertools.chain([in_memory], read_images), batch_size)
+    first = next(batches)
+    network = with_inputs(with_forward(model, forward), in_memory.inputs)
+    network = with_logits(network, first.images)
     outputs = examine_outputs(network, first.images)
-    labels, _ = read_labels(first.labels, outputs)
-    task = make_task(outputs, [labels])
+    labels, _ = read_labels(first.labels, outputs, task)
+    its_task = make_task(outputs, [labels], task)
 
     def read() -> Iterator[Batch]:
         for batch in itertools.chain([first], batches):
-            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            labels, _ = read_labels(batch.labels, outputs, its_task.kind)
             yield replace(batch, labels=labels)
 
-    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+    scored_by = (
+        find_metric(metric, MetricInputs(its_task))
+        if isinstance(metric, str)
+        else partial(UserMetric, metric)
+    )
+    return evaluation.evaluate(network, read(), task=its_task, metric=scored_by, known_ms=known_ms)
 
 
 def _run_context(*, shows_progress: bool) -> RunContext:
@@ -257,9 +300,13 @@ def _run_context(*, shows_progress: bool) -> RunContext:
     return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
-def _labelled_batches(
-    model: nn.Module, images: ImageBatches, forward: Forward | None, batch_size: int
-) -> Iterator[Batch]:
+def _form(model: nn.Module, forward: Forward | None) -> Form:
+    """Return what an image is for a network that may run through a function of the user's."""
+    network = with_forward(without_wrappers(model), forward)
+    return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
+
+
+def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:
     """Yield labelled batches as they come, but single images in batches of `batch_size`."""
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
@@ -272,17 +319,15 @@ def _labelled_batches(
         labels.clear()
         return batch
 
-    for batch_pixels, batch_labels in read_batches(
-        images, form_of(model, is_free=forward is not None), "images"
-    ):
-        if batch_labels is None:
+    for in_memory in images:
+        if in_memory.labels is None:
             raise DataError(
                 "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
             )
-        pixels.append(batch_pixels)
-        labels.append(batch_labels)
-        count += len(batch_pixels)
-        if len(batch_pixels) > 1 or len(pixels) >= batch_size:
+        pixels.append(in_memory.pixels)
+        labels.append(in_memory.labels)
+        count += len(in_memory.pixels)
+        if len(in_memory.pixels) > 1 or len(pixels) >= batch_size:
             yield joined()
     if pixels:
         yield joined()

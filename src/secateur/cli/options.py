@@ -311,11 +311,13 @@ def _field(kind: type[BaseModel], path: str) -> FieldInfo:
 
 
 def _option_type(annotation: Any) -> Any:
-    """Return what typer takes for a field's type: without None, and lists for tuples."""
+    """Return what typer takes for a field's type: a list for a tuple, text for several types."""
     if get_origin(annotation) in (Union, UnionType):
         [annotation] = [part for part in get_args(annotation) if part is not NoneType]
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        return str
     if get_origin(annotation) is tuple:
         return list[str]
     return annotation

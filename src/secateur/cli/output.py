@@ -20,7 +20,7 @@ from secateur.experiments.inspect import NEEDED, NEEDED_BY
 from secateur.experiments.onnx_export import ExportResult, Latency
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
-from secateur.models.score import Score
+from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
@@ -87,8 +87,9 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
     out().print(table)
     for trial in result.size_trials:
         out().print(
-            f"{trial.fraction_left:7.3f} left: {100 * trial.validation_top1_fraction:.2f} % of the "
-            f"validation images{'' if trial.kept else ', too little'}",
+            f"{trial.fraction_left:7.3f} left: "
+            f"{result.task.describe(trial.validation_metric)} on the validation images"
+            f"{'' if trial.kept else ', too little'}",
             highlight=False,
         )
     removed = sum(len(group.removed) for group in result.groups)
@@ -149,7 +150,7 @@ def show_score(score: Score, task: Task) -> None:
     top5, agreement = score.top5_fraction, score.agreement_fraction
     for title, text in (
         ("images", str(score.images)),
-        (task.accuracy_name, f"{100 * score.top1_fraction:.2f} %"),
+        (task.accuracy_name, metric_text(score.metric, task.metric_unit)),
         *([] if top5 is None else [("top-5", f"{100 * top5:.2f} %")]),
         *([] if agreement is None else [("agreement", f"{100 * agreement:.2f} %")]),
         ("loss", f"{score.loss:.4f}"),

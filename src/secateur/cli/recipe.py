@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.cli.tables import put, table_of
-from secateur.config import BaseConfig, Section, read_tables
+from secateur.config import PREPROCESSING_KEYS, BaseConfig, Section, read_tables
 from secateur.runtime.errors import UsageError
 
 CONFIG, RECIPE = "config.toml", "training.json"
@@ -14,7 +14,7 @@ CONFIG, RECIPE = "config.toml", "training.json"
 KEYS = (
     ("model", "name"),
     ("model", "num_classes"),
-    *(("data", key) for key in ("source", "image_size", "mean", "std", "interpolation")),
+    *(("data", key) for key in ("source", *PREPROCESSING_KEYS)),
 )
 """Keys that are taken from there."""
 

@@ -6,6 +6,7 @@ module imports no torch, so that help and shell completion are quick.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -38,13 +40,18 @@ Optimiser = Literal["sgd", "adamw"]
 Crop = Literal["random_crop", "random_resized_crop", "none"]
 Resizing = Literal["bilinear", "bicubic"]
 """Antialiased interpolation of resized images."""
+Fit = Literal["crop", "letterbox", "stretch"]
+PadPlace = Literal["centre", "top-left"]
+ChannelOrder = Literal["rgb", "bgr"]
 ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
-TaskKind = Literal["single-label", "binary", "multi-label"]
-"""What a network's outputs are: one logit for each class, one for two classes, or one for each of
-several labels."""
+TaskKind = Literal[
+    "single-label", "binary", "multi-label", "segmentation", "detection", "regression"
+]
+"""What a network's outputs are: one logit for each class, one for two classes, one for each of
+several labels, a map of logits, or values of any form (boxes, key points, pictures, numbers)."""
 
 CRITERIA = (
     *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
@@ -57,12 +64,32 @@ CONCEPT_SOURCES = (
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
-DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
+DATA_READERS = (
+    *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
+    *("segmentation",),
+)
 """Kinds of data sets that are read from a folder."""
 DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
 """How data sets are named."""
+METRICS = (
+    *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
+    *("PSNR", "SSIM", "R2"),
+)
+"""Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
+LIBRARY_NETWORKS = (
+    *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
+    "yolox:yolox_nano",
+)
+"""How networks of other libraries are named."""
 BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
 """Networks for 32×32 images that come with secateur."""
+
+
+PREPROCESSING_KEYS = (
+    *("image_size", "fit", "pad_value", "pad_at"),
+    *("mean", "std", "interpolation", "channel_order", "value_range"),
+)
+"""Keys of the configuration's section `data` that say how images are prepared for a network."""
 
 
 class Section(BaseModel):
@@ -83,11 +110,35 @@ class Section(BaseModel):
         return value
 
 
+def parse_image_size(value: object) -> object:
+    """Return a text such as `224`, `256,352` or `256x352` as numbers, other values as they are.
+
+    Two numbers are the height and the width; equal ones are a side. Raises `ValueError`.
+    """
+    if isinstance(value, str):
+        parts = re.split(r"[,x×]", value)
+        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(
+                f"{value!r} is not a size: give a side, as 224, or height and width, as 256,352"
+            )
+        value = [int(part) for part in parts]
+    if isinstance(value, list | tuple) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+ImageSize = Annotated[
+    PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(parse_image_size)
+]
+"""Side of a square, or height and width, in pixels."""
+
+
 class ModelSection(Section):
     """The network to prune."""
 
     name: str
-    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
+    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
+    smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -97,8 +148,16 @@ class ModelSection(Section):
     """Number of outputs of the classifier; by default the number of classes of the data."""
     task: Literal["auto"] | TaskKind = "auto"
     """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
-    the sign of one output, `multi-label` a label for each output; `auto` tells from the outputs and
-    the labels."""
+    the sign of one output, `multi-label` a label for each output, `segmentation` a class for each
+    position, `detection` and `regression` values of any form; `auto` tells from the outputs and the
+    labels."""
+    metric: str = "auto"
+    """How the network is scored: `auto` (what is usual for the task and the labels), a metric that
+    `secateur models` lists, or path/to/file.py:function, which returns a number for a network;
+    higher is better."""
+    decoder: str | None = None
+    """For detectors from your own code: path/to/file.py:function, which makes boxes of the
+    network's output; see docs/how_to/detection.md."""
     allow_untrained: bool = False
     """Continue without a weight file, and with a network that is no better than chance on the test
     images."""
@@ -116,15 +175,35 @@ class DataSection(Section):
     """Number of training images used to score filters and to refit the remaining weights."""
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input images in pixels; by default the size the network was made for, or
-    for a network from a file of your own the size that all images are stored in, else 224."""
+    image_size: ImageSize | None = None
+    """Side of the square input images in pixels, or height and width (`256,352`); by default the
+    size the network was made for, or for a network from a file of your own the size that all images
+    are stored in, else 224."""
+    fit: Fit | None = None
+    """How images get that size: `crop` resizes the shorter side and cuts the middle out;
+    `letterbox` resizes the longer side and pads the rest; `stretch` ignores the aspect ratio. By
+    default as the network was trained."""
+    pad_value: int | None = Field(default=None, ge=0, le=255)
+    """With `fit = "letterbox"`: grey value from 0 to 255 of the padding; by default the network's,
+    else 114."""
+    pad_at: PadPlace | None = None
+    """With `fit = "letterbox"`: whether a padded image lies in the middle (`centre`) or at the
+    `top-left`; by default as the network was trained."""
     mean: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
     """Mean per channel (three, or one of grey) of values from 0 to 1; by default the network's."""
     std: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
     """Standard deviation per channel, of values from 0 to 1; by default the network's."""
     interpolation: Resizing | None = None
     """Interpolation for resizing images; by default the network's."""
+    channel_order: ChannelOrder | None = None
+    """Order of the colours in the network's input; by default the network's. `mean` and `std` are
+    of red, green and blue in either."""
+    value_range: Literal[1, 255] | None = None
+    """What normalised values are multiplied by: 255, with a mean of 0 and a deviation of 1, for a
+    network that takes values from 0 to 255; by default the network's, else 1."""
+    ignore_index: int | None = Field(default=None, ge=0, le=65535)
+    """Value of the pixels of masks that count for nothing; by default 255, and values that the data
+    calls `unlabelled`, `void` or `ignore`."""
     batch_size: int = Field(default=100, ge=2)
     """Images per batch in scoring, refit and evaluation."""
     skip_unreadable: bool = False
@@ -178,8 +257,9 @@ class PlanSection(Section):
     """Number of rounds of score, cut, refit and fine-tune in which the target is reached, each by
     the same factor; 1 prunes in one shot."""
     max_drop: float | None = Field(default=None, ge=0, le=100)
-    """Find the smallest network that loses at most this many points of top-1 accuracy on the
-    validation images after the refit; the target then only names the quantity to minimise."""
+    """Find the smallest network that loses at most this much of the metric (percentage points of
+    top-1 accuracy or mIoU, dB, …) on the validation images after the refit; the target then only
+    names the quantity to minimise."""
     prune_residual: bool = False
     """Also prune channels that skip connections couple over a whole stage."""
     exclude: tuple[str, ...] = ()

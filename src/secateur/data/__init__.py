@@ -8,6 +8,7 @@ and may be used to choose settings; `test` is for final scores only.
 - `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
 - `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
+- `segmentation`, `mask_layout`, `masks`, `value_names`: images with masks
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
 - `augmentation`, `training_stream`: batches to train on
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +36,9 @@ from secateur.data.folder_layout import is_archive
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages, stored_size
-from secateur.data.splits import Splits, draw, hold_out, is_held_out, split_calibration
+from secateur.data.segmentation import KIND as SEGMENTATION
+from secateur.data.segmentation import read_segmentation
+from secateur.data.splits import LabelKind, Splits, draw, hold_out, is_held_out, split_calibration
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
@@ -43,6 +47,7 @@ __all__ = [
     "DataSet",
     "FileImages",
     "Images",
+    "LabelKind",
     "NormalisedImages",
     "TensorImages",
     "Unreadable",
@@ -68,6 +73,7 @@ class DataSet:
     """Whether the labels are true ones, not those that the network predicts."""
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
+    kind: LabelKind = "classes"
 
     @property
     def all_labels(self) -> tuple[Tensor, ...]:
@@ -104,18 +110,25 @@ NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
 
 
-def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
+def load(
+    name: str,
+    *,
+    validation_fraction: float = 0.1,
+    ignore_index: int | None = None,
+    seed: int = 0,
+) -> DataSet:
     """Return the named data set, with a stratified part of its training images held out.
 
     `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
-    `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
-    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
+    `digits` needs the extra `demo`, `hf` the extra `hf`. `ignore_index` is the value of masks'
+    pixels that count for nothing. Which images are held out depends on `seed` alone. Raises
+    `UnknownName`, `UsageError` or `DataError`.
     """
     kind, _, directory = name.partition(":")
     if name == NONE:
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         return DataSet(name, (), nothing, nothing, nothing)
-    splits = _read(name, kind, directory)
+    splits = _read(name, kind, directory, ignore_index)
     generator = torch.Generator().manual_seed(seed)
     train, validation = hold_out(splits.train, validation_fraction, generator)
     notes = splits.notes
@@ -123,21 +136,34 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
         counts = [len(images.labels) for images in (train, validation, splits.test)]
         uses = "{} images to score filters and train on, {} for choices, {} to test".format(*counts)
         notes = (f"{splits.origin}. Used: {uses}.", *notes)
-    return DataSet(name, splits.class_names, train, validation, splits.test, notes=notes)
+    return DataSet(
+        name,
+        splits.class_names,
+        train,
+        validation,
+        splits.test,
+        splits.kind != "none",
+        notes,
+        splits.kind,
+    )
 
 
-def _read(name: str, kind: str, directory: str) -> Splits:
+def _read(name: str, kind: str, directory: str, ignore_index: int | None) -> Splits:
     """Return the splits of the data set `kind:directory`, which is called `name`."""
     if name == DIGITS:
         return read_digits()
     if kind == HUGGING_FACE:
         if not directory:
             raise UsageError(f"data set {name!r} needs a name or a folder: hf:NAME_OR_PATH")
-        return read_hugging_face(directory)
-    if kind not in READERS:
+        return read_hugging_face(directory, ignore_index)
+    readers: dict[str, Callable[[Path], Splits]] = {
+        **READERS,
+        SEGMENTATION: partial(read_segmentation, ignored=ignore_index),
+    }
+    if kind not in readers:
         if Path(name).expanduser().exists():
             raise UsageError(f"data set {name!r} has no kind: {_advise_kind(Path(name))}")
-        raise UnknownName("data set", kind, [*READERS, HUGGING_FACE, DIGITS])
+        raise UnknownName("data set", kind, [*readers, HUGGING_FACE, DIGITS])
     if not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
     path = Path(directory).expanduser()
@@ -146,7 +172,7 @@ def _read(name: str, kind: str, directory: str) -> Splits:
         raise DataError(f"{directory} is a file, not a folder to read {kind} from{archive}")
     if not path.is_dir():
         raise DataError(f"no folder {directory} to read {kind} from")
-    return READERS[kind](path)
+    return readers[kind](path)
 
 
 def _advise_kind(path: Path) -> str:

@@ -1,8 +1,7 @@
 """Images with annotated regions.
 
 Regions go through the same geometry as their images: annotations are drawn at the size of the image
-file, resized to the shorter side by nearest neighbour (by pixel centres) and cropped like the
-image.
+file, then resized by nearest neighbour (by pixel centres) and cropped or padded like the image.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torchvision.transforms import v2
 
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, join_masks
-from secateur.data.images import FileImages, Images, Indices, to_size
+from secateur.data.images import FileImages, Images, Indices, LabelledImages, masks_to_size
+from secateur.data.masks import UNKNOWN
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.runtime.errors import DataError, UsageError
 
 NO_CLASS = -1
 """Label of the images of a list without classes."""
-UNKNOWN = -2
-"""Concept index of a mask's value without a meaning."""
 
 
 @runtime_checkable
@@ -62,7 +59,7 @@ class Annotation(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AnnotatedFiles:
+class AnnotatedFiles(LabelledImages):
     """Image files with an annotation for each."""
 
     paths: tuple[Path, ...]
@@ -94,7 +91,7 @@ class AnnotatedFiles:
 
         def draw(index: int) -> ConceptMasks:
             planes = self.annotations[index].planes(*_size_of(self.paths[index]))
-            return _regions(_to_size(planes, preprocessing))
+            return _regions(masks_to_size(planes, preprocessing))
 
         with ThreadPoolExecutor() as pool:
             return join_masks(list(pool.map(draw, indices.tolist())))
@@ -175,13 +172,6 @@ class _JoinedAnnotation:
             planes = annotation.planes(height, width)
             shifted.append(torch.where(planes == UNLABELLED, UNLABELLED, planes + start))
         return torch.cat(shifted)
-
-
-def _to_size(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return the planes resized and cropped as the image is, `UNLABELLED` beyond its edges."""
-    shifted = (planes - UNLABELLED).float()  # the crop pads with zeros
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    return to_size(shifted, preprocessing, nearest).long() + UNLABELLED
 
 
 def _regions(planes: Tensor) -> ConceptMasks:

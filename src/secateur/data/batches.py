@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from secateur.data.annotated import AnnotatedImages
 from secateur.data.concept_masks import ConceptMasks
 from secateur.data.images import Images
+from secateur.data.objects import Objects
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
 
@@ -22,12 +23,15 @@ class Batch:
     """Normalised images with their labels, indices and annotations."""
 
     images: Float[Tensor, "image channel *position"]
-    labels: Int[Tensor, "image *label"]
-    """Class numbers, or 0 or 1 for each of several labels."""
+    labels: Num[Tensor, "image *label"]
+    """What the images are scored by: class numbers; 0 or 1 for each of several labels; masks of
+    class numbers, `IGNORED` where there is none; or floats. See `Images.read_labels`."""
     indices: Int[Tensor, "image"]
     """Index of each image in the list that the batches are made from."""
     annotations: ConceptMasks | None = None
     """Regions that came with the images."""
+    targets: tuple[Objects, ...] | None = None
+    """The objects that each image shows, if they are annotated."""
 
 
 def batches(
@@ -52,16 +56,20 @@ def batches(
     chunks = [chunk for chunk in local_shard.split(size) if len(chunk)]
     annotated = images if isinstance(images, AnnotatedImages) else None
 
+    def read_all(part: Tensor) -> tuple[Tensor, Tensor]:
+        return images.read(part, preprocessing), images.read_labels(part, preprocessing)
+
     def read(chunk: Tensor) -> Batch | None:
-        readable = read_batch(lambda part: images.read(part, preprocessing), chunk, unreadable)
+        readable = read_batch(read_all, chunk, unreadable)
         if readable is None:
             return None
-        indices, pixels = readable
+        indices, (pixels, labels) = readable
         return Batch(
             preprocessing.normalise(pixels),
-            images.labels[indices],
+            labels,
             indices,
             annotated.regions(indices, preprocessing) if annotated else None,
+            images.read_targets(indices, preprocessing),
         )
 
     if not chunks:

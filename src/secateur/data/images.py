@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,11 +11,20 @@ from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
-from secateur.data.preprocessing import Preprocessing
-from secateur.data.unreadable import Unreadable, decode_all, read_batch
+from secateur.data.objects import Objects
+from secateur.data.preprocessing import Geometry, Preprocessing
+from secateur.data.unreadable import (
+    Unreadable,
+    decode_all,
+    height_and_width,
+    read_batch,
+    rgb_pixels,
+)
 
 SIZES_LOOKED_AT = 64
 """Images that `stored_size` decodes at most."""
+IGNORED = -1
+"""Class of a mask's pixels that count for nothing."""
 Indices = Int[Tensor, "image"]
 
 
@@ -26,7 +34,10 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Int[Tensor, "image *label"]:
-        """Class indices, int64; or 0 or 1 for each of several labels."""
+        """Class indices, int64; or 0 or 1 for each of several labels; or zeros if there are none.
+
+        Images are counted and stratified by these.
+        """
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -37,6 +48,20 @@ class Images(Protocol):
         all images that can't be read, or another `DataError`.
         """
 
+    def read_labels(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> Num[Tensor, "image *label"]:
+        """Return what the images at `indices` are scored by, in the geometry of `read`.
+
+        Those are `labels`; or masks `[image, height, width]`, int64, of a class for each pixel,
+        `IGNORED` where there is none; or floats to regress. Raises as `read` does.
+        """
+
+    def read_targets(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> tuple[Objects, ...] | None:
+        """Return the objects that each image at `indices` shows; None if they aren't annotated."""
+
     def originals(self, indices: Indices) -> list[Num[Tensor, "rgb _ _"]]:
         """Return the images at `indices` in the sizes in which they are stored; see `read`."""
 
@@ -44,8 +69,35 @@ class Images(Protocol):
         """Return a list of the images at `indices`."""
 
 
+class StoredImages(Images, Protocol):
+    """Images whose sizes can be told without decoding them."""
+
+    def sizes(self, indices: Indices) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images at `indices`, as they are stored."""
+
+    def take(self, indices: Indices) -> StoredImages:
+        """Return a list of the images at `indices`; see `Images.take`."""
+
+
+class LabelledImages:
+    """Images whose labels don't depend on how they are read."""
+
+    labels: Int[Tensor, "image *label"]
+
+    def read_labels(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> Int[Tensor, "image *label"]:
+        """Return the labels of the images at `indices`; see `Images.read_labels`."""
+        del preprocessing
+        return self.labels[indices]
+
+    def read_targets(self, indices: Indices, preprocessing: Preprocessing) -> None:
+        """Return None: no objects are annotated; see `Images.read_targets`."""
+        del indices, preprocessing
+
+
 @dataclass(frozen=True, eq=False)
-class TensorImages:
+class TensorImages(LabelledImages):
     """Images of one size, held in memory."""
 
     pixels: UInt8[Tensor, "image rgb height width"]
@@ -56,7 +108,7 @@ class TensorImages:
     ) -> UInt8[Tensor, "image rgb height width"]:
         """Return the images at `indices`, resized and cropped; see `Images.read`."""
         pixels = self.pixels[indices]
-        if pixels.shape[-2:] != (preprocessing.image_size, preprocessing.image_size):
+        if pixels.shape[-2:] != preprocessing.size:
             pixels = to_size(pixels, preprocessing)
         return pixels
 
@@ -75,6 +127,8 @@ class NormalisedImages:
 
     tensors: Float[Tensor, "image channel *position"]
     labels: Int[Tensor, "image *label"]
+    values: Num[Tensor, "image *value"] | None = None
+    """What images are scored by instead of `labels`: masks or floats; see `Images.read_labels`."""
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing
@@ -83,17 +137,29 @@ class NormalisedImages:
         del preprocessing
         return self.tensors[indices]
 
+    def read_labels(
+        self, indices: Indices, preprocessing: Preprocessing
+    ) -> Num[Tensor, "image *label"]:
+        """Return the values of the images at `indices`, else their labels."""
+        del preprocessing
+        return (self.labels if self.values is None else self.values)[indices]
+
+    def read_targets(self, indices: Indices, preprocessing: Preprocessing) -> None:
+        """Return None: no objects are annotated; see `Images.read_targets`."""
+        del indices, preprocessing
+
     def originals(self, indices: Indices) -> list[Float[Tensor, "channel *position"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
         return list(self.tensors[indices])
 
     def take(self, indices: Indices) -> NormalisedImages:
         """Return a list of the images at `indices`; see `Images.take`."""
-        return NormalisedImages(self.tensors[indices], self.labels[indices])
+        values = None if self.values is None else self.values[indices]
+        return NormalisedImages(self.tensors[indices], self.labels[indices], values)
 
 
 @dataclass(frozen=True, eq=False)
-class FileImages:
+class FileImages(LabelledImages):
     """Image files, decoded when they are read, on several threads."""
 
     paths: tuple[Path, ...]
@@ -103,12 +169,18 @@ class FileImages:
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
         """Return the images at `indices`, resized and cropped; see `Images.read`."""
-        prepare = functools.partial(to_size, preprocessing=preprocessing)
-        return torch.stack(decode_all(indices, self._find, prepare))
+        pixels = decode_all(
+            indices, self._find, lambda image: to_size(rgb_pixels(image), preprocessing)
+        )
+        return torch.stack(pixels)
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
-        return decode_all(indices, self._find, lambda pixels: pixels)
+        return decode_all(indices, self._find, rgb_pixels)
+
+    def sizes(self, indices: Indices) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images at `indices`; see `StoredImages.sizes`."""
+        return decode_all(indices, self._find, height_and_width)
 
     def _find(self, index: int) -> tuple[str, Path]:
         return str(self.paths[index]), self.paths[index]
@@ -118,25 +190,52 @@ class FileImages:
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
 
-def to_size(
-    pixels: Tensor,
-    preprocessing: Preprocessing,
-    interpolation: v2.InterpolationMode | None = None,
-) -> Tensor:
-    """Return images resized to the shorter side, then cropped at the centre, as torchvision does.
+def to_size(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return images in the size of the network's input, as `Preprocessing.fit` says.
 
-    `interpolation` replaces the network's for tensors that aren't pictures. Bilinear and bicubic
-    are antialiased. The crop is zero beyond an image's edges.
+    Bilinear and bicubic resizing is antialiased, as torchvision's. A crop is zero beyond an image's
+    edges.
     """
-    side = preprocessing.image_size
-    if preprocessing.keeps_exact and pixels.shape[-2:] == (side, side):
+    interpolation = v2.InterpolationMode(preprocessing.interpolation)
+    fill = preprocessing.pad_value if preprocessing.fit == "letterbox" else 0
+    return _to_size(pixels, preprocessing, interpolation, fill)
+
+
+def masks_to_size(
+    masks: Int[Tensor, "*image height width"], preprocessing: Preprocessing
+) -> Int[Tensor, "*image row column"]:
+    """Return whole numbers by pixel as `to_size` returns their images, `IGNORED` beyond the edges.
+
+    They are resized to the nearest neighbour, by pixel centres.
+    """
+    shifted = (masks - IGNORED).float()  # the crop pads with zeros
+    nearest = v2.InterpolationMode.NEAREST_EXACT
+    return _to_size(shifted, preprocessing, nearest, 0).long() + IGNORED
+
+
+def _to_size(
+    pixels: Tensor, preprocessing: Preprocessing, interpolation: v2.InterpolationMode, fill: int
+) -> Tensor:
+    height, width = pixels.shape[-2:]
+    size, geometry = preprocessing.size, preprocessing.geometry(height, width)
+    if geometry == Geometry() and (height, width) == size:
         return pixels
-    interpolation = interpolation or v2.InterpolationMode(preprocessing.interpolation)
     resized = v2.functional.resize(
-        pixels, [preprocessing.resize], interpolation=interpolation, antialias=True
+        pixels,
+        [*preprocessing.resized(height, width)],
+        interpolation=interpolation,
+        antialias=True,
     )
-    cropped: Tensor = v2.functional.center_crop(resized, [side])
-    return cropped
+    left, top = int(geometry.offset_x), int(geometry.offset_y)
+    right, bottom = (
+        outer - inner - start
+        for outer, inner, start in (
+            (size[1], resized.shape[-1], left),
+            (size[0], resized.shape[-2], top),
+        )
+    )
+    padding = (left, right, top, bottom)  # negative: cropped
+    return torch.nn.functional.pad(resized, padding, value=fill)
 
 
 def stored_size(images: Images) -> tuple[int, int] | None:

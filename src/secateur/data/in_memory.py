@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from secateur.runtime.errors import DataError
+from secateur.runtime.packed_inputs import (
+    Inputs,
+    Parameters,
+    Passing,
+    describe,
+    parameters_of,
+)
 from secateur.runtime.torch_internals import Convolution
 
 ImageBatches = Iterable[Any] | Dataset[Any]
 """Images as a `DataLoader`, a `Dataset`, a list or a generator yields them: in batches or one by
 one, alone, as `(images, labels)`, or under the usual names (`IMAGE_NAMES`, `LABEL_NAMES`) in a
-dict, a named tuple or another object."""
+dict, a named tuple or another object. Where a network takes several inputs they come as
+`((a, b), labels)`, `(a, b, labels)` or `(a, b)`, or under the names that its call gives them."""
 IMAGE_NAMES = ("pixel_values", "images", "image", "img", "inputs", "input", "x")
 """What images are called in batches with names; the first that a batch has is taken."""
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -42,10 +50,12 @@ class Form:
 
     dims: int = 2
     """Dimensions that the network's convolutions move along: 2 for images."""
-    is_free: bool = False
-    """Whether a function of the user's takes the images, so that they may have any shape."""
     channels: int | None = None
     """Channels of an image, if the network tells."""
+    parameters: Parameters = Parameters()
+    """What the network's call takes."""
+    runs: Callable[[Tensor], bool] = field(default=lambda images: False, compare=False)
+    """Whether the network can be run on a batch of another shape than its convolutions tell."""
 
     @property
     def axes(self) -> str:
@@ -53,29 +63,38 @@ class Form:
         return AXES[self.dims]
 
 
-def form_of(model: nn.Module, *, is_free: bool) -> Form:
-    """Return what an image is for a network, as its first convolution tells."""
+def form_of(
+    model: nn.Module,
+    forward: Callable[..., Any] | None = None,
+    runs: Callable[[Tensor], bool] = lambda images: False,
+) -> Form:
+    """Return what an image is for a network, as its call and its first convolution tell.
+
+    With `forward` it is that function's call. For `runs` see `Form`.
+    """
     layers = (module for module in model.modules() if isinstance(module, Convolution))
-    first = next(layers, None)
+    first, parameters = next(layers, None), parameters_of(model, forward)
     if first is None:
-        return Form(is_free=is_free)
-    return Form(len(first.kernel_size), is_free, first.in_channels)
+        return Form(parameters=parameters, runs=runs)
+    return Form(len(first.kernel_size), first.in_channels, parameters, runs)
 
 
 @dataclass(frozen=True, eq=False)
 class ImagesInMemory:
     """Images as the network takes them."""
 
-    pixels: Float[Tensor, "image channel *position"]
+    pixels: Float[Tensor, "image *axis"]
     labels: Shaped[Tensor, "image *label"] | None
     """As they were passed; see `models.labels`."""
     is_from_front: bool = False
     """Whether they came in the order of an iterable, which may be sorted by class."""
+    inputs: Inputs | None = None
+    """What the pixels hold, if the network takes several inputs."""
 
     def take(self, chosen: Bool[Tensor, "image"]) -> ImagesInMemory:
         """Return the images where `chosen` is true."""
         labels = None if self.labels is None else self.labels[chosen]
-        return ImagesInMemory(self.pixels[chosen], labels, self.is_from_front)
+        return replace(self, pixels=self.pixels[chosen], labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +146,13 @@ def read_images(
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
-    for images, batch_labels in read_batches(source, form, name, most=most, seed=seed):
-        pixels.append(images)
-        if batch_labels is not None:
-            labels.append(batch_labels)
-        count += len(images)
+    inputs: Inputs | None = None
+    for batch in read_batches(source, form, name, most=most, seed=seed):
+        pixels.append(batch.pixels)
+        inputs = batch.inputs
+        if batch.labels is not None:
+            labels.append(batch.labels)
+        count += len(batch.pixels)
         if most is not None and count >= most:
             break
     if not pixels:
@@ -148,22 +169,40 @@ def read_images(
         torch.cat(pixels)[:most],
         torch.cat(labels)[:most] if labels else None,
         is_from_front=not _is_map_style(source),
+        inputs=inputs,
     )
 
 
 def read_batches(
     source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[ImagesInMemory]:
     """Yield float32 images `[image, channel, …]` of one size, with labels or None.
 
-    Of a `Dataset` of more than `most` items only a random sample is read.
+    Several inputs of a network are packed into one tensor. Of a `Dataset` of more than `most` items
+    only a random sample is read.
     """
     shape: torch.Size | None = None
-    for batch in _items(source, name, most, seed):
+    inputs: Inputs | None = None
+    for batch in _items(source, form, name, most, seed):
         raw_images, raw_labels = _parts(batch, form, name)
-        pixels = _tensor_of(raw_images, form, name)
+        is_single = batch is not source
         labels = None if raw_labels is None else _as_tensor(raw_labels, name)
-        images = _as_batch(pixels, labels, form, name, is_single=batch is not source)
+        if isinstance(raw_images, _Several):
+            tensors = [_tensor_of(part, form, name) for part in raw_images.parts]
+            tensors, is_one = _as_batches(tensors, labels, form, name, is_single=is_single)
+            shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+            its_inputs = Inputs(shapes, raw_images.passing, raw_images.names)
+            if inputs is not None and its_inputs != inputs:
+                raise DataError(
+                    f"{name}: inputs {describe(inputs.shapes)} and {describe(shapes)} of one image "
+                    "each: all must have one size"
+                )
+            inputs = its_inputs
+            images = inputs.pack(tensors)
+        else:
+            images, is_one = _as_batch(
+                _tensor_of(raw_images, form, name), labels, form, name, is_single=is_single
+            )
         if shape is not None and images.shape[1:] != shape:
             raise DataError(
                 f"{name}: tensors {list(shape)} and {list(images.shape[1:])} of one image each: "
@@ -171,14 +210,15 @@ def read_batches(
             )
         shape = images.shape[1:]
         if labels is not None:
-            if not labels.ndim or (len(images) == 1 and len(labels) != 1):
+            is_one_label = not labels.ndim or (len(images) == 1 and len(labels) != 1)
+            if is_one_label or (is_one and labels.ndim > 1):
                 labels = labels[None]  # of a single image
             if len(labels) != len(images):
                 raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
-        yield images, labels
+        yield ImagesInMemory(images, labels, inputs=inputs)
 
 
-def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]:
+def _items(source: Any, form: Form, name: str, most: int | None, seed: int) -> Iterator[Any]:
     """Yield what a source holds, batch by batch or image by image."""
     if isinstance(source, str | Path):
         raise DataError(
@@ -193,7 +233,7 @@ def _items(source: Any, name: str, most: int | None, seed: int) -> Iterator[Any]
             order = torch.randperm(count, generator=generator)[:most].sort().values.tolist()
         for index in order:
             yield source[index]
-    elif _is_batch(source):
+    elif _is_batch(source, form):
         yield source
     else:
         try:
@@ -213,20 +253,61 @@ def _is_map_style(source: object) -> bool:
     return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 
-def _is_batch(source: object) -> bool:
+def _is_batch(source: object, form: Form) -> bool:
     """Return whether a source is one batch itself: images, or images with labels."""
     if isinstance(source, Tensor | np.ndarray | Mapping):
         return True
-    if not isinstance(source, tuple | list) or len(source) != 2:
+    if not isinstance(source, tuple | list) or not source:
+        return False
+    if isinstance(source, tuple) and _several(source, form) is not None:
+        return True
+    if len(source) != 2:
         return False
     images, labels = source
+    if not isinstance(labels, Tensor | np.ndarray) or not labels.ndim:
+        return False
+    if isinstance(images, tuple | list):
+        return all(_is_floats(part) and len(part) == len(labels) for part in images)
     return (
         isinstance(images, Tensor | np.ndarray)
-        and isinstance(labels, Tensor | np.ndarray)
         and images.ndim > 2
         and labels.shape[:1] == images.shape[:1]
-        and labels.ndim <= 2
+        and (labels.ndim <= 2 or not _is_floats(labels))
     )
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Several inputs of a batch, or of one image."""
+
+    parts: tuple[Any, ...]
+    passing: Passing
+    names: tuple[str, ...] = ()
+
+
+def _several(batch: Sequence[Any], form: Form) -> tuple[_Several, Any] | None:
+    """Return the inputs of a batch and its labels, if it holds several inputs side by side."""
+    count = len(form.parameters.needed)
+    is_split = count > 1 and len(batch) in (count, count + 1)
+    if not is_split or not all(map(_is_floats, batch[:count])):
+        return None
+    return _Several(tuple(batch[:count]), "arguments"), batch[count] if batch[count:] else None
+
+
+def _several_named(batch: Any, form: Form, *, is_inner: bool) -> _Several | None:
+    """Return the inputs in a mapping, if it holds several.
+
+    They are what the network's call takes by name, or else all floats of a mapping that stands in
+    a batch beside the labels (`is_inner`).
+    """
+    tensors = {str(key): batch[key] for key in batch.keys() if _is_floats(batch[key])}
+    is_label = frozenset(LABEL_NAMES).difference(form.parameters.needed)
+    known = [key for key in tensors if key in form.parameters.names and key not in is_label]
+    if len(known) > 1:
+        return _Several(tuple(tensors[key] for key in known), "keywords", tuple(known))
+    if is_inner and len(tensors) > 1 and not any(key in IMAGE_NAMES for key in tensors):
+        return _Several(tuple(tensors.values()), "dict", tuple(tensors))
+    return None
 
 
 def _parts(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
@@ -234,9 +315,14 @@ def _parts(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
     if isinstance(batch, Tensor | np.ndarray):
         return batch, None
     names = _names_of(batch)
+    label_name = next((known for known in LABEL_NAMES if known in names), None)
+    if hasattr(batch, "keys"):
+        inputs = _several_named(batch, form, is_inner=False)
+        if inputs is not None:
+            has_label = label_name is not None and label_name not in inputs.names
+            return inputs, batch[label_name] if has_label else None
     image_name = next((known for known in IMAGE_NAMES if known in names), None)
     if image_name is not None:
-        label_name = next((known for known in LABEL_NAMES if known in names), None)
         return _value(batch, image_name), label_name and _value(batch, label_name)
     if hasattr(batch, "keys"):
         raise DataError(
@@ -246,31 +332,25 @@ def _parts(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
         )
     if not isinstance(batch, tuple | list) or not batch:
         return batch, None
+    several = _several(batch, form)
+    if several is not None:
+        return several
     if len(batch) == 1:
         return _parts(batch[0], form, name)
     if isinstance(batch, list) and all(_is_floats(part, form.dims + 1) for part in batch):
         return batch, None  # images that are not stacked yet
     first, second, *others = batch
-    if _is_floats(first) and _is_floats(second, first.ndim) and first.ndim > 2:
-        raise DataError(_several_inputs(batch, form, name))
     if others and not _is_class_numbers(second):
         parts = ", ".join(map(_description, batch))
         raise DataError(f"{name}: batches hold {parts}: yield images, or images and labels")
     if hasattr(first, "keys"):
-        first, _ = _parts(first, form, name)
+        named = _several_named(first, form, is_inner=True)
+        return (named or _parts(first, form, name)[0]), second
+    if isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_floats, first)):
+        passing = form.parameters.passing_of(first)
+        if passing == "arguments" or any(part.ndim > form.dims + 1 for part in first):
+            return _Several(tuple(first), passing), second
     return first, second
-
-
-def _several_inputs(batch: Sequence[Any], form: Form, name: str) -> str:
-    """Return what to do with batches that hold several tensors of images."""
-    inputs = [part for part in batch if _is_floats(part, batch[0].ndim)]
-    shapes = " and ".join(str(list(part.shape)) for part in inputs)
-    channels = batch[0].shape[batch[0].ndim - form.dims - 1]
-    return (
-        f"{name}: batches hold {len(inputs)} tensors of images, {shapes}, and one is "
-        "needed: join them, torch.cat(inputs, dim=1), and split them in forward=lambda model, x: "
-        f"model(x[:, :{channels}], x[:, {channels}:])"
-    )
 
 
 def _names_of(batch: Any) -> frozenset[str]:
@@ -336,22 +416,49 @@ def _tensor_of(images: Any, form: Form, name: str) -> Tensor:
 
 def _as_batch(
     pixels: Tensor, labels: Tensor | None, form: Form, name: str, *, is_single: bool
-) -> Tensor:
-    """Return a batch of images as it is, and what may be a single image as a batch of one."""
+) -> tuple[Tensor, bool]:
+    """Return images as a batch, and whether they were a single image, which has no first axis."""
+    rank = form.dims + 2
+    if labels is not None and not labels.ndim and pixels.ndim > rank - 2:
+        is_batch_of_one = pixels.ndim >= rank and len(pixels) == 1
+        return (pixels, False) if is_batch_of_one else (pixels[None], True)
+    if pixels.ndim == rank:
+        return pixels, False
     is_labelled_batch = labels is not None and labels.ndim > 0 and len(labels) == len(pixels)
-    if pixels.ndim == form.dims + 2 or (form.is_free and pixels.ndim > 1 and is_labelled_batch):
-        return pixels
     is_single &= not is_labelled_batch or len(pixels) in (1, form.channels)
-    if pixels.ndim == form.dims + 1 and is_single:
-        return pixels[None]
-    if form.is_free and pixels.ndim > 1:
-        return pixels
+    if pixels.ndim == rank - 1 and is_single:
+        is_likely = is_labelled_batch or len(pixels) in (1, form.channels)
+        if is_likely or form.runs(pixels[None]) or not form.runs(pixels):
+            return pixels[None], True
+        return pixels, False
+    if pixels.ndim > 1 and form.runs(pixels):
+        return pixels, False
+    if is_single and form.runs(pixels[None]):
+        return pixels[None], True
     what = f"{list(pixels.shape)}" + (
         f" with {labels.numel()} labels" if labels is not None else ""
     )
     raise DataError(
         f"{name} must be floating-point tensors {form.axes}, as the network takes them; got {what}"
     )
+
+
+def _as_batches(
+    tensors: list[Tensor], labels: Tensor | None, form: Form, name: str, *, is_single: bool
+) -> tuple[list[Tensor], bool]:
+    """Return several inputs as batches, and whether they were those of a single image."""
+    counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    rank = max(tensor.ndim for tensor in tensors)
+    has_many_labels = labels is not None and labels.ndim > 0 and len(labels) in counts
+    is_one = labels is not None and not labels.ndim and (rank != form.dims + 2 or counts != {1})
+    if not is_one and is_single and not has_many_labels:
+        is_one = len(counts) > 1 or rank <= form.dims + 1
+    if is_one:
+        return [tensor[None] for tensor in tensors], True
+    if len(counts) > 1:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise DataError(f"{name}: inputs {shapes} are of different numbers of images")
+    return tensors, False
 
 
 def _as_tensor(labels: Any, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +13,11 @@ from torch import Tensor
 from secateur.data.images import Images
 from secateur.runtime.errors import DataError
 
+LabelKind = Literal["classes", "masks", "objects", "values", "none"]
+"""What images come with: a class or several labels each; a mask of a class for each pixel; objects
+in boxes; numbers to regress; or nothing."""
+TEST_FRACTION = 0.2
+"""Of each class, held out of data without a test part."""
 HELD_OUT_EVERY = 5
 """Every n-th calibration image is held out; the others are fitted to."""
 
@@ -27,6 +33,7 @@ class Splits:
     """What was not read, a sentence each."""
     origin: str = ""
     """Where the test part comes from, if not from a part of that name."""
+    kind: LabelKind = "classes"
 
 
 def check_labelling(
@@ -58,6 +65,14 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
     mask = torch.zeros(len(images.labels), dtype=torch.bool)
     mask[torch.cat(chosen)] = True
     return images.take((~mask).nonzero()[:, 0]), images.take(mask.nonzero()[:, 0])
+
+
+def hold_out_fifth(images: Images) -> tuple[Images, Images]:
+    """Return images without a fifth of each class, and that fifth, for a test part.
+
+    It is always the same. Raises `DataError` if a class has too few.
+    """
+    return hold_out(images, TEST_FRACTION, torch.Generator().manual_seed(0))
 
 
 def draw(images: Images, count: int, generator: torch.Generator, *, stratified: bool) -> Images:

@@ -14,9 +14,10 @@ from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
@@ -25,7 +26,7 @@ from secateur.pipeline.inputs import (
     resolve_config,
 )
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
 
@@ -47,9 +48,9 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     dataset, network = load_inputs(config)
     asked, config = config, resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
-    task = _task(network, dataset, config, run_context)
+    task, metric = _task(network, network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
-    score, predictions = evaluate_and_predict(network, batches, task=task)
+    score, predictions = evaluate_and_predict(network, batches, task=task, metric=metric)
     doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
     notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
     if doubt is not None:
@@ -69,13 +70,13 @@ def evaluate_run(run: Path, config: RunConfig, run_context: RunContext) -> Evalu
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)
     original, notes = _load_original(run, config)
-    task = _task(network, dataset, config, run_context)
+    task, metric = _task(network, original or network, dataset, config, run_context)
     predictions: Predictions | None = None
     if original is not None:
         batches = reader.read_shard(dataset.test, "scoring the original")
         _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
     batches = reader.read_shard(dataset.test, "scoring")
-    score = evaluate(network, batches, task=task, original=predictions)
+    score = evaluate(network, batches, task=task, metric=metric, original=predictions)
     return Evaluation(score, task, (*dataset.notes, *task.notes, *notes), _unreadable(run_context))
 
 
@@ -93,9 +94,19 @@ def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tupl
     return original, ()
 
 
-def _task(network: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext) -> Task:
-    example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
-    return find_task(network, example, dataset.all_labels, config.model.task)
+def _task(
+    network: nn.Module,
+    original: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext,
+) -> tuple[Task, MetricFactory | None]:
+    reader = make_reader(config, run_context)
+    example = reader.read_first(dataset.test, EXAMPLE_IMAGES)
+    parts = output_parts(config, run_context)
+    task = task_of(original, dataset, config, reader, example, parts)
+    metric = metric_of(task, dataset, config, original, run_context)
+    return with_metric(task, metric), metric
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

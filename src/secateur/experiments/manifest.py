@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from secateur.runtime.atomic_io import replace_file
 from secateur.runtime.errors import RunFolderError
@@ -24,6 +24,7 @@ from secateur.runtime.input_limits import (
     check_safetensors,
     read_bounded,
 )
+from secateur.runtime.packed_inputs import Passing
 from secateur.runtime.schema import VersionedRecord, parse_record
 from secateur.runtime.version import __version__
 
@@ -37,6 +38,14 @@ TEXTS = {CONFIG: SMALL_TEXT, PLAN: PLAN_TEXT, PROGRAM: TEXT}
 """Largest size of each text file, in bytes; the others are safetensors."""
 
 
+class SeveralInputs(VersionedRecord):
+    """The inputs of a network that takes several; see `runtime.packed_inputs`."""
+
+    shapes: tuple[tuple[PositiveInt, ...], ...]
+    passing: Passing
+    names: tuple[str, ...]
+
+
 class Manifest(VersionedRecord):
     """The content of `manifest.json`."""
 
@@ -46,9 +55,14 @@ class Manifest(VersionedRecord):
     architecture: str | None
     """The unpruned network, as `load_model` takes it; None if it must be passed."""
     num_classes: PositiveInt | None
-    """Outputs of the network's head; None if the network does not return one tensor."""
+    """Outputs of a classifier's head, or classes of a named network; None for other networks."""
     image_shape: tuple[PositiveInt, ...]
-    """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say."""
+    """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say.
+    Several inputs are one tensor there."""
+    inputs: SeveralInputs | None = None
+    """The inputs of a network that takes several."""
+    outputs: dict[str, tuple[NonNegativeInt, ...]] | None = None
+    """Name of each output -> its shape for one image, of a network that returns several."""
     transform_input: bool = False
     """Whether torchvision's GoogLeNet or Inception v3 maps its images to [-1, 1]."""
     prune_residual: bool
@@ -93,7 +107,8 @@ def _hash(content: bytes) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
-    without = None if manifest.forward else {"forward"}  # earlier releases don't know the key
+    # Earlier releases don't know these keys.
+    without = {key for key in ("forward", "inputs", "outputs") if not getattr(manifest, key)}
     text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")
 

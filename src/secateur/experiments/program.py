@@ -13,37 +13,42 @@ import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from secateur.experiments.output_structure import Structure, put_together
 from secateur.runtime.errors import RunFolderError, UsageError
+from secateur.runtime.packed_inputs import Inputs, Passing
 from secateur.runtime.torch_internals import schema_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had one input and one tensor as output."""
 
 OPERATIONS = frozenset(
     """
-    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    adaptive_max_pool2d add addcmul addmm alias alpha_dropout amax amin arange argmax argmin
-    avg_pool1d avg_pool2d avg_pool3d
-    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bmm broadcast_to cat ceil celu
-    channel_shuffle chunk clamp clamp_max clamp_min clone constant_pad_nd contiguous conv1d conv2d
-    conv3d conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp
-    expand expand_as eye feature_alpha_dropout feature_dropout fill flatten flip floor floor_divide
-    full full_like gather ge gelu glu group_norm gt hardshrink hardsigmoid hardswish hardtanh index
-    index_select instance_norm layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm
-    linear linspace log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp
-    lt masked_fill matmul max max_pool1d max_pool2d max_pool3d maximum mean meshgrid min minimum
-    mish mm movedim mul narrow native_channel_shuffle ne neg new_full new_ones new_zeros norm ones
-    ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal relu relu6
-    remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub
-    scaled_dot_product_attention select selu sigmoid sign silu sin slice softmax softplus softshrink
-    split split_with_sizes sqrt square squeeze stack std sub sum swapaxes swapdims sym_size t tan
-    tanh threshold tile to topk transpose tril triu true_divide type_as unbind unflatten unfold
-    unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
-    where zero zeros zeros_like
+    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d add addcmul addmm alias alpha_dropout amax amin arange
+    argmax argmin argsort atan atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bitwise_and
+    bitwise_not bitwise_or bmm broadcast_to cat ceil celu channel_shuffle chunk clamp clamp_max
+    clamp_min clone constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp expand
+    expand_as eye feature_alpha_dropout feature_dropout fft_rfft fill flatten flip floor
+    floor_divide full full_like gather ge gelu glu grid_sampler group_norm gru gt hardshrink
+    hardsigmoid hardswish hardtanh imag index index_select instance_norm layer_norm le leaky_relu
+    lerp lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid
+    log_softmax logical_and logical_not logical_or logsumexp lstm lt mT masked_fill matmul max
+    max_pool1d max_pool2d max_pool3d maximum mean meshgrid min minimum mish mm movedim mul narrow
+    native_channel_shuffle ne neg new_full new_ones new_zeros norm numpy_T ones ones_like pad
+    permute pixel_shuffle pixel_unshuffle pow prelu prod real reciprocal relu relu6 remainder repeat
+    repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub scaled_dot_product_attention
+    select selu sigmoid sign silu sin slice softmax softplus softshrink sort split split_with_sizes
+    sqrt square squeeze stack std stft sub sum swapaxes swapdims sym_size t tan tanh threshold tile
+    to topk transpose tril triu true_divide type_as unbind unflatten unfold unsqueeze
+    upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_trilinear3d var var_mean view view_as view_as_real where zero zeros
+    zeros_like
     """.split()  # noqa: SIM905
 )
 """ATen operations that a program may name, also in their in-place form, but not with `out=`."""
@@ -78,17 +83,19 @@ class Operation:
 class Program:
     """The operations of a network, in order, for images of one size."""
 
-    image: str
-    """The value that stands for the images."""
-    image_shape: tuple[int, ...]
-    """Shape of an image, such as `(rgb, height, width)`; any number of images."""
+    input_values: tuple[str, ...]
+    """The value that stands for each of the network's inputs."""
+    inputs: Inputs
+    """Their shapes, such as `(rgb, height, width)`, for any number of images."""
     parameters: dict[str, str]
     """Name of a value -> dotted name of the parameter."""
     buffers: dict[str, str]
     """Name of a value -> dotted name of the buffer or constant."""
     operations: tuple[Operation, ...]
-    output: str
-    """The value that the network returns."""
+    outputs: tuple[str, ...]
+    """The values that the network returns."""
+    structure: Structure
+    """How it returns them; see `output_structure`."""
     constants: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """Tensors that are not in the network's state dict, by name; not part of the JSON."""
 
@@ -96,11 +103,15 @@ class Program:
         """Return the program as JSON text with its schema version, one operation a line."""
         head = {
             "schema_version": SCHEMA_VERSION,
-            "image": self.image,
-            "image_shape": list(self.image_shape),
+            "inputs": {
+                "values": self.input_values,
+                "shapes": self.inputs.shapes,
+                "passing": self.inputs.passing,
+                "names": self.inputs.names,
+            },
             "parameters": self.parameters,
             "buffers": self.buffers,
-            "output": self.output,
+            "outputs": {"values": self.outputs, "structure": self.structure},
         }
         steps = [[step.value, step.call, step.args, step.kwargs] for step in self.operations]
         lines = ",\n".join(json.dumps(step, allow_nan=False) for step in steps)
@@ -112,24 +123,48 @@ class Program:
         try:
             content = json.loads(text)
             version = content["schema_version"]
-            if version != SCHEMA_VERSION:
+            if version == 1:
+                content = _from_version_1(content)
+            elif version != SCHEMA_VERSION:
                 raise RunFolderError(
-                    f"the program has schema version {version}, not {SCHEMA_VERSION}"
+                    f"the program has schema version {version}, and this secateur reads up to "
+                    f"{SCHEMA_VERSION}"
                 )
+            inputs, outputs = content["inputs"], content["outputs"]
             return Program(
-                image=str(content["image"]),
-                image_shape=tuple(int(size) for size in content["image_shape"]),
+                input_values=tuple(map(str, inputs["values"])),
+                inputs=_inputs(inputs),
                 parameters=_texts(content["parameters"]),
                 buffers=_texts(content["buffers"]),
                 operations=tuple(
                     Operation(str(value), str(call), list(args), dict(kwargs))
                     for value, call, args, kwargs in content["operations"]
                 ),
-                output=str(content["output"]),
+                outputs=tuple(map(str, outputs["values"])),
+                structure=dict(outputs["structure"]),
                 constants=dict(constants),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(f"the program can't be read: {error!r}") from error
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a program of version 1 in the form of today."""
+    inputs = {"values": [content["image"]], "shapes": [content["image_shape"]]}
+    outputs = {"values": [content["output"]], "structure": {"tensor": 0}}
+    return {**content, "inputs": inputs, "outputs": outputs}
+
+
+def _inputs(content: dict[str, Any]) -> Inputs:
+    """Return the inputs that a program's JSON describes; raise `ValueError` if there are none."""
+    shapes = tuple(tuple(int(size) for size in shape) for shape in content["shapes"])
+    names = tuple(map(str, content.get("names", ())))
+    passing = content.get("passing", "arguments")
+    if passing not in get_args(Passing) or not shapes or len(shapes) != len(content["values"]):
+        raise ValueError(f"inputs {content}")
+    if passing in ("keywords", "dict") and len(names) != len(shapes):
+        raise ValueError(f"inputs {content}")
+    return Inputs(shapes, passing, names)
 
 
 def _texts(table: dict[Any, Any]) -> dict[str, str]:
@@ -164,8 +199,9 @@ class ProgramNetwork(nn.Module):
                 table or a value before it is computed.
         """
         super().__init__()
-        self._image, self._output = program.image, program.output
-        self._image_shape = program.image_shape
+        self._inputs, self._input_values = program.inputs, program.input_values
+        self._outputs, self._structure = program.outputs, program.structure
+        put_together(program.structure, [torch.empty(0)] * len(program.outputs))
         self._steps = _make_steps(program)
         self._names = {**program.parameters, **program.buffers}
         for name in dict.fromkeys(program.parameters.values()):
@@ -193,34 +229,40 @@ class ProgramNetwork(nn.Module):
         except (KeyError, AttributeError) as error:
             raise RunFolderError(f"the program can't name a tensor {name!r}: {error}") from error
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the network's output for images `[image, channel, …]`, any number of them.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network returns for its inputs, of any number of images.
+
+        The inputs are passed as to the network: mostly one tensor `[image, channel, …]`. Of named
+        tuples and other outputs with attributes these are the same, and the class is another.
 
         Raises:
-            UsageError: The images don't have the size that the program was made for.
+            UsageError: The inputs don't have the sizes that the program was made for.
         """
-        if tuple(images.shape[1:]) != self._image_shape:
-            expected = "×".join(str(size) for size in self._image_shape)
-            raise UsageError(
-                f"the program takes images [image, {expected}], not {list(images.shape)}"
-            )
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        values: dict[str, Any] = {value: tensors[name] for value, name in self._names.items()}
-        values |= {self._image: images, DEVICE: images.device}
+        tensors = self._inputs.tensors(args, kwargs)
+        for tensor, shape in zip(tensors, self._inputs.shapes, strict=True):
+            if tuple(tensor.shape[1:]) != shape:
+                expected = "×".join(str(size) for size in shape)
+                raise UsageError(
+                    f"the program takes images [image, {expected}], not {list(tensor.shape)}"
+                )
+        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        values: dict[str, Any] = {value: state[name] for value, name in self._names.items()}
+        values |= dict(zip(self._input_values, tensors, strict=True))
+        values[DEVICE] = tensors[0].device
         for step in self._steps:
-            args = [_resolve(argument, values) for argument in step.args]
+            args = tuple(_resolve(argument, values) for argument in step.args)
             kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs.items()}
             values[step.value] = step.function(*args, **kwargs)
             for value in step.last_uses:
                 del values[value]
-        result = values[self._output]
-        assert isinstance(result, Tensor)
-        return result
+        outputs = [values[name] for name in self._outputs]
+        assert all(isinstance(output, Tensor) for output in outputs)
+        return put_together(self._structure, outputs)
 
 
 def _make_steps(program: Program) -> tuple[_Step, ...]:
     """Return the operations with their functions, looked up in the tables."""
-    known = {program.image, DEVICE, *program.parameters, *program.buffers}
+    known = {*program.input_values, DEVICE, *program.parameters, *program.buffers}
     last_use: dict[str, int] = {}
     decoded: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = []
     for number, step in enumerate(program.operations):
@@ -235,11 +277,12 @@ def _make_steps(program: Program) -> tuple[_Step, ...]:
         known.add(step.value)
         last_use |= dict.fromkeys([*reads, step.value], number)
         decoded.append((_function(step.call), args, kwargs))
-    if program.output not in known:
-        raise RunFolderError(f"the program returns {program.output!r}, which it does not compute")
+    for output in program.outputs:
+        if output not in known:
+            raise RunFolderError(f"the program returns {output!r}, which it does not compute")
     last_uses: dict[int, list[str]] = {}
     for value, number in last_use.items():
-        if value not in (program.output, DEVICE):
+        if value not in (*program.outputs, DEVICE):
             last_uses.setdefault(number, []).append(value)
     return tuple(
         _Step(step.value, *call, last_uses=tuple(last_uses.get(number, ())))

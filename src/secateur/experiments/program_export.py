@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.node import Node
 
+from secateur.experiments.flat_network import flat_network, inputs_in, outputs_error, run_flat
+from secateur.experiments.output_structure import Structure, take_apart
 from secateur.experiments.program import (
     ARITHMETIC,
     DEVICE,
@@ -21,10 +23,10 @@ from secateur.experiments.program import (
     Program,
     ProgramNetwork,
 )
-from secateur.graph.module_state import evaluating
+from secateur.graph.forward import inputs_of
 from secateur.graph.trace import export_program
-from secateur.models.divergence import relative_error
 from secateur.runtime.errors import TraceError
+from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.torch_internals import OpOverload, schema_of
 
 TOLERANCE = 1e-5
@@ -33,46 +35,58 @@ CHECKED_BATCHES = (1, 2, 3)
 CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"})
 """Operations that only check assumptions; a program leaves them out."""
 
-Images = Float[Tensor, "image channel *position"]
+Images = Float[Tensor, "image *axis"]
 
 
 def make_program(model: nn.Module, example: Images) -> Program:
     """Return the program of `model` in evaluation mode, for any number of images like `example`.
 
+    `example` is what `model` takes, with several inputs in one tensor (`with_inputs`); the program
+    takes them one by one.
+
     Raises:
         TraceError: `torch.export` can't trace the network, an operation is not in the table, or the
             outputs for 1, 2 or 3 images of noise differ from the network's.
     """
-    exported = export_program(model, example)
-    program = _program_of(exported, tuple(example.shape[1:]))
+    try:
+        _, structure = run_flat(model, example)
+    except TraceError:
+        raise
+    except Exception as error:  # the network is the user's: it may raise anything
+        raise TraceError(f"the network can't be run on {list(example.shape)}: {error}") from error
+    is_plain = inputs_of(model) is None and structure == {"tensor": 0}
+    network = model if is_plain else flat_network(model)
+    inputs = inputs_of(model) or Inputs((tuple(example.shape[1:]),))
+    exported = export_program(network, inputs_in(model, example))
+    program = _program_of(exported, inputs, structure)
     _check_outputs(model, program, example)
     return program
 
 
-def _program_of(exported: ExportedProgram, image_shape: tuple[int, ...]) -> Program:
+def _program_of(exported: ExportedProgram, inputs: Inputs, structure: Structure) -> Program:
     tables: dict[InputKind, dict[str, str]] = {kind: {} for kind in InputKind}
     for spec in exported.graph_signature.input_specs:
         assert spec.arg.name is not None
         tables[spec.kind][spec.arg.name] = spec.target or spec.arg.name
     *nodes, last = exported.graph.nodes
     outputs = last.args[0]
-    images = list(tables[InputKind.USER_INPUT])
-    if len(images) != 1 or not isinstance(outputs, tuple) or len(outputs) != 1:
-        raise TraceError("the network must take one batch of images and return one tensor")
+    images = tables[InputKind.USER_INPUT]
+    if len(images) != len(inputs.shapes) or not isinstance(outputs, tuple | list):
+        raise TraceError("the network takes other inputs when it is exported")
     if tables[InputKind.CUSTOM_OBJ] or tables[InputKind.TOKEN]:
         raise TraceError("the network holds objects that are not tensors")
-    (output,) = outputs
-    if not isinstance(output, Node):
+    if not all(isinstance(output, Node) for output in outputs):
         raise TraceError("the network returns something that does not depend on the images")
     used = {node.name for node in nodes if node.users}
     buffers = {**tables[InputKind.BUFFER], **tables[InputKind.CONSTANT_TENSOR]}
     program = Program(
-        image=images[0],
-        image_shape=image_shape,
+        input_values=tuple(images),
+        inputs=inputs,
         parameters={v: n for v, n in tables[InputKind.PARAMETER].items() if v in used},
         buffers={value: name for value, name in buffers.items() if value in used},
         operations=tuple(_operations(nodes)),
-        output=output.name,
+        outputs=tuple(output.name for output in outputs),
+        structure=structure,
     )
     stored = exported.state_dict
     for name in program.buffers.values():
@@ -128,25 +142,28 @@ def _encode(argument: Any, node: Node) -> Any:
 
 def _check_outputs(model: nn.Module, program: Program, example: Images) -> None:
     """Raise `TraceError` if the outputs of program and network differ."""
+    tensors = {**program.constants, **model.state_dict()}
+    network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
     generator = torch.Generator().manual_seed(0)
     for count in CHECKED_BATCHES:
-        images = torch.randn(count, *program.image_shape, generator=generator).to(example)
+        images = torch.randn(count, *example.shape[1:], generator=generator).to(example)
+        args, kwargs = program.inputs.arguments(inputs_in(model, images))
         try:
-            error = _difference(model, program, images)
+            with torch.no_grad():
+                actual, _ = take_apart(network(*args, **kwargs))
+            expected, structure = run_flat(model, images)
         except Exception as failure:  # the network is the user's: it may raise anything
             raise TraceError(
                 f"exported, the network can't take a batch of {count}: {failure}"
             ) from failure
+        if structure != program.structure:
+            raise TraceError(
+                f"the network's outputs for a batch of {count} have another structure than for "
+                f"{len(example)}: it returns numbers that depend on the batch"
+            )
+        error = outputs_error(actual, expected)
         if not error <= TOLERANCE:
             raise TraceError(
                 f"exported, the network has other outputs for a batch of {count}: "
                 f"relative difference {error:.1e}"
             )
-
-
-def _difference(model: nn.Module, program: Program, images: Images) -> float:
-    """Return the largest difference between the outputs, over the largest absolute output."""
-    tensors = {**program.constants, **model.state_dict()}
-    network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
-    with evaluating(model), torch.no_grad():
-        return relative_error(network(images), model(images))

@@ -35,6 +35,7 @@ from secateur.pipeline.inputs import (
     check_weights,
     load_inputs,
     make_reader,
+    preprocessing_of,
     resolve_config,
 )
 from secateur.pipeline.pruned import Pruned
@@ -212,11 +213,9 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
 
 def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
-    size, mean = config.data.image_size, config.data.mean
-    assert size is not None
-    assert mean is not None
-    shape = (len(mean), size, size)
-    return Origin(config.model.name, shape, config.plan.prune_residual, config.plan.exclude)
+    shape = preprocessing_of(config).shape
+    plan, model = config.plan, config.model
+    return Origin(model.name, shape, plan.prune_residual, plan.exclude, model.num_classes)
 
 
 def _begin(

@@ -11,13 +11,16 @@ and needs none of the network's code. Nothing is unpickled or evaluated: see `ma
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.experiments.flat_network import run_flat
 from secateur.experiments.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -26,34 +29,38 @@ from secateur.experiments.manifest import (
     WEIGHTS,
     Contents,
     Manifest,
+    SeveralInputs,
     hashes,
     read_contents,
     read_manifest,
     versions,
     write_manifest,
 )
+from secateur.experiments.output_structure import names_of
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.forward import forward_of, name_of, with_forward
-from secateur.graph.module_state import evaluating
+from secateur.graph.forward import forward_of, name_of, with_forward, with_inputs
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
-from secateur.models.outputs import through_logits
+from secateur.models.examine import logits_of
 from secateur.models.state_dict import load_state
-from secateur.models.task import logits_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
 from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
+from secateur.runtime.packed_inputs import Inputs, parameters_of, read_inputs
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 TRANSFORM = "transform_input"
 """Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
+
+ImageShape = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
+"""Shape of an image, or of each input of a network that takes several."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,29 @@ class Origin:
     architecture: str | None
     """As `load_model` takes it; None if only the user can build it."""
     image_shape: tuple[int, ...]
-    """Shape of an image, such as `(rgb, height, width)`."""
+    """Shape of an image, such as `(rgb, height, width)`; of all `inputs` in one tensor."""
     prune_residual: bool = False
     exclude: tuple[str, ...] = ()
+    num_classes: int | None = None
+    """Classes that the architecture is built with; None if the network's outputs tell."""
+    inputs: Inputs | None = None
+    """The inputs of a network that takes several."""
+
+    def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+        """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
+        if self.inputs is None:
+            return batch
+        tensors = self.inputs.unpack(batch)
+        return dict(zip(self.inputs.names, tensors, strict=True)) if self.inputs.names else tensors
 
     def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
         """Build the dependency graph of the unpruned network as it was built for the plan."""
         example = torch.zeros(2, *self.image_shape)
         return build_dependency_graph(
-            model, example, prune_residual=self.prune_residual, exclude=self.exclude
+            with_inputs(model, self.inputs),
+            example,
+            prune_residual=self.prune_residual,
+            exclude=self.exclude,
         )
 
 
@@ -114,7 +135,7 @@ def save(
     model: nn.Module,
     plan: PruningPlan,
     *,
-    image_shape: tuple[int, ...],
+    image_shape: ImageShape,
     architecture: str | None = None,
     prune_residual: bool = False,
     exclude: tuple[str, ...] = (),
@@ -126,9 +147,10 @@ def save(
     `model` is what `apply_plan` returned; it may have been trained since. `image_shape`, such as
     `(rgb, height, width)`, `prune_residual`, `exclude` and `forward` are what the dependency graph
     was built with. `architecture` names the unpruned network as `load_model` takes it
-    (`torchvision:resnet50`); without it `load` must be given the network. Of `forward` the name is
-    kept: `load` must be given the function. Raises `RunFolderError` if the folder can't be taken
-    (see `new_run_folder`) and `UsageError` if weights are not float32.
+    (`torchvision:resnet50`); without it `load` must be given the network. Of a network with several
+    inputs `image_shape` holds the shape of each, `((3, 32, 32), (8,))` or a dict of them. Of
+    `forward` the name is kept: `load` must be given the function. Raises `RunFolderError` if the
+    folder can't be taken (see `new_run_folder`) and `UsageError` if weights are not float32.
 
     >>> import secateur, tempfile, torch
     >>> model = secateur.load_model("resnet20", num_classes=10, seed=0)
@@ -142,12 +164,21 @@ def save(
     >>> torch.equal(load(folder)(images), smaller.eval()(images))
     True
     """
-    origin = Origin(architecture, image_shape, prune_residual, exclude)
     model, folder = unwrapped(model), Path(folder)
-    example = torch.zeros(2, *image_shape)
-    network = through_logits(with_forward(model, forward), example, takes_first=False)
+    example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
+    origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
+    network = with_inputs(with_forward(model, forward), inputs)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
+
+
+def _zeros(shape: ImageShape) -> Any:
+    """Return a batch of black images, or of each input."""
+    if isinstance(shape, Mapping):
+        return {name: torch.zeros(2, *part) for name, part in shape.items()}
+    if shape and all(isinstance(part, Sequence) for part in shape):
+        return tuple(torch.zeros(2, *part) for part in shape if isinstance(part, Sequence))
+    return torch.zeros(2, *(size for size in shape if isinstance(size, int)))
 
 
 def read_origin(folder: Path) -> Origin:
@@ -156,8 +187,14 @@ def read_origin(folder: Path) -> Origin:
 
 
 def _origin(manifest: Manifest) -> Origin:
+    several = manifest.inputs
     return Origin(
-        manifest.architecture, manifest.image_shape, manifest.prune_residual, manifest.exclude
+        manifest.architecture,
+        manifest.image_shape,
+        manifest.prune_residual,
+        manifest.exclude,
+        manifest.num_classes,
+        several and Inputs(several.shapes, several.passing, several.names),
     )
 
 
@@ -173,6 +210,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             raise UsageError(f"{name} is {tensor.dtype}: a run folder holds float32 networks")
     replace_file(folder / PLAN, plan.to_json())
     replace_file(folder / WEIGHTS, safetensors_io.to_bytes(tensors))
+    model = with_inputs(model, origin.inputs)
     example = torch.zeros(2, *origin.image_shape)
     no_program: str | None = None
     try:
@@ -182,16 +220,26 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             replace_file(folder / CONSTANTS, safetensors_io.to_bytes(program.constants))
     except TraceError as error:
         no_program = str(error)
-    outputs: object = None
-    with evaluating(model), torch.inference_mode(), contextlib.suppress(Exception):
-        outputs = model(example)  # fails where `forward` is missing; there is no program then
+    outputs: dict[str, tuple[int, ...]] | None = None
+    num_classes = origin.num_classes
+    with contextlib.suppress(Exception):  # fails where `forward` is missing: there is no program
+        tensors_of_two, structure = run_flat(model, example)
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of_two]
+        if structure != {"tensor": 0}:
+            outputs = dict(zip(names_of(structure), shapes, strict=True))
+        elif shapes[0]:
+            is_classifier = math.prod(shapes[0][1:]) == 1
+            if is_classifier or (num_classes is None and origin.architecture is not None):
+                num_classes = shapes[0][0]
+    inputs = origin.inputs
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
-        num_classes=(
-            outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
-        ),
+        num_classes=num_classes,
         image_shape=origin.image_shape,
+        inputs=inputs
+        and SeveralInputs(shapes=inputs.shapes, passing=inputs.passing, names=inputs.names),
+        outputs=outputs,
         transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
@@ -251,11 +299,12 @@ def _plan(contents: Contents) -> PruningPlan:
 
 
 def _unpruned(manifest: Manifest) -> nn.Module:
-    if manifest.architecture is None or manifest.num_classes is None:
+    if manifest.architecture is None:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
+    options = {} if manifest.num_classes is None else {"num_classes": manifest.num_classes}
+    model = zoo.load(manifest.architecture, allow_code=False, **options)
     published.set_image_size(model, manifest.image_shape[1])
     if hasattr(model, TRANSFORM):
         setattr(model, TRANSFORM, manifest.transform_input)
@@ -310,9 +359,11 @@ def _tensors(contents: Contents, name: str) -> dict[str, Tensor]:
 def load_pruned(folder: Path) -> nn.Module:
     """Return the pruned network of a run folder without running code of the user's.
 
-    That is its exported program if the network comes from a user's file or from memory.
+    That is its exported program if the network, or the function that it runs through, comes from a
+    user's file or from memory.
     """
-    architecture = read_manifest(folder).architecture
-    if architecture is None or user_code.is_user_code(architecture):
+    manifest = read_manifest(folder)
+    is_own = manifest.architecture is None or user_code.is_user_code(manifest.architecture)
+    if is_own or manifest.forward not in (None, name_of(logits_of)):
         return load_program(folder)
     return load(folder)

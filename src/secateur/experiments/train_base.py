@@ -16,7 +16,7 @@ from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_names,
     describe_inputs,
@@ -26,7 +26,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import EXAMPLE_IMAGES
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -40,7 +40,7 @@ from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
@@ -56,7 +56,7 @@ class BaseResult(Record):
     environment: Environment
     class_names: tuple[str, ...]
     epochs: tuple[Epoch, ...]
-    """With the top-1 fraction on the validation images."""
+    """With the metric on the validation images."""
     best_epoch: int
     """The first of the epochs that were best on the validation images."""
     ended: Literal["whole", "patience", "time"]
@@ -103,7 +103,8 @@ def train_base(
         run_context = run_context.collecting_unreadable(run_config)
         reader = make_reader(run_config, run_context)
         example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-        task = find_task(model, example, dataset.all_labels, run_config.model.task)
+        parts = output_parts(run_config, run_context)
+        task = task_of(model, dataset, run_config, reader, example, parts)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
         run_context = run_context.logging_to(folder / LOG)
@@ -144,10 +145,12 @@ def _train(
 ) -> BaseResult:
     """Train the network in place and score it on the test images."""
     reader = make_reader(config.as_run(), run_context)
+    metric = metric_of(task, dataset, config.as_run(), model, run_context)
+    task = with_metric(task, metric)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).top1_fraction
+        return evaluate(network, batches, task=task, metric=metric, known_ms=0.0).metric
 
     try:
         training = train(
@@ -161,7 +164,7 @@ def _train(
                 validate,
                 lambda epoch: run_context.log.write("epoch", **asdict(epoch)),
                 run_context.lines,
-                task.accuracy_name,
+                task.describe,
             ),
             checkpoints=Checkpoints(folder / CHECKPOINTS),
         )
@@ -170,7 +173,8 @@ def _train(
             f"{error}; {folder} holds no weights: train in another folder with --learning-rate "
             f"{config.train.learning_rate / 10:g}"
         ) from error
-    score = evaluate(model, reader.read_shard(dataset.test, "scoring"), task=task)
+    batches = reader.read_shard(dataset.test, "scoring")
+    score = evaluate(model, batches, task=task, metric=metric)
     return BaseResult(
         command=run_context.command,
         config=config,

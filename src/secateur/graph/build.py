@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from secateur.graph import torchvision_detectors, ultralytics_networks
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.graph.fixed_kernels import freeze_fixed_kernels
-from secateur.graph.forward import with_forward
+from secateur.graph.forward import with_forward, with_inputs
 from secateur.graph.module_state import as_input
 from secateur.graph.network_graph import Forward
 from secateur.graph.propagation import ChannelPropagation, Rule
@@ -19,12 +19,13 @@ from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
 from secateur.graph.trace import trace
 from secateur.graph.wrappers import unwrapped
-from secateur.runtime.errors import UnknownName, UsageError
+from secateur.runtime.errors import UnknownName
+from secateur.runtime.packed_inputs import parameters_of, read_inputs
 
 
 def build_dependency_graph(
     model: nn.Module,
-    example: Tensor,
+    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     prune_residual: bool = False,
     exclude: Iterable[str] = (),
@@ -40,23 +41,19 @@ def build_dependency_graph(
     output can't be; torchvision's detectors and Ultralytics' networks have one (see
     `traceable_forward`). A network that is
     compiled or wrapped in `DataParallel` is taken out first (`wrappers.unwrapped`), and layers have
-    the names that they have there. Of `example` only the shape matters.
+    the names that they have there. Of `example` only the shape matters; for a network that takes
+    several inputs it is a tuple of them, or a dict if they have names.
 
     Raises `TraceError` if the network can't be traced, `UnknownName` if a pattern matches no layer,
-    and `UsageError` if `model` is no network or if one of `rules` does not return ids for its
-    operation's value.
+    and `UsageError` if `model` is no network, if `example` is no batch for it, or if one of `rules`
+    does not return ids for its operation's value.
     """
-    if not isinstance(example, Tensor):
-        raise UsageError(
-            f"example must be one tensor [image, channel, …], not {type(example).__name__}: join "
-            "several inputs, torch.cat(inputs, dim=1), and split them in forward=, such as "
-            "lambda model, x: model(x[:, :3], x[:, 3:])"
-        )
     model = unwrapped(model)
-    example = as_input(model, example)
-    model = with_forward(model, forward or traceable_forward(model))
+    packed, inputs = read_inputs(example, parameters_of(model, forward))
+    packed = as_input(model, packed)
+    model = with_inputs(with_forward(model, forward or traceable_forward(model)), inputs)
     rules = {**RULES, **(rules or {})}
-    propagation = ChannelPropagation(trace(model, example, rules), rules)
+    propagation = ChannelPropagation(trace(model, packed, rules), rules)
     propagation.visit_all()
     for output in propagation.graph.outputs:
         propagation.freeze(propagation.axes[output], "written to the network's output")
@@ -64,7 +61,7 @@ def build_dependency_graph(
     if not prune_residual:
         propagation.freeze_residual_channels(RESIDUAL)
     _exclude(propagation, tuple(exclude))
-    return resolve_sizes(couple_channels(model, propagation), example)
+    return resolve_sizes(couple_channels(model, propagation), packed)
 
 
 def traceable_forward(model: nn.Module) -> Forward | None:

@@ -17,8 +17,9 @@ NodeHook = Callable[[Tensor], Tensor | None]
 """Sees the value of an operation, and replaces it unless it returns None."""
 Tensors = Mapping[str, Tensor]
 """Parameters and buffers by dotted name."""
-Forward = Callable[[Any, Tensor], Any]
-"""What to trace of a network: `forward(model, images)` returns a tensor or several."""
+Forward = Callable[..., Any]
+"""What to trace of a network: `forward(model, images)` returns a tensor or several. Where the
+network takes several inputs it is `forward(model, *inputs)`, with names if they have any."""
 Sizes = Mapping[Node, Mapping[int, Any]]
 """Arguments of operations, by position, that differ from those in the graph."""
 Compute = Callable[[Callable[[Node], Any]], Any]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Ids, Layer
-from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group, Tap
 from secateur.graph.interpreter import value_of
 from secateur.graph.network_graph import Tensors, argument, operation_name
@@ -90,33 +90,40 @@ def as_maps(value: Num[Tensor, "image filter ..."]) -> Num[Tensor, "image filter
 def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
     """Return the weights that produce and consume the filters of each tap, by its name."""
     slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
-    state = _with_computed_kernels(dependencies, state)
+    layer_kernels = _layer_kernels(dependencies, state)
     scales = {
         dependencies.graph.tensor_names[node.args[1]]
         for node in dependencies.graph.nodes
         if operation_name(node) == "batch_norm" and isinstance(node.args[1], Node)
     }
+
+    def produced_by(layer: Layer) -> Ids | None:
+        ids = layer.kernel[layer.filter_dim]
+        return None if ids is None else dependencies.channel_of[ids]
+
     kernels: dict[str, Kernels] = {}
     for group in dependencies.groups.values():
         # The channel of the group at each channel of the network; the last entry stands for -1.
         position = dependencies.index_table(group.channels)
 
         def rows_of(
-            name: str, dim: int, position: npt.NDArray[np.int64] = position
+            tensor: Tensor,
+            dim: int,
+            channels: Ids | None,
+            position: npt.NDArray[np.int64] = position,
         ) -> tuple[Tensor, Tensor]:
-            """Return the rows of a parameter that belong to the group, and the channel of each."""
-            slot = slots.get((name, dim))
-            channels = np.full(0, -1) if slot is None else position[slot]
-            rows = torch.from_numpy(np.flatnonzero(channels >= 0))
-            return state[name].movedim(dim, 0)[rows], torch.from_numpy(channels[channels >= 0])
+            """Return the rows of a tensor that belong to the group, and the channel of each."""
+            numbers = np.full(0, -1) if channels is None else position[channels]
+            rows = torch.from_numpy(np.flatnonzero(numbers >= 0))
+            return tensor.movedim(dim, 0)[rows], torch.from_numpy(numbers[numbers >= 0])
 
         incoming = [
-            rows_of(layer.weight, layer.filter_dim)
+            rows_of(layer_kernels[layer], layer.filter_dim, produced_by(layer))
             for layer in group.layers
-            if layer.weight in state
+            if layer in layer_kernels
         ]
-        norms = [rows_of(name, 0) for name in sorted(scales)]
-        consumers = _consumer_kernels(dependencies, state, position, len(group))
+        norms = [rows_of(state[name], 0, slots.get((name, 0))) for name in sorted(scales)]
+        consumers = _consumer_kernels(dependencies, layer_kernels, position, len(group))
         for name, tap in taps_of(group).items():
             channel = torch.from_numpy(tap.channel)
             kernels[name] = Kernels(
@@ -134,50 +141,39 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
     return kernels
 
 
-def _with_computed_kernels(dependencies: DependencyGraph, state: Tensors) -> dict[str, Tensor]:
-    """Return a state with kernels in place of the parameters that they are computed from.
-
-    Left out are kernels in which the channels lie otherwise than in the parameter.
-    """
-    slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
-    result = dict(state)
-    for layer in dependencies.layers:
-        if layer.kernel_node in dependencies.graph.tensor_names:
-            continue
-        result.pop(layer.weight, None)
-        if layer.weight in state and all(
-            np.array_equal(
-                slots.get((layer.weight, dim), _no_channels(size)),
-                _no_channels(size) if ids is None else dependencies.channel_of[ids],
-            )
-            for dim, (ids, size) in enumerate(zip(layer.kernel, layer.shape, strict=True))
-        ):
-            result[layer.weight] = value_of(dependencies.graph, layer.kernel_node, state)
-    return result
-
-
-def _no_channels(size: int) -> Ids:
-    return np.full(size, NOT_PRUNABLE)
+def _layer_kernels(dependencies: DependencyGraph, state: Tensors) -> dict[Layer, Tensor]:
+    """Return the kernel of each layer; those that are computed from parameters as they come out."""
+    graph = dependencies.graph
+    return {
+        layer: state[layer.weight]
+        if layer.kernel_node in graph.tensor_names
+        else value_of(graph, layer.kernel_node, state)
+        for layer in dependencies.layers
+        if layer.weight in state
+    }
 
 
 def _consumer_kernels(
-    dependencies: DependencyGraph, state: Tensors, position: npt.NDArray[np.int64], channels: int
+    dependencies: DependencyGraph,
+    layer_kernels: dict[Layer, Tensor],
+    position: npt.NDArray[np.int64],
+    channels: int,
 ) -> list[tuple[Window, Tensor]]:
     """Return the window and the weights, `[output, offset, channel]`, of each consumer of a group.
 
     `position` gives the group's channel for each channel of the network, -1 if there is none.
     """
     kernels: list[tuple[Window, Tensor]] = []
-    for layer in dependencies.layers:
+    for layer, kernel in layer_kernels.items():
         read = layer.kernel[1 - layer.filter_dim]
-        if layer.weight not in state or read is None or len(read) == 1:
+        if read is None or len(read) == 1:
             continue
         read_channels = position[dependencies.channel_of[read]]
         inputs = torch.from_numpy(np.flatnonzero(read_channels >= 0))
         if not len(inputs):
             continue
         channel = torch.from_numpy(read_channels[read_channels >= 0])
-        kernels.append(_weights_by_channel(layer, state[layer.weight], inputs, channel, channels))
+        kernels.append(_weights_by_channel(layer, kernel, inputs, channel, channels))
     return kernels
 
 

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -319,31 +319,32 @@ def _open_batch(graph: Graph, image: Node, images: int) -> None:
         graph.erase_node(size)
 
 
-def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+def export_program(model: nn.Module, example: Sequence[Tensor]) -> ExportedProgram:
     """Return the `torch.export` program of `model` in evaluation mode, for batches of any size.
 
-    Of `example` only the shape of an image matters. Raises `TraceError` with the cause.
+    Of `example`, the network's inputs, only the shape of an image matters. Raises `TraceError` with
+    the cause.
     """
-    images = example[:1].expand(2, *example.shape[1:])
+    images = tuple(tensor[:1].expand(2, *tensor.shape[1:]) for tensor in example)
     try:
         with evaluating(model), warnings.catch_warnings():
             # torch 2.6 says it of a network that runs through a user's function; newer ones log it.
             warnings.filterwarnings("ignore", "Unable to find the path of the module")
             return torch.export.export(
                 model,
-                (images,),
-                dynamic_shapes=open_batch(model, torch.export.Dim.DYNAMIC),
+                images,
+                dynamic_shapes=open_batch(model, torch.export.Dim.DYNAMIC, len(images)),
                 strict=False,
             )
     except Exception as error:  # the network is the user's: it may raise anything
         raise _trace_error(error) from error
 
 
-def open_batch(model: nn.Module, size: Any) -> tuple[object, ...]:
-    """Return the `dynamic_shapes` of `torch.export` for a network whose only input is a batch."""
+def open_batch(model: nn.Module, size: Any, count: int = 1) -> tuple[object, ...]:
+    """Return the `dynamic_shapes` of `torch.export` for a network with so many inputs."""
     first = next(iter(inspect.signature(model.forward).parameters.values()))
-    shape = {0: size}
-    return ((shape,),) if first.kind is first.VAR_POSITIONAL else (shape,)
+    shapes = tuple({0: size} for _ in range(count))
+    return (shapes,) if first.kind is first.VAR_POSITIONAL else shapes
 
 
 def _trace_error(error: Exception) -> TraceError:

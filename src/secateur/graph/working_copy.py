@@ -32,9 +32,9 @@ def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         return model
     candidates = _candidates(model, types)
     first = next(candidates)
-    if images is None or _runs(first, images):
+    if images is None or can_run(first, images):
         return first
-    return next((network for network in candidates if _runs(network, images)), first)
+    return next((network for network in candidates if can_run(network, images)), first)
 
 
 def _candidates(model: nn.Module, types: set[torch.dtype]) -> Iterator[nn.Module]:
@@ -46,7 +46,8 @@ def _candidates(model: nn.Module, types: set[torch.dtype]) -> Iterator[nn.Module
         yield copy_of(model, share_tensors=False).cpu().float()
 
 
-def _runs(model: nn.Module, images: Tensor) -> bool:
+def can_run(model: nn.Module, images: Tensor) -> bool:
+    """Return whether a network can be run on images, in evaluation mode and on its device."""
     try:
         with evaluating(model), torch.no_grad():
             model(as_input(model, images))

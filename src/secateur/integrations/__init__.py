@@ -1,1 +1,1 @@
-"""One module for each library whose networks secateur takes, prunes and hands back."""
+"""Other libraries' networks: how they are built, what they take, and how their outputs are read."""

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
-from secateur.models.evaluate import compute_logits
+from secateur.models.evaluate import read_outputs
 from secateur.models.score import OutputDivergence
-from secateur.models.task import SINGLE_LABEL, Logits, Task, predict
+from secateur.models.task import SINGLE_LABEL, Reading, Task
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
+from secateur.runtime.torch_internals import tree_leaves
 
 TEMPERATURE = 4.0
 """Softens the logits of `output_error`. Otherwise a few uncertain images dominate the divergence of
@@ -25,21 +26,21 @@ ROUNDING = 1e-7
 """Smaller output errors are rounding."""
 
 
-def logits_of(
+def outputs_of(
     network: nn.Module, batches: Iterable[Batch], task: Task = SINGLE_LABEL
-) -> tuple[Logits, ...]:
-    """Return the network's logits in evaluation mode, a tensor for each batch.
+) -> tuple[Reading, ...]:
+    """Return the network's logits or values in evaluation mode, a tensor for each batch.
 
-    Each process passes its shard of the batches (`distributed.shard`) and gets the logits of
-    all batches.
+    Each process passes its shard of the batches (`distributed.shard`) and gets those of all
+    batches.
     """
     with torch.inference_mode():
-        local_logits = [compute_logits(network, batch.images, task).cpu() for batch in batches]
-    return tuple(distributed.gather_shards(local_logits))
+        local_outputs = [read_outputs(network, batch.images, task).cpu() for batch in batches]
+    return tuple(distributed.gather_shards(local_outputs))
 
 
 def divergence_from(
-    expected: Sequence[Logits],
+    expected: Sequence[Reading],
     network: nn.Module,
     batches: Iterable[Batch],
     temperature: float = 1.0,
@@ -51,62 +52,86 @@ def divergence_from(
     divergence is multiplied by T², as in distillation (Hinton et al., 2015). Raises `DataError`
     if there are no images.
     """
-    actual = logits_of(network, batches, task)
-    divergences = divergence_by_image(expected, actual, temperature)
+    actual = outputs_of(network, batches, task)
+    divergences = divergence_by_image(expected, actual, temperature, task)
+    if task.is_values:
+        mean = float(divergences.mean())
+        return OutputDivergence(mean, 1 - 2 * mean)
     pairs = zip(expected, actual, strict=True)
     equal = torch.cat(
-        [(predict(mine) == predict(reference)).flatten() for reference, mine in pairs]
+        [(task.predict(mine) == task.predict(reference)).flatten() for reference, mine in pairs]
     )
     return OutputDivergence(float(divergences.mean()), int(equal.sum()) / len(equal))
 
 
 def divergence_by_image(
-    expected: Sequence[Logits], logits: Sequence[Logits], temperature: float = 1.0
+    expected: Sequence[Reading],
+    actual: Sequence[Reading],
+    temperature: float = 1.0,
+    task: Task = SINGLE_LABEL,
 ) -> Float[Tensor, "image"]:
-    """Return KL(expected ‖ logits) of each image, softened as in `divergence_from`.
+    """Return KL(expected ‖ actual) of each image, softened as in `divergence_from`.
 
-    Of several labels it is the sum. It is computed in float64: a small divergence is a small
-    difference of large terms. Raises `DataError` if there are no images.
+    Of several labels it is the sum, of several positions the mean; of values it is half their mean
+    squared error. It is computed in float64: a small divergence is a small difference of large
+    terms. Raises `DataError` if there are no images.
     """
     if not sum(map(len, expected)):
         raise DataError("there are no images to compare outputs on")
+    pairs = zip(expected, actual, strict=True)
+    if task.is_values:
+        errors = (batch_actual.double() - batch_expected for batch_expected, batch_actual in pairs)
+        return torch.cat([error.square().mean(1) / 2 for error in errors])
     terms = (
         F.kl_div(
-            F.log_softmax(batch_logits.double() / temperature, dim=-1),
+            F.log_softmax(batch_actual.double() / temperature, dim=-1),
             F.log_softmax(batch_expected.double() / temperature, dim=-1),
             reduction="none",
             log_target=True,
         )
-        for batch_expected, batch_logits in zip(expected, logits, strict=True)
+        for batch_expected, batch_actual in pairs
     )
-    return temperature**2 * torch.cat([batch_terms.flatten(1).sum(1) for batch_terms in terms])
+    sums = torch.cat([batch_terms.flatten(1).sum(1) for batch_terms in terms])
+    positions = expected[0].shape[1] if task.kind == "segmentation" else 1
+    return temperature**2 * sums / positions
 
 
 @dataclass(frozen=True, eq=False)
 class DivergenceFrom:
     """Measures how far networks are from the `expected` logits, each time on the same images."""
 
-    expected: Sequence[Logits]
+    expected: Sequence[Reading]
     batches: Callable[[], Iterable[Batch]]
     """Returns the images; in several processes, this one's shard of them."""
     task: Task = SINGLE_LABEL
 
     def __call__(self, network: nn.Module) -> Float[Tensor, "image"]:
         """Return the divergence of each image; see `divergence_by_image`."""
-        return divergence_by_image(self.expected, logits_of(network, self.batches(), self.task))
+        actual = outputs_of(network, self.batches(), self.task)
+        return divergence_by_image(self.expected, actual, task=self.task)
 
 
-def relative_error(
-    actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
-) -> float:
+def relative_error(actual: object, expected: object) -> float:
     """Return the largest absolute difference over the largest absolute expected value.
 
-    For several tensors it is the largest of their errors.
+    Both are tensors, or structures that hold as many; then it is the largest of their errors.
     """
-    if not isinstance(actual, Tensor):
-        return max(map(relative_error, actual, expected))
-    assert isinstance(expected, Tensor)
-    actual, expected = actual.detach(), expected.detach()
+    pairs = zip(_tensors_in(actual), _tensors_in(expected), strict=True)
+    return max(_relative_error(*pair) for pair in pairs)
+
+
+def _tensors_in(output: object) -> list[Tensor]:
+    leaves = tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    if not actual.numel():
+        return 0.0
+    if not actual.is_floating_point():
+        actual, expected = actual.float(), expected.float()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
@@ -120,8 +145,13 @@ def output_error(
     squared difference over the variance.
     """
     if task is not None:
-        logits, actual = (task.read(tensor, len(tensor)) for (tensor,) in (expected, outputs))
-        return float(divergence_by_image([logits], [actual], TEMPERATURE).mean())
+        images = len(expected[0])
+        wanted_reading, reading = (
+            task.read(tuple(tensors) if len(tensors) > 1 else tensors[0], images)
+            for tensors in (expected, outputs)
+        )
+        divergence = divergence_by_image([wanted_reading], [reading], TEMPERATURE, task)
+        return float(divergence.mean())
     total = 0.0
     for wanted, output in zip(expected, outputs, strict=True):
         if wanted.dim() == 2 and wanted.shape[1] > 1:

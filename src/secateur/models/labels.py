@@ -1,7 +1,8 @@
-"""Labels in the forms that people have them in, read as class numbers.
+"""Labels in the forms that people have them in, read as class numbers, masks or values.
 
 Class numbers may be of any type, also -1 and 1 for a single output, one-hot rows, and probabilities
-of classes; rows of 0 and 1 are several labels for an image. What has no class is refused.
+of classes; rows of 0 and 1 are several labels for an image. Whole numbers for each position are
+masks. Other numbers are values to regress, where the network can return them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from secateur.config import TaskKind
-from secateur.models.task import Labels, Outputs, check_labels
+from secateur.data.images import IGNORED
+from secateur.models.examine import Outputs
+from secateur.models.task import Labels, check_labels
 from secateur.runtime.errors import DataError
 
+VOID = 255
+"""What masks hold where no class is annotated."""
 SUM_TOLERANCE = 1e-3
 """How far from 1 the sum of probabilities may be."""
 
@@ -34,17 +39,24 @@ def read_all_labels(
 def read_labels(
     labels: Tensor, outputs: Outputs, kind: TaskKind | Literal["auto"] = "auto"
 ) -> tuple[Labels, tuple[str, ...]]:
-    """Return class numbers, or 0 or 1 for each of several labels, and what to tell the user.
+    """Return class numbers, 0 or 1 for each of several labels, masks or values, and notes.
 
-    `kind` is `ModelSection.task`. Raises `DataError` if labels have no class among the outputs.
+    `kind` is `ModelSection.task`; the notes are for the user. Values are floats, all others whole
+    numbers. Raises `DataError` if labels don't fit the outputs.
     """
-    if labels.is_complex() or labels.ndim not in (1, 2):
+    if labels.is_complex():
+        raise DataError(f"labels are {list(labels.shape)} of {labels.dtype}: expected real numbers")
+    if labels.is_floating_point() and not bool(labels.isfinite().all()):
+        raise DataError("labels hold a number that is not finite")
+    if kind in ("detection", "regression") or (kind == "auto" and _is_values(labels, outputs)):
+        return labels.float(), ()
+    if outputs.form == "maps" and labels.ndim > 2:
+        return _masks(labels, outputs)
+    if labels.ndim not in (1, 2):
         raise DataError(
             f"labels are {list(labels.shape)} of {labels.dtype}: expected a class number for each "
             "image, or [image, class]"
         )
-    if labels.is_floating_point() and not bool(labels.isfinite().all()):
-        raise DataError("labels hold a number that is not finite")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim == 2 and labels.shape[1] != outputs.columns:
@@ -58,13 +70,41 @@ def read_labels(
     return _class_numbers(labels, outputs.columns)
 
 
+def _is_values(labels: Tensor, outputs: Outputs) -> bool:
+    """Return whether labels are values to regress: floats in the shape of what is returned."""
+    if not labels.is_floating_point() or not outputs.leaves or outputs.form == "rows":
+        return labels.is_floating_point() and outputs.form == "values"
+    return labels[0].numel() == outputs.leaves[0][0].numel() and not _is_whole(labels)
+
+
+def _is_whole(labels: Tensor) -> bool:
+    return bool((labels == labels.round()).all())
+
+
+def _masks(labels: Tensor, outputs: Outputs) -> tuple[Tensor, tuple[str, ...]]:
+    """Read a class for each position: `[image, height, width]`, or with one channel."""
+    if not _is_whole(labels.float()):
+        raise DataError(
+            "masks hold numbers that are no class numbers, and the network returns maps"
+        )
+    if labels.ndim == outputs.leaves[0].ndim and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    elif labels.ndim == outputs.leaves[0].ndim and labels.shape[1] == outputs.columns > 1:
+        return labels.argmax(1), ("Masks are one-hot: each position is read as its class number.",)
+    masks = labels.long()
+    notes: tuple[str, ...] = ()
+    if int(masks.max()) == VOID and outputs.columns <= VOID:
+        masks, notes = masks.masked_fill(masks == VOID, IGNORED), (f"{VOID} in masks is ignored.",)
+    return masks, notes
+
+
 def _class_numbers(labels: Tensor, columns: int) -> tuple[Tensor, tuple[str, ...]]:
     numbers = labels.long()
     if labels.is_floating_point() and not bool((numbers == labels).all()):
         value = float(labels[numbers != labels][0])
         raise DataError(
-            f"labels hold {value:.4g}, which is not a class number (targets of a regression are "
-            "not supported: leave the labels out)"
+            f"labels hold {value:.4g}, which is not a class number (for a regression set "
+            "model.task = 'regression')"
         )
     if columns > 1:
         check_labels(numbers, columns)
@@ -75,8 +115,7 @@ def _class_numbers(labels: Tensor, columns: int) -> tuple[Tensor, tuple[str, ...
     if not values <= {0, 1}:
         raise DataError(
             f"labels go from {min(values)} to {max(values)}, but the network has one output, whose "
-            "sign says class 0 or 1 (targets of a regression are not supported: leave the labels "
-            "out)"
+            "sign says class 0 or 1 (for a regression set model.task = 'regression')"
         )
     return numbers, ()
 

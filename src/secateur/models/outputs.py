@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.forward import forward_of, with_forward
-from secateur.models.task import logits_of, run_network, select_logits
+from secateur.models.examine import form_of_outputs, logits_of, run_network
+from secateur.models.task import select_logits
 from secateur.runtime.errors import UsageError
 from secateur.runtime.torch_internals import Convolution
 
@@ -28,7 +29,9 @@ def through_logits(network: nn.Module, images: Tensor, *, takes_first: bool = Tr
         with contextlib.suppress(UsageError):
             output = _try(network, images)
             is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
-            if select_logits(output) is not output and (takes_first or not is_tuple):
+            is_values = form_of_outputs(output, len(images[:FEW])) == "values"
+            is_taken = (takes_first or not is_tuple) and not is_values
+            if select_logits(output) is not output and is_taken:
                 return with_forward(network, logits_of)
     return network
 
@@ -36,12 +39,13 @@ def through_logits(network: nn.Module, images: Tensor, *, takes_first: bool = Tr
 def with_logits(network: nn.Module, images: Tensor) -> nn.Module:
     """Return the network that returns logits: as it is, or through `logits_of` if need be.
 
+    One that returns other tensors, with more than one row for each image, is returned as it is.
     Raises `UsageError` that says what to do where the network can't take the images, or returns
     several things without saying which are the logits.
     """
     original, network = network, through_logits(network, images)
     output = _try(network, images)
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) or _is_values(output, len(images[:FEW])):
         return network
     raise UsageError(
         f"the network must return logits [image, class]; it returns {_description(output)}: say "
@@ -61,6 +65,14 @@ def _try(network: nn.Module, images: Tensor) -> object:
             raise
         shape = list(images.shape)
         raise UsageError(f"the network can't be run on images {shape}: {remedy}") from error
+
+
+def _is_values(output: object, images: int) -> bool:
+    """Return whether outputs hold no logits, but something else that can be compared."""
+    try:
+        return form_of_outputs(output, images) == "values"
+    except UsageError:
+        return False
 
 
 def _channel_remedy(network: nn.Module, images: Tensor) -> str:

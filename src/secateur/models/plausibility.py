@@ -58,6 +58,8 @@ def find_doubt_about(
     predictions: Predictions, task: Task, *, has_labels: bool, kind: str = "test"
 ) -> Doubt | None:
     """Return why a network's predictions of images of this `kind` look wrong, if they do."""
+    if task.is_values or task.kind == "segmentation":
+        return None
     predicted, labels = predictions.of_all_processes()
     if has_labels:
         return find_doubt(predicted, labels, predictions.class_count, kind)
@@ -96,7 +98,7 @@ def find_constant(
             f"the network's one output is {sign} 0 for all {count} {kind} images, so agreement "
             "with it would be 100 % whatever is cut",
             "give images of both classes, with labels 0 and 1 if possible (an output that is not "
-            "the logit of a class, as in regression, is not supported)",
+            "the logit of a class needs model.task = 'regression')",
             is_final=True,
         )
     text = f"the network predicts the same for all {count} {kind} images"

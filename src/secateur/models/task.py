@@ -1,47 +1,42 @@
-"""What a classifier's outputs and labels mean: how they are read and compared.
+"""What a network's outputs and labels mean: how they are read and compared.
 
-Everything that compares outputs works on logits whose last axis is the class: `[image, class]`, or
-`[image, label, class]` where each image has several yes-or-no labels. `Task.read` makes them from
-whatever a network returns. One output `z` becomes the two logits `-z/2` and `z/2`, whose softmax is
-the sigmoid of `z`, so binary and multi-label networks need no functions of their own.
+Everything that compares outputs works on what `Task.read` makes of whatever a network returns:
+
+- logits whose last axis is the class: `[image, class]`, `[image, label, class]` where each image
+  has several yes-or-no labels, or `[image, position, class]` in segmentation. One output `z`
+  becomes the two logits `-z/2` and `z/2`, whose softmax is the sigmoid of `z`, so binary and
+  multi-label networks need no functions of their own;
+- or values `[image, value]`, for all other outputs: see `output_values`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int, Num
+from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.config import TaskKind
-from secateur.graph.forward import forward_of, without_forward
-from secateur.graph.module_state import as_input, evaluating
-from secateur.graph.wrappers import unwrapped
-from secateur.runtime.error_messages import explain
+from secateur.data.images import IGNORED
+from secateur.graph.output_values import OutputPart, floating_leaves
+from secateur.models.score import MetricUnit, metric_text
 from secateur.runtime.errors import DataError, UsageError
 
 Scale = Literal["logits", "log-softmax", "softmax", "sigmoid"]
-Logits = Float[Tensor, "_ ... class"]
-"""`[image, class]` or `[image, label, class]`; batches may have different numbers of images."""
-Labels = Int[Tensor, "_ ..."]
-"""Class numbers `[image]`, or 0 or 1 for each label, `[image, label]`."""
-FIRST_IMAGES = 4
-"""Images that are enough to tell how outputs are to be read."""
-SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-4, 2e-2
-"""How far from 1 the sum of probabilities may be, in float32 and in types of half its size."""
-VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze"),
-        *("T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View"),
-    )
-) | {"SqueezeBackward1", "SqueezeBackward2"}
-"""Steps of autograd that leave values as they are."""
+Reading = Float[Tensor, "_ ... last"]
+"""Logits `[image, class]`, `[image, label, class]` or `[image, position, class]`, or values
+`[image, value]`; batches may have different numbers of images."""
+Logits = Reading
+Labels = Num[Tensor, "_ ..."]
+"""Class numbers `[image]`, 0 or 1 for each label, `[image, label]`, class numbers `[image, height,
+width]` with `IGNORED` for positions that don't count, or values."""
+MOST_POSITIONS = 4096
+"""Positions that segmentations are compared at in each image, at most: a regular sample."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +47,180 @@ class Task:
     scale: Scale = "logits"
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What to tell the user of it."""
+    parts: tuple[OutputPart, ...] = ()
+    """What is compared as values; empty if the outputs are class scores."""
+    has_labels: bool = True
+    """Whether there is anything to compare outputs with but the original network's."""
+    metric_name: str = ""
+    """What `Score.metric` is, if it is no accuracy."""
+    metric_unit: MetricUnit = "%"
 
     @property
     def accuracy_name(self) -> str:
-        """What `Score.top1_fraction` is called in tables."""
-        return {
-            "single-label": "top-1",
-            "binary": "accuracy",
-            "multi-label": "label accuracy",
-        }[self.kind]
+        """What `Score.metric` is called in tables."""
+        return (
+            self.metric_name
+            or {
+                "single-label": "top-1",
+                "binary": "accuracy",
+                "multi-label": "label accuracy",
+                "segmentation": "pixel accuracy",
+                "detection": "R²",
+                "regression": "R²",
+            }[self.kind]
+        )
 
-    def read(self, output: object, images: int) -> Logits:
-        """Return the logits in what the network returned for a number of images.
+    def describe(self, metric: float) -> str:
+        """Return a metric with its name and unit: `top-1 91.20 %`."""
+        return f"{self.accuracy_name} {metric_text(metric, self.metric_unit)}"
 
-        Raises `UsageError` if there are none.
+    @property
+    def is_values(self) -> bool:
+        """Whether outputs are compared as values, not as class scores."""
+        return self.kind in ("detection", "regression")
+
+    def read(self, output: object, images: int) -> Reading:
+        """Return the logits or values in what the network returned for a number of images.
+
+        Segmentations are read at a sample of their positions. Raises `UsageError` if there are no
+        logits or values.
         """
-        logits = as_rows(select_logits(output), images)
-        if self.scale in ("softmax", "sigmoid") and logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        if self.scale == "softmax":
-            logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
-        elif self.scale == "sigmoid":
-            logits = logits.logit(torch.finfo(logits.dtype).eps)
+        if self.is_values:
+            leaves = floating_leaves(output, images)
+            return torch.cat([part.read(leaves) for part in self.parts], dim=1)
+        if self.kind == "segmentation":
+            logits = self.read_maps(output).flatten(2)  # [image, class, position]
+            return logits[..., :: _step(logits.shape[-1])].transpose(1, 2)
+        logits = self._as_logits(as_rows(select_logits(output), images))
         if self.kind == "single-label":
             return logits
         both = torch.stack([-logits / 2, logits / 2], dim=-1)  # [image, label, class]
         return both[:, 0] if self.kind == "binary" else both
 
+    def read_maps(self, output: object) -> Float[Tensor, "image class ..."]:
+        """Return the logits of a segmentation at every position; one channel becomes two classes.
+
+        Raises `UsageError` if the output has no maps.
+        """
+        logits = select_logits(output)
+        if logits.ndim < 3:
+            raise UsageError(
+                "a segmentation network must return logits [image, class, height, width]; it "
+                f"returns {list(logits.shape)}"
+            )
+        logits = self._as_logits(logits)
+        if logits.shape[1] == 1:
+            return torch.cat([-logits / 2, logits / 2], dim=1)
+        return logits
+
+    def _as_logits(self, scores: Tensor) -> Tensor:
+        """Undo the softmax or sigmoid that the network ends in."""
+        if self.scale in ("softmax", "sigmoid") and scores.dtype in (torch.bfloat16, torch.float16):
+            scores = scores.float()
+        if self.scale == "softmax":
+            return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        if self.scale == "sigmoid":
+            return scores.logit(torch.finfo(scores.dtype).eps)
+        return scores
+
+    def read_labels(self, labels: Labels, output: object) -> Labels:
+        """Return labels beside the reading of an output, `IGNORED` where they don't count.
+
+        Masks are read at the positions of the output, whose size may be another; numbers for a
+        regression as the output is.
+        """
+        if self.is_values and labels.is_floating_point():
+            leaf = floating_leaves(output, len(labels))[0]
+            if labels[0].numel() != leaf[0].numel():
+                raise DataError(
+                    f"labels are {list(labels.shape)}, but the network returns {list(leaf.shape)}"
+                )
+            return self.read(labels.reshape(leaf.shape).to(leaf), len(labels))
+        if self.kind != "segmentation" or not self.has_labels:
+            return labels
+        size = select_logits(output).shape[2:]
+        if labels.shape[1:] != size:
+            labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+        labels = labels.flatten(1)
+        return labels[:, :: _step(labels.shape[1])]
+
+    def predict(self, reading: Reading) -> Labels:
+        """Return the predicted class of each image, label or position, or the values."""
+        return reading.detach() if self.is_values else predict(reading)
+
+    def loss(self, reading: Reading, labels: Labels) -> Float[Tensor, ""]:
+        """Return the loss, a sum over images: cross-entropy in nats, or half the squared error.
+
+        Both are means over an image's positions or values. Raises `DataError` if a class number is
+        not one of the network's.
+        """
+        if self.is_values:
+            return (reading - labels.to(reading)).square().mean(1).sum() / 2
+        if self.kind != "segmentation":
+            return cross_entropy(reading, labels, reduction="sum")
+        counts = labels != IGNORED
+        total = cross_entropy(reading[counts], labels[counts], reduction="sum")
+        return total * len(labels) / counts.sum().clamp_min(1)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether networks can be trained on the labels."""
+        return self.has_labels and self.kind != "detection"
+
+    def training_loss(
+        self, output: object, reading: Reading, labels: Labels, *, label_smoothing: float = 0.0
+    ) -> Float[Tensor, ""]:
+        """Return the mean loss to train with, for an output and its reading.
+
+        Segmentations are compared at every position of the labels, to whose size the logits are
+        resized bilinearly. Raises `DataError` if a class number is not one of the network's.
+        """
+        if self.is_values:
+            return self.loss(reading, self.read_labels(labels, output)) / len(labels)
+        if self.kind != "segmentation":
+            return cross_entropy(reading, labels, label_smoothing=label_smoothing)
+        logits = self.read_maps(output).float()
+        if logits.shape[2:] != labels.shape[1:]:
+            logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+        check_labels(labels[labels != IGNORED], logits.shape[1])
+        entropy = F.cross_entropy(
+            logits,
+            labels,
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+        return entropy / (labels != IGNORED).sum().clamp_min(1)
+
+    def own_loss(self, reading: Reading, labels: Labels | None) -> Float[Tensor, ""]:
+        """Return the loss, a sum over images, with what the network itself predicts for labels.
+
+        Of values, which it would predict without any loss, it is half their square. `labels`, if
+        passed, are the labels.
+        """
+        if labels is not None:
+            return self.loss(reading, labels)
+        if self.is_values:
+            return reading.square().mean(1).sum() / 2
+        return self.loss(reading, self.predict(reading))
+
+    def divergence(
+        self, reading: Reading, expected: Reading, temperature: float
+    ) -> Float[Tensor, ""]:
+        """Return how far outputs are from the expected ones, a mean over images.
+
+        It is KL(expected ‖ reading) of softened logits in nats, a mean over labels or positions, or
+        half the squared error of values.
+        """
+        if self.is_values:
+            return (reading - expected).square().mean() / 2
+        return softened_divergence(reading, expected, temperature)
+
     def concept_count(self, output: Node) -> int:
         """Return how many classes or labels images may show: those of `evidence`."""
         value = output.meta["val"]
+        if self.kind == "segmentation":
+            return max(2, int(value.shape[1]))
         return 2 if self.kind == "binary" else int(as_rows(value, len(value)).shape[1])
 
     def concept_rows(self, weight: Float[Tensor, "output feature"]) -> Tensor:
@@ -94,8 +233,11 @@ class Task:
         """Return the logit of one class or label for each image, and its number.
 
         It is that of the true class, or without labels of the predicted one. Of several labels it
-        is the one that the network is surest of, among the true ones if labels are passed.
+        is the one that the network is surest of, among the true ones if labels are passed. In
+        segmentation it is the mean logit of the class that most positions have, where they have it.
         """
+        if self.kind == "segmentation":
+            return _commonest(logits, predict(logits) if labels is None else labels)
         if self.kind != "multi-label":
             classes = predict(logits) if labels is None else labels
             check_labels(classes, logits.shape[-1])
@@ -111,6 +253,22 @@ class Task:
 
 SINGLE_LABEL = Task()
 """One logit for each class, and one class for each image."""
+
+
+def _commonest(
+    logits: Logits, labels: Int[Tensor, "image position"]
+) -> tuple[Float[Tensor, "image"], Int[Tensor, "image"]]:
+    """Return the mean logit of each image's commonest class, where positions have it."""
+    counts = F.one_hot(labels.clamp_min(0), logits.shape[-1]) * (labels != IGNORED)[..., None]
+    classes = counts.sum(1).argmax(1)
+    has_class = labels == classes[:, None]
+    chosen = logits.gather(2, classes[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+    return (chosen * has_class).sum(1) / has_class.sum(1).clamp_min(1), classes
+
+
+def _step(positions: int) -> int:
+    """Return the step between the positions that are compared."""
+    return -(-positions // MOST_POSITIONS)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -174,15 +332,17 @@ def softened_divergence(logits: Logits, expected: Logits, temperature: float) ->
 def select_logits(output: object) -> Tensor:
     """Return the tensor of logits in a network's output.
 
-    It is the output itself, its `logits`, the only tensor of a mapping, or the first of a tuple.
-    Raises `UsageError` if there is none.
+    It is the output itself, its `logits`, the `out` or the only tensor of a mapping, or the first
+    of a tuple. Raises `UsageError` if there is none.
     """
     if isinstance(output, Tensor):
         return output
     logits: object = getattr(output, "logits", None)
     what = type(output).__name__
     if isinstance(output, Mapping):
-        logits = next(iter(output.values())) if len(output) == 1 else output.get("logits")
+        logits = output.get("logits", output.get("out"))
+        if len(output) == 1:
+            logits = next(iter(output.values()))
         what += f" of {', '.join(map(str, output))}"
     elif isinstance(output, tuple | list) and output and not isinstance(logits, Tensor):
         logits = output[0]
@@ -206,154 +366,7 @@ def as_rows(output: Tensor, images: int) -> Float[Tensor, "image output"]:
         return output.reshape(1, -1)
     if output.ndim > 2 and len(output) == images and output[0, :].numel() == output.shape[1]:
         return output.flatten(1)
-    has_map = output.ndim == 4 and len(output) == images
-    hint = " (one for each position: segmentation is not supported)" if has_map else ""
     raise UsageError(
         f"the network must return logits [image, class]; for {images} images it returns "
-        f"{list(output.shape)}{hint}"
+        f"{list(output.shape)}"
     )
-
-
-def run_network(model: nn.Module, images: Tensor) -> object:
-    """Return what the network returns in evaluation mode, computed on its device.
-
-    Raises `UsageError` where it fails.
-    """
-    images = as_input(model, images)
-    try:
-        with evaluating(model):
-            output: object = model(images)
-    except Exception as error:
-        if explain(error) is not None:  # the machine's fault, not the network's
-            raise
-        shape, words = list(images.shape), " ".join(str(error).split())
-        raise UsageError(f"the network can't be run on images {shape}: {words}") from error
-    return output
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a network's first outputs show."""
-
-    columns: int
-    """Numbers for each image."""
-    scale: Scale
-    notes: tuple[str, ...]
-
-
-def examine_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Outputs:
-    """Run the network on a few of the images, and return how its outputs look.
-
-    Raises `UsageError` if they are not numbers for each image.
-    """
-    images, network = images[:FIRST_IMAGES].detach(), unwrapped(model)
-    try:
-        with torch.enable_grad():
-            # A copy, since a network may write into its input, which a leaf of autograd forbids.
-            output = run_network(network, images.clone().requires_grad_().clone())
-    except UsageError:  # some networks run only without gradients
-        with torch.no_grad():
-            output = run_network(network, images.clone())
-    logits = select_logits(output)
-    rows = as_rows(logits, len(images)).detach().float()
-    scale = _scale(logits, rows)
-    notes = _container_notes(model, images)
-    if scale in ("softmax", "sigmoid"):
-        notes.append(
-            f"The network ends in a {scale}: it is undone where logits are needed, as in the loss."
-        )
-    return Outputs(rows.shape[1], scale, tuple(notes))
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits among what a network returns for images; see `select_logits`."""
-    return select_logits(model(images))
-
-
-def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
-    """Return what to say of a network that runs through `logits_of`."""
-    if forward_of(model) is not logits_of:
-        return []
-    with torch.no_grad():
-        output = run_network(without_forward(model), images)
-    name = type(output).__name__
-    if isinstance(output, Mapping) or hasattr(output, "logits"):
-        where = f"in the {name}"
-    else:
-        assert isinstance(output, tuple | list)
-        where = f"the first of the {len(output)} entries of the {name}"
-    return [
-        f"The network's logits are {where} that it returns; what else it returns may lose channels."
-    ]
-
-
-def _scale(logits: Tensor, rows: Float[Tensor, "image output"]) -> Scale:
-    """Return what kind of numbers a network returns, from their values and how they were made."""
-    step = logits.grad_fn
-    while step is not None and step.name() in VIEWS:
-        step = step.next_functions[0][0]
-    if step is not None and step.name() == "SigmoidBackward0":
-        return "sigmoid"
-    if rows.shape[1] == 1:
-        return "logits"
-    tolerance = SUM_TOLERANCE if logits.dtype == torch.float32 else COARSE_SUM_TOLERANCE
-    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < tolerance).all()):
-        return "softmax"
-    is_log = bool((rows <= 0).all()) and bool((rows.logsumexp(1).abs() < tolerance).all())
-    return "log-softmax" if is_log else "logits"
-
-
-def find_task(
-    model: nn.Module,
-    images: Float[Tensor, "image ..."],
-    labels: Sequence[Labels] = (),
-    kind: TaskKind | Literal["auto"] = "auto",
-) -> Task:
-    """Return what the network's outputs for a few images and all the labels mean.
-
-    Raises `UsageError`, `DataError` or `NotFiniteError` where they don't go together.
-    """
-    return make_task(examine_outputs(model, images), labels, kind)
-
-
-def make_task(
-    outputs: Outputs,
-    labels: Sequence[Labels] = (),
-    kind: TaskKind | Literal["auto"] = "auto",
-) -> Task:
-    """Return how to read outputs, in view of all the labels that they will be compared with.
-
-    Raises `UsageError` if labels of the `kind` can't be read from such outputs, and `DataError` if
-    labels don't fit the outputs.
-    """
-    labels = [part for part in labels if len(part)]
-    if kind == "auto":
-        several = labels[0].ndim == 2 if labels else outputs.scale == "sigmoid"
-        kind = "binary" if outputs.columns == 1 else "multi-label" if several else "single-label"
-    if (kind == "binary") != (outputs.columns == 1):
-        raise UsageError(
-            f"model.task = {kind!r}, but the network has {outputs.columns} outputs: a binary task "
-            "has one, the others have more"
-        )
-    if kind == "multi-label" and outputs.scale in ("softmax", "log-softmax"):
-        raise UsageError(
-            f"each image has several labels, but the network ends in a {outputs.scale}, which "
-            "chooses one: end it with logits or a sigmoid"
-        )
-    for part in labels:
-        expected = [len(part), outputs.columns] if kind == "multi-label" else [len(part)]
-        if list(part.shape) != expected:
-            raise DataError(
-                f"labels are {list(part.shape)}, but a {kind} network with {outputs.columns} "
-                f"outputs needs {expected}"
-            )
-        check_labels(part, outputs.columns if kind == "single-label" else 2)
-    notes = list(outputs.notes)
-    if kind == "binary":
-        notes.append("The network has one output: above 0 it means class 1, else class 0.")
-    elif kind == "multi-label":
-        notes.append(
-            f"Each of the {outputs.columns} outputs is a label of its own, present above 0: "
-            "accuracy is the fraction of labels that are right."
-        )
-    return Task(kind, outputs.scale, tuple(notes))

@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images
-from secateur.models.task import examine_outputs, run_network
+from secateur.models.examine import examine_outputs, run_network
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext

@@ -15,11 +15,12 @@ COLOUR, GREY = 3, 1
 """Channels that image files are read with."""
 
 
-def fit_channels(model: nn.Module, size: int) -> int:
+def fit_channels(model: nn.Module, size: tuple[int, int]) -> int:
     """Return how many channels the network takes: 3, or 1 if it can't be run on 3.
 
-    It is run on black images of `size` × `size`. Raises `UsageError` if it can't be run on either;
-    the message says with how many channels or at which sizes it can, if at any that are tried.
+    It is run on black images of a height and width. Raises `UsageError` if it can't be run on
+    either; the message says with how many channels or at which sizes it can, if at any that are
+    tried.
     """
     cause = _failure(model, COLOUR, size)
     if cause is None:
@@ -29,22 +30,22 @@ def fit_channels(model: nn.Module, size: int) -> int:
     channels = _first_channels(model)
     if channels == GREY:
         cause = _failure(model, GREY, size)
-    sizes = [side for side in SIZES if _failure(model, channels, side) is None]
+    sizes = [side for side in SIZES if _failure(model, channels, (side, side)) is None]
     if channels not in (COLOUR, GREY) and (sizes or _failure(model, channels, size) is None):
         raise UsageError(
             f"the network takes images with {channels} channels, but image files are read with 3 "
             "(or 1, grey): use secateur.prune from Python, which takes tensors"
         )
     raise UsageError(
-        f"the network can't be run on images of {size}×{size} (data.image_size) with {channels} "
-        f"{'channel' if channels == 1 else 'channels'}: {_advice(model, channels, size, sizes)}"
-        f"{cause}"
+        f"the network can't be run on images of {size[1]}×{size[0]} (data.image_size) with "
+        f"{channels} {'channel' if channels == 1 else 'channels'}: "
+        f"{_advice(model, channels, size, sizes)}{cause}"
     )
 
 
-def _failure(model: nn.Module, channels: int, size: int) -> str | None:
+def _failure(model: nn.Module, channels: int, size: tuple[int, int]) -> str | None:
     """Return why the network can't be run on two black images, or None if it can."""
-    images = torch.zeros(2, channels, size, size, device=device_of(model))
+    images = torch.zeros(2, channels, *size, device=device_of(model))
     try:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng():
             output: object = model(images)
@@ -63,15 +64,18 @@ def _first_channels(model: nn.Module) -> int:
     return next(channels, COLOUR)
 
 
-def _advice(model: nn.Module, channels: int, size: int, sizes: list[int]) -> str:
+def _advice(model: nn.Module, channels: int, size: tuple[int, int], sizes: list[int]) -> str:
     """Return at which sizes the network can be run; `sizes` are those of `SIZES`."""
     if not sizes:
         return ""
-    if size < sizes[0] and sizes == [side for side in SIZES if side >= sizes[0]]:
-        low, high = size, sizes[0]
+    least = min(size)
+    if least < sizes[0] and sizes == [side for side in SIZES if side >= sizes[0]]:
+        low, high = least, sizes[0]
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if _failure(model, channels, middle) else (low, middle)
+            low, high = (
+                (middle, high) if _failure(model, channels, (middle, middle)) else (low, middle)
+            )
         return f"it needs at least {high}×{high}, so pass --image-size {high} or more. "
     options = " or ".join(map(str, sizes[:3]))
     return f"it can at --image-size {options}. "

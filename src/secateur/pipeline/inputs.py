@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from secateur import data
-from secateur.config import RunConfig
+from secateur.config import PREPROCESSING_KEYS, RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
-from secateur.models import user_code, zoo
+from secateur.graph.build import traceable_forward
+from secateur.graph.forward import with_forward
+from secateur.models import libraries, user_code, zoo
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
@@ -30,7 +32,8 @@ def check_names(config: RunConfig) -> None:
 def check_weights(config: RunConfig) -> None:
     """Raise `UsageError` if a network that needs a weight file has none, unless that is allowed."""
     is_user_code = user_code.is_user_code(config.model.name)
-    if config.model.weights is None and not is_user_code and not config.model.allow_untrained:
+    comes_with_them = is_user_code or libraries.has_weights(config.model.name)
+    if config.model.weights is None and not comes_with_them and not config.model.allow_untrained:
         raise UsageError(
             f"{config.model.name} needs --weights (or --allow-untrained, with random weights)"
         )
@@ -45,13 +48,12 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     dataset = data.load(
         config.data.source,
         validation_fraction=config.data.validation_fraction,
+        ignore_index=config.data.ignore_index,
         seed=config.seed,
     )
-    num_classes = config.model.num_classes or len(dataset.class_names)
-    if not num_classes:
-        raise UsageError("without data the number of classes must be given: --num-classes")
+    num_classes = config.model.num_classes or len(dataset.class_names) or None
     is_binary = num_classes == 1 and len(dataset.class_names) == 2
-    if num_classes < len(dataset.class_names) and not is_binary:
+    if num_classes is not None and num_classes < len(dataset.class_names) and not is_binary:
         raise DataError(
             f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
             f"{num_classes}; it must be at least {len(dataset.class_names)}"
@@ -67,12 +69,10 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         notify=notes.append,
     )
     dataset = replace(dataset, notes=tuple(notes))
-    if user_code.is_user_code(config.model.name):
-        section = resolve_config(config, dataset, model).data
-        assert section.image_size is not None
-        assert section.mean is not None
-        shape = len(section.mean), section.image_size, section.image_size
-        model = through_logits(model, torch.zeros(2, *shape))
+    if zoo.may_return_more(config.model.name):
+        model = with_forward(model, traceable_forward(model))
+        preprocessing = preprocessing_of(resolve_config(config, dataset, model))
+        model = through_logits(model, torch.zeros(2, *preprocessing.shape))
     return dataset, model
 
 
@@ -88,20 +88,14 @@ def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> Run
             config = _with_data(config, image_size=height)
     preprocessing = preprocessing_of(config)
     mean, std = preprocessing.mean, preprocessing.std
-    keys = ("image_size", "mean", "std", "interpolation")
-    is_resolved = all(getattr(config.data, key) is not None for key in keys)
+    is_resolved = all(getattr(config.data, key) is not None for key in PREPROCESSING_KEYS)
     if not is_resolved and not config.model.name.startswith(f"{zoo.IN_MEMORY}:"):
-        channels = fit_channels(model, preprocessing.image_size)
+        channels = fit_channels(model, preprocessing.size)
         mean = _by_channel("mean", mean, channels, is_own=config.data.mean is not None)
         std = _by_channel("std", std, channels, is_own=config.data.std is not None)
-    config = _with_data(
-        config,
-        image_size=preprocessing.image_size,
-        mean=mean,
-        std=std,
-        interpolation=preprocessing.interpolation,
-    )
-    num_classes = config.model.num_classes or len(dataset.class_names)
+    values = {key: getattr(preprocessing, key) for key in PREPROCESSING_KEYS}
+    config = _with_data(config, **{**values, "mean": mean, "std": std})
+    num_classes = config.model.num_classes or len(dataset.class_names) or None
     model_section = config.model.model_copy(update={"num_classes": num_classes})
     return config.model_copy(update={"model": model_section})
 
@@ -111,19 +105,21 @@ def describe_inputs(
 ) -> tuple[str, ...]:
     """Return notes on how images are read, where that was not said in `config`."""
     notes: list[str] = []
-    size, mean, std = (getattr(resolved_config.data, key) for key in ("image_size", "mean", "std"))
+    preprocessing = preprocessing_of(resolved_config)
+    mean, std = preprocessing.mean, preprocessing.std
+    size = f"{preprocessing.size[1]}×{preprocessing.size[0]}"
     if config.data.image_size is None and user_code.is_user_code(config.model.name):
         stored = dataset.stored_size
-        if stored == (size, size):
+        if stored == preprocessing.size:
             notes.append(
-                f"Images are read at {size}×{size}, the size that they are stored in: --image-size "
-                "sets another."
+                f"Images are read at {size}, the size that they are stored in: --image-size sets "
+                "another."
             )
         else:
             sizes = "of several sizes" if stored is None else f"of {stored[1]}×{stored[0]}"
             notes.append(
-                f"Images {sizes} are read at {size}×{size}: if the network was trained at another "
-                "size, pass it as --image-size."
+                f"Images {sizes} are read at {size}: if the network was trained at another size, "
+                "pass it as --image-size."
             )
     if len(mean) == 1 and config.data.mean is None:
         notes.append(
@@ -156,15 +152,14 @@ def _by_channel(
 def preprocessing_of(config: RunConfig) -> Preprocessing:
     """Return what the network expects of its images, unless the configuration says otherwise."""
     published = zoo.preprocessing(config.model.name)
-    size = config.data.image_size or published.image_size
-    return Preprocessing(
-        image_size=size,
-        resize=round(size * published.resize / published.image_size),
-        mean=config.data.mean or published.mean,
-        std=config.data.std or published.std,
-        interpolation=config.data.interpolation or published.interpolation,
+    chosen = {key: getattr(config.data, key) for key in PREPROCESSING_KEYS}
+    changed = replace(
+        published,
+        **{key: value for key, value in chosen.items() if value is not None},
         keeps_exact=user_code.is_user_code(config.model.name),
     )
+    resize = round(min(changed.size) * published.resize / min(published.size))
+    return replace(changed, resize=resize)
 
 
 def make_reader(config: RunConfig, run_context: RunContext | None = None) -> BatchReader:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
 from secateur.models.published import transform_notice
-from secateur.models.score import Score
+from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
 from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
 from secateur.runtime.environment import Environment
@@ -18,7 +18,7 @@ from secateur.runtime.schema import Record, parse_record
 from secateur.runtime.timing import LATENCY_BATCH
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 RESULT = "result.json"
 IDLE_KEYS = frozenset(
     [
@@ -80,8 +80,8 @@ class FinetuneResult(Record):
     """The outcome of fine-tuning."""
 
     epochs: tuple[Epoch, ...]
-    before_top1_fraction: float
-    """Top-1 fraction on the validation images before the first epoch."""
+    before_metric: float
+    """The metric on the validation images before the first epoch."""
     best_epoch: int
     """The first of the epochs that were best on the validation images; 0: before the first."""
     ended: Literal["whole", "patience", "time"]
@@ -139,8 +139,13 @@ class RunResult(Record):
 
     @property
     def accuracy_name(self) -> str:
-        """What `Score.top1_fraction` is called in tables and charts."""
-        return self.task.accuracy_name if self.has_labels else "agreement"
+        """What `Score.metric` is called in tables and charts."""
+        return self.task.accuracy_name if self.has_metric else "agreement"
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether scores are more than agreement with the original network."""
+        return self.has_labels or bool(self.task.metric_name)
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -178,12 +183,13 @@ class RunResult(Record):
         finetuning = self.finetuning
         if finetuning is None or not finetuning.epochs:
             return ""
-        before, last = finetuning.before_top1_fraction, finetuning.epochs[-1].validation
+        before, last = finetuning.before_metric, finetuning.epochs[-1].validation
         if last is None or last >= before or finetuning.kept == "best":
             return ""
+        unit = self.task.metric_unit
         loss = (
-            f"{self.accuracy_name} on the validation images fell from {100 * before:.2f} to "
-            f"{100 * last:.2f} %"
+            f"{self.accuracy_name} on the validation images fell from "
+            f"{metric_text(before, unit).removesuffix(' %')} to {metric_text(last, unit)}"
         )
         if finetuning.kept == "start":
             return (

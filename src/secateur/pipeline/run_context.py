@@ -7,6 +7,8 @@ from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
+from secateur.graph.output_values import OutputPart
+from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.task import Task
 from secateur.pipeline.result import StageResult, stage_title
 from secateur.runtime import distributed
@@ -30,6 +32,10 @@ class RunContext:
     log: EventLog = field(default_factory=lambda: EventLog(None))
     criterion: Criterion | None = None
     """Scores the filters, if it was passed from Python and has no name."""
+    metric: NetworkFunction | None = None
+    """Scores networks, if it was passed from Python and has no name."""
+    outputs: tuple[OutputPart, ...] = ()
+    """What is compared of a network's outputs; by default what they look like tells."""
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
 
@@ -47,7 +53,7 @@ class RunContext:
     def end_stage(self, result: StageResult, task: Task) -> None:
         """Log a stage that has ended, and print its line."""
         title = stage_title(result.stage, result.round)
-        accuracy = f"{task.accuracy_name} {100 * result.score.top1_fraction:.2f} %"
+        accuracy = task.describe(result.score.metric)
         self.log.write("stage", **result.model_dump())
         self.lines.end_stage(title, accuracy)
 

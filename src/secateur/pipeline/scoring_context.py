@@ -18,12 +18,14 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.finite import check_finite
 from secateur.graph.module_state import device_of, tensors_of
 from secateur.models.evaluate import Predictions, evaluate_and_predict
+from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
-from secateur.models.task import Task, find_task
+from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
 from secateur.pruning.refit.refit_and_check import RefitImages
@@ -32,8 +34,6 @@ from secateur.runtime.memory import free_bytes
 from secateur.scoring import concepts
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, make_criterion
-
-EXAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,8 @@ class ScoringContext:
     """Criteria by name, which the filters are scored by."""
     task: Task
     """What the network's outputs and the labels mean."""
+    metric: MetricFactory | None
+    """What networks are scored by; None: accuracy, or R² of values."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -87,13 +89,14 @@ def make_scoring_context(
     *,
     criterion_names: Sequence[str] = (),
     dependencies: DependencyGraph | None = None,
+    original: nn.Module | None = None,
 ) -> ScoringContext:
     """Draw the calibration images, build the dependency graph and make the concept source.
 
     First the network runs on a few images, to tell how its outputs are read. Criteria that need
     gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
-    Annotated concepts bring their own images, which are then the calibration set.
-    Raises `SecateurError`.
+    `original` is the network before the first cut, if `model` is not. Annotated concepts bring
+    their own images, which are then the calibration set. Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
     annotated = concepts.annotated_images(config.score.concepts)
@@ -104,7 +107,9 @@ def make_scoring_context(
         seed=config.seed,
     )
     example = reader.read_first(calibration, EXAMPLE_IMAGES)
-    task = find_task(model, example, dataset.all_labels, config.model.task)
+    task = task_of(model, dataset, config, reader, example, output_parts(config, run_context))
+    metric = metric_of(task, dataset, config, original or model, run_context)
+    task = with_metric(task, metric)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
@@ -131,7 +136,9 @@ def make_scoring_context(
         with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
     )
     reader = replace(reader, batch_size=batch_size)
-    return ScoringContext(calibration, example, dependencies, source, reader, scored_by, task)
+    return ScoringContext(
+        calibration, example, dependencies, source, reader, scored_by, task, metric
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,17 +168,21 @@ def make_baseline(
     run_context: RunContext | None = None,
     *,
     score: Score | None = None,
+    original: nn.Module | None = None,
 ) -> Baseline:
     """Score the filters of `model`, by the named criteria or else by that of `config`.
 
-    Before that `model` is scored on the test images, if its `score` is not known. Raises
+    Before that `model` is scored on the test images, if its `score` is not known. `original` is the
+    network before the first cut, if `model` is not. Raises
     `AccuracyError` if it is not worth pruning, unless `config` allows that.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     config = resolve_config(config, dataset, model)
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
-    context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
+    context = make_scoring_context(
+        model, dataset, config, run_context, criterion_names=names, original=original
+    )
     seconds = time.perf_counter() - since
     predictions: Predictions | None = None
     notes = (*dataset.notes, *context.task.notes)
@@ -188,6 +199,7 @@ def make_baseline(
             model,
             context.reader.read_shard(dataset.test, "scoring (before)"),
             task=context.task,
+            metric=context.metric,
             check=check,
         )
         notes = (*notes, *doubts)

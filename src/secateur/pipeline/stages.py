@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from secateur.config import Budget
 from secateur.data import DataSet
+from secateur.data.batch_reader import BatchReader
 from secateur.graph.module_state import copy_of
-from secateur.models.evaluate import evaluate
+from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
 from secateur.models.score import Score
 from secateur.models.state_dict import load_state
+from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.task import metric_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
@@ -90,6 +93,7 @@ def cut(this: Round) -> CutStage:
         smaller,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=latency_ms,
     )
@@ -117,6 +121,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
         cut_stage.network,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=latency_ms,
     )
@@ -148,6 +153,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         smaller,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=cut_stage.result.score.latency_ms,
     )
@@ -175,9 +181,14 @@ def finetune(
     start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     start_score = pruned.result.stages[-1].score
 
+    expected = _expected_outputs(original, dataset, reader, task)
+    metric = metric_of(task, dataset, config, original, run_context)
+
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).top1_fraction
+        return evaluate(
+            network, batches, task=task, metric=metric, original=expected, known_ms=0.0
+        ).metric
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy_of(smaller, share_tensors=False)
@@ -187,6 +198,7 @@ def finetune(
             network,
             batches,
             task=task,
+            metric=metric,
             original=pruned.predictions,
             known_ms=start_score.latency_ms,
         )
@@ -204,7 +216,7 @@ def finetune(
             validate,
             lambda epoch: run_context.log.write("epoch", round=pruned.round, **asdict(epoch)),
             run_context.lines,
-            task.accuracy_name,
+            task.describe,
         ),
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
@@ -216,7 +228,7 @@ def finetune(
         load_state(smaller, start)
     finetuning = FinetuneResult(
         epochs=training.epochs,
-        before_top1_fraction=training.before,
+        before_metric=training.before,
         best_epoch=training.best_epoch,
         ended=training.ended,
         last=last,
@@ -231,6 +243,17 @@ def finetune(
     )
     run_context.end_stage(result, task)
     return FinetuneStage(finetuning, result)
+
+
+def _expected_outputs(
+    original: nn.Module, dataset: DataSet, reader: BatchReader, task: Task
+) -> Predictions | None:
+    """Return what to compare outputs for the validation images with; None: their labels."""
+    if task.has_labels:
+        return None
+    batches = reader.read_shard(dataset.validation)
+    _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
+    return predictions
 
 
 def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
@@ -261,7 +284,7 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
 def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTrial, ...]:
     """Cut and refit networks of several sizes, and measure them on the validation images.
 
-    `max_drop` is how many points of top-1 may be lost.
+    `max_drop` is how much of the metric may be lost: percentage points, or its own unit.
     """
     least = this.plan_inputs.least(budget)
 
@@ -276,20 +299,27 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
                 seed=this.config.seed,
                 progress=this.run_context.progress,
             )
-        after = top1_fraction(smaller)
+        after = validate(smaller)
         this.run_context.log.write(
-            "size_trial", fraction_left=fraction_left, validation_top1_fraction=after
+            "size_trial", fraction_left=fraction_left, validation_metric=after
         )
         return after
 
-    def top1_fraction(network: nn.Module) -> float:
+    reader, task = this.context.reader, this.context.task
+    expected = _expected_outputs(this.network, this.dataset, reader, task)
+
+    def validate(network: nn.Module) -> float:
+        batches = reader.read_shard(this.dataset.validation)
         return evaluate(
             network,
-            this.context.reader.read_shard(this.dataset.validation),
-            task=this.context.task,
-        ).top1_fraction
+            batches,
+            task=task,
+            metric=this.context.metric,
+            original=expected,
+            known_ms=0.0,
+        ).metric
 
-    before = top1_fraction(this.network)
-    limit = before - max_drop / 100
+    before = validate(this.network)
+    limit = before - (max_drop / 100 if task.metric_unit == "%" else max_drop)
     trials = bisect(attempt, limit, least)
     return (SizeTrial(1.0, before, kept=True), *trials)

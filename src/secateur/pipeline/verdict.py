@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scipy.stats import binomtest
 
-from secateur.models.score import Score
+from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
 from secateur.pipeline.result import RunResult
 
@@ -29,14 +29,13 @@ def verdict(result: RunResult) -> str:
         f"parameters {_change(before.parameters, after.parameters)}",
         _speed(before.latency_ms / after.latency_ms),
     ]
-    if result.has_labels:
-        accuracy = f"{100 * before.top1_fraction:.1f} → {100 * after.top1_fraction:.1f} %"
+    if result.has_metric:
+        unit = result.task.metric_unit
+        old = metric_text(before.metric, unit, digits=1).removesuffix(" %")
+        accuracy = f"{old} → {metric_text(after.metric, unit, digits=1)}"
         parts.append(f"{result.task.accuracy_name} {accuracy}{_significance(after, result.task)}")
     if after.agreement_fraction is not None:
-        parts.append(
-            f"same prediction as the original for {100 * after.agreement_fraction:.1f} % of "
-            f"{after.images} test images"
-        )
+        parts.append(_agreement(after.agreement_fraction, after.images, result.task))
     return "; ".join(parts)
 
 
@@ -52,10 +51,21 @@ def _speed(ratio: float) -> str:
     return "not faster on this machine"
 
 
+def _agreement(fraction: float, images: int, task: Task) -> str:
+    """Return how far the outputs are those of the original."""
+    if task.is_values:
+        return f"outputs have R² {fraction:.4f} with the original's on {images} test images"
+    what = {"segmentation": "positions in ", "multi-label": "labels of "}.get(task.kind, "")
+    return (
+        f"same prediction as the original for {100 * fraction:.1f} % of {what}{images} test images"
+    )
+
+
 def _significance(score: Score, task: Task) -> str:
     """Return whether the accuracy differs from the original's, if that can be told."""
-    if score.lost is None or score.gained is None or task.kind == "multi-label":
-        return ""  # labels of one image are not independent
+    is_by_image = task.kind in ("single-label", "binary") and not task.metric_name
+    if score.lost is None or score.gained is None or not is_by_image:
+        return ""  # labels and positions of one image are not independent
     differing = score.lost + score.gained
     probability = binomtest(score.lost, differing).pvalue if differing else 1.0
     if probability >= LEVEL:

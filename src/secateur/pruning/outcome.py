@@ -16,7 +16,7 @@ class SizeTrial:
 
     fraction_left: float
     """Fraction of the budget's quantity that the network keeps."""
-    validation_top1_fraction: float
+    validation_metric: float
     kept: bool
     """Whether the accuracy is within the limit."""
 

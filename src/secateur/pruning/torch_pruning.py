@@ -25,7 +25,8 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.module_state import tensors_of
-from secateur.models.task import Task, examine_outputs, make_task
+from secateur.models.examine import examine_outputs, make_task
+from secateur.models.task import Task
 from secateur.runtime.errors import UsageError
 from secateur.scoring import concepts, criteria
 from secateur.scoring.concepts import ConceptSource
@@ -153,13 +154,13 @@ class CriterionImportance:
 
     def _source(self, dependencies: DependencyGraph, task: Task) -> ConceptSource:
         class_names = tuple(map(str, range(task.concept_count(dependencies.graph.output))))
-        size = int(self._example.shape[-1])
+        height, width = self._example.shape[-2:]
         return concepts.make(
             self._settings.concepts,
             dependencies.graph,
             tensors_of(self._model),
             class_names,
-            Preprocessing(size, size),
+            Preprocessing((height, width), min(height, width)),
             task,
         )
 

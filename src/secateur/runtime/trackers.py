@@ -23,7 +23,7 @@ PROJECT = "secateur"
 CURVES = {
     "loss": "training/loss",
     "learning_rate": "training/learning_rate",
-    "validation": "validation/top1_fraction",
+    "validation": "validation/metric",
 }
 """Facts of an epoch, and the names of their curves."""
 

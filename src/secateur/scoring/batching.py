@@ -59,7 +59,8 @@ def select_images(batch: Batch, index: Tensor) -> Batch:
     masks = batch.annotations
     if masks is not None:
         masks = ConceptMasks(masks.masks[index], masks.concepts[index])
-    return Batch(batch.images[index], batch.labels[index], batch.indices[index], masks)
+    targets = batch.targets and tuple(batch.targets[place] for place in index.tolist())
+    return Batch(batch.images[index], batch.labels[index], batch.indices[index], masks, targets)
 
 
 def first_images(batches: Iterable[Batch]) -> Iterator[Tensor]:
@@ -80,9 +81,13 @@ def _join(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     masks = [batch.annotations for batch in batches if batch.annotations is not None]
+    targets = None
+    if all(batch.targets is not None for batch in batches):
+        targets = tuple(objects for batch in batches for objects in batch.targets or ())
     return Batch(
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.indices for batch in batches]),
         join_masks(masks) if masks else None,
+        targets,
     )

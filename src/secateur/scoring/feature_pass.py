@@ -26,7 +26,7 @@ from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.graph.taps import Kernels, all_taps, kernels_of, maps_of
-from secateur.models.task import SINGLE_LABEL, Task, cross_entropy, predict
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError
 from secateur.runtime.precision import autocast
@@ -151,14 +151,17 @@ class _ForwardPass:
                 interpreter.advance(node, after=hooks, overrides=overrides)
             after = hooks if node is None else {**hooks, node: capture}
             with torch.set_grad_enabled(with_gradients or wants_leaf):
-                interpreter.advance(after=after, overrides=overrides)
+                leaves = interpreter.finish(after=after, overrides=overrides)
+        outputs = leaves[0] if len(leaves) == 1 else tuple(leaves)
         return ConceptInput(
             images=batch.images,
             indices=batch.indices,
-            labels=batch.labels if self.settings.use_labels else None,
+            labels=(
+                self.task.read_labels(batch.labels, outputs) if self.settings.use_labels else None
+            ),
             annotations=batch.annotations,
             value=captured[0] if captured else None,
-            logits=self.task.read(interpreter.value(self.dependencies.graph.output), len(images)),
+            logits=self.task.read(outputs, len(images)),
         )
 
 
@@ -264,11 +267,12 @@ class _Dispatcher:
         self._count, self._indices = count, batch.indices[:count]
         self._deferred, self._is_loss = [], False
         forward_pass, source = self._forward_pass, self._forward_pass.source
+        task = forward_pass.task
         concept_input = forward_pass.forward(
             batch, self._hooks, with_gradients=bool(self._gradient_observers)
         )
         if not bool(concept_input.logits.isfinite().all()):
-            raise DataError("the network's logits hold values that are not finite")
+            raise DataError("the network's outputs hold values that are not finite")
         if source is not None:
             masks = source.find(concept_input)
             regions = Regions(ConceptMasks(masks.masks[:count], masks.concepts[:count]))
@@ -277,9 +281,8 @@ class _Dispatcher:
         if self._gradient_observers:
             logits = concept_input.logits[:count].float()
             labels = concept_input.labels
-            labels = predict(logits) if labels is None else labels[:count]
             self._is_loss = True
-            cross_entropy(logits, labels, reduction="sum").backward()
+            task.own_loss(logits, None if labels is None else labels[:count]).backward()
 
     def _on_value(self, name: str, tap: Tap, value: Tensor) -> None:
         maps = maps_of(tap, value.detach())[: self._count]

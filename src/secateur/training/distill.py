@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
-from secateur.models.divergence import divergence_from, logits_of
+from secateur.models.divergence import divergence_from, outputs_of
 from secateur.models.score import OutputDivergence
 from secateur.models.task import Logits, Task
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
@@ -38,7 +38,7 @@ def distill(
     Batch norm stays in evaluation mode. Raises `SecateurError` if the loss is no longer finite.
     """
     validation = _Validation(
-        logits_of(model, held_out(), data.task), held_out, settings.temperature, data.task
+        outputs_of(model, held_out(), data.task), held_out, settings.temperature, data.task
     )
     training = train(
         smaller,

@@ -13,11 +13,9 @@ from secateur.config import TrainingSection
 from secateur.graph.module_state import evaluating
 from secateur.models.task import (
     SINGLE_LABEL,
-    Logits,
+    Reading,
     Task,
     check_labels,
-    cross_entropy,
-    softened_divergence,
 )
 from secateur.runtime.errors import UsageError
 from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
@@ -41,12 +39,19 @@ class DistillationLoss:
     ) -> None:
         self._model, self._settings, self._accelerator = model, settings, accelerator
         self._task = task
-        if task.kind == "multi-label" and (settings.mixup or settings.cutmix):
+        if task.kind not in ("single-label", "binary") and (settings.mixup or settings.cutmix):
             raise UsageError(
-                "mixup and cutmix mix images of one class each, and these have several labels: set "
-                "both to 0"
+                "mixup and cutmix mix images of one class each, and these have several labels or "
+                "none: set both to 0"
             )
         self._label_weight = 1.0 if teacher is None else settings.label_weight
+        if not task.has_loss:
+            if teacher is None:
+                raise UsageError(
+                    f"a {task.kind} network can't be trained on these labels here: train it with "
+                    "its own library"
+                )
+            self._label_weight = 0.0  # the original network's outputs are all there is
         if settings.feature_weight and (teacher is None or not sums):
             raise UsageError(
                 "feature_weight needs a teacher and a network with residual sums: set it to 0"
@@ -84,11 +89,12 @@ class DistillationLoss:
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with observe(self._model, self._sums) as maps:
-            logits = self._read(self._student(images), images)
+            output = self._student(images)
+            reading = self._read(output, images)
         loss = torch.zeros((), device=device)
         if self._label_weight > 0:
-            entropy = cross_entropy(
-                logits, classes.to(device), label_smoothing=settings.label_smoothing
+            entropy = self._task.training_loss(
+                output, reading, classes.to(device), label_smoothing=settings.label_smoothing
             )
             loss = loss + self._label_weight * entropy
         if self._teacher is not None:
@@ -97,16 +103,16 @@ class DistillationLoss:
                 self._accelerator.autocast(),
                 observe(self._teacher, self._sums) as teacher_maps,
             ):
-                teacher_logits = self._read(self._teacher(images), images)
+                expected = self._read(self._teacher(images), images)
             if self._sums:
                 error = relative_feature_error(self._sums, maps.by_module, teacher_maps.by_module)
                 loss = loss + settings.feature_weight * error
-            temperature = settings.temperature
-            divergence = softened_divergence(logits, teacher_logits, temperature)
-            loss = loss + (1 - self._label_weight) * temperature**2 * divergence
+            divergence = self._task.divergence(reading, expected, settings.temperature)
+            scale = 1 if self._task.is_values else settings.temperature**2
+            loss = loss + (1 - self._label_weight) * scale * divergence
         return loss
 
-    def _read(self, output: object, images: Tensor) -> Logits:
+    def _read(self, output: object, images: Tensor) -> Reading:
         return self._task.read(output, len(images)).float()
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

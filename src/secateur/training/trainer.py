@@ -75,8 +75,8 @@ class TrainingCallbacks:
     after_epoch: Callable[[Epoch], None] | None = None
     lines: StageLines = field(default_factory=StageLines)
     """Gets a line when an epoch has ended."""
-    accuracy_name: str = ""
-    """What `validate` returns, if it is a fraction of the images; empty leaves it out."""
+    describe: Callable[[float], str] | None = None
+    """Puts what `validate` returns into words for people; None leaves it out."""
 
 
 def train(
@@ -261,8 +261,8 @@ class _Run:
         if callbacks.after_epoch is not None:
             callbacks.after_epoch(epoch)
         text = f"loss {epoch.loss:.3f}"
-        if callbacks.accuracy_name and validation is not None:
-            text += f", validation {callbacks.accuracy_name} {100 * validation:.2f} %"
+        if callbacks.describe is not None and validation is not None:
+            text += f", validation {callbacks.describe(validation)}"
         callbacks.lines.end_step("epoch", epoch.number, self._settings.epochs, text)
         if signals.is_pending:
             raise KeyboardInterrupt
@@ -406,10 +406,14 @@ class _Run:
             **self._settings.model_dump(mode="json", exclude=set(KEYS_FREE_ON_RESUME)),
             "seed": stream.seed,
             "training images": len(stream.images.labels),
-            "image size": stream.preprocessing.image_size,
+            "image size": _as_json(stream.preprocessing.image_size),
             "a teacher": self._loss.has_teacher,
             "weights": sum(tensor.numel() for tensor in self._model.state_dict().values()),
         }
+
+
+def _as_json(size: int | tuple[int, int]) -> int | list[int]:
+    return size if isinstance(size, int) else list(size)
 
 
 def _optimiser(model: nn.Module, settings: TrainingSection) -> torch.optim.Optimizer:

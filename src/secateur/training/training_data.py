@@ -48,7 +48,7 @@ def _augmentation(settings: TrainingSection, data: TrainingData) -> Augmentation
 
     Images that come normalised keep their height and width, which need not be equal.
     """
-    is_small = data.preprocessing.image_size <= LARGEST_SHIFTED
+    is_small = max(data.preprocessing.size) <= LARGEST_SHIFTED
     is_shifted = is_small or isinstance(data.images, NormalisedImages)
     crop = settings.crop or ("random_crop" if is_shifted else "random_resized_crop")
     return Augmentation(crop, settings.flip, settings.randaugment)

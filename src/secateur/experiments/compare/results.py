@@ -73,15 +73,15 @@ def row_of(job: JobResult) -> Row:
     before, last, finetuning = result.stages[0].score, result.stages[-1].score, result.finetuning
     for stage in STAGES:
         score = result.score(stage)
-        fields[f"{stage}_top1_fraction"] = None if score is None else score.top1_fraction
+        fields[f"{stage}_top1_fraction"] = None if score is None else score.metric
     if finetuning is not None:
         fields["best_epoch"] = finetuning.best_epoch
-        fields["best_epoch_top1_fraction"] = finetuning.best.top1_fraction
+        fields["best_epoch_top1_fraction"] = finetuning.best.metric
     return Row(
         **fields,
         **environment_fields(result.environment),
         images=last.images,
-        top1_fraction=last.top1_fraction,
+        top1_fraction=last.metric,
         agreement_fraction=last.agreement_fraction,
         macs_left=last.macs / before.macs,
         parameters_left=last.parameters / before.parameters,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
+from secateur.models.score import Score, change_text, metric_text
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
@@ -39,6 +41,7 @@ def write_report(
         "report.html.j2",
         result=result,
         verdict=verdict(result),
+        metric=partial(metric_text, unit=result.task.metric_unit),
         cards=_cards(result),
         rows=score_rows(result),
         tradeoff=tradeoff(result, beside),
@@ -60,18 +63,18 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
     Without labels there is no accuracy, only agreement with the original network.
     """
     rows = []
-    first = result.stages[0].score
+    first, unit = result.stages[0].score, result.task.metric_unit
     for stage in result.stages:
         score = stage.score
         rows.append(
             {
                 "stage": stage.stage if stage.round == 1 else f"{stage.stage} ({stage.round})",
                 **(
-                    {f"{result.accuracy_name} %": percent(score.top1_fraction)}
-                    if result.has_labels
+                    {_head(result): metric_text(score.metric, unit).removesuffix(f" {unit}")}
+                    if result.has_metric
                     else {}
                 ),
-                "agree %": percent(score.agreement_fraction),
+                **_agreement(result, score),
                 **(
                     {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
                 ),
@@ -85,6 +88,19 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _agreement(result: RunResult, score: Score) -> dict[str, str]:
+    """Return how far outputs are those of the original network."""
+    fraction = score.agreement_fraction
+    if result.task.is_values:
+        return {"R² to original": "–" if fraction is None else f"{fraction:.4f}"}
+    return {"agree %": percent(fraction)}
+
+
+def _head(result: RunResult) -> str:
+    """Return the head of the column of the metric."""
+    return f"{result.accuracy_name} {result.task.metric_unit}".rstrip()
 
 
 def percent(fraction: float | None) -> str:
@@ -114,7 +130,7 @@ class Card:
 
 def _cards(result: RunResult) -> list[Card]:
     first, last = result.stages[0].score, result.stages[-1].score
-    points = 100 * (last.top1_fraction - first.top1_fraction)
+    unit = result.task.metric_unit
     filters = sum(group.filters for group in result.groups)
     kept = filters - sum(len(group.removed) for group in result.groups)
 
@@ -123,10 +139,10 @@ def _cards(result: RunResult) -> list[Card]:
 
     return [
         Card(
-            result.accuracy_name.capitalize(),
-            f"{100 * first.top1_fraction:.2f} %",
-            f"{100 * last.top1_fraction:.2f} %",
-            f"{points:+.2f} points".replace("-", "−"),
+            result.accuracy_name[:1].upper() + result.accuracy_name[1:],
+            metric_text(first.metric, unit),
+            metric_text(last.metric, unit),
+            change_text(last.metric - first.metric, unit),
         ),
         card("MACs", count_text(first.macs), count_text(last.macs), last.macs / first.macs),
         card(

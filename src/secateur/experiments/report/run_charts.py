@@ -50,12 +50,14 @@ def tradeoff(result: RunResult, beside: BenchmarkStatistics | None = None) -> Ch
         draw_methods(axes, beside, settings, "macs_left")
     _draw_size_trials(axes, result)
     macs = [stage.score.macs / before.macs for stage in result.stages]
-    accuracy = [100 * stage.score.top1_fraction for stage in result.stages]
+    scale = 100 if result.task.metric_unit == "%" else 1
+    accuracy = [scale * stage.score.metric for stage in result.stages]
     axes.plot(macs, accuracy, color=RUN, ls=":", marker="*", ms=9, label="this run")
     _label_steps(axes, [stage.stage for stage in result.stages], macs, accuracy)
     axes.axhline(accuracy[0], color="#555555", ls="--", lw=1)
     axes.set_xlabel("remaining fraction of MACs")
-    axes.set_ylabel(f"{result.accuracy_name} in %")
+    unit = result.task.metric_unit
+    axes.set_ylabel(f"{result.accuracy_name} in {unit}" if unit else result.accuracy_name)
     axes.margins(x=0.15)
     axes.legend()
     title = f"{short(name)}: accuracy against remaining MACs"
@@ -78,9 +80,9 @@ def _label_steps(
 def _draw_size_trials(axes: Axes, result: RunResult) -> None:
     """Draw the sizes that were tried for `max_drop`, if those are fractions of MACs."""
     if result.size_trials and result.config.plan.target.startswith("macs"):
+        scale = 100 if result.task.metric_unit == "%" else 1
         points = sorted(
-            (trial.fraction_left, 100 * trial.validation_top1_fraction)
-            for trial in result.size_trials
+            (trial.fraction_left, scale * trial.validation_metric) for trial in result.size_trials
         )
         label = "sizes tried (validation images)"
         axes.plot(*zip(*points, strict=True), color="#888888", marker=".", label=label)

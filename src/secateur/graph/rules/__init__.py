@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     ),
     "linear": layers.linear,
     "_weight_norm": layers.weight_norm,
+    "renorm": layers.renorm,
     "embedding": layers.embedding,
     **dict.fromkeys(("batch_norm", "instance_norm"), layers.channel_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),

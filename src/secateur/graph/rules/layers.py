@@ -98,6 +98,14 @@ def weight_norm(propagation: ChannelPropagation, node: Node) -> Axes:
     return axes
 
 
+def renorm(propagation: ChannelPropagation, node: Node) -> Axes:
+    """Max-norm: a limit for the norm of each slice along one dimension, over all others."""
+    axes, dim = propagation.axes[first_input(node)], argument(node, "dim")
+    if any(ids is not None for d, ids in enumerate(axes) if d != dim % len(axes)):
+        propagation.mixing.add(node)
+    return axes
+
+
 def convolution(propagation: ChannelPropagation, node: Node) -> Axes:
     """Convolutions sum over input channels, or those of each group; their filters are new ones."""
     images, weight = first_input(node), first_input(node, 1)

@@ -9,7 +9,7 @@ import torch
 
 from secateur.config import RefitSection
 from secateur.data import Batch
-from secateur.models.divergence import DivergenceFrom, logits_of
+from secateur.models.divergence import DivergenceFrom, outputs_of
 from secateur.models.state_dict import load_state
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
@@ -46,7 +46,7 @@ def refit_and_check(
     smaller = inputs.smaller
     layers: tuple[LayerRefit, ...] = ()
     check: RefitCheck | None = None
-    expected = logits_of(inputs.model, images.held_out(), images.task)
+    expected = outputs_of(inputs.model, images.held_out(), images.task)
     divergence = DivergenceFrom(expected, images.held_out, images.task)
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}

@@ -58,10 +58,7 @@ class Colours(ConceptSource):
                 "the concept source colours needs pictures of 1 or 3 channels, and an image here "
                 f"is {list(shape[1:])}: use evidence, saliency or factors"
             )
-        self._mean, self._std = (
-            torch.tensor(values).reshape(-1, 1, 1)
-            for values in (context.preprocessing.mean, context.preprocessing.std)
-        )
+        self._preprocessing = context.preprocessing
         self._names = names_of_bins()
 
     @property
@@ -80,7 +77,7 @@ class Colours(ConceptSource):
     def names(self, images: Float[Tensor, "image rgb height width"]) -> Int[Tensor, "image h w"]:
         """Return the index of each cell's colour."""
         size = (min(LARGEST_GRID, images.shape[2]), min(LARGEST_GRID, images.shape[3]))
-        cells = F.adaptive_avg_pool2d(images, size) * self._std + self._mean
+        cells = self._preprocessing.colours(F.adaptive_avg_pool2d(images, size))
         levels = (cells * 255).round().clamp(0, 255).long()
         levels = levels.expand(-1, 3, -1, -1)  # of grey images
         red, green, blue = (levels * STEPS).div(256, rounding_mode="floor").unbind(1)

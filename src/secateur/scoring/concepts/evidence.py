@@ -94,13 +94,17 @@ class Evidence(ConceptSource):
 def last_map(graph: NetworkGraph) -> Node:
     """Return the last feature map before the output that has more than one position.
 
-    It has as many dimensions as the images, if there is such a map. Raises `TraceError` if there
-    is none.
+    It has as many dimensions as the images, if there is such a map. Where a network joins several
+    branches it is the last that any of them computes. Raises `TraceError` if there is none.
     """
     for ranks in ({_rank(graph.image)}, {3, 4, 5}):
-        feature_map = _last_map_of(graph, ranks)
-        if feature_map is not None:
-            return feature_map
+        for output in graph.outputs:
+            feature_map = _last_map_before(output, graph, ranks)
+            if feature_map is not None:
+                return feature_map
+    feature_map = _last_map_of_branches(graph)
+    if feature_map is not None:
+        return feature_map
     raise TraceError("the network has no feature map to look for class evidence in")
 
 
@@ -108,9 +112,11 @@ def _rank(node: Node) -> int:
     return len(node.meta["val"].shape)
 
 
-def _last_map_of(graph: NetworkGraph, ranks: set[int]) -> Node | None:
-    """Return the last feature map with one of these numbers of dimensions."""
-    node = graph.output
+def _last_map_before(output: Node, graph: NetworkGraph, ranks: set[int]) -> Node | None:
+    """Return the last feature map that an output is made from, with so many dimensions."""
+    node = output
+    if _rank(output) > 2 and output.args and isinstance(output.args[0], Node):
+        node = output.args[0]  # the output is a map itself
     while isinstance(node, Node) and node is not graph.image:
         shape = getattr(node.meta["val"], "shape", ())
         if len(shape) in ranks and math.prod(int(size) for size in shape[2:]) > 1:
@@ -118,6 +124,19 @@ def _last_map_of(graph: NetworkGraph, ranks: set[int]) -> Node | None:
         if not node.args or not isinstance(node.args[0], Node):
             break
         node = node.args[0]
+    return None
+
+
+def _last_map_of_branches(graph: NetworkGraph) -> Node | None:
+    """Return the last feature map, of any branch, that the output depends on."""
+    needed = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if node not in needed or node.op != "call_function":
+            continue
+        shape = getattr(node.meta["val"], "shape", ())
+        if len(shape) in (3, 4, 5) and shape[0] == graph.images and math.prod(shape[2:]) > 1:
+            return node
+        needed.update(node.all_input_nodes)
     return None
 
 

@@ -1,0 +1,579 @@
+"""Networks of other packages than torchvision and timm, and of papers, with their input shapes.
+
+All are built from their configuration: small inputs, small widths, random weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import definitions
+from secateur.graph.network_graph import Forward
+
+Shape = tuple[int, ...]
+IMAGE = ((3, 64, 64),)
+GREY = ((1, 64, 64),)
+VOLUME = ((1, 32, 32, 32),)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to build a network, and what it takes."""
+
+    build: Callable[[], nn.Module]
+    shapes: tuple[Shape, ...]
+    """The shape of each input, without the dimension of the batch."""
+    forward: Forward | None = None
+    """How to run it, if not by a call with its inputs that returns all its outputs."""
+
+
+def _call(path: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """Return what a class or function, `module:name`, makes of some arguments."""
+    module, _, name = path.partition(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the packages' own
+        function = getattr(importlib.import_module(module), name)
+        model: nn.Module = function(*args, **kwargs)
+    return model
+
+
+def _smp(name: str, encoder: str = "resnet18", side: int = 64, **options: Any) -> Network:
+    options = {"encoder_weights": None, "classes": 5, **options}
+    path = f"segmentation_models_pytorch:{name}"
+    return Network(partial(_call, path, encoder_name=encoder, **options), ((3, side, side),))
+
+
+def _monai(name: str, shapes: tuple[Shape, ...], **options: Any) -> Network:
+    return Network(partial(_call, f"monai.networks.nets:{name}", **options), shapes)
+
+
+def _pytorchcv(name: str, side: int = 64, **options: Any) -> Network:
+    build = partial(_call, "pytorchcv.model_provider:get_model", name, pretrained=False, **options)
+    return Network(build, ((3, side, side),))
+
+
+def _hugging_face(
+    name: str, head: str, shapes: tuple[Shape, ...] = IMAGE, **options: Any
+) -> Network:
+    def build() -> nn.Module:
+        config = _call(f"transformers:{name}Config", **options)
+        return _call(f"transformers:{name}{head}", config)
+
+    return Network(build, shapes)
+
+
+def _spandrel(path: str, shapes: tuple[Shape, ...] = IMAGE, **options: Any) -> Network:
+    return Network(partial(_call, f"spandrel.architectures.{path}", **options), shapes)
+
+
+def _braindecode(name: str, times: int = 500, **options: Any) -> Network:
+    options = {"n_chans": 8, "n_outputs": 4, "n_times": times, "sfreq": 100, **options}
+    return Network(partial(_call, f"braindecode.models:{name}", **options), ((8, times),))
+
+
+def _seisbench(name: str, samples: int, channels: int = 3, **options: Any) -> Network:
+    return Network(partial(_call, f"seisbench.models:{name}", **options), ((channels, samples),))
+
+
+def _video(name: str, frames: int = 8, side: int = 64) -> Network:
+    build = partial(_call, f"torchvision.models.video:{name}", weights=None, num_classes=10)
+    return Network(build, ((3, frames, side, side),))
+
+
+SMP: dict[str, Network] = {
+    "Unet/resnet18": _smp("Unet"),
+    "Unet/mobilenet_v2": _smp("Unet", "mobilenet_v2"),
+    "Unet/densenet121": _smp("Unet", "densenet121"),
+    "Unet/vgg11_bn": _smp("Unet", "vgg11_bn"),
+    "Unet/mit_b0": _smp("Unet", "mit_b0"),
+    "Unet/tu-regnetx_002": _smp("Unet", "tu-regnetx_002"),
+    "Unet/resnet18, scSE, class head": _smp(
+        "Unet", decoder_attention_type="scse", aux_params={"classes": 3}
+    ),
+    "UnetPlusPlus/mobilenet_v2": _smp("UnetPlusPlus", "mobilenet_v2"),
+    "MAnet/resnet18": _smp("MAnet"),
+    "Linknet/resnet18": _smp("Linknet"),
+    "FPN/efficientnet-b0": _smp("FPN", "efficientnet-b0"),
+    "PSPNet/resnet18": _smp("PSPNet"),
+    "PAN/resnet18": _smp("PAN", side=128),
+    "DeepLabV3/resnet18": _smp("DeepLabV3"),
+    "DeepLabV3Plus/mobilenet_v2": _smp("DeepLabV3Plus", "mobilenet_v2"),
+    "UPerNet/tu-convnext_atto": _smp("UPerNet", "tu-convnext_atto"),
+    "Segformer/mit_b0": _smp("Segformer", "mit_b0"),
+    "DPT/tu-vit_tiny_patch16_224": _smp(
+        "DPT", "tu-vit_tiny_patch16_224.augreg_in21k", side=224, decoder_readout="ignore"
+    ),
+}
+
+MONAI: dict[str, Network] = {
+    "UNet, 2-D": _monai(
+        "UNet",
+        GREY,
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=3,
+        channels=(16, 32, 64),
+        strides=(2, 2),
+    ),
+    "UNet with residual units, 3-D": _monai(
+        "UNet",
+        VOLUME,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=3,
+        channels=(8, 16, 32),
+        strides=(2, 2),
+        num_res_units=2,
+    ),
+    "BasicUNet, 3-D": _monai(
+        "BasicUNet", VOLUME, spatial_dims=3, features=(8, 8, 16, 32, 64, 8)
+    ),
+    "BasicUNetPlusPlus, 2-D": _monai(
+        "BasicUNetPlusPlus", GREY, spatial_dims=2, features=(8, 8, 16, 32, 64, 8)
+    ),
+    "AttentionUnet, 2-D": _monai(
+        "AttentionUnet",
+        GREY,
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=2,
+        channels=(16, 32, 64),
+        strides=(2, 2),
+    ),
+    "SegResNet, 3-D": _monai("SegResNet", VOLUME, spatial_dims=3, init_filters=8),
+    "SegResNetDS, 3-D": _monai("SegResNetDS", VOLUME, spatial_dims=3, init_filters=8, dsdepth=2),
+    "VNet, 3-D": _monai("VNet", VOLUME, spatial_dims=3),
+    "DynUNet, 3-D": _monai(
+        "DynUNet",
+        VOLUME,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        kernel_size=(3, 3, 3),
+        strides=(1, 2, 2),
+        upsample_kernel_size=(2, 2),
+        filters=(8, 16, 32),
+        res_block=True,
+    ),
+    "HighResNet, 3-D": _monai(
+        "HighResNet", ((1, 16, 16, 16),), spatial_dims=3, in_channels=1, out_channels=2
+    ),
+    "DenseNet, 3-D": _monai(
+        "DenseNet",
+        VOLUME,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=4,
+        init_features=16,
+        growth_rate=8,
+        block_config=(2, 4, 4),
+    ),
+    "ResNet, 3-D": _monai(
+        "ResNet",
+        VOLUME,
+        block="basic",
+        layers=[1, 1, 1, 1],
+        block_inplanes=[8, 16, 32, 64],
+        n_input_channels=1,
+        num_classes=4,
+    ),
+    "SENet, 2-D": _monai(
+        "SENet",
+        IMAGE,
+        spatial_dims=2,
+        in_channels=3,
+        block="se_resnetxt_bottleneck",
+        layers=(1, 1, 1, 1),
+        groups=32,
+        reduction=16,
+        num_classes=10,
+        inplanes=64,
+    ),
+    "EfficientNetBN, 2-D": _monai(
+        "EfficientNetBN", IMAGE, model_name="efficientnet-b0", pretrained=False, num_classes=10
+    ),
+    "FlexibleUNet, 2-D": _monai(
+        "FlexibleUNet", IMAGE, in_channels=3, out_channels=2, backbone="resnet18"
+    ),
+    "AutoEncoder, 2-D": _monai(
+        "AutoEncoder",
+        GREY,
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        channels=(16, 32, 64),
+        strides=(2, 2, 2),
+        inter_channels=[64, 64],
+        inter_dilations=[1, 2],
+    ),
+    "RegUNet, 3-D": _monai(
+        "RegUNet", VOLUME, spatial_dims=3, in_channels=1, num_channel_initial=8, depth=2
+    ),
+    "Quicknat, 2-D": _monai(
+        "Quicknat", GREY, num_classes=4, num_channels=1, num_filters=16, se_block=None
+    ),
+    "AHNet, 3-D": _monai("AHNet", VOLUME, layers=(1, 1, 1, 1), psp_block_num=2, out_channels=2),
+    "MedNeXt, 3-D": _monai(
+        "MedNeXt",
+        VOLUME,
+        spatial_dims=3,
+        init_filters=8,
+        kernel_size=3,
+        blocks_down=(1, 1, 1, 1),
+        blocks_bottleneck=1,
+        blocks_up=(1, 1, 1, 1),
+    ),
+    "Regressor, 2-D": _monai(
+        "Regressor", GREY, in_shape=(1, 64, 64), out_shape=(2,), channels=(8, 16, 32), strides=(2, 2, 2)
+    ),
+    "VarAutoEncoder, 2-D": _monai(
+        "VarAutoEncoder",
+        GREY,
+        spatial_dims=2,
+        in_shape=(1, 64, 64),
+        out_channels=1,
+        latent_size=8,
+        channels=(8, 16, 32),
+        strides=(2, 2, 2),
+        use_mean_at_inference=True,
+    ),
+    "UNETR, 3-D": _monai(
+        "UNETR",
+        VOLUME,
+        in_channels=1,
+        out_channels=2,
+        img_size=32,
+        feature_size=8,
+        hidden_size=48,
+        mlp_dim=96,
+        num_heads=4,
+    ),
+}
+
+PYTORCHCV: dict[str, Network] = {
+    "bagnet9": _pytorchcv("bagnet9", 224),
+    "bam_resnet18": _pytorchcv("bam_resnet18", 224),
+    "cbam_resnet18": _pytorchcv("cbam_resnet18", 224),
+    "bninception": _pytorchcv("bninception", 224),
+    "airnet50_1x64d_r16": _pytorchcv("airnet50_1x64d_r16", 224),
+    "channelnet": _pytorchcv("channelnet", 224),
+    "condensenet74_c4_g4": _pytorchcv("condensenet74_c4_g4", 224),
+    "diaresnet20_cifar10": _pytorchcv("diaresnet20_cifar10", 32),
+    "dicenet_wd5": _pytorchcv("dicenet_wd5", 224),
+    "diracnet18v2": _pytorchcv("diracnet18v2", 224),
+    "drnc26": _pytorchcv("drnc26", 224),
+    "espnetv2_wd2": _pytorchcv("espnetv2_wd2", 224),
+    "fishnet99": _pytorchcv("fishnet99", 224),
+    "hardnet39ds": _pytorchcv("hardnet39ds", 224),
+    "hrnet_w18_small_v1": _pytorchcv("hrnet_w18_small_v1", 224),
+    "ibn_resnet50": _pytorchcv("ibn_resnet50", 224),
+    "igcv3_wd4": _pytorchcv("igcv3_wd4", 224),
+    "isqrtcovresnet18": _pytorchcv("isqrtcovresnet18", 224),
+    "menet108_8x1_g3": _pytorchcv("menet108_8x1_g3", 224),
+    "msdnet22_cifar10": _pytorchcv("msdnet22_cifar10", 32),
+    "octresnet10_ad2": _pytorchcv("octresnet10_ad2", 224),
+    "peleenet": _pytorchcv("peleenet", 224),
+    "pyramidnet110_a48_cifar10": _pytorchcv("pyramidnet110_a48_cifar10", 32),
+    "resattnet56": _pytorchcv("resattnet56", 224),
+    "revnet38": _pytorchcv("revnet38", 224),
+    "scnet50": _pytorchcv("scnet50", 224),
+    "shakeshakeresnet20_2x16d_cifar10": _pytorchcv("shakeshakeresnet20_2x16d_cifar10", 32),
+    "sharesnet18": _pytorchcv("sharesnet18", 224),
+    "shufflenet_g3_w1": _pytorchcv("shufflenet_g3_w1", 224),
+    "sparsenet121": _pytorchcv("sparsenet121", 224),
+    "sqnxt23_w1": _pytorchcv("sqnxt23_w1", 224),
+    "squeezeresnet_v1_1": _pytorchcv("squeezeresnet_v1_1", 224),
+    "vovnet27s": _pytorchcv("vovnet27s", 224),
+    "wrn20_10_1bit_cifar10": _pytorchcv("wrn20_10_1bit_cifar10", 32),
+    "xdensenet40_2_k24_bc_cifar10": _pytorchcv("xdensenet40_2_k24_bc_cifar10", 32),
+    "zfnetb": _pytorchcv("zfnetb", 224),
+    "bisenet_resnet18_celebamaskhq": _pytorchcv(
+        "bisenet_resnet18_celebamaskhq", 64, in_size=(64, 64), pretrained_backbone=False
+    ),
+    "dabnet_cityscapes": _pytorchcv("dabnet_cityscapes"),
+    "enet_cityscapes": _pytorchcv("enet_cityscapes"),
+    "erfnet_cityscapes": _pytorchcv("erfnet_cityscapes"),
+    "lednet_cityscapes": _pytorchcv("lednet_cityscapes"),
+    "segnet_cityscapes": _pytorchcv("segnet_cityscapes"),
+    "sinet_cityscapes": _pytorchcv("sinet_cityscapes", 128, in_size=(128, 128)),
+    "simplepose_resnet18_coco": _pytorchcv(
+        "simplepose_resnet18_coco", 64, pretrained_backbone=False
+    ),
+    "lwopenpose2d_mobilenet_cmupan_coco": _pytorchcv("lwopenpose2d_mobilenet_cmupan_coco"),
+}
+
+TRANSFORMERS: dict[str, Network] = {
+    "ResNet": _hugging_face(
+        "ResNet",
+        "ForImageClassification",
+        embedding_size=16,
+        hidden_sizes=[32, 48, 64, 96],
+        depths=[1, 1, 2, 1],
+        num_labels=10,
+    ),
+    "RegNet": _hugging_face(
+        "RegNet",
+        "ForImageClassification",
+        embedding_size=16,
+        hidden_sizes=[32, 48, 64, 96],
+        depths=[1, 1, 2, 1],
+        groups_width=8,
+        num_labels=10,
+    ),
+    "ConvNext": _hugging_face(
+        "ConvNext",
+        "ForImageClassification",
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 2, 1],
+        num_labels=10,
+    ),
+    "ConvNextV2": _hugging_face(
+        "ConvNextV2",
+        "ForImageClassification",
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 2, 1],
+        num_labels=10,
+    ),
+    "MobileNetV1": _hugging_face(
+        "MobileNetV1", "ForImageClassification", depth_multiplier=0.5, num_labels=10
+    ),
+    "MobileNetV2": _hugging_face(
+        "MobileNetV2", "ForImageClassification", depth_multiplier=0.5, num_labels=10
+    ),
+    "MobileNetV2, segmentation": _hugging_face(
+        "MobileNetV2", "ForSemanticSegmentation", depth_multiplier=0.5, num_labels=5
+    ),
+    "EfficientNet": _hugging_face(
+        "EfficientNet",
+        "ForImageClassification",
+        width_coefficient=0.5,
+        depth_coefficient=0.5,
+        hidden_dim=640,
+        num_labels=10,
+    ),
+    "BiT": _hugging_face(
+        "Bit",
+        "ForImageClassification",
+        embedding_size=16,
+        hidden_sizes=[64, 64, 128, 128],
+        depths=[1, 1, 2, 1],
+        num_groups=8,
+        num_labels=10,
+    ),
+    "PoolFormer": _hugging_face(
+        "PoolFormer",
+        "ForImageClassification",
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        num_labels=10,
+    ),
+    "FocalNet": _hugging_face(
+        "FocalNet",
+        "ForImageClassification",
+        image_size=64,
+        embed_dim=16,
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        num_labels=10,
+    ),
+    "MobileViT": _hugging_face(
+        "MobileViT",
+        "ForImageClassification",
+        image_size=64,
+        hidden_sizes=[32, 48, 64],
+        neck_hidden_sizes=[8, 16, 24, 32, 48, 64, 128],
+        num_labels=10,
+    ),
+    "SegFormer": _hugging_face(
+        "Segformer",
+        "ForSemanticSegmentation",
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 4],
+        decoder_hidden_size=32,
+        num_labels=5,
+    ),
+    "UperNet": Network(
+        lambda: _call(
+            "transformers:UperNetForSemanticSegmentation",
+            _call(
+                "transformers:UperNetConfig",
+                backbone_config=_call(
+                    "transformers:ConvNextConfig",
+                    hidden_sizes=[16, 32, 48, 64],
+                    depths=[1, 1, 1, 1],
+                    out_features=["stage1", "stage2", "stage3", "stage4"],
+                ),
+                hidden_size=32,
+                auxiliary_channels=32,
+                auxiliary_in_channels=48,
+                num_labels=5,
+            ),
+        ),
+        IMAGE,
+    ),
+    "DETR": Network(
+        lambda: _call(
+            "transformers:DetrForObjectDetection",
+            _call(
+                "transformers:DetrConfig",
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone=None,
+                backbone_config=_call(
+                    "transformers:ResNetConfig",
+                    embedding_size=16,
+                    hidden_sizes=[32, 48, 64, 96],
+                    depths=[1, 1, 2, 1],
+                    out_features=["stage4"],
+                ),
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                num_queries=10,
+                num_labels=5,
+            ),
+        ),
+        ((3, 128, 128),),
+    ),
+    "RT-DETR's ResNet": _hugging_face(
+        "RTDetrResNet",
+        "Backbone",
+        embedding_size=16,
+        hidden_sizes=[32, 48, 64, 96],
+        depths=[1, 1, 2, 1],
+        out_features=["stage2", "stage3", "stage4"],
+    ),
+    "Swin2SR": _hugging_face(
+        "Swin2SR",
+        "ForImageSuperResolution",
+        image_size=32,
+        embed_dim=24,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+}
+
+RESTORATION: dict[str, Network] = {
+    "EDSR": Network(definitions.EDSR, ((3, 32, 32),)),
+    "SRResNet": Network(definitions.SRResNet, ((3, 24, 24),)),
+    "ESPCN": Network(definitions.ESPCN, ((1, 32, 32),)),
+    "DnCNN (spandrel)": _spandrel("DnCNN:DnCNN", GREY, nc=32, nb=8),
+    "RCAN (spandrel)": _spandrel(
+        "RCAN:RCAN", ((3, 32, 32),), scale=2, n_resgroups=2, n_resblocks=3, n_feats=32
+    ),
+    "ESRGAN (spandrel)": _spandrel(
+        "ESRGAN.__arch.RRDB:RRDBNet", ((3, 24, 24),), num_filters=32, num_blocks=2
+    ),
+    "Compact (spandrel)": _spandrel(
+        "Compact.__arch.SRVGG:SRVGGNetCompact", ((3, 32, 32),), num_feat=32, num_conv=8
+    ),
+    "NAFNet (spandrel)": _spandrel(
+        "NAFNet:NAFNet", width=16, middle_blk_num=2, enc_blk_nums=[1, 1, 2], dec_blk_nums=[1, 1, 1]
+    ),
+    "DRUNet (spandrel)": _spandrel(
+        "DRUNet:DRUNet", ((4, 64, 64),), in_nc=4, nc=[16, 32, 48, 64], nb=1
+    ),
+    "SPAN (spandrel)": _spandrel(
+        "SPAN:SPAN", ((3, 32, 32),), num_in_ch=3, num_out_ch=3, feature_channels=24, upscale=2
+    ),
+    "PLKSR (spandrel)": _spandrel("PLKSR:PLKSR", ((3, 32, 32),), dim=32, n_blocks=3),
+    "FBCNN (spandrel)": _spandrel("FBCNN:FBCNN", nc=[16, 32, 48, 512], nb=1),
+    "SAFMN (spandrel)": _spandrel("SAFMN:SAFMN", dim=32, n_blocks=3),
+    "RealCUGAN (spandrel)": _spandrel("RealCUGAN:UpCunet2x"),
+    "KBNet (spandrel)": _spandrel(
+        "KBNet:KBNet_s", width=16, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]
+    ),
+    "MoSR (spandrel)": _spandrel("MoSR:MoSR", ((3, 32, 32),), dim=32, n_block=3),
+    "SCUNet (spandrel)": _spandrel("SCUNet:SCUNet", config=[1] * 7, dim=64, input_resolution=64),
+}
+
+SIGNALS: dict[str, Network] = {
+    "M5": Network(definitions.M5, ((1, 8000),)),
+    "TC-ResNet8": Network(definitions.TCResNet8, ((40, 101),)),
+    "BC-ResNet": Network(definitions.BCResNet, ((1, 40, 101),)),
+    "ResNet-1D": Network(definitions.ResNet1D, ((1, 512),)),
+    "WaveNet": Network(definitions.WaveNet, ((1, 512),)),
+    "EEGNet (braindecode)": _braindecode("EEGNet"),
+    "ShallowFBCSPNet (braindecode)": _braindecode("ShallowFBCSPNet"),
+    "Deep4Net (braindecode)": _braindecode("Deep4Net", 600),
+    "BDTCN (braindecode)": _braindecode("BDTCN"),
+    "EEGInceptionERP (braindecode)": _braindecode("EEGInceptionERP"),
+    "EEGNeX (braindecode)": _braindecode("EEGNeX"),
+    "ATCNet (braindecode)": _braindecode("ATCNet", 1000),
+    "SleepStagerChambon2018 (braindecode)": _braindecode("SleepStagerChambon2018", 1000),
+    "USleep (braindecode)": _braindecode("USleep", 3000, depth=4),
+    "SPARCNet (braindecode)": _braindecode("SPARCNet"),
+    "PhaseNet (seisbench)": _seisbench("PhaseNet", 3001),
+    "GPD (seisbench)": _seisbench("GPD", 400),
+    "BasicPhaseAE (seisbench)": _seisbench("BasicPhaseAE", 600),
+    "EQTransformer (seisbench)": _seisbench("EQTransformer", 1024, in_samples=1024),
+    "CRED (seisbench)": Network(
+        partial(_call, "seisbench.models:CRED", in_samples=3000), ((3, 151, 41),)
+    ),
+    "DeepDenoiser (seisbench)": Network(
+        partial(_call, "seisbench.models:DeepDenoiser"), ((2, 31, 201),)
+    ),
+}
+
+VIDEO: dict[str, Network] = {
+    "r3d_18": _video("r3d_18"),
+    "mc3_18": _video("mc3_18"),
+    "r2plus1d_18": _video("r2plus1d_18"),
+    "s3d": _video("s3d", 14, 224),
+}
+
+PAIRS: dict[str, Network] = {
+    "Siamese": Network(definitions.Siamese, 2 * IMAGE),
+    "FlowNetC": Network(definitions.FlowNetC, 2 * IMAGE),
+    "FC-Siam-diff": Network(definitions.FCSiamDiff, 2 * IMAGE),
+    "ImageAndVector": Network(definitions.ImageAndVector, (*IMAGE, (10,))),
+    "change detection (smp Unet/resnet18)": Network(
+        lambda: definitions.ChangeUnet(SMP["Unet/resnet18"].build()), 2 * IMAGE
+    ),
+    "VoxelMorph (monai)": _monai(
+        "VoxelMorph",
+        2 * VOLUME,
+        backbone=None,
+        integration_steps=2,
+    ),
+    "DiffusionModelUNet (monai)": _monai(
+        "DiffusionModelUNet",
+        ((1, 32, 32), ()),
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        channels=(16, 32),
+        attention_levels=(False, False),
+        num_res_blocks=1,
+        norm_num_groups=8,
+    ),
+    "LaMa (spandrel)": _spandrel("LaMa:LaMa", (*IMAGE, *GREY), in_nc=4),
+    "raft_small (torchvision)": Network(
+        partial(_call, "torchvision.models.optical_flow:raft_small", weights=None),
+        2 * ((3, 128, 128),),
+    ),
+}
+
+PARTS: dict[str, dict[str, Network]] = {
+    "smp": SMP,
+    "monai": MONAI,
+    "pytorchcv": PYTORCHCV,
+    "transformers": TRANSFORMERS,
+    "restoration": RESTORATION,
+    "signals": SIGNALS,
+    "video": VIDEO,
+    "several inputs": PAIRS,
+}

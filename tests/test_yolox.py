@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.data.images import FileImages
+from secateur.graph.build import build_dependency_graph
+from secateur.integrations import yolox
+from secateur.runtime.errors import UnknownName, UsageError
+
+SIZE = (96, 64)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UnknownName, match="did you mean yolox_nano"):
+        yolox.build("yolox_nan", 80)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "yolox.config", None)
+    with pytest.raises(UsageError, match=r"pip install 'secateur\[yolox\]'"):
+        yolox.build("yolox_nano", 80)
+
+
+def test_boxes_are_those_of_yolox_itself():
+    pytest.importorskip("yolox")
+    from yolox.utils import postprocess
+
+    model = yolox.build("yolox_nano", 3)
+    with torch.no_grad():
+        for level in (*model.head.obj_preds, *model.head.cls_preds):  # type: ignore[union-attr]
+            level.bias.zero_()  # scores of about a half, or nothing would be found
+        images = 255 * torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+        found = yolox.decode(model(images), SIZE)
+        model.head.decode_in_inference = True  # type: ignore[union-attr]
+        output = model(images)
+    positions = (96 // 8) * (64 // 8) + (96 // 16) * (64 // 16) + (96 // 32) * (64 // 32)
+    assert output.shape == (2, positions, 8)
+    # YOLOX gives a position its best class alone, so each of its boxes is among ours.
+    theirs = postprocess(output.clone(), 3, yolox.SCORE_THRESHOLD, yolox.IOU)
+    for mine, rows in zip(found, theirs, strict=True):
+        assert len(mine.boxes) >= len(rows)
+        best = rows[0]  # left, top, right, bottom, objectness, class score, class
+        assert mine.scores[0] == pytest.approx(float(best[4] * best[5]), rel=1e-5)
+        assert mine.classes[0] == int(best[6])
+        torch.testing.assert_close(mine.boxes[0], best[:4], rtol=1e-4, atol=1e-3)
+
+
+def test_images_are_read_as_yolox_wants_them(tmp_path: Path):
+    pytest.importorskip("yolox")
+    from PIL import Image
+
+    Image.new("RGB", (100, 50), (200, 10, 30)).save(tmp_path / "a.png")
+    preprocessing = yolox.preprocessing("yolox_nano")
+    assert preprocessing.shape == (3, 416, 416)
+    images = FileImages((tmp_path / "a.png",), torch.zeros(1, dtype=torch.int64))
+    (image,) = preprocessing.normalise(images.read(torch.tensor([0]), preprocessing))
+    assert image[:, 0, 0].tolist() == [30, 10, 200]
+    assert image[:, 207, 415].tolist() == [30, 10, 200]
+    assert (image[:, 208:] == 114).all()
+    geometry = preprocessing.geometry(50, 100)
+    assert (geometry.scale_x, geometry.scale_y) == (4.16, 4.16)
+    assert (geometry.offset_x, geometry.offset_y) == (0, 0)
+
+
+def test_the_network_is_traced_with_all_but_its_last_layers_in_groups():
+    pytest.importorskip("yolox")
+    model = yolox.build("yolox_nano", 80)
+    images = 255 * torch.rand(2, 3, 64, 64)
+    dependencies = build_dependency_graph(model, images, prune_residual=True)
+    assert len(dependencies.groups) == 67
+    assert {group.reason for group in dependencies.frozen} == {"written to the network's output"}
+
+
+def test_an_output_of_another_kind_is_refused():
+    with pytest.raises(UsageError, match="returns 126 positions for images of 96×64"):
+        yolox.decode(torch.zeros(1, 5, 8), SIZE)
+    with pytest.raises(UsageError, match="this network does not"):
+        yolox.decode((torch.zeros(1),), SIZE)
