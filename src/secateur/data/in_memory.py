@@ -52,7 +52,7 @@ class Form:
     """Dimensions that the network's convolutions move along: 2 for images."""
     channels: int | None = None
     """Channels of an image, if the network tells."""
-    parameters: Parameters = Parameters()
+    parameters: Parameters = field(default_factory=Parameters)
     """What the network's call takes."""
     runs: Callable[[Tensor], bool] = field(default=lambda images: False, compare=False)
     """Whether the network can be run on a batch of another shape than its convolutions tell."""
@@ -300,7 +300,8 @@ def _several_named(batch: Any, form: Form, *, is_inner: bool) -> _Several | None
     They are what the network's call takes by name, or else all floats of a mapping that stands in
     a batch beside the labels (`is_inner`).
     """
-    tensors = {str(key): batch[key] for key in batch.keys() if _is_floats(batch[key])}
+    keys = list(batch.keys())
+    tensors = {str(key): batch[key] for key in keys if _is_floats(batch[key])}
     is_label = frozenset(LABEL_NAMES).difference(form.parameters.needed)
     known = [key for key in tensors if key in form.parameters.names and key not in is_label]
     if len(known) > 1:

@@ -25,6 +25,8 @@ from secateur.scoring import concepts, criteria
 def check_names(config: RunConfig) -> None:
     """Raise `UnknownName` if the network, criterion or concept source does not exist."""
     zoo.check_name(config.model.name)
+    if config.model.forward is not None:
+        user_code.check_file(config.model.forward, "function")
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
 
@@ -69,6 +71,9 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         notify=notes.append,
     )
     dataset = replace(dataset, notes=tuple(notes))
+    if config.model.forward is not None:
+        function = user_code.find(config.model.forward, "function")
+        return dataset, with_forward(model, function)
     if zoo.may_return_more(config.model.name):
         model = with_forward(model, traceable_forward(model))
         preprocessing = preprocessing_of(resolve_config(config, dataset, model))
