@@ -39,7 +39,7 @@ from secateur.experiments.manifest import (
 from secateur.experiments.output_structure import names_of
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
-from secateur.graph.build import build_dependency_graph
+from secateur.graph.build import build_dependency_graph, traceable_forward
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward, with_inputs
 from secateur.graph.network_graph import Forward
@@ -167,7 +167,7 @@ def save(
     model, folder = unwrapped(model), Path(folder)
     example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
     origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
-    network = with_inputs(with_forward(model, forward), inputs)
+    network = with_inputs(with_forward(model, forward or traceable_forward(model)), inputs)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 
@@ -273,7 +273,7 @@ def load(
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
-        forward = forward or _known_forward(manifest, contents.folder)
+        forward = forward or _known_forward(manifest, model, contents.folder)
         try:
             dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
         except TraceError as error:
@@ -311,13 +311,14 @@ def _unpruned(manifest: Manifest) -> nn.Module:
     return model
 
 
-def _known_forward(manifest: Manifest, folder: Path) -> Forward | None:
+def _known_forward(manifest: Manifest, model: nn.Module, folder: Path) -> Forward | None:
     """Return the function that the network runs through, if it is one of secateur's own.
 
     Raises `UsageError` if it is the user's.
     """
-    if manifest.forward in (None, name_of(logits_of)):
-        return None if manifest.forward is None else logits_of
+    for known in (None, logits_of, traceable_forward(model)):
+        if manifest.forward == name_of(known):
+            return known
     raise UsageError(
         f"the run in {folder} was made with forward={manifest.forward}: pass that function, "
         "secateur.load(folder, architecture=model, forward=…), or use load_program"
