@@ -212,6 +212,7 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
+    forward = forward or traceable_forward(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
