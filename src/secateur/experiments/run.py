@@ -58,6 +58,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.training import own_loss
 
 
 def run(
@@ -135,6 +136,9 @@ def finetune(
         sections = _sections(folder, result, model_name, source)
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
+        if "loss" not in changes:
+            _check_not_code(folder, "loss", config.finetune.loss, "--set finetune.loss=")
+        own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
         dataset, model = load_inputs(config)
@@ -340,14 +344,20 @@ def _sections(
     """
     sections = result.config.model_dump(mode="json", exclude_none=True)
     name = result.config.model.name
-    if runs_code and model_name is None and user_code.is_user_code(name):
-        raise UsageError(
-            f"the run in {folder} is of a network from a file of code, {name}: if that is yours, "
-            f"name it with --model {name}"
-        )
+    if runs_code and model_name is None:
+        _check_not_code(folder, "network", name, "--model ")
     sections["model"]["name"] = model_name or name
     sections["data"]["source"] = source or sections["data"]["source"]
     return sections
+
+
+def _check_not_code(folder: Path, kind: str, name: str, option: str) -> None:
+    """Raise `UsageError` if the folder alone says which file with code is to be run."""
+    if user_code.is_user_code(name):
+        raise UsageError(
+            f"the run in {folder} is of a {kind} from a file of code, {name}: if that is yours, "
+            f"name it with {option}{name}"
+        )
 
 
 def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:

@@ -20,13 +20,15 @@ from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
+from secateur.training import own_loss
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UnknownName` if the network, criterion or concept source does not exist."""
+    """Raise `UsageError` if the network, criterion, concept source or loss does not exist."""
     zoo.check_name(config.model.name)
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
+    own_loss.check_name(config.finetune.loss)
 
 
 def check_weights(config: RunConfig) -> None:
