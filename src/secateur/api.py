@@ -29,6 +29,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.build import traceable_forward
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.output_values import OutputPart
@@ -156,7 +157,7 @@ def prune(
     *,
     target: BudgetLike = "macs=0.5",
     criterion: CriterionLike = "vote",
-    concepts: str = "evidence",
+    concepts: str = "auto",
     test: ImageBatches | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
@@ -234,7 +235,8 @@ def prune(
     config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
     if loss is not None and config.finetune.epochs == 0:
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
-    network = with_inputs(with_forward(model, forward), calibration.inputs)
+    network = with_forward(model, forward or traceable_forward(model))
+    network = with_inputs(network, calibration.inputs)
     original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
     dataset = label_images(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs

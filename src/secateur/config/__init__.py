@@ -60,16 +60,19 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    *("evidence", "saliency", "factors", "colours"),
+    *("auto", "evidence", "outputs", "saliency", "factors", "colours"),
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = (
     *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
-    *("segmentation",),
+    *("segmentation", "images"),
 )
 """Kinds of data sets that are read from a folder."""
-DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+DATA_FORMS = (
+    *(f"{kind}:DIR" for kind in DATA_READERS),
+    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+)
 """How data sets are named."""
 METRICS = (
     *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
@@ -139,6 +142,9 @@ class ModelSection(Section):
     name: str
     """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
     smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
+    forward: str | None = None
+    """For networks that take or return more than needed: path/to/file.py:function, which is called
+    with the network and the images, and returns the outputs that count."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -216,9 +222,10 @@ class ScoreSection(Section):
     criterion: str = "vote"
     """Criterion that ranks the filters: vote, l1, taylor, …, or path/to/file.py:factory;
     `secateur models` lists all."""
-    concepts: str = "evidence"
-    """Concept sources, separated by commas: evidence, saliency, factors:K, colours; or, with images
-    of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR."""
+    concepts: str = "auto"
+    """Concept sources, separated by commas: evidence, outputs, saliency, factors:K, colours; or,
+    with images of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR. `auto` is evidence for
+    classifiers, outputs for networks that return maps of classes, else saliency."""
     vote_mode: VoteMode = "share"
     """For `vote-response`: divide each vote among all filters in proportion to their strength, give
     one to each of the strongest, or give it to the strongest alone."""
@@ -474,6 +481,16 @@ class BaseConfig(Section):
     def as_run(self) -> RunConfig:
         """Return the same network and data as the configuration of a run."""
         return RunConfig(model=self.model, data=self.data, seed=self.seed)
+
+
+OWN_CODE: dict[str, str] = {
+    "model.name": "--model",
+    "model.forward": "--forward",
+    "model.metric": "--metric",
+    "model.decoder": "--decoder",
+    "data.source": "--data",
+}
+"""Keys that may name code of the user's, path/to/file.py:function -> the option that sets them."""
 
 
 def to_toml(config: RunConfig) -> str:

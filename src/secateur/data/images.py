@@ -69,6 +69,7 @@ class Images(Protocol):
         """Return a list of the images at `indices`."""
 
 
+@runtime_checkable
 class StoredImages(Images, Protocol):
     """Images whose sizes can be told without decoding them."""
 
@@ -248,6 +249,8 @@ def stored_size(images: Images) -> tuple[int, int] | None:
         return None
     if isinstance(images, TensorImages):
         return int(images.pixels.shape[2]), int(images.pixels.shape[3])
+    if isinstance(images, NormalisedImages) and images.tensors.ndim != 4:
+        return None  # signals and volumes
     indices = torch.linspace(0, count - 1, min(count, SIZES_LOOKED_AT)).long()
     sizes: set[tuple[int, int]] = set()
     for few in indices.split(4):

@@ -21,12 +21,12 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
+from secateur.experiments.own_code import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.module_state import tensors_of
-from secateur.models import user_code
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
@@ -111,18 +111,17 @@ def finetune(
     changes: Mapping[str, object],
     run_context: RunContext | None = None,
     *,
-    model_name: str | None = None,
-    source: str | None = None,
+    named: Mapping[str, str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
     """Fine-tune the network of a run folder, with the unpruned network as its teacher.
 
     The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
-    of the run's configuration. `source` is where the data is now, and `model_name` what the network
-    is called now, which is needed if it is user code. `resume` continues from the
-    checkpoints that an interrupted call with the same changes has left in `folder`. Raises
-    `SecateurError`; the folders then stay as they were.
+    of the run's configuration. `named` says what network, data and code are called now, by the keys
+    of `OWN_CODE`; what is user code must be among them. `resume` continues from the checkpoints
+    that an interrupted call with the same changes has left in `folder`. Raises `SecateurError`; the
+    folders then stay as they were.
     """
     run_context = run_context or RunContext()
     with contextlib.ExitStack() as locks:
@@ -133,11 +132,11 @@ def finetune(
             run_folder.check_free(out, overwrite=overwrite)
         check_run_folder(folder)
         result = read_result(folder)
-        sections = _sections(folder, result, model_name, source)
+        sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
         if "loss" not in changes:
-            _check_not_code(folder, "loss", config.finetune.loss, "--set finetune.loss=")
+            check_loss_named(folder, config)
         own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
@@ -169,15 +168,14 @@ def report(
     folder: Path,
     run_context: RunContext | None = None,
     *,
-    model_name: str | None = None,
-    source: str | None = None,
+    named: Mapping[str, str] | None = None,
     images: int | None = None,
     beside: Path | None = None,
     pictures: Path | None = None,
 ) -> tuple[Path, ...]:
     """Write the report of a run folder again, or its charts as PNG files; return the paths.
 
-    `model_name` and `source` are as for `finetune`. `images` is how many calibration images filters
+    `named` is as for `finetune`. `images` is how many calibration images filters
     are dissected with; 0 shows none and needs no data. `beside` is the folder of a benchmark that
     the run is drawn among. `pictures` is a folder for the charts, made if need be, and no symbolic
     link. Raises `SecateurError`.
@@ -186,7 +184,7 @@ def report(
     check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
-    sections = _sections(folder, result, model_name, source, runs_code=count > 0)
+    sections = _sections(folder, result, named or {}, runs_code=count > 0)
     sections["report"]["images"] = count
     config = from_dict(sections, RunConfig)
     result = result.model_copy(update={"config": config})
@@ -219,7 +217,14 @@ def origin_of(config: RunConfig) -> Origin:
     """Return the unpruned network as a resolved configuration names it."""
     shape = preprocessing_of(config).shape
     plan, model = config.plan, config.model
-    return Origin(model.name, shape, plan.prune_residual, plan.exclude, model.num_classes)
+    return Origin(
+        model.name,
+        shape,
+        plan.prune_residual,
+        plan.exclude,
+        model.num_classes,
+        forward=model.forward,
+    )
 
 
 def _begin(
@@ -331,33 +336,19 @@ def _is_finetuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
 
 
 def _sections(
-    folder: Path,
-    result: RunResult,
-    model_name: str | None,
-    source: str | None,
-    *,
-    runs_code: bool = True,
+    folder: Path, result: RunResult, named: Mapping[str, str], *, runs_code: bool = True
 ) -> dict[str, Any]:
-    """Return the configuration of a run, whose network and data may have other names now.
+    """Return the configuration of a run, of which network, data and code may have other names now.
 
     Raises `UsageError` if the folder alone says which file with code is to be run.
     """
+    if runs_code:
+        check_named(folder, result.config, named)
     sections = result.config.model_dump(mode="json", exclude_none=True)
-    name = result.config.model.name
-    if runs_code and model_name is None:
-        _check_not_code(folder, "network", name, "--model ")
-    sections["model"]["name"] = model_name or name
-    sections["data"]["source"] = source or sections["data"]["source"]
+    for key, name in named.items():
+        section, _, last = key.partition(".")
+        sections[section][last] = name
     return sections
-
-
-def _check_not_code(folder: Path, kind: str, name: str, option: str) -> None:
-    """Raise `UsageError` if the folder alone says which file with code is to be run."""
-    if user_code.is_user_code(name):
-        raise UsageError(
-            f"the run in {folder} is of a {kind} from a file of code, {name}: if that is yours, "
-            f"name it with {option}{name}"
-        )
 
 
 def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:

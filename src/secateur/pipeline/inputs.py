@@ -26,6 +26,8 @@ from secateur.training import own_loss
 def check_names(config: RunConfig) -> None:
     """Raise `UsageError` if the network, criterion, concept source or loss does not exist."""
     zoo.check_name(config.model.name)
+    if config.model.forward is not None:
+        user_code.check_file(config.model.forward, "function")
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
     own_loss.check_name(config.finetune.loss)
@@ -71,6 +73,9 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         notify=notes.append,
     )
     dataset = replace(dataset, notes=tuple(notes))
+    if config.model.forward is not None:
+        function = user_code.find(config.model.forward, "function")
+        return dataset, with_forward(model, function)
     if zoo.may_return_more(config.model.name):
         model = with_forward(model, traceable_forward(model))
         preprocessing = preprocessing_of(resolve_config(config, dataset, model))

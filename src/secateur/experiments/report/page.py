@@ -17,6 +17,9 @@ from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
 
+COMPUTED_SOURCES = ("evidence", "outputs", "saliency", "factors")
+"""Concept sources whose regions depend on the network."""
+
 def write_report(
     result: RunResult,
     path: Path,
@@ -48,6 +51,7 @@ def write_report(
         layers=layer_rows(result, gallery),
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
+        own_regions=any(name in result.concept_sources for name in COMPUTED_SOURCES),
         recalibration=None if recalibration is None else _recalibration_text(recalibration),
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
