@@ -21,7 +21,7 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
-from secateur.experiments.own_code import check_named
+from secateur.experiments.own_code import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -58,6 +58,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.training import own_loss
 
 
 def run(
@@ -134,6 +135,9 @@ def finetune(
         sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
+        if "loss" not in changes:
+            check_loss_named(folder, config)
+        own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
         dataset, model = load_inputs(config)

@@ -21,13 +21,14 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.user_data import UserData, call_loader, read_user_data
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
+from secateur.training import own_loss
 
 WHOLE: dict[str, Fit] = {"masks": "stretch", "objects": "letterbox"}
 """How images with masks or objects are fitted to networks whose own way is to crop."""
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UnknownName` if the network, criterion or concept source does not exist."""
+    """Raise `UsageError` if the network, criterion, concept source or loss does not exist."""
     zoo.check_name(config.model.name)
     if config.model.forward is not None:
         user_code.check_file(config.model.forward, "function")
@@ -35,6 +36,7 @@ def check_names(config: RunConfig) -> None:
         user_code.check_file(config.data.source, "loader")
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
+    own_loss.check_name(config.finetune.loss)
 
 
 def check_weights(config: RunConfig) -> None:
