@@ -1,4 +1,4 @@
-"""A loss of the user's takes the place of the task's, and what is wrong with it is said in a line."""
+"""A loss of the user's takes the place of the task's; what is wrong with it is said in a line."""
 
 from __future__ import annotations
 

@@ -277,9 +277,9 @@ def evaluate(
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
     `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
-    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
-    `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
-    if the network can't be run on the images.
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass
+    takes. Raises `DataError` if there are no labels or one lies outside the network's classes, and
+    `UsageError` if the network can't be run on the images.
     """
     model = require_module(model)
     read_images = read_batches(images, _form(model, forward), "images")
