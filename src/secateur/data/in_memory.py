@@ -119,9 +119,9 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
     count = len(images.pixels)
     test_every = TEST_EVERY if test is None else count + 1
     if test is None:
-        is_test = _every(TEST_EVERY, count)
+        is_test = every_nth(TEST_EVERY, count)
         images, test = images.take(~is_test), images.take(is_test)
-    is_validation = _every(VALIDATION_EVERY, len(images.pixels))
+    is_validation = every_nth(VALIDATION_EVERY, len(images.pixels))
     if not len(test.pixels) or not is_validation.any():
         least = next(
             n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
@@ -130,7 +130,7 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
     return Parts(images.take(~is_validation), images.take(is_validation), test)
 
 
-def _every(step: int, count: int) -> Tensor:
+def every_nth(step: int, count: int) -> Tensor:
     """Return for each of `count` images whether it is the last of `step` in a row."""
     return torch.arange(count) % step == step - 1
 

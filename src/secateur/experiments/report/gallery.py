@@ -204,8 +204,9 @@ def _jpeg(pixels: UInt8[Tensor, "rgb height width"]) -> bytes:
 
 
 def _class_names(images: Images, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
-    """Return class names; empty for images that came with the concepts, not with the data."""
-    names = () if isinstance(images, AnnotatedImages) else dataset.class_names
+    """Return class names; empty for images that came with the concepts, or have no one class."""
+    has_classes = dataset.kind == "classes" and not isinstance(images, AnnotatedImages)
+    names = dataset.class_names if has_classes else ()
     labels = images.labels[shown].tolist()
     return tuple(names[label] if 0 <= label < len(names) else "" for label in labels)
 
