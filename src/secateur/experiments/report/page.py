@@ -16,9 +16,9 @@ from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
-
 COMPUTED_SOURCES = ("evidence", "outputs", "saliency", "factors")
 """Concept sources whose regions depend on the network."""
+
 
 def write_report(
     result: RunResult,
