@@ -2,9 +2,9 @@
 
     python bench/segmentation_networks.py convert FILE OUT
 
-This reads `mobilenetv2_100_fp16.safetensors` and writes the backbone's weights under the names
-that `unet` and `lraspp` give them. With it `bench/segmentation_networks.py:unet` and `…:lraspp` can
-be named as `--model`: training starts from `--weights OUT`, with `--new-head`.
+This reads `mobilenetv2_100_fp16.safetensors` and writes the weights that training starts from into
+the folder OUT, `unet.safetensors` and `lraspp.safetensors`: the encoder is the classifier's, the
+decoder has random weights.
 
 The backbone is TensorFlow's MobileNetV2 (Sandler et al., CVPR 2018), which pads at the bottom and
 the right where the stride is 2. The decoders are those of U-Net (Ronneberger et al., MICCAI 2015),
@@ -108,11 +108,17 @@ def _resize(maps: Tensor, like: Tensor) -> Tensor:
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write the staged weights of the classifier as those of the networks' encoder."""
-    encoder = _backbone((0, 1, 2, 3, 4)).state_dict()
+    """Write both networks with the staged weights of the classifier in their encoder."""
     classifier = load_file(file)
-    weights = {f"encoder.{name}": classifier[name].float() for name in encoder if name in classifier}
-    save_file(weights, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for build in (unet, lraspp):
+        torch.manual_seed(0)
+        state = build().state_dict()
+        for name in state:
+            stored = classifier.get(name.removeprefix("encoder."))
+            if name.startswith("encoder.") and stored is not None:
+                state[name] = stored.float()
+        save_file(state, out / f"{build.__name__}.safetensors")
 
 
 def main() -> None:

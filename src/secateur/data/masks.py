@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, Num
@@ -28,6 +28,7 @@ NOT_A_CLASS = frozenset({"ignore", "ignored", "null", "unlabeled", "unlabelled",
 """Names of values for pixels without a class, in lower case."""
 
 
+@runtime_checkable
 class Masks(Protocol):
     """The masks of a list of images."""
 

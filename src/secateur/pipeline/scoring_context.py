@@ -45,6 +45,8 @@ class ScoringContext:
     """At most `EXAMPLE_IMAGES` calibration images `[image, channel, height, width]`, normalised."""
     dependencies: DependencyGraph
     source: ConceptSource
+    concepts: str
+    """Names of the concept sources, without `auto`."""
     reader: BatchReader
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
@@ -116,8 +118,9 @@ def make_scoring_context(
         )
     check_finite(model, dependencies, example)
     state = tensors_of(model)
+    source_names = concepts.resolve(config.score.concepts, task, dependencies.graph)
     source = concepts.make(
-        config.score.concepts,
+        source_names,
         dependencies.graph,
         state,
         dataset.class_names,
@@ -137,7 +140,15 @@ def make_scoring_context(
     )
     reader = replace(reader, batch_size=batch_size)
     return ScoringContext(
-        calibration, example, dependencies, source, reader, scored_by, task, metric
+        calibration,
+        example,
+        dependencies,
+        source,
+        source_names,
+        reader,
+        scored_by,
+        task,
+        metric,
     )
 
 
