@@ -371,9 +371,11 @@ class TrainingSection(Section):
     """Crop augmentation: `random_crop` shifts images by up to an eighth of their side;
     `random_resized_crop` takes a random part of the stored image and resizes it; `none` leaves
     images as they are. By default `random_crop` for tensors and for images of up to 64 pixels a
-    side, `random_resized_crop` for larger image files."""
-    flip: bool = True
-    """Mirror half of the training images at random; turn it off for digits and letters."""
+    side, `random_resized_crop` for larger image files, and `none` for images that are trained on
+    with numbers, pictures or objects as labels."""
+    flip: bool | None = None
+    """Mirror half of the training images at random; by default all but those that are trained on
+    with numbers, pictures or objects as labels. Turn it off for digits and letters."""
     randaugment: bool = False
     """Apply RandAugment."""
     mixup: float = Field(default=0.0, ge=0)
@@ -381,6 +383,10 @@ class TrainingSection(Section):
     cutmix: float = Field(default=0.0, ge=0)
     """Parameter of CutMix's Beta distribution; 0 turns CutMix off. With mixup too, each step uses
     one of the two."""
+    loss: str = "auto"
+    """Loss with the labels: `auto` (cross-entropy, or the squared error of values), or
+    path/to/file.py:function, which returns a number for the network's output and a batch's
+    labels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing: fraction of the label spread over all classes."""
     label_weight: float = Field(default=0.3, ge=0, le=1)

@@ -25,3 +25,16 @@ def check_named(folder: Path, config: RunConfig, named: Collection[str]) -> None
                 f"the run in {folder} is {_SUBJECTS.get(key, 'made with a function')} from a file "
                 f"of code, {name}: if that is yours, name it with {option} {name}"
             )
+
+
+def check_loss_named(folder: Path, config: RunConfig) -> None:
+    """Raise `UsageError` if it is code that a run's configuration names as the loss to train with.
+
+    Only training runs that code.
+    """
+    name = config.finetune.loss
+    if user_code.is_user_code(name):
+        raise UsageError(
+            f"the run in {folder} is trained with a function from a file of code, {name}: if that "
+            f"is yours, name it with --set finetune.loss={name}"
+        )

@@ -21,11 +21,12 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
-from secateur.experiments.own_code import check_named
+from secateur.experiments.own_code import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.forward import inputs_of
 from secateur.graph.module_state import tensors_of
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
@@ -35,7 +36,6 @@ from secateur.pipeline.inputs import (
     check_weights,
     load_inputs,
     make_reader,
-    preprocessing_of,
     resolve_config,
 )
 from secateur.pipeline.pruned import Pruned
@@ -58,6 +58,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.training import own_loss
 
 
 def run(
@@ -134,6 +135,9 @@ def finetune(
         sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
+        if "loss" not in changes:
+            check_loss_named(folder, config)
+        own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
         dataset, model = load_inputs(config)
@@ -209,16 +213,18 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 
-def origin_of(config: RunConfig) -> Origin:
-    """Return the unpruned network as a resolved configuration names it."""
-    shape = preprocessing_of(config).shape
-    plan, model = config.plan, config.model
+def origin_of(pruned: Pruned) -> Origin:
+    """Return the unpruned network as the configuration of a run names it."""
+    graph = pruned.dependencies.graph
+    shape = tuple(map(int, graph.image.meta["val"].shape[1:]))
+    plan, model = pruned.result.config.plan, pruned.result.config.model
     return Origin(
         model.name,
         shape,
         plan.prune_residual,
         plan.exclude,
         model.num_classes,
+        inputs=inputs_of(pruned.model),
         forward=model.forward,
     )
 
@@ -239,7 +245,7 @@ def _begin(
         context.log.write("start", **facts)
         pruned = pipeline.prune_round(model, dataset, config, context)
         if new is not None:
-            _write(new, pruned, context.log, origin_of(pruned.result.config))
+            _write(new, pruned, context.log, origin_of(pruned))
     return pruned
 
 
@@ -251,7 +257,7 @@ def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> Non
         log = folder / run_folder.LOG
         if log.is_file() and not log.is_symlink():
             replace_file(new / run_folder.LOG, log.read_bytes())
-        origin = origin_of(pruned.result.config)
+        origin = origin_of(pruned)
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 
