@@ -11,15 +11,16 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.interpreter import run
 from secateur.graph.module_state import tensors_of
 from secateur.graph.trace import trace
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.scoring.concepts import ConceptInput, ConceptSource, SourceContext
 
 CLASS_NAMES = ("ant", "bee", "cow", "dog", "elk")
 PREPROCESSING = Preprocessing(8, 8)
 
 
-def context_of(model: nn.Module, argument: str = "") -> SourceContext:
+def context_of(model: nn.Module, argument: str = "", task: Task = SINGLE_LABEL) -> SourceContext:
     graph = trace(model, random_images(2))
-    return SourceContext(graph, tensors_of(model), CLASS_NAMES, PREPROCESSING, argument)
+    return SourceContext(graph, tensors_of(model), CLASS_NAMES, PREPROCESSING, argument, task)
 
 
 def concept_input_of(
@@ -38,9 +39,16 @@ def concept_input_of(
 
     after = {} if source.node is None else {source.node: keep}
     with torch.set_grad_enabled(source.needs_gradient):
-        logits = run(context.graph, context.state, images, after=after)
-    numbers = torch.arange(len(images))
-    return ConceptInput(images, numbers, labels, annotations, seen[0] if seen else None, logits)
+        output = run(context.graph, context.state, images, after=after)
+    return ConceptInput(
+        images,
+        torch.arange(len(images)),
+        labels,
+        annotations,
+        seen[0] if seen else None,
+        context.task.read(output, len(images)),
+        (output.detach(),),
+    )
 
 
 def select_inputs(concept_input: ConceptInput, images: slice) -> ConceptInput:
@@ -55,4 +63,5 @@ def select_inputs(concept_input: ConceptInput, images: slice) -> ConceptInput:
         else ConceptMasks(annotations.masks[images], annotations.concepts[images]),
         None if concept_input.value is None else concept_input.value[images].clone(),
         concept_input.logits[images],
+        tuple(output[images] for output in concept_input.outputs),
     )

@@ -179,7 +179,6 @@ def test_score_has_a_positive_latency() -> None:
             r"can't be run on images \[2, 3, 8, 8\]: mat1",
         ),
         (nn.LSTM(8, 8), "can't be run on images"),
-        (nn.Conv2d(3, 4, 1), r"it returns \[2, 4, 8, 8\]"),
         (nn.MultiheadAttention(8, 1), "can't be run on images"),
     ],
 )

@@ -13,8 +13,8 @@ from torch.fx import symbolic_trace
 from networks import Chain, random_images
 from secateur.graph.forward import forward_of, name_of, with_forward, without_forward
 from secateur.graph.module_state import evaluating
-from secateur.models.outputs import through_logits, with_logits
 from secateur.models.examine import logits_of
+from secateur.models.outputs import through_logits, with_logits
 from secateur.runtime.errors import UsageError
 
 

@@ -95,9 +95,11 @@ def test_one_output_is_scored_by_its_sign(
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0.2, 0.7]), torch.tensor([4, 9])])
-def test_regression_is_refused_before_any_work(images: Tensor, labels: Tensor) -> None:
+def test_labels_that_are_no_classes_are_refused_before_any_work(
+    images: Tensor, labels: Tensor
+) -> None:
     model = make(images, 1)
-    with pytest.raises(SecateurError, match="of a regression are not supported"):
+    with pytest.raises(SecateurError, match="for a regression"):
         prune(model, (images, labels.repeat(COUNT // 2)))
 
 
@@ -157,10 +159,10 @@ def test_other_forms_give_the_figures_of_plain_logits(
     assert any("logits are" in note for note in result.result.notes) != is_tensor
 
 
-def test_a_network_that_returns_maps_is_refused(images: Tensor) -> None:
+def test_a_network_that_returns_maps_needs_a_class_for_each_position(images: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    with pytest.raises(SecateurError, match=r"returns \[4, 4, 6, 6\] \(one for each position"):
-        secateur.prune(model, images)
+    with pytest.raises(SecateurError, match="give masks"):
+        secateur.prune(model, (images, torch.zeros(len(images)).long()))
 
 
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])

@@ -209,7 +209,9 @@ def test_several_inputs_are_those_of_the_program() -> None:
         assert read == program
         args, kwargs = inputs.arguments(order)
         assert_same(ProgramNetwork(read, {})(*args, **kwargs), Beside()(images, features))
-        with pytest.raises(UsageError, match=r"takes 2 tensors: network\((image=|features=|\[image)"):
+        with pytest.raises(
+            UsageError, match=r"takes 2 tensors: network\((image=|features=|\[image)"
+        ):
             ProgramNetwork(read, {})(images)
 
 

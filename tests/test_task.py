@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from secateur.data import Batch
 from secateur.models.evaluate import evaluate
-from secateur.models.labels import read_all_labels, read_labels
 from secateur.models.examine import Outputs, examine_outputs, make_task
+from secateur.models.labels import read_all_labels, read_labels
 from secateur.models.task import (
     Scale,
     Task,
@@ -176,7 +176,7 @@ def test_evidence_is_for_the_label_that_is_surest() -> None:
 
 # --- labels ------------------------------------------------------------------------------------
 
-FIVE, ONE = Outputs(5, "logits", ()), Outputs(1, "logits", ())
+FIVE, ONE = Outputs("rows", 5, "logits", ()), Outputs("rows", 1, "logits", ())
 NUMBERS = [0, 4, 2, 1]
 
 
@@ -226,7 +226,7 @@ def test_rows_of_several_ones_are_several_labels() -> None:
 
 def test_one_hot_rows_are_labels_of_their_own_beside_sigmoids() -> None:
     rows = torch.eye(5).long()
-    numbers, _ = read_labels(rows, Outputs(5, "sigmoid", ()))
+    numbers, _ = read_labels(rows, Outputs("rows", 5, "sigmoid", ()))
     assert torch.equal(numbers, rows)
     assert torch.equal(read_labels(rows, FIVE, "multi-label")[0], rows)
 
@@ -239,7 +239,7 @@ def test_one_hot_rows_are_labels_of_their_own_beside_sigmoids() -> None:
         (torch.tensor([0, -100]), FIVE, "label -100, .*: leave out images without a label"),
         (torch.tensor([0, -1]), FIVE, "label -1, .*: leave out images without a label"),
         (torch.tensor([0.0, 0.37]), FIVE, "labels hold 0.37, which is not a class number"),
-        (torch.tensor([0.2, 0.7]), ONE, "targets of a regression are not supported"),
+        (torch.tensor([0.2, 0.7]), ONE, "for a regression"),
         (torch.tensor([3.0, 7.0]), ONE, "labels go from 3 to 7, but the network has one output"),
         (torch.tensor([0.0, torch.nan]), FIVE, "not finite"),
         (torch.rand(3, 4), FIVE, r"labels are \[3, 4\], but the network has 5 outputs"),
@@ -270,12 +270,12 @@ def test_sets_of_labels_need_one_form() -> None:
 def test_without_labels_the_outputs_tell_the_task() -> None:
     assert make_task(FIVE).kind == "single-label"
     assert make_task(ONE).kind == "binary"
-    assert make_task(Outputs(5, "sigmoid", ())).kind == "multi-label"
+    assert make_task(Outputs("rows", 5, "sigmoid", ())).kind == "multi-label"
     assert make_task(FIVE, kind="multi-label").kind == "multi-label"
 
 
 def test_two_sigmoids_with_class_numbers_are_two_classes() -> None:
-    task = make_task(Outputs(2, "sigmoid", ()), [torch.tensor([0, 1])])
+    task = make_task(Outputs("rows", 2, "sigmoid", ()), [torch.tensor([0, 1])])
     read = task.read(torch.tensor([[0.9, 0.6], [0.2, 0.3]]), 2)
     assert task.kind == "single-label"
     assert predict(read).tolist() == [0, 1]
@@ -286,7 +286,7 @@ def test_two_sigmoids_with_class_numbers_are_two_classes() -> None:
     [
         (FIVE, [], "binary", "has 5 outputs"),
         (ONE, [], "multi-label", "has 1 outputs"),
-        (Outputs(3, "softmax", ()), [torch.ones(2, 3).long()], "auto", "ends in a softmax"),
+        (Outputs("rows", 3, "softmax", ()), [torch.ones(2, 3).long()], "auto", "ends in a softmax"),
         (FIVE, [torch.zeros(2).long(), torch.zeros(2, 5).long()], "auto", r"labels are \[2, 5\]"),
         (FIVE, [torch.tensor([0, 7])], "auto", "label 7"),
         (ONE, [torch.tensor([0, 2])], "auto", "label 2"),

@@ -245,7 +245,7 @@ def test_a_resized_crop_is_a_part_of_the_stored_image(tmp_path: Path) -> None:
     path = tmp_path / "ramp.png"
     Image.fromarray(torch.stack([ramp, ramp, ramp], dim=2).numpy()).save(path)
     images = FileImages((path,) * 30, torch.zeros(30, dtype=torch.int64))
-    changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
+    changed, _, _ = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1)).read(
         torch.arange(30), NATIVE
     )
     assert changed.shape == (30, 3, 16, 16)
@@ -260,7 +260,9 @@ def test_a_resized_crop_is_made_as_the_network_wants_it() -> None:
     images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
     changed = AugmentedImages(images, Augmentation("random_resized_crop"), (0, 1))
     bicubic = replace(NATIVE, interpolation="bicubic")
-    results = [changed.read(torch.arange(4), preprocessing) for preprocessing in (NATIVE, bicubic)]
+    results = [
+        changed.read(torch.arange(4), preprocessing)[0] for preprocessing in (NATIVE, bicubic)
+    ]
     assert 0 < (results[0].int() - results[1].int()).abs().float().mean() < 30  # of the same parts
 
 
@@ -268,7 +270,7 @@ def test_randaugment_changes_pixels_and_nothing_else() -> None:
     pixels = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     images = TensorImages(pixels.to(torch.uint8), torch.arange(12))
     augmentation = Augmentation("none", flip=False, randaugment=True)
-    changed = AugmentedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
+    changed, _, _ = AugmentedImages(images, augmentation, (0, 1)).read(torch.arange(12), NATIVE)
     assert changed.dtype == torch.uint8
     assert changed.shape == images.pixels.shape
     assert not torch.equal(changed, images.pixels)

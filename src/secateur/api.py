@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,10 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.build import traceable_forward
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
+from secateur.graph.output_values import OutputPart
 from secateur.graph.working_copy import can_run, like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
 from secateur.models import evaluate as evaluation
@@ -37,7 +40,8 @@ from secateur.models import zoo
 from secateur.models.examine import examine_outputs, make_task
 from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
-from secateur.models.output_values import OutputPart
+from secateur.models.metrics.by_name import MetricInputs, find_metric
+from secateur.models.metrics.user_function import NetworkFunction, UserMetric
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
@@ -51,6 +55,7 @@ from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
+from secateur.training.own_loss import LossFunction, OwnLoss
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -152,13 +157,15 @@ def prune(
     *,
     target: BudgetLike = "macs=0.5",
     criterion: CriterionLike = "vote",
-    concepts: str = "evidence",
+    concepts: str = "auto",
     test: ImageBatches | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
     task: Literal["auto"] | TaskKind = "auto",
     outputs: Sequence[OutputPart] = (),
+    metric: str | NetworkFunction = "auto",
     epochs: int = 0,
+    loss: LossFunction | None = None,
     max_images: int = 2500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -182,10 +189,15 @@ def prune(
             or return anything else, such as `lambda model, images: model(images)[0]`.
         task: what the outputs mean; by default their shape and the labels tell. `segmentation`
             reads a map of class scores; `regression` compares outputs of any form as values.
+        metric: how networks are scored: a name, as `secateur models` lists them, or a function of
+            the network that returns a number; higher is better.
         outputs: with `regression`, which parts of the outputs are compared and how; by default all
             of them, each by its relative squared error.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
+        loss: for fine-tuning, in place of the usual loss with the labels: `loss(output, labels)`
+            takes what the network returns for a batch and the batch's labels, and returns a tensor
+            of one number, a mean over the images. Its weight is `finetune.label_weight`.
         max_images: the most images to read: a random sample of a larger `Dataset`, the first of
             any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
@@ -205,23 +217,39 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
+    forward = forward or traceable_forward(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    if loss is not None:
+        tables["finetune"]["loss"] = f"{zoo.IN_MEMORY}:{OwnLoss(loss).name}"
     tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
+    if isinstance(metric, str):
+        tables["model"]["metric"] = metric
+    elif not callable(metric):
+        raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     form = _form(model, forward)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
-    network = with_inputs(with_forward(model, forward), calibration.inputs)
+    if loss is not None and config.finetune.epochs == 0:
+        raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
+    network = with_forward(model, forward or traceable_forward(model))
+    network = with_inputs(network, calibration.inputs)
     original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
     dataset = label_images(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs
     )
     run_context = _run_context(shows_progress=progress)
-    run_context = replace(run_context, criterion=passed_criterion, outputs=tuple(outputs))
+    run_context = replace(
+        run_context,
+        criterion=passed_criterion,
+        outputs=tuple(outputs),
+        metric=None if isinstance(metric, str) else metric,
+        loss=loss,
+    )
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
@@ -241,15 +269,17 @@ def evaluate(
     images: ImageBatches,
     *,
     forward: Forward | None = None,
+    task: Literal["auto"] | TaskKind = "auto",
+    metric: str | NetworkFunction = "auto",
     batch_size: int = 100,
     known_ms: float | None = None,
 ) -> Score:
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
-    `images` and `forward` are as for `prune`; images that come one by one are scored `batch_size`
-    at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
-    `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
-    if the network can't be run on the images.
+    `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass
+    takes. Raises `DataError` if there are no labels or one lies outside the network's classes, and
+    `UsageError` if the network can't be run on the images.
     """
     model = require_module(model)
     read_images = read_batches(images, _form(model, forward), "images")
@@ -261,15 +291,20 @@ def evaluate(
     network = with_inputs(with_forward(model, forward), in_memory.inputs)
     network = with_logits(network, first.images)
     outputs = examine_outputs(network, first.images)
-    labels, _ = read_labels(first.labels, outputs)
-    task = make_task(outputs, [labels])
+    labels, _ = read_labels(first.labels, outputs, task)
+    its_task = make_task(outputs, [labels], task)
 
     def read() -> Iterator[Batch]:
         for batch in itertools.chain([first], batches):
-            labels, _ = read_labels(batch.labels, outputs, task.kind)
+            labels, _ = read_labels(batch.labels, outputs, its_task.kind)
             yield replace(batch, labels=labels)
 
-    return evaluation.evaluate(network, read(), task=task, known_ms=known_ms)
+    scored_by = (
+        find_metric(metric, MetricInputs(its_task))
+        if isinstance(metric, str)
+        else partial(UserMetric, metric)
+    )
+    return evaluation.evaluate(network, read(), task=its_task, metric=scored_by, known_ms=known_ms)
 
 
 def _run_context(*, shows_progress: bool) -> RunContext:

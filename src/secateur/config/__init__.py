@@ -60,14 +60,30 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    *("evidence", "saliency", "factors", "colours"),
+    *("auto", "evidence", "outputs", "saliency", "factors", "colours"),
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""
-DATA_READERS = ("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette")
+DATA_READERS = (
+    *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
+    *("segmentation", "images"),
+)
 """Kinds of data sets that are read from a folder."""
-DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+DATA_FORMS = (
+    *(f"{kind}:DIR" for kind in DATA_READERS),
+    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+)
 """How data sets are named."""
+METRICS = (
+    *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
+    *("PSNR", "SSIM", "R2"),
+)
+"""Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
+LIBRARY_NETWORKS = (
+    *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
+    "yolox:yolox_nano",
+)
+"""How networks of other libraries are named."""
 BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
 """Networks for 32×32 images that come with secateur."""
 
@@ -124,7 +140,11 @@ class ModelSection(Section):
     """The network to prune."""
 
     name: str
-    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME or path/to/file.py:factory."""
+    """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
+    smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
+    forward: str | None = None
+    """For networks that take or return more than needed: path/to/file.py:function, which is called
+    with the network and the images, and returns the outputs that count."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -141,6 +161,9 @@ class ModelSection(Section):
     """How the network is scored: `auto` (what is usual for the task and the labels), a metric that
     `secateur models` lists, or path/to/file.py:function, which returns a number for a network;
     higher is better."""
+    decoder: str | None = None
+    """For detectors from your own code: path/to/file.py:function, which makes boxes of the
+    network's output; see docs/how_to/detection.md."""
     allow_untrained: bool = False
     """Continue without a weight file, and with a network that is no better than chance on the test
     images."""
@@ -184,6 +207,9 @@ class DataSection(Section):
     value_range: Literal[1, 255] | None = None
     """What normalised values are multiplied by: 255, with a mean of 0 and a deviation of 1, for a
     network that takes values from 0 to 255; by default the network's, else 1."""
+    ignore_index: int | None = Field(default=None, ge=0, le=65535)
+    """Value of the pixels of masks that count for nothing; by default 255, and values that the data
+    calls `unlabelled`, `void` or `ignore`."""
     batch_size: int = Field(default=100, ge=2)
     """Images per batch in scoring, refit and evaluation."""
     skip_unreadable: bool = False
@@ -196,9 +222,10 @@ class ScoreSection(Section):
     criterion: str = "vote"
     """Criterion that ranks the filters: vote, l1, taylor, …, or path/to/file.py:factory;
     `secateur models` lists all."""
-    concepts: str = "evidence"
-    """Concept sources, separated by commas: evidence, saliency, factors:K, colours; or, with images
-    of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR."""
+    concepts: str = "auto"
+    """Concept sources, separated by commas: evidence, outputs, saliency, factors:K, colours; or,
+    with images of their own, masks:DIR, broden:DIR, parts:DIR, boxes:DIR. `auto` is evidence for
+    classifiers, outputs for networks that return maps of classes, else saliency."""
     vote_mode: VoteMode = "share"
     """For `vote-response`: divide each vote among all filters in proportion to their strength, give
     one to each of the strongest, or give it to the strongest alone."""
@@ -344,9 +371,11 @@ class TrainingSection(Section):
     """Crop augmentation: `random_crop` shifts images by up to an eighth of their side;
     `random_resized_crop` takes a random part of the stored image and resizes it; `none` leaves
     images as they are. By default `random_crop` for tensors and for images of up to 64 pixels a
-    side, `random_resized_crop` for larger image files."""
-    flip: bool = True
-    """Mirror half of the training images at random; turn it off for digits and letters."""
+    side, `random_resized_crop` for larger image files, and `none` for images that are trained on
+    with numbers, pictures or objects as labels."""
+    flip: bool | None = None
+    """Mirror half of the training images at random; by default all but those that are trained on
+    with numbers, pictures or objects as labels. Turn it off for digits and letters."""
     randaugment: bool = False
     """Apply RandAugment."""
     mixup: float = Field(default=0.0, ge=0)
@@ -354,6 +383,10 @@ class TrainingSection(Section):
     cutmix: float = Field(default=0.0, ge=0)
     """Parameter of CutMix's Beta distribution; 0 turns CutMix off. With mixup too, each step uses
     one of the two."""
+    loss: str = "auto"
+    """Loss with the labels: `auto` (cross-entropy, or the squared error of values), or
+    path/to/file.py:function, which returns a number for the network's output and a batch's
+    labels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing: fraction of the label spread over all classes."""
     label_weight: float = Field(default=0.3, ge=0, le=1)
@@ -448,6 +481,16 @@ class BaseConfig(Section):
     def as_run(self) -> RunConfig:
         """Return the same network and data as the configuration of a run."""
         return RunConfig(model=self.model, data=self.data, seed=self.seed)
+
+
+OWN_CODE: dict[str, str] = {
+    "model.name": "--model",
+    "model.forward": "--forward",
+    "model.metric": "--metric",
+    "model.decoder": "--decoder",
+    "data.source": "--data",
+}
+"""Keys that may name code of the user's, path/to/file.py:function -> the option that sets them."""
 
 
 def to_toml(config: RunConfig) -> str:

@@ -8,6 +8,9 @@ and may be used to choose settings; `test` is for final scores only.
 - `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
 - `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
+- `coco`, `yolo`, `objects`, `images_with_objects`: images with objects
+- `unlabelled`, `arrays`: images without labels; arrays
+- `segmentation`, `mask_layout`, `masks`, `value_names`: images with masks
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
 - `augmentation`, `training_stream`: batches to train on
@@ -19,13 +22,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from secateur.data.arrays import read_arrays
 from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
+from secateur.data.coco import read_coco
 from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
 from secateur.data.fashion_mnist import read_fashion_mnist
@@ -34,8 +40,12 @@ from secateur.data.folder_layout import is_archive
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages, stored_size
+from secateur.data.segmentation import KIND as SEGMENTATION
+from secateur.data.segmentation import read_segmentation
 from secateur.data.splits import LabelKind, Splits, draw, hold_out, is_held_out, split_calibration
+from secateur.data.unlabelled import read_unlabelled
 from secateur.data.unreadable import Unreadable, read_batch
+from secateur.data.yolo import read_yolo
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 __all__ = [
@@ -90,9 +100,15 @@ READERS: dict[str, Callable[[Path], Splits]] = {
     "folder": read_folder,
     "imagenet": read_imagenet,
     "imagenette": read_imagenette,
+    "images": read_unlabelled,
+    "coco": read_coco,
+    "yolo": read_yolo,
+    "arrays": read_arrays,
 }
 """Readers by the kind of data set, for those in a folder: `KIND:DIR`."""
 
+KINDS_IN_FILES = ("arrays", "coco", "yolo")
+"""Kinds of data sets that may be named by a file."""
 CONTENTS = {
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
@@ -106,18 +122,25 @@ NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
 
 
-def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataSet:
+def load(
+    name: str,
+    *,
+    validation_fraction: float = 0.1,
+    ignore_index: int | None = None,
+    seed: int = 0,
+) -> DataSet:
     """Return the named data set, with a stratified part of its training images held out.
 
     `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
-    `digits` needs the extra `demo`, `hf` the extra `hf`. Which images are held out depends on
-    `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
+    `digits` needs the extra `demo`, `hf` the extra `hf`. `ignore_index` is the value of masks'
+    pixels that count for nothing. Which images are held out depends on `seed` alone. Raises
+    `UnknownName`, `UsageError` or `DataError`.
     """
     kind, _, directory = name.partition(":")
     if name == NONE:
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         return DataSet(name, (), nothing, nothing, nothing)
-    splits = _read(name, kind, directory)
+    splits = _read(name, kind, directory, ignore_index)
     generator = torch.Generator().manual_seed(seed)
     train, validation = hold_out(splits.train, validation_fraction, generator)
     notes = splits.notes
@@ -137,27 +160,31 @@ def load(name: str, *, validation_fraction: float = 0.1, seed: int = 0) -> DataS
     )
 
 
-def _read(name: str, kind: str, directory: str) -> Splits:
+def _read(name: str, kind: str, directory: str, ignore_index: int | None) -> Splits:
     """Return the splits of the data set `kind:directory`, which is called `name`."""
     if name == DIGITS:
         return read_digits()
     if kind == HUGGING_FACE:
         if not directory:
             raise UsageError(f"data set {name!r} needs a name or a folder: hf:NAME_OR_PATH")
-        return read_hugging_face(directory)
-    if kind not in READERS:
+        return read_hugging_face(directory, ignore_index)
+    readers: dict[str, Callable[[Path], Splits]] = {
+        **READERS,
+        SEGMENTATION: partial(read_segmentation, ignored=ignore_index),
+    }
+    if kind not in readers:
         if Path(name).expanduser().exists():
             raise UsageError(f"data set {name!r} has no kind: {_advise_kind(Path(name))}")
-        raise UnknownName("data set", kind, [*READERS, HUGGING_FACE, DIGITS])
+        raise UnknownName("data set", kind, [*readers, HUGGING_FACE, DIGITS])
     if not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
     path = Path(directory).expanduser()
-    if path.is_file():
+    if path.is_file() and kind not in KINDS_IN_FILES:
         archive = ": unpack it, and name the folder that it makes" if is_archive(path) else ""
         raise DataError(f"{directory} is a file, not a folder to read {kind} from{archive}")
-    if not path.is_dir():
+    if not path.exists():
         raise DataError(f"no folder {directory} to read {kind} from")
-    return READERS[kind](path)
+    return readers[kind](path)
 
 
 def _advise_kind(path: Path) -> str:

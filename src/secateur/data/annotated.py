@@ -19,14 +19,13 @@ from torch import Tensor
 
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, join_masks
 from secateur.data.images import FileImages, Images, Indices, LabelledImages, masks_to_size
+from secateur.data.masks import UNKNOWN
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import DECODING_ERRORS, opened_image
 from secateur.runtime.errors import DataError, UsageError
 
 NO_CLASS = -1
 """Label of the images of a list without classes."""
-UNKNOWN = -2
-"""Concept index of a mask's value without a meaning."""
 
 
 @runtime_checkable

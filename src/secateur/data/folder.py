@@ -26,11 +26,10 @@ from secateur.data.image_files import (
     list_images,
 )
 from secateur.data.images import FileImages, Images
-from secateur.data.splits import Splits, hold_out
+from secateur.data.splits import Splits, hold_out_fifth
 
 KIND = "folder"
 """How `--data` names these."""
-TEST_FRACTION = 0.2
 
 
 def read_folder(directory: Path) -> Splits:
@@ -53,8 +52,7 @@ def read_folder(directory: Path) -> Splits:
     if layout.test is None:
         origin = f"{layout.train} has no test part: a fifth of each class is held out for it"
         origin += _describe_siblings(directory)
-        generator = torch.Generator().manual_seed(0)
-        parts = hold_out(train, TEST_FRACTION, generator)
+        parts = hold_out_fifth(train)
     else:
         check_same_classes(directory, layout.test.name, class_folders(layout.test, KIND), classes)
         origin = "" if layout.test.name == "test" else f"{layout.test} is the test part"

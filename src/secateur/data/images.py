@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,7 +13,13 @@ from torchvision.transforms import v2
 
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Geometry, Preprocessing
-from secateur.data.unreadable import Unreadable, decode_all, read_batch
+from secateur.data.unreadable import (
+    Unreadable,
+    decode_all,
+    height_and_width,
+    read_batch,
+    rgb_pixels,
+)
 
 SIZES_LOOKED_AT = 64
 """Images that `stored_size` decodes at most."""
@@ -62,6 +67,20 @@ class Images(Protocol):
 
     def take(self, indices: Indices) -> Images:
         """Return a list of the images at `indices`."""
+
+
+@runtime_checkable
+class StoredImages(Images, Protocol):
+    """Images whose sizes can be told without decoding them."""
+
+    def sizes(self, indices: Indices) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images at `indices`, as they are stored."""
+
+    def name(self, index: int) -> str:
+        """Return the name of an image, for errors."""
+
+    def take(self, indices: Indices) -> StoredImages:
+        """Return a list of the images at `indices`; see `Images.take`."""
 
 
 class LabelledImages:
@@ -154,15 +173,25 @@ class FileImages(LabelledImages):
         self, indices: Indices, preprocessing: Preprocessing
     ) -> UInt8[Tensor, "image rgb height width"]:
         """Return the images at `indices`, resized and cropped; see `Images.read`."""
-        prepare = functools.partial(to_size, preprocessing=preprocessing)
-        return torch.stack(decode_all(indices, self._find, prepare))
+        pixels = decode_all(
+            indices, self._find, lambda image: to_size(rgb_pixels(image), preprocessing)
+        )
+        return torch.stack(pixels)
 
     def originals(self, indices: Indices) -> list[UInt8[Tensor, "rgb _ _"]]:
         """Return the images at `indices` as they are stored; see `Images.originals`."""
-        return decode_all(indices, self._find, lambda pixels: pixels)
+        return decode_all(indices, self._find, rgb_pixels)
+
+    def sizes(self, indices: Indices) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images at `indices`; see `StoredImages.sizes`."""
+        return decode_all(indices, self._find, height_and_width)
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.paths[index])
 
     def _find(self, index: int) -> tuple[str, Path]:
-        return str(self.paths[index]), self.paths[index]
+        return self.name(index), self.paths[index]
 
     def take(self, indices: Indices) -> FileImages:
         """Return a list of the images at `indices`; see `Images.take`."""
@@ -227,6 +256,8 @@ def stored_size(images: Images) -> tuple[int, int] | None:
         return None
     if isinstance(images, TensorImages):
         return int(images.pixels.shape[2]), int(images.pixels.shape[3])
+    if isinstance(images, NormalisedImages) and images.tensors.ndim != 4:
+        return None  # signals and volumes
     indices = torch.linspace(0, count - 1, min(count, SIZES_LOOKED_AT)).long()
     sizes: set[tuple[int, int]] = set()
     for few in indices.split(4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,40 @@ class Objects:
     geometry: Geometry = field(default_factory=Geometry)
     """Where the stored image lies in the network's input."""
 
+    def at_size(self, size: tuple[int, int]) -> Objects:
+        """Return the same objects in an image that is stored at another height and width."""
+        y, x = size[0] / self.size[0], size[1] / self.size[1]
+        keypoints = self.keypoints
+        if keypoints is not None:
+            keypoints = keypoints * keypoints.new_tensor((x, y, 1))
+        segments = self.segments
+        if segments is not None:
+            segments = tuple(_scaled(segment, x, y) for segment in segments)
+        return replace(
+            self,
+            boxes=self.boxes * self.boxes.new_tensor((x, y, x, y)),
+            areas=self.areas * (x * y),
+            keypoints=keypoints,
+            segments=segments,
+            size=size,
+        )
+
+    def to(self, device: torch.device) -> Objects:
+        """Return the same objects with their tensors on a device."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        moved = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
     def boxes_in_input(self) -> Float[Tensor, "object 4"]:
         """Return the boxes in pixels of the network's input."""
         corners = self.geometry.to_input(self.boxes.reshape(-1, 2, 2))
         return torch.cat([corners.amin(1), corners.amax(1)], dim=1)  # a flip swaps the sides
+
+
+def _scaled(segment: Segment | None, x: float, y: float) -> Segment | None:
+    """Return polygons with their columns and rows multiplied."""
+    if segment is None or isinstance(segment, Mapping):
+        return segment
+    return [[value * (x, y)[place % 2] for place, value in enumerate(part)] for part in segment]

@@ -37,6 +37,15 @@ class Geometry:
         """Return where points (x, y) of the input are in the stored image."""
         return (points - self._offset(points)) / self._scale(points)
 
+    def then(self, other: Geometry) -> Geometry:
+        """Return where an image lies in `other`'s input if this input is what `other` stores."""
+        return Geometry(
+            self.scale_x * other.scale_x,
+            self.scale_y * other.scale_y,
+            self.offset_x * other.scale_x + other.offset_x,
+            self.offset_y * other.scale_y + other.offset_y,
+        )
+
     def _scale(self, points: Tensor) -> Tensor:
         return points.new_tensor((self.scale_x, self.scale_y))
 

@@ -16,6 +16,8 @@ from secateur.runtime.errors import DataError
 LabelKind = Literal["classes", "masks", "objects", "values", "none"]
 """What images come with: a class or several labels each; a mask of a class for each pixel; objects
 in boxes; numbers to regress; or nothing."""
+TEST_FRACTION = 0.2
+"""Of each class, held out of data without a test part."""
 HELD_OUT_EVERY = 5
 """Every n-th calibration image is held out; the others are fitted to."""
 
@@ -52,8 +54,9 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
     At least one image of each class is held out. Raises `DataError` if a class has too few.
     """
     chosen: list[Tensor] = []
-    for label in images.labels.unique().tolist():
-        members = (images.labels == label).nonzero()[:, 0]
+    labels = _strata(images)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
@@ -65,18 +68,31 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
     return images.take((~mask).nonzero()[:, 0]), images.take(mask.nonzero()[:, 0])
 
 
+def hold_out_fifth(images: Images) -> tuple[Images, Images]:
+    """Return images without a fifth of each class, and that fifth, for a test part.
+
+    It is always the same. Raises `DataError` if a class has too few.
+    """
+    return hold_out(images, TEST_FRACTION, torch.Generator().manual_seed(0))
+
+
 def draw(images: Images, count: int, generator: torch.Generator, *, stratified: bool) -> Images:
     """Return `count` images in random order; see `data.draw_calibration_images`."""
     order = torch.randperm(len(images.labels), generator=generator)
     if stratified:
         # Each image's rank among those of its class in the random order: the lowest ranks first.
-        labels = images.labels[order]
+        labels = _strata(images)[order]
         rank = torch.zeros_like(labels)
         for label in labels.unique().tolist():
             members = labels == label
             rank[members] = torch.arange(int(members.sum()))
         order = order[rank.argsort(stable=True)]
     return images.take(order[:count])
+
+
+def _strata(images: Images) -> Int[Tensor, "image"]:
+    """Return the class of each image; zeros if each has several labels."""
+    return images.labels if images.labels.ndim == 1 else torch.zeros(len(images.labels)).long()
 
 
 def is_held_out(indices: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from secateur.data.augmentation import Augmentation, AugmentedImages
 from secateur.data.batches import Batch
 from secateur.data.images import Images
+from secateur.data.objects import Objects
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.runtime.errors import DataError, UsageError
@@ -168,15 +169,27 @@ class _Epoch(Dataset["_ReadStep"]):
         local_shard = indices[shard]
         seeds = (stream.seed, self._number)
         changed = AugmentedImages(stream.images, augmentation, seeds)
-        source = changed if augmentation.is_imagewise else stream.images
-        readable = read_batch(lambda part: source.read(part, preprocessing), local_shard, missing)
+
+        def read_all(part: Tensor) -> tuple[Tensor, Tensor, tuple[Objects, ...] | None]:
+            if augmentation.is_imagewise:
+                return changed.read(part, preprocessing)
+            images = stream.images
+            return (
+                images.read(part, preprocessing),
+                images.read_labels(part, preprocessing),
+                images.read_targets(part, preprocessing),
+            )
+
+        readable = read_batch(read_all, local_shard, missing)
         if readable is None:
             raise DataError(f"none of the {len(local_shard)} images of a step can be read")
-        read, pixels = readable
+        read, (pixels, labels, objects) = readable
         generator = torch.Generator().manual_seed(seed_of(*seeds, step))
         moves = augmentation.draw(len(indices), preprocessing.size, generator)
         moves = moves.select(shard)
         if len(read) < len(local_shard):
             moves = moves.select(torch.isin(local_shard, read))
         images = moves.apply(preprocessing.normalise(pixels))
-        return Batch(images, stream.images.labels[read], read)
+        labels = moves.apply_to_labels(labels, images)
+        targets = objects and moves.move(objects, preprocessing.size[1])
+        return Batch(images, labels, read, targets=targets)

@@ -109,34 +109,55 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def rgb_pixels(image: Image.Image) -> UInt8[Tensor, "rgb height width"]:
+    """Return the pixels of an opened image; raises one of `DECODING_ERRORS`."""
+    pixels: Tensor = v2.functional.pil_to_tensor(_as_rgb(image))
+    return pixels
+
+
+def index_pixels(image: Image.Image) -> Int[Tensor, "height width"]:
+    """Return the values of an opened mask, which holds one number for each pixel.
+
+    Palette images count: their values are the palette's indices. Raises one of `DECODING_ERRORS`.
+    """
+    values = np.asarray(image)
+    if values.ndim != 2:
+        raise ValueError("it is in colours, and a mask holds one number for each pixel")
+    if values.dtype.kind not in "bui":
+        raise ValueError(f"a mask holds whole numbers, and its values are {values.dtype}")
+    return torch.from_numpy(values.astype(np.int64))
+
+
 def decode_all(
     indices: Int[Tensor, "image"],
     find: Callable[[int], tuple[str, Path | io.BytesIO]],
-    prepare: Callable[[UInt8[Tensor, "rgb height width"]], Tensor],
-) -> list[Tensor]:
-    """Return the prepared pixels of images, decoded on several threads.
+    decode: Callable[[Image.Image], T],
+) -> list[T]:
+    """Return what `decode` makes of image files, which are read on several threads.
 
     `find` returns an image's name and its path or bytes. Raises `UnreadableImage` that names every
-    image that can't be decoded.
+    image for which `decode` raises one of `DECODING_ERRORS`.
     """
+    failed: dict[int, Exception] = {}
 
-    def decode(index: int) -> Tensor | Exception:
+    def decode_one(index: int) -> T | None:
         _, source = find(index)
         try:
             with opened_image(source) as image:
-                pixels: Tensor = v2.functional.pil_to_tensor(_as_rgb(image))
+                return decode(image)
         except DECODING_ERRORS as error:
-            return error
-        return prepare(pixels)
+            failed[index] = error
+            return None
 
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(decode, indices.tolist()))
-    failed = {
-        index: result
-        for index, result in zip(indices.tolist(), results, strict=True)
-        if isinstance(result, Exception)
-    }
+        results = list(pool.map(decode_one, indices.tolist()))
     if failed:
-        first = next(iter(failed.values()))
-        raise UnreadableImage({index: find(index)[0] for index in failed}, first) from first
-    return [result for result in results if isinstance(result, Tensor)]
+        in_order = [index for index in indices.tolist() if index in failed]
+        first = failed[in_order[0]]
+        raise UnreadableImage({index: find(index)[0] for index in in_order}, first) from first
+    return [result for result in results if result is not None]
+
+
+def height_and_width(image: Image.Image) -> tuple[int, int]:
+    """Return the size of an opened image, which is not decoded for that."""
+    return image.height, image.width

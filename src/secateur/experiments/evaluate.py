@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.experiments.own_code import check_named
 from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
+    load_data,
     load_inputs,
     make_reader,
     resolve_config,
 )
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
 
@@ -47,9 +50,9 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     dataset, network = load_inputs(config)
     asked, config = config, resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
-    task = _task(network, dataset, config, run_context)
+    task, metric = _task(network, network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
-    score, predictions = evaluate_and_predict(network, batches, task=task)
+    score, predictions = evaluate_and_predict(network, batches, task=task, metric=metric)
     doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
     notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
     if doubt is not None:
@@ -57,33 +60,42 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     return Evaluation(score, task, notes, _unreadable(run_context))
 
 
-def evaluate_run(run: Path, config: RunConfig, run_context: RunContext) -> Evaluation:
+def evaluate_run(
+    run: Path, config: RunConfig, run_context: RunContext, named: Collection[str] = ()
+) -> Evaluation:
     """Score the pruned network of a run folder, and its agreement with the original.
 
-    `config` is the run's configuration, with the data where they are now. Agreement is not known if
+    `config` is the run's configuration, with the data where they are now, and `named` are the keys
+    in it that the user has set: what is user code is not run otherwise. Agreement is not known if
     the original can't be loaded; a note says why. Raises `SecateurError`.
     """
+    check_named(run, config, {*named, "model.name", "model.forward"})
     network = load_pruned(run)
-    dataset = data.load(config.data.source)
+    dataset = load_data(config, network)
     config = resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)
-    original, notes = _load_original(run, config)
-    task = _task(network, dataset, config, run_context)
+    original, notes = _load_original(run, config, named)
+    task, metric = _task(network, original or network, dataset, config, run_context)
     predictions: Predictions | None = None
     if original is not None:
         batches = reader.read_shard(dataset.test, "scoring the original")
         _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
     batches = reader.read_shard(dataset.test, "scoring")
-    score = evaluate(network, batches, task=task, original=predictions)
+    score = evaluate(network, batches, task=task, metric=metric, original=predictions)
     return Evaluation(score, task, (*dataset.notes, *task.notes, *notes), _unreadable(run_context))
 
 
-def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tuple[str, ...]]:
+def _load_original(
+    run: Path, config: RunConfig, named: Collection[str]
+) -> tuple[nn.Module | None, tuple[str, ...]]:
     """Return the network before a run, or None and a note that says why it is not known."""
     unknown = "Agreement with the original network is not known:"
     if user_code.is_user_code(config.model.name):
         return None, (f"{unknown} its code, {config.model.name}, is not run here.",)
+    forward = config.model.forward
+    if forward is not None and "model.forward" not in named:
+        return None, (f"{unknown} its function is not run unless named, --forward {forward}.",)
     try:
         _, original = load_inputs(config)
     except SecateurError as error:
@@ -93,10 +105,19 @@ def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tupl
     return original, ()
 
 
-def _task(network: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext) -> Task:
+def _task(
+    network: nn.Module,
+    original: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext,
+) -> tuple[Task, MetricFactory | None]:
     reader = make_reader(config, run_context)
     example = reader.read_first(dataset.test, EXAMPLE_IMAGES)
-    return task_of(network, dataset, config, reader, example, run_context.outputs)
+    parts = output_parts(config, run_context)
+    task = task_of(original, dataset, config, reader, example, parts)
+    metric = metric_of(task, dataset, config, original, run_context)
+    return with_metric(task, metric), metric
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

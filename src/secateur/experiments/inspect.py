@@ -94,7 +94,7 @@ def inspect_network(
         "calibration_images": len(context.calibration.labels),
         "unreadable": list(run_context.unreadable_files),
         "notes": list(notes),
-        "concept_source": config.score.concepts,
+        "concept_source": context.concepts,
         "groups": [_group_facts(name, dissection, criterion_names) for name in dependencies.groups],
         "frozen": [
             {"layer": group.name, "filters": group.size, "reason": group.reason}

@@ -13,7 +13,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.graph.forward import with_forward
+from secateur.experiments.flat_network import flat_network, inputs_in, outputs_error, run_flat
+from secateur.experiments.output_structure import names_of
+from secateur.graph.forward import inputs_of, with_forward, with_inputs
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.trace import open_batch
 from secateur.graph.wrappers import unwrapped
-from secateur.models.divergence import relative_error
-from secateur.models.outputs import through_logits
 from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError, UsageError
+from secateur.runtime.packed_inputs import Inputs, Parameters, parameters_of, read_inputs
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
 
 TOLERANCE = 1e-4
@@ -46,8 +47,8 @@ LATENCY_BATCHES = (1, 16)
 LATENCY_ROUNDS = Rounds(fewest=5, most=31, seconds=20.0, warm_up=2)
 
 Engine = Literal["pytorch", "onnxruntime"]
-Images = Float[Tensor, "image channel *position"]
-Runner = Callable[[Tensor], object]
+Images = Float[Tensor, "image *axis"]
+Runner = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Latency:
 
 def export_onnx(
     model: nn.Module,
-    example: Images,
+    example: Images | Sequence[Tensor] | Mapping[str, Tensor],
     path: str | Path,
     *,
     forward: Forward | None = None,
@@ -84,10 +85,13 @@ def export_onnx(
 ) -> ExportResult:
     """Export `model`, in evaluation mode, to an ONNX file that takes any number of images.
 
-    `example` is a batch of images for the network, and `forward(model, images)` returns the logits
-    if the network takes or returns anything else. The file is checked in onnxruntime on `example`
-    and on uniform and normal noise in `CHECKED_BATCHES`, and kept only if its outputs differ from
-    PyTorch's by less than `TOLERANCE`. Its input is called `images`, its output `logits`.
+    `example` is a batch of images for the network, or a tuple or a dict of several inputs;
+    `forward(model, images)` returns what the file is to return, if that is not what the network
+    returns. The file is checked in onnxruntime on `example` and on uniform and normal noise in
+    `CHECKED_BATCHES`, and kept only if each output differs from PyTorch's by less than `TOLERANCE`.
+    The only input is called `images`, a classifier's output `logits`, and another one `output`.
+    Several inputs have the names of the network's parameters, and several outputs those that they
+    have in it, such as `boxes` or `features_0`.
 
     Raises:
         ExportError: the network can't be exported, is too large for one file or fails the check,
@@ -96,13 +100,15 @@ def export_onnx(
     """
     _check_packages()
     model, path = unwrapped(model), Path(path)
-    example = as_input(model, example)
+    parameters = parameters_of(model, forward)
+    packed, inputs = read_inputs(example, parameters)
+    packed = as_input(model, packed)
     check_free(path, overwrite=overwrite)
-    model = through_logits(with_forward(model, forward), example)
+    model = with_inputs(with_forward(model, forward), inputs)
     with _folder_beside(path) as folder:
         draft = folder / path.name
-        opset = _write(model, example, draft)
-        error = _relative_difference(model, example, draft)
+        opset = _write(model, packed, draft, _input_names(inputs, parameters))
+        error = _relative_difference(model, packed, draft)
         if not error < TOLERANCE:
             raise ExportError(
                 f"the ONNX file's outputs differ from the network's: relative difference "
@@ -128,7 +134,8 @@ def compare_latency(
 
     `pruned_file` is the file that `export_onnx` wrote. The four runs are interleaved, so that
     other load on the machine slows all alike; both runtimes get PyTorch's number of threads. The
-    values of the original's weights don't matter. Raises as `export_onnx` does.
+    values of the original's weights don't matter. Several inputs of a network (`with_inputs`) are
+    one tensor in `example`. Raises as `export_onnx` does.
     """
     _check_packages()
     runners: dict[tuple[Engine, bool], Runner] = {
@@ -147,7 +154,11 @@ def compare_latency(
         latencies: list[Latency] = []
         for batch in LATENCY_BATCHES:
             images = _noise(example, batch, torch.randn)
-            actions = {key: functools.partial(runner, images) for key, runner in runners.items()}
+            inputs = inputs_in(pruned, images)
+            actions = {
+                key: functools.partial(runner, *((images,) if key[0] == "pytorch" else inputs))
+                for key, runner in runners.items()
+            }
             times_ms = interleaved_medians(actions, LATENCY_ROUNDS)
             for engine in ("pytorch", "onnxruntime"):
                 pruned_ms, original_ms = times_ms[engine, True], times_ms.get((engine, False))
@@ -179,7 +190,18 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write(model: nn.Module, example: Images, path: Path) -> int:
+def _input_names(inputs: Inputs | None, parameters: Parameters) -> tuple[str, ...]:
+    """Return the names of the inputs in the file."""
+    if inputs is None:
+        return ("images",)
+    count = len(inputs.shapes)
+    names = inputs.names or parameters.positional[:count]
+    return names if len(names) == count else tuple(f"input_{number}" for number in range(count))
+
+
+def _write(
+    model: nn.Module, example: Images, path: Path, input_names: Sequence[str] = ("images",)
+) -> int:
     """Write the file, with the weights inside, and return its opset."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_FILE:
@@ -190,32 +212,38 @@ def _write(model: nn.Module, example: Images, path: Path) -> int:
         example = repeat_to_batch(example, 2)
     try:
         with _quiet(), evaluating(model), torch.no_grad():
-            return _export(model, example, path)
+            return _export(model, example, path, list(input_names))
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"the network can't be exported to ONNX: {_cause(error)}") from error
 
 
-def _export(model: nn.Module, example: Images, path: Path) -> int:
+def _export(model: nn.Module, example: Images, path: Path, input_names: list[str]) -> int:
     """Let torch write the file, and return its opset."""
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    outputs, structure = run_flat(model, example)
+    is_one = structure == {"tensor": 0}
+    network = model if is_one and inputs_of(model) is None else flat_network(model)
+    inputs, output_names = inputs_in(model, example), list(names_of(structure))
+    if is_one and outputs[0].ndim and outputs[0][0].numel() == outputs[0].shape[1:2].numel():
+        output_names = ["logits"]
+    names: dict[str, Any] = {"input_names": input_names, "output_names": output_names}
     if _torch_release() < FIRST_WITH_EXPORTER:
         import onnx
 
         torch.onnx.export(
-            model,
-            (example,),
+            network,
+            inputs,
             str(path),
             dynamo=False,
-            dynamic_axes={"images": {0: "batch"}},
+            dynamic_axes={name: {0: "batch"} for name in (*input_names, *output_names)},
             **names,
         )
         opsets = onnx.load(str(path)).opset_import
         return int(next(one.version for one in opsets if one.domain in ("", "ai.onnx")))
     program = torch.onnx.export(
-        model,
-        (example,),
+        network,
+        inputs,
         dynamo=True,
-        dynamic_shapes=open_batch(model, torch.export.Dim("batch")),
+        dynamic_shapes=open_batch(network, torch.export.Dim("batch"), len(inputs)),
         verbose=False,
         **names,
     )
@@ -250,20 +278,25 @@ def _relative_difference(model: nn.Module, example: Images, path: Path) -> float
     with evaluating(model), torch.inference_mode():
         for images in (example, *noises):
             try:
-                expected = model(images)
-                outputs = torch.from_numpy(run(images)).to(expected)
+                expected, _ = run_flat(model, images)
+                outputs = list(map(torch.from_numpy, run(*inputs_in(model, images))))
             except Exception as failure:  # the network is the user's; onnxruntime raises its own
                 raise ExportError(
                     f"the network or its ONNX file fails on {len(images)} images: {_cause(failure)}"
                 ) from failure
-            if outputs.shape != expected.shape:
+            shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (outputs, expected)]
+            if shapes[0] != shapes[1]:
                 raise ExportError(
-                    f"the ONNX file's outputs are {list(outputs.shape)}, and the network's are "
-                    f"{list(expected.shape)}"
+                    f"the ONNX file's outputs are {_in_words(shapes[0])}, and the network's are "
+                    f"{_in_words(shapes[1])}"
                 )
-            error = relative_error(outputs, expected)
+            error = outputs_error(outputs, expected)
             largest = error if not error <= largest else largest  # keeps a NaN
     return largest
+
+
+def _in_words(shapes: Sequence[object]) -> str:
+    return " and ".join(map(str, shapes))
 
 
 def _noise(example: Images, count: int, draw: Callable[..., Tensor]) -> Tensor:
@@ -272,10 +305,11 @@ def _noise(example: Images, count: int, draw: Callable[..., Tensor]) -> Tensor:
     return draw(count, *example.shape[1:], generator=generator).to(example)
 
 
-def onnx_runner(path: Path) -> Callable[[Tensor], Any]:
+def onnx_runner(path: Path) -> Callable[..., list[Any]]:
     """Return a function that runs the file in onnxruntime, on as many CPU threads as PyTorch has.
 
-    It returns the logits as a NumPy array. Raises `ExportError` if the file can't be loaded.
+    It takes the inputs in the file's order, and returns the outputs as NumPy arrays. Raises
+    `ExportError` if the file can't be loaded.
     """
     import onnxruntime
 
@@ -289,7 +323,14 @@ def onnx_runner(path: Path) -> Callable[[Tensor], Any]:
         )
     except Exception as error:  # onnxruntime has no root for its exceptions
         raise ExportError(f"onnxruntime can't load {path}: {_cause(error)}") from error
-    return lambda images: session.run(["logits"], {"images": images.cpu().numpy()})[0]
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> list[Any]:
+        arrays = (tensor.cpu().numpy() for tensor in inputs)
+        outputs: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+        return outputs
+
+    return run
 
 
 @contextlib.contextmanager

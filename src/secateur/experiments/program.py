@@ -28,25 +28,27 @@ SCHEMA_VERSION = 2
 
 OPERATIONS = frozenset(
     """
-    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    adaptive_max_pool2d add addcmul addmm alias alpha_dropout amax amin arange argmax argmin
-    avg_pool1d avg_pool2d avg_pool3d
-    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bmm broadcast_to cat ceil celu
-    channel_shuffle chunk clamp clamp_max clamp_min clone constant_pad_nd contiguous conv1d conv2d
-    conv3d conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp
-    expand expand_as eye feature_alpha_dropout feature_dropout fill flatten flip floor floor_divide
-    full full_like gather ge gelu glu group_norm gt hardshrink hardsigmoid hardswish hardtanh index
-    index_select instance_norm layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm
-    linear linspace log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp
-    lt masked_fill matmul max max_pool1d max_pool2d max_pool3d maximum mean meshgrid min minimum
-    mish mm movedim mul narrow native_channel_shuffle ne neg new_full new_ones new_zeros norm ones
-    ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal relu relu6
-    remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub
-    scaled_dot_product_attention select selu sigmoid sign silu sin slice softmax softplus softshrink
-    split split_with_sizes sqrt square squeeze stack std sub sum swapaxes swapdims sym_size t tan
-    tanh threshold tile to topk transpose tril triu true_divide type_as unbind unflatten unfold
-    unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
-    where zero zeros zeros_like
+    _weight_norm abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d add addcmul addmm alias alpha_dropout amax amin arange
+    argmax argmin argsort atan atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bitwise_and
+    bitwise_not bitwise_or bmm broadcast_to cat ceil celu channel_shuffle chunk clamp clamp_max
+    clamp_min clone constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d cos cumsum detach div dropout einsum elu eq erf exp expand
+    expand_as eye feature_alpha_dropout feature_dropout fft_rfft fill flatten flip floor
+    floor_divide full full_like gather ge gelu glu grid_sampler group_norm gru gt hardshrink
+    hardsigmoid hardswish hardtanh imag index index_select instance_norm layer_norm le leaky_relu
+    lerp lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid
+    log_softmax logical_and logical_not logical_or logsumexp lstm lt mT masked_fill matmul max
+    max_pool1d max_pool2d max_pool3d maximum mean meshgrid min minimum mish mm movedim mul narrow
+    native_channel_shuffle ne neg new_full new_ones new_zeros norm numpy_T ones ones_like pad
+    permute pixel_shuffle pixel_unshuffle pow prelu prod real reciprocal relu relu6 remainder repeat
+    repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub scaled_dot_product_attention
+    select selu sigmoid sign silu sin slice softmax softplus softshrink sort split split_with_sizes
+    sqrt square squeeze stack std stft sub sum swapaxes swapdims sym_size t tan tanh threshold tile
+    to topk transpose tril triu true_divide type_as unbind unflatten unfold unsqueeze
+    upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_trilinear3d var var_mean view view_as view_as_real where zero zeros
+    zeros_like
     """.split()  # noqa: SIM905
 )
 """ATen operations that a program may name, also in their in-place form, but not with `out=`."""

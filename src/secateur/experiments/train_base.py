@@ -26,7 +26,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.result import check_same
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
@@ -36,6 +36,8 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.own_loss import check_name as check_loss
+from secateur.training.own_loss import find_loss
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -89,6 +91,7 @@ def train_base(
     run_context = run_context or RunContext()
     run_config = config.as_run()
     check_names(run_config)
+    check_loss(config.train.loss)
     with lock_folder(folder):
         _check_folder(folder, resume=resume)
         dataset, model = load_inputs(run_config, new_head=config.new_head)
@@ -103,7 +106,8 @@ def train_base(
         run_context = run_context.collecting_unreadable(run_config)
         reader = make_reader(run_config, run_context)
         example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-        task = task_of(model, dataset, run_config, reader, example, run_context.outputs)
+        parts = output_parts(run_config, run_context)
+        task = task_of(model, dataset, run_config, reader, example, parts)
         distributed.barrier()  # until all have looked at the folder
         make_folder(folder)
         run_context = run_context.logging_to(folder / LOG)
@@ -144,16 +148,24 @@ def _train(
 ) -> BaseResult:
     """Train the network in place and score it on the test images."""
     reader = make_reader(config.as_run(), run_context)
+    metric = metric_of(task, dataset, config.as_run(), model, run_context)
+    task = with_metric(task, metric)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task).metric
+        return evaluate(network, batches, task=task, metric=metric, known_ms=0.0).metric
 
     try:
         training = train(
             model,
             None,
-            TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
+            TrainingData(
+                dataset.train,
+                reader.preprocessing,
+                reader.unreadable,
+                task,
+                find_loss(config.train.loss),
+            ),
             config.train,
             seed=config.seed,
             callbacks=TrainingCallbacks(
@@ -170,7 +182,8 @@ def _train(
             f"{error}; {folder} holds no weights: train in another folder with --learning-rate "
             f"{config.train.learning_rate / 10:g}"
         ) from error
-    score = evaluate(model, reader.read_shard(dataset.test, "scoring"), task=task)
+    batches = reader.read_shard(dataset.test, "scoring")
+    score = evaluate(model, batches, task=task, metric=metric)
     return BaseResult(
         command=run_context.command,
         config=config,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from secateur.graph import torchvision_detectors, ultralytics_networks
 from secateur.graph.coupling import couple_channels
 from secateur.graph.dependency import OUTPUT, RESIDUAL, DependencyGraph
 from secateur.graph.fixed_kernels import freeze_fixed_kernels
@@ -16,7 +17,6 @@ from secateur.graph.network_graph import Forward
 from secateur.graph.propagation import ChannelPropagation, Rule
 from secateur.graph.rules import RULES
 from secateur.graph.sizes import resolve_sizes
-from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.graph.trace import trace
 from secateur.graph.wrappers import unwrapped
 from secateur.runtime.errors import UnknownName
@@ -38,7 +38,8 @@ def build_dependency_graph(
     `prune_residual`. `exclude` are name patterns, such as `layer1.*`, of layers whose filters must
     stay. `rules` are added to `rules.RULES`: name of an operation (`namespace::name` outside of
     ATen) -> rule. With `forward`, `forward(model, images)` is traced, for networks whose whole
-    output can't be; torchvision's detectors have one (`torchvision_detectors`). A network that is
+    output can't be; torchvision's detectors and Ultralytics' networks have one (see
+    `traceable_forward`). A network that is
     compiled or wrapped in `DataParallel` is taken out first (`wrappers.unwrapped`), and layers have
     the names that they have there. Of `example` only the shape matters; for a network that takes
     several inputs it is a tuple of them, or a dict if they have names.
@@ -61,6 +62,13 @@ def build_dependency_graph(
         propagation.freeze_residual_channels(RESIDUAL)
     _exclude(propagation, tuple(exclude))
     return resolve_sizes(couple_channels(model, propagation), packed)
+
+
+def traceable_forward(model: nn.Module) -> Forward | None:
+    """Return the traceable part of a network of torchvision or Ultralytics; None for others."""
+    return torchvision_detectors.traceable_forward(model) or ultralytics_networks.traceable_forward(
+        model
+    )
 
 
 def _exclude(propagation: ChannelPropagation, patterns: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.fx.node import Node
 from secateur.graph.call_sites import call_site
 from secateur.graph.channel_ids import Count, Ids, Resize
 from secateur.graph.coupling import CoupledChannels, assemble
+from secateur.graph.cut import SizeConflict, attribute_values
 from secateur.graph.dependency import DependencyGraph, SizedAttribute
 from secateur.graph.groups import Reason
 from secateur.graph.network_graph import operation_name, position_of
@@ -63,7 +64,45 @@ def resolve_sizes(coupled: CoupledChannels, example: Tensor) -> DependencyGraph:
         dependencies = assemble(coupled, attributes=(*known, *likeliest))
         if difference(dependencies) is None:
             return dependencies
+        coupled = _couple_equal_pieces(coupled, dependencies, active, candidates)
+        dependencies = assemble(coupled, attributes=(*known, *likeliest))
+        if difference(dependencies) is None:
+            return dependencies
     return _resolve_one_by_one(coupled, known, active, candidates, difference)
+
+
+def _couple_equal_pieces(
+    coupled: CoupledChannels,
+    dependencies: DependencyGraph,
+    uses: list[_SizeUse],
+    candidates: dict[tuple[str, str, int], list[_Attributes]],
+) -> CoupledChannels:
+    """Return the channels with the pieces of a split coupled whose sizes are one attribute.
+
+    After `x.split((self.c, self.c), 1)` both pieces must lose as many channels.
+    """
+    propagation = coupled.propagation
+    for use in uses:
+        attributes = (candidates[use.kind][:1] or [()])[0]
+        if not _is_in_conflict(replace(dependencies, attributes=attributes)):
+            continue
+        for node in use.nodes:
+            for pieces in zip(*propagation.multi_output_axes.get(node, []), strict=True):
+                known = [ids for ids in pieces if ids is not None]
+                for one, other in itertools.combinations(known, 2):
+                    if len(one) == len(other):
+                        propagation.couple(one, other, "pieces of a split")
+    return replace(coupled, roots=propagation.roots())
+
+
+def _is_in_conflict(dependencies: DependencyGraph) -> bool:
+    """Return whether a test cut would give an attribute two values."""
+    try:
+        for removed in choose_test_cuts(dependencies, thorough=True):
+            attribute_values(dependencies, removed)
+    except SizeConflict:
+        return True
+    return False
 
 
 def _resolve_one_by_one(

@@ -26,13 +26,14 @@ SCORE_THRESHOLD, IOU = 0.01, 0.65
 """Of the boxes that are kept, and of those that count as the same, as YOLOX is evaluated."""
 
 
-def build(name: str, num_classes: int) -> nn.Module:
+def build(name: str, *, num_classes: int | None = None) -> nn.Module:
     """Return the named detector with random weights, in evaluation mode.
 
     Raises `UnknownName`, or `UsageError` if the package is not installed.
     """
     settings = _settings(name)
-    settings.num_classes = num_classes
+    if num_classes is not None:
+        settings.num_classes = num_classes
     model = settings.get_model().eval()
     model.head.decode_in_inference = False  # boxes in cells: `decode` makes pixels of them
     assert isinstance(model, nn.Module)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from secateur.config import TaskKind
 from secateur.data.images import IGNORED
-from secateur.graph.forward import forward_of, without_forward
+from secateur.graph.forward import forward_of, inputs_of, with_inputs, without_forward
 from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.output_values import OutputPart, floating_leaves, measured
 from secateur.graph.wrappers import unwrapped
-from secateur.models.output_values import OutputPart, floating_leaves, measured
 from secateur.models.task import (
     Labels,
     Scale,
@@ -126,9 +126,9 @@ def form_of_outputs(output: object, images: int) -> Form:
     return "rows"
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits among what a network returns for images; see `select_logits`."""
-    return select_logits(model(images))
+def logits_of(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
+    """Return the logits among what a network returns for its inputs; see `select_logits`."""
+    return select_logits(model(*inputs, **named))
 
 
 def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
@@ -136,7 +136,7 @@ def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
     if forward_of(model) is not logits_of:
         return []
     with torch.no_grad():
-        output = run_network(without_forward(model), images)
+        output = run_network(with_inputs(without_forward(model), inputs_of(model)), images)
     name = type(output).__name__
     if isinstance(output, Mapping) or hasattr(output, "logits"):
         where = f"in the {name}"
@@ -205,7 +205,7 @@ def make_task(
         return _values_task(kind, outputs, parts, has_labels=has_labels)
     if kind == "segmentation":
         return _segmentation_task(outputs, labels, has_labels=has_labels)
-    return _class_task(kind, outputs, labels)
+    return replace(_class_task(kind, outputs, labels), has_labels=has_labels)
 
 
 def _kind_of(outputs: Outputs, labels: Sequence[Labels], *, has_parts: bool) -> TaskKind:
@@ -255,8 +255,9 @@ def _segmentation_task(outputs: Outputs, labels: Sequence[Labels], *, has_labels
     for part in labels:
         if part.ndim < 2:
             raise DataError(
-                f"labels are {list(part.shape)}, but a segmentation network needs a class for each "
-                "position, [image, height, width]"
+                f"labels are {list(part.shape)}, but the network returns class scores for each "
+                "position: give masks [image, height, width], or leave the labels out (--data "
+                "images:DIR)"
             )
         check_labels(part[part != IGNORED], classes)
     notes = list(outputs.notes)

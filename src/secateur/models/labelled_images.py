@@ -12,10 +12,10 @@ from secateur.config import TaskKind
 from secateur.config.in_memory import SOURCE
 from secateur.data import DataSet, LabelKind, NormalisedImages
 from secateur.data.in_memory import Parts
+from secateur.graph.output_values import OutputPart
 from secateur.models.evaluate import predict_classes
 from secateur.models.examine import Outputs, examine_outputs, find_task
 from secateur.models.labels import read_all_labels
-from secateur.models.output_values import OutputPart
 
 FEW_CLASSES = 0.5
 """A note says so if the images show less than this fraction of the network's classes."""
@@ -35,28 +35,24 @@ def label_images(
     """
     images = (parts.score, parts.validation, parts.test)
     notes: tuple[str, ...] = ()
-    if not parts.has_labels:
-        task = find_task(original, parts.score.pixels, kind=kind, parts=outputs, has_labels=False)
-        if task.is_values or task.kind == "segmentation":  # scored by the original's outputs
-            labels = tuple(torch.zeros(len(p.pixels), dtype=torch.int64) for p in images)
-        else:
-            labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
-    else:
+    kind_of_labels: LabelKind
+    if parts.has_labels:
         first_outputs = examine_outputs(original, parts.score.pixels)
         raw_labels = [part.labels for part in images if part.labels is not None]
         labels, notes = read_all_labels(raw_labels, first_outputs, kind)
-        shown = len(labels[0].unique())
-        is_single = labels[0].ndim == 1 and not labels[0].is_floating_point()
-        if is_single and parts.score.is_from_front and shown < FEW_CLASSES * first_outputs.columns:
-            notes += (
-                f"The {len(labels[0])} images show {shown} of the network's "
-                f"{first_outputs.columns} classes, and filters that only the others need look "
-                "useless. If the images come sorted by class, shuffle them, or pass the Dataset "
-                "itself, of which a random sample is read.",
-            )
-    label_kind = _label_kind(labels[0], first_outputs if parts.has_labels else None)
+        kind_of_labels = _kind_of_labels(labels[0], first_outputs)
+        if kind_of_labels == "classes" and labels[0].ndim == 1 and parts.score.is_from_front:
+            notes += _few_classes(labels[0], first_outputs.columns)
+    else:
+        task = find_task(original, parts.score.pixels, kind=kind, parts=outputs, has_labels=False)
+        if task.is_values or task.kind == "segmentation":
+            labels = tuple(torch.zeros(len(p.pixels), dtype=torch.int64) for p in images)
+            kind_of_labels = "none"
+        else:
+            labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
+            kind_of_labels = "classes"
     train, validation, test = (
-        _images_with(part.pixels, numbers, label_kind)
+        _images_with(part.pixels, numbers, kind_of_labels)
         for part, numbers in zip(images, labels, strict=True)
     )
     return DataSet(
@@ -65,22 +61,32 @@ def label_images(
         train=train,
         validation=validation,
         test=test,
-        kind=label_kind,
+        kind=kind_of_labels,
         has_labels=parts.has_labels,
         notes=notes,
     )
 
 
-def _label_kind(labels: Tensor, outputs: Outputs | None) -> LabelKind:
-    """Return what labels are, in view of the network's outputs; None: there are no true ones."""
-    if outputs is None:
-        return "classes"
+def _few_classes(labels: Tensor, classes: int) -> tuple[str, ...]:
+    """Return a note if images show few of the network's classes."""
+    shown = len(labels.unique())
+    if shown >= FEW_CLASSES * classes:
+        return ()
+    return (
+        f"The {len(labels)} images show {shown} of the network's {classes} classes, and filters "
+        "that only the others need look useless. If the images come sorted by class, shuffle them, "
+        "or pass the Dataset itself, of which a random sample is read.",
+    )
+
+
+def _kind_of_labels(labels: Tensor, outputs: Outputs) -> LabelKind:
     if labels.is_floating_point():
         return "values"
     return "masks" if outputs.form == "maps" else "classes"
 
 
-def _images_with(pixels: Tensor, labels: Tensor, label_kind: LabelKind) -> NormalisedImages:
-    if label_kind == "classes":
+def _images_with(pixels: Tensor, labels: Tensor, kind: LabelKind) -> NormalisedImages:
+    """Return images with class numbers as labels, or with masks or numbers beside them."""
+    if kind in ("classes", "none"):
         return NormalisedImages(pixels, labels)
     return NormalisedImages(pixels, torch.zeros(len(pixels), dtype=torch.int64), labels)

@@ -134,7 +134,7 @@ def _rows(labels: Tensor, *, is_several: bool) -> tuple[Tensor, tuple[str, ...]]
         value = float(labels[(labels != 0) & (labels != 1)][0])
         raise DataError(
             f"labels [image, class] hold {value:.4g}: expected 0 or 1 for each class, or "
-            "probabilities that add up to 1"
+            "probabilities that add up to 1 (for a regression set model.task = 'regression')"
         )
     first, second = labels.topk(2, dim=1).values.T
     if not bool((first > second).all()):

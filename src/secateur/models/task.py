@@ -23,7 +23,7 @@ from torch.fx.node import Node
 
 from secateur.config import TaskKind
 from secateur.data.images import IGNORED
-from secateur.models.output_values import OutputPart, floating_leaves
+from secateur.graph.output_values import OutputPart, floating_leaves
 from secateur.models.score import MetricUnit, metric_text
 from secateur.runtime.errors import DataError, UsageError
 
@@ -224,8 +224,9 @@ class Task:
         return 2 if self.kind == "binary" else int(as_rows(value, len(value)).shape[1])
 
     def concept_rows(self, weight: Float[Tensor, "output feature"]) -> Tensor:
-        """Return a last linear layer's weights for each class or label, see `concept_count`."""
-        return torch.cat([-weight, weight]) if self.kind == "binary" else weight
+        """Return a last layer's weights for each class or label, see `concept_count`."""
+        is_binary = self.kind == "binary" or (self.kind == "segmentation" and len(weight) == 1)
+        return torch.cat([-weight, weight]) if is_binary else weight
 
     def evidence(
         self, logits: Logits, labels: Int[Tensor, "image *label"] | None

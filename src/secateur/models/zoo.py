@@ -20,7 +20,7 @@ from torch import nn
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.working_copy import working_copy
 from secateur.graph.wrappers import unwrapped
-from secateur.models import published, user_code
+from secateur.models import libraries, published, user_code
 from secateur.models.cifar import CifarResNet, CifarVGG
 from secateur.models.weights import load_weights
 from secateur.runtime.errors import SecateurError, UnknownName, UsageError
@@ -46,7 +46,7 @@ def load(
     name: str,
     weights: str | Path | None = None,
     *,
-    num_classes: int = 10,
+    num_classes: int | None = 10,
     allow_code: bool = True,
     new_head: bool = False,
     seed: int = 0,
@@ -55,8 +55,9 @@ def load(
 ) -> nn.Module:
     """Return the named network in evaluation mode, with a file's weights or untrained.
 
-    `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`) or
-    `path/to/file.py:factory`, where `factory(num_classes=…)` or `factory()` returns the network.
+    `name` is one of `BUILT_IN`, `torchvision:NAME`, `timm:NAME` (needs the extra `timm`), a network
+    of one of `libraries.LIBRARIES` (each needs its extra) or `path/to/file.py:factory`, where
+    `factory(num_classes=…)` or `factory()` returns the network.
     `allow_code=False` refuses the last form: a run folder must not choose code to run. Untrained
     weights depend on `seed` alone. `weights` is a file or a folder; `weights_key` names one of
     several networks in it (`model_ema`). `notify` gets a sentence on what the file left open, such
@@ -76,6 +77,10 @@ def load(
         torch.manual_seed(seed)
         if user_code.is_user_code(name):
             model = _from_file(name, num_classes)
+        elif libraries.is_library(name):
+            model = libraries.build(name, num_classes)
+        elif num_classes is None:
+            raise UsageError("without data the number of classes must be given: --num-classes")
         elif kind == "torchvision":
             model = published.build_torchvision(rest, num_classes)
         elif kind == "timm":
@@ -95,6 +100,8 @@ def check_name(name: str) -> None:
     kind, colon, rest = name.rpartition(":")
     if user_code.is_user_code(name):
         user_code.check_file(name, "network")
+    elif libraries.is_library(name):
+        return  # the library is imported where the network is built
     elif kind == IN_MEMORY:
         raise UsageError(f"{rest} was passed from Python: it can't be built by its name")
     elif kind not in ("torchvision", "timm") and (colon or name not in BUILT_IN):
@@ -105,6 +112,13 @@ def check_name(name: str) -> None:
             raise UnknownName("torchvision model", rest, known)
     elif kind == "timm" and not published.import_timm().is_model(rest):
         raise UnknownName("timm model", rest, published.import_timm().list_models())
+
+
+def may_return_more(name: str) -> bool:
+    """Return whether a network may return something else than logits `[image, class]`."""
+    kind, _, rest = name.rpartition(":")
+    is_classifier = name in BUILT_IN or kind == "timm" or rest in _torchvision_names()
+    return not is_classifier
 
 
 def _unknown_name(name: str) -> UsageError:
@@ -148,6 +162,8 @@ def preprocessing(name: str) -> Preprocessing:
     if user_code.is_user_code(name) or name.startswith(f"{IN_MEMORY}:"):
         return Preprocessing(224, 256)
     check_name(name)
+    if libraries.is_library(name):
+        return libraries.preprocessing(name)
     kind, _, rest = name.rpartition(":")
     if name in BUILT_IN:
         return Preprocessing(32, 32)
@@ -176,11 +192,11 @@ def preprocessing(name: str) -> Preprocessing:
     return Preprocessing(224, 256)
 
 
-def _from_file(name: str, num_classes: int) -> nn.Module:
+def _from_file(name: str, num_classes: int | None) -> nn.Module:
     build = user_code.find(name, "network")
     parameters = inspect.signature(build).parameters.values()
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    options = {"num_classes": num_classes} if takes_classes else {}
+    options = {} if num_classes is None or not takes_classes else {"num_classes": num_classes}
     model = user_code.call(name, build, **options)
     try:
         return working_copy(unwrapped(model))

@@ -129,6 +129,7 @@ def _collect(
         this.run_context.log.write("unreadable", files=unreadable)
     result = RunResult(
         task=this.context.task,
+        concepts=this.context.concepts,
         has_labels=this.dataset.has_labels,
         command=this.run_context.command,
         config=this.config,

@@ -105,6 +105,9 @@ class RunResult(Record):
     class_names: tuple[str, ...]
     task: Task
     """How the network's outputs are read."""
+    concepts: str = ""
+    """Names of the concept sources that filters were ranked with, without `auto`; empty in the
+    results of versions that had no `auto`."""
     has_labels: bool
     """Whether the labels are true ones. If not, they are the original network's predictions, and
     accuracy is agreement with them."""
@@ -136,6 +139,11 @@ class RunResult(Record):
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
+
+    @property
+    def concept_sources(self) -> str:
+        """Names of the concept sources that filters were ranked with."""
+        return self.concepts or self.config.score.concepts
 
     @property
     def accuracy_name(self) -> str:

@@ -64,7 +64,9 @@ def begin_round(
     network = original if earlier is None else earlier.model
     if baseline is None:
         score = None if earlier is None else earlier.result.stages[-1].score
-        baseline = make_baseline(network, dataset, config, (), run_context, score=score)
+        baseline = make_baseline(
+            network, dataset, config, (), run_context, score=score, original=original
+        )
     elif earlier is None:  # which another run may have logged
         before = StageResult(stage="before", round=1, score=baseline.score, seconds=0.0)
         run_context.log.write("stage", **before.model_dump())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from secateur.config import RunConfig
 from secateur.data import Unreadable
-from secateur.models.output_values import OutputPart
+from secateur.graph.output_values import OutputPart
+from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.task import Task
 from secateur.pipeline.result import StageResult, stage_title
 from secateur.runtime import distributed
@@ -15,6 +16,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.trackers import Tracker, open_log
 from secateur.scoring.criteria import Criterion
+from secateur.training.own_loss import LossFunction
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,10 @@ class RunContext:
     log: EventLog = field(default_factory=lambda: EventLog(None))
     criterion: Criterion | None = None
     """Scores the filters, if it was passed from Python and has no name."""
+    metric: NetworkFunction | None = None
+    """Scores networks, if it was passed from Python and has no name."""
+    loss: LossFunction | None = None
+    """The loss with the labels, if it was passed from Python and has no name."""
     outputs: tuple[OutputPart, ...] = ()
     """What is compared of a network's outputs; by default what they look like tells."""
     unreadable: Unreadable | None = None

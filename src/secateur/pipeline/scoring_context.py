@@ -18,13 +18,14 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.finite import check_finite
 from secateur.graph.module_state import device_of, tensors_of
 from secateur.models.evaluate import Predictions, evaluate_and_predict
+from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import EXAMPLE_IMAGES, task_of
+from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
 from secateur.pruning.refit.refit_and_check import RefitImages
@@ -44,12 +45,16 @@ class ScoringContext:
     """At most `EXAMPLE_IMAGES` calibration images `[image, channel, height, width]`, normalised."""
     dependencies: DependencyGraph
     source: ConceptSource
+    concepts: str
+    """Names of the concept sources, without `auto`."""
     reader: BatchReader
     """Reads images in batches that fit into memory, at most those of the configuration."""
     criteria: Mapping[str, Criterion]
     """Criteria by name, which the filters are scored by."""
     task: Task
     """What the network's outputs and the labels mean."""
+    metric: MetricFactory | None
+    """What networks are scored by; None: accuracy, or R² of values."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -86,13 +91,14 @@ def make_scoring_context(
     *,
     criterion_names: Sequence[str] = (),
     dependencies: DependencyGraph | None = None,
+    original: nn.Module | None = None,
 ) -> ScoringContext:
     """Draw the calibration images, build the dependency graph and make the concept source.
 
     First the network runs on a few images, to tell how its outputs are read. Criteria that need
     gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
-    Annotated concepts bring their own images, which are then the calibration set.
-    Raises `SecateurError`.
+    `original` is the network before the first cut, if `model` is not. Annotated concepts bring
+    their own images, which are then the calibration set. Raises `SecateurError`.
     """
     reader = make_reader(config, run_context)
     annotated = concepts.annotated_images(config.score.concepts)
@@ -103,16 +109,18 @@ def make_scoring_context(
         seed=config.seed,
     )
     example = reader.read_first(calibration, EXAMPLE_IMAGES)
-    parts = () if run_context is None else run_context.outputs
-    task = task_of(model, dataset, config, reader, example, parts)
+    task = task_of(model, dataset, config, reader, example, output_parts(config, run_context))
+    metric = metric_of(task, dataset, config, original or model, run_context)
+    task = with_metric(task, metric)
     if dependencies is None:
         dependencies = build_dependency_graph(
             model, example, prune_residual=config.plan.prune_residual, exclude=config.plan.exclude
         )
     check_finite(model, dependencies, example)
     state = tensors_of(model)
+    source_names = concepts.resolve(config.score.concepts, task, dependencies.graph)
     source = concepts.make(
-        config.score.concepts,
+        source_names,
         dependencies.graph,
         state,
         dataset.class_names,
@@ -131,7 +139,17 @@ def make_scoring_context(
         with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
     )
     reader = replace(reader, batch_size=batch_size)
-    return ScoringContext(calibration, example, dependencies, source, reader, scored_by, task)
+    return ScoringContext(
+        calibration,
+        example,
+        dependencies,
+        source,
+        source_names,
+        reader,
+        scored_by,
+        task,
+        metric,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,17 +179,21 @@ def make_baseline(
     run_context: RunContext | None = None,
     *,
     score: Score | None = None,
+    original: nn.Module | None = None,
 ) -> Baseline:
     """Score the filters of `model`, by the named criteria or else by that of `config`.
 
-    Before that `model` is scored on the test images, if its `score` is not known. Raises
+    Before that `model` is scored on the test images, if its `score` is not known. `original` is the
+    network before the first cut, if `model` is not. Raises
     `AccuracyError` if it is not worth pruning, unless `config` allows that.
     """
     run_context = (run_context or RunContext()).collecting_unreadable(config)
     config = resolve_config(config, dataset, model)
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
-    context = make_scoring_context(model, dataset, config, run_context, criterion_names=names)
+    context = make_scoring_context(
+        model, dataset, config, run_context, criterion_names=names, original=original
+    )
     seconds = time.perf_counter() - since
     predictions: Predictions | None = None
     notes = (*dataset.notes, *context.task.notes)
@@ -188,6 +210,7 @@ def make_baseline(
             model,
             context.reader.read_shard(dataset.test, "scoring (before)"),
             task=context.task,
+            metric=context.metric,
             check=check,
         )
         notes = (*notes, *doubts)

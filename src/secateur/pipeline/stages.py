@@ -25,6 +25,7 @@ from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.task import metric_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
@@ -37,6 +38,7 @@ from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.feature_distillation import residual_sums
 from secateur.training.outcome import Distillation, has_collapsed
+from secateur.training.own_loss import find_loss
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -92,6 +94,7 @@ def cut(this: Round) -> CutStage:
         smaller,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=latency_ms,
     )
@@ -119,6 +122,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
         cut_stage.network,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=latency_ms,
     )
@@ -150,6 +154,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         smaller,
         batches,
         task=this.context.task,
+        metric=this.context.metric,
         original=this.predictions,
         known_ms=cut_stage.result.score.latency_ms,
     )
@@ -178,10 +183,15 @@ def finetune(
     start_score = pruned.result.stages[-1].score
 
     expected = _expected_outputs(original, dataset, reader, task)
+    metric = metric_of(task, dataset, config, original, run_context)
+
+    own_loss = find_loss(config.finetune.loss, run_context.loss)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
-        return evaluate(network, batches, task=task, original=expected).metric
+        return evaluate(
+            network, batches, task=task, metric=metric, original=expected, known_ms=0.0
+        ).metric
 
     def score(state: dict[str, Tensor]) -> Score:
         network = copy_of(smaller, share_tensors=False)
@@ -191,6 +201,7 @@ def finetune(
             network,
             batches,
             task=task,
+            metric=metric,
             original=pruned.predictions,
             known_ms=start_score.latency_ms,
         )
@@ -199,7 +210,7 @@ def finetune(
     training = train(
         smaller,
         original,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task, own_loss),
         config.finetune,
         seed=config.seed,
         sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),
@@ -291,7 +302,7 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
                 seed=this.config.seed,
                 progress=this.run_context.progress,
             )
-        after = metric(smaller)
+        after = validate(smaller)
         this.run_context.log.write(
             "size_trial", fraction_left=fraction_left, validation_metric=after
         )
@@ -300,11 +311,18 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
     reader, task = this.context.reader, this.context.task
     expected = _expected_outputs(this.network, this.dataset, reader, task)
 
-    def metric(network: nn.Module) -> float:
+    def validate(network: nn.Module) -> float:
         batches = reader.read_shard(this.dataset.validation)
-        return evaluate(network, batches, task=task, original=expected).metric
+        return evaluate(
+            network,
+            batches,
+            task=task,
+            metric=this.context.metric,
+            original=expected,
+            known_ms=0.0,
+        ).metric
 
-    before = metric(this.network)
+    before = validate(this.network)
     limit = before - (max_drop / 100 if task.metric_unit == "%" else max_drop)
     trials = bisect(attempt, limit, least)
     return (SizeTrial(1.0, before, kept=True), *trials)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,16 @@ from torch import Tensor, nn
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
+from secateur.data.detections import Decoder
+from secateur.graph.output_values import OutputPart
+from secateur.models import libraries
 from secateur.models.examine import find_task
-from secateur.models.output_values import OutputPart
+from secateur.models.metrics import MetricFactory
+from secateur.models.metrics.by_name import MetricInputs, find_metric
+from secateur.models.metrics.decoders import user_decoder
+from secateur.models.metrics.user_function import UserMetric
 from secateur.models.task import Task
+from secateur.pipeline.run_context import RunContext
 
 EXAMPLE_IMAGES = 8
 """Images that a network is tried on."""
@@ -42,8 +51,60 @@ def task_of(
         labels,
         kind,
         parts=parts,
-        has_labels=dataset.has_labels,
+        has_labels=dataset.kind != "none",
     )
+
+
+def output_parts(
+    config: RunConfig, run_context: RunContext | None = None
+) -> tuple[OutputPart, ...]:
+    """Return what is compared of the outputs, as the user or the network's library says."""
+    if run_context is not None and run_context.outputs:
+        return run_context.outputs
+    name = config.model.name
+    return libraries.output_parts(name) if libraries.is_library(name) else ()
+
+
+def metric_of(
+    task: Task,
+    dataset: DataSet,
+    config: RunConfig,
+    original: nn.Module,
+    run_context: RunContext | None = None,
+) -> MetricFactory | None:
+    """Return what makes the metric that networks are scored by; None: accuracy, or R² of values.
+
+    Without labels outputs are compared with those of the `original` network. Raises `UsageError`,
+    or `UnknownName` if there is no such metric.
+    """
+    passed = None if run_context is None else run_context.metric
+    if passed is not None:
+        return partial(UserMetric, passed)
+    return find_metric(
+        config.model.metric,
+        MetricInputs(
+            task,
+            dataset.class_names,
+            _decoder(config, original),
+            None if task.has_labels else original,
+        ),
+    )
+
+
+def with_metric(task: Task, metric: MetricFactory | None) -> Task:
+    """Return the task with the name and unit of the metric that it is scored by."""
+    if metric is None:
+        return task
+    made = metric()
+    return replace(task, metric_name=made.name, metric_unit=made.unit)
+
+
+def _decoder(config: RunConfig, original: nn.Module) -> Decoder | None:
+    """Return what makes boxes of the network's outputs, if anything does."""
+    if config.model.decoder is not None:
+        return user_decoder(config.model.decoder)
+    name = config.model.name
+    return libraries.decoder(name, original) if libraries.is_library(name) else None
 
 
 def _first_labels(dataset: DataSet, reader: BatchReader) -> Tensor:

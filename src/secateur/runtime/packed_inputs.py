@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,6 +67,10 @@ class Inputs:
         parts = packed.split([math.prod(shape) for shape in self.shapes], dim=1)
         return tuple(map(_reshaped, parts, self.shapes))
 
+    def picture(self, packed: Tensor) -> Tensor:
+        """Return the input that looks most like pictures: the first of those with most axes."""
+        return max(self.unpack(packed), key=lambda tensor: tensor.ndim)
+
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the named arguments with which a network gets its inputs."""
         if self.passing == "arguments":
@@ -119,8 +122,10 @@ class Parameters:
 
     needed: tuple[str, ...] = ("images",)
     """Positional parameters without a default."""
-    most: int = 1
-    """How many positional parameters there are."""
+    positional: tuple[str, ...] = ("images",)
+    """All positional parameters."""
+    is_open: bool = False
+    """Whether there may be any number of positional arguments."""
     names: frozenset[str] = frozenset()
     """All that can be passed by name."""
 
@@ -128,7 +133,8 @@ class Parameters:
         """Return how several inputs are passed."""
         if isinstance(inputs, Mapping):
             return "keywords" if self.names.issuperset(inputs) else "dict"
-        return "arguments" if len(self.needed) <= len(inputs) <= self.most else "list"
+        takes_all = self.is_open or len(inputs) <= len(self.positional)
+        return "arguments" if takes_all and len(self.needed) <= len(inputs) else "list"
 
 
 def parameters_of(network: Any, forward: Callable[..., Any] | None = None) -> Parameters:
@@ -142,10 +148,10 @@ def parameters_of(network: Any, forward: Callable[..., Any] | None = None) -> Pa
     if forward is not None:
         positional = positional[1:]
     named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return Parameters(
         tuple(p.name for p in positional if p.default is p.empty),
-        sys.maxsize if is_open else len(positional),
+        tuple(p.name for p in positional),
+        any(p.kind is p.VAR_POSITIONAL for p in parameters),
         frozenset(p.name for p in (*positional, *named) if p.kind is not p.POSITIONAL_ONLY),
     )
 

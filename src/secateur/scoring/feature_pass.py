@@ -161,6 +161,7 @@ class _ForwardPass:
             ),
             annotations=batch.annotations,
             value=captured[0] if captured else None,
+            outputs=tuple(leaf.detach() for leaf in leaves),
             logits=self.task.read(outputs, len(images)),
         )
 

@@ -36,21 +36,23 @@ def export(
     from secateur.cli import output
     from secateur.experiments.manifest import read_manifest
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
-    from secateur.experiments.run_folder import load_pruned
+    from secateur.experiments.run_folder import load_pruned, read_origin
+    from secateur.graph.forward import with_inputs
     from secateur.models import user_code, zoo
 
     path = out or run / "model.onnx"
     check_free(path, overwrite=overwrite)
     network = load_pruned(run)
-    manifest = read_manifest(run)
-    example = torch.zeros(2, *manifest.image_shape)
-    result = export_onnx(network, example, path, overwrite=overwrite)
+    manifest, origin = read_manifest(run), read_origin(run)
+    example = torch.zeros(2, *origin.image_shape)
+    result = export_onnx(network, origin.unpacked(example), path, overwrite=overwrite)
     if not latency:
         output.show_export(result, (), as_json=as_json)
         return
     name, classes = manifest.architecture, manifest.num_classes
     original = None
-    if name is not None and classes is not None and not user_code.is_user_code(name):
-        original = zoo.load(name, num_classes=classes)
+    if name is not None and not user_code.is_user_code(name) and manifest.forward is None:
+        original = with_inputs(zoo.load(name, num_classes=classes), origin.inputs)
+    network = with_inputs(network, origin.inputs)
     times = compare_latency(network, path, original, example)
     output.show_export(result, times, as_json=as_json)

@@ -15,6 +15,7 @@ from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
+    *(options.FORWARD, options.METRIC, options.DECODER),
     options.SOURCE,
     *(
         options.NUM_CLASSES,
@@ -85,7 +86,7 @@ def inspect(
     changes: dict[str, Any] = {"score.criterion": names[0]}
     asked = config_options.changes()
     has_source = config_options.file is not None or "data.source" in asked
-    if not has_source and annotated_images(asked.get("score.concepts", "evidence")):
+    if not has_source and annotated_images(asked.get("score.concepts", "auto")):
         changes["data.source"] = data.NONE
     config = config_options.make(RunConfig, changes=changes)
     check_weights(config)

@@ -16,6 +16,9 @@ from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
+COMPUTED_SOURCES = ("evidence", "outputs", "saliency", "factors")
+"""Concept sources whose regions depend on the network."""
+
 
 def write_report(
     result: RunResult,
@@ -48,6 +51,7 @@ def write_report(
         layers=layer_rows(result, gallery),
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
+        own_regions=any(name in result.concept_sources for name in COMPUTED_SOURCES),
         recalibration=None if recalibration is None else _recalibration_text(recalibration),
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
@@ -78,7 +82,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                 **(
                     {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
                 ),
-                "loss": f"{score.loss:.3f}",
+                **({"loss": f"{score.loss:.3f}"} if result.has_labels else {}),
                 "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
                 "params": (
                     f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data import Batch
+from secateur.graph.output_values import floating_leaves
 from secateur.models.examine import run_network
 from secateur.models.metrics.requirements import require
-from secateur.models.output_values import floating_leaves
 from secateur.models.score import MetricUnit
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, UsageError
@@ -32,7 +32,7 @@ class R2:
     unit: MetricUnit = ""
 
     def __init__(self, *, original: nn.Module | None = None) -> None:
-        self.name = "R²" if original is None else "R² to the original"
+        self.name = "R²" if original is None else "R² to original"
         self._original = original
         self._images = 0
         self._first: Tensor | None = None

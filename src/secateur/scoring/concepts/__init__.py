@@ -3,8 +3,10 @@
 A source gets a batch of images with what the network computed for it (`ConceptInput`) and returns
 masks: one or more regions for each image, each with the index of the concept that it shows.
 
-- `evidence`: the class-evidence map (CAM or Grad-CAM), the default
-- `saliency`, `factors`, `colours`: other sources without annotations
+- `evidence`: the class-evidence map (CAM or Grad-CAM), the default of classifiers
+- `outputs`: the maps that a dense network returns, the default of segmentation and detection
+- `saliency`: the default of all other networks
+- `factors`, `colours`: other sources without annotations
 - `masks`, `broden`, `cub`: annotated images from a folder, served by `annotations`
 - `combined`: several sources as one
 """
@@ -44,6 +46,8 @@ class ConceptInput:
     """The value of the source's `node`: a leaf that the logits depend on if the source
     `needs_gradient`, else detached."""
     logits: Logits
+    outputs: tuple[Tensor, ...] = ()
+    """All tensors that the network returned, detached."""
 
 
 @runtime_checkable
@@ -108,6 +112,7 @@ def sources() -> dict[str, SourceFactory]:
     from secateur.scoring.concepts.colours import Colours
     from secateur.scoring.concepts.evidence import Evidence
     from secateur.scoring.concepts.factors import Factors
+    from secateur.scoring.concepts.outputs import Outputs
     from secateur.scoring.concepts.saliency import Saliency
 
     def annotated(read: Callable[[Path], AnnotatedFiles]) -> SourceFactory:
@@ -115,6 +120,7 @@ def sources() -> dict[str, SourceFactory]:
 
     return {
         "evidence": Evidence,
+        "outputs": Outputs,
         "saliency": Saliency,
         "factors": Factors,
         "colours": Colours,
@@ -131,6 +137,25 @@ def annotated_sources() -> dict[str, Callable[[Path], AnnotatedFiles]]:
     return {"masks": read_masks, "broden": read_broden, "parts": read_parts, "boxes": read_boxes}
 
 
+AUTO = "auto"
+"""The name that stands for the default of each kind of network, see `resolve`."""
+
+
+def resolve(text: str, task: Task, graph: NetworkGraph) -> str:
+    """Return the names of sources with the network's default in place of `auto`.
+
+    That is `evidence` for classifiers, `outputs` for networks that return maps of classes or
+    objects, and `saliency` for all others.
+    """
+    from secateur.scoring.concepts.outputs import has_maps
+
+    if task.kind in ("single-label", "binary", "multi-label"):
+        default = "evidence"
+    else:
+        default = "outputs" if has_maps(task, graph) else "saliency"
+    return ",".join(default if part.strip() == AUTO else part for part in text.split(","))
+
+
 def parse(text: str) -> list[tuple[str, str]]:
     """Return name and argument of each source in, say, `evidence,factors:8` or `masks:DIR`.
 
@@ -142,8 +167,8 @@ def parse(text: str) -> list[tuple[str, str]]:
     parsed = []
     for part in text.split(","):
         name, colon, argument = part.strip().partition(":")
-        if name not in sources():
-            raise UnknownName("concept source", name, sources())
+        if name not in sources() and name != AUTO:
+            raise UnknownName("concept source", name, [AUTO, *sources()])
         if name in annotated_sources():
             if not argument:
                 raise UsageError(f"the concept source {name!r} needs a folder: {name}:DIR")
@@ -165,7 +190,7 @@ def make(
     preprocessing: Preprocessing,
     task: Task = SINGLE_LABEL,
 ) -> ConceptSource:
-    """Return the source, or the combination of sources, that a text names; see `parse`.
+    """Return the source, or the combination of sources, that a text names; see `parse`, `resolve`.
 
     Annotated sources count as one, in the place of the first: they must bring the same images,
     whose batches hold the regions of all. Raises what `parse` and `annotated_images` raise.
@@ -175,7 +200,7 @@ def make(
 
     made: list[ConceptSource] = []
     has_annotations = False
-    for name, argument in parse(text):
+    for name, argument in parse(resolve(text, task, graph)):
         if name not in annotated_sources():
             context = SourceContext(graph, state, class_names, preprocessing, argument, task)
             made.append(sources()[name](context))

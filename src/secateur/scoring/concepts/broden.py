@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_pixels
+from secateur.data.annotated import NO_CLASS, AnnotatedFiles, look_up, read_pixels
 from secateur.data.concept_masks import UNLABELLED, Concept
+from secateur.data.masks import UNKNOWN
 from secateur.runtime.errors import DataError
 from secateur.runtime.input_limits import inside
 

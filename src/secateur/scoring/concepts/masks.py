@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.data.annotated import NO_CLASS, UNKNOWN, AnnotatedFiles, look_up, read_index_image
+from secateur.data.annotated import NO_CLASS, AnnotatedFiles, look_up, read_index_image
 from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.image_files import list_images
+from secateur.data.masks import NOT_A_CLASS, UNKNOWN, VOID
+from secateur.data.value_names import find_names
 from secateur.runtime.errors import DataError
-from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
-
-NOT_CONCEPTS = frozenset({"background", "ignore", "null", "unlabeled", "unlabelled", "void"})
-"""Names of values for pixels without a label."""
-VOID = 255
-"""Value for the same, unless it has a name of its own (PASCAL VOC, Cityscapes, ADE20K)."""
-NAME_FILES = ("classes.json", "labels.json", "classes.txt", "labels.txt")
 
 
 def read_masks(directory: Path) -> AnnotatedFiles:
@@ -35,14 +29,18 @@ def read_masks(directory: Path) -> AnnotatedFiles:
     """
     parts = _parts(directory.resolve())
     pairs = [pair for part in parts for pair in _pairs(*part)]
-    names = _names([directory, parts[0][1].parent])
+    names = find_names([directory, parts[0][1].parent])
     if names is None:
         values = {int(value) for _, mask in pairs for value in np.unique(_values(mask))} | {0}
         is_named = values - {0, VOID}
         names = [
             f"value {value}" if value in is_named else "void" for value in range(max(values) + 1)
         ]
-    concepts = [value for value, name in enumerate(names) if name.lower() not in NOT_CONCEPTS]
+    concepts = [
+        value
+        for value, name in enumerate(names)
+        if name.lower() not in NOT_A_CLASS | {"background"}
+    ]
     if not concepts:
         raise DataError(f"the masks in {directory} show nothing but background")
     table = np.full(max(len(names), VOID + 1), UNKNOWN, dtype=np.int64)
@@ -108,27 +106,3 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if not mask.is_file():
             raise DataError(f"the image {file} has no mask {mask}")
     return pairs
-
-
-def _names(places: list[Path]) -> list[str] | None:
-    """Return the names of the values from 0 on, or None without a file of names."""
-    for file in (place / name for place in places for name in NAME_FILES):
-        if file.is_file():
-            return _read_names(file)
-    return None
-
-
-def _read_names(file: Path) -> list[str]:
-    try:
-        text = read_bounded(file, SMALL_TEXT, DataError).decode("utf-8")
-        content = json.loads(text) if file.suffix == ".json" else text.split("\n")
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the names in {file} can't be read: {error}") from error
-    if isinstance(content, dict):
-        content = content.get("classes", content.get("labels"))
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise DataError(f"{file} holds no list of names: expected it as 'classes' or 'labels'")
-    names = [name.strip() for name in content]
-    while names and not names[-1]:
-        names.pop()
-    return names

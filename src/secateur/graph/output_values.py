@@ -46,6 +46,12 @@ class OutputPart:
 
     def read(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image value"]:
         """Return the values of this part, over their deviation, at most `LARGEST_READING`."""
+        values = self.select(leaves)
+        step = _step(values.shape[1:], LARGEST_READING)
+        return values.reshape(len(values), -1).float()[:, ::step] / self.deviation
+
+    def select(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
+        """Return the values of this part as they lie in the output, not over their deviation."""
         leaf = leaves[self.leaf]
         if self.start or self.stop is not None:
             stop = leaf.shape[self.dim] if self.stop is None else self.stop
@@ -54,8 +60,7 @@ class OutputPart:
             leaf = leaf.sigmoid()
         elif self.transform == "softmax":
             leaf = leaf.softmax(self.dim)
-        values = leaf.reshape(len(leaf), -1).float()
-        return values[:, :: _step(leaf.shape[1:], LARGEST_READING)] / self.deviation
+        return leaf
 
 
 def floating_leaves(output: object, images: int) -> list[Tensor]:

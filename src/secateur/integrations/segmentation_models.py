@@ -1,0 +1,74 @@
+"""Networks of segmentation_models_pytorch: `smp:ARCHITECTURE/ENCODER`, such as `smp:Unet/resnet34`.
+
+The package and its published weights are under the MIT License.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from secateur.runtime.errors import UnknownName, UsageError
+
+IMAGE_SIZE = 256
+"""Side of the images by default; the networks take any multiple of 32."""
+
+
+def build(name: str, *, num_classes: int | None = None) -> nn.Module:
+    """Return the named network with random weights, in evaluation mode.
+
+    Raises `UnknownName`, or `UsageError` if the package is not installed.
+    """
+    architecture, encoder = _split(name)
+    library = _library()
+    if num_classes is None:
+        raise UsageError(f"smp:{name} needs the number of classes: --num-classes")
+    model: nn.Module = library.create_model(
+        architecture, encoder_name=encoder, encoder_weights=None, classes=num_classes
+    )
+    return model.eval()
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """Return how the encoder's published weights take images, or as on ImageNet."""
+    _, encoder = _split(name)
+    library = _library()
+    try:
+        settings: dict[str, Any] = library.encoders.get_preprocessing_params(encoder)
+    except (KeyError, ValueError):  # an encoder that was not published with weights
+        settings = {}
+    return Preprocessing(
+        IMAGE_SIZE,
+        IMAGE_SIZE,
+        tuple(settings.get("mean") or IMAGENET_MEAN),
+        tuple(settings.get("std") or IMAGENET_STD),
+        fit="stretch",
+        value_range=int((settings.get("input_range") or [0, 1])[1]),
+        channel_order="bgr" if settings.get("input_space") == "BGR" else "rgb",
+    )
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return architecture and encoder in a name; raise `UnknownName` or `UsageError`."""
+    architecture, slash, encoder = name.partition("/")
+    library = _library()
+    members = ((known, getattr(library, known)) for known in dir(library))
+    known = [one for one, kind in members if isinstance(kind, type) and issubclass(kind, nn.Module)]
+    if architecture.lower() not in map(str.lower, known):
+        raise UnknownName("architecture of segmentation_models_pytorch", architecture, known)
+    if not slash:
+        raise UsageError(f"smp:{name}: name the encoder, too: smp:{name}/resnet34")
+    encoders = library.encoders.get_encoder_names()
+    if encoder not in encoders and not encoder.startswith("tu-"):
+        raise UnknownName("encoder of segmentation_models_pytorch", encoder, encoders)
+    return architecture, encoder
+
+
+def _library() -> Any:
+    try:
+        import segmentation_models_pytorch
+    except ImportError as error:
+        raise UsageError("smp: networks need the extra: pip install 'secateur[smp]'") from error
+    return segmentation_models_pytorch

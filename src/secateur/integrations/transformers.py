@@ -1,0 +1,91 @@
+"""Networks of transformers in a folder: `transformers:DIR`, as `save_pretrained` writes it.
+
+The folder holds `config.json` and, as a rule, `model.safetensors`. No code in it is run, and
+nothing is downloaded. The package is under the Apache License 2.0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from secateur.runtime.errors import UsageError, WeightsError
+
+WEIGHTS = "model.safetensors"
+IMAGE_SIZE = 224
+
+
+def build(name: str, *, num_classes: int | None = None) -> nn.Module:
+    """Return the network in a folder, in evaluation mode, with the folder's weights if it has any.
+
+    `num_classes` is that of a network without weights. Raises `UsageError` if the folder holds no
+    network or the package is not installed, and `WeightsError` if the weights can't be read.
+    """
+    folder, library = Path(name).expanduser(), _library()
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"no {folder / 'config.json'}: name a folder that save_pretrained wrote")
+    config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = config.architectures or ["no class"]
+    kind = getattr(library, names[0], None)
+    if kind is None:
+        raise UsageError(f"{folder / 'config.json'} names {names[0]}, which transformers lacks")
+    if not (folder / WEIGHTS).is_file():
+        if num_classes is not None:
+            config.num_labels = num_classes
+        model: nn.Module = kind(config)
+        return model.eval()
+    try:
+        model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{folder / WEIGHTS} can't be loaded: {reason}") from error
+    return model.eval()
+
+
+def has_weights(name: str) -> bool:
+    """Return whether the folder holds the network's weights."""
+    return (Path(name).expanduser() / WEIGHTS).is_file()
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """Return how the folder's `preprocessor_config.json` says that images are read."""
+    path = Path(name).expanduser() / "preprocessor_config.json"
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is no JSON: {error}") from error
+    size = settings.get("crop_size") or settings.get("size") or IMAGE_SIZE
+    is_cropped = bool(settings.get("do_center_crop"))
+    shorter = settings.get("size") or size
+    return Preprocessing(
+        _side(size),
+        _side(shorter),
+        tuple(settings.get("image_mean") or IMAGENET_MEAN),
+        tuple(settings.get("image_std") or IMAGENET_STD),
+        "bicubic" if settings.get("resample") == 3 else "bilinear",  # Pillow's number
+        fit="crop" if is_cropped or not settings else "stretch",
+    )
+
+
+def _side(size: Any) -> int:
+    """Return the shorter side in a size, which may be a number or a table."""
+    if isinstance(size, dict):
+        sides = [size[key] for key in ("shortest_edge", "height", "width") if key in size]
+        return int(min(sides, default=IMAGE_SIZE))
+    return int(size)
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "transformers: networks need the extra: pip install 'secateur[transformers]'"
+        ) from error
+    return transformers
