@@ -173,7 +173,8 @@ class DataSection(Section):
     """The images."""
 
     source: str
-    """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), hf:NAME, digits, …;
+    """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), segmentation:DIR,
+    coco:DIR, yolo:DIR, images:DIR (no labels), hf:NAME, path/to/file.py:loader, …;
     `secateur models` lists all kinds."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training images held out for validation, such as choosing an epoch."""
