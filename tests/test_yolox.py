@@ -7,6 +7,7 @@ import torch
 
 from secateur.data.images import FileImages
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.output_values import measured
 from secateur.integrations import yolox
 from secateur.runtime.errors import UnknownName, UsageError
 
@@ -74,6 +75,19 @@ def test_the_network_is_traced_with_all_but_its_last_layers_in_groups():
     dependencies = build_dependency_graph(model, images, prune_residual=True)
     assert len(dependencies.groups) == 67
     assert {group.reason for group in dependencies.frozen} == {"written to the network's output"}
+
+
+def test_outputs_are_compared_where_there_are_objects():
+    output = torch.rand(2, 126, 8, generator=torch.Generator().manual_seed(0))
+    output[:, 1:, 4] = 0  # one position of each image has an object
+    boxes, objects, scores = (part.read((output,)) for part in yolox.OUTPUT_PARTS)
+    assert (boxes.shape, objects.shape, scores.shape) == ((2, 504), (2, 126), (2, 378))
+    assert torch.equal(scores[:, :3], output[:, 0, 5:] * output[:, 0, 4:5])
+    assert torch.equal(boxes[:, :4], output[:, 0, :4] * output[:, 0, 4:5])
+    assert not boxes[:, 4:].any()
+    assert not scores[:, 3:].any()
+    with pytest.raises(UsageError, match="outputs name the tensor 0, dimension 2"):
+        measured(yolox.OUTPUT_PARTS, (output[:, 0],))
 
 
 def test_an_output_of_another_kind_is_refused():
