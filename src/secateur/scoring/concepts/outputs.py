@@ -36,7 +36,7 @@ OF_ANY: tuple[Transform, ...] = ("sigmoid", "probabilities")
 FINEST_STRIDES = (4, 8, 16, 32)
 MOST_LEVELS = 5
 Sides = tuple[int, ...]
-Maps = Float[Tensor, "image channel h w"]
+Maps = Float[Tensor, "image _ _ _"]
 
 
 class Outputs(ConceptSource):
