@@ -179,8 +179,8 @@ def measure(study: Study, only: str) -> None:
     def note(method: str, target: str, stage: str, network: nn.Module, left: float) -> None:
         since = time.perf_counter()
         evaluation = whole if stage == BEFORE else study.score(network)
-        head = {"method": method, "target": target, "stage": stage, "macs_left": left}
-        row = head | _figures(evaluation, before, draws, study.dataset.class_names) | origin
+        row: Measurement = {"method": method, "target": target, "stage": stage, "macs_left": left}
+        row |= _figures(evaluation, before, draws, study.dataset.class_names) | origin
         append_measurement(RESULTS, row)
         print(method, target, stage, f"{100 * row['AP']:.1f}", round(time.perf_counter() - since))
 

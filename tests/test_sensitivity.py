@@ -147,7 +147,7 @@ class ReadApart(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         stem = self.stem(images).relu()
         one, other = self.one(self.first(stem).relu()), self.other(self.second(stem).relu())
-        return (one + other).mean((2, 3))
+        return torch.mean(one + other, dim=(2, 3))
 
 
 def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
