@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import peer
@@ -47,9 +48,10 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.runtime.errors import TargetError
+from secateur.runtime.packed_inputs import parameters_of, read_inputs
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
-from zoo import Member, build, members, outputs_of, random_inputs
+from zoo import Batch, Member, build, members, outputs_of, random_inputs
 
 RESULTS = ROOT / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "reference" / "coverage.md"
@@ -93,12 +95,12 @@ def measure_secateur(member: Member, note: Note) -> None:
         outputs = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
         note(stage="equivalence")
-        expected = masked_network(model, dependencies, plan)(images)
+        expected = masked_network(model, dependencies, plan)(_packed(model, images))
         before = outputs_of(model, images)
         if _error(outputs, expected) > AMPLIFIED:
-            exact = copy.deepcopy(model).double()
-            reference = masked_network(exact, dependencies, plan)(images.double())
-            outputs_float64 = outputs_of(apply_plan(exact, dependencies, plan), images.double())
+            exact, same = copy.deepcopy(model).double(), tree_map(Tensor.double, images)
+            reference = masked_network(exact, dependencies, plan)(_packed(exact, same))
+            outputs_float64 = outputs_of(apply_plan(exact, dependencies, plan), same)
             note(equivalence_error_float64=_error(outputs_float64, reference))
     note(
         equivalence_error=_error(outputs, expected),
@@ -175,7 +177,7 @@ def _first_plan(
     raise errors[0]
 
 
-def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
+def _built(member: Member, note: Note) -> tuple[nn.Module, Batch]:
     """Return the network and two images; raise `ValueError` if its output is zero or not finite."""
     note(stage="build")
     model = build(member, SEED)
@@ -187,7 +189,12 @@ def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
     return model, images
 
 
-def _flops(model: nn.Module, images: Tensor) -> int:
+def _packed(model: nn.Module, inputs: Batch) -> Tensor:
+    """Return the inputs of a network as the one tensor that its graph takes."""
+    return read_inputs(inputs, parameters_of(model))[0]
+
+
+def _flops(model: nn.Module, images: Batch) -> int:
     """Return the floating-point operations that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         outputs_of(model, images)
@@ -211,10 +218,17 @@ def _groups(dependencies: DependencyGraph) -> Row:
     }
 
 
-def _gradient_names(model: nn.Module, images: Tensor) -> set[str]:
-    """Return the parameters that get a finite gradient from the sum of the squared outputs."""
+def _gradient_names(model: nn.Module, images: Batch) -> set[str]:
+    """Return the parameters that get a finite gradient from the sum of the squared outputs.
+
+    None, if the network writes over values that its gradient needs.
+    """
     outputs = outputs_of(model, images)
-    torch.stack([value.float().square().sum() for value in outputs]).sum().backward()
+    loss = torch.stack([value.float().square().sum() for value in outputs]).sum()
+    try:
+        loss.backward()
+    except RuntimeError:
+        return set()
     return {
         name
         for name, parameter in model.named_parameters()

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 import definitions
-from secateur.graph.network_graph import Forward
 
 Shape = tuple[int, ...]
 IMAGE = ((3, 64, 64),)
@@ -30,8 +29,6 @@ class Network:
     build: Callable[[], nn.Module]
     shapes: tuple[Shape, ...]
     """The shape of each input, without the dimension of the batch."""
-    forward: Forward | None = None
-    """How to run it, if not by a call with its inputs that returns all its outputs."""
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> nn.Module:

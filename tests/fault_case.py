@@ -150,7 +150,7 @@ class Case:
     def finetune(self, out: Path) -> None:
         """Fine-tune in a folder that holds a run."""
         changes = {"epochs": 3, "learning_rate": 0.01}
-        runs.finetune(out, out, changes, model_name=self.model_name, resume=True)
+        runs.finetune(out, out, changes, named={"model.name": self.model_name}, resume=True)
 
     def compare(self, out: Path) -> None:
         """Run the jobs that a benchmark's folder lacks, and write its tables."""

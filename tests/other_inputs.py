@@ -11,8 +11,8 @@ Features = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def _head(dims: int, width: int) -> list[nn.Module]:
-    pool: nn.Module = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
-    return [nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, 4)]
+    pools = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    return [nn.ReLU(), pools[dims - 1](1), nn.Flatten(), nn.Linear(width, 4)]
 
 
 class LogMel(nn.Module):
@@ -20,6 +20,8 @@ class LogMel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.window: Tensor
+        self.mel: Tensor
         self.register_buffer("window", torch.hann_window(32))
         self.register_buffer("mel", torch.rand(17, 12, generator=torch.Generator().manual_seed(0)))
         self.body = nn.Sequential(
@@ -96,7 +98,8 @@ def volumes() -> nn.Module:
 
 def flat_pictures() -> nn.Module:
     """Return a network for pictures of two rows."""
-    return nn.Sequential(nn.Conv2d(1, 16, (1, 9)), nn.ReLU(), nn.Conv2d(16, 16, (2, 1)), *_head(2, 16))
+    layers = [nn.Conv2d(1, 16, (1, 9)), nn.ReLU(), nn.Conv2d(16, 16, (2, 1))]
+    return nn.Sequential(*layers, *_head(2, 16))
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {

@@ -456,7 +456,7 @@ def made_from_other_weights(desk: Desk) -> None:
     code = (desk.files.folder / "own.py").read_text()
     name = desk.user_code(f"import torch\ntorch.manual_seed(5)\n{code}")
     run = desk.run()
-    runs.finetune(run, run, {"epochs": 1}, model_name=name)
+    runs.finetune(run, run, {"epochs": 1}, named={"model.name": name})
 
 
 def two_at_once(desk: Desk) -> None:

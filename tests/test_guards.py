@@ -147,7 +147,7 @@ def test_a_training_that_breaks_the_network_leaves_it_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", first_grades(0.9, 0.4))
         changes = {"epochs": 1, "learning_rate": 0.5}
-        result = runs.finetune(run, run, changes, model_name=case.model_name)
+        result = runs.finetune(run, run, changes, named={"model.name": case.model_name})
     after = load_file(run / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -171,7 +171,7 @@ def test_a_second_training_that_breaks_the_network_has_the_score_of_the_first(
     )
     (run / RESULT).write_text(changed.model_dump_json())
     monkeypatch.setattr(stages, "has_collapsed", lambda before, epochs: True)
-    result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+    result = runs.finetune(run, run, {"epochs": 1}, named={"model.name": case.model_name})
     assert result.finetuning is not None
     assert result.finetuning.kept == "start"
     assert result.stages[-1].score == came
@@ -194,7 +194,7 @@ def test_a_small_fall_is_said_and_the_last_epoch_stays(
 ) -> None:
     run = Path(shutil.copytree(cut_run, case.folder / "run"))
     monkeypatch.setattr(stages, "evaluate", first_grades(0.9, 0.85))
-    result = runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+    result = runs.finetune(run, run, {"epochs": 1}, named={"model.name": case.model_name})
     assert result.finetuning is not None
     assert result.finetuning.kept == "last"
     (notice,) = [notice for notice in result.notices if "fell from" in notice]
@@ -248,9 +248,9 @@ def test_a_run_is_not_trained_by_another_teacher_than_it_was_cut_from(case: Case
     runs.run(config, run)
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(RunFolderError, match=r"made from other weights than .*base\.safetensors"):
-        runs.finetune(run, run, {"epochs": 1}, model_name=case.model_name)
+        runs.finetune(run, run, {"epochs": 1}, named={"model.name": case.model_name})
     with pytest.raises(RunFolderError, match="made from other weights"):
-        runs.report(run, model_name=case.model_name, images=8)
+        runs.report(run, named={"model.name": case.model_name}, images=8)
     run_folder.load(run, architecture=zoo.load(case.model_name, num_classes=3))  # any will do
 
 
@@ -273,9 +273,9 @@ def test_a_strangers_run_names_no_code_that_is_run(case: Case) -> None:
     changed = re.sub(r'"criterion": "vote"', factory, text)
     assert changed != text
     (run / "result.json").write_text(changed)
-    runs.report(run, model_name=moved, images=8)
+    runs.report(run, named={"model.name": moved}, images=8)
     assert not (run / "ran").exists()
-    runs.finetune(run, case.folder / "finetuned", {"epochs": 1}, model_name=moved)
+    runs.finetune(run, case.folder / "finetuned", {"epochs": 1}, named={"model.name": moved})
     assert not (run / "ran").exists()
 
 
@@ -286,13 +286,13 @@ def test_an_interrupted_fine_tuning_that_had_ended_is_not_done_again(
     copy = case.folder / "copy"
     shutil.copytree(run, copy)
     changes = {"epochs": 1}
-    runs.finetune(run, run, changes, model_name=case.model_name)
+    runs.finetune(run, run, changes, named={"model.name": case.model_name})
     weights = (run / "model.safetensors").read_bytes()
     (run / "report.html").unlink()  # as if it had been killed before the report
-    runs.finetune(run, run, changes, model_name=case.model_name, resume=True)
+    runs.finetune(run, run, changes, named={"model.name": case.model_name}, resume=True)
     assert (run / "model.safetensors").read_bytes() == weights
     assert (run / "report.html").is_file()
-    runs.finetune(copy, copy, changes, model_name=case.model_name, resume=True)
+    runs.finetune(copy, copy, changes, named={"model.name": case.model_name}, resume=True)
     assert (copy / "model.safetensors").read_bytes() == weights
 
 
@@ -302,8 +302,9 @@ def test_a_mistyped_path_of_the_data_loses_no_checkpoints(case: Case, cut_run: P
     left.parent.mkdir()
     left.touch()
     changes = {"epochs": 1}
+    mistyped = {"model.name": case.model_name, "data.source": "folder:nowhere"}
     with pytest.raises(DataError):
-        runs.finetune(run, run, changes, model_name=case.model_name, source="folder:nowhere")
+        runs.finetune(run, run, changes, named=mistyped)
     assert left.exists()
-    runs.finetune(run, run, changes, model_name=case.model_name)
+    runs.finetune(run, run, changes, named={"model.name": case.model_name})
     assert not left.parent.exists()

@@ -14,6 +14,11 @@ import other_inputs
 import secateur
 from other_inputs import CASES
 from processes import started
+from secateur.config import RunConfig, from_dict
+from secateur.data.in_memory import form_of, read_images
+from secateur.experiments import run as runs
+from secateur.experiments.manifest import read_manifest
+from secateur.models import user_code
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.packed_inputs import Inputs, parameters_of, read_inputs
 
@@ -39,8 +44,9 @@ def load_all(folder: Path) -> None:
     for name in CASES:
         loaded = secateur.load(folder / name, architecture=other_inputs.make(name))
         batch = other_inputs.inputs(name, 3, 1)
+        program = secateur.load_program(folder / name)
         with torch.inference_mode():
-            outputs = {"load": loaded(*batch), "program": secateur.load_program(folder / name)(*batch)}
+            outputs = {"load": loaded(*batch), "program": program(*batch)}
         torch.save(outputs, folder / f"{name}.pt")
 
 
@@ -104,8 +110,6 @@ class Rows(Dataset[Any]):
 
 @pytest.mark.parametrize("name", ["two pictures", "features"])
 def test_several_inputs_come_in_any_common_form(name: str) -> None:
-    from secateur.data.in_memory import form_of, read_images
-
     model, batch = other_inputs.make(name), other_inputs.inputs(name, COUNT)
     form, names = form_of(model), parameters_of(model).needed
     named = dict(zip(names, batch, strict=True))
@@ -131,8 +135,8 @@ def test_several_inputs_come_in_any_common_form(name: str) -> None:
         images = read_images(source, form, "images")
         assert torch.equal(images.pixels, expected)
         assert images.labels is None
+    short = tuple(tensor[..., :4] for tensor in batch)
     with pytest.raises(DataError, match=r"of one image each: all must have one size"):
-        short = tuple(tensor[..., :4] for tensor in batch)
         read_images([(batch, LABELS), (short, LABELS)], form, "images")
     with pytest.raises(DataError, match="are of different numbers of images"):
         read_images([((batch[0], batch[1][:2]), LABELS)], form, "images")
@@ -190,3 +194,63 @@ def test_a_network_of_two_inputs_is_saved_with_a_plan_of_its_own(tmp_path: Path)
         output = secateur.load_program(folder)(*batch)
         logits = output if isinstance(output, Tensor) else output["scores"]
         assert torch.equal(logits, smaller(*batch))
+
+
+def test_a_function_of_the_users_is_asked_for_again_by_name(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_FILE)
+    name, forward = f"{tmp_path / 'own.py'}:network", f"{tmp_path / 'own.py'}:scores"
+    config = from_dict(
+        {
+            "model": {"name": name, "forward": forward, "allow_untrained": True},
+            "data": {"source": "digits", "image_size": 8, "calibration_images": 60},
+            "plan": {"target": "macs=0.6"},
+            "finetune": {"epochs": 0},
+            "report": {"images": 8},
+        },
+        RunConfig,
+    )
+    run = tmp_path / "run"
+    runs.run(config, run)
+    assert read_manifest(run).forward == forward
+    for action in (
+        lambda named: runs.finetune(run, tmp_path / "tuned", {"epochs": 1}, named=named),
+        lambda named: runs.report(run, images=8, named=named),
+    ):
+        with pytest.raises(UsageError, match=f"name it with --model {name}"):
+            action({})
+        with pytest.raises(UsageError, match=f"name it with --forward {forward}"):
+            action({"model.name": name})
+    runs.report(run, images=8, named={"model.name": name, "model.forward": forward})
+    images = torch.rand(3, 1, 8, 8)
+    assert secateur.load_program(run)(images).shape == (3, 10)
+    model = secateur.load_model(name)
+    with pytest.raises(UsageError, match="was made with forward="):
+        secateur.load(run, architecture=model)
+    function = user_code.find(forward, "function")
+    loaded = secateur.load(run, architecture=model, forward=function)
+    assert torch.equal(loaded(images)["scores"], secateur.load_program(run)(images))
+
+
+OWN_FILE = """
+import torch
+from torch import nn
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()
+        )
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, images):
+        features = self.body(images)
+        return {"features": features, "scores": self.head(features)}
+
+def network():
+    torch.manual_seed(0)
+    return Named()
+
+def scores(model, images):
+    return model(images)["scores"]
+"""

@@ -29,6 +29,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.build import traceable_forward
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.network_graph import Forward
 from secateur.graph.output_values import OutputPart
@@ -54,6 +55,7 @@ from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
+from secateur.training.own_loss import LossFunction, OwnLoss
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,6 +165,7 @@ def prune(
     outputs: Sequence[OutputPart] = (),
     metric: str | NetworkFunction = "auto",
     epochs: int = 0,
+    loss: LossFunction | None = None,
     max_images: int = 2500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -192,6 +195,9 @@ def prune(
             of them, each by its relative squared error.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
+        loss: for fine-tuning, in place of the usual loss with the labels: `loss(output, labels)`
+            takes what the network returns for a batch and the batch's labels, and returns a tensor
+            of one number, a mean over the images. Its weight is `finetune.label_weight`.
         max_images: the most images to read: a random sample of a larger `Dataset`, the first of
             any other iterable.
         settings: any keys of a configuration: `{"plan.round_to": 8, "refit.layers": "consumers"}`.
@@ -211,10 +217,13 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
+    forward = forward or traceable_forward(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
+    if loss is not None:
+        tables["finetune"]["loss"] = f"{zoo.IN_MEMORY}:{OwnLoss(loss).name}"
     tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
     if isinstance(metric, str):
         tables["model"]["metric"] = metric
@@ -225,7 +234,10 @@ def prune(
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
     config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
-    network = with_inputs(with_forward(model, forward), calibration.inputs)
+    if loss is not None and config.finetune.epochs == 0:
+        raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
+    network = with_forward(model, forward or traceable_forward(model))
+    network = with_inputs(network, calibration.inputs)
     original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
     dataset = label_images(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs
@@ -236,6 +248,7 @@ def prune(
         criterion=passed_criterion,
         outputs=tuple(outputs),
         metric=None if isinstance(metric, str) else metric,
+        loss=loss,
     )
     pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
@@ -264,9 +277,9 @@ def evaluate(
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
     `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
-    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
-    `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
-    if the network can't be run on the images.
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass
+    takes. Raises `DataError` if there are no labels or one lies outside the network's classes, and
+    `UsageError` if the network can't be run on the images.
     """
     model = require_module(model)
     read_images = read_batches(images, _form(model, forward), "images")

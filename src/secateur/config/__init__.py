@@ -66,10 +66,13 @@ CONCEPT_SOURCES = (
 """Names of the concept sources; the last four bring images of their own."""
 DATA_READERS = (
     *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
-    *("segmentation",),
+    *("segmentation", "images"),
 )
 """Kinds of data sets that are read from a folder."""
-DATA_FORMS = (*(f"{kind}:DIR" for kind in DATA_READERS), "hf:NAME_OR_PATH", "digits")
+DATA_FORMS = (
+    *(f"{kind}:DIR" for kind in DATA_READERS),
+    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+)
 """How data sets are named."""
 METRICS = (
     *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
@@ -139,6 +142,9 @@ class ModelSection(Section):
     name: str
     """Network: resnet20, vgg16_bn, …, torchvision:NAME, timm:NAME, ultralytics:yolo11n.yaml,
     smp:Unet/resnet34, transformers:DIR, yolox:NAME or path/to/file.py:factory."""
+    forward: str | None = None
+    """For networks that take or return more than needed: path/to/file.py:function, which is called
+    with the network and the images, and returns the outputs that count."""
     weights: str | None = None
     """File or folder of weights: safetensors, or tensors that `torch.save` wrote, whatever the
     suffix. If omitted, the network keeps its initial weights."""
@@ -365,9 +371,11 @@ class TrainingSection(Section):
     """Crop augmentation: `random_crop` shifts images by up to an eighth of their side;
     `random_resized_crop` takes a random part of the stored image and resizes it; `none` leaves
     images as they are. By default `random_crop` for tensors and for images of up to 64 pixels a
-    side, `random_resized_crop` for larger image files."""
-    flip: bool = True
-    """Mirror half of the training images at random; turn it off for digits and letters."""
+    side, `random_resized_crop` for larger image files, and `none` for images that are trained on
+    with numbers, pictures or objects as labels."""
+    flip: bool | None = None
+    """Mirror half of the training images at random; by default all but those that are trained on
+    with numbers, pictures or objects as labels. Turn it off for digits and letters."""
     randaugment: bool = False
     """Apply RandAugment."""
     mixup: float = Field(default=0.0, ge=0)
@@ -375,6 +383,10 @@ class TrainingSection(Section):
     cutmix: float = Field(default=0.0, ge=0)
     """Parameter of CutMix's Beta distribution; 0 turns CutMix off. With mixup too, each step uses
     one of the two."""
+    loss: str = "auto"
+    """Loss with the labels: `auto` (cross-entropy, or the squared error of values), or
+    path/to/file.py:function, which returns a number for the network's output and a batch's
+    labels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing: fraction of the label spread over all classes."""
     label_weight: float = Field(default=0.3, ge=0, le=1)
@@ -469,6 +481,16 @@ class BaseConfig(Section):
     def as_run(self) -> RunConfig:
         """Return the same network and data as the configuration of a run."""
         return RunConfig(model=self.model, data=self.data, seed=self.seed)
+
+
+OWN_CODE: dict[str, str] = {
+    "model.name": "--model",
+    "model.forward": "--forward",
+    "model.metric": "--metric",
+    "model.decoder": "--decoder",
+    "data.source": "--data",
+}
+"""Keys that may name code of the user's, path/to/file.py:function -> the option that sets them."""
 
 
 def to_toml(config: RunConfig) -> str:

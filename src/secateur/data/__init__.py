@@ -8,6 +8,8 @@ and may be used to choose settings; `test` is for final scores only.
 - `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
 - `in_memory`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
+- `coco`, `yolo`, `objects`, `images_with_objects`: images with objects
+- `unlabelled`, `arrays`: images without labels; arrays
 - `segmentation`, `mask_layout`, `masks`, `value_names`: images with masks
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
@@ -26,8 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.data.arrays import read_arrays
 from secateur.data.batches import Batch, batches
 from secateur.data.cifar import read_cifar10, read_cifar100
+from secateur.data.coco import read_coco
 from secateur.data.cub import read_cub
 from secateur.data.digits import read_digits
 from secateur.data.fashion_mnist import read_fashion_mnist
@@ -39,7 +43,9 @@ from secateur.data.images import FileImages, Images, NormalisedImages, TensorIma
 from secateur.data.segmentation import KIND as SEGMENTATION
 from secateur.data.segmentation import read_segmentation
 from secateur.data.splits import LabelKind, Splits, draw, hold_out, is_held_out, split_calibration
+from secateur.data.unlabelled import read_unlabelled
 from secateur.data.unreadable import Unreadable, read_batch
+from secateur.data.yolo import read_yolo
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
 __all__ = [
@@ -94,9 +100,15 @@ READERS: dict[str, Callable[[Path], Splits]] = {
     "folder": read_folder,
     "imagenet": read_imagenet,
     "imagenette": read_imagenette,
+    "images": read_unlabelled,
+    "coco": read_coco,
+    "yolo": read_yolo,
+    "arrays": read_arrays,
 }
 """Readers by the kind of data set, for those in a folder: `KIND:DIR`."""
 
+KINDS_IN_FILES = ("arrays", "coco", "yolo")
+"""Kinds of data sets that may be named by a file."""
 CONTENTS = {
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
@@ -167,10 +179,10 @@ def _read(name: str, kind: str, directory: str, ignore_index: int | None) -> Spl
     if not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
     path = Path(directory).expanduser()
-    if path.is_file():
+    if path.is_file() and kind not in KINDS_IN_FILES:
         archive = ": unpack it, and name the folder that it makes" if is_archive(path) else ""
         raise DataError(f"{directory} is a file, not a folder to read {kind} from{archive}")
-    if not path.is_dir():
+    if not path.exists():
         raise DataError(f"no folder {directory} to read {kind} from")
     return readers[kind](path)
 

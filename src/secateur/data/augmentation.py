@@ -16,6 +16,7 @@ from secateur.data.images_with_objects import ImagesWithObjects
 from secateur.data.masks import MaskedImages
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Geometry, Preprocessing
+from secateur.runtime.errors import DataError
 from secateur.runtime.seeding import seed_of
 
 LARGEST_SHIFTED = 64
@@ -37,9 +38,14 @@ class Augmentation:
     """Whether two random operations of RandAugment (Cubuk et al., 2020) come first."""
 
     @property
+    def is_cropped(self) -> bool:
+        """Whether a random part of the stored image becomes the input."""
+        return self.crop == "random_resized_crop"
+
+    @property
     def is_imagewise(self) -> bool:
         """Whether images are changed one by one, before they are normalised and batched."""
-        return self.crop == "random_resized_crop" or self.randaugment
+        return self.is_cropped or self.randaugment
 
     def draw_crop(
         self, pixels: Num[Tensor, "rgb _ _"], preprocessing: Preprocessing
@@ -48,7 +54,7 @@ class Augmentation:
 
         Draws from torch's global generator.
         """
-        if self.crop != "random_resized_crop":
+        if not self.is_cropped:
             return None
         crop = v2.RandomResizedCrop(preprocessing.size)
         part = crop.make_params([pixels])
@@ -147,13 +153,30 @@ class ShiftsAndFlips:
     ) -> Num[Tensor, "image *label"]:
         """Return labels by position shifted and flipped as the images are, others as they are.
 
-        Masks, which hold whole numbers, are `IGNORED` beyond the edges, floats 0.
+        Those are masks, which hold whole numbers and are `IGNORED` beyond the edges, and floats
+        `[image, channel, height, width]`, or of the images' height and width, which are 0 there.
+        Raises `DataError` if they can't be shifted, since their size is no multiple of the images'.
         """
-        if images.ndim != 4 or labels.ndim < 3 or labels.shape[-2:] != images.shape[-2:]:
+        size, own_size = images.shape[-2:], labels.shape[-2:]
+        is_map = labels.ndim >= (4 if labels.is_floating_point() else 3) or own_size == size
+        if images.ndim != 4 or labels.ndim < 3 or not is_map:
             return labels
         border = 0 if labels.is_floating_point() else IGNORED
-        maps = labels.reshape(len(labels), -1, *labels.shape[-2:])
-        return self._gather(maps, border).reshape(labels.shape)
+        maps = labels.reshape(len(labels), -1, *own_size)
+        return self._scaled(size, own_size)._gather(maps, border).reshape(labels.shape)
+
+    def _scaled(self, size: torch.Size, own_size: torch.Size) -> ShiftsAndFlips:
+        """Return the same moves of maps that have another size than the images."""
+        if own_size == size or not any(self.border):
+            return self
+        rows, columns = (own // side for own, side in zip(own_size, size, strict=True))
+        if own_size != (rows * size[0], columns * size[1]):
+            raise DataError(
+                f"labels of {list(own_size)} can't be shifted with images of {list(size)}: set "
+                "finetune.crop (or train.crop) to none"
+            )
+        border = (rows * self.border[0], columns * self.border[1])
+        return replace(self, border=border, top=rows * self.top, left=columns * self.left)
 
     def move(self, objects: Sequence[Objects], width: int) -> tuple[Objects, ...]:
         """Return the objects of the images, whose inputs are so wide, in their new places."""
@@ -214,6 +237,11 @@ class AugmentedImages:
                     preprocessing.geometry(height, width) if crop is None else crop.geometry(size)
                 )
         labels = torch.stack(masks) if masks else source.read_labels(indices, preprocessing)
+        if labels.is_floating_point() and labels.ndim >= 3 and self.augmentation.is_cropped:
+            raise DataError(
+                "random_resized_crop would not change the pictures that images are labelled with: "
+                "set finetune.crop (or train.crop) to none"
+            )
         objects = None
         if isinstance(source, ImagesWithObjects):
             objects = source.place(indices, geometries, sizes)

@@ -69,11 +69,15 @@ class Images(Protocol):
         """Return a list of the images at `indices`."""
 
 
+@runtime_checkable
 class StoredImages(Images, Protocol):
     """Images whose sizes can be told without decoding them."""
 
     def sizes(self, indices: Indices) -> list[tuple[int, int]]:
         """Return the heights and widths of the images at `indices`, as they are stored."""
+
+    def name(self, index: int) -> str:
+        """Return the name of an image, for errors."""
 
     def take(self, indices: Indices) -> StoredImages:
         """Return a list of the images at `indices`; see `Images.take`."""
@@ -182,8 +186,12 @@ class FileImages(LabelledImages):
         """Return the heights and widths of the images at `indices`; see `StoredImages.sizes`."""
         return decode_all(indices, self._find, height_and_width)
 
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.paths[index])
+
     def _find(self, index: int) -> tuple[str, Path]:
-        return str(self.paths[index]), self.paths[index]
+        return self.name(index), self.paths[index]
 
     def take(self, indices: Indices) -> FileImages:
         """Return a list of the images at `indices`; see `Images.take`."""
@@ -248,6 +256,8 @@ def stored_size(images: Images) -> tuple[int, int] | None:
         return None
     if isinstance(images, TensorImages):
         return int(images.pixels.shape[2]), int(images.pixels.shape[3])
+    if isinstance(images, NormalisedImages) and images.tensors.ndim != 4:
+        return None  # signals and volumes
     indices = torch.linspace(0, count - 1, min(count, SIZES_LOOKED_AT)).long()
     sizes: set[tuple[int, int]] = set()
     for few in indices.split(4):

@@ -52,7 +52,7 @@ class Form:
     """Dimensions that the network's convolutions move along: 2 for images."""
     channels: int | None = None
     """Channels of an image, if the network tells."""
-    parameters: Parameters = Parameters()
+    parameters: Parameters = field(default_factory=Parameters)
     """What the network's call takes."""
     runs: Callable[[Tensor], bool] = field(default=lambda images: False, compare=False)
     """Whether the network can be run on a batch of another shape than its convolutions tell."""
@@ -119,9 +119,9 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
     count = len(images.pixels)
     test_every = TEST_EVERY if test is None else count + 1
     if test is None:
-        is_test = _every(TEST_EVERY, count)
+        is_test = every_nth(TEST_EVERY, count)
         images, test = images.take(~is_test), images.take(is_test)
-    is_validation = _every(VALIDATION_EVERY, len(images.pixels))
+    is_validation = every_nth(VALIDATION_EVERY, len(images.pixels))
     if not len(test.pixels) or not is_validation.any():
         least = next(
             n for n in itertools.count(VALIDATION_EVERY) if n - n // test_every >= VALIDATION_EVERY
@@ -130,7 +130,7 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
     return Parts(images.take(~is_validation), images.take(is_validation), test)
 
 
-def _every(step: int, count: int) -> Tensor:
+def every_nth(step: int, count: int) -> Tensor:
     """Return for each of `count` images whether it is the last of `step` in a row."""
     return torch.arange(count) % step == step - 1
 
@@ -300,7 +300,8 @@ def _several_named(batch: Any, form: Form, *, is_inner: bool) -> _Several | None
     They are what the network's call takes by name, or else all floats of a mapping that stands in
     a batch beside the labels (`is_inner`).
     """
-    tensors = {str(key): batch[key] for key in batch.keys() if _is_floats(batch[key])}
+    keys = list(batch.keys())
+    tensors = {str(key): batch[key] for key in keys if _is_floats(batch[key])}
     is_label = frozenset(LABEL_NAMES).difference(form.parameters.needed)
     known = [key for key in tensors if key in form.parameters.names and key not in is_label]
     if len(known) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,14 @@ class Objects:
             segments=segments,
             size=size,
         )
+
+    def to(self, device: torch.device) -> Objects:
+        """Return the same objects with their tensors on a device."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        moved = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def boxes_in_input(self) -> Float[Tensor, "object 4"]:
         """Return the boxes in pixels of the network's input."""

@@ -54,8 +54,9 @@ def hold_out(images: Images, fraction: float, generator: torch.Generator) -> tup
     At least one image of each class is held out. Raises `DataError` if a class has too few.
     """
     chosen: list[Tensor] = []
-    for label in images.labels.unique().tolist():
-        members = (images.labels == label).nonzero()[:, 0]
+    labels = _strata(images)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
@@ -80,13 +81,18 @@ def draw(images: Images, count: int, generator: torch.Generator, *, stratified: 
     order = torch.randperm(len(images.labels), generator=generator)
     if stratified:
         # Each image's rank among those of its class in the random order: the lowest ranks first.
-        labels = images.labels[order]
+        labels = _strata(images)[order]
         rank = torch.zeros_like(labels)
         for label in labels.unique().tolist():
             members = labels == label
             rank[members] = torch.arange(int(members.sum()))
         order = order[rank.argsort(stable=True)]
     return images.take(order[:count])
+
+
+def _strata(images: Images) -> Int[Tensor, "image"]:
+    """Return the class of each image; zeros if each has several labels."""
+    return images.labels if images.labels.ndim == 1 else torch.zeros(len(images.labels)).long()
 
 
 def is_held_out(indices: Int[Tensor, "image"]) -> Bool[Tensor, "image"]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.experiments.own_code import check_named
 from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
@@ -21,6 +22,7 @@ from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
+    load_data,
     load_inputs,
     make_reader,
     resolve_config,
@@ -58,18 +60,22 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     return Evaluation(score, task, notes, _unreadable(run_context))
 
 
-def evaluate_run(run: Path, config: RunConfig, run_context: RunContext) -> Evaluation:
+def evaluate_run(
+    run: Path, config: RunConfig, run_context: RunContext, named: Collection[str] = ()
+) -> Evaluation:
     """Score the pruned network of a run folder, and its agreement with the original.
 
-    `config` is the run's configuration, with the data where they are now. Agreement is not known if
+    `config` is the run's configuration, with the data where they are now, and `named` are the keys
+    in it that the user has set: what is user code is not run otherwise. Agreement is not known if
     the original can't be loaded; a note says why. Raises `SecateurError`.
     """
+    check_named(run, config, {*named, "model.name", "model.forward"})
     network = load_pruned(run)
-    dataset = data.load(config.data.source)
+    dataset = load_data(config, network)
     config = resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)
-    original, notes = _load_original(run, config)
+    original, notes = _load_original(run, config, named)
     task, metric = _task(network, original or network, dataset, config, run_context)
     predictions: Predictions | None = None
     if original is not None:
@@ -80,11 +86,16 @@ def evaluate_run(run: Path, config: RunConfig, run_context: RunContext) -> Evalu
     return Evaluation(score, task, (*dataset.notes, *task.notes, *notes), _unreadable(run_context))
 
 
-def _load_original(run: Path, config: RunConfig) -> tuple[nn.Module | None, tuple[str, ...]]:
+def _load_original(
+    run: Path, config: RunConfig, named: Collection[str]
+) -> tuple[nn.Module | None, tuple[str, ...]]:
     """Return the network before a run, or None and a note that says why it is not known."""
     unknown = "Agreement with the original network is not known:"
     if user_code.is_user_code(config.model.name):
         return None, (f"{unknown} its code, {config.model.name}, is not run here.",)
+    forward = config.model.forward
+    if forward is not None and "model.forward" not in named:
+        return None, (f"{unknown} its function is not run unless named, --forward {forward}.",)
     try:
         _, original = load_inputs(config)
     except SecateurError as error:

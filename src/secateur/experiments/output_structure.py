@@ -76,14 +76,14 @@ def take_apart(output: object) -> tuple[tuple[Tensor, ...], Structure]:
                 pairs = [[key, visit(value[key])] for key in keys]
                 return {"dict" if is_plain else "record": pairs}
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
-            names = zip(value._fields, value, strict=True)
-            return {"fields": [[name, visit(entry)] for name, entry in names]}
+            pairs = [[name, visit(getattr(value, name))] for name in value._fields]
+            return {"fields": pairs}
         elif isinstance(value, tuple | list):
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [visit(entry) for entry in value]}
         elif dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
-            return {"record": [[name, visit(getattr(value, name))] for name in names]}
+            fields = [field.name for field in dataclasses.fields(value)]
+            return {"record": [[name, visit(getattr(value, name))] for name in fields]}
         raise TraceError(
             f"the network returns a {type(value).__name__}: return tensors, or tuples, lists or "
             "dicts of them"

@@ -21,12 +21,13 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
+from secateur.experiments.own_code import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.forward import inputs_of
 from secateur.graph.module_state import tensors_of
-from secateur.models import user_code
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
@@ -35,7 +36,6 @@ from secateur.pipeline.inputs import (
     check_weights,
     load_inputs,
     make_reader,
-    preprocessing_of,
     resolve_config,
 )
 from secateur.pipeline.pruned import Pruned
@@ -58,6 +58,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.training import own_loss
 
 
 def run(
@@ -110,18 +111,17 @@ def finetune(
     changes: Mapping[str, object],
     run_context: RunContext | None = None,
     *,
-    model_name: str | None = None,
-    source: str | None = None,
+    named: Mapping[str, str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
     """Fine-tune the network of a run folder, with the unpruned network as its teacher.
 
     The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
-    of the run's configuration. `source` is where the data is now, and `model_name` what the network
-    is called now, which is needed if it is user code. `resume` continues from the
-    checkpoints that an interrupted call with the same changes has left in `folder`. Raises
-    `SecateurError`; the folders then stay as they were.
+    of the run's configuration. `named` says what network, data and code are called now, by the keys
+    of `OWN_CODE`; what is user code must be among them. `resume` continues from the checkpoints
+    that an interrupted call with the same changes has left in `folder`. Raises `SecateurError`; the
+    folders then stay as they were.
     """
     run_context = run_context or RunContext()
     with contextlib.ExitStack() as locks:
@@ -132,9 +132,12 @@ def finetune(
             run_folder.check_free(out, overwrite=overwrite)
         check_run_folder(folder)
         result = read_result(folder)
-        sections = _sections(folder, result, model_name, source)
+        sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
         config = from_dict(sections, RunConfig)
+        if "loss" not in changes:
+            check_loss_named(folder, config)
+        own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
         dataset, model = load_inputs(config)
@@ -165,15 +168,14 @@ def report(
     folder: Path,
     run_context: RunContext | None = None,
     *,
-    model_name: str | None = None,
-    source: str | None = None,
+    named: Mapping[str, str] | None = None,
     images: int | None = None,
     beside: Path | None = None,
     pictures: Path | None = None,
 ) -> tuple[Path, ...]:
     """Write the report of a run folder again, or its charts as PNG files; return the paths.
 
-    `model_name` and `source` are as for `finetune`. `images` is how many calibration images filters
+    `named` is as for `finetune`. `images` is how many calibration images filters
     are dissected with; 0 shows none and needs no data. `beside` is the folder of a benchmark that
     the run is drawn among. `pictures` is a folder for the charts, made if need be, and no symbolic
     link. Raises `SecateurError`.
@@ -182,7 +184,7 @@ def report(
     check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
-    sections = _sections(folder, result, model_name, source, runs_code=count > 0)
+    sections = _sections(folder, result, named or {}, runs_code=count > 0)
     sections["report"]["images"] = count
     config = from_dict(sections, RunConfig)
     result = result.model_copy(update={"config": config})
@@ -211,11 +213,20 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 
-def origin_of(config: RunConfig) -> Origin:
-    """Return the unpruned network as a resolved configuration names it."""
-    shape = preprocessing_of(config).shape
-    plan, model = config.plan, config.model
-    return Origin(model.name, shape, plan.prune_residual, plan.exclude, model.num_classes)
+def origin_of(pruned: Pruned) -> Origin:
+    """Return the unpruned network as the configuration of a run names it."""
+    graph = pruned.dependencies.graph
+    shape = tuple(map(int, graph.image.meta["val"].shape[1:]))
+    plan, model = pruned.result.config.plan, pruned.result.config.model
+    return Origin(
+        model.name,
+        shape,
+        plan.prune_residual,
+        plan.exclude,
+        model.num_classes,
+        inputs=inputs_of(pruned.model),
+        forward=model.forward,
+    )
 
 
 def _begin(
@@ -234,7 +245,7 @@ def _begin(
         context.log.write("start", **facts)
         pruned = pipeline.prune_round(model, dataset, config, context)
         if new is not None:
-            _write(new, pruned, context.log, origin_of(pruned.result.config))
+            _write(new, pruned, context.log, origin_of(pruned))
     return pruned
 
 
@@ -246,7 +257,7 @@ def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> Non
         log = folder / run_folder.LOG
         if log.is_file() and not log.is_symlink():
             replace_file(new / run_folder.LOG, log.read_bytes())
-        origin = origin_of(pruned.result.config)
+        origin = origin_of(pruned)
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 
@@ -327,26 +338,18 @@ def _is_finetuned(folder: Path, result: RunResult, config: RunConfig) -> bool:
 
 
 def _sections(
-    folder: Path,
-    result: RunResult,
-    model_name: str | None,
-    source: str | None,
-    *,
-    runs_code: bool = True,
+    folder: Path, result: RunResult, named: Mapping[str, str], *, runs_code: bool = True
 ) -> dict[str, Any]:
-    """Return the configuration of a run, whose network and data may have other names now.
+    """Return the configuration of a run, of which network, data and code may have other names now.
 
     Raises `UsageError` if the folder alone says which file with code is to be run.
     """
+    if runs_code:
+        check_named(folder, result.config, named)
     sections = result.config.model_dump(mode="json", exclude_none=True)
-    name = result.config.model.name
-    if runs_code and model_name is None and user_code.is_user_code(name):
-        raise UsageError(
-            f"the run in {folder} is of a network from a file of code, {name}: if that is yours, "
-            f"name it with --model {name}"
-        )
-    sections["model"]["name"] = model_name or name
-    sections["data"]["source"] = source or sections["data"]["source"]
+    for key, name in named.items():
+        section, _, last = key.partition(".")
+        sections[section][last] = name
     return sections
 
 

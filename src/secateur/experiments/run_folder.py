@@ -39,7 +39,7 @@ from secateur.experiments.manifest import (
 from secateur.experiments.output_structure import names_of
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
-from secateur.graph.build import build_dependency_graph
+from secateur.graph.build import build_dependency_graph, traceable_forward
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward, with_inputs
 from secateur.graph.network_graph import Forward
@@ -56,6 +56,8 @@ from secateur.runtime.file_lock import lock_exclusively
 from secateur.runtime.packed_inputs import Inputs, parameters_of, read_inputs
 
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
+OWN_FUNCTIONS = "secateur."
+"""What the names of secateur's own functions begin with, such as `logits_of`."""
 TRANSFORM = "transform_input"
 """Attribute of torchvision's GoogLeNet and Inception v3: see `published.INPUT_TRANSFORMED`."""
 
@@ -77,6 +79,8 @@ class Origin:
     """Classes that the architecture is built with; None if the network's outputs tell."""
     inputs: Inputs | None = None
     """The inputs of a network that takes several."""
+    forward: str | None = None
+    """What the function that the network runs through is called, if not by its name in Python."""
 
     def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
         """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
@@ -167,7 +171,7 @@ def save(
     model, folder = unwrapped(model), Path(folder)
     example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
     origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
-    network = with_inputs(with_forward(model, forward), inputs)
+    network = with_inputs(with_forward(model, forward or traceable_forward(model)), inputs)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
 
@@ -194,7 +198,7 @@ def _origin(manifest: Manifest) -> Origin:
         manifest.prune_residual,
         manifest.exclude,
         manifest.num_classes,
-        several and Inputs(several.shapes, several.passing, several.names),
+        None if several is None else Inputs(several.shapes, several.passing, several.names),
     )
 
 
@@ -231,19 +235,18 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             is_classifier = math.prod(shapes[0][1:]) == 1
             if is_classifier or (num_classes is None and origin.architecture is not None):
                 num_classes = shapes[0][0]
-    inputs = origin.inputs
+    several = None if origin.inputs is None else SeveralInputs(**vars(origin.inputs))
     manifest = Manifest(
         versions=versions(),
         architecture=origin.architecture,
         num_classes=num_classes,
         image_shape=origin.image_shape,
-        inputs=inputs
-        and SeveralInputs(shapes=inputs.shapes, passing=inputs.passing, names=inputs.names),
+        inputs=several,
         outputs=outputs,
         transform_input=getattr(model, TRANSFORM, False) is True,
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
-        forward=name_of(forward_of(model)),
+        forward=origin.forward or name_of(forward_of(model)),
         plan_hash=plan.hash,
         no_program=no_program,
         files=hashes(folder),
@@ -273,7 +276,7 @@ def load(
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
-        forward = forward or _known_forward(manifest, contents.folder)
+        forward = forward or _known_forward(manifest, contents.folder, model)
         try:
             dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
         except TraceError as error:
@@ -303,21 +306,23 @@ def _unpruned(manifest: Manifest) -> nn.Module:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"
         )
-    options = {} if manifest.num_classes is None else {"num_classes": manifest.num_classes}
-    model = zoo.load(manifest.architecture, allow_code=False, **options)
+    model = zoo.load(manifest.architecture, num_classes=manifest.num_classes, allow_code=False)
     published.set_image_size(model, manifest.image_shape[1])
     if hasattr(model, TRANSFORM):
         setattr(model, TRANSFORM, manifest.transform_input)
     return model
 
 
-def _known_forward(manifest: Manifest, folder: Path) -> Forward | None:
+def _known_forward(manifest: Manifest, folder: Path, model: nn.Module) -> Forward | None:
     """Return the function that the network runs through, if it is one of secateur's own.
 
     Raises `UsageError` if it is the user's.
     """
-    if manifest.forward in (None, name_of(logits_of)):
-        return None if manifest.forward is None else logits_of
+    if manifest.forward is None:
+        return None
+    for known in (logits_of, traceable_forward(unwrapped(model))):
+        if manifest.forward == name_of(known):
+            return known
     raise UsageError(
         f"the run in {folder} was made with forward={manifest.forward}: pass that function, "
         "secateur.load(folder, architecture=model, forward=…), or use load_program"
@@ -364,6 +369,6 @@ def load_pruned(folder: Path) -> nn.Module:
     """
     manifest = read_manifest(folder)
     is_own = manifest.architecture is None or user_code.is_user_code(manifest.architecture)
-    if is_own or manifest.forward not in (None, name_of(logits_of)):
+    if is_own or not (manifest.forward or OWN_FUNCTIONS).startswith(OWN_FUNCTIONS):
         return load_program(folder)
     return load(folder)

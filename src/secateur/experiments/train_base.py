@@ -36,6 +36,8 @@ from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Epoch
+from secateur.training.own_loss import check_name as check_loss
+from secateur.training.own_loss import find_loss
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -89,6 +91,7 @@ def train_base(
     run_context = run_context or RunContext()
     run_config = config.as_run()
     check_names(run_config)
+    check_loss(config.train.loss)
     with lock_folder(folder):
         _check_folder(folder, resume=resume)
         dataset, model = load_inputs(run_config, new_head=config.new_head)
@@ -156,7 +159,13 @@ def _train(
         training = train(
             model,
             None,
-            TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
+            TrainingData(
+                dataset.train,
+                reader.preprocessing,
+                reader.unreadable,
+                task,
+                find_loss(config.train.loss),
+            ),
             config.train,
             seed=config.seed,
             callbacks=TrainingCallbacks(

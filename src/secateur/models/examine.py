@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.config import TaskKind
 from secateur.data.images import IGNORED
-from secateur.graph.forward import forward_of, without_forward
+from secateur.graph.forward import forward_of, inputs_of, with_inputs, without_forward
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.output_values import OutputPart, floating_leaves, measured
 from secateur.graph.wrappers import unwrapped
@@ -126,9 +126,9 @@ def form_of_outputs(output: object, images: int) -> Form:
     return "rows"
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits among what a network returns for images; see `select_logits`."""
-    return select_logits(model(images))
+def logits_of(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
+    """Return the logits among what a network returns for its inputs; see `select_logits`."""
+    return select_logits(model(*inputs, **named))
 
 
 def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
@@ -136,7 +136,7 @@ def _container_notes(model: nn.Module, images: Tensor) -> list[str]:
     if forward_of(model) is not logits_of:
         return []
     with torch.no_grad():
-        output = run_network(without_forward(model), images)
+        output = run_network(with_inputs(without_forward(model), inputs_of(model)), images)
     name = type(output).__name__
     if isinstance(output, Mapping) or hasattr(output, "logits"):
         where = f"in the {name}"

@@ -16,6 +16,7 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.trackers import Tracker, open_log
 from secateur.scoring.criteria import Criterion
+from secateur.training.own_loss import LossFunction
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class RunContext:
     """Scores the filters, if it was passed from Python and has no name."""
     metric: NetworkFunction | None = None
     """Scores networks, if it was passed from Python and has no name."""
+    loss: LossFunction | None = None
+    """The loss with the labels, if it was passed from Python and has no name."""
     outputs: tuple[OutputPart, ...] = ()
     """What is compared of a network's outputs; by default what they look like tells."""
     unreadable: Unreadable | None = None

@@ -38,6 +38,7 @@ from secateur.training import distill as distillation
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.feature_distillation import residual_sums
 from secateur.training.outcome import Distillation, has_collapsed
+from secateur.training.own_loss import find_loss
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
 
@@ -184,6 +185,8 @@ def finetune(
     expected = _expected_outputs(original, dataset, reader, task)
     metric = metric_of(task, dataset, config, original, run_context)
 
+    own_loss = find_loss(config.finetune.loss, run_context.loss)
+
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
         return evaluate(
@@ -207,7 +210,7 @@ def finetune(
     training = train(
         smaller,
         original,
-        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task),
+        TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task, own_loss),
         config.finetune,
         seed=config.seed,
         sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),

@@ -16,6 +16,8 @@ from PIL import Image
 from secateur.runtime.errors import SecateurError
 
 MIB = 2**20
+GIB = 2**30
+"""Bytes of annotations of objects: COCO's largest file has 470 million."""
 TEXT = 64 * MIB
 """Bytes of results and exported programs, which grow with the network, and of data set tables."""
 SMALL_TEXT = MIB

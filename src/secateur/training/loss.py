@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from secateur.config import TrainingSection
+from secateur.data.objects import Objects
 from secateur.graph.module_state import evaluating
 from secateur.models.task import (
     SINGLE_LABEL,
@@ -19,13 +21,15 @@ from secateur.models.task import (
 )
 from secateur.runtime.errors import UsageError
 from secateur.training.feature_distillation import ResidualSum, observe, relative_feature_error
+from secateur.training.own_loss import OwnLoss
 
 
 class DistillationLoss:
-    """Cross-entropy with labels plus distillation from a teacher, on accelerate's device.
+    """The loss with labels plus distillation from a teacher, on accelerate's device.
 
-    Raises `UsageError` if feature distillation lacks a teacher or residual sums, and if images with
-    several labels should be mixed.
+    `own_loss` takes the place of the task's loss. Raises `UsageError` if feature distillation lacks
+    a teacher or residual sums, if images with several labels should be mixed, and if there is no
+    loss for the labels and no teacher.
     """
 
     def __init__(
@@ -36,20 +40,29 @@ class DistillationLoss:
         accelerator: Accelerator,
         sums: tuple[ResidualSum, ...] = (),
         task: Task = SINGLE_LABEL,
+        own_loss: OwnLoss | None = None,
     ) -> None:
         self._model, self._settings, self._accelerator = model, settings, accelerator
-        self._task = task
+        self._task, self._own_loss = task, own_loss
         if task.kind not in ("single-label", "binary") and (settings.mixup or settings.cutmix):
             raise UsageError(
                 "mixup and cutmix mix images of one class each, and these have several labels or "
                 "none: set both to 0"
             )
         self._label_weight = 1.0 if teacher is None else settings.label_weight
-        if not task.has_loss:
+        if own_loss is not None:
+            if not task.has_labels:
+                raise UsageError(f"loss {own_loss.name} needs labels, and the data has none")
+            if settings.label_smoothing:
+                raise UsageError(
+                    f"label_smoothing belongs to the loss of classifiers, not to {own_loss.name}: "
+                    "set it to 0"
+                )
+        elif not task.has_loss:
             if teacher is None:
                 raise UsageError(
-                    f"a {task.kind} network can't be trained on these labels here: train it with "
-                    "its own library"
+                    f"a {task.kind} network can't be trained on these labels: set train.loss to a "
+                    "function, path/to/file.py:function, or train it with its own library"
                 )
             self._label_weight = 0.0  # the original network's outputs are all there is
         if settings.feature_weight and (teacher is None or not sums):
@@ -78,8 +91,10 @@ class DistillationLoss:
         context: AbstractContextManager[None] = self._accelerator.no_sync(self._student)
         return context
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss in nats, for images `[image, rgb, height, width]` with their labels.
+    def loss(
+        self, images: Tensor, labels: Tensor, targets: Sequence[Objects] | None = None
+    ) -> Tensor:
+        """Return the mean loss for images `[image, channel, …]` with their labels and objects.
 
         Raises `DataError` if a label is outside the network's classes.
         """
@@ -93,10 +108,8 @@ class DistillationLoss:
             reading = self._read(output, images)
         loss = torch.zeros((), device=device)
         if self._label_weight > 0:
-            entropy = self._task.training_loss(
-                output, reading, classes.to(device), label_smoothing=settings.label_smoothing
-            )
-            loss = loss + self._label_weight * entropy
+            label_loss = self._label_loss(output, reading, classes.to(device), targets)
+            loss = loss + self._label_weight * label_loss
         if self._teacher is not None:
             with (
                 torch.no_grad(),
@@ -111,6 +124,20 @@ class DistillationLoss:
             scale = 1 if self._task.is_values else settings.temperature**2
             loss = loss + (1 - self._label_weight) * scale * divergence
         return loss
+
+    def _label_loss(
+        self,
+        output: object,
+        reading: Reading,
+        labels: Tensor,
+        targets: Sequence[Objects] | None,
+    ) -> Tensor:
+        if self._own_loss is None:
+            smoothing = self._settings.label_smoothing
+            return self._task.training_loss(output, reading, labels, label_smoothing=smoothing)
+        if targets is None:
+            return self._own_loss(output, labels)
+        return self._own_loss(output, tuple(one.to(labels.device) for one in targets))
 
     def _read(self, output: object, images: Tensor) -> Reading:
         return self._task.read(output, len(images)).float()

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -92,11 +93,11 @@ def train(
 ) -> Training:
     """Train `model` in place, and return how that went.
 
-    The loss is `label_weight` times the cross-entropy with the labels, plus the rest times the
-    divergence from the teacher's softened outputs. Without a teacher all weight is on the labels;
-    with `label_weight` 0 labels are not used. With `feature_weight`, the error of the feature maps
-    at `sums` is added (see `feature_distillation`). Afterwards the network has its old mode, and
-    the weights that `settings.keep` names.
+    The loss is `label_weight` times the loss with the labels, the task's or `data.own_loss`, plus
+    the rest times the divergence from the teacher's softened outputs. Without a teacher all weight
+    is on the labels; with `label_weight` 0 labels are not used. With `feature_weight`, the error of
+    the feature maps at `sums` is added (see `feature_distillation`). Afterwards the network has its
+    old mode, and the weights that `settings.keep` names.
 
     With `checkpoints`, training resumes from the latest one and writes new ones; on a CPU, the
     weights are the same bit for bit as without the interruption. SIGINT and SIGTERM then write one
@@ -119,11 +120,15 @@ def train(
         accelerator = accelerator_for(settings.precision)
         for network in networks:
             stack.enter_context(on_device(network, accelerator.device))
+        if data.own_loss is not None and data.own_loss.module is not None:
+            stack.enter_context(on_device(data.own_loss.module, accelerator.device))
         stack.enter_context(torch.random.fork_rng())
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
         stream = training_stream(data, settings, seed)
-        loss = DistillationLoss(model, teacher, settings, accelerator, sums, data.task)
+        loss = DistillationLoss(
+            model, teacher, settings, accelerator, sums, data.task, data.own_loss
+        )
         run = _Run(model, loss, stream, settings, accelerator, callbacks, checkpoints)
         run.resume()
         try:
@@ -278,16 +283,17 @@ class _Run:
         seed = seed_of(self._stream.seed, position.epoch, position.step, rank)
         seed_generators(seed, self._accelerator.device)
         self._optimiser.zero_grad(set_to_none=True)
-        micro_batches = zip(
-            batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True
-        )
+        micro_batches = [
+            (batch.images[part], batch.labels[part], batch.targets and batch.targets[part])
+            for part in _slices(len(batch.labels), count)
+        ]
         if not self._is_memory_checked:
             self._check_memory(batch.images, math.ceil(len(batch.labels) / count))
         loss_sum = torch.zeros((), device=self._accelerator.device)  # of this process, in nats
-        for number, (images, labels) in enumerate(micro_batches):
+        for number, (images, labels, targets) in enumerate(micro_batches):
             is_last = number == count - 1
             with contextlib.nullcontext() if is_last else self._loss.without_gradient_sync():
-                loss = self._loss.loss(images, labels)
+                loss = self._loss.loss(images, labels, targets)
                 if not loss.requires_grad:
                     raise UsageError(
                         "the network can't be trained, as its output has no gradient: its forward "
@@ -410,6 +416,13 @@ class _Run:
             "a teacher": self._loss.has_teacher,
             "weights": sum(tensor.numel() for tensor in self._model.state_dict().values()),
         }
+
+
+def _slices(images: int, parts: int) -> list[slice]:
+    """Return the parts of a batch, of equal size or one image more, the larger first."""
+    small, larger = divmod(images, parts)
+    starts = [part * small + min(part, larger) for part in range(parts + 1)]
+    return [slice(*pair) for pair in pairwise(starts)]
 
 
 def _as_json(size: int | tuple[int, int]) -> int | list[int]:

@@ -14,6 +14,7 @@ from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
+    *(options.FORWARD, options.METRIC, options.DECODER),
     options.SOURCE,
     *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
@@ -29,8 +30,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a network, or the pruned network of a run folder, on the test images."""
-    named = {"model.name", "model.weights"} & config_options.changes().keys()
-    if (run is None) != bool(named or config_options.file):
+    network = {"model.name", "model.weights"} & config_options.changes().keys()
+    if (run is None) != bool(network or config_options.file):
         raise UsageError("name either a run folder or a network with --model")
 
     from secateur.cli import output
@@ -43,5 +44,6 @@ def evaluate(
     if run is None:
         evaluation = evaluate_network(config, output.run_context())
     else:
-        evaluation = evaluate_run(run, config, output.run_context())
+        named = config_options.changes().keys()
+        evaluation = evaluate_run(run, config, output.run_context(), named)
     output.show_evaluation(evaluation, as_json=as_json)

@@ -52,8 +52,7 @@ def export(
     name, classes = manifest.architecture, manifest.num_classes
     original = None
     if name is not None and not user_code.is_user_code(name) and manifest.forward is None:
-        options = {} if classes is None else {"num_classes": classes}
-        original = with_inputs(zoo.load(name, **options), origin.inputs)
+        original = with_inputs(zoo.load(name, num_classes=classes), origin.inputs)
     network = with_inputs(network, origin.inputs)
     times = compare_latency(network, path, original, example)
     output.show_export(result, times, as_json=as_json)

@@ -9,10 +9,12 @@ import typer
 
 from secateur.cli import options
 from secateur.cli.options import TRAINING, ConfigOptions, Key
+from secateur.config import OWN_CODE
 from secateur.runtime.errors import UsageError
 
 KEYS = (
     options.MODEL,
+    *(options.FORWARD, options.METRIC, options.DECODER),
     options.SOURCE,
     *(
         Key(f"finetune.{name}", TRAINING)
@@ -45,7 +47,7 @@ def finetune(
     Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
     """
     keys = config_options.changes()
-    model, source = keys.pop("model.name", None), keys.pop("data.source", None)
+    named = {key: keys.pop(key) for key in OWN_CODE if key in keys}
     changes: dict[str, Any] = {}
     for key, value in keys.items():
         section, _, name = key.partition(".")
@@ -64,8 +66,7 @@ def finetune(
             out or run,
             changes,
             run_context,
-            model_name=model,
-            source=source,
+            named=named,
             resume=resume,
             overwrite=overwrite,
         )

@@ -23,6 +23,13 @@ def report(
             help="Network of your own code that the run pruned: path/to/file.py:factory.",
         ),
     ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(
+            "--forward",
+            help="Function of your own that the run's network runs through: path/to/file.py:name.",
+        ),
+    ] = None,
     data_source: Annotated[
         str | None,
         typer.Option(
@@ -71,11 +78,11 @@ def report(
     pictures = None
     if form == "png":
         pictures = run / CHARTS if out is None else out.resolve()
+    given = {"model.name": model, "model.forward": forward, "data.source": data_source}
     written = runs.report(
         run,
         output.run_context(),
-        model_name=model,
-        source=data_source,
+        named={key: name for key, name in given.items() if name is not None},
         images=images,
         beside=beside,
         pictures=pictures,

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from secateur.data import DataSet
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.forward import inputs_of
 from secateur.graph.taps import as_maps
 from secateur.pipeline.dissect import dissect_network
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
 
@@ -137,7 +139,7 @@ def make_gallery(
     return Gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(context, shown, config.data.batch_size),
+        images=_thumbnails(context, shown, config.data.batch_size, inputs_of(model)),
         image_classes=_class_names(context, shown, dataset),
         layers=tuple(layers),
     )
@@ -165,11 +167,14 @@ def _pack(regions: Bool[Tensor, "filter image h w"]) -> tuple[tuple[int, int], b
     return grid, np.packbits(regions.flatten(2).numpy(), axis=-1).tobytes()
 
 
-def _thumbnails(context: ScoringContext, shown: Tensor, batch_size: int) -> tuple[bytes, ...]:
-    """Return the images as JPEG, after the network's preprocessing."""
+def _thumbnails(
+    context: ScoringContext, shown: Tensor, batch_size: int, inputs: Inputs | None
+) -> tuple[bytes, ...]:
+    """Return the images as JPEG, after the network's preprocessing; of several inputs one."""
     thumbnails: list[bytes] = []
     for indices in shown.split(batch_size):
         images = context.calibration.read(indices, context.reader.preprocessing)
+        images = images if inputs is None else inputs.picture(images)
         thumbnails += [_jpeg(_visible(pixels)) for pixels in images]
     return tuple(thumbnails)
 

@@ -32,7 +32,7 @@ class R2:
     unit: MetricUnit = ""
 
     def __init__(self, *, original: nn.Module | None = None) -> None:
-        self.name = "R²" if original is None else "R² to the original"
+        self.name = "R²" if original is None else "R² to original"
         self._original = original
         self._images = 0
         self._first: Tensor | None = None

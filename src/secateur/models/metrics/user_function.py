@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur.data import Batch
+from secateur.graph.forward import without_forward
 from secateur.graph.module_state import evaluating
 from secateur.models.score import MetricUnit
 from secateur.runtime import distributed
@@ -51,8 +52,8 @@ class UserMetric:
         return {self.name: distributed.on_main_process(self._measure)}
 
     def _measure(self) -> float:
-        network = self._network
-        assert network is not None
+        assert self._network is not None
+        network = without_forward(self._network)  # as the user knows it
         with evaluating(network), torch.no_grad():
             try:
                 value = self._function(network)

@@ -180,7 +180,7 @@ def _last_map_of_branches(graph: NetworkGraph) -> Node | None:
     for node in reversed(graph.nodes):
         if node not in needed or node.op != "call_function":
             continue
-        shape = getattr(node.meta["val"], "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(node.meta["val"], "shape", ()))
         if len(shape) in (3, 4, 5) and shape[0] == graph.images and math.prod(shape[2:]) > 1:
             return node
         needed.update(node.all_input_nodes)
