@@ -2,15 +2,14 @@
 
     python bench/segmentation_networks.py convert FILE START
     secateur train -c configs/unet_camvid.toml -w START/unet.safetensors -d segmentation:DIR -o BASE
-    python bench/segmentation.py measure --data DIR --weights BASE
-    python bench/segmentation.py tables
+    python bench/segmentation.py --data DIR --weights BASE
 
-`measure` prunes the U-Net to each target by each method, calibrated on the training images without
+This prunes the U-Net to each target by each method, calibrated on the training images without
 their masks, and scores it on the images of CamVid's val part, which choose nothing. `--part
 validation` scores training images that are held out instead: settings are chosen on them. Each
 measurement adds a line to `results/segmentation.jsonl`; rows that it holds are not measured again.
-Every method has the same allocation, refit and recalibration. `tables` writes the tables in
-docs/reference/results.md.
+Every method has the same allocation, refit and recalibration. `bench/results.py` writes the tables
+in docs/reference/results.md.
 """
 
 from __future__ import annotations
@@ -40,11 +39,8 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
-from tables import with_table
 
 RESULTS = Path(__import__("os").environ.get("SEGRES", ROOT / "results" / "segmentation.jsonl"))
-PAGE = ROOT / "docs" / "reference" / "results.md"
-CONFIG = ROOT / "configs" / "unet_camvid.toml"
 KEY = ("part", "network", "target", "method", "seed", "settings")
 NETWORK = "unet"
 TARGETS = ("macs=0.7", "macs=0.5")
@@ -174,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> None:
                         zip(dataset.class_names, class_iou(after.sum(0)).tolist(), strict=True)
                     ),
                     "images": len(scored.labels),
-                    "command": "python bench/segmentation.py measure --data DIR --weights BASE",
+                    "command": "python bench/segmentation.py --data DIR --weights BASE",
                     "revision": revision(),
                     "environment": surroundings("timm"),
                 }
@@ -242,6 +238,12 @@ def _pruned(
         yield target, smaller, row
 
 
+def measured() -> list[Measurement]:
+    """Return the rows with default settings on images that choose nothing."""
+    rows = read_measurements(RESULTS, KEY)
+    return [row for row in rows if row["part"] == "test" and not row["settings"]]
+
+
 def table(rows: list[Measurement]) -> str:
     """Return the mean IoU that each method loses, with intervals."""
     heads = [f"{target.removeprefix('macs=')} of MACs" for target in TARGETS]
@@ -279,32 +281,17 @@ def class_table(rows: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def write_tables() -> None:
-    """Write the tables of the documentation."""
-    rows = [
-        row
-        for row in read_measurements(RESULTS, KEY)
-        if row["part"] == "test" and not row["settings"]
-    ]
-    page = with_table(PAGE.read_text(), "segmentation", table(rows))
-    PAGE.write_text(with_table(page, "segmentation classes", class_table(rows)))
-
-
 def main() -> None:
+    """Measure what is missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["measure", "tables"])
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--part", choices=["test", "validation"], default="test")
     parser.add_argument("--only", default="*", help="pattern of methods, such as 'vote*'")
     parser.add_argument("--set", nargs="*", default=[], help="keys of the configuration")
-    arguments = parser.parse_args()
-    if arguments.command == "measure":
-        measure(arguments)
-    else:
-        write_tables()
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":
