@@ -15,7 +15,7 @@ SIZE = (96, 64)
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UnknownName, match="did you mean yolox_nano"):
-        yolox.build("yolox_nan", 80)
+        yolox.build("yolox_nan")
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -23,14 +23,14 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(sys.modules, "yolox.config", None)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[yolox\]'"):
-        yolox.build("yolox_nano", 80)
+        yolox.build("yolox_nano")
 
 
 def test_boxes_are_those_of_yolox_itself():
     pytest.importorskip("yolox")
     from yolox.utils import postprocess
 
-    model = yolox.build("yolox_nano", 3)
+    model = yolox.build("yolox_nano", num_classes=3)
     with torch.no_grad():
         for level in (*model.head.obj_preds, *model.head.cls_preds):  # type: ignore[union-attr]
             level.bias.zero_()  # scores of about a half, or nothing would be found
@@ -69,7 +69,7 @@ def test_images_are_read_as_yolox_wants_them(tmp_path: Path):
 
 def test_the_network_is_traced_with_all_but_its_last_layers_in_groups():
     pytest.importorskip("yolox")
-    model = yolox.build("yolox_nano", 80)
+    model = yolox.build("yolox_nano")
     images = 255 * torch.rand(2, 3, 64, 64)
     dependencies = build_dependency_graph(model, images, prune_residual=True)
     assert len(dependencies.groups) == 67

@@ -152,7 +152,15 @@ class ModelSection(Section):
     """Which of several networks in the file to load, such as `model_ema`; by default an average."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
-    task: Literal["auto"] | TaskKind = "auto"
+    task: Literal[
+        "auto",
+        "single-label",
+        "binary",
+        "multi-label",
+        "segmentation",
+        "detection",
+        "regression",
+    ] = "auto"
     """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
     the sign of one output, `multi-label` a label for each output, `segmentation` a class for each
     position, `detection` and `regression` values of any form; `auto` tells from the outputs and the
