@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -64,10 +65,10 @@ class Method:
 METHODS = (
     Method("vote by outputs", "vote", "outputs"),
     Method("vote by saliency", "vote", "saliency"),
-    Method("vote by evidence", "vote", "evidence"),
     Method("L1", "l1", "outputs"),
     Method("random", "random", "outputs", RANDOM_SEEDS),
 )
+"""The first is the default. Concepts matter to the vote alone."""
 
 
 def configuration(arguments: argparse.Namespace) -> RunConfig:
@@ -136,7 +137,7 @@ def interval_of_drop(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Append the measurements that are missing."""
+    """Append the measurements that are missing; methods with the same concepts share a pass."""
     settings: dict[str, Any] = dict(part.split("=", 1) for part in arguments.set)
     text = json.dumps(settings) if settings else ""
     config = configuration(arguments)
@@ -146,59 +147,63 @@ def measure(arguments: argparse.Namespace) -> None:
     classes = len(dataset.class_names)
     before = pairs_by_image(model, scored, config, classes)
     known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
-    for method in METHODS:
-        if not fnmatch.fnmatch(method.name, arguments.only):
-            continue
-        for seed in range(method.seeds):
-            head = {"part": arguments.part, "network": NETWORK, "method": method.name}
-            head |= {"seed": seed, "settings": text}
-            targets = [t for t in TARGETS if key_of({**head, "target": t}, KEY) not in known]
-            for target, network, row in _pruned(
-                model, dataset, config, method, seed, targets, settings
-            ):
-                after = pairs_by_image(network, scored, config, classes)
-                drop = float(mean_iou(before.sum(0)) - mean_iou(after.sum(0)))
-                row |= {
-                    "before": float(mean_iou(before.sum(0))),
-                    "after": float(mean_iou(after.sum(0))),
-                    "drop": drop,
-                    "interval": interval_of_drop(before, after),
-                    "iou_before": dict(
-                        zip(dataset.class_names, class_iou(before.sum(0)).tolist(), strict=True)
-                    ),
-                    "iou_after": dict(
-                        zip(dataset.class_names, class_iou(after.sum(0)).tolist(), strict=True)
-                    ),
-                    "images": len(scored.labels),
-                    "command": "python bench/segmentation.py --data DIR --weights BASE",
-                    "revision": revision(),
-                    "environment": surroundings("timm"),
-                }
-                append_measurement(RESULTS, head | {"target": target} | row)
-                print(f"{method.name} {seed} {target} {text}: {100 * drop:.2f} lower", flush=True)
+    head = {"part": arguments.part, "network": NETWORK, "settings": text}
+    for seed, source in itertools.product(range(RANDOM_SEEDS), ("outputs", "saliency")):
+        wanted = [
+            (method, target)
+            for method, target in itertools.product(METHODS, TARGETS)
+            if method.concepts == source
+            and seed < method.seeds
+            and fnmatch.fnmatch(method.name, arguments.only)
+            and key_of(head | {"method": method.name, "seed": seed, "target": target}, KEY)
+            not in known
+        ]
+        for method, target, network, row in _pruned(
+            model, dataset, _changed(config, source, seed, settings), wanted
+        ):
+            after = pairs_by_image(network, scored, config, classes)
+            drop = float(mean_iou(before.sum(0)) - mean_iou(after.sum(0)))
+            row |= {
+                "before": float(mean_iou(before.sum(0))),
+                "after": float(mean_iou(after.sum(0))),
+                "drop": drop,
+                "interval": interval_of_drop(before, after),
+                "iou_before": _by_class(before, dataset),
+                "iou_after": _by_class(after, dataset),
+                "images": len(scored.labels),
+                "command": "python bench/segmentation.py --data DIR --weights BASE",
+                "revision": revision(),
+                "environment": surroundings("timm"),
+            }
+            identity = head | {"method": method.name, "seed": seed, "target": target}
+            append_measurement(RESULTS, identity | row)
+            print(f"{method.name} {seed} {target} {text}: {100 * drop:.2f} lower", flush=True)
 
 
-def _pruned(
-    model: nn.Module,
-    dataset: DataSet,
-    config: RunConfig,
-    method: Method,
-    seed: int,
-    targets: list[str],
-    settings: dict[str, Any],
-) -> Iterator[tuple[str, nn.Module, Measurement]]:
-    """Yield the network cut to each target and refitted, with what that took."""
-    if not targets:
-        return
+def _by_class(pairs: Tensor, dataset: DataSet) -> dict[str, float]:
+    return dict(zip(dataset.class_names, class_iou(pairs.sum(0)).tolist(), strict=True))
+
+
+def _changed(config: RunConfig, concepts: str, seed: int, settings: dict[str, Any]) -> RunConfig:
+    """Return the configuration with other concepts, seed and keys."""
     tables = config.model_dump()
-    tables["score"] |= {"criterion": method.criterion, "concepts": method.concepts}
+    tables["score"]["concepts"] = concepts
     tables["seed"] = seed
     for name, value in settings.items():
         section, key = name.split(".")
         tables[section][key] = json.loads(value)
-    config = RunConfig.model_validate(tables)
+    return RunConfig.model_validate(tables)
+
+
+def _pruned(
+    model: nn.Module, dataset: DataSet, config: RunConfig, wanted: list[tuple[Method, str]]
+) -> Iterator[tuple[Method, str, nn.Module, Measurement]]:
+    """Yield the network cut by each method to each target and refitted, with what that took."""
+    if not wanted:
+        return
     start = time.perf_counter()
-    context = make_scoring_context(model, dataset, config, criterion_names=(method.criterion,))
+    names = tuple(dict.fromkeys(method.criterion for method, _ in wanted))
+    context = make_scoring_context(model, dataset, config, criterion_names=names)
     plan_inputs = make_plan_inputs(
         model,
         context.dependencies,
@@ -207,11 +212,11 @@ def _pruned(
         context.source,
         config.score,
         config.plan,
-    )[method.criterion]
+    )
     scoring = time.perf_counter() - start
-    for target in targets:
+    for method, target in wanted:
         start = time.perf_counter()
-        plan = plan_inputs.plan(parse_budget(target))
+        plan = plan_inputs[method.criterion].plan(parse_budget(target))
         smaller = apply_plan(model, context.dependencies, plan)
         outcome = refit_and_check(
             RefitInputs(model, smaller, context.dependencies, plan.removed),
@@ -229,13 +234,13 @@ def _pruned(
             / sum(p.numel() for p in model.parameters()),
             "calibration_images": len(context.calibration.labels),
             "kept": kept,
-            "recalibrated": outcome.batchnorm is not None and outcome.batchnorm.kept,
+            "recalibrated": 0.0 if outcome.batchnorm is None else outcome.batchnorm.fraction,
             "seconds": {
                 "score": round(scoring, 1),
                 "cut and refit": round(time.perf_counter() - start, 1),
             },
         }
-        yield target, smaller, row
+        yield method, target, smaller, row
 
 
 def measured() -> list[Measurement]:
