@@ -2,21 +2,21 @@
 
     python bench/segmentation_networks.py convert FILE START
     secateur train -c configs/unet_camvid.toml -w START/unet.safetensors -d segmentation:DIR -o BASE
-    python bench/segmentation.py measure --data DIR --weights BASE
-    python bench/segmentation.py tables
+    python bench/segmentation.py --data DIR --weights BASE
 
-`measure` prunes the U-Net to each target by each method, calibrated on the training images without
+This prunes the U-Net to each target by each method, calibrated on the training images without
 their masks, and scores it on the images of CamVid's val part, which choose nothing. `--part
 validation` scores training images that are held out instead: settings are chosen on them. Each
 measurement adds a line to `results/segmentation.jsonl`; rows that it holds are not measured again.
-Every method has the same allocation, refit and recalibration. `tables` writes the tables in
-docs/reference/results.md.
+Every method has the same allocation, refit and recalibration. `bench/results.py` writes the tables
+in docs/reference/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -40,11 +40,8 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
-from tables import with_table
 
 RESULTS = Path(__import__("os").environ.get("SEGRES", ROOT / "results" / "segmentation.jsonl"))
-PAGE = ROOT / "docs" / "reference" / "results.md"
-CONFIG = ROOT / "configs" / "unet_camvid.toml"
 KEY = ("part", "network", "target", "method", "seed", "settings")
 NETWORK = "unet"
 TARGETS = ("macs=0.7", "macs=0.5")
@@ -68,10 +65,10 @@ class Method:
 METHODS = (
     Method("vote by outputs", "vote", "outputs"),
     Method("vote by saliency", "vote", "saliency"),
-    Method("vote by evidence", "vote", "evidence"),
     Method("L1", "l1", "outputs"),
     Method("random", "random", "outputs", RANDOM_SEEDS),
 )
+"""The first is the default. Concepts matter to the vote alone."""
 
 
 def configuration(arguments: argparse.Namespace) -> RunConfig:
@@ -140,7 +137,7 @@ def interval_of_drop(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Append the measurements that are missing."""
+    """Append the measurements that are missing; methods with the same concepts share a pass."""
     settings: dict[str, Any] = dict(part.split("=", 1) for part in arguments.set)
     text = json.dumps(settings) if settings else ""
     config = configuration(arguments)
@@ -150,59 +147,63 @@ def measure(arguments: argparse.Namespace) -> None:
     classes = len(dataset.class_names)
     before = pairs_by_image(model, scored, config, classes)
     known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
-    for method in METHODS:
-        if not fnmatch.fnmatch(method.name, arguments.only):
-            continue
-        for seed in range(method.seeds):
-            head = {"part": arguments.part, "network": NETWORK, "method": method.name}
-            head |= {"seed": seed, "settings": text}
-            targets = [t for t in TARGETS if key_of({**head, "target": t}, KEY) not in known]
-            for target, network, row in _pruned(
-                model, dataset, config, method, seed, targets, settings
-            ):
-                after = pairs_by_image(network, scored, config, classes)
-                drop = float(mean_iou(before.sum(0)) - mean_iou(after.sum(0)))
-                row |= {
-                    "before": float(mean_iou(before.sum(0))),
-                    "after": float(mean_iou(after.sum(0))),
-                    "drop": drop,
-                    "interval": interval_of_drop(before, after),
-                    "iou_before": dict(
-                        zip(dataset.class_names, class_iou(before.sum(0)).tolist(), strict=True)
-                    ),
-                    "iou_after": dict(
-                        zip(dataset.class_names, class_iou(after.sum(0)).tolist(), strict=True)
-                    ),
-                    "images": len(scored.labels),
-                    "command": "python bench/segmentation.py measure --data DIR --weights BASE",
-                    "revision": revision(),
-                    "environment": surroundings("timm"),
-                }
-                append_measurement(RESULTS, head | {"target": target} | row)
-                print(f"{method.name} {seed} {target} {text}: {100 * drop:.2f} lower", flush=True)
+    head = {"part": arguments.part, "network": NETWORK, "settings": text}
+    for seed, source in itertools.product(range(RANDOM_SEEDS), ("outputs", "saliency")):
+        wanted = [
+            (method, target)
+            for method, target in itertools.product(METHODS, TARGETS)
+            if method.concepts == source
+            and seed < method.seeds
+            and fnmatch.fnmatch(method.name, arguments.only)
+            and key_of(head | {"method": method.name, "seed": seed, "target": target}, KEY)
+            not in known
+        ]
+        for method, target, network, row in _pruned(
+            model, dataset, _changed(config, source, seed, settings), wanted
+        ):
+            after = pairs_by_image(network, scored, config, classes)
+            drop = float(mean_iou(before.sum(0)) - mean_iou(after.sum(0)))
+            row |= {
+                "before": float(mean_iou(before.sum(0))),
+                "after": float(mean_iou(after.sum(0))),
+                "drop": drop,
+                "interval": interval_of_drop(before, after),
+                "iou_before": _by_class(before, dataset),
+                "iou_after": _by_class(after, dataset),
+                "images": len(scored.labels),
+                "command": "python bench/segmentation.py --data DIR --weights BASE",
+                "revision": revision(),
+                "environment": surroundings("timm"),
+            }
+            identity = head | {"method": method.name, "seed": seed, "target": target}
+            append_measurement(RESULTS, identity | row)
+            print(f"{method.name} {seed} {target} {text}: {100 * drop:.2f} lower", flush=True)
 
 
-def _pruned(
-    model: nn.Module,
-    dataset: DataSet,
-    config: RunConfig,
-    method: Method,
-    seed: int,
-    targets: list[str],
-    settings: dict[str, Any],
-) -> Iterator[tuple[str, nn.Module, Measurement]]:
-    """Yield the network cut to each target and refitted, with what that took."""
-    if not targets:
-        return
+def _by_class(pairs: Tensor, dataset: DataSet) -> dict[str, float]:
+    return dict(zip(dataset.class_names, class_iou(pairs.sum(0)).tolist(), strict=True))
+
+
+def _changed(config: RunConfig, concepts: str, seed: int, settings: dict[str, Any]) -> RunConfig:
+    """Return the configuration with other concepts, seed and keys."""
     tables = config.model_dump()
-    tables["score"] |= {"criterion": method.criterion, "concepts": method.concepts}
+    tables["score"]["concepts"] = concepts
     tables["seed"] = seed
     for name, value in settings.items():
         section, key = name.split(".")
         tables[section][key] = json.loads(value)
-    config = RunConfig.model_validate(tables)
+    return RunConfig.model_validate(tables)
+
+
+def _pruned(
+    model: nn.Module, dataset: DataSet, config: RunConfig, wanted: list[tuple[Method, str]]
+) -> Iterator[tuple[Method, str, nn.Module, Measurement]]:
+    """Yield the network cut by each method to each target and refitted, with what that took."""
+    if not wanted:
+        return
     start = time.perf_counter()
-    context = make_scoring_context(model, dataset, config, criterion_names=(method.criterion,))
+    names = tuple(dict.fromkeys(method.criterion for method, _ in wanted))
+    context = make_scoring_context(model, dataset, config, criterion_names=names)
     plan_inputs = make_plan_inputs(
         model,
         context.dependencies,
@@ -211,11 +212,11 @@ def _pruned(
         context.source,
         config.score,
         config.plan,
-    )[method.criterion]
+    )
     scoring = time.perf_counter() - start
-    for target in targets:
+    for method, target in wanted:
         start = time.perf_counter()
-        plan = plan_inputs.plan(parse_budget(target))
+        plan = plan_inputs[method.criterion].plan(parse_budget(target))
         smaller = apply_plan(model, context.dependencies, plan)
         outcome = refit_and_check(
             RefitInputs(model, smaller, context.dependencies, plan.removed),
@@ -233,13 +234,19 @@ def _pruned(
             / sum(p.numel() for p in model.parameters()),
             "calibration_images": len(context.calibration.labels),
             "kept": kept,
-            "recalibrated": outcome.batchnorm is not None and outcome.batchnorm.kept,
+            "recalibrated": 0.0 if outcome.batchnorm is None else outcome.batchnorm.fraction,
             "seconds": {
                 "score": round(scoring, 1),
                 "cut and refit": round(time.perf_counter() - start, 1),
             },
         }
-        yield target, smaller, row
+        yield method, target, smaller, row
+
+
+def measured() -> list[Measurement]:
+    """Return the rows with default settings on images that choose nothing."""
+    rows = read_measurements(RESULTS, KEY)
+    return [row for row in rows if row["part"] == "test" and not row["settings"]]
 
 
 def table(rows: list[Measurement]) -> str:
@@ -279,32 +286,17 @@ def class_table(rows: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def write_tables() -> None:
-    """Write the tables of the documentation."""
-    rows = [
-        row
-        for row in read_measurements(RESULTS, KEY)
-        if row["part"] == "test" and not row["settings"]
-    ]
-    page = with_table(PAGE.read_text(), "segmentation", table(rows))
-    PAGE.write_text(with_table(page, "segmentation classes", class_table(rows)))
-
-
 def main() -> None:
+    """Measure what is missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["measure", "tables"])
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--part", choices=["test", "validation"], default="test")
     parser.add_argument("--only", default="*", help="pattern of methods, such as 'vote*'")
     parser.add_argument("--set", nargs="*", default=[], help="keys of the configuration")
-    arguments = parser.parse_args()
-    if arguments.command == "measure":
-        measure(arguments)
-    else:
-        write_tables()
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

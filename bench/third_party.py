@@ -126,9 +126,7 @@ MONAI: dict[str, Network] = {
         strides=(2, 2),
         num_res_units=2,
     ),
-    "BasicUNet, 3-D": _monai(
-        "BasicUNet", VOLUME, spatial_dims=3, features=(8, 8, 16, 32, 64, 8)
-    ),
+    "BasicUNet, 3-D": _monai("BasicUNet", VOLUME, spatial_dims=3, features=(8, 8, 16, 32, 64, 8)),
     "BasicUNetPlusPlus, 2-D": _monai(
         "BasicUNetPlusPlus", GREY, spatial_dims=2, features=(8, 8, 16, 32, 64, 8)
     ),
@@ -211,7 +209,12 @@ MONAI: dict[str, Network] = {
         blocks_up=(1, 1, 1, 1),
     ),
     "Regressor, 2-D": _monai(
-        "Regressor", GREY, in_shape=(1, 64, 64), out_shape=(2,), channels=(8, 16, 32), strides=(2, 2, 2)
+        "Regressor",
+        GREY,
+        in_shape=(1, 64, 64),
+        out_shape=(2,),
+        channels=(8, 16, 32),
+        strides=(2, 2, 2),
     ),
     "VarAutoEncoder, 2-D": _monai(
         "VarAutoEncoder",
