@@ -139,12 +139,12 @@ def _positions(node: Node) -> int:
 def _last_map_before(output: Node, graph: NetworkGraph, ranks: set[int]) -> Node | None:
     """Return the last feature map that an output is made from, with so many dimensions."""
     node = output
-    if _rank(output) > 2 and output.args:  # the output is a map itself
-        inner = _read_by_last_layer(output) if _positions(output) > 1 else None
-        if inner is not None:
-            node = inner
-        elif isinstance(output.args[0], Node):
-            node = output.args[0]
+    is_map = _rank(output) > 2
+    inner = _read_by_last_layer(output) if is_map and _positions(output) > 1 else None
+    if inner is not None:
+        node = inner
+    elif is_map and output.args and isinstance(output.args[0], Node):
+        node = output.args[0]
     while isinstance(node, Node) and node is not graph.image:
         shape: Sequence[int] = getattr(node.meta["val"], "shape", ())
         has_images = len(shape) in ranks and int(shape[0]) == graph.images
