@@ -34,10 +34,14 @@ _LIBRARIES = tuple(
 jaxtyping wraps functions of this package."""
 
 
+_READ_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class RecordCallSites(TorchFunctionMode):
     """Inside the block, records with every traced operation where it was called.
 
-    That is the innermost line that is not of torch or of this package; `call_site` reads it.
+    That is the innermost line that is not of torch or of this package; `call_site` reads it. A
+    tensor's `.data`, which the tracer can't follow, is `detach()`, which it can.
     """
 
     def __torch_function__(
@@ -50,6 +54,8 @@ class RecordCallSites(TorchFunctionMode):
         """Call a function of torch; what it calls itself is not seen here."""
         set_stack_trace(f"{_place(sys._getframe(1))}\n{_name_of(func)}")
         try:
+            if func == _READ_DATA:
+                return args[0].detach()
             return func(*args, **(kwargs or {}))
         finally:
             set_stack_trace("")

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
-from secateur.graph.call_sites import RecordCallSites, raised_at
+from secateur.graph.call_sites import RecordCallSites, call_site, raised_at
 from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
@@ -85,7 +85,10 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
         if node.op == "get_attr":
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
-                raise TraceError("the network makes a tensor of values that the graph can't hold")
+                raise TraceError(
+                    "the network makes a tensor of values that the graph can't hold, and reads it "
+                    f"in {call_site(next(iter(node.users)))}"
+                )
             _check_is_outside(constants[node], model)
             node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
