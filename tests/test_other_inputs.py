@@ -67,7 +67,7 @@ def test_saved_networks_are_bit_equal_in_a_new_process(
         assert torch.equal(outputs["program"], expected), name
 
 
-@pytest.mark.parametrize("name", ["sound", "volumes", "two pictures", "features"])
+@pytest.mark.parametrize("name", ["sound", "two pictures", "features"])
 def test_onnx_files_have_the_inputs_of_the_network(
     name: str, pruned: dict[str, secateur.PruneResult], tmp_path: Path
 ) -> None:
@@ -194,6 +194,21 @@ def test_a_network_of_two_inputs_is_saved_with_a_plan_of_its_own(tmp_path: Path)
         output = secateur.load_program(folder)(*batch)
         logits = output if isinstance(output, Tensor) else output["scores"]
         assert torch.equal(logits, smaller(*batch))
+
+
+def test_a_network_of_monai_is_saved_and_exported(tmp_path: Path) -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = nets.UNet(3, 1, 2, channels=(4, 8), strides=(2,)).eval()
+    volumes = torch.rand(20, 1, 8, 8, 8)
+    result = secateur.prune(model, volumes, target="macs=0.7")
+    result.save(tmp_path / "run")
+    loaded = secateur.load(tmp_path / "run", architecture=model)
+    with torch.inference_mode():
+        assert torch.equal(loaded(volumes[:2]), result.model(volumes[:2]))
+    exported = secateur.export_onnx(result.model, volumes[:2], tmp_path / "model.onnx")
+    assert exported.error < 1e-4
 
 
 def test_a_function_of_the_users_is_asked_for_again_by_name(tmp_path: Path) -> None:

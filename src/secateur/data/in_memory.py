@@ -267,7 +267,8 @@ def _is_batch(source: object, form: Form) -> bool:
     if not isinstance(labels, Tensor | np.ndarray) or not labels.ndim:
         return False
     if isinstance(images, tuple | list):
-        return all(_is_floats(part) and len(part) == len(labels) for part in images)
+        fits = (_is_floats(part) and len(part) == len(labels) for part in images)
+        return isinstance(source, tuple) and all(fits)
     return (
         isinstance(images, Tensor | np.ndarray)
         and images.ndim > 2

@@ -146,7 +146,8 @@ def _last_map_before(output: Node, graph: NetworkGraph, ranks: set[int]) -> Node
             node = output.args[0]
     while isinstance(node, Node) and node is not graph.image:
         shape = getattr(node.meta["val"], "shape", ())
-        if len(shape) in ranks and _positions(node) > 1:
+        has_images = len(shape) in ranks and shape[0] == graph.images
+        if has_images and _positions(node) > 1:
             return node
         if not node.args or not isinstance(node.args[0], Node):
             break
