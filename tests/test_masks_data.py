@@ -19,6 +19,7 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
 from secateur.data.unreadable import Unreadable
 from secateur.runtime.errors import DataError, UnreadableImage
+from secateur.scoring.concepts.masks import read_masks
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HEIGHT, WIDTH = 12, 16
@@ -294,3 +295,15 @@ def test_camvid() -> None:
         counts += (batch.labels + 1).flatten().bincount(minlength=12)
     assert 0.01 < float(counts[0] / counts.sum()) < 0.06
     assert (counts > 0).all()
+
+
+def test_layouts_of_data_sets_hold_concepts_too(tmp_path: Path) -> None:
+    write_parts(tmp_path, LAYOUTS["parts inside"])
+    (tmp_path / "classes.json").write_text(json.dumps(["background", "road", "car"]))
+    annotated = read_masks(tmp_path)
+    assert len(annotated.paths) == 16
+    assert [concept.name for concept in annotated.concepts] == ["road", "car"]
+    regions = annotated.regions(torch.tensor([0]), NATIVE)
+    classes = torch.from_numpy(pair(0)[1]).long()
+    for mask, concept in zip(regions.masks[0], regions.concepts[0].tolist(), strict=True):
+        assert torch.equal(mask, classes == concept + 1)

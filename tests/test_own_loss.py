@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 import secateur
 from networks import Chain
-from secateur.config import TrainingSection
+from secateur.config import BaseConfig, RunConfig, TrainingSection, from_dict
 from secateur.data import NormalisedImages
 from secateur.data.augmentation import Augmentation
 from secateur.data.images import IGNORED
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Preprocessing
+from secateur.experiments import run as runs
+from secateur.experiments.train_base import train_base
 from secateur.graph.output_values import OutputPart
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime.errors import DataError, NotFiniteLoss, SecateurError, UsageError
@@ -291,3 +293,52 @@ def test_smaller_pictures_are_flipped_and_cannot_be_shifted() -> None:
         shifts.apply_to_labels(labels, pictures)
     points = torch.rand(9, 5, 2)
     assert torch.equal(shifts.apply_to_labels(points, pictures), points)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_a_run_is_trained_with_it_and_asks_for_it_again(model_file: Path, tmp_path: Path) -> None:
+    model_file.write_text(
+        f"{model_file.read_text()}\n\ndef half(output, labels):\n"
+        "    return nn.functional.cross_entropy(output, labels) / 2\n"
+    )
+    network, loss = f"{model_file}:small", f"{model_file}:half"
+    config = from_dict(
+        {
+            "model": {"name": network, "allow_untrained": True},
+            "data": {"source": "digits", "image_size": 32, "calibration_images": 60},
+            "score": {"criterion": "l1"},
+            "finetune": {"epochs": 1, "loss": loss, "batch_size": 512},
+            "report": {"images": 0},
+        },
+        RunConfig,
+    )
+    folder = tmp_path / "run"
+    result = runs.run(config, folder)
+    assert result.config.finetune.loss == loss
+    named = {"model.name": network}
+    with pytest.raises(UsageError, match=re.escape(f"--set finetune.loss={loss}")):
+        runs.finetune(folder, folder, {}, named=named)
+    tuned = runs.finetune(folder, tmp_path / "other", {"loss": "auto"}, named=named)
+    with_auto, with_half = (r.finetuning.epochs[0].loss for r in (tuned, result) if r.finetuning)
+    assert with_half < with_auto
+    with pytest.raises(UsageError, match="no file"):
+        runs.run(
+            from_dict({**config.model_dump(), "finetune": {"loss": "a.py:b"}}, RunConfig), folder
+        )
+
+
+def test_a_base_network_is_trained_with_it(tmp_path: Path, model_file: Path) -> None:
+    model_file.write_text(
+        f"{model_file.read_text()}\n\ndef zero(output, labels):\n    return 0 * output.mean()\n"
+    )
+    config = from_dict(
+        {
+            "model": {"name": f"{model_file}:small"},
+            "data": {"source": "digits", "image_size": 32},
+            "train": {"epochs": 1, "loss": f"{model_file}:zero", "batch_size": 512},
+        },
+        BaseConfig,
+    )
+    assert train_base(config, tmp_path / "base").epochs[0].loss == 0

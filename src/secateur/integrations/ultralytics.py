@@ -253,7 +253,7 @@ class _KeepsPruned:
                 "a pruned network can't be built from its YAML file: train it from its checkpoint, "
                 "with pretrained=True"
             )
-        model: Any = copy.deepcopy(_unfused(weights))
+        model: Any = copy.deepcopy(_unfused(weights)).requires_grad_()
         model.criterion = None  # of an earlier training
         _fit_to_data(model, trainer.data)
         for module in model.modules():

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from secateur.data import DataSet, Images
+from secateur.data import DataSet
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import inputs_of
@@ -140,7 +140,7 @@ def make_gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
         images=_thumbnails(context, shown, config.data.batch_size, inputs_of(model)),
-        image_classes=_class_names(context.calibration, shown, dataset),
+        image_classes=_class_names(context, shown, dataset),
         layers=tuple(layers),
     )
 
@@ -203,9 +203,10 @@ def _jpeg(pixels: UInt8[Tensor, "rgb height width"]) -> bytes:
     return file.getvalue()
 
 
-def _class_names(images: Images, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
+def _class_names(context: ScoringContext, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
     """Return class names; empty for images that came with the concepts, or have no one class."""
-    has_classes = dataset.kind == "classes" and not isinstance(images, AnnotatedImages)
+    images, kind = context.calibration, context.task.kind
+    has_classes = kind in ("single-label", "binary") and not isinstance(images, AnnotatedImages)
     names = dataset.class_names if has_classes else ()
     labels = images.labels[shown].tolist()
     return tuple(names[label] if 0 <= label < len(names) else "" for label in labels)
