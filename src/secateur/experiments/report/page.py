@@ -20,6 +20,7 @@ from secateur.runtime.atomic_io import replace_file
 COMPUTED_SOURCES = ("evidence", "outputs", "saliency", "factors")
 """Concept sources whose regions depend on the network."""
 
+
 def write_report(
     result: RunResult,
     path: Path,
