@@ -3,6 +3,7 @@
     python bench/coverage.py [--only PATTERN] [--tool both]
 
 Each network of `zoo.py` is pruned in its own process and then added to `results/coverage.json`.
+Networks of other packages than torchvision and timm go through all of `secateur.prune`, with refit.
 Rows that are already there are kept, so the bench can be interrupted. Finally
 docs/reference/coverage.md is written; `--tables` does only that.
 """
@@ -22,9 +23,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import peer
+import secateur
+import third_party
 from rows import (
     ROOT,
     Note,
@@ -47,9 +51,10 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.equivalence import masked_network
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.runtime.errors import TargetError
+from secateur.runtime.packed_inputs import parameters_of, read_inputs
 from secateur.scoring import criteria
 from secateur.scoring.scores import score_filters
-from zoo import Member, build, members, outputs_of, random_inputs
+from zoo import Batch, Member, build, members, outputs_of, random_inputs
 
 RESULTS = ROOT / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "reference" / "coverage.md"
@@ -66,8 +71,14 @@ FLOAT64_FACTOR = 1e-3
 """The error in float64 must be smaller by this factor to count as float32's rounding."""
 LEAST_CHANGE = 1e-4
 """Least relative change of the output that shows a cut."""
-PACKAGES = {"secateur": ("timm",), "torch-pruning": ("timm", "torch-pruning")}
-"""Packages whose versions count, beside those of PyTorch and secateur, for each tool."""
+PRUNE = "secateur.prune"
+"""The tool of the networks in `third_party`."""
+PRUNE_TARGETS = (0.7, 0.85, 0.95)
+"""Fractions of the MACs that may stay with that tool; the first one within reach is used."""
+IMAGES = 16
+"""What it gets: batches of noise, a few images each."""
+SETTINGS = {"data.batch_size": 8, "model.allow_untrained": True}
+TOOLS = ("secateur", "torch-pruning")
 SEED = 0
 
 
@@ -93,21 +104,66 @@ def measure_secateur(member: Member, note: Note) -> None:
         outputs = outputs_of(smaller, images)
         note(counted_macs_left=_flops(smaller, images) / _flops(model, images))
         note(stage="equivalence")
-        expected = masked_network(model, dependencies, plan)(images)
-        before = outputs_of(model, images)
-        if _error(outputs, expected) > AMPLIFIED:
-            exact = copy.deepcopy(model).double()
-            reference = masked_network(exact, dependencies, plan)(images.double())
-            outputs_float64 = outputs_of(apply_plan(exact, dependencies, plan), images.double())
-            note(equivalence_error_float64=_error(outputs_float64, reference))
-    note(
-        equivalence_error=_error(outputs, expected),
-        change=_error(outputs, before),
-        is_finite=all(bool(value.isfinite().all()) for value in outputs),
-        stage="backward",
-    )
+        note(
+            **_equivalence(model, dependencies, plan, images),
+            is_finite=all(bool(value.isfinite().all()) for value in outputs),
+            stage="backward",
+        )
     missing = _gradient_names(model, images) - _gradient_names(smaller, images)
     note(parameters_without_gradient=sorted(missing)[:5], stage="done")
+
+
+def measure_prune(member: Member, note: Note) -> None:
+    """Prune a network of another package with `secateur.prune`; `note` records the results."""
+    note(stage="build")
+    network = third_party.PARTS[member.part][member.name.partition(":")[2]]
+    model, images = build(member, SEED), random_inputs(member, IMAGES, SEED + 1)
+    errors = []
+    start = time.perf_counter()
+    note(stage="prune")
+    for target in PRUNE_TARGETS:
+        try:
+            result = secateur.prune(
+                model, [images], target=target, task=network.task, seed=SEED, settings=SETTINGS
+            )
+            break
+        except TargetError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
+    dependencies, scores = result._pruned.dependencies, result.scores
+    note(
+        prune_seconds=_since(start),
+        macs_target=target,
+        channels_cut=sum(len(filters) for filters in result.plan.removed.values()),
+        macs_left=scores["refit"].macs / scores["before"].macs,
+        metric_cut=scores["cut"].metric,
+        metric_refit=scores["refit"].metric,
+        **_groups(dependencies),
+        stage="equivalence",
+    )
+    few = tree_map(lambda tensor: tensor[:2], images)
+    with torch.no_grad():
+        note(is_finite=all(bool(v.isfinite().all()) for v in outputs_of(result.model, few)))
+        note(**_equivalence(model, dependencies, result.plan, few), stage="done")
+
+
+def _equivalence(
+    model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan, images: Batch
+) -> Row:
+    """Return how far the pruned network is from the masked original, and what pruning changes."""
+    outputs = outputs_of(apply_plan(model, dependencies, plan), images)
+    expected = masked_network(model, dependencies, plan)(_packed(model, images))
+    row = {
+        "equivalence_error": _error(outputs, expected),
+        "change": _error(outputs, outputs_of(model, images)),
+    }
+    if row["equivalence_error"] > AMPLIFIED:
+        exact, same = copy.deepcopy(model).double(), tree_map(Tensor.double, images)
+        reference = masked_network(exact, dependencies, plan)(_packed(exact, same))
+        outputs = outputs_of(apply_plan(exact, dependencies, plan), same)
+        row["equivalence_error_float64"] = _error(outputs, reference)
+    return row
 
 
 def measure_peer(member: Member, note: Note) -> None:
@@ -175,7 +231,7 @@ def _first_plan(
     raise errors[0]
 
 
-def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
+def _built(member: Member, note: Note) -> tuple[nn.Module, Batch]:
     """Return the network and two images; raise `ValueError` if its output is zero or not finite."""
     note(stage="build")
     model = build(member, SEED)
@@ -187,7 +243,12 @@ def _built(member: Member, note: Note) -> tuple[nn.Module, Tensor]:
     return model, images
 
 
-def _flops(model: nn.Module, images: Tensor) -> int:
+def _packed(model: nn.Module, inputs: Batch) -> Tensor:
+    """Return the inputs of a network as the one tensor that its graph takes."""
+    return read_inputs(inputs, parameters_of(model))[0]
+
+
+def _flops(model: nn.Module, images: Batch) -> int:
     """Return the floating-point operations that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         outputs_of(model, images)
@@ -206,15 +267,31 @@ def _groups(dependencies: DependencyGraph) -> Row:
     return {
         "channels": sum(len(group) for group in dependencies.groups.values()),
         "frozen_channels": dict(frozen.most_common()),
+        "frozen_places": _places(dependencies),
         "frozen_groups": len(dependencies.frozen),
         "groups": len(dependencies.groups),
     }
 
 
-def _gradient_names(model: nn.Module, images: Tensor) -> set[str]:
-    """Return the parameters that get a finite gradient from the sum of the squared outputs."""
+def _places(dependencies: DependencyGraph) -> list[str]:
+    """Return why most channels are frozen, each reason with operation and line."""
+    frozen: Counter[str] = Counter()
+    for group in dependencies.frozen:
+        frozen[group.reason] += group.size
+    return [reason for reason, _ in frozen.most_common(3)]
+
+
+def _gradient_names(model: nn.Module, images: Batch) -> set[str]:
+    """Return the parameters that get a finite gradient from the sum of the squared outputs.
+
+    None, if the network writes over values that its gradient needs.
+    """
     outputs = outputs_of(model, images)
-    torch.stack([value.float().square().sum() for value in outputs]).sum().backward()
+    loss = torch.stack([value.float().square().sum() for value in outputs]).sum()
+    try:
+        loss.backward()
+    except RuntimeError:
+        return set()
     return {
         name
         for name, parameter in model.named_parameters()
@@ -230,8 +307,12 @@ def child(arguments: argparse.Namespace) -> None:
     """Measure one network with one tool in this process."""
     torch.set_num_threads(arguments.threads)
     member = next(member for member in members() if member.name == arguments.network)
-    measure = {"secateur": measure_secateur, "torch-pruning": measure_peer}[arguments.tool]
-    record(partial(measure, member), Path(arguments.out), *PACKAGES[arguments.tool])
+    measure = {
+        "secateur": measure_secateur,
+        "torch-pruning": measure_peer,
+        PRUNE: measure_prune,
+    }[arguments.tool]
+    record(partial(measure, member), Path(arguments.out), *_packages(member, arguments.tool))
 
 
 def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
@@ -258,7 +339,7 @@ def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
 
 def is_cut(row: Row | None) -> bool:
     """Return whether a network was pruned and the result runs, forward and backward."""
-    if row is None or row["outcome"] != "ok" or row["parameters_without_gradient"]:
+    if row is None or row["outcome"] != "ok" or row.get("parameters_without_gradient"):
         return False
     return bool(row.get("is_finite", True)) and row["change"] > LEAST_CHANGE
 
@@ -304,12 +385,99 @@ def summary_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def third_party_table(rows: list[Row]) -> str:
+    """Return how many networks of each part of `third_party` `secateur.prune` takes."""
+    lines = [
+        "| | networks | cut, runs | equals the masked original | refit | refused with a reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = [0, 0, 0, 0, 0]
+    for part, title in third_party.TITLES.items():
+        names = [member.name for member in members() if member.part == part]
+        found = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
+        refused = sum(row["outcome"] != "ok" for row in found)
+        refit = sum("metric_refit" in row for row in found)
+        counts = [len(found), *(sum(map(t, found)) for t in (is_cut, is_equivalent))]
+        counts += [refit, refused]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        lines.append(f"| {title} | {' | '.join(map(str, counts))} |")
+    lines.append(f"| together | {' | '.join(map(str, total))} |")
+    return "\n".join(lines)
+
+
+def third_party_networks(rows: list[Row], part: str) -> str:
+    """Return a table with one line for each network of a part of `third_party`."""
+    lines = [
+        "| network | inputs | channels removed of all | MACs left | error | agreement: cut, refit "
+        "| s | frozen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for member in members():
+        row = _find(rows, member.name, PRUNE)
+        if member.part != part or row is None:
+            continue
+        inputs = " + ".join("×".join(map(str, shape)) or "1" for shape in member.shapes)
+        head = [_cell(member.name.partition(":")[2]), inputs]
+        if row["outcome"] != "ok":
+            lines.append(f"| {' | '.join([*head, row['reason'].replace('|', '/')])} | | | | | |")
+            continue
+        frozen = list(row["frozen_channels"].items())
+        cells = [
+            f"{row['channels_cut']:,} of {row['channels'] + sum(dict(frozen).values()):,}",
+            f"{100 * row['macs_left']:.1f} %" + ("" if is_cut(row) else " (broken)"),
+            f"{row['equivalence_error']:.0e}",
+            f"{row['metric_cut']:.2f}, {row['metric_refit']:.2f}",
+            f"{row['wall_seconds']:.0f}",
+            "; ".join(f"{size}: {_cell(reason)}" for reason, size in frozen[:3]) or "–",
+        ]
+        lines.append(f"| {' | '.join([*head, *cells])} |")
+    return "\n".join(lines)
+
+
+def third_party_part(rows: list[Row]) -> str:
+    """Return the part of the page on networks of other packages; empty if none is measured."""
+    measured = [row for row in rows if row["tool"] == PRUNE]
+    if not measured:
+        return ""
+    found: dict[str, str] = {}
+    for row in measured:
+        found |= {name: v for name, v in row["environment"].items() if name in third_party.LICENCES}
+    packages = ", ".join(
+        f"{name} {version} ({third_party.LICENCES[name]})" for name, version in found.items()
+    )
+    tables = "\n\n".join(
+        f"### {title}\n\n{third_party_networks(rows, part)}"
+        for part, title in third_party.TITLES.items()
+        if any(row["part"] == part for row in measured)
+    )
+    return f"""## Networks of other packages
+
+{third_party_table(rows)}
+
+These networks go through all of `secateur.prune`, with the default settings: filters are scored,
+the network is cut to 70 % of its MACs (to 85 or 95 % where 70 % is out of reach), compared with
+the masked original, and refit. Weights are random, and so are the {IMAGES} images, in batches of
+{SETTINGS["data.batch_size"]}; networks and inputs are small, from their configuration
+(`bench/third_party.py`, and `bench/definitions.py` for networks that are written down from papers).
+*Agreement* is with the original network, on three images: the fraction of equal classes, or R² of
+the values. It shows that every step runs, not how good it is. *s* is the time of the whole process,
+beside others. A network is *refused with a reason* if `secateur.prune` says why, and where in its
+code.
+
+Packages and their licences: {packages}. `pip install "secateur[zoo]"` installs them; nothing else
+needs them.
+
+{tables}
+
+"""
+
+
 def reasons_table(rows: list[Row]) -> str:
     """Return why channels are frozen, over all networks."""
     channels: Counter[str] = Counter()
     networks: Counter[str] = Counter()
     for row in rows:
-        if row["tool"] == "secateur":
+        if row["tool"] in ("secateur", PRUNE):
             for reason, size in row.get("frozen_channels", {}).items():
                 channels[reason] += size
                 networks[reason] += 1
@@ -390,7 +558,8 @@ def _find(rows: list[Row], network: str, tool: str) -> Row | None:
 
 def page(rows: list[Row]) -> str:
     """Return the whole of docs/reference/coverage.md."""
-    surroundings_of = rows[-1]["environment"] if rows else {}
+    halved = [row for row in rows if row["tool"] != PRUNE]
+    surroundings_of = halved[-1]["environment"] if halved else {}
     listed = ", ".join(f"{name} {value}" for name, value in surroundings_of.items())
     times = [
         ours["dependency_graph_seconds"] + ours["surgery_seconds"]
@@ -445,7 +614,7 @@ Last row measured with: {listed}.
 
 {tables}
 
-## Why channels are frozen
+{third_party_part(rows)}## Why channels are frozen
 
 {reasons_table(rows)}
 """
@@ -461,18 +630,34 @@ def _shapes(member: Member) -> list[list[int]]:
     return [list(shape) for shape in member.shapes]
 
 
+def _tools(member: Member, chosen: str) -> tuple[str, ...]:
+    """Return the tools that a network is pruned with, of those that were chosen."""
+    if member.part in third_party.PARTS:
+        return () if chosen == "torch-pruning" else (PRUNE,)
+    tools = TOOLS if chosen == "both" else (chosen,)
+    # Torch-Pruning takes no network that answers other than by one tensor.
+    return tuple(tool for tool in tools if member.part != "dense" or tool == "secateur")
+
+
+def _packages(member: Member, tool: str) -> tuple[str, ...]:
+    """Return the packages whose versions count beside those of PyTorch and secateur."""
+    if tool == PRUNE:
+        return third_party.packages_of(member.part, member.name.partition(":")[2])
+    return ("timm", "torch-pruning") if tool == "torch-pruning" else ("timm",)
+
+
 def is_there(rows: list[Row], member: Member, tool: str) -> bool:
     """Whether a row was measured with the versions that are installed, on the same images."""
     row = _find(rows, member.name, tool)
     if row is None or "environment" not in row or row["shapes"] != _shapes(member):
         return False
-    return versions(row) == versions({"environment": surroundings(*PACKAGES[tool])})
+    return versions(row) == versions({"environment": surroundings(*_packages(member, tool))})
 
 
 def main() -> None:
     """Measure the missing rows and write the tables."""
     parser = bench_parser(__doc__, limit=300)
-    parser.add_argument("--tool", choices=[*PACKAGES, "both"], default="both")
+    parser.add_argument("--tool", choices=[*TOOLS, PRUNE, "both"], default="both")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
@@ -481,9 +666,7 @@ def main() -> None:
         for member in members():
             if not fnmatch.fnmatch(member.name, arguments.only):
                 continue
-            for tool in PACKAGES if arguments.tool == "both" else (arguments.tool,):
-                if member.part == "dense" and tool != "secateur":
-                    continue  # it takes no network that answers other than by one tensor
+            for tool in _tools(member, arguments.tool):
                 again = arguments.again and fnmatch.fnmatch(member.name, arguments.again)
                 if not again and is_there(read_rows(RESULTS), member, tool):
                     continue

@@ -30,6 +30,7 @@ PURPOSES = {
     "safetensors": "weights in files",
     "filelock": "one run at a time in a folder",
     "pydantic": "validates configurations and files",
+    "pyyaml": "reads the tables of YOLO's data sets",
     "jaxtyping": "named axes in signatures",
     "typer": "the command line",
     "rich": "the terminal",

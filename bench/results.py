@@ -9,6 +9,7 @@ import ablations
 import benchmarks
 import criteria
 import finetuned
+import segmentation
 import tuning
 from measurements import read_measurements
 from rows import ROOT
@@ -20,6 +21,8 @@ BENCHMARKS = {finetuned.CONFIG: finetuned.RESULTS, **ablations.RESULTS}
 TABLES: dict[str, Callable[[], str]] = {
     "results/criteria.jsonl cifar10": lambda: criteria.table("cifar10", criteria.measured()),
     "results/tuning.jsonl": lambda: tuning.table(read_measurements(tuning.RESULTS, tuning.KEY)),
+    "results/segmentation.jsonl": lambda: segmentation.table(segmentation.measured()),
+    "results/segmentation.jsonl classes": lambda: segmentation.class_table(segmentation.measured()),
     **{
         f"results/{rows.name}": partial(benchmarks.table, config, rows)
         for config, rows in BENCHMARKS.items()

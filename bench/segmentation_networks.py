@@ -122,6 +122,7 @@ def convert(file: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Convert the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("file", type=Path)

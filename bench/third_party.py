@@ -10,12 +10,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 import definitions
-from secateur.graph.network_graph import Forward
 
 Shape = tuple[int, ...]
 IMAGE = ((3, 64, 64),)
@@ -30,8 +29,8 @@ class Network:
     build: Callable[[], nn.Module]
     shapes: tuple[Shape, ...]
     """The shape of each input, without the dimension of the batch."""
-    forward: Forward | None = None
-    """How to run it, if not by a call with its inputs that returns all its outputs."""
+    task: Literal["auto", "regression"] = "auto"
+    """What its outputs are for `secateur.prune`."""
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> nn.Module:
@@ -92,7 +91,6 @@ SMP: dict[str, Network] = {
     "Unet/mobilenet_v2": _smp("Unet", "mobilenet_v2"),
     "Unet/densenet121": _smp("Unet", "densenet121"),
     "Unet/vgg11_bn": _smp("Unet", "vgg11_bn"),
-    "Unet/mit_b0": _smp("Unet", "mit_b0"),
     "Unet/tu-regnetx_002": _smp("Unet", "tu-regnetx_002"),
     "Unet/resnet18, scSE, class head": _smp(
         "Unet", decoder_attention_type="scse", aux_params={"classes": 3}
@@ -105,11 +103,7 @@ SMP: dict[str, Network] = {
     "PAN/resnet18": _smp("PAN", side=128),
     "DeepLabV3/resnet18": _smp("DeepLabV3"),
     "DeepLabV3Plus/mobilenet_v2": _smp("DeepLabV3Plus", "mobilenet_v2"),
-    "UPerNet/tu-convnext_atto": _smp("UPerNet", "tu-convnext_atto"),
     "Segformer/mit_b0": _smp("Segformer", "mit_b0"),
-    "DPT/tu-vit_tiny_patch16_224": _smp(
-        "DPT", "tu-vit_tiny_patch16_224.augreg_in21k", side=224, decoder_readout="ignore"
-    ),
 }
 
 MONAI: dict[str, Network] = {
@@ -132,9 +126,7 @@ MONAI: dict[str, Network] = {
         strides=(2, 2),
         num_res_units=2,
     ),
-    "BasicUNet, 3-D": _monai(
-        "BasicUNet", VOLUME, spatial_dims=3, features=(8, 8, 16, 32, 64, 8)
-    ),
+    "BasicUNet, 3-D": _monai("BasicUNet", VOLUME, spatial_dims=3, features=(8, 8, 16, 32, 64, 8)),
     "BasicUNetPlusPlus, 2-D": _monai(
         "BasicUNetPlusPlus", GREY, spatial_dims=2, features=(8, 8, 16, 32, 64, 8)
     ),
@@ -149,7 +141,6 @@ MONAI: dict[str, Network] = {
     ),
     "SegResNet, 3-D": _monai("SegResNet", VOLUME, spatial_dims=3, init_filters=8),
     "SegResNetDS, 3-D": _monai("SegResNetDS", VOLUME, spatial_dims=3, init_filters=8, dsdepth=2),
-    "VNet, 3-D": _monai("VNet", VOLUME, spatial_dims=3),
     "DynUNet, 3-D": _monai(
         "DynUNet",
         VOLUME,
@@ -184,18 +175,6 @@ MONAI: dict[str, Network] = {
         n_input_channels=1,
         num_classes=4,
     ),
-    "SENet, 2-D": _monai(
-        "SENet",
-        IMAGE,
-        spatial_dims=2,
-        in_channels=3,
-        block="se_resnetxt_bottleneck",
-        layers=(1, 1, 1, 1),
-        groups=32,
-        reduction=16,
-        num_classes=10,
-        inplanes=64,
-    ),
     "EfficientNetBN, 2-D": _monai(
         "EfficientNetBN", IMAGE, model_name="efficientnet-b0", pretrained=False, num_classes=10
     ),
@@ -219,7 +198,6 @@ MONAI: dict[str, Network] = {
     "Quicknat, 2-D": _monai(
         "Quicknat", GREY, num_classes=4, num_channels=1, num_filters=16, se_block=None
     ),
-    "AHNet, 3-D": _monai("AHNet", VOLUME, layers=(1, 1, 1, 1), psp_block_num=2, out_channels=2),
     "MedNeXt, 3-D": _monai(
         "MedNeXt",
         VOLUME,
@@ -231,7 +209,12 @@ MONAI: dict[str, Network] = {
         blocks_up=(1, 1, 1, 1),
     ),
     "Regressor, 2-D": _monai(
-        "Regressor", GREY, in_shape=(1, 64, 64), out_shape=(2,), channels=(8, 16, 32), strides=(2, 2, 2)
+        "Regressor",
+        GREY,
+        in_shape=(1, 64, 64),
+        out_shape=(2,),
+        channels=(8, 16, 32),
+        strides=(2, 2, 2),
     ),
     "VarAutoEncoder, 2-D": _monai(
         "VarAutoEncoder",
@@ -258,55 +241,37 @@ MONAI: dict[str, Network] = {
 }
 
 PYTORCHCV: dict[str, Network] = {
-    "bagnet9": _pytorchcv("bagnet9", 224),
-    "bam_resnet18": _pytorchcv("bam_resnet18", 224),
-    "cbam_resnet18": _pytorchcv("cbam_resnet18", 224),
-    "bninception": _pytorchcv("bninception", 224),
-    "airnet50_1x64d_r16": _pytorchcv("airnet50_1x64d_r16", 224),
-    "channelnet": _pytorchcv("channelnet", 224),
-    "condensenet74_c4_g4": _pytorchcv("condensenet74_c4_g4", 224),
-    "diaresnet20_cifar10": _pytorchcv("diaresnet20_cifar10", 32),
-    "dicenet_wd5": _pytorchcv("dicenet_wd5", 224),
-    "diracnet18v2": _pytorchcv("diracnet18v2", 224),
-    "drnc26": _pytorchcv("drnc26", 224),
-    "espnetv2_wd2": _pytorchcv("espnetv2_wd2", 224),
-    "fishnet99": _pytorchcv("fishnet99", 224),
-    "hardnet39ds": _pytorchcv("hardnet39ds", 224),
-    "hrnet_w18_small_v1": _pytorchcv("hrnet_w18_small_v1", 224),
-    "ibn_resnet50": _pytorchcv("ibn_resnet50", 224),
-    "igcv3_wd4": _pytorchcv("igcv3_wd4", 224),
-    "isqrtcovresnet18": _pytorchcv("isqrtcovresnet18", 224),
-    "menet108_8x1_g3": _pytorchcv("menet108_8x1_g3", 224),
-    "msdnet22_cifar10": _pytorchcv("msdnet22_cifar10", 32),
-    "octresnet10_ad2": _pytorchcv("octresnet10_ad2", 224),
-    "peleenet": _pytorchcv("peleenet", 224),
-    "pyramidnet110_a48_cifar10": _pytorchcv("pyramidnet110_a48_cifar10", 32),
-    "resattnet56": _pytorchcv("resattnet56", 224),
-    "revnet38": _pytorchcv("revnet38", 224),
-    "scnet50": _pytorchcv("scnet50", 224),
-    "shakeshakeresnet20_2x16d_cifar10": _pytorchcv("shakeshakeresnet20_2x16d_cifar10", 32),
-    "sharesnet18": _pytorchcv("sharesnet18", 224),
-    "shufflenet_g3_w1": _pytorchcv("shufflenet_g3_w1", 224),
-    "sparsenet121": _pytorchcv("sparsenet121", 224),
-    "sqnxt23_w1": _pytorchcv("sqnxt23_w1", 224),
-    "squeezeresnet_v1_1": _pytorchcv("squeezeresnet_v1_1", 224),
-    "vovnet27s": _pytorchcv("vovnet27s", 224),
-    "wrn20_10_1bit_cifar10": _pytorchcv("wrn20_10_1bit_cifar10", 32),
-    "xdensenet40_2_k24_bc_cifar10": _pytorchcv("xdensenet40_2_k24_bc_cifar10", 32),
-    "zfnetb": _pytorchcv("zfnetb", 224),
-    "bisenet_resnet18_celebamaskhq": _pytorchcv(
-        "bisenet_resnet18_celebamaskhq", 64, in_size=(64, 64), pretrained_backbone=False
-    ),
-    "dabnet_cityscapes": _pytorchcv("dabnet_cityscapes"),
-    "enet_cityscapes": _pytorchcv("enet_cityscapes"),
-    "erfnet_cityscapes": _pytorchcv("erfnet_cityscapes"),
-    "lednet_cityscapes": _pytorchcv("lednet_cityscapes"),
-    "segnet_cityscapes": _pytorchcv("segnet_cityscapes"),
+    **{
+        f"{name}_cifar10": _pytorchcv(f"{name}_cifar10", 32)
+        for name in (
+            "nin",
+            "resnet20",
+            "preresnet20",
+            "seresnet20",
+            "diaresnet20",
+            "densenet40_k12",
+            "xdensenet40_2_k24_bc",
+            "rir",
+            "resdropresnet20",
+            "shakedropresnet20",
+            "shakeshakeresnet20_2x16d",
+        )
+    },
+    **{
+        f"{name}_cityscapes": _pytorchcv(f"{name}_cityscapes", in_size=(64, 64))
+        for name in ("cgnet", "dabnet", "edanet", "enet", "erfnet", "fpenet", "lednet", "linknet")
+    },
     "sinet_cityscapes": _pytorchcv("sinet_cityscapes", 128, in_size=(128, 128)),
-    "simplepose_resnet18_coco": _pytorchcv(
-        "simplepose_resnet18_coco", 64, pretrained_backbone=False
-    ),
+    "cbam_resnet18": _pytorchcv("cbam_resnet18", 224),
+    "espnetv2_wd2": _pytorchcv("espnetv2_wd2", 224),
+    "menet108_8x1_g3": _pytorchcv("menet108_8x1_g3", 224),
+    "octresnet10_ad2": _pytorchcv("octresnet10_ad2", 224),
+    "shufflenet_g3_w1": _pytorchcv("shufflenet_g3_w1", 224),
+    "squeezeresnet_v1_1": _pytorchcv("squeezeresnet_v1_1", 224),
     "lwopenpose2d_mobilenet_cmupan_coco": _pytorchcv("lwopenpose2d_mobilenet_cmupan_coco"),
+    "simplepose_resnet18_coco": _pytorchcv(
+        "simplepose_resnet18_coco", in_size=(64, 64), pretrained_backbone=False
+    ),
 }
 
 TRANSFORMERS: dict[str, Network] = {
@@ -497,7 +462,6 @@ RESTORATION: dict[str, Network] = {
         "KBNet:KBNet_s", width=16, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]
     ),
     "MoSR (spandrel)": _spandrel("MoSR:MoSR", ((3, 32, 32),), dim=32, n_block=3),
-    "SCUNet (spandrel)": _spandrel("SCUNet:SCUNet", config=[1] * 7, dim=64, input_resolution=64),
 }
 
 SIGNALS: dict[str, Network] = {
@@ -515,7 +479,6 @@ SIGNALS: dict[str, Network] = {
     "ATCNet (braindecode)": _braindecode("ATCNet", 1000),
     "SleepStagerChambon2018 (braindecode)": _braindecode("SleepStagerChambon2018", 1000),
     "USleep (braindecode)": _braindecode("USleep", 3000, depth=4),
-    "SPARCNet (braindecode)": _braindecode("SPARCNet"),
     "PhaseNet (seisbench)": _seisbench("PhaseNet", 3001),
     "GPD (seisbench)": _seisbench("GPD", 400),
     "BasicPhaseAE (seisbench)": _seisbench("BasicPhaseAE", 600),
@@ -536,7 +499,7 @@ VIDEO: dict[str, Network] = {
 }
 
 PAIRS: dict[str, Network] = {
-    "Siamese": Network(definitions.Siamese, 2 * IMAGE),
+    "Siamese": Network(definitions.Siamese, 2 * IMAGE, task="regression"),
     "FlowNetC": Network(definitions.FlowNetC, 2 * IMAGE),
     "FC-Siam-diff": Network(definitions.FCSiamDiff, 2 * IMAGE),
     "ImageAndVector": Network(definitions.ImageAndVector, (*IMAGE, (10,))),
@@ -577,3 +540,37 @@ PARTS: dict[str, dict[str, Network]] = {
     "video": VIDEO,
     "several inputs": PAIRS,
 }
+
+TITLES = {
+    "smp": "segmentation_models_pytorch",
+    "monai": "MONAI",
+    "pytorchcv": "pytorchcv",
+    "transformers": "transformers",
+    "restoration": "Restoration and super-resolution",
+    "signals": "Signals, 1-D",
+    "video": "Video networks of torchvision",
+    "several inputs": "Several inputs",
+}
+"""What each part is called on the page."""
+
+LICENCES = {
+    "segmentation-models-pytorch": "MIT",
+    "monai": "Apache-2.0",
+    "pytorchcv": "MIT",
+    "transformers": "Apache-2.0",
+    "spandrel": "MIT",
+    "braindecode": "BSD-3-Clause",
+    "seisbench": "GPL-3.0",
+}
+"""Packages that networks are from, beside torchvision and timm, and their licences."""
+
+
+def packages_of(part: str, name: str) -> tuple[str, ...]:
+    """Return the packages that a network is from; their versions count."""
+    if part == "smp":
+        return ("segmentation-models-pytorch", "timm")
+    if part in LICENCES:
+        return (part,)
+    named = name.partition("(")[2].partition(")")[0].partition(" ")[0]
+    package = {"smp": "segmentation-models-pytorch"}.get(named, named)
+    return (package,) if package in LICENCES else ()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torchvision
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import third_party
-from secateur.graph.forward import with_forward
 from secateur.graph.torchvision_detectors import traceable_forward
 from secateur.models import zoo
 from third_party import Shape
 
 CLASSES = 1000
+Batch = Tensor | tuple[Tensor, ...]
+"""What a network takes: a batch of images, or several inputs."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if member.part in third_party.PARTS:
-            model = _built(member).eval()
+            networks = third_party.PARTS[member.part]
+            model = networks[member.name.partition(":")[2]].build().eval()
         elif member.part == "dense":
             name = member.name.removeprefix("torchvision:")
             model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
@@ -276,35 +277,20 @@ def build(member: Member, seed: int, *, disturbed: bool = True) -> nn.Module:
     return model
 
 
-def _built(member: Member) -> nn.Module:
-    """Return a network of `third_party` that takes one tensor: several inputs are joined."""
-    network = third_party.PARTS[member.part][member.name.partition(":")[2]]
-    is_joined = len(network.shapes) > 1
-    forward = partial(_run_on_parts, network.shapes) if is_joined else network.forward
-    return with_forward(network.build(), forward)
-
-
-def _run_on_parts(shapes: tuple[Shape, ...], model: nn.Module, joined: Tensor) -> object:
-    """Run a network on inputs that were joined to `[image, value]`."""
-    parts = joined.split([math.prod(shape) for shape in shapes], dim=1)
-    inputs = (part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
-    return model(*inputs)
-
-
-def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+def outputs_of(model: nn.Module, inputs: Batch) -> tuple[Tensor, ...]:
     """Return all output tensors; of detectors those before boxes are selected."""
     forward = traceable_forward(model)
-    outputs = model(images) if forward is None else forward(model, images)
+    # Copies, since some networks write into what they are given.
+    copies = [tensor.clone() for tensor in (inputs if isinstance(inputs, tuple) else (inputs,))]
+    outputs = model(*copies) if forward is None else forward(model, *copies)
     return tuple(value for value in tree_leaves(outputs) if isinstance(value, Tensor))
 
 
-def random_inputs(member: Member, count: int, seed: int) -> Tensor:
-    """Return what a network takes, of normal noise; several inputs are joined."""
+def random_inputs(member: Member, count: int, seed: int) -> Batch:
+    """Return what a network takes, of normal noise: a tensor, or a tuple of several."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(count, *shape, generator=generator) for shape in member.shapes]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.reshape(count, -1) for part in parts], dim=1)
+    parts = tuple(torch.randn(count, *shape, generator=generator) for shape in member.shapes)
+    return parts if len(parts) > 1 else parts[0]
 
 
 def random_images(count: int, side: int, seed: int) -> Tensor:
@@ -335,7 +321,7 @@ def randomise_constants(parameters: Iterable[nn.Parameter], generator: torch.Gen
 
 
 def randomise_statistics(
-    model: nn.Module, images: Tensor, generator: torch.Generator, *, disturbed: bool
+    model: nn.Module, images: Batch, generator: torch.Generator, *, disturbed: bool
 ) -> None:
     """Give each batch norm the mean and variance of its input, optionally disturbed."""
     norms = [

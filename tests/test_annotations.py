@@ -404,7 +404,7 @@ def _broken_image(directory: Path) -> None:
         (_no_png, r"the mask .*masks/1.png can't be read"),
         (_coloured, r"1.png is in colours: expected one number for each pixel"),
         (_no_image, r"no images in .*images"),
-        (_no_folder, r"no masks in .*: expected images/ and masks/, or train/ and train_masks/"),
+        (_no_folder, r"no masks in .*: expected images/ and masks/, train/ and train_masks/"),
         (_no_images_beside, r"test_masks has no folder test of images beside it"),
         (_no_list, r"classes.json holds no list of names: expected it as 'classes' or 'labels'"),
         (_no_json, r"the names in .*classes.json can't be read"),

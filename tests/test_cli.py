@@ -106,7 +106,7 @@ def test_every_command_has_help(call: Call, command: str) -> None:
 
 def test_help_says_what_the_defaults_are(call: Call) -> None:
     text = call("prune", "--help").out
-    for default in ("macs=0.5", "vote", "evidence", "2000", "downstream", "0.02"):
+    for default in ("macs=0.5", "vote", "auto", "2000", "downstream", "0.02"):
         assert f"default: {default}]" in " ".join(text.replace("│", " ").split())
 
 

@@ -12,6 +12,8 @@ from concept_inputs import CLASS_NAMES, PREPROCESSING, concept_input_of, context
 from networks import CLASSES, Chain, Flattened, make_network, random_images
 from secateur.data.annotated import NO_CLASS
 from secateur.data.concept_masks import UNLABELLED, Concept, ConceptMasks, at_resolution
+from secateur.graph.output_values import OutputPart
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime.errors import DataError, TraceError, UnknownName, UsageError
 from secateur.scoring.concepts import (
     ConceptInput,
@@ -19,11 +21,13 @@ from secateur.scoring.concepts import (
     annotated_sources,
     make,
     parse,
+    resolve,
     sources,
 )
 from secateur.scoring.concepts.annotations import Annotations
 from secateur.scoring.concepts.combined import Combined
-from secateur.scoring.concepts.evidence import Evidence
+from secateur.scoring.concepts.evidence import Evidence, last_map
+from secateur.scoring.concepts.outputs import CONFIDENT
 
 NETWORKS = ["chain", "residual", "concat", "flattened", "gated", "in_place"]
 
@@ -210,8 +214,8 @@ def test_a_flat_map_is_salient_everywhere() -> None:
 # --- networks without a map -----------------------------------------------------------------------
 
 
-class NoMap(nn.Module):
-    """A head that concatenates: the way back from the output ends there."""
+class JoinedHead(nn.Module):
+    """A head that concatenates: its map is the last that any branch computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,10 +232,13 @@ def perceptron() -> nn.Module:
 
 
 @pytest.mark.parametrize("source", ["evidence", "saliency", "factors"])
-@pytest.mark.parametrize("make", [NoMap, perceptron])
-def test_a_network_without_a_feature_map_is_an_error(source: str, make: type[nn.Module]) -> None:
+def test_a_network_without_a_feature_map_is_an_error(source: str) -> None:
     with pytest.raises(TraceError, match="no feature map to look for class evidence in"):
-        sources()[source](context_of(make()))
+        sources()[source](context_of(perceptron()))
+
+
+def test_the_map_before_a_head_that_joins_branches() -> None:
+    assert last_map(context_of(JoinedHead()).graph).meta["val"].shape[1:] == (4, 6, 6)
 
 
 class MaxPooledHead(nn.Module):
@@ -281,6 +288,167 @@ def test_an_average_over_channels_is_not_taken_for_one_over_positions() -> None:
         # d logit / d map[c] is row[position] / 16, for every channel c.
         weight = model.linear.weight[label].detach().mean() / 16
         torch.testing.assert_close(heat[i], weight * maps[i].sum(0))
+
+
+# --- outputs of dense networks --------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """Maps of `channels` behind two convolutions, `times` as fine as the last feature map."""
+
+    def __init__(self, channels: int, times: int = 1, side: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, stride=times, padding=1)
+        self.conv2 = nn.Conv2d(6, channels, side, padding=side // 2)
+        self.times = times
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.conv2(F.relu(self.conv1(images)))
+        return (
+            F.interpolate(maps, scale_factor=self.times, mode="bilinear")
+            if self.times > 1
+            else maps
+        )
+
+
+def dense_inputs(name: str, model: nn.Module, task: Task) -> tuple[ConceptSource, ConceptInput]:
+    context = context_of(model.eval(), task=task)
+    source = sources()[name](context)
+    return source, concept_input_of(source, context, random_images(5))
+
+
+def test_classes_of_a_segmentation_are_regions() -> None:
+    source, concept_input = dense_inputs("outputs", Dense(5, times=2), Task("segmentation"))
+    regions = source.find(concept_input)
+    classes = concept_input.outputs[0].argmax(1)
+    assert source.concepts == tuple(Concept(name, "class map") for name in CLASS_NAMES)
+    for masks, numbers, image in zip(regions.masks, regions.concepts, classes, strict=True):
+        shown = numbers[numbers != UNLABELLED]
+        assert torch.equal(shown, image.unique())
+        for mask, number in zip(masks, numbers, strict=True):
+            assert torch.equal(mask, image == number)
+
+
+def test_one_channel_is_two_classes() -> None:
+    source, concept_input = dense_inputs("outputs", Dense(1), Task("segmentation"))
+    regions = source.find(concept_input)
+    assert [concept.name for concept in source.concepts] == ["ant", "bee"]
+    is_one = concept_input.outputs[0][:, 0] > 0
+    assert torch.equal(((regions.concepts == 1)[:, :, None, None] & regions.masks).any(1), is_one)
+
+
+DETECTOR = (
+    OutputPart(0, 1, 0, 4),
+    OutputPart(0, 1, 4, 5, "sigmoid"),
+    OutputPart(0, 1, 5, 10, "sigmoid"),
+)
+
+
+def test_a_detector_shows_the_classes_that_it_is_sure_of_and_where_it_sees_objects() -> None:
+    model = Dense(10)
+    with torch.no_grad():
+        model.conv2.weight[4:] *= 8
+    source, concept_input = dense_inputs("outputs", model, Task("detection", parts=DETECTOR))
+    regions = source.find(concept_input)
+    probabilities = concept_input.outputs[0].sigmoid()
+    of_classes = probabilities[:, 4:5] * probabilities[:, 5:]
+    assert [concept.name for concept in source.concepts] == [*CLASS_NAMES, "any object"]
+    for image in range(5):
+        for mask, number in zip(
+            regions.masks[image], regions.concepts[image].tolist(), strict=True
+        ):
+            if number == 5:
+                assert int(mask.sum()) == 16
+            elif number != UNLABELLED:
+                assert torch.equal(mask, of_classes[image, number] >= CONFIDENT)
+    assert (regions.concepts == 5).sum(1).eq(1).all()
+    shown = {n for n in regions.concepts.unique().tolist() if 0 <= n < 5}
+    assert shown == set(of_classes.amax((0, 2, 3)).ge(CONFIDENT).nonzero()[:, 0].tolist())
+
+
+class Flat(nn.Module):
+    """A pyramid of two levels whose positions are returned in a row, as YOLO's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 6, 4, stride=4)
+        self.coarse = nn.Conv2d(3, 6, 8, stride=8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.fine(images).flatten(2), self.coarse(images).flatten(2)], dim=2)
+
+
+def test_positions_in_a_row_are_the_levels_of_a_pyramid() -> None:
+    model = Flat()
+    parts = (OutputPart(0, 1, 1, 6, "sigmoid"),)
+    source, concept_input = dense_inputs("outputs", model, Task("detection", parts=parts))
+    regions = source.find(concept_input)
+    fine = model.fine(concept_input.images)[:, 1:].sigmoid()
+    coarse = model.coarse(concept_input.images)[:, 1:].sigmoid()
+    expected = torch.maximum(fine, coarse.expand(-1, -1, 2, 2)).detach() >= CONFIDENT
+    for image in range(5):
+        for mask, number in zip(
+            regions.masks[image], regions.concepts[image].tolist(), strict=True
+        ):
+            if 0 <= number < 5:
+                assert torch.equal(mask, expected[image, number])
+
+
+def test_other_maps_show_the_strongest_quarter_of_each_channel() -> None:
+    source, concept_input = dense_inputs(
+        "outputs", Dense(3), Task("regression", parts=(OutputPart(),))
+    )
+    regions = source.find(concept_input)
+    assert [concept.name for concept in source.concepts] == ["output 0", "output 1", "output 2"]
+    maps = concept_input.outputs[0]
+    assert regions.masks.sum((2, 3)).ge(16).all()
+    assert regions.masks.flatten(2).gather(2, maps.flatten(2).argmax(2, keepdim=True)).all()
+
+
+def test_outputs_without_maps_are_refused() -> None:
+    task = Task("regression", parts=(OutputPart(),))
+    with pytest.raises(UsageError, match="take saliency"):
+        sources()["outputs"](context_of(make_network("chain"), task=task))
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (SINGLE_LABEL, "evidence"),
+        (Task("multi-label"), "evidence"),
+        (Task("segmentation"), "outputs"),
+        (Task("detection", parts=DETECTOR), "outputs"),
+        (Task("regression", parts=(OutputPart(),)), "saliency"),
+    ],
+)
+def test_auto_is_what_fits_the_task(task: Task, expected: str) -> None:
+    graph = context_of(Dense(10)).graph
+    assert resolve("auto", task, graph) == expected
+    assert resolve("colours, auto", task, graph) == f"colours,{expected}"
+    assert resolve("factors:3", task, graph) == "factors:3"
+
+
+def test_the_last_map_of_a_dense_network_is_what_its_last_layer_reads() -> None:
+    for side in (1, 3):
+        graph = context_of(Dense(5, times=2, side=side)).graph
+        assert last_map(graph).meta["val"].shape[1:] == (6, 4, 4)
+
+
+def test_evidence_of_a_1x1_convolution_is_proportional_to_its_grad_cam() -> None:
+    model, task = Dense(5, times=2).eval(), Task("segmentation")
+    evidence, concept_input = dense_inputs("evidence", model, task)
+    assert isinstance(evidence, Evidence)
+    assert not evidence.needs_gradient
+    heat, classes = evidence.heat(concept_input)
+    maps = F.relu(model.conv1(concept_input.images)).detach().requires_grad_()
+    logits = F.interpolate(model.conv2(maps), scale_factor=2, mode="bilinear")
+    predicted = logits.argmax(1)
+    for image, number in enumerate(classes.tolist()):
+        assert number == int(predicted[image].flatten().mode().values)
+        of_class = logits[image, number][predicted[image] == number].mean()
+        (gradient,) = torch.autograd.grad(of_class, maps, retain_graph=True)
+        expected = (gradient[image].mean((1, 2))[:, None, None] * maps[image].detach()).sum(0)
+        torch.testing.assert_close(heat[image], 16 * expected)
 
 
 # --- what every source must keep to ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,12 @@ class Sizes(Reading):
         return super().forward(F.interpolate(x, size=size) + grid)
 
 
+class Arrays(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * float(self.stride.numpy()[1]) + float(np.asarray(self.count))
+        return super().forward(x / self.temperature.detach().numpy().item())
+
+
 class Masks(Reading):
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +91,7 @@ class Masks(Reading):
         return logits
 
 
-@pytest.mark.parametrize("kind", [Filled, Items, Branches, Loops, Sizes, Masks])
+@pytest.mark.parametrize("kind", [Filled, Items, Branches, Loops, Sizes, Arrays, Masks])
 def test_numbers_that_are_read_from_constants_are_known(kind: type[Reading]) -> None:
     model = kind().eval()
     dependencies = build_dependency_graph(model, random_images(2))
@@ -148,6 +155,10 @@ def _loop(self: Reading, x: Tensor) -> Tensor:
     return x
 
 
+def _array(self: Reading, x: Tensor) -> Tensor:
+    return x * float(x.mean().numpy())
+
+
 def _counted(self: Reading, x: Tensor) -> Tensor:
     self.count += 1
     return x if self.count < 9 else -x
@@ -162,6 +173,7 @@ def _counted(self: Reading, x: Tensor) -> Tensor:
         ),
         (_assertion, "`assert not x.isnan"),
         (_loop, r"`for _ in range\(int\(x.amax"),
+        (_array, r"`return x \* float\(x.mean\(\).numpy"),
         (_counted, "`return x if self.count < 9"),
     ],
 )

@@ -15,7 +15,8 @@ import secateur
 from other_inputs import CASES
 from processes import started
 from secateur.config import RunConfig, from_dict
-from secateur.data.in_memory import form_of, read_images
+from secateur.data.batch_forms import form_of
+from secateur.data.in_memory import read_images
 from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_manifest
 from secateur.models import user_code
@@ -67,7 +68,7 @@ def test_saved_networks_are_bit_equal_in_a_new_process(
         assert torch.equal(outputs["program"], expected), name
 
 
-@pytest.mark.parametrize("name", ["sound", "volumes", "two pictures", "features"])
+@pytest.mark.parametrize("name", ["sound", "two pictures", "features"])
 def test_onnx_files_have_the_inputs_of_the_network(
     name: str, pruned: dict[str, secateur.PruneResult], tmp_path: Path
 ) -> None:
@@ -194,6 +195,21 @@ def test_a_network_of_two_inputs_is_saved_with_a_plan_of_its_own(tmp_path: Path)
         output = secateur.load_program(folder)(*batch)
         logits = output if isinstance(output, Tensor) else output["scores"]
         assert torch.equal(logits, smaller(*batch))
+
+
+def test_a_network_of_monai_is_saved_and_exported(tmp_path: Path) -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = nets.UNet(3, 1, 2, channels=(4, 8), strides=(2,)).eval()
+    volumes = torch.rand(20, 1, 8, 8, 8)
+    result = secateur.prune(model, volumes, target="macs=0.7")
+    result.save(tmp_path / "run")
+    loaded = secateur.load(tmp_path / "run", architecture=model)
+    with torch.inference_mode():
+        assert torch.equal(loaded(volumes[:2]), result.model(volumes[:2]))
+    exported = secateur.export_onnx(result.model, volumes[:2], tmp_path / "model.onnx")
+    assert exported.error < 1e-4
 
 
 def test_a_function_of_the_users_is_asked_for_again_by_name(tmp_path: Path) -> None:

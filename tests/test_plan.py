@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from networks import wired
+from networks import CLASSES, random_images, wired
 from secateur.config import Budget, Quantity, parse_budget
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.pruning.plan import PruningPlan, make_plan
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
@@ -165,10 +166,14 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     assert set(kept_counts(dependencies, plan).values()) == {1}
 
 
-def without_groups() -> DependencyGraph:
-    from networks import CLASSES, random_images
-    from secateur.graph.build import build_dependency_graph
+def test_a_target_out_of_reach_says_why_most_filters_stay() -> None:
+    dependencies = build_dependency_graph(wired("chain")[0], random_images(2), exclude=["*"])
+    expected = r"filters are frozen, \d+ of them because: excluded by '\*'; `secateur inspect`"
+    with pytest.raises(TargetError, match=expected):
+        make_plan({}, dependencies, Budget("macs", 0.5), "random")
 
+
+def without_groups() -> DependencyGraph:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
     return build_dependency_graph(model, random_images(2))
 

@@ -203,6 +203,13 @@ CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             w=parameter(8, 8, 1, 1),
         ),
     ),
+    "a kernel with a limited norm": (
+        8,
+        lambda: network(
+            lambda m, x: F.conv2d(x, m.w.renorm(2, 0, 0.5)),
+            w=parameter(8, 8, 1, 1),
+        ),
+    ),
     "backwards": (8, lambda: network(lambda m, x: x.flip(1))),
     "normalised by a function": (8, lambda: network(lambda m, x: F.normalize(x))),
     "a product with a matrix": (

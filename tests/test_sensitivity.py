@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from networks import wired
 from secateur.config import ScoreSection
 from secateur.data import Batch
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.input_edit import ChannelReconstruction, InputEdit
+from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of
 from secateur.models.divergence import TEMPERATURE, output_error
 from secateur.pruning.ranking import Ranking, rank
-from secateur.pruning.sensitivity import measure_sensitivity
+from secateur.pruning.sensitivity import is_read_apart, measure_sensitivity
 from secateur.scoring import criteria
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
@@ -129,3 +132,48 @@ def test_channels_with_uneven_copies_are_reconstructed() -> None:
         torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0])
     )
     assert edit._reconstructed(value, other_stays).tolist() == [[6.5, 2.0, 9.0, 4.0]]
+
+
+class ReadApart(nn.Module):
+    """Channels of a stem that two consumers read, each behind its own depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.one, self.other = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stem = self.stem(images).relu()
+        one, other = self.one(self.first(stem).relu()), self.other(self.second(stem).relu())
+        return torch.mean(one + other, dim=(2, 3))
+
+
+def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
+    torch.manual_seed(0)
+    model = ReadApart().eval()
+    dependencies = build_dependency_graph(model, IMAGES[:2])
+    group = dependencies.groups["stem"]
+    assert is_read_apart(group)
+    assert not any(map(is_read_apart, wired("chain", True)[1].groups.values()))
+    moments = Reconstruction()
+    scores = score_filters(model, dependencies, batches, {"r": moments}, None, SETTINGS)["r"]
+    ranking = rank(scores.scores, dependencies, "r")
+    state = tensors_of(model)
+    sensitivity = measure_sensitivity(state, dependencies, moments, ranking, batches(96))["stem"]
+    # The gain turns the curve into what the output loses, on average over the counts removed.
+    curve = group_error_curve(group, moments, ranking.order["stem"])
+    logs = []
+    with torch.inference_mode():
+        expected = model(IMAGES)
+        for removed in (1, 2, 4, 6):
+            kept = ranking.order["stem"][:-removed]
+            snapshot = reconstruct_channels(group, moments, kept)
+            interpreter = GraphInterpreter(dependencies.graph, state, IMAGES)
+            edits = [InputEdit(dependencies, consumer, group) for consumer in group.consumers]
+            overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
+            (output,) = interpreter.finish(overrides=overrides)
+            logs.append(math.log(output_error([expected], [output]) / float(curve[removed])))
+    gain = math.exp(sum(logs) / len(logs))
+    assert sensitivity == pytest.approx((gain * curve).tolist(), rel=1e-3)

@@ -122,3 +122,29 @@ def test_only_sums_around_layers_are_skip_connections() -> None:
     dependencies = build_dependency_graph(model, random_images(1), prune_residual=True)
     assert list(dependencies.groups) == ["stem", "left"]
     assert_cut_is_equivalent(model, dependencies, any_plan(dependencies), random_images())
+
+
+class TwoPieces(nn.Module):
+    """Splits into two pieces whose size is one attribute, as Ultralytics' C2PSA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 8
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = F.relu(self.stem(x)).split((self.c, self.c), 1)
+        logits: Tensor = self.head(torch.cat([one, other, F.relu(self.inner(other))], 1))
+        return logits.mean((2, 3))
+
+
+def test_pieces_of_a_split_that_one_attribute_sizes_are_cut_alike() -> None:
+    model = TwoPieces().eval()
+    dependencies = build_dependency_graph(model, random_images(2))
+    assert list(dependencies.groups) == ["stem", "inner"]
+    assert len(dependencies.groups["stem"]) == 8
+    plan = random_plan(dependencies, torch.Generator().manual_seed(0))
+    smaller = assert_cut_is_equivalent(model, dependencies, plan, random_images(3))
+    assert smaller.c == 8 - len(plan.removed["stem"])

@@ -239,7 +239,7 @@ def test_one_hot_rows_are_labels_of_their_own_beside_sigmoids() -> None:
         (torch.tensor([0, -100]), FIVE, "label -100, .*: leave out images without a label"),
         (torch.tensor([0, -1]), FIVE, "label -1, .*: leave out images without a label"),
         (torch.tensor([0.0, 0.37]), FIVE, "labels hold 0.37, which is not a class number"),
-        (torch.tensor([0.2, 0.7]), ONE, "targets of a regression are not supported"),
+        (torch.tensor([0.2, 0.7]), ONE, "for a regression"),
         (torch.tensor([3.0, 7.0]), ONE, "labels go from 3 to 7, but the network has one output"),
         (torch.tensor([0.0, torch.nan]), FIVE, "not finite"),
         (torch.rand(3, 4), FIVE, r"labels are \[3, 4\], but the network has 5 outputs"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.forward import with_forward
 from secateur.graph.interpreter import GraphInterpreter, run
 from secateur.graph.module_state import evaluating, tensors_of
@@ -204,6 +205,53 @@ def test_a_branch_on_the_data_is_refused() -> None:
         trace(Forward(then), random_images())
 
 
+class Gate(nn.Module):
+    """A branch on the data inside a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_refused_branch_is_found_by_its_module_and_says_what_to_do() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(nn.ReLU(), Gate()))
+    with pytest.raises(TraceError, match=r"in module '1\.1'\): choose by torch\.where") as caught:
+        trace(network, random_images())
+    assert "\n" not in str(caught.value)
+
+
+def test_both_branches_of_a_cond_are_followed() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.gate = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1)
+            self.one, self.other = nn.Conv2d(8, 12, 1), nn.Conv2d(8, 10, 1)
+            self.one_head, self.other_head = nn.Conv2d(12, 4, 1), nn.Conv2d(10, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+
+            def one(y: Tensor) -> Tensor:
+                return self.one_head(F.relu(self.one(y)))  # type: ignore[no-any-return]
+
+            def other(y: Tensor) -> Tensor:
+                return self.other_head(F.relu(self.other(y)))  # type: ignore[no-any-return]
+
+            value: Tensor = torch.cond(self.gate(x).mean() > 0, one, other, (x,))
+            return value
+
+    model, images = Conditional().eval(), random_images(3)
+    dependencies = build_dependency_graph(model, images)
+    assert list(dependencies.groups) == ["stem", "one", "other"]
+    for bias in (9.0, -9.0):
+        nn.init.constant_(model.gate.bias, bias)  # type: ignore[arg-type]
+        expected = (model.one_head, model.other_head)[int(bias < 0)]
+        layer = (model.one, model.other)[int(bias < 0)]
+        with torch.no_grad():
+            outputs = run(dependencies.graph, tensors_of(model), images)
+            features = F.relu(model.stem(images))
+            assert torch.equal(outputs, expected(F.relu(layer(features))))
+
+
 def test_an_error_of_the_network_itself_is_reported_in_one_line() -> None:
     def then(self: nn.Module, x: Tensor) -> Tensor:
         raise ValueError("the moon is full\nand more")
@@ -211,6 +259,26 @@ def test_an_error_of_the_network_itself_is_reported_in_one_line() -> None:
     with pytest.raises(TraceError, match="the moon is full") as caught:
         trace(Forward(then), random_images())
     assert "\n" not in str(caught.value)
+
+
+def test_the_data_of_a_tensor_is_followed() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([x.data, torch.zeros_like(x).data], dim=1) * 2
+
+    model, images = Forward(then).eval(), random_images()
+    graph = trace(model, images)
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+
+
+def test_a_tensor_that_the_graph_can_not_hold_is_named_with_its_place() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        copied = torch.zeros(3)
+        copied.data = x.mean((0, 2, 3))
+        return x * copied[:, None, None]
+
+    with pytest.raises(TraceError, match=r"can't hold, and reads it in \w+\(\) at tests/test_trace"):
+        trace(Forward(then), random_images())
 
 
 def test_a_network_may_have_two_outputs_but_not_where_one_is_asked_for() -> None:

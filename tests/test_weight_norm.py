@@ -219,6 +219,27 @@ def test_criteria_read_the_kernel_that_is_computed(change: Change) -> None:
     torch.testing.assert_close(consumer.weights, kernel.flatten(2).movedim(1, 2))
 
 
+def test_criteria_read_a_matrix_that_is_transposed() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 8, 3)
+            self.matrix = nn.Parameter(torch.randn(8, 6))
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, signals: Tensor) -> Tensor:
+            logits: Tensor = self.head((self.conv(signals).transpose(1, 2) @ self.matrix).mean(1))
+            return logits
+
+    model = Product().eval()
+    dependencies = build_dependency_graph(model, torch.rand(2, 3, 12))
+    kernels = kernels_of(dependencies, tensors_of(model))
+    matrix = model.matrix.detach()
+    torch.testing.assert_close(kernels["matrix"].incoming[0][0], matrix.T)
+    (consumer,) = kernels["conv"].consumers
+    torch.testing.assert_close(consumer.weights, matrix.T[:, None])
+
+
 REMEDIES: dict[str, tuple[Change, str]] = {
     "spectral norm": (
         parametrizations.spectral_norm,

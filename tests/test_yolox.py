@@ -4,36 +4,42 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from networks import wired
 from secateur.data.images import FileImages
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.module_state import tensors_of
+from secateur.graph.output_values import measured
+from secateur.graph.taps import kernels_of
 from secateur.integrations import yolox
 from secateur.runtime.errors import UnknownName, UsageError
 
 SIZE = (96, 64)
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="did you mean yolox_nano"):
-        yolox.build("yolox_nan", 80)
+        yolox.build("yolox_nan")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "yolox.config", None)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[yolox\]'"):
-        yolox.build("yolox_nano", 80)
+        yolox.build("yolox_nano")
 
 
-def test_boxes_are_those_of_yolox_itself():
+def test_boxes_are_those_of_yolox_itself() -> None:
     pytest.importorskip("yolox")
     from yolox.utils import postprocess
 
-    model = yolox.build("yolox_nano", 3)
+    model = yolox.build("yolox_nano", num_classes=3)
     with torch.no_grad():
-        for level in (*model.head.obj_preds, *model.head.cls_preds):  # type: ignore[union-attr]
-            level.bias.zero_()  # scores of about a half, or nothing would be found
+        for name, bias in model.head.named_parameters():  # type: ignore[union-attr]
+            if name.startswith(("obj_preds", "cls_preds")) and name.endswith("bias"):
+                bias.zero_()  # scores of about a half, or nothing would be found
         images = 255 * torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
         found = yolox.decode(model(images), SIZE)
         model.head.decode_in_inference = True  # type: ignore[union-attr]
@@ -50,7 +56,7 @@ def test_boxes_are_those_of_yolox_itself():
         torch.testing.assert_close(mine.boxes[0], best[:4], rtol=1e-4, atol=1e-3)
 
 
-def test_images_are_read_as_yolox_wants_them(tmp_path: Path):
+def test_images_are_read_as_yolox_wants_them(tmp_path: Path) -> None:
     pytest.importorskip("yolox")
     from PIL import Image
 
@@ -67,17 +73,41 @@ def test_images_are_read_as_yolox_wants_them(tmp_path: Path):
     assert (geometry.offset_x, geometry.offset_y) == (0, 0)
 
 
-def test_the_network_is_traced_with_all_but_its_last_layers_in_groups():
+def test_the_network_is_traced_with_all_but_its_last_layers_in_groups() -> None:
     pytest.importorskip("yolox")
-    model = yolox.build("yolox_nano", 80)
+    model = yolox.build("yolox_nano")
     images = 255 * torch.rand(2, 3, 64, 64)
     dependencies = build_dependency_graph(model, images, prune_residual=True)
     assert len(dependencies.groups) == 67
     assert {group.reason for group in dependencies.frozen} == {"written to the network's output"}
 
 
-def test_an_output_of_another_kind_is_refused():
+def test_outputs_are_compared_where_there_are_objects() -> None:
+    output = torch.rand(2, 126, 8, generator=torch.Generator().manual_seed(0))
+    output[:, 1:, 4] = 0  # one position of each image has an object
+    boxes, objects, scores = (part.read((output,)) for part in yolox.OUTPUT_PARTS)
+    assert (boxes.shape, objects.shape, scores.shape) == ((2, 504), (2, 126), (2, 378))
+    assert torch.equal(scores[:, :3], output[:, 0, 5:] * output[:, 0, 4:5])
+    assert torch.equal(boxes[:, :4], output[:, 0, :4] * output[:, 0, 4:5])
+    assert not boxes[:, 4:].any()
+    assert not scores[:, 3:].any()
+    with pytest.raises(UsageError, match="outputs name the tensor 0, dimension 2"):
+        measured(yolox.OUTPUT_PARTS, (output[:, 0],))
+
+
+def test_an_output_of_another_kind_is_refused() -> None:
     with pytest.raises(UsageError, match="returns 126 positions for images of 96×64"):
         yolox.decode(torch.zeros(1, 5, 8), SIZE)
     with pytest.raises(UsageError, match="this network does not"):
         yolox.decode((torch.zeros(1),), SIZE)
+
+
+def test_a_norm_that_was_folded_and_put_back_says_nothing_of_its_kernels() -> None:
+    model, dependencies = wired("chain", True)
+    state = tensors_of(model)
+    assert kernels_of(dependencies, state)["conv1"].is_rescaled
+    norm = model.bn1
+    assert isinstance(norm, nn.BatchNorm2d)
+    state["bn1.weight"] = (state["bn1.running_var"] + norm.eps).sqrt()
+    assert not kernels_of(dependencies, state)["conv1"].is_rescaled
+    assert kernels_of(dependencies, state)["conv2"].is_rescaled

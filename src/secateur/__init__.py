@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.experiments.run_folder import load, load_program, save
     from secateur.graph.build import build_dependency_graph
     from secateur.graph.dependency import DependencyGraph
+    from secateur.graph.output_values import OutputPart
     from secateur.models.score import Score
     from secateur.models.zoo import load as load_model
     from secateur.pipeline.result import RunResult
@@ -29,6 +30,7 @@ __all__ = [
     "DataSet",
     "DependencyGraph",
     "ExportResult",
+    "OutputPart",
     "PruneResult",
     "PruningPlan",
     "RunConfig",
@@ -54,6 +56,7 @@ _PLACES = {
     "DataSet": "data",
     "DependencyGraph": "graph.dependency",
     "ExportResult": "experiments.onnx_export",
+    "OutputPart": "graph.output_values",
     "PruneResult": "api",
     "PruningPlan": "pruning.plan",
     "RunConfig": "config",

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from secateur.config import BudgetLike, TaskKind
 from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
+from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
-    Form,
     ImageBatches,
     ImagesInMemory,
-    form_of,
     read_batches,
     read_images,
     split_images,
@@ -217,6 +216,7 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
+    forward = forward or traceable_forward(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
@@ -276,9 +276,9 @@ def evaluate(
     """Return the score of `model` on labelled images, on its device and in evaluation mode.
 
     `images`, `forward`, `task` and `metric` are as for `prune`; images that come one by one are
-    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass takes. Raises
-    `DataError` if there are no labels or one lies outside the network's classes, and `UsageError`
-    if the network can't be run on the images.
+    scored `batch_size` at a time. The network is timed unless `known_ms` says what a forward pass
+    takes. Raises `DataError` if there are no labels or one lies outside the network's classes, and
+    `UsageError` if the network can't be run on the images.
     """
     model = require_module(model)
     read_images = read_batches(images, _form(model, forward), "images")

@@ -60,6 +60,7 @@ class Key:
 MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
 WEIGHTS_KEY = Key("model.weights_key", DATA)
+TASK = Key("model.task", DATA)
 FORWARD = Key("model.forward", DATA)
 METRIC = Key("model.metric", DATA)
 DECODER = Key("model.decoder", DATA)

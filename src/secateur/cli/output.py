@@ -6,6 +6,7 @@ import contextlib
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,8 @@ from secateur.runtime.progress import (
 )
 from secateur.runtime.trackers import Tracker
 
+HEAD = 12
+"""Characters of a line of a table's head."""
 BAR = 8
 """Characters of the longest bar."""
 
@@ -81,7 +84,8 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
     table = Table(box=None, pad_edge=False)
     shown = [key for key in rows[0] if key != "top-5 %"]  # a line has 80 characters
     for number, key in enumerate(shown):
-        table.add_column(key, justify="left" if number == 0 else "right", no_wrap=True)
+        head = textwrap.fill(key, HEAD)
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[key] for key in shown))
     out().print(table)

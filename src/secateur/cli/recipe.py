@@ -17,6 +17,8 @@ KEYS = (
     *(("data", key) for key in ("source", *PREPROCESSING_KEYS)),
 )
 """Keys that are taken from there."""
+CODE = {"name": ("network", "--model"), "source": ("data", "--data")}
+"""Those of them that may name code, with what they are and the option that sets them."""
 
 
 def fill_in_recipe(tables: dict[str, Any], kind: type[Section]) -> None:
@@ -37,10 +39,11 @@ def fill_in_recipe(tables: dict[str, Any], kind: type[Section]) -> None:
         is_new_head = kind is BaseConfig and key == "num_classes"
         if value is None or is_new_head or key in table_of(tables, section):
             continue
-        if key == "name" and ".py:" in value:
+        if key in CODE and ".py:" in value:
+            what, option = CODE[key]
             raise UsageError(
-                f"no network is named: {path} names {value}, a file with code: if it is yours, add "
-                f"--model {value}"
+                f"no {what} is named: {path} names {value}, a file with code: if it is yours, add "
+                f"{option} {value}"
             )
         put(tables, f"{section}.{key}", value)
         filled.append(f"{section}.{key} = {value}")

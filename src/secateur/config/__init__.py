@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -27,23 +23,34 @@ from secateur.config.budget import Budget as Budget
 from secateur.config.budget import BudgetLike as BudgetLike
 from secateur.config.budget import Quantity as Quantity
 from secateur.config.budget import parse_budget as parse_budget
+from secateur.config.names import BUILT_IN_NETWORKS as BUILT_IN_NETWORKS
+from secateur.config.names import CONCEPT_SOURCES as CONCEPT_SOURCES
+from secateur.config.names import CRITERIA as CRITERIA
+from secateur.config.names import DATA_FORMS as DATA_FORMS
+from secateur.config.names import DATA_READERS as DATA_READERS
+from secateur.config.names import LIBRARY_NETWORKS as LIBRARY_NETWORKS
+from secateur.config.names import METRICS as METRICS
+from secateur.config.section import Section as Section
 from secateur.config.tables import keys_of
 from secateur.config.tables import read_tables as read_tables
+from secateur.config.training import BaseTrainingSection as BaseTrainingSection
+from secateur.config.training import Crop as Crop
+from secateur.config.training import DistillSection as DistillSection
+from secateur.config.training import Optimiser as Optimiser
+from secateur.config.training import Precision as Precision
+from secateur.config.training import ScheduleName as ScheduleName
+from secateur.config.training import TrainingPrecision as TrainingPrecision
+from secateur.config.training import TrainingSection as TrainingSection
 from secateur.runtime.errors import UnknownName, UsageError
 from secateur.runtime.schema import describe_error
 
 RefitLayers = Literal["downstream", "consumers", "none"]
 RefitForm = Literal["patch", "channel"]
-Precision = Literal["auto", "float32", "bfloat16"]
-TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
-Optimiser = Literal["sgd", "adamw"]
-Crop = Literal["random_crop", "random_resized_crop", "none"]
 Resizing = Literal["bilinear", "bicubic"]
 """Antialiased interpolation of resized images."""
 Fit = Literal["crop", "letterbox", "stretch"]
 PadPlace = Literal["centre", "top-left"]
 ChannelOrder = Literal["rgb", "bgr"]
-ScheduleName = Literal["cosine", "one_cycle", "step"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
@@ -53,64 +60,11 @@ TaskKind = Literal[
 """What a network's outputs are: one logit for each class, one for two classes, one for each of
 several labels, a map of logits, or values of any form (boxes, key points, pictures, numbers)."""
 
-CRITERIA = (
-    *("vote", "vote-response", "vote-iou", "random", "l1", "l2", "fpgm", "bn_scale", "apoz"),
-    *("activation_mean", "activation_std", "activation_entropy", "hrank", "chip"),
-    *("reconstruction", "taylor"),
-)
-"""Names of the built-in criteria."""
-CONCEPT_SOURCES = (
-    *("auto", "evidence", "outputs", "saliency", "factors", "colours"),
-    *("masks", "broden", "parts", "boxes"),
-)
-"""Names of the concept sources; the last four bring images of their own."""
-DATA_READERS = (
-    *("cifar10", "cifar100", "cub", "fashion-mnist", "folder", "imagenet", "imagenette"),
-    *("segmentation", "images"),
-)
-"""Kinds of data sets that are read from a folder."""
-DATA_FORMS = (
-    *(f"{kind}:DIR" for kind in DATA_READERS),
-    *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
-)
-"""How data sets are named."""
-METRICS = (
-    *("top-1", "top-5", "mAP", "mIoU", "pixel accuracy", "box AP", "mask AP", "keypoint AP"),
-    *("PSNR", "SSIM", "R2"),
-)
-"""Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
-LIBRARY_NETWORKS = (
-    *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
-    "yolox:yolox_nano",
-)
-"""How networks of other libraries are named."""
-BUILT_IN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")
-"""Networks for 32×32 images that come with secateur."""
-
-
 PREPROCESSING_KEYS = (
     *("image_size", "fit", "pad_value", "pad_at"),
     *("mean", "std", "interpolation", "channel_order", "value_range"),
 )
 """Keys of the configuration's section `data` that say how images are prepared for a network."""
-
-
-class Section(BaseModel):
-    """A part of the configuration; unknown keys are an error."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_booleans_as_numbers(cls, value: object, field: ValidationInfo) -> object:
-        """Refuse true and false where pydantic would read them as 1 and 0."""
-        assert field.field_name is not None
-        kind = cls.model_fields[field.field_name].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError(f"{value} is not a number, a text or a table of these")
-        return value
 
 
 def parse_image_size(value: object) -> object:
@@ -152,7 +106,15 @@ class ModelSection(Section):
     """Which of several networks in the file to load, such as `model_ema`; by default an average."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of outputs of the classifier; by default the number of classes of the data."""
-    task: Literal["auto"] | TaskKind = "auto"
+    task: Literal[
+        "auto",
+        "single-label",
+        "binary",
+        "multi-label",
+        "segmentation",
+        "detection",
+        "regression",
+    ] = "auto"
     """What the outputs mean: `single-label` is one class for each image, `binary` two classes by
     the sign of one output, `multi-label` a label for each output, `segmentation` a class for each
     position, `detection` and `regression` values of any form; `auto` tells from the outputs and the
@@ -173,7 +135,8 @@ class DataSection(Section):
     """The images."""
 
     source: str
-    """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), hf:NAME, digits, …;
+    """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), segmentation:DIR,
+    coco:DIR, yolo:DIR, images:DIR (no labels), hf:NAME, path/to/file.py:loader, …;
     `secateur models` lists all kinds."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training images held out for validation, such as choosing an epoch."""
@@ -231,7 +194,7 @@ class ScoreSection(Section):
     one to each of the strongest, or give it to the strongest alone."""
     voting_unit: VotingUnit = "cells"
     """For `vote-response`: hold one vote per cell of a region, or one per region."""
-    concept_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    concept_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Weight of the votes for a concept, by its name or its category; 1 for all others."""
     top_fraction: float = Field(default=0.1, gt=0, le=1)
     """Fraction of a layer's filters that get a vote, with `vote_mode = "top"` and in `vote-iou`."""
@@ -257,7 +220,7 @@ class PlanSection(Section):
     """How the budget is spread over the layers: `sensitivity` keeps the loss at the network's
     output small, as measured on calibration images; `uniform` keeps the same fraction everywhere;
     `global` removes the lowest scores anywhere; `shares` follows `plan.shares`."""
-    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     """With `allocation = "shares"`: the fraction of filters to keep, by layer name pattern
     (`"layer1.*" = 0.8`); the target's fraction is then ignored."""
     rounds: int = Field(default=1, ge=1)
@@ -320,114 +283,6 @@ class RefitSection(Section):
         return self.layers != "none" or self.recalibrate_batchnorm
 
 
-class DistillSection(Section):
-    """Distillation from the original network on the calibration images, without labels."""
-
-    epochs: int = Field(default=0, ge=0)
-    """Epochs of distillation on the calibration images, without labels; 0 skips this stage."""
-    batch_size: int = Field(default=100, ge=2)
-    """Images per step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of the cosine schedule, with AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of every parameter."""
-    warmup_steps: int = Field(default=16, ge=0)
-    """Steps over which the learning rate rises."""
-    flip: bool = True
-    """Mirror half of the images at random; turn it off for digits and letters."""
-    temperature: float = Field(default=3.0, gt=0)
-    """Temperature that softens the outputs of both networks."""
-    precision: Precision = "auto"
-    """Precision; `auto` uses bfloat16 if the CPU has instructions for it."""
-
-
-class TrainingSection(Section):
-    """Training: of a base network, or fine-tuning after pruning."""
-
-    epochs: int = Field(default=5, ge=0)
-    """Epochs of training; 0 skips it."""
-    batch_size: int = Field(default=128, ge=2)
-    """Images per step, over all processes together."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Parts into which each process splits its batch to save memory."""
-    optimiser: Optimiser = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
-    learning_rate: float = Field(default=0.02, gt=0)
-    """Peak learning rate."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Nesterov momentum of SGD."""
-    weight_decay: float = Field(default=5e-4, ge=0)
-    """L2 penalty on every parameter; decoupled from the gradient with AdamW."""
-    schedule: ScheduleName = "cosine"
-    """Learning-rate schedule: `cosine` falls to zero; `one_cycle` first rises for 30 % of the
-    steps; `step` falls at `step_at`."""
-    warmup_steps: int = Field(default=100, ge=0)
-    """Steps over which the learning rate rises; `one_cycle` has its own rise."""
-    step_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
-    """Fractions of the training at which `step` multiplies the learning rate by `step_factor`."""
-    step_factor: float = Field(default=0.1, gt=0, lt=1)
-    """Factor of the `step` schedule."""
-    crop: Crop | None = None
-    """Crop augmentation: `random_crop` shifts images by up to an eighth of their side;
-    `random_resized_crop` takes a random part of the stored image and resizes it; `none` leaves
-    images as they are. By default `random_crop` for tensors and for images of up to 64 pixels a
-    side, `random_resized_crop` for larger image files, and `none` for images that are trained on
-    with numbers, pictures or objects as labels."""
-    flip: bool | None = None
-    """Mirror half of the training images at random; by default all but those that are trained on
-    with numbers, pictures or objects as labels. Turn it off for digits and letters."""
-    randaugment: bool = False
-    """Apply RandAugment."""
-    mixup: float = Field(default=0.0, ge=0)
-    """Parameter of mixup's Beta distribution; 0 turns mixup off."""
-    cutmix: float = Field(default=0.0, ge=0)
-    """Parameter of CutMix's Beta distribution; 0 turns CutMix off. With mixup too, each step uses
-    one of the two."""
-    loss: str = "auto"
-    """Loss with the labels: `auto` (cross-entropy, or the squared error of values), or
-    path/to/file.py:function, which returns a number for the network's output and a batch's
-    labels."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Label smoothing: fraction of the label spread over all classes."""
-    label_weight: float = Field(default=0.3, ge=0, le=1)
-    """Weight of the labels in the loss; the rest is distillation from the original network. 0
-    trains without labels."""
-    temperature: float = Field(default=3.0, gt=0)
-    """Temperature that softens the outputs of both networks."""
-    feature_weight: float = Field(default=0.0, ge=0)
-    """Weight of feature distillation in the loss: relative squared error of the feature maps at
-    residual sums, in the remaining channels."""
-    freeze_batchnorm: bool = False
-    """Train in evaluation mode: batch norms keep their statistics and dropout is off."""
-    sync_batchnorm: bool = True
-    """Batch norms use the statistics of the batch over all processes."""
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Decay per step of the exponential moving average (EMA) of the weights; 0 turns EMA off."""
-    keep: Literal["last", "best"] = "last"
-    """Weights to keep: those of the last epoch, or of the best epoch on the validation images (the
-    weights before training if no epoch was better)."""
-    patience: int | None = Field(default=None, ge=1)
-    """Stop after this many epochs without a better result on the validation images."""
-    max_minutes: float | None = Field(default=None, gt=0)
-    """Stop after this many minutes of training, resumptions included."""
-    precision: TrainingPrecision = "auto"
-    """Precision; `auto` uses bfloat16 if the hardware has instructions for it; `float16`, with loss
-    scaling, needs an accelerator."""
-    compile: bool = False
-    """Compile the network for training with `torch.compile`; everything else that this process has
-    compiled is recompiled on its next use."""
-    workers: int | None = Field(default=None, ge=0)
-    """Data-loading processes; by default 0 for images in memory and up to 4 for image files."""
-    checkpoint_minutes: float = Field(default=5.0, ge=0)
-    """Minutes between two checkpoints within an epoch; every epoch ends with a checkpoint."""
-
-    @model_validator(mode="after")
-    def _check_compile(self) -> TrainingSection:
-        if self.compile and self.feature_weight:
-            raise ValueError("compile and feature_weight exclude each other")
-        return self
-
-
 class ReportSection(Section):
     """What the report shows of the filters."""
 
@@ -451,17 +306,6 @@ class RunConfig(Section):
     report: ReportSection = ReportSection()
     seed: int = Field(default=0, ge=0)
     """Seed of every random choice."""
-
-
-class BaseTrainingSection(TrainingSection):
-    """Training of a base network, without a teacher."""
-
-    epochs: int = Field(default=100, ge=1)
-    """Epochs of training."""
-    learning_rate: float = Field(default=0.1, gt=0)
-    """Peak learning rate."""
-    label_weight: Literal[1] = 1
-    """All weight is on the labels."""
 
 
 class BaseConfig(Section):

@@ -37,7 +37,7 @@ WITHHELD = -1
 class HuggingFaceImages(LabelledImages):
     """Images stored as files in the rows of a table, decoded when they are read."""
 
-    name: str
+    title: str
     """Name of the data set and the split, for errors."""
     rows: Any
     """A `datasets.Dataset` that doesn't decode its images itself."""
@@ -67,7 +67,7 @@ class HuggingFaceImages(LabelledImages):
         stored = dict(zip(indices.tolist(), self.rows[row_indices][self.column], strict=True))
 
         def find(index: int) -> tuple[str, Path | io.BytesIO]:
-            name = self.row_name(index)
+            name = self.name(index)
             file = stored[index] or {}
             if file.get("bytes") is not None:
                 return name, io.BytesIO(file["bytes"])
@@ -75,14 +75,14 @@ class HuggingFaceImages(LabelledImages):
 
         return decode_all(indices, find, decode)
 
-    def row_name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Return the name and the row of an image, for errors."""
-        return f"{self.name}[{int(self.row_indices[index])}]"
+        return f"{self.title}[{int(self.row_indices[index])}]"
 
     def take(self, indices: Indices) -> HuggingFaceImages:
         """Return a list of the images at `indices`; see `Images.take`."""
         return HuggingFaceImages(
-            self.name, self.rows, self.column, self.row_indices[indices], self.labels[indices]
+            self.title, self.rows, self.column, self.row_indices[indices], self.labels[indices]
         )
 
 
@@ -98,7 +98,7 @@ class HuggingFaceMasks:
 
     def name(self, index: int) -> str:
         """Return the name and the row of a mask."""
-        return self.rows.row_name(index)
+        return self.rows.name(index)
 
     def take(self, indices: Indices) -> HuggingFaceMasks:
         """Return a list of the masks at `indices`."""
@@ -144,7 +144,7 @@ def read_hugging_face(name: str, ignored: int | None = None) -> Splits:
             f"{', '.join(splits)}"
         )
     for images in (train, test):
-        check_labelling(images.labels, len(images.row_indices), len(classes), images.name)
+        check_labelling(images.labels, len(images.row_indices), len(classes), images.title)
     return Splits(classes, train, test)
 
 

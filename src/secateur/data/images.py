@@ -76,6 +76,9 @@ class StoredImages(Images, Protocol):
     def sizes(self, indices: Indices) -> list[tuple[int, int]]:
         """Return the heights and widths of the images at `indices`, as they are stored."""
 
+    def name(self, index: int) -> str:
+        """Return the name of an image, for errors."""
+
     def take(self, indices: Indices) -> StoredImages:
         """Return a list of the images at `indices`; see `Images.take`."""
 
@@ -183,8 +186,12 @@ class FileImages(LabelledImages):
         """Return the heights and widths of the images at `indices`; see `StoredImages.sizes`."""
         return decode_all(indices, self._find, height_and_width)
 
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.paths[index])
+
     def _find(self, index: int) -> tuple[str, Path]:
-        return str(self.paths[index]), self.paths[index]
+        return self.name(index), self.paths[index]
 
     def take(self, indices: Indices) -> FileImages:
         """Return a list of the images at `indices`; see `Images.take`."""

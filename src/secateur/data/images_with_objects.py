@@ -70,7 +70,7 @@ class ImagesWithObjects:
         (height, width), (rows, columns) = objects.size, size
         if abs(height * columns - width * rows) > max(height, width, rows, columns):
             raise DataError(
-                f"image {index} of {len(self.objects)} is {columns}×{rows}, and its objects are "
+                f"the image {self.images.name(index)} is {columns}×{rows}, and its objects are "
                 f"annotated in one of {width}×{height}"
             )
         reduced = Geometry(columns / width, rows / height)

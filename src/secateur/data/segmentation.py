@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 """Values of these classes in `labelIds`, of 34."""
 
 NAMES = {"voc": VOC, "cityscapes": CITYSCAPES}
+"""Of the values from 0 on, by the kind of the layout."""
 
 
 def read_segmentation(directory: Path, ignored: int | None = None) -> Splits:
@@ -82,17 +84,28 @@ def _images(pairs: Pairs, legend: Legend) -> MaskedImages:
     return MaskedImages(images, MaskFiles(pairs.masks), legend.class_of_value)
 
 
+def names_of_values(layout: MaskLayout) -> Sequence[str] | None:
+    """Return the names of the masks' values from 0 on; None if nothing tells them.
+
+    Those of Cityscapes' 34 that are no class are called `void`.
+    """
+    if layout.kind == "cityscapes-34":
+        names = ["void"] * (max(CITYSCAPES_IDS) + 1)
+        for value, name in zip(CITYSCAPES_IDS, CITYSCAPES, strict=True):
+            names[value] = name
+        return names
+    mask = layout.parts["train"].masks[0]
+    return NAMES.get(layout.kind) or find_names((layout.root, *mask.parents[:3]))
+
+
 def _legend(layout: MaskLayout, ignored: int | None) -> tuple[Legend, list[str]]:
     """Return what the masks' values mean, and notes on what was guessed."""
     if layout.kind == "cityscapes-34":
         return _cityscapes_34_legend(ignored), []
-    if layout.kind in NAMES:
-        return legend_of(NAMES[layout.kind], ignored), []
-    masks = layout.parts["train"].masks
-    folders = (layout.root, masks[0].parent, masks[0].parent.parent, masks[0].parent.parent.parent)
-    names = find_names(folders)
+    names = names_of_values(layout)
     if names is not None:
         return legend_of(names, ignored), []
+    masks = layout.parts["train"].masks
     every = torch.linspace(0, len(masks) - 1, min(len(masks), MASKS_LOOKED_AT)).long()
     counts = count_values(MaskFiles(masks), every)
     if layout.kind == "camvid" and max(counts) < len(CAMVID):

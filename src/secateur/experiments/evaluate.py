@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.experiments.own_code import check_named
@@ -23,6 +22,7 @@ from secateur.models.task import Task
 from secateur.pipeline.inputs import (
     check_weights,
     describe_inputs,
+    load_data,
     load_inputs,
     make_reader,
     resolve_config,
@@ -71,7 +71,7 @@ def evaluate_run(
     """
     check_named(run, config, {*named, "model.name", "model.forward"})
     network = load_pruned(run)
-    dataset = data.load(config.data.source)
+    dataset = load_data(config, network)
     config = resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)

@@ -26,6 +26,7 @@ from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
+from secateur.graph.forward import inputs_of
 from secateur.graph.module_state import tensors_of
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
@@ -35,7 +36,6 @@ from secateur.pipeline.inputs import (
     check_weights,
     load_inputs,
     make_reader,
-    preprocessing_of,
     resolve_config,
 )
 from secateur.pipeline.pruned import Pruned
@@ -213,16 +213,18 @@ def save(folder: Path, pruned: Pruned, origin: Origin, *, overwrite: bool = Fals
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 
-def origin_of(config: RunConfig) -> Origin:
-    """Return the unpruned network as a resolved configuration names it."""
-    shape = preprocessing_of(config).shape
-    plan, model = config.plan, config.model
+def origin_of(pruned: Pruned) -> Origin:
+    """Return the unpruned network as the configuration of a run names it."""
+    graph = pruned.dependencies.graph
+    shape = tuple(map(int, graph.image.meta["val"].shape[1:]))
+    plan, model = pruned.result.config.plan, pruned.result.config.model
     return Origin(
         model.name,
         shape,
         plan.prune_residual,
         plan.exclude,
         model.num_classes,
+        inputs=inputs_of(pruned.model),
         forward=model.forward,
     )
 
@@ -243,7 +245,7 @@ def _begin(
         context.log.write("start", **facts)
         pruned = pipeline.prune_round(model, dataset, config, context)
         if new is not None:
-            _write(new, pruned, context.log, origin_of(pruned.result.config))
+            _write(new, pruned, context.log, origin_of(pruned))
     return pruned
 
 
@@ -255,7 +257,7 @@ def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> Non
         log = folder / run_folder.LOG
         if log.is_file() and not log.is_symlink():
             replace_file(new / run_folder.LOG, log.read_bytes())
-        origin = origin_of(pruned.result.config)
+        origin = origin_of(pruned)
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
 

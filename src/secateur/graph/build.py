@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.graph import torchvision_detectors, ultralytics_networks
 from secateur.graph.coupling import couple_channels
-from secateur.graph.dependency import RESIDUAL, DependencyGraph
+from secateur.graph.dependency import OUTPUT, RESIDUAL, DependencyGraph
 from secateur.graph.fixed_kernels import freeze_fixed_kernels
 from secateur.graph.forward import with_forward, with_inputs
 from secateur.graph.module_state import as_input
@@ -56,7 +56,7 @@ def build_dependency_graph(
     propagation = ChannelPropagation(trace(model, packed, rules), rules)
     propagation.visit_all()
     for output in propagation.graph.outputs:
-        propagation.freeze(propagation.axes[output], "written to the network's output")
+        propagation.freeze(propagation.axes[output], OUTPUT)
     freeze_fixed_kernels(model, propagation)
     if not prune_residual:
         propagation.freeze_residual_channels(RESIDUAL)

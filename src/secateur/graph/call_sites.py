@@ -13,6 +13,7 @@ from typing import Any
 
 import jaxtyping
 import torch
+from torch import nn
 from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
 
@@ -33,11 +34,18 @@ _LIBRARIES = tuple(
 """Their lines are not the user's; the functions of torchvision.ops are operations themselves, and
 jaxtyping wraps functions of this package."""
 
+_MODULE = "_secateur_module"
+"""Attribute of an error: the dotted name of the module that raised it."""
+
+
+_READ_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
 
 class RecordCallSites(TorchFunctionMode):
     """Inside the block, records with every traced operation where it was called.
 
-    That is the innermost line that is not of torch or of this package; `call_site` reads it.
+    That is the innermost line that is not of torch or of this package; `call_site` reads it. A
+    tensor's `.data`, which the tracer can't follow, is `detach()`, which it can.
     """
 
     def __torch_function__(
@@ -50,6 +58,8 @@ class RecordCallSites(TorchFunctionMode):
         """Call a function of torch; what it calls itself is not seen here."""
         set_stack_trace(f"{_place(sys._getframe(1))}\n{_name_of(func)}")
         try:
+            if func == _READ_DATA:
+                return args[0].detach()
             return func(*args, **(kwargs or {}))
         finally:
             set_stack_trace("")
@@ -68,12 +78,34 @@ def call_site(node: Node) -> str:
 
 
 def raised_at(error: BaseException) -> str:
-    """Return the user's line that raised an error, as ` (`x + y` at net.py:12)`; empty if none."""
+    """Return the user's line that raised an error, and the module; empty if there is none.
+
+    As ` (`x + y` at net.py:12, in module 'layer1.0')`; see `note_module`.
+    """
+    module = getattr(error, _MODULE, "")
+    inside = f", in module {module!r}" if module else ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = _shown(frame.filename)
         if file is not None and frame.line:
-            return f" (`{frame.line}` at {file or 'line '}{':' if file else ''}{frame.lineno})"
+            place = f"{file or 'line '}{':' if file else ''}{frame.lineno}"
+            return f" (`{frame.line}` at {place}{inside})"
     return ""
+
+
+def note_module(error: BaseException, model: nn.Module) -> None:
+    """Record with an error in which module of a network it was raised, for `raised_at`.
+
+    That is the innermost one that was called, apart from those of torch's own classes.
+    """
+    names = {
+        id(module): name
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+    }
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = names.get(id(frame.f_locals.get("self")))
+        if name is not None:
+            setattr(error, _MODULE, name)
 
 
 def _name_of(func: Callable[..., Any]) -> str:

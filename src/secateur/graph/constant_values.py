@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from secateur.runtime.torch_internals import (
+    DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
     OpOverload,
@@ -24,6 +26,7 @@ from secateur.runtime.torch_internals import (
     schema_of,
     tree_map,
     unset_fake_temporarily,
+    without_modes,
 )
 
 _NUMBER = "_secateur_constant"
@@ -96,6 +99,17 @@ class ConstantReadingMode(FakeTensorMode):
             self._record(value, _Constant(func, args, kwargs))
         return value
 
+    def reading_arrays(self) -> TorchFunctionMode:
+        """Return a mode in which `tensor.numpy()` makes an array of the values of constants."""
+        return _ReadArrays(self)
+
+    def values_of(self, tensor: Tensor) -> Tensor:
+        """Return the values of a constant; raise `DataDependentOutputException` for others."""
+        if self.is_our_fake(tensor) and not self._is_known(tensor):
+            raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+        value: Tensor = self._real(tensor).detach()
+        return value
+
     def _fake_constant(self, real: Any) -> Any:
         """Return a fake tensor with known values in place of a real tensor."""
         if not isinstance(real, Tensor):
@@ -151,6 +165,28 @@ class ConstantReadingMode(FakeTensorMode):
             constant = self._compute(constant).detach()
             self._set(leaf, constant)
         return constant
+
+
+class _ReadArrays(TorchFunctionMode):
+    """Inside the block, NumPy arrays are made of the values of tensors, which fake ones lack."""
+
+    def __init__(self, constants: ConstantReadingMode) -> None:
+        super().__init__()
+        self._constants = constants
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch; of values alone, untraced, if it makes an array of them."""
+        if func not in (Tensor.numpy, Tensor.__array__):
+            return func(*args, **(kwargs or {}))
+        tensor, *options = args
+        with without_modes():
+            return func(self._constants.values_of(tensor), *options, **(kwargs or {}))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from secateur.graph.weight_norm import WeightNorm
 from secateur.runtime.hashing import architecture_hash
 
 NOT_PRUNABLE = -1
+OUTPUT = "written to the network's output"
 RESIDUAL = "coupled by skip connections over a whole stage (prune_residual is off)"
 Removed = Mapping[str, tuple[int, ...]]
 """Group -> numbers of the channels to remove from it."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.runtime.errors import UsageError
 from secateur.runtime.torch_internals import tree_leaves
 
-Transform = Literal["values", "sigmoid", "softmax"]
+Transform = Literal["values", "probabilities", "sigmoid", "softmax"]
 LARGEST_READING = 16_384
 """Values that are compared of each image, at most; of more they are a regular sample."""
 
@@ -39,14 +39,19 @@ class OutputPart:
     stop: int | None = None
     """The part holds the entries from `start` to before `stop` along `dim`."""
     transform: Transform = "values"
-    """What is compared: the values as they are, or the probabilities that they are the logits
-    of."""
+    """What is compared: the values as they are, which may be probabilities, or the probabilities
+    that they are the logits of."""
+    times: int | None = None
+    """Entry along `dim` that the part is multiplied by when it is compared: a detector's
+    objectness, so that boxes and classes count where there are objects."""
     deviation: float = 1.0
     """Standard deviation of what is compared, over some images."""
 
     def read(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image value"]:
         """Return the values of this part, over their deviation, at most `LARGEST_READING`."""
         values = self.select(leaves)
+        if self.times is not None:
+            values = values * leaves[self.leaf].narrow(self.dim, self.times, 1)
         step = _step(values.shape[1:], LARGEST_READING)
         return values.reshape(len(values), -1).float()[:, ::step] / self.deviation
 
@@ -85,6 +90,7 @@ def measured(
     varying = []
     for part in parts:
         is_cut = part.start > 0 or part.stop is not None or part.transform == "softmax"
+        is_cut |= part.times is not None
         least = part.dim + 1 if is_cut else 1
         if part.leaf >= len(leaves) or leaves[part.leaf].ndim < least:
             raise UsageError(

@@ -22,7 +22,8 @@ from torch.fx import GraphModule
 from torch.fx.graph import Graph
 from torch.fx.node import Node
 
-from secateur.graph.call_sites import RecordCallSites, raised_at
+from secateur.graph.branches import both_branches
+from secateur.graph.call_sites import RecordCallSites, call_site, note_module, raised_at
 from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
@@ -49,6 +50,7 @@ from secateur.runtime.torch_internals import (
 )
 
 READS_VALUES = "its code reads a number, or branches, on values computed from the images"
+NO_VALUES = "choose by torch.where or torch.cond, or pass a forward= that leaves this out"
 BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
@@ -85,7 +87,10 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
         if node.op == "get_attr":
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
-                raise TraceError("the network makes a tensor of values that the graph can't hold")
+                raise TraceError(
+                    "the network makes a tensor of values that the graph can't hold, and reads it "
+                    f"in {call_site(next(iter(node.users)))}"
+                )
             _check_is_outside(constants[node], model)
             node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":
@@ -166,7 +171,7 @@ def _record(
             for aliases, tensor in zip(names.values(), tensors, strict=True)
             for alias in aliases
         }
-        with RecordCallSites():
+        with mode.reading_arrays(), RecordCallSites():
             output = torch.func.functional_call(model, state, (batch,), tie_weights=False)
         return tuple(tree_leaves(output))
 
@@ -174,6 +179,7 @@ def _record(
         with (
             evaluating(model),
             torch.no_grad(),
+            both_branches(),
             _recording_modules(model),
             tracing_quietly(),
             mode,
@@ -186,6 +192,9 @@ def _record(
                 pre_dispatch=True,
                 _error_on_data_dependent_ops=False,
             )(fakes, batch)
+    except Exception as error:  # the network is the user's: it may raise anything
+        note_module(error, model)
+        raise
     finally:
         mode.forget_constants()
     return module, names
@@ -349,9 +358,10 @@ def open_batch(model: nn.Module, size: Any, count: int = 1) -> tuple[object, ...
 
 def _trace_error(error: Exception) -> TraceError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    cause = READS_VALUES if isinstance(error, VALUES_NEEDED) else lines[0]
+    needs_values = isinstance(error, VALUES_NEEDED)
+    cause = READS_VALUES if needs_values else lines[0]
     message = f"the network can't be traced with an open batch dimension: {cause}{raised_at(error)}"
-    return TraceError(message)
+    return TraceError(f"{message}: {NO_VALUES}" if needs_values else message)
 
 
 def _name_arguments_by_position(node: Node) -> None:

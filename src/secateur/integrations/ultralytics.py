@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from secateur.data.detections import Decoder, Detections, grid_of, non_maximum_suppression
+from secateur.data.preprocessing import Preprocessing
 from secateur.graph.forward import without_forward
 from secateur.graph.ultralytics_networks import traceable_forward
 from secateur.graph.wrappers import unwrapped
@@ -39,6 +42,10 @@ NETWORKS = {
     "classify": "ClassificationModel",
 }
 """Ultralytics' tasks whose networks can be pruned, and the classes of these in `nn.tasks`."""
+DETECTOR_SIDE, CLASSIFIER_SIDE = 640, 224
+"""Sides of images in pixels, if Ultralytics is not told others."""
+SCORE_THRESHOLD, IOU, MOST_DETECTIONS = 0.001, 0.7, 300
+"""Of the boxes that are kept, and of those that count as the same, as Ultralytics validates."""
 _CLASS_HEADS = ("cv3", "one2one_cv3")
 """Attributes of a detection head with the layers whose last one has an output for each class."""
 
@@ -81,6 +88,67 @@ def names() -> list[str]:
     """Return the names of Ultralytics' YAML files, without the letter for the scale."""
     folder = Path(import_ultralytics().__file__).parent / "cfg" / "models"
     return sorted(path.name for path in folder.glob("*/yolo*.yaml"))
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """Return what the named network expects of images: values from 0 to 1, without a mean.
+
+    Detectors take images of 640×640 pixels, scaled to fit and padded around them in grey;
+    classifiers the middle 224×224 pixels.
+    """
+    is_classifier = Path(name).stem.endswith("-cls")
+    side = CLASSIFIER_SIDE if is_classifier else DETECTOR_SIDE
+    return Preprocessing(
+        side,
+        side,
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+        fit="crop" if is_classifier else "letterbox",
+    )
+
+
+def decoder(model: nn.Module) -> Decoder | None:
+    """Return what makes boxes of a network's raw maps; None if it has no upright boxes."""
+    head: Any = _network(model).model[-1]  # type: ignore[index]
+    is_detector = hasattr(head, "reg_max") and type(head).__name__.removesuffix("26") != "OBB"
+    return functools.partial(_decode, head) if is_detector else None
+
+
+def _decode(head: Any, output: object, size: tuple[int, int]) -> list[Detections]:
+    """Return what a network finds in each image, from its raw maps; see `Decoder`.
+
+    Boxes are distributions over distances from a cell's middle to the four sides (Li et al., 2020,
+    arXiv 2006.04388, equation 6), or distances if the head has no such ones. Of a head with two
+    branches the one that the network runs by counts, whose boxes need no suppression.
+    """
+    maps: Any = output
+    if not isinstance(maps, tuple | list) or len(maps) < 2:
+        raise UsageError("the network must return the raw maps of its head: boxes, class scores, …")
+    if head.end2end:
+        maps = maps[len(maps) // 2 :]
+    iou = 1.0 if head.end2end else IOU
+    found = []
+    for boxes, scores in zip(_corners(head, maps[0], size), maps[1].sigmoid(), strict=True):
+        kept = non_maximum_suppression(boxes, scores.T, threshold=SCORE_THRESHOLD, iou=iou)
+        found.append(kept.take(torch.arange(min(MOST_DETECTIONS, len(kept.scores)))))
+    return found
+
+
+def _corners(head: Any, boxes: Tensor, size: tuple[int, int]) -> Float[Tensor, "image position 4"]:
+    """Return left, top, right and bottom of the boxes at all positions, in pixels."""
+    cells, sides = grid_of(size, tuple(int(stride) for stride in head.stride), boxes.device)
+    if boxes.shape[2] != len(cells):
+        raise UsageError(
+            f"the network has {len(cells)} positions for images of {size[0]}×{size[1]}, but "
+            f"returns {boxes.shape[2]}"
+        )
+    distances = boxes.float().unflatten(1, (4, head.reg_max))  # [image, side, distance, position]
+    if head.reg_max > 1:
+        steps = torch.arange(head.reg_max, device=boxes.device, dtype=torch.float32)
+        distances = (distances.softmax(2) * steps[:, None]).sum(2, keepdim=True)
+    left, top, right, bottom = distances[:, :, 0].unbind(1)  # [image, position], in cells
+    x, y = (cells + 0.5).unbind(1)
+    return torch.stack([x - left, y - top, x + right, y + bottom], dim=-1) * sides
 
 
 def as_yolo(model: nn.Module, path: str | Path) -> Any:
@@ -185,7 +253,7 @@ class _KeepsPruned:
                 "a pruned network can't be built from its YAML file: train it from its checkpoint, "
                 "with pretrained=True"
             )
-        model: Any = copy.deepcopy(_unfused(weights))
+        model: Any = copy.deepcopy(_unfused(weights)).requires_grad_()
         model.criterion = None  # of an earlier training
         _fit_to_data(model, trainer.data)
         for module in model.modules():

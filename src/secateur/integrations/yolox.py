@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.detections import Detections, grid_of, non_maximum_suppression
+from secateur.data.detections import Decoder, Detections, grid_of, non_maximum_suppression
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.output_values import OutputPart
 from secateur.runtime.errors import UnknownName, UsageError
 
 PREFIX = "yolox"
@@ -24,6 +25,13 @@ STRIDES = (8, 16, 32)
 """Sides of the cells of the three levels, in pixels."""
 SCORE_THRESHOLD, IOU = 0.01, 0.65
 """Of the boxes that are kept, and of those that count as the same, as YOLOX is evaluated."""
+
+OUTPUT_PARTS = (
+    OutputPart(dim=2, start=0, stop=4, times=4),
+    OutputPart(dim=2, start=4, stop=5, transform="probabilities"),
+    OutputPart(dim=2, start=5, transform="probabilities", times=4),
+)
+"""What is compared: boxes where there are objects, objectness, and the scores of detections."""
 
 
 def build(name: str, *, num_classes: int | None = None) -> nn.Module:
@@ -53,6 +61,12 @@ def preprocessing(name: str) -> Preprocessing:
         channel_order="bgr",
         value_range=255,
     )
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """Return what makes boxes of the network's output."""
+    del model
+    return decode
 
 
 def decode(output: object, size: tuple[int, int]) -> list[Detections]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from secateur import data
-from secateur.config import PREPROCESSING_KEYS, RunConfig
-from secateur.data import DataSet
+from secateur.config import PREPROCESSING_KEYS, Fit, RunConfig
+from secateur.data import DataSet, NormalisedImages
 from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import traceable_forward
@@ -18,9 +18,13 @@ from secateur.models import libraries, user_code, zoo
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.user_data import UserData, call_loader, read_user_data
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
 from secateur.training import own_loss
+
+WHOLE: dict[str, Fit] = {"masks": "stretch", "objects": "letterbox"}
+"""How images with masks or objects are fitted to networks whose own way is to crop."""
 
 
 def check_names(config: RunConfig) -> None:
@@ -28,6 +32,8 @@ def check_names(config: RunConfig) -> None:
     zoo.check_name(config.model.name)
     if config.model.forward is not None:
         user_code.check_file(config.model.forward, "function")
+    if user_code.is_user_code(config.data.source):
+        user_code.check_file(config.data.source, "loader")
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
     own_loss.check_name(config.finetune.loss)
@@ -49,20 +55,17 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     The notes of the data set say what the weight file left open, too. For `new_head` see
     `load_weights`. Raises `SecateurError`.
     """
-    dataset = data.load(
-        config.data.source,
-        validation_fraction=config.data.validation_fraction,
-        ignore_index=config.data.ignore_index,
-        seed=config.seed,
-    )
-    num_classes = config.model.num_classes or len(dataset.class_names) or None
-    is_binary = num_classes == 1 and len(dataset.class_names) == 2
-    if num_classes is not None and num_classes < len(dataset.class_names) and not is_binary:
+    source = config.data.source
+    loaded = call_loader(source) if user_code.is_user_code(source) else load_data(config)
+    classes = len(loaded.class_names)
+    num_classes = config.model.num_classes or classes or None
+    is_binary = num_classes == 1 and classes == 2
+    if num_classes is not None and num_classes < classes and not is_binary:
         raise DataError(
-            f"{config.data.source} has {len(dataset.class_names)} classes but --num-classes is "
-            f"{num_classes}; it must be at least {len(dataset.class_names)}"
+            f"{source} has {classes} classes but --num-classes is {num_classes}; it must be at "
+            f"least {classes}"
         )
-    notes = list(dataset.notes)
+    notes: list[str] = []
     model = zoo.load(
         config.model.name,
         config.model.weights,
@@ -72,31 +75,70 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         weights_key=config.model.weights_key,
         notify=notes.append,
     )
-    dataset = replace(dataset, notes=tuple(notes))
     if config.model.forward is not None:
-        function = user_code.find(config.model.forward, "function")
-        return dataset, with_forward(model, function)
-    if zoo.may_return_more(config.model.name):
+        model = with_forward(model, user_code.find(config.model.forward, "function"))
+    elif zoo.may_return_more(config.model.name):
         model = with_forward(model, traceable_forward(model))
-        preprocessing = preprocessing_of(resolve_config(config, dataset, model))
-        model = through_logits(model, torch.zeros(2, *preprocessing.shape))
+    if isinstance(loaded, UserData):
+        dataset, model = read_user_data(loaded, model, config)
+        return replace(dataset, notes=(*dataset.notes, *notes)), model
+    dataset = replace(loaded, notes=(*loaded.notes, *notes))
+    if config.model.forward is None and zoo.may_return_more(config.model.name):
+        model = through_logits(model, _examples(dataset, config, model))
     return dataset, model
+
+
+def load_data(config: RunConfig, model: nn.Module | None = None) -> DataSet:
+    """Load the data set that a configuration names; raises `SecateurError`.
+
+    One that a function of the user's returns is read as `model` takes it.
+    """
+    source = config.data.source
+    if model is not None and user_code.is_user_code(source):
+        return read_user_data(call_loader(source), model, config)[0]
+    return data.load(
+        source,
+        validation_fraction=config.data.validation_fraction,
+        ignore_index=config.data.ignore_index,
+        seed=config.seed,
+    )
+
+
+def _examples(dataset: DataSet, config: RunConfig, model: nn.Module) -> torch.Tensor:
+    """Return two images: those in memory, or black ones."""
+    if isinstance(dataset.train, NormalisedImages):
+        return dataset.train.tensors[:2]
+    return torch.zeros(2, *preprocessing_of(resolve_config(config, dataset, model)).shape)
 
 
 def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> RunConfig:
     """Return the configuration with the defaults that depend on the network or data filled in.
 
     A network that is named is tried on black images: whether it takes colours or grey, see
-    `fit_channels`. Raises `UsageError` if it can't be run on images of that size.
+    `fit_channels`. Images with masks are not cropped, nor are those with objects, unless the
+    configuration says so. Raises `UsageError` if the network can't be run on images of that size.
     """
-    if config.data.image_size is None and user_code.is_user_code(config.model.name):
+    in_memory = dataset.train if isinstance(dataset.train, NormalisedImages) else None
+    if config.data.image_size is None and in_memory is not None:
+        shape = in_memory.tensors.shape
+        config = _with_data(config, image_size=min(shape[2:] or shape[1:]))
+    elif config.data.image_size is None and user_code.is_user_code(config.model.name):
         height, width = dataset.stored_size or (0, 1)
         if height == width:
             config = _with_data(config, image_size=height)
+        elif dataset.stored_size is not None and dataset.kind in WHOLE:
+            config = _with_data(config, image_size=dataset.stored_size)
+    is_cropped = zoo.preprocessing(config.model.name).fit == "crop"
+    if config.data.fit is None and dataset.kind in WHOLE and is_cropped:
+        config = _with_data(config, fit=WHOLE[dataset.kind])
     preprocessing = preprocessing_of(config)
     mean, std = preprocessing.mean, preprocessing.std
     is_resolved = all(getattr(config.data, key) is not None for key in PREPROCESSING_KEYS)
-    if not is_resolved and not config.model.name.startswith(f"{zoo.IN_MEMORY}:"):
+    if (
+        not is_resolved
+        and in_memory is None
+        and not config.model.name.startswith(f"{zoo.IN_MEMORY}:")
+    ):
         channels = fit_channels(model, preprocessing.size)
         mean = _by_channel("mean", mean, channels, is_own=config.data.mean is not None)
         std = _by_channel("std", std, channels, is_own=config.data.std is not None)
@@ -111,6 +153,8 @@ def describe_inputs(
     config: RunConfig, resolved_config: RunConfig, dataset: DataSet
 ) -> tuple[str, ...]:
     """Return notes on how images are read, where that was not said in `config`."""
+    if isinstance(dataset.train, NormalisedImages):
+        return ()
     notes: list[str] = []
     preprocessing = preprocessing_of(resolved_config)
     mean, std = preprocessing.mean, preprocessing.std

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
-from secateur.graph.dependency import RESIDUAL, DependencyGraph, Removed
+from secateur.graph.dependency import OUTPUT, RESIDUAL, DependencyGraph, Removed
 from secateur.pruning.allocation import (
     SearchSpace,
     equal_fractions,
@@ -193,6 +194,13 @@ def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budg
     frozen = sum(group.size for group in dependencies.frozen)
     residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
     hint = f"; prune_residual would free {residual} of them" if residual else ""
+    reasons: Counter[str] = Counter()
+    for group in dependencies.frozen:
+        if group.cause not in (OUTPUT, RESIDUAL):
+            reasons[group.reason] += group.size
+    if reasons:
+        reason, size = reasons.most_common(1)[0]
+        hint = f", {size} of them because: {reason}{hint}"
     raise TargetError(
         f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
         f"with the fewest filters in each of {len(space.steps)} prunable groups "

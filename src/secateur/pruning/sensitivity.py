@@ -9,6 +9,10 @@ Two factors make up the sensitivity of a group:
   calibration images. Channels are reconstructed from the others in the inputs of one group's
   consumers at a time; the gain is the error of the output over the error of the consumers.
 
+The second moments are those of one place where the channels are read. Where consumers read them at
+several, such as a stem and behind a depthwise convolution, the error of the consumers says little
+of that: the gain is then the error of the output over what the curve says.
+
 The sensitivity is their product. So the curves of all groups have one unit, and they are smooth,
 unlike direct measurements on few images.
 
@@ -20,10 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.groups import Group
 from secateur.graph.input_edit import InputEdit
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.network_graph import Tensors
@@ -71,11 +77,18 @@ def measure_sensitivity(
         groups.values(),
         key=lambda group: min(position[consumer.node] for consumer in group.consumers),
     )
+    counts = {
+        group.name: [
+            removed
+            for removed in sorted({max(1, round(part * len(group))) for part in SNAPSHOTS})
+            if removed < len(group)
+        ]
+        for group in ordered
+    }
     snapshots = {
         group.name: [
             reconstruct_channels(group, moments, ranking.order[group.name][:-removed])
-            for removed in sorted({max(1, round(part * len(group))) for part in SNAPSHOTS})
-            if removed < len(group)
+            for removed in counts[group.name]
         ]
         for group in ordered
     }
@@ -93,13 +106,22 @@ def measure_sensitivity(
             consumers = sorted(group.consumers, key=lambda consumer: position[consumer.node])
             interpreter.advance(consumers[0].node)
             edits = [InputEdit(dependencies, consumer, group) for consumer in consumers]
-            for snapshot, sums in zip(snapshots[group.name], errors[group.name], strict=True):
+            for number, snapshot in enumerate(snapshots[group.name]):
                 overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
                 outputs = interpreter.copy().finish(overrides=overrides)
                 consumer_error = sum(edit.error for edit in edits)
-                sums += len(images) * torch.tensor(
+                if is_read_apart(group):
+                    consumer_error = float(curves[group.name][counts[group.name][number]])
+                errors[group.name][number] += len(images) * torch.tensor(
                     [output_error(expected, outputs, task), consumer_error]
                 )
     gains = distributed.gather_shards([error_ratio(errors[group.name]) for group in shard])
     gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
+
+
+def is_read_apart(group: Group) -> bool:
+    """Return whether channels of a group are read at several places, or several times each."""
+    sources = {consumer.node.args[0] for consumer in group.consumers}
+    copies = any(len(tap.channel) > len(np.unique(tap.channel)) for tap in group.taps)
+    return len(sources) > 1 or copies

@@ -67,6 +67,10 @@ class Inputs:
         parts = packed.split([math.prod(shape) for shape in self.shapes], dim=1)
         return tuple(map(_reshaped, parts, self.shapes))
 
+    def picture(self, packed: Tensor) -> Tensor:
+        """Return the input that looks most like pictures: the first of those with most axes."""
+        return max(self.unpack(packed), key=lambda tensor: tensor.ndim)
+
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the named arguments with which a network gets its inputs."""
         if self.passing == "arguments":

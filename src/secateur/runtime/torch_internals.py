@@ -35,6 +35,7 @@ from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "BatchNorm",
     "BatchOrInstanceNorm",
     "Convolution",
+    "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
@@ -65,6 +67,7 @@ __all__ = [
     "tree_map",
     "unset_fake_temporarily",
     "with_versions",
+    "without_modes",
 ]
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from secateur.config import Crop, TrainingSection
 from secateur.data import Images, NormalisedImages, TensorImages, Unreadable
 from secateur.data.augmentation import LARGEST_SHIFTED, Augmentation
+from secateur.data.images_with_objects import ImagesWithObjects
+from secateur.data.masks import MaskedImages
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.training_stream import TrainingStream
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime import distributed
+from secateur.runtime.errors import UsageError
 from secateur.training.own_loss import OwnLoss
 
 WORKERS_FOR_FILES = 4
@@ -51,8 +54,17 @@ def _augmentation(settings: TrainingSection, data: TrainingData) -> Augmentation
 
     Images that come normalised keep their height and width, which need not be equal. By default
     images stay as they are where a change may change the numbers, pictures or objects that they are
-    labelled with.
+    labelled with. Raises `UsageError` for augmentation that the images or what they come with can't
+    take.
     """
+    images = data.images
+    if settings.randaugment and isinstance(images, MaskedImages | ImagesWithObjects):
+        raise UsageError("randaugment is for images with a class each, not with masks or objects")
+    is_parted = settings.crop == "random_resized_crop"
+    if (settings.randaugment or is_parted) and isinstance(images, NormalisedImages):
+        raise UsageError(
+            "randaugment and crop = 'random_resized_crop' change images in files, not tensors"
+        )
     has_values = settings.label_weight > 0 and _trains_on_values(data)
     is_small = max(data.preprocessing.size) <= LARGEST_SHIFTED
     is_shifted = is_small or isinstance(data.images, NormalisedImages)

@@ -14,7 +14,7 @@ from secateur.runtime.errors import UsageError
 
 KEYS = (
     options.MODEL,
-    *(options.FORWARD, options.METRIC, options.DECODER),
+    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER),
     options.SOURCE,
     *(
         Key(f"finetune.{name}", TRAINING)

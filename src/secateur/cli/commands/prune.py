@@ -14,7 +14,7 @@ from secateur.runtime.errors import UsageError
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
-    *(options.FORWARD, options.METRIC, options.DECODER),
+    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER),
     options.SOURCE,
     *(options.NUM_CLASSES, options.IMAGE_SIZE, options.CALIBRATION_IMAGES),
     Key("data.stratified", options.DATA),
@@ -71,6 +71,9 @@ def prune(
     as_json: options.Json = False,
 ) -> None:
     """Prune a network: score, cut, refit, distill, fine-tune. Writes a run folder with a report.
+
+    Networks for classification, segmentation, detection and regression (pictures, key points,
+    numbers) are pruned, with labels or without: see --task and --metric.
 
     Example: secateur prune -m resnet20 -w resnet20.safetensors -d cifar10:data -t macs=0.7
     --no-finetune -o runs/a

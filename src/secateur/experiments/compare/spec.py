@@ -193,6 +193,8 @@ def jobs_of(spec: BenchmarkSpec) -> tuple[Job, ...]:
             content["score"]["criterion"] = criterion
             config = from_dict(content, RunConfig)
             codes = [_code_digest(name) for name in (config.model.name, criterion)]
+            if user_code.is_user_code(config.data.source):
+                codes.append(_code_digest(config.data.source))
             weights = digests[path] if key is None else f"{digests[path]} {key}"
             values = {**comparable(config), "model.weights": weights, "codes": codes}
             del values["model.weights_key"]  # it counts with the weights

@@ -15,14 +15,16 @@ from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from secateur.data import DataSet, Images
+from secateur.data import DataSet
 from secateur.data.annotated import AnnotatedImages
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.forward import inputs_of
 from secateur.graph.taps import as_maps
 from secateur.pipeline.dissect import dissect_network
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
 
@@ -137,8 +139,8 @@ def make_gallery(
     return Gallery(
         calibration_images=len(context.calibration.labels),
         quantile=config.score.quantile,
-        images=_thumbnails(context, shown, config.data.batch_size),
-        image_classes=_class_names(context.calibration, shown, dataset),
+        images=_thumbnails(context, shown, config.data.batch_size, inputs_of(model)),
+        image_classes=_class_names(context, shown, dataset),
         layers=tuple(layers),
     )
 
@@ -165,11 +167,14 @@ def _pack(regions: Bool[Tensor, "filter image h w"]) -> tuple[tuple[int, int], b
     return grid, np.packbits(regions.flatten(2).numpy(), axis=-1).tobytes()
 
 
-def _thumbnails(context: ScoringContext, shown: Tensor, batch_size: int) -> tuple[bytes, ...]:
-    """Return the images as JPEG, after the network's preprocessing."""
+def _thumbnails(
+    context: ScoringContext, shown: Tensor, batch_size: int, inputs: Inputs | None
+) -> tuple[bytes, ...]:
+    """Return the images as JPEG, after the network's preprocessing; of several inputs one."""
     thumbnails: list[bytes] = []
     for indices in shown.split(batch_size):
         images = context.calibration.read(indices, context.reader.preprocessing)
+        images = images if inputs is None else inputs.picture(images)
         thumbnails += [_jpeg(_visible(pixels)) for pixels in images]
     return tuple(thumbnails)
 
@@ -198,9 +203,10 @@ def _jpeg(pixels: UInt8[Tensor, "rgb height width"]) -> bytes:
     return file.getvalue()
 
 
-def _class_names(images: Images, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
+def _class_names(context: ScoringContext, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
     """Return class names; empty for images that came with the concepts, or have no one class."""
-    has_classes = dataset.kind == "classes" and not isinstance(images, AnnotatedImages)
+    images, kind = context.calibration, context.task.kind
+    has_classes = kind in ("single-label", "binary") and not isinstance(images, AnnotatedImages)
     names = dataset.class_names if has_classes else ()
     labels = images.labels[shown].tolist()
     return tuple(names[label] if 0 <= label < len(names) else "" for label in labels)

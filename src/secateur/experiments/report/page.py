@@ -16,7 +16,6 @@ from secateur.pipeline.verdict import verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
-
 COMPUTED_SOURCES = ("evidence", "outputs", "saliency", "factors")
 """Concept sources whose regions depend on the network."""
 
@@ -83,7 +82,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                 **(
                     {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
                 ),
-                "loss": f"{score.loss:.3f}",
+                **({"loss": f"{score.loss:.3f}"} if result.has_labels else {}),
                 "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
                 "params": (
                     f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"

@@ -79,8 +79,9 @@ def find_metric(name: str, inputs: MetricInputs) -> MetricFactory | None:
     """Return what makes the named metric; None where `auto` means the accuracy or R² of `evaluate`.
 
     `auto` is the mean IoU of segmentation, the AP of boxes where there is a decoder, R² of a
-    regression with labels, and the accuracy or R² to the original's outputs otherwise. The metric is made once to see that it goes together with the task:
-    raises `UsageError` if it does not, or if a package is missing.
+    regression with labels, and the accuracy or R² to the original's outputs otherwise. The metric
+    is made once to see that it goes together with the task: raises `UsageError` if it does not, or
+    if a package is missing.
     """
     if user_code.is_user_code(name):
         function = user_code.find(name, "metric")

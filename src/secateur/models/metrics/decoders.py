@@ -82,7 +82,9 @@ def _as_detections(found: object) -> object:
     """Return what a user's function found in an image: a mapping or a tuple is taken apart."""
     if isinstance(found, Mapping) and {"boxes", "scores", "classes"} <= found.keys():
         return Detections(
-            *(found[key] for key in ("boxes", "scores", "classes")),
+            found["boxes"],
+            found["scores"],
+            found["classes"],
             found.get("masks"),
             found.get("keypoints"),
         )

@@ -37,7 +37,7 @@ class AveragePrecision:
         original: nn.Module | None = None,
     ) -> None:
         require("pycocotools.coco", f"{shape} AP")  # before the first image is read
-        self.name = f"{shape} AP" if original is None else f"{shape} AP to the original"
+        self.name = f"{shape} AP" if original is None else f"{shape} AP to original"
         self._decode, self._shape, self._class_names = decode, shape, class_names
         self._original = original
         self._images: list[ImageObjects] = []

@@ -32,7 +32,7 @@ class R2:
     unit: MetricUnit = ""
 
     def __init__(self, *, original: nn.Module | None = None) -> None:
-        self.name = "R²" if original is None else "R² to the original"
+        self.name = "R²" if original is None else "R² to original"
         self._original = original
         self._images = 0
         self._first: Tensor | None = None
@@ -56,6 +56,7 @@ class R2:
         actual, wanted = actual.double().cpu(), wanted.double().cpu()
         if self._sums is None:
             self._first, self._sums = wanted[0], torch.zeros(3, actual.shape[1]).double()
+        assert self._first is not None
         shifted = wanted - self._first
         self._sums += torch.stack(
             [shifted.sum(0), shifted.square().sum(0), (actual - wanted).square().sum(0)]
@@ -69,9 +70,10 @@ class R2:
             for part in distributed.all_gather((self._images, self._first, self._sums))
             if part[0]
         ]
-        first = next((part[1] for part in parts), None)
+        first: Tensor | None = parts[0][1] if parts else None
         total: Tensor | None = None
         for images, start, sums in parts:  # as if each had counted from the first one's values
+            assert first is not None
             shift = start - first
             linear, squares, errors = sums
             moved = torch.stack(

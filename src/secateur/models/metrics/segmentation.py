@@ -40,7 +40,7 @@ class MapAgreement:
     ) -> None:
         if task.kind != "segmentation":
             raise UsageError(f"{main} needs a class for each position; the task is {task.kind}")
-        self.name = main if original is None else f"{main} with the original"
+        self.name = main if original is None else f"{main} to original"
         self._main, self._task, self._class_names = main, task, class_names
         self._original = original
         self._pairs: Int[Tensor, "wanted predicted"] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +13,25 @@ from torch import Tensor
 from secateur.data.annotated import NO_CLASS, AnnotatedFiles, look_up, read_index_image
 from secateur.data.concept_masks import UNLABELLED, Concept
 from secateur.data.image_files import list_images
+from secateur.data.mask_layout import read_mask_layout
 from secateur.data.masks import NOT_A_CLASS, UNKNOWN, VOID
+from secateur.data.segmentation import names_of_values
 from secateur.data.value_names import find_names
 from secateur.runtime.errors import DataError
 
 
 def read_masks(directory: Path) -> AnnotatedFiles:
-    """Return the images of a folder and their masks, from any of three layouts.
+    """Return the images of a folder and their masks.
 
-    `DIR/images/` with `DIR/masks/`; parts `DIR/train/` with `DIR/train_masks/`, all of them; or
-    one such part as DIR. Masks are PNGs with the names of their images. What the values mean is in
+    `DIR/images/` with `DIR/masks/`; parts `DIR/train/` with `DIR/train_masks/`, all of them; one
+    such part as DIR; or any layout of `data.mask_layout`, all parts. Masks are PNGs with the names
+    of their images. What the values mean is in
     `classes.json` or `labels.json` (a list, or an object with the list as `classes` or `labels`)
     or `.txt` (one name on each line), in DIR or above a part; the first name is that of value 0.
     Without such a file 0 is the background and the concepts are the values that the masks hold;
     all masks are read for that. Raises `DataError`.
     """
-    parts = _parts(directory.resolve())
-    pairs = [pair for part in parts for pair in _pairs(*part)]
-    names = find_names([directory, parts[0][1].parent])
+    pairs, names = _pairs_and_names(directory.resolve())
     if names is None:
         values = {int(value) for _, mask in pairs for value in np.unique(_values(mask))} | {0}
         is_named = values - {0, VOID}
@@ -78,8 +80,20 @@ def _values(path: Path) -> np.ndarray:
     return values
 
 
+def _pairs_and_names(directory: Path) -> tuple[list[tuple[Path, Path]], Sequence[str] | None]:
+    """Return each image with its mask, and the names of the masks' values if they have any."""
+    parts = _parts(directory)
+    if parts:
+        pairs = [pair for part in parts for pair in _pairs(*part)]
+        return pairs, find_names([directory, parts[0][1].parent])
+    layout = read_mask_layout(directory)
+    found = layout.parts.values()
+    pairs = [pair for part in found for pair in zip(part.images, part.masks, strict=True)]
+    return pairs, names_of_values(layout)
+
+
 def _parts(directory: Path) -> list[tuple[Path, Path]]:
-    """Return the folders of images, each with its folder of masks."""
+    """Return the folders of images, each with its folder of masks; none in other layouts."""
     if (directory / "images").is_dir() and (directory / "masks").is_dir():
         return [(directory / "images", directory / "masks")]
     beside = directory.with_name(f"{directory.name}_masks")
@@ -92,10 +106,6 @@ def _parts(directory: Path) -> list[tuple[Path, Path]]:
     for images, masks in parts:
         if not images.is_dir():
             raise DataError(f"{masks} has no folder {images.name} of images beside it")
-    if not parts:
-        raise DataError(
-            f"no masks in {directory}: expected images/ and masks/, or train/ and train_masks/"
-        )
     return parts
 
 

@@ -31,10 +31,12 @@ from secateur.scoring.concepts.evidence import strongest_quarter
 CONFIDENT = 0.25
 """Probability from which a detector is said to see a class: from there YOLO's detectors draw their
 boxes."""
+OF_ANY: tuple[Transform, ...] = ("sigmoid", "probabilities")
+"""Transforms of maps that say at each position whether there is an object."""
 FINEST_STRIDES = (4, 8, 16, 32)
 MOST_LEVELS = 5
 Sides = tuple[int, ...]
-Maps = Float[Tensor, "image channel h w"]
+Maps = Float[Tensor, "image _ _ _"]
 
 
 class Outputs(ConceptSource):
@@ -170,7 +172,7 @@ def _concepts(groups: Sequence[_Group], class_names: tuple[str, ...]) -> Iterato
             yield from (
                 Concept(name, "class map") for name in _names(group.channels, names, "class")
             )
-    if any(group.transform == "sigmoid" for group in groups):
+    if any(group.transform in OF_ANY for group in groups):
         yield Concept("any object", "objectness")
 
 
@@ -183,7 +185,7 @@ def _regions(
 ) -> Iterator[Bool[Tensor, "image concept h w"]]:
     """Yield the regions of each group's concepts, in the order of `_concepts`."""
     objects: list[Maps] = []
-    objectness = next((g for g in groups if g.transform == "sigmoid" and g.channels == 1), None)
+    objectness = next((g for g in groups if g.transform in OF_ANY and g.channels == 1), None)
     for group in groups:
         maps = group.read(leaves)
         if group.transform == "values":

@@ -1,0 +1,206 @@
+"""Networks that are no classifiers: maps, pictures, several outputs, numbers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur import OutputPart
+from secateur.api import PruneResult
+from secateur.runtime.errors import SecateurError, UsageError
+
+COUNT = 40
+FAST = {"report.images": 0, "score.sample_every": 2}
+
+
+def body() -> list[nn.Module]:
+    """Two convolutions, of which the first may lose channels."""
+    return [
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, 3, padding=1),
+        nn.ReLU(),
+    ]
+
+
+class SeveralOutputs(nn.Module):
+    """Returns what `container` makes of two maps."""
+
+    def __init__(self, container: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body())
+        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 3, stride=2)
+        self._container = container
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.body(images)
+        return self._container(self.boxes(features), self.scores(features))
+
+
+class Output(OrderedDict[str, Tensor]):
+    """Stands for the `ModelOutput` of transformers: a mapping with attributes."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits=logits)
+        self.logits = logits
+
+
+def map_network() -> nn.Module:
+    """A network that returns maps in which several classes win."""
+    model = nn.Sequential(*body(), nn.Conv2d(8, 4, 1))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(COUNT, 3, 10, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def prune(model: nn.Module, images: Any, **options: Any) -> PruneResult:
+    settings = {**FAST, **options.pop("settings", {})}
+    return secateur.prune(model.eval(), images, **{"target": 0.6, **options}, settings=settings)
+
+
+def test_a_map_of_class_scores_is_a_segmentation(images: Tensor) -> None:
+    model = map_network()
+    masks = model(images).argmax(1)
+    masks[:, 0] = 255
+    result = prune(model, (images, masks))
+    assert (result.result.task.kind, result.result.task.metric_name) == ("segmentation", "mIoU")
+    before, cut, refit = (result.scores[stage] for stage in ("before", "cut", "refit"))
+    assert before.metric == 1
+    assert cut.metric < refit.metric < 1
+    assert refit.agreement_fraction == pytest.approx(refit.details["pixel accuracy"], abs=0.02)
+    assert result.model(images[:2]).shape == (2, 4, 10, 12)
+    assert "255 in masks is ignored." in result.result.notes
+
+
+def test_without_masks_a_segmentation_is_compared_with_the_original(images: Tensor) -> None:
+    result = prune(map_network(), images)
+    assert not result.result.task.has_labels
+    assert result.result.task.metric_name == "mIoU to original"
+    assert result.scores["before"].metric == 1
+    assert 0 < result.scores["refit"].metric <= 1
+
+
+def test_a_picture_is_compared_by_its_squared_error(images: Tensor) -> None:
+    model = nn.Sequential(*body(), nn.Conv2d(8, 3, 1))
+    result = prune(model, images)
+    assert result.result.task.kind == "regression"
+    with torch.inference_mode():
+        test = images[4::5]
+        wanted, output = model(test), result.model(test)
+    r2 = 1 - float((output - wanted).square().mean() / wanted.var(correction=0))
+    assert result.scores["refit"].agreement_fraction == pytest.approx(r2, abs=0.02)
+    assert result.scores["refit"].metric == result.scores["refit"].agreement_fraction
+    assert "R² to original" in repr(result)
+
+
+def test_targets_are_scored_by_r2(images: Tensor) -> None:
+    model = nn.Sequential(*body(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    with torch.inference_mode():
+        wanted = model.eval()(images)
+    wanted = wanted + 0.3 * wanted.std(0) * torch.randn(wanted.shape)
+    result = prune(model, (images, wanted), task="regression")
+    assert result.result.task.metric_name == "R²"
+    test = wanted[4::5]
+    with torch.inference_mode():
+        error = (model(images[4::5]) - test).square().sum()
+    expected = 1 - float(error / (test - test.mean(0)).square().sum())
+    assert result.scores["before"].metric == pytest.approx(expected, abs=1e-4)
+    assert secateur.evaluate(
+        model, [(images[4::5], test)], task="regression"
+    ).metric == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda boxes, scores: (boxes, scores),
+        lambda boxes, scores: {"boxes": boxes, "scores": [scores]},
+        lambda boxes, scores: {"boxes": boxes, "count": 3, "of": None, "scores": scores},
+    ],
+)
+def test_outputs_of_any_structure_are_compared(
+    images: Tensor, container: Callable[[Tensor, Tensor], Any]
+) -> None:
+    model = SeveralOutputs(container)
+    result = prune(model, images)
+    assert [part.leaf for part in result.result.task.parts] == [0, 1]
+    assert type(result.model(images)) is type(model(images))
+    assert result.result.equivalence_error < 1e-4
+    refit, cut = result.scores["refit"], result.scores["cut"]
+    assert refit.agreement_fraction is not None
+    assert cut.agreement_fraction is not None
+    assert refit.agreement_fraction > cut.agreement_fraction
+
+
+def test_parts_of_an_output_can_be_chosen(images: Tensor) -> None:
+    model = SeveralOutputs(lambda boxes, scores: (boxes, scores))
+    parts = (OutputPart(1, transform="softmax"), OutputPart(0, start=1, stop=3))
+    result = prune(model, images, outputs=parts)
+    chosen = result.result.task.parts
+    assert [(part.leaf, part.start, part.transform) for part in chosen] == [
+        (1, 0, "softmax"),
+        (0, 1, "values"),
+    ]
+    with pytest.raises(UsageError, match="outputs name the tensor 7"):
+        prune(model, images, outputs=(OutputPart(7),))
+
+
+def test_logits_of_a_model_output_are_taken(images: Tensor) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = map_network()
+
+        def forward(self, pixel_values: Tensor) -> Output:
+            return Output(self.net(pixel_values))
+
+    result = prune(Named(), {"pixel_values": images})
+    assert result.result.task.kind == "segmentation"
+    assert isinstance(result.model(images), Output)
+
+
+def test_a_metric_of_the_users_scores_networks_and_sizes(images: Tensor) -> None:
+    model = nn.Sequential(*body(), nn.Conv2d(8, 3, 1)).eval()
+    with torch.inference_mode():
+        wanted = model(images)
+
+    def closeness(network: nn.Module) -> float:
+        return -float((network(images) - wanted).square().mean() / wanted.var())
+
+    result = prune(
+        model, images, metric=closeness, settings={"plan.max_drop": 0.5, "plan.target": "macs=0.5"}
+    )
+    assert result.result.task.metric_name == "closeness"
+    assert result.scores["before"].metric == 0
+    assert result.result.size_trials[0].validation_metric == 0
+    assert all(t.validation_metric >= -0.5 for t in result.result.size_trials if t.kept)
+    with pytest.raises(SecateurError, match="must return a finite number"):
+        prune(model, images, metric=lambda network: float("nan"))
+    with pytest.raises(UsageError, match="must be a name or a function"):
+        prune(model, images, metric=3)
+
+
+def test_fine_tuning_follows_the_original(images: Tensor) -> None:
+    result = prune(map_network(), images, epochs=1)
+    finetuning = result.result.finetuning
+    assert finetuning is not None
+    assert finetuning.before_metric <= 1
+    assert result.scores["finetuned"].metric > 0
