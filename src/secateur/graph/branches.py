@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ def both_branches() -> Iterator[None]:
 
     So channels can be followed through both, and the multiply-accumulates of both are counted.
     """
-    original, torch.cond = torch.cond, _choose
+    original: Any = torch.cond
+    torch.cond = _choose
     try:
         yield
     finally:
@@ -27,10 +28,10 @@ def both_branches() -> Iterator[None]:
 
 
 def _choose(
-    pred: bool | Tensor,
+    pred: bool | int | float | Tensor,
     true_fn: Callable[..., Any],
     false_fn: Callable[..., Any],
-    operands: Sequence[Any] = (),
+    operands: tuple[Any, ...] | list[Any] = (),
 ) -> Any:
     """Return what `torch.cond` returns with these arguments, by `torch.where`."""
     if not isinstance(pred, Tensor):
