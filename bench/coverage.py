@@ -339,7 +339,7 @@ def measure(member: Member, tool: str, limit: float, threads: int) -> Row:
 
 def is_cut(row: Row | None) -> bool:
     """Return whether a network was pruned and the result runs, forward and backward."""
-    if row is None or row["outcome"] != "ok" or row["parameters_without_gradient"]:
+    if row is None or row["outcome"] != "ok" or row.get("parameters_without_gradient"):
         return False
     return bool(row.get("is_finite", True)) and row["change"] > LEAST_CHANGE
 
@@ -385,12 +385,99 @@ def summary_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def third_party_table(rows: list[Row]) -> str:
+    """Return how many networks of each part of `third_party` `secateur.prune` takes."""
+    lines = [
+        "| | networks | cut, runs | equals the masked original | refit | refused with a reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = [0, 0, 0, 0, 0]
+    for part, title in third_party.TITLES.items():
+        names = [member.name for member in members() if member.part == part]
+        found = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
+        refused = sum(row["outcome"] != "ok" for row in found)
+        refit = sum("metric_refit" in row for row in found)
+        counts = [len(found), *(sum(map(t, found)) for t in (is_cut, is_equivalent))]
+        counts += [refit, refused]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        lines.append(f"| {title} | {' | '.join(map(str, counts))} |")
+    lines.append(f"| together | {' | '.join(map(str, total))} |")
+    return "\n".join(lines)
+
+
+def third_party_networks(rows: list[Row], part: str) -> str:
+    """Return a table with one line for each network of a part of `third_party`."""
+    lines = [
+        "| network | inputs | channels removed of all | MACs left | error | agreement: cut, refit "
+        "| s | frozen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for member in members():
+        row = _find(rows, member.name, PRUNE)
+        if member.part != part or row is None:
+            continue
+        inputs = " + ".join("×".join(map(str, shape)) or "1" for shape in member.shapes)
+        head = [_cell(member.name.partition(":")[2]), inputs]
+        if row["outcome"] != "ok":
+            lines.append(f"| {' | '.join([*head, row['reason'].replace('|', '/')])} | | | | | |")
+            continue
+        frozen = list(row["frozen_channels"].items())
+        cells = [
+            f"{row['channels_cut']:,} of {row['channels'] + sum(dict(frozen).values()):,}",
+            f"{100 * row['macs_left']:.1f} %" + ("" if is_cut(row) else " (broken)"),
+            f"{row['equivalence_error']:.0e}",
+            f"{row['metric_cut']:.2f}, {row['metric_refit']:.2f}",
+            f"{row['wall_seconds']:.0f}",
+            "; ".join(f"{size}: {_cell(reason)}" for reason, size in frozen[:3]) or "–",
+        ]
+        lines.append(f"| {' | '.join([*head, *cells])} |")
+    return "\n".join(lines)
+
+
+def third_party_part(rows: list[Row]) -> str:
+    """Return the part of the page on networks of other packages; empty if none is measured."""
+    measured = [row for row in rows if row["tool"] == PRUNE]
+    if not measured:
+        return ""
+    found: dict[str, str] = {}
+    for row in measured:
+        found |= {name: v for name, v in row["environment"].items() if name in third_party.LICENCES}
+    packages = ", ".join(
+        f"{name} {version} ({third_party.LICENCES[name]})" for name, version in found.items()
+    )
+    tables = "\n\n".join(
+        f"### {title}\n\n{third_party_networks(rows, part)}"
+        for part, title in third_party.TITLES.items()
+        if any(row["part"] == part for row in measured)
+    )
+    return f"""## Networks of other packages
+
+{third_party_table(rows)}
+
+These networks go through all of `secateur.prune`, with the default settings: filters are scored,
+the network is cut to 70 % of its MACs (to 85 or 95 % where 70 % is out of reach), compared with
+the masked original, and refit. Weights are random, and so are the {IMAGES} images, in batches of
+{SETTINGS["data.batch_size"]}; networks and inputs are small, from their configuration
+(`bench/third_party.py`, and `bench/definitions.py` for networks that are written down from papers).
+*Agreement* is with the original network, on three images: the fraction of equal classes, or R² of
+the values. It shows that every step runs, not how good it is. *s* is the time of the whole process,
+beside others. A network is *refused with a reason* if `secateur.prune` says why, and where in its
+code.
+
+Packages and their licences: {packages}. `pip install "secateur[zoo]"` installs them; nothing else
+needs them.
+
+{tables}
+
+"""
+
+
 def reasons_table(rows: list[Row]) -> str:
     """Return why channels are frozen, over all networks."""
     channels: Counter[str] = Counter()
     networks: Counter[str] = Counter()
     for row in rows:
-        if row["tool"] == "secateur":
+        if row["tool"] in ("secateur", PRUNE):
             for reason, size in row.get("frozen_channels", {}).items():
                 channels[reason] += size
                 networks[reason] += 1
@@ -471,7 +558,8 @@ def _find(rows: list[Row], network: str, tool: str) -> Row | None:
 
 def page(rows: list[Row]) -> str:
     """Return the whole of docs/reference/coverage.md."""
-    surroundings_of = rows[-1]["environment"] if rows else {}
+    halved = [row for row in rows if row["tool"] != PRUNE]
+    surroundings_of = halved[-1]["environment"] if halved else {}
     listed = ", ".join(f"{name} {value}" for name, value in surroundings_of.items())
     times = [
         ours["dependency_graph_seconds"] + ours["surgery_seconds"]
@@ -526,7 +614,7 @@ Last row measured with: {listed}.
 
 {tables}
 
-## Why channels are frozen
+{third_party_part(rows)}## Why channels are frozen
 
 {reasons_table(rows)}
 """

@@ -20,8 +20,8 @@ from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 OURS = "secateur"
-LINT = "lint"
-"""The extra of what checks the source alone, and is not installed for the tests."""
+NOT_IN_TESTS = ("lint", "zoo")
+"""Extras that are not installed for the tests: what checks the source, networks of the bench."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def direct() -> list[Dependency]:
     requirements = [("", project["dependencies"]), *project["optional-dependencies"].items()]
     by_name: dict[str, Dependency] = {}
     for extra, lines in requirements:
-        if extra == LINT:
+        if extra in NOT_IN_TESTS:
             continue
         for requirement in map(Requirement, lines):
             name = canonicalize_name(requirement.name)

@@ -106,7 +106,7 @@ class Study:
             for name, inputs in others.items():
                 ranking = rank(inputs.scores.scores, self.context.dependencies, name)
                 removals[name, target] = ranking.removed(counts)
-        return removals
+        return dict(sorted(removals.items(), key=lambda item: OURS.index(item[0][0])))
 
     def refit(self, smaller: nn.Module, removed: Removed) -> None:
         """Refit a cut network in place."""

@@ -541,16 +541,36 @@ PARTS: dict[str, dict[str, Network]] = {
     "several inputs": PAIRS,
 }
 
-_PACKAGES = {
-    "smp": ("segmentation-models-pytorch", "timm"),
-    "monai": ("monai",),
-    "pytorchcv": ("pytorchcv",),
-    "transformers": ("transformers",),
+TITLES = {
+    "smp": "segmentation_models_pytorch",
+    "monai": "MONAI",
+    "pytorchcv": "pytorchcv",
+    "transformers": "transformers",
+    "restoration": "Restoration and super-resolution",
+    "signals": "Signals, 1-D",
+    "video": "Video networks of torchvision",
+    "several inputs": "Several inputs",
 }
+"""What each part is called on the page."""
+
+LICENCES = {
+    "segmentation-models-pytorch": "MIT",
+    "monai": "Apache-2.0",
+    "pytorchcv": "MIT",
+    "transformers": "Apache-2.0",
+    "spandrel": "MIT",
+    "braindecode": "BSD-3-Clause",
+    "seisbench": "GPL-3.0",
+}
+"""Packages that networks are from, beside torchvision and timm, and their licences."""
 
 
 def packages_of(part: str, name: str) -> tuple[str, ...]:
-    """Return the packages that a network is from, beside torch and torchvision."""
-    package = name.partition("(")[2].partition(" ")[0].rstrip(")")
-    known = {"smp": _PACKAGES["smp"], "torchvision": (), "": ()}
-    return _PACKAGES.get(part) or known.get(package, (package,))
+    """Return the packages that a network is from; their versions count."""
+    if part == "smp":
+        return ("segmentation-models-pytorch", "timm")
+    if part in LICENCES:
+        return (part,)
+    named = name.partition("(")[2].partition(")")[0].partition(" ")[0]
+    package = {"smp": "segmentation-models-pytorch"}.get(named, named)
+    return (package,) if package in LICENCES else ()

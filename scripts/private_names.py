@@ -16,6 +16,8 @@ UNDOCUMENTED = ("torch.cpu.get_capabilities", "torch.fx.experimental", "torch.fx
 """Names without an underscore that releases added, moved or changed without a word."""
 READERS = ("getattr", "hasattr", "setattr")
 NAMED_TUPLES = ("_asdict", "_fields", "_make", "_replace")
+OF_OTHERS = ("_paramsEval",)
+"""Attributes of other libraries: the settings of pycocotools' `COCOeval`."""
 PRIVATE = re.compile(r"_(?!_)\w+")
 PRIVATE_OF_TORCH = re.compile(r"torch(\.\w+)*?\._(?!_)[\w.]+")
 
@@ -72,7 +74,7 @@ def _dotted(aliases: dict[str, str], node: ast.expr) -> str | None:
 
 def _is_undocumented(name: str, ours: set[str]) -> bool:
     if name.startswith("."):
-        return bool(PRIVATE.fullmatch(name[1:])) and name[1:] not in (*NAMED_TUPLES, *ours)
+        return bool(PRIVATE.fullmatch(name[1:])) and name[1:] not in (*NAMED_TUPLES, *OF_OTHERS, *ours)
     if name.startswith("torch.ops."):  # operations, as they stand in every graph
         return False
     if name.startswith(UNDOCUMENTED):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from secateur.data.in_memory import Form, form_of, read_images, split_images
+from secateur.data.batch_forms import Form, form_of
+from secateur.data.in_memory import read_images, split_images
 from secateur.runtime.errors import DataError
 
 PICTURES, SIGNALS = Form(2), Form(1)

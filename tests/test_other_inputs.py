@@ -15,7 +15,8 @@ import secateur
 from other_inputs import CASES
 from processes import started
 from secateur.config import RunConfig, from_dict
-from secateur.data.in_memory import form_of, read_images
+from secateur.data.batch_forms import form_of
+from secateur.data.in_memory import read_images
 from secateur.experiments import run as runs
 from secateur.experiments.manifest import read_manifest
 from secateur.models import user_code

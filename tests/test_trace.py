@@ -261,6 +261,26 @@ def test_an_error_of_the_network_itself_is_reported_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_data_of_a_tensor_is_followed() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([x.data, torch.zeros_like(x).data], dim=1) * 2
+
+    model, images = Forward(then).eval(), random_images()
+    graph = trace(model, images)
+    with torch.no_grad():
+        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+
+
+def test_a_tensor_that_the_graph_can_not_hold_is_named_with_its_place() -> None:
+    def then(self: nn.Module, x: Tensor) -> Tensor:
+        copied = torch.zeros(3)
+        copied.data = x.mean((0, 2, 3))
+        return x * copied[:, None, None]
+
+    with pytest.raises(TraceError, match=r"can't hold, and reads it in \w+\(\) at tests/test_trace"):
+        trace(Forward(then), random_images())
+
+
 def test_a_network_may_have_two_outputs_but_not_where_one_is_asked_for() -> None:
     graph = trace(Forward(lambda self, x: {"one": x, "two": x + 1}), random_images())
     assert len(graph.outputs) == 2

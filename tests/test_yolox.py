@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from networks import wired
 from secateur.data.images import FileImages
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.module_state import tensors_of
 from secateur.graph.output_values import measured
+from secateur.graph.taps import kernels_of
 from secateur.integrations import yolox
 from secateur.runtime.errors import UnknownName, UsageError
 
@@ -96,3 +100,14 @@ def test_an_output_of_another_kind_is_refused() -> None:
         yolox.decode(torch.zeros(1, 5, 8), SIZE)
     with pytest.raises(UsageError, match="this network does not"):
         yolox.decode((torch.zeros(1),), SIZE)
+
+
+def test_a_norm_that_was_folded_and_put_back_says_nothing_of_its_kernels() -> None:
+    model, dependencies = wired("chain", True)
+    state = tensors_of(model)
+    assert kernels_of(dependencies, state)["conv1"].is_rescaled
+    norm = model.bn1
+    assert isinstance(norm, nn.BatchNorm2d)
+    state["bn1.weight"] = (state["bn1.running_var"] + norm.eps).sqrt()
+    assert not kernels_of(dependencies, state)["conv1"].is_rescaled
+    assert kernels_of(dependencies, state)["conv2"].is_rescaled

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from secateur.config import BudgetLike, TaskKind
 from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
+from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
-    Form,
     ImageBatches,
     ImagesInMemory,
-    form_of,
     read_batches,
     read_images,
     split_images,

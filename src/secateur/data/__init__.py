@@ -6,7 +6,7 @@ and may be used to choose settings; `test` is for final scores only.
 - `cifar`, `imagenet`, `fashion_mnist`, `cub`, `digits`: readers of these data sets
 - `folder`, `hugging_face`: readers of your own images
 - `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
-- `in_memory`: tensors that come from Python
+- `in_memory`, `batch_forms`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
 - `coco`, `yolo`, `objects`, `images_with_objects`: images with objects
 - `unlabelled`, `arrays`: images without labels; arrays

@@ -59,7 +59,7 @@ class Objects:
     def to(self, device: torch.device) -> Objects:
         """Return the same objects with their tensors on a device."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

@@ -38,10 +38,14 @@ _MODULE = "_secateur_module"
 """Attribute of an error: the dotted name of the module that raised it."""
 
 
+_READ_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class RecordCallSites(TorchFunctionMode):
     """Inside the block, records with every traced operation where it was called.
 
-    That is the innermost line that is not of torch or of this package; `call_site` reads it.
+    That is the innermost line that is not of torch or of this package; `call_site` reads it. A
+    tensor's `.data`, which the tracer can't follow, is `detach()`, which it can.
     """
 
     def __torch_function__(
@@ -54,6 +58,8 @@ class RecordCallSites(TorchFunctionMode):
         """Call a function of torch; what it calls itself is not seen here."""
         set_stack_trace(f"{_place(sys._getframe(1))}\n{_name_of(func)}")
         try:
+            if func == _READ_DATA:
+                return args[0].detach()
             return func(*args, **(kwargs or {}))
         finally:
             set_stack_trace("")

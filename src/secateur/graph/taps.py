@@ -19,6 +19,9 @@ from secateur.graph.interpreter import value_of
 from secateur.graph.network_graph import Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
 
+UNCHANGED = 1e-6
+"""How far from 1 the scale of a norm that changes nothing may be, by rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class ConsumerKernel:
@@ -41,6 +44,9 @@ class Kernels:
     consumers: tuple[ConsumerKernel, ...]
     norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
     """For each batch norm before the tap: its scales, and the channel that each belongs to."""
+    is_rescaled: bool = True
+    """False if no batch norm before the tap changes the scale of anything, as where norms were
+    folded into the kernels and put back."""
 
     @property
     def filters(self) -> int:
@@ -101,6 +107,13 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
         ids = layer.kernel[layer.filter_dim]
         return None if ids is None else dependencies.channel_of[ids]
 
+    rescaling = {
+        dependencies.graph.tensor_names[node.args[1]]
+        for node in dependencies.graph.nodes
+        if operation_name(node) == "batch_norm"
+        and isinstance(node.args[1], Node)
+        and _rescales(dependencies, state, node)
+    }
     kernels: dict[str, Kernels] = {}
     for group in dependencies.groups.values():
         # The channel of the group at each channel of the network; the last entry stands for -1.
@@ -122,7 +135,7 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
             for layer in group.layers
             if layer in layer_kernels
         ]
-        norms = [rows_of(state[name], 0, slots.get((name, 0))) for name in sorted(scales)]
+        norms = {name: rows_of(state[name], 0, slots.get((name, 0))) for name in sorted(scales)}
         consumers = _consumer_kernels(dependencies, layer_kernels, position, len(group))
         for name, tap in taps_of(group).items():
             channel = torch.from_numpy(tap.channel)
@@ -136,7 +149,8 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
                     )
                     for window, weights in consumers
                 ),
-                norm_scales=tuple(rows for rows in norms if len(rows[1])),
+                norm_scales=tuple(rows for rows in norms.values() if len(rows[1])),
+                is_rescaled=any(len(norms[name][1]) for name in rescaling),
             )
     return kernels
 
@@ -151,6 +165,19 @@ def _layer_kernels(dependencies: DependencyGraph, state: Tensors) -> dict[Layer,
         for layer in dependencies.layers
         if layer.weight in state
     }
+
+
+def _rescales(dependencies: DependencyGraph, state: Tensors, norm: Node) -> bool:
+    """Return whether a batch norm multiplies any channel by anything but 1."""
+    names, (weight, variance) = dependencies.graph.tensor_names, (norm.args[1], norm.args[4])
+    if not isinstance(weight, Node) or not isinstance(variance, Node):
+        return True
+    if weight not in names or variance not in names:
+        return True
+    epsilon = norm.args[7]
+    assert isinstance(epsilon, float)
+    scale = state[names[weight]] * (state[names[variance]] + epsilon).rsqrt()
+    return bool(((scale - 1).abs() > UNCHANGED).any())
 
 
 def _consumer_kernels(

@@ -23,7 +23,7 @@ from torch.fx.graph import Graph
 from torch.fx.node import Node
 
 from secateur.graph.branches import both_branches
-from secateur.graph.call_sites import RecordCallSites, note_module, raised_at
+from secateur.graph.call_sites import RecordCallSites, call_site, note_module, raised_at
 from secateur.graph.constant_values import ConstantReadingMode
 from secateur.graph.module_state import copy_of, evaluating, tensors_of
 from secateur.graph.network_graph import NetworkGraph
@@ -87,7 +87,10 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
         if node.op == "get_attr":
             constants[node] = getattr(module, str(node.target))
             if isinstance(constants[node], FakeTensor):
-                raise TraceError("the network makes a tensor of values that the graph can't hold")
+                raise TraceError(
+                    "the network makes a tensor of values that the graph can't hold, and reads it "
+                    f"in {call_site(next(iter(node.users)))}"
+                )
             _check_is_outside(constants[node], model)
             node.meta.setdefault("val", constants[node])  # torch 2.6 records none
         elif node.op == "call_function":

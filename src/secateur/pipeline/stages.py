@@ -6,6 +6,7 @@ Every stage ends with a score on the test images, which nothing else reads.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from secateur.config import Budget
-from secateur.data import DataSet
+from secateur.data import Batch, DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.graph.module_state import copy_of
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.models.metrics import MetricFactory
 from secateur.models.score import Score
 from secateur.models.state_dict import load_state
 from secateur.models.task import Task
@@ -41,6 +43,8 @@ from secateur.training.outcome import Distillation, has_collapsed
 from secateur.training.own_loss import find_loss
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
+
+SCORING = "scoring (finetuned)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,10 +185,8 @@ def finetune(
     assert pruned.predictions is not None
     start = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
     start_score = pruned.result.stages[-1].score
-
     expected = _expected_outputs(original, dataset, reader, task)
     metric = metric_of(task, dataset, config, original, run_context)
-
     own_loss = find_loss(config.finetune.loss, run_context.loss)
 
     def validate(network: nn.Module) -> float:
@@ -192,19 +194,6 @@ def finetune(
         return evaluate(
             network, batches, task=task, metric=metric, original=expected, known_ms=0.0
         ).metric
-
-    def score(state: dict[str, Tensor]) -> Score:
-        network = copy_of(smaller, share_tensors=False)
-        load_state(network, state)
-        batches = reader.read_shard(dataset.test, "scoring (finetuned)")
-        return evaluate(
-            network,
-            batches,
-            task=task,
-            metric=metric,
-            original=pruned.predictions,
-            known_ms=start_score.latency_ms,
-        )
 
     has_features = config.finetune.feature_weight > 0
     training = train(
@@ -224,7 +213,10 @@ def finetune(
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
     )
     assert training.before is not None
-    last, best = score(training.last), score(training.best)
+    last, best = (
+        _score_weights(pruned, weights, reader.read_shard(dataset.test, SCORING), metric)
+        for weights in (training.last, training.best)
+    )
     kept: KeptWeights = config.finetune.keep
     if kept == "last" and has_collapsed(training.before, training.epochs):
         kept = "start"
@@ -246,6 +238,25 @@ def finetune(
     )
     run_context.end_stage(result, task)
     return FinetuneStage(finetuning, result)
+
+
+def _score_weights(
+    pruned: Pruned,
+    weights: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    metric: MetricFactory | None,
+) -> Score:
+    """Return the score of the pruned network with other weights."""
+    network = copy_of(pruned.model, share_tensors=False)
+    load_state(network, weights)
+    return evaluate(
+        network,
+        batches,
+        task=pruned.result.task,
+        metric=metric,
+        original=pruned.predictions,
+        known_ms=pruned.result.stages[-1].score.latency_ms,
+    )
 
 
 def _expected_outputs(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.data.batch_forms import form_of
 from secateur.data.in_memory import (
     TEST_EVERY,
     VALIDATION_EVERY,
     ImageBatches,
-    form_of,
     read_images,
     split_images,
 )

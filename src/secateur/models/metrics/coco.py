@@ -162,8 +162,11 @@ class Evaluation:
         # What is not asked for here takes most of the time: objects by size, and fewer boxes.
         settings.areaRng, settings.areaRngLbl = settings.areaRng[:1], settings.areaRngLbl[:1]
         settings.maxDets = settings.maxDets[-1:]
-        part._evaluation.params = part._evaluation._paramsEval = settings
-        part._evaluation.evalImgs = list(self._by_image[:, :1, images.numpy()].reshape(-1))
+        vars(part._evaluation).update(
+            params=settings,
+            _paramsEval=settings,
+            evalImgs=list(self._by_image[:, :1, images.numpy()].reshape(-1)),
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             part._evaluation.accumulate()
         return part.figures()

@@ -9,6 +9,7 @@ ICCV 2017, eqs. 1 and 2, without the final ReLU, which equals CAM if both exist)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,15 +139,15 @@ def _positions(node: Node) -> int:
 def _last_map_before(output: Node, graph: NetworkGraph, ranks: set[int]) -> Node | None:
     """Return the last feature map that an output is made from, with so many dimensions."""
     node = output
-    if _rank(output) > 2 and output.args:  # the output is a map itself
-        inner = _read_by_last_layer(output) if _positions(output) > 1 else None
-        if inner is not None:
-            node = inner
-        elif isinstance(output.args[0], Node):
-            node = output.args[0]
+    is_map = _rank(output) > 2
+    inner = _read_by_last_layer(output) if is_map and _positions(output) > 1 else None
+    if inner is not None:
+        node = inner
+    elif is_map and output.args and isinstance(output.args[0], Node):
+        node = output.args[0]
     while isinstance(node, Node) and node is not graph.image:
-        shape = getattr(node.meta["val"], "shape", ())
-        has_images = len(shape) in ranks and shape[0] == graph.images
+        shape: Sequence[int] = getattr(node.meta["val"], "shape", ())
+        has_images = len(shape) in ranks and int(shape[0]) == graph.images
         if has_images and _positions(node) > 1:
             return node
         if not node.args or not isinstance(node.args[0], Node):

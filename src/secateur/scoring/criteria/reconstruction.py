@@ -225,9 +225,10 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     """Return what the votes for each filter are multiplied by, or None for no weights.
 
     There are none without a batch norm, since then activations are as large as the kernels make
-    them, and if no kernel produces a filter.
+    them, and if no kernel produces a filter. A norm that was folded into the kernel and put back
+    counts as none: the kernel is then as large as its activations, not as training left it.
     """
-    if not kernels.norm_scales:
+    if not kernels.norm_scales or not kernels.is_rescaled:
         return None
     try:
         norms = mean_over_producers(l1, tap, kernels)
