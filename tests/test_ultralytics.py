@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import secateur
@@ -118,7 +120,7 @@ def test_networks_of_every_task_are_cut_where_they_train_and_where_they_infer(
     assert [module.training for module in model.modules()] == before
     for module in smaller.modules():
         if hasattr(module, "forward_split"):  # as Ultralytics exports it
-            module.forward = module.forward_split
+            vars(module)["forward"] = module.forward_split
     smaller.eval()(images())
     assert "sized by a number" not in " ".join(group.reason for group in dependencies.frozen)
     layers = {layer.name for layer in dependencies.layers}  # of both branches, and of training
@@ -306,3 +308,26 @@ def test_other_networks_are_not_taken_for_ultralytics(tmp_path: Path) -> None:
         as_yolo(nn.Conv2d(3, 4, 1), tmp_path / "network.pt")
     with pytest.raises(UsageError, match=r"must end in \.pt"):
         as_yolo(nn.Conv2d(3, 4, 1), tmp_path / "network.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny network and small images in place of the user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ultralytics.engine.exporter.file_size", lambda path: 1)
+    as_yolo(tiny(tmp_path, "detect"), "best.pt")
+    Path(write_data(tmp_path / "data", "detect", 3)).rename("data.yaml")
+    for number in range(12):
+        pixels = random_pixels(48, SIDE, 3, seed=number)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.jpg")
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "ultralytics.md").read_text()
+    text = page.replace("640", str(SIDE)).replace('"yolo11n.yaml", num_classes=80', '"detect.yaml"')
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "ultralytics.md", "exec"), namespace)
+    count = parameters(namespace["result"].model)
+    assert count < parameters(tiny(tmp_path, "detect"))
+    assert parameters(namespace["tuned"].model) == parameters(namespace["loaded"]) == count
+    assert (tmp_path / "pruned.onnx").is_file()
