@@ -94,7 +94,7 @@ class Returning(nn.Module):
         if self.kind == "tuple":
             return logits, maps
         if self.kind == "other dict":
-            return {"out": logits, "aux": logits}
+            return {"left": logits, "right": logits}
         return {"out": logits} if self.kind == "one entry" else logits
 
 
@@ -108,7 +108,7 @@ def test_logits_are_taken_by_their_name_or_place(kind: str) -> None:
 def test_what_may_be_the_logits_is_not_guessed() -> None:
     images, model = random_images(), Returning("other dict")
     assert forward_of(through_logits(model, images)) is None
-    with pytest.raises(UsageError, match=r"dict with out, aux: .* model\(images\)\['out'\]$"):
+    with pytest.raises(UsageError, match=r"dict with left, right: .* model\(images\)\['left'\]$"):
         with_logits(model, images)
     with pytest.raises(UsageError, match="by letting forward return one tensor"):
         with_logits(with_forward(model, lambda model, images: model(images)), images)
