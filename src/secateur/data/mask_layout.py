@@ -59,6 +59,8 @@ def read_mask_layout(directory: Path) -> MaskLayout:
     Cityscapes, PASCAL VOC, and folders of images with a folder of masks each, in parts or not; see
     docs/reference/data.md. Raises `DataError` if there are no masks, or none for some part.
     """
+    if not directory.is_dir():
+        raise DataError(f"no masks in {directory}: there is no such folder")
     for root in (directory, *_below(directory)):
         if all((root / name).is_dir() for name in CITYSCAPES):
             return _cityscapes(root)
