@@ -36,5 +36,5 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable ".[dev,lint]"
+	$(VENV)/bin/pip install --quiet --editable ".[dev,lint,libraries]"
 	touch $@

@@ -1,8 +1,8 @@
 """Cut a trained segmentation network without training and without labels, and score its mean IoU.
 
-    python bench/segmentation_networks.py convert FILE START
-    secateur train -c configs/unet_camvid.toml -w START/unet.safetensors -d segmentation:DIR -o BASE
     python bench/segmentation.py --data DIR --weights BASE
+
+BASE is the U-Net that the commands in configs/unet_camvid.toml train.
 
 This prunes the U-Net to each target by each method, calibrated on the training images without
 their masks, and scores it on the images of CamVid's val part, which choose nothing. `--part
@@ -41,7 +41,7 @@ from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
 
-RESULTS = Path(__import__("os").environ.get("SEGRES", ROOT / "results" / "segmentation.jsonl"))
+RESULTS = ROOT / "results" / "segmentation.jsonl"
 KEY = ("part", "network", "target", "method", "seed", "settings")
 NETWORK = "unet"
 TARGETS = ("macs=0.7", "macs=0.5")

@@ -63,6 +63,8 @@ TRAIN, VALIDATE = 16, 8
 """Images of each part of the training data."""
 EPOCHS = 2
 KEYPOINTS = 17
+CLASSES = {"pose": 1, "classify": 2}
+"""Classes of the training data, of 80 for the other tasks; the networks are built for them."""
 PACKAGES = ("ultralytics", "onnx", "onnxruntime")
 
 
@@ -164,7 +166,8 @@ def measure(name: str, folder: Path, note: Note) -> None:
     torch.manual_seed(SEED)
     images = torch.rand(4, 3, SIDE, SIDE, generator=generator)
     note(network=name, task=task_of(name), seed=SEED, side=SIDE, stage="build")
-    model = with_statistics(build(name), images)
+    classes = CLASSES.get(task_of(name), 80)
+    model = with_statistics(build(name, num_classes=classes), images)
     note(stage="dependency graph")
     start = time.perf_counter()
     dependencies = build_dependency_graph(model, images[:2])
@@ -191,7 +194,7 @@ def measure(name: str, folder: Path, note: Note) -> None:
     run = folder / "run"
     save(run, smaller, plan, image_shape=(3, SIDE, SIDE))
     note(stage="load")
-    loaded = load(run, architecture=build(name))
+    loaded = load(run, architecture=build(name, num_classes=classes))
     with torch.no_grad():
         is_equal = all(
             torch.equal(one, other)
@@ -281,18 +284,18 @@ def child(arguments: argparse.Namespace) -> None:
 def table(rows: list[Row]) -> str:
     """Return the table of the how-to page."""
     lines = [
-        "| network | task | MACs left | parameters | error | after two epochs | ONNX error |",
-        "|---|---|---|---|---|---|---|",
+        "| network | task | MACs left | error | parameters | pruned | trained | ONNX error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["outcome"] != "ok":
-            lines.append(f"| {row['network']} | {row['task']} | {row['reason']} | | | | |")
+            lines.append(f"| {row['network']} | {row['task']} | {row['reason']} | | | | | |")
             continue
-        before, left = row["parameters"], row["parameters_left"]
         lines.append(
             f"| {Path(row['network']).stem} | {row['task']} | {100 * row['macs_left']:.1f} % "
-            f"| {before / 1e6:.2f} M → {left / 1e6:.2f} M | {row['equivalence_error']:.0e} "
-            f"| {row['parameters_trained']:,} | {row['onnx_error']:.0e} |"
+            f"| {row['equivalence_error']:.0e} | {row['parameters']:,} "
+            f"| {row['parameters_left']:,} | {row['parameters_trained']:,} "
+            f"| {row['onnx_error']:.0e} |"
         )
     return "\n".join(lines)
 
@@ -304,6 +307,7 @@ def is_right(row: Row) -> bool:
         and abs(row["macs_left"] - TARGET) <= 0.03
         and row["equivalence_error"] < 1e-4 < row["change"]
         and row["loaded_is_equal"]
+        and row["parameters_trained"] == row["parameters_left"] < row["parameters"]
         and row["weights_moved"] > 0
         and row["onnx_error"] < 1e-3
     )
@@ -339,7 +343,7 @@ def main() -> None:
         is_there = row is not None and row["outcome"] == "ok" and versions(row) == versions(current)
         if not fnmatch.fnmatch(name, arguments.only) or (is_there and not again):
             continue
-        out = RESULTS.with_suffix(".part.json")
+        out = RESULTS.with_suffix(f".{name}.part.json")
         options = ["--network", name, "--threads", str(arguments.threads)]
         row = run_child("ultralytics_networks.py", options, out, arguments.limit)
         row |= {"command": "python bench/ultralytics_networks.py", "revision": revision()}

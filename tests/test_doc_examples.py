@@ -25,6 +25,8 @@ from secateur.runtime.timing import Rounds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = ("lightning", "monai", "transformers")
+"""Packages that examples may use and that need not be installed."""
 SMALL = preprocessing.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
 
@@ -75,6 +77,11 @@ def arguments_of(command: str) -> list[str] | None:
 def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if 'secateur.load("runs/tuned")' in block.text:
         pytest.skip("run with the commands of its page")
+    if block.page.stem == "ultralytics":
+        pytest.skip("run in order, with a network and data, by test_ultralytics")
+    for package in OPTIONAL:
+        if re.search(rf"^(import|from) {package}\b", block.text, re.MULTILINE):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, block.page.name, "exec"), {"__name__": block.page.stem})
 

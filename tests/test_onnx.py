@@ -57,6 +57,30 @@ def test_weights_are_inside_and_the_batch_is_open(tmp_path: Path) -> None:
     assert result.opset == next(o.version for o in content.opset_import if not o.domain)
 
 
+def test_outputs_have_the_names_that_they_have_in_the_network(tmp_path: Path) -> None:
+    class Several(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
+            return {"boxes": images.mean((2, 3)), "levels": [images.relu(), 2 * images]}
+
+    class Picture(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.relu()
+
+    images, path = random_images(3), tmp_path / "model.onnx"
+    for model, names in (
+        (Several(), ["boxes", "levels_0", "levels_1"]),
+        (Picture(), ["output"]),
+    ):
+        result = export_onnx(model.eval(), random_images(2), path, overwrite=True)
+        assert result.error < 1e-5
+        session = onnxruntime.InferenceSession(str(path))
+        assert [value.name for value in session.get_outputs()] == names
+        outputs = session.run(None, {"images": images.numpy()})
+        expected = model(images)
+        last = expected["levels"][1] if isinstance(expected, dict) else expected
+        assert torch.allclose(torch.from_numpy(outputs[-1]), last)
+
+
 def test_mode_and_gradients_are_left_as_they_are(tmp_path: Path) -> None:
     model = make_network("flattened").train()
     model.get_submodule("features").eval()

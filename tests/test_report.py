@@ -141,11 +141,11 @@ def test_it_is_written_anew_with_other_images(digits_run: DigitsRun, tmp_path: P
     assert (folder / "report.html").read_text() == before  # the same to the last letter
     report(folder, images=20)
     assert "of 20 calibration images" in (folder / "report.html").read_text()
-    report(folder, images=0, source="folder:nowhere")  # no data is read
+    report(folder, images=0, named={"data.source": "folder:nowhere"})  # no data is read
     page = Page((folder / "report.html").read_text())
     assert "with its strongest responses" not in " ".join(page.texts)
     with pytest.raises(DataError, match="no folder nowhere"):
-        report(folder, source="folder:nowhere")
+        report(folder, named={"data.source": "folder:nowhere"})
     assert Page((folder / "report.html").read_text()).texts == page.texts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import secateur
@@ -48,7 +50,7 @@ end2end: {end2end}
 kpt_shape: [2, 3]
 backbone:
   - [-1, 1, Conv, [8, 3, 4]]
-  - [-1, 1, C2f, [16, True]]
+  - [-1, 1, C2f, [{width}, True]]
   - [-1, 1, {block}]
 head:
   - {head}
@@ -72,8 +74,9 @@ def tiny(folder: Path, head: str, *, two_branches: bool = False) -> nn.Module:
     """A network of Ultralytics' parts, small enough for a test, whose outputs depend on images."""
     path = folder / f"{head}.yaml"
     ends = {"end2end": two_branches, "reg_max": 1 if two_branches else 16}
-    block = "C2PSA, [16]" if head == "detect" else "Conv, [16, 3, 2]"
-    path.write_text(NETWORK.format(head=HEADS[head], block=block, **ends))
+    width = 128 if head == "detect" else 16  # attention has a head for 64 channels
+    block = "C2PSA, [128]" if head == "detect" else "Conv, [16, 3, 2]"
+    path.write_text(NETWORK.format(head=HEADS[head], block=block, width=width, **ends))
     torch.manual_seed(0)
     model = build(str(path))
     for module in model.modules():
@@ -117,7 +120,7 @@ def test_networks_of_every_task_are_cut_where_they_train_and_where_they_infer(
     assert [module.training for module in model.modules()] == before
     for module in smaller.modules():
         if hasattr(module, "forward_split"):  # as Ultralytics exports it
-            module.forward = module.forward_split
+            vars(module)["forward"] = module.forward_split
     smaller.eval()(images())
     assert "sized by a number" not in " ".join(group.reason for group in dependencies.frozen)
     layers = {layer.name for layer in dependencies.layers}  # of both branches, and of training
@@ -214,7 +217,8 @@ def test_its_trainer_keeps_a_network_pruned_and_its_exporter_takes_it(
     smaller, _, _ = pruned(model)
     yolo = as_yolo(smaller, tmp_path / "pruned.pt")
     assert yolo.task == task
-    yolo.predict(torch.rand(1, 3, SIDE, SIDE), imgsz=SIDE, device="cpu", verbose=False)
+    if task == "detect":
+        yolo.predict(torch.rand(1, 3, SIDE, SIDE), imgsz=SIDE, device="cpu", verbose=False)
     data = write_data(tmp_path / "data", task, classes)
     weights = train(yolo, data, tmp_path)
     trained = ultralytics.YOLO(weights)
@@ -291,7 +295,6 @@ def test_networks_are_built_by_name() -> None:
         ("yolo99n.yaml", UnknownName, "yolo99n.yaml"),
         ("best.pt", UsageError, r"pass secateur.prune the network YOLO\('best.pt'\).model"),
         ("yolov8-rtdetr.yaml", UsageError, "for the task None, which is not one of"),
-        ("yolo26n-depth.yaml", UsageError, "for the task depth, which is not one of"),
     ],
 )
 def test_names_that_are_not_taken(name: str, kind: type[Exception], message: str) -> None:
@@ -305,3 +308,26 @@ def test_other_networks_are_not_taken_for_ultralytics(tmp_path: Path) -> None:
         as_yolo(nn.Conv2d(3, 4, 1), tmp_path / "network.pt")
     with pytest.raises(UsageError, match=r"must end in \.pt"):
         as_yolo(nn.Conv2d(3, 4, 1), tmp_path / "network.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny network and small images in place of the user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ultralytics.engine.exporter.file_size", lambda path: 1)
+    as_yolo(tiny(tmp_path, "detect"), "best.pt")
+    Path(write_data(tmp_path / "data", "detect", 3)).rename("data.yaml")
+    for number in range(12):
+        pixels = random_pixels(48, SIDE, 3, seed=number)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.jpg")
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "ultralytics.md").read_text()
+    text = page.replace("640", str(SIDE)).replace('"yolo11n.yaml", num_classes=80', '"detect.yaml"')
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "ultralytics.md", "exec"), namespace)
+    count = parameters(namespace["result"].model)
+    assert count < parameters(tiny(tmp_path, "detect"))
+    assert parameters(namespace["tuned"].model) == parameters(namespace["loaded"]) == count
+    assert (tmp_path / "pruned.onnx").is_file()

@@ -455,5 +455,5 @@ def test_weights_made_in_inference_mode_can_have_gradients() -> None:
 
 
 def test_a_batch_dimension_is_opened_in_star_arguments_too() -> None:
-    program = export_program(AveragedModel(Net()).eval(), PIXELS[:2])
+    program = export_program(AveragedModel(Net()).eval(), (PIXELS[:2],))
     assert program.module()(PIXELS[:3]).shape == (3, 5)

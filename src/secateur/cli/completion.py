@@ -23,7 +23,7 @@ def criteria(incomplete: str) -> list[str]:
 
 def concept_sources(incomplete: str) -> list[str]:
     """Return the concept sources that start with a text."""
-    return _starting(CONCEPT_SOURCES, incomplete)
+    return _starting(("auto", *CONCEPT_SOURCES), incomplete)
 
 
 def data_sets(incomplete: str) -> list[str]:

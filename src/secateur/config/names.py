@@ -9,7 +9,7 @@ CRITERIA = (
 )
 """Names of the built-in criteria."""
 CONCEPT_SOURCES = (
-    *("auto", "evidence", "outputs", "saliency", "factors", "colours"),
+    *("evidence", "outputs", "saliency", "factors", "colours"),
     *("masks", "broden", "parts", "boxes"),
 )
 """Names of the concept sources; the last four bring images of their own."""

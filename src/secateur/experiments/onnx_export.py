@@ -234,7 +234,7 @@ def _export(model: nn.Module, example: Images, path: Path, input_names: list[str
             inputs,
             str(path),
             dynamo=False,
-            dynamic_axes={name: {0: "batch"} for name in (*input_names, *output_names)},
+            dynamic_axes={name: {0: "batch"} for name in input_names},
             **names,
         )
         opsets = onnx.load(str(path)).opset_import

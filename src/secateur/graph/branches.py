@@ -19,7 +19,8 @@ def both_branches() -> Iterator[None]:
 
     So channels can be followed through both, and the multiply-accumulates of both are counted.
     """
-    original, torch.cond = torch.cond, _choose
+    original: Any = torch.cond
+    torch.cond = _choose
     try:
         yield
     finally:
