@@ -89,7 +89,7 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
             if isinstance(constants[node], FakeTensor):
                 raise TraceError(
                     "the network makes a tensor of values that the graph can't hold, and reads it "
-                    f"in {call_site(next(iter(node.users)))}"
+                    f"in {call_site(next(iter(node.users), node))}"
                 )
             _check_is_outside(constants[node], model)
             node.meta.setdefault("val", constants[node])  # torch 2.6 records none
