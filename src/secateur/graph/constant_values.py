@@ -106,11 +106,7 @@ class ConstantReadingMode(FakeTensorMode):
     def values_of(self, tensor: Tensor) -> Tensor:
         """Return the values of a constant; raise `DataDependentOutputException` for others."""
         if self.is_our_fake(tensor) and not self._is_known(tensor):
-<<<<<<< HEAD
-            raise DataDependentOutputException(torch.ops.aten.item.default)
-=======
             raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
->>>>>>> main
         value: Tensor = self._real(tensor).detach()
         return value
 
