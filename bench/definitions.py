@@ -6,6 +6,7 @@ names its source.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -141,7 +142,7 @@ class TCResNet8(nn.Module):
         self.stem = nn.Conv1d(coefficients, 16, 3, 1, 1, bias=False)
         widths = (16, 24, 32, 48)
         self.blocks = nn.Sequential(
-            *(TemporalBlock(a, b, 2) for a, b in zip(widths, widths[1:], strict=False))
+            *(TemporalBlock(a, b, 2) for a, b in itertools.pairwise(widths))
         )
         self.classifier = nn.Linear(48, classes)
 

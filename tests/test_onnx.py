@@ -60,7 +60,7 @@ def test_weights_are_inside_and_the_batch_is_open(tmp_path: Path) -> None:
 def test_outputs_have_the_names_that_they_have_in_the_network(tmp_path: Path) -> None:
     class Several(nn.Module):
         def forward(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
-            return {"boxes": images.mean((2, 3)), "levels": [images, 2 * images]}
+            return {"boxes": images.mean((2, 3)), "levels": [images.relu(), 2 * images]}
 
     class Picture(nn.Module):
         def forward(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import coverage
+import third_party
 from coverage import is_cut, is_equivalent, is_within, page, summary_table
 from rows import Row, put_row, read_rows
 from zoo import (
@@ -16,7 +17,10 @@ from zoo import (
     Member,
     build,
     members,
+    of_side,
+    outputs_of,
     random_images,
+    random_inputs,
     randomise_constants,
     randomise_statistics,
 )
@@ -34,8 +38,60 @@ def test_every_member_exists_once_and_most_families_are_there() -> None:
     assert sum(member.part == "torchvision" for member in zoo) >= 67
 
 
+LEAST = {
+    "smp": 12,
+    "monai": 10,
+    "pytorchcv": 15,
+    "transformers": 6,
+    "restoration": 6,
+    "signals": 5,
+    "video": 3,
+    "several inputs": 3,
+}
+"""Networks of each part of `third_party`, at least."""
+
+
+def test_there_are_networks_of_other_packages_for_every_kind_of_task() -> None:
+    assert list(third_party.PARTS) == list(third_party.TITLES) == list(LEAST)
+    assert all(len(third_party.PARTS[part]) >= least for part, least in LEAST.items())
+    assert third_party.packages_of("signals", "EEGNet (braindecode)") == ("braindecode",)
+    assert third_party.packages_of("signals", "M5") == ()
+    change = third_party.packages_of("several inputs", "change detection (smp Unet/resnet18)")
+    assert change == ("segmentation-models-pytorch",)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        member
+        for member in members()
+        if member.part in ("restoration", "signals", "several inputs") and "(" not in member.name
+    ],
+    ids=lambda member: member.name,
+)
+def test_networks_of_papers_run(member: Member) -> None:
+    model = build(member, 0)
+    outputs = outputs_of(model, random_inputs(member, 3, 1))
+    assert all(len(value) == 3 and bool(value.isfinite().all()) for value in outputs)
+
+
+def test_the_page_shows_networks_of_other_packages() -> None:
+    row = {
+        **row_of("signals:M5", "secateur.prune"),
+        "part": "signals",
+        "metric_cut": 0.5,
+        "metric_refit": 0.75,
+        "wall_seconds": 9.7,
+    }
+    refused = {"outcome": "failed", "reason": "TargetError: it | can't", "part": "restoration"}
+    text = page([row, {**row, **refused, "network": "restoration:EDSR"}])
+    assert "| M5 | 1×8000 | 40 of 90 | 50.0 % | 1e-07 | 0.50, 0.75 | 10 | – |" in text
+    assert "| EDSR | 3×32×32 | TargetError: it / can't | | | | | |" in text
+    assert "| Signals, 1-D | 1 | 1 | 1 | 1 | 0 |" in text
+
+
 def test_a_network_of_the_zoo_depends_on_its_seed_alone() -> None:
-    member = Member("torchvision:shufflenet_v2_x0_5", "torchvision", 64)
+    member = Member("torchvision:shufflenet_v2_x0_5", "torchvision", of_side(64))
     one, other = build(member, 0).state_dict(), build(member, 0).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     different = build(member, 1).state_dict()
