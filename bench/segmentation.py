@@ -269,7 +269,7 @@ def _cell(rows: list[Measurement]) -> str:
     if len(rows) > 1:
         return f"{sum(drops) / len(drops):.1f} ({min(drops):.1f} to {max(drops):.1f}, seeds)"
     low, high = (100 * bound for bound in rows[0]["interval"])
-    return f"{drops[0]:.1f} ({low:.1f} to {high:.1f})"
+    return f"{drops[0]:.2f} ({low:.2f} to {high:.2f})"
 
 
 def class_table(rows: list[Measurement]) -> str:
