@@ -172,6 +172,7 @@ def measure_peer(member: Member, note: Note) -> None:
     A failed trial counts as one; the network counts as pruned if the best of the others runs.
     """
     model, images = _built(member, note)
+    assert isinstance(images, Tensor)  # the peer is tried on networks with one input
     image = images[:1]
     note(stage="count")
     macs = peer.macs(model, image)
@@ -500,7 +501,7 @@ def network_table(rows: list[Row], part: str) -> str:
         if member.part == part:
             ours = _find(rows, member.name, "secateur")
             theirs = _find(rows, member.name, "torch-pruning")
-            title = f"{member.name.partition(':')[2]}, {member.side}"
+            title = f"{member.name.partition(':')[2]}, {member.shapes[0][-1]}"
             lines.append(f"| {' | '.join([title, *_our_cells(ours), *_their_cells(theirs)])} |")
     return "\n".join(lines)
 

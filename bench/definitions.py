@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
+def _conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
 
 
@@ -38,6 +39,8 @@ class ResidualBlock(nn.Module):
 
 class EDSR(nn.Module):
     """Super-resolution with residual blocks without norms (Lim et al. 2017, arXiv:1707.02921)."""
+
+    mean: Tensor
 
     def __init__(self, width: int = 32, blocks: int = 4, scale: int = 2) -> None:
         super().__init__()
@@ -236,7 +239,8 @@ class BCResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
         x = self.head(self.blocks(self.stem(x)))
-        return self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)
+        logits: Tensor = self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)
+        return logits
 
 
 class SignalBlock(nn.Module):

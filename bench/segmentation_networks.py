@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class UNet(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.encoder = _backbone((0, 1, 2, 3, 4))
+        self.encoder: Any = _backbone((0, 1, 2, 3, 4))
         *skipped, channels = self.encoder.feature_info.channels()
         self.decoder = nn.ModuleList()
         for skip, width in zip(reversed(skipped), UNET_WIDTHS, strict=True):
@@ -64,7 +65,7 @@ class LRASPP(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.encoder = _backbone((2, 4), output_stride=16)
+        self.encoder: Any = _backbone((2, 4), output_stride=16)
         low, high = self.encoder.feature_info.channels()
         self.reduce = _conv(high, LRASPP_WIDTH, 1)
         self.gate = nn.Sequential(

@@ -74,7 +74,11 @@ def _dotted(aliases: dict[str, str], node: ast.expr) -> str | None:
 
 def _is_undocumented(name: str, ours: set[str]) -> bool:
     if name.startswith("."):
-        return bool(PRIVATE.fullmatch(name[1:])) and name[1:] not in (*NAMED_TUPLES, *OF_OTHERS, *ours)
+        return bool(PRIVATE.fullmatch(name[1:])) and name[1:] not in (
+            *NAMED_TUPLES,
+            *OF_OTHERS,
+            *ours,
+        )
     if name.startswith("torch.ops."):  # operations, as they stand in every graph
         return False
     if name.startswith(UNDOCUMENTED):

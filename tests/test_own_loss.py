@@ -232,7 +232,7 @@ def test_prune_trains_with_it_and_keeps_its_name() -> None:
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_prune_says_what_is_wrong_with_it_at_once(epochs: int) -> None:
     data = images(40)
-    loss = F.cross_entropy if epochs == 0 else nn.CrossEntropyLoss
+    loss: Any = F.cross_entropy if epochs == 0 else nn.CrossEntropyLoss
     message = "pass epochs" if epochs == 0 else re.escape("loss(output, labels)")
     with pytest.raises(SecateurError, match=message):
         secateur.prune(Chain(), (data.tensors, data.labels), epochs=epochs, loss=loss)

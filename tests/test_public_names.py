@@ -23,6 +23,7 @@ def test_public_names() -> None:
             "load_data",
             "export_onnx",
             "ExportResult",
+            "OutputPart",
         ),
         *(
             "load_model",

@@ -298,7 +298,7 @@ def test_a_row_is_flat(results: list[JobResult], digits_run: DigitsRun, tmp_path
     result = digits_run.result
     before = result.score("before")
     assert before is not None
-    assert done.before_top1_fraction == before.top1_fraction
+    assert done.before_top1_fraction == before.metric
     assert done.macs_left == result.stages[-1].score.macs / before.macs
     assert done.top1_fraction == pytest.approx(0.91)
     assert done.plan_hash == result.plan_hash

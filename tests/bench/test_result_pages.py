@@ -80,7 +80,7 @@ def test_a_peer_is_cut_to_the_same_size_and_trained_alike(
     dataset, model = load_inputs(job.config)
     ours = prune(model, dataset, job.config).result
     assert peer.criterion == finetuned.PEER_NAME
-    assert peer.before_top1_fraction == ours.stages[0].score.top1_fraction
+    assert peer.before_top1_fraction == ours.stages[0].score.metric
     assert peer.images == ours.stages[0].score.images
     assert peer.macs_left == pytest.approx(0.7, abs=0.1)  # few filters make large steps
     assert peer.finetuned_top1_fraction is not None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from secateur.config import RunConfig
-from secateur.data import DataSet, Images
-from secateur.models.examine import examine_outputs, run_network
+from secateur.data import DataSet
+from secateur.graph.output_values import OutputPart
+from secateur.models.examine import run_network
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.task import EXAMPLE_IMAGES, output_parts, task_of
 
 REPORT_STAGE = "report"
-EXAMPLE_IMAGES = 8
 LATENCY_PASSES = 500
 """Forward passes of one image that the latencies before and after the cut take."""
 SENSITIVITY_PASSES = 80
@@ -26,10 +27,13 @@ TRAINING_PASSES = 4
 """Forward passes that one training image takes: forward, backward, and the teacher's forward."""
 
 
-def estimate_stages(model: nn.Module, dataset: DataSet, config: RunConfig) -> dict[str, float]:
+def estimate_stages(
+    model: nn.Module, dataset: DataSet, config: RunConfig, parts: Sequence[OutputPart] = ()
+) -> dict[str, float]:
     """Return the estimated seconds of each stage that `config` asks for, by title, in order.
 
-    The estimate is rough: forward passes that each stage takes, times what one takes here.
+    The estimate is rough: forward passes that each stage takes, times what one takes here. `parts`
+    are those of `task_of`, whose errors it raises.
     """
     passes: dict[str, float] = {}
     calibration = min(config.data.calibration_images, len(dataset.train.labels))
@@ -50,7 +54,7 @@ def estimate_stages(model: nn.Module, dataset: DataSet, config: RunConfig) -> di
             passes[stage_title("finetuned", number)] = steps * config.finetune.epochs + 2 * test
     if config.report.images:
         passes[REPORT_STAGE] = min(config.report.images, calibration) * GALLERY_PASSES
-    seconds = _seconds_per_image(model, dataset.train, config)
+    seconds = _seconds_per_image(model, dataset, config, parts)
     return {title: seconds * count for title, count in passes.items()}
 
 
@@ -63,15 +67,18 @@ def show_plan(
 ) -> None:
     """Print the stages whose titles are ahead, with their estimate, if anybody sees it."""
     if run_context.lines.is_shown:
-        estimates = estimate_stages(model, dataset, config)
+        parts = output_parts(config, run_context)
+        estimates = estimate_stages(model, dataset, config, parts)
         run_context.lines.plan({title: estimates[title] for title in estimates if is_ahead(title)})
 
 
-def _seconds_per_image(model: nn.Module, images: Images, config: RunConfig) -> float:
+def _seconds_per_image(
+    model: nn.Module, dataset: DataSet, config: RunConfig, parts: Sequence[OutputPart]
+) -> float:
     """Time one forward pass of a few images, after one to warm up."""
     reader = make_reader(config, RunContext().collecting_unreadable(config))
-    example = reader.read_first(images, EXAMPLE_IMAGES)
-    examine_outputs(model, example)  # raises before anything is shown
+    example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
+    task_of(model, dataset, config, reader, example, parts)  # raises before anything is shown
     since = time.perf_counter()
     run_network(model, example)
     return (time.perf_counter() - since) / len(example)
