@@ -33,7 +33,7 @@ def from_lightning(folder: Path) -> Iterator[Saved]:
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
     from omegaconf import OmegaConf
 
-    class Module(lightning.LightningModule):  # type: ignore[misc]
+    class Module(lightning.LightningModule):  # type: ignore[misc, unused-ignore]
         def __init__(self, **options: Any) -> None:
             super().__init__()
             self.save_hyperparameters()

@@ -395,10 +395,10 @@ def third_party_table(rows: list[Row]) -> str:
     total = [0, 0, 0, 0, 0]
     for part, title in third_party.TITLES.items():
         names = [member.name for member in members() if member.part == part]
-        found = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
-        refused = sum(row["outcome"] != "ok" for row in found)
-        refit = sum("metric_refit" in row for row in found)
-        counts = [len(found), *(sum(map(t, found)) for t in (is_cut, is_equivalent))]
+        outcomes = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
+        refused = sum(row["outcome"] != "ok" for row in outcomes)
+        refit = sum("metric_refit" in row for row in outcomes)
+        counts = [len(outcomes), *(sum(map(t, outcomes)) for t in (is_cut, is_equivalent))]
         counts += [refit, refused]
         total = [a + b for a, b in zip(total, counts, strict=True)]
         lines.append(f"| {title} | {' | '.join(map(str, counts))} |")
@@ -440,11 +440,12 @@ def third_party_part(rows: list[Row]) -> str:
     measured = [row for row in rows if row["tool"] == PRUNE]
     if not measured:
         return ""
-    found: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     for row in measured:
-        found |= {name: v for name, v in row["environment"].items() if name in third_party.LICENCES}
+        versions = row["environment"].items()
+        outcomes |= {name: v for name, v in versions if name in third_party.LICENCES}
     packages = ", ".join(
-        f"{name} {version} ({third_party.LICENCES[name]})" for name, version in found.items()
+        f"{name} {version} ({third_party.LICENCES[name]})" for name, version in outcomes.items()
     )
     tables = "\n\n".join(
         f"### {title}\n\n{third_party_networks(rows, part)}"

@@ -5,8 +5,8 @@
 `DIR` holds the network's weights, `yolox_nano_fp16.safetensors`, and a data set in YOLO's layout:
 images to calibrate on, without labels, and annotated ones to score, which choose nothing.
 
-`vote` is secateur's default. `l1` and `random` remove as many channels of every group, ranked
-otherwise, with the same refit. After Torch-Pruning the batch-norm statistics are estimated again on
+`vote` is secateur's default, `reconstruction` another criterion with a plan of its own. `l1` and
+`random` remove as many channels of every group as `vote`, ranked otherwise, with the same refit. After Torch-Pruning the batch-norm statistics are estimated again on
 the calibration images. Each method adds a line to `results/detection.jsonl` as soon as it is
 measured; lines that are there are not measured again. `--tables` only writes the tables in
 docs/how_to/detection.md. Intervals are by bootstrap over the scored images, 95 %; those of a
@@ -52,7 +52,7 @@ PAGE = ROOT / "docs" / "how_to" / "detection.md"
 KEY = ("method", "target", "stage")
 TARGETS = ("0.9", "0.8")
 BEFORE = "before"
-OURS = ("vote", "l1", "random")
+OURS = ("vote", "reconstruction", "l1", "random")
 PEERS = (
     ("l2", False),
     ("bn_scale", False),
@@ -63,7 +63,7 @@ PEERS = (
 """Criteria of Torch-Pruning, and whether it ranks all layers together."""
 RESAMPLES = 300
 BATCH_SIZE = 4
-POSITIONS = 128
+POSITIONS = 64
 """In the refit, of each image: there are few images. Chosen by the divergence from the original on
 32 of the calibration images, held out."""
 
@@ -93,16 +93,17 @@ class Study:
     def removals(self) -> dict[tuple[str, str], Removed]:
         """Return the channels that each of `OURS` removes for each target."""
         parts = self.context, self.config
-        by_vote = _plan_inputs(self.model, *parts, ("vote",), PlanSection())["vote"]
-        others = _plan_inputs(self.model, *parts, OURS[1:], PlanSection(allocation="uniform"))
+        planned = _plan_inputs(self.model, *parts, OURS[:2], PlanSection())
+        others = _plan_inputs(self.model, *parts, OURS[2:], PlanSection(allocation="uniform"))
         groups = self.context.dependencies.groups
         removals: dict[tuple[str, str], Removed] = {}
         for target in TARGETS:
-            removed = by_vote.plan(parse_budget(f"macs={target}")).removed
+            budget = parse_budget(f"macs={target}")
+            removals |= {(n, target): inputs.plan(budget).removed for n, inputs in planned.items()}
+            removed = removals["vote", target]
             counts = {
                 name: len(group) - len(removed.get(name, ())) for name, group in groups.items()
             }
-            removals["vote", target] = removed
             for name, inputs in others.items():
                 ranking = rank(inputs.scores.scores, self.context.dependencies, name)
                 removals[name, target] = ranking.removed(counts)
@@ -149,6 +150,7 @@ def load_study(data: Path) -> Study:
                 "source": f"yolo:{data}",
                 "calibration_images": 128,
                 "stratified": False,
+                "validation_fraction": 0.01,  # nothing is chosen on validation images
                 "batch_size": BATCH_SIZE,
             },
             "refit": {"positions": POSITIONS},
@@ -220,13 +222,13 @@ def _measure_peers(study: Study, is_wanted: Callable[[str, str, str], bool], not
                 continue
             settings = peer.Settings(criterion, is_global, whole)
             try:
-                found = cut_to(study.model, image, settings, float(target))
+                peer_cut = cut_to(study.model, image, settings, float(target))
             except Exception as error:  # whatever the peer raises is a result
                 print(name, target, reason_of(error))
                 continue
-            smaller = copy.deepcopy(found.model)
+            smaller = copy.deepcopy(peer_cut.model)
             recalibrate(smaller, study.calibration())
-            note(name, target, "recalibrated", smaller, found.macs_left)
+            note(name, target, "recalibrated", smaller, peer_cut.macs_left)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> None:

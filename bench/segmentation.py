@@ -101,9 +101,9 @@ def pairs_by_image(
             predicted = network(batch.images.contiguous(memory_format=torch.channels_last)).argmax(
                 1
             )
-            for wanted, given in zip(batch.labels, predicted, strict=True):
+            for wanted, settings_by_name in zip(batch.labels, predicted, strict=True):
                 counts = wanted != IGNORED
-                codes = wanted[counts] * classes + given[counts]
+                codes = wanted[counts] * classes + settings_by_name[counts]
                 tables.append(codes.bincount(minlength=classes**2).reshape(classes, classes))
     return torch.stack(tables)
 
@@ -256,8 +256,8 @@ def table(rows: list[Measurement]) -> str:
     for method in METHODS:
         cells = []
         for target in TARGETS:
-            found = [r for r in rows if (r["method"], r["target"]) == (method.name, target)]
-            cells.append(_cell(found))
+            rows_by_key = [r for r in rows if (r["method"], r["target"]) == (method.name, target)]
+            cells.append(_cell(rows_by_key))
         lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -43,8 +43,9 @@ class UNet(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.encoder: Any = _backbone((0, 1, 2, 3, 4))
-        *skipped, channels = self.encoder.feature_info.channels()
+        self.encoder = _backbone((0, 1, 2, 3, 4))
+        features: Any = self.encoder.feature_info
+        *skipped, channels = features.channels()
         self.decoder = nn.ModuleList()
         for skip, width in zip(reversed(skipped), UNET_WIDTHS, strict=True):
             self.decoder.append(nn.Sequential(_conv(channels + skip, width), _conv(width, width)))
@@ -65,8 +66,9 @@ class LRASPP(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.encoder: Any = _backbone((2, 4), output_stride=16)
-        low, high = self.encoder.feature_info.channels()
+        self.encoder = _backbone((2, 4), output_stride=16)
+        features: Any = self.encoder.feature_info
+        low, high = features.channels()
         self.reduce = _conv(high, LRASPP_WIDTH, 1)
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(high, LRASPP_WIDTH, 1, bias=False), nn.Sigmoid()

@@ -150,7 +150,7 @@ def test_outputs_of_any_structure_are_compared(
     assert refit.agreement_fraction > cut.agreement_fraction
 
 
-def test_parts_of_an_output_can_be_chosen(images: Tensor) -> None:
+def test_what_is_compared_can_be_chosen(images: Tensor) -> None:
     model = SeveralOutputs(lambda boxes, scores: (boxes, scores))
     parts = (OutputPart(1, transform="softmax"), OutputPart(0, start=1, stop=3))
     result = prune(model, images, outputs=parts)

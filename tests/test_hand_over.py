@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import HashStore
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import secateur
@@ -101,7 +100,7 @@ def test_its_weights_are_averaged(network: nn.Module) -> None:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    store = HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

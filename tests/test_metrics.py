@@ -69,13 +69,13 @@ def test_mean_average_precision_of_several_labels() -> None:
     pytest.importorskip("torchmetrics")
     logits = torch.tensor([[2.0, -1, 0], [1, 3, 0], [-1, 1, 0]])
     labels = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
-    found = figures(
+    detections = figures(
         MultiLabelAP(Task("multi-label"), ("cat", "dog")),
         (logits[:2], batch(torch.zeros(2, 3, 2, 2), labels[:2])),
         (logits[2:], batch(torch.zeros(1, 3, 2, 2), labels[2:])),
     )
     # Ranked by the first logit: right, wrong, right: (1 + 2/3) / 2. The third label is never shown.
-    assert found == pytest.approx({"mAP": (5 / 6 + 1) / 2, "AP cat": 5 / 6, "AP dog": 1.0})
+    assert detections == pytest.approx({"mAP": (5 / 6 + 1) / 2, "AP cat": 5 / 6, "AP dog": 1.0})
 
 
 def test_a_metric_needs_its_task() -> None:
@@ -197,14 +197,14 @@ def test_psnr_and_ssim_are_means_over_images() -> None:
     output = wanted.clone()
     output[1] = (wanted[1] + 0.1).clamp(max=1)
     images = batch(torch.zeros(2, 3, 16, 16), wanted)
-    found = figures(ImageQuality("PSNR"), (output, images))
+    detections = figures(ImageQuality("PSNR"), (output, images))
     error = float((output[1] - wanted[1]).square().mean())
-    assert list(found) == ["PSNR", "SSIM"]
-    assert found["PSNR"] == pytest.approx((100 - 10 * math.log10(error)) / 2, rel=1e-5)
-    assert 0.5 < found["SSIM"] < 1
+    assert list(detections) == ["PSNR", "SSIM"]
+    assert detections["PSNR"] == pytest.approx((100 - 10 * math.log10(error)) / 2, rel=1e-5)
+    assert 0.5 < detections["SSIM"] < 1
     scaled = batch(torch.zeros(2, 3, 16, 16), 255 * wanted)
     again = figures(ImageQuality("SSIM", peak=255), (255 * output, scaled))
-    assert again == pytest.approx(found, rel=1e-4)
+    assert again == pytest.approx(detections, rel=1e-4)
     with pytest.raises(DataError, match="PSNR takes values from 0 to 1"):
         ImageQuality("PSNR").update(NETWORK, output, scaled)
     small = batch(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
@@ -247,9 +247,9 @@ IMAGES = torch.zeros(2, 3, 64, 112)
 
 def test_boxes_that_are_found_have_an_ap_of_one_by_class_and_size() -> None:
     pytest.importorskip("pycocotools")
-    found = [found_in_input(TWO, [0.9, 0.8]), found_in_input(ONE, [0.3])]
+    detections = [found_in_input(TWO, [0.9, 0.8]), found_in_input(ONE, [0.3])]
     metric = AveragePrecision(decode_list, "box", ("person",))
-    result = figures(metric, (found, batch(IMAGES, targets=(TWO, ONE))))
+    result = figures(metric, (detections, batch(IMAGES, targets=(TWO, ONE))))
     assert list(result)[:4] == ["box AP", "AP50", "AP75", "AP small"]
     assert set(result) == {
         *("box AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP person", "AP 3"),
@@ -277,15 +277,15 @@ def test_missed_and_wrong_boxes_cost_precision() -> None:
 
 def test_images_of_all_processes_are_merged_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pycocotools")
-    found = [found_in_input(TWO, [0.9, 0.2]), found_in_input(ONE, [0.3])]
+    detections = [found_in_input(TWO, [0.9, 0.2]), found_in_input(ONE, [0.3])]
     whole = AveragePrecision(decode_list)
-    expected = figures(whole, (found, batch(IMAGES, targets=(TWO, ONE))))
+    expected = figures(whole, (detections, batch(IMAGES, targets=(TWO, ONE))))
     parts = []
     for number in (1, 0):
         part = AveragePrecision(decode_list)
         targets = ((TWO, ONE)[number],)
         images = Batch(IMAGES[:1], torch.zeros(1).long(), torch.tensor([number]), targets=targets)
-        part.update(NETWORK, [found[number]], images)
+        part.update(NETWORK, [detections[number]], images)
         parts.append(part)
     in_two_processes(monkeypatch, parts[:1], [part._images for part in parts])
     assert parts[0].compute() == expected
@@ -306,7 +306,8 @@ def test_boxes_are_matched_with_the_originals() -> None:
     assert result["box AP to original"] == pytest.approx(1)
     assert result["F1"] == 1
     shifted = [
-        Detections(found.boxes + 15, found.scores, found.classes) for found in Detector()(IMAGES)
+        Detections(detections.boxes + 15, detections.scores, detections.classes)
+        for detections in Detector()(IMAGES)
     ]
     again = AveragePrecision(decode_list, original=Detector())
     result = figures(again, (shifted, batch(IMAGES)))
@@ -315,10 +316,10 @@ def test_boxes_are_matched_with_the_originals() -> None:
 
 def test_a_resample_counts_images_as_often_as_they_are_drawn() -> None:
     pytest.importorskip("pycocotools")
-    found = [found_in_input(TWO, [0.9, 0.8]), found_in_input(objects((0, 0, 0, 9, 9)), [0.9])]
+    detections = [found_in_input(TWO, [0.9, 0.8]), found_in_input(objects((0, 0, 0, 9, 9)), [0.9])]
     rows = [
         image_objects(n, wanted, mine, (64, 112), "box")
-        for n, (wanted, mine) in enumerate(zip((TWO, ONE), found, strict=True))
+        for n, (wanted, mine) in enumerate(zip((TWO, ONE), detections, strict=True))
     ]
     both = Evaluation(rows, "box")
     whole = {name: value for name, value in both.figures().items() if name[3:] not in SIZES}
@@ -353,9 +354,9 @@ def test_masks_are_compared_in_the_stored_image() -> None:
     for mask, box in zip(masks, TWO.boxes_in_input().int().tolist(), strict=True):
         mask[box[1] : box[3], box[0] : box[2]] = True
     inner = found_in_input(TWO, [0.9, 0.8])
-    found = Detections(inner.boxes, inner.scores, inner.classes, masks)
+    detections = Detections(inner.boxes, inner.scores, inner.classes, masks)
     images = batch(IMAGES[:1], targets=(masked(TWO),))
-    result = figures(AveragePrecision(decode_list, "mask"), ([found], images))
+    result = figures(AveragePrecision(decode_list, "mask"), ([detections], images))
     assert result["mask AP"] == pytest.approx(1)
     swapped = Detections(inner.boxes, inner.scores, inner.classes, masks.flip(0))
     images = batch(IMAGES[:1], targets=(masked(TWO),))
@@ -363,7 +364,7 @@ def test_masks_are_compared_in_the_stored_image() -> None:
     assert result["mask AP"] == 0
     with pytest.raises(DataError, match="needs segments"):
         AveragePrecision(decode_list, "mask").update(
-            NETWORK, [found], batch(IMAGES[:1], targets=(TWO,))
+            NETWORK, [detections], batch(IMAGES[:1], targets=(TWO,))
         )
     with pytest.raises(UsageError, match="decoder returns none"):
         AveragePrecision(decode_list, "mask").update(NETWORK, [inner], images)
@@ -388,9 +389,11 @@ def test_keypoints_are_compared_by_their_similarity(points: int) -> None:
     inner = found_in_input(TWO, [0.9, 0.8])
 
     def result(keypoints: Tensor) -> float:
-        found = Detections(inner.boxes, inner.scores, wanted.classes, None, keypoints)
+        detections = Detections(inner.boxes, inner.scores, wanted.classes, None, keypoints)
         images = batch(IMAGES[:1], targets=(wanted,))
-        return figures(AveragePrecision(decode_list, "keypoint"), ([found], images))["keypoint AP"]
+        return figures(AveragePrecision(decode_list, "keypoint"), ([detections], images))[
+            "keypoint AP"
+        ]
 
     assert result(in_input.float()) == pytest.approx(1)
     assert result((in_input + 200).float()) == 0
@@ -412,9 +415,9 @@ def test_without_objects_there_is_no_ap() -> None:
 def test_of_overlapping_boxes_of_a_class_the_best_stays() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10]])
     scores = torch.tensor([[0.9, 0.02], [0.8, 0.0], [0.005, 0.7]])
-    found = non_maximum_suppression(boxes, scores, threshold=0.01, iou=0.65)
-    assert found.classes.tolist() == [0, 1]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.7])
+    detections = non_maximum_suppression(boxes, scores, threshold=0.01, iou=0.65)
+    assert detections.classes.tolist() == [0, 1]
+    assert detections.scores.tolist() == pytest.approx([0.9, 0.7])
 
 
 # --- decoders and names ------------------------------------------------------------------------
@@ -447,8 +450,8 @@ def test_a_decoder_of_the_users_own(tmp_path: Path) -> None:
         "def wrong(output, size):\n"
         "    return 3\n"
     )
-    found = user_decoder(f"{file}:decode")(torch.zeros(2, 5), (8, 8))
-    assert [len(image.boxes) for image in found] == [1, 1]
+    detections = user_decoder(f"{file}:decode")(torch.zeros(2, 5), (8, 8))
+    assert [len(image.boxes) for image in detections] == [1, 1]
     with pytest.raises(UsageError, match="boxes, scores and classes; it returns int"):
         user_decoder(f"{file}:wrong")(torch.zeros(2, 5), (8, 8))
 
@@ -489,9 +492,9 @@ def test_metrics_are_found_by_name(tmp_path: Path) -> None:
     assert find_metric("auto", MetricInputs(Task("regression", has_labels=False))) is None
     file = tmp_path / "score.py"
     file.write_text("def mine(network):\n    return 0.5\n")
-    own = find_metric(f"{file}:mine", segmentation)
-    assert own is not None
-    assert own().name == "mine"
+    own_boxes = find_metric(f"{file}:mine", segmentation)
+    assert own_boxes is not None
+    assert own_boxes().name == "mine"
     with pytest.raises(UnknownName, match="did you mean mIoU"):
         check_name("miou")
     with pytest.raises(UsageError, match="PSNR:255"):

@@ -102,7 +102,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
     assert dataset.train.read_labels(EVERY(3), Preprocessing(8, 8)).tolist() == [0, 0, 0]
 
 
-def test_parts_of_images_without_labels(tmp_path: Path) -> None:
+def test_images_without_labels_are_parted(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "deep", 20)
     write_images(tmp_path / "val", 5)
     dataset = data.load(f"images:{tmp_path}")

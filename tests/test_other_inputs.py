@@ -229,7 +229,7 @@ def test_a_function_of_the_users_is_asked_for_again_by_name(tmp_path: Path) -> N
     runs.run(config, run)
     assert read_manifest(run).forward == forward
     for action in (
-        lambda named: runs.finetune(run, tmp_path / "tuned", {"epochs": 1}, named=named),
+        lambda named: runs.finetune(run, tmp_path / "finetuned", {"epochs": 1}, named=named),
         lambda named: runs.report(run, images=8, named=named),
     ):
         with pytest.raises(UsageError, match=f"name it with --model {name}"):

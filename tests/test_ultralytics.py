@@ -267,8 +267,8 @@ def test_raw_maps_are_decoded_as_ultralytics_does(two_branches: bool, tmp_path: 
     assert decode is not None
     with torch.no_grad():
         predictions = model(x)[0]
-        found = decode(raw_maps(model, x), size)
-    for detections, rows in zip(found, predictions, strict=True):
+        by_image = decode(raw_maps(model, x), size)
+    for detections, rows in zip(by_image, predictions, strict=True):
         if two_branches:  # [detection, left top right bottom score class], best first
             count = min(len(rows), len(detections.scores))
             torch.testing.assert_close(detections.scores[:count], rows[:count, 4])
@@ -329,5 +329,5 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
         exec(compile(block, "ultralytics.md", "exec"), namespace)
     count = parameters(namespace["result"].model)
     assert count < parameters(tiny(tmp_path, "detect"))
-    assert parameters(namespace["tuned"].model) == parameters(namespace["loaded"]) == count
+    assert parameters(namespace["finetuned"].model) == parameters(namespace["loaded"]) == count
     assert (tmp_path / "pruned.onnx").is_file()

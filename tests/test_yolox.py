@@ -41,14 +41,14 @@ def test_boxes_are_those_of_yolox_itself() -> None:
             if name.startswith(("obj_preds", "cls_preds")) and name.endswith("bias"):
                 bias.zero_()  # scores of about a half, or nothing would be found
         images = 255 * torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-        found = yolox.decode(model(images), SIZE)
+        detections = yolox.decode(model(images), SIZE)
         model.head.decode_in_inference = True  # type: ignore[union-attr]
         output = model(images)
     positions = (96 // 8) * (64 // 8) + (96 // 16) * (64 // 16) + (96 // 32) * (64 // 32)
     assert output.shape == (2, positions, 8)
     # YOLOX gives a position its best class alone, so each of its boxes is among ours.
     theirs = postprocess(output.clone(), 3, yolox.SCORE_THRESHOLD, yolox.IOU)
-    for mine, rows in zip(found, theirs, strict=True):
+    for mine, rows in zip(detections, theirs, strict=True):
         assert len(mine.boxes) >= len(rows)
         best = rows[0]  # left, top, right, bottom, objectness, class score, class
         assert mine.scores[0] == pytest.approx(float(best[4] * best[5]), rel=1e-5)

@@ -327,7 +327,7 @@ class BaseConfig(Section):
         return RunConfig(model=self.model, data=self.data, seed=self.seed)
 
 
-OWN_CODE: dict[str, str] = {
+USER_CODE_KEYS: dict[str, str] = {
     "model.name": "--model",
     "model.forward": "--forward",
     "model.metric": "--metric",

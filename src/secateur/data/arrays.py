@@ -97,9 +97,9 @@ def _parts(arrays: Mapping[str, np.ndarray], place: Path) -> dict[Role, _Part]:
     if not named and len(arrays) == 1:
         named = {"train": {"inputs": next(iter(arrays.values()))}}
     return {
-        role: _part(found["inputs"], found.get("labels"), f"{place}, {role}")
-        for role, found in named.items()
-        if "inputs" in found
+        role: _part(entries["inputs"], entries.get("labels"), f"{place}, {role}")
+        for role, entries in named.items()
+        if "inputs" in entries
     }
 
 

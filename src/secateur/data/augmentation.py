@@ -169,7 +169,9 @@ class ShiftsAndFlips:
         """Return the same moves of maps that have another size than the images."""
         if own_size == size or not any(self.border):
             return self
-        rows, columns = (own // side for own, side in zip(own_size, size, strict=True))
+        rows, columns = (
+            image_moves // side for image_moves, side in zip(own_size, size, strict=True)
+        )
         if own_size != (rows * size[0], columns * size[1]):
             raise DataError(
                 f"labels of {list(own_size)} can't be shifted with images of {list(size)}: set "

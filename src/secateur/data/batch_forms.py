@@ -119,7 +119,7 @@ def _several_named(batch: Any, form: Form, *, is_inner: bool) -> SeveralInputs |
     return None
 
 
-def parts_of(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
+def split_batch(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
     """Return the images of a batch and its labels, None if it has none."""
     if isinstance(batch, Tensor | np.ndarray):
         return batch, None
@@ -145,7 +145,7 @@ def parts_of(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
     if several is not None:
         return several
     if len(batch) == 1:
-        return parts_of(batch[0], form, name)
+        return split_batch(batch[0], form, name)
     if isinstance(batch, list) and all(_is_floats(part, form.dims + 1) for part in batch):
         return batch, None  # images that are not stacked yet
     first, second, *others = batch
@@ -154,7 +154,7 @@ def parts_of(batch: Any, form: Form, name: str) -> tuple[Any, Any]:
         raise DataError(f"{name}: batches hold {parts}: yield images, or images and labels")
     if hasattr(first, "keys"):
         named = _several_named(first, form, is_inner=True)
-        return (named or parts_of(first, form, name)[0]), second
+        return (named or split_batch(first, form, name)[0]), second
     if isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_floats, first)):
         passing = form.parameters.passing_of(first)
         if passing == "arguments" or any(part.ndim > form.dims + 1 for part in first):

@@ -48,8 +48,8 @@ def read_coco(place: Path) -> Splits:
     if "train" not in parts and len(parts) == 1:
         parts = {"train": next(iter(parts.values()))}
     if "train" not in parts:
-        found = ", ".join(str(part.file) for part in parts.values())
-        raise DataError(f"{place} has no annotations of a part train, only {found}")
+        paths = ", ".join(str(part.file) for part in parts.values())
+        raise DataError(f"{place} has no annotations of a part train, only {paths}")
     tested: Role | None = next((role for role in ("test", "val") if role in parts), None)
     train_table = _read_table(parts["train"].file)
     categories = _categories(train_table, parts["train"].file)
@@ -76,13 +76,13 @@ def _find_parts(place: Path) -> dict[Role, _Part]:
     if place.is_file():
         kind, part = _kind_and_part(place.stem)
         root = place.parent.parent if place.parent.name == "annotations" else place.parent
-        parts = _parts_of_kind(root, place.parent, kind)
+        parts = _parts_in(root, place.parent, kind)
         if role_of(part) is None:
             return {"train": _Part(place, part, (place.parent, root / "images", root))}
         return parts
     for folder in (place / "annotations", place):
         for kind in KINDS_OF_FILES:
-            if parts := _parts_of_kind(place, folder, kind):
+            if parts := _parts_in(place, folder, kind):
                 return parts
     for folder in folders(place):
         role, file = role_of(folder.name), folder / BESIDE
@@ -105,7 +105,7 @@ def _kind_and_part(stem: str) -> tuple[str, str]:
     return kind, part
 
 
-def _parts_of_kind(root: Path, folder: Path, kind: str) -> dict[Role, _Part]:
+def _parts_in(root: Path, folder: Path, kind: str) -> dict[Role, _Part]:
     parts: dict[Role, _Part] = {}
     for file in sorted(folder.glob(f"{kind}_*.json" if kind else "*.json")):
         file_kind, name = _kind_and_part(file.stem)
@@ -201,7 +201,7 @@ def _read_part(
     folder = _image_folder(part, names.values())
     paths = tuple(inside(folder, name, DataError) for name in names.values())
     images = FileImages(paths, torch.zeros(len(paths), dtype=torch.int64))
-    points = {len(row.keypoints) for found in rows.values() for row in found if row.keypoints}
+    points = {len(row.keypoints) for objects in rows.values() for row in objects if row.keypoints}
     if len(points) > 1:
         raise DataError(f"{part.file} has objects with {sorted(points)} numbers of keypoints")
     count = next(iter(points), 0) // 3

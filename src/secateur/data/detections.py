@@ -55,9 +55,9 @@ def non_maximum_suppression(
     from torchvision.ops import batched_nms  # loads its operations
 
     positions, classes = (scores > threshold).nonzero(as_tuple=True)
-    found = Detections(boxes[positions], scores[positions, classes], classes)
-    kept: Tensor = batched_nms(found.boxes, found.scores, found.classes, iou)
-    return found.take(kept)
+    detections = Detections(boxes[positions], scores[positions, classes], classes)
+    kept: Tensor = batched_nms(detections.boxes, detections.scores, detections.classes, iou)
+    return detections.take(kept)
 
 
 def grid_of(

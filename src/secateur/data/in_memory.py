@@ -21,7 +21,7 @@ from secateur.data.batch_forms import (
     as_batches,
     is_batch,
     labels_as_tensor,
-    parts_of,
+    split_batch,
     tensor_of,
 )
 from secateur.runtime.errors import DataError
@@ -145,7 +145,7 @@ def read_batches(
     shape: torch.Size | None = None
     inputs: Inputs | None = None
     for batch in _items(source, form, name, most, seed):
-        raw_images, raw_labels = parts_of(batch, form, name)
+        raw_images, raw_labels = split_batch(batch, form, name)
         is_single = batch is not source
         labels = None if raw_labels is None else labels_as_tensor(raw_labels, name)
         if isinstance(raw_images, SeveralInputs):

@@ -181,11 +181,11 @@ def count_values(masks: Masks, indices: Indices) -> Counter[int]:
     counts: Counter[int] = Counter()
     for few in indices.split(16):
         for values in masks.values(few):
-            counts.update(_held_values(values))
+            counts.update(_values_in(values))
     return counts
 
 
-def _held_values(values: Tensor) -> list[int]:
+def _values_in(values: Tensor) -> list[int]:
     flat = values.flatten()
     if not len(flat) or int(flat.min()) < 0:
         return list(flat.unique().tolist())

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.experiments.own_code import check_named
+from secateur.experiments.user_code_keys import check_named
 from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code

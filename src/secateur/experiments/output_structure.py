@@ -1,4 +1,4 @@
-"""What a network returns: its tensors, and the tuples, lists and dicts that they stand in.
+"""What a network returns: its tensors, and the tuples, lists and dicts that hold them.
 
 A structure is JSON: `{"tensor": N}` for the N-th tensor, `{"constant": value}`, `{"tuple": […]}`,
 `{"list": […]}`, `{"dict": [[key, structure], …]}`, and `{"fields": […]}` or `{"record": […]}` with
@@ -59,7 +59,7 @@ class NamedOutputs(OrderedDict[str, Any]):
 def take_apart(output: object) -> tuple[tuple[Tensor, ...], Structure]:
     """Return the tensors in what a network returned, and their structure.
 
-    Raises `TraceError` if there are none, or if they stand in an object of another kind.
+    Raises `TraceError` if there are none, or if an object of another kind holds them.
     """
     tensors: list[Tensor] = []
 

@@ -21,7 +21,7 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
-from secateur.experiments.own_code import check_loss_named, check_named
+from secateur.experiments.user_code_keys import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -119,7 +119,7 @@ def finetune(
 
     The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
     of the run's configuration. `named` says what network, data and code are called now, by the keys
-    of `OWN_CODE`; what is user code must be among them. `resume` continues from the checkpoints
+    of `USER_CODE_KEYS`; what is user code must be among them. `resume` continues from the checkpoints
     that an interrupted call with the same changes has left in `folder`. Raises `SecateurError`; the
     folders then stay as they were.
     """

@@ -127,11 +127,11 @@ def _decode(head: Any, output: object, size: tuple[int, int]) -> list[Detections
     if head.end2end:
         maps = maps[len(maps) // 2 :]
     iou = 1.0 if head.end2end else IOU
-    found = []
+    detections = []
     for boxes, scores in zip(_corners(head, maps[0], size), maps[1].sigmoid(), strict=True):
         kept = non_maximum_suppression(boxes, scores.T, threshold=SCORE_THRESHOLD, iou=iou)
-        found.append(kept.take(torch.arange(min(MOST_DETECTIONS, len(kept.scores)))))
-    return found
+        detections.append(kept.take(torch.arange(min(MOST_DETECTIONS, len(kept.scores)))))
+    return detections
 
 
 def _corners(head: Any, boxes: Tensor, size: tuple[int, int]) -> Float[Tensor, "image position 4"]:

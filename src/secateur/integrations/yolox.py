@@ -79,13 +79,15 @@ def decode(output: object, size: tuple[int, int]) -> list[Detections]:
             f"YOLOX returns {len(cells)} positions for images of {size[0]}×{size[1]}; this network "
             f"returns {output.shape[1]}"
         )
-    found = []
+    detections = []
     for image in output.float():
         centres, halves = (image[:, :2] + cells) * sides, image[:, 2:4].exp() * sides / 2
         boxes = torch.cat([centres - halves, centres + halves], dim=1)
         scores = image[:, 4:5] * image[:, 5:]
-        found.append(non_maximum_suppression(boxes, scores, threshold=SCORE_THRESHOLD, iou=IOU))
-    return found
+        detections.append(
+            non_maximum_suppression(boxes, scores, threshold=SCORE_THRESHOLD, iou=IOU)
+        )
+    return detections
 
 
 def _settings(name: str) -> Any:

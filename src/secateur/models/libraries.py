@@ -36,8 +36,8 @@ def build(name: str, num_classes: int | None) -> nn.Module:
 
 def preprocessing(name: str) -> Preprocessing:
     """Return what the named network expects of images, as its library says."""
-    found: Preprocessing = _module(name).preprocessing(name.partition(":")[2])
-    return found
+    result: Preprocessing = _module(name).preprocessing(name.partition(":")[2])
+    return result
 
 
 def output_parts(name: str) -> tuple[OutputPart, ...]:
@@ -58,8 +58,8 @@ def decoder(name: str, model: nn.Module) -> Decoder | None:
     module = _module(name)
     if not hasattr(module, "decoder"):
         return None
-    found: Decoder | None = module.decoder(model)
-    return found
+    result: Decoder | None = module.decoder(model)
+    return result
 
 
 def _module(name: str) -> Any:

@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import options
 from secateur.cli.options import TRAINING, ConfigOptions, Key
-from secateur.config import OWN_CODE
+from secateur.config import USER_CODE_KEYS
 from secateur.runtime.errors import UsageError
 
 KEYS = (
@@ -47,7 +47,7 @@ def finetune(
     Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
     """
     keys = config_options.changes()
-    named = {key: keys.pop(key) for key in OWN_CODE if key in keys}
+    named = {key: keys.pop(key) for key in USER_CODE_KEYS if key in keys}
     changes: dict[str, Any] = {}
     for key, value in keys.items():
         section, _, name = key.partition(".")

@@ -78,11 +78,11 @@ def report(
     pictures = None
     if form == "png":
         pictures = run / CHARTS if out is None else out.resolve()
-    given = {"model.name": model, "model.forward": forward, "data.source": data_source}
+    names = {"model.name": model, "model.forward": forward, "data.source": data_source}
     written = runs.report(
         run,
         output.run_context(),
-        named={key: name for key, name in given.items() if name is not None},
+        named={key: name for key, name in names.items() if name is not None},
         images=images,
         beside=beside,
         pictures=pictures,

@@ -31,8 +31,8 @@ class TopK:
         del network
         logits = self._task.read(output, len(batch.images))
         best = logits.topk(min(self._k, logits.shape[1]), dim=1).indices.cpu()
-        found = (best == batch.labels[:, None]).any(1)
-        self._counts += torch.tensor([int(found.sum()), len(found)])
+        predictions = (best == batch.labels[:, None]).any(1)
+        self._counts += torch.tensor([int(predictions.sum()), len(predictions)])
 
     def merge(self) -> None:
         """Add up the counts of all processes."""
@@ -40,8 +40,8 @@ class TopK:
 
     def compute(self) -> dict[str, float]:
         """Return the fraction."""
-        found, images = self._counts.tolist()
-        return {self.name: found / images}
+        predictions, images = self._counts.tolist()
+        return {self.name: predictions / images}
 
 
 class MultiLabelAP:

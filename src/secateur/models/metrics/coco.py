@@ -41,11 +41,11 @@ class ImageObjects:
     size: tuple[int, int]
     """Height and width of the stored image."""
     wanted: list[dict[str, Any]]
-    found: list[dict[str, Any]]
+    detections: list[dict[str, Any]]
 
 
 def image_objects(
-    index: int, wanted: Objects, found: Detections, input_size: tuple[int, int], shape: Shape
+    index: int, wanted: Objects, detections: Detections, input_size: tuple[int, int], shape: Shape
 ) -> ImageObjects:
     """Return an image's objects in pixels of the stored image.
 
@@ -55,28 +55,31 @@ def image_objects(
         raise DataError("mask AP needs segments of the objects, and the data has boxes only")
     if shape == "keypoint" and wanted.keypoints is None:
         raise DataError("keypoint AP needs keypoints of the objects, and the data has none")
-    if len(found.boxes) and getattr(found, f"{shape}s" if shape != "box" else "boxes") is None:
+    if (
+        len(detections.boxes)
+        and getattr(detections, f"{shape}s" if shape != "box" else "boxes") is None
+    ):
         raise UsageError(f"{shape} AP needs {shape}s, and the network's decoder returns none")
     return ImageObjects(
         index,
         wanted.size,
         _wanted(wanted, shape),
-        _found(found.take(found.classes >= 0), wanted, input_size, shape),
+        _found(detections.take(detections.classes >= 0), wanted, input_size, shape),
     )
 
 
-def as_objects(found: Detections, size: tuple[int, int], threshold: float) -> Objects:
+def as_objects(detections: Detections, size: tuple[int, int], threshold: float) -> Objects:
     """Return what a network finds, with scores above a threshold, as objects to be found."""
-    found = found.take(found.scores > threshold)
-    boxes = found.boxes.double().cpu()
-    masks = None if found.masks is None else found.masks.cpu()
-    keypoints = found.keypoints
+    detections = detections.take(detections.scores > threshold)
+    boxes = detections.boxes.double().cpu()
+    masks = None if detections.masks is None else detections.masks.cpu()
+    keypoints = detections.keypoints
     if keypoints is not None:
         keypoints = torch.cat([keypoints[..., :2], torch.full_like(keypoints[..., :1], 2)], dim=2)
         keypoints = keypoints.double().cpu()
     return Objects(
         boxes=boxes,
-        classes=found.classes.cpu(),
+        classes=detections.classes.cpu(),
         is_crowd=torch.zeros(len(boxes), dtype=torch.bool),
         areas=_areas(boxes) if masks is None else masks.flatten(1).sum(1).double(),
         size=size,
@@ -103,13 +106,15 @@ class Evaluation:
 
     def _evaluate(self, coco: Any, images: Sequence[ImageObjects], shape: Shape) -> Any:
         wanted = [row | {"image_id": n} for n, image in enumerate(images) for row in image.wanted]
-        found = [row | {"image_id": n} for n, image in enumerate(images) for row in image.found]
+        detections = [
+            row | {"image_id": n} for n, image in enumerate(images) for row in image.detections
+        ]
         classes = sorted({row["category_id"] for row in wanted})
         if not classes:
             raise DataError(f"{shape} AP needs objects, and no image shows any")
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
             parts = []
-            for annotations in (wanted, found):
+            for annotations in (wanted, detections):
                 part = coco()
                 part.dataset = {
                     "images": [
@@ -173,16 +178,16 @@ class Evaluation:
 
     def f1(self, threshold: float) -> float:
         """Return the F1 of the objects found with at least this score, at an IoU of 0.5."""
-        right = wanted = found = 0
+        right = wanted = detections = 0
         for image in self._by_image[:, 0].reshape(-1):  # of all sizes
             if image is None:
                 continue
             counts = np.asarray(image["dtScores"]) >= threshold
             counts &= ~image["dtIgnore"][0]
             right += int((image["dtMatches"][0] > 0)[counts].sum())
-            found += int(counts.sum())
+            detections += int(counts.sum())
             wanted += int((1 - np.asarray(image["gtIgnore"])).sum())
-        return 2 * right / (wanted + found) if wanted + found else 1.0
+        return 2 * right / (wanted + detections) if wanted + detections else 1.0
 
 
 def _mean(precision: Any) -> float | None:
@@ -216,10 +221,10 @@ def _wanted(objects: Objects, shape: Shape) -> list[dict[str, Any]]:
 
 
 def _found(
-    found: Detections, wanted: Objects, input_size: tuple[int, int], shape: Shape
+    detections: Detections, wanted: Objects, input_size: tuple[int, int], shape: Shape
 ) -> list[dict[str, Any]]:
     geometry = wanted.geometry
-    corners = geometry.to_stored(found.boxes.double().cpu().reshape(-1, 2, 2)).flatten(1)
+    corners = geometry.to_stored(detections.boxes.double().cpu().reshape(-1, 2, 2)).flatten(1)
     areas = _areas(corners)
     rows: list[dict[str, Any]] = [
         {
@@ -230,20 +235,22 @@ def _found(
             "iscrowd": 0,
         }
         for number, score, box, area in zip(
-            found.classes.tolist(),
-            found.scores.double().tolist(),
+            detections.classes.tolist(),
+            detections.scores.double().tolist(),
             corners.tolist(),
             areas.tolist(),
             strict=True,
         )
     ]
     if shape == "mask" and rows:
-        assert found.masks is not None
-        for row, mask in zip(rows, _stored_masks(found.masks, wanted, input_size), strict=True):
+        assert detections.masks is not None
+        for row, mask in zip(
+            rows, _stored_masks(detections.masks, wanted, input_size), strict=True
+        ):
             row["segmentation"], row["area"] = _encode(mask), int(mask.sum())
     if shape == "keypoint" and rows:
-        assert found.keypoints is not None
-        points = geometry.to_stored(found.keypoints[..., :2].double().cpu())
+        assert detections.keypoints is not None
+        points = geometry.to_stored(detections.keypoints[..., :2].double().cpu())
         sides = points.amax(1) - points.amin(1)
         ones = torch.ones_like(points[..., :1])
         flat = torch.cat([points, ones], dim=2).flatten(1).tolist()

@@ -65,29 +65,31 @@ def user_decoder(name: str) -> Decoder:
     function = user_code.find(name, "decoder")
 
     def decode(output: object, size: tuple[int, int]) -> list[Detections]:
-        found: Any = user_code.call(name, function, output=output, size=size)
-        if isinstance(found, Sequence):
-            found = list(map(_as_detections, found))
-        if not isinstance(found, list) or not all(isinstance(one, Detections) for one in found):
+        detections: Any = user_code.call(name, function, output=output, size=size)
+        if isinstance(detections, Sequence):
+            detections = list(map(_as_detections, detections))
+        if not isinstance(detections, list) or not all(
+            isinstance(one, Detections) for one in detections
+        ):
             raise UsageError(
                 f"{name} must return for each image its boxes, scores and classes; it returns "
-                f"{type(found).__name__}"
+                f"{type(detections).__name__}"
             )
-        return found
+        return detections
 
     return decode
 
 
-def _as_detections(found: object) -> object:
+def _as_detections(detections: object) -> object:
     """Return what a user's function found in an image: a mapping or a tuple is taken apart."""
-    if isinstance(found, Mapping) and {"boxes", "scores", "classes"} <= found.keys():
+    if isinstance(detections, Mapping) and {"boxes", "scores", "classes"} <= detections.keys():
         return Detections(
-            found["boxes"],
-            found["scores"],
-            found["classes"],
-            found.get("masks"),
-            found.get("keypoints"),
+            detections["boxes"],
+            detections["scores"],
+            detections["classes"],
+            detections.get("masks"),
+            detections.get("keypoints"),
         )
-    if isinstance(found, tuple) and 3 <= len(found) <= 5:
-        return Detections(*found)
-    return found
+    if isinstance(detections, tuple) and 3 <= len(detections) <= 5:
+        return Detections(*detections)
+    return detections

@@ -49,23 +49,23 @@ class AveragePrecision:
         objects: tuple[Objects, ...]
         if self._original is not None:
             theirs = self._find(run_network(self._original, batch.images), batch, size)
-            objects = tuple(as_objects(found, size, SURE) for found in theirs)
+            objects = tuple(as_objects(detections, size, SURE) for detections in theirs)
         elif batch.targets is None:
             raise DataError(f"{self.name} needs annotated objects, and the data has none")
         else:
             objects = batch.targets
-        found = self._find(output, batch, size)
-        for index, wanted, mine in zip(batch.indices.tolist(), objects, found, strict=True):
+        detections = self._find(output, batch, size)
+        for index, wanted, mine in zip(batch.indices.tolist(), objects, detections, strict=True):
             self._images.append(image_objects(index, wanted, mine, size, self._shape))
 
     def _find(self, output: object, batch: Batch, size: tuple[int, int]) -> list[Detections]:
-        found = self._decode(output, size)
-        if len(found) != len(batch.images):
+        detections = self._decode(output, size)
+        if len(detections) != len(batch.images):
             raise UsageError(
-                f"the decoder returns detections of {len(found)} images for "
+                f"the decoder returns detections of {len(detections)} images for "
                 f"{len(batch.images)} images"
             )
-        return found
+        return detections
 
     def merge(self) -> None:
         """Gather the objects of all processes, in the order of the images."""

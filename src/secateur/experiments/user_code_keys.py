@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from secateur.config import OWN_CODE, RunConfig
+from secateur.config import USER_CODE_KEYS, RunConfig
 from secateur.models import user_code
 from secateur.runtime.errors import UsageError
 
@@ -17,7 +17,7 @@ def check_named(folder: Path, config: RunConfig, named: Collection[str]) -> None
 
     A run folder may be a stranger's: it must not choose code to run.
     """
-    for key, option in OWN_CODE.items():
+    for key, option in USER_CODE_KEYS.items():
         section, _, last = key.partition(".")
         name = getattr(getattr(config, section), last)
         if name is not None and key not in named and user_code.is_user_code(name):
