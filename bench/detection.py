@@ -6,11 +6,11 @@
 images to calibrate on, without labels, and annotated ones to score, which choose nothing.
 
 `vote` is secateur's default, `reconstruction` another criterion with a plan of its own. `l1` and
-`random` remove as many channels of every group as `vote`, ranked otherwise, with the same refit. After Torch-Pruning the batch-norm statistics are estimated again on
-the calibration images. Each method adds a line to `results/detection.jsonl` as soon as it is
-measured; lines that are there are not measured again. `--tables` only writes the tables in
-docs/how_to/detection.md. Intervals are by bootstrap over the scored images, 95 %; those of a
-difference draw the same images before and after.
+`random` remove as many channels of every group as `vote`, ranked otherwise, with the same refit.
+After Torch-Pruning the batch-norm statistics are estimated again on the calibration images. Each
+method adds a line to `results/detection.jsonl` as soon as it is measured; lines that are there are
+not measured again. `--tables` only writes the tables in docs/how_to/detection.md. Intervals are by
+bootstrap over the scored images, 95 %; those of a difference draw the same images before and after.
 """
 
 from __future__ import annotations

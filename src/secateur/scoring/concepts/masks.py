@@ -87,8 +87,8 @@ def _pairs_and_names(directory: Path) -> tuple[list[tuple[Path, Path]], Sequence
         pairs = [pair for part in parts for pair in _pairs(*part)]
         return pairs, find_names([directory, parts[0][1].parent])
     layout = read_mask_layout(directory)
-    parts = layout.parts.values()
-    pairs = [pair for part in parts for pair in zip(part.images, part.masks, strict=True)]
+    splits = layout.parts.values()
+    pairs = [pair for part in splits for pair in zip(part.images, part.masks, strict=True)]
     return pairs, names_of_values(layout)
 
 
