@@ -10,8 +10,8 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.experiments.user_code_keys import check_named
 from secateur.experiments.run_folder import load_pruned, read_plan
+from secateur.experiments.user_code_keys import check_named
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict

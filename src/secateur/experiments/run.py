@@ -21,11 +21,11 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.manifest import CONFIG, check_run_folder
-from secateur.experiments.user_code_keys import check_loss_named, check_named
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
 from secateur.experiments.run_folder import Origin
+from secateur.experiments.user_code_keys import check_loss_named, check_named
 from secateur.graph.forward import inputs_of
 from secateur.graph.module_state import tensors_of
 from secateur.models.evaluate import evaluate_and_predict
