@@ -175,7 +175,7 @@ def _in_onnxruntime(model: nn.Module, images: Tensor) -> Forward:
         path = Path(directory) / "model.onnx"
         export_onnx(model, images, path)
         runner = onnx_runner(path)  # it has read the file
-    return lambda batch: torch.from_numpy(runner(batch))
+    return lambda batch: torch.from_numpy(runner(batch)[0])
 
 
 def _difference(forward: Forward, model: nn.Module, images: Tensor) -> float:

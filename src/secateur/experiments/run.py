@@ -119,9 +119,9 @@ def finetune(
 
     The result is a run folder `out`, which may be `folder`. `changes` are to the `finetune` section
     of the run's configuration. `named` says what network, data and code are called now, by the keys
-    of `USER_CODE_KEYS`; what is user code must be among them. `resume` continues from the checkpoints
-    that an interrupted call with the same changes has left in `folder`. Raises `SecateurError`; the
-    folders then stay as they were.
+    of `USER_CODE_KEYS`; what is user code must be among them. `resume` continues from the
+    checkpoints that an interrupted call with the same changes has left in `folder`. Raises
+    `SecateurError`; the folders then stay as they were.
     """
     run_context = run_context or RunContext()
     with contextlib.ExitStack() as locks:
