@@ -45,7 +45,7 @@ CITYSCAPES = (
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Values of these classes in `labelIds`, of 34."""
 
-NAMES = {"voc": VOC, "cityscapes": CITYSCAPES}
+NAMES: dict[str, tuple[str, ...]] = {"voc": VOC, "cityscapes": CITYSCAPES}
 """Of the values from 0 on, by the kind of the layout."""
 
 

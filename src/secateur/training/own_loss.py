@@ -23,7 +23,7 @@ class OwnLoss:
     """The loss that a function computes; raises `UsageError` if that can't be called with two."""
 
     def __init__(self, function: LossFunction, name: str = "") -> None:
-        self.name = name or name_of(function)
+        self.name: str = name or name_of(function)
         if not callable(function) or not _takes_two(function):
             raise UsageError(
                 f"loss {self.name} must be a function of what the network returns and of the "

@@ -21,7 +21,7 @@ class TopK:
     def __init__(self, task: Task, k: int = 1) -> None:
         if task.kind != "single-label":
             raise UsageError(f"top-{k} needs one class for each image; the task is {task.kind}")
-        self.name = f"top-{k}"
+        self.name: str = f"top-{k}"
         self._task, self._k = task, k
         self._counts = torch.zeros(2, dtype=torch.int64)
         """Images whose class is found, and all."""

@@ -35,7 +35,7 @@ class UserMetric:
                 "metric must be a function of the network that returns a number, not "
                 f"{function!r}: metric=lambda network: accuracy(network, my_loader)"
             )
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", type(function).__name__)
         self._function = function
         self._network: nn.Module | None = None
 
