@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.node import Node
 
+from secateur.graph.call_sites import call_site
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import operation_name
-from secateur.runtime.errors import NotFiniteError
+from secateur.runtime.error_messages import explain
+from secateur.runtime.errors import NotFiniteError, TraceError
 
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm"})
 """Operations whose outputs must be finite; others may hold -Inf, such as attention masks."""
@@ -26,7 +28,9 @@ def check_finite(
 ) -> None:
     """Raise `NotFiniteError` that names the first tensor, or the first layer, with NaN or Inf.
 
-    Parameters and buffers of `model` are checked first, then what it computes from `images`.
+    Parameters and buffers of `model` are checked first, then what it computes from `images`. Raises
+    `TraceError` that names the operation if the graph can't be run on so many images: the network
+    keeps something that depends on the batch that it saw first.
     """
     state = tensors_of(model)
     for name, tensor in state.items():
@@ -43,7 +47,18 @@ def check_finite(
 
     with torch.inference_mode():
         interpreter = GraphInterpreter(dependencies.graph, state, images)
-        interpreter.finish(after={node: partial(check, node) for node in dependencies.graph.nodes})
+        nodes = dependencies.graph.nodes
+        for node, following in zip(nodes, (*nodes[1:], None), strict=True):
+            try:
+                interpreter.advance(following, after={node: partial(check, node)})
+            except RuntimeError as error:
+                if explain(error) is not None:  # the machine's fault, not the network's
+                    raise
+                cause = " ".join(str(error).split())
+                raise TraceError(
+                    f"the network works for one number of images alone, that of the first batch: "
+                    f"{call_site(node)}: {cause}"
+                ) from error
     if not_finite:
         modules = [name for name in not_finite[0].meta.get("nn_module_stack", {}).values() if name]
         place = modules[-1] if modules else not_finite[0].name

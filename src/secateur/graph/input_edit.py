@@ -48,7 +48,8 @@ class InputEdit:
         order = places[np.argsort(numbers[places], kind="stable")]
         self._channels, copies = np.unique(numbers[places], return_counts=True)
         self._table = torch.from_numpy(order)
-        self._copies = int(copies[0]) if (copies == copies[0]).all() else 0
+        is_even = bool(copies.size) and bool((copies == copies[0]).all())
+        self._copies = int(copies[0]) if is_even else 0
         self._counts = torch.from_numpy(copies)
         self._number = torch.arange(len(copies)).repeat_interleave(self._counts)
 
