@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import secateur
 from secateur import OutputPart
 from secateur.api import PruneResult
-from secateur.runtime.errors import SecateurError, UsageError
+from secateur.runtime.errors import SecateurError, TraceError, UsageError
 
 COUNT = 40
 FAST = {"report.images": 0, "score.sample_every": 2}
@@ -204,3 +204,20 @@ def test_fine_tuning_follows_the_original(images: Tensor) -> None:
     assert finetuning is not None
     assert finetuning.before_metric <= 1
     assert result.scores["finetuned"].metric > 0
+
+
+class HoldsTheBatch(nn.Module):
+    """Makes a constant of a number of Python's for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = map_network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.net(images)
+        return maps + torch.tensor([0.0] * len(images)).reshape(-1, 1, 1, 1)
+
+
+def test_a_network_for_one_number_of_images_is_refused_with_its_place(images: Tensor) -> None:
+    with pytest.raises(TraceError, match=r"one number of images alone.* at test_any_task.py:\d+"):
+        prune(HoldsTheBatch(), images)
