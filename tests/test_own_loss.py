@@ -137,7 +137,9 @@ def test_what_is_wrong_with_it_is_said_in_one_line(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda output: output.mean(), nn.CrossEntropyLoss, "cross_entropy"], ids=str
+    "function",
+    [lambda output: output.mean(), nn.CrossEntropyLoss, "cross_entropy"],
+    ids=["one argument", "a class", "a text"],
 )
 def test_it_must_take_two_arguments(function: Any) -> None:
     with pytest.raises(UsageError, match=re.escape("loss(output, labels)")):
