@@ -219,5 +219,6 @@ class HoldsTheBatch(nn.Module):
 
 
 def test_a_network_for_one_number_of_images_is_refused_with_its_place(images: Tensor) -> None:
-    with pytest.raises(TraceError, match=r"one number of images alone.*add.* at \S*test_any_task.py:\d+"):
+    message = r"one number of images alone.*add.* at \S*test_any_task.py:\d+"
+    with pytest.raises(TraceError, match=message):
         prune(HoldsTheBatch(), images)

@@ -174,7 +174,19 @@ class ByName(nn.Module):
         self.network = network()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"a": self.network(images), "b": images}
+        return {"a": self.network(images), "b": images.mean((2, 3))}
+
+
+class Beside(nn.Module):
+    """Takes an image, and a row of features beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.features = network(), nn.Linear(5, 4)
+
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        output: Tensor = self.network(image) + self.features(features)
+        return output
 
 
 def colours(shift: int) -> list[tuple[Tensor, Tensor]]:
@@ -672,7 +684,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
         )
     ),
     "its code branches on computed values": lambda desk: labelled(Branching()),
-    "it returns a map": lambda desk: labelled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())),
+    "it returns a map, and images have classes": lambda desk: labelled(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    ),
     "it guesses": lambda desk: prune_strictly(network(), [(images(200), torch.randint(4, (200,)))]),
     "its classes are in another order": lambda desk: prune_strictly(colour_network(), colours(1)),
     "it is TorchScript": lambda desk: labelled(scripted()),
@@ -832,7 +846,9 @@ CASES: dict[str, Callable[[Desk], object]] = {
     "one output is always above 0": lambda desk: secateur.prune(
         nn.Sequential(one_output(), nn.Softplus()), images()
     ),
-    "a network takes two inputs": lambda desk: secateur.prune(network(), [(images(), images())]),
+    "a batch of several inputs is not one": lambda desk: secateur.prune(
+        Beside(), [((images(), torch.rand(40, 5)), torch.zeros(60).long())]
+    ),
     "a network returns several things": lambda desk: secateur.prune(ByName(), images()),
     "images have other channels": lambda desk: secateur.prune(network(), images()[:, :1]),
     "channels come last": lambda desk: secateur.prune(network(), images().movedim(1, -1)),

@@ -323,7 +323,11 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     ("name", "error", "message"),
     [
         ("cifar1:x", UnknownName, "unknown data set 'cifar1': did you mean cifar10"),
-        ("birds", UnknownName, "unknown data set 'birds': known: cifar10, cifar100, cub, digits"),
+        (
+            "birds",
+            UnknownName,
+            "unknown data set 'birds': known: arrays, cifar10, cifar100, coco, cub",
+        ),
         ("imagenet", UsageError, "'imagenet' needs a folder: imagenet:DIR"),
         ("hf:", UsageError, "'hf:' needs a name or a folder: hf:NAME_OR_PATH"),
         ("folder", UsageError, "'folder' needs a folder: folder:DIR"),

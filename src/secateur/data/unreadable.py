@@ -76,13 +76,16 @@ def opened_image(source: Path | io.BytesIO) -> Iterator[Image.Image]:
         register_heif()
     try:
         image = Image.open(source)
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, ModuleNotFoundError) as error:
+        # ultralytics puts a function in place of Pillow's that looks for a decoder of HEIC files.
         if isinstance(source, Path) and _starts_as_tiff(source):
             raise ValueError(
                 "it is a TIFF whose bands or depth Pillow can't read: convert it to 8-bit RGB or "
                 "grey, or pass tensors to secateur.prune from Python"
             ) from error
-        raise
+        if isinstance(error, UnidentifiedImageError):
+            raise
+        raise UnidentifiedImageError(f"cannot identify image file {str(source)!r}") from error
     with image:
         check_pixels(image)
         yield image

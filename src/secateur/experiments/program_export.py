@@ -25,7 +25,7 @@ from secateur.experiments.program import (
 )
 from secateur.graph.forward import inputs_of
 from secateur.graph.trace import export_program
-from secateur.runtime.errors import TraceError
+from secateur.runtime.errors import RunFolderError, TraceError
 from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.torch_internals import OpOverload, schema_of
 
@@ -143,7 +143,10 @@ def _encode(argument: Any, node: Node) -> Any:
 def _check_outputs(model: nn.Module, program: Program, example: Images) -> None:
     """Raise `TraceError` if the outputs of program and network differ."""
     tensors = {**program.constants, **model.state_dict()}
-    network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
+    try:
+        network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
+    except RunFolderError as error:  # the network saves its tensors under other names
+        raise TraceError(str(error)) from error
     generator = torch.Generator().manual_seed(0)
     for count in CHECKED_BATCHES:
         images = torch.randn(count, *example.shape[1:], generator=generator).to(example)

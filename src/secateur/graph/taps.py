@@ -37,12 +37,12 @@ class ConsumerKernel:
 class Kernels:
     """The weights around a tap's filters."""
 
-    incoming: tuple[tuple[Float[Tensor, "row ..."], Int[Tensor, "row"]], ...]
+    incoming: tuple[tuple[Float[Tensor, "_ ..."], Int[Tensor, "_"]], ...]
     """For each producer: its kernels, and the channel of the group that each produces."""
     channel: Int[Tensor, "filter"]
     """Channel of the group that each filter belongs to: mostly its index."""
     consumers: tuple[ConsumerKernel, ...]
-    norm_scales: tuple[tuple[Float[Tensor, "row"], Int[Tensor, "row"]], ...]
+    norm_scales: tuple[tuple[Float[Tensor, "_"], Int[Tensor, "_"]], ...]
     """For each batch norm before the tap: its scales, and the channel that each belongs to."""
     is_rescaled: bool = True
     """False if no batch norm before the tap changes the scale of anything, as where norms were
