@@ -326,7 +326,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         (
             "birds",
             UnknownName,
-            "unknown data set 'birds': known: arrays, cifar10, cifar100, coco, cub",
+            "unknown data set 'birds': known: arrays, cifar10, cifar100, coco",
         ),
         ("imagenet", UsageError, "'imagenet' needs a folder: imagenet:DIR"),
         ("hf:", UsageError, "'hf:' needs a name or a folder: hf:NAME_OR_PATH"),

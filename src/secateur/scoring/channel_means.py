@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def mean_by_channel(
-    rows: Iterable[tuple[Int[Tensor, "row"], Float[Tensor, "row"]]], channels: int
+    rows: Iterable[tuple[Int[Tensor, "_"], Float[Tensor, "_"]]], channels: int
 ) -> tuple[Float[Tensor, "channel"], Float[Tensor, "channel"]]:
     """Return each channel's mean value in float64, NaN if it has none, and how many it has.
 

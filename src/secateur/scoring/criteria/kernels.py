@@ -112,7 +112,7 @@ class NormScale(_WithoutImages):
 def _by_filter(
     tap: str,
     kernels: Kernels,
-    rows: list[tuple[Int[Tensor, "row"], Float[Tensor, "row"]]],
+    rows: list[tuple[Int[Tensor, "_"], Float[Tensor, "_"]]],
     missing: str,
 ) -> Float[Tensor, "filter"]:
     """Return the mean value of each filter's channel; raises `UsageError` if it has none."""
