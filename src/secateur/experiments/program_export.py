@@ -145,8 +145,8 @@ def _check_outputs(model: nn.Module, program: Program, example: Images) -> None:
     tensors = {**program.constants, **model.state_dict()}
     try:
         network = ProgramNetwork(program, {name: t.contiguous() for name, t in tensors.items()})
-    except RunFolderError as error:  # the network saves its tensors under other names
-        raise TraceError(str(error)) from error
+    except RunFolderError as missing:  # the network saves its tensors under other names
+        raise TraceError(str(missing)) from missing
     generator = torch.Generator().manual_seed(0)
     for count in CHECKED_BATCHES:
         images = torch.randn(count, *example.shape[1:], generator=generator).to(example)
