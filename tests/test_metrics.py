@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur import config
 from secateur.data import Batch
 from secateur.data.detections import Detections, non_maximum_suppression
 from secateur.data.objects import Objects
@@ -503,6 +504,10 @@ def test_metrics_are_found_by_name(tmp_path: Path) -> None:
         find_metric("top-1", MetricInputs(Task(), original=NETWORK))
     with pytest.raises(UsageError, match="pass decode="):
         find_metric("box AP", MetricInputs(VALUES))
+
+
+def test_the_configuration_names_every_metric() -> None:
+    assert set(config.METRICS) == set(METRICS)
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))

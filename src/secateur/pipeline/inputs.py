@@ -15,6 +15,7 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import with_forward
 from secateur.models import libraries, user_code, zoo
+from secateur.models.metrics import by_name as metrics
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
@@ -28,12 +29,13 @@ WHOLE: dict[str, Fit] = {"masks": "stretch", "objects": "letterbox"}
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UsageError` if the network, criterion, concept source or loss does not exist."""
+    """Raise `UsageError` if the network, metric, criterion, concepts or loss do not exist."""
     zoo.check_name(config.model.name)
     if config.model.forward is not None:
         user_code.check_file(config.model.forward, "function")
     if user_code.is_user_code(config.data.source):
         user_code.check_file(config.data.source, "loader")
+    metrics.check_name(config.model.metric)
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
     own_loss.check_name(config.finetune.loss)

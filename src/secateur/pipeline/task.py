@@ -22,6 +22,7 @@ from secateur.models.metrics.decoders import user_decoder
 from secateur.models.metrics.user_function import UserMetric
 from secateur.models.task import Task
 from secateur.pipeline.run_context import RunContext
+from secateur.runtime.errors import DataError
 
 EXAMPLE_IMAGES = 8
 """Images that a network is tried on."""
@@ -110,4 +111,7 @@ def _decoder(config: RunConfig, original: nn.Module) -> Decoder | None:
 def _first_labels(dataset: DataSet, reader: BatchReader) -> Tensor:
     """Return the labels of a few test images, as they are read for this network."""
     few = dataset.test.take(torch.arange(min(EXAMPLE_IMAGES, len(dataset.test.labels))))
-    return next(iter(reader.read(few))).labels
+    batch = next(iter(reader.read(few)), None)
+    if batch is None:
+        raise DataError(f"none of the first {EXAMPLE_IMAGES} test images can be read")
+    return batch.labels
