@@ -46,6 +46,7 @@ from secateur.runtime.schema import describe_error
 
 RefitLayers = Literal["downstream", "consumers", "none"]
 RefitForm = Literal["patch", "channel"]
+RefitSampling = Literal["auto", "even", "importance"]
 Resizing = Literal["bilinear", "bicubic"]
 """Antialiased interpolation of resized images."""
 Fit = Literal["crop", "letterbox", "stretch"]
@@ -264,6 +265,10 @@ class RefitSection(Section):
     that lost inputs, as in the paper; `none` leaves the weights as they are."""
     positions: int = Field(default=32, ge=1)
     """Number of output positions per layer and calibration image used for the regression."""
+    sampling: RefitSampling = "auto"
+    """Positions: `even` spaces them evenly, `importance` draws them as often as the network's
+    output depends on them. `auto` is `importance` for detectors, whose images are mostly
+    background, and `even` for other networks."""
     form: RefitForm = "patch"
     """Regression: `patch` fits a layer's output to its input patches; `channel` fits the removed
     input channels to the remaining ones, which is coarser and takes less memory. Layers for which

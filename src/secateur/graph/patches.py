@@ -81,17 +81,25 @@ class PositionSampling:
     """Maximum number of positions per image."""
     start: float
     """Offset of the first position, from 0 to 1."""
+    chosen: Int[Tensor, "image position"] | None = None
+    """Positions to use in place of evenly spaced ones."""
 
     def over(self, total: int) -> Int[Tensor, "image position"]:
         """Return the positions to use in feature maps with `total` positions."""
+        if self.chosen is not None:
+            return self.chosen
         count = min(self.most, total)
         step = -(-total // count)
         while math.gcd(step, total) > 1:
             step += 1
-        offset = (self.numbers.double() * (math.sqrt(5) - 1) / 2 + self.start) % 1
-        first = (offset * total).long()
+        first = (first_places(self.numbers, self.start) * total).long()
         along = torch.arange(count, device=self.numbers.device)
         return (first[:, None] + step * along) % total
+
+
+def first_places(numbers: Int[Tensor, "image"], start: float = 0.0) -> Float[Tensor, "image"]:
+    """Return the place of each image's first position, from 0 to 1, in steps of the golden ratio."""
+    return (numbers.double() * (math.sqrt(5) - 1) / 2 + start) % 1
 
 
 def even_step(height: int, width: int, most: int) -> int:

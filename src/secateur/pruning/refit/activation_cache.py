@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.fx.node import Node
 
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.runtime.errors import WriteError
@@ -25,6 +26,8 @@ class CachedBatch:
     cut: GraphInterpreter
     indices: Int[Tensor, "image"]
     """Numbers of the images to count, which come first in the batch."""
+    positions: dict[Node, Tensor] = field(default_factory=dict)
+    """Positions of layers that are not evenly spaced, `[row, position]`."""
     targets: list[tuple[Tensor, ...]] = field(default_factory=list)
     """Regression targets of the current layer, kept for its further passes."""
 

@@ -42,10 +42,12 @@ from secateur.graph.module_state import tensors_of
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
 from secateur.graph.weight_norm import with_kernels
+from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
+from secateur.pruning.refit.important_positions import PositionImportance
 from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
 from secateur.pruning.refit.regression_targets import RegressionTargets, State
@@ -76,6 +78,7 @@ def refit(
     settings: RefitSection,
     *,
     seed: int,
+    task: Task = SINGLE_LABEL,
     layer_outputs: list[LayerOutputs] | None = None,
     progress: ProgressCallback = no_progress,
 ) -> tuple[LayerRefit, ...]:
@@ -84,6 +87,7 @@ def refit(
     `batches` are the calibration images or this process's shard of them. Their division into
     batches and processes changes the result only by rounding. The sampled positions depend on
     `seed` and on each image's number; which images are held out depends on the number alone.
+    `task` says what is compared of the output, if positions are drawn by importance.
 
     `layer_outputs`, an empty list in the first call, is filled with the outputs of the original
     network's layers. Passed again with the same model and batches it saves computing them, at the
@@ -102,6 +106,14 @@ def refit(
     state = with_kernels(norms, {name: tensors[name].clone() for name in names})
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
+    importance = None
+    if settings.sampling == "importance" or (
+        settings.sampling == "auto" and task.kind == "detection"
+    ):
+        layers = [refit_layer(layer, kept) for layer in dependencies.layers]
+        importance = PositionImportance(
+            dependencies.graph, full_state, layers, task, settings.positions, seed
+        )
     with torch.inference_mode(), cache:
         count = 0
         for batch, images in whole_batches:
@@ -112,7 +124,9 @@ def refit(
                 dependencies.graph, full_state, batch.images, cached_outputs=outputs
             )
             cut = GraphInterpreter(dependencies.graph, state, batch.images, kept.sizes)
-            cache.append(CachedBatch(full, cut, batch.indices[:images]))
+            numbers = batch.indices[:images]
+            positions = importance.positions(batch.images[:images], numbers) if importance else {}
+            cache.append(CachedBatch(full, cut, numbers, positions))
             count += images
         count = sum(distributed.all_gather(count))
         if not count:
@@ -222,7 +236,8 @@ class _LayerRefitter:
             rows = (
                 batch.indices[:, None] * rows_per_image + torch.arange(rows_per_image)
             ).flatten()
-            sampling = PositionSampling(rows, self.settings.positions, start)
+            chosen = batch.positions.get(layer.node)
+            sampling = PositionSampling(rows, self.settings.positions, start, chosen)
             originals = None
             if is_first:
                 full = batch.full if number == 0 else batch.full.copy()

@@ -51,7 +51,14 @@ def refit_and_check(
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
         cut = divergence(smaller)
-        layers = refit(inputs, images.calibration(), settings, seed=seed, progress=progress)
+        layers = refit(
+            inputs,
+            images.calibration(),
+            settings,
+            seed=seed,
+            task=images.task,
+            progress=progress,
+        )
         refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)

@@ -1,0 +1,121 @@
+"""Positions of a layer's output, drawn as often as the network's output depends on them.
+
+Evenly spaced positions of a detector's feature maps are nearly all background, and a regression on
+them fits what nobody looks at. The importance of a position is the squared gradient there of what
+is compared of the output: the diagonal of the Gauss-Newton matrix of the comparison, summed over
+channels. It is estimated by gradients of random combinations of the output's values (Hutchinson,
+1990), or, where the output is logits, of the log-likelihood of labels drawn from the network's own
+prediction (the Fisher information; Martens and Grosse, ICML 2015, section 2.1). No label is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.fx.node import Node
+
+from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.network_graph import NetworkGraph, NodeHook
+from secateur.graph.patches import first_places
+from secateur.models.task import Reading, Task
+from secateur.pruning.refit.layers import RefitLayer
+from secateur.pruning.refit.regression_targets import State
+
+EVEN_SHARE = 0.1
+"""Importance of every position beside its own, as a multiple of an image's mean."""
+IMAGES_AT_A_TIME = 4
+"""The backward pass needs all activations of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class PositionImportance:
+    """Chooses the positions of every layer's output for some images."""
+
+    graph: NetworkGraph
+    state: State
+    """Tensors of the original network."""
+    layers: Sequence[RefitLayer]
+    task: Task
+    """What is compared of the output."""
+    most: int
+    """Maximum number of positions per image."""
+    seed: int
+
+    def positions(
+        self, images: Float[Tensor, "image ..."], numbers: Int[Tensor, "image"]
+    ) -> dict[Node, Int[Tensor, "row position"]]:
+        """Return the positions by layer; an image may have several rows, such as a film's frames.
+
+        They depend on an image and its number alone, up to rounding.
+        """
+        batches = (images.split(IMAGES_AT_A_TIME), numbers.split(IMAGES_AT_A_TIME))
+        parts = [self._positions(*batch) for batch in zip(*batches, strict=True)]
+        return {node: torch.cat([part[node] for part in parts]) for node in parts[0]}
+
+    def _positions(self, images: Tensor, numbers: Tensor) -> dict[Node, Tensor]:
+        outputs: dict[Node, Tensor] = {}
+
+        def keep(node: Node) -> NodeHook:
+            return lambda value: outputs.__setitem__(node, value)
+
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            interpreter = GraphInterpreter(self.graph, self.state, leaf)
+            leaves = interpreter.finish(
+                after={layer.node: keep(layer.node) for layer in self.layers}
+            )
+            output = tuple(leaves) if len(leaves) > 1 else leaves[0]
+            total = _random_combination(
+                self.task.read(output, len(images)), self.task, self._generators(numbers)
+            )
+            gradients = torch.autograd.grad(total, [*outputs.values()], allow_unused=True)
+        positions = {}
+        for layer in self.layers:
+            gradient = gradients[list(outputs).index(layer.node)]
+            if gradient is None:  # the output does not depend on it
+                continue
+            importance = layer.maps(gradient).square().sum(1)
+            if importance.shape[1] == layer.positions:  # the cut removes none of them
+                positions[layer.node] = _drawn(importance, numbers, self.most)
+        return positions
+
+    def _generators(self, numbers: Tensor) -> list[torch.Generator]:
+        """Return a generator for each image, so that batches don't matter."""
+        return [
+            torch.Generator().manual_seed(self.seed * 2**32 + number) for number in numbers.tolist()
+        ]
+
+
+def _random_combination(
+    reading: Reading, task: Task, generators: Sequence[torch.Generator]
+) -> Float[Tensor, ""]:
+    """Return the values with random signs, or the log-likelihood of drawn labels, summed."""
+    noise = torch.stack([torch.rand(reading.shape[1:], generator=g) for g in generators])
+    noise = noise.to(reading)
+    if task.is_values:
+        return (reading * (noise - 0.5).sign()).sum()
+    likelihood = F.log_softmax(reading, dim=-1)
+    tiny = torch.finfo(noise.dtype).tiny
+    gumbel = -noise.clamp_min(tiny).log().clamp_min(tiny).neg().log()  # Gumbel-max draws a label
+    labels = (likelihood.detach() + gumbel).argmax(-1, keepdim=True)
+    return likelihood.gather(-1, labels).sum()
+
+
+def _drawn(
+    importance: Float[Tensor, "row position"], numbers: Int[Tensor, "image"], most: int
+) -> Int[Tensor, "row chosen"]:
+    """Return positions at even steps of the summed importance, the first by the row's number."""
+    rows = len(importance) // len(numbers)
+    row_numbers = (numbers[:, None] * rows + torch.arange(rows)).flatten()
+    total = importance.shape[1]
+    mean = importance.double().mean(1, keepdim=True)
+    shares = importance / mean.clamp_min(torch.finfo(mean.dtype).tiny) + EVEN_SHARE
+    ends = shares.cumsum(1)
+    count = min(most, total)
+    steps = first_places(row_numbers)[:, None] + torch.arange(count)
+    return torch.searchsorted(ends, steps.to(ends) / count * ends[:, -1:]).clamp(max=total - 1)
