@@ -1,7 +1,9 @@
 """Outputs that are no class scores, such as boxes, key points and pictures, compared as values.
 
-Every part of the output is divided by its own standard deviation, so that a squared difference is a
-relative one, and parts in different units can be added.
+What is compared has one unit, so that squared differences of all parts can be added: values are
+divided by their standard deviation, and probabilities p become angles, 2 arcsin √p. Half a squared
+difference of angles is the divergence of the probabilities in nats, up to higher orders (the Fisher
+metric of a Bernoulli variable; Amari and Nagaoka, *Methods of Information Geometry*, 2000, ch. 2).
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ from secateur.runtime.errors import UsageError
 from secateur.runtime.torch_internals import tree_leaves
 
 Transform = Literal["values", "probabilities", "sigmoid", "softmax"]
-LARGEST_READING = 16_384
+MOST_VALUES = 16_384
 """Values that are compared of each image, at most; of more they are a regular sample."""
+MOST_VALUES_AT_OBJECTS = 2**19
+"""The same for parts that count at objects alone, which a sample would miss."""
+SMALLEST_PROBABILITY = 1e-12
+"""Smaller ones, and ones as near to 1 as float32 goes, count as equal: their angles have no
+gradient."""
 
 
 @dataclass(frozen=True)
 class OutputPart:
-    """A part of a network's output that is compared by its relative squared error.
+    """A part of a network's output that is compared by its squared error.
 
     The default is all of the first tensor that the network returns.
     """
@@ -39,24 +46,32 @@ class OutputPart:
     stop: int | None = None
     """The part holds the entries from `start` to before `stop` along `dim`."""
     transform: Transform = "values"
-    """What is compared: the values as they are, which may be probabilities, or the probabilities
-    that they are the logits of."""
+    """What is compared: the values as they are, or probabilities, which the part holds or is the
+    logits of."""
     times: int | None = None
-    """Entry along `dim` that the part is multiplied by when it is compared: a detector's
-    objectness, so that boxes and classes count where there are objects."""
+    """Entry along `dim` whose value is the weight of the squared error at each position: a
+    detector's objectness, so that boxes and classes count where there are objects."""
+    weight: float = 1.0
+    """Factor of the squared error, beside those of other parts."""
     deviation: float = 1.0
-    """Standard deviation of what is compared, over some images."""
+    """What the values are divided by; see `measured`."""
 
     def read(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image value"]:
-        """Return the values of this part, over their deviation, at most `LARGEST_READING`."""
-        values = self.select(leaves)
+        """Return what is compared of this part, in the unit of all parts.
+
+        The mean square of a sample of the values stands for that of all.
+        """
+        values = self.select(leaves).float()
+        if self.transform != "values":
+            values = _angles(values)
         if self.times is not None:
-            values = values * leaves[self.leaf].narrow(self.dim, self.times, 1)
-        step = _step(values.shape[1:], LARGEST_READING)
-        return values.reshape(len(values), -1).float()[:, ::step] / self.deviation
+            values = values * self._weights(leaves).sqrt()
+        step = self._step(values.shape[1:])
+        scale = (self.weight * step) ** 0.5 / self.deviation
+        return values.reshape(len(values), -1)[:, ::step] * scale
 
     def select(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
-        """Return the values of this part as they lie in the output, not over their deviation."""
+        """Return the values or probabilities of this part as they lie in the output."""
         leaf = leaves[self.leaf]
         if self.start or self.stop is not None:
             stop = leaf.shape[self.dim] if self.stop is None else self.stop
@@ -66,6 +81,37 @@ class OutputPart:
         elif self.transform == "softmax":
             leaf = leaf.softmax(self.dim)
         return leaf
+
+    def natural_deviation(self, leaves: Sequence[Tensor]) -> float:
+        """Return the standard deviation of values, where they count, or 1 for probabilities."""
+        if self.transform != "values":
+            return 1.0
+        values = self.select(leaves).double()
+        if self.times is None:
+            return float(values.std(correction=0))
+        weights = self._weights(leaves).double().expand(values.shape)
+        total = weights.sum().clamp_min(1e-12)
+        mean = (weights * values).sum() / total
+        return float((weights * (values - mean).square()).sum().div(total).sqrt())
+
+    def _weights(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
+        assert self.times is not None
+        weights = leaves[self.leaf].narrow(self.dim, self.times, 1).float()
+        return weights.clamp_min(SMALLEST_PROBABILITY)  # a root has no gradient at 0
+
+    def _step(self, shape: Sequence[int]) -> int:
+        """Return the step between values of a regular sample of those of an image.
+
+        It shares no factor with a side, so that the sample does not keep to some channels or
+        columns.
+        """
+        most = MOST_VALUES if self.times is None else MOST_VALUES_AT_OBJECTS
+        total = torch.Size(shape).numel()
+        if total <= most:
+            return 1
+        return next(
+            step for step in count(-(-total // most)) if all(gcd(step, side) == 1 for side in shape)
+        )
 
 
 def floating_leaves(output: object, images: int) -> list[Tensor]:
@@ -83,9 +129,11 @@ def floating_leaves(output: object, images: int) -> list[Tensor]:
 def measured(
     parts: Sequence[OutputPart], leaves: Sequence[Tensor], *, names: str = "the output"
 ) -> tuple[OutputPart, ...]:
-    """Return the parts with the deviations that they have in the leaves of an output.
+    """Return the parts with the deviations that make one unit of them, in the leaves of an output.
 
-    Parts that don't vary are left out. Raises `UsageError` if none varies, or one is not there.
+    With these, what is compared of all parts together has a variance of 1, and weights are as
+    given. Parts that don't vary are left out. Raises `UsageError` if none varies, or one is not
+    there.
     """
     varying = []
     for part in parts:
@@ -97,22 +145,19 @@ def measured(
                 f"outputs name the tensor {part.leaf}, dimension {part.dim}, but the network "
                 f"returns {' and '.join(str(list(leaf.shape)) for leaf in leaves)}"
             )
-        deviation = float(replace(part, deviation=1.0).read(leaves).double().std(correction=0))
-        if 0 < deviation < float("inf"):
+        own = replace(part, deviation=1.0)
+        spread = float(own.read(leaves).double().std(correction=0))
+        if 0 < spread < float("inf") and (deviation := own.natural_deviation(leaves)) > 0:
             varying.append(replace(part, deviation=deviation))
     if not varying:
         raise UsageError(f"{names} is the same number everywhere, or not finite")
-    return tuple(varying)
+    variances = [part.read(leaves).double().var(correction=0) for part in varying]
+    sizes = [part.read(leaves).shape[1] for part in varying]
+    total = sum(float(v) * size for v, size in zip(variances, sizes, strict=True)) / sum(sizes)
+    return tuple(replace(part, deviation=part.deviation * total**0.5) for part in varying)
 
 
-def _step(shape: Sequence[int], most: int) -> int:
-    """Return the step between values of a regular sample of at most `most` of them.
-
-    It shares no factor with a side, so that the sample does not keep to some channels or columns.
-    """
-    total = torch.Size(shape).numel()
-    if total <= most:
-        return 1
-    return next(
-        step for step in count(-(-total // most)) if all(gcd(step, side) == 1 for side in shape)
-    )
+def _angles(probabilities: Tensor) -> Tensor:
+    """Return 2 arcsin √p."""
+    largest = 1 - torch.finfo(probabilities.dtype).eps / 2
+    return 2 * probabilities.clamp(SMALLEST_PROBABILITY, largest).sqrt().asin()

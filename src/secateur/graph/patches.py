@@ -98,7 +98,7 @@ class PositionSampling:
 
 
 def first_places(numbers: Int[Tensor, "image"], start: float = 0.0) -> Float[Tensor, "image"]:
-    """Return the place of each image's first position, from 0 to 1, in steps of the golden ratio."""
+    """Return where each image begins, from 0 to 1, in steps of the golden ratio."""
     return (numbers.double() * (math.sqrt(5) - 1) / 2 + start) % 1
 
 
