@@ -8,6 +8,7 @@ metric of a Bernoulli variable; Amari and Nagaoka, *Methods of Information Geome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -61,13 +62,11 @@ class OutputPart:
 
         The mean square of a sample of the values stands for that of all.
         """
-        values = self.select(leaves).float()
-        if self.transform != "values":
-            values = _angles(values)
+        values = self.compared(leaves)
         if self.times is not None:
-            values = values * self._weights(leaves).sqrt()
+            values = values * self.objectness(leaves).sqrt()
         step = self._step(values.shape[1:])
-        scale = (self.weight * step) ** 0.5 / self.deviation
+        scale = math.sqrt(self.weight * step) / self.deviation
         return values.reshape(len(values), -1)[:, ::step] * scale
 
     def select(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
@@ -82,6 +81,17 @@ class OutputPart:
             leaf = leaf.softmax(self.dim)
         return leaf
 
+    def compared(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
+        """Return the values, or the angles of probabilities, as they lie in the output."""
+        values = self.select(leaves).float()
+        return values if self.transform == "values" else _angles(values)
+
+    def objectness(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
+        """Return the entries that `times` names."""
+        assert self.times is not None
+        weights = leaves[self.leaf].narrow(self.dim, self.times, 1).float()
+        return weights.clamp_min(SMALLEST_PROBABILITY)  # a root has no gradient at 0
+
     def natural_deviation(self, leaves: Sequence[Tensor]) -> float:
         """Return the standard deviation of values, where they count, or 1 for probabilities."""
         if self.transform != "values":
@@ -89,15 +99,10 @@ class OutputPart:
         values = self.select(leaves).double()
         if self.times is None:
             return float(values.std(correction=0))
-        weights = self._weights(leaves).double().expand(values.shape)
+        weights = self.objectness(leaves).double().expand(values.shape)
         total = weights.sum().clamp_min(1e-12)
         mean = (weights * values).sum() / total
         return float((weights * (values - mean).square()).sum().div(total).sqrt())
-
-    def _weights(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image ..."]:
-        assert self.times is not None
-        weights = leaves[self.leaf].narrow(self.dim, self.times, 1).float()
-        return weights.clamp_min(SMALLEST_PROBABILITY)  # a root has no gradient at 0
 
     def _step(self, shape: Sequence[int]) -> int:
         """Return the step between values of a regular sample of those of an image.
@@ -154,7 +159,7 @@ def measured(
     variances = [part.read(leaves).double().var(correction=0) for part in varying]
     sizes = [part.read(leaves).shape[1] for part in varying]
     total = sum(float(v) * size for v, size in zip(variances, sizes, strict=True)) / sum(sizes)
-    return tuple(replace(part, deviation=part.deviation * total**0.5) for part in varying)
+    return tuple(replace(part, deviation=part.deviation * math.sqrt(total)) for part in varying)
 
 
 def _angles(probabilities: Tensor) -> Tensor:

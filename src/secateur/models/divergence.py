@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.data import Batch
+from secateur.graph.output_values import floating_leaves
 from secateur.models.evaluate import read_outputs
 from secateur.models.score import OutputDivergence
 from secateur.models.task import SINGLE_LABEL, Reading, Task
@@ -140,10 +141,13 @@ def output_error(
 ) -> float:
     """Return the error of a network's outputs, a mean over images.
 
-    It is the divergence of softened logits, as `task` reads them. Without a task it is summed over
-    the outputs: the divergence where an output has one row of logits for each image, or else the
-    squared difference over the variance.
+    It is the divergence of softened logits, as `task` reads them, or half the squared error of
+    values; of a detector whose objectness is known see `_detection_error`. Without a task it is
+    summed over the outputs: the divergence where an output has one row of logits for each image, or
+    else the squared difference over the variance.
     """
+    if task is not None and any(part.times is not None for part in task.parts):
+        return _detection_error(expected, outputs, task)
     if task is not None:
         images = len(expected[0])
         wanted_reading, reading = (
@@ -160,6 +164,32 @@ def output_error(
             error = (output - wanted).double().square().mean()
             total += float(error / wanted.double().var().clamp_min(1e-30))
     return total
+
+
+def _detection_error(expected: Sequence[Tensor], outputs: Sequence[Tensor], task: Task) -> float:
+    """Return how far detections are from the expected ones, summed over objects.
+
+    It has the form of the losses that detectors are trained with, such as YOLOX's (Ge et al.,
+    2021): the divergence of probabilities in nats, at each position or as often as an object is
+    there, and the root mean square error of boxes there, in deviations, because their IoU falls
+    linearly with it. That is multiplied by the part's weight and the expected number of objects.
+    """
+    total = 0.0
+    images = len(expected[0])
+    wanted_leaves, leaves = (floating_leaves(tuple(o), images) for o in (expected, outputs))
+    for part in task.parts:
+        wanted, actual = (part.compared(values).double() for values in (wanted_leaves, leaves))
+        squares = (actual - wanted).square()
+        if part.times is None:
+            total += part.weight * float(squares.sum()) / 2
+            continue
+        objectness = part.objectness(wanted_leaves).double()
+        squares = (objectness * squares).flatten(1).sum(1)
+        if part.transform == "values":
+            objects = objectness.flatten(1).sum(1)
+            squares = 2 * (squares * objects).sqrt() / part.natural_deviation(wanted_leaves)
+        total += part.weight * float(squares.sum()) / 2
+    return total / images
 
 
 def error_ratio(errors: Float[Tensor, "measurement 2"]) -> float:

@@ -110,9 +110,9 @@ def refit(
     if settings.sampling == "importance" or (
         settings.sampling == "auto" and task.kind == "detection"
     ):
-        layers = [refit_layer(layer, kept) for layer in dependencies.layers]
+        places = [refit_layer(layer, kept) for layer in dependencies.layers]
         importance = PositionImportance(
-            dependencies.graph, full_state, layers, task, settings.positions, seed
+            dependencies.graph, full_state, places, task, settings.positions, seed
         )
     with torch.inference_mode(), cache:
         count = 0
