@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import pytest
 import torch
@@ -185,7 +184,7 @@ def test_classes_are_drawn_from_the_prediction() -> None:
     layers = [refit_layer(layer, kept) for layer in graph.layers]
     importance = PositionImportance(graph.graph, tensors_of(model), layers, Task(), 8, seed=0)
     positions = importance.positions(images, torch.arange(6))
-    sizes = {cast(str, layer.layer.name): positions[layer.node] for layer in layers}
+    sizes = {layer.layer.name: positions[layer.node] for layer in layers}
     assert sizes["0"].shape == (6, 8)
     assert sizes["4"].shape == (6, 1)
     assert not sizes["4"].any()
