@@ -51,6 +51,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
@@ -99,6 +100,7 @@ class PruneResult:
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
+    @kept_memory()
     def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
         """Write one HTML file: what was removed, and what filters respond to; return its path.
 
@@ -148,6 +150,7 @@ class PruneResult:
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
+@kept_memory()
 @torch.inference_mode(False)  # also where the caller has switched gradients off
 @torch.enable_grad()
 def prune(
@@ -263,6 +266,7 @@ def prune(
     )
 
 
+@kept_memory()
 def evaluate(
     model: nn.Module,
     images: ImageBatches,
