@@ -19,8 +19,8 @@ def test_a_list_is_read_as_one_tensor_is() -> None:
         assert torch.equal(entries[3:7], WHOLE[3:7])
         assert torch.equal(entries[-1], WHOLE[-1])
         assert torch.equal(entries[WHOLE[:, 0, 0] > 30], WHOLE[6:])
-        taken = entries.take(torch.tensor([7, 2, 5])).take(slice(1, None))
-        assert torch.equal(taken[:], WHOLE[[2, 5]])
+        chosen = entries.take(torch.tensor([7, 2, 5])).take(slice(1, None))
+        assert torch.equal(chosen[:], WHOLE[[2, 5]])
 
 
 def test_a_choice_shares_memory_and_what_is_read_does_not() -> None:
