@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rows import ROOT
-from secateur.experiments.compare.runner import MALLOC_SETTINGS
 
 Measurement = dict[str, Any]
+MALLOC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Settings of glibc: a process keeps freed memory, as in `secateur.runtime.kept_memory`."""
 
 
 def read_measurements(path: Path, fields: Sequence[str]) -> list[Measurement]:

@@ -68,7 +68,7 @@ def loss_of(
         task=task,
         own_loss=OwnLoss(function),
     )
-    return loss.loss(images(len(labels)).tensors, labels, targets)
+    return loss.loss(images(len(labels)).tensors[:], labels, targets)
 
 
 def test_it_gets_what_the_network_returns_and_the_labels() -> None:

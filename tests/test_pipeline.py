@@ -266,7 +266,7 @@ def test_calibration_images_are_training_images_that_are_not_held_out() -> None:
     assert isinstance(calibration, TensorImages)
 
     def keys(images: TensorImages) -> set[bytes]:
-        return {image.numpy().tobytes() for image in images.pixels}
+        return {image.numpy().tobytes() for image in images.pixels[:]}
 
     assert keys(calibration).isdisjoint(keys(dataset.validation))
     assert keys(calibration).isdisjoint(keys(dataset.test))

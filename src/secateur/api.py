@@ -36,7 +36,7 @@ from secateur.graph.working_copy import can_run, like_original, working_copy
 from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.examine import examine_outputs, make_task
+from secateur.models.examine import FIRST_IMAGES, examine_outputs, make_task
 from secateur.models.labelled_images import label_images
 from secateur.models.labels import read_labels
 from secateur.models.metrics.by_name import MetricInputs, find_metric
@@ -51,6 +51,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
 from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
@@ -99,6 +100,7 @@ class PruneResult:
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
 
+    @kept_memory()
     def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
         """Write one HTML file: what was removed, and what filters respond to; return its path.
 
@@ -148,6 +150,7 @@ class PruneResult:
         return Markup("").join([table, *map(Markup("<p>{}</p>").format, notes)])
 
 
+@kept_memory()
 @torch.inference_mode(False)  # also where the caller has switched gradients off
 @torch.enable_grad()
 def prune(
@@ -177,7 +180,8 @@ def prune(
             them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
-            `ImageBatches`. They score the filters and refit the remaining kernels.
+            `ImageBatches`. They score the filters and refit the remaining kernels. Tensors are not
+            copied: leave them as they are until the result's `report` is written.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
@@ -237,10 +241,9 @@ def prune(
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))
     network = with_inputs(network, calibration.inputs)
-    original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
-    dataset = label_images(
-        parts, original, config.model.task, config.data.batch_size, class_names, outputs
-    )
+    few = calibration.pixels[:FIRST_IMAGES]
+    original = with_logits(working_copy(network, few[:2]), few)
+    dataset = label_images(parts, original, config.model.task, class_names)
     run_context = _run_context(shows_progress=progress)
     run_context = replace(
         run_context,
@@ -263,6 +266,7 @@ def prune(
     )
 
 
+@kept_memory()
 def evaluate(
     model: nn.Module,
     images: ImageBatches,
@@ -336,7 +340,7 @@ def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iter
             raise DataError(
                 "images: there are no labels, which accuracy needs: yield pairs (images, labels)"
             )
-        pixels.append(in_memory.pixels)
+        pixels.extend(in_memory.pixels.blocks)
         labels.append(in_memory.labels)
         count += len(in_memory.pixels)
         if len(in_memory.pixels) > 1 or len(pixels) >= batch_size:

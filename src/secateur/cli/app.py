@@ -26,6 +26,7 @@ from secateur.cli.commands.train import KEYS as TRAIN_KEYS
 from secateur.cli.commands.train import train
 from secateur.config import BaseConfig, RunConfig
 from secateur.runtime.errors import SecateurError, UsageError
+from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
 from secateur.runtime.version import __version__
 
@@ -77,7 +78,7 @@ def main() -> None:
     processes, as torchrun starts them, only the main one prints results and progress.
     """
     try:
-        with repeat_signals():
+        with repeat_signals(), kept_memory():
             code = app(prog_name="secateur", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except SecateurError as error:

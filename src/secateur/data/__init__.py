@@ -8,6 +8,7 @@ and may be used to choose settings; `test` is for final scores only.
 - `folder_layout`, `image_files`: what a folder holds: parts, classes, images and other files
 - `in_memory`, `batch_forms`: tensors that come from Python
 - `images`, `preprocessing`, `batches`: from stored images to normalised batches
+- `tensor_list`: tensors of which some are chosen without copying them
 - `coco`, `yolo`, `objects`, `images_with_objects`: images with objects
 - `unlabelled`, `arrays`: images without labels; arrays
 - `segmentation`, `mask_layout`, `masks`, `value_names`: images with masks

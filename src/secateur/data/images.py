@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Geometry, Preprocessing
+from secateur.data.tensor_list import TensorList, tensor_list
 from secateur.data.unreadable import (
     Unreadable,
     decode_all,
@@ -104,7 +105,7 @@ class LabelledImages:
 class TensorImages(LabelledImages):
     """Images of one size, held in memory."""
 
-    pixels: UInt8[Tensor, "image rgb height width"]
+    pixels: UInt8[Tensor, "image rgb height width"] | TensorList
     labels: Int[Tensor, "image"]
 
     def read(
@@ -122,16 +123,16 @@ class TensorImages(LabelledImages):
 
     def take(self, indices: Indices) -> TensorImages:
         """Return a list of the images at `indices`; see `Images.take`."""
-        return TensorImages(self.pixels[indices], self.labels[indices])
+        return TensorImages(tensor_list(self.pixels).take(indices), self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)
 class NormalisedImages:
     """Images in memory, as a network takes them: with any channels and sides."""
 
-    tensors: Float[Tensor, "image channel *position"]
+    tensors: Float[Tensor, "image channel *position"] | TensorList
     labels: Int[Tensor, "image *label"]
-    values: Num[Tensor, "image *value"] | None = None
+    values: Num[Tensor, "image *value"] | TensorList | None = None
     """What images are scored by instead of `labels`: masks or floats; see `Images.read_labels`."""
 
     def read(
@@ -158,8 +159,10 @@ class NormalisedImages:
 
     def take(self, indices: Indices) -> NormalisedImages:
         """Return a list of the images at `indices`; see `Images.take`."""
-        values = None if self.values is None else self.values[indices]
-        return NormalisedImages(self.tensors[indices], self.labels[indices], values)
+        values = None if self.values is None else tensor_list(self.values).take(indices)
+        return NormalisedImages(
+            tensor_list(self.tensors).take(indices), self.labels[indices], values
+        )
 
 
 @dataclass(frozen=True, eq=False)

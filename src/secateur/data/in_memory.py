@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -24,6 +24,7 @@ from secateur.data.batch_forms import (
     split_batch,
     tensor_of,
 )
+from secateur.data.tensor_list import TensorList, tensor_list
 from secateur.runtime.errors import DataError
 from secateur.runtime.packed_inputs import (
     Inputs,
@@ -44,7 +45,8 @@ choices on validation images."""
 class ImagesInMemory:
     """Images as the network takes them."""
 
-    pixels: Float[Tensor, "image *axis"]
+    pixels: TensorList
+    """Float32 `[image, …]`, in the tensors that they came in."""
     labels: Shaped[Tensor, "image *label"] | None
     """As they were passed; see `models.labels`."""
     is_from_front: bool = False
@@ -55,7 +57,7 @@ class ImagesInMemory:
     def take(self, chosen: Bool[Tensor, "image"]) -> ImagesInMemory:
         """Return the images where `chosen` is true."""
         labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, pixels=self.pixels[chosen], labels=labels)
+        return replace(self, pixels=self.pixels.take(chosen), labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +106,21 @@ def read_images(
     Of a larger `Dataset` it is a random sample, in the order of the data set; of any other iterable
     the first images. Raises `DataError`, whose message calls the images `name`.
     """
-    pixels: list[Tensor] = []
+    blocks: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
     inputs: Inputs | None = None
     for batch in read_batches(source, form, name, most=most, seed=seed):
-        pixels.append(batch.pixels)
+        blocks.extend(batch.pixels.blocks)
         inputs = batch.inputs
         if batch.labels is not None:
             labels.append(batch.labels)
         count += len(batch.pixels)
         if most is not None and count >= most:
             break
-    if not pixels:
+    if not blocks:
         raise DataError(f"{name}: there are none (a generator can be read only once)")
-    if labels and len(labels) < len(pixels):
+    if labels and len(labels) < len(blocks):
         raise DataError(f"{name}: some come with labels and some without")
     shapes = sorted({tuple(part.shape[1:]) for part in labels})
     if len(shapes) > 1:
@@ -127,7 +129,7 @@ def read_images(
             "have one form"
         )
     return ImagesInMemory(
-        torch.cat(pixels)[:most],
+        tensor_list(blocks).take(slice(most)),
         torch.cat(labels)[:most] if labels else None,
         is_from_front=not _is_map_style(source),
         inputs=inputs,
@@ -176,7 +178,7 @@ def read_batches(
                 labels = labels[None]  # of a single image
             if len(labels) != len(images):
                 raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
-        yield ImagesInMemory(images, labels, inputs=inputs)
+        yield ImagesInMemory(tensor_list(images), labels, inputs=inputs)
 
 
 def _items(source: Any, form: Form, name: str, most: int | None, seed: int) -> Iterator[Any]:

@@ -58,9 +58,11 @@ from secateur.runtime.event_log import EventLog
 from secateur.runtime.file_lock import lock_exclusively, lock_folder
 from secateur.runtime.hashing import weights_hash
 from secateur.runtime.input_limits import TEXT, read_bounded
+from secateur.runtime.kept_memory import kept_memory
 from secateur.training import own_loss
 
 
+@kept_memory()
 def run(
     config: RunConfig,
     folder: Path,

@@ -279,13 +279,6 @@ def read_outputs(model: nn.Module, images: Tensor, task: Task) -> Reading:
     return task.read(run_network(model, images), len(images))
 
 
-def predict_classes(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Labels:
-    """Return the network's own class of each image, or its labels."""
-    with torch.no_grad():
-        batches = images.split(batch_size)
-        return torch.cat([task.predict(read_outputs(model, batch, task)) for batch in batches])
-
-
 def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
     """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
     images = repeat_to_batch(images, batch)

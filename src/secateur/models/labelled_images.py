@@ -12,9 +12,8 @@ from secateur.config import TaskKind
 from secateur.config.in_memory import SOURCE
 from secateur.data import DataSet, LabelKind, NormalisedImages
 from secateur.data.in_memory import Parts
-from secateur.graph.output_values import OutputPart
-from secateur.models.evaluate import predict_classes
-from secateur.models.examine import Outputs, examine_outputs, find_task
+from secateur.data.tensor_list import TensorList
+from secateur.models.examine import FIRST_IMAGES, Outputs, examine_outputs
 from secateur.models.labels import read_all_labels
 
 FEW_CLASSES = 0.5
@@ -25,32 +24,22 @@ def label_images(
     parts: Parts,
     original: nn.Module,
     kind: TaskKind | Literal["auto"],
-    batch_size: int,
     class_names: Sequence[str],
-    outputs: Sequence[OutputPart] = (),
 ) -> DataSet:
-    """Return the parts as a data set, labelled with the original's classes if need be.
-
-    `outputs` are what is compared of outputs that are no class scores.
-    """
+    """Return the parts as a data set; without labels all are 0 and count for nothing."""
     images = (parts.score, parts.validation, parts.test)
     notes: tuple[str, ...] = ()
     kind_of_labels: LabelKind
     if parts.has_labels:
-        first_outputs = examine_outputs(original, parts.score.pixels)
+        first_outputs = examine_outputs(original, parts.score.pixels[:FIRST_IMAGES])
         raw_labels = [part.labels for part in images if part.labels is not None]
         labels, notes = read_all_labels(raw_labels, first_outputs, kind)
         kind_of_labels = _kind_of_labels(labels[0], first_outputs)
         if kind_of_labels == "classes" and labels[0].ndim == 1 and parts.score.is_from_front:
             notes += _few_classes(labels[0], first_outputs.columns)
     else:
-        task = find_task(original, parts.score.pixels, kind=kind, parts=outputs, has_labels=False)
-        if task.is_values or task.kind == "segmentation":
-            labels = tuple(torch.zeros(len(p.pixels), dtype=torch.int64) for p in images)
-            kind_of_labels = "none"
-        else:
-            labels = tuple(predict_classes(original, p.pixels, batch_size, task) for p in images)
-            kind_of_labels = "classes"
+        labels = tuple(torch.zeros(len(part.pixels), dtype=torch.int64) for part in images)
+        kind_of_labels = "none"
     train, validation, test = (
         _images_with(part.pixels, numbers, kind_of_labels)
         for part, numbers in zip(images, labels, strict=True)
@@ -85,7 +74,7 @@ def _kind_of_labels(labels: Tensor, outputs: Outputs) -> LabelKind:
     return "masks" if outputs.form == "maps" else "classes"
 
 
-def _images_with(pixels: Tensor, labels: Tensor, kind: LabelKind) -> NormalisedImages:
+def _images_with(pixels: TensorList, labels: Tensor, kind: LabelKind) -> NormalisedImages:
     """Return images with class numbers as labels, or with masks or numbers beside them."""
     if kind in ("classes", "none"):
         return NormalisedImages(pixels, labels)

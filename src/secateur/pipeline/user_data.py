@@ -82,9 +82,7 @@ def read_user_data(
     parts = split_images(images, test)
     network = with_inputs(model, images.inputs)
     network = through_logits(network, parts.score.pixels[:2])
-    dataset = label_images(
-        parts, network, config.model.task, config.data.batch_size, loaded.class_names
-    )
+    dataset = label_images(parts, network, config.model.task, loaded.class_names)
     return replace(dataset, name=loaded.name), network
 
 

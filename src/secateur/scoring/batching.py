@@ -35,20 +35,25 @@ def rebatch(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
 
     Only the last batch has images that don't: copies of its last image fill it up.
     """
-    waiting: list[Batch] = []
+    rest: Batch | None = None
     for batch in batches:
-        waiting.append(batch)
-        size = images_at_a_time(*batch.images.shape[2:])
-        while sum(len(part.images) for part in waiting) >= size:
-            joined = _join(waiting)
-            yield select_images(joined, torch.arange(size)), size
-            waiting = [select_images(joined, torch.arange(size, len(joined.images)))]
-    if waiting:
-        rest = _join(waiting)
+        size, start, count = images_at_a_time(*batch.images.shape[2:]), 0, len(batch.images)
+        if rest is not None:
+            start = min(size - len(rest.images), count)
+            rest = _join(rest, _slice(batch, slice(start)))
+            if len(rest.images) < size:
+                continue
+            yield rest, size
+            rest = None
+        while start + size <= count:
+            yield _slice(batch, slice(start, start + size)), size
+            start += size
+        if start < count:
+            rest = _slice(batch, slice(start, None))
+    if rest is not None:
         count = len(rest.images)
-        if count:
-            size = images_at_a_time(*rest.images.shape[2:])
-            yield select_images(rest, torch.arange(size).clamp(max=count - 1)), count
+        size = images_at_a_time(*rest.images.shape[2:])
+        yield select_images(rest, torch.arange(size).clamp(max=count - 1)), count
 
 
 def select_images(batch: Batch, index: Tensor) -> Batch:
@@ -58,6 +63,15 @@ def select_images(batch: Batch, index: Tensor) -> Batch:
         masks = ConceptMasks(masks.masks[index], masks.concepts[index])
     targets = batch.targets and tuple(batch.targets[place] for place in index.tolist())
     return Batch(batch.images[index], batch.labels[index], batch.indices[index], masks, targets)
+
+
+def _slice(batch: Batch, part: slice) -> Batch:
+    """Return consecutive images of a batch, which share its memory."""
+    masks = batch.annotations
+    if masks is not None:
+        masks = ConceptMasks(masks.masks[part], masks.concepts[part])
+    targets = batch.targets and batch.targets[part]
+    return Batch(batch.images[part], batch.labels[part], batch.indices[part], masks, targets)
 
 
 def first_images(
@@ -76,17 +90,15 @@ def first_images(
     return torch.cat(images)
 
 
-def _join(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
-    masks = [batch.annotations for batch in batches if batch.annotations is not None]
+def _join(first: Batch, second: Batch) -> Batch:
+    masks = [part.annotations for part in (first, second) if part.annotations is not None]
     targets = None
-    if all(batch.targets is not None for batch in batches):
-        targets = tuple(objects for batch in batches for objects in batch.targets or ())
+    if first.targets is not None and second.targets is not None:
+        targets = (*first.targets, *second.targets)
     return Batch(
-        torch.cat([batch.images for batch in batches]),
-        torch.cat([batch.labels for batch in batches]),
-        torch.cat([batch.indices for batch in batches]),
+        torch.cat([first.images, second.images]),
+        torch.cat([first.labels, second.labels]),
+        torch.cat([first.indices, second.indices]),
         join_masks(masks) if masks else None,
         targets,
     )

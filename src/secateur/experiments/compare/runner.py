@@ -34,13 +34,6 @@ from secateur.runtime.signals import defer_signals
 
 GRACE_SECONDS = 3.0
 """Time for workers to end by themselves when the benchmark is interrupted."""
-MALLOC_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "16000000000",
-    "MALLOC_ARENA_MAX": "1",
-}
-"""Settings of glibc: a process keeps freed memory instead of having each large feature map cleared
-by the system again. Halves the time of EfficientNet-Lite0."""
 
 
 def run_benchmark(
@@ -160,7 +153,7 @@ def _start_worker(
         stdout=subprocess.PIPE,
         stderr=stderr,
         encoding="utf-8",
-        env={**MALLOC_SETTINGS, **os.environ, "OMP_NUM_THREADS": str(spec.threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(spec.threads)},
         start_new_session=True,  # an interrupt reaches this process, which stops the workers
     )
     worker = _Worker(process, list(jobs), stderr)

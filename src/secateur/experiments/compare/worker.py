@@ -24,6 +24,7 @@ from secateur.pipeline.prune import prune
 from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import SecateurError
+from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.signals import INTERRUPTED, repeat_signals
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     messages, sys.stdout = sys.stdout, sys.stderr  # libraries' output must not mix with messages
     try:
-        with repeat_signals():
+        with repeat_signals(), kept_memory():
             run_jobs(Path(order["folder"]), order["jobs"], messages)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -114,16 +114,28 @@ def refit(
         importance = PositionImportance(
             dependencies.graph, full_state, places, task, settings.positions, seed
         )
+    uses: dict[str, list[Layer]] = {}
+    for layer in dependencies.layers:
+        uses.setdefault(layer.weight, []).append(layer)
+    kept_indices = dependencies.kept_indices(inputs.removed)
+    has_lost_inputs = {
+        weight: 1 - layers[0].filter_dim in kept_indices.get(weight, {})
+        for weight, layers in uses.items()
+    }
+    first = next((uses[weight][0].node for weight, lost in has_lost_inputs.items() if lost), None)
     with torch.inference_mode(), cache:
         count = 0
         for batch, images in whole_batches:
             if layer_outputs is not None and len(layer_outputs) == len(cache):
                 layer_outputs.append({})
             outputs = None if layer_outputs is None else layer_outputs[len(cache)]
-            full = GraphInterpreter(
-                dependencies.graph, full_state, batch.images, cached_outputs=outputs
-            )
-            cut = GraphInterpreter(dependencies.graph, state, batch.images, kept.sizes)
+            shown = batch.images.clone()  # of its own memory, not that of a larger batch
+            full = GraphInterpreter(dependencies.graph, full_state, shown, cached_outputs=outputs)
+            cut = GraphInterpreter(dependencies.graph, state, shown, kept.sizes)
+            if first is not None:  # so that the images themselves are not held
+                full.advance(first)
+                cut.advance(first)
+            del shown
             numbers = batch.indices[:images]
             positions = importance.positions(batch.images[:images], numbers) if importance else {}
             cache.append(CachedBatch(full, cut, numbers, positions))
@@ -141,15 +153,9 @@ def refit(
             holds_out=count >= HELD_OUT_EVERY,
             generator=torch.Generator().manual_seed(seed),
         )
-        uses: dict[str, list[Layer]] = {}
-        for layer in dependencies.layers:
-            uses.setdefault(layer.weight, []).append(layer)
-        kept_indices = dependencies.kept_indices(inputs.removed)
-        for layers in progress(uses.values(), "refitting layers", len(uses)):
-            input_dim = 1 - layers[0].filter_dim
-            lost_inputs = input_dim in kept_indices.get(layers[0].weight, {})
+        for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
             upstream_changed = settings.layers == "downstream" and bool(results)
-            if lost_inputs or upstream_changed:
+            if has_lost_inputs[weight] or upstream_changed:
                 results.append(refitter.refit_kernel(layers))
                 for norm in norms:
                     if norm.direction == layers[0].weight:

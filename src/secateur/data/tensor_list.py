@@ -1,0 +1,69 @@
+"""Tensors of one shape as a list: a choice of them is an index, and only reading copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TensorList:
+    """Entries of one shape and dtype, held in the tensors that they came in.
+
+    It is indexed as a tensor is along its first axis, and what that returns is always a copy.
+    """
+
+    blocks: tuple[Tensor, ...]
+    """Tensors `[entry, …]`, one after the other; not copied."""
+    index: Int[Tensor, "entry"]
+    """Number of each entry among those of all blocks."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that one tensor with all entries would have."""
+        return torch.Size((len(self.index), *self.blocks[0].shape[1:]))
+
+    @property
+    def ndim(self) -> int:
+        """Axes, that of the entries included."""
+        return self.blocks[0].ndim
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, wanted: Tensor | slice | int) -> Tensor:
+        numbers = self.index[wanted]
+        if len(self.blocks) == 1:
+            return self.blocks[0][numbers].clone() if numbers.ndim == 0 else self._only(numbers)
+        if numbers.ndim == 0:
+            return self._joined(numbers[None])[0]
+        return self._joined(numbers)
+
+    def _only(self, numbers: Tensor) -> Tensor:
+        return self.blocks[0].index_select(0, numbers.to(self.blocks[0].device))
+
+    def _joined(self, numbers: Int[Tensor, "wanted"]) -> Tensor:
+        ends = torch.tensor([len(block) for block in self.blocks]).cumsum(0)
+        block_of = torch.searchsorted(ends, numbers, right=True)
+        result = self.blocks[0].new_empty((len(numbers), *self.shape[1:]))
+        for number in block_of.unique().tolist():
+            block = self.blocks[number]
+            places = (block_of == number).nonzero()[:, 0]
+            result[places] = block[numbers[places] - (ends[number] - len(block))]
+        return result
+
+    def take(self, wanted: Tensor | slice) -> TensorList:
+        """Return a list of some entries, by their places in this one or a mask of them."""
+        return TensorList(self.blocks, self.index[wanted])
+
+
+def tensor_list(entries: Tensor | TensorList | Sequence[Tensor]) -> TensorList:
+    """Return tensors `[entry, …]` as one list of their entries."""
+    if isinstance(entries, TensorList):
+        return entries
+    blocks = (entries,) if isinstance(entries, Tensor) else tuple(entries)
+    return TensorList(blocks, torch.arange(sum(map(len, blocks))))
