@@ -64,16 +64,16 @@ def _pytorchcv(name: str, side: int = 64, **options: Any) -> Network:
     return Network(build, ((3, side, side),))
 
 
-def _pytorchcv_resnet(kind: str) -> nn.Module:
+def _pytorchcv_resnet(kind: str, **more: Any) -> nn.Module:
     """Return a narrow classifier of pytorchcv of two blocks per stage, `module:class`."""
     channels = [[16, 16], [32, 32], [64, 64], [96, 96]]
-    options = {"channels": channels, "init_block_channels": 16, "bottleneck": False}
+    options = {"channels": channels, "init_block_channels": 16, "bottleneck": False, **more}
     return _call(f"pytorchcv.models.{kind}", **options)
 
 
 def _pytorchcv_backbone() -> nn.Module:
     """Return the layers of a narrow ResNet before the last pooling; 96 channels come out."""
-    features = _pytorchcv_resnet("resnet:ResNet").features
+    features = _pytorchcv_resnet("resnet:ResNet", conv1_stride=True).features
     assert isinstance(features, nn.Sequential)
     return features[:-1]
 
@@ -108,7 +108,7 @@ def _video(name: str, frames: int = 8, side: int = 64) -> Network:
 
 def _video_resnet(name: str) -> Network:
     """Return the first two stages of a network with a classifier."""
-    whole = _video(name)
+    whole = _video(name, frames=4, side=32)
 
     def build() -> nn.Module:
         model = whole.build()

@@ -58,6 +58,8 @@ class Task:
     @property
     def accuracy_name(self) -> str:
         """What `Score.metric` is called in tables."""
+        if not self.has_metric:
+            return "agreement"
         return (
             self.metric_name
             or {
@@ -73,6 +75,11 @@ class Task:
     def describe(self, metric: float) -> str:
         """Return a metric with its name and unit: `top-1 91.20 %`."""
         return f"{self.accuracy_name} {metric_text(metric, self.metric_unit)}"
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether scores are more than agreement with the original network."""
+        return self.has_labels or bool(self.metric_name)
 
     @property
     def is_values(self) -> bool:
