@@ -16,6 +16,7 @@ from secateur.cli import app
 from secateur.data.images import FileImages
 from secateur.experiments.run_folder import load_pruned
 from secateur.integrations import transformers as saved_networks
+from secateur.models.examine import form_of_outputs
 
 SMALL = ("--image-size", "64", "--allow-untrained")
 FAST = ("--no-finetune", "--set", "report.images=0")
@@ -154,3 +155,9 @@ def test_images_are_read_as_the_folder_says(
     assert image.shape == expected.shape
     # Other libraries resize: pixels differ by a little, not by where they are.
     assert float((image - expected).abs().mean()) < 0.02 * float(expected.std())
+
+
+def test_logits_beside_boxes_are_those_of_the_boxes() -> None:
+    logits, boxes = torch.rand(4, 10, 6), torch.rand(4, 10, 4)
+    assert form_of_outputs({"logits": logits}, 4) == "maps"
+    assert form_of_outputs({"logits": logits, "pred_boxes": boxes}, 4) == "values"

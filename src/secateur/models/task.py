@@ -259,6 +259,8 @@ class Task:
         return sure.gather(1, numbers[:, None])[:, 0], numbers
 
 
+BOXES = "pred_boxes"
+"""What DETR and the detectors after it in transformers call their boxes."""
 SINGLE_LABEL = Task()
 """One logit for each class, and one class for each image."""
 
@@ -341,7 +343,8 @@ def select_logits(output: object) -> Tensor:
     """Return the tensor of logits in a network's output.
 
     It is the output itself, its `logits`, the `out` or the only tensor of a mapping, or the first
-    of a tuple. Raises `UsageError` if there is none.
+    of a tuple. Logits beside `pred_boxes` are those of the boxes, not of the image. Raises
+    `UsageError` if there is none.
     """
     if isinstance(output, Tensor):
         return output
@@ -352,6 +355,8 @@ def select_logits(output: object) -> Tensor:
         if len(output) == 1:
             logits = next(iter(output.values()))
         what += f" of {', '.join(map(str, output))}"
+        if BOXES in output:
+            logits = None
     elif isinstance(output, tuple | list) and output and not isinstance(logits, Tensor):
         logits = output[0]
     if isinstance(logits, Tensor):
