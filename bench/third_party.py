@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -549,7 +549,9 @@ SIGNALS: dict[str, Network] = {
     "PhaseNet (seisbench)": _seisbench("PhaseNet", 3001),
     "GPD (seisbench)": _seisbench("GPD", 400),
     "BasicPhaseAE (seisbench)": _seisbench("BasicPhaseAE", 600),
-    "EQTransformer (seisbench)": _seisbench("EQTransformer", 1024, in_samples=1024),
+    "EQTransformer (seisbench)": replace(  # three outputs, all of which count
+        _seisbench("EQTransformer", 1024, in_samples=1024), task="regression"
+    ),
     "CRED (seisbench)": Network(
         partial(_call, "seisbench.models:CRED", in_samples=3000), ((3, 151, 41),)
     ),
