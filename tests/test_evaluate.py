@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from secateur.data import Batch
-from secateur.models.evaluate import count_macs, evaluate, latency_ms
 from secateur.graph.output_values import OutputPart
+from secateur.models.evaluate import count_macs, evaluate, latency_ms
 from secateur.models.task import Task, check_labels
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.timing import LATENCY_BATCH
