@@ -388,6 +388,7 @@ TRANSFORMERS: dict[str, Network] = {
         width_coefficient=0.5,
         depth_coefficient=0.5,
         hidden_dim=640,
+        initializer_range=0.2,  # by default the signal fades to nothing
         num_labels=10,
     ),
     "BiT": _hugging_face(

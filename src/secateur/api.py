@@ -237,7 +237,8 @@ def prune(
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))
     network = with_inputs(network, calibration.inputs)
-    original = with_logits(working_copy(network, calibration.pixels[:2]), calibration.pixels)
+    original = working_copy(network, calibration.pixels[:2])
+    original = with_logits(original, calibration.pixels, config.model.task)
     dataset = label_images(
         parts, original, config.model.task, config.data.batch_size, class_names, outputs
     )
@@ -288,7 +289,7 @@ def evaluate(
     batches = _labelled_batches(itertools.chain([in_memory], read_images), batch_size)
     first = next(batches)
     network = with_inputs(with_forward(model, forward), in_memory.inputs)
-    network = with_logits(network, first.images)
+    network = with_logits(network, first.images, task)
     outputs = examine_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs, task)
     its_task = make_task(outputs, [labels], task)
