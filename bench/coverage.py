@@ -392,18 +392,28 @@ def third_party_table(rows: list[Row]) -> str:
         "| | networks | cut, runs | equals the masked original | refit | refused with a reason |",
         "|---|---|---|---|---|---|",
     ]
-    total = [0, 0, 0, 0, 0]
     for part, title in third_party.TITLES.items():
-        names = [member.name for member in members() if member.part == part]
-        outcomes = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
-        refused = sum(row["outcome"] != "ok" for row in outcomes)
-        refit = sum("metric_refit" in row for row in outcomes)
-        counts = [len(outcomes), *(sum(map(t, outcomes)) for t in (is_cut, is_equivalent))]
-        counts += [refit, refused]
-        total = [a + b for a, b in zip(total, counts, strict=True)]
+        counts = third_party_counts(rows, part)
         lines.append(f"| {title} | {' | '.join(map(str, counts))} |")
-    lines.append(f"| together | {' | '.join(map(str, total))} |")
+    lines.append(f"| together | {' | '.join(map(str, third_party_counts(rows)))} |")
     return "\n".join(lines)
+
+
+def third_party_counts(rows: list[Row], part: str | None = None) -> tuple[int, ...]:
+    """Return how many networks of `third_party`, or of a part of it, were measured and pruned.
+
+    The numbers are those of the columns of `third_party_table`.
+    """
+    parts = third_party.PARTS if part is None else (part,)
+    names = [member.name for member in members() if member.part in parts]
+    outcomes = [row for name in names if (row := _find(rows, name, PRUNE)) is not None]
+    return (
+        len(outcomes),
+        sum(map(is_cut, outcomes)),
+        sum(map(is_equivalent, outcomes)),
+        sum("metric_refit" in row for row in outcomes),
+        sum(row["outcome"] == "failed" for row in outcomes),
+    )
 
 
 def third_party_networks(rows: list[Row], part: str) -> str:
@@ -452,7 +462,11 @@ def third_party_part(rows: list[Row]) -> str:
         for part, title in third_party.TITLES.items()
         if any(row["part"] == part for row in measured)
     )
+    networks, _, _, refit, refused = third_party_counts(rows)
     return f"""## Networks of other packages
+
+`secateur.prune` prunes and refits {refit} of {networks} networks of other packages and papers, and
+refuses {refused} with a reason.
 
 {third_party_table(rows)}
 

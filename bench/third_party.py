@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -49,6 +49,12 @@ def _smp(name: str, encoder: str = "resnet18", side: int = 64, **options: Any) -
     return Network(partial(_call, path, encoder_name=encoder, **options), ((3, side, side),))
 
 
+def _smp_unet(name: str, encoder: str = "resnet18", depth: int = 3, **options: Any) -> Network:
+    """Return a network with the first stages of an encoder, and a narrow decoder."""
+    widths = (64, 32, 16, 8)[:depth]
+    return _smp(name, encoder, encoder_depth=depth, decoder_channels=widths, **options)
+
+
 def _monai(name: str, shapes: tuple[Shape, ...], **options: Any) -> Network:
     return Network(partial(_call, f"monai.networks.nets:{name}", **options), shapes)
 
@@ -56,6 +62,20 @@ def _monai(name: str, shapes: tuple[Shape, ...], **options: Any) -> Network:
 def _pytorchcv(name: str, side: int = 64, **options: Any) -> Network:
     build = partial(_call, "pytorchcv.model_provider:get_model", name, pretrained=False, **options)
     return Network(build, ((3, side, side),))
+
+
+def _pytorchcv_resnet(kind: str, **more: Any) -> nn.Module:
+    """Return a narrow classifier of pytorchcv of two blocks per stage, `module:class`."""
+    channels = [[16, 16], [32, 32], [64, 64], [96, 96]]
+    options = {"channels": channels, "init_block_channels": 16, "bottleneck": False, **more}
+    return _call(f"pytorchcv.models.{kind}", **options)
+
+
+def _pytorchcv_backbone() -> nn.Module:
+    """Return the layers of a narrow ResNet before the last pooling; 96 channels come out."""
+    features = _pytorchcv_resnet("resnet:ResNet", conv1_stride=True).features
+    assert isinstance(features, nn.Sequential)
+    return features[:-1]
 
 
 def _hugging_face(
@@ -86,22 +106,43 @@ def _video(name: str, frames: int = 8, side: int = 64) -> Network:
     return Network(build, ((3, frames, side, side),))
 
 
+def _video_resnet(name: str) -> Network:
+    """Return the first two stages of a network with a classifier."""
+    whole = _video(name, frames=4, side=32)
+
+    def build() -> nn.Module:
+        model = whole.build()
+        model.layer3, model.layer4 = nn.Identity(), nn.Identity()
+        model.fc = nn.Linear(128, 10)
+        return model
+
+    return Network(build, whole.shapes)
+
+
+def _lama() -> nn.Module:
+    """Return LaMa with an eighth of its width, and two of its 18 blocks."""
+    model = _call("spandrel.architectures.LaMa:LaMa", in_nc=4)
+    path = "spandrel.architectures.LaMa.__arch.LaMa:FFCResNetGenerator"
+    model.model = _call(path, 4, 3, ngf=8, n_blocks=2)
+    return model
+
+
 SMP: dict[str, Network] = {
-    "Unet/resnet18": _smp("Unet"),
-    "Unet/mobilenet_v2": _smp("Unet", "mobilenet_v2"),
-    "Unet/densenet121": _smp("Unet", "densenet121"),
-    "Unet/vgg11_bn": _smp("Unet", "vgg11_bn"),
-    "Unet/tu-regnetx_002": _smp("Unet", "tu-regnetx_002"),
-    "Unet/resnet18, scSE, class head": _smp(
+    "Unet/resnet18": _smp_unet("Unet"),
+    "Unet/mobilenet_v2": _smp_unet("Unet", "mobilenet_v2", 4),
+    "Unet/densenet121": _smp_unet("Unet", "densenet121"),
+    "Unet/vgg11_bn": _smp_unet("Unet", "vgg11_bn"),
+    "Unet/tu-regnetx_002": _smp_unet("Unet", "tu-regnetx_002", 4),
+    "Unet/resnet18, scSE, class head": _smp_unet(
         "Unet", decoder_attention_type="scse", aux_params={"classes": 3}
     ),
-    "UnetPlusPlus/mobilenet_v2": _smp("UnetPlusPlus", "mobilenet_v2"),
-    "MAnet/resnet18": _smp("MAnet"),
-    "Linknet/resnet18": _smp("Linknet"),
+    "UnetPlusPlus/mobilenet_v2": _smp_unet("UnetPlusPlus", "mobilenet_v2", 4),
+    "MAnet/resnet18": _smp_unet("MAnet"),
+    "Linknet/resnet18": _smp("Linknet", encoder_depth=3),
     "FPN/efficientnet-b0": _smp("FPN", "efficientnet-b0"),
-    "PSPNet/resnet18": _smp("PSPNet"),
-    "PAN/resnet18": _smp("PAN", side=128),
-    "DeepLabV3/resnet18": _smp("DeepLabV3"),
+    "PSPNet/resnet18": _smp("PSPNet", psp_out_channels=64),
+    "PAN/mobilenet_v2": _smp("PAN", "mobilenet_v2", 128, encoder_depth=4),
+    "DeepLabV3/resnet18": _smp("DeepLabV3", encoder_depth=3, decoder_channels=64),
     "DeepLabV3Plus/mobilenet_v2": _smp("DeepLabV3Plus", "mobilenet_v2"),
     "Segformer/mit_b0": _smp("Segformer", "mit_b0"),
 }
@@ -179,7 +220,12 @@ MONAI: dict[str, Network] = {
         "EfficientNetBN", IMAGE, model_name="efficientnet-b0", pretrained=False, num_classes=10
     ),
     "FlexibleUNet, 2-D": _monai(
-        "FlexibleUNet", IMAGE, in_channels=3, out_channels=2, backbone="resnet18"
+        "FlexibleUNet",
+        IMAGE,
+        in_channels=3,
+        out_channels=2,
+        backbone="efficientnet-b0",
+        decoder_channels=(64, 32, 16, 8, 8),
     ),
     "AutoEncoder, 2-D": _monai(
         "AutoEncoder",
@@ -259,18 +305,39 @@ PYTORCHCV: dict[str, Network] = {
     },
     **{
         f"{name}_cityscapes": _pytorchcv(f"{name}_cityscapes", in_size=(64, 64))
-        for name in ("cgnet", "dabnet", "edanet", "enet", "erfnet", "fpenet", "lednet", "linknet")
+        for name in ("cgnet", "dabnet", "edanet", "enet", "erfnet", "fpenet", "lednet")
     },
     "sinet_cityscapes": _pytorchcv("sinet_cityscapes", 128, in_size=(128, 128)),
-    "cbam_resnet18": _pytorchcv("cbam_resnet18", 224),
+    "linknet, narrow": Network(
+        lambda: _call(
+            "pytorchcv.models.linknet:LinkNet",
+            _pytorchcv_backbone(),
+            backbone_out_channels=96,
+            channels=[64, 32, 16, 16],
+            strides=[2, 2, 2, 1],
+            output_paddings=[1, 1, 1, 0],
+            in_size=(64, 64),
+        ),
+        IMAGE,
+    ),
+    "cbam_resnet, narrow": Network(
+        partial(_pytorchcv_resnet, "cbamresnet:CbamResNet"), ((3, 224, 224),)
+    ),
     "espnetv2_wd2": _pytorchcv("espnetv2_wd2", 224),
     "menet108_8x1_g3": _pytorchcv("menet108_8x1_g3", 224),
     "octresnet10_ad2": _pytorchcv("octresnet10_ad2", 224),
     "shufflenet_g3_w1": _pytorchcv("shufflenet_g3_w1", 224),
     "squeezeresnet_v1_1": _pytorchcv("squeezeresnet_v1_1", 224),
     "lwopenpose2d_mobilenet_cmupan_coco": _pytorchcv("lwopenpose2d_mobilenet_cmupan_coco"),
-    "simplepose_resnet18_coco": _pytorchcv(
-        "simplepose_resnet18_coco", in_size=(64, 64), pretrained_backbone=False
+    "simplepose, narrow": Network(
+        lambda: _call(
+            "pytorchcv.models.simplepose_coco:SimplePose",
+            _pytorchcv_backbone(),
+            backbone_out_channels=96,
+            channels=[64, 64, 64],
+            in_size=(64, 64),
+        ),
+        IMAGE,
     ),
 }
 
@@ -321,6 +388,7 @@ TRANSFORMERS: dict[str, Network] = {
         width_coefficient=0.5,
         depth_coefficient=0.5,
         hidden_dim=640,
+        initializer_range=0.2,  # by default the signal fades to nothing
         num_labels=10,
     ),
     "BiT": _hugging_face(
@@ -482,7 +550,9 @@ SIGNALS: dict[str, Network] = {
     "PhaseNet (seisbench)": _seisbench("PhaseNet", 3001),
     "GPD (seisbench)": _seisbench("GPD", 400),
     "BasicPhaseAE (seisbench)": _seisbench("BasicPhaseAE", 600),
-    "EQTransformer (seisbench)": _seisbench("EQTransformer", 1024, in_samples=1024),
+    "EQTransformer (seisbench)": replace(  # three outputs, all of which count
+        _seisbench("EQTransformer", 1024, in_samples=1024), task="regression"
+    ),
     "CRED (seisbench)": Network(
         partial(_call, "seisbench.models:CRED", in_samples=3000), ((3, 151, 41),)
     ),
@@ -492,9 +562,9 @@ SIGNALS: dict[str, Network] = {
 }
 
 VIDEO: dict[str, Network] = {
-    "r3d_18": _video("r3d_18"),
-    "mc3_18": _video("mc3_18"),
-    "r2plus1d_18": _video("r2plus1d_18"),
+    "r3d_18, two stages": _video_resnet("r3d_18"),
+    "mc3_18, two stages": _video_resnet("mc3_18"),
+    "r2plus1d_18, two stages": _video_resnet("r2plus1d_18"),
     "s3d": _video("s3d", 14, 224),
 }
 
@@ -523,7 +593,7 @@ PAIRS: dict[str, Network] = {
         num_res_blocks=1,
         norm_num_groups=8,
     ),
-    "LaMa (spandrel)": _spandrel("LaMa:LaMa", (*IMAGE, *GREY), in_nc=4),
+    "LaMa (spandrel)": Network(_lama, (*IMAGE, *GREY)),
     "raft_small (torchvision)": Network(
         partial(_call, "torchvision.models.optical_flow:raft_small", weights=None),
         2 * ((3, 128, 128),),

@@ -222,3 +222,25 @@ def test_a_network_for_one_number_of_images_is_refused_with_its_place(images: Te
     message = r"one number of images alone.*add.* at \S*test_any_task.py:\d+"
     with pytest.raises(TraceError, match=message):
         prune(HoldsTheBatch(), images)
+
+
+class Phases(nn.Module):
+    """Returns a row of numbers for each of two phases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.first, self.second = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(images)
+        return self.first(features), self.second(features)
+
+
+def test_all_rows_of_a_tuple_count_where_they_are_values(images: Tensor) -> None:
+    result = prune(Phases(), images, task="regression")
+    assert [part.leaf for part in result.result.task.parts] == [0, 1]
+    assert not any("lose channels" in note for note in result.result.notes)
+    (first, second), wanted = result.model(images[:2]), (2, 5)
+    assert first.shape == second.shape == wanted
+    assert [part.leaf for part in prune(Phases(), images).result.task.parts] == []  # logits

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from networks import make_network, random_images
 from secateur.data import Batch
+from secateur.graph.output_values import OutputPart
 from secateur.models.evaluate import count_macs, evaluate, latency_ms
-from secateur.models.task import check_labels
+from secateur.models.task import Task, check_labels
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.timing import LATENCY_BATCH
 
@@ -68,6 +69,17 @@ def test_accuracy_and_loss_are_those_of_each_image(
 def test_with_five_classes_or_fewer_there_is_no_top_five(classes: int) -> None:
     batches = in_batches(random_images(6), torch.tensor([0, 1, 2, 0, 1, 2]), 4)
     assert evaluate(Table(classes), batches).top5_fraction is None
+
+
+def test_there_is_no_loss_where_nothing_is_compared(generator: torch.Generator) -> None:
+    images = logits_as_images(torch.randn(6, 3, generator=generator))
+    batches = in_batches(images, torch.zeros(6, dtype=torch.int64), 4)
+    assert evaluate(Table(3), batches, task=Task()).loss is not None
+    unlabelled, boxes = Task(has_labels=False), Task("detection", parts=(OutputPart(),))
+    assert evaluate(Table(3), batches, task=unlabelled).loss is None
+    assert evaluate(Table(3), batches, task=boxes).loss is None
+    assert unlabelled.accuracy_name == "agreement"
+    assert boxes.accuracy_name == "R²"
 
 
 def test_uneven_batches_weigh_each_image_the_same() -> None:

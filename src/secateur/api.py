@@ -242,7 +242,7 @@ def prune(
     network = with_forward(model, forward or traceable_forward(model))
     network = with_inputs(network, calibration.inputs)
     few = calibration.pixels[:FIRST_IMAGES]
-    original = with_logits(working_copy(network, few[:2]), few)
+    original = with_logits(working_copy(network, few[:2]), few, config.model.task)
     dataset = label_images(parts, original, config.model.task, class_names)
     run_context = _run_context(shows_progress=progress)
     run_context = replace(
@@ -292,7 +292,7 @@ def evaluate(
     batches = _labelled_batches(itertools.chain([in_memory], read_images), batch_size)
     first = next(batches)
     network = with_inputs(with_forward(model, forward), in_memory.inputs)
-    network = with_logits(network, first.images)
+    network = with_logits(network, first.images, task)
     outputs = examine_outputs(network, first.images)
     labels, _ = read_labels(first.labels, outputs, task)
     its_task = make_task(outputs, [labels], task)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 import coverage
 import third_party
-from coverage import is_cut, is_equivalent, is_within, page, summary_table
+from coverage import (
+    is_cut,
+    is_equivalent,
+    is_within,
+    page,
+    summary_table,
+    third_party_counts,
+)
 from rows import Row, put_row, read_rows
 from zoo import (
     TIMM_RELEASE,
@@ -88,6 +95,18 @@ def test_the_page_shows_networks_of_other_packages() -> None:
     assert "| M5 | 1×8000 | 40 of 90 | 50.0 % | 1e-07 | 0.50, 0.75 | 10 | – |" in text
     assert "| EDSR | 3×32×32 | TargetError: it / can't | | | | | |" in text
     assert "| Signals, 1-D | 1 | 1 | 1 | 1 | 0 |" in text
+
+
+def test_nearly_all_networks_of_other_packages_are_pruned_and_refit() -> None:
+    rows = read_rows(coverage.RESULTS)
+    for part, least in LEAST.items():
+        assert third_party_counts(rows, part)[3] >= least, part
+    networks, cut, equal, refit, refused = third_party_counts(rows)
+    assert refit >= 0.95 * networks
+    assert (cut, equal) == (refit, refit)
+    assert refit + refused == networks
+    readme = (coverage.ROOT / "README.md").read_text()
+    assert f"| other packages | {refit} of {networks} networks of " in readme
 
 
 def test_a_network_of_the_zoo_depends_on_its_seed_alone() -> None:

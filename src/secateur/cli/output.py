@@ -154,10 +154,14 @@ def show_score(score: Score, task: Task) -> None:
     top5, agreement = score.top5_fraction, score.agreement_fraction
     for title, text in (
         ("images", str(score.images)),
-        (task.accuracy_name, metric_text(score.metric, task.metric_unit)),
+        *(
+            [(task.accuracy_name, metric_text(score.metric, task.metric_unit))]
+            if task.has_metric
+            else []
+        ),
         *([] if top5 is None else [("top-5", f"{100 * top5:.2f} %")]),
         *([] if agreement is None else [("agreement", f"{100 * agreement:.2f} %")]),
-        ("loss", f"{score.loss:.4f}"),
+        *([] if score.loss is None else [("loss", f"{score.loss:.4f}")]),
         ("MACs", count_text(score.macs)),
         ("parameters", count_text(score.parameters)),
         ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),

@@ -19,15 +19,19 @@ IMAGE_SIZE = 256
 def build(name: str, *, num_classes: int | None = None) -> nn.Module:
     """Return the named network with random weights, in evaluation mode.
 
-    Raises `UnknownName`, or `UsageError` if the package is not installed.
+    Raises `UnknownName`, or `UsageError` if the package is not installed or can't build it.
     """
     architecture, encoder = _split(name)
     library = _library()
     if num_classes is None:
         raise UsageError(f"smp:{name} needs the number of classes: --num-classes")
-    model: nn.Module = library.create_model(
-        architecture, encoder_name=encoder, encoder_weights=None, classes=num_classes
-    )
+    try:
+        model: nn.Module = library.create_model(
+            architecture, encoder_name=encoder, encoder_weights=None, classes=num_classes
+        )
+    except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"smp:{name}: the package can't build it: {reason}") from error
     return model.eval()
 
 
@@ -52,7 +56,7 @@ def _split(name: str) -> tuple[str, str]:
     if not slash:
         raise UsageError(f"smp:{name}: name the encoder, too: smp:{name}/resnet34")
     encoders = library.encoders.get_encoder_names()
-    if encoder not in encoders and not encoder.startswith("tu-"):
+    if encoder not in encoders and not encoder.startswith(("tu-", "timm-")):
         raise UnknownName("encoder of segmentation_models_pytorch", encoder, encoders)
     return architecture, encoder
 

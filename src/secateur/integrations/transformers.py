@@ -17,6 +17,8 @@ from secateur.runtime.errors import UsageError, WeightsError
 
 WEIGHTS = "model.safetensors"
 IMAGE_SIZE = 224
+WARPED_SIZE = 384
+"""From this side on, ConvNext's images are stretched to the input, not cropped."""
 
 
 def build(name: str, *, num_classes: int | None = None) -> nn.Module:
@@ -60,16 +62,23 @@ def preprocessing(name: str) -> Preprocessing:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} is no JSON: {error}") from error
-    size = settings.get("crop_size") or settings.get("size") or IMAGE_SIZE
-    is_cropped = bool(settings.get("do_center_crop"))
-    shorter = settings.get("size") or size
+    is_flipped = bool(settings.get("do_flip_channel_order"))
+    is_normalised = settings.get("do_normalize", not is_flipped)
+    is_cropped, percentage = bool(settings.get("do_center_crop")), settings.get("crop_pct")
+    shorter = _side(settings.get("size") or IMAGE_SIZE)
+    side = _side(settings.get("crop_size") or shorter) if is_cropped else shorter
+    if percentage and (is_cropped or side < WARPED_SIZE):
+        shorter, is_cropped = int(shorter / percentage), True
+    mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std")
+    power = 2 if settings.get("include_top") else 1  # EfficientNet's are divided a second time
     return Preprocessing(
-        _side(size),
-        _side(shorter),
-        tuple(settings.get("image_mean") or IMAGENET_MEAN),
-        tuple(settings.get("image_std") or IMAGENET_STD),
+        side,
+        shorter,
+        tuple(mean) if is_normalised else (0.0, 0.0, 0.0),
+        tuple(s**power for s in std or IMAGENET_STD) if is_normalised else (1.0, 1.0, 1.0),
         "bicubic" if settings.get("resample") == 3 else "bilinear",  # Pillow's number
         fit="crop" if is_cropped or not settings else "stretch",
+        channel_order="bgr" if is_flipped else "rgb",
     )
 
 

@@ -142,7 +142,7 @@ class _Sums:
     images: int
     accuracy: float
     top5: float | None
-    loss: float
+    loss: float | None
     agreement: float | None
     lost: int | None
     gained: int | None
@@ -227,23 +227,25 @@ class _Tally:
     def sums(self) -> _Sums:
         """Return what was added up, of all processes."""
         distributed.all_reduce_sum([self._counts, self._errors])
-        loss = math.fsum(distributed.gather_shards(self._losses))
+        total_loss = math.fsum(distributed.gather_shards(self._losses))
         images = sum(distributed.all_gather(self._images))
         has_top5 = distributed.any_process(self.class_count > TOP)
         counts = _Counts(*self._counts.tolist())
         task, is_known = self._task or SINGLE_LABEL, self._original is not None
+        decisions = max(1, counts.decisions)
+        is_map = task.kind == "segmentation"
+        losses = max(1, images) if task.is_values or is_map else decisions
+        loss = total_loss / losses if task.has_loss else None
         if task.is_values:
             error, count = self._errors.tolist()
             agreement = 1 - error / max(1, count)  # each value has unit variance
             known = agreement if is_known else None
-            return _Sums(images, agreement, None, loss / max(1, images), known, None, None)
-        decisions = max(1, counts.decisions)
-        is_map = task.kind == "segmentation"
+            return _Sums(images, agreement, None, loss, known, None, None)
         return _Sums(
             images,
             counts.top1 / decisions,
             counts.top5 / decisions if has_top5 and not is_map else None,
-            loss / (max(1, images) if is_map else decisions),
+            loss,
             counts.agreed / decisions if is_known else None,
             counts.lost if is_known else None,
             counts.gained if is_known else None,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from secateur.config import TaskKind
 from secateur.graph.forward import forward_of, with_forward
 from secateur.models.examine import form_of_outputs, logits_of, run_network
 from secateur.models.task import select_logits
@@ -16,36 +18,42 @@ from secateur.runtime.torch_internals import Convolution
 
 FEW = 2
 """Images that a network is tried on."""
+VALUES = ("detection", "regression")
+"""Tasks whose outputs are compared tensor by tensor."""
 
 
-def through_logits(network: nn.Module, images: Tensor, *, takes_first: bool = True) -> nn.Module:
+def through_logits(
+    network: nn.Module, images: Tensor, kind: TaskKind | Literal["auto"] = "auto"
+) -> nn.Module:
     """Return a network as it is, or as it runs through `logits_of` if it needs that.
 
-    With `takes_first` a tuple needs it, too, whose first entry is taken for the logits. The network
-    is tried on a few of the images; one that can't take them, or that runs through a function of
-    the user's, is returned as it is.
+    The first entry of a tuple is taken for the logits, unless `kind` says that all are compared as
+    values. The network is tried on a few of the images; one that can't take them, or that runs
+    through a function of the user's, is returned as it is.
     """
     if forward_of(network) is None:
         with contextlib.suppress(UsageError):
             output = _try(network, images)
             is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
             is_values = form_of_outputs(output, len(images[:FEW])) == "values"
-            is_taken = (takes_first or not is_tuple) and not is_values
+            is_taken = not is_values and not (is_tuple and kind in VALUES)
             if select_logits(output) is not output and is_taken:
                 return with_forward(network, logits_of)
     return network
 
 
-def with_logits(network: nn.Module, images: Tensor) -> nn.Module:
+def with_logits(
+    network: nn.Module, images: Tensor, kind: TaskKind | Literal["auto"] = "auto"
+) -> nn.Module:
     """Return the network that returns logits: as it is, or through `logits_of` if need be.
 
     One that returns other tensors, with more than one row for each image, is returned as it is.
     Raises `UsageError` that says what to do where the network can't take the images, or returns
     several things without saying which are the logits.
     """
-    original, network = network, through_logits(network, images)
+    original, network = network, through_logits(network, images, kind)
     output = _try(network, images)
-    if isinstance(output, Tensor) or _is_values(output, len(images[:FEW])):
+    if kind in VALUES or isinstance(output, Tensor) or _is_values(output, len(images[:FEW])):
         return network
     raise UsageError(
         f"the network must return logits [image, class]; it returns {_description(output)}: say "

@@ -47,8 +47,9 @@ class Score:
     `Task.metric_name` says, as a fraction if its unit is per cent."""
     top5_fraction: float | None
     """None with five classes or fewer, and if the task is not one class for each image."""
-    loss: float
-    """Mean cross-entropy in nats; of values half their relative squared error."""
+    loss: float | None
+    """Mean cross-entropy in nats; of values half their relative squared error. None where there is
+    nothing to compare with: without labels, and for detections."""
     images: int
     """Number of images that were scored."""
     macs: int

@@ -58,6 +58,8 @@ class Task:
     @property
     def accuracy_name(self) -> str:
         """What `Score.metric` is called in tables."""
+        if not self.has_metric:
+            return "agreement"
         return (
             self.metric_name
             or {
@@ -73,6 +75,11 @@ class Task:
     def describe(self, metric: float) -> str:
         """Return a metric with its name and unit: `top-1 91.20 %`."""
         return f"{self.accuracy_name} {metric_text(metric, self.metric_unit)}"
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether scores are more than agreement with the original network."""
+        return self.has_labels or bool(self.metric_name)
 
     @property
     def is_values(self) -> bool:
@@ -252,6 +259,8 @@ class Task:
         return sure.gather(1, numbers[:, None])[:, 0], numbers
 
 
+BOXES = "pred_boxes"
+"""What DETR and the detectors after it in transformers call their boxes."""
 SINGLE_LABEL = Task()
 """One logit for each class, and one class for each image."""
 
@@ -334,7 +343,8 @@ def select_logits(output: object) -> Tensor:
     """Return the tensor of logits in a network's output.
 
     It is the output itself, its `logits`, the `out` or the only tensor of a mapping, or the first
-    of a tuple. Raises `UsageError` if there is none.
+    of a tuple. Logits beside `pred_boxes` are those of the boxes, not of the image. Raises
+    `UsageError` if there is none.
     """
     if isinstance(output, Tensor):
         return output
@@ -345,6 +355,8 @@ def select_logits(output: object) -> Tensor:
         if len(output) == 1:
             logits = next(iter(output.values()))
         what += f" of {', '.join(map(str, output))}"
+        if BOXES in output:
+            logits = None
     elif isinstance(output, tuple | list) and output and not isinstance(logits, Tensor):
         logits = output[0]
     if isinstance(logits, Tensor):

@@ -86,7 +86,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         return replace(dataset, notes=(*dataset.notes, *notes)), model
     dataset = replace(loaded, notes=(*loaded.notes, *notes))
     if config.model.forward is None and zoo.may_return_more(config.model.name):
-        model = through_logits(model, _examples(dataset, config, model))
+        model = through_logits(model, _examples(dataset, config, model), config.model.task)
     return dataset, model
 
 

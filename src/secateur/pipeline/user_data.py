@@ -81,7 +81,7 @@ def read_user_data(
     test = None if loaded.test is None else read_images(loaded.test, form, f"{loaded.name}, test")
     parts = split_images(images, test)
     network = with_inputs(model, images.inputs)
-    network = through_logits(network, parts.score.pixels[:2])
+    network = through_logits(network, parts.score.pixels[:2], config.model.task)
     dataset = label_images(parts, network, config.model.task, loaded.class_names)
     return replace(dataset, name=loaded.name), network
 

@@ -82,7 +82,7 @@ def score_rows(result: RunResult) -> list[dict[str, str]]:
                 **(
                     {} if first.top5_fraction is None else {"top-5 %": percent(score.top5_fraction)}
                 ),
-                **({"loss": f"{score.loss:.3f}"} if result.has_labels else {}),
+                **({} if score.loss is None else {"loss": f"{score.loss:.3f}"}),
                 "MACs": f"{count_text(score.macs)} {score.macs / first.macs:.0%}",
                 "params": (
                     f"{count_text(score.parameters)} {score.parameters / first.parameters:.0%}"
