@@ -19,11 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
 
+from secateur.config import RefitSection
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.network_graph import NetworkGraph, NodeHook
 from secateur.graph.patches import first_places
 from secateur.models.task import Reading, Task
-from secateur.pruning.refit.layers import RefitLayer
+from secateur.pruning.refit.layers import RefitLayer, refit_layer
 from secateur.pruning.refit.regression_targets import State
 
 EVEN_SHARE = 0.1
@@ -89,6 +91,18 @@ class PositionImportance:
         return [
             torch.Generator().manual_seed(self.seed * 2**32 + number) for number in numbers.tolist()
         ]
+
+
+def make_importance(
+    kept: KeptChannels, state: State, task: Task, settings: RefitSection, seed: int
+) -> PositionImportance | None:
+    """Return what chooses positions, from the original network's tensors; None for even spacing."""
+    is_detector = task.kind == "detection"
+    if settings.sampling == "even" or (settings.sampling == "auto" and not is_detector):
+        return None
+    graph = kept.dependencies.graph
+    layers = [refit_layer(layer, kept) for layer in kept.dependencies.layers]
+    return PositionImportance(graph, state, layers, task, settings.positions, seed)
 
 
 def _random_combination(

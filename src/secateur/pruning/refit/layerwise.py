@@ -47,7 +47,7 @@ from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
-from secateur.pruning.refit.important_positions import PositionImportance
+from secateur.pruning.refit.important_positions import make_importance
 from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
 from secateur.pruning.refit.regression_targets import RegressionTargets, State
@@ -106,17 +106,8 @@ def refit(
     state = with_kernels(norms, {name: tensors[name].clone() for name in names})
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
-    importance = None
-    if settings.sampling == "importance" or (
-        settings.sampling == "auto" and task.kind == "detection"
-    ):
-        places = [refit_layer(layer, kept) for layer in dependencies.layers]
-        importance = PositionImportance(
-            dependencies.graph, full_state, places, task, settings.positions, seed
-        )
-    uses: dict[str, list[Layer]] = {}
-    for layer in dependencies.layers:
-        uses.setdefault(layer.weight, []).append(layer)
+    importance = make_importance(kept, full_state, task, settings, seed)
+    uses = _uses_by_kernel(dependencies)
     kept_indices = dependencies.kept_indices(inputs.removed)
     has_lost_inputs = {
         weight: 1 - layers[0].filter_dim in kept_indices.get(weight, {})
@@ -132,10 +123,10 @@ def refit(
             shown = batch.images.clone()  # of its own memory, not that of a larger batch
             full = GraphInterpreter(dependencies.graph, full_state, shown, cached_outputs=outputs)
             cut = GraphInterpreter(dependencies.graph, state, shown, kept.sizes)
+            del shown
             if first is not None:  # so that the images themselves are not held
                 full.advance(first)
                 cut.advance(first)
-            del shown
             numbers = batch.indices[:images]
             positions = importance.positions(batch.images[:images], numbers) if importance else {}
             cache.append(CachedBatch(full, cut, numbers, positions))
@@ -164,6 +155,14 @@ def refit(
         for name in names:
             tensors[name].copy_(state[name])
     return tuple(results)
+
+
+def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
+    """Return the layers that use each kernel, in the order of execution."""
+    uses: dict[str, list[Layer]] = {}
+    for layer in dependencies.layers:
+        uses.setdefault(layer.weight, []).append(layer)
+    return uses
 
 
 @dataclass(frozen=True, eq=False)
