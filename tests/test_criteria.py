@@ -29,6 +29,7 @@ from secateur.scoring.criteria.kernels import KernelFunction, l2
 from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
     RIDGE,
+    ROUNDS,
     WEIGHT_UNITS,
     Reconstruction,
     _spread,
@@ -319,6 +320,42 @@ def test_filters_are_removed_in_the_order_of_their_loss(
         assert costs[going] <= min(costs.values()) * (1 + 1e-6) + 1e-8 * missed([])
         left.remove(going)
         assert error == pytest.approx(missed(left), rel=1e-5, abs=1e-7 * missed([]))
+
+
+@pytest.mark.parametrize(
+    ("filters", "offsets", "outputs"), [(40, 9, 30), (300, 1, 20), (24, 1, 200)]
+)
+def test_many_filters_are_removed_in_the_order_of_a_plain_elimination(
+    filters: int, offsets: int, outputs: int
+) -> None:
+    """With several at a time, and with more outputs than values; the arguments stay as they are."""
+    values = filters * offsets
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(2 * values, values, generator=generator, dtype=torch.float64)
+    rows = (rows @ torch.randn(values, values, generator=generator, dtype=torch.float64)).relu()
+    covariance = rows.T @ rows / len(rows)
+    consumers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
+    before = covariance.clone(), consumers.clone()
+    order = eliminate(covariance, consumers, filters)
+    assert torch.equal(covariance, before[0])
+    assert torch.equal(consumers, before[1])
+
+    inverse = (covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)).inverse()
+    weights, left, expected = consumers, list(range(filters)), []
+    while left:
+        votes = {}
+        for number in left:
+            mine = torch.arange(number, values, filters)
+            carried = weights[:, mine]
+            votes[number] = float((carried @ inverse[mine][:, mine].inverse() * carried).sum())
+        removed = sorted(left, key=lambda n: (votes[n], -n))[: max(1, filters // ROUNDS)]
+        expected += removed
+        gone = torch.cat([torch.arange(number, values, filters) for number in removed])
+        passed = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        weights = weights - weights[:, gone] @ passed
+        inverse = inverse - inverse[:, gone] @ passed
+        left = [number for number in left if number not in removed]
+    assert order == expected
 
 
 def test_of_two_copies_only_one_stays() -> None:

@@ -64,10 +64,14 @@ class SecondMoments:
         """Return the mean products of values, in their original scale."""
         return self._sums[:-1, :-1] / self._count * unit.double().outer(unit.double())
 
-    def covariance(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:
-        """Return the covariance of values (biased), in their original scale."""
-        mean = self.mean(unit)
-        return self.raw(unit) - mean.outer(mean)
+    def covariance(
+        self, unit: Float[Tensor, "value"], part: slice = slice(None)
+    ) -> Float[Tensor, "part part"]:
+        """Return the covariance of values, or of a part of them (biased), in their scale."""
+        totals, units = self._sums[-1, :-1][part], unit.double()[part] / self._count.sqrt()
+        products = self._sums[:-1, :-1][part, part]
+        covariance = products.addr(totals, totals / self._count, alpha=-1)
+        return covariance.mul_(units[:, None]).mul_(units)
 
     def mean(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value"]:
         """Return the mean values, in their original scale."""

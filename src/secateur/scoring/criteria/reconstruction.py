@@ -136,14 +136,13 @@ class Reconstruction:
         These are the `channel` form of the refit: a filter is reconstructed from the filters kept
         at the same position.
         """
-        centre = self._centre(tap)
-        covariance = self._moments[tap].covariance(self._units[tap])[centre, centre]
+        covariance = self._moments[tap].covariance(self._units[tap], self._centre(tap))
         mean = self.mean(tap)
         index = torch.tensor(kept)
-        inner = covariance[index][:, index] + _ridge(covariance) * _identity(len(index))
+        inner = _with_ridge(covariance)[index][:, index]
         matrix = torch.zeros_like(covariance)
         matrix[:, index] = torch.linalg.solve(inner, covariance[index]).T
-        matrix[index] = _identity(len(mean))[index]
+        matrix[index] = torch.eye(len(mean), dtype=torch.float64)[index]
         return matrix, mean - matrix @ mean
 
     def _centre(self, tap: str) -> slice:
@@ -165,29 +164,72 @@ def eliminate(
     those, removing filter s costs tr(W_s P_ss^-1 W_s'); then W loses W_s P_ss^-1 P_s, and P loses
     P_s' P_ss^-1 P_s. The filter with the smallest cost times its norm weight is removed, of equal
     ones the filter with the larger index.
+
+    W' and P hold the remaining filters alone, the values of each side by side. The last filters
+    move to the places of those removed, so nothing else is copied.
     """
-    values = len(covariance)
-    inverse = torch.linalg.inv(covariance + _ridge(covariance) * _identity(values))
-    weights = consumers.double().clone()
-    values_of = torch.arange(values).reshape(-1, filters).T  # [filter, offset]
-    remaining = list(range(filters))
+    offsets = len(covariance) // filters
+    weights = _by_filter(_fewest_rows(consumers.double()), filters).T
+    weights = weights.clone(memory_format=torch.contiguous_format)
+    inverse = _inverse(_by_filter(_by_filter(covariance, filters).T, filters))
+    remaining = list(range(filters))  # the filter at each place
     order: list[int] = []
     at_a_time = max(1, filters // ROUNDS)
     while remaining:
-        places = values_of[remaining]
-        blocks = inverse[places[:, :, None], places[:, None, :]]  # [filter, offset, offset]
-        carried = weights.T[places]  # [filter, offset, output]
-        costs = (carried * torch.linalg.solve(blocks, carried)).sum((1, 2))
+        count = len(remaining)
+        blocks = inverse.view(count, offsets, count, offsets).diagonal(dim1=0, dim2=2)
+        carried = weights.view(count, offsets, -1)
+        costs = (carried * torch.linalg.solve(blocks.movedim(-1, 0), carried)).sum((1, 2))
         votes = (costs if norm_weights is None else costs * norm_weights[remaining]).tolist()
-        ranked = sorted(range(len(remaining)), key=lambda n: (votes[n], -remaining[n]))
-        removed = [remaining[n] for n in ranked[:at_a_time]]
-        order += removed
-        gone = values_of[removed].flatten()
-        passed = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        weights -= weights[:, gone] @ passed
-        inverse -= inverse[:, gone] @ passed
-        remaining = [index for index in remaining if index not in set(removed)]
+        ranked = sorted(range(count), key=lambda place: (votes[place], -remaining[place]))
+        removed = ranked[:at_a_time]
+        order += [remaining[place] for place in removed]
+        gone = _values_at(removed, offsets)
+        rows, gone_weights = inverse[gone], weights[gone]
+        passed = torch.linalg.solve(rows[:, gone], rows)
+        left = count - len(removed)
+        free = sorted(place for place in removed if place < left)
+        moved = [place for place in range(left, count) if place not in removed]
+        target, source = _values_at(free, offsets), _values_at(moved, offsets)
+        for columns in (inverse, weights, inverse.T, rows.T, passed.T):
+            columns[target] = columns[source]
+        for place, origin in zip(free, moved, strict=True):
+            remaining[place] = remaining[origin]
+        del remaining[left:]
+        size = left * offsets
+        weights, inverse = weights[:size], inverse[:size, :size]
+        weights.addmm_(passed[:, :size].T, gone_weights, alpha=-1)
+        inverse.addmm_(rows[:, :size].T, passed[:, :size], alpha=-1)
     return order
+
+
+def _by_filter(matrix: Tensor, filters: int) -> Tensor:
+    """Return columns of `filter * offsets + offset` for those of `offset * filters + filter`."""
+    by_filter: Tensor = matrix.unflatten(1, (-1, filters)).mT.flatten(1)
+    return by_filter
+
+
+def _values_at(places: Sequence[int], offsets: int) -> Int[Tensor, "value"]:
+    """Return the values of the filters at some places, where each filter's lie side by side."""
+    first = torch.tensor(places, dtype=torch.int64) * offsets
+    return (first[:, None] + torch.arange(offsets)).flatten()
+
+
+def _fewest_rows(consumers: Float[Tensor, "output value"]) -> Float[Tensor, "row value"]:
+    """Return weights with the same products over outputs, of at most as many rows as values."""
+    if len(consumers) <= consumers.shape[1]:
+        return consumers
+    factor: Tensor = torch.linalg.qr(consumers, mode="r").R
+    return factor
+
+
+def _inverse(covariance: Float[Tensor, "value value"]) -> Float[Tensor, "value value"]:
+    """Return the inverse of a covariance with its ridge."""
+    system = _with_ridge(covariance)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    # Where it fails, rounding outweighs a covariance of next to nothing.
+    inverse: Tensor = torch.linalg.inv(system) if failed else torch.cholesky_inverse(factor)
+    return inverse
 
 
 def error_curve(
@@ -203,17 +245,18 @@ def error_curve(
     one on costs the squares of the columns of (consumers L) from that filter's on.
     """
     filters = len(ranking)
-    values = len(covariance)
-    order = torch.arange(values).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
-    system = covariance[order][:, order] + _ridge(covariance) * _identity(values)
-    factor = torch.linalg.cholesky(system)
-    columns = (consumers.double()[:, order] @ factor).square().sum(0)
+    order = torch.arange(len(covariance)).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
+    factor = torch.linalg.cholesky(_with_ridge(covariance[order][:, order]))
+    columns = (_fewest_rows(consumers.double()[:, order]) @ factor).square().sum(0)
     by_filter = columns.reshape(filters, -1).sum(1)
     return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
 
 
-def _identity(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64)
+def _with_ridge(covariance: Tensor) -> Tensor:
+    """Return a covariance with its ridge on the diagonal."""
+    system = covariance.clone()
+    system.diagonal().add_(_ridge(covariance))
+    return system
 
 
 def _ridge(covariance: Tensor) -> Tensor:
