@@ -166,11 +166,12 @@ def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
     curve = group_error_curve(group, moments, ranking.order["stem"])
     logs = []
     with torch.inference_mode():
-        expected = model(IMAGES)
-        for removed in (1, 2, 4, 6):
+        for turn, removed in enumerate((1, 2, 4, 6)):  # every fourth image has one of them
+            images = IMAGES[turn::4]
+            expected = model(images)
             kept = ranking.order["stem"][:-removed]
             snapshot = reconstruct_channels(group, moments, kept)
-            interpreter = GraphInterpreter(dependencies.graph, state, IMAGES)
+            interpreter = GraphInterpreter(dependencies.graph, state, images)
             edits = [InputEdit(dependencies, consumer, group) for consumer in group.consumers]
             overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
             (output,) = interpreter.finish(overrides=overrides)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,35 @@ from secateur.graph.network_graph import (
     operation_name,
 )
 from secateur.runtime.torch_internals import OpOverload, schema_of
+
+
+@dataclass(frozen=True, eq=False)
+class PartialPass:
+    """The part of a forward pass that some operations have an influence on."""
+
+    first: Node
+    """The first of the operations."""
+    nodes: frozenset[Node]
+    """Those operations, and all that read their values, directly or not."""
+    unchanged: frozenset[Node]
+    """Operations behind `first` that are none of `nodes`, and whose values these or the caller
+    of the network read."""
+
+
+def partial_pass(graph: NetworkGraph, sources: Iterable[Node]) -> PartialPass:
+    """Return the part of a forward pass that the values of `sources` have an influence on."""
+    wanted = set(sources)
+    start = next(index for index, node in enumerate(graph.nodes) if node in wanted)
+    changed: set[Node] = set()
+    read: set[Node] = set(graph.outputs)
+    behind = [node for node in graph.nodes[start:] if node.op == "call_function"]
+    for node in behind:
+        inputs = node.all_input_nodes
+        if node in wanted or not changed.isdisjoint(inputs):
+            changed.add(node)
+            read.update(inputs)
+    unchanged = (read - changed).intersection(behind)
+    return PartialPass(graph.nodes[start], frozenset(changed), frozenset(unchanged))
 
 
 class GraphInterpreter:
@@ -90,24 +120,41 @@ class GraphInterpreter:
         self.advance(after=after, overrides=overrides)
         return [self.value(node) for node in self._graph.outputs]
 
+    def rerun(
+        self,
+        part: PartialPass,
+        values: Mapping[Node, Any],
+        overrides: Mapping[Node, Compute],
+    ) -> list[Tensor]:
+        """Run a part of the pass in a copy, from `part.first` on; return the network's outputs.
+
+        The interpreter must stand at `part.first`, and `values` must hold those of
+        `part.unchanged`. For `overrides` see `advance`.
+        """
+        copied = self.copy()
+        copied._values.update({node: values[node] for node in part.unchanged})
+        copied.advance(overrides=overrides, only=part.nodes)
+        return [copied.value(node) for node in self._graph.outputs]
+
     def advance(
         self,
         until: Node | None = None,
         *,
         after: Mapping[Node, NodeHook] | None = None,
         overrides: Mapping[Node, Compute] | None = None,
+        only: Container[Node] | None = None,
     ) -> None:
         """Run up to, not including, the node `until`, by default to the end.
 
         `after[node]` sees, and may replace, the value of a node; `overrides[node]` computes it in
-        place of the operation.
+        place of the operation. Operations that are not among `only` are left out.
         """
         after, overrides = after or {}, overrides or {}
         nodes = self._graph.nodes
         while self._next < len(nodes) and nodes[self._next] is not until:
             node = nodes[self._next]
             self._next += 1
-            if node.op == "call_function":
+            if node.op == "call_function" and (only is None or node in only):
                 value = self._compute(node, overrides.get(node))
                 if node in after:
                     replacement = after[node](value)

@@ -7,7 +7,9 @@ Two factors make up the sensitivity of a group:
   scoring pass (`Reconstruction.errors`).
 - The *error gain*: how much such an error matters at the network's output. It is measured on some
   calibration images. Channels are reconstructed from the others in the inputs of one group's
-  consumers at a time; the gain is the error of the output over the error of the consumers.
+  consumers at a time; the gain is the error of the output over the error of the consumers. The
+  images share the fractions of channels that are removed among them, and the network runs again
+  from the consumers on.
 
 The second moments are those of one place where the channels are read. Where consumers read them at
 several, such as a stem and behind a depthwise convolution, the error of the consumers says little
@@ -22,23 +24,29 @@ No label is used. The output's error is the divergence of its softened softmax f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx.node import Node
 
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.input_edit import InputEdit
-from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.network_graph import Tensors
+from secateur.graph.interpreter import GraphInterpreter, PartialPass, partial_pass
+from secateur.graph.network_graph import NetworkGraph, Tensors
 from secateur.models.divergence import error_ratio, output_error
 from secateur.models.task import Task
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.scoring.batching import first_images
+from secateur.scoring.batching import first_images, images_at_a_time
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
     group_error_curve,
@@ -46,7 +54,15 @@ from secateur.scoring.criteria.reconstruction import (
 )
 
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Fractions of a group that are removed to measure its gain."""
+"""Fractions of a group that are removed to measure its gain; an image takes one of them."""
+MOST_IMAGES = 256
+"""Images that gains are measured on, at most…"""
+SAMPLE_PIXELS = 2**21
+"""…with as many pixels all together…"""
+PASS_PIXELS = 2**24
+"""…of which so many go through the network, counted once for each whole pass…"""
+FEWEST_IMAGES = 16
+"""…but at least so many images. Where there are fewer, an image takes several snapshots."""
 
 Sensitivity = Mapping[str, Sequence[float]]
 """`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
@@ -77,47 +93,123 @@ def measure_sensitivity(
         groups.values(),
         key=lambda group: min(position[consumer.node] for consumer in group.consumers),
     )
-    counts = {
-        group.name: [
-            removed
-            for removed in sorted({max(1, round(part * len(group))) for part in SNAPSHOTS})
-            if removed < len(group)
-        ]
+    parts = [
+        partial_pass(dependencies.graph, (consumer.node for consumer in group.consumers))
         for group in ordered
-    }
-    snapshots = {
-        group.name: [
-            reconstruct_channels(group, moments, ranking.order[group.name][:-removed])
-            for removed in counts[group.name]
-        ]
-        for group in ordered
-    }
-    errors = {name: torch.zeros(len(shots), 2).double() for name, shots in snapshots.items()}
-    sample = [*first_images(batches)]
-    shard = distributed.shard(ordered)
-    steps = [(images, group) for images in sample for group in shard]
-    interpreter, expected = None, []
+    ]
+    sample = first_images(batches, partial(_image_count, passes=_passes(dependencies, parts)))
+    measurements = [
+        _Measurement(
+            group, part, dependencies, moments, ranking.order[group.name], curves[group.name], task
+        )
+        for group, part in distributed.shard([*zip(ordered, parts, strict=True)])
+    ]
+    unchanged = frozenset().union(*(measurement.part.unchanged for measurement in measurements))
+    batches_in_turn = _in_turns(sample)
+    steps = (
+        (plain, measurement)
+        for turn, images in batches_in_turn
+        for plain in [_PlainPass(dependencies.graph, state, images, turn, unchanged)]
+        for measurement in measurements
+    )
     with torch.inference_mode():
-        for images, group in progress(steps, "measuring sensitivity", len(steps)):
-            if group is shard[0]:
-                interpreter = GraphInterpreter(dependencies.graph, state, images)
-                expected = interpreter.copy().finish()
-            assert interpreter is not None
-            consumers = sorted(group.consumers, key=lambda consumer: position[consumer.node])
-            interpreter.advance(consumers[0].node)
-            edits = [InputEdit(dependencies, consumer, group) for consumer in consumers]
-            for number, snapshot in enumerate(snapshots[group.name]):
-                overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in edits}
-                outputs = interpreter.copy().finish(overrides=overrides)
-                consumer_error = sum(edit.error for edit in edits)
-                if is_read_apart(group):
-                    consumer_error = float(curves[group.name][counts[group.name][number]])
-                errors[group.name][number] += len(images) * torch.tensor(
-                    [output_error(expected, outputs, task), consumer_error]
-                )
-    gains = distributed.gather_shards([error_ratio(errors[group.name]) for group in shard])
+        total = len(batches_in_turn) * len(measurements)
+        for plain, measurement in progress(steps, "measuring sensitivity", total):
+            measurement.add(plain)
+    gains = distributed.gather_shards([error_ratio(one.errors) for one in measurements])
     gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
+
+
+class _PlainPass:
+    """A batch in the network without any edit."""
+
+    def __init__(
+        self,
+        graph: NetworkGraph,
+        state: Tensors,
+        images: Tensor,
+        turn: int,
+        unchanged: Iterable[Node],
+    ) -> None:
+        self.images, self.turn = len(images), turn
+        self.interpreter = GraphInterpreter(graph, state, images)
+        """Advances from group to group."""
+        self.unchanged: dict[Node, Any] = {}
+        keep = {node: partial(self.unchanged.__setitem__, node) for node in unchanged}
+        self.outputs = self.interpreter.copy().finish(after=keep)
+
+
+class _Measurement:
+    """The errors at a group's consumers and at the output, for some numbers of removed channels."""
+
+    def __init__(
+        self,
+        group: Group,
+        part: PartialPass,
+        dependencies: DependencyGraph,
+        moments: Reconstruction,
+        ranking: Sequence[int],
+        curve: Float[Tensor, "count"],
+        task: Task | None,
+    ) -> None:
+        self.part = part
+        counts = sorted({max(1, round(fraction * len(group))) for fraction in SNAPSHOTS})
+        counts = [removed for removed in counts if removed < len(group)]
+        self.errors = torch.zeros(len(counts), 2, dtype=torch.float64)
+        """`[snapshot]`: errors of the output and of the consumers, summed over images."""
+        self._snapshots = [
+            reconstruct_channels(group, moments, ranking[:-removed]) for removed in counts
+        ]
+        self._edits = [InputEdit(dependencies, consumer, group) for consumer in group.consumers]
+        self._from_curve = curve[counts].tolist() if is_read_apart(group) else None
+        self._task = task
+
+    def add(self, plain: _PlainPass) -> None:
+        """Measure the errors on a batch with the snapshot of its turn."""
+        if not self._snapshots:
+            return
+        number = plain.turn % len(self._snapshots)
+        snapshot = self._snapshots[number]
+        overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in self._edits}
+        plain.interpreter.advance(self.part.first)
+        outputs = plain.interpreter.rerun(self.part, plain.unchanged, overrides)
+        consumer_error = sum(edit.error for edit in self._edits)
+        if self._from_curve is not None:
+            consumer_error = self._from_curve[number]
+        error = output_error(plain.outputs, outputs, self._task)
+        self.errors[number] += plain.images * torch.tensor([error, consumer_error])
+
+
+def _passes(dependencies: DependencyGraph, parts: Iterable[PartialPass]) -> float:
+    """Return how many forward passes the partial passes cost all together, by their MACs."""
+    whole = dependencies.count_after({})
+    macs = {layer.node: layer.macs(whole) for layer in dependencies.layers}
+    total = sum(macs.get(node, 0) for part in parts for node in part.nodes)
+    return total / max(1, sum(macs.values()))
+
+
+def _image_count(shape: Sequence[int], passes: float) -> int:
+    """Return how many images of a shape gains are measured on."""
+    pixels = math.prod(shape[1:])
+    fitting = min(SAMPLE_PIXELS, PASS_PIXELS / max(1.0, passes)) / pixels
+    return int(min(MOST_IMAGES, max(FEWEST_IMAGES, fitting)))
+
+
+def _in_turns(sample: Float[Tensor, "image ..."]) -> list[tuple[int, Tensor]]:
+    """Return batches of images, each with the number of the snapshot that they take.
+
+    Image i takes snapshot i modulo their number. Of fewer than `FEWEST_IMAGES`, it takes the next
+    ones too, so that there are about as many measurements.
+    """
+    number, count = torch.arange(len(sample)), len(SNAPSHOTS)
+    snapshots = min(count, -(-FEWEST_IMAGES // len(sample)))  # of each image
+    size = images_at_a_time(*sample.shape[2:])
+    return [
+        (turn, part)
+        for turn in range(count)
+        for part in sample[(turn - number) % count < snapshots].split(size)
+    ]
 
 
 def is_read_apart(group: Group) -> bool:

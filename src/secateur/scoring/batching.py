@@ -10,9 +10,10 @@ another one may round differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.data import Batch
@@ -21,10 +22,6 @@ from secateur.data.concept_masks import ConceptMasks, join_masks
 PIXELS_AT_A_TIME = 2**20
 """The most pixels that go through the network at once, which bounds the memory."""
 MOST_IMAGES_AT_A_TIME = 128
-SAMPLE_PIXELS = 2**21
-"""Pixels of the images that `first_images` takes, all together…"""
-FEWEST_IMAGES, MOST_IMAGES = 32, 256
-"""…within these numbers of images."""
 
 
 def images_at_a_time(*sides: int) -> int:
@@ -63,18 +60,20 @@ def select_images(batch: Batch, index: Tensor) -> Batch:
     return Batch(batch.images[index], batch.labels[index], batch.indices[index], masks, targets)
 
 
-def first_images(batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Yield the first images, as `SAMPLE_PIXELS` allows, in batches that fit into memory."""
-    left = -1
+def first_images(
+    batches: Iterable[Batch], count: Callable[[tuple[int, ...]], int]
+) -> Float[Tensor, "image ..."]:
+    """Return the first images: as many, at most, as `count` says for their shape."""
+    images: list[Tensor] = []
+    left = None
     for batch in batches:
-        sides = batch.images.shape[2:]
-        if left < 0:
-            left = min(MOST_IMAGES, max(FEWEST_IMAGES, SAMPLE_PIXELS // math.prod(sides)))
-        images = batch.images[:left]
-        left -= len(images)
-        yield from images.split(images_at_a_time(*sides))
-        if not left:
-            return
+        if left is None:
+            left = count(tuple(batch.images.shape[1:]))
+        images.append(batch.images[:left])
+        left -= len(images[-1])
+        if left <= 0:
+            break
+    return torch.cat(images)
 
 
 def _join(batches: list[Batch]) -> Batch:
