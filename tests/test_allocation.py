@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from networks import wired
+from secateur.config import parse_budget
 from secateur.pruning.allocation import (
     Counts,
     SearchSpace,
@@ -15,6 +19,8 @@ from secateur.pruning.allocation import (
     lowest_scores,
     lowest_sensitivity,
 )
+from secateur.pruning.plan import make_space
+from secateur.pruning.ranking import rank
 from secateur.runtime.errors import TargetError
 
 
@@ -130,3 +136,69 @@ def test_where_only_whole_blocks_bring_anything_whole_blocks_go() -> None:
     }
     counts = lowest_sensitivity(SearchSpace(steps, milliseconds, 5.0), sensitivity)
     assert counts == {"a": 8, "b": 32}
+
+
+def search_that_measures_everything(
+    space: SearchSpace, sensitivity: dict[str, list[float]]
+) -> Counts:
+    """The counts of `lowest_sensitivity` on convex curves, without a measurement taken over."""
+    counts = space.whole
+    measure = space.pressure or space.measure
+
+    def next_step(name: str) -> tuple[float, float, str, int] | None:
+        now = measure(counts)
+        for count in range(counts[name] - 1, 0, -1):
+            gain = now - measure({**counts, name: count})
+            if gain > 1e-9 * now or count == 1:
+                whole = space.whole[name]
+                curve = sensitivity[name]
+                loss = curve[whole - count] - curve[whole - counts[name]]
+                return loss / gain if gain > 1e-9 * now else math.inf, loss, name, count
+        return None
+
+    queue = [step for name in counts if (step := next_step(name))]
+    while queue and not space.fits(counts):
+        queue.sort()
+        name = queue.pop(0)[2]
+        fresh = next_step(name)
+        assert fresh is not None
+        if queue and fresh[:2] > queue[0][:2] and fresh[0] > queue[0][0] * (1 + 1e-9):
+            queue.append(fresh)
+            continue
+        counts = {**counts, name: fresh[3]}
+        queue += [step for step in [next_step(name)] if step]
+    gains = {}
+    for name, count in counts.items():
+        removed = space.whole[name] - count
+        gains[name] = sensitivity[name][removed] - sensitivity[name][max(0, removed - 1)]
+    for name in sorted(counts, key=lambda name: -gains[name]):
+        more = {**counts, name: min(counts[name] + 1, space.whole[name])}
+        counts = more if space.fits(more) else counts
+    return counts
+
+
+@pytest.mark.parametrize("network", ["chain", "residual", "concat", "depthwise", "flattened"])
+@pytest.mark.parametrize("target", ["macs=0.4", "params=0.6", "filters=0.5", "memory=0.8"])
+def test_few_measurements_give_the_same_counts(
+    network: str, target: str, generator: torch.Generator
+) -> None:
+    _, dependencies = wired(network, True)
+    budget = parse_budget(target)
+    scores = {n: torch.rand(len(g), generator=generator) for n, g in dependencies.groups.items()}
+    sensitivity = {
+        name: [0.0, *torch.rand(len(group), generator=generator).sort().values.cumsum(0).tolist()]
+        for name, group in dependencies.groups.items()
+    }
+    space = make_space(rank(scores, dependencies, "random"), dependencies, budget)
+    measured: list[Counts] = []
+
+    def measure(counts: Counts) -> float:
+        measured.append(counts)
+        return space.measure(counts)
+
+    counting = replace(space, measure=measure)
+    counts = lowest_sensitivity(counting, sensitivity)
+    assert counts == search_that_measures_everything(space, sensitivity)
+    removed = sum(space.whole.values()) - sum(counts.values())
+    if space.pressure is None:
+        assert len(measured) <= 1 + 3 * (removed + len(counts))

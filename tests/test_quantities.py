@@ -126,6 +126,28 @@ def test_tensor_sizes_count_repeated_and_fixed_channels() -> None:
     assert TensorSizes(dependencies.groups, [])({}).tolist() == []
 
 
+@pytest.mark.parametrize("name", ["residual", "concat", "flattened", "grouped"])
+def test_sizes_do_not_depend_on_the_cuts_before(name: str, generator: torch.Generator) -> None:
+    """What one cut changes is counted from the one before: also after a caller changed a list."""
+    _, dependencies = wired(name, True)
+    rows = [
+        tuple(slots.channels for slots in dependencies.slots if slots.tensor == tensor)
+        for tensor in dependencies.shapes
+    ]
+    used = TensorSizes(dependencies.groups, rows)
+    for _ in range(8):
+        plan = {
+            group: tuple(torch.randperm(len(g), generator=generator)[: len(g) // 2].tolist())
+            for group, g in dependencies.groups.items()
+        }
+        changing = {group: list(numbers) for group, numbers in plan.items()}
+        for removed in (plan, {}, changing, changing):
+            fresh = TensorSizes(dependencies.groups, rows)
+            assert used(removed).tolist() == fresh(removed).tolist()
+            for numbers in changing.values():
+                del numbers[1:]
+
+
 def test_latency_needs_a_table() -> None:
     with pytest.raises(UsageError, match="needs times of the network's layers: pass latency="):
         count_quantity(wired("chain")[1], "latency")

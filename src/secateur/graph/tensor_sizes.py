@@ -1,12 +1,12 @@
 """Sizes of tensors in a cut network: products of numbers of channels, for many tensors at once.
 
 An allocation needs sizes thousands of times. So everything that does not depend on the cut is
-computed once, and dimensions that several tensors share are counted once.
+computed once, dimensions that several tensors share are counted once, and so are those that a cut
+leaves as the one before it did.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,13 +25,6 @@ class TensorSizes:
 
     def __init__(self, groups: Mapping[str, Group], tensors: Iterable[Sequence[Dimension]]) -> None:
         """Take the dimensions of each tensor."""
-        sizes = [len(group) for group in groups.values()]
-        starts = itertools.accumulate(sizes, initial=0)
-        self._start = dict(zip(groups, starts, strict=False))
-        self._stays = np.ones(sum(sizes) + 1, dtype=bool)  # -1, the last, is never removed
-        nothing = np.zeros(0, dtype=np.int64)
-        channels = np.concatenate([nothing, *(group.channels for group in groups.values())])
-        table = index_table(channels, int(channels.max(initial=-1)) + 1)
         number: dict[bytes, int] = {}
         counted: list[Ids] = []
         factors: list[list[int]] = []
@@ -48,30 +41,51 @@ class TensorSizes:
                     key = dimension.tobytes()
                     if key not in number:
                         number[key] = len(counted)
-                        counted.append(table[dimension])
+                        counted.append(dimension)
                     factors[-1].append(number[key])
         self._constants = np.array(constants, dtype=np.int64)
-        self._places = np.concatenate([nothing, *counted])
-        self._bounds = np.array([0, *itertools.accumulate(map(len, counted))], dtype=np.int64)
         widest = max(map(len, factors), default=0)
         # Missing factors are the last one, which is 1.
         padded = [[*row, *[len(counted)] * (widest - len(row))] for row in factors]
         self._factors = np.array(padded, dtype=np.int64).reshape(len(factors), widest)
+        self._lengths = np.array([*map(len, counted), 1], dtype=np.int64)
+        self._copies = _copies(groups, counted)
+        self._removed: dict[str, Sequence[int]] = dict.fromkeys(groups, ())
+        """What is left out of `_lengths`, which stand for the last cut."""
 
     def __call__(self, removed: Mapping[str, Sequence[int]]) -> npt.NDArray[np.int64]:
         """Return the numbers of elements without `removed` channels of each group."""
-        lengths = [len(numbers) for numbers in removed.values()]
-        flat = itertools.chain.from_iterable(removed.values())
-        numbers = np.fromiter(flat, np.int64, sum(lengths))
-        starts = np.array([self._start[name] for name in removed], dtype=np.int64)
-        numbers += np.repeat(starts, lengths)
-        stays = self._stays.copy()
-        stays[numbers] = False
-        counts = np.ones(len(self._bounds), dtype=np.int64)
-        if len(self._places):
-            counts[:-1] = np.add.reduceat(stays[self._places], self._bounds[:-1], dtype=np.int64)
-        result: npt.NDArray[np.int64] = self._constants * counts[self._factors].prod(axis=1)
+        for name, before in self._removed.items():
+            numbers = removed.get(name, ())
+            if numbers is before and isinstance(numbers, tuple):
+                continue
+            dimensions, copies = self._copies[name]
+            less = copies[list(numbers)].sum(0) - copies[list(before)].sum(0)
+            self._lengths[dimensions] -= less
+            self._removed[name] = tuple(numbers)
+        result: npt.NDArray[np.int64] = self._constants * self._lengths[self._factors].prod(axis=1)
         return result
+
+
+def _copies(groups: Mapping[str, Group], dimensions: Sequence[Ids]) -> dict[str, tuple[Ids, Ids]]:
+    """Return for each group the dimensions it lies along, and `[channel, dimension]`: how often."""
+    channels = np.concatenate([np.zeros(0, np.int64), *(g.channels for g in groups.values())])
+    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
+    table = index_table(channels, int(channels.max(initial=-1)) + 1)
+    start = np.searchsorted(owner, np.arange(len(groups)))
+    found: list[list[tuple[int, Ids]]] = [[] for _ in groups]
+    for number, dimension in enumerate(dimensions):
+        places = table[dimension]
+        places = places[places >= 0]
+        for group in np.unique(owner[places]).tolist():
+            mine = places[owner[places] == group] - start[group]
+            found[group].append((number, mine))
+    result = {}
+    for (name, group), along in zip(groups.items(), found, strict=True):
+        counts = [np.bincount(mine, minlength=len(group)) for _, mine in along]
+        copies = np.array(counts, dtype=np.int64).reshape(len(along), len(group)).T
+        result[name] = (np.array([number for number, _ in along], dtype=np.int64), copies.copy())
+    return result
 
 
 def dimensions_of(channel_of: Ids, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:

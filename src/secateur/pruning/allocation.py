@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from secateur.runtime.errors import TargetError
 
@@ -75,6 +76,19 @@ def equal_fractions(space: SearchSpace) -> Counts:
     return _filled_up(space, counts, sorted(steps, key=lambda name: -shortfall[name]))
 
 
+class _Step(NamedTuple):
+    """A group's next step. Of several, the least is taken first."""
+
+    cost: float
+    """Loss per reduction."""
+    loss: float
+    name: str
+    kept: int
+    """Channels that stay."""
+    left: float
+    """The quantity, or its proxy, after the step."""
+
+
 def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[float]]) -> Counts:
     """Return counts that fit at low total sensitivity.
 
@@ -89,38 +103,42 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     counts = space.whole
     now = pressure(counts)
 
-    def reduction(name: str, count: int) -> float:
-        return float(now - pressure({**counts, name: count}))
-
-    def next_step(name: str) -> tuple[float, float, str, int] | None:
-        """Return loss per reduction, loss, group and new count of a group's next step."""
-        below = space.steps[name][: bisect.bisect_left(space.steps[name], counts[name])]
-        if not below:
+    def next_step(name: str) -> _Step | None:
+        place = bisect.bisect_left(space.steps[name], counts[name])
+        if not place:
             return None
-        # Latency falls in steps of several channels: find the first count that reduces anything.
-        # Fewer channels reduce more, so the counts that reduce something come first.
-        least = now * NOTHING
-        place = bisect.bisect_left(below, True, key=lambda count: reduction(name, count) <= least)
-        count = below[max(0, place - 1)]
-        loss = hulls[name](count) - hulls[name](counts[name])
-        gain = reduction(name, count)
-        return (loss / gain if gain > least else math.inf, loss, name, count)
 
-    queue = [step for name in counts if (step := next_step(name)) is not None]
-    while queue and not space.fits(counts):
-        queue.sort()
+        def after(count: int) -> float:
+            return pressure({**counts, name: count})
+
+        least = now * NOTHING
+        count = space.steps[name][place - 1]
+        left = after(count)
+        if now - left <= least:
+            # Latency falls in steps of several channels: find the first count that reduces
+            # anything. Fewer channels reduce more, so those that do come first.
+            below = space.steps[name][:place]
+            place = bisect.bisect_left(below, True, key=lambda count: now - after(count) <= least)
+            count = below[max(0, place - 1)]
+            left = after(count)
+        loss = hulls[name](count) - hulls[name](counts[name])
+        gain = now - left
+        return _Step(loss / gain if gain > least else math.inf, loss, name, count, left)
+
+    queue = sorted(step for name in counts if (step := next_step(name)) is not None)
+    while queue and not (now <= space.limit if space.pressure is None else space.fits(counts)):
         # Every step taken changes what the others reduce: recompute the first one.
-        name = queue.pop(0)[2]
+        name = queue.pop(0).name
         fresh = next_step(name)
         assert fresh is not None
         if queue and fresh[:2] > queue[0][:2] and fresh[0] > queue[0][0] * (1 + 1e-9):
-            queue.append(fresh)
+            bisect.insort(queue, fresh)
             continue
-        counts = {**counts, name: fresh[3]}
-        now = pressure(counts)
+        counts = {**counts, name: fresh.kept}
+        now = fresh.left
         following = next_step(name)
         if following is not None:
-            queue.append(following)
+            bisect.insort(queue, following)
     gains = {}
     for name, count in counts.items():
         upper = min(bisect.bisect_right(space.steps[name], count), len(space.steps[name]) - 1)

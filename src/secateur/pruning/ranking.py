@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,14 +18,27 @@ class Ranking:
     order: dict[str, list[int]]
     least: dict[str, int]
     """How many channels each group must keep: at least this many of the first ones."""
+    _removed: dict[str, dict[int, tuple[int, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def removed(self, counts: Mapping[str, int]) -> Removed:
-        """Return the channels that are removed if each group keeps `counts[group]` of them."""
-        return {
-            name: tuple(sorted(channels[counts[name] :]))
-            for name, channels in self.order.items()
-            if counts[name] < len(channels)
-        }
+        """Return the channels that are removed if each group keeps `counts[group]` of them.
+
+        A search changes one group at a time: for the two last counts of a group, it is the same
+        tuple again, which `TensorSizes` need not count again.
+        """
+        result = {}
+        for name, channels in self.order.items():
+            count = counts[name]
+            if count < len(channels):
+                known = self._removed.setdefault(name, {})
+                if count not in known:
+                    if len(known) > 1:
+                        known.pop(next(iter(known)))
+                    known[count] = tuple(sorted(channels[count:]))
+                result[name] = known[count]
+        return result
 
 
 def rank(
