@@ -63,10 +63,10 @@ def evaluate(
 
     `task` says how outputs are read; by default the first batch tells. `metric` makes what is
     computed in place of the accuracy. `original` are the original network's predictions of the same
-    images. The network is timed unless `known_ms` says what a forward pass of `latency_batch` images
-    takes. Each process
-    passes its shard of the batches (`distributed.shard`) and gets the score on all of them, with
-    the main process's latency. Raises `DataError` if a label lies outside the network's classes.
+    images. The network is timed unless `known_ms` says what a forward pass of `latency_batch`
+    images takes. Each process passes its shard of the batches (`distributed.shard`) and gets the
+    score on all of them, with the main process's latency. Raises `DataError` if a label lies
+    outside the network's classes.
     """
     score, _ = evaluate_and_predict(
         model,

@@ -231,8 +231,8 @@ def latency_notice(before: Score, after: Score, round_to: int) -> str:
     remedies += ["another batch size", "torch.compile or onnxruntime (secateur export)"]
     return (
         f"Latency {fell} while the MACs fell by {macs:.0%} ({after.latency_batch} images in "
-        f"PyTorch on this machine). What can help: {', '.join(remedies)}, or -t latency=F, which plans by "
-        "time."
+        f"PyTorch on this machine). What can help: {', '.join(remedies)}, or -t latency=F, which "
+        "plans by time."
     )
 
 
