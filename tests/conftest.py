@@ -59,8 +59,9 @@ def short_timing() -> Iterator[None]:
     from secateur.runtime.timing import Rounds  # not before the hook
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.models.evaluate.LATENCY_RUNS", 1)
+        patch.setattr("secateur.models.evaluate.LATENCY_ROUNDS", Rounds(1, 1))
         patch.setattr("secateur.pruning.cost.latency_profiler.INTERLEAVED_ROUNDS", Rounds(1, 1))
+        patch.setattr("secateur.pruning.cost.latency_profiler.SHOWN_ROUNDS", Rounds(1, 1))
         yield
 
 

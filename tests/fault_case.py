@@ -54,7 +54,7 @@ def small(num_classes=10):
 '''
 CLASSES = ("disc", "stripes", "noise")
 SIDE = 16
-VARYING = frozenset({"seconds", "latency_ms", "latency_left", "command"})
+VARYING = frozenset({"seconds", "latency_ms", "latency_batch", "latency_left", "command"})
 """Keys of a result that differ from run to run."""
 
 

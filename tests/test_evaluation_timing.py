@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor
 
-from secateur.runtime.timing import Rounds, interleaved_medians
+from secateur.runtime.timing import Rounds, batch_in_time, interleaved_medians
 
 
 def test_actions_are_interleaved_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +46,22 @@ def test_late_rounds_are_left_out_after_the_fewest(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     interleaved_medians({"only": run}, Rounds(fewest=3, most=100, seconds=15.0, warm_up=1))
     assert clock == 40.0
+
+
+@pytest.mark.parametrize(
+    ("seconds_an_image", "size"), [(0.01, 16), (0.03125, 16), (0.04, 8), (0.2, 2), (3.0, 1)]
+)
+def test_slow_networks_are_timed_with_fewer_images(
+    monkeypatch: pytest.MonkeyPatch, seconds_an_image: float, size: int
+) -> None:
+    clock = 0.0
+    sizes: list[int] = []
+
+    def run(images: Tensor) -> None:
+        nonlocal clock
+        sizes.append(len(images))
+        clock += seconds_an_image * len(images)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    assert len(batch_in_time(run, torch.zeros(3, 1, 2, 2))) == size
+    assert sizes == [1, 1]

@@ -37,7 +37,7 @@ def prune_small(config: RunConfig, dataset: DataSet) -> Pruned:
 
 
 def without_latency(score: Score) -> Score:
-    return replace(score, latency_ms=0.0)
+    return replace(score, latency_ms=0.0, latency_batch=0)
 
 
 def test_every_stage_is_scored_on_the_test_images(digits_run: DigitsRun) -> None:
@@ -108,8 +108,17 @@ def test_a_cut_network_is_timed_beside_the_first_one(
     config = small_config(model_file, plan=plan, finetune={"epochs": 1})
     model, fractions = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
 
-    def measured(whole: nn.Module, smaller: nn.Module, images: torch.Tensor) -> float:
+    def measured(
+        whole: nn.Module,
+        smaller: nn.Module,
+        images: torch.Tensor,
+        *,
+        size: int,
+        is_only_shown: bool,
+    ) -> float:
         assert whole is model
+        assert size == 16
+        assert is_only_shown
         assert smaller is not model
         return next(fractions)
 

@@ -18,6 +18,7 @@ from secateur.graph.input_edit import ChannelReconstruction, InputEdit
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of
 from secateur.models.divergence import TEMPERATURE, output_error
+from secateur.pruning import sensitivity
 from secateur.pruning.ranking import Ranking, rank
 from secateur.pruning.sensitivity import is_read_apart, measure_sensitivity
 from secateur.scoring import criteria
@@ -55,13 +56,13 @@ NAMES = ["chain", "residual", "concat", "depthwise", "flattened", "gated", "grou
 @pytest.mark.parametrize("name", NAMES)
 def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> None:
     model, dependencies, moments, ranking = moments_and_ranking(name)
-    sensitivity = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
-    assert sensitivity.keys() == dependencies.groups.keys()
-    for group, curve in sensitivity.items():
+    measured = measure_sensitivity(tensors_of(model), dependencies, moments, ranking, batches())
+    assert measured.keys() == dependencies.groups.keys()
+    for group, curve in measured.items():
         assert len(curve) == len(dependencies.groups[group]) + 1
         assert curve[0] == 0
         assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
-    assert any(curve[-1] > 0 for curve in sensitivity.values())
+    assert any(curve[-1] > 0 for curve in measured.values())
 
 
 def test_batches_do_not_change_the_error_gains() -> None:
@@ -161,7 +162,7 @@ def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
     scores = score_filters(model, dependencies, batches, {"r": moments}, None, SETTINGS)["r"]
     ranking = rank(scores.scores, dependencies, "r")
     state = tensors_of(model)
-    sensitivity = measure_sensitivity(state, dependencies, moments, ranking, batches(96))["stem"]
+    measured = measure_sensitivity(state, dependencies, moments, ranking, batches(96))["stem"]
     # The gain turns the curve into what the output loses, on average over the counts removed.
     curve = group_error_curve(group, moments, ranking.order["stem"])
     logs = []
@@ -177,4 +178,13 @@ def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
             (output,) = interpreter.finish(overrides=overrides)
             logs.append(math.log(output_error([expected], [output]) / float(curve[removed])))
     gain = math.exp(sum(logs) / len(logs))
-    assert sensitivity == pytest.approx((gain * curve).tolist(), rel=1e-3)
+    assert measured == pytest.approx((gain * curve).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("images", "turns"), [(1, 4), (3, 4), (4, 4), (8, 2), (16, 1), (50, 1)])
+def test_every_snapshot_is_measured_however_few_images_there_are(images: int, turns: int) -> None:
+    sample = torch.arange(float(images)).reshape(-1, 1, 1, 1)
+    taken = [(int(i), turn) for turn, part in sensitivity._in_turns(sample) for i in part.flatten()]
+    assert sorted(taken) == sorted(
+        (image, (image + more) % 4) for image in range(images) for more in range(turns)
+    )

@@ -164,7 +164,7 @@ def show_score(score: Score, task: Task) -> None:
         *([] if score.loss is None else [("loss", f"{score.loss:.4f}")]),
         ("MACs", count_text(score.macs)),
         ("parameters", count_text(score.parameters)),
-        ("latency", f"{score.latency_ms:.1f} ms a batch of 16"),
+        ("latency", f"{score.latency_ms:.1f} ms a batch of {score.latency_batch}"),
     ):
         table.add_row(title, text)
     out().print(table)

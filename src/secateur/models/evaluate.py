@@ -22,10 +22,9 @@ from secateur.models.score import Score
 from secateur.models.task import SINGLE_LABEL, Labels, Reading, Task
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, NotFiniteError
-from secateur.runtime.timing import LATENCY_BATCH, Rounds, interleaved_medians, repeat_to_batch
+from secateur.runtime.timing import LATENCY_BATCH, Rounds, batch_in_time, interleaved_medians
 
-LATENCY_RUNS = 11
-WARM_UP_RUNS = 2
+LATENCY_ROUNDS = Rounds(fewest=3, most=11, seconds=2.0, warm_up=1)
 TOP = 5
 """Classes that `Score.top5_fraction` looks at."""
 
@@ -58,17 +57,25 @@ def evaluate(
     metric: MetricFactory | None = None,
     original: Predictions | None = None,
     known_ms: float | None = None,
+    latency_batch: int = LATENCY_BATCH,
 ) -> Score:
     """Return the score of `model`, on its device and in evaluation mode, on all batches.
 
     `task` says how outputs are read; by default the first batch tells. `metric` makes what is
     computed in place of the accuracy. `original` are the original network's predictions of the same
-    images. The network is timed unless `known_ms` says what a forward pass takes. Each process
-    passes its shard of the batches (`distributed.shard`) and gets the score on all of them, with
-    the main process's latency. Raises `DataError` if a label lies outside the network's classes.
+    images. The network is timed unless `known_ms` says what a forward pass of `latency_batch`
+    images takes. Each process passes its shard of the batches (`distributed.shard`) and gets the
+    score on all of them, with the main process's latency. Raises `DataError` if a label lies
+    outside the network's classes.
     """
     score, _ = evaluate_and_predict(
-        model, batches, task=task, metric=metric, original=original, known_ms=known_ms
+        model,
+        batches,
+        task=task,
+        metric=metric,
+        original=original,
+        known_ms=known_ms,
+        latency_batch=latency_batch,
     )
     return score
 
@@ -81,6 +88,7 @@ def evaluate_and_predict(
     metric: MetricFactory | None = None,
     original: Predictions | None = None,
     known_ms: float | None = None,
+    latency_batch: int = LATENCY_BATCH,
     check: Callable[[Predictions], None] | None = None,
 ) -> tuple[Score, Predictions]:
     """Return the score of `model`, and what it predicts; see `evaluate`.
@@ -100,13 +108,15 @@ def evaluate_and_predict(
         raise DataError("there are no images to score")
     details = tally.figures()
 
-    def measure() -> tuple[int, float]:
+    def measure() -> tuple[int, float, int]:
         example = tally.example
         assert example is not None
         macs = count_macs(without_wrappers(model), example[:1])
-        return macs, latency_ms(model, example) if known_ms is None else known_ms
+        if known_ms is not None:
+            return macs, known_ms, latency_batch
+        return macs, *latency_ms(model, example)
 
-    macs, time_ms = distributed.on_main_process(measure)
+    macs, time_ms, timed_images = distributed.on_main_process(measure)
     main = next(iter(details), None)
     score = Score(
         metric=sums.accuracy if main is None else details.pop(main),
@@ -120,6 +130,7 @@ def evaluate_and_predict(
         lost=sums.lost,
         gained=sums.gained,
         details=details,
+        latency_batch=timed_images,
     )
     return score, predictions
 
@@ -281,12 +292,12 @@ def read_outputs(model: nn.Module, images: Tensor, task: Task) -> Reading:
     return task.read(run_network(model, images), len(images))
 
 
-def latency_ms(model: nn.Module, images: Tensor, batch: int = LATENCY_BATCH) -> float:
-    """Return the median time in ms of a forward pass of `batch` images, in evaluation mode."""
-    images = repeat_to_batch(images, batch)
-    rounds = Rounds(LATENCY_RUNS, LATENCY_RUNS, warm_up=WARM_UP_RUNS)
+def latency_ms(model: nn.Module, images: Tensor) -> tuple[float, int]:
+    """Return the median time in ms of a forward pass in evaluation mode, and its batch size."""
     with evaluating(model), torch.inference_mode():
-        return interleaved_medians({"model": lambda: model(images)}, rounds)["model"]
+        batch = batch_in_time(model, images)
+        medians = interleaved_medians({"model": lambda: model(batch)}, LATENCY_ROUNDS)
+    return medians["model"], len(batch)
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:

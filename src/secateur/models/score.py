@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from secateur.runtime.timing import LATENCY_BATCH
+
 MetricUnit = Literal["%", "dB", ""]
 """Unit of a metric; a metric in per cent is kept as a fraction."""
 
@@ -56,7 +58,7 @@ class Score:
     """Multiply-accumulates for one image."""
     parameters: int
     latency_ms: float
-    """Median time of a forward pass of `LATENCY_BATCH` images; a measurement, so it varies. For a
+    """Median time of a forward pass of `latency_batch` images; a measurement, so it varies. For a
     cut network it is the original's time multiplied by the fraction that remains, as
     `latency_profiler.measure_fraction_left` measures it with both networks interleaved."""
     agreement_fraction: float | None = None
@@ -69,3 +71,6 @@ class Score:
     """Images, or labels, that this network predicts correctly and the original one does not."""
     details: Mapping[str, float] = field(default_factory=dict)
     """Other figures that the metric computes, by name: such as those of each class."""
+    latency_batch: int = LATENCY_BATCH
+    """Images in the batch that was timed: fewer than usual if they take longer than
+    `timing.LONGEST_PASS`."""

@@ -15,7 +15,6 @@ from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
-from secateur.runtime.timing import LATENCY_BATCH
 from secateur.training.outcome import KEYS_FREE_ON_RESUME, KEYS_WITHOUT_EFFECT, Distillation, Epoch
 
 SCHEMA_VERSION = 5
@@ -231,9 +230,9 @@ def latency_notice(before: Score, after: Score, round_to: int) -> str:
     remedies = [] if round_to % 8 == 0 else ["--round-to 16"]
     remedies += ["another batch size", "torch.compile or onnxruntime (secateur export)"]
     return (
-        f"Latency {fell} while the MACs fell by {macs:.0%} ({LATENCY_BATCH} images in PyTorch on "
-        f"this machine). What can help: {', '.join(remedies)}, or -t latency=F, which plans by "
-        "time."
+        f"Latency {fell} while the MACs fell by {macs:.0%} ({after.latency_batch} images in "
+        f"PyTorch on this machine). What can help: {', '.join(remedies)}, or -t latency=F, which "
+        "plans by time."
     )
 
 

@@ -91,8 +91,10 @@ def cut(this: Round) -> CutStage:
     error = check_equivalence(this.network, dependencies, plan, smaller, example)
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither refit nor training change what a forward pass computes.
-    fraction_left = measure_fraction_left(this.original, smaller, example)
-    latency_ms = fraction_left * this.stages[0].score.latency_ms
+    before = this.stages[0].score
+    fraction_left = measure_fraction_left(
+        this.original, smaller, example, size=before.latency_batch, is_only_shown=True
+    )
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
     score = evaluate(
         smaller,
@@ -100,7 +102,8 @@ def cut(this: Round) -> CutStage:
         task=this.context.task,
         metric=this.context.metric,
         original=this.predictions,
-        known_ms=latency_ms,
+        known_ms=fraction_left * before.latency_ms,
+        latency_batch=before.latency_batch,
     )
     result = StageResult(stage="cut", round=this.number, score=score, seconds=seconds)
     this.run_context.end_stage(result, this.context.task)
@@ -121,14 +124,15 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     )
     seconds = time.perf_counter() - since
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (refit)")
-    latency_ms = cut_stage.result.score.latency_ms
+    before = cut_stage.result.score
     score = evaluate(
         cut_stage.network,
         batches,
         task=this.context.task,
         metric=this.context.metric,
         original=this.predictions,
-        known_ms=latency_ms,
+        known_ms=before.latency_ms,
+        latency_batch=before.latency_batch,
     )
     result = StageResult(stage="refit", round=this.number, score=score, seconds=seconds)
     this.run_context.end_stage(result, this.context.task)
@@ -161,6 +165,7 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         metric=this.context.metric,
         original=this.predictions,
         known_ms=cut_stage.result.score.latency_ms,
+        latency_batch=cut_stage.result.score.latency_batch,
     )
     result = StageResult(stage="distilled", round=this.number, score=score, seconds=seconds)
     this.run_context.end_stage(result, this.context.task)
@@ -256,6 +261,7 @@ def _score_weights(
         metric=metric,
         original=pruned.predictions,
         known_ms=pruned.result.stages[-1].score.latency_ms,
+        latency_batch=pruned.result.stages[-1].score.latency_batch,
     )
 
 

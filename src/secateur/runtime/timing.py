@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 LATENCY_BATCH = 16
-"""Images in the batch that latency is measured with."""
+"""Images in the batch that latency is measured with, where one pass takes no longer than this:"""
+LONGEST_PASS = 0.5
+"""Seconds; on slower networks the batch is smaller (`batch_in_time`)."""
 
 Key = TypeVar("Key")
 Action = Callable[[], object]
@@ -66,6 +68,19 @@ def interleaved_seconds(
 def repeat_to_batch(images: Tensor, size: int) -> Tensor:
     """Return `size` images: those given, `[image, channel, …]`, over and over."""
     return images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
+
+
+def batch_in_time(run: Callable[[Tensor], object], images: Tensor) -> Tensor:
+    """Return the batch to measure latency with: 16 images, or 8, 4, 2, 1 if they take too long.
+
+    How long they take is told by one image, which goes through `run` twice.
+    """
+    run(images[:1])  # warms up
+    duration = seconds(lambda: run(images[:1]))
+    size = LATENCY_BATCH
+    while size > 1 and size * duration > LONGEST_PASS:
+        size //= 2
+    return repeat_to_batch(images, size)
 
 
 def seconds(action: Action) -> float:

@@ -51,7 +51,9 @@ FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 TABLE_ROUNDS = Rounds(fewest=3, most=15, seconds=12.0)
 """Rounds in which a latency table is measured."""
 INTERLEAVED_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
-"""Forward passes of each of two networks that are compared."""
+"""Forward passes of each of two networks, to plan by their latency."""
+SHOWN_ROUNDS = Rounds(fewest=3, most=21, seconds=2.0, warm_up=1)
+"""The same where latency is only shown."""
 
 Times = Mapping[Key, float]
 
@@ -88,18 +90,24 @@ def measure_latency(
     )
 
 
-def measure_fraction_left(model: nn.Module, smaller: nn.Module, images: Tensor) -> float:
+def measure_fraction_left(
+    model: nn.Module,
+    smaller: nn.Module,
+    images: Tensor,
+    *,
+    size: int = LATENCY_BATCH,
+    is_only_shown: bool = False,
+) -> float:
     """Return the latency of `smaller` over that of `model`: the ratio of medians, interleaved.
 
-    `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. The main
-    process measures; every process gets its result.
+    `images` `[image, rgb, height, width]` are repeated to a batch of this `size`. It takes fewer
+    passes if the result is only shown. The main process measures; every process gets its result.
     """
-    batch = repeat_to_batch(images, LATENCY_BATCH)
+    batch = repeat_to_batch(images, size)
+    rounds = SHOWN_ROUNDS if is_only_shown else INTERLEAVED_ROUNDS
     passes = {"before": lambda: model(batch), "after": lambda: smaller(batch)}
     with evaluating(model), evaluating(smaller), torch.inference_mode():
-        medians = distributed.on_main_process(
-            lambda: interleaved_medians(passes, INTERLEAVED_ROUNDS)
-        )
+        medians = distributed.on_main_process(lambda: interleaved_medians(passes, rounds))
     return medians["after"] / medians["before"]
 
 
