@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,6 @@ from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.refit import layerwise as refit_module
 from secateur.pruning.refit import patch_regression
 from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
@@ -907,7 +907,8 @@ def test_the_number_of_processes_makes_no_difference(
         results = [torch.load(tmp_path / f"{form}_{rank}.pt") for rank in range(2)]
         for name, tensor in alone.state_dict().items():
             assert torch.equal(results[0][name], results[1][name]), name
-            torch.testing.assert_close(results[0][name], tensor, rtol=1e-5, atol=1e-6)
+            # Blocks of products are in float32, and another number of processes has other blocks.
+            torch.testing.assert_close(results[0][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_no_image_is_an_error() -> None:
@@ -941,11 +942,38 @@ class Wide(nn.Module):
         return logits
 
 
+def test_patches_that_do_not_fit_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_network("residual")
+    batches = in_batches(random_images(75, seed=3))
+    inside, _ = cut_and_refit(model, half_of(graph_of(model)), batches, RefitSection(positions=5))
+    monkeypatch.setattr(patch_regression.RowCounts, "keeps_fitted", property(lambda _: False))
+    monkeypatch.setattr(patch_regression.RowCounts, "is_dual", property(lambda _: False))
+    again, _ = cut_and_refit(model, half_of(graph_of(model)), batches, RefitSection(positions=5))
+    for name, tensor in inside.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_stay_in_memory_as_far_as_it_allows() -> None:
+    counts = patch_regression.RowCounts(32_000, 8_000, 1, 1152, 128, 2**31)
+    assert not counts.is_dual
+    assert counts.fits
+    assert counts.keeps_fitted
+    assert counts.compared_every == 1
+    tight = replace(counts, limit_bytes=2**27)
+    assert tight.fits
+    assert not tight.keeps_fitted
+    assert tight.compared_every == 2  # 49 MB of held-out rows, and room for 34
+    assert not replace(counts, limit_bytes=2**20).fits
+    few = replace(counts, fitted=200, held_out=50)
+    assert few.is_dual
+    assert few.sum_bytes < counts.sum_bytes / 3
+
+
 def test_activations_beyond_the_bound_come_back_from_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
-    monkeypatch.setattr(refit_module, "patch_bytes", lambda *_: 0)
+    monkeypatch.setattr(patch_regression.RowCounts, "fits", True)
     saved: list[Path] = []
     save = torch.save
 

@@ -184,7 +184,11 @@ def test_channels_that_are_read_apart_are_measured_at_the_output() -> None:
 @pytest.mark.parametrize(("images", "turns"), [(1, 4), (3, 4), (4, 4), (8, 2), (16, 1), (50, 1)])
 def test_every_snapshot_is_measured_however_few_images_there_are(images: int, turns: int) -> None:
     sample = torch.arange(float(images)).reshape(-1, 1, 1, 1)
-    taken = [(int(i), turn) for turn, part in sensitivity._in_turns(sample) for i in part.flatten()]
-    assert sorted(taken) == sorted(
+    snapshots = [
+        (int(image), number)
+        for number, part in sensitivity._by_snapshot(sample)
+        for image in part.flatten()
+    ]
+    assert sorted(snapshots) == sorted(
         (image, (image + more) % 4) for image in range(images) for more in range(turns)
     )

@@ -276,8 +276,9 @@ class RefitSection(Section):
     rectified: bool = True
     """With `patch`: count errors only where the ReLU behind the layer lets them through."""
     memory_mib: int = Field(default=4096, ge=1)
-    """Memory for activations and sums of products, in MiB. Activations beyond one half are cached
-    in temporary files; a layer whose sums need more than the other half uses `channel`."""
+    """Memory for activations, sums of products and patches, in MiB. Activations beyond one half are
+    cached in temporary files; of the other half, patches get a quarter, and a layer whose sums need
+    more than the rest uses `channel`."""
     recalibrate_batchnorm: bool = True
     """Re-estimate batch-norm statistics after the refit if that helps on held-out calibration
     images."""

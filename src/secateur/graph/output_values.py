@@ -150,9 +150,9 @@ def measured(
                 f"outputs name the tensor {part.leaf}, dimension {part.dim}, but the network "
                 f"returns {' and '.join(str(list(leaf.shape)) for leaf in leaves)}"
             )
-        own = replace(part, deviation=1.0)
-        spread = float(own.read(leaves).double().std(correction=0))
-        if 0 < spread < float("inf") and (deviation := own.natural_deviation(leaves)) > 0:
+        plain = replace(part, deviation=1.0)
+        spread = float(plain.read(leaves).double().std(correction=0))
+        if 0 < spread < float("inf") and (deviation := plain.natural_deviation(leaves)) > 0:
             varying.append(replace(part, deviation=deviation))
     if not varying:
         raise UsageError(f"{names} is the same number everywhere, or not finite")

@@ -8,7 +8,7 @@
   `regression_targets` holds these targets and the place of the offset.
 - `patch_regression`, `channel_regression`: the two forms of the regression; `candidates` holds
   what they share.
-- `least_squares`: ridge regression from streamed sums of products (Gram matrices).
+- `least_squares`: ridge regression from streamed rows, by sums of products or in the dual.
 - `activation_cache`: activations between two layers, in memory or in temporary files.
 - `batchnorm`: re-estimates batch-norm statistics.
 - `significance`: whether a divergence has fallen by more than chance.

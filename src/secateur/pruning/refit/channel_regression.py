@@ -134,8 +134,8 @@ class ChannelRegression(Regression):
         device = state[self._weight].device
         self._original = self._channels[0].original_kernel(full_state[self._weight])
         self._as_cut = self._channels[0].selection(device)
-        groups, outputs, inputs = self._as_cut.shape
-        self._fit = Gram(groups, inputs, outputs, device)
+        nothing = self._as_cut.new_zeros(self._as_cut.shape[:2])
+        self._fit = Gram(self._as_cut, None if place else nothing)
         self._held_out = torch.zeros((), dtype=torch.int64, device=device)
         self._candidates: list[Candidate] = []
         filters = self._original.shape[0] * self._original.shape[1]
@@ -170,12 +170,12 @@ class ChannelRegression(Regression):
         )
 
     def _solve(self) -> None:
-        distributed.all_reduce_sum([*self._fit.state(), self._held_out])
-        nothing = torch.zeros_like(self._fit.y)
+        self._fit.merge()
+        distributed.all_reduce_sum([self._held_out])
         weight = self._state[self._weight]
         self._candidates = [Candidate(None, weight, torch.zeros_like(self._y))]
         for ridge in RIDGES:
-            mixing, shift = self._fit.ridge(self._as_cut, ridge, None if self._place else nothing)
+            mixing, shift = self._fit.ridge(ridge)
             rows = torch.einsum("goct,gcs->gost", self._original, mixing)
             offset = torch.einsum("goct,gc->go", self._original, shift).flatten()
             if self._place is not None:

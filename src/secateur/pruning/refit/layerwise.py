@@ -48,8 +48,8 @@ from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
 from secateur.pruning.refit.important_positions import make_importance
-from secateur.pruning.refit.layers import refit_layer
-from secateur.pruning.refit.patch_regression import PatchRegression, patch_bytes
+from secateur.pruning.refit.layers import RefitLayer, refit_layer
+from secateur.pruning.refit.patch_regression import PatchRegression, count_rows
 from secateur.pruning.refit.regression_targets import RegressionTargets, State
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
@@ -108,12 +108,8 @@ def refit(
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
     uses = _uses_by_kernel(dependencies)
-    kept_indices = dependencies.kept_indices(inputs.removed)
-    has_lost_inputs = {
-        weight: 1 - layers[0].filter_dim in kept_indices.get(weight, {})
-        for weight, layers in uses.items()
-    }
-    first = next((uses[weight][0].node for weight, lost in has_lost_inputs.items() if lost), None)
+    lost_inputs = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
+    first = next((layers[0].node for weight, layers in uses.items() if weight in lost_inputs), None)
     with torch.inference_mode(), cache:
         count = 0
         for batch, images in whole_batches:
@@ -141,12 +137,12 @@ def refit(
             settings=settings,
             cache=cache,
             limit_bytes=limit_bytes,
-            holds_out=count >= HELD_OUT_EVERY,
+            images=count,
             generator=torch.Generator().manual_seed(seed),
         )
         for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
             upstream_changed = settings.layers == "downstream" and bool(results)
-            if has_lost_inputs[weight] or upstream_changed:
+            if weight in lost_inputs or upstream_changed:
                 results.append(refitter.refit_kernel(layers))
                 for norm in norms:
                     if norm.direction == layers[0].weight:
@@ -165,6 +161,17 @@ def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
     return uses
 
 
+def _kernels_that_lost_inputs(
+    dependencies: DependencyGraph, removed: Removed, uses: dict[str, list[Layer]]
+) -> frozenset[str]:
+    kept = dependencies.kept_indices(removed)
+    return frozenset(
+        weight
+        for weight, layers in uses.items()
+        if 1 - layers[0].filter_dim in kept.get(weight, {})
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _LayerRefitter:
     """Refits one kernel after the other, in the order of execution."""
@@ -178,8 +185,8 @@ class _LayerRefitter:
     cache: ActivationCache
     limit_bytes: int
     """Memory for the sums of a regression."""
-    holds_out: bool
-    """Whether there are enough images to hold some out."""
+    images: int
+    """Calibration images of all processes."""
     generator: torch.Generator
 
     def refit_kernel(self, uses: list[Layer]) -> LayerRefit:
@@ -207,14 +214,32 @@ class _LayerRefitter:
         """Return the regression in the form that the settings and the memory allow."""
         place = offset_place(targets)
         layers = [target.layer for target in targets]
-        if (
-            self.settings.form == "patch"
-            and layers[0].has_patches
-            and patch_bytes(layers[0], self.state[layers[0].layer.weight]) <= self.limit_bytes
-        ):
-            rectified = self.settings.rectified and all(target.rectified for target in targets)
-            return PatchRegression(layers, self.state, place, rectified=rectified), "patch"
+        if self.settings.form == "patch" and layers[0].has_patches:
+            kernel = self.state[layers[0].layer.weight]
+            counts = count_rows(layers, kernel, self._rows_of(layers), self.limit_bytes)
+            if counts.fits:
+                rectified = self.settings.rectified and all(target.rectified for target in targets)
+                return PatchRegression(
+                    layers, self.state, place, counts, rectified=rectified
+                ), "patch"
         return ChannelRegression(layers, self.full_state, self.state, place), "channel"
+
+    @property
+    def _held_out(self) -> int:
+        """Images that are held out: none if there are too few."""
+        return self.images // HELD_OUT_EVERY
+
+    def _rows_of(self, layers: Sequence[RefitLayer]) -> tuple[int, int]:
+        """Return how many rows are fitted to, and how many are held out."""
+        an_image = sum(
+            self._rows_per_image(layer) * min(self.settings.positions, layer.positions)
+            for layer in layers
+        )
+        return (self.images - self._held_out) * an_image, self._held_out * an_image
+
+    def _rows_per_image(self, layer: RefitLayer) -> int:
+        """Return how many rows of a layer's input an image has: several frames of a film."""
+        return int(layer.source.meta["val"].shape[0]) // self.kept.dependencies.graph.images
 
     def _layer_batches(
         self,
@@ -229,15 +254,13 @@ class _LayerRefitter:
         In the first pass the interpreters advance to the layer. `starts` are the offsets of the
         sampled positions.
         """
-        is_image_held_out = is_held_out(batch.indices) & self.holds_out
+        is_image_held_out = is_held_out(batch.indices) & (self._held_out > 0)
         for number, (target, start) in enumerate(zip(targets, starts, strict=True)):
             layer = target.layer
             cut = batch.cut if number == 0 else batch.cut.copy()
             cut.advance(layer.node)
             inputs = cut.value(layer.source)
-            # One image may have several rows, such as the frames of a film.
-            images = self.kept.dependencies.graph.images
-            rows_per_image = layer.source.meta["val"].shape[0] // images
+            rows_per_image = self._rows_per_image(layer)
             rows = (
                 batch.indices[:, None] * rows_per_image + torch.arange(rows_per_image)
             ).flatten()

@@ -5,16 +5,22 @@ pass the rectifier count. Then there is a second solution: the targets are renew
 of the first one (`RegressionTargets.renewed`; Zhang et al., *Accelerating Very Deep Convolutional
 Networks*, TPAMI 2016, section 3.3). Further rounds bring no gain. Of both solutions and the kernel
 as cut, the one with the smallest error behind the rectifier is written.
+
+Patches of held-out images are kept for the comparisons, and those that are fitted to for the second
+solution, as far as the memory allows. If it does not, the second solution takes them again in
+another pass, and errors are measured on every n-th of the held-out images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.data.splits import HELD_OUT_EVERY
 from secateur.pruning.refit.candidates import (
     RIDGES,
     Candidate,
@@ -23,16 +29,80 @@ from secateur.pruning.refit.candidates import (
     Pass,
     Regression,
     best_of,
+    descend,
     write,
 )
 from secateur.pruning.refit.layers import RefitLayer
-from secateur.pruning.refit.least_squares import Gram
+from secateur.pruning.refit.least_squares import Gram, LeastSquares, Rows
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
 from secateur.pruning.refit.rows import from_patch_order, in_patch_order
 from secateur.runtime import distributed
 
-MAX_ROW_VALUES = 2**22
-"""Values of patches held at once (32 MiB in float64)."""
+MAX_ROW_VALUES = 2**23
+"""Values of patches taken at once (32 MiB)."""
+ROWS_SHARE = 0.25
+"""Fraction of a regression's memory for rows that are kept; the rest is for sums."""
+
+Block = tuple[Float[Tensor, "group row input"], RegressionTargets]
+"""Patches with their targets, by group."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows a regression gets from all processes, and what it may hold of them."""
+
+    fitted: int
+    held_out: int
+    """If no image is held out, errors are measured on the fitted rows."""
+    groups: int
+    inputs: int
+    outputs: int
+    limit_bytes: int
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether there are fewer rows than unknowns of an output."""
+        return self.fitted < self.inputs
+
+    @property
+    def sum_bytes(self) -> int:
+        """Memory of the sums, or of the rows in their place, and of what is computed from them."""
+        unknowns = self.fitted if self.is_dual else self.inputs
+        values = 4 * unknowns * unknowns + 6 * self.inputs * self.outputs
+        if self.is_dual:
+            values += self.fitted * (3 * self.inputs + 3 * self.outputs)
+        return 8 * self.groups * values
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory allows the regression."""
+        return self.sum_bytes <= (1 - ROWS_SHARE) * self.limit_bytes
+
+    @property
+    def compared_every(self) -> int:
+        """1 if errors are measured on all rows that there are for it, n if on every n-th image."""
+        compared = self.held_out or self.fitted
+        return max(1, -(-self._bytes(compared) // int(ROWS_SHARE * self.limit_bytes)))
+
+    @property
+    def keeps_fitted(self) -> bool:
+        """Whether all rows can be held in memory, those that are fitted to as well."""
+        all_rows = self._bytes(self.fitted + self.held_out)
+        return self.is_dual or all_rows <= ROWS_SHARE * self.limit_bytes
+
+    def _bytes(self, rows: int) -> int:
+        return 4 * rows * self.groups * (self.inputs + 3 * self.outputs)
+
+
+def count_rows(
+    layers: Sequence[RefitLayer],
+    kernel: Tensor,
+    rows: tuple[int, int],
+    limit_bytes: int,
+) -> RowCounts:
+    """Return the size of a regression on so many rows that are fitted to, and held out."""
+    groups, outputs, inputs = in_patch_order(kernel, layers[0].groups).shape
+    return RowCounts(*rows, groups, inputs, outputs, limit_bytes)
 
 
 class PatchRegression(Regression):
@@ -43,104 +113,130 @@ class PatchRegression(Regression):
         layers: Sequence[RefitLayer],
         state: State,
         place: OffsetPlace | None,
+        counts: RowCounts,
         *,
         rectified: bool,
     ) -> None:
         self._layers = layers
         self._state = state
         self._place = place
+        self._counts = counts
+        self._rectified = rectified
         self._weight = layers[0].layer.weight
         kernel, groups = state[self._weight], layers[0].groups
-        old = in_patch_order(kernel.double(), groups)
-        _, outputs, inputs = old.shape
-        self._fit = Gram(groups, inputs, outputs, kernel.device)
-        self._held_out = Gram(groups, inputs, outputs, kernel.device)
-        self._rectified = rectified
-        self._as_cut = Candidate(None, old, torch.zeros_like(self._fit.y))
-        self._candidates: list[Candidate] = [self._as_cut]
-        self._renewed = self._fit
-        self._rectified_targets = Gram(groups, 0, outputs, kernel.device)
-        self._errors = self._rectified_targets.count.new_zeros(3)
+        old = in_patch_order(kernel, groups)
+        offset = torch.zeros(old.shape[:2], dtype=torch.float64, device=kernel.device)
+        method = Rows if counts.is_dual else Gram
+        self._fit: LeastSquares = method(old, None if place else offset)
+        self._renewed: LeastSquares = self._fit
+        self._fitted: list[Block] = []
+        self._compared: list[Block] = []
+        self._as_cut = Candidate(None, old, offset)
+        self._first = self._as_cut
         self._choice: Choice | None = None
 
     @property
     def passes(self) -> Sequence[Pass]:
-        """Passes to solve; with a rectifier also to solve again and to compare."""
-        first: list[Pass] = [(self._add, self._solve)]
-        more: list[Pass] = [(self._renew, self._solve_again), (self._compare, self._choose)]
-        return [*first, *more] if self._rectified else first
+        """One pass, or two if a rectified layer's rows can't be held in memory."""
+        if self._rectified and not self._counts.keeps_fitted:
+            return [(self._add, self._solve), (self._renew, self._solve_again)]
+        return [(self._add, self._solve_at_once)]
 
     def choice(self) -> Choice:
         """Return the errors of the kernel that the last pass has written."""
         assert self._choice is not None
         return self._choice
 
-    def _rows(
-        self, number: int, batch: LayerBatch, images: Tensor
-    ) -> Iterator[tuple[Tensor, RegressionTargets]]:
-        """Yield patches and targets of some of the images, by group."""
+    def _rows(self, number: int, batch: LayerBatch, images: Tensor) -> Iterator[Block]:
+        """Yield patches and targets of some of the images, by group, in float32."""
         layer = self._layers[number]
         positions = batch.sampling.over(layer.positions)
         groups, _, inputs = self._as_cut.kernel.shape
         most = max(1, MAX_ROW_VALUES // (groups * inputs * positions.shape[1]))
         for chunk in images.nonzero()[:, 0].split(most):
             if len(chunk):
-                rows = layer.patches(batch.inputs[chunk], positions[chunk.cpu()]).double()
+                rows = layer.patches(batch.inputs[chunk], positions[chunk.cpu()]).float()
                 yield rows, batch.targets.by_group(chunk, groups)
 
     def _add(self, number: int, batch: LayerBatch) -> None:
-        for gram, images in ((self._fit, ~batch.held_out), (self._held_out, batch.held_out)):
-            for rows, targets in self._rows(number, batch, images):
-                gram.add(rows, targets.wanted)
+        is_compared = batch.held_out if self._counts.held_out else ~batch.held_out
+        every = self._counts.compared_every
+        if every > 1:
+            is_nth = batch.sampling.numbers // HELD_OUT_EVERY % every == 0
+            is_compared = is_compared & is_nth.to(is_compared.device)
+        self._compared += self._rows(number, batch, is_compared)
+        for rows, targets in self._rows(number, batch, ~batch.held_out):
+            self._fit.add(rows, targets.wanted)
+            if self._rectified and self._counts.keeps_fitted:
+                self._fitted.append((rows, targets))
 
     def _solve(self) -> None:
-        distributed.all_reduce_sum([*self._fit.state(), *self._held_out.state()])
-        check = self._held_out if self._held_out.count else self._fit
-        candidates = [self._as_cut, *(self._solution(self._fit, ridge) for ridge in RIDGES)]
-        errors = [
-            float(check.squared_error(candidate.kernel, candidate.offset) / check.variance())
-            for candidate in candidates
-        ]
-        best, self._choice = best_of(candidates, errors)
-        if self._rectified:
-            self._candidates.append(best)
-            self._renewed = self._fit.without_targets()
-        else:
-            self._write(best)
+        self._fit.merge()
+        tried, errors = [self._as_cut], self._errors([self._as_cut], rectified=False)
 
-    def _solution(self, sums: Gram, ridge: float) -> Candidate:
+        def error_of(number: int) -> float:
+            candidate = self._solution(self._fit, RIDGES[number])
+            (error,) = self._errors([candidate], rectified=False)
+            tried.append(candidate)
+            errors.append(error)
+            return error
+
+        descend(len(RIDGES), error_of)
+        self._first, self._choice = best_of(tried, errors)
+        self._renewed = self._fit.without_targets()
+
+    def _solve_at_once(self) -> None:
+        self._solve()
+        if not self._rectified:
+            self._write(self._first)
+            return
+        for rows, targets in self._fitted:
+            self._add_renewed(rows, targets)
+        self._solve_again()
+
+    def _solution(self, sums: LeastSquares, ridge: float) -> Candidate:
         """Return a kernel and offset, rounded to the dtype of the network."""
-        old = self._as_cut
-        kernel, offset = sums.ridge(old.kernel, ridge, None if self._place else old.offset)
+        kernel, offset = sums.ridge(ridge)
         if self._place is not None:
             offset = self._place.rounded(self._state, offset)
-        return Candidate(ridge, kernel.to(self._state[self._weight].dtype).double(), offset)
+        return Candidate(ridge, kernel.to(self._state[self._weight].dtype), offset)
 
     def _renew(self, number: int, batch: LayerBatch) -> None:
         for rows, targets in self._rows(number, batch, ~batch.held_out):
-            outputs = _outputs(self._candidates[-1], rows)
-            self._renewed.add_targets(rows, targets.renewed(outputs))
+            self._add_renewed(rows, targets)
+
+    def _add_renewed(self, rows: Tensor, targets: RegressionTargets) -> None:
+        outputs = _outputs(self._first, rows)
+        self._renewed.add_targets(rows, targets.renewed(outputs))
 
     def _solve_again(self) -> None:
-        distributed.all_reduce_sum(self._renewed.target_state())
-        ridge = self._candidates[-1].ridge or RIDGES[-1]
-        self._candidates.append(self._solution(self._renewed, ridge))
-
-    def _compare(self, number: int, batch: LayerBatch) -> None:
-        images = batch.held_out if self._held_out.count else ~batch.held_out
-        for rows, targets in self._rows(number, batch, images):
-            wanted = targets.rectified(targets.wanted)
-            self._rectified_targets.add(rows[:, :, :0], wanted)
-            for place, candidate in enumerate(self._candidates):
-                outputs = targets.rectified(_outputs(candidate, rows))
-                self._errors[place] += (outputs - wanted).square().sum()
-
-    def _choose(self) -> None:
-        distributed.all_reduce_sum([self._errors, *self._rectified_targets.state()])
-        targets = self._rectified_targets
-        errors = self._errors / targets.count / targets.variance()
-        best, self._choice = best_of(self._candidates, errors.tolist())
+        self._renewed.merge_targets()
+        second = self._solution(self._renewed, self._first.ridge or RIDGES[-1])
+        candidates = [self._as_cut, self._first, second]
+        best, self._choice = best_of(candidates, self._errors(candidates, rectified=True))
         self._write(best)
+
+    def _errors(self, candidates: Sequence[Candidate], *, rectified: bool) -> list[float]:
+        """Return each candidate's squared error over the variance of the targets."""
+        device = self._as_cut.offset.device
+        errors = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+        count, sums = errors.new_zeros(()), errors.new_zeros(2, *self._as_cut.offset.shape)
+        for rows, targets in self._compared:
+            wanted = targets.wanted
+            if rectified:
+                wanted = targets.rectified(wanted)
+            count += wanted.shape[1]
+            sums += torch.stack([wanted.double().sum(1), wanted.double().square().sum(1)])
+            for place, candidate in enumerate(candidates):
+                outputs = _outputs(candidate, rows)
+                if rectified:
+                    outputs = targets.rectified(outputs)
+                errors[place] += (outputs - wanted).square().sum(dtype=torch.float64)
+        distributed.all_reduce_sum([errors, count, sums])
+        mean, square = sums / count
+        variance = (square - mean.square()).sum().clamp_min(1e-30)
+        relative: list[float] = (errors / count / variance).tolist()
+        return relative
 
     def _write(self, best: Candidate) -> None:
         shape = self._state[self._weight].shape
@@ -150,10 +246,4 @@ class PatchRegression(Regression):
 
 
 def _outputs(candidate: Candidate, rows: Tensor) -> Float[Tensor, "group row output"]:
-    return rows @ candidate.kernel.mT + candidate.offset[:, None]
-
-
-def patch_bytes(layer: RefitLayer, kernel: Tensor) -> int:
-    """Return the memory of the patch form's sums and of everything computed from them at once."""
-    groups, outputs, inputs = in_patch_order(kernel, layer.groups).shape
-    return 8 * groups * inputs * (5 * inputs + 6 * outputs)
+    return torch.baddbmm(candidate.offset[:, None].float(), rows, candidate.kernel.mT.float())

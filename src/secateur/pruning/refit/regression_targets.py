@@ -25,9 +25,9 @@ class RegressionTargets:
     """Scale of the norm between the layer and the rectifier, or 1."""
 
     def by_group(self, images: Int[Tensor, "image"], groups: int) -> RegressionTargets:
-        """Return the targets of some images in float64, as `[group, row, output]`."""
-        wanted, level = (by_group(v[images].double(), groups) for v in (self.wanted, self.level))
-        return RegressionTargets(wanted, level, self.scale.double().reshape(groups, 1, -1))
+        """Return the targets of some images in float32, as `[group, row, output]`."""
+        wanted, level = (by_group(v[images].float(), groups) for v in (self.wanted, self.level))
+        return RegressionTargets(wanted, level, self.scale.float().reshape(groups, 1, -1))
 
     def rectified(self, outputs: Float[Tensor, "*row output"]) -> Float[Tensor, "*row output"]:
         """Return what the rectifier makes of the layer's outputs."""
