@@ -51,7 +51,7 @@ class TensorSizes:
         self._lengths = np.array([*map(len, counted), 1], dtype=np.int64)
         self._copies = _copies(groups, counted)
         self._removed: dict[str, Sequence[int]] = dict.fromkeys(groups, ())
-        """What `_lengths` are without, which stand for the last cut."""
+        """Removed channels that are not in `_lengths`, which stand for the last cut."""
 
     def __call__(self, removed: Mapping[str, Sequence[int]]) -> npt.NDArray[np.int64]:
         """Return the numbers of elements without `removed` channels of each group."""
@@ -73,19 +73,19 @@ def _copies(groups: Mapping[str, Group], dimensions: Sequence[Ids]) -> dict[str,
     owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
     table = index_table(channels, int(channels.max(initial=-1)) + 1)
     start = np.searchsorted(owner, np.arange(len(groups)))
-    dimensions_of_group: list[list[tuple[int, Ids]]] = [[] for _ in groups]
+    members: list[list[tuple[int, Ids]]] = [[] for _ in groups]
     for number, dimension in enumerate(dimensions):
         places = table[dimension]
         places = places[places >= 0]
         for group in np.unique(owner[places]).tolist():
             mine = places[owner[places] == group] - start[group]
-            dimensions_of_group[group].append((number, mine))
-    result = {}
-    for (name, group), along in zip(groups.items(), dimensions_of_group, strict=True):
+            members[group].append((number, mine))
+    copies_of = {}
+    for (name, group), along in zip(groups.items(), members, strict=True):
         counts = [np.bincount(mine, minlength=len(group)) for _, mine in along]
         copies = np.array(counts, dtype=np.int64).reshape(len(along), len(group)).T
-        result[name] = (np.array([number for number, _ in along], dtype=np.int64), copies.copy())
-    return result
+        copies_of[name] = (np.array([number for number, _ in along], dtype=np.int64), copies.copy())
+    return copies_of
 
 
 def dimensions_of(channel_of: Ids, axes: Axes, shape: Iterable[int]) -> tuple[Dimension, ...]:

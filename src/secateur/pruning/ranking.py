@@ -28,7 +28,7 @@ class Ranking:
         A search changes one group at a time: for the two last counts of a group, it is the same
         tuple again, which `TensorSizes` need not count again.
         """
-        result = {}
+        removed = {}
         for name, channels in self.order.items():
             count = counts[name]
             if count < len(channels):
@@ -37,8 +37,8 @@ class Ranking:
                     if len(known) > 1:
                         known.pop(next(iter(known)))
                     known[count] = tuple(sorted(channels[count:]))
-                result[name] = known[count]
-        return result
+                removed[name] = known[count]
+        return removed
 
 
 def rank(
