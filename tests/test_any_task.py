@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import secateur
 from secateur import OutputPart
 from secateur.api import PruneResult
-from secateur.runtime.errors import SecateurError, TraceError, UsageError
+from secateur.runtime.errors import DataError, SecateurError, TraceError, UsageError
 
 COUNT = 40
 FAST = {"report.images": 0, "score.sample_every": 2}
@@ -161,6 +161,16 @@ def test_what_is_compared_can_be_chosen(images: Tensor) -> None:
     ]
     with pytest.raises(UsageError, match="outputs name the tensor 7"):
         prune(model, images, outputs=(OutputPart(7),))
+    with pytest.raises(UsageError, match="must be a list of OutputPart"):
+        prune(model, images, outputs=[{"stop": 3}])  # type: ignore[list-item]
+
+
+def test_class_numbers_are_no_labels_of_values(images: Tensor) -> None:
+    labels = torch.zeros(len(images)).long()
+    with pytest.raises(DataError, match="don't fit the outputs"):
+        prune(map_network(), (images, labels), outputs=[OutputPart()])
+    with pytest.raises(UsageError, match="not in segmentation"):
+        prune(map_network(), images, task="segmentation", outputs=[OutputPart()])
 
 
 def test_logits_of_a_model_output_are_taken(images: Tensor) -> None:

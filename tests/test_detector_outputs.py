@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from secateur.models.task import Task
 from secateur.pruning.refit.important_positions import PositionImportance
 from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.runtime.errors import UsageError
 
 PARTS = (
     OutputPart(stop=4, times=4),
@@ -188,3 +190,86 @@ def test_classes_are_drawn_from_the_prediction() -> None:
     assert sizes["0"].shape == (6, 8)
     assert sizes["4"].shape == (6, 1)
     assert not sizes["4"].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"leaf": -1}, "count from 0"),
+        ({"times": -1}, "count from 0"),
+        ({"dim": 0}, "that of the images"),
+        ({"start": 5, "stop": 3}, "holds nothing"),
+        ({"transform": "logits"}, "must be one of values, probabilities, sigmoid, softmax"),
+        ({"weight": -1.0}, "positive number"),
+        ({"weight": math.nan}, "positive number"),
+    ],
+)
+def test_a_part_that_no_output_has_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        OutputPart(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (OutputPart(stop=10), r"stop=10 in dimension 1 of tensor 0, .* \[4, 9, 30\]"),
+        (OutputPart(start=9), "start=9"),
+        (OutputPart(stop=4, times=9), "times=9"),
+        (OutputPart(stop=4, times=8), "times=8 of the output, a weight, goes from -5 to -5"),
+        (OutputPart(start=8, transform="probabilities"), "goes from -5 to -5: if these are logits"),
+    ],
+)
+def test_a_part_must_fit_what_the_network_returns(part: OutputPart, message: str) -> None:
+    leaf = torch.rand(4, 9, 30, generator=torch.Generator().manual_seed(0))
+    leaf[:, 8] = -5
+    with pytest.raises(UsageError, match=message):
+        measured([part], [leaf])
+
+
+class BehindThreshold(nn.Module):
+    """Has a layer that no gradient of the images reaches, and one that none reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.is_hard = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.second((self.first(images) > 0).float())
+        return (output > 0).float() if self.is_hard else output
+
+
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_layers_without_gradient_get_even_positions(is_hard: bool) -> None:
+    model = BehindThreshold().eval().requires_grad_(requires_grad=False)
+    model.is_hard = is_hard
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph = build_dependency_graph(model, images[:2])
+    layers = [refit_layer(layer, KeptChannels(graph, {})) for layer in graph.layers]
+    task = Task("regression", parts=(OutputPart(),))
+    importance = PositionImportance(graph.graph, tensors_of(model), layers, task, 8, seed=0)
+    positions = importance.positions(images, torch.arange(6))
+    reached = [] if is_hard else ["second"]
+    assert [layer.name for layer in graph.layers if layer.node in positions] == reached
+
+
+def test_gradients_that_are_not_finite_count_for_nothing() -> None:
+    class Root(nn.Module):
+        """Has a root whose gradient at 0 is not a number, in the left half of each image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1, bias=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.conv(images).square().sum(1, keepdim=True).sqrt()
+
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[..., :4] = 0
+    model = Root().eval()
+    graph = build_dependency_graph(model, images)
+    layers = [refit_layer(layer, KeptChannels(graph, {})) for layer in graph.layers]
+    task = Task("regression", parts=(OutputPart(),))
+    importance = PositionImportance(graph.graph, tensors_of(model), layers, task, 16, seed=0)
+    (positions,) = importance.positions(images, torch.arange(2)).values()
+    assert float((positions % 8 >= 4).double().mean()) > 0.8

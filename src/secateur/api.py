@@ -194,8 +194,8 @@ def prune(
             reads a map of class scores; `regression` compares outputs of any form as values.
         metric: how networks are scored: a name, as `secateur models` lists them, or a function of
             the network that returns a number; higher is better.
-        outputs: with `regression`, which parts of the outputs are compared and how; by default all
-            of them, each by its relative squared error.
+        outputs: with `regression` or `detection`, which parts of the outputs are compared and how;
+            by default all of them, each by its relative squared error.
         class_names: for the report.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
         loss: for fine-tuning, in place of the usual loss with the labels: `loss(output, labels)`
@@ -222,6 +222,9 @@ def prune(
     model = unwrapped(model)
     forward = forward or traceable_forward(model)
     _check_arguments(class_names, epochs=epochs, max_images=max_images)
+    outputs = _output_parts(outputs)
+    if outputs and task == "auto":
+        task = "regression"
     name, passed_criterion = criteria.from_python(criterion)
     tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
     tables |= {"finetune": {"epochs": epochs}, "seed": seed}
@@ -248,7 +251,7 @@ def prune(
     run_context = replace(
         run_context,
         criterion=passed_criterion,
-        outputs=tuple(outputs),
+        outputs=outputs,
         metric=None if isinstance(metric, str) else metric,
         loss=loss,
     )
@@ -357,6 +360,14 @@ def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
         least = 0 if name == "epochs" else 1
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
+
+
+def _output_parts(outputs: Sequence[OutputPart]) -> tuple[OutputPart, ...]:
+    """Return `outputs` as a tuple. Raises `UsageError` if they are no parts."""
+    parts = tuple(outputs) if isinstance(outputs, Sequence) else (outputs,)
+    if not all(isinstance(part, OutputPart) for part in parts):
+        raise UsageError(f"outputs={outputs!r} must be a list of OutputPart")
+    return parts
 
 
 def _summary(result: PruneResult) -> str:

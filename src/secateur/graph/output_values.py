@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,16 @@ SMALLEST_PROBABILITY = 1e-12
 """Smaller ones, and ones as near to 1 as float32 goes, count as equal: their angles have no
 gradient."""
 
+ROUNDING = 1e-2
+"""How far probabilities may lie outside 0 to 1, as those of half precision do."""
+
 
 @dataclass(frozen=True)
 class OutputPart:
     """A part of a network's output that is compared by its squared error.
 
-    The default is all of the first tensor that the network returns.
+    The default is all of the first tensor that the network returns. Indices count from 0. Raises
+    `UsageError` for values that no output could have.
     """
 
     leaf: int = 0
@@ -56,6 +60,25 @@ class OutputPart:
     """Factor of the squared error, beside those of other parts."""
     deviation: float = 1.0
     """What the values are divided by; see `measured`."""
+
+    def __post_init__(self) -> None:
+        for name in ("leaf", "start", "stop", "times"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise UsageError(f"OutputPart({name}={number}): indices count from 0")
+        if self.dim < 1:
+            raise UsageError(
+                f"OutputPart(dim={self.dim}) must be 1 or more: dimension 0 is that of the images"
+            )
+        if self.stop is not None and self.stop <= self.start:
+            raise UsageError(f"OutputPart(start={self.start}, stop={self.stop}) holds nothing")
+        if self.transform not in get_args(Transform):
+            raise UsageError(
+                f"OutputPart(transform={self.transform!r}) must be one of "
+                f"{', '.join(get_args(Transform))}"
+            )
+        if not 0 < self.weight < math.inf:
+            raise UsageError(f"OutputPart(weight={self.weight}) must be a positive number")
 
     def read(self, leaves: Sequence[Tensor]) -> Float[Tensor, "image value"]:
         """Return what is compared of this part, in the unit of all parts.
@@ -104,6 +127,31 @@ class OutputPart:
         mean = (weights * values).sum() / total
         return float((weights * (values - mean).square()).sum().div(total).sqrt())
 
+    def check(self, leaves: Sequence[Tensor]) -> None:
+        """Raise `UsageError` if the leaves of an output have no such part."""
+        shapes = " and ".join(str(list(leaf.shape)) for leaf in leaves)
+        is_cut = self.start > 0 or self.stop is not None or self.transform == "softmax"
+        least = self.dim + 1 if is_cut or self.times is not None else 1
+        if self.leaf >= len(leaves) or leaves[self.leaf].ndim < least:
+            raise UsageError(
+                f"outputs name the tensor {self.leaf}, dimension {self.dim}, but the network "
+                f"returns {shapes}"
+            )
+        ends = {"start": self.start + 1, "stop": self.stop, "times": self.times}
+        if self.times is not None:
+            ends["times"] = self.times + 1
+        for name, end in ends.items():
+            if end is not None and least > 1 and end > leaves[self.leaf].shape[self.dim]:
+                raise UsageError(
+                    f"outputs name {name}={getattr(self, name)} in dimension {self.dim} of tensor "
+                    f"{self.leaf}, but the network returns {shapes}"
+                )
+        if self.transform == "probabilities":
+            _check_range(self.select(leaves), 1.0, "what outputs call probabilities")
+        if self.times is not None:
+            weights = leaves[self.leaf].narrow(self.dim, self.times, 1)
+            _check_range(weights, math.inf, f"entry times={self.times} of the output, a weight,")
+
     def _step(self, shape: Sequence[int]) -> int:
         """Return the step between values of a regular sample of those of an image.
 
@@ -138,18 +186,11 @@ def measured(
 
     With these, what is compared of all parts together has a variance of 1, and weights are as
     given. Parts that don't vary are left out. Raises `UsageError` if none varies, or one is not
-    there.
+    there or not in the range that it should have.
     """
     varying = []
     for part in parts:
-        is_cut = part.start > 0 or part.stop is not None or part.transform == "softmax"
-        is_cut |= part.times is not None
-        least = part.dim + 1 if is_cut else 1
-        if part.leaf >= len(leaves) or leaves[part.leaf].ndim < least:
-            raise UsageError(
-                f"outputs name the tensor {part.leaf}, dimension {part.dim}, but the network "
-                f"returns {' and '.join(str(list(leaf.shape)) for leaf in leaves)}"
-            )
+        part.check(leaves)
         plain = replace(part, deviation=1.0)
         spread = float(plain.read(leaves).double().std(correction=0))
         if 0 < spread < float("inf") and (deviation := plain.natural_deviation(leaves)) > 0:
@@ -160,6 +201,16 @@ def measured(
     sizes = [part.read(leaves).shape[1] for part in varying]
     total = sum(float(v) * size for v, size in zip(variances, sizes, strict=True)) / sum(sizes)
     return tuple(replace(part, deviation=part.deviation * math.sqrt(total)) for part in varying)
+
+
+def _check_range(values: Tensor, most: float, what: str) -> None:
+    """Raise `UsageError` if values are logits where 0 to `most` is meant, beyond rounding."""
+    least, largest = float(values.min()), float(values.max())
+    if least < -ROUNDING or largest > most + ROUNDING:
+        raise UsageError(
+            f"{what} goes from {least:.4g} to {largest:.4g}: if these are logits, apply the "
+            "sigmoid in the network or in forward="
+        )
 
 
 def _angles(probabilities: Tensor) -> Tensor:

@@ -203,6 +203,11 @@ def make_task(
         kind = _kind_of(outputs, labels, has_parts=bool(parts))
     if kind in ("detection", "regression"):
         return _values_task(kind, outputs, parts, has_labels=has_labels)
+    if parts:
+        raise UsageError(
+            f"outputs= says what is compared in detection and regression, not in {kind}: leave it "
+            "out, or set task"
+        )
     if kind == "segmentation":
         return _segmentation_task(outputs, labels, has_labels=has_labels)
     return replace(_class_task(kind, outputs, labels), has_labels=has_labels)

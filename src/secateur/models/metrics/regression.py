@@ -45,7 +45,7 @@ class R2:
         del network
         actual = _values(output, len(batch.images))
         if self._original is None:
-            wanted = batch.labels.flatten(1)
+            wanted = batch.labels.reshape(len(batch.labels), -1)
             if wanted.shape != actual.shape:
                 raise DataError(
                     f"labels {list(batch.labels.shape)} don't fit the outputs, which have "

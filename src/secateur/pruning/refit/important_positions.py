@@ -63,7 +63,11 @@ class PositionImportance:
         outputs: dict[Node, Tensor] = {}
 
         def keep(node: Node) -> NodeHook:
-            return lambda value: outputs.__setitem__(node, value)
+            def hook(value: Tensor) -> None:
+                # No gradient comes from behind a threshold or a `detach`, but it goes as far back.
+                outputs[node] = value if value.requires_grad else value.requires_grad_()
+
+            return hook
 
         with torch.inference_mode(mode=False), torch.enable_grad():
             leaf = images.detach().clone().requires_grad_()
@@ -75,13 +79,16 @@ class PositionImportance:
             total = _random_combination(
                 self.task.read(output, len(images)), self.task, self._generators(numbers)
             )
+            if not total.requires_grad:  # thresholds are all that the network returns
+                return {}
             gradients = torch.autograd.grad(total, [*outputs.values()], allow_unused=True)
         positions = {}
         for layer in self.layers:
             gradient = gradients[list(outputs).index(layer.node)]
             if gradient is None:  # the output does not depend on it
                 continue
-            importance = layer.maps(gradient).square().sum(1)
+            importance = layer.maps(gradient.float()).square().sum(1)
+            importance = importance.nan_to_num(0.0, 0.0)  # as of a root at 0
             if importance.shape[1] == layer.positions:  # the cut removes none of them
                 positions[layer.node] = _drawn(importance, numbers, self.most)
         return positions
@@ -101,7 +108,11 @@ def make_importance(
     if settings.sampling == "even" or (settings.sampling == "auto" and not is_detector):
         return None
     graph = kept.dependencies.graph
-    layers = [refit_layer(layer, kept) for layer in kept.dependencies.layers]
+    layers = [
+        refit_layer(layer, kept)
+        for layer in kept.dependencies.layers
+        if layer.node.meta["val"].shape[0] % graph.images == 0  # others are not of images
+    ]
     return PositionImportance(graph, state, layers, task, settings.positions, seed)
 
 
