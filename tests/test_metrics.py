@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur import config
-from secateur.data import Batch
+from secateur.data import Batch, DataSet
 from secateur.data.detections import Detections, non_maximum_suppression
+from secateur.data.images import NormalisedImages
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Geometry
+from secateur.graph.output_values import OutputPart
 from secateur.models.metrics import Metric
 from secateur.models.metrics.by_name import METRICS, MetricInputs, check_name, find_metric
 from secateur.models.metrics.classification import MultiLabelAP, TopK
@@ -24,6 +26,7 @@ from secateur.models.metrics.regression import R2, ImageQuality
 from secateur.models.metrics.segmentation import MapAgreement
 from secateur.models.metrics.user_function import UserMetric
 from secateur.models.task import Task
+from secateur.pipeline.task import metric_of, validation_metric_of
 from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, UnknownName, UsageError
 
@@ -529,3 +532,24 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[metrics\]'"):
         AveragePrecision(decode_list)
+
+
+def test_validation_images_need_no_annotated_objects(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    decoder = tmp_path / "boxes.py"
+    decoder.write_text("def decode(output, size):\n    return []\n")
+    images = NormalisedImages(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())
+    dataset = DataSet("unlabelled", ("cat",), images, images, images, kind="objects")
+    tables = {
+        "model": {"name": "net.py:net", "metric": "box AP", "decoder": f"{decoder}:decode"},
+        "data": {"source": "yolo:pets"},
+        "plan": {"target": "macs=0.9"},
+    }
+    run_config = config.RunConfig.model_validate(tables)
+    task = Task("detection", parts=(OutputPart(),))
+    names = []
+    for find in (metric_of, validation_metric_of):
+        made = find(task, dataset, run_config, NETWORK)
+        assert made is not None
+        names.append(made().name)
+    assert names == ["box AP", "box AP to original"]

@@ -27,7 +27,7 @@ from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import metric_of
+from secateur.pipeline.task import metric_of, validation_metric_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
@@ -192,12 +192,13 @@ def finetune(
     start_score = pruned.result.stages[-1].score
     expected = _expected_outputs(original, dataset, reader, task)
     metric = metric_of(task, dataset, config, original, run_context)
+    validation_metric = validation_metric_of(task, dataset, config, original, run_context)
     own_loss = find_loss(config.finetune.loss, run_context.loss)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(dataset.validation, "validating")
         return evaluate(
-            network, batches, task=task, metric=metric, original=expected, known_ms=0.0
+            network, batches, task=task, metric=validation_metric, original=expected, known_ms=0.0
         ).metric
 
     has_features = config.finetune.feature_weight > 0
@@ -327,6 +328,7 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
 
     reader, task = this.context.reader, this.context.task
     expected = _expected_outputs(this.network, this.dataset, reader, task)
+    metric = validation_metric_of(task, this.dataset, this.config, this.network, this.run_context)
 
     def validate(network: nn.Module) -> float:
         batches = reader.read_shard(this.dataset.validation)
@@ -334,7 +336,7 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
             network,
             batches,
             task=task,
-            metric=this.context.metric,
+            metric=metric,
             original=expected,
             known_ms=0.0,
         ).metric

@@ -13,6 +13,7 @@ from secateur.config import RunConfig
 from secateur.data import DataSet
 from secateur.data.batch_reader import BatchReader
 from secateur.data.detections import Decoder
+from secateur.data.images_with_objects import ImagesWithObjects
 from secateur.graph.output_values import OutputPart
 from secateur.models import libraries
 from secateur.models.examine import find_task
@@ -90,6 +91,23 @@ def metric_of(
             None if task.has_labels else original,
         ),
     )
+
+
+def validation_metric_of(
+    task: Task,
+    dataset: DataSet,
+    config: RunConfig,
+    original: nn.Module,
+    run_context: RunContext | None = None,
+) -> MetricFactory | None:
+    """Return `metric_of` for the validation images, which come from those to train on.
+
+    Where these have no annotated objects, as a detector's need not, those that the `original`
+    network finds take their place.
+    """
+    if dataset.kind == "objects" and not isinstance(dataset.validation, ImagesWithObjects):
+        task = replace(task, has_labels=False)
+    return metric_of(task, dataset, config, original, run_context)
 
 
 def with_metric(task: Task, metric: MetricFactory | None) -> Task:
