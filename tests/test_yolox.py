@@ -56,6 +56,21 @@ def test_boxes_are_those_of_yolox_itself() -> None:
         torch.testing.assert_close(mine.boxes[0], best[:4], rtol=1e-4, atol=1e-3)
 
 
+def test_training_it_trains_its_layers_and_returns_its_outputs() -> None:
+    pytest.importorskip("yolox")
+    import copy
+
+    model = copy.deepcopy(yolox.build("yolox_nano", num_classes=3)).train()
+    assert type(model).__name__ == "YoloxModule"
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.training for norm in norms)
+    output = model(255 * torch.rand(2, 3, *SIZE))
+    assert output.shape[2] == 8
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not any(module.training for module in model.eval().modules())
+
+
 def test_images_are_read_as_yolox_wants_them(tmp_path: Path) -> None:
     pytest.importorskip("yolox")
     from PIL import Image
@@ -87,10 +102,14 @@ def test_outputs_are_compared_where_there_are_objects() -> None:
     output[:, 1:, 4] = 0  # one position of each image has an object
     boxes, objects, scores = (part.read((output,)) for part in yolox.OUTPUT_PARTS)
     assert (boxes.shape, objects.shape, scores.shape) == ((2, 504), (2, 126), (2, 378))
-    assert torch.equal(scores[:, :3], output[:, 0, 5:] * output[:, 0, 4:5])
-    assert torch.equal(boxes[:, :4], output[:, 0, :4] * output[:, 0, 4:5])
-    assert not boxes[:, 4:].any()
-    assert not scores[:, 3:].any()
+    objectness = output[:, 0, 4:5]
+    angles = 2 * output[:, 0, 5:].sqrt().asin()
+    torch.testing.assert_close(scores[:, :3], (objectness * yolox.CLASS_WEIGHT).sqrt() * angles)
+    boxes_there = (objectness * yolox.BOX_WEIGHT).sqrt() * output[:, 0, :4]
+    torch.testing.assert_close(boxes[:, :4], boxes_there)
+    torch.testing.assert_close(objects, 2 * output[:, :, 4].clamp_min(1e-12).sqrt().asin())
+    assert float(boxes[:, 4:].abs().max()) < 1e-5
+    assert float(scores[:, 3:].abs().max()) < 1e-5
     with pytest.raises(UsageError, match="outputs name the tensor 0, dimension 2"):
         measured(yolox.OUTPUT_PARTS, (output[:, 0],))
 

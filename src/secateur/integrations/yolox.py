@@ -45,10 +45,30 @@ def build(name: str, *, num_classes: int | None = None) -> nn.Module:
     settings = _settings(name)
     if num_classes is not None:
         settings.num_classes = num_classes
-    model = settings.get_model().eval()
-    model.head.decode_in_inference = False  # boxes in cells: `decode` makes pixels of them
-    assert isinstance(model, nn.Module)
-    return model
+    model: nn.Module = settings.get_model()
+    head: Any = model.head
+    model.__class__ = _returning_outputs(type(model))
+    head.__class__ = _returning_outputs(type(head))
+    head.decode_in_inference = False  # boxes in cells: `decode` makes pixels of them
+    return model.eval()
+
+
+def _returning_outputs(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a module that returns its outputs in training, too, not YOLOX's loss.
+
+    YOLOX asks for boxes in training mode. Its layers are trained all the same: here to return what
+    the original network does.
+    """
+
+    class ReturningOutputs(kind):  # type: ignore[misc, valid-type]
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self.training = False
+            return self
+
+    ReturningOutputs.__name__, ReturningOutputs.__qualname__ = kind.__name__, kind.__qualname__
+    ReturningOutputs.__module__ = kind.__module__
+    return ReturningOutputs
 
 
 def preprocessing(name: str) -> Preprocessing:
@@ -100,5 +120,7 @@ def _settings(name: str) -> Any:
     try:
         from yolox.config import YoloxConfig
     except ImportError as error:
-        raise UsageError("yolox: networks need the extra: pip install 'secateur[yolox]'") from error
+        raise UsageError(
+            f"yolox: networks need the extra: pip install 'secateur[yolox]' ({error})"
+        ) from error
     return YoloxConfig.get_named_config(name)
