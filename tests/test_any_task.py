@@ -162,7 +162,7 @@ def test_what_is_compared_can_be_chosen(images: Tensor) -> None:
     with pytest.raises(UsageError, match="outputs name the tensor 7"):
         prune(model, images, outputs=(OutputPart(7),))
     with pytest.raises(UsageError, match="must be a list of OutputPart"):
-        prune(model, images, outputs=[{"stop": 3}])  # type: ignore[list-item]
+        prune(model, images, outputs=[{"stop": 3}])
 
 
 def test_class_numbers_are_no_labels_of_values(images: Tensor) -> None:

@@ -262,7 +262,8 @@ def test_gradients_that_are_not_finite_count_for_nothing() -> None:
             self.conv = nn.Conv2d(3, 4, 1, bias=False)
 
         def forward(self, images: Tensor) -> Tensor:
-            return self.conv(images).square().sum(1, keepdim=True).sqrt()
+            maps: Tensor = self.conv(images)
+            return maps.square().sum(1, keepdim=True).sqrt()
 
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images[..., :4] = 0

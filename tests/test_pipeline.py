@@ -57,6 +57,8 @@ def test_refit_removes_most_of_the_error_of_the_cut(digits_run: DigitsRun) -> No
     assert before is not None
     assert cut is not None
     assert refit is not None
+    assert refit.loss is not None
+    assert cut.loss is not None
     assert refit.loss < cut.loss
     lost = before.metric - cut.metric
     assert before.metric - refit.metric < 0.5 * lost

@@ -344,4 +344,6 @@ def test_a_loss_of_nan_is_read_back(digits_run: DigitsRun) -> None:
     stages[-1] = stages[-1].model_copy(update={"score": score})
     broken = digits_run.result.model_copy(update={"stages": tuple(stages)})
     read = RunResult.model_validate_json(broken.model_dump_json())
-    assert math.isnan(read.stages[-1].score.loss)
+    loss = read.stages[-1].score.loss
+    assert loss is not None
+    assert math.isnan(loss)

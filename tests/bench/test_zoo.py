@@ -18,7 +18,7 @@ from coverage import (
     summary_table,
     third_party_counts,
 )
-from rows import Row, put_row, read_rows
+from rows import ROOT, Row, put_row, read_rows
 from zoo import (
     TIMM_RELEASE,
     Member,
@@ -105,7 +105,7 @@ def test_nearly_all_networks_of_other_packages_are_pruned_and_refit() -> None:
     assert refit >= 0.95 * networks
     assert (cut, equal) == (refit, refit)
     assert refit + refused == networks
-    readme = (coverage.ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert f"| other packages | {refit} of {networks} networks of " in readme
 
 
