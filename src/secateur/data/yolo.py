@@ -61,7 +61,8 @@ def read_yolo(place: Path) -> Splits:
     train, notes, origin = parts["train"], [], ""
     if not isinstance(train, ImagesWithObjects):
         notes.append(
-            f"The images of train have no labels: {table.file.parent} can't be trained on."
+            "The images of train have no labels: fine-tuning follows the original's outputs, and "
+            "`secateur train` needs labels."
         )
     if tested is None:
         train, test = hold_out_fifth(train)
