@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,21 @@ def test_boxes_count_as_often_as_there_is_an_object_and_linearly() -> None:
     assert shifted(0.8, 0.1) == pytest.approx(2 * shifted(0.4, 0.1), rel=1e-3)
     # RMS error of four coordinates, summed: 2 · 0.1, over their deviation of √1.25, times 0.5.
     assert shifted(0.5, 0.1) == pytest.approx(0.5 * 0.2 / math.sqrt(1.25), rel=1e-3)
+
+
+def test_values_that_count_everywhere_are_relative_to_their_deviation() -> None:
+    parts = (OutputPart(stop=4), *PARTS[1:])
+    for unit in (1.0, 1000.0):
+        original, other = detections(objectness=0.5), detections(objectness=0.5, shift=0.1)
+        original[:, :4], other[:, :4] = unit * original[:, :4], unit * other[:, :4]
+        error = output_error([original], [other], Task("detection", parts=parts))
+        assert error == pytest.approx(4 * 0.1**2 / 1.25 / 2, rel=1e-3)
+
+
+def test_a_large_seed_draws_positions() -> None:
+    model, images = SpotDetector().eval(), spot_images(2)
+    importance = replace(importance_of(model, images, most=4), seed=2**63 - 1)
+    assert importance.positions(images, torch.arange(2))
 
 
 def test_probabilities_count_by_their_divergence() -> None:

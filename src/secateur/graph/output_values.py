@@ -30,7 +30,6 @@ MOST_VALUES_AT_OBJECTS = 2**19
 SMALLEST_PROBABILITY = 1e-12
 """Smaller ones, and ones as near to 1 as float32 goes, count as equal: their angles have no
 gradient."""
-
 ROUNDING = 1e-2
 """How far probabilities may lie outside 0 to 1, as those of half precision do."""
 
@@ -115,7 +114,7 @@ class OutputPart:
         weights = leaves[self.leaf].narrow(self.dim, self.times, 1).float()
         return weights.clamp_min(SMALLEST_PROBABILITY)  # a root has no gradient at 0
 
-    def natural_deviation(self, leaves: Sequence[Tensor]) -> float:
+    def standard_deviation(self, leaves: Sequence[Tensor]) -> float:
         """Return the standard deviation of values, where they count, or 1 for probabilities."""
         if self.transform != "values":
             return 1.0
@@ -193,14 +192,14 @@ def measured(
         part.check(leaves)
         plain = replace(part, deviation=1.0)
         spread = float(plain.read(leaves).double().std(correction=0))
-        if 0 < spread < float("inf") and (deviation := plain.natural_deviation(leaves)) > 0:
+        if 0 < spread < float("inf") and (deviation := plain.standard_deviation(leaves)) > 0:
             varying.append(replace(part, deviation=deviation))
     if not varying:
         raise UsageError(f"{names} is the same number everywhere, or not finite")
-    variances = [part.read(leaves).double().var(correction=0) for part in varying]
-    sizes = [part.read(leaves).shape[1] for part in varying]
-    total = sum(float(v) * size for v, size in zip(variances, sizes, strict=True)) / sum(sizes)
-    return tuple(replace(part, deviation=part.deviation * math.sqrt(total)) for part in varying)
+    readings = [part.read(leaves).double() for part in varying]
+    squares = sum(float(reading.var(correction=0)) * reading.numel() for reading in readings)
+    scale = math.sqrt(squares / sum(reading.numel() for reading in readings))
+    return tuple(replace(part, deviation=part.deviation * scale) for part in varying)
 
 
 def _check_range(values: Tensor, most: float, what: str) -> None:

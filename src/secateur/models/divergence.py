@@ -179,7 +179,8 @@ def _detection_error(expected: Sequence[Tensor], outputs: Sequence[Tensor], task
     wanted_leaves, leaves = (floating_leaves(tuple(o), images) for o in (expected, outputs))
     for part in task.parts:
         wanted, actual = (part.compared(values).double() for values in (wanted_leaves, leaves))
-        squares = (actual - wanted).square()
+        deviation = part.standard_deviation(wanted_leaves) or 1.0
+        squares = ((actual - wanted) / deviation).square()
         if part.times is None:
             total += part.weight * float(squares.sum()) / 2
             continue
@@ -187,8 +188,9 @@ def _detection_error(expected: Sequence[Tensor], outputs: Sequence[Tensor], task
         squares = (objectness * squares).flatten(1).sum(1)
         if part.transform == "values":
             objects = objectness.flatten(1).sum(1)
-            squares = 2 * (squares * objects).sqrt() / part.natural_deviation(wanted_leaves)
-        total += part.weight * float(squares.sum()) / 2
+            total += part.weight * float((squares * objects).sqrt().sum())
+        else:
+            total += part.weight * float(squares.sum()) / 2
     return total / images
 
 

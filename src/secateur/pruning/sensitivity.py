@@ -64,8 +64,7 @@ PASS_PIXELS = 2**24
 FEWEST_IMAGES = 16
 """…but at least so many images. Where there are fewer, an image takes several snapshots."""
 FEWEST_WITH_OBJECTS = 64
-"""The same for detectors, where an image has few objects and the error is at these. With 16 the
-original's boxes are kept less well on images that were held out (docs/how_to/detection.md)."""
+"""The same for detectors, where an image has few objects and the error is at these."""
 
 Sensitivity = Mapping[str, Sequence[float]]
 """`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
@@ -114,15 +113,17 @@ def measure_sensitivity(
     batches_by_snapshot = _by_snapshot(sample)
     steps = (
         (plain, measurement)
-        for turn, images in batches_by_snapshot
-        for plain in [_PlainPass(dependencies.graph, state, images, turn, unchanged)]
+        for snapshot, images in batches_by_snapshot
+        for plain in [_PlainPass(dependencies.graph, state, images, snapshot, unchanged)]
         for measurement in measurements
     )
     with torch.inference_mode():
         total = len(batches_by_snapshot) * len(measurements)
         for plain, measurement in progress(steps, "measuring sensitivity", total):
             measurement.add(plain)
-    gains = distributed.gather_shards([error_ratio(one.errors) for one in measurements])
+    gains = distributed.gather_shards(
+        [error_ratio(measurement.errors) for measurement in measurements]
+    )
     gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
 
@@ -135,10 +136,10 @@ class _PlainPass:
         graph: NetworkGraph,
         state: Tensors,
         images: Tensor,
-        turn: int,
+        snapshot: int,
         unchanged: Iterable[Node],
     ) -> None:
-        self.images, self.turn = len(images), turn
+        self.images, self.snapshot = len(images), snapshot
         self.interpreter = GraphInterpreter(graph, state, images)
         """Advances from group to group."""
         self.unchanged: dict[Node, Any] = {}
@@ -172,10 +173,10 @@ class _Measurement:
         self._task = task
 
     def add(self, plain: _PlainPass) -> None:
-        """Measure the errors on a batch with the snapshot of its turn."""
+        """Measure the errors on a batch with the snapshot that it takes."""
         if not self._snapshots:
             return
-        number = plain.turn % len(self._snapshots)
+        number = plain.snapshot % len(self._snapshots)
         snapshot = self._snapshots[number]
         overrides = {edit.node: edit.reconstructed_inputs(snapshot) for edit in self._edits}
         plain.interpreter.advance(self.part.first)
@@ -212,9 +213,9 @@ def _by_snapshot(sample: Float[Tensor, "image ..."]) -> list[tuple[int, Tensor]]
     snapshots = min(count, -(-FEWEST_IMAGES // len(sample)))  # of each image
     size = images_at_a_time(*sample.shape[2:])
     return [
-        (turn, part)
-        for turn in range(count)
-        for part in sample[(turn - number) % count < snapshots].split(size)
+        (snapshot, part)
+        for snapshot in range(count)
+        for part in sample[(snapshot - number) % count < snapshots].split(size)
     ]
 
 

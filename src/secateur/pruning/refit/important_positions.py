@@ -82,9 +82,10 @@ class PositionImportance:
             if not total.requires_grad:  # thresholds are all that the network returns
                 return {}
             gradients = torch.autograd.grad(total, [*outputs.values()], allow_unused=True)
+        gradient_of = dict(zip(outputs, gradients, strict=True))
         positions = {}
         for layer in self.layers:
-            gradient = gradients[list(outputs).index(layer.node)]
+            gradient = gradient_of[layer.node]
             if gradient is None:  # the output does not depend on it
                 continue
             importance = layer.maps(gradient.float()).square().sum(1)
@@ -95,9 +96,8 @@ class PositionImportance:
 
     def _generators(self, numbers: Tensor) -> list[torch.Generator]:
         """Return a generator for each image, so that batches don't matter."""
-        return [
-            torch.Generator().manual_seed(self.seed * 2**32 + number) for number in numbers.tolist()
-        ]
+        seeds = ((self.seed * 2**32 + number) % 2**63 for number in numbers.tolist())
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def make_importance(
