@@ -1,6 +1,10 @@
 """Measure how long pruning takes, and how much faster the pruned network is.
 
     python bench/speed.py [--only PATTERN] [--mode both]
+    python bench/speed.py --mode whole --before DIR --data DIR --weights DIR
+
+`--mode whole` measures whole runs of `secateur.prune` against an older version, whose working tree
+is `--before`; `--data` is the folder of CIFAR-10 and `--weights` that of its networks.
 
 Each network is measured in its own process and then added to `results/speed.json`. Rows that are
 already there are kept, so the bench can be interrupted. Finally docs/reference/speed.md is written;
@@ -48,6 +52,8 @@ from secateur.models.divergence import relative_error
 from secateur.models.evaluate import count_macs
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import make_plan
+from whole_run import CASES, PEER, Folders, whole_run_table
+from whole_run import measure as measure_whole
 from zoo import Member, build, of_side, random_images
 
 RESULTS = ROOT / "results" / "speed.json"
@@ -65,7 +71,11 @@ NETWORKS = {
     ),
 }
 """torchvision's networks, by what is measured."""
-PACKAGES = {"surgery": ("torch-pruning",), "latency": ("onnx", "onnxruntime", "onnxscript")}
+PACKAGES = {
+    "surgery": ("torch-pruning",),
+    "whole": ("torch-pruning",),
+    "latency": ("onnx", "onnxruntime", "onnxscript"),
+}
 SIDE = 224
 SEED = 0
 TARGET = Budget("macs", 0.5)
@@ -211,6 +221,25 @@ def measure(name: str, mode: str, limit: float, threads: int) -> Row:
     }
 
 
+def whole_row(case_name: str, folders: Folders, threads: int) -> Row:
+    """Measure whole runs of a case against the version before."""
+    case = next(case for case in CASES if case.name == case_name)
+    command = ["python", "bench/speed.py", "--mode", "whole", "--only", case_name]
+    command += ["--before", "DIR", "--data", "DIR", "--weights", "DIR", "--threads", str(threads)]
+    since = time.perf_counter()
+    result = measure_whole(case, folders, threads)
+    return {
+        "network": case_name,
+        "mode": "whole",
+        "command": shlex.join(command),
+        "revision": revision(),
+        "seed": SEED,
+        **result,
+        "environment": surroundings(*PACKAGES["whole"]) | {"threads": threads},
+        "wall_seconds": round(time.perf_counter() - since, 1),
+    }
+
+
 def child(arguments: argparse.Namespace) -> None:
     """Measure one network in this process."""
     torch.set_num_threads(arguments.threads)
@@ -279,6 +308,7 @@ def page(rows: list[Row]) -> str:
     """Return the whole of docs/reference/speed.md."""
     environment = rows[-1]["environment"] if rows else {}
     fewest, most = ROUNDS.fewest, ROUNDS.most
+    before = next((row["revision_before"] for row in rows if "revision_before" in row), "?")
     listed = ", ".join(f"{name} {value}" for name, value in environment.items())
     return f"""# Speed of pruning, and of pruned networks
 
@@ -298,6 +328,22 @@ pruned network are interleaved. *Compiled* is `torch.compile` on the CPU. *Of th
 the speed-up with the one that the MACs alone would give.
 
 {latency_table(rows)}
+
+## Whole runs
+
+Processor seconds of one thread of a whole `secateur.prune(model, images, target="macs=0.5")`, from
+the first score to the last re-estimated batch norm, of this version and of {before}. *Forward
+passes* divides them by what one plain `model(images)` on the same images takes in the same process.
+*MiB* is the peak memory of the process, images and libraries included. ResNet-20 has trained
+weights and CIFAR-10 images; the other networks have random weights, noise as images (64×64 pixels
+for ResNet-10, otherwise 224×224), and batch-norm statistics of these. *Graph* is the dependency
+graph alone, with the trial cut that checks it.
+
+*{PEER}* is its Taylor importance on the same images with a backward pass of all of them before
+each step, steps of a twentieth of the filters until half of the MACs are left, and batch-norm
+statistics of the same images.
+
+{whole_run_table(rows)}
 
 ## Pruning
 
@@ -328,11 +374,21 @@ def is_there(rows: list[Row], name: str, mode: str, threads: int) -> bool:
 def main() -> None:
     """Measure the missing rows and write the tables."""
     parser = bench_parser(__doc__, limit=1800)
-    parser.add_argument("--mode", choices=[*NETWORKS, "both"], default="both")
+    parser.add_argument("--mode", choices=[*NETWORKS, "both", "whole"], default="both")
+    for option in ("--before", "--data", "--weights"):
+        parser.add_argument(option, type=Path, help="for --mode whole")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
         return
+    if arguments.mode == "whole" and not arguments.tables:
+        if None in (arguments.before, arguments.data, arguments.weights):
+            parser.error("--mode whole needs --before, --data and --weights")
+        folders = Folders(arguments.before, arguments.data, arguments.weights)
+        for name in fnmatch.filter((case.name for case in CASES), arguments.only):
+            row = whole_row(name, folders, arguments.threads)
+            put_row(RESULTS, row, ("network", "mode"))
+            print(name, row["outcome"], row["wall_seconds"], row.get("reason", ""), flush=True)
     for mode, names in NETWORKS.items():
         if arguments.tables or arguments.mode not in (mode, "both"):
             continue

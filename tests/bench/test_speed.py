@@ -8,6 +8,7 @@ from interleaved import ROUNDS, time_interleaved
 from networks import make_network, random_images
 from rows import Row, read_rows
 from speed import latency_table, page, surgery_table
+from whole_run import whole_run_table
 
 
 def row_of(mode: str, **more: object) -> Row:
@@ -41,6 +42,20 @@ def test_the_table_of_forward_passes_compares_with_the_ideal() -> None:
     table = latency_table([row])
     assert "| resnet50 | eager | 1 | 300.0 | 200.0 | 1.50× | 75 % |" in table
     assert "| resnet50 | compiled | 16 | It \\| broke ||||" in table
+
+
+def test_the_table_of_whole_runs_compares_medians_of_turns() -> None:
+    def run(cpu: float) -> Row:
+        return {"cpu_seconds": cpu, "forward_cpu_seconds": 2.0, "peak_memory_mib": 900.0}
+
+    runs = {"before": [run(80.0), run(90.0), run(70.0)], "now": [run(20.0)] * 3}
+    row = row_of("whole", runs=runs | {"Torch-Pruning": [run(25.0)]}, revision_before="abc")
+    graph = row_of("whole", runs=runs) | {"network": "resnet50, graph"}
+    failed = row_of("whole", outcome="failed", reason="now: It broke", runs={})
+    table = whole_run_table([row, graph, failed])
+    assert "| resnet50 | 80.0 | 20.0 | 0.25 | 40.0 | 10.0 | 900 | 900 | 25.0 |" in table
+    assert "| resnet50, graph | 80.00 | 20.00 | 0.25 |  |  | 900 | 900 |  |" in table
+    assert "now: It broke" in table
 
 
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
