@@ -11,7 +11,7 @@ from secateur.scoring.thresholds import ActivationStatistics
 def test_moments_are_those_of_all_rows(generator: torch.Generator) -> None:
     rows = torch.randn(40, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
     zero = torch.zeros(3)
-    unit = quantization_unit(ActivationStatistics(zero, zero, rows.abs().amax(0)))
+    unit = quantization_unit(ActivationStatistics(zero, zero, rows.abs().amax(0), len(rows)))
     moments = SecondMoments(3)
     for chunk in rows.split(7):
         moments.update(quantize(chunk, unit, "conv"))
@@ -45,7 +45,7 @@ def test_the_order_of_rows_does_not_matter(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
 def test_values_keep_their_size_whatever_it_is(size: float) -> None:
     zero = torch.zeros(1)
-    unit = quantization_unit(ActivationStatistics(zero, zero, torch.tensor([size])))
+    unit = quantization_unit(ActivationStatistics(zero, zero, torch.tensor([size]), 1))
     values = torch.tensor([[1.0], [-0.5], [0.25]]) * size
     whole = quantize(values, unit, "conv")
     torch.testing.assert_close(whole * unit, values, rtol=1e-3, atol=0)

@@ -379,11 +379,16 @@ def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
     assert error_curve(nothing, consumers, order).isfinite().all()
 
 
-def feature_batch_of(part: str, maps: Tensor, numbers: Tensor, kernels: Kernels) -> FeatureBatch:
+def feature_batch_of(
+    part: str, maps: Tensor, numbers: Tensor, kernels: Kernels, images: int = 0
+) -> FeatureBatch:
+    """Return a batch of a calibration set of `images`, by default of this batch alone."""
     accumulator = StatisticsAccumulator(maps.shape[1], 10_000)
     accumulator.update(maps)
     size = (maps.shape[2], maps.shape[3])
-    return FeatureBatch(part, maps, numbers, kernels, accumulator.compute(0.1), size, None)
+    return FeatureBatch(
+        part, maps, numbers, kernels, accumulator.compute(0.1, images or len(maps)), size, None
+    )
 
 
 def test_products_are_those_of_patches_inside_the_regions() -> None:
@@ -396,7 +401,8 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     criterion.reset({"layer": kernels})
     numbers = torch.tensor([4, 0, 9])
     masks = torch.rand(3, 2, 5, 5, generator=generator) < 0.5
-    vote = criterion.update(feature_batch_of("layer", maps, numbers, kernels))
+    # Enough images for patches, with all of their positions.
+    vote = criterion.update(feature_batch_of("layer", maps, numbers, kernels, images=20))
     assert vote is not None
 
     concepts = torch.tensor([[0, 1], [0, UNLABELLED], [1, 1]])
@@ -404,10 +410,10 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
     vote(Regions(ConceptMasks(masks, concepts)))
     (accumulator,) = criterion.state()
     expected = torch.zeros(19, 19, dtype=torch.float64)
-    unit = criterion._units["layer"].double()[:2]  # the same at every tap
+    unit = criterion._samples["layer"].units.double()[:2]  # the same at every tap
     padded = F.pad((maps.double() / unit[:, None, None]).round(), (1, 1, 1, 1))
     for i in range(3):
-        for position in _spread(numbers, 5, 5)[i].tolist():
+        for position in _spread(numbers, 5, 5, 25)[i].tolist():
             row, column = position // 5, position % 5
             weight = sum(
                 bool(masks[i, r, row, column]) and int(concepts[i, r]) != UNLABELLED
@@ -417,6 +423,34 @@ def test_products_are_those_of_patches_inside_the_regions() -> None:
             values = torch.cat([patch, torch.ones(1, dtype=torch.float64)])
             expected += WEIGHT_UNITS * weight * values.outer(values)
     assert torch.equal(accumulator, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "positions", "values"),
+    [
+        (6000, 16, 18),  # many images: patches, at the fewest positions of each
+        (100, 41, 18),  # few: more positions of each
+        (14, 293, 18),  # 14 * 16 positions are enough for 18 values
+        (13, 316, 2),  # 13 * 16 are not
+    ],
+)
+def test_filters_are_compared_in_patches_where_there_are_positions_enough(
+    images: int, positions: int, values: int
+) -> None:
+    maps = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+    window = Window((3, 3), border=(1, 1, 1, 1))
+    kernels = Kernels((), torch.arange(2), (ConsumerKernel(window, torch.ones(4, 9, 2)),), ())
+    criterion = Reconstruction()
+    criterion.reset({"layer": kernels})
+    criterion.update(feature_batch_of("layer", maps, torch.arange(3), kernels, images=images))
+    sample = criterion._samples["layer"]
+    assert (sample.positions, len(sample.units)) == (positions, values)
+    assert sample.covariance().shape == (values, values)
+    assert int(sample.moments._count) == 3 * min(positions, 25)
+    assert sorted(criterion.compute("layer").tolist()) == [0, 1]
+    assert criterion.mean("layer").tolist() == pytest.approx(
+        maps.mean((0, 2, 3)).tolist(), rel=0.5 if positions < 25 else 1e-2
+    )
 
 
 @pytest.mark.parametrize(
@@ -449,10 +483,10 @@ def test_behind_a_norm_a_filter_with_a_large_kernel_of_its_own_has_more_votes(
 def test_positions_lie_on_the_map_and_depend_on_the_image_alone(
     number: int, rows: int, columns: int
 ) -> None:
-    positions = _spread(torch.tensor([7, number]), rows, columns)
+    positions = _spread(torch.tensor([7, number]), rows, columns, POSITIONS)
     assert positions.shape == (2, min(POSITIONS, rows * columns))
     assert 0 <= int(positions.min()) <= int(positions.max()) < rows * columns
-    assert torch.equal(positions[1:], _spread(torch.tensor([number]), rows, columns))
+    assert torch.equal(positions[1:], _spread(torch.tensor([number]), rows, columns, POSITIONS))
 
 
 # --- baselines ---------------------------------------------------------------------------------
@@ -720,7 +754,7 @@ def test_entropy_ranks_filters_of_either_sign_by_how_much_they_vary() -> None:
     pooled = torch.stack([noise, noise + 0.5, 1 + 0.1 * noise, 1 + 0.001 * noise, 0 * noise], 1)
     mean = pooled.mean(0)
     scores = score_of(
-        ActivationEntropy(), pooled[:, :, None, None], ActivationStatistics(mean, mean, mean)
+        ActivationEntropy(), pooled[:, :, None, None], ActivationStatistics(mean, mean, mean, 1)
     )
     assert scores[0] > 2.5
     assert scores[1] > 2.5

@@ -33,7 +33,7 @@ def features(maps: Tensor, numbers: Tensor | None = None) -> FeatureBatch:
         maps=maps,
         indices=torch.arange(len(maps)) if numbers is None else numbers,
         kernels=kernels(filters),
-        statistics=ActivationStatistics(zeros, zeros + 0.5, zeros + 1),
+        statistics=ActivationStatistics(zeros, zeros + 0.5, zeros + 1, 1),
         grid=(maps.shape[2], maps.shape[3]),
         gradients=None,
     )

@@ -351,6 +351,7 @@ def test_activation_statistics_come_from_a_sample_of_the_calibration_set_before_
         statistics = accumulator.compute(0.1)
         for features in batches_of:
             assert features.statistics is not None
+            assert features.statistics.images == len(images)
             torch.testing.assert_close(features.statistics.mean, statistics.mean)
             torch.testing.assert_close(features.statistics.threshold, statistics.threshold)
             torch.testing.assert_close(features.statistics.largest, statistics.largest)

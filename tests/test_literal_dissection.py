@@ -105,7 +105,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
     size = (height * factor, width * factor)
     maps, masks, concepts = concept_input(seed, 3, 4, (height, width), size)
     thresholds, tally = literal(maps, masks, concepts, quantile)
-    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds, 1)
     dissection = dissected(maps, masks, concepts, statistics, [slice(0, 3)])
     assert torch.equal(dissection.iou("layer"), tally.iou)
 
@@ -113,7 +113,7 @@ def test_ours_is_the_literal_one_up_to_four_times_the_resolution_of_maps(
 def test_masks_coarser_than_maps_are_brought_to_them() -> None:
     maps, masks, concepts = concept_input(3, 2, 3, (8, 8), (2, 2))
     thresholds = torch.full((3,), 5.0)
-    statistics = ActivationStatistics(thresholds, thresholds, thresholds)
+    statistics = ActivationStatistics(thresholds, thresholds, thresholds, 1)
     fine = masks.repeat_interleave(4, 2).repeat_interleave(4, 3)
     dissection = dissected(maps, masks, concepts, statistics, [slice(0, 2)])
     expected = dissected(maps, fine, concepts, statistics, [slice(0, 2)])

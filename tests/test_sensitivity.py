@@ -82,7 +82,7 @@ def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generat
     curve = group_error_curve(group, moments, ranking.order["conv2"])
     assert isinstance(model, nn.Module)
     kernel = tensors_of(model)["linear.weight"].double()
-    covariance = moments._moments["conv2"].covariance(moments._units["conv2"])
+    covariance = moments._samples["conv2"].covariance()
     for removed in (1, 3, 6):
         kept = ranking.order["conv2"][:-removed]
         inner = covariance[kept][:, kept]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,11 +200,13 @@ def _activation_statistics(
         for name, tap in taps.items()
     }
     counts: list[int] = []
+    images = torch.zeros((), dtype=torch.int64)
     hooks = _tap_hooks(taps, functools.partial(_accumulate, accumulators, counts))
     for every in (settings.sample_every, 1):
+        images.zero_()
         sample = (
             select_images(batch, (batch.indices % every == 0).nonzero()[:, 0])
-            for batch in batches()
+            for batch in _counted(batches(), images)
         )
         for batch, count in rebatch(sample):
             counts.append(count)
@@ -217,9 +219,18 @@ def _activation_statistics(
         source.finish_learning()
     for accumulator in accumulators.values():
         accumulator.merge()
+    distributed.all_reduce_sum([images])
     return {
-        name: accumulator.compute(settings.quantile) for name, accumulator in accumulators.items()
+        name: accumulator.compute(settings.quantile, int(images))
+        for name, accumulator in accumulators.items()
     }
+
+
+def _counted(batches: Iterable[Batch], images: Tensor) -> Iterator[Batch]:
+    """Yield the batches, and add their numbers of images to `images`."""
+    for batch in batches:
+        images += len(batch.indices)
+        yield batch
 
 
 def _accumulate(

@@ -41,6 +41,8 @@ class ActivationStatistics:
     """Infinite, so that nothing is above it, if no observer needs thresholds."""
     largest: Float[Tensor, "filter"]
     """Bound on the absolute values of the sample, at most twice the largest of them."""
+    images: int
+    """Number of calibration images, not of the sample alone."""
 
 
 class StatisticsAccumulator:
@@ -103,8 +105,10 @@ class StatisticsAccumulator:
         self._widen(octave)
         distributed.all_reduce_sum([self._images, self._mean.limbs, self._counts])
 
-    def compute(self, quantile: float) -> ActivationStatistics:
+    def compute(self, quantile: float, images: int | None = None) -> ActivationStatistics:
         """Return the statistics, with thresholds that a fraction `quantile` of the sample exceeds.
+
+        `images` is the number of calibration images, by default that of the sample.
 
         A threshold is never below the exact quantile of the sample, and above it by at most 1/64 of
         its size or, if it is smaller than 2^-10 of the filter's largest activation, by 2^-9 of
@@ -112,10 +116,11 @@ class StatisticsAccumulator:
         value that at least the fraction q reaches. For n independent values q itself is known to
         within about sqrt(q (1 - q) / n).
         """
+        images = images or int(self._images)
         mean = (self._mean.compute() / int(self._images)).float()
         bound = ((self._octave + 1) << 23).int().view(torch.float32)
         if not self._with_thresholds:
-            return ActivationStatistics(mean, torch.full_like(mean, torch.inf), bound)
+            return ActivationStatistics(mean, torch.full_like(mean, torch.inf), bound, images)
         total = int(self._counts[0].sum())
         rank = max(1, round(quantile * total))
         reached = self._counts.flip(1).cumsum(1, dtype=torch.int64) >= rank
@@ -127,4 +132,4 @@ class StatisticsAccumulator:
         edge = torch.where(place > 0, above, below).clamp_min(0).int().view(torch.float32)
         smallest = (floor.clamp_min(0) << _SHIFT).int().view(torch.float32)
         threshold = torch.where(place > 0, edge, torch.where(place < 0, -edge, smallest))
-        return ActivationStatistics(mean, torch.minimum(threshold, self._largest), bound)
+        return ActivationStatistics(mean, torch.minimum(threshold, self._largest), bound, images)

@@ -6,7 +6,9 @@ concepts it is the default vote, `vote`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +25,16 @@ from secateur.scoring.criteria.kernels import l1, mean_over_producers
 from secateur.scoring.criteria.votes import VoteSettings
 
 POSITIONS = 16
-"""Positions sampled from each image, spread evenly and differently in every image."""
+"""Positions sampled from each image, spread evenly and differently in every image…"""
+FEWEST_POSITIONS = 4096
+"""…but so many of all images together, where maps have them…"""
+POSITIONS_PER_VALUE = 12
+"""…and so many for each filter. About a quarter of them lie in the regions of concepts. Filters are
+compared in patches if there are so many for each value of a patch (k²c), and otherwise at single
+positions: the covariance of patches would be noise. For that `POSITIONS` of an image count, because
+further ones are much the same (docs/research/vote.md)."""
 MOST_VALUES = 4608
-"""Above this size of patch (k²c) filters are compared at single positions, not in patches."""
+"""Above this size of patch filters are compared at single positions, too."""
 WEIGHT_UNITS = 16
 """Weights of positions are rounded to multiples of 1 / 16."""
 RIDGE = 1e-3
@@ -36,6 +45,8 @@ kernel that produces it.
 
 Under weight decay the norm says how much training relied on the filter. Activations don't, because
 the batch norm rescales them. Chosen on validation images (docs/explanation/criteria.md)."""
+SINGLE = Window((1, 1))
+"""A single position."""
 ROUNDS = 128
 """Layers with more filters remove several at a time, so that there are about this many rounds."""
 
@@ -62,32 +73,24 @@ class Reconstruction:
         with_concepts: frozenset[Need] = frozenset({"maps", "statistics", "concepts"})
         self.needs: frozenset[Need] = baseline if vote is None else with_concepts
         self._kernels: Mapping[str, Kernels] = {}
-        self._windows: dict[str, Window] = {}
-        self._units: dict[str, Tensor] = {}
-        self._moments: dict[str, SecondMoments] = {}
+        self._samples: dict[str, _Sample] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
-        self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
-        self._moments = {
-            tap: SecondMoments(self._windows[tap].taps * kernels.filters)
-            for tap, kernels in taps.items()
-        }
+        self._samples = {}
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
-        assert features.statistics is not None
-        window = self._windows[features.tap]
-        if features.tap not in self._units:
-            self._units[features.tap] = quantization_unit(features.statistics).repeat(window.taps)
-        rows, columns = window.positions(*features.maps.shape[2:])
-        positions = _spread(features.indices, rows, columns)
-        patches = window.patches(features.maps, positions)  # [image, position, value]
-        patches = quantize(patches, self._units[features.tap], features.tap).flatten(0, 1)
-        moments, vote = self._moments[features.tap], self._vote
+        if features.tap not in self._samples:
+            self._samples[features.tap] = _begin(features)
+        sample, vote = self._samples[features.tap], self._vote
+        rows, columns = sample.window.positions(*features.maps.shape[2:])
+        positions = _spread(features.indices, rows, columns, sample.positions)
+        patches = sample.window.patches(features.maps, positions)  # [image, position, value]
+        patches = quantize(patches, sample.units, features.tap).flatten(0, 1)
         if vote is None:
-            moments.update(patches)
+            sample.moments.update(patches)
             return None
 
         def add_weighted(regions: Regions) -> None:
@@ -95,20 +98,20 @@ class Reconstruction:
             inside = masks.flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, vote.weigh(regions.concepts).float())
             weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
-            moments.update(patches, weights.flatten())
+            sample.moments.update(patches, weights.flatten())
 
         return add_weighted
 
     def state(self) -> Iterable[Tensor]:
         """Return the sums over images; see `Observer.state`."""
-        return (tensor for moments in self._moments.values() for tensor in moments.state())
+        return (tensor for sample in self._samples.values() for tensor in sample.moments.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the places: the filter that is removed first has 0."""
-        kernels, window = self._kernels[tap], self._windows[tap]
-        covariance = self._moments[tap].covariance(self._units[tap])
+        kernels, sample = self._kernels[tap], self._samples[tap]
         norm_weights = None if self._vote is None else _norm_weights(tap, kernels)
-        order = eliminate(covariance, _consumers(kernels, window), kernels.filters, norm_weights)
+        consumers = _consumers(kernels, sample.window)
+        order = eliminate(sample.covariance(), consumers, kernels.filters, norm_weights)
         places = torch.zeros(kernels.filters, dtype=torch.float64)
         places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
@@ -119,14 +122,13 @@ class Reconstruction:
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
         the remaining ones. No further pass is needed, whatever the ranking.
         """
-        kernels, window = self._kernels[tap], self._windows[tap]
-        covariance = self._moments[tap].covariance(self._units[tap])
-        return error_curve(covariance, _consumers(kernels, window), ranking)
+        kernels, sample = self._kernels[tap], self._samples[tap]
+        return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking)
 
     def mean(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean activations of a tap's filters."""
-        moments = self._moments[tap].mean(self._units[tap])
-        return moments[self._centre(tap)]
+        sample = self._samples[tap]
+        return sample.moments.mean(sample.units)[sample.centre]
 
     def reconstruction(
         self, tap: str, kept: Sequence[int]
@@ -136,7 +138,8 @@ class Reconstruction:
         These are the `channel` form of the refit: a filter is reconstructed from the filters kept
         at the same position.
         """
-        covariance = self._moments[tap].covariance(self._units[tap], self._centre(tap))
+        sample = self._samples[tap]
+        covariance = sample.covariance(sample.centre)
         mean = self.mean(tap)
         index = torch.tensor(kept)
         inner = _with_ridge(covariance)[index][:, index]
@@ -145,10 +148,42 @@ class Reconstruction:
         matrix[index] = torch.eye(len(mean), dtype=torch.float64)[index]
         return matrix, mean - matrix @ mean
 
-    def _centre(self, tap: str) -> slice:
-        """Return the values of a patch at its centre."""
-        filters, offsets = self._kernels[tap].filters, self._windows[tap].taps
-        return slice(offsets // 2 * filters, (offsets // 2 + 1) * filters)
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """What is sampled of a tap's feature maps, and its sums."""
+
+    window: Window
+    positions: int
+    """Number of positions from each image, where its maps have so many."""
+    units: Float[Tensor, "value"]
+    moments: SecondMoments
+
+    def covariance(self, part: slice = slice(None)) -> Float[Tensor, "part part"]:
+        """Return the covariance of the values, or of a part of them."""
+        return self.moments.covariance(self.units, part)
+
+    @property
+    def centre(self) -> slice:
+        """The values of a patch at its centre."""
+        filters, offset = len(self.units) // self.window.taps, self.window.taps // 2
+        return slice(offset * filters, (offset + 1) * filters)
+
+
+def _begin(features: FeatureBatch) -> _Sample:
+    """Return what to sample of a tap, in view of how many images there are."""
+    kernels, statistics = features.kernels, features.statistics
+    assert statistics is not None
+    filters, images = kernels.filters, statistics.images
+    wanted = max(FEWEST_POSITIONS, POSITIONS_PER_VALUE * filters)
+    positions = max(POSITIONS, -(-wanted // images))
+    window = kernels.consumers[0].window if kernels.consumers else SINGLE
+    values = window.taps * filters
+    sampled = images * min(POSITIONS, math.prod(window.positions(*features.maps.shape[2:])))
+    if values > MOST_VALUES or sampled < POSITIONS_PER_VALUE * values:
+        window = SINGLE
+    units = quantization_unit(statistics).repeat(window.taps)
+    return _Sample(window, positions, units, SecondMoments(len(units)))
 
 
 def eliminate(
@@ -280,12 +315,6 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
 
 
-def _window(kernels: Kernels) -> Window:
-    """Return the patches that filters are compared in: the first consumer's, if not too large."""
-    window = kernels.consumers[0].window if kernels.consumers else Window((1, 1))
-    return window if window.taps * kernels.filters <= MOST_VALUES else Window((1, 1))
-
-
 def _consumers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
     """Return all consumers' weights on one window; offsets of other windows count as outputs."""
     rows = [torch.zeros(0, window.taps, kernels.filters)]
@@ -300,14 +329,16 @@ def _consumers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"
 
 
 def _spread(
-    indices: Int[Tensor, "image"], rows: int, columns: int
+    indices: Int[Tensor, "image"], rows: int, columns: int, positions: int
 ) -> Int[Tensor, "image position"]:
-    """Return the positions sampled from each image, which depend on its index alone.
+    """Return `positions` of each image, or all if it has no more.
 
-    The points of an additive recurrence in two dimensions (Roberts, 2018, the R2 sequence).
+    They depend on its index alone: the points of an additive recurrence in two dimensions (Roberts,
+    2018, the R2 sequence).
     """
-    count = min(POSITIONS, rows * columns)
-    step = (indices[:, None] * count + torch.arange(count)).double()
+    if positions >= rows * columns:
+        return torch.arange(rows * columns).expand(len(indices), -1)
+    step = (indices[:, None] * positions + torch.arange(positions)).double()
     row = ((0.5 + step * 0.7548776662466927) % 1 * rows).long()
     column = ((0.5 + step * 0.5698402909980532) % 1 * columns).long()
     return row * columns + column
