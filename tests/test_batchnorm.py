@@ -111,6 +111,27 @@ def test_the_held_out_divergence_never_grows(
     assert change.divergence_after <= change.divergence_before == pytest.approx(before)
 
 
+def test_fractions_are_tried_as_long_as_the_divergence_falls(fit: list[Batch]) -> None:
+    smaller = Chain().eval()
+    by_statistics = {"means": (0.9, 0.8, 0.85), "both": (0.95, 0.7, 0.6, 0.5)}
+    answers = [mean for means in by_statistics.values() for mean in means]
+    tried = iter(answers)
+    before_it = copy.deepcopy(smaller.bn1.running_var)
+
+    def divergence_of(network: nn.Module) -> Tensor:
+        assert network is smaller
+        return torch.full((10,), next(tried)).double()
+
+    before = torch.ones(10).double() + 0.01 * torch.arange(10) - 0.045
+    change = recalibrate_batchnorm(smaller, again(fit), divergence_of, before)
+    assert change is not None
+    assert next(tried, None) is None
+    assert (change.statistics, change.fraction) == ("both", 1.0)
+    assert change.divergence_before == pytest.approx(1.0)
+    assert change.divergence_after == pytest.approx(0.5)
+    assert not torch.equal(smaller.bn1.running_var, before_it)
+
+
 def test_correct_statistics_stay(
     fit: list[Batch], held_out: list[Batch], generator: torch.Generator
 ) -> None:

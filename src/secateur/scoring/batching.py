@@ -21,7 +21,8 @@ from secateur.data.concept_masks import ConceptMasks, join_masks
 
 PIXELS_AT_A_TIME = 2**20
 """The most pixels that go through the network at once, which bounds the memory."""
-MOST_IMAGES_AT_A_TIME = 128
+MOST_IMAGES_AT_A_TIME = 64
+"""So that small maps stay in a processor's cache."""
 
 
 def images_at_a_time(*sides: int) -> int:

@@ -24,14 +24,17 @@ def recalibrate_batchnorm(
     smaller: nn.Module,
     fit: Callable[[], Iterable[Batch]],
     divergence_of: Callable[[nn.Module], Tensor],
+    before: Tensor | None = None,
 ) -> BatchNormRecalibration | None:
     """Move the batch-norm statistics of `smaller` in place, and return how far.
 
     The new statistics are estimated on the images of `fit`. All norms move by the same fraction of
-    the way, the one with the smallest divergence. `divergence_of(network)` returns that of each
-    held-out image from the expected outputs (`divergence.DivergenceFrom`). The norms don't move
-    unless it falls by more than chance explains (`significance.is_smaller`), since a few hundred
-    images can't tell small gains from noise. No label is used.
+    the way, the one with the smallest divergence; larger fractions are tried as long as it falls.
+    `divergence_of(network)` returns that of each held-out image from the expected outputs
+    (`divergence.DivergenceFrom`), and `before` is what it returns for `smaller` as it is, if that
+    is known. The norms don't move unless it falls by more than chance explains
+    (`significance.is_smaller`), since a few hundred images can't tell small gains from noise. No
+    label is used.
 
     With several processes each passes its shard of the batches (`distributed.shard`). Returns None
     if `smaller` has no batch norm with running statistics.
@@ -40,16 +43,19 @@ def recalibrate_batchnorm(
     if not norms:
         return None
     old = _statistics(norms)
-    before = divergence_of(smaller)
+    before = divergence_of(smaller) if before is None else before
     new = _reestimated(smaller, norms, fit())
     unchanged = float(before.mean())
     best = BatchNormRecalibration("both", 0.0, unchanged, unchanged)
     kinds: tuple[BatchNormStatistics, ...] = ("means", "both")
     for statistics in kinds:
+        divergence = unchanged
         for fraction in FRACTIONS:
             _move(norms, old, new, statistics, fraction)
             after = divergence_of(smaller)
-            divergence = float(after.mean())
+            last, divergence = divergence, float(after.mean())
+            if not divergence < last:
+                break
             if divergence < best.divergence_after and is_smaller(before, after):
                 best = BatchNormRecalibration(statistics, fraction, unchanged, divergence)
     _move(norms, old, new, best.statistics, best.fraction)

@@ -19,6 +19,12 @@ from secateur.runtime import distributed
 
 SMALLEST_VARIANCE = 1e-12
 """Lower bound of the inputs' variance when the ridge is scaled by it."""
+FLOAT32_ROWS = 4096
+"""Products of about so many rows are summed in float32, before they are added in float64."""
+STRIPS = 8
+"""Strips of rows that a symmetric product is computed in, each without what mirrors another…"""
+NARROWEST_STRIP = 32
+"""…and the fewest rows of one."""
 
 
 class LeastSquares(abc.ABC):
@@ -65,9 +71,9 @@ class LeastSquares(abc.ABC):
 class Gram(LeastSquares):
     """Sums of products of inputs and targets.
 
-    Products of a block of rows are computed in float32, about the block's mean, and added in
-    float64. So the order of the rows matters only up to rounding, and inputs far from zero lose
-    nothing.
+    Products of some thousand rows are summed in float32, about the mean of the first ones, and
+    these sums are added in float64. So the order of the rows matters only up to rounding, and
+    inputs far from zero lose nothing.
     """
 
     def __init__(
@@ -76,55 +82,50 @@ class Gram(LeastSquares):
         bias: Float[Tensor, "group output"] | None,
     ) -> None:
         """Estimate a kernel near `old`; a `bias` is kept, without one it is fitted as well."""
-        groups, outputs, inputs = old.shape
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=old.device)
-
         self._old, self._bias = old.double(), bias
-        self._count, self._x, self._y = zeros(), zeros(groups, inputs), zeros(groups, outputs)
-        self._xx, self._xy = zeros(groups, inputs, inputs), zeros(groups, inputs, outputs)
-        """Sums of products; once they are merged, means of products, about the mean if there is no
-        `bias` to keep."""
+        self._products = self._new_products(of_targets=False)
+        self._target_products = self._new_products(of_targets=True)
+        nothing = torch.zeros((), dtype=torch.float64, device=old.device)
+        self._x = self._y = self._xx = self._yx = nothing
+        """Means, and means of products, about the means if there is no `bias` to keep; known once
+        the sums are merged."""
+
+    def _new_products(self, *, of_targets: bool) -> _Products:
+        groups, outputs, inputs = self._old.shape
+        left = outputs if of_targets else inputs
+        return _Products(groups, left, inputs, self._old.device, is_square=not of_targets)
 
     def add(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
     ) -> None:
         """Add rows; see `LeastSquares.add`."""
-        self._count += x.shape[1]
-        if x.shape[1]:
-            self._x += _add_products(self._xx, x, x)
+        self._products.add(x, x)
         self.add_targets(x, y)
 
     def add_targets(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
     ) -> None:
         """Add targets; see `LeastSquares.add_targets`."""
-        if x.shape[1]:
-            self._y += _add_products(self._xy, x, y)
+        self._target_products.add(y, x)
 
     def without_targets(self) -> Gram:
         """Return a copy without targets; see `LeastSquares.without_targets`."""
         result = copy.copy(self)
-        result._xy, result._y = torch.zeros_like(self._xy), torch.zeros_like(self._y)
+        result._target_products = self._new_products(of_targets=True)
         return result
 
     def merge(self) -> None:
         """Add the sums of all processes, and divide them by the number of rows."""
-        distributed.all_reduce_sum([self._count, self._xx, self._x])
-        self._x /= self._count
-        self._xx /= self._count
+        _, self._x, self._xx = self._products.means()
         if self._bias is None:
             self._xx.baddbmm_(self._x[:, :, None], self._x[:, None], alpha=-1)
         self.merge_targets()
 
     def merge_targets(self) -> None:
         """Add the sums with targets of all processes; see `merge`."""
-        distributed.all_reduce_sum([self._xy, self._y])
-        self._y /= self._count
-        self._xy /= self._count
+        self._y, _, self._yx = self._target_products.means()
         offset = self._y if self._bias is None else self._bias
-        self._xy.baddbmm_(self._x[:, :, None], offset[:, None], alpha=-1)
+        self._yx.baddbmm_(offset[:, :, None], self._x[:, None], alpha=-1)
 
     def ridge(
         self, ridge: float
@@ -132,8 +133,8 @@ class Gram(LeastSquares):
         """Return the best kernel and bias; see `LeastSquares.ridge`."""
         variance = self._xx.diagonal(dim1=1, dim2=2).mean(1)
         strength = ridge * variance.clamp_min(SMALLEST_VARIANCE)
-        right = torch.addcmul(self._xy, strength[:, None, None], self._old.mT)
-        new = _solve(self._xx, strength, right)
+        right = torch.addcmul(self._yx, strength[:, None, None], self._old)
+        new = _solve(self._xx, strength, right.mT)
         if self._bias is not None:
             return new.mT, self._bias
         return new.mT, self._y - (new.mT @ self._x[..., None]).squeeze(-1)
@@ -214,22 +215,71 @@ class Rows(LeastSquares):
         return new, self._y_mean - (new @ self._x_mean.mT).squeeze(-1)
 
 
-def _add_products(
-    sums: Float[Tensor, "group left right"],
-    left: Float[Tensor, "group row left"],
-    right: Float[Tensor, "group row right"],
-) -> Float[Tensor, "group right"]:
-    """Add the products of two blocks of rows to float64 sums; return the sums of the right one."""
-    count = left.shape[1]
-    left_mean, right_mean = left.mean(1, keepdim=True), right.mean(1, keepdim=True)
-    left, right = left - left_mean, right - right_mean
-    sums += left.mT @ right
-    # What the means add: exact, since they are subtracted as the float32 numbers that they are.
-    left_mean, right_mean = left_mean.double(), right_mean.double()
-    left_sum = left.sum(1, keepdim=True, dtype=torch.float64) + count * left_mean
-    right_sum = right.sum(1, keepdim=True, dtype=torch.float64)
-    sums.baddbmm_(torch.cat([left_mean, left_sum], 1).mT, torch.cat([right_sum, right_mean], 1))
-    return (right_sum + count * right_mean)[:, 0]
+class _Products:
+    """Sums of products of two kinds of rows, or of one kind with itself."""
+
+    def __init__(
+        self, groups: int, left: int, right: int, device: torch.device, *, is_square: bool
+    ) -> None:
+        self._is_square = is_square
+        self._centres: tuple[Tensor, Tensor] | None = None
+        """What rows are taken relative to, `[group, 1, value]` of both kinds: the means of the
+        first ones, in float32."""
+        self._rows, self._recent_rows = 0, 0
+        self._recent = torch.zeros(groups, left, right, device=device)
+        """Products of the rows since they were last added to the sums."""
+        self._sums = torch.zeros(groups, left, right, dtype=torch.float64, device=device)
+        self._left, self._right = self._sums.new_zeros(groups, left), self._sums[:, 0].clone()
+
+    def add(
+        self, left: Float[Tensor, "group row left"], right: Float[Tensor, "group row right"]
+    ) -> None:
+        """Add the products of some rows, in float32."""
+        if not left.shape[1]:
+            return
+        if self._centres is None:
+            self._centres = left.mean(1, keepdim=True), right.mean(1, keepdim=True)
+        right = right - self._centres[1]
+        left = right if self._is_square else left - self._centres[0]
+        width = left.shape[2]
+        # A square is symmetric: only its blocks on and above the diagonal are computed.
+        step = max(NARROWEST_STRIP, -(-width // STRIPS)) if self._is_square else width
+        for start in range(0, width, step):
+            rows = left[:, :, start : start + step].mT
+            columns = slice(start if self._is_square else 0, None)
+            block = self._recent[:, start : start + step, columns]
+            block.baddbmm_(rows, right[:, :, columns])
+        self._left += left.sum(1)
+        self._right += right.sum(1)
+        self._rows += left.shape[1]
+        self._recent_rows += left.shape[1]
+        if self._recent_rows >= FLOAT32_ROWS:
+            self._collect()
+
+    def means(self) -> tuple[Tensor, Tensor, Float[Tensor, "group left right"]]:
+        """Return the mean of both kinds of rows of all processes, and that of their products.
+
+        It is called once, at the end.
+        """
+        self._collect()
+        if self._is_square:
+            self._sums.triu_().add_(self._sums.triu(1).mT)
+        if self._centres is not None:
+            left, right = (centre.double() for centre in self._centres)
+            # Exact, since the centres are subtracted as the float32 numbers that they are.
+            self._sums.baddbmm_(left.mT, self._right[:, None] + self._rows * right)
+            self._sums.baddbmm_(self._left[:, :, None], right)
+            self._left += self._rows * left[:, 0]
+            self._right += self._rows * right[:, 0]
+        count = self._sums.new_tensor(self._rows)
+        distributed.all_reduce_sum([count, self._sums, self._left, self._right])
+        return self._left / count, self._right / count, self._sums.div_(count)
+
+    def _collect(self) -> None:
+        """Add the recent products to the sums."""
+        self._sums += self._recent
+        self._recent.zero_()
+        self._recent_rows = 0
 
 
 def _solve(

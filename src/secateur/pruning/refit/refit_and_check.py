@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur.config import RefitSection
 from secateur.data import Batch
@@ -48,6 +49,7 @@ def refit_and_check(
     check: RefitCheck | None = None
     expected = outputs_of(inputs.model, images.held_out(), images.task)
     divergence = DivergenceFrom(expected, images.held_out, images.task)
+    current: Tensor | None = None
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
         cut = divergence(smaller)
@@ -62,10 +64,11 @@ def refit_and_check(
         refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
+        current = refitted if is_kept else cut
         if not is_kept:
             load_state(smaller, before)
     batchnorm = (
-        recalibrate_batchnorm(smaller, images.fit, divergence)
+        recalibrate_batchnorm(smaller, images.fit, divergence, current)
         if settings.recalibrate_batchnorm
         else None
     )
