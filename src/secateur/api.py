@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from secateur.config import BudgetLike, TaskKind
-from secateur.config.in_memory import config_in_memory, tables_in_memory
+from secateur.config.in_memory import byte_config, config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
@@ -45,6 +45,7 @@ from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
@@ -180,8 +181,10 @@ def prune(
             them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
-            `ImageBatches`. They score the filters and refit the remaining kernels. Tensors are not
-            copied: leave them as they are until the result's `report` is written.
+            `ImageBatches`. They score the filters and refit the remaining kernels. Pictures may be
+            uint8 if the `settings` have `data.mean` and `data.std` of values from 0 to 1. Tensors
+            and float32 or uint8 arrays, also those mapped from files, are not copied: leave them as
+            they are until the result's `report` is written.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
@@ -235,11 +238,14 @@ def prune(
         tables["model"]["metric"] = metric
     elif not callable(metric):
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
-    form = _form(model, forward)
+    settings = settings or {}
+    bytes_read = byte_config(tables, settings)
+    normalise = None if bytes_read is None else preprocessing_of(bytes_read).normalise
+    form = _form(model, forward, normalise)
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
-    config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
+    config = config_in_memory(tables, settings, parts.score.pixels.shape)
     if loss is not None and config.finetune.epochs == 0:
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))
@@ -319,10 +325,18 @@ def _run_context(*, shows_progress: bool) -> RunContext:
     return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
-def _form(model: nn.Module, forward: Forward | None) -> Form:
-    """Return what an image is for a network that may run through a function of the user's."""
+def _form(
+    model: nn.Module,
+    forward: Forward | None,
+    normalise: Callable[[Tensor], Tensor] | None = None,
+) -> Form:
+    """Return what an image is for a network that may run through a function of the user's.
+
+    For `normalise` see `Form`.
+    """
     network = with_forward(without_wrappers(model), forward)
-    return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
+    form = form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
+    return replace(form, normalise=normalise)
 
 
 def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:

@@ -56,6 +56,17 @@ def config_in_memory(
     return config
 
 
+def byte_config(tables: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig | None:
+    """Return a configuration that says how values from 0 to 255 are normalised, if one does.
+
+    For the arguments see `config_in_memory`. Raises `UsageError`.
+    """
+    section = _by_section(settings).get("data", {})
+    if section.get("mean") is None or section.get("std") is None:
+        return None
+    return from_dict({**tables, "data": {**tables["data"], **section}}, RunConfig)
+
+
 def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return settings as tables; raises `UsageError` for a key without a section."""
     tables: dict[str, dict[str, Any]] = {}
