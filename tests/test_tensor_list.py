@@ -23,7 +23,7 @@ def test_a_list_is_read_as_one_tensor_is() -> None:
         assert torch.equal(chosen[:], WHOLE[[2, 5]])
 
 
-def test_what_is_held_is_converted_when_it_is_read() -> None:
+def test_entries_are_converted_when_it_is_read() -> None:
     entries = tensor_list(WHOLE.byte(), lambda stored: stored.float() / 2)
     for read, expected in ((entries[3], WHOLE[3]), (entries[2:4], WHOLE[2:4])):
         assert torch.equal(read, expected / 2)

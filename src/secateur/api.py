@@ -13,8 +13,8 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike, TaskKind
-from secateur.config.in_memory import byte_config, config_in_memory, tables_in_memory
+from secateur.config import BudgetLike, DataSection, TaskKind
+from secateur.config.in_memory import config_in_memory, data_section, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
@@ -24,6 +24,7 @@ from secateur.data.in_memory import (
     read_images,
     split_images,
 )
+from secateur.data.preprocessing import Preprocessing
 from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
@@ -45,7 +46,6 @@ from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
@@ -239,9 +239,7 @@ def prune(
     elif not callable(metric):
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     settings = settings or {}
-    bytes_read = byte_config(tables, settings)
-    normalise = None if bytes_read is None else preprocessing_of(bytes_read).normalise
-    form = _form(model, forward, normalise)
+    form = replace(_form(model, forward), normalise=_normalise(data_section(tables, settings)))
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
@@ -325,18 +323,21 @@ def _run_context(*, shows_progress: bool) -> RunContext:
     return RunContext(live_progress(), StageLines(print_to_stderr))
 
 
-def _form(
-    model: nn.Module,
-    forward: Forward | None,
-    normalise: Callable[[Tensor], Tensor] | None = None,
-) -> Form:
-    """Return what an image is for a network that may run through a function of the user's.
-
-    For `normalise` see `Form`.
-    """
+def _form(model: nn.Module, forward: Forward | None) -> Form:
+    """Return what an image is for a network that may run through a function of the user's."""
     network = with_forward(without_wrappers(model), forward)
-    form = form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
-    return replace(form, normalise=normalise)
+    return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
+
+
+def _normalise(section: DataSection) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes the network's input of uint8 pictures; None if nobody has said that."""
+    if section.mean is None or section.std is None:
+        return None
+    side = 1  # nothing is resized
+    order, value_range = section.channel_order or "rgb", section.value_range or 1
+    return Preprocessing(
+        side, side, section.mean, section.std, channel_order=order, value_range=value_range
+    ).normalise
 
 
 def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.config import RunConfig, from_dict
+from secateur.config import DataSection, RunConfig, from_dict
 from secateur.config.budget import BudgetLike, parse_budget
 from secateur.config.tables import nearest_key
 from secateur.runtime.errors import UsageError
@@ -56,15 +56,10 @@ def config_in_memory(
     return config
 
 
-def byte_config(tables: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig | None:
-    """Return a configuration that says how values from 0 to 255 are normalised, if one does.
-
-    For the arguments see `config_in_memory`. Raises `UsageError`.
-    """
-    section = _by_section(settings).get("data", {})
-    if section.get("mean") is None or section.get("std") is None:
-        return None
-    return from_dict({**tables, "data": {**tables["data"], **section}}, RunConfig)
+def data_section(tables: Mapping[str, Any], settings: Mapping[str, Any]) -> DataSection:
+    """Return what the configuration says of images before any is read; see `config_in_memory`."""
+    section = {**tables["data"], **_by_section(settings).get("data", {})}
+    return from_dict({**tables, "data": section}, RunConfig).data
 
 
 def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
