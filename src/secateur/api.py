@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,18 @@ import torch
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from secateur.config import BudgetLike, DataSection, TaskKind
-from secateur.config.in_memory import config_in_memory, data_section, tables_in_memory
+from secateur.config import BudgetLike, TaskKind
+from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
 from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
     ImageBatches,
     ImagesInMemory,
+    normaliser,
     read_batches,
     read_images,
     split_images,
 )
-from secateur.data.preprocessing import Preprocessing
 from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
@@ -239,7 +239,8 @@ def prune(
     elif not callable(metric):
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     settings = settings or {}
-    form = replace(_form(model, forward), normalise=_normalise(data_section(tables, settings)))
+    form = _form(model, forward)
+    form = replace(form, normalise=normaliser(tables, settings))
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
@@ -327,17 +328,6 @@ def _form(model: nn.Module, forward: Forward | None) -> Form:
     """Return what an image is for a network that may run through a function of the user's."""
     network = with_forward(without_wrappers(model), forward)
     return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
-
-
-def _normalise(section: DataSection) -> Callable[[Tensor], Tensor] | None:
-    """Return what makes the network's input of uint8 pictures; None if nobody has said that."""
-    if section.mean is None or section.std is None:
-        return None
-    side = 1  # nothing is resized
-    order, value_range = section.channel_order or "rgb", section.value_range or 1
-    return Preprocessing(
-        side, side, section.mean, section.std, channel_order=order, value_range=value_range
-    ).normalise
 
 
 def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from secateur.config.in_memory import data_section
 from secateur.data.batch_forms import (
     Form,
     SeveralInputs,
@@ -24,6 +25,7 @@ from secateur.data.batch_forms import (
     split_batch,
     tensor_of,
 )
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.tensor_list import TensorList, tensor_list
 from secateur.runtime.errors import DataError
 from secateur.runtime.packed_inputs import (
@@ -91,6 +93,23 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
         )
         raise DataError(f"{count} images are too few: give at least {least}")
     return Parts(images.take(~is_validation), images.take(is_validation), test)
+
+
+def normaliser(
+    tables: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes a network's input of uint8 pictures; None if nobody has said that.
+
+    For the arguments see `config_in_memory`.
+    """
+    section = data_section(tables, settings)
+    if section.mean is None or section.std is None:
+        return None
+    order, value_range = section.channel_order or "rgb", section.value_range or 1
+    side = 1  # nothing is resized
+    return Preprocessing(
+        side, side, section.mean, section.std, channel_order=order, value_range=value_range
+    ).normalise
 
 
 def every_nth(step: int, count: int) -> Tensor:
