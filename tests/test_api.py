@@ -93,6 +93,18 @@ def test_images_come_in_any_form(model: nn.Module, images: Tensor, labels: Tenso
     assert first.scores["before"].metric == hits.float().mean()
 
 
+def test_bytes_are_normalised_as_the_settings_say(model: nn.Module, images: Tensor) -> None:
+    settings: dict[str, Any] = {"data.mean": [0.4], "data.std": [0.3]}
+    pixels = images.mul(20).add(128).clamp(0, 255).byte()
+    normalised = (pixels.float() / 255 - 0.4) / 0.3
+    assert_same(secateur.prune(model, pixels, settings=settings), secateur.prune(model, normalised))
+    with pytest.raises(DataError, match=r"scale and normalise .* settings={'data.mean'"):
+        secateur.prune(model, pixels)
+    two = {"data": {"mean": [0.4] * 2, "std": [0.3] * 2}}
+    with pytest.raises(DataError, match="std need a value for each"):
+        secateur.prune(model, pixels, settings=two)
+
+
 def test_nothing_of_the_users_is_changed(model: nn.Module, images: Tensor) -> None:
     model.train()
     before, were = copy.deepcopy(model.state_dict()), images.clone()

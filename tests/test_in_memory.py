@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,46 @@ def test_images_alone_are_read_alike(source: Any) -> None:
     images = read_images(source, PICTURES, "images")
     assert torch.equal(images.pixels[:], IMAGES)
     assert images.labels is None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+def test_arrays_from_files_are_not_copied_unless_they_are_converted(
+    dtype: type, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", (255 * IMAGES.numpy()).astype(dtype))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of arrays that can't be written
+        read = read_images(mapped, replace(PICTURES, normalise=halve), "images")
+    assert torch.equal(read.pixels[:], halve(torch.from_numpy(mapped.copy())))
+    block = read.pixels.blocks[0]
+    assert (block.data_ptr() == mapped.ctypes.data) == (dtype is not np.float64)
+
+
+def halve(images: Tensor) -> Tensor:
+    return images.float() if images.is_floating_point() else images.float() / 2
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        (255 * IMAGES).byte(),
+        (255 * IMAGES).byte().numpy(),
+        list((255 * IMAGES).byte()),
+        DataLoader(TensorDataset((255 * IMAGES).byte(), LABELS), batch_size=5),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_bytes_stay_bytes(source: Any) -> None:
+    read = read_images(source, replace(PICTURES, channels=3, normalise=halve), "images")
+    assert {block.dtype for block in read.pixels.blocks} == {torch.uint8}
+    assert torch.equal(read.pixels[:], (255 * IMAGES).byte().float() / 2)
+
+
+def test_floats_and_bytes_together_are_an_error() -> None:
+    source = [IMAGES, (255 * IMAGES).byte(), IMAGES]
+    with pytest.raises(DataError, match=r"some are torch.float32, others torch.uint8"):
+        read_images(source, replace(PICTURES, normalise=halve), "images")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,15 @@ def test_a_list_is_read_as_one_tensor_is() -> None:
         assert torch.equal(chosen[:], WHOLE[[2, 5]])
 
 
+def test_entries_are_converted_when_it_is_read() -> None:
+    entries = tensor_list(WHOLE.byte(), lambda stored: stored.float() / 2)
+    for read, expected in ((entries[3], WHOLE[3]), (entries[2:4], WHOLE[2:4])):
+        assert torch.equal(read, expected / 2)
+    chosen = entries.take(torch.tensor([7, 2]))
+    assert torch.equal(chosen[:], WHOLE[[7, 2]] / 2)
+    assert chosen.blocks[0].dtype == torch.uint8
+
+
 def test_a_choice_shares_memory_and_what_is_read_does_not() -> None:
     entries = tensor_list(WHOLE)
     assert entries.take(slice(2)).blocks[0].data_ptr() == WHOLE.data_ptr()

@@ -20,6 +20,7 @@ from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
     ImageBatches,
     ImagesInMemory,
+    normaliser,
     read_batches,
     read_images,
     split_images,
@@ -180,8 +181,10 @@ def prune(
             them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
-            `ImageBatches`. They score the filters and refit the remaining kernels. Tensors are not
-            copied: leave them as they are until the result's `report` is written.
+            `ImageBatches`. They score the filters and refit the remaining kernels. Pictures may be
+            uint8 if the `settings` have `data.mean` and `data.std` of values from 0 to 1. Tensors
+            and float32 or uint8 arrays, also those mapped from files, are not copied: leave them as
+            they are until the result's `report` is written.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
@@ -235,11 +238,13 @@ def prune(
         tables["model"]["metric"] = metric
     elif not callable(metric):
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
+    settings = settings or {}
     form = _form(model, forward)
+    form = replace(form, normalise=normaliser(tables, settings))
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
-    config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
+    config = config_in_memory(tables, settings, parts.score.pixels.shape)
     if loss is not None and config.finetune.epochs == 0:
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))

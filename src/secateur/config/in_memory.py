@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.config import RunConfig, from_dict
+from secateur.config import DataSection, RunConfig, from_dict
 from secateur.config.budget import BudgetLike, parse_budget
 from secateur.config.tables import nearest_key
 from secateur.runtime.errors import UsageError
@@ -54,6 +54,12 @@ def config_in_memory(
             "leave them out"
         )
     return config
+
+
+def data_section(tables: Mapping[str, Any], settings: Mapping[str, Any]) -> DataSection:
+    """Return what the configuration says of images before any is read; see `config_in_memory`."""
+    section = {**tables["data"], **_by_section(settings).get("data", {})}
+    return from_dict({**tables, "data": section}, RunConfig).data
 
 
 def _by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

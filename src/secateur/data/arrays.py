@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.data.batch_forms import shared_tensor
 from secateur.data.folder_layout import Role, role_of
 from secateur.data.images import Images, NormalisedImages
 from secateur.data.splits import LabelKind, Splits, hold_out_fifth
@@ -79,7 +80,8 @@ def _load(file: Path) -> dict[str, np.ndarray]:
     if file.suffix not in (".npy", ".npz"):
         raise DataError(f"{file} is neither .npy nor .npz: save it with numpy.savez")
     try:
-        content = np.load(file, allow_pickle=False)
+        # Pages of a .npy file are read as they are needed; of a .npz file the whole.
+        content = np.load(file, allow_pickle=False, mmap_mode="r")
         if isinstance(content, np.ndarray):
             return {"x": content}
         with content:
@@ -125,8 +127,8 @@ def _part(inputs: np.ndarray, labels: np.ndarray | None, title: str) -> _Part:
             f"{title}: inputs are {inputs.dtype}: save them as float32, scaled and normalised as "
             "the network takes them"
         )
-    tensors = torch.from_numpy(inputs).float()
-    if not bool(tensors.isfinite().all()):
+    tensors = shared_tensor(inputs).float()
+    if not bool(torch.stack(tensors.aminmax()).isfinite().all()):
         raise DataError(f"{title}: an input holds a number that is not finite")
     if labels is None:
         return _Part(tensors, None)

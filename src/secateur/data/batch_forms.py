@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ AXES = {
     3: "[image, channel, depth, height, width]",
 }
 """Shape of a batch, by the dimensions that a network's convolutions move along."""
+BYTES = "; secateur.prune does it batch by batch with settings={'data.mean': …, 'data.std': …}"
+"""What to do with uint8 pictures."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,17 @@ class Form:
     """What the network's call takes."""
     runs: Callable[[Tensor], bool] = field(default=lambda images: False, compare=False)
     """Whether the network can be run on a batch of another shape than its convolutions tell."""
+    normalise: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+    """Makes what the network takes of uint8 pictures; None if they are not taken."""
 
     @property
     def axes(self) -> str:
         """The shape of a batch, in words."""
         return AXES[self.dims]
+
+    def fits(self, pixels: Tensor) -> bool:
+        """Return whether the network can be run on a batch; see `runs`."""
+        return self.runs(pixels if self.normalise is None else self.normalise(pixels[:2]))
 
 
 def form_of(
@@ -195,9 +204,12 @@ def _description(part: object) -> str:
 
 
 def tensor_of(images: Any, form: Form, name: str) -> Tensor:
-    """Return images as a float32 tensor on the CPU."""
+    """Return images as a float32 tensor on the CPU; uint8 pictures that are taken stay so.
+
+    Memory is shared where nothing is converted, with arrays that are mapped from files, too.
+    """
     if isinstance(images, np.ndarray) and images.dtype.kind in "fiub":
-        images = torch.tensor(images)
+        images = shared_tensor(images)
     if isinstance(images, list | tuple) and images and all(map(_is_floats, images)):
         sizes = sorted({tuple(image.shape) for image in images})
         if len(sizes) > 1:
@@ -212,15 +224,32 @@ def tensor_of(images: Any, form: Form, name: str) -> Tensor:
             "Dataset must end in a tensor, as v2.ToImage() and v2.ToDtype(torch.float32, "
             "scale=True) give one"
         )
+    if images.dtype == torch.uint8 and form.normalise is not None and images.ndim > 2:
+        bytes_: Tensor = images.detach().cpu()
+        return bytes_
     if not images.is_floating_point():
         raise DataError(
             f"{name} must be floating-point tensors {form.axes}, as the network takes them; got "
             f"{list(images.shape)} of {images.dtype}: scale and normalise them as in training"
+            f"{BYTES if images.dtype == torch.uint8 and form.dims == 2 else ''}"
         )
     pixels: Tensor = images.detach().cpu().float()
     if pixels.numel() and not bool(torch.stack(pixels.aminmax()).isfinite().all()):
         raise DataError(f"{name}: an image holds a number that is not finite")
     return pixels
+
+
+def shared_tensor(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor, of the same memory if it is float32 or uint8.
+
+    torch warns of arrays that can't be written, such as those mapped from files to be read. Nothing
+    writes into images.
+    """
+    if array.dtype not in (np.float32, np.uint8) or any(step < 0 for step in array.strides):
+        return torch.tensor(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def as_batch(
@@ -237,12 +266,12 @@ def as_batch(
     is_single &= not is_labelled_batch or len(pixels) in (1, form.channels)
     if pixels.ndim == rank - 1 and is_single:
         is_likely = is_labelled_batch or len(pixels) in (1, form.channels)
-        if is_likely or form.runs(pixels[None]) or not form.runs(pixels):
+        if is_likely or form.fits(pixels[None]) or not form.fits(pixels):
             return pixels[None], True
         return pixels, False
-    if pixels.ndim > 1 and form.runs(pixels):
+    if pixels.ndim > 1 and form.fits(pixels):
         return pixels, False
-    if is_single and form.runs(pixels[None]):
+    if is_single and form.fits(pixels[None]):
         return pixels[None], True
     what = f"{list(pixels.shape)}" + (
         f" with {labels.numel()} labels" if labels is not None else ""

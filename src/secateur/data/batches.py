@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.data.annotated import AnnotatedImages
 from secateur.data.concept_masks import ConceptMasks
-from secateur.data.images import Images
+from secateur.data.images import Images, NormalisedImages
 from secateur.data.objects import Objects
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable, read_batch
@@ -46,7 +46,8 @@ def batches(
 
     Batches hold the annotations of `AnnotatedImages`. `shard` is `(rank, shards)`: the batches hold
     every `shards`-th image from `rank` on, so that several processes can share a list. The next
-    batch is read while the last one is in use. `training_stream` has the batches to train on.
+    batch is read while the last one is in use, unless the images are in memory as a network takes
+    them: then it would only take memory. `training_stream` has the batches to train on.
 
     Raises `UnreadableImage` that names the images that can't be read. With `unreadable` they are
     noted there and left out of their batch instead.
@@ -72,6 +73,10 @@ def batches(
             images.read_targets(indices, preprocessing),
         )
 
+    if isinstance(images, NormalisedImages):
+        # Nothing in memory is unreadable. No name holds a batch while the next one is read.
+        yield from filter(None, map(read, chunks))
+        return
     if not chunks:
         return
     with ThreadPoolExecutor(1) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from secateur.config.in_memory import data_section
 from secateur.data.batch_forms import (
     Form,
     SeveralInputs,
@@ -24,6 +25,7 @@ from secateur.data.batch_forms import (
     split_batch,
     tensor_of,
 )
+from secateur.data.preprocessing import Preprocessing
 from secateur.data.tensor_list import TensorList, tensor_list
 from secateur.runtime.errors import DataError
 from secateur.runtime.packed_inputs import (
@@ -46,7 +48,7 @@ class ImagesInMemory:
     """Images as the network takes them."""
 
     pixels: TensorList
-    """Float32 `[image, …]`, in the tensors that they came in."""
+    """Read as float32 `[image, …]`; held in the tensors that they came in, as uint8 if they are."""
     labels: Shaped[Tensor, "image *label"] | None
     """As they were passed; see `models.labels`."""
     is_from_front: bool = False
@@ -93,6 +95,23 @@ def split_images(images: ImagesInMemory, test: ImagesInMemory | None) -> Parts:
     return Parts(images.take(~is_validation), images.take(is_validation), test)
 
 
+def normaliser(
+    tables: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes a network's input of uint8 pictures; None if nobody has said that.
+
+    For the arguments see `config_in_memory`.
+    """
+    section = data_section(tables, settings)
+    if section.mean is None or section.std is None:
+        return None
+    order, value_range = section.channel_order or "rgb", section.value_range or 1
+    side = 1  # nothing is resized
+    return Preprocessing(
+        side, side, section.mean, section.std, channel_order=order, value_range=value_range
+    ).normalise
+
+
 def every_nth(step: int, count: int) -> Tensor:
     """Return for each of `count` images whether it is the last of `step` in a row."""
     return torch.arange(count) % step == step - 1
@@ -129,7 +148,7 @@ def read_images(
             "have one form"
         )
     return ImagesInMemory(
-        tensor_list(blocks).take(slice(most)),
+        tensor_list(blocks, _convert(blocks[0], form)).take(slice(most)),
         torch.cat(labels)[:most] if labels else None,
         is_from_front=not _is_map_style(source),
         inputs=inputs,
@@ -139,12 +158,13 @@ def read_images(
 def read_batches(
     source: ImageBatches, form: Form, name: str, *, most: int | None = None, seed: int = 0
 ) -> Iterator[ImagesInMemory]:
-    """Yield float32 images `[image, channel, …]` of one size, with labels or None.
+    """Yield images `[image, channel, …]` of one size, with labels or None.
 
     Several inputs of a network are packed into one tensor. Of a `Dataset` of more than `most` items
     only a random sample is read.
     """
     shape: torch.Size | None = None
+    dtype: torch.dtype | None = None
     inputs: Inputs | None = None
     for batch in _items(source, form, name, most, seed):
         raw_images, raw_labels = split_batch(batch, form, name)
@@ -171,14 +191,26 @@ def read_batches(
                 f"{name}: tensors {list(shape)} and {list(images.shape[1:])} of one image each: "
                 "all must have one size"
             )
-        shape = images.shape[1:]
+        if dtype not in (None, images.dtype):
+            raise DataError(f"{name}: some are {dtype}, others {images.dtype}: all must be alike")
+        shape, dtype = images.shape[1:], images.dtype
+        convert = _convert(images, form)
+        if convert is not None and convert(images[:1]).shape[1:] != shape:
+            raise DataError(
+                f"{name} {list(images.shape)}: data.mean and data.std need a value for each channel"
+            )
         if labels is not None:
             is_one_label = not labels.ndim or (len(images) == 1 and len(labels) != 1)
             if is_one_label or (is_one and labels.ndim > 1):
                 labels = labels[None]  # of a single image
             if len(labels) != len(images):
                 raise DataError(f"{name}: {len(images)} images with {len(labels)} labels")
-        yield ImagesInMemory(tensor_list(images), labels, inputs=inputs)
+        yield ImagesInMemory(tensor_list(images, convert), labels, inputs=inputs)
+
+
+def _convert(images: Tensor, form: Form) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes floats of images; None if they are floats."""
+    return form.normalise if images.dtype == torch.uint8 else None
 
 
 def _items(source: Any, form: Form, name: str, most: int | None, seed: int) -> Iterator[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,8 @@ class TensorList:
     """Tensors `[entry, …]`, one after the other; not copied."""
     index: Int[Tensor, "entry"]
     """Number of each entry among those of all blocks."""
+    convert: Callable[[Tensor], Tensor] | None = None
+    """Makes what is read, `[entry, …]`, of what is held: floats of bytes, of the same shape."""
 
     @property
     def shape(self) -> torch.Size:
@@ -37,33 +39,37 @@ class TensorList:
 
     def __getitem__(self, wanted: Tensor | slice | int) -> Tensor:
         numbers = self.index[wanted]
+        entries = self._taken(numbers[None] if numbers.ndim == 0 else numbers)
+        if self.convert is not None:
+            entries = self.convert(entries)
+        return entries[0] if numbers.ndim == 0 else entries
+
+    def _taken(self, numbers: Int[Tensor, "wanted"]) -> Tensor:
         if len(self.blocks) == 1:
-            return self.blocks[0][numbers].clone() if numbers.ndim == 0 else self._only(numbers)
-        if numbers.ndim == 0:
-            return self._joined(numbers[None])[0]
+            return self.blocks[0].index_select(0, numbers.to(self.blocks[0].device))
         return self._joined(numbers)
 
-    def _only(self, numbers: Tensor) -> Tensor:
-        return self.blocks[0].index_select(0, numbers.to(self.blocks[0].device))
-
     def _joined(self, numbers: Int[Tensor, "wanted"]) -> Tensor:
-        ends = torch.tensor([len(block) for block in self.blocks]).cumsum(0)
-        block_of = torch.searchsorted(ends, numbers, right=True)
+        ends = torch.tensor([0, *(len(block) for block in self.blocks)]).cumsum(0)
+        block_of = torch.searchsorted(ends, numbers, right=True) - 1
+        rows = numbers - ends[block_of]
         result = self.blocks[0].new_empty((len(numbers), *self.shape[1:]))
-        for number in block_of.unique().tolist():
-            block = self.blocks[number]
-            places = (block_of == number).nonzero()[:, 0]
-            result[places] = block[numbers[places] - (ends[number] - len(block))]
+        # One by one: what indices choose of a block would be a copy beside the result.
+        for entry, block, row in zip(result, block_of.tolist(), rows.tolist(), strict=True):
+            entry.copy_(self.blocks[block][row])
         return result
 
     def take(self, wanted: Tensor | slice) -> TensorList:
         """Return a list of some entries, by their places in this one or a mask of them."""
-        return TensorList(self.blocks, self.index[wanted])
+        return replace(self, index=self.index[wanted])
 
 
-def tensor_list(entries: Tensor | TensorList | Sequence[Tensor]) -> TensorList:
-    """Return tensors `[entry, …]` as one list of their entries."""
+def tensor_list(
+    entries: Tensor | TensorList | Sequence[Tensor],
+    convert: Callable[[Tensor], Tensor] | None = None,
+) -> TensorList:
+    """Return tensors `[entry, …]` as one list of their entries; for `convert` see `TensorList`."""
     if isinstance(entries, TensorList):
         return entries
     blocks = (entries,) if isinstance(entries, Tensor) else tuple(entries)
-    return TensorList(blocks, torch.arange(sum(map(len, blocks))))
+    return TensorList(blocks, torch.arange(sum(map(len, blocks))), convert)
