@@ -143,7 +143,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.action != "torch-pruning":
-        import secateur  # noqa: F401  # importing is not timed
+        import secateur
+
+        assert callable(secateur.prune)  # what that imports is not timed
     model, images = make_case(arguments.case, arguments.images, arguments.data, arguments.weights)
     if arguments.action == "graph":
         build_graph(torchvision.models.resnet18().eval(), images)  # the first graph warms up
