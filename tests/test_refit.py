@@ -959,6 +959,7 @@ def test_rows_stay_in_memory_as_far_as_it_allows() -> None:
     assert counts.fits
     assert counts.keeps_fitted
     assert counts.compared_every == 1
+    assert replace(counts, held_out=12_800).compared_every == 3  # 4,267 rows are enough
     tight = replace(counts, limit_bytes=2**27)
     assert tight.fits
     assert not tight.keeps_fitted

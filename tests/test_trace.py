@@ -16,6 +16,7 @@ from secateur.graph.network_graph import operation_name
 from secateur.graph.trace import trace
 from secateur.models.divergence import relative_error
 from secateur.runtime.errors import TraceError
+from secateur.runtime.torch_internals import FakeTensor, FakeTensorMode, fake_of
 
 
 class Forward(nn.Module):
@@ -432,3 +433,17 @@ def test_a_module_used_twice_is_two_operations_with_one_kernel() -> None:
     convolutions = [node for node in graph.nodes if operation_name(node) == "conv2d"]
     kernels = [graph.tensor_names[node.all_input_nodes[1]] for node in convolutions]
     assert kernels == ["stem.0.weight", "twice.weight", "twice.weight", "last.weight"]
+
+
+def test_a_fake_of_a_tensor_is_as_its_mode_makes_it() -> None:
+    mode = FakeTensorMode()
+    tensor = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    with mode:
+        made = nn.Parameter(torch.empty_strided(tensor.shape, tensor.stride()), requires_grad=False)
+    for real in (tensor, nn.Parameter(tensor)):
+        fake = fake_of(real, mode)
+        assert isinstance(fake, FakeTensor)
+        assert isinstance(fake, nn.Parameter) == isinstance(real, nn.Parameter)
+        assert (fake.shape, fake.stride(), fake.dtype) == (made.shape, made.stride(), made.dtype)
+        assert fake.device == made.device == torch.device("cpu")
+        assert not fake.requires_grad

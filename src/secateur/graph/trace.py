@@ -12,7 +12,7 @@ import itertools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from secateur.runtime.torch_internals import (
     OpOverload,
     ShapeEnv,
     composite_operations,
+    fake_of,
     is_composite,
     is_pointwise,
     make_fx,
@@ -56,12 +57,19 @@ BATCH_SIZES = (7919, 7907, 7901, 7883, 7879, 7877)
 """Batch sizes to trace with: primes, so that hardly any other size is a multiple."""
 
 
-def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()) -> NetworkGraph:
+def trace(
+    model: nn.Module,
+    example: Tensor,
+    whole: Iterable[str] = RULES.keys(),
+    *,
+    is_trial: bool = False,
+) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
     `example` is a batch `[image, channel, …]`; only the shape of an image matters. Operations that
     torch composes of others are replaced by these, unless they are among `whole`: those that have a
-    rule. Raises `TraceError` if the network can't be traced.
+    rule. In the graph of a trial the modules that operations are called in are not recorded. Raises
+    `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
@@ -71,7 +79,8 @@ def trace(model: nn.Module, example: Tensor, whole: Iterable[str] = RULES.keys()
     images = _batch_size(model, example)
     try:
         with _without_collection():
-            module, names = _recorded(partial(_record, model, example, images), whole)
+            record = partial(_record, model, example, images, is_trial)
+            module, names = _recorded(record, whole)
     except TraceError:
         raise
     except Exception as error:  # the network is the user's: it may raise anything
@@ -171,6 +180,7 @@ def _record(
     model: nn.Module,
     example: Tensor,
     images: int,
+    is_trial: bool,
     composed: dict[OpOverload, Callable[..., Any]],
     has_unknown_sizes: bool,
 ) -> tuple[GraphModule, _Names]:
@@ -198,7 +208,8 @@ def _record(
             evaluating(model),
             torch.no_grad(),
             both_branches(),
-            _recording_modules(model),
+            _recurrent_layers_sharing(model),
+            nullcontext() if is_trial else _recording_modules(model),
             tracing_quietly(),
             mode,
         ):
@@ -256,16 +267,27 @@ def _fake_inputs(
             seen.add(owner)
             aliases.setdefault(id(tensor), []).append(name)
     names = {same_tensor[0]: tuple(same_tensor) for same_tensor in aliases.values()}
-    fakes: list[Tensor] = []
+    fakes: list[Tensor] = [fake_of(named[name], mode) for name in names]
     with mode:
-        for tensor in (named[name] for name in names):
-            fake = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            fakes.append(nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
         batch = torch.empty(images, *example.shape[1:], dtype=example.dtype, device=example.device)
     return names, fakes, batch
+
+
+@contextmanager
+def _recurrent_layers_sharing(model: nn.Module) -> Iterator[None]:
+    """Inside the block, recurrent layers read the parameters that they are called with."""
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda layer, _: share_parameters_with_recurrent_layer(layer)
+        )
+        for module in model.modules()
+        if isinstance(module, nn.RNNBase)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -287,12 +309,6 @@ def _recording_modules(model: nn.Module) -> Iterator[None]:
         set_module_stack(stack)
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            hooks.append(
-                module.register_forward_pre_hook(
-                    lambda layer, _: share_parameters_with_recurrent_layer(layer)
-                )
-            )
         hooks.append(module.register_forward_pre_hook(partial(enter, name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from secateur import data
@@ -34,6 +35,9 @@ from secateur.runtime.memory import free_bytes
 from secateur.scoring import concepts
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, make_criterion
+
+STATISTICS_IMAGES = 512
+"""Images that batch-norm statistics are re-estimated on, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +79,10 @@ class ScoringContext:
     def refit_images(self) -> RefitImages:
         """The calibration images as `refit_and_check` takes them."""
         fit, held_out = self.parts
+        first = fit.take(torch.arange(min(len(fit.labels), STATISTICS_IMAGES)))
         return RefitImages(
             partial(self.reader.read_image_shard, self.calibration),
-            partial(self.reader.read_shard, fit, "recalibrating batch norm"),
+            partial(self.reader.read_shard, first, "recalibrating batch norm"),
             partial(self.reader.read_shard, held_out),
             self.task,
         )

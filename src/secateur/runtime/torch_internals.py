@@ -52,6 +52,7 @@ __all__ = [
     "ShapeEnv",
     "composite_operations",
     "cpu_capabilities",
+    "fake_of",
     "is_compiled_in_place",
     "is_composite",
     "is_pointwise",
@@ -154,6 +155,17 @@ def composite_operations() -> dict[OpOverload, Callable[..., Any]]:
         ):
             operations[operation] = operation.decompose
     return operations
+
+
+def fake_of(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
+    """Return a fake tensor like `tensor`: a parameter if it is one.
+
+    In the mode an operation would make it, and a second one the parameter, in four times as long.
+    """
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, shape, tensor.device)
+    fake._is_param = isinstance(tensor, nn.Parameter)
+    return fake
 
 
 def share_parameters_with_recurrent_layer(module: nn.RNNBase) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class RefitLayer:
         """Whether the inputs that its kernel covers at a position can be extracted."""
         return self.is_linear or self.window is not None
 
-    @property
+    @functools.cached_property
     def positions(self) -> int:
         """Positions of its output in the cut network."""
         dims = range(1, len(self.node.meta["val"].shape))

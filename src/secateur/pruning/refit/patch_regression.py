@@ -8,7 +8,8 @@ as cut, the one with the smallest error behind the rectifier is written.
 
 Patches of held-out images are kept for the comparisons, and those that are fitted to for the second
 solution, as far as the memory allows. If it does not, the second solution takes them again in
-another pass, and errors are measured on every n-th of the held-out images.
+another pass, and errors are measured on every n-th of the held-out images. So they are where these
+have more rows than it takes to compare a few candidates.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ MAX_ROW_VALUES = 2**23
 """Values of patches taken at once (32 MiB)."""
 ROWS_SHARE = 0.25
 """Fraction of a regression's memory for rows that are kept; the rest is for sums."""
+COMPARED_ROWS = 4096
+"""Rows that are enough to measure errors on."""
 
 Block = tuple[Float[Tensor, "group row input"], RegressionTargets]
 """Patches with their targets, by group."""
@@ -80,9 +83,14 @@ class RowCounts:
 
     @property
     def compared_every(self) -> int:
-        """1 if errors are measured on all rows that there are for it, n if on every n-th image."""
+        """1 if errors are measured on all rows that there are for it, n if on every n-th image.
+
+        With n twice as large there would be fewer than `COMPARED_ROWS`, or the memory does not
+        allow more.
+        """
         compared = self.held_out or self.fitted
-        return max(1, -(-self._bytes(compared) // int(ROWS_SHARE * self.limit_bytes)))
+        by_memory = -(-self._bytes(compared) // int(ROWS_SHARE * self.limit_bytes))
+        return max(1, by_memory, compared // COMPARED_ROWS)
 
     @property
     def keeps_fitted(self) -> bool:
