@@ -129,6 +129,8 @@ def test_fractions_are_tried_as_long_as_the_divergence_falls(fit: list[Batch]) -
     assert (change.statistics, change.fraction) == ("both", 1.0)
     assert change.divergence_before == pytest.approx(1.0)
     assert change.divergence_after == pytest.approx(0.5)
+    assert smaller.bn1.running_var is not None
+    assert before_it is not None
     assert not torch.equal(smaller.bn1.running_var, before_it)
 
 

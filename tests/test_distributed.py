@@ -58,7 +58,7 @@ def test_scores_and_plan_are_those_of_one_process(
         assert before.score.images == after.score.images
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(together / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=5e-4)
 
 
 def test_a_run_that_is_fine_tuned_by_two_writes_one_folder(

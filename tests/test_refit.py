@@ -34,7 +34,7 @@ from secateur.models.divergence import relative_error
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.refit import patch_regression
+from secateur.pruning.refit import layerwise, patch_regression
 from secateur.pruning.refit.layers import refit_layer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.regression_targets import RegressionTargets
@@ -970,11 +970,28 @@ def test_rows_stay_in_memory_as_far_as_it_allows() -> None:
     assert few.sum_bytes < counts.sum_bytes / 3
 
 
+def test_few_images_give_more_positions_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as all images together need."""
+    model, plan = chain(), plan_of(conv1=(0, 3))
+    count = sum(len(batch.images) for batch in CALIBRATION)
+    by_number = {}
+    for fewest in (1, 10 * count, 10**6):
+        monkeypatch.setattr(layerwise, "FEWEST_POSITIONS", fewest)
+        network, _ = cut_and_refit(model, plan, settings=RefitSection(positions=3))
+        by_number[fewest] = state_of(network)
+    monkeypatch.setattr(layerwise, "FEWEST_POSITIONS", 1)
+    for fewest, positions in ((1, 3), (10 * count, 10), (10**6, 10_000)):
+        expected, _ = cut_and_refit(model, plan, settings=RefitSection(positions=positions))
+        assert_same_state(expected, by_number[fewest])
+    assert not torch.equal(by_number[1]["conv2.weight"], by_number[10**6]["conv2.weight"])
+
+
 def test_activations_beyond_the_bound_come_back_from_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batching, "MOST_IMAGES_AT_A_TIME", 16)
     monkeypatch.setattr(patch_regression.RowCounts, "fits", True)
+    monkeypatch.setattr(layerwise, "FEWEST_POSITIONS", 1)
     saved: list[Path] = []
     save = torch.save
 

@@ -264,7 +264,8 @@ class RefitSection(Section):
     """Layers to refit: `downstream` is every layer from the first cut on; `consumers` is only those
     that lost inputs, as in the paper; `none` leaves the weights as they are."""
     positions: int = Field(default=32, ge=1)
-    """Number of output positions per layer and calibration image used for the regression."""
+    """Number of output positions per layer and calibration image used for the regression; more of
+    each image where there are fewer than 256."""
     sampling: RefitSampling = "auto"
     """Positions: `even` spaces them evenly, `importance` draws them as often as the network's
     output depends on them. `auto` is `importance` for detectors, whose images are mostly

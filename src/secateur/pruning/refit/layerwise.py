@@ -61,6 +61,10 @@ LayerOutputs = dict[Node, Tensor]
 """Outputs of the original network's layers for one batch."""
 
 
+FEWEST_POSITIONS = 8192
+"""Positions of all images together that a layer is estimated from, where its maps have them."""
+
+
 @dataclass(frozen=True, eq=False)
 class RefitInputs:
     """A network, its cut copy, and what was cut."""
@@ -229,11 +233,15 @@ class _LayerRefitter:
         """Images that are held out: none if there are too few."""
         return self.images // HELD_OUT_EVERY
 
+    @property
+    def _positions(self) -> int:
+        """Positions of each image: more where images are few."""
+        return max(self.settings.positions, -(-FEWEST_POSITIONS // self.images))
+
     def _rows_of(self, layers: Sequence[RefitLayer]) -> tuple[int, int]:
         """Return how many rows are fitted to, and how many are held out."""
         an_image = sum(
-            self._rows_per_image(layer) * min(self.settings.positions, layer.positions)
-            for layer in layers
+            self._rows_per_image(layer) * min(self._positions, layer.positions) for layer in layers
         )
         return (self.images - self._held_out) * an_image, self._held_out * an_image
 
@@ -265,7 +273,7 @@ class _LayerRefitter:
                 batch.indices[:, None] * rows_per_image + torch.arange(rows_per_image)
             ).flatten()
             chosen = batch.positions.get(layer.node)
-            sampling = PositionSampling(rows, self.settings.positions, start, chosen)
+            sampling = PositionSampling(rows, self._positions, start, chosen)
             originals = None
             if is_first:
                 full = batch.full if number == 0 else batch.full.copy()
