@@ -31,6 +31,7 @@ from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
+from secateur.graph.module_state import device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.output_values import OutputPart
 from secateur.graph.working_copy import can_run, like_original, working_copy
@@ -51,6 +52,7 @@ from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.device import AUTO, current_device
 from secateur.runtime.errors import DataError, UsageError
 from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
@@ -174,17 +176,23 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> PruneResult:
-    """Return a smaller copy of a network; `model` itself is not changed.
+    """Return a smaller copy of a network, on its device; `model` itself is not changed.
 
     Arguments:
         model: any network that takes images and returns tensors: logits `[image, class]`, a map of
             them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
+<<<<<<< HEAD
             `ImageBatches`. They score the filters and refit the remaining kernels. Pictures may be
             uint8 if the `settings` have `data.mean` and `data.std` of values from 0 to 1. Tensors
             and float32 or uint8 arrays, also those mapped from files, are not copied: leave them as
             they are until the result's `report` is written.
+=======
+            `ImageBatches`. They score the filters and refit the remaining kernels, and go to the
+            network's device batch by batch. Leave the tensors, which are not copied, as they are
+            until the result's `report` is written.
+>>>>>>> device
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
@@ -244,7 +252,13 @@ def prune(
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
+<<<<<<< HEAD
     config = config_in_memory(tables, settings, parts.score.pixels.shape)
+=======
+    config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
+    if config.model.device != AUTO:
+        raise UsageError(f'the network decides where it runs: model.to("{config.model.device}")')
+>>>>>>> device
     if loss is not None and config.finetune.epochs == 0:
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))
@@ -260,7 +274,8 @@ def prune(
         metric=None if isinstance(metric, str) else metric,
         loss=loss,
     )
-    pruned = pipeline.prune(original, dataset, config, run_context=run_context)
+    with current_device(device_of(original)):
+        pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
         model=like_original(without_forward(pruned.model), model).eval(),
         plan=pruned.plan,
@@ -315,7 +330,10 @@ def evaluate(
         if isinstance(metric, str)
         else partial(UserMetric, metric)
     )
-    return evaluation.evaluate(network, read(), task=its_task, metric=scored_by, known_ms=known_ms)
+    with current_device(device_of(network)):
+        return evaluation.evaluate(
+            network, read(), task=its_task, metric=scored_by, known_ms=known_ms
+        )
 
 
 def _run_context(*, shows_progress: bool) -> RunContext:

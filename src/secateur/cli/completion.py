@@ -31,6 +31,11 @@ def data_sets(incomplete: str) -> list[str]:
     return _starting((form.partition(":")[0] for form in DATA_FORMS), incomplete)
 
 
+def devices(incomplete: str) -> list[str]:
+    """Return the usual names of devices that start with a text."""
+    return _starting(("auto", "cpu", "cuda", "mps", "xpu"), incomplete)
+
+
 def torchvision_names() -> list[str]:
     """Return torchvision's classifiers as its sources register them: importing it takes seconds."""
     package = importlib.util.find_spec("torchvision")

@@ -65,6 +65,7 @@ FORWARD = Key("model.forward", DATA)
 METRIC = Key("model.metric", DATA)
 DECODER = Key("model.decoder", DATA)
 NUM_CLASSES = Key("model.num_classes", DATA)
+DEVICE = Key("model.device", DATA, complete=completion.devices)
 ALLOW_UNTRAINED = Key("model.allow_untrained", DATA)
 SOURCE = Key("data.source", DATA, ("--data", "-d"), completion.data_sets)
 IMAGE_SIZE = Key("data.image_size", DATA)
@@ -91,6 +92,15 @@ Set = Annotated[
         "--set",
         help="Set any key of the configuration: --set data.batch_size=50. Repeatable.",
         rich_help_panel=OUTPUT,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        autocompletion=completion.devices,
+        help="Where networks run: auto, cpu, cuda, cuda:1, mps or xpu (default: as configured).",
+        rich_help_panel=DATA,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]

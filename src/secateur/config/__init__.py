@@ -127,6 +127,9 @@ class ModelSection(Section):
     decoder: str | None = None
     """For detectors from your own code: path/to/file.py:function, which makes boxes of the
     network's output; see docs/how_to/detection.md."""
+    device: str = "auto"
+    """Where the network runs: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`; `auto` is the accelerator, if
+    there is one. Results of different devices differ by rounding."""
     allow_untrained: bool = False
     """Continue without a weight file, and with a network that is no better than chance on the test
     images."""

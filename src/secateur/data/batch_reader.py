@@ -14,6 +14,7 @@ from secateur.data.images import Images
 from secateur.data.preprocessing import Preprocessing
 from secateur.data.unreadable import Unreadable
 from secateur.runtime import distributed
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import DataError
 from secateur.runtime.progress import ProgressCallback, no_progress
 
@@ -31,6 +32,8 @@ class BatchReader:
     progress: ProgressCallback = no_progress
     unreadable: Unreadable | None = None
     """Collects the images that can't be read; None makes them an error."""
+    device: torch.device = CPU
+    """Where batches bring their images; labels stay on the CPU."""
 
     def read_first(self, images: Images, count: int) -> Tensor:
         """Return at most `count` of the first images `[image, channel, height, width]`.
@@ -73,6 +76,8 @@ class BatchReader:
             shard=shard,
             unreadable=self.unreadable,
         )
+        if self.device != CPU:
+            stream = (replace(batch, images=batch.images.to(self.device)) for batch in stream)
         if not title:
             return stream
         return self.progress(

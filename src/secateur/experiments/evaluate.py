@@ -29,6 +29,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
+from secateur.runtime.device import find_device
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
 
@@ -70,7 +71,7 @@ def evaluate_run(
     the original can't be loaded; a note says why. Raises `SecateurError`.
     """
     check_named(run, config, {*named, "model.name", "model.forward"})
-    network = load_pruned(run)
+    network = load_pruned(run).to(find_device(config.model.device))
     dataset = load_data(config, network)
     config = resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)

@@ -42,6 +42,7 @@ from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph, traceable_forward
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import forward_of, name_of, with_forward, with_inputs
+from secateur.graph.module_state import copy_of, device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
 from secateur.models import published, user_code, zoo
@@ -51,6 +52,7 @@ from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 from secateur.runtime.packed_inputs import Inputs, parameters_of, read_inputs
@@ -214,6 +216,8 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
             raise UsageError(f"{name} is {tensor.dtype}: a run folder holds float32 networks")
     replace_file(folder / PLAN, plan.to_json())
     replace_file(folder / WEIGHTS, safetensors_io.to_bytes(tensors))
+    if device_of(model) != CPU:
+        model = copy_of(model, share_tensors=False).to(CPU)
     model = with_inputs(model, origin.inputs)
     example = torch.zeros(2, *origin.image_shape)
     no_program: str | None = None

@@ -14,6 +14,7 @@ from secateur.config import BaseConfig, from_dict, read_tables
 from secateur.data import DataSet
 from secateur.experiments.manifest import CONFIG, WEIGHTS
 from secateur.experiments.run_folder import CHECKPOINTS, LOG, is_run
+from secateur.graph.module_state import device_of
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.models.task import Task
@@ -43,7 +44,7 @@ from secateur.training.training_data import TrainingData
 
 RECIPE = "training.json"
 SCHEMA_VERSION = 4
-IDLE_KEYS = frozenset(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)
+IDLE_KEYS = frozenset({"model.device", *(f"train.{name}" for name in KEYS_WITHOUT_EFFECT)})
 """Keys of a configuration that change no result."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"train.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished training is resumed."""
@@ -187,7 +188,7 @@ def _train(
     return BaseResult(
         command=run_context.command,
         config=config,
-        environment=environment(),
+        environment=environment(device_of(model)),
         class_names=dataset.class_names,
         epochs=training.epochs,
         best_epoch=training.best_epoch,

@@ -141,3 +141,14 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a network's parameters; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device for a block, and back afterwards."""
+    before = device_of(model)
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)

@@ -18,6 +18,7 @@ from secateur.graph.groups import Group, Tap
 from secateur.graph.interpreter import value_of
 from secateur.graph.network_graph import Tensors, argument, operation_name
 from secateur.graph.patches import Window, window_of
+from secateur.runtime.device import CPU
 
 UNCHANGED = 1e-6
 """How far from 1 the scale of a norm that changes nothing may be, by rounding."""
@@ -47,6 +48,8 @@ class Kernels:
     is_rescaled: bool = True
     """False if no batch norm before the tap changes the scale of anything, as where norms were
     folded into the kernels and put back."""
+    device: torch.device = CPU
+    """Where the weights are, and the feature maps that observers see: sums belong there, too."""
 
     @property
     def filters(self) -> int:
@@ -56,10 +59,10 @@ class Kernels:
     @property
     def outgoing_norm(self) -> Float[Tensor, "filter"]:
         """Euclidean norm of all weights that consume each filter, in float64."""
-        squares = torch.zeros(self.filters, dtype=torch.float64)
+        squares = torch.zeros(self.filters, dtype=torch.float64, device=self.device)
         for consumer in self.consumers:
             norm = torch.linalg.vector_norm(consumer.weights, dim=(0, 1), dtype=torch.float64)
-            squares += norm.square().cpu()
+            squares += norm.square()
         return squares.sqrt()
 
 
@@ -95,6 +98,7 @@ def as_maps(value: Num[Tensor, "image filter ..."]) -> Num[Tensor, "image filter
 
 def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kernels]:
     """Return the weights that produce and consume the filters of each tap, by its name."""
+    device = next((tensor.device for tensor in state.values()), CPU)
     slots = {(slot.tensor, slot.dim): slot.channels for slot in dependencies.slots}
     layer_kernels = _layer_kernels(dependencies, state)
     scales = {
@@ -151,6 +155,7 @@ def kernels_of(dependencies: DependencyGraph, state: Tensors) -> dict[str, Kerne
                 ),
                 norm_scales=tuple(rows for rows in norms.values() if len(rows[1])),
                 is_rescaled=any(len(norms[name][1]) for name in rescaling),
+                device=device,
             )
     return kernels
 

@@ -1,7 +1,7 @@
 """The network that a run works on, and its result in the form of the user's network.
 
-Runs are computed in float32 on the CPU (training moves networks where it wants them), and with
-weights that gradients can go through.
+Runs are computed in float32 on the network's device, and with weights that gradients can go
+through.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.module_state import as_input, copy_of, evaluating
+from secateur.graph.module_state import as_input, copy_of, device_of, evaluating
 from secateur.runtime.torch_internals import is_compiled_in_place
 
 
@@ -19,13 +19,14 @@ def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """Return `model`, or a copy of it if it can't be worked on as it is.
 
     A network whose parameters are all bfloat16, float16 or float64 becomes a float32 one. One with
-    parameters of several types stays as it is, unless it can't be run on the `images`.
+    parameters of several types stays as it is, unless it can't be run on the `images`. One that is
+    spread over several devices is copied to that of its first parameter.
     """
     tensors = [*model.parameters(), *model.buffers()]
     types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if (
         types <= {torch.float32}
-        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and len({tensor.device for tensor in tensors}) <= 1
         and not any(tensor.is_inference() for tensor in tensors)
         and not any(map(is_compiled_in_place, model.modules()))
     ):
@@ -38,12 +39,13 @@ def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
 
 
 def _candidates(model: nn.Module, types: set[torch.dtype]) -> Iterator[nn.Module]:
-    """Yield copies on the CPU, the likelier first: in float32, and with the types they have."""
+    """Yield copies on one device, the likelier first: in float32, and with the types they have."""
+    device = device_of(model)
     if len(types) == 1 and types != {torch.float32}:
-        yield copy_of(model, share_tensors=False).cpu().float()
-    yield copy_of(model, share_tensors=False).cpu()
+        yield copy_of(model, share_tensors=False).to(device, torch.float32)
+    yield copy_of(model, share_tensors=False).to(device)
     if len(types) > 1:
-        yield copy_of(model, share_tensors=False).cpu().float()
+        yield copy_of(model, share_tensors=False).to(device, torch.float32)
 
 
 def can_run(model: nn.Module, images: Tensor) -> bool:

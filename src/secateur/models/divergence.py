@@ -17,6 +17,7 @@ from secateur.models.evaluate import read_outputs
 from secateur.models.score import OutputDivergence
 from secateur.models.task import SINGLE_LABEL, Reading, Task
 from secateur.runtime import distributed
+from secateur.runtime.device import sums_device
 from secateur.runtime.errors import DataError
 from secateur.runtime.torch_internals import tree_leaves
 
@@ -146,6 +147,8 @@ def output_error(
     summed over the outputs: the divergence where an output has one row of logits for each image, or
     else the squared difference over the variance.
     """
+    device = sums_device(expected[0].device)
+    expected, outputs = ([t.to(device) for t in tensors] for tensors in (expected, outputs))
     if task is not None and any(part.times is not None for part in task.parts):
         return _detection_error(expected, outputs, task)
     if task is not None:

@@ -88,7 +88,7 @@ def examine_outputs(model: nn.Module, images: Float[Tensor, "image ..."]) -> Out
     except UsageError:  # some networks run only without gradients
         with torch.no_grad():
             output = run_network(network, images.clone())
-    leaves = [leaf.detach() for leaf in floating_leaves(output, len(images))]
+    leaves = [leaf.detach().cpu() for leaf in floating_leaves(output, len(images))]
     form = form_of_outputs(output, len(images))
     if form == "values":
         return Outputs(form, 0, "logits", tuple(_container_notes(model, images)), leaves)

@@ -8,6 +8,7 @@ from torch import nn
 from secateur.graph.module_state import device_of, evaluating
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import UsageError
+from secateur.runtime.seeding import forked_generators
 
 SIZES = (28, 32, 48, 64, 96, 112, 128, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
 """Usual sides of images, tried if a network can't be run on those that come."""
@@ -47,7 +48,7 @@ def _failure(model: nn.Module, channels: int, size: tuple[int, int]) -> str | No
     """Return why the network can't be run on two black images, or None if it can."""
     images = torch.zeros(2, channels, *size, device=device_of(model))
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        with evaluating(model), torch.no_grad(), forked_generators(images.device):
             output: object = model(images)
     except Exception as error:  # the network is the user's: it may raise anything
         if explain(error) is not None:  # the machine's fault, not the network's

@@ -20,6 +20,7 @@ from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.user_data import UserData, call_loader, read_user_data
+from secateur.runtime.device import find_device
 from secateur.runtime.errors import DataError, UsageError
 from secateur.scoring import concepts, criteria
 from secateur.training import own_loss
@@ -68,6 +69,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
             f"least {classes}"
         )
     notes: list[str] = []
+    device = find_device(config.model.device)
     model = zoo.load(
         config.model.name,
         config.model.weights,
@@ -76,7 +78,7 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
         seed=config.seed,
         weights_key=config.model.weights_key,
         notify=notes.append,
-    )
+    ).to(device)
     if config.model.forward is not None:
         model = with_forward(model, user_code.find(config.model.forward, "function"))
     elif zoo.may_return_more(config.model.name):

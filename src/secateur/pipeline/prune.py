@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.graph.module_state import device_of
 from secateur.pipeline import stages
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import describe_inputs, resolve_config
@@ -133,7 +134,7 @@ def _collect(
         has_labels=this.dataset.has_labels,
         command=this.run_context.command,
         config=this.config,
-        environment=environment(),
+        environment=environment(device_of(this.network)),
         class_names=this.dataset.class_names,
         plan_hash=plan.hash,
         equivalence_error=cut.equivalence_error,

@@ -23,10 +23,10 @@ IDLE_KEYS = frozenset(
     [
         *(f"finetune.{name}" for name in KEYS_WITHOUT_EFFECT),
         *(f"report.{name}" for name in ReportSection.model_fields),
-        "model.allow_untrained",
+        *("model.allow_untrained", "model.device"),
     ]
 )
-"""Keys of a configuration that change no result."""
+"""Keys of a configuration that change no result, or only by rounding."""
 FREE_KEYS = IDLE_KEYS | {"data.batch_size", *(f"finetune.{name}" for name in KEYS_FREE_ON_RESUME)}
 """Keys that may differ when an unfinished run is resumed."""
 LEAST_FALL = 0.05

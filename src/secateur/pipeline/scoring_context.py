@@ -105,7 +105,7 @@ def make_scoring_context(
     `original` is the network before the first cut, if `model` is not. Annotated concepts bring
     their own images, which are then the calibration set. Raises `SecateurError`.
     """
-    reader = make_reader(config, run_context)
+    reader = replace(make_reader(config, run_context), device=device_of(model))
     annotated = concepts.annotated_images(config.score.concepts)
     calibration = data.draw_calibration_images(
         dataset.train if annotated is None else annotated,

@@ -23,6 +23,7 @@ from secateur.graph.module_state import copy_of, tensors_of
 from secateur.graph.network_graph import Compute
 from secateur.models.divergence import relative_error
 from secateur.pruning.plan import PruningPlan
+from secateur.runtime.device import full_float32, sums_device
 from secateur.runtime.errors import CutError
 
 TOLERANCE = 1e-4
@@ -31,6 +32,7 @@ TOLERANCE = 1e-4
 Images = Float[Tensor, "image channel *position"]
 
 
+@full_float32()
 def check_equivalence(
     model: nn.Module,
     dependencies: DependencyGraph,
@@ -47,7 +49,8 @@ def check_equivalence(
     error = _error(model, dependencies, plan, smaller, images)
     if error <= TOLERANCE:
         return error
-    double = copy_of(model, share_tensors=False).double()
+    device = sums_device(images.device)
+    double, images = copy_of(model, share_tensors=False).to(device).double(), images.to(device)
 
     def error_in_float64(plan: PruningPlan) -> float:
         smaller = cut(double, dependencies, plan.removed)

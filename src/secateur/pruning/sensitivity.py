@@ -45,6 +45,7 @@ from secateur.models.divergence import error_ratio, output_error
 from secateur.models.task import Task
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
+from secateur.runtime.device import full_float32
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import first_images, images_at_a_time
 from secateur.scoring.criteria.reconstruction import (
@@ -70,6 +71,7 @@ Sensitivity = Mapping[str, Sequence[float]]
 """`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
 
 
+@full_float32()
 def measure_sensitivity(
     state: Tensors,
     dependencies: DependencyGraph,

@@ -143,7 +143,7 @@ class CriterionImportance:
                 assert layer.produced is not None
                 positions = position[layer.produced]  # [filter]
                 if (positions >= 0).all():
-                    self._scores[layer.name] = scores[group.name].double().cpu()[positions]
+                    self._scores[layer.name] = scores[group.name].cpu().double()[positions]
                 else:
                     self._reasons[layer.name] = "only some of its filters can be cut"
         self._reasons |= {frozen.name: frozen.reason for frozen in dependencies.frozen}

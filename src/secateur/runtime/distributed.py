@@ -40,15 +40,23 @@ def process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():  # counts are on the CPU, models in training on the accelerator
+    backend = "gloo"  # of what is on the CPU
+    if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+    elif torch.xpu.is_available() and dist.is_backend_available("xccl"):
+        backend = "cpu:gloo,xpu:xccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return this process's number among those of its machine, as its launcher says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank_and_world_size() -> tuple[int, int]:

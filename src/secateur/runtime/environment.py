@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torchvision
 
-from secateur.runtime.precision import accelerator_name
+from secateur.runtime.device import CPU, accelerator_name
 from secateur.runtime.schema import Record
 from secateur.runtime.torch_internals import cpu_capabilities
 from secateur.runtime.version import __version__
@@ -28,11 +28,11 @@ class Environment(Record):
     cores: int
     threads: int
     accelerator: str | None = None
-    """Device that training runs on if it is not the CPU, as torch calls it."""
+    """Device that the network ran on if it is not the CPU, as torch calls it."""
 
 
-def environment() -> Environment:
-    """Return the description of this machine and of the installed versions."""
+def environment(device: torch.device = CPU) -> Environment:
+    """Return the description of this machine, of a network's device and of the versions."""
     capabilities = cpu_capabilities()
     return Environment(
         secateur=__version__,
@@ -44,5 +44,5 @@ def environment() -> Environment:
         processor=str(capabilities.get("cpu_name") or platform.processor() or "unknown"),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         threads=torch.get_num_threads(),
-        accelerator=accelerator_name(),
+        accelerator=accelerator_name(device),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -15,12 +16,14 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Return how many bytes this process can still allocate on a device or in its container.
 
-    If the container's limit can't be read, there is none.
+    If the container's limit can't be read, there is none. Devices that say nothing of their memory,
+    such as Apple's, count as sharing the host's.
     """
-    if device.type == "cuda":
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):  # of CUDA and XPU
         # torch reuses the memory that it has reserved and that no tensor occupies.
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+        reusable = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0]) + int(reusable)
     return min(int(psutil.virtual_memory().available), _container_bytes())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -19,3 +22,12 @@ def seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def forked_generators(device: torch.device) -> Iterator[None]:
+    """Put the states of the CPU's generator and of a device's back at the end of a block."""
+    devices = [] if device.type in ("cpu", "mps") else [device]  # torch can't fork Apple's
+    kind = "cuda" if not devices else device.type
+    with torch.random.fork_rng(devices, device_type=kind):
+        yield

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
+
+from secateur.runtime.device import synchronize
 
 LATENCY_BATCH = 16
 """Images in the batch that latency is measured with, where one pass takes no longer than this:"""
@@ -85,8 +86,8 @@ def batch_in_time(run: Callable[[Tensor], object], images: Tensor) -> Tensor:
 
 def seconds(action: Action) -> float:
     """Return how long an action takes, the accelerator's work included."""
+    synchronize()
     start = time.perf_counter()
     action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start

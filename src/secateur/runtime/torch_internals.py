@@ -63,6 +63,7 @@ __all__ = [
     "set_module_stack",
     "set_stack_trace",
     "share_parameters_with_recurrent_layer",
+    "storage_key",
     "tracing_quietly",
     "tree_leaves",
     "tree_map",
@@ -190,6 +191,15 @@ def with_versions(model: nn.Module, tensors: Mapping[str, Tensor]) -> OrderedDic
             metadata[name]["version"] = type(module)._version
     state._metadata = metadata  # type: ignore[attr-defined]
     return state
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return a number that tensors of the same memory share, on any device, as long as one lives.
+
+    Not all devices tell the address.
+    """
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import DataError
 from secateur.scoring.thresholds import ActivationStatistics
 
@@ -42,9 +43,9 @@ def quantize(
 class SecondMoments:
     """Sums of products of values, in units, over rows (positions of images)."""
 
-    def __init__(self, values: int) -> None:
+    def __init__(self, values: int, device: torch.device = CPU) -> None:
         # The last row and column belong to a constant 1: they hold the sums and the count.
-        self._sums = torch.zeros(values + 1, values + 1, dtype=torch.float64)
+        self._sums = torch.zeros(values + 1, values + 1, dtype=torch.float64, device=device)
 
     def update(
         self, rows: Float[Tensor, "row value"], weights: Float[Tensor, "row"] | None = None

@@ -56,7 +56,8 @@ class Dissection:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._accumulators = {
-            tap: IoUAccumulator(kernels.filters, len(self._names)) for tap, kernels in taps.items()
+            tap: IoUAccumulator(kernels.filters, len(self._names), kernels.device)
+            for tap, kernels in taps.items()
         }
 
     def update(self, features: FeatureBatch) -> DeferredUpdate:
@@ -149,6 +150,10 @@ class TopFeatures:
     regions: Bool[Tensor, "filter place h w"]
     """Where the filter is above its threshold there, on the grid of its map."""
 
+    def cpu(self) -> TopFeatures:
+        """Return the same on the CPU."""
+        return TopFeatures(self.values.cpu(), self.indices.cpu(), self.regions.cpu())
+
     def best(self, count: int) -> TopFeatures:
         """Return the `count` strongest; of equal activations the image with the smaller index."""
         by_index = self.indices.argsort(1)
@@ -157,7 +162,7 @@ class TopFeatures:
         return TopFeatures(
             self.values.gather(1, places),
             self.indices.gather(1, places),
-            self.regions[torch.arange(len(places))[:, None], places],
+            self.regions[torch.arange(len(places), device=places.device)[:, None], places],
         )
 
 
@@ -177,16 +182,17 @@ class TopImages:
     def update(self, features: FeatureBatch) -> None:
         """Keep the best images of this batch and of those before it."""
         assert features.statistics is not None
-        by_index = features.indices.argsort()
+        indices = features.indices.to(features.maps.device)
+        by_index = indices.argsort()
         values = features.maps.float().amax(dim=(2, 3)).T[:, by_index]  # [filter, image]
         # Only these of the batch can be among the best: no other map is binarised.
         places = values.argsort(dim=1, descending=True, stable=True)[:, : self._count]
         images = by_index[places]
-        filters = torch.arange(len(values))[:, None]
+        filters = torch.arange(len(values), device=values.device)[:, None]
         regions = (
             features.maps[images, filters] > features.statistics.threshold[:, None, None, None]
         )
-        new = TopFeatures(values.gather(1, places), features.indices[images], regions)
+        new = TopFeatures(values.gather(1, places), indices[images], regions)
         old = self._top.get(features.tap)
         self._top[features.tap] = (new if old is None else _join([old, new])).best(self._count)
 
@@ -196,7 +202,7 @@ class TopImages:
 
     def merge(self) -> None:
         """Keep the best images of all processes."""
-        gathered = distributed.all_gather(self._top)
+        gathered = distributed.all_gather({tap: top.cpu() for tap, top in self._top.items()})
         self._top = {
             tap: _join([top[tap] for top in gathered]).best(self._count) for tap in self._top
         }

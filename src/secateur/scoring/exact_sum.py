@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import DataError
 
 LIMB_BITS = 40
@@ -21,8 +22,10 @@ class ExactSum:
     Every number is rounded to a multiple of 2^-80, and the sum of the rounded numbers is exact.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.limbs: Int[Tensor, "4 ..."] = torch.zeros(len(UNITS), *shape, dtype=torch.int64)
+    def __init__(self, shape: tuple[int, ...], device: torch.device = CPU) -> None:
+        self.limbs: Int[Tensor, "4 ..."] = torch.zeros(
+            len(UNITS), *shape, dtype=torch.int64, device=device
+        )
         """The state: add the limbs of two sums to add the sums."""
 
     def update(self, values: Float[Tensor, "image ..."]) -> None:
@@ -35,11 +38,11 @@ class ExactSum:
             limb += whole.long().sum(0)
 
     def compute(self) -> Float[Tensor, "..."]:
-        """Return the sum in float64, rounded once more than the exact sum would be.
+        """Return the sum in float64, rounded once more than the exact sum would be, on the CPU.
 
         Equal sums give equal values, whichever limbs hold them.
         """
-        limbs = list(self.limbs)
+        limbs = list(self.limbs.cpu())
         for place in range(len(limbs) - 1, 0, -1):
             carry = (limbs[place] + (1 << (LIMB_BITS - 1))) >> LIMB_BITS
             limbs[place] = limbs[place] - (carry << LIMB_BITS)

@@ -23,11 +23,12 @@ from secateur.data.concept_masks import ConceptMasks
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.groups import Tap
 from secateur.graph.interpreter import GraphInterpreter
-from secateur.graph.module_state import tensors_of
+from secateur.graph.module_state import device_of, tensors_of
 from secateur.graph.network_graph import Compute, NodeHook, Tensors, operation_name
 from secateur.graph.taps import Kernels, all_taps, kernels_of, maps_of
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.runtime import distributed
+from secateur.runtime.device import full_float32, sums_device
 from secateur.runtime.errors import DataError
 from secateur.runtime.precision import autocast
 from secateur.scoring.batching import rebatch, select_images
@@ -41,6 +42,7 @@ LARGEST_GRID = 14
 """The most rows and columns of cells that responses are averaged to."""
 
 
+@full_float32()
 def run_feature_pass(
     model: nn.Module,
     dependencies: DependencyGraph,
@@ -52,6 +54,7 @@ def run_feature_pass(
 ) -> None:
     """Show every observer every tap in every batch, with the network in evaluation mode.
 
+    Observers see what is on the network's device, or on the CPU if that device has no float64.
     `batches()` returns the calibration set, or this process's shard of it, each time it is called;
     at the end the observers' states are those of all processes. Every `settings.sample_every`-th
     image goes through the network once before, if an observer needs activation statistics. With
@@ -60,7 +63,8 @@ def run_feature_pass(
     network's outputs are read.
     """
     state = tensors_of(model)
-    kernels = kernels_of(dependencies, state)
+    device = sums_device(device_of(model))
+    kernels = kernels_of(dependencies, {name: t.to(device) for name, t in state.items()})
     taps = all_taps(dependencies)
     for observer in observers:
         observer.reset(kernels)
@@ -70,7 +74,7 @@ def run_feature_pass(
     if "concepts" not in needs:
         source = None
     assert source is not None or "concepts" not in needs
-    forward_pass = _ForwardPass(dependencies, state, source, settings, task)
+    forward_pass = _ForwardPass(dependencies, state, source, settings, task, device)
     dispatcher = _Dispatcher(forward_pass, taps, kernels, observers)
     if needs & {"statistics", "thresholds"} or (source is not None and source.needs_learning):
         dispatcher.statistics = _activation_statistics(
@@ -95,6 +99,8 @@ class _ForwardPass:
     source: ConceptSource | None
     settings: ScoreSection
     task: Task
+    sums_device: torch.device
+    """Where observers see feature maps."""
 
     @functools.cached_property
     def _in_place(self) -> dict[Node, Compute]:
@@ -146,7 +152,7 @@ class _ForwardPass:
             images = images.detach().clone().requires_grad_()
             overrides = {**overrides, **self._row_by_row}
         interpreter = GraphInterpreter(self.dependencies.graph, self.state, images)
-        with autocast(self.settings.precision):
+        with autocast(self.settings.precision, images.device):
             with torch.set_grad_enabled(with_gradients):
                 interpreter.advance(node, after=hooks, overrides=overrides)
             after = hooks if node is None else {**hooks, node: capture}
@@ -195,7 +201,10 @@ def _activation_statistics(
     settings, source = forward_pass.settings, forward_pass.source
     accumulators = {
         name: StatisticsAccumulator(
-            len(tap.index), settings.threshold_positions, with_thresholds=with_thresholds
+            len(tap.index),
+            settings.threshold_positions,
+            with_thresholds=with_thresholds,
+            device=forward_pass.sums_device,
         )
         for name, tap in taps.items()
     }
@@ -241,7 +250,8 @@ def _accumulate(
     value: Tensor,
 ) -> None:
     """Add the images of a batch that count, the last of `counts`, to a tap's statistics."""
-    accumulators[name].update(maps_of(tap, value.detach())[: counts[-1]])
+    accumulator = accumulators[name]
+    accumulator.update(maps_of(tap, value.detach())[: counts[-1]].to(accumulator.device))
 
 
 class _Dispatcher:
@@ -286,8 +296,10 @@ class _Dispatcher:
         if not bool(concept_input.logits.isfinite().all()):
             raise DataError("the network's outputs hold values that are not finite")
         if source is not None:
-            masks = source.find(concept_input)
-            regions = Regions(ConceptMasks(masks.masks[:count], masks.concepts[:count]))
+            masks, device = source.find(concept_input), forward_pass.sums_device
+            regions = Regions(
+                ConceptMasks(masks.masks[:count].to(device), masks.concepts[:count].to(device))
+            )
             for update in self._deferred:
                 update(regions)
         if self._gradient_observers:
@@ -297,7 +309,8 @@ class _Dispatcher:
             task.own_loss(logits, None if labels is None else labels[:count]).backward()
 
     def _on_value(self, name: str, tap: Tap, value: Tensor) -> None:
-        maps = maps_of(tap, value.detach())[: self._count]
+        device = self._forward_pass.sums_device
+        maps = maps_of(tap, value.detach())[: self._count].to(device)
         self._update(self._forward_observers, name, maps, None)
 
         if self._gradient_observers:
@@ -305,7 +318,7 @@ class _Dispatcher:
 
     def _on_gradient(self, name: str, tap: Tap, maps: Tensor, gradient: Tensor) -> None:
         if self._is_loss:
-            gradients = maps_of(tap, gradient)[: self._count]
+            gradients = maps_of(tap, gradient)[: self._count].to(maps.device)
             self._update(self._gradient_observers, name, maps, gradients)
 
     def _update(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from secateur.data.concept_masks import UNLABELLED
+from secateur.runtime.device import CPU
 
 VALUES_AT_A_TIME = 2**19
 """Positions that are counted at once, few enough to stay in the processor's cache."""
@@ -71,9 +72,9 @@ class IoUAccumulator:
     as in Network Dissection.
     """
 
-    def __init__(self, filters: int, concepts: int) -> None:
-        self.intersection: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
-        self.union: Tensor = torch.zeros(filters, concepts, dtype=torch.int64)
+    def __init__(self, filters: int, concepts: int, device: torch.device = CPU) -> None:
+        self.intersection: Tensor = torch.zeros(filters, concepts, dtype=torch.int64, device=device)
+        self.union: Tensor = torch.zeros_like(self.intersection)
 
     def update(self, batch: Overlap, concepts: Int[Tensor, "image region"]) -> None:
         """Add a batch; `concepts` says which concept each region shows, or is `UNLABELLED`."""
@@ -90,5 +91,5 @@ class IoUAccumulator:
         return (self.intersection, self.union)
 
     def compute(self) -> Float[Tensor, "filter concept"]:
-        """Return the IoU in float64; 0 if a concept never occurred."""
-        return self.intersection.double() / self.union.clamp_min(1)
+        """Return the IoU in float64, on the CPU; 0 if a concept never occurred."""
+        return self.intersection.cpu().double() / self.union.cpu().clamp_min(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secateur.graph.patches import even_step
 from secateur.runtime import distributed
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import DataError
 from secateur.scoring.exact_sum import ExactSum
 
@@ -48,16 +49,27 @@ class ActivationStatistics:
 class StatisticsAccumulator:
     """Accumulates each filter's activation statistics, batch by batch."""
 
-    def __init__(self, filters: int, positions: int, *, with_thresholds: bool = True) -> None:
-        """Sample `positions` positions of each map, evenly spaced, or all if there are fewer."""
+    def __init__(
+        self,
+        filters: int,
+        positions: int,
+        *,
+        with_thresholds: bool = True,
+        device: torch.device = CPU,
+    ) -> None:
+        """Sample `positions` positions of each map, evenly spaced, or all if there are fewer.
+
+        The maps are on `device`, and so are the statistics.
+        """
+        self.device = device
         self._positions = positions
         self._with_thresholds = with_thresholds
         self._images = torch.zeros((), dtype=torch.int64)
-        self._mean = ExactSum((filters,))
-        self._largest = torch.full((filters,), -torch.inf)
-        self._octave = torch.zeros(filters, dtype=torch.int64)
+        self._mean = ExactSum((filters,), device)
+        self._largest = torch.full((filters,), -torch.inf, device=device)
+        self._octave = torch.zeros(filters, dtype=torch.int64, device=device)
         """The exponent of the largest absolute value so far, as float32 stores it."""
-        self._counts = torch.zeros(filters, 2 * _BINS + 1, dtype=torch.int32)
+        self._counts = torch.zeros(filters, 2 * _BINS + 1, dtype=torch.int32, device=device)
         """`[filter, bin]`, from the most negative to the largest; the middle bin holds zero."""
 
     def update(self, maps: Float[Tensor, "image filter h w"]) -> None:
@@ -79,7 +91,8 @@ class StatisticsAccumulator:
         places = (keys - floor.int()[:, None] + 1).clamp_(0, _BINS)
         places = torch.where(values < 0, -places, places).add_(_BINS)
         width = self._counts.shape[1]
-        places += torch.arange(len(values), dtype=torch.int32)[:, None] * width
+        rows = torch.arange(len(values), dtype=torch.int32, device=values.device)
+        places += rows[:, None] * width
         counts = places.flatten().bincount(minlength=self._counts.numel())
         self._counts += counts.reshape(self._counts.shape)
 
@@ -90,7 +103,7 @@ class StatisticsAccumulator:
         if len(rows) and bool(self._counts.any()):
             counts = self._counts[rows]
             by = grown[rows, None] << MANTISSA_BITS
-            place = torch.arange(-_BINS, _BINS + 1)  # signed, 0 is zero
+            place = torch.arange(-_BINS, _BINS + 1, device=grown.device)  # signed, 0 is zero
             source = place + place.sign() * by  # [filter, bin]
             moved = counts.gather(1, (source + _BINS).clamp(0, 2 * _BINS))
             moved *= source.abs() <= _BINS
@@ -117,7 +130,7 @@ class StatisticsAccumulator:
         within about sqrt(q (1 - q) / n).
         """
         images = images or int(self._images)
-        mean = (self._mean.compute() / int(self._images)).float()
+        mean = (self._mean.compute() / int(self._images)).float().to(self._octave.device)
         bound = ((self._octave + 1) << 23).int().view(torch.float32)
         if not self._with_thresholds:
             return ActivationStatistics(mean, torch.full_like(mean, torch.inf), bound, images)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from secateur.graph.module_state import device_of, evaluating
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.memory import free_bytes
+from secateur.runtime.torch_internals import storage_key
 
 
 def check_training(
@@ -35,14 +36,13 @@ def check_training(
 
 def _saved_bytes(model: nn.Module, images: Tensor) -> int:
     """Return the bytes that autograd saves for a step on images, without the network's tensors."""
-    network = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    network = {storage_key(tensor) for tensor in model.state_dict().values()}
     saved: dict[int, torch.UntypedStorage] = {}
-    """By address; kept alive, so that no other tensor gets the same address."""
+    """By `storage_key`; kept alive, so that no other tensor gets the same one."""
 
     def record(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in network:
-            saved[storage.data_ptr()] = storage
+        if storage_key(tensor) not in network:
+            saved[storage_key(tensor)] = tensor.untyped_storage()
         # Returns nothing: the graph would keep the tensor alive, and the tensor the graph.
 
     with evaluating(model), torch.enable_grad():

@@ -25,13 +25,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from secateur.config import TrainingSection
 from secateur.data import Batch
 from secateur.data.training_stream import SMALLEST_SHARD, TrainingStream
-from secateur.graph.module_state import evaluating, trainable
+from secateur.graph.module_state import device_of, evaluating, on_device, trainable
 from secateur.models.state_dict import load_state
 from secateur.runtime import distributed
 from secateur.runtime.errors import NotFiniteLoss, UsageError
-from secateur.runtime.precision import accelerator_for, on_device
+from secateur.runtime.precision import accelerator_for
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
-from secateur.runtime.seeding import seed_generators, seed_of
+from secateur.runtime.seeding import forked_generators, seed_generators, seed_of
 from secateur.runtime.signals import defer_signals
 from secateur.training.checkpoint import Checkpoint, Checkpoints, TrainedTensors
 from secateur.training.feature_distillation import ResidualSum
@@ -117,12 +117,11 @@ def train(
         for network in networks:
             stack.enter_context(evaluating(network))  # restores the modes at the end
         stack.enter_context(trainable(model))
-        accelerator = accelerator_for(settings.precision)
-        for network in networks:
-            stack.enter_context(on_device(network, accelerator.device))
-        if data.own_loss is not None and data.own_loss.module is not None:
-            stack.enter_context(on_device(data.own_loss.module, accelerator.device))
-        stack.enter_context(torch.random.fork_rng())
+        accelerator = accelerator_for(settings.precision, device_of(model))
+        others = [teacher, None if data.own_loss is None else data.own_loss.module]
+        for module in filter(None, others):
+            stack.enter_context(on_device(module, accelerator.device))
+        stack.enter_context(forked_generators(accelerator.device))
         if settings.sync_batchnorm:
             stack.enter_context(sync_batchnorm(model))
         stream = training_stream(data, settings, seed)

@@ -35,6 +35,7 @@ def compare(
         Path | None,
         typer.Option("--weights", "-w", help="Folder of the weight files, for relative paths."),
     ] = None,
+    device: options.Device = None,
     settings: options.Set = None,
     workers: Annotated[
         int, typer.Option("--workers", "-j", min=1, help="Jobs to run at a time.")
@@ -60,8 +61,11 @@ def compare(
     from secateur.experiments.compare.statistics import compute_statistics
     from secateur.experiments.report.benchmark import PAGE, write_benchmark
     from secateur.experiments.report.benchmark import tables as text_tables
+    from secateur.runtime.device import find_device
 
-    spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights)
+    spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights).on_device(device)
+    for network in spec.networks:
+        find_device(network.device)  # else every job would fail
     jobs = run_benchmark(
         spec,
         out,

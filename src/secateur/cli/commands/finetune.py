@@ -14,7 +14,7 @@ from secateur.runtime.errors import UsageError
 
 KEYS = (
     options.MODEL,
-    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER),
+    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER, options.DEVICE),
     options.SOURCE,
     *(
         Key(f"finetune.{name}", TRAINING)
@@ -47,7 +47,7 @@ def finetune(
     Example: secateur finetune runs/a --epochs 40 --learning-rate 0.05
     """
     keys = config_options.changes()
-    named = {key: keys.pop(key) for key in USER_CODE_KEYS if key in keys}
+    named = {key: keys.pop(key) for key in (*USER_CODE_KEYS, "model.device") if key in keys}
     changes: dict[str, Any] = {}
     for key, value in keys.items():
         section, _, name = key.partition(".")

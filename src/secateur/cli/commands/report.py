@@ -39,6 +39,7 @@ def report(
             help="Data set (default: the run's).",
         ),
     ] = None,
+    device: options.Device = None,
     images: Annotated[
         int | None,
         typer.Option(
@@ -79,6 +80,7 @@ def report(
     if form == "png":
         pictures = run / CHARTS if out is None else out.resolve()
     names = {"model.name": model, "model.forward": forward, "data.source": data_source}
+    names["model.device"] = device
     written = runs.report(
         run,
         output.run_context(),

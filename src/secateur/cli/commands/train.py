@@ -13,7 +13,7 @@ from secateur.config import BaseConfig
 
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.SOURCE),
-    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER),
+    *(options.TASK, options.FORWARD, options.METRIC, options.DECODER, options.DEVICE),
     *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
     Key("new_head", TRAINING),

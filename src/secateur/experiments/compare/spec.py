@@ -148,6 +148,13 @@ class BenchmarkSpec(Section):
         )
         return self.model_copy(update={"networks": networks})
 
+    def on_device(self, name: str | None) -> BenchmarkSpec:
+        """Return a copy that runs every network on a device."""
+        if name is None:
+            return self
+        networks = tuple(network.model_copy(update={"device": name}) for network in self.networks)
+        return self.model_copy(update={"networks": networks})
+
     @property
     def all_variants(self) -> tuple[str, ...]:
         """Names of the variants, in order; one empty name if there are none."""

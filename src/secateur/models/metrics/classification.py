@@ -65,7 +65,7 @@ class MultiLabelAP:
         """Add a batch; see `Metric.update`."""
         del network
         logits = self._task.read(output, len(batch.images))
-        difference = (logits[..., 1] - logits[..., 0]).double().cpu()
+        difference = (logits[..., 1] - logits[..., 0]).cpu().double()
         self._rows.append((difference.sigmoid(), batch.labels))
 
     def merge(self) -> None:

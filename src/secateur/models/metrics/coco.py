@@ -71,12 +71,12 @@ def image_objects(
 def as_objects(detections: Detections, size: tuple[int, int], threshold: float) -> Objects:
     """Return what a network finds, with scores above a threshold, as objects to be found."""
     detections = detections.take(detections.scores > threshold)
-    boxes = detections.boxes.double().cpu()
+    boxes = detections.boxes.cpu().double()
     masks = None if detections.masks is None else detections.masks.cpu()
     keypoints = detections.keypoints
     if keypoints is not None:
         keypoints = torch.cat([keypoints[..., :2], torch.full_like(keypoints[..., :1], 2)], dim=2)
-        keypoints = keypoints.double().cpu()
+        keypoints = keypoints.cpu().double()
     return Objects(
         boxes=boxes,
         classes=detections.classes.cpu(),
@@ -224,7 +224,7 @@ def _found(
     detections: Detections, wanted: Objects, input_size: tuple[int, int], shape: Shape
 ) -> list[dict[str, Any]]:
     geometry = wanted.geometry
-    corners = geometry.to_stored(detections.boxes.double().cpu().reshape(-1, 2, 2)).flatten(1)
+    corners = geometry.to_stored(detections.boxes.cpu().double().reshape(-1, 2, 2)).flatten(1)
     areas = _areas(corners)
     rows: list[dict[str, Any]] = [
         {
@@ -250,7 +250,7 @@ def _found(
             row["segmentation"], row["area"] = _encode(mask), int(mask.sum())
     if shape == "keypoint" and rows:
         assert detections.keypoints is not None
-        points = geometry.to_stored(detections.keypoints[..., :2].double().cpu())
+        points = geometry.to_stored(detections.keypoints[..., :2].cpu().double())
         sides = points.amax(1) - points.amin(1)
         ones = torch.ones_like(points[..., :1])
         flat = torch.cat([points, ones], dim=2).flatten(1).tolist()

@@ -53,7 +53,7 @@ class R2:
                 )
         else:
             wanted = _values(run_network(self._original, batch.images), len(batch.images))
-        actual, wanted = actual.double().cpu(), wanted.double().cpu()
+        actual, wanted = actual.cpu().double(), wanted.double().cpu()
         if self._sums is None:
             self._first, self._sums = wanted[0], torch.zeros(3, actual.shape[1]).double()
         assert self._first is not None

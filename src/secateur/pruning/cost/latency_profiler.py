@@ -112,12 +112,11 @@ def measure_fraction_left(
 
 
 def _hardware(images: Tensor) -> Hardware:
-    machine = environment()
-    is_cuda = images.device.type == "cuda"
+    machine = environment(images.device)
     return Hardware(
         processor=machine.processor,
         threads=machine.threads,
-        device=torch.cuda.get_device_name(images.device) if is_cuda else str(images.device),
+        device=machine.accelerator or str(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
         torch=machine.torch,
     )

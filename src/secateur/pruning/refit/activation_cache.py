@@ -1,12 +1,17 @@
-"""Activations of batches halfway through two networks, in memory or in temporary files."""
+"""Activations of batches halfway through two networks, in memory or in temporary files.
+
+On an accelerator they stay there as far as half of its free memory goes; the rest moves to the
+host's memory, up to a limit, and only then to files.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -14,8 +19,10 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.graph.interpreter import GraphInterpreter
+from secateur.runtime.device import CPU
 from secateur.runtime.errors import WriteError
-from secateur.runtime.torch_internals import tree_leaves
+from secateur.runtime.memory import USABLE_FRACTION, free_bytes
+from secateur.runtime.torch_internals import storage_key, tree_leaves, tree_map
 
 
 @dataclass(eq=False)
@@ -31,21 +38,32 @@ class CachedBatch:
     targets: list[tuple[Tensor, ...]] = field(default_factory=list)
     """Regression targets of the current layer, kept for its further passes."""
 
-    def values(self) -> list[object]:
+    def values(self) -> list[Any]:
         """Return everything that the batch holds."""
         return [self.full.values(), self.cut.values(), self.targets]
 
+    def set_values(self, values: Sequence[Any]) -> None:
+        """Replace everything that the batch holds by what `values` returned."""
+        full, cut, self.targets = values
+        self.full.set_values(full)
+        self.cut.set_values(cut)
+
 
 class ActivationCache:
-    """Cached batches; those that exceed a memory limit are kept in files between uses.
+    """Cached batches; those that exceed the limits of memory are kept in files between uses.
 
     It is a context manager that deletes the files at its end.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+    def __init__(self, limit_bytes: int, device: torch.device = CPU) -> None:
+        """Hold batches of networks on `device`, with `limit_bytes` of the host's memory."""
+        self._device = device
+        self._limits = {CPU: limit_bytes}
+        if device != CPU:
+            self._limits = {device: int(USABLE_FRACTION * free_bytes(device)), **self._limits}
         self._batches: list[CachedBatch] = []
-        self._sizes: list[int] = []
+        self._held: list[tuple[torch.device, int]] = []
+        """Where each batch is held in memory, and its bytes there; 0 if in a file or in use."""
         self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
 
     def __enter__(self) -> ActivationCache:
@@ -62,7 +80,7 @@ class ActivationCache:
     def append(self, batch: CachedBatch) -> None:
         """Add a batch."""
         self._batches.append(batch)
-        self._sizes.append(0)
+        self._held.append((CPU, 0))
         self._store(len(self._batches) - 1)
 
     def __len__(self) -> int:
@@ -78,12 +96,15 @@ class ActivationCache:
         return Path(self._folder.name) / f"{number}.pt"
 
     def _store(self, number: int) -> None:
-        """Leave a batch in memory if it fits beside those that are there, else write a file."""
+        """Hold a batch where it fits beside those that are there, else write a file."""
         batch = self._batches[number]
-        size = _bytes_of(batch.values())
-        if sum(self._sizes) + size <= self._limit:
-            self._sizes[number] = size
-            return
+        for place, limit in self._limits.items():
+            if place != self._device:
+                batch.set_values(_moved(batch.values(), place))
+            size = _bytes_of(batch.values())
+            if size + sum(held for at, held in self._held if at == place) <= limit:
+                self._held[number] = place, size
+                return
         # One call for all, so that tensors that share memory still do when they are loaded.
         try:
             torch.save(batch.values(), self._file(number))
@@ -93,23 +114,37 @@ class ActivationCache:
                 f"activations can't be written to {self._folder.name}: {reason}; set TMPDIR to a "
                 "folder on another disk"
             ) from error
-        batch.full.set_values([])
-        batch.cut.set_values([])
-        batch.targets = []
+        batch.set_values(([], [], []))
 
     def _load(self, number: int) -> None:
         batch = self._batches[number]
-        self._sizes[number] = 0
+        self._held[number] = CPU, 0
         if self._file(number).exists():
-            full, cut, batch.targets = torch.load(self._file(number), weights_only=True)
-            batch.full.set_values(full)
-            batch.cut.set_values(cut)
+            batch.set_values(torch.load(self._file(number), weights_only=True))
             self._file(number).unlink()
+        if self._device != CPU:
+            batch.set_values(_moved(batch.values(), self._device))
+
+
+def _moved(values: list[Any], device: torch.device) -> list[Any]:
+    """Return values with their tensors on a device, each tensor once."""
+    moved: dict[tuple[object, ...], Tensor] = {}
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        key = (storage_key(leaf), leaf.dtype, leaf.storage_offset(), leaf.shape, leaf.stride())
+        if key not in moved:
+            moved[key] = leaf.to(device)
+        return moved[key]
+
+    result: list[Any] = tree_map(move, values)
+    return result
 
 
 def _bytes_of(values: object) -> int:
     storages = {
-        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        storage_key(leaf): leaf.untyped_storage().nbytes()
         for leaf in tree_leaves(values)
         if isinstance(leaf, Tensor)
     }

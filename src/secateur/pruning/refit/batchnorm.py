@@ -80,8 +80,9 @@ def _buffers(norm: BatchNorm) -> _MeanAndVariance:
 
 
 def _statistics(norms: Sequence[BatchNorm]) -> list[_MeanAndVariance]:
+    """Return copies of the norms' statistics on the CPU."""
     buffers = map(_buffers, norms)
-    return [(mean.clone(), variance.clone()) for mean, variance in buffers]
+    return [(mean.cpu().clone(), variance.cpu().clone()) for mean, variance in buffers]
 
 
 def _reestimated(

@@ -123,7 +123,7 @@ class ChannelRegression(Regression):
     def __init__(
         self,
         layers: Sequence[RefitLayer],
-        full_state: State,
+        original_kernel: Tensor,
         state: State,
         place: OffsetPlace | None,
     ) -> None:
@@ -132,7 +132,7 @@ class ChannelRegression(Regression):
         self._place = place
         self._weight = layers[0].layer.weight
         device = state[self._weight].device
-        self._original = self._channels[0].original_kernel(full_state[self._weight])
+        self._original = self._channels[0].original_kernel(original_kernel)
         self._as_cut = self._channels[0].selection(device)
         nothing = self._as_cut.new_zeros(self._as_cut.shape[:2])
         self._fit = Gram(self._as_cut, None if place else nothing)

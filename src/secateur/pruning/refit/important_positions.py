@@ -88,7 +88,7 @@ class PositionImportance:
             gradient = gradient_of[layer.node]
             if gradient is None:  # the output does not depend on it
                 continue
-            importance = layer.maps(gradient.float()).square().sum(1)
+            importance = layer.maps(gradient.float()).square().sum(1).cpu()
             importance = importance.nan_to_num(0.0, 0.0)  # as of a root at 0
             if importance.shape[1] == layer.positions:  # the cut removes none of them
                 positions[layer.node] = _drawn(importance, numbers, self.most)

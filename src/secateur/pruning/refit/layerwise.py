@@ -38,7 +38,7 @@ from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.kept_channels import KeptChannels
-from secateur.graph.module_state import tensors_of
+from secateur.graph.module_state import device_of, tensors_of
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
 from secateur.graph.weight_norm import with_kernels
@@ -50,9 +50,10 @@ from secateur.pruning.refit.channel_regression import ChannelRegression
 from secateur.pruning.refit.important_positions import make_importance
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, count_rows
-from secateur.pruning.refit.regression_targets import RegressionTargets, State
+from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
+from secateur.runtime.device import sums_device
 from secateur.runtime.errors import DataError
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.batching import rebatch
@@ -99,9 +100,9 @@ def refit(
 
     Raises `DataError` if there is no image.
     """
-    dependencies = inputs.dependencies
+    dependencies, device = inputs.dependencies, device_of(inputs.smaller)
     limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
-    cache = ActivationCache(limit_bytes)
+    cache = ActivationCache(limit_bytes, device)
     whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
@@ -142,6 +143,7 @@ def refit(
             cache=cache,
             limit_bytes=limit_bytes,
             images=count,
+            sums_device=sums_device(device),
             generator=torch.Generator().manual_seed(seed),
         )
         for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
@@ -191,6 +193,8 @@ class _LayerRefitter:
     """Memory for the sums of a regression."""
     images: int
     """Calibration images of all processes."""
+    sums_device: torch.device
+    """Where regressions are computed, in float64."""
     generator: torch.Generator
 
     def refit_kernel(self, uses: list[Layer]) -> LayerRefit:
@@ -200,7 +204,11 @@ class _LayerRefitter:
         if reason:
             return LayerRefit(layer.name, 0.0, 0.0, None, reason)
         targets = [target_layer(refit_layer(use, self.kept)) for use in uses]
-        regression, form = self._regression(targets)
+        place = offset_place(targets)
+        names = {use.weight for use in uses} | {target.layer.bias for target in targets}
+        names |= {None if place is None else place.name}
+        state = {name: self.state[name].to(self.sums_device) for name in names if name}
+        regression, form = self._regression(targets, place, state)
         starts = torch.rand(len(targets), generator=self.generator).tolist()
         passes = regression.passes
         for number, (take_in, conclude) in enumerate(passes):
@@ -212,21 +220,26 @@ class _LayerRefitter:
                     batch.targets = []
             conclude()
         choice = regression.choice()
+        for name, tensor in state.items():
+            self.state[name] = tensor.to(self.state[name].device)
         return LayerRefit(layer.name, choice.error_cut, choice.error, choice.ridge, form=form)
 
-    def _regression(self, targets: Sequence[TargetLayer]) -> tuple[Regression, RefitForm]:
-        """Return the regression in the form that the settings and the memory allow."""
-        place = offset_place(targets)
+    def _regression(
+        self, targets: Sequence[TargetLayer], place: OffsetPlace | None, state: State
+    ) -> tuple[Regression, RefitForm]:
+        """Return the regression in the form that the settings and the memory allow.
+
+        `state` holds the layer's tensors in the cut network, where it writes the new ones.
+        """
         layers = [target.layer for target in targets]
         if self.settings.form == "patch" and layers[0].has_patches:
-            kernel = self.state[layers[0].layer.weight]
+            kernel = state[layers[0].layer.weight]
             counts = count_rows(layers, kernel, self._rows_of(layers), self.limit_bytes)
             if counts.fits:
                 rectified = self.settings.rectified and all(target.rectified for target in targets)
-                return PatchRegression(
-                    layers, self.state, place, counts, rectified=rectified
-                ), "patch"
-        return ChannelRegression(layers, self.full_state, self.state, place), "channel"
+                return PatchRegression(layers, state, place, counts, rectified=rectified), "patch"
+        kernel = self.full_state[layers[0].layer.weight].to(self.sums_device)
+        return ChannelRegression(layers, kernel, state, place), "channel"
 
     @property
     def _held_out(self) -> int:
@@ -283,12 +296,13 @@ class _LayerRefitter:
                 positions = sampling.over(layer.positions)
                 wanted = target.at(full, cut, self.state, positions)
                 batch.targets.append((wanted.wanted, wanted.level, wanted.scale))
+            is_row_held_out = is_image_held_out.repeat_interleave(rows_per_image)
             yield LayerBatch(
-                inputs=inputs[: len(rows)],
-                originals=originals,
-                targets=RegressionTargets(*batch.targets[number]),
+                inputs=inputs[: len(rows)].to(self.sums_device),
+                originals=None if originals is None else originals.to(self.sums_device),
+                targets=RegressionTargets(*batch.targets[number]).to(self.sums_device),
                 sampling=sampling,
-                held_out=is_image_held_out.repeat_interleave(rows_per_image).to(inputs.device),
+                held_out=is_row_held_out.to(self.sums_device),
             )
 
 

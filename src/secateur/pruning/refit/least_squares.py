@@ -302,4 +302,6 @@ def _solve(
 
 def _of_all_processes(parts: Sequence[Tensor]) -> Tensor:
     """Return rows `[group, row, value]` of all processes as one tensor, in float64."""
-    return torch.cat(distributed.all_gather(torch.cat(list(parts), 1)), 1).double()
+    rows = torch.cat(list(parts), 1)
+    gathered = distributed.all_gather(rows.cpu())
+    return torch.cat([part.to(rows.device) for part in gathered], 1).double()

@@ -17,6 +17,7 @@ from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.significance import is_smaller
+from secateur.runtime.device import full_float32
 from secateur.runtime.progress import ProgressCallback, no_progress
 
 
@@ -31,6 +32,7 @@ class RefitImages:
     """How the network's outputs on them are read."""
 
 
+@full_float32()
 def refit_and_check(
     inputs: RefitInputs,
     images: RefitImages,

@@ -43,6 +43,12 @@ class RegressionTargets:
         is_off = self.scale * (outputs - self.level) <= 0
         return torch.where(should_be_off, torch.where(is_off, outputs, self.level), self.wanted)
 
+    def to(self, device: torch.device) -> RegressionTargets:
+        """Return the targets on a device."""
+        return RegressionTargets(
+            self.wanted.to(device), self.level.to(device), self.scale.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class OffsetPlace:

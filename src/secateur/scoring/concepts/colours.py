@@ -69,7 +69,7 @@ class Colours(ConceptSource):
     def find(self, concept_input: ConceptInput) -> ConceptMasks:
         """Return a region for each colour in an image, on a grid of at most 56×56 cells."""
         names = self.names(concept_input.images)[:, None]
-        indices = torch.arange(len(PROTOTYPES))
+        indices = torch.arange(len(PROTOTYPES), device=names.device)
         masks = names == indices[:, None, None]  # [image, colour, h, w]
         indices = indices.expand(masks.shape[:2])
         return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), indices, UNLABELLED))
@@ -81,7 +81,8 @@ class Colours(ConceptSource):
         levels = (cells * 255).round().clamp(0, 255).long()
         levels = levels.expand(-1, 3, -1, -1)  # of grey images
         red, green, blue = (levels * STEPS).div(256, rounding_mode="floor").unbind(1)
-        return self._names[(red * STEPS + green) * STEPS + blue]
+        names = self._names.to(images.device)
+        return names[(red * STEPS + green) * STEPS + blue]
 
 
 def names_of_bins() -> Int[Tensor, "bin"]:

@@ -70,7 +70,7 @@ class Factors(ConceptSource):
             rows = features.flatten(1).T  # [position, channel]
             generator = torch.Generator().manual_seed(index)
             drawn = torch.randperm(len(rows), generator=generator)[:POSITIONS]
-            self._rows[index] = rows[drawn].clone()
+            self._rows[index] = rows[drawn].cpu().clone()
         self._rows = _lowest(self._rows)
 
     def finish_learning(self) -> None:
@@ -91,7 +91,7 @@ class Factors(ConceptSource):
     def find(self, concept_input: ConceptInput) -> ConceptMasks:
         """Return a region for each factor that is strongest somewhere, on the last map's grid."""
         masks = strongest(self.strengths(concept_input))
-        factors = torch.arange(self._count).expand(masks.shape[:2])
+        factors = torch.arange(self._count, device=masks.device).expand(masks.shape[:2])
         return ConceptMasks(masks, torch.where(masks.any(dim=3).any(dim=2), factors, UNLABELLED))
 
     def strengths(self, concept_input: ConceptInput) -> Float[Tensor, "image factor h w"]:
@@ -104,9 +104,10 @@ class Factors(ConceptSource):
         """
         assert self._dictionary is not None
         features = _features(concept_input)
-        rows = self._dictionary[:, None, :, None, None]  # [factor, 1, channel, 1, 1]
+        dictionary = self._dictionary.to(features.device)
+        rows = dictionary[:, None, :, None, None]  # [factor, 1, channel, 1, 1]
         projected = torch.stack([(features * row).sum(1) for row in rows], dim=1)
-        products = (self._dictionary[:, None] * self._dictionary).sum(2)  # [factor, factor]
+        products = (dictionary[:, None] * dictionary).sum(2)  # [factor, factor]
         smallest = torch.finfo(projected.dtype).tiny
         strengths = projected
         for _ in range(UPDATES):

@@ -40,4 +40,4 @@ class Saliency(ConceptSource):
         masks = total > total.mean(dim=(2, 3), keepdim=True)
         # A flat map has no position above its mean: then all of it is the region.
         masks |= ~masks.any(dim=3, keepdim=True).any(dim=2, keepdim=True)
-        return ConceptMasks(masks, torch.zeros(len(masks), 1, dtype=torch.int64))
+        return ConceptMasks(masks, masks.new_zeros(len(masks), 1, dtype=torch.int64))

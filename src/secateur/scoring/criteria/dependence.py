@@ -39,7 +39,9 @@ class ChannelIndependence:
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
-        self._moments = {tap: SecondMoments(kernels.filters) for tap, kernels in taps.items()}
+        self._moments = {
+            tap: SecondMoments(kernels.filters, kernels.device) for tap, kernels in taps.items()
+        }
 
     def update(self, features: FeatureBatch) -> None:
         """Add the products of a batch's sampled positions."""
@@ -56,7 +58,7 @@ class ChannelIndependence:
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the losses of the norm, divided by the root of the number of positions."""
-        return nuclear_norm_losses(self._moments[tap].raw(self._units[tap]))
+        return nuclear_norm_losses(self._moments[tap].raw(self._units[tap])).cpu()
 
 
 def nuclear_norm_losses(moments: Float[Tensor, "filter filter"]) -> Float[Tensor, "filter"]:

@@ -26,7 +26,9 @@ class Taylor:
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
-        self._sums = {tap: ExactSum((kernels.filters,)) for tap, kernels in taps.items()}
+        self._sums = {
+            tap: ExactSum((kernels.filters,), kernels.device) for tap, kernels in taps.items()
+        }
 
     def update(self, features: FeatureBatch) -> None:
         """Add the squared changes of a batch's images."""

@@ -90,7 +90,7 @@ def mean_over_producers(function: OfRows, tap: str, kernels: Kernels) -> Float[T
     Raises `UsageError` if a filter has none.
     """
     rows = [
-        (channels, function(kernel.double().flatten(1).cpu()))
+        (channels, function(kernel.cpu().double().flatten(1)))
         for kernel, channels in kernels.incoming
     ]
     return _by_filter(tap, kernels, rows, "kernel that produces")
@@ -105,7 +105,7 @@ class NormScale(_WithoutImages):
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean size over the batch norms; raises `UsageError` if there is none."""
         kernels = self._kernels[tap]
-        rows = [(channels, scale.double().abs().cpu()) for scale, channels in kernels.norm_scales]
+        rows = [(channels, scale.cpu().double().abs()) for scale, channels in kernels.norm_scales]
         return _by_filter(tap, kernels, rows, "batch norm whose scale could rank")
 
 

@@ -78,7 +78,15 @@ class Reconstruction:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
+<<<<<<< HEAD
         self._samples = {}
+=======
+        self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
+        self._moments = {
+            tap: SecondMoments(self._windows[tap].taps * kernels.filters, kernels.device)
+            for tap, kernels in taps.items()
+        }
+>>>>>>> device
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
@@ -97,8 +105,14 @@ class Reconstruction:
             masks = regions.masks_at((rows, columns))
             inside = masks.flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, vote.weigh(regions.concepts).float())
+<<<<<<< HEAD
             weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
             sample.moments.update(patches, weights.flatten())
+=======
+            chosen = positions.to(weights.device)
+            weights = (weights.gather(1, chosen) * WEIGHT_UNITS).round()
+            moments.update(patches, weights.flatten())
+>>>>>>> device
 
         return add_weighted
 
@@ -122,8 +136,14 @@ class Reconstruction:
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
         the remaining ones. No further pass is needed, whatever the ranking.
         """
+<<<<<<< HEAD
         kernels, sample = self._kernels[tap], self._samples[tap]
         return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking)
+=======
+        kernels, window = self._kernels[tap], self._windows[tap]
+        covariance = self._moments[tap].covariance(self._units[tap])
+        return error_curve(covariance, _consumers(kernels, window), ranking).cpu()
+>>>>>>> device
 
     def mean(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean activations of a tap's filters."""
@@ -145,7 +165,7 @@ class Reconstruction:
         inner = _with_ridge(covariance)[index][:, index]
         matrix = torch.zeros_like(covariance)
         matrix[:, index] = torch.linalg.solve(inner, covariance[index]).T
-        matrix[index] = torch.eye(len(mean), dtype=torch.float64)[index]
+        matrix[index] = torch.eye(len(mean), dtype=torch.float64)[index].to(matrix.device)
         return matrix, mean - matrix @ mean
 
 
@@ -312,16 +332,18 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
         norms = mean_over_producers(l1, tap, kernels)
     except UsageError:
         return None
-    return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
+    weights = (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
+    return weights.to(kernels.device)
 
 
 def _consumers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
     """Return all consumers' weights on one window; offsets of other windows count as outputs."""
-    rows = [torch.zeros(0, window.taps, kernels.filters)]
+    rows = [torch.zeros(0, window.taps, kernels.filters, device=kernels.device)]
     for consumer in kernels.consumers:
         weights = consumer.weights
         if consumer.window != window:
-            centre = torch.zeros(weights.shape[0] * weights.shape[1], *rows[0].shape[1:])
+            outputs = weights.shape[0] * weights.shape[1]
+            centre = rows[0].new_zeros(outputs, *rows[0].shape[1:])
             centre[:, window.taps // 2] = weights.flatten(0, 1)
             weights = centre
         rows.append(weights)
@@ -378,6 +400,6 @@ def reconstruct_channels(
     total, count = torch.zeros(2, len(group), dtype=torch.float64)
     for name, tap in taps_of(group).items():
         index = torch.from_numpy(tap.channel)
-        total.index_add_(0, index, moments.mean(name))
+        total.index_add_(0, index, moments.mean(name).cpu())
         count.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
     return ChannelReconstruction(stays.diag(), (1 - stays) * (total / count).float())

@@ -35,7 +35,7 @@ class ActivationMean:
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
-        self._means = {tap: _ImageMeans(1, kernels.filters) for tap, kernels in taps.items()}
+        self._means = {tap: _ImageMeans(1, kernels) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
         """Add each image's mean."""
@@ -63,7 +63,7 @@ class ActivationStd:
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
-        self._means = {tap: _ImageMeans(3, kernels.filters) for tap, kernels in taps.items()}
+        self._means = {tap: _ImageMeans(3, kernels) for tap, kernels in taps.items()}
 
     def update(self, features: FeatureBatch) -> None:
         """Add each image's mean, its square, and the variance within the image."""
@@ -89,9 +89,9 @@ class ActivationStd:
 class _ImageMeans:
     """Means over images of one or more values for each filter."""
 
-    def __init__(self, values: int, filters: int) -> None:
+    def __init__(self, values: int, kernels: Kernels) -> None:
         self._images = torch.zeros((), dtype=torch.int64)
-        self._total = ExactSum((values, filters))
+        self._total = ExactSum((values, kernels.filters), kernels.device)
 
     def update(self, *values: Float[Tensor, "image filter"]) -> None:
         """Add a batch."""
@@ -123,7 +123,8 @@ class Apoz:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._counts = {
-            tap: torch.zeros(2, kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
+            tap: torch.zeros(2, kernels.filters, dtype=torch.int64, device=kernels.device)
+            for tap, kernels in taps.items()
         }
 
     def update(self, features: FeatureBatch) -> None:
@@ -141,7 +142,7 @@ class Apoz:
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the fractions."""
-        positive, count = self._counts[tap].double().unbind()
+        positive, count = self._counts[tap].cpu().double().unbind()
         return positive / count
 
 
@@ -162,7 +163,9 @@ class ActivationEntropy:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._counts = {
-            tap: torch.zeros(kernels.filters, 2 * _SIDE + 1, dtype=torch.int64)
+            tap: torch.zeros(
+                kernels.filters, 2 * _SIDE + 1, dtype=torch.int64, device=kernels.device
+            )
             for tap, kernels in taps.items()
         }
 
@@ -180,7 +183,7 @@ class ActivationEntropy:
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the entropies, in nats."""
-        counts = self._counts[tap].double()
+        counts = self._counts[tap].cpu().double()
         entropy: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
         return entropy
 
@@ -212,7 +215,8 @@ class MapRank:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._ranks = {
-            tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
+            tap: torch.zeros(kernels.filters, dtype=torch.int64, device=kernels.device)
+            for tap, kernels in taps.items()
         }
 
     def update(self, features: FeatureBatch) -> None:
@@ -231,4 +235,4 @@ class MapRank:
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the summed ranks."""
-        return self._ranks[tap].double()
+        return self._ranks[tap].cpu().double()

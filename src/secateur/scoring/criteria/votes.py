@@ -86,7 +86,8 @@ class VoteCounts:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._votes = {
-            tap: torch.zeros(kernels.filters, dtype=torch.int64) for tap, kernels in taps.items()
+            tap: torch.zeros(kernels.filters, dtype=torch.int64, device=kernels.device)
+            for tap, kernels in taps.items()
         }
 
     def state(self) -> Iterable[Tensor]:
@@ -95,7 +96,7 @@ class VoteCounts:
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the number of votes."""
-        return self._votes[tap].double() / VOTE
+        return self._votes[tap].cpu().double() / VOTE
 
 
 class ResponseVotes(VoteCounts):
