@@ -204,9 +204,7 @@ def test_inspect_is_equal_by_all_criteria(case: Case, concepts: str) -> None:
     assert result == expected
 
 
-def test_a_run_its_report_and_its_evaluation_are_equal(
-    case: Case, tmp_path: Path
-) -> None:
+def test_a_run_its_report_and_its_evaluation_are_equal(case: Case, tmp_path: Path) -> None:
     named = {"model.name": case.model_name}
 
     def run_on(device: torch.device) -> list[object]:

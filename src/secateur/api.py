@@ -183,16 +183,9 @@ def prune(
             them, or whatever a detector or a regression returns.
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
-<<<<<<< HEAD
-            `ImageBatches`. They score the filters and refit the remaining kernels. Pictures may be
-            uint8 if the `settings` have `data.mean` and `data.std` of values from 0 to 1. Tensors
-            and float32 or uint8 arrays, also those mapped from files, are not copied: leave them as
-            they are until the result's `report` is written.
-=======
             `ImageBatches`. They score the filters and refit the remaining kernels, and go to the
             network's device batch by batch. Leave the tensors, which are not copied, as they are
             until the result's `report` is written.
->>>>>>> device
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
@@ -252,13 +245,9 @@ def prune(
     calibration = read_images(images, form, "images", most=max_images, seed=seed)
     test_images = None if test is None else read_images(test, form, "test")
     parts = split_images(calibration, test_images)
-<<<<<<< HEAD
     config = config_in_memory(tables, settings, parts.score.pixels.shape)
-=======
-    config = config_in_memory(tables, settings or {}, parts.score.pixels.shape)
     if config.model.device != AUTO:
         raise UsageError(f'the network decides where it runs: model.to("{config.model.device}")')
->>>>>>> device
     if loss is not None and config.finetune.epochs == 0:
         raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
     network = with_forward(model, forward or traceable_forward(model))

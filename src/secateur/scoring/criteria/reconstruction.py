@@ -78,15 +78,7 @@ class Reconstruction:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
-<<<<<<< HEAD
         self._samples = {}
-=======
-        self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
-        self._moments = {
-            tap: SecondMoments(self._windows[tap].taps * kernels.filters, kernels.device)
-            for tap, kernels in taps.items()
-        }
->>>>>>> device
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
@@ -105,14 +97,9 @@ class Reconstruction:
             masks = regions.masks_at((rows, columns))
             inside = masks.flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, vote.weigh(regions.concepts).float())
-<<<<<<< HEAD
-            weights = (weights.gather(1, positions) * WEIGHT_UNITS).round()
-            sample.moments.update(patches, weights.flatten())
-=======
             chosen = positions.to(weights.device)
             weights = (weights.gather(1, chosen) * WEIGHT_UNITS).round()
-            moments.update(patches, weights.flatten())
->>>>>>> device
+            sample.moments.update(patches, weights.flatten())
 
         return add_weighted
 
@@ -136,14 +123,8 @@ class Reconstruction:
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
         the remaining ones. No further pass is needed, whatever the ranking.
         """
-<<<<<<< HEAD
         kernels, sample = self._kernels[tap], self._samples[tap]
-        return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking)
-=======
-        kernels, window = self._kernels[tap], self._windows[tap]
-        covariance = self._moments[tap].covariance(self._units[tap])
-        return error_curve(covariance, _consumers(kernels, window), ranking).cpu()
->>>>>>> device
+        return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking).cpu()
 
     def mean(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean activations of a tap's filters."""
@@ -203,7 +184,7 @@ def _begin(features: FeatureBatch) -> _Sample:
     if values > MOST_VALUES or sampled < POSITIONS_PER_VALUE * values:
         window = SINGLE
     units = quantization_unit(statistics).repeat(window.taps)
-    return _Sample(window, positions, units, SecondMoments(len(units)))
+    return _Sample(window, positions, units, SecondMoments(len(units), kernels.device))
 
 
 def eliminate(
