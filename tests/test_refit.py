@@ -436,7 +436,10 @@ def test_patches_times_the_kernel_are_the_convolution(geometry: str) -> None:
         expected = model.conv(inputs)
         assert window.positions(8, 8) == expected.shape[2:]
         positions = torch.arange(expected[0, 0].numel()).expand(3, -1)
-        outputs = window.patches(inputs, positions) @ in_patch_order(model.conv.weight)[0].T
+        outputs = (
+            window.patches(inputs, positions, torch.arange(len(inputs)))
+            @ in_patch_order(model.conv.weight)[0].T
+        )
     torch.testing.assert_close(outputs.movedim(-1, 1), expected.flatten(2))
 
 

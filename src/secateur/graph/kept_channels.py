@@ -36,3 +36,8 @@ class KeptChannels:
                 index = torch.from_numpy(np.flatnonzero(self._stays[ids]))
                 value = value.index_select(dim, index.to(value.device))
         return value
+
+    def select_last(self, node: Node, rows: Tensor, dim: int) -> Tensor:
+        """Return the part that the cut network has of rows whose last axis is the node's `dim`."""
+        index = np.flatnonzero(self.mask(node, dim))
+        return rows if len(index) == rows.shape[-1] else rows[..., torch.from_numpy(index)]

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx.node import Node
@@ -45,26 +44,28 @@ class Window:
     def patches(
         self,
         inputs: Float[Tensor, "image channel *size"],
-        positions: Int[Tensor, "image position"],
-    ) -> Float[Tensor, "image position value"]:
-        """Return the kernel's inputs at output positions, which are numbered row by row.
+        positions: Int[Tensor, "chosen position"],
+        images: Int[Tensor, "chosen"],
+    ) -> Float[Tensor, "chosen position value"]:
+        """Return the kernel's inputs at output positions of some `images`.
 
-        The values of a position are in the order of `in_patch_order`.
+        Positions are numbered row by row. The values of one are in the order of `in_patch_order`.
         """
-        device = inputs.device
-        coordinates = torch.unravel_index(
-            positions.to(device), torch.Size(self.positions(*inputs.shape[2:]))
-        )
-        padded = F.pad(inputs, self.border) if any(self.border) else inputs
-        padded = padded.movedim(1, -1)  # [image, row, column, channel]
-        flat = torch.arange(len(inputs), device=device)[:, None, None]  # [image, position, tap]
-        for size, coordinate, kernel, stride, dilation in zip(
-            padded.shape[1:-1], coordinates, self.kernel, self.stride, self.dilation, strict=True
+        device, sizes = inputs.device, inputs.shape[2:]
+        coordinates = torch.unravel_index(positions.to(device), torch.Size(self.positions(*sizes)))
+        place = images.to(device)[:, None, None]  # [chosen, position, tap]
+        is_inside = torch.ones_like(place, dtype=torch.bool)
+        before = self.border[-2::-2]  # of the first dimension, then of the next
+        for size, coordinate, kernel, stride, dilation, border in zip(
+            sizes, coordinates, self.kernel, self.stride, self.dilation, before, strict=True
         ):
-            steps = dilation * torch.arange(kernel, device=device)
+            steps = dilation * torch.arange(kernel, device=device) - border
             along = coordinate[..., None, None] * stride + steps
-            flat = (flat[..., None] * size + along).flatten(2)
-        values = padded.flatten(0, -2).index_select(0, flat.flatten())
+            place = (place[..., None] * size + along.clamp(0, size - 1)).flatten(2)
+            is_inside = (is_inside[..., None] & (along >= 0) & (along < size)).flatten(2)
+        values = inputs.movedim(1, -1).flatten(0, -2).index_select(0, place.flatten())
+        if any(self.border):
+            values.masked_fill_(~is_inside.flatten()[:, None], 0)
         return values.reshape(*positions.shape, -1)
 
 

@@ -24,7 +24,7 @@ from secateur.runtime import distributed
 from secateur.runtime.errors import DataError, NotFiniteError
 from secateur.runtime.timing import LATENCY_BATCH, Rounds, batch_in_time, interleaved_medians
 
-LATENCY_ROUNDS = Rounds(fewest=3, most=11, seconds=2.0, warm_up=1)
+LATENCY_ROUNDS = Rounds(fewest=3, most=9, seconds=2.0, warm_up=1)
 TOP = 5
 """Classes that `Score.top5_fraction` looks at."""
 

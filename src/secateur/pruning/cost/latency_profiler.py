@@ -52,7 +52,7 @@ TABLE_ROUNDS = Rounds(fewest=3, most=15, seconds=12.0)
 """Rounds in which a latency table is measured."""
 INTERLEAVED_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
 """Forward passes of each of two networks, to plan by their latency."""
-SHOWN_ROUNDS = Rounds(fewest=3, most=21, seconds=2.0, warm_up=1)
+SHOWN_ROUNDS = Rounds(fewest=3, most=9, seconds=2.0, warm_up=1)
 """The same where latency is only shown."""
 
 Times = Mapping[Key, float]

@@ -10,6 +10,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,7 +30,7 @@ class LayerBatch:
     inputs: Float[Tensor, "row ..."]
     """The layer's input in the cut network."""
     originals: Float[Tensor, "row ..."] | None
-    """Its input in the original network; None after the first pass."""
+    """Its input in the original network, in the first pass, if the regression reads it."""
     targets: RegressionTargets
     sampling: PositionSampling
     """The output positions that are used."""
@@ -55,6 +56,9 @@ Pass = tuple[Callable[[int, LayerBatch], None], Callable[[], None]]
 
 class Regression(abc.ABC):
     """A form of regression that estimates a kernel from all uses of its layer."""
+
+    reads_originals: ClassVar[bool] = False
+    """Whether it needs `LayerBatch.originals`."""
 
     @property
     @abc.abstractmethod

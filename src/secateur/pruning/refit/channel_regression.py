@@ -120,6 +120,8 @@ def channels_of(layer: RefitLayer) -> Channels:
 class ChannelRegression(Regression):
     """Estimates a kernel from a map of channels."""
 
+    reads_originals = True
+
     def __init__(
         self,
         layers: Sequence[RefitLayer],

@@ -84,13 +84,16 @@ class RefitLayer:
         )
 
     def patches(
-        self, inputs: Float[Tensor, "image ..."], positions: Int[Tensor, "image position"]
+        self,
+        inputs: Float[Tensor, "image ..."],
+        positions: Int[Tensor, "chosen position"],
+        images: Int[Tensor, "chosen"],
     ) -> Float[Tensor, "group row value"]:
-        """Return the inputs under each group's kernel, at some positions of the output."""
+        """Return the inputs under each group's kernel, at positions of some images' outputs."""
         if self.window is None:
-            rows = at_positions(self.maps(inputs), positions)
+            rows = at_positions(self.maps(inputs[images]), positions)
         else:
-            rows = self.window.patches(inputs, positions)
+            rows = self.window.patches(inputs, positions, images)
         taps = 1 if self.window is None else self.window.taps
         return (
             rows.reshape(-1, taps, self.groups, rows.shape[-1] // taps // self.groups)

@@ -213,7 +213,13 @@ class _LayerRefitter:
         passes = regression.passes
         for number, (take_in, conclude) in enumerate(passes):
             for batch in self.cache:
-                layer_batches = self._layer_batches(targets, starts, batch, is_first=number == 0)
+                layer_batches = self._layer_batches(
+                    targets,
+                    starts,
+                    batch,
+                    is_first=number == 0,
+                    with_originals=regression.reads_originals,
+                )
                 for use, layer_batch in enumerate(layer_batches):
                     take_in(use, layer_batch)
                 if number == len(passes) - 1:
@@ -269,6 +275,7 @@ class _LayerRefitter:
         batch: CachedBatch,
         *,
         is_first: bool,
+        with_originals: bool,
     ) -> Iterator[LayerBatch]:
         """Yield inputs and targets of each use of a layer for the images of a batch.
 
@@ -291,8 +298,9 @@ class _LayerRefitter:
             if is_first:
                 full = batch.full if number == 0 else batch.full.copy()
                 full.advance(layer.node)
-                original = full.value(layer.source)[: len(rows)]
-                originals = layer.kept.select(layer.source, original, layer.channel_dim)
+                if with_originals:
+                    original = full.value(layer.source)[: len(rows)]
+                    originals = layer.kept.select(layer.source, original, layer.channel_dim)
                 positions = sampling.over(layer.positions)
                 wanted = target.at(full, cut, self.state, positions)
                 batch.targets.append((wanted.wanted, wanted.level, wanted.scale))

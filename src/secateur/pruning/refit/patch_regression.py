@@ -163,7 +163,7 @@ class PatchRegression(Regression):
         most = max(1, MAX_ROW_VALUES // (groups * inputs * positions.shape[1]))
         for chunk in images.nonzero()[:, 0].split(most):
             if len(chunk):
-                rows = layer.patches(batch.inputs[chunk], positions[chunk.cpu()]).float()
+                rows = layer.patches(batch.inputs, positions[chunk.cpu()], chunk).float()
                 yield rows, batch.targets.by_group(chunk, groups)
 
     def _add(self, number: int, batch: LayerBatch) -> None:

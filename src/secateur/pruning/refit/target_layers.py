@@ -55,7 +55,8 @@ class TargetLayer:
         kept = layer.kept
 
         def sampled(node: Node, value: Tensor) -> Tensor:
-            return at_positions(layer.maps(kept.select(node, value[:count])), positions)
+            maps = layer.maps(kept.select(node, value[:count], layer.channel_dim))
+            return kept.select_last(node, at_positions(maps, positions), layer.channel_dim)
 
         wanted = sampled(layer.node, full.step(layer.node))
         scale, offset = wanted.new_ones(()), wanted.new_zeros(())

@@ -87,7 +87,10 @@ class Reconstruction:
         sample, vote = self._samples[features.tap], self._vote
         rows, columns = sample.window.positions(*features.maps.shape[2:])
         positions = _spread(features.indices, rows, columns, sample.positions)
-        patches = sample.window.patches(features.maps, positions)  # [image, position, value]
+        images = torch.arange(len(features.maps))
+        patches = sample.window.patches(
+            features.maps, positions, images
+        )  # [image, position, value]
         patches = quantize(patches, sample.units, features.tap).flatten(0, 1)
         if vote is None:
             sample.moments.update(patches)
